@@ -1,0 +1,8 @@
+"""The one exception for people."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one sentence: option, value, why, way out.
+
+    Commands print the message and end with exit code 2; every other exception is a fault of ours and keeps its traceback.
+    """

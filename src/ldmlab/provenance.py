@@ -1,0 +1,49 @@
+"""Where an artefact comes from: the command, the code's commit and the versions that made it."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "ldmlab",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "webdataset",
+    "open_clip_torch",
+    "numpy",
+    "Pillow",
+)
+
+
+def provenance() -> dict[str, Any]:
+    """The command line, commit (with `-dirty`), versions and time, plain types only."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this code runs from; None for an installed wheel."""
+    root = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        result = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
