@@ -86,9 +86,7 @@ class Backbone(Protocol):
 
     def prepare(self, conditioning: Conditioning) -> Prepared: ...  # once per sample
 
-    def __call__(
-        self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared
-    ) -> Tensor: ...  # t: (B,) float
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor: ...  # t: (B,) float
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,6 @@ class Task(Protocol):
     adds: frozenset[str]  # batch fields it derives
     needs: frozenset[str]  # "image" when latents alone cannot serve
 
-    def give(
-        self, sample: dict[str, Any], random: Any
-    ) -> dict[str, Any]: ...  # per picture, in loader workers
+    def give(self, sample: dict[str, Any], random: Any) -> dict[str, Any]: ...  # per picture, in loader workers
 
     def finish(self, images: Tensor, batch: dict[str, Any]) -> Tensor: ...  # after decoding

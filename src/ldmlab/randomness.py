@@ -20,9 +20,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words per counter (int64 tensors of one broadcast shape holding values below 2^32)."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
