@@ -1,0 +1,73 @@
+"""The `ldmlab` command: one subcommand a step of the flow; a subcommand's code is imported only when it runs."""
+
+import argparse
+import difflib
+import importlib
+import sys
+from typing import NoReturn
+
+from ldmlab.app.doors import run_door
+from ldmlab.errors import InputError
+
+COMMANDS = {
+    "pack": "pictures and captions to image shards",
+    "index": "write the manifest of tars made by others",
+    "encode": "image shards to latent shards, with a trained first stage",
+    "sample": "pictures from a model",
+    "report": "a page about runs and their scores",
+    "fetch": "download published weights that a command needs",
+    "export": "a run to a model folder: safetensors, model.yaml and a model card",
+    "demo": "the whole flow on the pictures shipped in the repository",
+}
+
+EPILOG = """training and evaluation have doors of their own, with Hydra's options:
+  python train.py experiment=...        train a first stage, a CLIP or a denoiser (python train.py --help)
+  python evaluate.py model=RUN          score a model (python evaluate.py --help)
+
+`ldmlab COMMAND --help` explains one command."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the project's way of refusing: an InputError with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        words = [word for word in message.replace("=", " ").split() if word.startswith("--") and word not in known]
+        near = [match for word in words for match in difflib.get_close_matches(word, known, n=1)]
+        hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists the options."
+        raise InputError(f"{self.prog}: {message}; {hint}")
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_door(lambda: dispatch(sys.argv[1:])))
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Find the subcommand, parse its options, run it."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(_version())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+        raise InputError(f"{name}: there is no such command; {hint}")
+    module = importlib.import_module(f"ldmlab.app.commands.{name}")
+    parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(rest)) or 0)
+
+
+def _help() -> str:
+    lines = [f"  {name:<8} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: ldmlab COMMAND [options]", "", "commands:", *lines, "", EPILOG])
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"ldmlab {version('ldmlab')}"

@@ -1,0 +1,6 @@
+"""Train one stage: python train.py experiment=..."""
+
+from ldmlab.app.train import main
+
+if __name__ == "__main__":
+    main()
