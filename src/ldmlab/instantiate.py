@@ -1,4 +1,4 @@
-"""Configuration nodes to objects: `_target_` names a callable, the other keys are its arguments. Plain data, no Hydra."""
+"""Configuration nodes to objects: `_target_` names a callable, the other keys are its arguments. No Hydra."""
 
 import difflib
 import importlib

@@ -1,0 +1,14 @@
+"""ldmlab: latent diffusion models, trained and scored the way the paper does."""
+
+from typing import Any
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`ldmlab.load`, imported when first asked for: torch takes seconds to load and many commands need none of it."""
+    if name == "load":
+        from ldmlab.build import load
+
+        return load
+    raise AttributeError(f"module 'ldmlab' has no attribute {name!r}")

@@ -1,0 +1,51 @@
+"""Imports between rooms point down only, and heavy packages stay in the rooms that own them."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "ldmlab"
+GROUND = {"errors", "contracts", "randomness", "averaging", "provenance", "instantiate"}
+MAY_USE = {  # room => rooms it may import
+    **{room: GROUND for room in GROUND},
+    "nn": GROUND,
+    "checkpoints": GROUND,
+    **{
+        room: GROUND | {"nn", "checkpoints"}
+        for room in ("first_stages", "backbones", "conditioners", "losses", "diffusion", "samplers", "data", "metrics")
+    },
+}
+LOW = set(MAY_USE)
+for middle in ("training", "evaluation", "interop"):
+    MAY_USE[middle] = LOW | {middle}
+ONLY_IN = {"pytorch_lightning": {"training"}, "hydra": {"app"}, "omegaconf": {"app"}, "wandb": {"training", "app"}}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ([f"ldmlab.{a.name}" for a in node.names] if node.module == "ldmlab" else [node.module])
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        if package in ONLY_IN:
+            assert room in ONLY_IN[package], f"{room} imports {name}"
+        if package == "ldmlab" and room in MAY_USE:
+            used = rest.partition(".")[0]
+            assert used == room or used in MAY_USE[room], f"{room} imports ldmlab.{used}"
+
+
+def test_the_table_knows_every_room() -> None:
+    rooms = {p.relative_to(SOURCE).parts[0].removesuffix(".py") for p in FILES}
+    assert rooms - MAY_USE.keys() <= {"app", "build", "__init__"}
