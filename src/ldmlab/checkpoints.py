@@ -1,0 +1,119 @@
+"""Files of tensors: written whole or not at all, read without running code."""
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills a temporary file beside `path`, which then takes its place; a failure leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InputError(f"no space left for {path}; free some disk space and run the command again.") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name must survive a power cut too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Tensors and plain types to a file that `torch.load(weights_only=True)` reads."""
+    write_atomically(path, lambda temporary: _torch_save(content, temporary))
+
+
+def _torch_save(content: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's zip writer hides the errno of a full disk
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the path of a checkpoint or of a run folder.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as a checkpoint ({_first_line(error)}); use another one.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A state dict to a .safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    note = {"format": "pt", **(metadata or {})}
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, note))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .safetensors file, on the CPU."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; export or copy the model folder again.")
+    try:
+        return safetensors.torch.load_file(path, device="cpu")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({_first_line(error)}); export or copy it again.") from error
+
+
+def load_exactly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a module; names and shapes must match exactly, else InputError with counts."""
+    own = module.state_dict()
+    missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or extra or shapes:
+        example = min([*missing, *extra, *shapes])
+        raise InputError(
+            f"{source} does not fit the network: {len(missing)} tensors missing, {len(extra)} unknown, "
+            f"{len(shapes)} of another shape (such as {example}); use the configuration it was trained with."
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes, dtypes and values: 16 hex digits that do not depend on the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,51 @@
+"""The random state of a process as tensors and plain types, so that a resumed run draws the same numbers."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """States of torch (each device), numpy and Python."""
+    version, words, gauss = random.getstate()
+    name, numpy_words, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(numpy_words, dtype=np.int64)), place, has_gauss, cached],
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`; states of devices that are not here are left out."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, words, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, words.numpy().astype(np.uint32), place, has_gauss, cached))  # noqa: NPY002
+    version, python_words, gauss = state["python"]
+    random.setstate((version, tuple(python_words), gauss))
+
+
+def seed_process(seed: int, rank: int) -> None:
+    """Different streams for each process: network dropout must not repeat itself over processes."""
+    mixed = (seed * 1_000_003 + rank) % 2**32
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002
+    random.seed(mixed)
+
+
+@contextmanager
+def isolated_random(seed: int) -> Iterator[None]:
+    """Inside, random numbers start at `seed`; afterwards the streams go on as if nothing had been drawn."""
+    before = random_state()
+    seed_process(seed, 0)
+    try:
+        yield
+    finally:
+        restore_random_state(before)

@@ -1,0 +1,292 @@
+"""What every trained stage shares: one step is one optimizer update of the main player, and everything counts steps.
+
+Lightning is the engine (devices, precision, processes); order, counters, averaging and checkpoints are ours. Each
+micro-batch goes to every active player in turn; the update follows the last micro-batch of the step.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ldmlab.averaging import AveragedWeights
+from ldmlab.errors import InputError
+from ldmlab.training import processes
+from ldmlab.training.random_state import isolated_random
+
+Batch = dict[str, Any]
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
+
+
+@dataclass
+class Losses:
+    """What a player wants to have smaller for one micro-batch."""
+
+    total: Tensor  # scalar, mean over the micro-batch
+    terms: dict[str, Tensor] = field(default_factory=dict)  # scalars to log; each must stay finite
+    extras: dict[str, Tensor] = field(default_factory=dict)  # per picture, for callbacks
+
+
+class Stage(pl.LightningModule):
+    """The base of all trained stages; a subclass says who plays, what the losses are and what is saved."""
+
+    kind: ClassVar[str]  # name of the stage in checkpoints
+    averaged: ClassVar[str | None] = None  # the entry of `saved()` that is averaged
+    monitor: str  # the held-out number that decides which checkpoint is best
+    monitor_mode: Literal["min", "max"] = "min"
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],  # one for all players, or one each
+        lr_schedule: RateSchedule,
+        max_steps: int,
+        accumulate: int = 1,  # micro-batches a step
+        gradient_clip: float | None = None,  # largest norm of a player's gradient
+        averaging_decay: float | None = None,  # None: no averaged weights
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seed, self.max_steps, self.accumulate = seed, max_steps, accumulate
+        self.optimizer, self.lr_schedule = optimizer, lr_schedule
+        self.gradient_clip, self.averaging_decay = gradient_clip, averaging_decay
+        self.step = 0  # updates of the main player
+        self.position = 0  # pictures consumed over all processes
+        self.average: AveragedWeights | None = None  # made once the weights are on their device
+        self.extras: dict[str, dict[str, Tensor]] = {}  # by player, of the latest micro-batch
+        self.at_border = True  # between two steps, where state may be saved
+        self._micro_batches = 0
+        self._row: dict[str, Tensor] = {}  # terms of the unfinished step
+        self._unread: list[tuple[int, dict[str, Tensor]]] = []  # terms still on the device, by step
+        self._read: dict[str, list[float]] = {}  # terms already checked, since the last log
+        self._waiting: dict[str, Any] | None = None  # checkpoint parts that need the optimizers
+
+    # -- what a subclass defines -------------------------------------------------------------------------------------
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by player, the main one first; each parameter belongs to exactly one."""
+        raise NotImplementedError
+
+    def active(self, player: str) -> bool:
+        """Whether the player is updated at this step."""
+        return True
+
+    def losses(self, player: str, batch: Batch) -> Losses:
+        """The player's loss for a micro-batch; only its own parameters require gradients meanwhile."""
+        raise NotImplementedError
+
+    def saved(self) -> dict[str, nn.Module]:
+        """The modules that a checkpoint holds, by name."""
+        raise NotImplementedError
+
+    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Numbers over held-out batches (this process's share), called with averaged weights in evaluation mode."""
+        raise NotImplementedError
+
+    def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Pictures to look at by name, uint8 (N, H, W, 3), called like `held_out` on the first process only."""
+        return {}
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        """One micro-batch; after the last one of a step all active players are updated."""
+        self.at_border = False
+        last = self._micro_batches + 1 == self.accumulate
+        playing = {name: parameters for name, parameters in self.players().items() if self.active(name)}
+        for player in playing:
+            self._backward(player, batch, last)
+        self._micro_batches += 1
+        self._pictures = len(batch["position"])
+        if last:
+            self._update(playing)
+
+    def _backward(self, player: str, batch: Batch, last: bool) -> None:
+        with self._only(player), nullcontext() if last else self._no_sync():
+            losses = self.losses(player, batch)
+            self.manual_backward(losses.total / self.accumulate)
+        self.extras[player] = {name: value.detach() for name, value in losses.extras.items()}
+        for name, value in (losses.terms or {"loss": losses.total}).items():
+            share = value.detach().float() / self.accumulate
+            self._row[name] = self._row[name] + share if name in self._row else share
+
+    @contextmanager
+    def _only(self, player: str) -> Iterator[None]:
+        """Inside, only this player's parameters require gradients."""
+        others = [p for name, parameters in self.players().items() if name != player for p in parameters]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        """Gradients stay with their process inside, for all micro-batches of a step but the last."""
+        wrapped = getattr(self.trainer.strategy, "model", None)
+        return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def _update(self, playing: dict[str, list[nn.Parameter]]) -> None:
+        optimizers = self.optimizers_by_player()
+        wrapped = isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel)
+        for player, parameters in playing.items():
+            if not wrapped:
+                processes.mean_gradients(parameters)
+            self._row[f"gradient_norm/{player}"] = self._clip(parameters)
+            self._set_rate(optimizers[player])
+            optimizers[player].step()
+            optimizers[player].zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        self.step += 1
+        self.position += self._pictures * self.accumulate * processes.world_size()
+        self._unread.append((self.step, self._row))
+        self._row, self._micro_batches, self.at_border = {}, 0, True
+
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Norm of the gradient before clipping."""
+        limit = math.inf if self.gradient_clip is None else self.gradient_clip
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.gradient_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm.detach()
+
+    def _set_rate(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.lr_schedule(self.step)
+
+    # -- optimizers --------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """One optimizer a player; `initial_lr` keeps the configured rate."""
+        players = self.players()
+        self._check_players(players)
+        made = [self._factory(player)(parameters) for player, parameters in players.items()]
+        for optimizer in made:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        self._optimizers = dict(zip(players, made, strict=True))
+        return made
+
+    def _factory(self, player: str) -> OptimizerFactory:
+        if not isinstance(self.optimizer, Mapping):
+            return self.optimizer
+        if player not in self.optimizer:
+            known = ", ".join(self.optimizer)
+            raise InputError(f"optimizer has entries for {known} but none for {player}; add one or give a single one.")
+        return self.optimizer[player]
+
+    def _check_players(self, players: dict[str, list[nn.Parameter]]) -> None:
+        owned = [id(p) for parameters in players.values() for p in parameters]
+        assert len(owned) == len(set(owned)), "a parameter belongs to two players"
+        stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in set(owned)]
+        assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
+
+    def optimizers_by_player(self) -> dict[str, Optimizer]:
+        """The optimizers under the names of their players."""
+        return self._optimizers
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Read all terms since the last look, averaged over processes, and stop at the first that is not finite."""
+        if not self._unread:
+            return
+        stacked = torch.stack([value for _, row in self._unread for value in row.values()])
+        values = iter(processes.mean_(stacked).tolist())
+        for step, row in self._unread:
+            for name in row:
+                value = next(values)
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} became {value} at step {step}; the last checkpoint is before it")
+                self._read.setdefault(name, []).append(value)
+        self._unread = []
+
+    def read_terms(self) -> dict[str, float]:
+        """Mean of every term over the steps since the last call, checked."""
+        self.check()
+        means = {name: sum(values) / len(values) for name, values in self._read.items()}
+        self._read = {}
+        return means
+
+    def mean_over_processes(self, sums: dict[str, Tensor | float], count: int | float) -> dict[str, float]:
+        """Sums over this process's pictures and their count => means over the pictures of all processes."""
+        values = torch.tensor([*(float(v) for v in sums.values()), float(count)], dtype=torch.float64).float()
+        *totals, number = processes.sum_(values.to(self.device)).tolist()
+        return {name: total / max(number, 1) for name, total in zip(sums, totals, strict=True)}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Averaged weights, evaluation mode, no gradients, the run's precision, and no trace in the random state."""
+        modes = [(module, module.training) for module in self.modules()]
+        averaged = self.average.applied() if self.average is not None else nullcontext()
+        precision = self.trainer.precision_plugin.forward_context()
+        try:
+            with averaged, torch.no_grad(), precision, isolated_random(self.seed):
+                self.eval()
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def train(self, mode: bool = True) -> "Stage":
+        """Training mode, but frozen parts (all parameters frozen) stay in evaluation mode."""
+        super().train(mode)
+        _freeze_modes(self)
+        return self
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """The weights are on their device and the optimizers exist: make the averages, take up a checkpoint."""
+        if self.averaging_decay is not None and self.averaged is not None:
+            self.average = AveragedWeights(self.saved()[self.averaged], self.averaging_decay)
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        for player, state in waiting["optimizers"].items():
+            self.optimizers_by_player()[player].load_state_dict(state)
+        if self.average is not None and self.averaged in waiting["averaged"]:
+            self.average.load_state_dict(waiting["averaged"][self.averaged])
+
+    def state(self) -> dict[str, Any]:
+        """Everything of the stage that a checkpoint holds, tensors and plain types only."""
+        averages = {self.averaged: self.average.state_dict()} if self.average is not None else {}
+        return {
+            "kind": self.kind,
+            "step": self.step,
+            "position": self.position,
+            "seed": self.seed,
+            "modules": {name: module.state_dict() for name, module in self.saved().items()},
+            "averaged": averages,
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers_by_player().items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`: weights and counters at once, optimizers and averages when fitting starts."""
+        if state["kind"] != self.kind:
+            raise InputError(
+                f"the checkpoint is of stage={state['kind']}, this run is stage={self.kind}; resume its own run."
+            )
+        for name, module in self.saved().items():
+            module.load_state_dict(state["modules"][name])
+        self.step, self.position, self._waiting = state["step"], state["position"], state
+
+
+def _freeze_modes(module: nn.Module) -> None:
+    for child in module.children():
+        parameters = list(child.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            child.eval()
+        else:
+            _freeze_modes(child)
