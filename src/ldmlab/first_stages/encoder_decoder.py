@@ -1,0 +1,147 @@
+"""The paper's convolutional encoder and decoder, shared by the KL and VQ first stages.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, appendix G.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldmlab.errors import InputError
+from ldmlab.nn.autoencoder_blocks import Double, Halve, PixelAttention, ResidualBlock, group_norm
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The choices that encoder and decoder share."""
+
+    channels: int  # width of the finest level
+    channel_mult: Sequence[int]  # width of each level, finest first, as a multiple of `channels`
+    num_res_blocks: int  # per level of the encoder; the decoder has one more
+    attention_downsampling: Sequence[int]  # levels with attention, by their downsampling: 16 is 16 x 16 of 256 x 256
+    mid_attention: bool  # attention between the two middle blocks
+    latent_channels: int  # channels between encoder and decoder proper
+    norm_groups: int
+    dropout: float
+
+    def __post_init__(self) -> None:
+        factors = [2**level for level in range(len(self.channel_mult))]
+        wrong = [factor for factor in self.attention_downsampling if factor not in factors]
+        if wrong:
+            raise InputError(
+                f"first_stage.attention_downsampling={list(self.attention_downsampling)} names {wrong[0]}, "
+                f"which no level has; choose among {factors}."
+            )
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, finest first."""
+        return [self.channels * factor for factor in self.channel_mult]
+
+    @property
+    def downsampling(self) -> int:
+        """Picture pixels per latent pixel and axis, f."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+    def has_attention(self, level: int) -> bool:
+        """Whether the blocks of a level (0 is the finest) are each followed by attention."""
+        return 2**level in self.attention_downsampling
+
+
+class ResolutionLevel(nn.Module):
+    """The blocks of one resolution, each followed by attention if asked, then resampling to the next."""
+
+    def __init__(self, widths: list[int], attention: bool, resample: nn.Module | None, groups: int, drop: float):
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.blocks = nn.ModuleList(ResidualBlock(before, after, groups, drop) for before, after in pairs)
+        self.attentions = nn.ModuleList(PixelAttention(width, groups) for width in widths[1:] if attention)
+        self.resample = resample if resample is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) => (B, D, h / 2 or h or 2 h, ...)."""
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attentions:
+                x = self.attentions[index](x)
+        return self.resample(x)
+
+
+class Middle(nn.Module):
+    """Two residual blocks at the coarsest level, with attention between them if asked."""
+
+    def __init__(self, width: int, attention: bool, groups: int, drop: float) -> None:
+        super().__init__()
+        self.first = ResidualBlock(width, width, groups, drop)
+        self.attention = PixelAttention(width, groups) if attention else nn.Identity()
+        self.second = ResidualBlock(width, width, groups, drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) => (B, C, h, w)."""
+        return self.second(self.attention(self.first(x)))
+
+
+class Encoder(nn.Module):
+    """Pictures to feature maps at 1 / f of their size; levels run from the finest to the coarsest."""
+
+    def __init__(self, arch: Architecture, out_channels: int) -> None:
+        super().__init__()
+        widths, coarsest = arch.widths, len(arch.widths) - 1
+        self.input = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList()
+        for level, width in enumerate(widths):
+            chain = [widths[max(level - 1, 0)]] + [width] * arch.num_res_blocks
+            resample = Halve(width) if level < coarsest else None
+            self.levels.append(
+                ResolutionLevel(chain, arch.has_attention(level), resample, arch.norm_groups, arch.dropout)
+            )
+        self.middle = Middle(widths[-1], arch.mid_attention, arch.norm_groups, arch.dropout)
+        self.output_norm = group_norm(widths[-1], arch.norm_groups)
+        self.output = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] => (B, out_channels, H / f, W / f)."""
+        x = self.input(images)
+        for level in self.levels:
+            x = level(x)
+        return self.output(F.silu(self.output_norm(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """Feature maps to pictures at f times their size; levels run from the coarsest to the finest."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        widths = arch.widths[::-1]  # coarsest first
+        self.input = nn.Conv2d(arch.latent_channels, widths[0], 3, padding=1)
+        self.middle = Middle(widths[0], arch.mid_attention, arch.norm_groups, arch.dropout)
+        self.levels = nn.ModuleList()
+        for index, width in enumerate(widths):
+            level = len(widths) - 1 - index
+            chain = [widths[max(index - 1, 0)]] + [width] * (arch.num_res_blocks + 1)
+            resample = Double(width) if level > 0 else None
+            self.levels.append(
+                ResolutionLevel(chain, arch.has_attention(level), resample, arch.norm_groups, arch.dropout)
+            )
+        self.output_norm = group_norm(widths[-1], arch.norm_groups)
+        self.output = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, latent_channels, h, w) => (B, 3, f h, f w), about [-1, 1]."""
+        x = self.middle(self.input(latents))
+        for level in self.levels:
+            x = level(x)
+        return self.output(F.silu(self.output_norm(x)))
+
+
+def check_image_size(images: Tensor, downsampling: int) -> None:
+    """Refuse pictures whose height or width the downsampling does not divide."""
+    height, width = images.shape[-2:]
+    if height % downsampling or width % downsampling:
+        fitting = [max(side // downsampling, 1) * downsampling for side in (height, width)]
+        raise InputError(
+            f"image size {height}x{width} is not divisible by the first stage's downsampling f={downsampling}; "
+            f"choose a multiple of {downsampling}, for instance {fitting[0]}x{fitting[1]}."
+        )

@@ -1,0 +1,30 @@
+"""The first stage that does nothing (f = 1): the latent is the picture, for the paper's pixel-space rows."""
+
+from torch import Tensor, nn
+
+from ldmlab.contracts import Posterior, Reconstruction
+from ldmlab.errors import InputError
+
+
+class Identity(nn.Module):
+    """Pixels in, pixels out."""
+
+    downsampling = 1
+    latent_channels = 3
+
+    def encode(self, images: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] => the same, without spread."""
+        return Posterior(images)
+
+    def decode(self, raw_latents: Tensor) -> Tensor:
+        """(B, 3, H, W) => the same."""
+        return raw_latents
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """The pictures themselves, without penalty."""
+        return Reconstruction(images, {})
+
+    @property
+    def last_layer(self) -> Tensor:
+        """There is none: this first stage cannot be trained."""
+        raise InputError("first_stage=identity has no weights to train; choose kl_f4 or another first stage.")

@@ -1,0 +1,75 @@
+"""The KL first stage: a Gaussian posterior per picture, pulled slightly towards a standard normal."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Posterior, Reconstruction
+from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, check_image_size
+
+_LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class KLAutoencoder(nn.Module):
+    """Pictures to a diagonal Gaussian over latents and back (kl-f4 ... kl-f32 of the paper)."""
+
+    def __init__(
+        self,
+        *,
+        channel_mult: Sequence[int],  # widths of the levels, finest first; f = 2^(levels - 1)
+        latent_channels: int,  # channels of a latent
+        bottleneck_channels: int | None = None,  # between networks and latent projection; default: latent_channels
+        channels: int = 128,  # width of the finest level
+        num_res_blocks: int = 2,  # per level of the encoder; the decoder has one more
+        attention_downsampling: Sequence[int] = (),  # levels with attention, by downsampling factor
+        mid_attention: bool = True,  # attention at the coarsest level's middle
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner = bottleneck_channels or latent_channels
+        arch = Architecture(
+            channels=channels,
+            channel_mult=tuple(channel_mult),
+            num_res_blocks=num_res_blocks,
+            attention_downsampling=tuple(attention_downsampling),
+            mid_attention=mid_attention,
+            latent_channels=inner,
+            norm_groups=norm_groups,
+            dropout=dropout,
+        )
+        self.downsampling = arch.downsampling
+        self.latent_channels = latent_channels
+        self.encoder = Encoder(arch, out_channels=2 * inner)
+        self.decoder = Decoder(arch)
+        self.to_moments = nn.Conv2d(2 * inner, 2 * latent_channels, 1)
+        self.from_latent = nn.Conv2d(latent_channels, inner, 1)
+
+    def encode(self, images: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] => mean and log-variance (B, C, H / f, W / f), float32."""
+        check_image_size(images, self.downsampling)
+        mean, logvar = self.to_moments(self.encoder(images)).float().chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(*_LOGVAR_RANGE))
+
+    def decode(self, raw_latents: Tensor) -> Tensor:
+        """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
+        return self.decoder(self.from_latent(raw_latents))
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """Encode, draw a latent with the given noise (B, C, h, w), decode; the penalty is `kl`."""
+        posterior = self.encode(images)
+        penalties = {"kl": kl_to_standard_normal(posterior).mean()}
+        return Reconstruction(self.decode(posterior.sample(noise)), penalties)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the convolution that gives the pixels."""
+        return self.decoder.output.weight
+
+
+def kl_to_standard_normal(posterior: Posterior) -> Tensor:
+    """1/2 sum (mean^2 + var - 1 - logvar) over channels and positions: (B,)."""
+    assert posterior.logvar is not None
+    terms = posterior.mean**2 + torch.exp(posterior.logvar) - 1.0 - posterior.logvar
+    return 0.5 * terms.sum(dim=(1, 2, 3))

@@ -1,0 +1,100 @@
+"""Our first stages give the official programs' outputs and have the released models' sizes and key names."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldmlab.first_stages import KLAutoencoder, VQModel
+from ldmlab.first_stages.kl import kl_to_standard_normal
+from ldmlab.interop import compvis_first_stage as compvis
+
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / "tests/assets/reference/compvis"
+CASES = json.loads((ASSETS / "autoencoders.json").read_text())
+RELEASED = json.loads((ASSETS / "first_stage_layouts.json").read_text())
+PREFIX = "first_stage_model."
+TOLERANCE = 2e-5  # float32 runs of one network on one machine differ by about 1e-5
+
+
+def weight_by_rule(key: str, shape: list[int], salt: int) -> Tensor:
+    """The reference files hold no weights: each tensor is drawn from its own name."""
+    count = math.prod(shape)
+    values = np.random.RandomState((zlib.crc32(key.encode()) + salt) % 2**32).standard_normal(count)  # noqa: NPY002
+    if len(shape) > 1:
+        values *= 0.7 / math.sqrt(count // shape[0])
+    elif key.endswith("weight"):
+        values = 1 + 0.1 * values
+    else:
+        values *= 0.1
+    return torch.from_numpy(values.reshape(shape).astype(np.float32))
+
+
+def reference(name: str) -> tuple[Any, dict[str, Tensor]]:
+    case = CASES[name]
+    target = {"autoencoder_kl": "AutoencoderKL", "autoencoder_vq": "VQModel"}[name]
+    arguments = compvis.arguments(target, case["config"])
+    assert arguments.pop("_target_").endswith({"AutoencoderKL": "KLAutoencoder"}.get(target, target))
+    stage = KLAutoencoder(**arguments) if target == "AutoencoderKL" else VQModel(**arguments)
+    weights = {k.removeprefix(PREFIX): weight_by_rule(k, shape, case["salt"]) for k, shape in case["keys"].items()}
+    compvis.load_official(stage, weights)
+    assert sum(p.numel() for p in stage.parameters()) == case["params"]
+    return stage.eval(), load_file(ASSETS / f"{name}.safetensors")
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_kl_outputs() -> None:
+    stage, expected = reference("autoencoder_kl")
+    posterior = stage.encode(expected["x"])
+    close(posterior.mean, expected["mean"])
+    close(posterior.logvar, expected["logvar"])
+    torch.testing.assert_close(kl_to_standard_normal(posterior), expected["kl"], atol=0, rtol=1e-5)
+    close(stage.decode(posterior.mean), expected["reconstruction"])
+    given = stage.reconstruct(expected["x"], torch.zeros_like(posterior.mean))
+    close(given.images, expected["reconstruction"])
+    torch.testing.assert_close(given.penalties["kl"], expected["kl"].mean())
+
+
+@torch.no_grad()
+def test_vq_outputs() -> None:
+    stage, expected = reference("autoencoder_vq")
+    latents = stage.encode(expected["x"])
+    close(latents.mean, expected["z"])
+    assert latents.logvar is None
+    quantised = stage.quantiser(latents.mean)
+    assert torch.equal(quantised.codes, expected["indices"])
+    close(quantised.latents, expected["quantized"])
+    close(stage.decode(latents.mean), expected["reconstruction"])
+    given = stage.reconstruct(expected["x"], torch.zeros(()))
+    close(given.images, expected["reconstruction"])
+    close(given.penalties["codebook"][None], expected["codebook_loss"])
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes_and_names(name: str) -> None:
+    released = RELEASED[name]
+    options = yaml.safe_load((ROOT / f"conf/first_stage/{name}.yaml").read_text())
+    official = compvis.arguments(released["target"], released["config"])
+    assert options | {"bottleneck_channels": official["bottleneck_channels"]} == official | {
+        key: options[key] for key in options.keys() - official.keys()
+    }
+    kind = {"ldmlab.first_stages.kl.KLAutoencoder": KLAutoencoder, "ldmlab.first_stages.vq.VQModel": VQModel}
+    with torch.device("meta"):
+        stage: Any = kind[options.pop("_target_")](**options)
+    assert sum(p.numel() for p in stage.parameters()) == released["params"]
+    keys = {key.removeprefix(PREFIX): shape for key, shape in released["keys"].items()}
+    exported = compvis.export_official(stage, keys)
+    assert {k: list(v.shape) for k, v in exported.items()} == {k: s for k, s in keys.items() if k in exported}
+    assert all(key.startswith("loss.") for key in keys.keys() - exported.keys())
