@@ -1,14 +1,15 @@
 """What the processes of one run tell each other; everything is a no-op for a single process."""
 
+import atexit
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from torch import Tensor
 
-_RANK_NAMES = ("RANK", "SLURM_PROCID")
-_WORLD_NAMES = ("WORLD_SIZE", "SLURM_NTASKS")
 _BUCKET_ELEMENTS = 6_500_000  # 25 MB of float32 a bucket
 
 
@@ -19,31 +20,86 @@ def joined() -> bool:
 
 def rank() -> int:
     """Rank of this process: of the group, or what torchrun or srun said before there is one."""
-    return dist.get_rank() if joined() else _from_environment(_RANK_NAMES, 0)
+    return dist.get_rank() if joined() else _told("RANK", "SLURM_PROCID", 0)
 
 
 def world_size() -> int:
     """Number of processes: of the group, or what torchrun or srun said before there is one."""
-    return dist.get_world_size() if joined() else _from_environment(_WORLD_NAMES, 1)
+    return dist.get_world_size() if joined() else _told("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
 
 
-def _from_environment(names: tuple[str, ...], default: int) -> int:
-    """Torchrun's variables; srun's only where a rendezvous address says that the tasks belong together."""
+def local_rank() -> int:
+    """Rank of this process on its machine, which is the number of its GPU."""
+    return _told("LOCAL_RANK", "SLURM_LOCALID", 0)
+
+
+def local_world_size() -> int:
+    """Number of processes of this run on this machine."""
+    return _told("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", world_size())
+
+
+def _told(torchrun_name: str, srun_name: str, default: int) -> int:
+    """A number from torchrun's environment, else from srun's (only srun sets the step variables), else `default`."""
     if "RANK" in os.environ:
-        names = names[:1]
-    elif "MASTER_ADDR" not in os.environ:
-        return default
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+        return int(os.environ.get(torchrun_name, default))
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        return int(os.environ.get(srun_name, default))
+    return default
 
 
 def join() -> None:
-    """Start the process group that torchrun or srun has prepared; nccl with a GPU, gloo without."""
+    """Start the process group that torchrun or srun has prepared; nccl with GPUs, gloo without."""
     if joined() or world_size() == 1:
         return
+    if "MASTER_ADDR" not in os.environ:  # srun names the machines but no meeting place
+        slurm = SLURMEnvironment()
+        os.environ.update(MASTER_ADDR=slurm.main_address, MASTER_PORT=str(slurm.main_port))
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+        torch.cuda.set_device(local_rank())
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, rank=rank(), world_size=world_size())
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Close the process group."""
+    if joined():
+        dist.destroy_process_group()
+
+
+class Launched(ClusterEnvironment):
+    """Tells Lightning that the processes exist already and which one this is."""
+
+    creates_processes_externally = True
+    main_address = property(lambda self: os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    main_port = property(lambda self: int(os.environ.get("MASTER_PORT", "0")))
+
+    @staticmethod
+    def detect() -> bool:
+        """Always: torchrun, srun or a single process."""
+        return True
+
+    def world_size(self) -> int:
+        """Number of processes."""
+        return world_size()
+
+    def set_world_size(self, size: int) -> None:
+        """Fixed at launch."""
+
+    def global_rank(self) -> int:
+        """Rank over all machines."""
+        return rank()
+
+    def set_global_rank(self, rank: int) -> None:
+        """Fixed at launch."""
+
+    def local_rank(self) -> int:
+        """Rank on this machine."""
+        return local_rank()
+
+    def node_rank(self) -> int:
+        """Number of this machine."""
+        return rank() // max(local_world_size(), 1)
 
 
 def sum_(tensor: Tensor) -> Tensor:

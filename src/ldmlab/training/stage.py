@@ -19,6 +19,7 @@ from ldmlab.averaging import AveragedWeights
 from ldmlab.errors import InputError
 from ldmlab.training import processes
 from ldmlab.training.random_state import isolated_random
+from ldmlab.training.terms import Terms
 
 Batch = dict[str, Any]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -63,10 +64,8 @@ class Stage(pl.LightningModule):
         self.average: AveragedWeights | None = None  # made once the weights are on their device
         self.extras: dict[str, dict[str, Tensor]] = {}  # by player, of the latest micro-batch
         self.at_border = True  # between two steps, where state may be saved
+        self.terms = Terms()
         self._micro_batches = 0
-        self._row: dict[str, Tensor] = {}  # terms of the unfinished step
-        self._unread: list[tuple[int, dict[str, Tensor]]] = []  # terms still on the device, by step
-        self._read: dict[str, list[float]] = {}  # terms already checked, since the last log
         self._waiting: dict[str, Any] | None = None  # checkpoint parts that need the optimizers
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
@@ -115,8 +114,7 @@ class Stage(pl.LightningModule):
             self.manual_backward(losses.total / self.accumulate)
         self.extras[player] = {name: value.detach() for name, value in losses.extras.items()}
         for name, value in (losses.terms or {"loss": losses.total}).items():
-            share = value.detach().float() / self.accumulate
-            self._row[name] = self._row[name] + share if name in self._row else share
+            self.terms.add(name, value, 1 / self.accumulate)
 
     @contextmanager
     def _only(self, player: str) -> Iterator[None]:
@@ -141,7 +139,7 @@ class Stage(pl.LightningModule):
         for player, parameters in playing.items():
             if not wrapped:
                 processes.mean_gradients(parameters)
-            self._row[f"gradient_norm/{player}"] = self._clip(parameters)
+            self.terms.add(f"gradient_norm/{player}", self._clip(parameters))
             self._set_rate(optimizers[player])
             optimizers[player].step()
             optimizers[player].zero_grad(set_to_none=True)
@@ -149,8 +147,8 @@ class Stage(pl.LightningModule):
             self.average.update()
         self.step += 1
         self.position += self._pictures * self.accumulate * processes.world_size()
-        self._unread.append((self.step, self._row))
-        self._row, self._micro_batches, self.at_border = {}, 0, True
+        self.terms.close(self.step)
+        self._micro_batches, self.at_border = 0, True
 
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
         """Norm of the gradient before clipping."""
@@ -196,28 +194,7 @@ class Stage(pl.LightningModule):
         """The optimizers under the names of their players."""
         return self._optimizers
 
-    # -- numbers -----------------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Read all terms since the last look, averaged over processes, and stop at the first that is not finite."""
-        if not self._unread:
-            return
-        stacked = torch.stack([value for _, row in self._unread for value in row.values()])
-        values = iter(processes.mean_(stacked).tolist())
-        for step, row in self._unread:
-            for name in row:
-                value = next(values)
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"{name} became {value} at step {step}; the last checkpoint is before it")
-                self._read.setdefault(name, []).append(value)
-        self._unread = []
-
-    def read_terms(self) -> dict[str, float]:
-        """Mean of every term over the steps since the last call, checked."""
-        self.check()
-        means = {name: sum(values) / len(values) for name, values in self._read.items()}
-        self._read = {}
-        return means
+    # -- looking ---------------------------------------------------------------------------------------------------
 
     def mean_over_processes(self, sums: dict[str, Tensor | float], count: int | float) -> dict[str, float]:
         """Sums over this process's pictures and their count => means over the pictures of all processes."""

@@ -1,0 +1,71 @@
+"""The checkpoints of a run: written whole, the newest few kept, the newest readable one resumed from."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ldmlab.checkpoints import load_checkpoint, save_checkpoint
+from ldmlab.errors import InputError
+
+FORMAT_VERSION = 1
+BEST = "best.ckpt"
+_NAME = re.compile(r"step_(\d{8,})\.ckpt")
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run; only the first process writes."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise InputError(f"trainer.keep={keep} would delete every checkpoint; keep at least 1.")
+        self.folder, self.keep = folder, keep
+
+    def save(self, content: dict[str, Any]) -> Path:
+        """Write `step_<step>.ckpt` and delete all but the newest `keep`."""
+        path = self.folder / f"step_{content['step']:08d}.ckpt"
+        save_checkpoint(path, {"format_version": FORMAT_VERSION, **content})
+        for old in self.by_age()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def save_best(self, content: dict[str, Any]) -> Path:
+        """Write `best.ckpt`, which is kept until a better one replaces it."""
+        path = self.folder / BEST
+        save_checkpoint(path, {"format_version": FORMAT_VERSION, **content})
+        return path
+
+    def by_age(self) -> list[Path]:
+        """Checkpoints by step, oldest first."""
+        found = [(int(match[1]), path) for path in self.folder.glob("step_*.ckpt") if (match := _NAME.match(path.name))]
+        return [path for _, path in sorted(found)]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, with its content; None in a run without any."""
+        damaged = []
+        for path in reversed(self.by_age()):
+            try:
+                content = load_checkpoint(path)
+            except InputError as error:
+                warnings.warn(f"{error} Trying the one before it.", stacklevel=2)
+                damaged.append(path)
+                continue
+            return path, supported(content, path)
+        if damaged:
+            raise InputError(f"none of the {len(damaged)} checkpoints in {self.folder} can be read; start a new run.")
+        return None
+
+    def sweep(self) -> None:
+        """Delete what a killed process left half written."""
+        for part in self.folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
+
+
+def supported(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content itself; InputError for a format of another version."""
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has checkpoint format {version}, this ldmlab reads {FORMAT_VERSION}; use another one."
+        )
+    return content

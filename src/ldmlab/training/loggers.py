@@ -1,0 +1,189 @@
+"""Numbers and pictures to metrics.csv and samples/ always, and to TensorBoard or W&B by choice."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ldmlab.checkpoints import write_atomically
+from ldmlab.training.run_folder import RunFolder
+
+
+class Logger(Protocol):
+    """A place that numbers and pictures go to, opened by the first process of a run."""
+
+    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None: ...  # step: resumed from
+
+    def numbers(self, values: dict[str, float], step: int) -> None: ...
+
+    def picture(self, name: str, grid: np.ndarray, step: int) -> None: ...  # uint8 (H, W, 3)
+
+    def close(self, success: bool) -> None: ...
+
+
+class Files:
+    """metrics.csv, one row a call with a step column, and samples/NAME/step_XXXXXXXX.png."""
+
+    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
+        """Keep what was logged up to `step`; later rows will be written again."""
+        self._path, self._samples = run.metrics, run.samples
+        self._columns, rows = read_metrics(self._path)
+        self._rewrite([row for row in rows if int(row["step"]) <= step])
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        """Append a row; new names become new columns."""
+        row = {"step": str(step), **{name: f"{value:.9g}" for name, value in values.items()}}
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite(read_metrics(self._path)[1])
+        with open(self._path, "a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        if not self._columns:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self._path, lambda temporary: _write_text(temporary, text.getvalue()))
+
+    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
+        """A PNG."""
+        path = self._samples / name / f"step_{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).save(path)
+
+    def close(self, success: bool) -> None:
+        """Every row is on disk already."""
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, newline="")
+
+
+def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a metrics.csv, without a last row that a killed process left unfinished."""
+    if not path.exists():
+        return [], []
+    with open(path, newline="") as file:
+        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith("\n")]
+    reader = csv.DictReader(lines)
+    rows = [row for row in reader if None not in row.values() and row["step"].isdigit()]
+    return list(reader.fieldnames or []), rows
+
+
+@dataclass
+class TensorBoard:
+    """TensorBoard's event files under the run folder."""
+
+    folder: str = "tensorboard"  # below the run folder
+    _logger: Any = field(default=None, init=False)
+
+    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
+        """Events after `step` of an earlier start are hidden by TensorBoard itself."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._logger = SummaryWriter(str(run.path / self.folder), purge_step=step + 1)
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        """One scalar a name."""
+        for name, value in values.items():
+            self._logger.add_scalar(name, value, step)
+
+    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
+        """One picture."""
+        self._logger.add_image(name, grid, step, dataformats="HWC")
+
+    def close(self, success: bool) -> None:
+        """Flush and close."""
+        self._logger.close()
+
+
+@dataclass
+class WandB:
+    """Weights and Biases through Lightning's logger; the W&B id is the run's id, nothing is uploaded but what is logged."""
+
+    project: str = "ldmlab"
+    mode: Literal["offline", "online", "disabled"] = "offline"  # offline runs go up later with `wandb sync`
+    entity: str | None = None  # account or team
+    group: str | None = None  # name that the runs of one sweep share
+    tags: Sequence[str] = ()
+    _logger: Any = field(default=None, init=False)
+
+    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
+        """Start or go on with the W&B run; all its files stay under the run folder."""
+        from pytorch_lightning.loggers import WandbLogger
+
+        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ.setdefault(name, str(run.path / "wandb"))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._logger = WandbLogger(
+            name=run.name, save_dir=str(run.path), id=run.run_id, project=self.project, log_model=False,
+            mode=self.mode, entity=self.entity, group=self.group, tags=list(self.tags), resume="allow",
+        )  # fmt: skip
+        self._logger.experiment.config.update(settings, allow_val_change=True)
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        """One row; the x axis is the step."""
+        self._logger.log_metrics(values, step=step)
+
+    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
+        """One picture."""
+        self._logger.log_image(name, [Image.fromarray(grid)], step=step)
+
+    def close(self, success: bool) -> None:
+        """Tell W&B how it ended, on every way out."""
+        if self._logger is not None:
+            self._logger.experiment.finish(exit_code=0 if success else 1)
+
+
+class Loggers:
+    """All loggers of a run behind one face; on other processes than the first it does nothing."""
+
+    def __init__(self, loggers: Sequence[Logger], first: bool) -> None:
+        self._loggers: list[Logger] = [Files(), *loggers] if first else []
+        self._open: list[Logger] = []
+
+    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
+        """Open all; `step` is where a resumed run goes on."""
+        for logger in self._loggers:
+            logger.open(run, settings, step)
+            self._open.append(logger)
+
+    def log_numbers(self, values: dict[str, float], step: int) -> None:
+        """Scalars of a step to every logger."""
+        for logger in self._open:
+            logger.numbers(values, step)
+
+    def log_images(self, name: str, images: Tensor, step: int) -> None:
+        """Pictures uint8 (N, H, W, 3) as one grid to every logger."""
+        if self._open:
+            grid = picture_grid(images)
+            for logger in self._open:
+                logger.picture(name, grid, step)
+
+    def close(self, success: bool) -> None:
+        """Finish all, also when one of them fails."""
+        while self._open:
+            self._open.pop().close(success)
+
+
+def picture_grid(images: Tensor, gap: int = 2) -> np.ndarray:
+    """Pictures uint8 (N, H, W, 3) in rows of about sqrt(N), white between them: uint8 (H', W', 3)."""
+    count, height, width, _ = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = int(np.ceil(count / columns))
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for index, picture in enumerate(images.cpu().numpy()):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        grid[top : top + height, left : left + width] = picture
+    return grid
