@@ -1,0 +1,205 @@
+"""The denoising U-Net of the paper (appendix E.2.1): residual and attention blocks on a pyramid of feature maps.
+
+Shapes: B batch, C channels, h w latent size, E = 4 model_channels, L conditioning tokens, D their width.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ldmlab.contracts import Conditioning, Prepared
+from ldmlab.errors import InputError
+from ldmlab.nn.attention import KeysValues, PixelAttention, SpatialTransformer
+from ldmlab.nn.blocks import Grow, ResBlock, Shrink, Size, as_channels_last, conv3, double, group_norm, halve, zero
+from ldmlab.nn.embedding import TimeMLP
+
+
+class UNetCache(NamedTuple):
+    """What does not change between the steps of one sample."""
+
+    keys_values: list[list[KeysValues]]  # per spatial transformer in the order they run, per block of it
+    vector: Tensor | None  # (B, E) projected vector conditioning
+
+
+class UNetBlock(nn.Module):
+    """A residual block, then attention: none, over pixels, or over pixels and tokens."""
+
+    def __init__(self, res: ResBlock, attention: PixelAttention | SpatialTransformer | None) -> None:
+        super().__init__()
+        self.res = res
+        self.attention = attention
+
+    def forward(self, x: Tensor, emb: Tensor, text: list[KeysValues] | None) -> Tensor:
+        x = self.res(x, emb)
+        if isinstance(self.attention, SpatialTransformer):
+            return self.attention(x, text)
+        return x if self.attention is None else self.attention(x)
+
+
+class UNetLevel(nn.Module):
+    """The blocks of one resolution and the way to the next one."""
+
+    def __init__(self, blocks: list[UNetBlock], resample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """eps(x, t, conditioning) of the official code, every published variant; size of x free, two need not divide it."""
+
+    def __init__(
+        self,
+        in_channels: int,  # latent plus spatial conditioning; derived in wiring
+        out_channels: int,  # of the latent; derived in wiring
+        model_channels: int,  # width of the finest level
+        channel_mult: Sequence[int],  # width of every level, in multiples of model_channels
+        num_res_blocks: int,  # per level on the way down; one more on the way up
+        attention_downsampling: Sequence[int],  # levels with attention, by downsampling factor: 1, 2, 4, ...
+        heads: int | None = None,  # number of attention heads, or
+        head_channels: int | None = None,  # width of each: exactly one of the two
+        transformer_depth: int = 1,  # blocks per spatial transformer; with tokens only
+        context_width: int | None = None,  # D of the tokens; None: no cross-attention; derived in wiring
+        vector_width: int | None = None,  # width of vector conditioning; derived in wiring
+        dropout: float = 0.0,  # in the residual blocks
+        scale_shift: bool = False,  # the time vector scales and shifts norms instead of being added
+        residual_resampling: bool = False,  # resample inside residual blocks (BigGAN) instead of by convolution
+        gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
+    ) -> None:
+        super().__init__()
+        if (heads is None) == (head_channels is None):
+            raise InputError(f"backbone.heads={heads} and backbone.head_channels={head_channels}: give exactly one.")
+        self.context_width = context_width
+        self.vector_width = vector_width
+        self.gradient_checkpointing = gradient_checkpointing
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self._attention_at = set(attention_downsampling)
+        self._heads, self._head_channels, self._depth = heads, head_channels, transformer_depth
+        self._dropout, self._scale_shift, self._residual_resampling = dropout, scale_shift, residual_resampling
+
+        self.time = TimeMLP(model_channels)
+        self.vector = nn.Linear(vector_width, self.time.width) if vector_width else None
+        widths = [model_channels * m for m in channel_mult]
+        self.conv_in = conv3(in_channels, model_channels)
+        self.down, skips = self._build_down([model_channels, *widths], num_res_blocks)
+        self.middle = nn.ModuleList([self._block(widths[-1], widths[-1], attention=True)])
+        self.middle.append(self._block(widths[-1], widths[-1], attention=False))
+        self.up = self._build_up(widths, num_res_blocks, skips)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = zero(conv3(widths[0], out_channels))
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        """Slots of the conditioning this network was built for."""
+        slots = {"tokens": self.context_width, "vector": self.vector_width, "spatial": self.in_channels}
+        return frozenset(slot for slot, width in slots.items() if width)
+
+    # ---- building ----
+
+    def _build_down(self, widths: list[int], blocks: int) -> tuple[nn.ModuleList, list[int]]:
+        """Levels from fine to coarse, and the widths of the feature maps they leave for the way up."""
+        levels, skips = nn.ModuleList(), [widths[0]]
+        for i, (width_in, width) in enumerate(pairwise(widths)):
+            attention = 2**i in self._attention_at
+            row = [self._block(width if j else width_in, width, attention=attention) for j in range(blocks)]
+            last = i == len(widths) - 2
+            levels.append(UNetLevel(row, None if last else self._resampler(width, "down")))
+            skips += [width] * (blocks if last else blocks + 1)
+        return levels, skips
+
+    def _build_up(self, widths: list[int], blocks: int, skips: list[int]) -> nn.ModuleList:
+        """Levels from coarse to fine; every block meets one feature map left on the way down."""
+        levels, width_in = nn.ModuleList(), widths[-1]
+        for i in reversed(range(len(widths))):
+            row = []
+            for _ in range(blocks + 1):
+                row.append(self._block(width_in + skips.pop(), widths[i], attention=2**i in self._attention_at))
+                width_in = widths[i]
+            levels.append(UNetLevel(row, self._resampler(width_in, "up") if i else None))
+        return levels
+
+    def _block(self, width_in: int, width: int, *, attention: bool) -> UNetBlock:
+        return UNetBlock(self._res_block(width_in, width), self._attention(width) if attention else None)
+
+    def _res_block(self, width_in: int, width: int, resample: Callable[..., Tensor] | None = None) -> ResBlock:
+        emb, dropout, scale_shift = self.time.width, self._dropout, self._scale_shift
+        return ResBlock(width_in, width, emb, dropout=dropout, scale_shift=scale_shift, resample=resample)
+
+    def _attention(self, width: int) -> PixelAttention | SpatialTransformer:
+        heads = self._heads or width // (self._head_channels or width)
+        if heads == 0 or width % heads:
+            raise InputError(
+                f"backbone.heads={self._heads}, backbone.head_channels={self._head_channels} do not divide a level of "
+                f"{width} channels; choose a divisor of every model_channels * channel_mult that has attention."
+            )
+        if self.context_width is None:
+            return PixelAttention(width, heads)
+        return SpatialTransformer(width, heads, width // heads, self._depth, self.context_width)
+
+    def _resampler(self, width: int, direction: str) -> nn.Module:
+        if self._residual_resampling:
+            return self._res_block(width, width, halve if direction == "down" else double)
+        return Shrink(width) if direction == "down" else Grow(width)
+
+    # ---- running ----
+
+    def transformers(self) -> Iterator[SpatialTransformer]:
+        """The spatial transformers in the order they run."""
+        for module in self.modules():
+            if isinstance(module, SpatialTransformer):
+                yield module
+
+    def prepare(self, conditioning: Conditioning) -> Prepared:
+        """Keys and values of the tokens for every block, and the projected vector."""
+        for slot in ("tokens", "vector"):
+            if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
+                has = "needs" if slot in self.accepts else "does not take"
+                raise InputError(f"the U-Net {has} {slot} conditioning; change conditioner or backbone.")
+        tokens, vector = conditioning.tokens, conditioning.vector
+        keys_values = [] if tokens is None else [block.keys_values(tokens) for block in self.transformers()]
+        projected = None if vector is None or self.vector is None else self.vector(vector)
+        return Prepared(conditioning, UNetCache(keys_values, projected))
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
+        """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w)."""
+        prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
+        spatial, cache = prepared.conditioning.spatial, prepared.cache
+        if spatial is not None:
+            x = torch.cat([x, spatial.to(x.dtype)], dim=1)
+        emb = self.time(t)  # (B, E)
+        emb = F.silu(emb if cache.vector is None else emb + cache.vector)
+        text = iter(cache.keys_values)
+
+        h = self.conv_in(as_channels_last(x))
+        skips = [h]
+        for level in cast(Iterable[UNetLevel], self.down):
+            for block in level.blocks:
+                h = self._run(block, h, emb, text)
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h, emb)
+                skips.append(h)
+        for block in self.middle:
+            h = self._run(block, h, emb, text)
+        for level in cast(Iterable[UNetLevel], self.up):
+            for block in level.blocks:
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, text)
+            if level.resample is not None:
+                h = level.resample(h, emb, _size(skips[-1]))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, text: Iterator[list[KeysValues]]) -> Tensor:
+        keys_values = next(text) if isinstance(block.attention, SpatialTransformer) else None
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, h, emb, keys_values, use_reentrant=False)
+        return block(h, emb, keys_values)
+
+
+def _size(x: Tensor) -> Size:
+    return x.shape[2], x.shape[3]

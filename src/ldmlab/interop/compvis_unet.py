@@ -1,0 +1,98 @@
+"""The official U-Net's tensor names and ours: a pure function of the architecture.
+
+Official names are those after `model.diffusion_model.`; see `openaimodel.py` of CompVis/latent-diffusion.
+The 1 x 1 convolutions of the official attention blocks are linear layers here, so their weights lose the empty axes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+_RES = {
+    "in_layers.0": "norm_in",
+    "in_layers.2": "conv_in",
+    "emb_layers.1": "emb",
+    "out_layers.0": "norm_out",
+    "out_layers.3": "conv_out",
+    "skip_connection": "skip",
+}
+_PIXEL_ATTENTION = {"norm": "norm", "qkv": "qkv", "proj_out": "out"}
+_TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}
+_TRANSFORMER_BLOCK = {
+    "norm1": "norm_self",
+    "norm2": "norm_cross",
+    "norm3": "norm_mlp",
+    "ff.net.0.proj": "mlp.expand",
+    "ff.net.2": "mlp.out",
+    **{
+        f"{official}.{theirs}": f"{ours}.{name}"
+        for official, ours in (("attn1", "self_attention"), ("attn2", "cross_attention"))
+        for theirs, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out"))
+    },
+}
+Pairs = Iterator[tuple[str, str]]  # (official module, our module)
+
+
+def module_names(
+    *,
+    channel_mult: Sequence[int],
+    num_res_blocks: int,
+    attention_downsampling: Sequence[int],
+    context: bool,  # spatial transformers (True) or attention over pixels (False)
+    transformer_depth: int = 1,
+    residual_resampling: bool = False,
+) -> dict[str, str]:
+    """Official module name => ours, for every module that holds tensors; some (skip connections) may be absent."""
+
+    def block(official: str, ours: str, attention: bool) -> Pairs:
+        yield from _under(f"{official}.0", f"{ours}.res", _RES)
+        if attention and not context:
+            yield from _under(f"{official}.1", f"{ours}.attention", _PIXEL_ATTENTION)
+        if attention and context:
+            yield from _under(f"{official}.1", f"{ours}.attention", _TRANSFORMER)
+            for i in range(transformer_depth):
+                inner = f"{official}.1.transformer_blocks.{i}", f"{ours}.attention.blocks.{i}"
+                yield from _under(*inner, _TRANSFORMER_BLOCK)
+
+    def resample(official: str, ours: str, conv: str) -> Pairs:
+        yield from _under(official, ours, _RES if residual_resampling else {conv: "conv"})
+
+    def pairs() -> Pairs:
+        yield from (("time_embed.0", "time.expand"), ("time_embed.2", "time.mix"), ("input_blocks.0.0", "conv_in"))
+        levels, number = len(channel_mult), 1
+        for i in range(levels):
+            for j in range(num_res_blocks):
+                yield from block(f"input_blocks.{number}", f"down.{i}.blocks.{j}", 2**i in attention_downsampling)
+                number += 1
+            if i < levels - 1:
+                yield from resample(f"input_blocks.{number}.0", f"down.{i}.resample", "op")
+                number += 1
+        yield from _middle(block)
+        for number, (i, j) in enumerate((i, j) for i in range(levels) for j in range(num_res_blocks + 1)):
+            attention = 2 ** (levels - 1 - i) in attention_downsampling
+            yield from block(f"output_blocks.{number}", f"up.{i}.blocks.{j}", attention)
+            if i < levels - 1 and j == num_res_blocks:
+                yield from resample(f"output_blocks.{number}.{1 + attention}", f"up.{i}.resample", "conv")
+        yield from (("out.0", "norm_out"), ("out.2", "conv_out"))
+
+    return dict(pairs())
+
+
+def _middle(block: Callable[[str, str, bool], Pairs]) -> Pairs:
+    """Residual block, attention, residual block: we keep the first two in one block."""
+    yield from block("middle_block", "middle.0", True)
+    yield from _under("middle_block.2", "middle.1.res", _RES)
+
+
+def _under(official: str, ours: str, names: Mapping[str, str]) -> Pairs:
+    return ((f"{official}.{theirs}", f"{ours}.{name}") for theirs, name in names.items())
+
+
+def to_ours(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Official tensors (no prefix) under our names; a tensor no module asks for is an error (KeyError)."""
+    result = {}
+    for key, tensor in state.items():
+        module, leaf = key.rsplit(".", 1)
+        linear = ".attention." in names[module] and tensor.ndim > 2
+        result[f"{names[module]}.{leaf}"] = tensor.flatten(1) if linear else tensor
+    return result

@@ -1,0 +1,129 @@
+"""Attention over the pixels of a feature map and over conditioning tokens.
+
+Shapes: B batch, C channels, h w feature map, N = h w, L conditioning tokens, H heads, d = width of a head.
+A channels-last feature map is a sequence of tokens without a copy, and every product here is a linear layer on it.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.nn.blocks import group_norm, zero
+
+KeysValues = tuple[Tensor, Tensor]  # each (B, H, L, d)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) => (B, N, C), a view if x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, N, C) => (B, C, h, w) with the size of `like`, a channels-last view."""
+    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H d) => (B, H, N, d), a view."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with the fused kernels: (B, H, N, d) => (B, N, H d)."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class PixelAttention(nn.Module):
+    """Self-attention of a U-Net without tokens: x + out(attention(norm(x))), one fused q, k, v product."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)  # rows: head, then q | k | v, then d
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(self.norm(x))  # (B, N, C)
+        qkv = self.qkv(tokens).unflatten(2, (self.heads, 3, -1))  # (B, N, H, 3, d)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))  # (B, H, N, d)
+        return x + to_map(self.out(attend(q, k, v)), x)
+
+
+class TokenAttention(nn.Module):
+    """Attention from tokens to themselves or, with `context_width`, to prepared keys and values of a context."""
+
+    def __init__(self, width: int, heads: int, head_channels: int, context_width: int | None = None) -> None:
+        super().__init__()
+        inner = heads * head_channels
+        self.heads = heads
+        self.q = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(context_width or width, inner, bias=False)
+        self.v = nn.Linear(context_width or width, inner, bias=False)
+        self.out = nn.Linear(inner, width)
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """(B, L, D) => what `forward` needs of it."""
+        return split_heads(self.k(context), self.heads), split_heads(self.v(context), self.heads)
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        return self.out(attend(split_heads(self.q(x), self.heads), k, v))
+
+
+class GatedMLP(nn.Module):
+    """out(a gelu(b)), where a and b are the two halves of expand(x), each four times as wide as x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 8 * width)
+        self.out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, gated MLP, each behind a layer norm and with a residual."""
+
+    def __init__(self, width: int, heads: int, head_channels: int, context_width: int) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(width)
+        self.self_attention = TokenAttention(width, heads, head_channels)
+        self.norm_cross = nn.LayerNorm(width)
+        self.cross_attention = TokenAttention(width, heads, head_channels, context_width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = GatedMLP(width)
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        x = x + self.self_attention(self.norm_self(x))
+        x = x + self.cross_attention(self.norm_cross(x), keys_values)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map that also look at tokens: x + out(blocks(in(norm(x)))).
+
+    The official code projects in and out with 1 x 1 convolutions or linear layers; they are the same function.
+    """
+
+    def __init__(self, channels: int, heads: int, head_channels: int, depth: int, context_width: int) -> None:
+        super().__init__()
+        width = heads * head_channels
+        self.norm = group_norm(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, head_channels, context_width) for _ in range(depth))
+        self.proj_out = zero(nn.Linear(width, channels))
+
+    def keys_values(self, context: Tensor) -> list[KeysValues]:
+        """Tokens (B, L, D) => keys and values for every block."""
+        return [block.cross_attention.keys_values(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
+
+    def forward(self, x: Tensor, keys_values: list[KeysValues]) -> Tensor:
+        tokens = self.proj_in(to_tokens(self.norm(x)))  # (B, N, width)
+        for block, kv in zip(self.blocks, keys_values, strict=True):
+            tokens = block(tokens, kv)
+        return x + to_map(self.proj_out(tokens), x)

@@ -1,0 +1,117 @@
+"""Convolutional bricks shared by the networks: norm, residual block, resampling.
+
+All keep the channels-last layout they are given, and all work at sizes that two does not divide: shrinking rounds up,
+growing is cropped to the size of the skip connection it will meet.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
+Size = tuple[int, int]
+
+
+def group_norm(channels: int, eps: float = 1e-5, groups: int = 32) -> nn.GroupNorm:
+    """Group norm over 32 groups; its sums run in float32 whatever the dtype, also under autocast."""
+    if channels % groups:
+        raise InputError(f"{channels} channels do not split into {groups} norm groups; choose a multiple of {groups}.")
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def zero(module: M) -> M:
+    """The module with all its parameters at zero: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def conv3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+    """3 x 3 convolution with a border of one zero on every side."""
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1)
+
+
+def halve(x: Tensor) -> Tensor:
+    """Mean of 2 x 2 pixels; an odd last row or column is averaged on its own: (B, C, ceil(h / 2), ceil(w / 2))."""
+    return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
+def double(x: Tensor, size: Size) -> Tensor:
+    """Every pixel twice in both directions, cropped to `size`: (B, C, *size)."""
+    height, width = size
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")[:, :, :height, :width]
+
+
+class Shrink(nn.Module):
+    """Stride-2 convolution with symmetric padding: (B, C, h, w) => (B, C, ceil(h / 2), ceil(w / 2))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels, stride=2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Grow(nn.Module):
+    """Nearest neighbour times two, then a convolution: (B, C, h, w) => (B, C, *size)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor, emb: Tensor, size: Size) -> Tensor:
+        return self.conv(double(x, size))
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x))) + time))), the last convolution starting at zero.
+
+    With `scale_shift` the time vector scales and shifts the second norm instead of being added before it.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        emb_width: int,
+        *,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: Callable[..., Tensor] | None = None,  # halve | double, applied in the branch and on the way around it
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.resample = resample
+        self.norm_in = group_norm(channels_in)
+        self.conv_in = conv3(channels_in, channels_out)
+        self.emb = nn.Linear(emb_width, 2 * channels_out if scale_shift else channels_out)
+        self.norm_out = group_norm(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zero(conv3(channels_out, channels_out))
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor, size: Size | None = None) -> Tensor:
+        """x (B, C, h, w), emb (B, E) after its SiLU => (B, C', h', w'); `size` is for a growing block."""
+        h = F.silu(self.norm_in(x))
+        if self.resample is not None:
+            target = () if size is None else (size,)
+            h, x = self.resample(h, *target), self.resample(x, *target)
+        h = self.conv_in(h)
+        e = self.emb(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm_out(h) * (1 + scale) + shift
+        else:
+            h = self.norm_out(h + e)
+        return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
+
+
+def as_channels_last(x: Tensor) -> Tensor:
+    """The same numbers laid out with channels innermost, the layout every convolution here is fastest in."""
+    return x.contiguous(memory_format=torch.channels_last)

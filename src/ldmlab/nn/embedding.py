@@ -1,0 +1,31 @@
+"""The noise level as a vector."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """(B,) times => (B, width) float32: cosines first, then sines, of t max_period^(-i / half)."""
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half))
+    angle = t.float()[:, None] * frequency[None, :]
+    embedding = torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+    return F.pad(embedding, (0, 1)) if width % 2 else embedding
+
+
+class TimeMLP(nn.Module):
+    """(B,) times => (B, 4 channels): sinusoids, linear, SiLU, linear."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.width = 4 * channels
+        self.expand = nn.Linear(channels, self.width)
+        self.mix = nn.Linear(self.width, self.width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = timestep_embedding(t, self.channels).to(self.expand.weight.dtype)
+        return self.mix(F.silu(self.expand(embedding)))
