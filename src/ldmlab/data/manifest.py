@@ -104,11 +104,14 @@ def write_manifest(folder: Path | str, manifest: Manifest) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or nothing, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -> None:
@@ -118,7 +121,9 @@ def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -
         try:
             size = path.stat().st_size
         except OSError:
-            raise InputError(f"shard {path} is missing although its manifest lists it; copy or pack it again.") from None
+            raise InputError(
+                f"shard {path} is missing although its manifest lists it; copy or pack it again."
+            ) from None
         if size != shard.bytes:
             how = "shorter" if size < shard.bytes else "longer"
             raise InputError(

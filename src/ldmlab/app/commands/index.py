@@ -1,0 +1,43 @@
+"""`ldmlab index TARS...`: write the manifest of tars made by others."""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from ldmlab.app.commands.progress_bar import progress_bar
+from ldmlab.data.index import index
+from ldmlab.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The tars, and what the manifest should say of them."""
+    add = parser.add_argument
+    add("tars", metavar="TARS", type=Path, nargs="+", help="tars of one folder, or that folder")
+    add("--split", metavar="NAME", default="train", help="what these pictures are called (train)")
+    add("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes (all cores)")
+    add("--origin", metavar="TEXT", help="where the pictures come from, for the manifest (the folder's name)")
+    add("--licence", metavar="TEXT", default="", help="of the pictures, for the manifest")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads, writes, sums up."""
+    console = Console(stderr=True)
+    if args.workers < 1:
+        raise InputError(f"workers={args.workers}; give at least 1.")
+    first: Path = args.tars[0]
+    folder = first if first.is_dir() else first.parent
+    with progress_bar("reading", "tars", console) as progress:
+        manifest = index(
+            args.tars,
+            split=args.split,
+            origin=args.origin or folder.resolve().name,
+            licence=args.licence,
+            workers=args.workers,
+            progress=progress,
+        )
+    console.print(
+        f"{folder}: {manifest.total} samples, {len(manifest.shards)} shards, fields {', '.join(manifest.fields)}"
+    )
+    return 0

@@ -1,0 +1,130 @@
+"""`ldmlab pack SOURCE OUT`: pictures and captions to image shards."""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from ldmlab.app.commands.progress_bar import progress_bar
+from ldmlab.data.encode_pictures import FORMATS, Encoding
+from ldmlab.data.pack import BAD, PackOptions, PackResult, pack
+from ldmlab.data.sources import LAYOUTS, Source, list_source
+from ldmlab.data.splits import SplitRule
+from ldmlab.data.transforms import RULES, Transform, parse_colour
+from ldmlab.errors import InputError
+
+_SHOWN = 10  # unreadable pictures named on the screen; the file names all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options in the order of the work: find, hold out, change, write."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="folder of pictures or tars, or a .jsonl, .csv, .tsv or .tar file")
+    add("out", metavar="OUT", type=Path, help="new folder; gets train/ and, with --val, val/")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="auto",
+        help="what SOURCE is: a table (metadata.jsonl, .csv) beside pictures,\n"
+        "captions (.txt) beside pictures, a folder per class, plain (nested) folders, tars",
+    )
+    add("--file-field", metavar="NAME", help="column with the file names (default: file_name, file, image, path ...)")
+    add(
+        "--caption-field", metavar="NAME", help="column with the captions (default: caption or text; none: no captions)"
+    )
+    add("--class-field", metavar="NAME", help="field whose sorted distinct values become class_id")
+    add("--list", metavar="FILE", type=Path, help="take only the pictures this text file names, one a line")
+    add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out pictures with a shorter short side")
+    add("--split", metavar="NAME", default="train", help="what the pictures that are not held out are called (train)")
+    add("--val", metavar="SHARE", type=float, default=0.0, help="share of groups held out in val/ (0)")
+    add(
+        "--val-least",
+        metavar="N",
+        type=int,
+        default=1,
+        help="groups held out of each value of --stratify, at least (1)",
+    )
+    add("--group", metavar="FIELD", help="pictures with one value of this field stay on one side")
+    add("--group-strip", metavar="REGEX", help="cut this out of the value of --group first: what variants differ in")
+    add("--stratify", metavar="FIELD", help="hold out the same share of each value of this field")
+    add("--seed", type=int, default=0, help="which groups are held out (0)")
+    add("--size", metavar="PIXELS", type=int, help="side of the packed pictures (256)")
+    add("--crop", choices=RULES, default="centre", help="crop and resize rule (centre); see data/README.md")
+    add(
+        "--background",
+        metavar="COLOUR",
+        default="white",
+        help="under transparent pixels: name, #rrggbb or R,G,B (white)",
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        default="webp",
+        help="of packed pictures (webp: lossless unless --quality is given)",
+    )
+    add("--quality", type=int, help="1 .. 100, for webp and jpg")
+    add("--shard-size", metavar="N", type=int, default=1000, help="pictures a shard (1000)")
+    add("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes (all cores)")
+    add(
+        "--max-bad", metavar="SHARE", type=float, default=0.1, help="fail above this share of unreadable pictures (0.1)"
+    )
+    add("--origin", metavar="TEXT", help="where the pictures come from, for the manifest (the name of SOURCE)")
+    add("--licence", metavar="TEXT", default="", help="of the pictures, for the manifest")
+
+
+def options_of(args: argparse.Namespace) -> PackOptions:
+    """The checked choices behind parsed arguments."""
+    size = args.size if args.size is not None or args.crop == "keep" else 256
+    return PackOptions(
+        Transform(size, args.crop, parse_colour(args.background)),
+        Encoding(args.format, args.quality),
+        SplitRule(args.val, args.group, args.group_strip, args.stratify, args.val_least, args.seed, args.split),
+        args.class_field,
+        args.min_side,
+        args.shard_size,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Lists, packs, sums up."""
+    options, console = options_of(args), Console(stderr=True)
+    if args.workers < 1:
+        raise InputError(f"workers={args.workers}; give at least 1.")
+    with console.status(f"listing {args.source}"):
+        source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)
+    _say_found(console, args.source, source)
+    with progress_bar("packing", "pictures", console) as progress:
+        result = pack(
+            source,
+            args.out,
+            options,
+            origin=args.origin or args.source.resolve().name,
+            licence=args.licence,
+            workers=args.workers,
+            max_bad=args.max_bad,
+            progress=progress,
+        )
+    _say_done(console, args.out, result)
+    return 0
+
+
+def _say_found(console: Console, path: Path, source: Source) -> None:
+    what = {"table": "in a table", "classes": "in a folder per class", "tars": "in tars", "plain": "without captions"}
+    console.print(f"{path}: {len(source.items)} pictures {what.get(source.layout, 'with captions beside them')}")
+    if source.left_out:
+        console.print(f"{source.left_out} more pictures have no row in the table and are left out")
+
+
+def _say_done(console: Console, out: Path, result: PackResult) -> None:
+    if result.complete_before:
+        console.print(f"{out} is complete already; nothing to do")
+    if result.bad:
+        console.print(f"{len(result.bad)} pictures left out because they cannot be read (all in {out}/*/{BAD}):")
+        for name, reason in result.bad[:_SHOWN]:
+            console.print(f"  {name}: {reason}", markup=False)
+    if result.small:
+        console.print(f"{result.small} pictures left out by --min-side")
+    for split, manifest in result.manifests.items():
+        mebibytes = sum(shard.bytes for shard in manifest.shards) / 2**20
+        console.print(f"{out / split}: {manifest.total} pictures, {len(manifest.shards)} shards, {mebibytes:.1f} MiB")

@@ -1,0 +1,126 @@
+"""The workers of a pack: a part of a shard in, its tar bytes out; nothing here knows of other parts."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from ldmlab.data.sources import Item
+from ldmlab.data.tar_samples import picture_ending, read_range, sample_fields, tar_bytes
+from ldmlab.data.transforms import Transform
+from ldmlab.errors import InputError
+
+# Formats that Pillow decodes itself; others may start programs
+_READABLE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = ("webp", "png", "jpg")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """File format of packed pictures; webp without a quality is lossless."""
+
+    format: str = "webp"
+    quality: int | None = None  # 1 .. 100
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InputError(f"format={self.format} is unknown; choose one of {', '.join(FORMATS)}.")
+        if self.quality is not None and (self.format == "png" or not 1 <= self.quality <= 100):
+            raise InputError(f"quality={self.quality} with format={self.format}; give 1 .. 100 to webp or jpg only.")
+
+    def __call__(self, image: Image.Image) -> bytes:
+        """RGB picture => file content."""
+        file = io.BytesIO()
+        if self.format == "png":
+            image.save(file, "PNG")
+        elif self.format == "jpg":
+            image.save(file, "JPEG", quality=self.quality or 95, subsampling=0)
+        elif self.quality is None:
+            image.save(
+                file, "WEBP", lossless=True, quality=50, method=2
+            )  # here quality is effort: 3 x faster, 5% larger
+        else:
+            image.save(file, "WEBP", quality=self.quality, method=4)
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Encoded samples, ready to be written one after the other."""
+
+    data: bytes
+    offsets: list[int]  # of each sample within `data`
+    fields: list[str]
+    bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    small: list[str] = field(default_factory=list)  # names of pictures below the least side
+
+
+def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding, min_side: int) -> Part:
+    """Decodes, transforms and encodes each picture; a fault in one is noted and the next one is taken."""
+    data, offsets, names = bytearray(), [], dict[str, None]()
+    bad, small = [], []
+    for item in items:
+        try:
+            image, fields = _open(item)
+            if min(image.size) < min_side:
+                small.append(item.name)
+                continue
+            fields = {**fields, "original_width": image.width, "original_height": image.height}
+            picture = encoding(transform(image))
+        except Exception as error:  # whatever a decoder raises on broken bytes
+            bad.append((item.name, _reason(error)))
+            continue
+        offsets.append(len(data))
+        names.update(dict.fromkeys(fields))
+        data += tar_bytes(f"{item.key}.{encoding.format}", picture)
+        data += tar_bytes(f"{item.key}.json", json.dumps(fields, ensure_ascii=False).encode())
+    return Part(bytes(data), offsets, list(names), bad, small)
+
+
+def _open(item: Item) -> tuple[Image.Image, dict[str, Any]]:
+    """The picture, not yet decoded, and its fields."""
+    if item.fault:
+        raise ValueError(item.fault)
+    fields = item.fields
+    if item.span is None:
+        with open(item.path, "rb") as opened:
+            content = opened.read()
+    else:
+        sample = read_range(item.path, *item.span)
+        ending = picture_ending(sample)
+        if ending is None:
+            raise ValueError("holds no picture")
+        content, fields = sample[ending], item.fields or sample_fields(sample)
+    if not content:
+        raise ValueError("is empty")
+    return Image.open(io.BytesIO(content), formats=_READABLE), fields
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "is not a picture"
+    return str(error) or type(error).__name__
+
+
+def start_worker() -> None:
+    """Ctrl-C is the parent's to handle, and a worker ends when its parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow warns of odd metadata and large pictures
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,217 @@
+"""Where pictures come from: a table, captions beside pictures, a folder per class, plain folders, or tars."""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldmlab.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, find_table, pick_column, read_table
+from ldmlab.data.tar_samples import PICTURE_ENDINGS, read_range, sample_fields, scan_tar
+from ldmlab.errors import InputError
+
+LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
+_KEY_LENGTH = 80  # tar names of the plain format end at 100 bytes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to pack: a file, or a byte range of a tar."""
+
+    key: str  # unique, letters digits _ -
+    name: str  # as a person knows it
+    path: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    span: tuple[int, int] | None = None  # bytes of the sample if `path` is a tar
+    fault: str | None = None  # known before it is opened
+
+
+@dataclass(frozen=True)
+class Source:
+    """All pictures of a SOURCE in a fixed order."""
+
+    layout: str
+    items: list[Item]
+    classes: list[str] | None = None  # names by class_id
+    left_out: int = 0  # pictures without a row
+
+
+def list_source(
+    source: Path,
+    layout: str = "auto",
+    file_column: str | None = None,
+    caption: str | None = None,  # column; "none" for pictures without captions
+    only: Path | None = None,  # text file of names to take
+) -> Source:
+    """Finds out the layout, if asked, and lists the pictures."""
+    if not source.exists():
+        raise InputError(f"SOURCE={source} does not exist; give a folder, a table or a tar.")
+    layout = _detect(source) if layout == "auto" else layout
+    if layout == "tars":
+        found = _tars(source)
+    elif layout == "table":
+        found = _table(source, file_column, caption)
+    else:
+        found = _folders(source, layout)
+    if only is not None:
+        found = _restrict(found, only)
+    if not found.items:
+        raise InputError(f"SOURCE={source} holds no pictures ({', '.join(PICTURE_ENDINGS)}); give another folder.")
+    return found
+
+
+def _detect(source: Path) -> str:
+    if source.suffix == ".tar":
+        return "tars"
+    if find_table(source):
+        return "table"
+    if not source.is_dir():
+        raise InputError(
+            f"SOURCE={source} is neither a folder nor a .jsonl, .csv, .tsv or .tar file; give one of these."
+        )
+    if any(source.glob("*.tar")):
+        return "tars"
+    pictures = list(walk_pictures(source))
+    if any((source / name).with_suffix(".txt").is_file() for name in pictures):
+        return "captions"
+    parents = {Path(name).parent for name in pictures}
+    return "classes" if len(parents) > 1 and all(len(parent.parts) == 1 for parent in parents) else "plain"
+
+
+def walk_pictures(folder: Path) -> Iterator[str]:
+    """Names of pictures below `folder`, relative and sorted; hidden files and folders are left out."""
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and name.rpartition(".")[2].lower() in PICTURE_ENDINGS:
+                yield os.path.relpath(os.path.join(where, name), folder)
+
+
+def _folders(source: Path, layout: str) -> Source:
+    names = sorted(walk_pictures(source))
+    classes = None
+    if layout == "classes":
+        names = [name for name in names if len(Path(name).parts) > 1]
+        classes = sorted({Path(name).parts[0] for name in names})
+    number = {name: index for index, name in enumerate(classes or [])}
+    items = []
+    for key, name in zip(unique_keys(names), names, strict=True):
+        shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        fields: dict[str, Any] = {"file_name": shown}
+        fault = None
+        if layout == "classes":
+            top = Path(name).parts[0]
+            fields |= {"class": top, "class_id": number[top]}
+        elif layout == "captions":
+            fields["caption"], fault = _caption_beside(source / name)
+        items.append(Item(key, shown, str(source / name), fields, fault=fault))
+    return Source(layout, items, classes)
+
+
+def _caption_beside(picture: Path) -> tuple[str | None, str | None]:
+    """The caption, or what is wrong with it."""
+    try:
+        return picture.with_suffix(".txt").read_text(encoding="utf-8-sig").strip(), None
+    except FileNotFoundError:
+        return None, "has no caption file beside it"
+    except UnicodeDecodeError:
+        return None, "its caption file is not UTF-8"
+
+
+def _table(source: Path, file_column: str | None, caption: str | None) -> Source:
+    path = find_table(source)
+    if path is None:
+        raise InputError(f"SOURCE={source} has no metadata.jsonl, .csv or .tsv; add one or choose another --layout.")
+    rows = read_table(path)
+    file_column = pick_column(rows, file_column, FILE_COLUMNS, "--file-field", path)
+    if caption != "none":
+        caption = pick_column(rows, caption, CAPTION_COLUMNS, "--caption-field (none: no captions)", path)
+    names = [str(row.get(file_column) or "") for row in rows]
+    items: list[Item] = []
+    for key, name, row in zip(unique_keys(names), names, rows, strict=True):
+        fields = {"file_name": name} | {column: value for column, value in row.items() if column != file_column}
+        fault = None if name else "its row names no file"
+        if caption not in (None, "none"):
+            fields |= _captions(row.get(caption or ""))
+            fault = fault or ("its row has no caption" if fields["caption"] is None else None)
+        items.append(Item(key, name or f"row {len(items) + 1}", str(path.parent / name), fields, fault=fault))
+    listed = {os.path.normpath(name) for name in names}
+    return Source("table", items, left_out=sum(name not in listed for name in walk_pictures(path.parent)))
+
+
+def _captions(value: Any) -> dict[str, Any]:
+    """One caption, and all of them where a row holds a list."""
+    if isinstance(value, list):
+        return {"caption": str(value[0]) if value else None, "captions": value}
+    return {"caption": value if value is None else str(value)}
+
+
+def _tars(source: Path) -> Source:
+    paths = [source] if source.is_file() else sorted(source.glob("*.tar"))
+    names: list[str] = []
+    spans: list[tuple[Path, tuple[int, int]]] = []
+    for path in paths:
+        scan = scan_tar(path)
+        ends = [*scan.offsets[1:], scan.bytes]
+        names += [f"{path.name}/{key}" for key in scan.keys]
+        spans += [(path, span) for span in zip(scan.offsets, ends, strict=True)]
+    keys = unique_keys([name.partition("/")[2] + ".tar" for name in names], names)
+    items = [Item(k, n, str(path), span=span) for k, n, (path, span) in zip(keys, names, spans, strict=True)]
+    return Source("tars", items)
+
+
+def with_fields(item: Item) -> Item:
+    """The item with the fields its tar holds; other items have them already."""
+    if item.span is None:
+        return item
+    try:
+        fields = sample_fields(read_range(item.path, *item.span))
+    except (ValueError, OSError) as error:
+        return Item(item.key, item.name, item.path, {}, item.span, f"its fields cannot be read ({error})")
+    return Item(item.key, item.name, item.path, fields, item.span)
+
+
+def _restrict(source: Source, only: Path) -> Source:
+    """The pictures that a list names, by path, file name or key, in the source's order."""
+    try:
+        wanted = {line.strip() for line in only.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"list={only} cannot be read ({error}); give a text file with one name a line.") from None
+    met: set[str] = set()
+    items = []
+    for item in source.items:
+        names = {item.name, os.path.basename(item.name), item.key} & wanted
+        if names:
+            met |= names
+            items.append(item)
+    if missing := sorted(wanted - met):
+        few = ", ".join(missing[:3])
+        raise InputError(f"list={only} names {len(missing)} pictures that SOURCE does not hold ({few}); mend the list.")
+    return Source(source.layout, items, source.classes, source.left_out)
+
+
+def unique_keys(names: list[str], origins: list[str] | None = None) -> list[str]:
+    """Keys from relative names: no dot or slash, the folder shared by all left out, a hash where two would meet."""
+    origins = origins or names
+    mixed = len({os.path.isabs(name) for name in names}) > 1
+    shared = os.path.commonpath([os.path.dirname(name) for name in names]) if names and not mixed else ""
+    plain = [
+        re.sub(r"[^A-Za-z0-9_-]", "_", os.path.splitext(os.path.relpath(n or ".", shared or "."))[0]) for n in names
+    ]
+    count = Counter(key.lower() for key in plain)
+    keys = []
+    for key, origin in zip(plain, origins, strict=True):
+        if count[key.lower()] > 1 or len(key) > _KEY_LENGTH or not key.strip("_"):
+            digest = hashlib.blake2b(origin.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+            key = f"{key[: _KEY_LENGTH - 9]}-{digest}"
+        keys.append(key)
+    repeated = Counter(keys)
+    seen: Counter[str] = Counter()
+    for index, key in enumerate(keys):  # the same name twice: a table may list one file in several rows
+        if repeated[key] > 1:
+            seen[key] += 1
+            keys[index] = f"{key}-{seen[key]}"
+    return keys
