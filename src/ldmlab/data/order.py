@@ -1,0 +1,176 @@
+"""Which sample stands at which position of the endless training stream: a pure function of (seed, epoch, manifest).
+
+The stream is one epoch after another; position p counts pictures consumed by all processes together, so nothing here
+knows how the work is split. Raw Philox words sorted stably give the permutations: that stream is fixed by its paper,
+while numpy may change how its own shuffles draw.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldmlab.errors import InputError
+
+T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where the sample of a position lies."""
+
+    epoch: int
+    shard: int
+    sample: int
+
+
+class Order(Protocol):
+    """Positions to places; `total` positions make one epoch."""
+
+    total: int
+
+    def locate(self, position: int) -> Place: ...
+
+
+def permutation(count: int, *key: object) -> NDArray[np.int64]:
+    """A permutation of 0 .. count - 1 that depends on `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    words = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+class SequentialOrder:
+    """Shards and samples as they are stored; for evaluation and encoding."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._ends = np.cumsum(counts)
+        self.total = int(sum(counts))
+
+    def locate(self, position: int) -> Place:
+        """The place of a position; after the last sample it starts again as the next epoch."""
+        epoch, flat = divmod(position, self.total)
+        shard, sample = split_index(self._ends, flat)
+        return Place(epoch, shard, sample)
+
+
+class EpochOrder:
+    """Every sample once an epoch: shards in random order, samples shuffled within windows of `mix` shards."""
+
+    def __init__(self, counts: Sequence[int], seed: int, mix: int) -> None:
+        if mix < 1:
+            raise InputError(f"data.mix={mix} shards cannot be shuffled together; choose 1 or more.")
+        self.total = int(sum(counts))
+        self._counts, self._seed, self._mix = np.asarray(counts, np.int64), seed, mix
+        self._epochs: _Recent[tuple[NDArray[np.int64], NDArray[np.int64]]] = _Recent(2)
+        self._windows: _Recent[NDArray[np.int64]] = _Recent(3)
+
+    def locate(self, position: int) -> Place:
+        """The place of a position."""
+        epoch, flat = divmod(position, self.total)
+        shards, window_ends = self._epochs.get((epoch,), lambda: self._plan(epoch))
+        window, offset = split_index(window_ends, flat)
+        mixed = shards[window * self._mix : (window + 1) * self._mix]
+        count = int(self._counts[mixed].sum())
+        shuffled = self._windows.get(
+            (epoch, window), lambda: permutation(count, self._seed, epoch, "samples", window).astype(np.int32)
+        )
+        shard, sample = split_index(np.cumsum(self._counts[mixed]), int(shuffled[offset]))
+        return Place(epoch, int(mixed[shard]), sample)
+
+    def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The order of the shards in an epoch, and where each window of them ends."""
+        shards = permutation(len(self._counts), self._seed, epoch, "shards")
+        starts = np.arange(0, len(shards), self._mix)
+        return shards, np.cumsum(np.add.reduceat(self._counts[shards], starts))
+
+
+class BalancedOrder:
+    """Classes drawn at chosen rates: class c fills a fixed number of an epoch's N places, ~ n_c^temperature.
+
+    Each class runs through its own samples in shuffled cycles that continue over epochs, so within a class no sample is
+    ever more than one draw ahead of another. Temperature 1 keeps the rates of the data, 0 makes all classes equal.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, labels: Sequence[str], temperature: float) -> None:
+        if not 0 <= temperature <= 1:
+            raise InputError(f"data.balance_temperature={temperature} is outside 0 (equal) .. 1 (as the data are).")
+        self.total, self._seed = int(sum(counts)), seed
+        self._ends = np.cumsum(counts)
+        names, classes = np.unique(np.asarray(labels), return_inverse=True)
+        self._members = [np.flatnonzero(classes == c) for c in range(len(names))]
+        sizes = np.array([len(m) for m in self._members], np.float64)
+        self.draws = dict(zip(names.tolist(), shares(sizes**temperature, self.total), strict=True))
+        self._epochs: _Recent[NDArray[np.int64]] = _Recent(2)
+
+    def locate(self, position: int) -> Place:
+        """The place of a position."""
+        epoch, offset = divmod(position, self.total)
+        flat = self._epochs.get((epoch,), lambda: self._draw(epoch))[offset]
+        shard, sample = split_index(self._ends, int(flat))
+        return Place(epoch, shard, sample)
+
+    def _draw(self, epoch: int) -> NDArray[np.int64]:
+        """The samples of an epoch, as indices over all shards, in order."""
+        drawn = []
+        for c, (members, draws) in enumerate(zip(self._members, self.draws.values(), strict=True)):
+            first, size = epoch * draws, len(members)
+            cycles = range(first // size, (first + draws - 1) // size + 1)
+            stream = np.concatenate([members[permutation(size, self._seed, cycle, "class", c)] for cycle in cycles])
+            drawn.append(stream[first % size :][:draws])
+        return np.concatenate(drawn)[permutation(self.total, self._seed, epoch, "balanced")]
+
+
+def shares(weights: NDArray[np.float64], total: int) -> list[int]:
+    """`total` split proportionally to `weights` into whole numbers of at least one, by largest remainders."""
+    exact = weights / weights.sum() * total
+    whole = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while (gap := total - int(whole.sum())) != 0:  # at most one round up, and one down for classes lifted to one
+        order = np.argsort(whole - exact if gap > 0 else exact - whole, kind="stable")
+        order = order if gap > 0 else order[whole[order] > 1]
+        whole[order[: abs(gap)]] += 1 if gap > 0 else -1
+    return [int(n) for n in whole]
+
+
+def split_index(ends: NDArray[np.int64], index: int) -> tuple[int, int]:
+    """Which segment holds `index`, and where in it, for segments that end at `ends`."""
+    segment = int(np.searchsorted(ends, index, side="right"))
+    return segment, index - (int(ends[segment - 1]) if segment else 0)
+
+
+def training_batches(micro_batch: int, accumulate: int, world: int, rank: int, start: int) -> Iterator[list[int]]:
+    """Positions of this process's micro-batches, for ever.
+
+    Global batch k is positions start + k G .. start + (k + 1) G - 1 with G = micro_batch * accumulate * world; each
+    rank takes a contiguous slice of it and splits that into its micro-batches.
+    """
+    share = micro_batch * accumulate
+    first = start + rank * share
+    while True:
+        for begin in range(first, first + share, micro_batch):
+            yield list(range(begin, begin + micro_batch))
+        first += share * world
+
+
+def evaluation_batches(total: int, batch_size: int, world: int, rank: int) -> Iterator[list[int]]:
+    """Positions rank, rank + world, ... below `total`, each once over all ranks; nothing is padded."""
+    mine = range(rank, total, world)
+    for begin in range(0, len(mine), batch_size):
+        yield list(mine[begin : begin + batch_size])
+
+
+class _Recent(Generic[T]):
+    """The few values used last, made again when they are asked for after that."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[tuple[int, ...], T] = OrderedDict()
+
+    def get(self, key: tuple[int, ...], make: Callable[[], T]) -> T:
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]

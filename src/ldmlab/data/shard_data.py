@@ -1,0 +1,144 @@
+"""The data of a run: its folders of shards, and what is read from them."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ldmlab.data import stream
+from ldmlab.data.decode import BAD_SAMPLE
+from ldmlab.data.manifest import Manifest, read_manifest
+from ldmlab.data.order import BalancedOrder, EpochOrder
+from ldmlab.data.reader import ShardReader
+from ldmlab.data.stream import Batch, ShardDataset, Wanted
+from ldmlab.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardData:
+    """Image shards with a train and a held-out folder, and the latent shards made from them if there are any."""
+
+    train: str  # folder of image shards
+    val: str  # folder of image shards, held out
+    image_size: int  # px; pictures of another size are resized while reading
+    latents: str | None = None  # folder with train/ and val/ latent shards; None: image shards are read
+    flip: bool = False  # mirror half of the training pictures
+    fields: tuple[str, ...] = ("caption",)  # of KEY.json
+    mix: int = 8  # shards shuffled together
+    workers: int = 2  # loader processes; 0 reads in the training process
+    seed: int = 0  # of the order and the flips
+    cache: bool = False  # keep decoded pictures in memory
+    cache_limit_gib: float = 2.0  # memory `cache` may take
+    balance: str | None = None  # field whose classes are drawn at rates of their own
+    balance_temperature: float = 0.5  # rate of a class ~ (its size) ^ temperature; 1 as is, 0 all equal
+    object_background: tuple[int, int, int] | None = None  # colour left out of PSNR over object pixels
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.workers < 0:
+            raise InputError(f"data.image_size={self.image_size} and data.workers={self.workers} must be 1 and 0 up.")
+
+    @property
+    def kind(self) -> str:
+        """What a run reads unless it asks otherwise: latents where there are any, else images."""
+        return "latents" if self.latents else "images"
+
+    def folder(self, split: str, kind: str | None = None) -> Path:
+        """Where the shards of a split lie; split: train | val, kind: images | latents."""
+        if split not in ("train", "val"):
+            raise InputError(f"split={split} is unknown; choose train or val.")
+        if (kind or self.kind) == "images":
+            return Path(self.train if split == "train" else self.val)
+        if self.latents is None:
+            raise InputError(
+                "data.latents is not set, but this run reads latents; give the folder `ldmlab encode` wrote."
+            )
+        return Path(self.latents) / split
+
+    def manifest(self, split: str = "train", kind: str | None = None) -> Manifest:
+        """The manifest of a split."""
+        return read_manifest(self.folder(split, kind))
+
+    def train_dataset(self, kind: str | None = None) -> ShardDataset:
+        """The endless shuffled stream of the training split."""
+        dataset = ShardDataset(self.folder("train", kind), self._wanted(kind, self.flip), seed=self.seed, train=True)
+        counts = dataset.reader.counts
+        if self.balance is None:
+            dataset.order = EpochOrder(counts, self.seed, self.mix)
+        else:
+            labels = read_labels(dataset.reader, self.balance)
+            dataset.order = BalancedOrder(counts, self.seed, labels, self.balance_temperature)
+            logger.info("data.balance=%s: pictures an epoch %s", self.balance, dataset.order.draws)
+        return self._cached(dataset)
+
+    def held_out_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:
+        """A split in stored order, never mirrored."""
+        return self._cached(ShardDataset(self.folder(split, kind), self._wanted(kind, False), seed=self.seed))
+
+    def train_loader(
+        self,
+        micro_batch: int,
+        accumulate: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        start_position: int = 0,
+        kind: str | None = None,
+    ) -> DataLoader[Batch]:
+        """See `stream.train_loader`."""
+        return stream.train_loader(
+            self.train_dataset(kind),
+            micro_batch=micro_batch,
+            accumulate=accumulate,
+            world=world,
+            rank=rank,
+            start_position=start_position,
+            workers=self.workers,
+        )
+
+    def eval_loader(
+        self,
+        split: str,
+        batch_size: int,
+        world: int = 1,
+        rank: int = 0,
+        limit: int | None = None,
+        kind: str | None = None,
+    ) -> DataLoader[Batch]:
+        """See `stream.eval_loader`."""
+        dataset = self.held_out_dataset(kind, split)
+        return stream.eval_loader(
+            dataset, batch_size=batch_size, world=world, rank=rank, limit=limit, workers=self.workers
+        )
+
+    def _wanted(self, kind: str | None, flip: bool) -> Wanted:
+        images = (kind or self.kind) == "images"
+        return Wanted(self.image_size, images=images, moments=not images, flip=flip, fields=tuple(self.fields))
+
+    def _cached(self, dataset: ShardDataset) -> ShardDataset:
+        if self.cache and dataset.wanted.images:
+            dataset.keep_decoded(int(self.cache_limit_gib * 2**30))
+        return dataset
+
+
+def read_labels(reader: ShardReader, field: str) -> list[str]:
+    """The value of `field` for every sample, read once from each KEY.json; an unreadable sample counts as ""."""
+    labels = []
+    for shard, count in enumerate(reader.counts):
+        for sample in range(count):
+            try:
+                _, files = reader.read(shard, sample)
+                known: dict[str, Any] = json.loads(files["json"])
+            except BAD_SAMPLE:
+                labels.append("")
+                continue
+            if field not in known:
+                raise InputError(
+                    f"data.balance={field}: sample {reader.label(shard, sample)} has no such field "
+                    f"(it has {', '.join(sorted(known))}); name one of them."
+                )
+            labels.append(str(known[field]))
+    return labels

@@ -1,0 +1,221 @@
+"""Shards as a data set keyed by position, and the loaders over it.
+
+The order of samples is ours (`order.py`): a batch sampler hands positions to the workers and torch's loader returns
+the batches in that order, whatever the number of workers. The state of a stream is one integer, the next position.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldmlab.data.cache import PictureCache
+from ldmlab.data.decode import BAD_SAMPLE, check_fields, decode_fields, decode_image, decode_moments
+from ldmlab.data.manifest import Manifest, check_shards, read_manifest
+from ldmlab.data.order import Order, Place, SequentialOrder, evaluation_batches, training_batches
+from ldmlab.data.reader import Files, ShardReader
+from ldmlab.data.workers import quiet_worker
+from ldmlab.errors import InputError
+from ldmlab.randomness import picture_random
+
+TRIES = 100  # samples in a row that may be bad before the data are given up
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a batch shall hold beside key, position and skipped."""
+
+    image_size: int  # side of the pictures, px; also of the pictures behind moments
+    images: bool = True
+    moments: bool = False
+    flip: bool = False  # half of the pictures mirrored, drawn per (seed, epoch, key)
+    fields: tuple[str, ...] = ("caption",)
+
+
+class ShardDataset(Dataset[Batch]):
+    """The sample at any position of the stream; in training a bad one is replaced by the next good one in order."""
+
+    def __init__(self, folder: Path | str, wanted: Wanted, *, seed: int = 0, train: bool = False) -> None:
+        manifest = read_manifest(folder)
+        check_wanted(Path(folder), manifest, wanted)
+        check_shards(folder, manifest)
+        self.reader = ShardReader(Path(folder), manifest)
+        self.wanted, self.train, self._seed = wanted, train, seed
+        self.kind, self.latents, self.manifest_hash = manifest.kind, manifest.latents, manifest.hash
+        red, green, blue = manifest.transform.get("background") or (255, 255, 255)
+        self.background = (red, green, blue)  # laid under transparent pixels of tars made by others
+        self.order: Order = SequentialOrder(self.reader.counts)
+        self._cache: PictureCache | None = None
+        self.template = self._first_sample()
+
+    def __len__(self) -> int:
+        """Pictures in one epoch."""
+        return self.order.total
+
+    def keep_decoded(self, limit_bytes: int) -> None:
+        """Decode every picture once and keep it in memory."""
+        needed = PictureCache.bytes_needed(len(self), self.wanted.image_size)
+        if needed > limit_bytes:
+            raise InputError(
+                f"data.cache=true needs {needed / 2**30:.2f} GiB for {len(self)} pictures, more than "
+                f"data.cache_limit_gib={limit_bytes / 2**30:g}; raise the limit or set data.cache=false."
+            )
+        self._cache = PictureCache(len(self), self.wanted.image_size)
+
+    def __getitem__(self, position: int) -> Batch:
+        skipped: list[str] = []
+        for offset in range(TRIES if self.train else 1):
+            place = self.order.locate(position + offset)
+            try:
+                return {**self._sample(place), "position": position, "skipped": skipped}
+            except BAD_SAMPLE as error:
+                reason = f"{type(error).__name__}: {error}"
+                skipped.append(f"{self.reader.label(place.shard, place.sample)}: {reason}")
+        if self.train:
+            raise InputError(f"data={self.reader.folder}: {TRIES} samples in a row cannot be read ({skipped[-1]}).")
+        return {"skipped": skipped}
+
+    def _sample(self, place: Place) -> Batch:
+        """One decoded sample; `flip` picks the same side for the picture and for its moments."""
+        key, files = self.reader.read(place.shard, place.sample)
+        sample: Batch = {"key": key, **decode_fields(files, self.wanted.fields)}
+        flipped = self.wanted.flip and picture_random(self._seed, place.epoch, key).random() < 0.5
+        if self.wanted.moments:
+            sample["moments"] = decode_moments(files, view=int(flipped))
+        if self.wanted.images:
+            picture = self._picture(place, files)  # (3, H, W)
+            sample["image"] = np.ascontiguousarray(picture[:, :, ::-1]) if flipped else picture
+        return sample
+
+    def _picture(self, place: Place, files: Files) -> NDArray[np.uint8]:
+        """The decoded picture, from the cache where it was put before."""
+        index = self.reader.index(place.shard, place.sample)
+        picture = self._cache.get(index) if self._cache else None
+        if picture is None:
+            picture = decode_image(files, self.wanted.image_size, self.background)
+            if self._cache:
+                self._cache.put(index, picture)
+        return picture
+
+    def _first_sample(self) -> Batch:
+        """The first sample that can be read; a field that it lacks is a wrong option, not a bad sample."""
+        for position in range(min(len(self), TRIES)):
+            place = self.order.locate(position)
+            label = self.reader.label(place.shard, place.sample)
+            try:
+                check_fields(label, self.reader.read(place.shard, place.sample)[1], self.wanted.fields)
+                return {**self._sample(place), "position": position, "skipped": []}
+            except InputError:
+                raise
+            except BAD_SAMPLE as error:
+                reason = f"{label}: {error}"
+        raise InputError(f"data={self.reader.folder}: none of the first samples can be read ({reason}); pack it again.")
+
+
+def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
+    """Refuse shards that cannot give what is wanted, before any work."""
+    latents = manifest.latents or {}
+    if manifest.total == 0:
+        raise InputError(f"data={folder} holds no samples; pack some pictures first.")
+    if wanted.moments and manifest.kind != "latents":
+        raise InputError(
+            f"data.latents={folder} holds {manifest.kind}, not latents; encode it with `ldmlab encode`, "
+            "or leave data.latents=null to run the first stage while training."
+        )
+    if wanted.images and manifest.kind == "latents" and not latents.get("carries_images"):
+        raise InputError(
+            f"data={folder} holds latents without their pictures; give the image shards they were made from, "
+            "or encode again so that pictures are carried."
+        )
+    if wanted.moments and latents["image_size"] != wanted.image_size:
+        raise InputError(
+            f"data.image_size={wanted.image_size}, but the latents in {folder} were encoded at "
+            f"{latents['image_size']}; use that size or encode again."
+        )
+    if wanted.moments and wanted.flip and not latents["mirrored"]:
+        raise InputError(
+            f"data.flip=true, but the latents in {folder} were encoded without their mirror images; "
+            "encode again with them, or set data.flip=false."
+        )
+
+
+class _Positions(Sampler[list[int]]):
+    """What `make` yields, again from the beginning for every iteration of the loader."""
+
+    def __init__(self, make: Callable[[], Iterator[list[int]]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._make()
+
+
+def train_loader(
+    dataset: ShardDataset,
+    *,
+    micro_batch: int,  # pictures per forward pass of this process
+    accumulate: int = 1,  # micro-batches per optimizer update
+    world: int = 1,  # processes
+    rank: int = 0,  # this process
+    start_position: int = 0,  # pictures already consumed by all processes
+    workers: int = 0,
+) -> DataLoader[Batch]:
+    """Endless micro-batches; `accumulate` of them on each of `world` processes make one global batch."""
+    for name, value in (("micro_batch", micro_batch), ("accumulate", accumulate), ("world", world)):
+        if value < 1:
+            raise InputError(f"{name}={value} makes no batch; choose 1 or more.")
+    make = partial(training_batches, micro_batch, accumulate, world, rank, start_position)
+    return _loader(dataset, make, workers)
+
+
+def eval_loader(
+    dataset: ShardDataset,
+    *,
+    batch_size: int,
+    world: int = 1,
+    rank: int = 0,
+    limit: int | None = None,  # only the first pictures
+    workers: int = 0,
+) -> DataLoader[Batch]:
+    """Every picture once over all processes, in stored order, never padded; a bad one is left out and listed."""
+    if dataset.train:
+        raise InputError("eval_loader needs a data set in stored order; build it with train=False.")
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    return _loader(dataset, partial(evaluation_batches, total, batch_size, world, rank), workers)
+
+
+def _loader(dataset: ShardDataset, make: Callable[[], Iterator[list[int]]], workers: int) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        batch_sampler=_Positions(make),
+        num_workers=workers,
+        collate_fn=partial(collate, template=dataset.template),
+        worker_init_fn=quiet_worker if workers else None,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def collate(samples: Sequence[Batch], template: Batch) -> Batch:
+    """Samples to a batch: arrays stacked, everything else in lists; bad samples leave nothing but `skipped`.
+
+    Where all are bad, `template` gives the arrays' shapes and the batch has no rows.
+    """
+    good = [sample for sample in samples if "key" in sample]
+    batch: Batch = {}
+    for name in template:
+        values = [sample[name] for sample in good or [template]]
+        if name in ("image", "moments"):
+            batch[name] = torch.from_numpy(np.stack(values))
+        else:
+            batch[name] = torch.tensor(values, dtype=torch.int64) if name in ("position", "class_id") else values
+    if not good:
+        batch = {name: rows[:0] for name, rows in batch.items()}
+    batch["skipped"] = [reason for sample in samples for reason in sample["skipped"]]
+    return batch
