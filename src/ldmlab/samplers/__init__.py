@@ -1,0 +1,24 @@
+"""Samplers by name: one file each, the class named as its file."""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from ldmlab.contracts import Sampler
+from ldmlab.errors import InputError
+
+
+def sampler_names() -> list[str]:
+    """The files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def sampler_by_name(name: str, **options: Any) -> Sampler:
+    """Build samplers/NAME.py's class; an option that it does not know is refused."""
+    if name not in sampler_names():
+        raise InputError(f"sampler={name} is no sampler; there are {', '.join(sampler_names())}.")
+    target = getattr(importlib.import_module(f"{__name__}.{name}"), name.title().replace("_", ""))
+    for option in options.keys() - inspect.signature(target).parameters.keys():
+        raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
+    return target(**options)

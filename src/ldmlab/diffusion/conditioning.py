@@ -1,0 +1,62 @@
+"""Conditionings put together, and what a model may be asked for."""
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Conditioning
+from ldmlab.errors import InputError
+
+
+def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> None:
+    accepts: frozenset[str] = backbone.accepts  # type: ignore[assignment]
+    for name, conditioner in conditioners.items():
+        if conditioner.slot not in accepts:
+            taken = ", ".join(sorted(accepts)) or "nothing"  # type: ignore[type-var]
+            raise InputError(
+                f"conditioner={name} fills the slot {conditioner.slot} but the backbone takes {taken}; "
+                "choose another backbone or leave the conditioner out."
+            )
+
+
+def joined(values: Mapping[str, list[Tensor]]) -> Conditioning:
+    """Several conditioners on one slot: tokens by length, spatial by channels, vectors summed."""
+    slots: dict[str, Tensor] = {}
+    for slot, parts in values.items():
+        if len(parts) == 1:
+            slots[slot] = parts[0]
+        else:
+            slots[slot] = torch.stack(parts).sum(0) if slot == "vector" else torch.cat(parts, dim=1)
+    return Conditioning(**slots)
+
+
+def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Two conditionings as one batch of twice the size."""
+    slots = {}
+    for slot in ("tokens", "spatial", "vector"):
+        pair = getattr(first, slot), getattr(second, slot)
+        slots[slot] = None if pair[0] is None else torch.cat(pair)
+    return Conditioning(**slots)
+
+
+def check_guidance(guidance: float, trained: bool | None, conditioned: bool) -> None:
+    """Refuse guidance that the model cannot know, warn where nobody knows."""
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance={guidance} is no number; choose 1 (off) or for instance 3.")
+    if guidance == 1:
+        return
+    if not conditioned:
+        raise InputError(f"guidance={guidance} needs conditions and this model has none; use guidance=1.")
+    if trained is False:
+        raise InputError(
+            f"guidance={guidance} needs a model trained with dropped conditions, unlike this one; "
+            "use guidance=1, or train with conditioner drop rates above 0."
+        )
+    if trained is None:
+        warnings.warn(
+            "nothing is known about dropped conditions in this model's training; guidance may not help.",
+            stacklevel=3,
+        )

@@ -1,0 +1,212 @@
+"""The latent diffusion model: first stage, latent scale, conditioners and denoiser with one schedule.
+
+Three kinds of numbers: pixels (B, 3, H, W) in [-1, 1]; raw latents, which only the first stage and the latent scale
+see; final latents (B, C, h, w), normalised, everywhere else. A batch is a plain dict with `position` (B,) int64.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import (
+    AfterStep,
+    Conditioner,
+    Conditioning,
+    Denoise,
+    FirstStage,
+    Level,
+    Posterior,
+    Sampler,
+    Task,
+)
+from ldmlab.diffusion.conditioning import check_guidance, check_slots, joined, stacked
+from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.parameterization import Prediction
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.errors import InputError
+from ldmlab.nn.pixels import to_float
+from ldmlab.randomness import integers, normal, uniform
+
+
+class LatentDiffusion(nn.Module):
+    """Loss on a training batch, samples from conditions; plain torch, the first stage frozen."""
+
+    def __init__(
+        self,
+        first_stage: nn.Module,
+        latent_scale: LatentScale,
+        backbone: nn.Module,
+        conditioners: Mapping[str, nn.Module],  # in the order in which one slot is filled
+        schedule: Schedule,
+        prediction: Prediction,
+        task: Task | None = None,
+        guidance_trained: bool | None = None,  # was conditioning dropped in training? None: unknown, an imported model
+        loss: str = "l2",  # l2 | l1
+        drop_together: bool = False,  # one draw drops all conditioners, instead of one draw for each
+    ) -> None:
+        super().__init__()
+        if loss not in ("l1", "l2"):
+            raise InputError(f"diffusion.loss={loss} is no loss; there are l1 and l2.")
+        check_slots(conditioners, backbone)
+        self.first_stage = first_stage.requires_grad_(False).eval()
+        self.latent_scale = latent_scale
+        self.backbone = backbone
+        self.conditioners = nn.ModuleDict(dict(conditioners))
+        self.schedule, self.prediction, self.task = schedule, prediction, task
+        self.guidance_trained = guidance_trained
+        self.loss_kind, self.drop_together = loss, drop_together
+
+    def train(self, mode: bool = True) -> "LatentDiffusion":
+        """Training mode for all but the first stage, which never leaves evaluation."""
+        super().train(mode)
+        self.first_stage.eval()
+        return self
+
+    # ---- pixels and latents
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """Raw latents of pixels, float32 whatever precision surrounds it."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.first_stage.encode(pixels.float())  # type: ignore[operator]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] => final latents, the posterior's mean."""
+        return self.latent_scale.normalise(self.posterior(pixels).mean)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Final latents (B, C, h, w) => pixels (B, 3, H, W) in about [-1, 1]."""
+        return self.first_stage.decode(self.latent_scale.denormalise(latents))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def latents(self, batch: dict[str, Any], seed: int) -> Tensor:
+        """Final latents of a training batch, drawn from the posterior by (seed, position); float32."""
+        if "moments" in batch:
+            posterior = Posterior.from_moments(batch["moments"].float(), self._stage.latent_channels)
+        elif "image" in batch:
+            posterior = self.posterior(to_float(batch["image"]))
+        else:
+            raise InputError("the batches hold neither latents nor pictures; choose data= with one of them.")
+        if posterior.logvar is None:
+            return self.latent_scale.normalise(posterior.mean)
+        noise = normal(seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
+        return self.latent_scale.normalise(posterior.sample(noise))
+
+    @property
+    def _stage(self) -> FirstStage:
+        return self.first_stage  # type: ignore[return-value]
+
+    # ---- conditioning
+
+    def conditioning(self, batch: dict[str, Any], null_mask: Mapping[str, Tensor] | None = None) -> Conditioning:
+        """What the denoiser is told; where `null_mask[name]` (B,) is true that conditioner says "nothing given"."""
+        values: dict[str, list[Tensor]] = {}
+        for name, conditioner in self._each_conditioner():
+            value = conditioner(batch, self.encode)
+            if null_mask is not None and name in null_mask:
+                mask = null_mask[name].reshape(-1, *[1] * (value.ndim - 1))
+                value = torch.where(mask, conditioner.null(batch, self.encode).to(value.dtype), value)
+            values.setdefault(conditioner.slot, []).append(value)
+        return joined(values)
+
+    def null(self, batch: dict[str, Any]) -> Conditioning:
+        """The conditioning of the pass without guidance: what training dropped is null, the rest stays given."""
+        everywhere = torch.ones(len(batch["position"]), dtype=torch.bool, device=batch["position"].device)
+        return self.conditioning(
+            batch, {name: everywhere for name, c in self._each_conditioner() if self._droppable(c)}
+        )
+
+    def drops(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
+        """Guidance dropout, its only place: per conditioner with a rate, which pictures lose it; (B,) bool."""
+        together = uniform(seed, "drop", batch["position"]) if self.drop_together else None
+        masks = {}
+        for name, conditioner in self._each_conditioner():
+            if conditioner.drop > 0:
+                draw = uniform(seed, f"drop.{name}", batch["position"]) if together is None else together
+                masks[name] = draw < conditioner.drop
+        return masks
+
+    def _each_conditioner(self) -> list[tuple[str, Conditioner]]:
+        return list(self.conditioners.items())  # type: ignore[arg-type]
+
+    def _droppable(self, conditioner: Conditioner) -> bool:
+        """Of an imported model nobody knows the rates: pictures it is given stay, the rest is dropped."""
+        return conditioner.slot != "spatial" if self.guidance_trained is None else conditioner.drop > 0
+
+    # ---- training
+
+    def loss(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
+        """Per-picture loss (B,) float32 and its times (B,) int64; every draw belongs to (seed, position, purpose)."""
+        position = batch["position"]
+        clean = self.latents(batch, seed)  # (B, C, h, w)
+        t = integers(seed, "time", position, self.schedule.steps)  # (B,)
+        noise = normal(seed, "noise", position, tuple(clean.shape[1:]))
+        alpha, sigma = self.schedule.levels(t)
+        x = alpha * clean + sigma * noise
+        conditioning = self.conditioning(batch, self.drops(batch, seed) if self.training else None)
+        error = self.backbone(x, t.float(), conditioning).float() - self.prediction.target(clean, noise, alpha, sigma)
+        return (error.square() if self.loss_kind == "l2" else error.abs()).mean(dim=(1, 2, 3)), t
+
+    # ---- sampling
+
+    def denoiser(self, conditioning: Conditioning, null: Conditioning | None = None, guidance: float = 1.0) -> Denoise:
+        """eps_null + guidance (eps_given - eps_null) as one doubled pass; what is constant over steps is done here."""
+        guided = null is not None and guidance != 1
+        both = stacked(conditioning, null) if null is not None and guidance != 1 else conditioning
+        prepared = self.backbone.prepare(both)  # type: ignore[operator]
+
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            copies = torch.cat([x, x]) if guided else x  # (2B or B, C, h, w)
+            output = self.backbone(copies, x.new_full((len(copies),), level.time), prepared).float()
+            if guided:
+                given, nothing = output.chunk(2)
+                output = torch.lerp(nothing, given, guidance)
+            return self.prediction.clean(x, output, level)
+
+        return denoise
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: dict[str, Any],  # the conditions, B of each; {} for a model without conditions
+        *,
+        sampler: Sampler,
+        grid: list[Level],
+        index: Tensor,  # (B,) int64, the picture's number: with the seed it decides the noise
+        size: tuple[int, int],  # height and width in pixels
+        guidance: float = 1.0,
+        seed: int = 0,
+        after_step: AfterStep | None = None,
+    ) -> Tensor:
+        """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same picture in any batch."""
+        check_guidance(guidance, self.guidance_trained, conditioned=bool(self.conditioners))
+        batch = {"position": index, **batch}
+        shape = self.latent_shape(size)
+        conditioning = self.conditioning(batch)
+        denoise = self.denoiser(conditioning, self.null(batch) if guidance != 1 else None, guidance)
+        x = normal(seed, "start", index, shape).contiguous(memory_format=torch.channels_last)
+
+        def noise(step: int) -> Tensor:
+            return normal(seed, "sample", index, shape, step=step + 1)
+
+        images = self.decode(sampler(denoise, x, grid, noise=noise, after_step=after_step))
+        return images if self.task is None else self.task.finish(images, batch)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) for a picture of (height, width); both must be multiples of `size_step`."""
+        if any(side < 1 or side % self.size_step for side in size):
+            near = "x".join(str(max(round(side / self.size_step), 1) * self.size_step) for side in size)
+            raise InputError(
+                f"size={size[0]}x{size[1]} (height x width) is not a multiple of {self.size_step}, by which this "
+                f"model divides pictures; the nearest is {near}."
+            )
+        factor = self._stage.downsampling
+        return self._stage.latent_channels, size[0] // factor, size[1] // factor
+
+    @property
+    def size_step(self) -> int:
+        """Pixels by which a picture's sides can grow: the first stage's factor, times the denoiser's if it has one."""
+        return self._stage.downsampling * int(getattr(self.backbone, "size_step", 1))

@@ -1,0 +1,33 @@
+"""What the network is asked for, and how its answer becomes a clean estimate: the one place that knows."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ldmlab.contracts import Level
+from ldmlab.errors import InputError
+
+
+class Prediction(Protocol):
+    """x = alpha clean + sigma noise; a network output and a target of the same meaning."""
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...  # alpha: (B, 1, 1, 1)
+
+    def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor: ...
+
+
+class EpsPrediction:
+    """The network predicts the noise (Ho et al. 2020, eq. 14), as every model of the paper does."""
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """eps."""
+        return noise
+
+    def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
+        """(x - sigma eps) / alpha."""
+        if level.alpha == 0:
+            raise InputError(
+                f"a network that predicts noise says nothing at time {level.time} where no signal is left (alpha = 0); "
+                "use a schedule that keeps some signal, or a model with another prediction."
+            )
+        return (x - level.sigma * output) / level.alpha

@@ -1,0 +1,62 @@
+"""The four beta schedules of the official code, by their official names (T steps, index 0 is the least noisy).
+
+x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = alpha_bar_t = prod(1 - beta) and sigma_t^2 = 1 - alpha_bar_t
+(Ho et al. 2020, eq. 4). Tables are worked out in float64; networks see float32.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+
+NAMES = ("linear", "cosine", "sqrt_linear", "sqrt")
+
+
+class Schedule:
+    """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma on the device that asks."""
+
+    def __init__(
+        self,
+        name: str = "linear",  # linear (equally spaced square roots: the paper's) | cosine | sqrt_linear | sqrt
+        start: float = 0.0015,  # first beta
+        end: float = 0.0195,  # last beta
+        steps: int = 1000,  # T
+        cosine_offset: float = 0.008,  # keeps the first betas of the cosine schedule from vanishing
+    ) -> None:
+        if steps < 1:
+            raise InputError(f"diffusion.schedule.steps={steps} leaves no noise level; choose 1 or more (paper: 1000).")
+        if name != "cosine" and not 0 < start <= end < 1:
+            raise InputError(
+                f"diffusion.schedule.start={start} and end={end} are not 0 < start <= end < 1; "
+                "the paper's are 0.0015 and 0.0195."
+            )
+        self.name = name
+        self.steps = steps
+        self.betas = _betas(name, start, end, steps, cosine_offset)  # (T,)
+        self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)  # (T,)
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of the times t (B,) int64, float32, each (B, 1, 1, 1)."""
+        if t.device not in self._tables:
+            both = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
+            self._tables[t.device] = both.float().to(t.device)
+        alpha, sigma = self._tables[t.device][:, t, None, None, None]
+        return alpha, sigma
+
+
+def _betas(name: str, start: float, end: float, steps: int, cosine_offset: float) -> Tensor:
+    """The T betas, float64."""
+    if name == "linear":
+        return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
+    if name == "sqrt_linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if name == "sqrt":
+        return torch.linspace(start, end, steps, dtype=torch.float64).sqrt()
+    if name == "cosine":  # Nichol & Dhariwal 2021, eq. 17
+        position = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = torch.cos((position + cosine_offset) / (1 + cosine_offset) * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
+    raise InputError(f"diffusion.schedule.name={name} is no schedule; there are {', '.join(NAMES)}.")

@@ -1,0 +1,48 @@
+"""DDIM (Song et al. 2021, "Denoising diffusion implicit models"), for any pair of alpha and sigma."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+from torch import Tensor
+
+from ldmlab.contracts import AfterStep, Denoise, Level
+from ldmlab.errors import InputError
+
+
+class Ddim:
+    """eta 0: deterministic; eta 1: as much fresh noise per step as ancestral sampling."""
+
+    spacing = "official"  # the step rule this sampler is used with in the paper
+
+    def __init__(self, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise InputError(f"eta={eta} is not within 0 .. 1; 0 draws no noise in sampling, 1 as much as DDPM.")
+        self.eta = eta
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,  # (B, C, h, w) at grid[0]
+        grid: list[Level],
+        *,
+        noise: Callable[[int], Tensor],
+        after_step: AfterStep | None = None,
+    ) -> Tensor:
+        """x at the last level of the grid."""
+        for step, (here, there) in enumerate(pairwise(grid)):
+            clean = denoise(x, here)
+            fresh = self.eta * math.sqrt(posterior_variance(here, there))  # eq. 16
+            kept = math.sqrt(there.sigma**2 - fresh**2) / here.sigma
+            x = kept * x + (there.alpha - kept * here.alpha) * clean  # eq. 12; eps = (x - alpha clean) / sigma put in
+            if fresh > 0:
+                x = x + fresh * noise(step)
+            if after_step is not None:
+                x = after_step(step, x, clean)
+        return x
+
+
+def posterior_variance(here: Level, there: Level) -> float:
+    """Variance of x at `there`, given x at the noisier `here` and the clean latent: (sigma'/sigma)^2 sigma_step^2."""
+    step_variance = here.sigma**2 - (here.alpha / there.alpha) ** 2 * there.sigma**2
+    return max(there.sigma**2 / here.sigma**2 * step_variance, 0.0)
