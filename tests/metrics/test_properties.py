@@ -1,0 +1,147 @@
+"""What a score must do whatever the features: modes, order, batches, processes, memory, bad input."""
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from ldmlab.errors import InputError
+from ldmlab.metrics.frechet import FrechetDistance, frechet_distance
+from ldmlab.metrics.inception_score import InceptionScore
+from ldmlab.metrics.kernel import KernelDistance
+from ldmlab.metrics.precision_recall import PrecisionRecall, nearest
+
+
+def normal(count: int, width: int, seed: int) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def collection(width: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            "fid": FrechetDistance(width),
+            "is": InceptionScore(),
+            "kid": KernelDistance(subsets=10, subset_size=50),
+            "precision_recall": PrecisionRecall(),
+        }
+    )
+
+
+def test_a_collapsed_generator_has_high_precision_and_low_recall() -> None:
+    metric = PrecisionRecall(3)
+    metric.update(normal(500, 8, 0), real=True)
+    metric.update(0.05 * normal(500, 8, 1), real=False)
+    values = metric.compute()
+    assert values["precision"] > 0.95
+    assert values["recall"] < 0.05
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    deviation = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    mean = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    value = frechet_distance(mean, torch.diag(deviation**2), torch.zeros(3).double(), torch.eye(3).double())
+    assert float(value) == pytest.approx(5 + float(((deviation - 1) ** 2).sum()), rel=1e-12)
+
+
+def test_a_set_is_no_distance_from_itself() -> None:
+    features = normal(400, 16, 2)
+    metrics = MetricCollection({"fid": FrechetDistance(16), "precision_recall": PrecisionRecall()})
+    metrics.update(features=features, real=True)
+    metrics.update(features=features, real=False)
+    values = metrics.compute()
+    assert abs(float(values["fid"])) < 1e-9
+    assert values["precision"] == values["recall"] == 1
+
+
+def test_nearest_in_tiles_equals_all_distances() -> None:
+    points, others = normal(50, 5, 3), normal(70, 5, 4)
+    distances, indices = nearest(points, others, 4, tile=16)
+    exact = torch.cdist(points, others).sort(dim=1)
+    assert torch.allclose(distances.sqrt(), exact.values[:, :4], atol=1e-5)
+    assert torch.equal(indices, exact.indices[:, :4])
+    own = nearest(points, points, 1, skip_self=True, tile=16)[1][:, 0]
+    assert not torch.equal(own, torch.arange(50))
+    assert (own != torch.arange(50)).all()
+
+
+def pictures() -> Iterator[tuple[Tensor, Tensor, bool, Tensor]]:
+    """Features, logits, real, index of ten batches a side."""
+    for real, count, seed in ((True, 210, 5), (False, 190, 6)):
+        features, logits = normal(count, 12, seed), 3 * normal(count, 7, seed + 10)
+        for index in torch.arange(count).split(20):
+            yield features[index], logits[index], real, index
+
+
+def scores(batches: Any) -> dict[str, float]:
+    metrics = collection(12)
+    for features, logits, real, index in batches:
+        metrics.update(features=features, logits=logits, real=real, index=index)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def _process(rank: int, folder: str, expected: dict[str, float]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    values = scores(batch for number, batch in enumerate(pictures()) if number % 2 == rank)
+    torch.distributed.destroy_process_group()
+    assert values == pytest.approx(expected, rel=1e-10)
+
+
+def test_two_processes_give_the_score_of_one(tmp_path: Path) -> None:
+    expected = scores(pictures())
+    assert expected == pytest.approx(scores(reversed(list(pictures()))), rel=1e-10)
+    mp.spawn(_process, args=(str(tmp_path), expected), nprocs=2)
+
+
+def test_padding_counts_once() -> None:
+    batches = list(pictures())
+    assert scores([*batches, batches[-1]])["is"] == pytest.approx(scores(batches)["is"], rel=1e-12)
+
+
+def test_memory_is_the_features_and_one_tile() -> None:
+    nearest(normal(2000, 64, 0), normal(2000, 64, 1), 3)  # the libraries' own memory
+    metric = PrecisionRecall(3)
+    for part in range(2):
+        metric.update(normal(6_000, 64, part), real=True)
+        metric.update(normal(6_000, 64, part + 5), real=False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    metric.compute()
+    all_distances_kib = 12_000 * 12_000 * 4 / 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < all_distances_kib / 4
+
+
+def test_bad_input_is_one_sentence() -> None:
+    broken = normal(10, 12, 0)
+    broken[3, 4] = torch.nan
+    with pytest.raises(InputError, match="1 of 10 rows are not finite"):
+        FrechetDistance(12).update(broken, real=True)
+    with pytest.raises(InputError, match="16 wide where this metric was built for 12"):
+        FrechetDistance(12).update(normal(10, 16, 0), real=True)
+    few = FrechetDistance(12)
+    few.update(normal(11, 12, 0), real=True)
+    few.update(normal(11, 12, 0), real=False)
+    with pytest.raises(InputError, match="small_sample=true"):
+        few.compute()
+    allowed = FrechetDistance(12, small_sample=True)
+    allowed.update(normal(11, 12, 0), real=True)
+    allowed.update(normal(11, 12, 1), real=False)
+    assert torch.isfinite(allowed.compute()["fid"])
+    kernel = KernelDistance()
+    kernel.update(normal(30, 4, 0), real=True)
+    kernel.update(normal(40, 4, 0), real=False)
+    with pytest.raises(InputError, match="subset_size=1000 is more than the 30 pictures"):
+        kernel.compute()
+    no_real = PrecisionRecall()
+    no_real.update(normal(30, 4, 0), real=False)
+    with pytest.raises(InputError, match="no real pictures"):
+        no_real.compute()
+    score = InceptionScore()
+    score.update(normal(5, 3, 0))
+    with pytest.raises(InputError, match="splits=10"):
+        score.compute()
