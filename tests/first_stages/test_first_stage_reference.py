@@ -28,7 +28,7 @@ TOLERANCE = 2e-5  # float32 runs of one network on one machine differ by about 1
 def weight_by_rule(key: str, shape: list[int], salt: int) -> Tensor:
     """The reference files hold no weights: each tensor is drawn from its own name."""
     count = math.prod(shape)
-    values = np.random.RandomState((zlib.crc32(key.encode()) + salt) % 2**32).standard_normal(count)  # noqa: NPY002
+    values = np.random.RandomState((zlib.crc32(key.encode()) + salt) % 2**32).standard_normal(count)
     if len(shape) > 1:
         values *= 0.7 / math.sqrt(count // shape[0])
     elif key.endswith("weight"):

@@ -5,6 +5,7 @@ Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,8 +56,7 @@ class ResolutionLevel(nn.Module):
 
     def __init__(self, widths: list[int], attention: bool, resample: nn.Module | None, groups: int, drop: float):
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self.blocks = nn.ModuleList(ResidualBlock(before, after, groups, drop) for before, after in pairs)
+        self.blocks = nn.ModuleList(ResidualBlock(before, after, groups, drop) for before, after in pairwise(widths))
         self.attentions = nn.ModuleList(PixelAttention(width, groups) for width in widths[1:] if attention)
         self.resample = resample if resample is not None else nn.Identity()
 

@@ -1,0 +1,85 @@
+"""The patch adversary of the paper's first stages: hinge loss, adaptive weight, and when each begins.
+
+Esser et al., "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021, equations 6 and 7.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldmlab.errors import InputError
+
+_WEIGHT_LIMIT = 1e4
+_EPSILON = 1e-4
+
+
+class Adversary(nn.Module):
+    """A discriminator with its weight in the autoencoder's loss; steps count updates of the autoencoder."""
+
+    def __init__(
+        self,
+        *,
+        discriminator: nn.Module,  # pictures => logits
+        weight: float,  # of its term, beside the adaptive factor
+        discriminator_start: int,  # updates made before the discriminator's training begins
+        adversary_start: int,  # updates made before its term enters the autoencoder's loss
+        ramp_steps: int = 0,  # over which that term grows linearly to its weight
+        adaptive: bool = True,  # scale by the ratio of gradient norms at the last layer
+    ) -> None:
+        super().__init__()
+        if adversary_start < discriminator_start:
+            raise InputError(
+                f"loss.adversary.adversary_start={adversary_start} comes before discriminator_start="
+                f"{discriminator_start}: an untrained critic would steer; choose at least {discriminator_start}."
+            )
+        self.discriminator = discriminator
+        self.weight = weight
+        self.discriminator_start = discriminator_start
+        self.adversary_start = adversary_start
+        self.ramp_steps = ramp_steps
+        self.adaptive = adaptive
+
+    def trains_at(self, step: int) -> bool:
+        """Whether the discriminator is updated after `step` updates of the autoencoder."""
+        return step >= self.discriminator_start
+
+    def weight_at(self, step: int) -> float:
+        """Weight of its term after `step` updates: 0 before its start, then the ramp, then constant."""
+        if step < self.adversary_start:
+            return 0.0
+        return self.weight * min((step - self.adversary_start + 1) / max(self.ramp_steps, 1), 1.0)
+
+    def generator_loss(self, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
+        """The autoencoder's side, - mean D(y), and the mean logit; gradients reach `reconstructed` only if asked."""
+        logits = self.discriminator(reconstructed).float()
+        return -logits.mean(), logits.mean().detach()
+
+    def discriminator_loss(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """1/2 mean relu(1 - D(x)) + 1/2 mean relu(1 + D(y)), and the mean logits."""
+        real = self.discriminator(images).float()
+        fake = self.discriminator(reconstructed.detach()).float()
+        loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+        return loss, {"logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()}
+
+    def adaptive_weight(self, reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
+        """|d reconstruction / d last layer| / (|d generator / d last layer| + 1e-4), at most 1e4, without gradient.
+
+        The gradients are averaged over processes before their norms are taken, so the number of processes does
+        not matter; float32 throughout.
+        """
+        if not self.adaptive:
+            return torch.ones((), device=last_layer.device)
+        losses = (reconstruction_loss, generator_loss)
+        gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
+        norms = mean_over_processes(torch.stack(gradients)).flatten(1).norm(dim=1)
+        return (norms[0] / (norms[1] + _EPSILON)).clamp(max=_WEIGHT_LIMIT).detach()
+
+
+@torch.no_grad()
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a tensor over all processes; the tensor itself when there is one process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value

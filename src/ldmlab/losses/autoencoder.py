@@ -1,0 +1,63 @@
+"""The loss of a first stage: reconstruction, penalties of its bottleneck, adversary."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ldmlab.contracts import Reconstruction
+from ldmlab.errors import InputError
+from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.reconstruction import ReconstructionLoss, Reduction
+
+Terms = dict[str, Tensor]
+
+
+class AutoencoderLoss(nn.Module):
+    """reconstruction + sum of penalty_weights[p] p + adversary's weight x adaptive weight x (- mean D(y))."""
+
+    def __init__(
+        self,
+        *,
+        penalty_weights: Mapping[str, float],  # by the first stage's names: kl | codebook
+        lpips_weight: float,  # 0: the LPIPS network is not built
+        reduction: Reduction,  # sum_per_picture (official KL models) | mean (official VQ models)
+        logvar: Literal["fixed", "learned"] = "fixed",  # scale of the reconstruction error
+        adversary: Adversary | None = None,  # None: no discriminator
+        lpips: nn.Module | None = None,  # the network, where its weight is not 0
+    ) -> None:
+        super().__init__()
+        self.penalty_weights = dict(penalty_weights)
+        self.reconstruction = ReconstructionLoss(
+            lpips_weight=lpips_weight, reduction=reduction, logvar=logvar, lpips=lpips
+        )
+        self.adversary = adversary
+
+    def autoencoder(self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int) -> tuple[Tensor, Terms]:
+        """What the autoencoder minimises after `step` updates, and its terms."""
+        self._check(given)
+        rebuilt, terms = self.reconstruction(images, given.images)
+        total = rebuilt + sum(self.penalty_weights[name] * value for name, value in given.penalties.items())
+        terms |= {"reconstruction": rebuilt, **given.penalties}
+        weight = self.adversary.weight_at(step) if self.adversary is not None else 0.0
+        if self.adversary is not None and weight > 0:
+            generator, logit = self.adversary.generator_loss(given.images)
+            adaptive = self.adversary.adaptive_weight(rebuilt, generator, last_layer)
+            total = total + weight * adaptive * generator
+            terms |= {"adversary/adaptive_weight": adaptive, "adversary/generator": generator}
+            terms["adversary/logits_generator"] = logit
+        return total, {name: value.detach() for name, value in terms.items()}
+
+    def discriminator(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Terms]:
+        """What the discriminator minimises, and its terms."""
+        assert self.adversary is not None
+        loss, logits = self.adversary.discriminator_loss(images, reconstructed)
+        terms = {"adversary/discriminator": loss.detach()}
+        return loss, terms | {f"adversary/{name}": value for name, value in logits.items()}
+
+    def _check(self, given: Reconstruction) -> None:
+        if given.penalties.keys() != self.penalty_weights.keys():
+            raise InputError(
+                f"loss.penalty_weights={self.penalty_weights} does not name what the first stage gives "
+                f"({', '.join(given.penalties) or 'nothing'}); choose loss=kl for KL models, loss=vq for VQ models."
+            )

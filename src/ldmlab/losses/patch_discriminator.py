@@ -1,0 +1,55 @@
+"""A convolutional critic that judges overlapping patches.
+
+Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017, section 3.2.2.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ldmlab.errors import InputError
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "group": lambda width: nn.GroupNorm(min(32, width // 2), width),  # each picture by itself: any split is the same
+    "sync_batch": nn.SyncBatchNorm,  # as released; statistics over all processes
+}
+
+
+class PatchDiscriminator(nn.Module):
+    """Pictures to one logit for each patch: `layers` halvings, two more convolutions, leaky ReLU between."""
+
+    def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group") -> None:
+        super().__init__()
+        if norm not in _NORMS:
+            raise InputError(f"discriminator.norm={norm} is not known; choose among {', '.join(_NORMS)}.")
+        widths = [channels * min(2**level, 8) for level in range(layers + 1)]
+        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for level in range(1, layers + 1):
+            stride = 2 if level < layers else 1
+            parts += [
+                nn.Conv2d(widths[level - 1], widths[level], 4, stride=stride, padding=1, bias=False),
+                _NORMS[norm](widths[level]),
+                nn.LeakyReLU(0.2),
+            ]
+        parts.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.smallest_picture = 3 * 2**layers
+        self.network = nn.Sequential(*parts)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] => logits (B, 1, h, w), high for real."""
+        if min(images.shape[-2:]) < self.smallest_picture:
+            raise InputError(
+                f"pictures of {images.shape[-2]}x{images.shape[-1]} are too small for this discriminator, which needs "
+                f"{self.smallest_picture} pixels a side; choose fewer discriminator.layers or larger pictures."
+            )
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def _initialise(module: nn.Module) -> None:
+    """Convolutions from N(0, 0.02), norms from N(1, 0.02), as the paper of the critic has it."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.GroupNorm | nn.SyncBatchNorm):
+        nn.init.normal_(module.weight, 1.0, 0.02)

@@ -1,0 +1,59 @@
+"""How far a reconstruction is from its picture: absolute error, and LPIPS if asked."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.errors import InputError
+
+Reduction = Literal["sum_per_picture", "mean"]
+
+
+class ReconstructionLoss(nn.Module):
+    """|x - y| + lpips_weight LPIPS(x, y), divided by exp(logvar) and with logvar added, at every value of a picture.
+
+    `sum_per_picture` adds over the 3 H W values of a picture and averages over pictures (the official KL models);
+    `mean` averages over everything (the official VQ models). LPIPS is one number a picture, given to each value.
+    """
+
+    def __init__(
+        self,
+        *,
+        lpips_weight: float,
+        reduction: Reduction,
+        logvar: Literal["fixed", "learned"] = "fixed",
+        logvar_start: float = 0.0,
+        lpips: nn.Module | None = None,  # needed only where its weight is not 0
+    ) -> None:
+        super().__init__()
+        if lpips_weight and lpips is None:
+            raise InputError(
+                f"loss.lpips_weight={lpips_weight} needs the LPIPS network; "
+                "run `ldmlab fetch lpips`, or set loss.lpips_weight=0."
+            )
+        _one_of("reduction", reduction, ("sum_per_picture", "mean"))
+        _one_of("logvar", logvar, ("fixed", "learned"))
+        self.lpips_weight = lpips_weight
+        self.reduction = reduction
+        self.lpips = lpips if lpips_weight else None
+        start = torch.tensor(float(logvar_start))
+        self.logvar = nn.Parameter(start, requires_grad=logvar == "learned")
+
+    def forward(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two batches (B, 3, H, W) in [-1, 1] => loss, and the plain means of its terms (`l1`, `lpips`)."""
+        terms = {"l1": (images.float() - reconstructed.float()).abs().mean()}
+        error = terms["l1"]
+        if self.lpips is not None:
+            terms["lpips"] = self.lpips(images, reconstructed).mean()
+            error = error + self.lpips_weight * terms["lpips"]
+        loss = error * torch.exp(-self.logvar) + self.logvar  # mean over values
+        if self.reduction == "sum_per_picture":
+            loss = loss * math.prod(images.shape[1:])
+        return loss, terms
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"loss.{option}={value} is not known; choose among {', '.join(known)}.")

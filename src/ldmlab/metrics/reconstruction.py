@@ -1,0 +1,152 @@
+"""Measures of a first stage: how true its reconstructions are, what its latents look like, how it uses its codes.
+
+All are sums over pictures, so that any split over batches and processes gives the same numbers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from ldmlab.contracts import Posterior
+
+_SMALLEST_ERROR = 1e-10  # a perfect picture counts as 100 dB
+
+
+class ReconstructionMeasures(Metric):
+    """PSNR, PSNR over object pixels, SSIM and, with a network, LPIPS of 8-bit pictures.
+
+    `psnr`: 10 log10(255^2 / squared error), per picture, averaged over pictures.
+    `psnr_object`: the same over the pixels whose original differs from the background colour in any channel; their
+    squared error is pooled over all pictures before the logarithm, so that nearly empty pictures do not dominate.
+    `ssim`: 11 x 11 Gaussian window of deviation 1.5, data range 255, averaged over pictures.
+    """
+
+    full_state_update = False
+    psnr_sum: Tensor
+    psnr_square_sum: Tensor
+    object_error_sum: Tensor
+    object_values: Tensor
+    ssim_sum: Tensor
+    lpips_sum: Tensor
+    pictures: Tensor
+
+    def __init__(
+        self,
+        background: Sequence[int] | None = (255, 255, 255),  # None: no psnr_object
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,  # two batches in [-1, 1] => (B,)
+    ) -> None:
+        super().__init__()
+        self.background = background
+        self.lpips = lpips
+        for name in ("psnr_sum", "psnr_square_sum", "object_error_sum", "ssim_sum", "lpips_sum"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("object_values", "pictures"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, original: Tensor, reconstructed: Tensor) -> None:
+        """Two batches of uint8 pictures (B, 3, H, W)."""
+        x, y = original.float(), reconstructed.float()
+        error = (x - y).square() / 255.0**2  # (B, 3, H, W)
+        psnr = -10 * torch.log10(error.mean(dim=(1, 2, 3)).clamp_min(_SMALLEST_ERROR)).double()
+        self.psnr_sum += psnr.sum()
+        self.psnr_square_sum += psnr.square().sum()
+        if self.background is not None:
+            colour = torch.tensor(list(self.background), dtype=original.dtype, device=original.device)[:, None, None]
+            inside = (original != colour).any(dim=1, keepdim=True)  # (B, 1, H, W)
+            self.object_error_sum += (error * inside).double().sum()
+            self.object_values += 3 * inside.sum()
+        self.ssim_sum += _ssim(x, y).double().sum()
+        if self.lpips is not None:
+            self.lpips_sum += self.lpips(x / 127.5 - 1, y / 127.5 - 1).double().sum()
+        self.pictures += len(original)
+
+    def compute(self) -> dict[str, float]:
+        """Numbers by name; `psnr_std` is the deviation over pictures."""
+        count = max(int(self.pictures), 1)
+        psnr = float(self.psnr_sum) / count
+        spread = float(self.psnr_square_sum) / count - psnr**2
+        found = {"psnr": psnr, "psnr_std": math.sqrt(max(spread, 0.0)), "ssim": float(self.ssim_sum) / count}
+        if self.background is not None and int(self.object_values):
+            error = float(self.object_error_sum) / int(self.object_values)
+            found["psnr_object"] = -10 * math.log10(max(error, _SMALLEST_ERROR))
+        if self.lpips is not None:
+            found["lpips"] = float(self.lpips_sum) / count
+        return found
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    """One number a picture, (B,)."""
+    values = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none")
+    assert isinstance(values, Tensor)
+    return values.reshape(len(x))
+
+
+class LatentStatistics(Metric):
+    """Mean, standard deviation and extremes of raw latents, per channel.
+
+    The deviation is that of drawn latents: the posterior's own variance is added to the spread of its means.
+    """
+
+    full_state_update = False
+    value_sum: Tensor
+    square_sum: Tensor
+    smallest: Tensor
+    largest: Tensor
+    values: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        for name in ("value_sum", "square_sum"):
+            self.add_state(name, torch.zeros(channels, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("smallest", torch.full((channels,), math.inf), dist_reduce_fx="min")
+        self.add_state("largest", torch.full((channels,), -math.inf), dist_reduce_fx="max")
+        self.add_state("values", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, posterior: Posterior) -> None:
+        """The posteriors of a batch of pictures."""
+        mean = posterior.mean.float()
+        variance = torch.exp(posterior.logvar.float()) if posterior.logvar is not None else torch.zeros_like(mean)
+        self.value_sum += mean.double().sum(dim=(0, 2, 3))
+        self.square_sum += (mean.double().square() + variance.double()).sum(dim=(0, 2, 3))
+        self.smallest = torch.minimum(self.smallest, mean.amin(dim=(0, 2, 3)))
+        self.largest = torch.maximum(self.largest, mean.amax(dim=(0, 2, 3)))
+        self.values += mean.numel() // self.channels
+
+    def compute(self) -> dict[str, float]:
+        """`latent_mean/0`, `latent_std/0`, `latent_min/0`, `latent_max/0` and so on, and `latent_std` over all."""
+        count = int(self.values)
+        if not count:
+            return {}
+        mean, square = self.value_sum / count, self.square_sum / count
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        by_name = {"mean": mean, "std": std, "min": self.smallest, "max": self.largest}
+        found = {f"latent_{k}/{c}": v for k, values in by_name.items() for c, v in enumerate(values.tolist())}
+        found["latent_std"] = float((square.mean() - mean.mean().square()).clamp_min(0).sqrt())
+        return found
+
+
+class CodebookUse(Metric):
+    """Which share of a codebook is used, and its perplexity exp(- sum p log p), over all codes since the last reset."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__()
+        self.codebook_size = codebook_size
+        self.add_state("counts", torch.zeros(codebook_size, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, codes: Tensor) -> None:
+        """Codes of any shape, int64."""
+        self.counts += torch.bincount(codes.flatten(), minlength=self.codebook_size)
+
+    def compute(self) -> dict[str, float]:
+        """`codebook_use` in 0 .. 1 and `codebook_perplexity` in 1 .. codebook_size."""
+        share = self.counts.double() / self.counts.sum().clamp_min(1)
+        entropy = torch.special.entr(share).sum()
+        return {"codebook_use": float((self.counts > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}

@@ -1,0 +1,85 @@
+"""LPIPS v0.1 with VGG16: a distance between pictures in the features of a classifier.
+
+Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldmlab.errors import InputError
+
+# Positions of VGG16's convolutions in torchvision's `features`; features are read after the last of each group.
+_GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+_MEAN = (-0.030, -0.088, -0.188)  # of ImageNet's pixels in [-1, 1]
+_DEVIATION = (0.458, 0.448, 0.450)
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance of pictures; its weights are constants: never trained, never in a state dict."""
+
+    def __init__(self, vgg_weights: Path, head_weights: Path | None = None) -> None:
+        """`vgg_weights`: torchvision's VGG16; `head_weights`: the published channel weights (torchmetrics has them)."""
+        super().__init__()
+        self._constant("mean", torch.tensor(_MEAN)[:, None, None])
+        self._constant("deviation", torch.tensor(_DEVIATION)[:, None, None])
+        vgg, heads = _read(vgg_weights), _read(head_weights or _packaged_heads())
+        for number, group in enumerate(_GROUPS):
+            for index in group:
+                for part in ("weight", "bias"):
+                    self._constant(f"vgg_{index}_{part}", _entry(vgg, f"features.{index}.{part}", vgg_weights))
+            self._constant(f"head_{number}", heads[f"lin{number}.model.1.weight"])
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.detach().clone(), persistent=False)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Two batches (B, 3, H, W) in [-1, 1], at least 16 x 16 => distances (B,), float32."""
+        distance = torch.zeros(len(first), device=first.device)
+        pairs = zip(self.features(first), self.features(second), strict=True)
+        for number, (one, other) in enumerate(pairs):
+            difference = (_unit_length(one.float()) - _unit_length(other.float())).square()  # (B, C, h, w)
+            distance = distance + (difference * self.get_buffer(f"head_{number}")).sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """VGG's activations at five depths; each picture batch by itself, so that constants keep no graph."""
+        x = (images - self.get_buffer("mean")) / self.get_buffer("deviation")
+        found = []
+        for number, group in enumerate(_GROUPS):
+            x = F.max_pool2d(x, 2) if number else x
+            for index in group:
+                weight, bias = self.get_buffer(f"vgg_{index}_weight"), self.get_buffer(f"vgg_{index}_bias")
+                x = F.relu(F.conv2d(x, weight, bias, padding=1))
+            found.append(x)
+        return found
+
+
+def _unit_length(features: Tensor) -> Tensor:
+    """Every position's vector divided by its length; the small number keeps the gradient finite at zero."""
+    return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + 1e-8)
+
+
+def _packaged_heads() -> Path:
+    """Where torchmetrics keeps the published channel weights; found without importing it."""
+    package = importlib.util.find_spec("torchmetrics")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "functional/image/lpips_models/vgg.pth"
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise InputError(f"LPIPS weights {path} do not exist; run `ldmlab fetch lpips`, or set loss.lpips_weight=0.")
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return weights
+
+
+def _entry(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:
+    for key in (name, name.removeprefix("features.")):
+        if key in weights:
+            return weights[key]
+    raise InputError(f"LPIPS weights {path} hold no {name}; give torchvision's VGG16 (`ldmlab fetch lpips` gets it).")

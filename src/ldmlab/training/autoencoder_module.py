@@ -1,0 +1,155 @@
+"""Training of a first stage: autoencoder and adversary, both updated with every batch."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import FirstStage, Reconstruction
+from ldmlab.losses.autoencoder import AutoencoderLoss
+from ldmlab.losses.rise_alarm import RiseAlarm
+from ldmlab.metrics.reconstruction import CodebookUse, LatentStatistics, ReconstructionMeasures
+from ldmlab.nn.pixels import to_bytes, to_float
+from ldmlab.randomness import normal
+from ldmlab.training.stage import Batch, Losses, Stage
+
+_log = logging.getLogger(__name__)
+_PANEL_PICTURES = 8
+
+
+class AutoencoderStage(Stage):
+    """A first stage against its loss; the best checkpoint is the one with the best LPIPS, or PSNR without LPIPS."""
+
+    kind: ClassVar[str] = "autoencoder"
+    averaged: ClassVar[str | None] = "first_stage"
+
+    def __init__(
+        self,
+        *,
+        first_stage: FirstStage,
+        loss: AutoencoderLoss,
+        background: Sequence[int] | None = (255, 255, 255),  # colour left out of psnr_object
+        codebook_window: int = 10_000,  # pictures over which codebook use is counted; an epoch is a good choice
+        codebook_alert: float = 0.5,  # warn when a smaller share of the codebook was used
+        **options: Any,  # of Stage
+    ) -> None:
+        super().__init__(**options)
+        assert isinstance(first_stage, nn.Module)
+        last_layer = first_stage.last_layer  # refuses a first stage without weights
+        assert last_layer.requires_grad
+        self.first_stage = first_stage.to(memory_format=torch.channels_last)
+        self.loss = loss.to(memory_format=torch.channels_last)
+        self.background = background
+        self.codebook_window, self.codebook_alert = codebook_window, codebook_alert
+        codes: int | None = getattr(first_stage, "codebook_size", None)
+        self.codebook = CodebookUse(codes) if codes is not None else None
+        self.rise_alarm = RiseAlarm()
+        with_lpips = loss.reconstruction.lpips is not None
+        self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
+        self._window_start = 0  # position at which the codebook's window began
+        self._window: dict[str, float] = {}  # codebook use over the last full window
+        self._players = self._assign()
+        self._seen: tuple[Tensor, Tensor] | None = None  # pictures and reconstructions of this micro-batch
+
+    def _assign(self) -> dict[str, list[nn.Parameter]]:
+        trained = [*self.first_stage.parameters(), *self.loss.reconstruction.parameters()]
+        players = {"autoencoder": [p for p in trained if p.requires_grad]}
+        if self.loss.adversary is not None:
+            players["adversary"] = list(self.loss.adversary.parameters())
+        return players
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """The autoencoder (with a learned log-variance) and the adversary, if there is one."""
+        return self._players
+
+    def active(self, player: str) -> bool:
+        """The adversary is updated from its start on."""
+        return player == "autoencoder" or (self.loss.adversary is not None and self.loss.adversary.trains_at(self.step))
+
+    def saved(self) -> dict[str, nn.Module]:
+        """The first stage, and the loss with its discriminator and log-variance."""
+        return {"first_stage": self.first_stage, "loss": self.loss}
+
+    def losses(self, player: str, batch: Batch) -> Losses:
+        """The autoencoder's loss; then the adversary's on the same pictures and reconstructions."""
+        if player == "autoencoder":
+            return self._autoencoder(batch)
+        assert self._seen is not None
+        (images, reconstructed), self._seen = self._seen, None
+        return Losses(*self.loss.discriminator(images, reconstructed))
+
+    def _autoencoder(self, batch: Batch) -> Losses:
+        images = self._pictures_of(batch)
+        given = self.first_stage.reconstruct(images, self._noise(batch["position"], images))
+        total, terms = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
+        self._seen = (images, given.images.detach())
+        self._watch(terms["l1"])
+        return Losses(total, terms | self._codebook_terms(given))
+
+    def _pictures_of(self, batch: Batch) -> Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        return to_float(batch["image"].to(self.device)).contiguous(memory_format=torch.channels_last)
+
+    def _noise(self, position: Tensor, images: Tensor) -> Tensor:
+        """Posterior noise that belongs to the training position: (B, C, H / f, W / f)."""
+        f = self.first_stage.downsampling
+        shape = (self.first_stage.latent_channels, images.shape[2] // f, images.shape[3] // f)
+        return normal(self.seed, "posterior", position.to(self.device), shape)
+
+    def _watch(self, error: Tensor) -> None:
+        """Warn when reconstruction has become clearly worse since the adversary joined."""
+        started = self.loss.adversary is not None and self.loss.adversary.weight_at(self.step) > 0
+        rise = self.rise_alarm.update(error, started)
+        if rise is not None and self.global_rank == 0:
+            _log.warning(
+                "step %d: reconstruction is %.0f %% worse than before the adversary joined; "
+                "lower loss.adversary.weight or start it later",
+                self.step,
+                100 * rise,
+            )
+
+    def _codebook_terms(self, given: Reconstruction) -> dict[str, Tensor]:
+        """Use and perplexity of the codebook over the last full window, once there is one."""
+        if self.codebook is None or given.codes is None:
+            return {}
+        if self.position - self._window_start >= self.codebook_window:
+            self._close_window(self.codebook)
+        self.codebook.update(given.codes)
+        return {name: torch.tensor(value, device=self.device) for name, value in self._window.items()}
+
+    def _close_window(self, codebook: CodebookUse) -> None:
+        self._window = codebook.compute()
+        codebook.reset()
+        self._window_start = self.position
+        if self._window["codebook_use"] < self.codebook_alert and self.global_rank == 0:
+            _log.warning(
+                "step %d: only %.1f %% of the codebook was used over the last %d pictures; "
+                "fewer codes or a lower learning rate keep more of it alive",
+                self.step,
+                100 * self._window["codebook_use"],
+                self.codebook_window,
+            )
+
+    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Measures of reconstructions from the posterior's mean, and the latents' statistics per channel."""
+        measures = ReconstructionMeasures(self.background, self.loss.reconstruction.lpips).to(self.device)
+        latents = LatentStatistics(self.first_stage.latent_channels).to(self.device)
+        for batch in batches:
+            posterior = self.first_stage.encode(self._pictures_of(batch))
+            latents.update(posterior)
+            measures.update(batch["image"].to(self.device), to_bytes(self.first_stage.decode(posterior.mean)))
+        return measures.compute() | latents.compute()
+
+    def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Rows of input | reconstruction | difference (grey where equal); never decoded noise, which means nothing."""
+        pictures: list[Tensor] = []
+        for batch in batches:
+            pictures.extend(batch["image"][: _PANEL_PICTURES - len(pictures)])
+            if len(pictures) == _PANEL_PICTURES:
+                break
+        images = self._pictures_of({"image": torch.stack(pictures)})
+        rebuilt = self.first_stage.decode(self.first_stage.encode(images).mean).float().clamp(-1, 1)
+        row = torch.cat([images, rebuilt, (rebuilt - images) / 2], dim=3)  # (N, 3, H, 3 W)
+        return {"reconstructions": to_bytes(row).permute(0, 2, 3, 1).contiguous().cpu()}
