@@ -12,6 +12,7 @@ MAY_USE = {  # room => rooms it may import
     **{room: GROUND for room in GROUND},
     "nn": GROUND,
     "checkpoints": GROUND,
+    "model_files": GROUND | {"checkpoints"},
     **{
         room: GROUND | {"nn", "checkpoints"}
         for room in ("first_stages", "backbones", "conditioners", "losses", "diffusion", "samplers", "data", "metrics")

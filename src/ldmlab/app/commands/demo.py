@@ -1,0 +1,163 @@
+"""`ldmlab demo`: every step of the flow, with the commands a user would type, on the pictures of the repository."""
+
+import argparse
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from ldmlab.errors import InputError
+
+ROOT = Path(__file__).parents[4]  # the checkout: train.py, evaluate.py and data/emoji-256 lie there
+CAPTIONS = (
+    "red apple",
+    "smiling face with sunglasses",
+    "thumbs up, medium skin tone",
+    "clock face three oclock",
+    "flag of a country, red and white",
+    "cat face",
+    "woman with red hair",
+    "blue heart",
+)
+
+
+class Step(NamedTuple):
+    """One command of the flow, what it makes, and about how long it takes."""
+
+    title: str
+    command: list[str]
+    makes: Path  # exists once the step is finished
+    minutes: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ldmlab demo`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the demo's runs (default: runs/demo)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--fresh", action="store_true", help="delete the folder's earlier demo and begin again")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the steps that are not done yet, each as its own process."""
+    if not (ROOT / "train.py").exists() or not (ROOT / "data/emoji-256").exists():
+        raise InputError("ldmlab demo needs the repository beside it: clone it, then run `make demo` there.")
+    if args.fresh and args.out.exists():
+        shutil.rmtree(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    recipe = "gpu" if _has_gpu(args.device) else "cpu"
+    steps = flow(args.out.resolve(), recipe)
+    total = sum(step.minutes for step in steps)
+    print(f"The whole flow in {len(steps)} steps, about {total:.0f} minutes on {_machine(recipe)}.", flush=True)
+    began = time.monotonic()
+    for number, step in enumerate(steps, 1):
+        _run_step(number, len(steps), step)
+    _closing(args.out, time.monotonic() - began)
+    return 0
+
+
+def flow(out: Path, recipe: str) -> list[Step]:
+    """The demo's commands in order; `recipe` is cpu or gpu."""
+    python = sys.executable
+    train = [python, "train.py"]
+    ldmlab = [python, "-m", "ldmlab"]
+    first_stage, clip, latents, model = (out / name for name in ("first_stage", "clip", "latents", "text_to_image"))
+    minutes = MINUTES[recipe]
+    return [
+        Step(
+            "Train the first stage: pictures to latents and back",
+            [*train, f"experiment=demo/{recipe}_first_stage", f"run.dir={first_stage}"],
+            first_stage / "done.json",
+            minutes[0],
+        ),
+        Step(
+            "Train a small CLIP: captions and pictures in one space",
+            [*train, f"experiment=demo/{recipe}_clip", f"run.dir={clip}"],
+            clip / "done.json",
+            minutes[1],
+        ),
+        Step(
+            "Encode: every picture to the moments of its latent, once",
+            [*ldmlab, "encode", f"experiment=demo/{recipe}_latents", f"from_run={first_stage}", f"out={latents}"],
+            latents / "train" / "manifest.json",
+            minutes[2],
+        ),
+        Step(
+            "Train the denoiser on the latents, told the caption",
+            [
+                *train,
+                f"experiment=demo/{recipe}_text_to_image",
+                f"data.latents={latents}",
+                f"conditioner.text.run={clip}",
+                f"run.dir={model}",
+            ],
+            model / "done.json",
+            minutes[3],
+        ),
+        Step(
+            "Sample: from noise to pictures, the way they come, and fewer or more steps",
+            [*ldmlab, "sample", str(model), *CAPTIONS, "--guidance", "3", "--seed", "7", "--strip"]
+            + ["--sweep", "steps=1,2,5,10,25,50", "--out", str(out / "samples")],
+            out / "samples" / "grid.png",
+            minutes[4],
+        ),
+        Step(
+            "Score the model and write the report",
+            [python, "evaluate.py", f"model={model}", "protocol=demo_emoji", f"features.run={clip}", f"out={out / 'evaluation'}"],
+            out / "evaluation" / "report.html",
+            minutes[5],
+        ),
+    ]
+
+
+MINUTES = {"cpu": (3.5, 2.0, 0.5, 7.0, 0.7, 1.5), "gpu": (0.7, 0.4, 0.2, 1.0, 0.2, 0.4)}
+
+
+def _run_step(number: int, count: int, step: Step) -> None:
+    print(f"\n[{number}/{count}] {step.title}: about {_duration(step.minutes * 60)}.", flush=True)
+    if step.makes.exists():
+        print("      done before; kept.", flush=True)
+        return
+    print("      $ " + " ".join(_shown(word) for word in step.command), flush=True)
+    began = time.monotonic()
+    code = subprocess.run(step.command, cwd=ROOT, check=False).returncode
+    if code:
+        print(f"ldmlab: the demo stopped in step {number}; run it again to go on from there.", file=sys.stderr)
+        sys.exit(code)
+    print(f"      took {_duration(time.monotonic() - began)}.", flush=True)
+
+
+def _shown(word: str) -> str:
+    """A word as a user would type it."""
+    word = "python" if word == sys.executable else word.replace(f"{Path.cwd()}/", "")
+    return f'"{word}"' if " " in word else word
+
+
+def _closing(out: Path, seconds: float) -> None:
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # kilobytes on Linux
+    print(f"\nFinished in {_duration(seconds)}; the largest step held {memory:.1f} GiB.")
+    print(f"Pictures:  {out / 'samples' / 'grid.png'}")
+    print(f"Report:    {out / 'evaluation' / 'report.html'}")
+    print(f'Try:       .venv/bin/ldmlab sample {out / "text_to_image"} "sleepy owl" --guidance 3')
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
+def _has_gpu(device: str) -> bool:
+    if device == "cpu":
+        return False
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    if device == "cuda":
+        raise InputError("--device=cuda: torch finds no GPU here; leave the option out to use the CPU.")
+    return False
+
+
+def _machine(recipe: str) -> str:
+    return "a GPU" if recipe == "gpu" else "two CPU cores"

@@ -1,0 +1,39 @@
+"""The door of training: compose, check, wire, run."""
+
+import sys
+from typing import Any
+
+from ldmlab.app.doors import run_door
+
+OPENING = """usage: python train.py experiment=NAME [group=name ...] [key=value ...]
+
+Trains one stage: an autoencoder, a CLIP, or a denoiser. An experiment file sets everything for one known run."""
+EXAMPLES = """examples:
+  python train.py experiment=demo/cpu_first_stage
+  python train.py experiment=demo/cpu_text_to_image trainer.max_steps=10000 seed=1
+  torchrun --nproc-per-node=8 train.py experiment=...      several GPUs: start one process for each"""
+
+
+def main() -> None:
+    """`python train.py`."""
+    sys.exit(run_door(_main))
+
+
+def _main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from ldmlab.app.help import hydra_help
+
+        print(hydra_help("train", OPENING, EXAMPLES))
+        return 0
+    from ldmlab.app.compose import hydra_main
+
+    hydra_main("train", job)
+    return 0
+
+
+def job(config: Any) -> None:
+    """One training run from its composed configuration."""
+    from ldmlab.app.compose import plain
+    from ldmlab.app.wiring import train
+
+    train(plain(config))
