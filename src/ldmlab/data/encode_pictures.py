@@ -1,5 +1,6 @@
 """The workers of a pack: a part of a shard in, its tar bytes out; nothing here knows of other parts."""
 
+import functools
 import io
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 
 # Formats that Pillow decodes itself; others may start programs
-_READABLE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_READABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS = ("webp", "png", "jpg")
 
 
@@ -101,7 +102,14 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any]]:
         content, fields = sample[ending], item.fields or sample_fields(sample)
     if not content:
         raise ValueError("is empty")
-    return Image.open(io.BytesIO(content), formats=_READABLE), fields
+    return Image.open(io.BytesIO(content), formats=_readable()), fields
+
+
+@functools.cache
+def _readable() -> list[str]:
+    """Of the safe formats those this build of Pillow knows."""
+    Image.init()
+    return [name for name in _READABLE if name in Image.OPEN]
 
 
 def _reason(error: Exception) -> str:
