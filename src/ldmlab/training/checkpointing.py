@@ -42,17 +42,15 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read, with its content; None in a run without any."""
-        damaged = []
+        damaged = 0
         for path in reversed(self.by_age()):
             try:
-                content = load_checkpoint(path)
+                return path, supported(load_checkpoint(path), path)
             except InputError as error:
                 warnings.warn(f"{error} Trying the one before it.", stacklevel=2)
-                damaged.append(path)
-                continue
-            return path, supported(content, path)
+                damaged += 1
         if damaged:
-            raise InputError(f"none of the {len(damaged)} checkpoints in {self.folder} can be read; start a new run.")
+            raise InputError(f"none of the {damaged} checkpoints in {self.folder} can be read; start a new run.")
         return None
 
     def sweep(self) -> None:

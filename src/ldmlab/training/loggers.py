@@ -110,7 +110,7 @@ class TensorBoard:
 
 @dataclass
 class WandB:
-    """Weights and Biases through Lightning's logger; the W&B id is the run's id, nothing is uploaded but what is logged."""
+    """Weights and Biases through Lightning's logger; the W&B id is the run's id, and no file is uploaded."""
 
     project: str = "ldmlab"
     mode: Literal["offline", "online", "disabled"] = "offline"  # offline runs go up later with `wandb sync`

@@ -2,7 +2,8 @@
 
 import atexit
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,9 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from torch import Tensor
 
+from ldmlab.errors import InputError
+
+T = TypeVar("T")
 _BUCKET_ELEMENTS = 6_500_000  # 25 MB of float32 a bucket
 
 
@@ -137,6 +141,21 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def shared(find: Callable[[], T]) -> T:
+    """What the first process finds, on every process; an InputError of its reaches every process too."""
+    found: Any = None
+    refusal = ""
+    if rank() == 0:
+        try:
+            found = find()
+        except InputError as error:
+            refusal = str(error)
+    found, refusal = from_first((found, refusal))
+    if refusal:
+        raise InputError(refusal)
+    return found
 
 
 def barrier() -> None:

@@ -70,7 +70,7 @@ class RunFolder:
         """Take the folder for this process; InputError when another one holds it."""
         file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until `close`
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader workers would inherit that one
         except OSError as error:
             file.close()
             raise InputError(f"{self.path} is in use by another process; wait for it or choose another run.") from error
@@ -86,17 +86,14 @@ class RunFolder:
 def _decided(choose: Callable[[], RunFolder]) -> RunFolder:
     """The first process chooses and locks; what it found, folder or refusal, reaches every process."""
     processes.join()
-    run, verdict = None, ("", "", "")
-    if processes.rank() == 0:
-        try:
-            run = choose()
-            verdict = (str(run.path), run.run_id, "")
-        except InputError as error:
-            verdict = ("", "", str(error))
-    path, run_id, refusal = processes.from_first(verdict)
-    if refusal:
-        raise InputError(refusal)
-    return run or RunFolder(Path(path), run_id)
+    chosen: list[RunFolder] = []
+
+    def names() -> tuple[Path, str]:
+        chosen.append(choose())
+        return chosen[0].path, chosen[0].run_id
+
+    path, run_id = processes.shared(names)
+    return chosen[0] if chosen else RunFolder(path, run_id)
 
 
 def _fresh(root: Path, name: str) -> RunFolder:

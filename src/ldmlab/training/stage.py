@@ -63,8 +63,9 @@ class Stage(pl.LightningModule):
         self.position = 0  # pictures consumed over all processes
         self.average: AveragedWeights | None = None  # made once the weights are on their device
         self.extras: dict[str, dict[str, Tensor]] = {}  # by player, of the latest micro-batch
-        self.at_border = True  # between two steps, where state may be saved
+        self.at_border = True  # between two steps
         self.terms = Terms()
+        self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = 0
         self._waiting: dict[str, Any] | None = None  # checkpoint parts that need the optimizers
 
@@ -134,6 +135,7 @@ class Stage(pl.LightningModule):
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 
     def _update(self, playing: dict[str, list[nn.Parameter]]) -> None:
+        self.updating = True
         optimizers = self.optimizers_by_player()
         wrapped = isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel)
         for player, parameters in playing.items():
@@ -148,7 +150,7 @@ class Stage(pl.LightningModule):
         self.step += 1
         self.position += self._pictures * self.accumulate * processes.world_size()
         self.terms.close(self.step)
-        self._micro_batches, self.at_border = 0, True
+        self._micro_batches, self.at_border, self.updating = 0, True, False
 
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
         """Norm of the gradient before clipping."""
@@ -169,14 +171,15 @@ class Stage(pl.LightningModule):
         """One optimizer a player; `initial_lr` keeps the configured rate."""
         players = self.players()
         self._check_players(players)
-        made = [self._factory(player)(parameters) for player, parameters in players.items()]
+        made = [self.factory(player)(parameters) for player, parameters in players.items()]
         for optimizer in made:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         self._optimizers = dict(zip(players, made, strict=True))
         return made
 
-    def _factory(self, player: str) -> OptimizerFactory:
+    def factory(self, player: str) -> OptimizerFactory:
+        """What makes the player's optimizer."""
         if not isinstance(self.optimizer, Mapping):
             return self.optimizer
         if player not in self.optimizer:
@@ -193,6 +196,10 @@ class Stage(pl.LightningModule):
     def optimizers_by_player(self) -> dict[str, Optimizer]:
         """The optimizers under the names of their players."""
         return self._optimizers
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each player's latest update."""
+        return {player: o.param_groups[0]["lr"] for player, o in self.optimizers_by_player().items()}
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -246,6 +253,7 @@ class Stage(pl.LightningModule):
             "seed": self.seed,
             "modules": {name: module.state_dict() for name, module in self.saved().items()},
             "averaged": averages,
+            "terms": self.terms.checked,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers_by_player().items()},
         }
 
@@ -258,6 +266,7 @@ class Stage(pl.LightningModule):
         for name, module in self.saved().items():
             module.load_state_dict(state["modules"][name])
         self.step, self.position, self._waiting = state["step"], state["position"], state
+        self.terms.checked = state["terms"]
 
 
 def _freeze_modes(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ class Terms:
     def __init__(self) -> None:
         self._row: dict[str, Tensor] = {}  # of the unfinished step
         self._unread: list[tuple[int, dict[str, Tensor]]] = []  # on the device, by step
-        self._checked: dict[str, list[float]] = {}  # since the last `read`
+        self.checked: dict[str, list[float]] = {}  # since the last `read`
 
     def add(self, name: str, value: Tensor, share: float = 1.0) -> None:
         """A part of the running step's value: micro-batches add 1 / accumulate of theirs."""
@@ -37,12 +37,12 @@ class Terms:
                 value = next(values)
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} became {value} at step {step}; no checkpoint was written since.")
-                self._checked.setdefault(name, []).append(value)
+                self.checked.setdefault(name, []).append(value)
         self._unread = []
 
     def read(self) -> dict[str, float]:
         """Mean of every term over the steps since the last call."""
         self.check()
-        means = {name: sum(values) / len(values) for name, values in self._checked.items()}
-        self._checked = {}
+        means = {name: sum(values) / len(values) for name, values in self.checked.items()}
+        self.checked = {}
         return means

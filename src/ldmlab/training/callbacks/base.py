@@ -1,0 +1,58 @@
+"""What a callback of a run sees and may do; Lightning's own callbacks count other things and are not used."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldmlab.training import processes
+from ldmlab.training.loggers import Loggers
+from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.stage import Batch, Stage
+
+
+@dataclass
+class Session:
+    """The parts of a running fit that callbacks share."""
+
+    stage: Stage
+    run: RunFolder
+    loggers: Loggers
+    held_out_batches: Callable[[], Iterable[Batch]]  # this process's share, from the start at every call
+    skipped: int = 0  # pictures that could not be read, over all processes
+    notes: dict[str, Any] = field(default_factory=dict)  # what a checkpoint keeps for callbacks, plain types only
+
+    def batches(self) -> Iterator[Batch]:
+        """Held-out batches on the stage's device."""
+        for index, batch in enumerate(self.held_out_batches()):
+            yield self.stage.transfer_batch_to_device(batch, self.stage.device, index)
+
+    def evaluate(self) -> dict[str, float]:
+        """The stage's held-out numbers, with averaged weights."""
+        with self.stage.evaluating():
+            return self.stage.held_out(self.batches())
+
+    def draw_panels(self) -> None:
+        """The stage's pictures to every logger, drawn by the first process while the others wait."""
+        if processes.rank() == 0:
+            with self.stage.evaluating():
+                pictures = self.stage.panels(self.batches())
+            for name, images in pictures.items():
+                self.loggers.log_images(name, images, self.stage.step)
+        processes.barrier()
+
+
+class StepCallback:
+    """Hooks of a run, all optional; every process calls them in the same order."""
+
+    def start(self, session: Session) -> None:
+        """Once, before the first step of this process."""
+
+    def after_batch(self, session: Session, batch: Batch) -> None:
+        """After each micro-batch; must not wait for the device."""
+
+    def metrics(self, session: Session) -> dict[str, float]:
+        """Numbers for a row of the log, asked every `log_every` steps."""
+        return {}
+
+    def after_step(self, session: Session) -> None:
+        """After each step, when its row is written and before its checkpoint."""

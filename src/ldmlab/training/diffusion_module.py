@@ -1,0 +1,103 @@
+"""Training of a denoiser on latents."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Level, Sampler
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.errors import InputError
+from ldmlab.nn.pixels import to_bytes
+from ldmlab.training.stage import Batch, Losses, Stage
+
+_HELD_OUT_SEED = 0x5EED  # the held-out noise is the same in every run, so that curves of runs compare
+
+
+class DiffusionStage(Stage):
+    """A latent diffusion model against its loss; the denoiser's weights are averaged."""
+
+    kind: ClassVar[str] = "diffusion"
+    averaged: ClassVar[str | None] = "denoiser"
+    monitor = "loss"
+
+    def __init__(
+        self,
+        *,
+        diffusion: LatentDiffusion,
+        sampler: Sampler,  # for the panels
+        grid: list[Level],  # its noise levels
+        guidance: float = 3.0,  # of the panels; 1 where conditions are never dropped
+        panel_count: int = 16,  # pictures in a panel
+        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out picture
+        **options: Any,  # of Stage
+    ) -> None:
+        super().__init__(**options)
+        if held_out_draws < 1 or panel_count < 1:
+            raise InputError(f"held_out_draws={held_out_draws} and panel_count={panel_count} must be at least 1.")
+        self.diffusion = diffusion
+        self.sampler, self.grid = sampler, grid
+        self.guidance = guidance if diffusion.guidance_trained and len(diffusion.conditioners) else 1.0
+        self.panel_count, self.held_out_draws = panel_count, held_out_draws
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """The backbone and the trainable conditioners are one player."""
+        return {"denoiser": [p for p in self.diffusion.parameters() if p.requires_grad]}
+
+    def saved(self) -> dict[str, nn.Module]:
+        """Backbone, latent scale and, unless frozen, conditioners; frozen parts lie beside the checkpoints."""
+        modules = {"denoiser": self.diffusion.backbone, "latent_scale": self.diffusion.latent_scale}
+        if any(p.requires_grad for p in self.diffusion.conditioners.parameters()):
+            modules["conditioner"] = self.diffusion.conditioners
+        return modules
+
+    def losses(self, player: str, batch: Batch) -> Losses:
+        """Mean of the pictures' losses; their noise levels as a share of the schedule, 0 the cleanest."""
+        loss, t = self.diffusion.loss(batch, self.seed)
+        total = loss.mean()
+        return Losses(total, {"loss": total}, {"loss": loss, "level": t / self.diffusion.schedule.steps})
+
+    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss over held-out pictures with fixed times and noises."""
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in batches:
+            for draw in range(self.held_out_draws):
+                total += self.diffusion.loss(batch, _HELD_OUT_SEED + draw)[0].double().sum()
+                count += len(batch["position"])
+        return self.mean_over_processes({"loss": total}, count)
+
+    def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Samples for the first held-out conditions and, of the same order, the real pictures as decoded latents."""
+        batch = first_pictures(batches, self.panel_count)
+        index = torch.arange(len(batch["position"]), device=self.device)
+        real = self.diffusion.latents(batch, _HELD_OUT_SEED)
+        factor = int(self.diffusion.first_stage.downsampling)  # type: ignore[arg-type]
+        size = (real.shape[2] * factor, real.shape[3] * factor)
+        conditions = {name: value for name, value in batch.items() if name not in ("moments", "position")}
+        samples = self.diffusion.sample(
+            conditions, sampler=self.sampler, grid=self.grid, index=index, size=size,
+            guidance=self.guidance, seed=self.seed,
+        )  # fmt: skip
+        pictures = {"samples": samples, "held_out": self.diffusion.decode(real)}
+        return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in pictures.items()}
+
+
+def first_pictures(batches: Iterable[Batch], count: int) -> Batch:
+    """The first `count` pictures of the batches as one batch."""
+    parts: list[Batch] = []
+    for batch in batches:
+        parts.append(batch)
+        if sum(len(part["position"]) for part in parts) >= count:
+            break
+    if not parts:
+        raise InputError(
+            "the held-out split is empty, so no panel can be drawn; give data.val or callbacks without panels."
+        )
+    joined: Batch = {}
+    for name, value in parts[0].items():
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat([part[name] for part in parts])[:count]
+        else:
+            joined[name] = [item for part in parts for item in part[name]][:count]
+    return joined

@@ -1,0 +1,85 @@
+"""Lightning as the engine: devices, precision and processes, with everything it would count or print switched off."""
+
+import logging
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+
+from ldmlab.errors import InputError
+from ldmlab.training import processes
+from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.stage import Stage
+
+
+class SeveralPlayers(DDPStrategy):
+    """Processes without DDP's wrapper, which expects every parameter in every backward pass; the stage syncs."""
+
+    def configure_ddp(self) -> None:
+        """All processes start from the first one's weights."""
+        assert self.model is not None
+        if processes.joined():
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                torch.distributed.broadcast(tensor.data, 0)
+
+
+def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> pl.Trainer:
+    """A Trainer that runs until the loop says stop."""
+    _quieten()
+    world, local = processes.world_size(), processes.local_world_size()
+    if settings.devices not in (None, local):
+        raise InputError(
+            f"trainer.devices={settings.devices} but {local} process(es) were started here; "
+            f"launch with torchrun --nproc_per_node={settings.devices} train.py ..."
+        )
+    return pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=local if world > 1 else 1,
+        num_nodes=max(world // local, 1),
+        strategy=_strategy(stage) if world > 1 else "auto",
+        precision=settings.precision,
+        plugins=[processes.Launched()] if world > 1 else None,
+        callbacks=[loop],
+        max_steps=-1,  # the loop stops at Stage.max_steps: Lightning counts the steps of every optimizer
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+
+
+def _strategy(stage: Stage) -> DDPStrategy:
+    if len(stage.players()) > 1:
+        return SeveralPlayers()
+    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def _quieten() -> None:
+    """No banners, tips or warnings about choices we make on purpose."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in (".*eval mode at the start.*", ".*does not have many workers.*", ".*`max_epochs` was not set.*",
+                    ".*GPU available but not used.*", ".*`training_step` returned `None`.*", ".*LeafSpec.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", pattern)
+
+
+def summary(stage: Stage, settings: TrainerSettings) -> str:
+    """One line: who has how many parameters, and how large a step is."""
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in stage.saved().items()}
+    parts = ", ".join(f"{name} {size / 1e6:.3g}M parameters" for name, size in sizes.items() if size)
+    world = processes.world_size()
+    pictures = settings.micro_batch * settings.accumulate * world
+    how = f"micro_batch {settings.micro_batch} x accumulate {settings.accumulate} x {world} processes"
+    return f"{stage.kind}: {parts}; {pictures} pictures a step ({how}), {stage.max_steps} steps, {settings.precision}"
+
+
+def rates_line(stage: Stage) -> str:
+    """The learning rates that will be used, before any is."""
+    optimizers: dict[str, Any] = {player: stage.factory(player) for player in stage.players()}
+    return "; ".join(f"{player}: {optimizer}" for player, optimizer in optimizers.items())

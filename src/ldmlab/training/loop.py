@@ -1,0 +1,124 @@
+"""What happens at the border of two steps: numbers, pictures, checkpoint, stop; every count is `Stage.step`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldmlab.training import processes
+from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.callbacks.validate import Validate
+from ldmlab.training.checkpointing import Checkpoints
+from ldmlab.training.progress import StepProgress
+from ldmlab.training.random_state import random_state, restore_random_state, seed_process
+from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.signals import StopRequest
+from ldmlab.training.stage import Batch, Stage
+
+
+class Loop(pl.Callback):
+    """The one Lightning callback of a run; it drives ours."""
+
+    def __init__(
+        self,
+        session: Session,
+        settings: TrainerSettings,
+        callbacks: Sequence[StepCallback],
+        checkpoints: Checkpoints,
+        progress: StepProgress,
+        stop: StopRequest,
+        random_states: list[dict[str, Any]],  # of all processes, from the checkpoint; empty in a new run
+        manifest_hash: str | None,
+    ) -> None:
+        self.session, self.settings, self.stop = session, settings, stop
+        self.callbacks, self.checkpoints, self.progress = list(callbacks), checkpoints, progress
+        self.validate = Validate(settings.validate_every)
+        self.manifest_hash = manifest_hash
+        self.last_checkpoint: Path | None = None
+        self._random_states = random_states
+        self._saved_at = session.stage.step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Signals are ours from here on; Lightning has just installed its own handlers."""
+        self.stop.listen()
+        for callback in self.callbacks:
+            callback.start(self.session)
+        self.progress.start(self.session.stage)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The first batch is here and nothing draws random numbers any more but the networks."""
+        if batch_idx:
+            return
+        rank = processes.rank()
+        if len(self._random_states) == processes.world_size():
+            restore_random_state(self._random_states[rank])
+        else:  # a new run, or one that goes on with another number of processes
+            stage = self.session.stage
+            seed_process(stage.seed + stage.step, rank)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Everything that is due after this micro-batch."""
+        for callback in self.callbacks:
+            callback.after_batch(self.session, batch)
+        stage = self.session.stage
+        if not stage.at_border:
+            return
+        self._log(stage)
+        for callback in self.callbacks:
+            callback.after_step(self.session)
+        self.progress.step(stage)
+        stopping = self.stop.agreed(stage.step, stage.device)
+        last = stage.step >= stage.max_steps
+        if self.validate.improved:  # before the checkpoint, which says that this one is there
+            self._save_best()
+        if stopping or last or stage.step % self.settings.checkpoint_every == 0:
+            self.save()
+        trainer.should_stop = stopping or last
+
+    def _log(self, stage: Stage) -> None:
+        """One row a step at most: training numbers when due, held-out numbers when due."""
+        row: dict[str, float] = {}
+        if stage.step % self.settings.log_every == 0 or stage.step in (1, stage.max_steps):
+            row = stage.terms.read()
+            self.progress.numbers(row)
+            row |= {f"learning_rate/{player}": rate for player, rate in stage.rates().items()}
+            row["pictures"] = float(stage.position)
+            for callback in self.callbacks:
+                row |= callback.metrics(self.session)
+        row |= self.validate.metrics(self.session)
+        if row:
+            self.session.loggers.log_numbers(row, stage.step)
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds; every process must ask."""
+        stage = self.session.stage
+        stage.terms.check()  # nothing that is not finite gets into a checkpoint
+        states = processes.gather(random_state())
+        return {
+            **(stage.state() if processes.rank() == 0 else {}),
+            "rng": states,
+            "data": {"manifest_hash": self.manifest_hash},
+            "notes": self.session.notes,
+        }
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one."""
+        stage = self.session.stage
+        if self._saved_at == stage.step and self.last_checkpoint is not None:
+            return
+        content = self.content()
+        if processes.rank() == 0:
+            self.last_checkpoint = self.checkpoints.save(content)
+        self._saved_at = stage.step
+        processes.barrier()
+
+    def _save_best(self) -> None:
+        content = self.content()
+        if processes.rank() == 0:
+            self.checkpoints.save_best(content)
+        processes.barrier()

@@ -1,0 +1,42 @@
+"""How a run is trained, apart from what is trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ldmlab.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """The choices of conf/trainer; steps are optimizer updates of the main network."""
+
+    max_steps: int  # where training ends
+    micro_batch: int  # pictures a process takes at a time
+    accumulate: int = 1  # micro-batches a step
+    gradient_clip: float | None = None  # largest norm of the gradient
+    averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
+    compile: bool = False  # torch.compile the main network
+    channels_last: bool = True  # memory layout of convolutions
+    log_every: int = 50  # steps between two rows of metrics.csv
+    validate_every: int = 1000  # steps between two evaluations on held-out pictures
+    checkpoint_every: int = 1000  # steps between two checkpoints
+    keep: int = 2  # newest checkpoints to keep; the best one is kept beside them
+
+    def __post_init__(self) -> None:
+        counts = ("max_steps", "micro_batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"trainer.{name}={getattr(self, name)} must be at least 1.")
+        self._one_of("precision", ("bf16-mixed", "32-true"))
+        self._one_of("accelerator", ("auto", "cpu", "gpu"))
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise InputError(f"trainer.gradient_clip={self.gradient_clip} must be above 0, or null for no clipping.")
+        if self.averaging_decay is not None and not 0 <= self.averaging_decay < 1:
+            raise InputError(f"trainer.averaging_decay={self.averaging_decay} must lie in [0, 1), or null for none.")
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise InputError(f"trainer.{name}={getattr(self, name)} is unknown; choose {' or '.join(choices)}.")

@@ -1,0 +1,188 @@
+"""Tiny stages and data for the tests of the training room."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.grid import ddim_grid
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.parameterization import EpsPrediction
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.first_stages.identity import Identity
+from ldmlab.randomness import normal
+from ldmlab.samplers.ddim import Ddim
+from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.diffusion_module import DiffusionStage
+from ldmlab.training.fit import fit
+from ldmlab.training.optim import AdamW, Cosine
+from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.stage import Losses, Stage
+
+PICTURES = 50
+
+
+class ToyBackbone(nn.Module):
+    """Two convolutions that are told the time and a class vector."""
+
+    accepts = frozenset({"vector"})
+
+    def __init__(self, channels: int = 3, width: int = 8, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.told = nn.Linear(5, width)
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        return conditioning
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        told = torch.cat([t[:, None] / 1000, conditioning.vector], dim=1)  # (B, 5)
+        return self.last(self.dropout(torch.tanh(self.first(x) + self.told(told)[:, :, None, None])))
+
+
+class ToyClass(nn.Module):
+    """Four classes and a null row."""
+
+    reads = frozenset({"class_id"})
+    slot = "vector"
+
+    def __init__(self, drop: float = 0.2) -> None:
+        super().__init__()
+        self.drop = drop
+        self.rows = nn.Embedding(5, 4)
+
+    def forward(self, batch: dict[str, Any], encode: Any) -> Tensor:
+        return self.rows(batch["class_id"])
+
+    def null(self, batch: dict[str, Any], encode: Any) -> Tensor:
+        return self.rows(torch.full_like(batch["class_id"], 4))
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    """Stage options that every toy takes."""
+    base = {"seed": 3, "max_steps": 12, "optimizer": AdamW(1e-3), "lr_schedule": Cosine(12, warmup_steps=2)}
+    return {**base, "averaging_decay": 0.99, "gradient_clip": 1.0, **changes}
+
+
+def diffusion_stage(dropout: float = 0.0, **changes: Any) -> DiffusionStage:
+    """A diffusion stage on 4 x 4 pixels."""
+    torch.manual_seed(0)
+    schedule = Schedule("linear", steps=100)
+    model = LatentDiffusion(
+        Identity(), LatentScale(1.0), ToyBackbone(dropout=dropout), {"class": ToyClass()}, schedule, EpsPrediction(),
+        guidance_trained=True,
+    )  # fmt: skip
+    return DiffusionStage(
+        diffusion=model, sampler=Ddim(), grid=ddim_grid(schedule, 4), panel_count=4, **options(**changes)
+    )
+
+
+class TwoPlayers(Stage):
+    """A toy with a main player and an opponent that joins at step 3."""
+
+    kind: ClassVar[str] = "toy"
+    averaged: ClassVar[str | None] = "main"
+    monitor = "error"
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**options(**changes))
+        torch.manual_seed(1)
+        self.main, self.opponent = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 1, 3)
+        self.updates = {"main": 0, "opponent": 0}
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        return {"main": list(self.main.parameters()), "opponent": list(self.opponent.parameters())}
+
+    def active(self, player: str) -> bool:
+        return player == "main" or self.step >= 3
+
+    def saved(self) -> dict[str, nn.Module]:
+        return {"main": self.main, "adversary": self.opponent}
+
+    def losses(self, player: str, batch: dict[str, Any]) -> Losses:
+        self.updates[player] += 1
+        x = batch["image"].float() / 127.5 - 1
+        if player == "main":
+            self._made = self.main(x)
+            error = (self._made - x).square().mean()
+            return Losses(error + 0.1 * self.opponent(self._made).mean(), {"error": error})
+        total = self.opponent(x).mean() - self.opponent(self._made.detach()).mean()
+        return Losses(total + self.opponent.weight.square().sum(), {"opponent": total})
+
+    def held_out(self, batches: Any) -> dict[str, float]:
+        total, count = torch.zeros(()), 0
+        for batch in batches:
+            x = batch["image"].float() / 127.5 - 1
+            total, count = total + (self.main(x).float() - x).square().mean(dim=(1, 2, 3)).sum(), count + len(x)
+        return self.mean_over_processes({"error": total}, count)
+
+    def panels(self, batches: Any) -> dict[str, Tensor]:
+        return {"input": next(iter(batches))["image"].permute(0, 2, 3, 1)}
+
+
+def picture_batch(positions: range) -> dict[str, Any]:
+    """The pictures at these positions: a function of the position alone, 4 x 4 pixels."""
+    index = torch.tensor([p % PICTURES for p in positions])
+    image = (normal(0, "toy", index, (3, 4, 4)) * 40 + 127).clamp(0, 255).byte()
+    return {
+        "key": [f"{p % PICTURES:03d}" for p in positions],
+        "position": torch.tensor(list(positions)),
+        "skipped": [],
+        "image": image,
+        "class_id": index % 4,
+    }
+
+
+def endless(position: int, micro: int, accumulate: int = 1, world: int = 1, rank: int = 0) -> Iterator[dict[str, Any]]:
+    """Micro-batches of one process: a contiguous slice of every global batch, split contiguously."""
+    share = micro * accumulate
+    while True:
+        start = position + rank * share
+        for index in range(accumulate):
+            yield picture_batch(range(start + index * micro, start + (index + 1) * micro))
+        position += share * world
+
+
+class Keys(StepCallback):
+    """Appends the keys of every micro-batch to a file, and may pause to be killed or raise a signal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{session.stage.position} {' '.join(batch['key'])}\n")
+
+
+def settings(**changes: Any) -> TrainerSettings:
+    base = {"max_steps": 12, "micro_batch": 4, "precision": "32-true", "log_every": 4, "validate_every": 6}
+    return TrainerSettings(**{**base, "checkpoint_every": 3, "accelerator": "cpu", **changes})
+
+
+def train(
+    stage: Stage, folder: Path, micro: int = 4, world: int = 1, rank: int = 0, callbacks: Any = (), **changes: Any
+) -> Path:
+    """Fit a toy in a run folder."""
+    random.seed(5)
+    run = RunFolder.at(folder)
+    try:
+        return fit(
+            stage,
+            train_batches=lambda position: endless(position, micro, stage.accumulate, world, rank),
+            held_out_batches=lambda: [picture_batch(range(4 * rank, 4 * rank + 4))],
+            run=run,
+            settings=settings(micro_batch=micro, accumulate=stage.accumulate, max_steps=stage.max_steps, **changes),
+            callbacks=callbacks,
+            resume_command="python train.py run.dir=here",
+            manifest_hash="abc",
+        )
+    finally:
+        run.close()
