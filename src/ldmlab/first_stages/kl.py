@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
-from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, check_image_size
+from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, check_image_size, initialise
 
 _LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -26,6 +26,8 @@ class KLAutoencoder(nn.Module):
         mid_attention: bool = True,  # attention at the coarsest level's middle
         norm_groups: int = 32,
         dropout: float = 0.0,
+        initialisation: str = "torch",  # of the convolutions: torch, as released | he, for short runs
+        initial_logvar: float = 0.0,  # added to the posterior's log-variance at the start; -6 is nearly no noise
     ) -> None:
         super().__init__()
         inner = bottleneck_channels or latent_channels
@@ -45,6 +47,10 @@ class KLAutoencoder(nn.Module):
         self.decoder = Decoder(arch)
         self.to_moments = nn.Conv2d(2 * inner, 2 * latent_channels, 1)
         self.from_latent = nn.Conv2d(latent_channels, inner, 1)
+        initialise(self, initialisation)
+        assert self.to_moments.bias is not None
+        with torch.no_grad():
+            self.to_moments.bias[latent_channels:] += initial_logvar
 
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => mean and log-variance (B, C, H / f, W / f), float32."""

@@ -1,14 +1,15 @@
 """The VQ first stage: every latent vector is replaced by the nearest vector of a learned codebook before decoding."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
-from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, check_image_size
+from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, check_image_size, initialise
 
 _DISTANCES_AT_ONCE = 2**25  # bounds the memory of the search to 128 MiB
 
@@ -50,11 +51,16 @@ class Quantiser(nn.Module):
         """Codes of the nearest codebook vectors, (..., C) => (...) int64; the smallest code wins a tie."""
         codebook = self.codebook.weight.float()  # (K, C)
         rows = max(_DISTANCES_AT_ONCE // len(codebook), 1)
-        with torch.autocast(vectors.device.type, enabled=False):  # half precision would confuse neighbours
+        with _full_precision(vectors.device.type):  # half precision would confuse neighbours
             squares = codebook.square().sum(dim=1)  # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 changes nothing
             parts = vectors.reshape(-1, vectors.shape[-1]).float().split(rows)
             codes = [torch.addmm(squares, part, codebook.T, alpha=-2.0).argmin(dim=1) for part in parts]
         return torch.cat(codes).reshape(vectors.shape[:-1])
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast inside; some devices (meta) have none to switch off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class VQModel(nn.Module):
@@ -75,6 +81,7 @@ class VQModel(nn.Module):
         mid_attention: bool = True,  # attention at the coarsest level's middle
         norm_groups: int = 32,
         dropout: float = 0.0,
+        initialisation: str = "torch",  # of the convolutions: torch, as released | he, for short runs
     ) -> None:
         super().__init__()
         inner = bottleneck_channels or latent_channels
@@ -96,6 +103,7 @@ class VQModel(nn.Module):
         self.to_latent = nn.Conv2d(inner, latent_channels, 1)
         self.from_latent = nn.Conv2d(latent_channels, inner, 1)
         self.quantiser = Quantiser(codebook_size, latent_channels, encoder_weight, codebook_weight)
+        initialise(self, initialisation)
 
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => the vectors before the quantiser, (B, C, H / f, W / f), float32."""

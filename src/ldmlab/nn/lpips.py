@@ -74,7 +74,7 @@ def _packaged_heads() -> Path:
 def _read(path: Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"LPIPS weights {path} do not exist; run `ldmlab fetch lpips`, or set loss.lpips_weight=0.")
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
 

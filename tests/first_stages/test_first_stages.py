@@ -1,0 +1,148 @@
+"""Behaviour that every first stage shares, and the gradients of the quantiser."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from torch import nn
+
+from ldmlab.errors import InputError
+from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
+
+CONFIGS = sorted((Path(__file__).parents[2] / "conf/first_stage").glob("*.yaml"))
+TINY: dict[str, Any] = {
+    "channels": 8,
+    "channel_mult": [1, 2],
+    "latent_channels": 3,
+    "num_res_blocks": 1,
+    "norm_groups": 4,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_first_stage_file_has_the_shapes_it_says(path: Path) -> None:
+    options = yaml.safe_load(path.read_text())
+    with torch.device("meta"):
+        stage = instantiate(options)
+        images = torch.zeros(2, 3, 64, 96)
+        f, channels = stage.downsampling, stage.latent_channels
+        if path.stem[0] in "kv":
+            assert f == int(path.stem.split("_")[1].removeprefix("f"))
+            assert stage.last_layer is stage.decoder.output.weight
+        posterior = stage.encode(images)
+        assert posterior.mean.shape == (2, channels, 64 // f, 96 // f)
+        assert stage.decode(posterior.mean).shape == images.shape
+        given = stage.reconstruct(images, torch.zeros_like(posterior.mean))
+        assert given.images.shape == images.shape
+        if given.codes is not None:
+            assert given.codes.shape == (2, 64 // f, 96 // f)
+
+
+def test_image_size_that_f_does_not_divide() -> None:
+    stage = KLAutoencoder(**TINY | {"channel_mult": [1, 2, 2]})
+    with pytest.raises(InputError, match=r"image size 30x64 is not divisible .* f=4; choose a multiple of 4, .* 28x64"):
+        stage.encode(torch.zeros(1, 3, 30, 64))
+
+
+def test_options_that_cannot_be() -> None:
+    with pytest.raises(InputError, match=r"attention_downsampling=.* names 3"):
+        KLAutoencoder(**TINY, attention_downsampling=[3])
+    with pytest.raises(InputError, match="norm_groups=3"):
+        KLAutoencoder(**TINY | {"norm_groups": 3})
+    with pytest.raises(InputError, match="initialisation=she"):
+        KLAutoencoder(**TINY, initialisation="she")
+    with pytest.raises(InputError, match="no weights to train"):
+        _ = Identity().last_layer
+
+
+def test_identity_changes_nothing() -> None:
+    images = torch.randn(2, 3, 5, 7)
+    stage = Identity()
+    assert torch.equal(stage.decode(stage.encode(images).sample(torch.randn_like(images))), images)
+
+
+def test_posterior_noise_and_range() -> None:
+    torch.manual_seed(0)
+    stage = KLAutoencoder(**TINY, initial_logvar=-100.0)
+    images = torch.randn(2, 3, 8, 8)
+    posterior = stage.encode(images)
+    assert posterior.logvar is not None
+    assert torch.all(posterior.logvar == -30)  # clamped
+    noise = torch.randn_like(posterior.mean)
+    torch.testing.assert_close(posterior.sample(noise), posterior.mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(stage.reconstruct(images, noise).images, stage.decode(posterior.sample(noise)))
+
+
+def test_he_initialisation_keeps_attention() -> None:
+    torch.manual_seed(0)
+    plain = KLAutoencoder(**TINY)
+    torch.manual_seed(0)
+    he = KLAutoencoder(**TINY, initialisation="he")
+    torch.testing.assert_close(he.encoder.input.weight, plain.encoder.input.weight * 6**0.5)
+    torch.testing.assert_close(he.encoder.middle.attention.query.weight, plain.encoder.middle.attention.query.weight)
+    wide = KLAutoencoder(**TINY | {"channels": 64}, initialisation="he").decoder.levels[0].blocks[0].conv1.weight
+    assert float(wide.detach().std()) == pytest.approx((2 / (wide[0].numel())) ** 0.5, rel=0.02)
+
+
+def vq() -> VQModel:
+    torch.manual_seed(0)
+    stage = VQModel(**TINY, codebook_size=16)
+    nn.init.normal_(stage.quantiser.codebook.weight)
+    return stage
+
+
+def test_quantiser_gradients_follow_the_released_convention() -> None:
+    """The encoder's side weighs 1, the codebook's 0.25, and the reconstruction's gradient passes straight through."""
+    quantiser = vq().quantiser
+    latents = torch.randn(2, 3, 4, 4, requires_grad=True)
+    given = quantiser(latents)
+    codebook = quantiser.codebook.weight
+    to_latents, to_codebook = torch.autograd.grad(given.penalty, (latents, codebook), retain_graph=True)
+    chosen = codebook[given.codes].movedim(-1, 1)
+    difference = (latents - chosen).detach()
+    torch.testing.assert_close(to_latents, 2 * difference / latents.numel())
+    expected = torch.zeros_like(codebook)
+    pull = -0.25 * 2 * difference / latents.numel()
+    expected.index_add_(0, given.codes.flatten(), pull.movedim(1, -1).reshape(-1, 3))
+    torch.testing.assert_close(to_codebook, expected)
+    weights = torch.randn_like(latents)
+    (straight,) = torch.autograd.grad((given.latents * weights).sum(), latents)
+    torch.testing.assert_close(straight, weights)
+
+
+def test_search_is_exact_in_parts_and_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantiser = vq().quantiser
+    vectors = torch.randn(50, 3)
+    expected = torch.cdist(vectors, quantiser.codebook.weight).argmin(dim=1)
+    monkeypatch.setattr("ldmlab.first_stages.vq._DISTANCES_AT_ONCE", 7 * 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantiser.nearest(vectors), expected)
+
+
+def test_vq_latent_is_before_the_quantiser_and_decoding_quantises() -> None:
+    stage = vq()
+    images = torch.randn(1, 3, 8, 8)
+    latents = stage.encode(images).mean
+    quantised = stage.quantiser(latents)
+    assert not torch.allclose(latents, quantised.latents)
+    torch.testing.assert_close(stage.decode(latents), stage.decode(quantised.latents))
+    given = stage.reconstruct(images, torch.zeros(()))
+    torch.testing.assert_close(given.images, stage.decode(latents))
+    assert given.codes is not None
+    assert torch.equal(given.codes, quantised.codes)
+
+
+def test_attention_is_the_official_formula() -> None:
+    """softmax(q k^T / sqrt(C)) v over positions, written out."""
+    stage = KLAutoencoder(**TINY, attention_downsampling=[2])
+    layer = stage.encoder.levels[1].attentions[0]
+    x = torch.randn(2, 16, 5, 3)
+    hidden = layer.norm(x)
+    query, key, value = (conv(hidden).flatten(2) for conv in (layer.query, layer.key, layer.value))
+    weights = torch.softmax(torch.einsum("bci,bcj->bij", query, key) / 4.0, dim=2)
+    expected = x + layer.out(torch.einsum("bij,bcj->bci", weights, value).reshape(x.shape))
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), expected, atol=1e-5, rtol=1e-4)
