@@ -17,6 +17,7 @@ from ldmlab.checkpoints import fingerprint, load_exactly
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import ModelFiles, read_model
+from ldmlab.nn.pixels import to_float
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
@@ -97,6 +98,13 @@ def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirst
     return LoadedFirstStage(
         module, files.spec["first_stage"], files.spec["image_size"], fingerprint(module.state_dict()), files
     )
+
+
+@torch.no_grad()
+def moments_of(first_stage: Any, images: torch.Tensor) -> torch.Tensor:
+    """Pictures uint8 (B, 3, H, W) => moments of their raw latents (B, 2C or C, h, w), float32, on the CPU."""
+    device = next((p.device for p in first_stage.parameters()), images.device)
+    return first_stage.encode(to_float(images.to(device))).moments().float().cpu()
 
 
 def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:

@@ -122,3 +122,16 @@ def _nearest(name: str, choices: list[str]) -> str:
     if near:
         return f"; did you mean {' or '.join(near)}?"[:-1]
     return f"; there are {', '.join(choices)}" if choices and len(choices) <= 30 else ""
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The whole configuration as dicts, lists and numbers; a value that is still missing is an InputError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
+
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise explained(error, "", []) from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}

@@ -22,6 +22,8 @@ CAPTIONS = (
     "woman with red hair",
     "blue heart",
 )
+SAMPLING = ("--guidance", "3", "--seed", "7", "--strip", "--sweep", "steps=1,2,5,10,25,50")
+PARTS = ("first_stage", "clip", "latents", "text_to_image", "evaluation")
 
 
 class Step(NamedTuple):
@@ -35,8 +37,8 @@ class Step(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ldmlab demo`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the demo's runs (default: runs/demo)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: runs/demo)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--fresh", action="store_true", help="delete the folder's earlier demo and begin again")
 
 
@@ -63,7 +65,7 @@ def flow(out: Path, recipe: str) -> list[Step]:
     python = sys.executable
     train = [python, "train.py"]
     ldmlab = [python, "-m", "ldmlab"]
-    first_stage, clip, latents, model = (out / name for name in ("first_stage", "clip", "latents", "text_to_image"))
+    first_stage, clip, latents, model, scores = (out / name for name in PARTS)
     minutes = MINUTES[recipe]
     return [
         Step(
@@ -90,7 +92,7 @@ def flow(out: Path, recipe: str) -> list[Step]:
                 *train,
                 f"experiment=demo/{recipe}_text_to_image",
                 f"data.latents={latents}",
-                f"conditioner.text.run={clip}",
+                f"conditioner.text.from_run={clip}",
                 f"run.dir={model}",
             ],
             model / "done.json",
@@ -98,15 +100,14 @@ def flow(out: Path, recipe: str) -> list[Step]:
         ),
         Step(
             "Sample: from noise to pictures, the way they come, and fewer or more steps",
-            [*ldmlab, "sample", str(model), *CAPTIONS, "--guidance", "3", "--seed", "7", "--strip"]
-            + ["--sweep", "steps=1,2,5,10,25,50", "--out", str(out / "samples")],
+            [*ldmlab, "sample", str(model), *CAPTIONS, *SAMPLING, "--out", str(out / "samples")],
             out / "samples" / "grid.png",
             minutes[4],
         ),
         Step(
             "Score the model and write the report",
-            [python, "evaluate.py", f"model={model}", "protocol=demo_emoji", f"features.run={clip}", f"out={out / 'evaluation'}"],
-            out / "evaluation" / "report.html",
+            [python, "evaluate.py", f"model={model}", "protocol=emoji", f"features.from_run={clip}", f"out={scores}"],
+            scores / "report.html",
             minutes[5],
         ),
     ]

@@ -1,0 +1,200 @@
+"""What each stage consists of, worked out from its choices: one function a stage, found by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ldmlab.app.conditioning import Conditioners, build_conditioners, context_widths
+from ldmlab.build import load_first_stage, moments_of
+from ldmlab.checkpoints import save_tensors
+from ldmlab.contracts import LatentSpec
+from ldmlab.data.latent_shards import Statistics
+from ldmlab.data.manifest import Manifest
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.instantiate import accepts, instantiate
+from ldmlab.training.stage import Stage
+
+Config = Mapping[str, Any]
+_STATISTICS_PICTURES = 10_000  # enough for a latent scale that no batch decides
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage ready to fit, and what its run folder says of it."""
+
+    stage: Stage
+    spec: dict[str, Any]  # model.yaml
+    reads: Literal["images", "latents"]
+    frozen: dict[str, nn.Module] = field(default_factory=dict)  # parts that checkpoints leave out
+
+    def write_frozen(self, folder: Path) -> None:
+        """NAME.safetensors of each frozen part, once."""
+        for name, module in self.frozen.items():
+            if module.state_dict() and not (folder / f"{name}.safetensors").exists():
+                save_tensors(folder / f"{name}.safetensors", module.state_dict())
+
+
+def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
+    """A first stage and its loss."""
+    from ldmlab.training.autoencoder_module import AutoencoderStage
+
+    first_stage = instantiate(config["first_stage"], where="first_stage")
+    check_divides(data.image_size, first_stage.downsampling)
+    stage = AutoencoderStage(
+        first_stage=first_stage,
+        loss=instantiate(config["loss"], where="loss", **_lpips(config["loss"])),
+        background=data.object_background,
+        **options,
+    )
+    spec = {"kind": "first_stage", "image_size": data.image_size, "first_stage": config["first_stage"]}
+    return Plan(stage, spec, "images")
+
+
+def _lpips(loss: Config) -> dict[str, Any]:
+    """The LPIPS network where the loss gives it a weight."""
+    if not loss.get("lpips_weight"):
+        return {}
+    from ldmlab.interop.fetch import weights_path
+    from ldmlab.nn.lpips import LPIPS
+
+    return {"lpips": LPIPS(weights_path("lpips"))}
+
+
+def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
+    """Two towers that learn to agree on pairs."""
+    from ldmlab.training.clip_module import ClipStage
+
+    model = instantiate(config["clip"], where="clip", image_size=data.image_size)
+    stage = ClipStage(model=model, **options)
+    spec = {"kind": "clip", "image_size": data.image_size, "clip": {**config["clip"], "image_size": data.image_size}}
+    return Plan(stage, spec, "images")
+
+
+def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
+    """A denoiser on latent shards, or on image shards with the first stage run on the fly."""
+    from ldmlab.diffusion.grid import ddim_grid
+    from ldmlab.training.diffusion_module import DiffusionStage
+
+    first_stage, first_node, manifest = _first_stage(config, data)
+    latent = latent_spec(first_stage, data.image_size)
+    conditioners = build_conditioners(config["conditioner"])
+    backbone_node = {**config["backbone"], **_backbone_sizes(latent, conditioners, config["backbone"])}
+    scale_node = _latent_scale(options.pop("latent_scale"), first_stage, data, manifest)
+    spec = {
+        "kind": "latent_diffusion",
+        "image_size": data.image_size,
+        "first_stage": first_node,
+        "latent_scale": scale_node,
+        "backbone": backbone_node,
+        "conditioners": conditioners.nodes,
+        "diffusion": config["diffusion"],
+        "guidance_trained": any(c.drop > 0 for c in conditioners.modules.values()),
+        "sampler": config["sampler"],
+    }
+    model = instantiate(
+        config["diffusion"],
+        where="diffusion",
+        first_stage=first_stage,
+        latent_scale=instantiate(scale_node, where="stage.latent_scale"),
+        backbone=instantiate(backbone_node, where="backbone"),
+        conditioners=conditioners.modules,
+        guidance_trained=spec["guidance_trained"],
+    )
+    sampler = instantiate(config["sampler"], where="sampler")
+    grid = ddim_grid(model.schedule, options.pop("panel_steps"), sampler.spacing)
+    stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
+    frozen: dict[str, nn.Module] = {"first_stage": model.first_stage}
+    if "conditioner" not in stage.saved():
+        frozen["conditioner"] = model.conditioners
+    return Plan(stage, spec, data.kind, frozen)
+
+
+PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {
+    "autoencoder": autoencoder,
+    "clip": clip,
+    "diffusion": diffusion,
+}
+
+
+def check_divides(image_size: int, downsampling: int) -> None:
+    """A picture's side must be a multiple of f."""
+    if image_size % downsampling:
+        below = max(image_size // downsampling, 1) * downsampling
+        raise InputError(
+            f"data.image_size={image_size} is not a multiple of the first stage's downsampling factor {downsampling}; "
+            f"use {below} or {below + downsampling}, or a first_stage with another factor."
+        )
+
+
+def latent_spec(first_stage: Any, image_size: int) -> LatentSpec:
+    """The size of a final latent."""
+    f = first_stage.downsampling
+    check_divides(image_size, f)
+    return LatentSpec(first_stage.latent_channels, image_size // f, image_size // f, f)
+
+
+def _first_stage(config: Config, data: ShardData) -> tuple[nn.Module, dict[str, Any], Manifest | None]:
+    """The frozen first stage: with the latents, of from_run, or the identity; and the latents' manifest."""
+    if data.latents is not None:
+        manifest = data.manifest("train", "latents")
+        loaded = load_first_stage(config["from_run"] or data.latents)
+        made_by = (manifest.latents or {}).get("fingerprint")
+        if made_by != loaded.fingerprint:
+            raise InputError(
+                f"data.latents={data.latents} was made by another first stage ({made_by}) than "
+                f"{loaded.files.folder} ({loaded.fingerprint}); encode again with `ldmlab encode`."
+            )
+        return loaded.module, loaded.spec, manifest
+    if config["from_run"] is not None:
+        loaded = load_first_stage(config["from_run"])
+        return loaded.module, loaded.spec, None
+    module = instantiate(config["first_stage"], where="first_stage")
+    if module.state_dict():
+        raise InputError(
+            "stage=diffusion needs a trained first stage: give data.latents=FOLDER (made by `ldmlab encode`), "
+            "from_run=RUN to encode on the fly, or first_stage=identity for pixels."
+        )
+    return module, dict(config["first_stage"]), None
+
+
+def _latent_scale(choice: Any, first_stage: nn.Module, data: ShardData, manifest: Manifest | None) -> dict[str, Any]:
+    """The node of the latent scale: final = (raw - shift) / std."""
+    node: dict[str, Any] = {"_target_": "ldmlab.diffusion.latent_scale.LatentScale"}
+    if isinstance(choice, int | float):
+        return {**node, "std": 1.0 / choice}
+    if choice not in ("measured", "per_channel"):
+        raise InputError(f"stage.latent_scale={choice} is unknown; choose measured, per_channel or a factor.")
+    if not first_stage.state_dict():
+        return {**node, "std": 1.0}  # pixels are in [-1, 1] already
+    statistics = manifest.latents["statistics"] if manifest and manifest.latents else measure(first_stage, data)
+    if choice == "measured":
+        return {**node, "std": statistics["overall_std"]}
+    return {**node, "std": statistics["std"], "shift": statistics["mean"]}
+
+
+@torch.no_grad()
+def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
+    """Statistics of the latents of at most 10,000 training pictures, for a run that encodes on the fly."""
+    statistics = Statistics()
+    for batch in data.eval_loader("train", 64, limit=_STATISTICS_PICTURES, kind="images"):
+        for image in (batch["image"], batch["image"].flip(-1))[: 2 if data.flip else 1]:
+            for moments in moments_of(first_stage, image)[:, None]:
+                statistics.add_moments(moments.numpy(), first_stage.latent_channels)
+    return statistics.summary()
+
+
+def _backbone_sizes(latent: LatentSpec, conditioners: Conditioners, node: Config) -> dict[str, Any]:
+    """Channels and widths that follow from the latent and what the denoiser is told."""
+    widths = context_widths(conditioners, latent)
+    sizes = {
+        "in_channels": latent.channels + widths["spatial"],
+        "out_channels": latent.channels,
+        "context_width": widths["tokens"] or None,
+        "vector_width": widths["vector"] or None,
+    }
+    return {name: value for name, value in sizes.items() if accepts(node, name, where="backbone")}

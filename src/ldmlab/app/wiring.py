@@ -1,0 +1,98 @@
+"""Where objects meet: works out what follows from the choices in yaml, builds the parts, starts the fit."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ldmlab.app.plans import PLANS, Plan
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.model_files import read_model, write_description
+from ldmlab.training import processes
+from ldmlab.training.fit import fit, load_initial_weights
+from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.settings import TrainerSettings
+
+Config = Mapping[str, Any]
+
+
+def train(config: Config) -> None:
+    """One training run from its resolved configuration in plain data."""
+    settings: TrainerSettings = instantiate(config["trainer"], where="trainer")
+    data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
+    name = config["stage"]["name"]
+    if name not in PLANS:
+        raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
+    plan = PLANS[name](config, data, stage_options(config, settings))
+    if config["init_from"] is not None:
+        load_initial_weights(plan.stage, read_model(config["init_from"]).parts, f"init_from={config['init_from']}")
+    run = open_run(config)
+    try:
+        _write_start(run, config, plan)
+        _fit(run, config, plan, settings, data)
+    finally:
+        run.close()
+
+
+def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData) -> None:
+    rank, world = processes.rank(), processes.world_size()
+    fit(
+        plan.stage,
+        train_batches=lambda position: data.train_loader(
+            settings.micro_batch, settings.accumulate, world, rank, position, plan.reads
+        ),
+        held_out_batches=lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
+        run=run,
+        settings=settings,
+        callbacks=_nodes(config, "callbacks"),
+        loggers=_nodes(config, "logger"),
+        resume_command=resume_command(run),
+        manifest_hash=data.manifest("train", plan.reads).hash,
+        config=config,
+    )
+
+
+def _nodes(config: Config, group: str) -> list[Any]:
+    return [instantiate(node, where=f"{group}.{name}") for name, node in config[group].items() if node]
+
+
+def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
+    """The arguments that every stage takes, and those of conf/stage."""
+    pictures = settings.micro_batch * settings.accumulate * processes.world_size()
+    return {
+        "seed": config["seed"],
+        "optimizer": instantiate(config["optimizer"], where="optimizer", global_batch=pictures),
+        "lr_schedule": instantiate(config["lr_schedule"], where="lr_schedule", max_steps=settings.max_steps),
+        "max_steps": settings.max_steps,
+        "accumulate": settings.accumulate,
+        "gradient_clip": settings.gradient_clip,
+        "averaging_decay": settings.averaging_decay,
+        **{name: value for name, value in config["stage"].items() if name != "name"},
+    }
+
+
+def open_run(config: Config) -> RunFolder:
+    """The run's folder: new under paths.runs, or exactly run.dir, where a run found goes on."""
+    run = config["run"]
+    if run["dir"] is not None:
+        return RunFolder.at(run["dir"])
+    return RunFolder.create(config["paths"]["runs"], run["name"])
+
+
+def resume_command(run: RunFolder) -> str:
+    """What a user types to go on with this run."""
+    given = [word for word in sys.argv[1:] if not word.startswith("run.dir=")]
+    return " ".join(["python", "train.py", *map(shlex.quote, given), f"run.dir={shlex.quote(str(run.path))}"])
+
+
+def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
+    """What the run folder holds from the first moment: configuration, description, frozen weights."""
+    run.write_config(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    if processes.rank() == 0:
+        plan.write_frozen(run.path)
+        write_description(run.path, plan.spec)
+    processes.barrier()
