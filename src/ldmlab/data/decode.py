@@ -1,7 +1,6 @@
 """A sample's files to plain values; only the decoders named here run, and none of them unpickles."""
 
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -12,10 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldmlab.data.reader import Files
+from ldmlab.data.tar_samples import picture_ending, sample_fields
 from ldmlab.data.transforms import to_rgb
 from ldmlab.errors import InputError
-
-IMAGE_ENDINGS = ("webp", "png", "jpg", "jpeg")
 
 # what reading and decoding raise on a damaged sample; everything else is a fault of ours
 BAD_SAMPLE: tuple[type[Exception], ...] = (
@@ -26,7 +24,7 @@ BAD_SAMPLE: tuple[type[Exception], ...] = (
 
 def decode_image(files: Files, size: int | None, background: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The picture, uint8 (3, H, W); with `size` its centre square, resized with antialiasing (bicubic)."""
-    ending = next((name for name in IMAGE_ENDINGS if name in files), None)
+    ending = picture_ending(files)
     if ending is None:
         raise KeyError(f"no picture among its files ({', '.join(sorted(files))})")
     with Image.open(io.BytesIO(files[ending])) as opened:
@@ -48,12 +46,8 @@ def decode_moments(files: Files, view: int) -> NDArray[np.float32]:
 
 
 def decode_fields(files: Files, fields: Sequence[str]) -> dict[str, Any]:
-    """The fields asked for, from KEY.json, else KEY.txt (caption) and KEY.cls (class_id)."""
-    known = json.loads(files["json"]) if "json" in files else {}
-    if "txt" in files:
-        known.setdefault("caption", files["txt"].decode().strip())
-    if "cls" in files:
-        known.setdefault("class_id", int(files["cls"]))
+    """The fields asked for, from KEY.json, KEY.txt (caption) and KEY.cls (class_id)."""
+    known = sample_fields(files)
     missing = [name for name in fields if name not in known]
     if missing:
         raise KeyError(f"no field {', '.join(missing)} (it has {', '.join(sorted(known)) or 'none'})")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ldmlab.data.manifest import Manifest
+from ldmlab.data.tar_samples import parse_sample
 
 OPEN_SHARDS = 32  # file handles kept per process
 
@@ -40,7 +40,8 @@ class ShardReader:
         data = os.pread(self._file(shard).fileno(), end - begin, begin)
         if len(data) < end - begin:
             raise OSError("the shard ends inside this sample")
-        return parse_sample(data, self.names[shard])
+        files = parse_sample(data, self.names[shard])
+        return files.pop("__key__"), {name: value for name, value in files.items() if not name.startswith("__")}
 
     def index(self, shard: int, sample: int) -> int:
         """Number of a sample, counted over all shards."""
@@ -61,13 +62,3 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
-
-
-def parse_sample(data: bytes, url: str) -> tuple[str, Files]:
-    """Key and files of the one sample in these tar records."""
-    stream = {"url": url, "stream": io.BytesIO(data)}
-    samples = list(group_by_keys(tar_file_expander([stream])))
-    if len(samples) != 1:
-        raise OSError(f"{len(samples)} samples where the manifest names one")
-    files: dict[str, Any] = samples[0]
-    return str(files["__key__"]), {name: value for name, value in files.items() if not name.startswith("__")}

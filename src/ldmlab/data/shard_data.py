@@ -1,19 +1,19 @@
 """The data of a run: its folders of shards, and what is read from them."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import DataLoader
 
 from ldmlab.data import stream
 from ldmlab.data.decode import BAD_SAMPLE
-from ldmlab.data.manifest import Manifest, read_manifest
+from ldmlab.data.latent_shards import read_shard_manifest
+from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder
 from ldmlab.data.reader import ShardReader
 from ldmlab.data.stream import Batch, ShardDataset, Wanted
+from ldmlab.data.tar_samples import sample_fields
 from ldmlab.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class ShardData:
 
     def manifest(self, split: str = "train", kind: str | None = None) -> Manifest:
         """The manifest of a split."""
-        return read_manifest(self.folder(split, kind))
+        return read_shard_manifest(self.folder(split, kind))
 
     def train_dataset(self, kind: str | None = None) -> ShardDataset:
         """The endless shuffled stream of the training split."""
@@ -131,7 +131,7 @@ def read_labels(reader: ShardReader, field: str) -> list[str]:
         for sample in range(count):
             try:
                 _, files = reader.read(shard, sample)
-                known: dict[str, Any] = json.loads(files["json"])
+                known = sample_fields(files)
             except BAD_SAMPLE:
                 labels.append("")
                 continue

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldmlab.data.cache import PictureCache
 from ldmlab.data.decode import BAD_SAMPLE, check_fields, decode_fields, decode_image, decode_moments
-from ldmlab.data.manifest import Manifest, check_shards, read_manifest
+from ldmlab.data.latent_shards import read_shard_manifest
+from ldmlab.data.manifest import Manifest, check_shards
 from ldmlab.data.order import Order, Place, SequentialOrder, evaluation_batches, training_batches
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.workers import quiet_worker
@@ -44,7 +45,7 @@ class ShardDataset(Dataset[Batch]):
     """The sample at any position of the stream; in training a bad one is replaced by the next good one in order."""
 
     def __init__(self, folder: Path | str, wanted: Wanted, *, seed: int = 0, train: bool = False) -> None:
-        manifest = read_manifest(folder)
+        manifest = read_shard_manifest(folder)
         check_wanted(Path(folder), manifest, wanted)
         check_shards(folder, manifest)
         self.reader = ShardReader(Path(folder), manifest)
@@ -147,13 +148,13 @@ def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
         )
 
 
-class _Positions(Sampler[list[int]]):
+class IndexBatches(Sampler[list[Any]]):
     """What `make` yields, again from the beginning for every iteration of the loader."""
 
-    def __init__(self, make: Callable[[], Iterator[list[int]]]) -> None:
+    def __init__(self, make: Callable[[], Iterator[list[Any]]]) -> None:
         self._make = make
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return self._make()
 
 
@@ -194,7 +195,7 @@ def eval_loader(
 def _loader(dataset: ShardDataset, make: Callable[[], Iterator[list[int]]], workers: int) -> DataLoader[Batch]:
     return DataLoader(
         dataset,
-        batch_sampler=_Positions(make),
+        batch_sampler=IndexBatches(make),
         num_workers=workers,
         collate_fn=partial(collate, template=dataset.template),
         worker_init_fn=quiet_worker if workers else None,

@@ -1,0 +1,158 @@
+"""Latent shards: what a first stage says about every picture, and the statistics of the latents drawn from it.
+
+KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-variance; view 0 is the picture, view 1
+its mirror image if asked. Never a drawn sample, never multiplied by a constant.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_atomically
+from ldmlab.data.reader import Files
+from ldmlab.data.tar_samples import END_MARKER, tar_bytes
+from ldmlab.errors import InputError
+
+ENCODE_PLAN = "encode.json"  # beside latent shards: what they were begun with
+LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it
+
+
+@dataclass
+class Statistics:
+    """Sums over latents drawn from the posterior, per channel, in float64; two of them add up.
+
+    E[z] = E[mean],  E[z^2] = E[mean^2] + E[exp(logvar)].
+    """
+
+    pictures: int = 0
+    values: int = 0  # per channel
+    first: list[float] = field(default_factory=list)  # sum of z, (C,)
+    second: list[float] = field(default_factory=list)  # sum of z^2, (C,)
+
+    def add_moments(self, moments: NDArray[np.float32], channels: int) -> None:
+        """Moments (views, 2C or C, h, w) of one picture."""
+        mean = moments[:, :channels].astype(np.float64)
+        square = mean**2
+        if moments.shape[1] > channels:
+            square += np.exp(np.clip(moments[:, channels:].astype(np.float64), *LOGVAR_RANGE))
+        axes = (0, 2, 3)
+        self.add(Statistics(1, mean[:, 0].size, mean.sum(axes).tolist(), square.sum(axes).tolist()))
+
+    def add(self, other: "Statistics") -> None:
+        """The statistics of both."""
+        self.pictures += other.pictures
+        self.values += other.values
+        self.first = [a + b for a, b in zip(self.first or [0.0] * len(other.first), other.first, strict=True)]
+        self.second = [a + b for a, b in zip(self.second or [0.0] * len(other.second), other.second, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Mean and standard deviation per channel, and of all values together (the paper's one number)."""
+        mean = [a / self.values for a in self.first]
+        second = [b / self.values for b in self.second]
+        overall = sum(mean) / len(mean)
+        return {
+            "pictures": self.pictures,
+            "mean": mean,
+            "std": [math.sqrt(max(b - m * m, 0.0)) for m, b in zip(mean, second, strict=True)],
+            "overall_mean": overall,
+            "overall_std": math.sqrt(max(sum(second) / len(second) - overall**2, 0.0)),
+        }
+
+
+@dataclass
+class FinishedShard:
+    """What is known of a latent shard once it is complete; kept beside it until the manifest is written."""
+
+    info: ShardInfo | None  # None: no picture of it could be read
+    statistics: Statistics
+    moment_channels: int  # 2C with a log-variance, C without
+    skipped: list[str]
+
+    def save(self, path: Path) -> None:
+        """Written last, so that a shard with this file is whole."""
+        write_atomically(path, json.dumps(asdict(self)))
+
+    @staticmethod
+    def load(path: Path) -> "FinishedShard | None":
+        """None where the shard is not finished."""
+        if not path.exists():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        info = ShardInfo(**content["info"]) if content["info"] else None
+        return FinishedShard(info, Statistics(**content["statistics"]), content["moment_channels"], content["skipped"])
+
+
+class LatentShardWriter:
+    """One latent shard, under a temporary name until it is complete."""
+
+    def __init__(self, path: Path, channels: int, dtype: str) -> None:
+        self._path, self._channels, self._dtype = path, channels, np.dtype(dtype)
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by `finish` or `abandon`
+        self._digest, self._bytes, self._offsets = hashlib.sha256(), 0, list[int]()
+        self.statistics, self._moment_channels = Statistics(), 0
+
+    def write(self, key: str, moments: NDArray[np.float32], travelling: Files) -> None:
+        """One picture: moments (views, 2C or C, h, w) and the files that travel along."""
+        stored = moments.astype(self._dtype)
+        if not np.isfinite(stored).all():
+            raise InputError(
+                f"encode: the moments of {key} do not fit {self._dtype} (largest {np.abs(moments).max():g}); "
+                "use dtype=float32, or a first stage with finite latents."
+            )
+        self.statistics.add_moments(moments, self._channels)
+        self._moment_channels = moments.shape[1]
+        npy = io.BytesIO()
+        np.save(npy, stored, allow_pickle=False)
+        files = {**travelling, "npy": npy.getvalue()}
+        self._offsets.append(self._bytes)
+        self._write(b"".join(tar_bytes(f"{key}.{ending}", files[ending]) for ending in sorted(files)))
+
+    def finish(self, skipped: Sequence[str]) -> FinishedShard:
+        """The shard under its own name."""
+        self._write(END_MARKER)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if not self._offsets:
+            self._temporary.unlink()
+            return FinishedShard(None, self.statistics, 0, list(skipped))
+        os.replace(self._temporary, self._path)
+        info = ShardInfo(self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets)
+        return FinishedShard(info, self.statistics, self._moment_channels, list(skipped))
+
+    def abandon(self) -> None:
+        """Leave nothing of an unfinished shard."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+
+def read_shard_manifest(folder: Path | str) -> Manifest:
+    """The manifest of image or latent shards; an interrupted encode is named as such."""
+    if (Path(folder) / ENCODE_PLAN).exists() and not (Path(folder) / MANIFEST).exists():
+        raise InputError(f"data={folder} is an unfinished encode; run the same `ldmlab encode` again to finish it.")
+    return read_manifest(folder)
+
+
+def check_fingerprint(folder: Path | str, manifest: Manifest, fingerprint: str) -> None:
+    """Refuse latents of another first stage."""
+    made_by = (manifest.latents or {}).get("fingerprint")
+    if made_by != fingerprint:
+        raise InputError(
+            f"data.latents={folder} holds latents of another first stage ({str(made_by)[:12]}, this run has "
+            f"{fingerprint[:12]}); encode again with `ldmlab encode`, or give the first stage they were made with."
+        )
