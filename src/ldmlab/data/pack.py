@@ -243,7 +243,8 @@ class _Pack:
         for split, shards in self.shards.items():
             bad = [entry for shard in shards for entry in shard.bad]
             rows = [{"name": name, "reason": reason} for name, reason in bad]
-            write_atomically(self.out / split / BAD, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+            if rows:
+                write_atomically(self.out / split / BAD, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
             result.manifests[split] = self._manifest(split, shards)
             write_manifest(self.out / split, result.manifests[split])
             for shard in shards:
