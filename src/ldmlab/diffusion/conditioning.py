@@ -15,7 +15,7 @@ def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> N
     accepts: frozenset[str] = backbone.accepts  # type: ignore[assignment]
     for name, conditioner in conditioners.items():
         if conditioner.slot not in accepts:
-            taken = ", ".join(sorted(accepts)) or "nothing"  # type: ignore[type-var]
+            taken = ", ".join(sorted(accepts)) or "nothing"
             raise InputError(
                 f"conditioner={name} fills the slot {conditioner.slot} but the backbone takes {taken}; "
                 "choose another backbone or leave the conditioner out."

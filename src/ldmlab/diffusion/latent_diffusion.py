@@ -114,10 +114,11 @@ class LatentDiffusion(nn.Module):
 
     def null(self, batch: dict[str, Any]) -> Conditioning:
         """The conditioning of the pass without guidance: what training dropped is null, the rest stays given."""
-        everywhere = torch.ones(len(batch["position"]), dtype=torch.bool, device=batch["position"].device)
-        return self.conditioning(
-            batch, {name: everywhere for name, c in self._each_conditioner() if self._droppable(c)}
-        )
+        values: dict[str, list[Tensor]] = {}
+        for _, conditioner in self._each_conditioner():
+            say = conditioner.null if self._droppable(conditioner) else conditioner
+            values.setdefault(conditioner.slot, []).append(say(batch, self.encode))
+        return joined(values)
 
     def drops(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
         """Guidance dropout, its only place: per conditioner with a rate, which pictures lose it; (B,) bool."""
@@ -160,7 +161,9 @@ class LatentDiffusion(nn.Module):
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             copies = torch.cat([x, x]) if guided else x  # (2B or B, C, h, w)
-            output = self.backbone(copies, x.new_full((len(copies),), level.time), prepared).float()
+            assert level.time is not None  # None at the end only, which no network sees
+            time = torch.full((len(copies),), level.time, device=x.device)
+            output = self.backbone(copies, time, prepared).float()
             if guided:
                 given, nothing = output.chunk(2)
                 output = torch.lerp(nothing, given, guidance)
@@ -184,16 +187,20 @@ class LatentDiffusion(nn.Module):
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same picture in any batch."""
         check_guidance(guidance, self.guidance_trained, conditioned=bool(self.conditioners))
         batch = {"position": index, **batch}
-        shape = self.latent_shape(size)
         conditioning = self.conditioning(batch)
         denoise = self.denoiser(conditioning, self.null(batch) if guidance != 1 else None, guidance)
-        x = normal(seed, "start", index, shape).contiguous(memory_format=torch.channels_last)
+        x = self.start(index, size, seed)
+        shape = tuple(x.shape[1:])
 
         def noise(step: int) -> Tensor:
             return normal(seed, "sample", index, shape, step=step + 1)
 
         images = self.decode(sampler(denoise, x, grid, noise=noise, after_step=after_step))
         return images if self.task is None else self.task.finish(images, batch)
+
+    def start(self, index: Tensor, size: tuple[int, int], seed: int) -> Tensor:
+        """The noise that sampling begins with, (B, C, h, w) float32, for pictures of (height, width)."""
+        return normal(seed, "start", index, self.latent_shape(size)).contiguous(memory_format=torch.channels_last)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) for a picture of (height, width); both must be multiples of `size_step`."""

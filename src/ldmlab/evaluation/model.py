@@ -1,0 +1,187 @@
+"""A trained latent diffusion model to hold in the hand: what `ldmlab.load` gives. Pure torch.
+
+Pictures are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.contracts import AfterStep, Conditioning, Level
+from ldmlab.diffusion.conditioning import check_guidance
+from ldmlab.diffusion.grid import ddim_grid
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.errors import InputError
+from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.nn.pixels import to_bytes, to_float
+from ldmlab.samplers import sampler_by_name
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadedModel:
+    """Samples, encodes, decodes and denoises with finished weights."""
+
+    def __init__(
+        self,
+        diffusion: LatentDiffusion,
+        image_size: int | tuple[int, int],  # trained on: side, or height and width, px
+        info: Mapping[str, Any],  # path, weights, fingerprint, step, ...
+        precision: str = "float32",  # of the denoiser: float32 | bfloat16 | float16
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision} is no number format; there are {', '.join(PRECISIONS)}.")
+        self.diffusion = diffusion.eval().requires_grad_(False)
+        self.diffusion.to(memory_format=torch.channels_last)
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.info = dict(info)
+        self.precision = precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.diffusion.parameters()).device
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Fields that a request may hold: caption, class_id, ...; empty for a model without conditions."""
+        return frozenset().union(*(c.reads for _, c in self.diffusion.conditioners.items()))  # type: ignore[arg-type]
+
+    # ---- the public face
+
+    def sample(
+        self,
+        *,
+        count: int | None = None,  # pictures of a model without conditions
+        steps: int | None = 50,
+        guidance: float | None = None,  # None: 3 if the model was trained for it, else 1 (off)
+        eta: float = 0.0,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,  # side, or height and width, px; None: as trained
+        batch_size: int = 16,
+        sampler: str = "ddim",
+        spacing: str | None = None,
+        **fields: Sequence[Any] | Tensor,  # caption=[...], class_id=[...]: one entry a picture
+    ) -> Tensor:
+        """uint8 (B, H, W, 3) on the CPU; picture i is the same in any company."""
+        from ldmlab.evaluation.generate import generate
+
+        settings = SampleSettings(
+            steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing
+        )
+        requests = self._requests(fields, count)
+        return torch.cat([pictures for _, pictures in generate(self, requests, settings, batch_size=batch_size)])
+
+    @torch.inference_mode()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) => final latents (the posterior's mean)."""
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+            raise InputError(f"encode takes uint8 (B, H, W, 3), not {pictures.dtype} {tuple(pictures.shape)}.")
+        self.diffusion.latent_shape((pictures.shape[1], pictures.shape[2]))  # sizes that do not fit are refused
+        return self.diffusion.encode(to_float(pictures.to(self.device).permute(0, 3, 1, 2)))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Final latents => uint8 (B, H, W, 3) on the CPU."""
+        return as_pictures(self.diffusion.decode(latents.to(self.device)))
+
+    @torch.inference_mode()
+    def conditioning(self, **fields: Sequence[Any] | Tensor) -> Conditioning:
+        """caption=[...] and the like => what `denoise` takes."""
+        return self.diffusion.conditioning(self.batch(self._requests(fields, None), first_index=0))
+
+    @torch.inference_mode()
+    def denoise(self, x: Tensor, t: int, conditioning: Conditioning | None = None) -> Tensor:
+        """Noisy latents at time t (0 .. T - 1) of the schedule => the clean estimate."""
+        alpha_bar = float(self.diffusion.schedule.alpha_bar[t])
+        level = Level(alpha_bar**0.5, (1 - alpha_bar) ** 0.5, float(t))
+        with self.autocast():
+            return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level)
+
+    # ---- for generate.py
+
+    def resolved(self, settings: SampleSettings) -> SampleSettings:
+        """The settings with every default filled in; what the model cannot do is refused before any work."""
+        guidance = settings.guidance
+        if guidance is None:
+            guidance = 3.0 if self.diffusion.guidance_trained and self.reads else 1.0
+        check_guidance(guidance, self.diffusion.guidance_trained, conditioned=bool(self.reads))
+        size = self.image_size if settings.size is None else settings.size
+        size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.diffusion.latent_shape(size)
+        filled = settings.filled(guidance=guidance, size=size, levels=self.diffusion.schedule.steps)
+        self.grid(filled)  # steps that the rule cannot take are refused
+        return filled
+
+    def grid(self, settings: SampleSettings) -> list[Level]:
+        """The noise levels that resolved settings visit."""
+        assert settings.steps is not None
+        assert settings.spacing is not None
+        return ddim_grid(self.diffusion.schedule, settings.steps, settings.spacing)
+
+    @torch.inference_mode()
+    def sample_batch(
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        settings: SampleSettings,  # resolved
+        first_index: int | Sequence[int],
+        after_step: AfterStep | None = None,
+    ) -> Tensor:
+        """One batch of pictures, uint8 (B, H, W, 3) on the CPU."""
+        batch = self.batch(requests, first_index)
+        assert settings.guidance is not None
+        assert isinstance(settings.size, tuple)
+        options = {"eta": settings.eta} if settings.eta else {}
+        sampler = sampler_by_name(settings.sampler, **options)
+        with self.autocast(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # `resolved` has said it
+            images = self.diffusion.sample(
+                batch,
+                sampler=sampler,
+                grid=self.grid(settings),
+                index=batch["position"],
+                size=settings.size,
+                guidance=settings.guidance,
+                seed=settings.seed,
+                after_step=after_step,
+            )
+        return as_pictures(images)
+
+    def batch(self, requests: Sequence[Mapping[str, Any]], first_index: int | Sequence[int]) -> dict[str, Any]:
+        """Requests, a dict of fields each, as one batch; `position` is the number of the picture."""
+        indices = range(first_index, first_index + len(requests)) if isinstance(first_index, int) else first_index
+        batch: dict[str, Any] = {"position": torch.tensor(list(indices), dtype=torch.int64, device=self.device)}
+        for field in sorted(self.reads):
+            if any(field not in request for request in requests):
+                raise InputError(f"this model is told {', '.join(sorted(self.reads))}; give {field} for every picture.")
+            values = [request[field] for request in requests]
+            numbers = all(isinstance(value, int) for value in values)
+            batch[field] = torch.tensor(values, dtype=torch.int64, device=self.device) if numbers else values
+        return batch
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision in which the denoiser and the decoder run."""
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _requests(self, fields: Mapping[str, Sequence[Any] | Tensor], count: int | None) -> list[dict[str, Any]]:
+        """One dict a picture from one list a field."""
+        for name in fields.keys() - self.reads:
+            known = ", ".join(sorted(self.reads)) or "no conditions; say how many pictures with count="
+            raise InputError(f"{name}= means nothing to this model, which takes {known}.")
+        if not self.reads:
+            return [{} for _ in range(1 if count is None else count)]
+        columns = {name: value.tolist() if isinstance(value, Tensor) else list(value) for name, value in fields.items()}
+        if len({len(column) for column in columns.values()}) != 1:
+            raise InputError(f"give {', '.join(sorted(self.reads))}, one entry a picture, in lists of one length.")
+        rows = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def as_pictures(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] => uint8 (B, H, W, 3) on the CPU."""
+    return to_bytes(pixels).permute(0, 2, 3, 1).contiguous().cpu()

@@ -1,0 +1,36 @@
+"""How a picture is sampled: everything but the model and the conditions."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ldmlab.errors import InputError
+from ldmlab.samplers import sampler_by_name
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Written into every picture and every score."""
+
+    steps: int | None = 50  # None: every level of the schedule
+    guidance: float | None = None  # None: 3 if the model was trained for it, else 1 (off)
+    eta: float = 0.0  # fresh noise per step: 0 none, 1 as DDPM
+    seed: int = 0
+    size: int | tuple[int, int] | None = None  # side, or height and width, px; None: as trained
+    sampler: str = "ddim"  # a file of ldmlab/samplers/
+    spacing: str | None = None  # official | linspace | trailing; None: the sampler's own
+
+    def filled(self, *, guidance: float, size: tuple[int, int], levels: int) -> "SampleSettings":
+        """Without any None; the sampler's own options are checked."""
+        sampler = sampler_by_name(self.sampler, **({"eta": self.eta} if self.eta else {}))
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed={self.seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
+        steps = levels if self.steps is None else self.steps
+        spacing = self.spacing or getattr(sampler, "spacing", "linspace")
+        return replace(self, steps=steps, guidance=guidance, size=size, spacing=spacing)
+
+    def as_text(self) -> dict[str, Any]:
+        """Plain values for files; the size as height x width."""
+        values = asdict(self)
+        if isinstance(self.size, tuple):
+            values["size"] = f"{self.size[0]}x{self.size[1]}"
+        return values
