@@ -1,0 +1,52 @@
+"""A class number to one learned vector: a single token of cross-attention, as in the paper, or a summed vector."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.errors import InputError
+
+
+class ClassEmbedder(nn.Module):
+    """`classes` learned vectors and one more, the last, for "no class"."""
+
+    reads = frozenset({"class_id"})
+
+    def __init__(
+        self,
+        classes: int,  # number of classes, numbered from 0
+        width: int = 512,  # of their vectors
+        drop: float = 0.1,  # rate of "no class" in training, for guidance
+        slot: str = "tokens",  # tokens: (B, 1, width) | vector: (B, width)
+    ) -> None:
+        super().__init__()
+        if slot not in ("tokens", "vector"):
+            raise InputError(f"conditioner.slot={slot} is unknown; choose tokens or vector.")
+        if not 0 <= drop < 1:
+            raise InputError(f"conditioner.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
+        self.classes, self.drop, self.slot = classes, drop, slot
+        self.embedding = nn.Embedding(classes + 1, width)
+
+    def width(self, latent: LatentSpec) -> int:
+        """The vectors' width, whatever the latent."""
+        return self.embedding.embedding_dim
+
+    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The vectors of `class_id` (B,); numbers outside 0 .. classes - 1 are refused."""
+        ids = torch.as_tensor(batch["class_id"])
+        if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.classes:
+            raise InputError(
+                f"class_id {int(ids.min())} .. {int(ids.max())} does not fit conditioner.classes={self.classes}; "
+                "set the number of classes of the data, numbered from 0."
+            )
+        return self._rows(ids)
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The last row, once for each picture."""
+        return self._rows(torch.full((len(batch["class_id"]),), self.classes))
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        vectors = self.embedding(ids.to(self.embedding.weight.device))
+        return vectors[:, None, :] if self.slot == "tokens" else vectors

@@ -1,0 +1,139 @@
+"""Captions to the states of a CLIP text tower, one vector a token: the `tokens` of cross-attention.
+
+Shapes: B batch, L the tower's context length, D its width.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+
+from ldmlab.checkpoints import load_tensors
+from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.errors import InputError
+from ldmlab.nn.openclip import TextTower, build_clip, build_text_tower, make_tokenizer
+
+_CHUNK = 64  # captions encoded at once on an accelerator
+
+
+class OpenClipText(nn.Module):
+    """Per-token states of an open_clip text tower; nothing given is the empty caption, as in the paper."""
+
+    reads = frozenset({"caption"})
+    slot = "tokens"
+
+    def __init__(
+        self,
+        tower: TextTower,
+        tokenizer: SimpleTokenizer,
+        *,
+        drop: float = 0.1,  # rate of empty captions in training, for guidance
+        trainable: bool = False,  # trained with the denoiser, or frozen
+        cache_mib: int = 256,  # frozen: memory for states of captions seen before
+    ) -> None:
+        super().__init__()
+        if not 0 <= drop < 1:
+            raise InputError(f"conditioner.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
+        self.tower, self.tokenizer = tower, tokenizer
+        self.drop, self.trainable = drop, trainable
+        self.node: dict[str, Any] = {}  # for model.yaml: what `open_clip_text` needs to rebuild it without a network
+        self.seen, self.cut = 0, 0  # captions given, and those longer than the context
+        self._capacity = max(1, cache_mib * 2**20 // (4 * tower.context_length * tower.width))
+        self._states: OrderedDict[str, tuple[Tensor, bool]] = OrderedDict()  # caption => (L, D), whether it was cut
+        self.register_load_state_dict_post_hook(lambda *_: self._states.clear())
+        if not trainable:
+            self.requires_grad_(False)
+            self.eval()
+
+    def width(self, latent: LatentSpec) -> int:
+        """D, whatever the latent."""
+        return self.tower.width
+
+    def train(self, mode: bool = True) -> "OpenClipText":
+        """A frozen tower stays in evaluation mode."""
+        return super().train(mode and self.trainable)
+
+    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The states of the batch's captions, (B, L, D); captions over the context length are cut and counted."""
+        captions = batch["caption"]
+        self.seen += len(captions)
+        if self.trainable:
+            self.cut += sum(bool(self.lost(caption)) for caption in captions)
+            return self.tower(self.tokenizer(list(captions)).to(self._device))
+        return self._frozen(captions)
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The states of as many empty captions."""
+        count = len(batch["caption"])
+        states = self.tower(self.tokenizer([""]).to(self._device)) if self.trainable else self._frozen([""])
+        return states.expand(count, -1, -1)
+
+    def lost(self, caption: str) -> str:
+        """The end of a caption that does not fit into the context; empty if all does."""
+        ids = self.tokenizer.encode(caption)
+        return self.tokenizer.decode(ids[self.tower.context_length - 2 :]).strip()  # start and end take two places
+
+    @property
+    def _device(self) -> torch.device:
+        return self.tower.positional_embedding.device
+
+    def _frozen(self, captions: Sequence[str]) -> Tensor:
+        """States from the cache; new captions are encoded once, in float32, and the longest unused ones make room."""
+        if self._states and next(iter(self._states.values()))[0].device != self._device:
+            self._states.clear()
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._states]
+        fresh = self._encoded(new)
+        entries = []
+        for caption in captions:
+            entry = fresh.get(caption) or self._states[caption]
+            self.cut += entry[1]
+            entries.append(entry[0])
+        self._states.update(fresh)
+        for caption in captions:
+            self._states.move_to_end(caption)
+        while len(self._states) > self._capacity:
+            self._states.popitem(last=False)
+        return torch.stack(entries)
+
+    def _encoded(self, captions: list[str]) -> dict[str, tuple[Tensor, bool]]:
+        """New captions through the tower; one by one on a CPU, so that no state depends on the company it came in."""
+        size = 1 if self._device.type == "cpu" else _CHUNK
+        result: dict[str, tuple[Tensor, bool]] = {}
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            for start in range(0, len(captions), size):
+                chunk = captions[start : start + size]
+                states = self.tower(self.tokenizer(chunk).to(self._device))
+                result |= {c: (s.clone(), bool(self.lost(c))) for c, s in zip(chunk, states, strict=True)}
+        return result
+
+
+def open_clip_text(
+    name: str | None = None,  # published architecture, such as ViT-L-14, or
+    pretrained: str | None = None,  # with name: tag of its weights or path of a file
+    config: Mapping[str, Any] | None = None,  # architecture of our own, as in the model.yaml of a CLIP run
+    weights: str | None = None,  # with config: .safetensors of the CLIP model; None: loaded later or trained
+    layer: str = "last",  # last | penultimate
+    drop: float = 0.1,
+    trainable: bool = False,
+    cache_mib: int = 256,
+) -> OpenClipText:
+    """The text conditioner of a published model or of a CLIP run of ours; exactly one of `name` and `config`."""
+    if (name is None) == (config is None):
+        raise InputError("conditioner: give either name or config (in training: from_run, a CLIP run of yours).")
+    if name is not None:
+        clip = build_clip(name, pretrained)
+        tower, full = TextTower(clip.model, layer), clip.config
+    else:
+        assert config is not None
+        full = dict(config)
+        tower = build_text_tower(full, layer)
+        if weights is not None:
+            tower.load_clip(load_tensors(Path(weights)))
+    text = OpenClipText(tower, make_tokenizer(full), drop=drop, trainable=trainable, cache_mib=cache_mib)
+    kept = {"layer": layer, "drop": drop, "trainable": trainable, "cache_mib": cache_mib}
+    text.node = {"_target_": "ldmlab.conditioners.text.open_clip_text", "config": full, **kept}
+    return text

@@ -1,0 +1,154 @@
+"""CLIP models of open_clip: published ones by name, our own by configuration; and their text tower alone.
+
+A configuration is open_clip's own (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`, `custom_text`), plus `mean` and
+`std` of the pixels; with it and the weights a model is rebuilt without a network.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.errors import InputError
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """A CLIP model with what its two inputs need."""
+
+    model: nn.Module  # encode_image, encode_text, logit_scale; names of tensors as in open_clip
+    tokenizer: SimpleTokenizer
+    config: Config  # rebuilds the model, see above
+    image_size: int  # px, square
+    mean: tuple[float, ...]  # of RGB in [0, 1]
+    std: tuple[float, ...]
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], any size => normalised (B, 3, image_size, image_size)."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
+        return ((images + 1) / 2 - mean) / std
+
+    def ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions => token ids (B, L), cut to the model's context length."""
+        return self.tokenizer(list(captions))
+
+
+def build_clip(
+    name: str | None = None,  # of a published architecture, such as ViT-B-32
+    pretrained: str | None = None,  # with name: tag of published weights or path of a file; None: fresh weights
+    config: Mapping[str, Any] | None = None,  # instead of name: our own architecture, fresh weights
+) -> OpenClip:
+    """A CLIP model on the CPU in training mode; exactly one of `name` and `config`."""
+    if (name is None) == (config is None):
+        raise InputError(f"clip.name={name} and clip.config={config}: give exactly one of them.")
+    if name is not None:
+        model, full = _published(name, pretrained)
+    else:
+        assert config is not None
+        model, full = _from_config(config), {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+        full |= _plain(config)
+    size = model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if height != width:
+        raise InputError(f"the CLIP image tower wants {height} x {width} pictures; choose one with square pictures.")
+    mean, std = tuple(full["mean"]), tuple(full["std"])
+    full |= {"mean": list(mean), "std": list(std)}
+    return OpenClip(model, make_tokenizer(full), full, height, mean, std)
+
+
+def _from_config(config: Mapping[str, Any]) -> Any:
+    """The open_clip class for a configuration, with fresh weights."""
+    arguments = {k: v for k, v in _plain(config).items() if k not in ("mean", "std", "custom_text")}
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"clip.config cannot be built: {error}; see conf/clip/ for ones that can.") from error
+
+
+def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:
+    known = open_clip.list_models()
+    if ":" not in name and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise InputError(f"clip.name={name} is no model of open_clip; {f'did you mean {near[0]}?' if near else known}")
+    try:
+        model = open_clip.create_model(name, pretrained, require_pretrained=pretrained is not None)
+        config = open_clip.get_model_config(name)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"clip.name={name} with clip.pretrained={pretrained} cannot be loaded ({reason}); "
+            "load it once on a machine with internet, or give the path of its weights as clip.pretrained."
+        ) from error
+    gelu = any(isinstance(module, QuickGELU) for module in model.modules())
+    given = open_clip.get_model_preprocess_cfg(model)
+    return model, _plain(config) | {"quick_gelu": gelu, "mean": given["mean"], "std": given["std"]}
+
+
+def _plain(node: Any) -> Any:
+    """Nested mappings and sequences as plain dicts and lists."""
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    return [_plain(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def make_tokenizer(config: Mapping[str, Any]) -> SimpleTokenizer:
+    """CLIP's byte-pair tokenizer, which ships with open_clip and reads any language."""
+    text = config["text_cfg"]
+    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise InputError("this CLIP model has a tokenizer of its own; choose one with CLIP's, such as ViT-B-32.")
+    return SimpleTokenizer(context_length=text.get("context_length", 77))
+
+
+class TextTower(nn.Module):
+    """The text half of a CLIP model up to its states per token; tensor names as in open_clip's CLIP class."""
+
+    def __init__(self, clip: nn.Module, layer: str = "last") -> None:
+        """layer: last | penultimate, both followed by the final norm; blocks that are not run are left out."""
+        super().__init__()
+        text: Any = clip.text if isinstance(clip, open_clip.CustomTextCLIP) else clip
+        if getattr(text, "cls_emb", None) is not None or not hasattr(text, "token_embedding"):
+            raise InputError("the text tower of this model is not CLIP's; choose a CLIP model such as ViT-B-32.")
+        if layer not in ("last", "penultimate"):
+            raise InputError(f"conditioner.layer={layer} is unknown; choose last or penultimate.")
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.transformer = text.transformer
+        if layer == "penultimate":
+            self.transformer.resblocks = self.transformer.resblocks[:-1]
+        self.ln_final = text.ln_final
+        self.register_buffer("attn_mask", text.attn_mask, persistent=False)
+        self.context_length: int = text.context_length
+        self.width: int = text.transformer.width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) => states (B, L, width)."""
+        x = self.token_embedding(ids) + self.positional_embedding
+        return self.ln_final(self.transformer(x, attn_mask=self.attn_mask))
+
+    def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
+        """Weights from the state dict of a whole CLIP model; what is not the text tower's is left aside."""
+        named = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+        wanted = self.state_dict()
+        missing = [name for name, t in wanted.items() if name not in named or named[name].shape != t.shape]
+        if missing:
+            raise InputError(f"the CLIP weights do not fit the text tower ({missing[0]}); use its own config.")
+        self.load_state_dict({name: named[name] for name in wanted})
+
+
+def build_text_tower(config: Mapping[str, Any], layer: str = "last") -> TextTower:
+    """The text tower of a configuration with fresh weights; the image tower is never built at its real size."""
+    tiny = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 32, "image_size": 32}
+    return TextTower(_from_config({**config, "vision_cfg": tiny}), layer)
