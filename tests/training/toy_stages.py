@@ -73,7 +73,7 @@ def options(**changes: Any) -> dict[str, Any]:
 
 
 def diffusion_stage(dropout: float = 0.0, **changes: Any) -> DiffusionStage:
-    """A diffusion stage on 4 x 4 pixels."""
+    """A diffusion stage on 8 x 8 pixels."""
     torch.manual_seed(0)
     schedule = Schedule("linear", steps=100)
     model = LatentDiffusion(
@@ -129,9 +129,9 @@ class TwoPlayers(Stage):
 
 
 def picture_batch(positions: range) -> dict[str, Any]:
-    """The pictures at these positions: a function of the position alone, 4 x 4 pixels."""
+    """The pictures at these positions: a function of the position alone, 8 x 8 pixels."""
     index = torch.tensor([p % PICTURES for p in positions])
-    image = (normal(0, "toy", index, (3, 4, 4)) * 40 + 127).clamp(0, 255).byte()
+    image = (normal(0, "toy", index, (3, 8, 8)) * 40 + 127).clamp(0, 255).byte()
     return {
         "key": [f"{p % PICTURES:03d}" for p in positions],
         "position": torch.tensor(list(positions)),

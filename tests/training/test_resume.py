@@ -1,0 +1,129 @@
+"""A run that is killed at any moment and started again is the run that was never killed."""
+
+import csv
+import io
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from toy_stages import Keys, TwoPlayers, diffusion_stage, options, picture_batch, train
+
+from ldmlab.checkpoints import load_checkpoint
+from ldmlab.errors import InputError
+from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.autoencoder import AutoencoderLoss
+from ldmlab.losses.patch_discriminator import PatchDiscriminator
+from ldmlab.training.autoencoder_module import AutoencoderStage
+from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.stage import Stage
+
+
+class Slow(StepCallback):
+    """Gives the test time to kill."""
+
+    def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+        time.sleep(0.02)
+
+
+def with_dropout() -> Stage:
+    return diffusion_stage(dropout=0.3, accumulate=2)
+
+
+def two_players() -> Stage:
+    return TwoPlayers(accumulate=2)
+
+
+def autoencoder() -> Stage:
+    """The real first stage with its adversary, which starts in the middle of the run."""
+    torch.manual_seed(2)
+    first_stage = KLAutoencoder(channels=8, channel_mult=[1, 1], num_res_blocks=1, latent_channels=2, norm_groups=4)
+    critic = Adversary(
+        discriminator=PatchDiscriminator(8, layers=1), weight=0.5, discriminator_start=3, adversary_start=5
+    )
+    loss = AutoencoderLoss(penalty_weights={"kl": 1e-6}, lpips_weight=0.0, reduction="mean", adversary=critic)
+    return AutoencoderStage(first_stage=first_stage, loss=loss, **options(max_steps=12, accumulate=2))
+
+
+def run(make: Callable[[], Stage], folder: Path, keys: Path, slow: bool) -> None:
+    callbacks = [Keys(keys), *([Slow()] if slow else [])]
+    train(make(), folder, micro=2, callbacks=callbacks)
+
+
+def latest_keys(path: Path) -> dict[str, list[str]]:
+    """The keys of each step's micro-batches as the last try saw them."""
+    steps: dict[str, list[str]] = {}
+    for line in path.read_text().splitlines():
+        position, *keys = line.split()
+        steps.setdefault(position, []).extend(keys)
+    return {position: keys[-2:] for position, keys in steps.items()}
+
+
+@pytest.mark.parametrize("make", [with_dropout, two_players, autoencoder])
+def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stage], tmp_path: Path) -> None:
+    assert forked.finish(forked.start(run, make, tmp_path / "straight", tmp_path / "straight.keys", False)) == [0]
+    moments = random.Random(make.__name__)
+    deaths = 0
+    for _ in range(4):
+        child = forked.start(run, make, tmp_path / "killed", tmp_path / "killed.keys", True, log=tmp_path / "log")
+        time.sleep(0.15 + moments.random() * 0.6)
+        os.kill(child.pid, signal.SIGKILL)
+        deaths += forked.finish(child) == [-signal.SIGKILL]
+    last = forked.start(run, make, tmp_path / "killed", tmp_path / "killed.keys", False, log=tmp_path / "log")
+    assert forked.finish(last) == [0], (tmp_path / "log").read_text()
+    assert deaths
+    straight, killed = (
+        load_checkpoint(tmp_path / d / "checkpoints" / "step_00000012.ckpt") for d in ("straight", "killed")
+    )
+    forked.same(straight, killed)
+    assert latest_keys(tmp_path / "straight.keys") == latest_keys(tmp_path / "killed.keys")
+    assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The curves, without duplicates of replayed steps; the first step of a start is logged by choice."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_curve_has_no_duplicates_and_the_seed_belongs_to_the_run(tmp_path: Path) -> None:
+    stage = diffusion_stage(max_steps=7)
+    train(stage, tmp_path / "run")
+    (tmp_path / "run" / "metrics.csv").open("a").write("11,9,9\n5,unfin")
+    train(diffusion_stage(max_steps=10), tmp_path / "run")
+    steps = [int(row["step"]) for row in rows(tmp_path / "run")]
+    assert steps == sorted(set(steps))
+    with pytest.raises(InputError, match="seed=4 but"):
+        train(diffusion_stage(max_steps=12, seed=4), tmp_path / "run")
+    with pytest.raises(InputError, match="is of stage=diffusion"):
+        train(TwoPlayers(), tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    newest = train(diffusion_stage(max_steps=6), tmp_path / "run")
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
+    leftover = newest.parent / ".step_00000009.ckpt.x.part"
+    leftover.write_bytes(b"half")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        again = train(diffusion_stage(max_steps=6), tmp_path / "run")
+    forked.same(load_checkpoint(again)["modules"], torch.load(io.BytesIO(whole), weights_only=True)["modules"])
+    assert not leftover.exists()
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    path = train(TwoPlayers(max_steps=4), tmp_path / "run")
+    written = path.stat().st_mtime_ns
+    assert train(TwoPlayers(max_steps=4), tmp_path / "run") == path
+    assert path.stat().st_mtime_ns == written
+
+
+def test_toy_pictures_are_a_function_of_the_position() -> None:
+    assert torch.equal(picture_batch(range(3, 5))["image"], picture_batch(range(53, 55))["image"])
