@@ -51,8 +51,8 @@ class Statistics:
         """The statistics of both."""
         self.pictures += other.pictures
         self.values += other.values
-        self.first = [a + b for a, b in zip(self.first or [0.0] * len(other.first), other.first, strict=True)]
-        self.second = [a + b for a, b in zip(self.second or [0.0] * len(other.second), other.second, strict=True)]
+        self.first = _sum(self.first, other.first)
+        self.second = _sum(self.second, other.second)
 
     def summary(self) -> dict[str, Any]:
         """Mean and standard deviation per channel, and of all values together (the paper's one number)."""
@@ -66,6 +66,11 @@ class Statistics:
             "overall_mean": overall,
             "overall_std": math.sqrt(max(sum(second) / len(second) - overall**2, 0.0)),
         }
+
+
+def _sum(left: list[float], right: list[float]) -> list[float]:
+    """Element by element; an empty list is a sum over nothing."""
+    return [a + b for a, b in zip(left, right, strict=True)] if left and right else left or right
 
 
 @dataclass
@@ -103,7 +108,8 @@ class LatentShardWriter:
 
     def write(self, key: str, moments: NDArray[np.float32], travelling: Files) -> None:
         """One picture: moments (views, 2C or C, h, w) and the files that travel along."""
-        stored = moments.astype(self._dtype)
+        with np.errstate(over="ignore"):
+            stored = moments.astype(self._dtype)
         if not np.isfinite(stored).all():
             raise InputError(
                 f"encode: the moments of {key} do not fit {self._dtype} (largest {np.abs(moments).max():g}); "

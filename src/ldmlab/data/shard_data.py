@@ -120,7 +120,7 @@ class ShardData:
 
     def _cached(self, dataset: ShardDataset) -> ShardDataset:
         if self.cache and dataset.wanted.images:
-            dataset.keep_decoded(int(self.cache_limit_gib * 2**30))
+            dataset.keep_decoded(self.cache_limit_gib)
         return dataset
 
 

@@ -61,13 +61,13 @@ class ShardDataset(Dataset[Batch]):
         """Pictures in one epoch."""
         return self.order.total
 
-    def keep_decoded(self, limit_bytes: int) -> None:
+    def keep_decoded(self, limit_gib: float) -> None:
         """Decode every picture once and keep it in memory."""
         needed = PictureCache.bytes_needed(len(self), self.wanted.image_size)
-        if needed > limit_bytes:
+        if needed > limit_gib * 2**30:
             raise InputError(
                 f"data.cache=true needs {needed / 2**30:.2f} GiB for {len(self)} pictures, more than "
-                f"data.cache_limit_gib={limit_bytes / 2**30:g}; raise the limit or set data.cache=false."
+                f"data.cache_limit_gib={limit_gib:g}; raise the limit or set data.cache=false."
             )
         self._cache = PictureCache(len(self), self.wanted.image_size)
 

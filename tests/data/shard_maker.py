@@ -1,0 +1,63 @@
+"""Small shards whose samples are numbered, for the tests of the reading side."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
+from ldmlab.data.tar_samples import END_MARKER, tar_bytes
+
+
+def picture(number: int, size: int) -> Image.Image:
+    """Noise that belongs to `number`."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def webp(number: int, size: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(number, size).save(buffer, "webp", lossless=True)
+    return buffer.getvalue()
+
+
+def write_shards(
+    folder: Path, counts: list[int], size: int = 8, bad: tuple[int, ...] = (), classes: int = 3, split: str = "train"
+) -> Manifest:
+    """Shards of `counts` samples; keys 00000, 00001, ...; the pictures numbered in `bad` are cut off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, number = [], 0
+    for index, count in enumerate(counts):
+        data, offsets = b"", []
+        for _ in range(count):
+            content = webp(number, size)
+            fields = {"caption": f"picture {number}", "category": f"c{number % classes}", "class_id": number % classes}
+            offsets.append(len(data))
+            data += tar_bytes(f"{number:05}.json", json.dumps(fields).encode())
+            data += tar_bytes(f"{number:05}.webp", content[: len(content) // 2] if number in bad else content)
+            number += 1
+        data += END_MARKER
+        name = f"{index:05}.tar"
+        (folder / name).write_bytes(data)
+        shards.append(ShardInfo(name, count, len(data), hashlib.sha256(data).hexdigest(), offsets))
+    manifest = Manifest(
+        kind="images",
+        split=split,
+        shards=shards,
+        fields=["caption", "category", "class_id"],
+        picture_size=size,
+        transform={"background": [255, 255, 255]},
+        source="made by a test",
+        licence="none",
+        provenance={},
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def keys_of(batches: list[dict[str, Any]]) -> list[str]:
+    return [key for batch in batches for key in batch["key"]]

@@ -1,0 +1,188 @@
+"""Encoding: shared by processes, continued after a kill, and the same latents as running the first stage on the fly."""
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shard_maker import keys_of, write_shards
+from torch import Tensor
+
+from ldmlab.data.encode import LatentSettings, encode
+from ldmlab.data.manifest import Manifest, check_shards, read_manifest
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+
+COUNTS = [5, 2, 4, 7]
+SETTINGS = LatentSettings(fingerprint="f" * 64, latent_channels=3, downsampling=2, image_size=8, dtype="float32")
+
+
+def toy_moments(images: Tensor) -> Tensor:
+    """Not equivariant: a mirrored picture has other moments than the mirrored moments."""
+    pixels = images.float() / 127.5 - 1
+    ramp = torch.linspace(0.5, 2.0, 8)
+    mean = torch.nn.functional.avg_pool2d(pixels * ramp, 2)
+    return torch.cat([mean, mean.square() - 2], dim=1)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "images" / "train", COUNTS)
+    write_shards(tmp_path / "images" / "val", [3], split="val")
+    return tmp_path / "images"
+
+
+def run(images: Path, out: Path, split: str = "train", settings: LatentSettings = SETTINGS, **options: Any) -> Manifest:
+    result = encode(images / split, out / split, toy_moments, settings, batch_size=3, **options)
+    assert result.manifest is not None
+    return result.manifest
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+def test_manifest_says_what_the_latents_are(images: Path, tmp_path: Path) -> None:
+    manifest = run(images, tmp_path / "latents")
+    check_shards(tmp_path / "latents" / "train", manifest, sha256=True)
+    assert manifest == read_manifest(tmp_path / "latents" / "train")
+    assert [shard.samples for shard in manifest.shards] == COUNTS
+    assert manifest.latents is not None
+    assert manifest.latents["has_logvar"]
+    assert manifest.latents["mirrored"]
+    assert manifest.latents["statistics"]["pictures"] == 18
+    assert manifest.fields == ["caption", "category", "class_id"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_and_online_views_agree(images: Path, tmp_path: Path, workers: int) -> None:
+    run(images, tmp_path / "latents")
+    run(images, tmp_path / "latents", "val")
+    options = {"image_size": 8, "flip": True, "seed": 5, "mix": 2, "fields": ("caption",)}
+    online = ShardData(str(images / "train"), str(images / "val"), workers=0, **options)
+    cached = replace(online, latents=str(tmp_path / "latents"), workers=workers)
+    for a, b in islice(zip(online.train_loader(6), cached.train_loader(6), strict=False), 9):
+        assert a["key"] == b["key"]
+        assert a["caption"] == b["caption"]
+        assert torch.equal(a["position"], b["position"])
+        assert torch.allclose(toy_moments(a["image"]), b["moments"], atol=1e-6, rtol=0)
+        assert "image" not in b
+    held_out = list(cached.eval_loader("val", 2))
+    assert keys_of(held_out) == ["00000", "00001", "00002"]
+
+
+def test_an_unmirrored_cache_refuses_to_flip(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "latents", settings=replace(SETTINGS, mirrored=False))
+    data = ShardData(str(images / "train"), str(images / "val"), 8, latents=str(tmp_path / "latents"), workers=0)
+    assert next(iter(data.train_loader(2)))["moments"].shape == (2, 6, 4, 4)
+    with pytest.raises(InputError, match=r"data.flip=true.*without their mirror images"):
+        replace(data, flip=True).train_dataset()
+    with pytest.raises(InputError, match=r"data.image_size=16, but .* encoded at 8"):
+        replace(data, image_size=16).train_dataset()
+    as_images = replace(data, train=str(tmp_path / "latents" / "train"))
+    with pytest.raises(InputError, match="latents without their pictures"):
+        as_images.train_dataset("images")
+
+
+def test_pictures_can_be_carried(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "latents", settings=replace(SETTINGS, carries_images=True))
+    online = ShardData(str(images / "train"), str(images / "val"), 8, workers=0, seed=2)
+    carried = replace(online, train=str(tmp_path / "latents" / "train"))
+    a, b = (next(iter(data.train_loader(8, kind="images"))) for data in (online, carried))
+    assert torch.equal(a["image"], b["image"])
+
+
+def _encode_part(images: Path, out: Path, world: int, rank: int) -> None:
+    torch.set_num_threads(1)
+    encode(images / "train", out / "train", toy_moments, SETTINGS, rank=rank, world=world, batch_size=3)
+
+
+def test_two_processes_write_what_one_writes(images: Path, tmp_path: Path) -> None:
+    alone = run(images, tmp_path / "alone")
+    context = multiprocessing.get_context("fork")
+    parts = [context.Process(target=_encode_part, args=(images, tmp_path / "shared", 2, rank)) for rank in range(2)]
+    for part in parts:
+        part.start()
+    for part in parts:
+        part.join(60)
+        assert part.exitcode == 0
+    shared = read_manifest(tmp_path / "shared" / "train")
+    assert shared.hash == alone.hash
+    assert contents(tmp_path / "shared" / "train") == contents(tmp_path / "alone" / "train")
+
+
+def killed_after(pictures: int) -> Callable[[Tensor], Tensor]:
+    seen = 0
+
+    def moments(images: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(images)
+        if seen > pictures:
+            raise KeyboardInterrupt
+        return toy_moments(images)
+
+    return moments
+
+
+def test_an_interrupted_encode_continues(images: Path, tmp_path: Path) -> None:
+    source, out = images / "train", tmp_path / "latents" / "train"
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, out, killed_after(18), SETTINGS, batch_size=3)  # 9 of 18 pictures, two views each
+    assert not (out / "manifest.json").exists()
+    assert sorted(contents(out)) == ["00000.tar", "00001.tar"]
+    data = ShardData(str(source), str(source), 8, latents=str(tmp_path / "latents"))
+    with pytest.raises(InputError, match="unfinished encode"):
+        data.train_dataset()
+    first = (out / "00000.tar").stat().st_mtime_ns
+    (out / "00002.tar.99999.tmp").write_bytes(b"left by a killed process")
+    seen = []
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    result = encode(source, out, toy_moments, SETTINGS, batch_size=3, progress=progress)
+    assert (result.encoded, result.kept) == (11, 7)
+    assert seen[-1] == (18, 18)
+    assert (out / "00000.tar").stat().st_mtime_ns == first
+    assert not list(out.glob("*.tmp"))
+    assert result.manifest is not None
+    assert result.manifest.hash == run(images, tmp_path / "straight").hash
+    assert encode(source, out, killed_after(0), SETTINGS).encoded == 0  # all is done: nothing runs
+
+
+def test_one_process_of_two_leaves_the_manifest_to_the_last(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents" / "train"
+    options = {"world": 2, "batch_size": 3}
+    assert encode(images / "train", out, toy_moments, SETTINGS, rank=1, **options).manifest is None
+    assert encode(images / "train", out, toy_moments, SETTINGS, rank=0, **options).manifest is not None
+
+
+def test_what_does_not_fit_is_refused(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    run(images, out)
+    with pytest.raises(InputError, match="latents of another first stage"):
+        run(images, out, settings=replace(SETTINGS, fingerprint="0"))
+    with pytest.raises(InputError, match="dtype=float32 there, float16 now"):
+        run(images, out, settings=replace(SETTINGS, dtype="float16"))
+    with pytest.raises(InputError, match="holds latents, not pictures"):
+        encode(out / "train", tmp_path / "again", toy_moments, SETTINGS)
+    with pytest.raises(InputError, match="holds something else than latents"):
+        encode(images / "train", images / "val", toy_moments, SETTINGS)
+    with pytest.raises(InputError, match=r"data.image_size=9 is not divisible"):
+        replace(SETTINGS, image_size=9)
+    with pytest.raises(InputError, match=r"encode.dtype=bfloat16"):
+        replace(SETTINGS, dtype="bfloat16")
+
+
+def test_bad_pictures_are_left_out_and_listed(tmp_path: Path) -> None:
+    write_shards(tmp_path / "images" / "train", [3, 2], bad=(1, 3, 4))
+    with pytest.raises(InputError, match="3 of 5 pictures cannot be read"):
+        run(tmp_path / "images", tmp_path / "latents")
+    manifest = run(tmp_path / "images", tmp_path / "latents", max_bad=0.7)
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("00000.tar", 2)]
+    assert [reason.split(":")[0] for reason in manifest.extra["skipped"]] == [
+        "00000.tar[1]",
+        "00001.tar[0]",
+        "00001.tar[1]",
+    ]

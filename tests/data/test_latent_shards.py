@@ -1,0 +1,89 @@
+"""Statistics of latents against drawn ones, and shards written and read back."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldmlab.data.latent_shards import FinishedShard, LatentShardWriter, Statistics, check_fingerprint
+from ldmlab.data.manifest import Manifest
+from ldmlab.data.reader import ShardReader
+from ldmlab.errors import InputError
+
+
+def moments(number: int, channels: int = 3, with_logvar: bool = True, views: int = 2) -> np.ndarray:
+    random = np.random.default_rng(number)
+    offset = np.arange(channels)[:, None, None]
+    mean = random.normal(offset, 1 + offset, (views, channels, 4, 4))
+    logvar = random.normal(-1, 1, (views, channels, 4, 4))
+    return np.concatenate([mean, logvar] if with_logvar else [mean], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("with_logvar", [True, False])
+def test_statistics_are_those_of_drawn_latents(with_logvar: bool) -> None:
+    statistics, drawn = Statistics(), []
+    noise = np.random.default_rng(0)
+    for number in range(400):
+        m = moments(number, with_logvar=with_logvar)
+        statistics.add_moments(m, channels=3)
+        spread = np.exp(m[:, 3:] / 2) if with_logvar else 0.0
+        drawn.append(m[:, :3] + spread * noise.standard_normal((2, 3, 4, 4)))
+    summary, z = statistics.summary(), np.stack(drawn)
+    # 12,800 values per channel: a standard error of 0.03 for the mean of the widest channel
+    assert np.allclose(summary["mean"], z.mean((0, 1, 3, 4)), atol=0.1)
+    assert np.allclose(summary["std"], z.std((0, 1, 3, 4)), rtol=0.03)
+    assert np.isclose(summary["overall_std"], z.std(), rtol=0.02)
+    assert summary["pictures"] == 400
+    if not with_logvar:  # nothing is drawn: exact
+        assert np.allclose(summary["std"], z.std((0, 1, 3, 4)), rtol=1e-9)
+        assert np.isclose(summary["overall_std"], z.std(), rtol=1e-9)
+
+
+def test_statistics_of_parts_add_up() -> None:
+    whole, left, right = Statistics(), Statistics(), Statistics()
+    for number in range(10):
+        whole.add_moments(moments(number), 3)
+        (left if number < 4 else right).add_moments(moments(number), 3)
+    left.add(right)
+    left.add(Statistics())  # a shard without a readable picture
+    assert np.allclose(left.summary()["std"], whole.summary()["std"], rtol=1e-12)
+    assert left.pictures == 10
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_written_moments_are_read_back(tmp_path: Path, dtype: str) -> None:
+    writer = LatentShardWriter(tmp_path / "00000.tar", channels=3, dtype=dtype)
+    for number in range(3):
+        writer.write(f"{number:03}", moments(number), {"json": json.dumps({"caption": str(number)}).encode()})
+    assert not (tmp_path / "00000.tar").exists()
+    finished = writer.finish(["00000.tar[3]: gone"])
+    finished.save(tmp_path / "side.json")
+    assert FinishedShard.load(tmp_path / "side.json") == finished
+    assert finished.info is not None
+    assert [path.name for path in tmp_path.glob("*.t*")] == ["00000.tar"]
+    manifest = Manifest("latents", "train", [finished.info], ["caption"], 8, {}, "", "", {})
+    key, files = ShardReader(tmp_path, manifest).read(0, 2)
+    assert key == "002"
+    assert sorted(files) == ["json", "npy"]
+    stored = np.load(io.BytesIO(files["npy"]), allow_pickle=False)
+    assert stored.dtype == dtype
+    assert np.allclose(
+        stored, moments(2), rtol=2**-11 if dtype == "float16" else 0, atol=1e-7
+    )  # half of float16's step
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    writer = LatentShardWriter(tmp_path / "00000.tar", channels=3, dtype="float16")
+    with pytest.raises(InputError, match=r"moments of 000 do not fit float16 .* use dtype=float32"):
+        writer.write("000", moments(0) * 1e6, {})
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latents_of_another_first_stage_are_refused() -> None:
+    manifest = Manifest("latents", "train", [], [], 8, {}, "", "", {}, latents={"fingerprint": "abc"})
+    check_fingerprint("somewhere", manifest, "abc")
+    with pytest.raises(InputError, match=r"latents of another first stage \(abc, this run has xyz\)"):
+        check_fingerprint("somewhere", manifest, "xyz")
