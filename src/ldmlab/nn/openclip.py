@@ -32,6 +32,11 @@ class OpenClip:
     mean: tuple[float, ...]  # of RGB in [0, 1]
     std: tuple[float, ...]
 
+    @property
+    def node(self) -> Config:
+        """For model.yaml: what `build_clip` needs to rebuild the model without a network."""
+        return {"_target_": "ldmlab.nn.openclip.build_clip", "config": self.config}
+
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], any size => normalised (B, 3, image_size, image_size)."""
         size = (self.image_size, self.image_size)
@@ -49,6 +54,7 @@ def build_clip(
     name: str | None = None,  # of a published architecture, such as ViT-B-32
     pretrained: str | None = None,  # with name: tag of published weights or path of a file; None: fresh weights
     config: Mapping[str, Any] | None = None,  # instead of name: our own architecture, fresh weights
+    image_size: int | None = None,  # with a config whose vision_cfg names none; derived in wiring
 ) -> OpenClip:
     """A CLIP model on the CPU in training mode; exactly one of `name` and `config`."""
     if (name is None) == (config is None):
@@ -57,8 +63,8 @@ def build_clip(
         model, full = _published(name, pretrained)
     else:
         assert config is not None
-        model, full = _from_config(config), {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-        full |= _plain(config)
+        full = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD} | _sized(config, image_size)
+        model = _from_config(full)
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     if height != width:
@@ -76,6 +82,20 @@ def _from_config(config: Mapping[str, Any]) -> Any:
         return kind(**arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"clip.config cannot be built: {error}; see conf/clip/ for ones that can.") from error
+
+
+def _sized(config: Mapping[str, Any], image_size: int | None) -> Config:
+    """The configuration with the image size filled in, if it has none, and checked against the patches."""
+    full = _plain(config)
+    vision = full["vision_cfg"]
+    if image_size is not None:
+        vision.setdefault("image_size", image_size)
+    size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+    if isinstance(vision.get("layers"), int) and size % patch:
+        raise InputError(
+            f"clip.config.vision_cfg.patch_size={patch} does not divide the image size {size}; choose a divisor."
+        )
+    return full
 
 
 def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:

@@ -1,0 +1,94 @@
+"""Contrastive training of a text and an image encoder: a picture and its caption become similar, others dissimilar."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from open_clip import ClipLoss
+from torch import Tensor, nn
+
+from ldmlab.errors import InputError
+from ldmlab.metrics.retrieval import retrieval
+from ldmlab.nn.openclip import OpenClip
+from ldmlab.nn.pixels import to_float
+from ldmlab.training import processes
+from ldmlab.training.diffusion_module import first_pictures
+from ldmlab.training.stage import Batch, Losses, Stage
+
+_LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP
+_PANEL_PICTURES, _PANEL_FOUND = 8, 4
+
+
+class ClipStage(Stage):
+    """An open_clip model against its contrastive loss over the pairs of all processes.
+
+    Every other caption of the batch counts as wrong, also one with the same words: data with few distinct captions
+    needs a batch much smaller than their number.
+    """
+
+    kind: ClassVar[str] = "clip"
+    averaged: ClassVar[str | None] = "clip"
+    monitor = "recall_5_of_50"
+    monitor_mode = "max"
+
+    def __init__(self, *, model: OpenClip, **options: Any) -> None:
+        super().__init__(**options)
+        if self.accumulate > 1:
+            raise InputError(
+                f"accumulate={self.accumulate}: pairs of different micro-batches never meet in the contrastive loss; "
+                "use accumulate=1 with a larger micro-batch or more processes."
+            )
+        self.open_clip = model
+        self.clip = model.model
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """Both towers and the scale of the logits are one player."""
+        return {"clip": [p for p in self.clip.parameters() if p.requires_grad]}
+
+    def saved(self) -> dict[str, nn.Module]:
+        """The whole model, names as in open_clip."""
+        return {"clip": self.clip}
+
+    def losses(self, player: str, batch: Batch) -> Losses:
+        """Mean of both directions' cross-entropies; each process has its own pairs against those of all."""
+        with torch.no_grad():
+            self.clip.logit_scale.clamp_(0, _LARGEST_SCALE)  # type: ignore[operator]
+        image, text = self._features(batch)
+        scale = self.clip.logit_scale.exp()  # type: ignore[operator]
+        loss = ClipLoss(True, True, rank=processes.rank(), world_size=processes.world_size())  # local, with gradients
+        with torch.autocast(self.device.type, enabled=False):
+            total = loss(image, text, scale)
+        return Losses(total, {"loss": total, "logit_scale": scale})
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of pictures and captions, unit length, float32, (B, D) each."""
+        images = self.open_clip.pixels(to_float(batch["image"].to(self.device)))
+        ids = self.open_clip.ids(batch["caption"]).to(self.device)
+        image = self.clip.encode_image(images, normalize=True)  # type: ignore[operator]
+        text = self.clip.encode_text(ids, normalize=True)  # type: ignore[operator]
+        return image.float(), text.float()
+
+    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Retrieval among held-out pairs, the same whatever the number of processes."""
+        rows: list[tuple[str, str, Tensor, Tensor]] = []
+        for batch in batches:
+            image, text = (f.cpu() for f in self._features(batch))
+            rows += zip(batch["key"], batch["caption"], image, text, strict=True)
+        everything = sorted((row for part in processes.gather(rows) for row in part), key=lambda row: row[0])
+        if not everything:
+            return {}
+        _, captions, images, texts = zip(*everything, strict=True)
+        return retrieval(torch.stack(images), torch.stack(texts), captions)
+
+    def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Rows of a held-out picture | the pictures its caption finds first; and similarities, picture by caption."""
+        batch = first_pictures(batches, 64)
+        image, text = (f.cpu() for f in self._features(batch))
+        pictures = batch["image"].cpu().permute(0, 2, 3, 1)  # (N, H, W, 3)
+        similarity = image @ text.T  # (N, N)
+        found = similarity.T.topk(min(_PANEL_FOUND, len(image)), dim=1).indices[:_PANEL_PICTURES]  # (P, found)
+        rows = [torch.cat([pictures[i], *pictures[best]], dim=1) for i, best in enumerate(found)]
+        shade = ((similarity + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        cells = shade.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        return {"found_by_caption": torch.stack(rows), "similarities": cells[None, :, :, None].repeat(1, 1, 1, 3)}
