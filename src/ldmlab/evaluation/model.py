@@ -33,13 +33,18 @@ class LoadedModel:
         info: Mapping[str, Any],  # path, weights, fingerprint, step, ...
         precision: str = "float32",  # of the denoiser: float32 | bfloat16 | float16
     ) -> None:
-        if precision not in PRECISIONS:
-            raise InputError(f"precision={precision} is no number format; there are {', '.join(PRECISIONS)}.")
         self.diffusion = diffusion.eval().requires_grad_(False)
         self.diffusion.to(memory_format=torch.channels_last)
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.info = dict(info)
+        self.in_precision(precision)
+
+    def in_precision(self, precision: str) -> "LoadedModel":
+        """The same model; its networks compute in float32 | bfloat16 | float16."""
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision} is no number format; there are {', '.join(PRECISIONS)}.")
         self.precision = precision
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +167,12 @@ class LoadedModel:
             numbers = all(isinstance(value, int) for value in values)
             batch[field] = torch.tensor(values, dtype=torch.int64, device=self.device) if numbers else values
         return batch
+
+    def lost(self, request: Mapping[str, Any]) -> list[str]:
+        """The ends of captions that the model cannot read because they are too long."""
+        conditioners = [c for _, c in self.diffusion.conditioners.items() if hasattr(c, "lost")]
+        ends = [c.lost(request["caption"]) for c in conditioners]  # type: ignore[operator]
+        return [end for end in ends if end]
 
     def autocast(self) -> AbstractContextManager:
         """The precision in which the denoiser and the decoder run."""

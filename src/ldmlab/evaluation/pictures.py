@@ -1,0 +1,125 @@
+"""Pictures to files and sheets: PNG with settings inside, grids with labels, rows, animations.
+
+A picture is a uint8 array (H, W, 3).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ldmlab.errors import InputError
+
+GAP, FONT_SIZE, LABEL_LINES = 8, 13, 2  # px, px, lines under a picture at most
+CELL = 128  # small pictures are enlarged by a whole number to about this side, px
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+FRAME_MS, LAST_FRAME_MS = 60, 1500
+
+
+def save_png(path: Path, picture: np.ndarray, settings: Mapping[str, Any]) -> None:
+    """One picture with its settings as PNG text, one entry each."""
+    info = PngInfo()
+    for key, value in settings.items():
+        info.add_itxt(key, str(value))  # UTF-8, so captions of any language
+    Image.fromarray(picture).save(path, pnginfo=info)
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The settings that `save_png` wrote; empty for other pictures."""
+    with Image.open(path) as image:
+        image.load()
+        return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+
+
+def grid(
+    pictures: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int | None = None
+) -> Image.Image:
+    """Pictures of one size in rows, each with its label below."""
+    if not len(pictures):
+        raise InputError("a grid of no pictures cannot be drawn; ask for at least one picture.")
+    columns = columns or max(round(len(pictures) ** 0.5), 1)
+    rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+    texts = [list(labels[i : i + columns]) for i in range(0, len(pictures), columns)] if labels else None
+    return _sheet(rows, texts)
+
+
+def table(
+    rows: Sequence[Sequence[np.ndarray]], column_titles: Sequence[str], row_titles: Sequence[str] | None = None
+) -> Image.Image:
+    """One row of pictures per row title, which stands above it; column titles below the pictures."""
+    return _sheet(rows, [list(column_titles)] * len(rows), row_titles)
+
+
+def save_animation(path: Path, pictures: Sequence[np.ndarray]) -> None:
+    """Frames in order, the last one held; .webp or .gif, endless."""
+    scale = enlargement(pictures[0])
+    frames = [_enlarged(picture, scale) for picture in pictures]
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
+
+
+def enlargement(picture: np.ndarray) -> int:
+    """How many times a picture is enlarged on sheets, so that small ones can be seen."""
+    return max(round(CELL / min(picture.shape[:2])), 1)
+
+
+def _sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[Sequence[str]] | None,
+    row_titles: Sequence[str] | None = None,
+) -> Image.Image:
+    """The one layout of grids and tables."""
+    scale = enlargement(rows[0][0])
+    height, width = (side * scale for side in rows[0][0].shape[:2])
+    font = ImageFont.load_default(FONT_SIZE)
+    wrapped = [[wrap(text, width, font) for text in row] for row in labels] if labels else None
+    line = FONT_SIZE + 4
+    label_height = line * max(len(text) for row in wrapped for text in row) if wrapped else 0
+    title_height = line if row_titles else 0
+    row_height = title_height + height + label_height + GAP
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + len(rows) * row_height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        top = GAP + i * row_height
+        if row_titles:
+            draw.text((GAP, top), wrap(row_titles[i], sheet.width - 2 * GAP, font, 1)[0], INK, font)
+        for j, picture in enumerate(row):
+            left = GAP + j * (width + GAP)
+            sheet.paste(_enlarged(picture, scale), (left, top + title_height))
+            for k, text in enumerate(wrapped[i][j] if wrapped else []):
+                draw.text((left, top + title_height + height + 2 + k * line), text, INK, font)
+    return sheet
+
+
+def wrap(text: str, width: int, font: Any, lines: int = LABEL_LINES) -> list[str]:
+    """Words in at most `lines` lines of `width` px, what does not fit is told by dots; at least one line."""
+    done: list[str] = []
+    current = ""
+    for word in text.split():
+        longer = f"{current} {word}".strip()
+        if not current or font.getlength(longer) <= width:
+            current = longer
+        else:
+            done.append(current)
+            current = word
+    done.append(current)
+    cut = [*done[: lines - 1], " ".join(done[lines - 1 :])] if len(done) > lines else done
+    return [_shortened(part, width, font) for part in cut]
+
+
+def _shortened(text: str, width: int, font: Any) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    return image if scale == 1 else image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
