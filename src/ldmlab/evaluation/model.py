@@ -62,7 +62,7 @@ class LoadedModel:
         self,
         *,
         count: int | None = None,  # pictures of a model without conditions
-        steps: int | None = 50,
+        steps: int | None = None,  # None: the sampler's own; 50 for DDIM
         guidance: float | None = None,  # None: 3 if the model was trained for it, else 1 (off)
         eta: float = 0.0,
         seed: int = 0,

@@ -58,7 +58,7 @@ def save_animation(path: Path, pictures: Sequence[np.ndarray]) -> None:
     scale = enlargement(pictures[0])
     frames = [_enlarged(picture, scale) for picture in pictures]
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
-    options = {"lossless": True} if path.suffix == ".webp" else {}
+    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
 
 

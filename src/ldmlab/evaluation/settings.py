@@ -11,7 +11,7 @@ from ldmlab.samplers import sampler_by_name
 class SampleSettings:
     """Written into every picture and every score."""
 
-    steps: int | None = 50  # None: every level of the schedule
+    steps: int | None = None  # None: the sampler's own, 50 for DDIM and every level of the schedule for DDPM
     guidance: float | None = None  # None: 3 if the model was trained for it, else 1 (off)
     eta: float = 0.0  # fresh noise per step: 0 none, 1 as DDPM
     seed: int = 0
@@ -24,7 +24,8 @@ class SampleSettings:
         sampler = sampler_by_name(self.sampler, **({"eta": self.eta} if self.eta else {}))
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed={self.seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
-        steps = levels if self.steps is None else self.steps
+        usual = getattr(sampler, "steps", None) or levels
+        steps = usual if self.steps is None else self.steps
         spacing = self.spacing or getattr(sampler, "spacing", "linspace")
         return replace(self, steps=steps, guidance=guidance, size=size, spacing=spacing)
 

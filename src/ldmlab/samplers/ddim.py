@@ -14,6 +14,7 @@ class Ddim:
     """eta 0: deterministic; eta 1: as much fresh noise per step as ancestral sampling."""
 
     spacing = "official"  # the step rule this sampler is used with in the paper
+    steps = 50  # where nobody says how many
 
     def __init__(self, eta: float = 0.0) -> None:
         if not 0 <= eta <= 1:

@@ -13,6 +13,7 @@ class Ddpm:
     """Draws every step from q(x_s | x_t, clean estimate), the variance of which is the posterior's."""
 
     spacing = "linspace"  # all levels when steps is the schedule's length
+    steps = None  # where nobody says how many: all levels
 
     def __call__(
         self,

@@ -78,8 +78,8 @@ class Job:
 
         columns, titles = strip.columns(), strip.titles()
         for number, frames in zip(numbers, strip.take(numbers), strict=True):
-            label = [label(self.requests[number - self.args.first_index])]
-            row = table([[frames[c] for c in columns]], [titles[c] for c in columns], label)
+            title = [label(self.requests[number - self.args.first_index])]
+            row = table([[frames[c] for c in columns]], [titles[c] for c in columns], title)
             row.save(self.folder / f"{number:06d}_strip.png")
             save_animation(self.folder / f"{number:06d}_strip.webp", frames)
 
