@@ -48,7 +48,9 @@ class AutoencoderStage(Stage):
         self.rise_alarm = RiseAlarm()
         with_lpips = loss.reconstruction.lpips is not None
         self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
-        self._window_start = 0  # position at which the codebook's window began
+        self._window_start: int | None = (
+            None  # position at which the codebook's window began; a resumed run begins anew
+        )
         self._window: dict[str, float] = {}  # codebook use over the last full window
         self._players = self._assign()
         self._seen: tuple[Tensor, Tensor] | None = None  # pictures and reconstructions of this micro-batch
@@ -125,7 +127,9 @@ class AutoencoderStage(Stage):
         """Use and perplexity of the codebook over the last full window, once there is one."""
         if self.codebook is None or given.codes is None:
             return {}
-        if self.position - self._window_start >= self.codebook_window:
+        if self._window_start is None:
+            self._window_start = self.position
+        elif self.position - self._window_start >= self.codebook_window:
             self._close_window(self.codebook)
         self.codebook.update(given.codes)
         return {name: torch.tensor(value, device=self.device) for name, value in self._window.items()}

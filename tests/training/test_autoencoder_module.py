@@ -1,0 +1,265 @@
+"""The autoencoder stage: who is updated when, what is logged and seen, and that processes do not change gradients."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from torch import Tensor
+from toy_stages import options, picture_batch, train
+
+from ldmlab.errors import InputError
+from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
+from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
+from ldmlab.training import processes
+from ldmlab.training.autoencoder_module import AutoencoderStage
+
+NETWORK: dict[str, Any] = {
+    "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "latent_channels": 2, "norm_groups": 4
+}  # fmt: skip
+
+
+def critic(start: int = 0, adversary_start: int | None = None, **changes: Any) -> Adversary:
+    chosen = {"weight": 0.5, "discriminator_start": start, "adversary_start": adversary_start or start, **changes}
+    return Adversary(discriminator=PatchDiscriminator(8, layers=1), **chosen)
+
+
+def stage(
+    adversary: bool = True, start: int = 0, logvar: str = "fixed", vq: int = 0, **changes: Any
+) -> AutoencoderStage:
+    """A tiny first stage with its loss; `vq` is the size of a codebook."""
+    torch.manual_seed(2)
+    network = VQModel(**NETWORK, codebook_size=vq) if vq else KLAutoencoder(**NETWORK)
+    loss = AutoencoderLoss(
+        penalty_weights={"codebook": 1.0} if vq else {"kl": 1e-6},
+        lpips_weight=0.0,
+        reduction="mean",
+        logvar=logvar,  # type: ignore[arg-type]
+        adversary=critic(start) if adversary else None,
+    )
+    own = {name: changes.pop(name) for name in ("codebook_window", "codebook_alert") if name in changes}
+    return AutoencoderStage(first_stage=network, loss=loss, **own, **options(**changes))
+
+
+def updates(trained: AutoencoderStage, player: str) -> int:
+    """Updates a player's optimizer has made."""
+    state = trained.optimizers_by_player()[player].state_dict()["state"]
+    return int(state[0]["step"]) if state else 0
+
+
+# -- who plays when --------------------------------------------------------------------------------------------------
+
+
+def test_both_players_are_updated_with_every_batch(tmp_path: Path) -> None:
+    made = stage(max_steps=10)
+    train(made, tmp_path)
+    assert (made.step, made.position) == (10, 40)
+    assert (updates(made, "autoencoder"), updates(made, "adversary")) == (10, 10)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_discriminator_starts_exactly_at_its_step(tmp_path: Path, accumulate: int) -> None:
+    for steps, expected in ((4, 0), (5, 1), (10, 6)):
+        made = stage(start=4, max_steps=steps, accumulate=accumulate)
+        before = {name: value.clone() for name, value in made.loss.state_dict().items()}
+        train(made, tmp_path / f"{steps}", micro=2)
+        assert updates(made, "adversary") == expected
+        unchanged = all(torch.equal(before[name], value) for name, value in made.loss.state_dict().items())
+        assert unchanged == (expected == 0)
+
+
+def test_adversary_enters_the_loss_at_its_own_step() -> None:
+    made = stage(start=2)
+    assert made.loss.adversary is not None
+    made.loss.adversary.adversary_start = 5
+    for step in range(8):
+        made.step = step
+        assert made.active("adversary") == (step >= 2)
+        terms = made.losses("autoencoder", picture_batch(range(4))).terms
+        assert ("adversary/adaptive_weight" in terms) == (step >= 5)
+        assert {"l1", "reconstruction", "kl"} <= terms.keys()
+    assert {"adversary/logits_real", "adversary/logits_fake"} <= made.losses(
+        "adversary", picture_batch(range(4))
+    ).terms.keys()
+
+
+@pytest.mark.parametrize("logvar", ["fixed", "learned"])
+def test_every_trainable_parameter_has_exactly_one_optimizer(logvar: str) -> None:
+    made = stage(logvar=logvar)
+    groups = [group for optimizer in made.configure_optimizers() for group in optimizer.param_groups]
+    owned = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = [id(parameter) for parameter in made.parameters() if parameter.requires_grad]
+    assert sorted(owned) == sorted(trainable)
+    assert (id(made.loss.reconstruction.logvar) in owned) == (logvar == "learned")
+
+
+def test_a_learned_logvar_moves(tmp_path: Path) -> None:
+    for logvar in ("fixed", "learned"):
+        made = stage(adversary=False, logvar=logvar, max_steps=3)
+        train(made, tmp_path / logvar)
+        assert (made.loss.reconstruction.logvar.item() != 0.0) == (logvar == "learned")
+
+
+def test_a_first_stage_without_weights_is_refused() -> None:
+    loss = AutoencoderLoss(penalty_weights={}, lpips_weight=0.0, reduction="mean")
+    with pytest.raises(InputError, match="first_stage=identity"):
+        AutoencoderStage(first_stage=Identity(), loss=loss, **options())
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_fifty_steps_in_bfloat16_with_and_without_accumulation(tmp_path: Path) -> None:
+    """Accumulation only makes the adaptive weight each micro-batch's own; batches of one picture are safe."""
+    errors = {}
+    for accumulate in (1, 4):
+        made = stage(start=10, max_steps=50, accumulate=accumulate)
+        train(made, tmp_path / f"{accumulate}", micro=4 // accumulate, precision="bf16-mixed")
+        assert made.step == 50
+        errors[accumulate] = made.held_out([picture_batch(range(40))])["psnr"]
+    assert errors[1] == pytest.approx(errors[4], abs=0.5)
+
+
+def test_a_bad_number_stops_the_run_by_name(tmp_path: Path) -> None:
+    made = stage(max_steps=6)
+    with torch.no_grad():
+        made.first_stage.decoder.output.bias.fill_(float("nan"))
+    with pytest.raises(Exception, match="l1 became nan at step"):
+        train(made, tmp_path)
+
+
+def test_posterior_noise_belongs_to_the_position() -> None:
+    made = stage()
+    images = torch.zeros(4, 3, 8, 8)
+    together = made._noise(torch.arange(4, 8), images)
+    assert torch.equal(together[2:], made._noise(torch.arange(6, 8), images[2:]))
+    assert together.shape == (4, 2, 4, 4)
+    assert not torch.equal(together, made._noise(torch.arange(54, 58), images))  # same pictures, an epoch later
+
+
+def test_held_out_numbers_and_what_decides() -> None:
+    made = stage()
+    assert (made.monitor, made.monitor_mode) == ("psnr", "max")
+    with torch.no_grad():
+        whole = made.held_out([picture_batch(range(8))])
+        parts = made.held_out([picture_batch(range(3)), picture_batch(range(3, 8))])
+    assert {"psnr", "psnr_object", "ssim", "latent_std"} <= whole.keys()
+    assert {f"latent_{kind}/{channel}" for kind in ("mean", "std", "min", "max") for channel in (0, 1)} <= whole.keys()
+    assert parts == pytest.approx(whole, rel=1e-4)
+    assert not any("adversary" in name or "loss" in name for name in whole)
+    made.loss.reconstruction.lpips = torch.nn.Identity()
+    again = AutoencoderStage(first_stage=made.first_stage, loss=made.loss, **options())
+    assert (again.monitor, again.monitor_mode) == ("lpips", "min")
+
+
+def test_panels_show_input_reconstruction_difference() -> None:
+    made = stage()
+    batch = picture_batch(range(6))
+    with torch.no_grad():
+        (name, panel), *others = made.panels([batch, picture_batch(range(6, 12))]).items()
+    assert (name, others) == ("reconstructions", [])  # nothing decoded from noise
+    assert panel.shape == (8, 8, 24, 3)
+    assert panel.dtype == torch.uint8
+    shown, rebuilt, difference = (part.movedim(-1, 1) for part in panel[:6].split(8, dim=2))
+    assert torch.equal(shown, batch["image"])
+    expected = 127.5 + (rebuilt.float() - shown.float()) / 2
+    assert (difference.float() - expected).abs().max() <= 1.0
+
+
+# -- the codebook ----------------------------------------------------------------------------------------------------
+
+
+def codebook_run(made: AutoencoderStage, path: Path) -> dict[str, float]:
+    """Train; codebook use of the last full window."""
+    train(made, path)
+    return made._window
+
+
+def test_an_unused_codebook_raises_the_alert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = stage(vq=32, adversary=False, max_steps=9, codebook_window=16)
+    with torch.no_grad():
+        made.first_stage.to_latent.weight.zero_()  # every vector is the same: one code
+    for parameter in made.first_stage.encoder.parameters():
+        parameter.requires_grad_(False)
+    made._players["autoencoder"] = list(made.first_stage.decoder.parameters())
+    for name in ("to_latent", "from_latent", "quantiser"):
+        getattr(made.first_stage, name).requires_grad_(False)
+    with caplog.at_level(logging.WARNING, logger="ldmlab"):
+        found = codebook_run(made, tmp_path)
+    assert found == pytest.approx({"codebook_use": 1 / 32, "codebook_perplexity": 1.0})
+    alerts = [record.getMessage() for record in caplog.records if "codebook" in record.getMessage()]
+    assert len(alerts) == 2  # 9 steps of 4 pictures hold two full windows of 16
+    assert "only 3.1 % of the codebook was used over the last 16 pictures" in alerts[0]
+
+
+def test_a_used_codebook_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = stage(vq=4, adversary=False, max_steps=5, codebook_window=16)
+    with torch.no_grad():
+        made.first_stage.quantiser.codebook.weight.copy_(torch.tensor([[1.0, 1], [-1, 1], [1, -1], [-1, -1]]) / 10)
+    with caplog.at_level(logging.WARNING, logger="ldmlab"):
+        found = codebook_run(made, tmp_path)
+    assert found["codebook_use"] >= 0.5
+    assert not [record for record in caplog.records if "codebook" in record.getMessage()]
+
+
+def test_a_rise_after_the_adversary_joined_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    made = stage(start=3)
+    made.rise_alarm.every_steps = 1
+    with caplog.at_level(logging.WARNING, logger="ldmlab"):
+        for step, error in enumerate([1.0] * 3 + [1.5]):
+            made.step = step
+            made._watch(torch.tensor(error))
+    assert [record.getMessage()[:53] for record in caplog.records] == [
+        "step 3: reconstruction is 50 % worse than before the "
+    ]
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def gradients(made: AutoencoderStage, positions: range) -> dict[str, Any]:
+    """Gradients of both players for these pictures, averaged over processes, and what was logged."""
+    found: dict[str, Any] = {}
+    for player, parameters in made.players().items():
+        with made._only(player):
+            losses = made.losses(player, picture_batch(positions))
+            losses.total.backward()
+        processes.mean_gradients(parameters)
+        found[player] = [p.grad for p in parameters]
+        found[f"{player} terms"] = {name: processes.mean_(value.clone()) for name, value in losses.terms.items()}
+    return found
+
+
+def share_of_gradients(rank: int, world: int, vq: int, out: Path) -> None:
+    processes.join()
+    made = stage(vq=vq)
+    size = 8 // world
+    found = gradients(made, range(rank * size, (rank + 1) * size))
+    with torch.no_grad():
+        held_out = made.held_out([picture_batch(range(5) if rank == 0 else range(5, 8))])  # uneven shares
+    torch.save({**found, "held_out": held_out}, out / f"{rank}.pt")
+
+
+def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("vq", [0, 16], ids=["kl", "vq"])
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path, vq: int) -> None:
+    """4 + 4 pictures against 8: reconstruction, penalty and adversary terms, and the adaptive weight."""
+    assert forked.finish(*forked.group(2, share_of_gradients, vq, tmp_path)) == [0, 0]
+    made = stage(vq=vq)
+    expected = gradients(made, range(8))
+    with torch.no_grad():
+        held_out = made.held_out([picture_batch(range(8))])
+    scale = max(float(g.abs().max()) for g in expected["autoencoder"])
+    assert scale > 1e-3
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for player in ("autoencoder", "adversary"):
+            assert largest_difference(found[player], expected[player]) < 1e-5
+            torch.testing.assert_close(found[f"{player} terms"], expected[f"{player} terms"], atol=1e-5, rtol=1e-4)
+        assert found["held_out"] == pytest.approx(held_out, rel=1e-4)
+    assert float(expected["autoencoder terms"]["adversary/adaptive_weight"]) > 0
