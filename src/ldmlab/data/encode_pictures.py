@@ -70,12 +70,13 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
     bad, small = [], []
     for item in items:
         try:
-            image, fields = _open(item)
-            if min(image.size) < min_side:
-                small.append(item.name)
-                continue
-            fields = {**fields, "original_width": image.width, "original_height": image.height}
-            picture = encoding(transform(image))
+            with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata and large pictures
+                image, fields = _open(item)
+                if min(image.size) < min_side:
+                    small.append(item.name)
+                    continue
+                fields = {**fields, "original_width": image.width, "original_height": image.height}
+                picture = encoding(transform(image))
         except Exception as error:  # whatever a decoder raises on broken bytes
             bad.append((item.name, _reason(error)))
             continue
@@ -123,7 +124,6 @@ def _reason(error: Exception) -> str:
 def start_worker() -> None:
     """Ctrl-C is the parent's to handle, and a worker ends when its parent was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow warns of odd metadata and large pictures
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

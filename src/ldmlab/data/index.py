@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -41,11 +41,10 @@ def index(
     """Writes `manifest.json` beside the tars."""
     paths = _paths(tars)
     seen: list[_Seen] = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
-        for one in pool.map(_look, paths):
-            seen.append(one)
-            if progress:
-                progress(len(seen), len(paths))
+    for one in _looks(paths, workers):
+        seen.append(one)
+        if progress:
+            progress(len(seen), len(paths))
     if faults := [one.fault for one in seen if one.fault]:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(faults[0] + more)
@@ -81,6 +80,15 @@ def _paths(tars: list[Path]) -> list[Path]:
     if len(folders) > 1:
         raise InputError(f"TARS lie in several folders ({', '.join(folders)}); index one folder at a time.")
     return paths
+
+
+def _looks(paths: list[Path], workers: int) -> Iterator[_Seen]:
+    """What each tar holds, in order."""
+    if workers == 1 or len(paths) == 1:
+        yield from map(_look, paths)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
+        yield from pool.map(_look, paths)
 
 
 def _look(path: Path) -> _Seen:

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -166,26 +167,21 @@ class _Pack:
 
     def _pack_missing(self, missing: list[tuple[str, _Shard]], workers: int) -> None:
         """Workers encode parts of any shard, this process writes them in order."""
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
-        try:
-            parts = self._parts(pool, missing, workers)
+        o = self.options
+        encode = partial(encode_part, transform=o.transform, encoding=o.encoding, min_side=o.min_side)
+        chunks = (s.items[i : i + _PART] for _, s in missing for i in range(0, len(s.items), _PART))
+        if workers == 1:
+            parts = map(encode, chunks)
             for split, shard in missing:
                 self._write(split, shard, parts)
+            return
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
+        try:
+            ordered = _ordered(pool, encode, chunks, _AHEAD * workers)
+            for split, shard in missing:
+                self._write(split, shard, ordered)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _parts(self, pool: ProcessPoolExecutor, missing: list[tuple[str, _Shard]], workers: int) -> Iterator[Part]:
-        """Encoded parts in order, a bounded number of them ahead of the writer."""
-        o = self.options
-        waiting: deque[Future[Part]] = deque()
-        for _, shard in missing:
-            for start in range(0, len(shard.items), _PART):
-                chunk = shard.items[start : start + _PART]
-                waiting.append(pool.submit(encode_part, chunk, o.transform, o.encoding, o.min_side))
-                if len(waiting) > _AHEAD * workers:
-                    yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
     def _write(self, split: str, shard: _Shard, parts: Iterator[Part]) -> None:
         """One shard under a temporary name, then its rename and its side file."""
@@ -265,6 +261,19 @@ class _Pack:
             provenance=provenance(),
             **self.about,
         )
+
+
+def _ordered(
+    pool: ProcessPoolExecutor, encode: Callable[[list[Item]], Part], chunks: Iterable[list[Item]], ahead: int
+) -> Iterator[Part]:
+    """Encoded parts in order, a bounded number of them ahead of the writer."""
+    waiting: deque[Future[Part]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(encode, chunk))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _cut(split: str, items: list[Item], shard_size: int) -> list[_Shard]:

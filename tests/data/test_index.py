@@ -1,0 +1,134 @@
+"""Tars made by others: read as they are, faults named before anything is written."""
+
+import argparse
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldmlab.app.commands import index as command
+from ldmlab.data.index import index
+from ldmlab.data.manifest import check_shards, read_manifest
+from ldmlab.data.tar_samples import read_range, sample_fields, scan_tar
+from ldmlab.errors import InputError
+
+
+def _jpeg(side: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def _img2dataset(path: Path, count: int, side: int = 8) -> Path:
+    members = []
+    for number in range(count):
+        key = f"{path.stem}{number:04d}"
+        members += [
+            (f"{key}.jpg", _jpeg(side)),
+            (f"{key}.json", b'{"url": "u", "caption": "\xc3\xa9"}'),
+            (f"{key}.txt", b"x"),
+        ]
+    return _tar(path, members)
+
+
+def test_offsets_find_every_sample(tmp_path: Path) -> None:
+    for name, count in (("00000", 5), ("00001", 3)):
+        _img2dataset(tmp_path / f"{name}.tar", count)
+    manifest = index([tmp_path], split="val", licence="unknown", workers=2)
+    assert manifest.hash == read_manifest(tmp_path).hash
+    assert (manifest.total, manifest.picture_size, manifest.fields) == (8, 8, ["url", "caption"])
+    check_shards(tmp_path, manifest, sha256=True)
+    keys = []
+    for shard in manifest.shards:
+        for number in range(shard.samples):
+            sample = read_range(tmp_path / shard.name, *shard.byte_range(number))
+            keys.append(sample["__key__"])
+            assert sample["jpg"] == _jpeg()
+            assert sample_fields(sample)["caption"] == "é"
+    assert keys == [f"00000{n:04d}" for n in range(5)] + [f"00001{n:04d}" for n in range(3)]
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_folders_long_names_and_other_languages(tmp_path: Path, format: int) -> None:
+    long = "folder/" + "k" * (90 if format == tarfile.USTAR_FORMAT else 150)
+    names = [f"{long}.jpg", f"{long}.seg.png", f"{long}.cls", "über/тыква.JPG", "über/тыква.txt"]
+    contents = [_jpeg(), b"map", b"7", _jpeg(), "тыква".encode()]
+    path = _tar(tmp_path / "a.tar", [("__meta__/x.json", b"{}"), *zip(names, contents, strict=True)], format)
+    scan = scan_tar(path)
+    assert scan.keys == [long, "über/тыква"]
+    first = read_range(path, scan.offsets[0], scan.offsets[1])
+    second = read_range(path, scan.offsets[1], scan.bytes)
+    assert (first["__key__"], first["seg.png"], sample_fields(first)) == (long, b"map", {"class_id": 7})
+    assert (second["__key__"], sample_fields(second)) == ("über/тыква", {"caption": "тыква"})
+
+
+def test_pictures_of_several_sizes_have_no_size(tmp_path: Path) -> None:
+    _img2dataset(tmp_path / "a.tar", 1, side=8)
+    _img2dataset(tmp_path / "b.tar", 1, side=9)
+    assert index([tmp_path / "a.tar", tmp_path / "b.tar"]).picture_size is None
+    assert index([tmp_path / "a.tar"]).picture_size == 8
+
+
+@pytest.mark.parametrize("keep", [0.35, 0.9, 1.0])
+def test_truncated_tars_are_named(tmp_path: Path, keep: float) -> None:
+    path = _img2dataset(tmp_path / "00007.tar", 40)
+    data = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(InputError, match=r"00007\.tar"):
+        index([path])
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_other_faults_are_named(tmp_path: Path) -> None:
+    apart = _tar(tmp_path / "apart/a.tar", [("1.jpg", _jpeg()), ("2.jpg", _jpeg()), ("1.txt", b"x")])
+    with pytest.raises(InputError, match="key 1 are not next to each other"):
+        index([apart])
+    bare = _tar(tmp_path / "bare/a.tar", [("1.txt", b"x")])
+    with pytest.raises(InputError, match="holds no pictures"):
+        index([bare])
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.tar").write_text("hello" * 1000)
+    with pytest.raises(InputError, match=r"a\.tar"):
+        index([tmp_path / "text/a.tar"])
+    (tmp_path / "text/a.tar").write_bytes(gzip.compress(apart.read_bytes()))
+    with pytest.raises(InputError, match="compressed"):
+        index([tmp_path / "text/a.tar"])
+    broken = _tar(tmp_path / "json/a.tar", [("1.jpg", _jpeg()), ("1.json", b"{")])
+    with pytest.raises(InputError, match=r"\.json that is none"):
+        index([broken])
+    with pytest.raises(InputError, match="several folders"):
+        index([apart, bare])
+    with pytest.raises(InputError, match="does not exist"):
+        index([tmp_path / "none.tar"])
+    with pytest.raises(InputError, match=r"there is no \.tar"):
+        index([tmp_path])
+
+
+def test_all_broken_tars_are_counted(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.tar").write_bytes(b"x" * 600)
+    with pytest.raises(InputError, match=r"a\.tar.*\(and 2 more\)"):
+        index([tmp_path])
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _img2dataset(tmp_path / "in/00000.tar", 2)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([str(tmp_path / "in"), "--workers", "1", "--licence", "CC BY 4.0"])) == 0
+    assert "2 samples, 1 shards" in " ".join(capsys.readouterr().err.split())
+    manifest = read_manifest(tmp_path / "in")
+    assert (manifest.source, manifest.licence) == ("in", "CC BY 4.0")

@@ -1,0 +1,328 @@
+"""Packing a stranger's pictures: same bytes for any workers, faults named, kills survived, folders respected."""
+
+import argparse
+import errno
+import fcntl
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldmlab.app.commands import pack as command
+from ldmlab.data.encode_pictures import Encoding
+from ldmlab.data.manifest import check_shards, read_manifest
+from ldmlab.data.pack import PackOptions, PackResult, pack
+from ldmlab.data.sources import list_source
+from ldmlab.data.splits import SplitRule
+from ldmlab.data.tar_samples import read_range
+from ldmlab.data.transforms import Transform
+from ldmlab.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def _pictures(folder: Path, count: int, side: int = 24) -> Path:
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        Image.fromarray(random.integers(0, 256, (side, side + 7, 3), dtype=np.uint8)).save(folder / f"{number:04d}.png")
+        rows.append({"file_name": f"{number:04d}.png", "caption": f"番号 {number}", "kind": "ab"[number % 2]})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return folder
+
+
+def _options(**choices: object) -> PackOptions:
+    return PackOptions(**({"transform": Transform(16), "shard_size": 40} | choices))  # type: ignore[arg-type]
+
+
+def _pack(source: Path, out: Path, options: PackOptions | None = None, **choices: object) -> PackResult:
+    return pack(list_source(source), out, options or _options(), **({"workers": 1} | choices))  # type: ignore[arg-type]
+
+
+def _tars(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.tar"))}
+
+
+def _samples(folder: Path) -> dict[str, dict[str, bytes]]:
+    found = {}
+    for shard in read_manifest(folder).shards:
+        for number in range(shard.samples):
+            sample = read_range(folder / shard.name, *shard.byte_range(number))
+            found[sample["__key__"]] = sample
+    return found
+
+
+def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in", 130)
+    options = _options(split=SplitRule(0.2, stratify="kind"), class_field="kind")
+    first = _pack(source, tmp_path / "one", options, workers=1)
+    _pack(source, tmp_path / "three", options, workers=3)
+    assert _tars(tmp_path / "one") == _tars(tmp_path / "three")
+    assert {split: manifest.total for split, manifest in first.manifests.items()} == {"train": 104, "val": 26}
+    assert [shard.samples for shard in first.manifests["train"].shards] == [40, 40, 24]
+    for split, manifest in first.manifests.items():
+        assert read_manifest(tmp_path / "three" / split).hash == manifest.hash
+        check_shards(tmp_path / "one" / split, manifest, sha256=True)
+    assert first.manifests["train"].classes == ["a", "b"]
+
+
+def test_offsets_and_contents(tmp_path: Path) -> None:
+    _pack(_pictures(tmp_path / "in", 50), tmp_path / "out")
+    samples = _samples(tmp_path / "out/train")
+    assert sorted(samples) == [f"{number:04d}" for number in range(50)]
+    sample = samples["0041"]
+    fields = json.loads(sample["json"])
+    assert fields["caption"] == "番号 41"
+    assert "番号 41" in sample["json"].decode()  # readable, not escaped
+    assert (fields["original_width"], fields["original_height"]) == (31, 24)
+    packed = Image.open(io.BytesIO(sample["webp"]))
+    with Image.open(tmp_path / "in/0041.png") as original:
+        assert packed.convert("RGB").tobytes() == Transform(16)(original).tobytes()  # lossless
+    with tarfile.open(tmp_path / "out/train/train-000001.tar") as tar:
+        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
+    assert set(read_manifest(tmp_path / "out/train").fields) == set(fields)
+
+
+@pytest.mark.parametrize(("format", "quality"), [("png", None), ("jpg", 90), ("webp", 90)])
+def test_other_formats(tmp_path: Path, format: str, quality: int | None) -> None:
+    result = _pack(_pictures(tmp_path / "in", 3), tmp_path / "out", _options(encoding=Encoding(format, quality)))
+    assert result.manifests["train"].transform["format"] == format
+    for sample in _samples(tmp_path / "out/train").values():
+        assert Image.open(io.BytesIO(sample[format])).size == (16, 16)
+    with pytest.raises(InputError, match="quality=90 with format=png"):
+        Encoding("png", 90)
+
+
+def test_a_strangers_folder(tmp_path: Path) -> None:
+    """Every mode is packed; what cannot be read is named, each with its reason."""
+    folder = tmp_path / "in/some folder"
+    folder.mkdir(parents=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    for mode in ("P", "L", "1", "RGBA", "LA"):
+        picture.convert(mode).save(folder / f"mode.{mode}.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.full((40, 30), 40000, dtype=np.uint16)).save(folder / "deep.tiff")
+    picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(90)])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "turned.jpg", exif=exif)
+    picture.save(folder / "тыква.png")
+    picture.save(folder / "same.png")
+    picture.save(folder / "same.jpg")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a picture")
+    whole = (folder / "same.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(32))
+    result = _pack(tmp_path / "in", tmp_path / "out", max_bad=0.5)
+    bad = {Path(name).name: reason for name, reason in result.bad}
+    assert set(bad) == {"empty.png", "text.jpg", "cut.png", "phone.heic"}
+    assert bad["empty.png"] == "is empty"
+    assert bad["text.jpg"] == bad["phone.heic"] == "is not a picture"
+    assert json.loads((tmp_path / "out/train/bad.json").read_text())[0]["name"] == "some folder/cut.png"
+    samples = _samples(tmp_path / "out/train")
+    assert len(samples) == 12
+    assert all("." not in key and key.isascii() for key in samples)
+    names = {json.loads(sample["json"])["file_name"]: key for key, sample in samples.items()}
+    assert json.loads(samples[names["some folder/turned.jpg"]]["json"])["original_width"] == 30
+    grey = Image.open(io.BytesIO(samples[names["some folder/deep.tiff"]]["webp"])).getpixel((3, 3))
+    assert grey == (156, 156, 156)  # 40000 / 257
+
+
+def test_too_many_bad_pictures_fail_and_a_higher_share_continues(tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in", 20)
+    for number in range(4):
+        (source / f"{number:04d}.png").write_bytes(b"broken")
+    (source / "0004.png").unlink()
+    with pytest.raises(
+        InputError, match=r"max-bad=0\.1: .* of 20 pictures cannot be read \(0000\.png is not a picture"
+    ):
+        _pack(source, tmp_path / "out")
+    assert not list(tmp_path.rglob("manifest.json"))
+    result = _pack(source, tmp_path / "out", max_bad=0.25)
+    assert result.manifests["train"].total == 15
+    assert result.bad[-1] == ("0004.png", "is missing")
+
+
+def test_tars_to_shards(tmp_path: Path) -> None:
+    _pack(_pictures(tmp_path / "in", 30), tmp_path / "first")
+    options = _options(transform=Transform(8), split=SplitRule(0.2, stratify="kind"), class_field="kind", shard_size=10)
+    result = _pack(tmp_path / "first/train", tmp_path / "second", options)
+    assert (result.manifests["train"].total, result.manifests["val"].total) == (24, 6)
+    fields = json.loads(
+        _samples(tmp_path / "second/train")["0003"]["json"]
+        if "0003" in _samples(tmp_path / "second/train")
+        else _samples(tmp_path / "second/val")["0003"]["json"]
+    )
+    assert (fields["caption"], fields["class"], fields["class_id"]) == ("番号 3", "b", 1)
+
+
+def test_small_pictures_are_left_out_on_request(tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in", 5)
+    Image.new("RGB", (100, 10)).save(source / "0002.png")
+    result = _pack(source, tmp_path / "out", _options(min_side=24))
+    assert (result.manifests["train"].total, result.small, result.bad) == (4, 1, [])
+
+
+class _StopError(Exception):
+    pass
+
+
+def test_an_interrupted_pack_keeps_finished_shards(tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in", 130)
+    _pack(source, tmp_path / "straight")
+
+    def stop(done: int, total: int) -> None:
+        if done > 90:
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        _pack(source, tmp_path / "out", progress=stop)
+    kept = sorted((tmp_path / "out").rglob("*.tar"))
+    assert len(kept) == 2
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    with pytest.raises(InputError, match="interrupted"):
+        read_manifest(tmp_path / "out/train")
+    times = [path.stat().st_mtime_ns for path in kept]
+    _pack(source, tmp_path / "out", workers=2)
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert _tars(tmp_path / "out") == _tars(tmp_path / "straight")
+    assert _pack(source, tmp_path / "out").complete_before
+    assert sorted(path.name for path in (tmp_path / "out/train").iterdir() if path.suffix == ".json") == [
+        "manifest.json",
+        "plan.json",
+    ]
+
+
+def test_a_killed_pack_goes_on_and_leaves_no_workers(tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in", 160, side=96)
+    arguments = ["pack", str(source), str(tmp_path / "out"), "--size", "96", "--shard-size", "32", "--workers", "2"]
+    code = f"from ldmlab.app.cli import dispatch; dispatch({arguments!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/train/*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    options = _options(transform=Transform(96), shard_size=32)
+    _pack(source, tmp_path / "out", options)
+    _pack(source, tmp_path / "straight", options)
+    assert _tars(tmp_path / "out") == _tars(tmp_path / "straight")
+    assert not [pid for pid in workers if Path(f"/proc/{pid}/stat").exists() and _state(pid) not in "ZX"]
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_other_options_or_pictures_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in", 4)
+    _pack(source, tmp_path / "out")
+    with pytest.raises(InputError, match=r"transform\.size=16 \(now 8\)"):
+        _pack(source, tmp_path / "out", _options(transform=Transform(8)))
+    _pictures(tmp_path / "in", 5)
+    with pytest.raises(InputError, match="other pictures or captions"):
+        _pack(source, tmp_path / "out")
+    result = _pack(source, tmp_path / "out", _options(split=SplitRule(name="test")))  # a further split is welcome
+    assert list(result.manifests) == ["test"]
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    source = _pictures(tmp_path / "in", 4)
+    with pytest.raises(InputError, match=r"holds something else \(0000\.png\)"):
+        _pack(source, source)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        _pack(source, tmp_path / "file")
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="in use by another process"):
+            _pack(source, tmp_path / "out")
+    _pack(source, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train"]
+
+
+def test_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _pictures(tmp_path / "in", 4)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldmlab.data.pack.os.fsync", full)
+        with pytest.raises(InputError, match="no space left on device; mend that, then run the same command"):
+            _pack(source, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert _pack(source, tmp_path / "out").manifests["train"].total == 4
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _pictures(tmp_path / "in", 6)
+    (source / "0001.png").write_bytes(b"")
+    words = [str(source), str(tmp_path / "out"), "--size", "16", "--val", "0.2", "--max-bad", "0.2", "--workers", "1"]
+    assert command.run(_parser().parse_args(words)) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "0001.png: is empty" in said
+    assert read_manifest(tmp_path / "out/train").source == "in"
+    assert command.run(_parser().parse_args(words)) == 0
+    assert "complete already" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(InputError, match="workers=0"):
+        command.run(_parser().parse_args([*words[:2], "--workers", "0"]))
+
+
+def test_packing_does_not_import_torch() -> None:
+    code = "import sys, ldmlab.app.commands.pack, ldmlab.app.commands.index; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+_README = (ROOT / "data/README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+_COMMANDS = [line.strip() for line in re.findall(r"^\s*ldmlab (?:pack|index) .*$", _README, re.MULTILINE)]
+
+
+def test_readme_has_commands_for_every_data_set() -> None:
+    assert len(_COMMANDS) >= 12
+    for name in ("CelebA-HQ", "FFHQ", "LSUN", "ImageNet", "LAION-400M", "MS-COCO", "OpenImages", "Places", "emoji"):
+        assert name in _README
+
+
+@pytest.mark.parametrize("line", [line for line in _COMMANDS if line.startswith("ldmlab pack")])
+def test_readme_commands_parse(line: str) -> None:
+    args = _parser().parse_args(shlex.split(line)[2:])
+    options = command.options_of(args)
+    assert options.transform(Image.new("RGB", (520, 400))).mode == "RGB"
+
+
+def test_the_shipped_set_is_whole() -> None:
+    """Checksums, the held-out share of every category, and no variant of an emoji on both sides."""
+    groups = {}
+    for split in ("train", "val"):
+        folder = ROOT / "data/emoji-256" / split
+        manifest = read_manifest(folder)
+        check_shards(folder, manifest, sha256=True)
+        rows = [json.loads(sample["json"]) for sample in _samples(folder).values()]
+        assert len(rows) == manifest.total
+        groups[split] = {re.sub("-1f3f[b-f]|-fe0f|^0+", "", row["codepoints"]) for row in rows}
+        counts = [sum(row["class_id"] == number for row in rows) for number in range(9)]
+        assert min(counts) >= 10
+    assert not groups["train"] & groups["val"]
