@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ldmlab.data.decode import decode_moments
 from ldmlab.data.latent_shards import FinishedShard, LatentShardWriter, Statistics, check_fingerprint
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.reader import ShardReader
@@ -87,3 +88,20 @@ def test_latents_of_another_first_stage_are_refused() -> None:
     check_fingerprint("somewhere", manifest, "abc")
     with pytest.raises(InputError, match=r"latents of another first stage \(abc, this run has xyz\)"):
         check_fingerprint("somewhere", manifest, "xyz")
+
+
+@pytest.mark.parametrize("array", [np.array([{}], object), np.zeros((1, 2, 2)), np.zeros((1, 2, 2, 2), int)])
+def test_arrays_that_are_no_moments_are_bad_samples(array: np.ndarray) -> None:
+    data = io.BytesIO()
+    np.save(data, array, allow_pickle=True)
+    with pytest.raises(ValueError, match="moments"):
+        decode_moments({"npy": data.getvalue()}, 0)
+
+
+def test_a_view_that_is_not_there_and_a_cut_array() -> None:
+    data = io.BytesIO()
+    np.save(data, moments(0, views=1))
+    with pytest.raises(ValueError, match="have no view 1"):
+        decode_moments({"npy": data.getvalue()}, 1)
+    with pytest.raises(ValueError, match="buffer is smaller"):
+        decode_moments({"npy": data.getvalue()[:-4]}, 0)

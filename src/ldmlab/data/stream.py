@@ -6,7 +6,7 @@ the batches in that order, whatever the number of workers. The state of a stream
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class ShardDataset(Dataset[Batch]):
         check_shards(folder, manifest)
         self.reader = ShardReader(Path(folder), manifest)
         self.wanted, self.train, self._seed = wanted, train, seed
-        self.kind, self.latents, self.manifest_hash = manifest.kind, manifest.latents, manifest.hash
+        self.kind, self.latents = manifest.kind, manifest.latents
         red, green, blue = manifest.transform.get("background") or (255, 255, 255)
         self.background = (red, green, blue)  # laid under transparent pixels of tars made by others
         self.order: Order = SequentialOrder(self.reader.counts)
@@ -60,6 +60,11 @@ class ShardDataset(Dataset[Batch]):
     def __len__(self) -> int:
         """Pictures in one epoch."""
         return self.order.total
+
+    @cached_property
+    def manifest_hash(self) -> str:
+        """For checkpoints: which data a position counts in."""
+        return read_shard_manifest(self.reader.folder).hash
 
     def keep_decoded(self, limit_gib: float) -> None:
         """Decode every picture once and keep it in memory."""
