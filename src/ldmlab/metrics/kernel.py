@@ -35,14 +35,14 @@ class KernelDistance(FeatureSets):
         for _ in range(self.subsets):
             some_fake = fake[torch.from_numpy(generator.choice(len(fake), self.subset_size, replace=False))]
             some_real = real[torch.from_numpy(generator.choice(len(real), self.subset_size, replace=False))]
-            values.append(squared_mmd(some_fake.double(), some_real.double()))
+            values.append(squared_mmd(some_fake, some_real))
         scores = torch.stack(values)
         return {"kid": scores.mean(), "kid_std": scores.std(correction=0)}
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased MMD^2 of two sets (m, D) of one size with the cubic kernel."""
+    """Unbiased MMD^2 of two sets (m, D) of one size with the cubic kernel; products in float32, sums in float64."""
     count, width = x.shape
-    kernel_xx, kernel_yy, kernel_xy = ((a @ b.T / width + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = kernel_xx.sum() - kernel_xx.trace() + kernel_yy.sum() - kernel_yy.trace()
-    return within / (count * (count - 1)) - 2 * kernel_xy.mean()
+    kernel_xx, kernel_yy, kernel_xy = ((a @ b.T).div_(width).add_(1).pow_(3) for a, b in ((x, x), (y, y), (x, y)))
+    within = sum(k.sum(dtype=torch.float64) - k.diagonal().sum(dtype=torch.float64) for k in (kernel_xx, kernel_yy))
+    return within / (count * (count - 1)) - 2 * kernel_xy.mean(dtype=torch.float64)

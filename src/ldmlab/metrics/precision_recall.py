@@ -32,10 +32,10 @@ class PrecisionRecall(FeatureSets):
             )
         centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
         real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
-        return {
-            "precision": share_inside(fake, real, ball_sizes(real, self.neighbours)),
-            "recall": share_inside(real, fake, ball_sizes(fake, self.neighbours)),
-        }
+        precision, recall = shares_inside(
+            fake, ball_sizes(fake, self.neighbours), real, ball_sizes(real, self.neighbours)
+        )
+        return {"precision": precision, "recall": recall}
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -75,12 +75,14 @@ def ball_sizes(points: Tensor, neighbours: int) -> Tensor:
     return nearest(points, points, neighbours, skip_self=True)[0][:, -1]
 
 
-def share_inside(points: Tensor, centres: Tensor, squared_radius: Tensor) -> Tensor:
-    """Share of `points` that lie in at least one ball (border included), float64 scalar."""
-    inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for start in range(0, len(points), _TILE):
-        rows = points[start : start + _TILE]
-        for left in range(0, len(centres), _TILE):
-            distances = squared_distances(rows, centres[left : left + _TILE])
-            inside[start : start + _TILE] |= (distances <= squared_radius[left : left + _TILE]).any(dim=1)
-    return inside.double().mean()
+def shares_inside(a: Tensor, ball_a: Tensor, b: Tensor, ball_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the points `a` in at least one ball of `b` (border included), and of `b` in one of `a`; float64."""
+    a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+    for top in range(0, len(a), _TILE):
+        for left in range(0, len(b), _TILE):
+            rows, columns = slice(top, top + _TILE), slice(left, left + _TILE)
+            distances = squared_distances(a[rows], b[columns])
+            a_inside[rows] |= (distances <= ball_b[columns]).any(dim=1)
+            b_inside[columns] |= (distances <= ball_a[rows, None]).any(dim=0)
+    return a_inside.double().mean(), b_inside.double().mean()

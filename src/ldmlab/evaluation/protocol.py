@@ -1,0 +1,91 @@
+"""What a score is measured on: one object a protocol, written whole into every result."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.settings import SampleSettings
+
+CONDITIONS = ("none", "reference", "balanced_classes")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Samples, conditions, reference and scores; everything that decides the number and is not the model."""
+
+    name: str
+    samples: int  # generated pictures
+    reference: str  # split compared with: train | val
+    metrics: Mapping[str, Any]  # files of conf/metric by name
+    conditions: str = "reference"  # none | reference: as the reference pictures, in order | balanced_classes
+    classes: int | None = None  # with balanced_classes: how many there are
+    reference_limit: int | None = None  # only the first pictures of the split; null: all
+    steps: int | None = 50
+    eta: float = 0.0
+    guidance: float | None = None  # null: 3 if the model was trained for it, else 1 (off)
+    sampler: str = "ddim"
+    spacing: str | None = None  # null: the sampler's own
+    seed: int = 0
+    category_field: str | None = None  # of KEY.json: judged by a classifier of its own
+    captions_per_category: int = 10
+    category_guidance: float = 3.0
+    classifier_steps: int = 700
+    neighbours: int = 0  # samples shown beside their nearest training pictures
+    shown: int = 40  # samples in the report's grid
+    paper_table: str | None = None  # of the paper's tables
+    dataset: str | None = None  # name of the data set that the reference shards hold
+
+    def __post_init__(self) -> None:
+        if self.reference not in ("train", "val"):
+            raise InputError(f"protocol.reference={self.reference} is unknown; choose train or val.")
+        if self.conditions not in CONDITIONS:
+            raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
+        if self.samples < 2:
+            raise InputError(f"protocol.samples={self.samples} is too few to score; choose at least 2.")
+        if (self.conditions == "balanced_classes") != (self.classes is not None):
+            raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
+
+    def settings(self, guidance: float | None = None) -> SampleSettings:
+        """How its samples are drawn; `guidance` replaces the protocol's own."""
+        return SampleSettings(
+            steps=self.steps,
+            guidance=self.guidance if guidance is None else guidance,
+            eta=self.eta,
+            seed=self.seed,
+            sampler=self.sampler,
+            spacing=self.spacing,
+        )
+
+    def as_plain(self) -> dict[str, Any]:
+        """For metrics.json."""
+        return asdict(self)
+
+
+def requests(protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each of the samples is asked to show: the fields the model reads, one dict a picture.
+
+    reference: picture i takes the conditions of reference picture i, from the start again when they run out.
+    balanced_classes: every class the same number of times; a remainder goes to the first classes.
+    """
+    if not reads or protocol.conditions == "none":
+        if reads:
+            raise InputError(
+                f"protocol.conditions=none, but the model is told {', '.join(sorted(reads))}; "
+                "choose reference or balanced_classes."
+            )
+        return [{} for _ in range(protocol.samples)]
+    if protocol.conditions == "balanced_classes":
+        if reads != {"class_id"}:
+            raise InputError(
+                f"protocol.conditions=balanced_classes is for models told class_id alone, this one is told "
+                f"{', '.join(sorted(reads))}; choose protocol.conditions=reference."
+            )
+        assert protocol.classes is not None
+        return [{"class_id": index % protocol.classes} for index in range(protocol.samples)]
+    missing = [name for name in sorted(reads) if not reference or name not in reference[0]]
+    if missing:
+        raise InputError(
+            f"the reference pictures carry no {', '.join(missing)}, which the model is told; pack them so."
+        )
+    return [{name: reference[i % len(reference)][name] for name in sorted(reads)} for i in range(protocol.samples)]
