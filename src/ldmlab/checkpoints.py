@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,7 +83,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """A state dict to a .safetensors file."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     note = {"format": "pt", **(metadata or {})}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, note))
+    write_atomically(path, lambda temporary: _safetensors_save(plain, temporary, note))
+
+
+def _safetensors_save(tensors: dict[str, Tensor], path: Path, note: dict[str, str]) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, note)
+    except safetensors.SafetensorError as error:  # its writer tells the errno in words only
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

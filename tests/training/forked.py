@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -21,9 +22,7 @@ def start(function: Callable[..., Any], *arguments: Any, log: Path | None = None
 def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path | None) -> None:
     torch.set_num_threads(1)
     if log is not None:
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(target, 1)
-        os.dup2(target, 2)
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 - until the child ends
     function(*arguments)
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -173,8 +174,9 @@ class Loggers:
 
     def close(self, success: bool) -> None:
         """Finish all, also when one of them fails."""
-        while self._open:
-            self._open.pop().close(success)
+        with ExitStack() as stack:
+            while self._open:
+                stack.callback(self._open.pop().close, success)
 
 
 def picture_grid(images: Tensor, gap: int = 2) -> np.ndarray:

@@ -1,0 +1,127 @@
+"""Files of tensors are whole or absent, hold data only, and are recognised by their weights."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ldmlab import checkpoints
+from ldmlab.checkpoints import (
+    fingerprint,
+    load_checkpoint,
+    load_exactly,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+    write_atomically,
+)
+from ldmlab.errors import InputError
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    content = {"step": 3, "names": ["a"], "modules": {"net": {"w": torch.randn(2, 3, dtype=torch.bfloat16)}}}
+    save_checkpoint(tmp_path / "deep" / "a.ckpt", content)
+    back = load_checkpoint(tmp_path / "deep" / "a.ckpt")
+    assert back["step"] == 3
+    assert torch.equal(back["modules"]["net"]["w"], content["modules"]["net"]["w"])
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.ckpt"]
+
+
+class Payload:
+    """Would run when a careless reader unpickles it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch ran",)
+
+
+def test_files_that_would_run_code_or_are_damaged_are_refused(tmp_path: Path) -> None:
+    torch.save({"modules": Payload()}, tmp_path / "evil.ckpt")
+    (tmp_path / "half.ckpt").write_bytes(b"PK\x03\x04 and no more")
+    for name in ("evil.ckpt", "half.ckpt"):
+        with pytest.raises(InputError, match=f"{name} cannot be read as a checkpoint"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(InputError, match="does not exist"):
+        load_checkpoint(tmp_path / "absent.ckpt")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    save_checkpoint(path, {"step": 1})
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints.os, "replace", full)
+    with pytest.raises(InputError, match=r"no space left for .*a.ckpt"):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def fill(folder: Path) -> None:
+    """A limit on the size of files is the nearest thing to a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    for save in (save_checkpoint, save_tensors):
+        with pytest.raises(InputError, match="no space left for"):
+            save(folder / "big", {"w": torch.zeros(10**6)})
+
+
+def test_a_file_that_cannot_grow_ends_in_one_sentence(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_failures_keep_their_own_error(tmp_path: Path) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    with pytest.raises(OSError, match="broken disk"):
+        write_atomically(tmp_path / "a", broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_dicts_in_safetensors(tmp_path: Path) -> None:
+    net = nn.Linear(3, 2)
+    save_tensors(tmp_path / "net.safetensors", net.state_dict(), {"kind": "toy"})
+    back = load_tensors(tmp_path / "net.safetensors")
+    assert torch.equal(back["weight"], net.weight)
+    data = (tmp_path / "net.safetensors").read_bytes()
+    (tmp_path / "net.safetensors").write_bytes(data[:-4])
+    with pytest.raises(InputError, match="is damaged"):
+        load_tensors(tmp_path / "net.safetensors")
+    with pytest.raises(InputError, match="is missing"):
+        load_tensors(tmp_path / "absent.safetensors")
+
+
+def test_tensors_must_fit_exactly() -> None:
+    net = nn.Linear(3, 2)
+    load_exactly(net, {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "file")
+    assert net.weight.sum() == 6
+    with pytest.raises(InputError, match="1 tensors missing, 1 unknown, 1 of another shape"):
+        load_exactly(net, {"weight": torch.ones(3, 3), "scale": torch.ones(2)}, "file")
+
+
+def test_a_fingerprint_is_of_values_not_of_order_or_layout() -> None:
+    a = {"x": torch.randn(2, 3, 4, 4), "n": torch.tensor(3)}
+    same = {"n": a["n"].clone(), "x": a["x"].to(memory_format=torch.channels_last)}
+    assert fingerprint(a) == fingerprint(same)
+    assert len(fingerprint(a)) == 16
+    changed = {**a, "x": a["x"].clone()}
+    changed["x"].view(-1)[5] += 1e-3
+    others = [
+        changed,
+        {**a, "y": a["x"]},
+        {"x": a["x"].half(), "n": a["n"]},
+        {"x": a["x"].reshape(6, 4, 4), "n": a["n"]},
+    ]
+    assert len({fingerprint(a), *(fingerprint(o) for o in others)}) == 5

@@ -1,0 +1,80 @@
+"""Counter-based random numbers: against published values, the distributions, and any splitting of the work."""
+
+import math
+
+import pytest
+import torch
+
+from ldmlab.errors import InputError
+from ldmlab.randomness import integers, normal, philox, picture_random, uniform
+
+
+def words(*values: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor([v]) for v in values)
+
+
+# known answers of the authors' library Random123 for philox4x32 with ten rounds: counter, key => words
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_gives_the_published_words(counter: tuple[int, ...], key: tuple[int, int], expected: tuple) -> None:
+    got = philox(words(*counter), key[0] | key[1] << 32)
+    assert tuple(int(w) for w in got) == expected
+
+
+def test_numbers_belong_to_the_picture_not_to_the_batch() -> None:
+    index = torch.tensor([5, 2**31 + 7, 0, 123456])
+    whole = normal(7, "noise", index, (3, 5, 4))
+    for place in range(4):
+        assert torch.equal(normal(7, "noise", index[place : place + 1], (3, 5, 4))[0], whole[place])
+    assert torch.equal(normal(7, "noise", index.flip(0), (3, 5, 4)).flip(0), whole)
+
+
+def test_seed_purpose_index_and_step_all_matter() -> None:
+    index = torch.arange(3)
+    base = normal(1, "noise", index, (8,))
+    others = [normal(2, "noise", index, (8,)), normal(1, "time", index, (8,)), normal(1, "noise", index, (8,), step=1)]
+    others.append(normal(1 + 2**32, "noise", index, (8,)))
+    assert not any(torch.equal(base, other) for other in others)
+    assert not torch.equal(base[0], base[1])
+
+
+def test_distributions() -> None:
+    index = torch.arange(4000)
+    u, n = uniform(0, "u", index, (25,)), normal(0, "n", index, (25,))
+    count = u.numel()
+    assert bool(((u > 0) & (u < 1)).all())
+    assert abs(u.mean() - 0.5) < 4 / math.sqrt(12 * count)
+    assert abs(n.mean()) < 4 / math.sqrt(count)
+    assert abs(n.std() - 1) < 4 / math.sqrt(2 * count)
+    assert abs((n**4).mean() - 3) < 4 * math.sqrt(96 / count)
+    assert abs(torch.corrcoef(n.T.double()[:2])[0, 1]) < 4 / math.sqrt(len(index))
+    assert n.dtype == torch.float32
+    assert u.dtype == torch.float64
+
+
+def test_integers_cover_their_range_evenly() -> None:
+    counts = torch.bincount(integers(3, "time", torch.arange(20_000), 10), minlength=10)
+    assert counts.shape == (10,)
+    chi_square = ((counts - 2000) ** 2 / 2000).sum()
+    assert chi_square < 27.9  # 9 degrees of freedom, one in a thousand
+
+
+def test_a_pictures_own_generator_is_a_function_of_seed_epoch_and_key() -> None:
+    draws = {(s, e, k): picture_random(s, e, k).random() for s in (0, 1) for e in (0, 1) for k in ("a", "b")}
+    assert len(set(draws.values())) == 8
+    assert draws[0, 1, "a"] == picture_random(0, 1, "a").random()
+
+
+def test_a_seed_that_is_no_seed_is_refused() -> None:
+    with pytest.raises(InputError, match="seed=-1 is outside"):
+        normal(-1, "noise", torch.arange(2), (2,))

@@ -1,0 +1,172 @@
+"""Evaluation, checkpoints, panels and starts of a run, counted in our steps."""
+
+import csv
+import errno
+import os
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from toy_stages import TwoPlayers, diffusion_stage, picture_batch, settings, train
+
+from ldmlab import checkpoints
+from ldmlab.checkpoints import load_checkpoint
+from ldmlab.errors import InputError
+from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.callbacks.noise_levels import NoiseLevels
+from ldmlab.training.callbacks.panels import Panels
+from ldmlab.training.callbacks.skipped import Skipped
+from ldmlab.training.callbacks.throughput import Throughput
+from ldmlab.training.diffusion_module import first_pictures
+from ldmlab.training.fit import load_initial_weights
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_evaluations_are_exact_in_number_with_endless_data(tmp_path: Path) -> None:
+    train(diffusion_stage(max_steps=10), tmp_path / "run", validate_every=4, log_every=3)
+    held_out = [int(row["step"]) for row in table(tmp_path / "run") if row["held_out/loss"]]
+    logged = [int(row["step"]) for row in table(tmp_path / "run") if row["loss"]]
+    assert held_out == [4, 8, 10]
+    assert logged == [1, 3, 6, 9, 10]
+
+
+def test_checkpoints_hold_plain_types_and_the_newest_and_best_are_kept(tmp_path: Path) -> None:
+    class Rigged(TwoPlayers):
+        def held_out(self, batches: Any) -> dict[str, float]:
+            return {"error": {2: 3.0, 4: 1.0, 6: 2.0}[self.step]}
+
+    train(Rigged(max_steps=6), tmp_path / "run", validate_every=2, checkpoint_every=2, keep=2)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "step_00000004.ckpt", "step_00000006.ckpt"]
+    best = torch.load(folder / "best.ckpt", weights_only=True)
+    assert best["step"] == 4
+    assert best["notes"]["best"] == {"name": "error", "value": 1.0, "step": 4}
+    assert set(best["modules"]) == {"main", "adversary"}
+    assert {
+        "kind",
+        "step",
+        "position",
+        "seed",
+        "averaged",
+        "optimizers",
+        "rng",
+        "data",
+        "format_version",
+    } <= best.keys()
+
+
+def test_compiled_networks_are_saved_under_their_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager")
+    )  # no compiler to wait for
+    stage = diffusion_stage(max_steps=1)
+    content = load_checkpoint(train(stage, tmp_path / "run", compile=True))
+    assert stage.diffusion.backbone._compiled_call_impl is not None
+    plain = diffusion_stage(max_steps=1)
+    for name, module in plain.saved().items():
+        module.load_state_dict(content["modules"][name])
+    assert content["averaged"]["denoiser"]["weights"].keys() == content["modules"]["denoiser"].keys()
+    batch = picture_batch(range(4))
+    torch.testing.assert_close(*[s.eval().diffusion.loss(batch, 1)[0] for s in (stage, plain)])
+
+
+def test_panels_and_numbers_of_the_callbacks(tmp_path: Path) -> None:
+    watchers = [Panels(every=2), Throughput(), NoiseLevels(bins=5), Skipped()]
+    train(diffusion_stage(max_steps=4), tmp_path / "run", callbacks=watchers, log_every=2)
+    for name in ("samples", "held_out"):
+        drawn = sorted((tmp_path / "run" / "samples" / name).iterdir())
+        assert [p.name for p in drawn] == ["step_00000002.png", "step_00000004.png"]
+        assert Image.open(drawn[0]).size == (18, 18)  # four pictures of 8 x 8 with a gap of 2
+    last = table(tmp_path / "run")[-1]
+    assert float(last["speed/pictures_per_second"]) > 0
+    assert float(last["memory/peak_gib"]) > 0
+    assert sum(name.startswith("loss_by_noise/") for name in last) == 5
+    assert last["data/skipped"] == "0"
+
+
+def test_a_panel_is_drawn_from_the_same_seed(tmp_path: Path) -> None:
+    stage = diffusion_stage(max_steps=1).eval()
+    once, again = (stage.panels([picture_batch(range(3)), picture_batch(range(3, 9))]) for _ in range(2))
+    assert torch.equal(once["samples"], again["samples"])
+    assert once["samples"].shape == (4, 8, 8, 3)
+    assert torch.equal(once["held_out"], picture_batch(range(4))["image"].permute(0, 2, 3, 1))
+    with pytest.raises(InputError, match="held-out split is empty"):
+        first_pictures([], 4)
+
+
+def test_noise_levels_are_binned_by_their_share_of_the_schedule() -> None:
+    class Fixed:
+        extras = {"denoiser": {"loss": torch.tensor([1.0, 3.0, 5.0]), "level": torch.tensor([0.0, 0.19, 0.99])}}  # noqa: RUF012
+
+    callback, session = NoiseLevels(bins=5), Session(Fixed(), None, None, list)
+    callback.after_batch(session, {})
+    assert callback.metrics(session) == {"loss_by_noise/0.00": 2.0, "loss_by_noise/0.80": 5.0}
+    assert callback.metrics(session) == {}
+
+
+def test_too_many_unreadable_pictures_stop_the_run(tmp_path: Path) -> None:
+    class Spoil(StepCallback):
+        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+            batch["skipped"] += ["017: truncated"] * 5
+
+    with pytest.raises(InputError, match=r"20 of 16 .* \(such as 017: truncated\).*max_fraction=0.01"):
+        train(TwoPlayers(), tmp_path / "run", callbacks=[Spoil(), Skipped()])
+
+
+def test_other_data_is_refused_on_resume(tmp_path: Path) -> None:
+    path = train(TwoPlayers(max_steps=3), tmp_path / "run")
+    content = load_checkpoint(path)
+    checkpoints.save_checkpoint(path, {**content, "data": {"manifest_hash": "other"}})
+    with pytest.raises(InputError, match="trained on other data"):
+        train(TwoPlayers(max_steps=6), tmp_path / "run")
+    checkpoints.save_checkpoint(path, {**content, "format_version": 99})
+    with pytest.warns(UserWarning, match="format 99"), pytest.raises(InputError, match="none of the 1 checkpoints"):
+        train(TwoPlayers(max_steps=6), tmp_path / "run")
+
+
+def test_a_full_disk_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(InputError, match="no space left for"):
+        train(TwoPlayers(), tmp_path / "run")
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.name.endswith((".part", ".ckpt"))]
+
+
+def test_weights_to_start_from_must_fit_exactly() -> None:
+    source, stage = diffusion_stage(), diffusion_stage()
+    with torch.no_grad():
+        source.diffusion.backbone.first.weight.add_(1)
+    held = {name: dict(module.state_dict()) for name, module in source.saved().items()}
+    load_initial_weights(stage, held)
+    assert torch.equal(stage.diffusion.backbone.first.weight, source.diffusion.backbone.first.weight)
+    held["denoiser"]["stray"] = held["denoiser"].pop("first.weight")
+    with pytest.raises(InputError, match=r"1 tensors missing, 1 unknown, 0 of another shape \(such as first.weight\)"):
+        load_initial_weights(stage, held)
+    with pytest.raises(InputError, match="holds first_stage but no denoiser"):
+        load_initial_weights(stage, {"first_stage": {}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "16-mixed"}, "trainer.precision=16-mixed is unknown; choose bf16-mixed or 32-true"),
+        ({"max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
+        ({"averaging_decay": 1.0}, "trainer.averaging_decay=1.0 must lie"),
+        ({"gradient_clip": 0.0}, "trainer.gradient_clip=0.0 must be above 0"),
+        ({"accelerator": "tpu"}, "trainer.accelerator=tpu"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        settings(**change)

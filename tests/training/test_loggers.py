@@ -1,0 +1,94 @@
+"""Numbers and pictures reach every logger that is on, under the run's id."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldmlab.training.loggers import Files, Loggers, TensorBoard, WandB, picture_grid, read_metrics
+from ldmlab.training.run_folder import RunFolder
+
+
+def pictures() -> torch.Tensor:
+    return torch.arange(5 * 4 * 6 * 3).reshape(5, 4, 6, 3).remainder(256).byte()
+
+
+def log_some(loggers: Loggers, run: RunFolder, first_step: int) -> None:
+    loggers.open(run, {"seed": 0}, first_step - 1)
+    loggers.log_numbers({"loss": 1.5}, first_step)
+    loggers.log_numbers({"loss": 1.25, "held_out/loss": 2.0}, first_step + 1)
+    loggers.log_images("samples", pictures(), first_step + 1)
+    loggers.close(True)
+
+
+def test_a_grid_keeps_every_picture() -> None:
+    grid = picture_grid(pictures())
+    assert grid.shape == (2 * 4 + 2, 3 * 6 + 4, 3)
+    assert np.array_equal(grid[:4, :6], pictures()[0].numpy())
+    assert np.array_equal(grid[6:, 8:14], pictures()[4].numpy())
+    assert (grid[4:6] == 255).all()
+
+
+def test_files_grow_columns_and_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "toy")
+    log_some(Loggers([], True), run, 4)
+    with open(run.metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"step": "4", "loss": "1.5", "held_out/loss": ""},
+        {"step": "5", "loss": "1.25", "held_out/loss": "2"},
+    ]
+    assert Image.open(run.samples / "samples" / "step_00000005.png").size == (22, 10)
+    files = Files()
+    files.open(run, {}, 4)
+    assert [row["step"] for row in read_metrics(run.metrics)[1]] == ["4"]
+
+
+def test_other_processes_than_the_first_log_nothing(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "toy")
+    log_some(Loggers([], False), run, 1)
+    assert not run.metrics.exists()
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder.create(tmp_path, "toy")
+    log_some(Loggers([TensorBoard()], True), run, 1)
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5), (2, 1.25)]
+    assert [e.step for e in events.Images("samples")] == [2]
+
+
+def test_wandb_offline_has_the_runs_id_and_goes_on_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    first, second = RunFolder.create(tmp_path, "sweep"), RunFolder.create(tmp_path, "sweep")
+    for run, step in ((first, 1), (second, 1), (first, 3)):
+        log_some(Loggers([WandB(group="sweep")], True), run, step)
+    for run, starts in ((first, 2), (second, 1)):
+        folders = list((run.path / "wandb").glob("offline-run-*"))
+        assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {run.run_id}
+        assert len(list((run.path / "wandb").glob("offline-run-*/*.wandb"))) == starts
+        assert len(list((run.path / "wandb").glob("offline-run-*/files/media/images/*.png"))) == starts
+    assert not any((tmp_path / "home").rglob("*"))
+
+
+def test_all_loggers_are_closed_when_one_fails(tmp_path: Path) -> None:
+    closed: list[Any] = []
+
+    class Fails(Files):
+        def close(self, success: bool) -> None:
+            closed.append(success)
+            raise OSError("gone")
+
+    run = RunFolder.create(tmp_path, "toy")
+    loggers = Loggers([Fails(), Fails()], True)
+    loggers.open(run, {}, 0)
+    with pytest.raises(OSError, match="gone"):
+        loggers.close(False)
+    assert closed == [False, False]

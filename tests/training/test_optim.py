@@ -1,0 +1,43 @@
+"""Learning rates at known steps, and the optimizer that is asked for."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldmlab.errors import InputError
+from ldmlab.training.optim import AdamW, Constant, Cosine, Linear
+
+TABLE = [
+    (Constant(), {0: 1.0, 50: 1.0, 100: 1.0}),
+    (Constant(warmup_steps=9), {0: 0.1, 4: 0.5, 9: 1.0, 100: 1.0}),
+    (Linear(max_steps=100), {0: 1.0, 25: 0.75, 100: 0.0, 120: 0.0}),
+    (Linear(max_steps=110, warmup_steps=10, final=0.5), {10: 1.0, 60: 0.75, 110: 0.5}),
+    (Cosine(max_steps=100), {0: 1.0, 50: 0.5, 100: 0.0}),
+    (Cosine(max_steps=110, warmup_steps=10, final=0.2), {0: 1 / 11, 10: 1.0, 60: 0.6, 110: 0.2}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "factors"), TABLE)
+def test_rates_at_known_steps(schedule: Constant, factors: dict[int, float]) -> None:
+    assert {step: schedule(step) for step in factors} == pytest.approx(factors)
+
+
+def test_the_official_scaling_is_an_explicit_choice() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    assert AdamW(4.5e-6, global_batch=48)([weight]).param_groups[0]["lr"] == 4.5e-6
+    scaled = AdamW(4.5e-6, lr_scaling="official", global_batch=48)
+    assert scaled([weight]).param_groups[0]["lr"] == pytest.approx(4.5e-6 * 48)
+    assert str(scaled) == "AdamW, learning rate 0.000216 (4.5e-06 x 48 pictures a step)"
+    with pytest.raises(InputError, match="lr_scaling=linear is unknown"):
+        AdamW(1e-4, lr_scaling="linear")
+    with pytest.raises(InputError, match="learning_rate=-1"):
+        AdamW(-1)
+
+
+def test_gains_and_biases_may_be_left_undecayed() -> None:
+    matrix, gain = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    decays = [
+        (len(g["params"]), g["weight_decay"]) for g in AdamW(1e-4, decay_vectors=False)([matrix, gain]).param_groups
+    ]
+    assert decays == [(1, 0.01), (1, 0.0)]
+    assert len(AdamW(1e-4)([matrix, gain]).param_groups) == 1

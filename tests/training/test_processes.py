@@ -1,0 +1,142 @@
+"""Splitting a step over processes or micro-batches changes nothing but its speed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from torch import nn
+from toy_stages import TwoPlayers, diffusion_stage, train
+
+from ldmlab.checkpoints import load_checkpoint
+from ldmlab.errors import InputError
+from ldmlab.training import processes
+from ldmlab.training.engine import make_trainer
+from ldmlab.training.loop import Loop
+from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.stage import Stage
+
+
+def descent(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Plain descent: the weights' change is the gradient, which Adam would divide away."""
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def diffusion(accumulate: int) -> Stage:
+    return diffusion_stage(max_steps=5, accumulate=accumulate, optimizer=descent, gradient_clip=None)
+
+
+def two_players(accumulate: int) -> Stage:
+    return TwoPlayers(max_steps=5, accumulate=accumulate, optimizer=descent, gradient_clip=None)
+
+
+def member(rank: int, world: int, make: Callable[[int], Stage], folder: Path, micro: int, accumulate: int) -> None:
+    train(make(accumulate), folder, micro, world, rank)
+
+
+def weights(path: Path) -> dict[str, Any]:
+    return load_checkpoint(path / "checkpoints" / "step_00000005.ckpt")
+
+
+def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert (a["step"], a["position"]) == (b["step"], b["position"]) == (5, 40)
+    for name, module in a["modules"].items():
+        for key, value in module.items():
+            torch.testing.assert_close(value, b["modules"][name][key], rtol=0, atol=1e-5)
+    for name, average in a["averaged"].items():
+        assert average["updates"] == b["averaged"][name]["updates"] == 5
+        for key, value in average["weights"].items():
+            torch.testing.assert_close(value, b["averaged"][name]["weights"][key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [diffusion, two_players])
+def test_two_processes_of_four_are_one_of_eight(make: Callable[[int], Stage], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, member, make, tmp_path / "two", 4, 1, log=log)) == [0, 0], log.read_text()
+    train(make(1), tmp_path / "one", 8)
+    assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    table = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "two")]
+    loss_one, loss_two = (float(lines[1].split(",")[1]) for lines in table)
+    assert loss_one == pytest.approx(loss_two, abs=1e-5)  # logged numbers are means over processes
+
+
+@pytest.mark.parametrize("make", [diffusion, two_players])
+def test_four_micro_batches_of_two_are_one_of_eight(make: Callable[[int], Stage], tmp_path: Path) -> None:
+    train(make(4), tmp_path / "four", 2)
+    train(make(1), tmp_path / "one", 8)
+    assert_close(weights(tmp_path / "one"), weights(tmp_path / "four"))
+
+
+def test_both_at_once(tmp_path: Path) -> None:
+    assert forked.finish(*forked.group(2, member, diffusion, tmp_path / "both", 2, 2, log=tmp_path / "log")) == [0, 0]
+    train(diffusion(1), tmp_path / "one", 8)
+    assert_close(weights(tmp_path / "one"), weights(tmp_path / "both"))
+
+
+def create(rank: int, world: int, root: Path) -> None:
+    run = RunFolder.create(root, "toy")
+    (root / f"told.{rank}").write_text(f"{run.path} {run.run_id}")
+    processes.barrier()
+
+
+def test_two_processes_make_one_folder(tmp_path: Path) -> None:
+    assert forked.finish(*forked.group(2, create, tmp_path)) == [0, 0]
+    assert len(list(tmp_path.glob("toy-*"))) == 1
+    assert (tmp_path / "told.0").read_text() == (tmp_path / "told.1").read_text()
+
+
+def refused(rank: int, world: int, folder: Path) -> None:
+    with pytest.raises(InputError, match="holds other files"):
+        RunFolder.at(folder)
+    assert processes.shared(lambda: rank) == 0
+    assert processes.gather(rank) == [0, 1]
+    summed = processes.sum_(torch.tensor([1.0 + rank]))
+    assert (summed.item(), processes.largest_(torch.tensor(rank)).item()) == (3.0, 1)
+
+
+def test_a_refusal_reaches_every_process(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    assert forked.finish(*forked.group(2, refused, tmp_path)) == [0, 0]
+
+
+def buckets(rank: int, world: int) -> None:
+    processes.join()
+    parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
+    parameters[0].grad = torch.full((3, 2), float(rank))
+    parameters[1].grad = torch.arange(5.0) * rank
+    if rank == 0:  # the last one was reached by one process only
+        parameters[2].grad = torch.ones(2)
+    processes.mean_gradients(parameters)
+    assert [p.grad.tolist()[-1] for p in parameters] == [[0.5, 0.5], 2.0, 0.5]
+
+
+def test_gradients_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_BUCKET_ELEMENTS", 7)
+    assert forked.finish(*forked.group(2, buckets)) == [0, 0]
+
+
+def test_srun_is_understood_and_a_batch_script_is_not_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert (processes.rank(), processes.world_size()) == (0, 1)
+    for name, value in (("STEP_NUM_TASKS", "8"), ("PROCID", "5"), ("LOCALID", "1"), ("NTASKS_PER_NODE", "4")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert (processes.rank(), processes.world_size()) == (5, 8)
+    assert (processes.local_rank(), processes.local_world_size()) == (1, 4)
+    assert processes.Launched().node_rank() == 1
+
+
+def test_devices_that_nobody_started_are_refused() -> None:
+    settings = TrainerSettings(max_steps=1, micro_batch=1, devices=4)
+    with pytest.raises(InputError, match=r"trainer.devices=4 but 1 .* torchrun --nproc_per_node=4"):
+        make_trainer(TwoPlayers(), settings, Loop.__new__(Loop))
+
+
+def test_provenance_tells_what_a_run_is(tmp_path: Path) -> None:
+    train(TwoPlayers(max_steps=1), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert {"run_id", "command", "commit", "packages"} <= record.keys()

@@ -1,0 +1,116 @@
+"""Asked to stop, a run finishes its step, saves, says how to go on, and goes on."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from toy_stages import TwoPlayers, diffusion_stage, endless, settings, train
+
+from ldmlab.checkpoints import load_checkpoint
+from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.fit import fit
+from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.signals import StopRequest
+
+
+class Pace(StepCallback):
+    """Slow steps; tells the parent when training has begun."""
+
+    def __init__(self, started: Path) -> None:
+        self.started = started
+
+    def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+        self.started.touch()
+        time.sleep(0.03)
+
+
+def endless_run(folder: Path, world_rank: tuple[int, int] = (1, 0)) -> None:
+    world, rank = world_rank
+    stage = diffusion_stage(max_steps=100_000, accumulate=2)
+    train(stage, folder, 2, world, rank, callbacks=[Pace(folder.parent / f"started.{rank}")], checkpoint_every=50_000)
+
+
+def member(rank: int, world: int, folder: Path) -> None:
+    endless_run(folder, (world, rank))
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_code(number: signal.Signals, tmp_path: Path) -> None:
+    child = forked.start(endless_run, tmp_path / "run", log=tmp_path / "log")
+    wait_for(tmp_path / "started.0")
+    time.sleep(0.1)
+    os.kill(child.pid, number)
+    assert forked.finish(child) == [128 + number]
+    said = (tmp_path / "log").read_text()
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = load_checkpoint(path)["step"]
+    assert f"saved step {step} in {path}; go on with: python train.py run.dir=here" in said
+    assert "Traceback" not in said
+    stage = diffusion_stage(max_steps=step + 2, accumulate=2)
+    train(stage, tmp_path / "run", 2)
+    assert (stage.step, stage.position) == (step + 2, (step + 2) * 4)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    class Stuck(StepCallback):
+        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+            (tmp_path / "started").touch()
+            time.sleep(60)
+
+    child = forked.start(lambda: train(TwoPlayers(), tmp_path / "run", callbacks=[Stuck()]))
+    wait_for(tmp_path / "started")
+    for _ in range(2):
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.2)
+    assert forked.finish(child, seconds=10) == [-signal.SIGINT]
+
+
+def test_two_processes_agree_when_one_is_asked(tmp_path: Path) -> None:
+    children = forked.group(2, member, tmp_path / "run", log=tmp_path / "log")
+    for rank in (0, 1):
+        wait_for(tmp_path / f"started.{rank}")
+    os.kill(children[1].pid, signal.SIGUSR1)
+    assert forked.finish(*children) == [128 + signal.SIGUSR1] * 2, (tmp_path / "log").read_text()
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    content = load_checkpoint(path)
+    assert content["position"] == content["step"] * 8
+    assert len(content["rng"]) == 2
+
+
+def test_loader_workers_that_die_of_the_same_signal_lose_no_step(tmp_path: Path) -> None:
+    def batches(position: int) -> Any:
+        for index, batch in enumerate(endless(position, 4)):
+            if index == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+            yield batch
+
+    run = RunFolder.at(tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        fit(
+            TwoPlayers(), train_batches=batches, held_out_batches=list, run=run, settings=settings(checkpoint_every=100)
+        )
+    assert end.value.code == 128 + signal.SIGTERM
+    names = [p.name for p in run.checkpoints.iterdir()]
+    assert len(names) == 1
+    assert names[0] in ("step_00000004.ckpt", "step_00000005.ckpt")  # one batch is fetched ahead
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before

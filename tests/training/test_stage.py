@@ -1,0 +1,150 @@
+"""Counters, players, averaging, rates and the guard against numbers that are not finite."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toy_stages import TwoPlayers, diffusion_stage, options, picture_batch, train
+
+from ldmlab.checkpoints import load_checkpoint
+from ldmlab.errors import InputError
+from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.optim import AdamW, Constant
+from ldmlab.training.stage import Losses
+from ldmlab.training.terms import Terms
+
+
+def test_every_player_is_updated_with_every_batch_from_its_start(tmp_path: Path) -> None:
+    stage = TwoPlayers(max_steps=10, accumulate=2)
+    content = load_checkpoint(train(stage, tmp_path / "run"))
+    assert stage.updates == {"main": 20, "opponent": 14}  # micro-batches: 10 steps, and 7 from step 3 on
+    assert (content["step"], content["position"]) == (10, 10 * 2 * 4)
+    counts = {player: int(next(iter(o["state"].values()))["step"]) for player, o in content["optimizers"].items()}
+    assert counts == {"main": 10, "opponent": 7}
+
+
+def test_a_player_does_not_touch_the_other_ones_gradients(tmp_path: Path) -> None:
+    class Watch(StepCallback):
+        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+            if session.stage.step < 3:
+                assert all(p.grad is None for p in session.stage.players()["opponent"])
+
+    train(TwoPlayers(max_steps=4, accumulate=2), tmp_path / "run", callbacks=[Watch()])
+
+
+def test_every_trainable_parameter_has_exactly_one_optimizer() -> None:
+    stage = TwoPlayers()
+    stage.configure_optimizers()
+    owned = [p for o in stage.optimizers_by_player().values() for g in o.param_groups for p in g["params"]]
+    assert {id(p) for p in owned} == {id(p) for p in stage.parameters()}
+    stage.logvar = nn.Parameter(torch.zeros(()))  # declared and forgotten
+    with pytest.raises(AssertionError, match="logvar"):
+        stage.configure_optimizers()
+
+
+def test_players_may_have_their_own_optimizers() -> None:
+    stage = TwoPlayers(optimizer={"main": AdamW(1e-3), "opponent": AdamW(2e-3)})
+    stage.configure_optimizers()
+    assert stage.rates() == {"main": 1e-3, "opponent": 2e-3}
+    with pytest.raises(InputError, match="none for opponent"):
+        TwoPlayers(optimizer={"main": AdamW(1e-3)}).configure_optimizers()
+
+
+def test_averaged_weights_count_steps_not_micro_batches(tmp_path: Path) -> None:
+    plain = {"max_steps": 4, "gradient_clip": None}
+    one = load_checkpoint(train(diffusion_stage(**plain), tmp_path / "one", 4))["averaged"]["denoiser"]
+    four = load_checkpoint(train(diffusion_stage(accumulate=4, **plain), tmp_path / "four", 1))["averaged"]["denoiser"]
+    assert one["updates"] == four["updates"] == 4
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(value, four["weights"][name], rtol=0, atol=1e-4)
+
+
+def test_the_rate_used_is_the_rate_configured(tmp_path: Path) -> None:
+    seen: dict[int, float] = {}
+
+    class Watch(StepCallback):
+        def after_step(self, session: Session) -> None:
+            seen[session.stage.step] = session.stage.rates()["main"]
+
+    for stop in (5, 12):  # resumed at 5
+        train(TwoPlayers(accumulate=2, max_steps=stop), tmp_path / "run", callbacks=[Watch()])
+    schedule = options()["lr_schedule"]
+    assert seen == {step: pytest.approx(1e-3 * schedule(step - 1)) for step in range(1, 13)}
+
+
+class Poisoned(TwoPlayers):
+    """One term becomes infinite at step 8."""
+
+    def losses(self, player: str, batch: dict[str, Any]) -> Losses:
+        losses = super().losses(player, batch)
+        if self.step == 7 and player == "opponent":
+            losses.terms["opponent"] = losses.terms["opponent"] / 0
+        return losses
+
+
+def test_a_number_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"^opponent became -?inf at step 8"):
+        train(Poisoned(), tmp_path / "run")
+    assert max(p.name for p in (tmp_path / "run" / "checkpoints").glob("step*")) == "step_00000006.ckpt"
+
+
+def test_terms_are_means_over_micro_batches_and_steps() -> None:
+    terms = Terms()
+    for step in (1, 2):
+        for value in (1.0, 3.0):
+            terms.add("loss", torch.tensor(value * step), 0.5)
+        terms.close(step)
+    assert terms.read() == {"loss": 3.0}
+    assert terms.read() == {}
+
+
+def test_evaluating_leaves_no_trace(tmp_path: Path) -> None:
+    class Watch(StepCallback):
+        def after_step(self, session: Session) -> None:
+            stage = session.stage
+            raw = stage.diffusion.backbone.last.weight.detach().clone()
+            before = torch.get_rng_state()
+            with stage.evaluating():
+                average = stage.diffusion.backbone.last.weight.detach().clone()
+                torch.rand(7)
+                assert not any(m.training for m in stage.modules())
+                assert not torch.is_grad_enabled()
+            assert not torch.equal(average, raw)
+            assert torch.equal(stage.diffusion.backbone.last.weight, raw)
+            assert torch.equal(torch.get_rng_state(), before)
+            assert stage.diffusion.backbone.training
+            assert not stage.diffusion.first_stage.training
+
+    train(diffusion_stage(max_steps=2), tmp_path / "run", callbacks=[Watch()])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_precision_is_what_its_name_says(precision: str, tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+    stage = diffusion_stage(max_steps=2)
+    stage.diffusion.backbone.first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+
+    class Watch(StepCallback):
+        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+            assert session.stage.extras["denoiser"]["loss"].dtype == torch.float32
+
+    train(stage, tmp_path / "run", precision=precision, callbacks=[Watch()])
+    assert {p.dtype for p in stage.parameters()} == {torch.float32}
+    assert {t.dtype for t in stage.average.weights().values()} == {torch.float32}
+    assert set(seen) == {torch.bfloat16 if precision == "bf16-mixed" else torch.float32}
+
+
+def test_a_step_without_averaging_or_clipping(tmp_path: Path) -> None:
+    stage = TwoPlayers(max_steps=2, averaging_decay=None, gradient_clip=None, lr_schedule=Constant())
+    assert load_checkpoint(train(stage, tmp_path / "run"))["averaged"] == {}
+
+
+def test_the_fixed_noise_loss_is_the_same_at_every_call_and_batch_size(tmp_path: Path) -> None:
+    stage = diffusion_stage(max_steps=1)
+    stage.eval()
+    with torch.no_grad():
+        whole = stage.held_out([picture_batch(range(8))])
+        parts = stage.held_out([picture_batch(range(3)), picture_batch(range(3, 8))])
+    assert whole["loss"] == pytest.approx(parts["loss"], abs=1e-6)
