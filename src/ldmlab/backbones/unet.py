@@ -132,8 +132,9 @@ class UNet(nn.Module):
         return ResBlock(width_in, width, emb, dropout=dropout, scale_shift=scale_shift, resample=resample)
 
     def _attention(self, width: int) -> PixelAttention | SpatialTransformer:
-        heads = self._heads or width // (self._head_channels or width)
-        if heads == 0 or width % heads:
+        divisor = self._heads or self._head_channels or 1
+        heads = self._heads or width // divisor
+        if width % divisor:
             raise InputError(
                 f"backbone.heads={self._heads}, backbone.head_channels={self._head_channels} do not divide a level of "
                 f"{width} channels; choose a divisor of every model_channels * channel_mult that has attention."

@@ -5,6 +5,7 @@ The 1 x 1 convolutions of the official attention blocks are linear layers here, 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -88,6 +89,37 @@ def _under(official: str, ours: str, names: Mapping[str, str]) -> Pairs:
     return ((f"{official}.{theirs}", f"{ours}.{name}") for theirs, name in names.items())
 
 
+def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Our U-Net's arguments for the `params` of an official `unet_config`."""
+    context = params["context_dim"] if params.get("use_spatial_transformer") else None
+    given = {"heads": params.get("num_heads", -1), "head_channels": params.get("num_head_channels", -1)}
+    if given["head_channels"] != -1:  # wins over num_heads in the official code
+        given["heads"] = -1
+    return {
+        "in_channels": params["in_channels"],
+        "out_channels": params["out_channels"],
+        "model_channels": params["model_channels"],
+        "channel_mult": list(params["channel_mult"]),
+        "num_res_blocks": params["num_res_blocks"],
+        "attention_downsampling": list(params["attention_resolutions"]),
+        **{name: None if value == -1 else value for name, value in given.items()},
+        "transformer_depth": params.get("transformer_depth", 1),
+        "context_width": context,
+        "dropout": params.get("dropout", 0.0),
+        "scale_shift": params.get("use_scale_shift_norm", False),
+        "residual_resampling": params.get("resblock_updown", False),
+    }
+
+
+def names_of(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """`module_names` for the arguments of a U-Net of ours."""
+    shared = ("channel_mult", "num_res_blocks", "attention_downsampling", "transformer_depth", "residual_resampling")
+    return module_names(
+        **{name: arguments[name] for name in shared if name in arguments},
+        context=arguments.get("context_width") is not None,
+    )
+
+
 def to_ours(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Official tensors (no prefix) under our names; a tensor no module asks for is an error (KeyError)."""
     result = {}
@@ -95,4 +127,20 @@ def to_ours(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
         module, leaf = key.rsplit(".", 1)
         linear = ".attention." in names[module] and tensor.ndim > 2
         result[f"{names[module]}.{leaf}"] = tensor.flatten(1) if linear else tensor
+    return result
+
+
+def to_official(
+    state: Mapping[str, Tensor], names: Mapping[str, str], linear_projection: bool = False
+) -> dict[str, Tensor]:
+    """The inverse of `to_ours`; with `linear_projection` as in Stable Diffusion 2.x (2-d proj_in and proj_out)."""
+    official = {ours: theirs for theirs, ours in names.items()}
+    result = {}
+    for key, tensor in state.items():
+        module, leaf = key.rsplit(".", 1)
+        if leaf == "weight" and module.endswith((".attention.qkv", ".attention.out")):
+            tensor = tensor[:, :, None]
+        elif leaf == "weight" and module.endswith((".proj_in", ".proj_out")) and not linear_projection:
+            tensor = tensor[:, :, None, None]
+        result[f"{official[module]}.{leaf}"] = tensor
     return result

@@ -1,0 +1,151 @@
+"""What the U-Net promises beside the official numbers."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldmlab.backbones.unet import UNet
+from ldmlab.contracts import Conditioning
+from ldmlab.errors import InputError
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Fresh weights end in zeros and would prove nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        scale = 0.5 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.1
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1)
+    return module
+
+
+def make(**changes: object) -> UNet:
+    options = {"heads": 2, "context_width": 16, "attention_downsampling": [2], "num_res_blocks": 1} | changes
+    unet = UNet(in_channels=4, out_channels=4, model_channels=32, channel_mult=[1, 2], **options)  # type: ignore[arg-type]
+    randomised(unet)
+    return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def inputs(size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor, Conditioning]:
+    generator = torch.Generator().manual_seed(1)
+    x, tokens = torch.randn(2, 4, *size, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    return x, torch.tensor([3.0, 700.5]), Conditioning(tokens=tokens)
+
+
+VARIANTS: dict[str, Callable[[], UNet]] = {
+    "tokens": make,
+    "residual_resampling": lambda: make(residual_resampling=True, scale_shift=True),
+    "head_channels": lambda: make(heads=None, head_channels=16, transformer_depth=2),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (5, 3), (1, 1)])
+@torch.no_grad()
+def test_any_size(variant: str, size: tuple[int, int]) -> None:
+    x, t, conditioning = inputs(size)
+    out = VARIANTS[variant]()(x, t, conditioning)
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointing_gives_equal_gradients(variant: str) -> None:
+    unet, (x, t, conditioning) = VARIANTS[variant](), inputs()
+    gradients = []
+    for unet.gradient_checkpointing in (False, True):
+        unet.zero_grad()
+        unet(x, t, conditioning).square().mean().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(unet.parameters()))  # none unused, as DDP wants
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("variant", "prepared"),
+    [
+        ("tokens", False),
+        *[pytest.param(name, prepared, marks=pytest.mark.slow) for name in VARIANTS for prepared in (False, True)][1:],
+    ],
+)
+@torch.no_grad()
+def test_compiles_into_one_graph(variant: str, prepared: bool) -> None:
+    unet, (x, t, conditioning) = VARIANTS[variant](), inputs()
+    given = unet.prepare(conditioning) if prepared else conditioning
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, t, given), unet(x, t, given))
+
+
+def test_fresh_network_says_nothing() -> None:
+    unet = UNet(4, 4, 32, [1, 2], 1, [2], heads=2, context_width=16)
+    assert unet(*inputs()).abs().max() == 0
+
+
+@torch.no_grad()
+def test_bfloat16_autocast_is_close() -> None:
+    unet, given = make(), inputs()
+    exact = unet(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = unet(*given)
+    assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@torch.no_grad()
+def test_whole_and_fractional_times() -> None:
+    unet, (x, _, conditioning) = make(), inputs()
+    whole = unet(x, torch.tensor([3, 700]), conditioning)
+    assert torch.equal(whole, unet(x, torch.tensor([3.0, 700.0], dtype=torch.float64), conditioning))
+    assert not torch.equal(whole, unet(x, torch.tensor([3.5, 700.5]), conditioning))
+
+
+@torch.no_grad()
+def test_conditions_are_used() -> None:
+    unet = make(vector_width=6)
+    x, t, conditioning = inputs()
+    tokens = conditioning.tokens
+    assert tokens is not None
+    given = Conditioning(tokens=tokens, vector=torch.ones(2, 6))
+    base = unet(x, t, given)
+    assert not torch.allclose(base, unet(x, t, Conditioning(tokens=tokens + 1, vector=given.vector)))
+    assert not torch.allclose(base, unet(x, t, Conditioning(tokens=tokens, vector=torch.zeros(2, 6))))
+    assert unet.accepts == {"tokens", "vector", "spatial"}
+
+
+@torch.no_grad()
+def test_spatial_is_joined_to_the_input() -> None:
+    unet, (x, t, conditioning) = make(), inputs()
+    split = Conditioning(tokens=conditioning.tokens, spatial=x[:, 3:])
+    assert torch.equal(unet(x[:, :3], t, split), unet(x, t, conditioning))
+
+
+def test_layout_stays_channels_last() -> None:
+    seen: list[bool] = []
+    last = {"memory_format": torch.channels_last}
+    unet = make()
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d | nn.GroupNorm):
+            module.register_forward_hook(lambda m, i, o: seen.append(o.is_contiguous(**last)))
+    unet(*inputs())
+    assert all(seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_channels": 8}, "exactly one"),
+        ({"heads": 7}, "backbone.heads=7"),
+        ({"heads": None, "head_channels": 48}, "head_channels=48"),
+    ],
+)
+def test_impossible_heads(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make(**changes)
+
+
+def test_conditioning_must_fit() -> None:
+    x, t, conditioning = inputs()
+    with pytest.raises(InputError, match="does not take tokens"):
+        make(context_width=None)(x, t, conditioning)
+    with pytest.raises(InputError, match="needs tokens"):
+        make()(x, t, Conditioning())

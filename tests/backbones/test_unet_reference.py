@@ -1,0 +1,112 @@
+"""The U-Net gives the official program's outputs and has the released models' tensors."""
+
+import hashlib
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldmlab.backbones.unet import UNet
+from ldmlab.contracts import Conditioning
+from ldmlab.interop import compvis_unet as compvis
+
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / "tests/assets/reference/compvis"
+CASES = json.loads((ASSETS / "unets.json").read_text())
+LAYOUTS = json.loads((ASSETS / "unet_layouts.json").read_text())
+PREFIX = "model.diffusion_model."
+TOLERANCE = 2e-5  # float32 runs of one network on one machine differ by about 1e-5
+
+
+def weight_by_rule(key: str, shape: list[int], salt: int) -> Tensor:
+    """The reference files hold no weights: each tensor is drawn from its own name."""
+    count = math.prod(shape)
+    values = np.random.RandomState((zlib.crc32(key.encode()) + salt) % 2**32).standard_normal(count)
+    if len(shape) > 1:
+        values *= 0.7 / math.sqrt(count // shape[0])
+    else:
+        values = 1 + 0.1 * values if key.endswith("weight") else 0.1 * values
+    return torch.from_numpy(values.reshape(shape).astype(np.float32))
+
+
+def official(name: str) -> tuple[UNet, dict[str, Tensor], dict[str, str]]:
+    """The case's network, its official tensors and the names."""
+    case = CASES[name]
+    arguments = compvis.arguments(case["config"])
+    state = {k.removeprefix(PREFIX): weight_by_rule(k, shape, case["salt"]) for k, shape in case["keys"].items()}
+    unet, names = UNet(**arguments).eval(), compvis.names_of(arguments)
+    unet.load_state_dict(compvis.to_ours(state, names))
+    return unet, state, names
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_outputs(name: str) -> None:
+    unet, _, _ = official(name)
+    case = load_file(ASSETS / f"{name}.safetensors")
+    conditioning = Conditioning(tokens=case.get("context"))
+    for given in (conditioning, unet.prepare(conditioning)):
+        torch.testing.assert_close(unet(case["x"], case["t"], given), case["out"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_there_and_back(name: str) -> None:
+    unet, state, names = official(name)
+    back = compvis.to_official(unet.state_dict(), names)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    assert sum(p.numel() for p in unet.parameters()) == CASES[name]["params"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_released_layouts(name: str) -> None:
+    layout = LAYOUTS[name]
+    arguments = compvis.arguments(layout["config"])
+    with torch.device("meta"):
+        state = UNet(**arguments).state_dict()
+    assert sum(t.numel() for t in state.values()) == layout["params"]
+    mine = compvis.to_official(state, compvis.names_of(arguments))
+    text = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in sorted(mine.items()))
+    assert len(mine) == layout["tensors"]
+    assert hashlib.sha256(text.encode()).hexdigest() == layout["sha256"]
+
+
+SIZES = [  # conf/backbone file, in and out channels, width of the tokens, millions of parameters (paper or computed)
+    ("celebahq_f4", 3, 3, None, 274.06),
+    ("churches_f8", 4, 4, None, 294.97),
+    ("imagenet_f8", 4, 4, 512, 394.98),
+    ("imagenet_f4", 3, 3, 512, 400.92),
+    ("text_f8", 4, 4, 1280, 872.30),
+    ("text_f8", 4, 4, 768, 859.52),
+    ("text_sd2", 4, 4, 1024, 865.91),
+    ("text_f4", 3, 3, 640, 403.62),
+    ("layout_f4", 3, 3, 512, 246.28),
+    ("semantic_f4", 6, 3, None, 215.23),
+    ("superres_f4", 6, 3, None, 113.62),
+    ("inpainting_f4", 7, 3, None, 387.25),
+    *[(f"sweep_imagenet_f{f}", c, c, 512, m) for f, c, m in (
+        (1, 3, 396.84), (2, 2, 390.89), (4, 3, 400.92), (8, 4, 394.98), (16, 8, 395.00), (32, 32, 395.11),
+    )],
+    *[(f"sweep_celebahq_f{f}", c, c, None, m) for f, c, m in (
+        (1, 3, 270.46), (2, 2, 264.51), (8, 4, 257.73), (16, 8, 257.75), (32, 32, 257.86),
+    )],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "channels_in", "channels_out", "width", "millions"), SIZES)
+def test_sizes_of_the_papers_networks(
+    name: str, channels_in: int, channels_out: int, width: int | None, millions: float
+) -> None:
+    node: dict[str, Any] = yaml.safe_load((ROOT / f"conf/backbone/unet_{name}.yaml").read_text())
+    assert node.pop("_target_") == "ldmlab.backbones.unet.UNet"
+    with torch.device("meta"):
+        unet = UNet(channels_in, channels_out, context_width=width, **node)
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 2) == millions
