@@ -1,0 +1,58 @@
+"""`ldmlab pack` on one worker and on all cores: pictures per second, and how much of cores x one-core rate is kept.
+
+python benchmarks/pack.py [--pictures 1200] [--workers N]       goal: at least 0.90
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldmlab.data.pack import PackOptions, pack
+from ldmlab.data.sources import Source, list_source
+from ldmlab.data.transforms import Transform
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """JPEG files of 640 x 480 with smooth and rough parts, as photographs have."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+        rough = random.normal(0, 8, (480, 640, 3))
+        pixels = np.clip(np.asarray(coarse) + rough, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:06d}.jpg", quality=90)
+
+
+def rate(source: Source, out: Path, workers: int) -> float:
+    """Pictures per second, from the call to the last manifest."""
+    start = time.perf_counter()
+    pack(source, out, PackOptions(Transform(256)), workers=workers)
+    return len(source.items) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Rounds of one worker and all workers in turn; the best of each counts, since other jobs only slow down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=1200)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / "pictures"
+        pictures.mkdir()
+        make_pictures(pictures, args.pictures)
+        source = list_source(pictures)
+        one, many = 0.0, 0.0
+        for number in range(args.rounds):
+            one = max(one, rate(source, Path(folder) / f"one-{number}", 1))
+            many = max(many, rate(source, Path(folder) / f"many-{number}", args.workers))
+    print(f"one worker {one:.1f} pictures/s, {args.workers} workers {many:.1f} pictures/s")
+    print(f"kept {many / (args.workers * one):.2f} of {args.workers} x the one-worker rate (goal 0.90)")
+
+
+if __name__ == "__main__":
+    main()
