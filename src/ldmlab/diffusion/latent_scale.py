@@ -30,10 +30,10 @@ class LatentScale(nn.Module):
 
     @classmethod
     def measured(cls, statistics: Mapping[str, Any], per_channel: bool = False) -> "LatentScale":
-        """From a latent manifest's statistics: one `std` as in the paper, or `channel_mean` and `channel_std`."""
+        """From a latent manifest's statistics: one number as in the paper, or one per channel."""
         if per_channel:
-            return cls(statistics["channel_std"], statistics["channel_mean"])
-        return cls(statistics["std"])
+            return cls(statistics["std"], statistics["mean"])
+        return cls(statistics["overall_std"])
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) => final latents, float32."""
