@@ -18,7 +18,7 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 
 COUNTS = [5, 2, 4, 7]
-SETTINGS = LatentSettings(fingerprint="f" * 64, latent_channels=3, downsampling=2, image_size=8, dtype="float32")
+SETTINGS = LatentSettings("f" * 64, 3, 2, image_size=8, dtype="float32", first_stage={"channel_mult": (1, 2)})
 
 
 def toy_moments(images: Tensor) -> Tensor:

@@ -3,9 +3,6 @@
 A finished shard has a small file in `.encoded/`; whoever finds all of them writes the manifest.
 """
 
-import fcntl
-import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,48 +15,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
-from ldmlab.data.latent_shards import ENCODE_PLAN, FinishedShard, LatentShardWriter, Statistics
-from ldmlab.data.manifest import MANIFEST, Manifest, check_shards, read_manifest, write_manifest
+from ldmlab.data.encode_folder import LatentSettings, complete, finished_shard, open_plan, side_file
+from ldmlab.data.latent_shards import LatentShardWriter
+from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, check_shards, read_manifest
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.stream import IndexBatches
 from ldmlab.data.tar_samples import picture_ending
 from ldmlab.data.workers import quiet_worker
 from ldmlab.errors import InputError
-from ldmlab.provenance import provenance
-
-FINISHED = ".encoded"  # one file per finished shard
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
-
-
-@dataclass(frozen=True)
-class LatentSettings:
-    """What makes latents what they are; two folders with equal settings and source are interchangeable."""
-
-    fingerprint: str  # hash of the first stage's weights
-    latent_channels: int
-    downsampling: int
-    image_size: int  # px; pictures of another size are resized while reading
-    mirrored: bool = True  # also encode the mirror image
-    dtype: str = "float16"  # float16 | float32
-    carries_images: bool = False  # keep the picture beside its moments
-    first_stage: dict[str, Any] | None = None  # how to build it, plain types
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float16", "float32"):
-            raise InputError(f"encode.dtype={self.dtype} is not a format of latents; choose float16 or float32.")
-        if self.image_size % self.downsampling:
-            raise InputError(
-                f"data.image_size={self.image_size} is not divisible by the first stage's downsampling "
-                f"{self.downsampling}; choose a multiple of it."
-            )
 
 
 @dataclass(frozen=True)
 class EncodeResult:
     """What one process did; `manifest` is None while other processes still have shards to do."""
 
-    encoded: int  # pictures encoded now
+    encoded: int  # pictures done now, unreadable ones too
     kept: int  # pictures found finished
     manifest: Manifest | None
 
@@ -87,51 +59,40 @@ def encode(
     if (out / MANIFEST).exists():
         return EncodeResult(0, manifest.total, read_manifest(out))
     mine = range(rank, len(manifest.shards), world)
-    todo = [shard for shard in mine if _finished(out, manifest, shard) is None]
+    todo = [shard for shard in mine if finished_shard(out, manifest, shard) is None]
     total = sum(manifest.shards[shard].samples for shard in mine)
-    kept = total - sum(manifest.shards[shard].samples for shard in todo)
+    kept = done = total - sum(manifest.shards[shard].samples for shard in todo)
     batches = iter(_loader(_Pictures(source, manifest, settings), todo, batch_size, workers))
-    encoded = 0
     for shard in todo:
-        info = manifest.shards[shard]
-        path = out / info.name
-        writer, skipped = LatentShardWriter(path, settings.latent_channels, settings.dtype), list[str]()
-        try:
-            for _ in range(-(-info.samples // batch_size)):
-                batch = next(batches)
-                _encode_batch(batch, encode_moments, settings, writer)
-                skipped += batch.skipped
-                encoded += len(batch.keys)
-                if progress:
-                    progress(kept + encoded, total)
-            writer.finish(skipped).save(_side_file(out, info.name))
-        except OSError as error:
-            raise InputError(
-                f"OUT={out}: {path} cannot be written ({error}); run the same again to continue."
-            ) from error
-        finally:
-            writer.abandon()
-    return EncodeResult(encoded, kept, _complete(out, manifest, settings, max_bad))
+        samples = manifest.shards[shard].samples
+        for encoded in _encode_shard(out, manifest.shards[shard], encode_moments, settings, batches, batch_size):
+            if progress:
+                progress(done + encoded, total)
+        done += samples
+    return EncodeResult(done - kept, kept, complete(out, manifest, settings, max_bad))
 
 
-def open_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Make `out` ours, or refuse what other settings began; every process may come first."""
-    if out.exists() and not (out / ENCODE_PLAN).exists() and any(out.iterdir()):
-        raise InputError(f"OUT={out} holds something else than latents; choose a new folder.")
-    (out / FINISHED).mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        path = out / ENCODE_PLAN
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-            os.replace(temporary, path)
-        before = json.loads(path.read_text(encoding="utf-8"))
-    if before.get("fingerprint") != plan["fingerprint"]:
-        raise InputError(f"OUT={out} holds latents of another first stage; choose a new folder.")
-    differing = [name for name in plan if before.get(name) != plan[name]]
-    if differing:
-        values = ", ".join(f"{name}={before.get(name)} there, {plan[name]} now" for name in differing)
-        raise InputError(f"OUT={out} was begun with other settings ({values}); use the same or choose a new folder.")
+def _encode_shard(
+    out: Path,
+    info: ShardInfo,
+    encode_moments: EncodeMoments,
+    settings: LatentSettings,
+    batches: Iterator["_Batch"],
+    batch_size: int,
+) -> Iterator[int]:
+    """Write one latent shard and its side file; yields the pictures seen after every batch."""
+    writer, skipped = LatentShardWriter(out / info.name, settings.latent_channels, settings.dtype), list[str]()
+    try:
+        for begin in range(0, info.samples, batch_size):
+            batch = next(batches)
+            _encode_batch(batch, encode_moments, settings, writer)
+            skipped += batch.skipped
+            yield min(begin + batch_size, info.samples)
+        writer.finish(skipped).save(side_file(out, info.name))
+    except OSError as error:
+        raise InputError(f"OUT={out}: {info.name} cannot be written ({error}); run the same again to go on.") from error
+    finally:
+        writer.abandon()
 
 
 @dataclass
@@ -201,76 +162,3 @@ def _encode_batch(
         raise ValueError(f"moments of shape {moments.shape[2:]} do not fit {settings}")
     for key, values, files in zip(batch.keys, moments, batch.travelling, strict=True):
         writer.write(key, values, files)
-
-
-def _side_file(out: Path, name: str) -> Path:
-    return out / FINISHED / f"{name}.json"
-
-
-def _finished(out: Path, manifest: Manifest, shard: int) -> FinishedShard | None:
-    """What is known of a finished shard; None where it is still to do."""
-    name = manifest.shards[shard].name
-    known = FinishedShard.load(_side_file(out, name))
-    if known and known.info and (not (out / name).exists() or (out / name).stat().st_size != known.info.bytes):
-        return None
-    return known
-
-
-def _complete(out: Path, source: Manifest, settings: LatentSettings, max_bad: float) -> Manifest | None:
-    """Write the manifest if all shards of all processes are finished."""
-    shards = [_finished(out, source, shard) for shard in range(len(source.shards))]
-    done = [shard for shard in shards if shard is not None]
-    if len(done) < len(shards):
-        return None
-    skipped = [reason for shard in done for reason in shard.skipped]
-    if len(skipped) > max_bad * source.total:
-        raise InputError(
-            f"encode: {len(skipped)} of {source.total} pictures cannot be read ({skipped[0]}), more than the allowed "
-            f"share of {max_bad:g}; repair the shards, or allow a larger share and run the same command again."
-        )
-    with _locked(out):
-        if not (out / MANIFEST).exists():
-            write_manifest(out, _manifest(source, settings, done, skipped))
-            for leftover in out.glob("*.tmp"):  # of killed processes
-                leftover.unlink(missing_ok=True)
-    return read_manifest(out)
-
-
-def _manifest(source: Manifest, settings: LatentSettings, done: list[FinishedShard], skipped: list[str]) -> Manifest:
-    statistics = Statistics()
-    for shard in done:
-        statistics.add(shard.statistics)
-    moment_channels = max(shard.moment_channels for shard in done)
-    return Manifest(
-        kind="latents",
-        split=source.split,
-        shards=[shard.info for shard in done if shard.info],
-        fields=source.fields,
-        picture_size=source.picture_size if settings.carries_images else settings.image_size,
-        transform=source.transform,
-        source=source.source,
-        licence=source.licence,
-        provenance=provenance(),
-        classes=source.classes,
-        latents={
-            **asdict(settings),
-            "has_logvar": moment_channels > settings.latent_channels,
-            "statistics": statistics.summary(),
-            "source_hash": source.hash,
-        },
-        extra={**source.extra, "skipped": skipped},
-    )
-
-
-class _locked:
-    """One process at a time; the system frees the lock of a killed one."""
-
-    def __init__(self, out: Path) -> None:
-        self._path = out / FINISHED / "lock"
-
-    def __enter__(self) -> None:
-        self._lock = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
