@@ -32,8 +32,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        words = [word for word in message.replace("=", " ").split() if word.startswith("--") and word not in known]
-        near = [match for word in words for match in difflib.get_close_matches(word, known, n=1)]
+        unknown = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
+        near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
         hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists the options."
         raise InputError(f"{self.prog}: {message}; {hint}")
 

@@ -1,7 +1,7 @@
 """What each stage consists of, worked out from its choices: one function a stage, found by name."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     from ldmlab.training.diffusion_module import DiffusionStage
 
     first_stage, first_node, manifest = _first_stage(config, data)
+    if manifest is not None and manifest.latents is not None:  # the latents know the size of their pictures
+        data = replace(data, image_size=manifest.latents["image_size"])
     latent = latent_spec(first_stage, data.image_size)
     conditioners = build_conditioners(config["conditioner"])
     backbone_node = {**config["backbone"], **_backbone_sizes(latent, conditioners, config["backbone"])}
@@ -111,7 +113,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     frozen: dict[str, nn.Module] = {"first_stage": model.first_stage}
     if "conditioner" not in stage.saved():
         frozen["conditioner"] = model.conditioners
-    return Plan(stage, spec, data.kind, frozen)
+    return Plan(stage, spec, "latents" if data.latents is not None else "images", frozen)
 
 
 PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {

@@ -82,7 +82,7 @@ def flow(out: Path, recipe: str) -> list[Step]:
         ),
         Step(
             "Encode: every picture to the moments of its latent, once",
-            [*ldmlab, "encode", f"experiment=demo/{recipe}_latents", f"from_run={first_stage}", f"out={latents}"],
+            [*ldmlab, "encode", "data=emoji", f"from_run={first_stage}", f"out={latents}"],
             latents / "train" / "manifest.json",
             minutes[2],
         ),

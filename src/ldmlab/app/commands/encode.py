@@ -1,0 +1,101 @@
+"""`ldmlab encode`: Hydra options like train.py's, since the pictures and their size come from `data=`."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ldmlab.errors import InputError
+
+if TYPE_CHECKING:
+    from ldmlab.build import LoadedFirstStage
+    from ldmlab.data.shard_data import ShardData
+
+USAGE = """options are key=value, as for train.py; from_run and out must be given:
+  ldmlab encode data=emoji from_run=runs/first_stage out=data/emoji-latents
+  torchrun --nproc-per-node=8 -m ldmlab encode ...     several processes share the shards
+conf/encode.yaml explains each option; an interrupted encode continues when the same command is run again."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything is an override."""
+    parser.epilog = USAGE
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of conf/encode.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode the splits one after the other, then put the first stage beside them."""
+    from ldmlab.app.compose import compose, plain
+
+    config = plain(compose("encode", args.overrides))
+    import os
+    from pathlib import Path
+
+    from ldmlab.app.plans import check_divides
+    from ldmlab.build import load_first_stage, pick_device
+    from ldmlab.instantiate import instantiate
+
+    loaded = load_first_stage(config["from_run"], config["weights"])
+    pictures = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
+    data: ShardData = instantiate(pictures, where="data", seed=config["seed"])
+    if not loaded.module.state_dict():
+        raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")
+    check_divides(data.image_size, loaded.module.downsampling)  # type: ignore[arg-type]
+    loaded.module.to(pick_device(config["device"]))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    out = Path(config["out"])
+    for split in config["splits"]:
+        _encode_split(config, data, loaded, split, out / split, rank, world)
+    if rank == 0:
+        _put_first_stage(loaded, out / "first_stage")
+    return 0
+
+
+def _encode_split(
+    config: dict[str, Any],
+    data: "ShardData",
+    loaded: "LoadedFirstStage",
+    split: str,
+    out: Any,
+    rank: int,
+    world: int,
+) -> None:
+    from ldmlab.app.progress import bar
+    from ldmlab.build import moments_of
+    from ldmlab.data.encode import LatentSettings, encode
+
+    first_stage: Any = loaded.module
+    settings = LatentSettings(
+        fingerprint=loaded.fingerprint,
+        latent_channels=first_stage.latent_channels,
+        downsampling=first_stage.downsampling,
+        image_size=data.image_size,
+        mirrored=config["mirror"],
+        dtype=config["dtype"],
+        carries_images=config["carry_images"],
+        first_stage=loaded.spec,
+    )
+    with bar(f"encoding {split}", shown=rank == 0) as advance:
+        result = encode(
+            data.folder(split, "images"),
+            out,
+            lambda images: moments_of(first_stage, images),
+            settings,
+            rank=rank,
+            world=world,
+            batch_size=config["batch_size"],
+            workers=data.workers,
+            max_bad=config["max_bad"],
+            progress=advance,
+        )
+    if rank == 0 and result.manifest and result.manifest.latents:
+        std = result.manifest.latents["statistics"]["overall_std"]
+        skipped = len(result.manifest.extra.get("skipped", []))
+        note = f", {skipped} unreadable" if skipped else ""
+        print(f"{out}: {result.manifest.total} pictures{note}, standard deviation of the latents {std:.3f}")
+
+
+def _put_first_stage(loaded: "LoadedFirstStage", folder: Any) -> None:
+    """The latents carry the first stage that made them, so that training needs nothing else."""
+    from ldmlab.model_files import write_model_folder
+
+    spec = {"kind": "first_stage", "image_size": loaded.image_size, "first_stage": loaded.spec}
+    write_model_folder(folder, spec, {"first_stage": loaded.module.state_dict()})
