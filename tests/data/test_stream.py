@@ -161,6 +161,10 @@ def test_wrong_folders_are_named(folder: Path) -> None:
     with pytest.raises(InputError, match="micro_batch=0"):
         data(folder).train_loader(0)
     with open(train / "00001.tar", "r+b") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match="another checksum"):
+        data(folder, sha256=True).train_dataset()
+    with open(train / "00001.tar", "r+b") as file:
         file.truncate(512)
     with pytest.raises(InputError, match="shorter than its manifest says"):
         data(folder).train_dataset()
@@ -194,6 +198,15 @@ def test_cache_is_filled_by_workers_for_all(folder: Path) -> None:
     list(eval_loader(dataset, batch_size=4, workers=2))
     assert dataset._cache is not None
     assert all(dataset._cache.get(index) is not None for index in range(18))
+
+
+def test_held_out_pictures_are_decoded_once(folder: Path) -> None:
+    reading = data(folder, cache=True, workers=1, image_size=4)
+    first, second = list(reading.eval_loader("val", 3)), list(reading.eval_loader("val", 3))
+    cache = reading.held_out_dataset()._cache
+    assert cache is not None
+    assert all(cache.get(index) is not None for index in range(7))
+    assert torch.equal(first[0]["image"], second[0]["image"])
 
 
 def test_balanced_stream(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The data of a run: its folders of shards, and what is read from them."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -37,6 +37,8 @@ class ShardData:
     balance: str | None = None  # field whose classes are drawn at rates of their own
     balance_temperature: float = 0.5  # rate of a class ~ (its size) ^ temperature; 1 as is, 0 all equal
     object_background: tuple[int, int, int] | None = None  # colour left out of PSNR over object pixels
+    sha256: bool = False  # check the shards' checksums at the start, not only their sizes
+    _held_out: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.workers < 0:
@@ -65,7 +67,7 @@ class ShardData:
 
     def train_dataset(self, kind: str | None = None) -> ShardDataset:
         """The endless shuffled stream of the training split."""
-        dataset = ShardDataset(self.folder("train", kind), self._wanted(kind, self.flip), seed=self.seed, train=True)
+        dataset = self._dataset("train", kind or self.kind, train=True)
         counts = dataset.reader.counts
         if self.balance is None:
             dataset.order = EpochOrder(counts, self.seed, self.mix)
@@ -76,8 +78,11 @@ class ShardData:
         return self._cached(dataset)
 
     def held_out_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:
-        """A split in stored order, never mirrored."""
-        return self._cached(ShardDataset(self.folder(split, kind), self._wanted(kind, False), seed=self.seed))
+        """A split in stored order, never mirrored; the same object every time, so that its cache serves them all."""
+        asked = split, kind or self.kind
+        if asked not in self._held_out:
+            self._held_out[asked] = self._cached(self._dataset(*asked, train=False))
+        return self._held_out[asked]
 
     def train_loader(
         self,
@@ -114,9 +119,10 @@ class ShardData:
             dataset, batch_size=batch_size, world=world, rank=rank, limit=limit, workers=self.workers
         )
 
-    def _wanted(self, kind: str | None, flip: bool) -> Wanted:
-        images = (kind or self.kind) == "images"
-        return Wanted(self.image_size, images=images, moments=not images, flip=flip, fields=tuple(self.fields))
+    def _dataset(self, split: str, kind: str, train: bool) -> ShardDataset:
+        images, flip = kind == "images", self.flip and train
+        wanted = Wanted(self.image_size, images=images, moments=not images, flip=flip, fields=tuple(self.fields))
+        return ShardDataset(self.folder(split, kind), wanted, seed=self.seed, train=train, sha256=self.sha256)
 
     def _cached(self, dataset: ShardDataset) -> ShardDataset:
         if self.cache and dataset.wanted.images:

@@ -44,10 +44,12 @@ class Wanted:
 class ShardDataset(Dataset[Batch]):
     """The sample at any position of the stream; in training a bad one is replaced by the next good one in order."""
 
-    def __init__(self, folder: Path | str, wanted: Wanted, *, seed: int = 0, train: bool = False) -> None:
+    def __init__(
+        self, folder: Path | str, wanted: Wanted, *, seed: int = 0, train: bool = False, sha256: bool = False
+    ) -> None:
         manifest = read_shard_manifest(folder)
         check_wanted(Path(folder), manifest, wanted)
-        check_shards(folder, manifest)
+        check_shards(folder, manifest, sha256)
         self.reader = ShardReader(Path(folder), manifest)
         self.wanted, self.train, self._seed = wanted, train, seed
         self.kind, self.latents = manifest.kind, manifest.latents
