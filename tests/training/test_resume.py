@@ -15,6 +15,7 @@ import pytest
 import torch
 from toy_stages import Keys, TwoPlayers, diffusion_stage, options, picture_batch, train
 
+from ldmlab import checkpoints
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.first_stages.kl import KLAutoencoder
@@ -116,6 +117,31 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
         again = train(diffusion_stage(max_steps=6), tmp_path / "run")
     forked.same(load_checkpoint(again)["modules"], torch.load(io.BytesIO(whole), weights_only=True)["modules"])
     assert not leftover.exists()
+
+
+def die_while_writing(folder: Path) -> None:
+    """The third checkpoint is half on disk when the process is killed."""
+    write = checkpoints._torch_save
+
+    def half(content: dict[str, Any], path: Path) -> None:
+        write(content, path)
+        if content["step"] == 9:
+            path.write_bytes(path.read_bytes()[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints._torch_save = half
+    train(with_dropout(), folder)
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    assert forked.finish(forked.start(die_while_writing, tmp_path / "run")) == [-signal.SIGKILL]
+    folder = tmp_path / "run" / "checkpoints"
+    assert max(p.name for p in folder.glob("step*")) == "step_00000006.ckpt"
+    assert list(folder.glob(".*.part"))
+    last = train(with_dropout(), tmp_path / "run")
+    straight = train(with_dropout(), tmp_path / "straight")
+    forked.same(load_checkpoint(last), load_checkpoint(straight))
+    assert not list(folder.glob(".*.part"))
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

@@ -13,6 +13,15 @@ from ldmlab.training import processes
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
+_EXPECTED_WARNINGS = (
+    ".*eval mode at the start.*",
+    ".*does not have many workers.*",
+    ".*`max_epochs` was not set.*",
+    ".*GPU available but not used.*",
+    ".*`training_step` returned `None`.*",
+    ".*LeafSpec.*",
+)
+
 
 class SeveralPlayers(DDPStrategy):
     """Processes without DDP's wrapper, which expects every parameter in every backward pass; the stage syncs."""
@@ -34,7 +43,7 @@ def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> 
             f"trainer.devices={settings.devices} but {local} process(es) were started here; "
             f"launch with torchrun --nproc_per_node={settings.devices} train.py ..."
         )
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=local if world > 1 else 1,
         num_nodes=max(world // local, 1),
@@ -52,6 +61,8 @@ def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> 
         enable_model_summary=False,
         logger=False,
     )
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign] # ours are in place
+    return trainer
 
 
 def _strategy(stage: Stage) -> DDPStrategy:
@@ -64,8 +75,7 @@ def _quieten() -> None:
     """No banners, tips or warnings about choices we make on purpose."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for pattern in (".*eval mode at the start.*", ".*does not have many workers.*", ".*`max_epochs` was not set.*",
-                    ".*GPU available but not used.*", ".*`training_step` returned `None`.*", ".*LeafSpec.*"):  # fmt: skip
+    for pattern in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
 
 

@@ -37,11 +37,9 @@ class Loop(pl.Callback):
         self.manifest_hash = manifest_hash
         self.last_checkpoint: Path | None = None
         self._random_states = random_states
-        self._saved_at = session.stage.step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Signals are ours from here on; Lightning has just installed its own handlers."""
-        self.stop.listen()
+        """The clock starts."""
         for callback in self.callbacks:
             callback.start(self.session)
         self.progress.start(self.session.stage)
@@ -68,12 +66,13 @@ class Loop(pl.Callback):
         stage = self.session.stage
         if not stage.at_border:
             return
+        stopping, last = self.stop.agreed(stage.step, stage.device), stage.step >= stage.max_steps
+        if stopping:  # at once: whoever asked may not wait for an evaluation
+            self.save()
         self._log(stage)
         for callback in self.callbacks:
             callback.after_step(self.session)
         self.progress.step(stage)
-        stopping = self.stop.agreed(stage.step, stage.device)
-        last = stage.step >= stage.max_steps
         if self.validate.improved:  # before the checkpoint, which says that this one is there
             self._save_best()
         if stopping or last or stage.step % self.settings.checkpoint_every == 0:
@@ -107,14 +106,10 @@ class Loop(pl.Callback):
         }
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one."""
-        stage = self.session.stage
-        if self._saved_at == stage.step and self.last_checkpoint is not None:
-            return
+        """A checkpoint of this step."""
         content = self.content()
         if processes.rank() == 0:
             self.last_checkpoint = self.checkpoints.save(content)
-        self._saved_at = stage.step
         processes.barrier()
 
     def _save_best(self) -> None:

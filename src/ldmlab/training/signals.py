@@ -22,17 +22,13 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.getsignal(number) for number in STOPPING}
-        self.listen()
+        for number in STOPPING:
+            signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Take over the signals; again after Lightning has put its own handlers in place."""
-        for number in STOPPING:
-            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:

@@ -65,6 +65,7 @@ class Stage(pl.LightningModule):
         self.extras: dict[str, dict[str, Tensor]] = {}  # by player, of the latest micro-batch
         self.at_border = True  # between two steps
         self.terms = Terms()
+        self._parameters_of: dict[str, list[nn.Parameter]] = {}  # by player, from the moment optimizers are made
         self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = 0
         self._waiting: dict[str, Any] | None = None  # checkpoint parts that need the optimizers
@@ -101,7 +102,7 @@ class Stage(pl.LightningModule):
         """One micro-batch; after the last one of a step all active players are updated."""
         self.at_border = False
         last = self._micro_batches + 1 == self.accumulate
-        playing = {name: parameters for name, parameters in self.players().items() if self.active(name)}
+        playing = {name: parameters for name, parameters in self._parameters_of.items() if self.active(name)}
         for player in playing:
             self._backward(player, batch, last)
         self._micro_batches += 1
@@ -120,7 +121,7 @@ class Stage(pl.LightningModule):
     @contextmanager
     def _only(self, player: str) -> Iterator[None]:
         """Inside, only this player's parameters require gradients."""
-        others = [p for name, parameters in self.players().items() if name != player for p in parameters]
+        others = [p for name, parameters in self._parameters_of.items() if name != player for p in parameters]
         for parameter in others:
             parameter.requires_grad_(False)
         try:
@@ -171,6 +172,7 @@ class Stage(pl.LightningModule):
         """One optimizer a player; `initial_lr` keeps the configured rate."""
         players = self.players()
         self._check_players(players)
+        self._parameters_of = players
         made = [self.factory(player)(parameters) for player, parameters in players.items()]
         for optimizer in made:
             for group in optimizer.param_groups:
@@ -204,10 +206,10 @@ class Stage(pl.LightningModule):
     # -- looking ---------------------------------------------------------------------------------------------------
 
     def mean_over_processes(self, sums: dict[str, Tensor | float], count: int | float) -> dict[str, float]:
-        """Sums over this process's pictures and their count => means over the pictures of all processes."""
-        values = torch.tensor([*(float(v) for v in sums.values()), float(count)], dtype=torch.float64).float()
-        *totals, number = processes.sum_(values.to(self.device)).tolist()
-        return {name: total / max(number, 1) for name, total in zip(sums, totals, strict=True)}
+        """Sums over this process's pictures and their count => means over the pictures of all; {} without any."""
+        values = torch.tensor([*(float(v) for v in sums.values()), float(count)], dtype=torch.float64)
+        *totals, number = processes.sum_(values).tolist()
+        return {name: total / number for name, total in zip(sums, totals, strict=True)} if number else {}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
