@@ -71,7 +71,8 @@ def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
 
     model = instantiate(config["clip"], where="clip", image_size=data.image_size)
     stage = ClipStage(model=model, **options)
-    spec = {"kind": "clip", "image_size": data.image_size, "clip": {**config["clip"], "image_size": data.image_size}}
+    node = {"_target_": "ldmlab.nn.openclip.build_clip", "config": model.config}  # rebuilds without a network
+    spec = {"kind": "clip", "image_size": data.image_size, "clip": node}
     return Plan(stage, spec, "images")
 
 
