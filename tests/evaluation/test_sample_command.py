@@ -1,0 +1,161 @@
+"""`ldmlab sample` from words to files."""
+
+import json
+import multiprocessing
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sampling_models import sample_as_rank, sample_command
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.pictures import read_settings
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_pictures_grid_and_settings(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["runs/tiny", "--steps", "5", "4", "7", "--count", "2", "--size", "12x16", "--seed", "9", "--out", str(out)]
+    assert sample_command(words) == 0
+    assert names(out) == ["000000.png", "000001.png", "000002.png", "000003.png", "grid.png"]
+    told = read_settings(out / "000002.png")
+    expected = {
+        "class_id": "7", "index": "2", "seed": "9", "steps": "5", "guidance": "3.0", "eta": "0.0", "sampler": "ddim",
+        "spacing": "official", "size": "12x16", "precision": "float32", "model path": "runs/tiny",
+        "model fingerprint": "0123456789abcdef", "model weights": "averaged", "model step": "7",
+    }  # fmt: skip
+    assert expected.items() <= told.items()
+    assert "ldmlab" in told
+    assert Image.open(out / "000002.png").size == (16, 12)
+
+
+def test_captions_from_a_file_in_any_language(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.txt"
+    long = "a very long caption of a cat " * 3
+    file.write_text(f"\ufeffa red apple\n\n  猫と犬  \n{long}\n", encoding="utf-8")
+    out = tmp_path / "out"
+    assert (
+        sample_command(["runs/tiny", "قطة", "--prompts", str(file), "--steps", "2", "--out", str(out)], "caption") == 0
+    )
+    told = [read_settings(out / f"{i:06d}.png")["prompt"] for i in range(4)]
+    assert told == ["قطة", "a red apple", "猫と犬", long.strip()]
+    assert "too long for this model, which does not see" in capsys.readouterr().out
+
+
+def test_fields_from_a_json_lines_file(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"class_id": 3, "note": "ignored"}\n{"class_id": 4}\n')
+    sample_command(["runs/tiny", "--prompts", str(file), "--steps", "2", "--out", str(tmp_path / "out")])
+    assert read_settings(tmp_path / "out" / "000001.png")["class_id"] == "4"
+
+
+def test_strip(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sample_command(["runs/tiny", "1", "2", "--steps", "5", "--strip", "--batch-size", "1", "--out", str(out)])
+    expected = [f"00000{i}{end}" for i in (0, 1) for end in (".png", "_strip.png", "_strip.webp")]
+    assert names(out) == [*expected, "grid.png"]
+    with Image.open(out / "000001_strip.webp") as animation:
+        assert animation.n_frames == 6
+
+
+@pytest.mark.parametrize("sweep", ["steps=1,2,5", "guidance=1,3", "eta=0,0.5,1", "sampler=ddim,ddpm"])
+def test_sweep(tmp_path: Path, sweep: str) -> None:
+    out = tmp_path / "out"
+    assert sample_command(["runs/tiny", "1", "2", "--steps", "2", "--sweep", sweep, "--out", str(out)]) == 0
+    name, values = sweep.split("=")[0], sweep.split("=")[1].split(",")
+    assert f"sweep_{name}.png" in names(out)
+    pictures = sorted(out.glob("00*.png"))
+    assert len(pictures) == 2 * len(values)
+    assert {read_settings(path)[name] for path in pictures} == {
+        value if name == "sampler" else str(type(1 if name == "steps" else 1.0)(value)) for value in values
+    }
+
+
+def test_a_model_without_conditions(tmp_path: Path) -> None:
+    sample_command(["runs/tiny", "--count", "3", "--steps", "2", "--out", str(tmp_path / "out")], None)
+    assert len(names(tmp_path / "out")) == 4
+    with pytest.raises(InputError, match="takes no prompts"):
+        sample_command(["runs/tiny", "a cat"], None)
+
+
+def test_default_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        sample_command(["runs/tiny", "1", "--steps", "1"])
+    assert names(tmp_path / "outputs") == ["tiny-1", "tiny-2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give at least one prompt"),
+        (["cat"], "cat: this model takes class numbers"),
+        (["1", "--size", "15x16"], r"size=15x16 \(height x width\) is not a multiple of 2.*nearest is 16x16"),
+        (["1", "--size", "big"], "--size big is no size"),
+        (["1", "--steps", "9"], r"steps=9: .*steps=8 or 10"),
+        (["1", "--sweep", "steps=1,400"], "steps=400"),
+        (["1", "--sweep", "stepz=1"], "--sweep stepz=1 is no sweep"),
+        (["1", "--sweep", "steps=1,a"], "--sweep steps=1,a is no sweep"),
+        (["1", "--sweep", "steps=1,2", "--strip"], "one at a time"),
+        (["1", "--count", "0"], "--count"),
+        (["1", "--guidance", "x"], "--guidance"),
+        (["1", "--precision", "int8"], "precision=int8"),
+        (["1", "--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["1", "--out", "."], "is in use"),
+    ],
+)
+def test_bad_input_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    (tmp_path / "something").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        sample_command(["runs/tiny", *words])
+    assert names(tmp_path) == ["something"]
+
+
+def test_bad_prompt_files(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("empty.txt", b"\n\n", "holds no prompt"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "cannot be read as UTF-8"),
+        ("a.jsonl", b"{", "is no JSON object"),
+        ("b.jsonl", b"[1]", "is no JSON object"),
+        ("c.jsonl", json.dumps({"caption": "a"}).encode(), "also reads class_id"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            sample_command(["runs/tiny", "--prompts", str(tmp_path / name), "--out", str(tmp_path / "out")])
+
+
+def test_two_processes_make_the_same_pictures(tmp_path: Path) -> None:
+    words = ["runs/tiny", *map(str, range(5)), "--steps", "2", "--eta", "1", "--batch-size", "2", "--out"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # torch is loaded already
+    both = [context.Process(target=sample_as_rank, args=(r, 2, port, [*words, str(tmp_path / "two")])) for r in (0, 1)]
+    for process in both:
+        process.start()
+    sample_command([*words, str(tmp_path / "one")])
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    assert names(tmp_path / "one") == names(tmp_path / "two")
+    for name in names(tmp_path / "one"):
+        one, two = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two"))
+        assert np.abs(one - two).max() <= 1
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import argparse, sys; from ldmlab.app.commands import sample; p = argparse.ArgumentParser();"
+        "sample.add_arguments(p); p.format_help(); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
