@@ -22,6 +22,7 @@ from ldmlab.nn.pixels import to_float
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
     from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.nn.openclip import OpenClip
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,15 @@ def moments_of(first_stage: Any, images: torch.Tensor) -> torch.Tensor:
 def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:
     """Description and weights of a CLIP run."""
     return _of_kind(read_model(path, _checked(weights)), "clip")
+
+
+def load_clip(path: Path | str, weights: str = "averaged") -> "OpenClip":
+    """A CLIP run with its weights, frozen."""
+    files = read_clip(path, weights)
+    clip: OpenClip = instantiate(files.spec["clip"], where="clip")
+    load_exactly(clip.model, _part(files, "clip"), f"{path} (clip)")
+    clip.model.eval().requires_grad_(False)
+    return clip
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 
 Config = Mapping[str, Any]
+FINISHED = "finished.json"  # in a run folder that reached its last step
 
 
 def train(config: Config) -> None:
@@ -34,6 +35,8 @@ def train(config: Config) -> None:
     try:
         _write_start(run, config, plan)
         _fit(run, config, plan, settings, data)
+        if processes.rank() == 0:
+            (run.path / FINISHED).write_text(f'{{"step": {plan.stage.step}}}\n')
     finally:
         run.close()
 

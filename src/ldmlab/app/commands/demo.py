@@ -22,7 +22,8 @@ CAPTIONS = (
     "woman with red hair",
     "blue heart",
 )
-SAMPLING = ("--guidance", "3", "--seed", "7", "--strip", "--sweep", "steps=1,2,5,10,25,50")
+SAMPLING = ("--guidance", "3", "--seed", "7")
+SWEEP = "steps=1,2,5,10,25,50"
 PARTS = ("first_stage", "clip", "latents", "text_to_image", "evaluation")
 
 
@@ -71,13 +72,13 @@ def flow(out: Path, recipe: str) -> list[Step]:
         Step(
             "Train the first stage: pictures to latents and back",
             [*train, f"experiment=demo/{recipe}_first_stage", f"run.dir={first_stage}"],
-            first_stage / "done.json",
+            first_stage / "finished.json",
             minutes[0],
         ),
         Step(
             "Train a small CLIP: captions and pictures in one space",
             [*train, f"experiment=demo/{recipe}_clip", f"run.dir={clip}"],
-            clip / "done.json",
+            clip / "finished.json",
             minutes[1],
         ),
         Step(
@@ -95,18 +96,32 @@ def flow(out: Path, recipe: str) -> list[Step]:
                 f"conditioner.text.from_run={clip}",
                 f"run.dir={model}",
             ],
-            model / "done.json",
+            model / "finished.json",
             minutes[3],
         ),
         Step(
-            "Sample: from noise to pictures, the way they come, and fewer or more steps",
-            [*ldmlab, "sample", str(model), *CAPTIONS, *SAMPLING, "--out", str(out / "samples")],
+            "Sample: from noise to pictures, and the way they come",
+            [*ldmlab, "sample", str(model), *CAPTIONS, *SAMPLING, "--strip", "--out", str(out / "samples")],
             out / "samples" / "grid.png",
             minutes[4],
         ),
         Step(
+            "Sample again with fewer and more steps",
+            [*ldmlab, "sample", str(model), *CAPTIONS[:4], *SAMPLING, "--sweep", SWEEP, "--out", str(out / "sweep")],
+            out / "sweep" / "sweep.png",
+            minutes[4],
+        ),
+        Step(
             "Score the model and write the report",
-            [python, "evaluate.py", f"model={model}", "protocol=emoji", f"features.from_run={clip}", f"out={scores}"],
+            [
+                python,
+                "evaluate.py",
+                f"model={model}",
+                "protocol=demo_emoji",
+                "features=clip_run",
+                f"features.run={clip}",
+                f"out={scores}",
+            ],
             scores / "report.html",
             minutes[5],
         ),

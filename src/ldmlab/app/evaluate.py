@@ -1,0 +1,143 @@
+"""The door of evaluation: compose, load the model, score it by a protocol, write the report."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ldmlab.app.doors import run_door
+
+if TYPE_CHECKING:
+    from ldmlab.data.shard_data import ShardData
+    from ldmlab.metrics.features import FeatureExtractor
+
+OPENING = """usage: python evaluate.py model=RUN [protocol=name] [features=name] [key=value ...]
+
+Draws samples, compares them with real pictures in one pass, writes metrics.json, report.md and report.html."""
+EXAMPLES = """examples:
+  python evaluate.py model=runs/demo/text_to_image protocol=demo_emoji features=clip_run features.run=runs/demo/clip
+  python evaluate.py model=runs/ffhq-1a2b protocol=paper_ffhq            after `ldmlab fetch inception`
+  torchrun --nproc-per-node=8 evaluate.py ...                            the GPUs share the work"""
+T = TypeVar("T")
+
+
+def main() -> None:
+    """`python evaluate.py`."""
+    sys.exit(run_door(_main))
+
+
+def _main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from ldmlab.app.help import hydra_help
+
+        print(hydra_help("evaluate", OPENING, EXAMPLES))
+        return 0
+    from ldmlab.app.compose import hydra_main
+
+    hydra_main("evaluate", job)
+    return 0
+
+
+def job(config: Any) -> None:
+    """One evaluation from its composed configuration."""
+    from ldmlab.app.compose import plain
+
+    evaluate(plain(config))
+
+
+def evaluate(config: Mapping[str, Any]) -> None:
+    """Score config["model"]; everything that can be refused is refused before the first sample."""
+    from ldmlab.build import load, pick_device
+    from ldmlab.evaluation import processes
+    from ldmlab.evaluation.evaluate import Evaluation, check_out
+    from ldmlab.evaluation.protocol import Protocol
+    from ldmlab.instantiate import instantiate
+
+    rank, world = processes.join()
+    out = Path(config["out"] or Path(config["model"]) / "evaluation" / config["protocol"]["name"])
+    check_out(out)
+    protocol: Protocol = instantiate({**config["protocol"], "metrics": {}}, where="protocol")
+    metrics = {
+        name: instantiate(node, where=f"protocol.metrics.{name}")
+        for name, node in config["protocol"]["metrics"].items()
+    }
+    extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
+    model = load(config["model"], weights=config["weights"], device=config["device"])
+    model.in_precision(config["precision"])
+    evaluation = Evaluation(
+        model=model,
+        data=reference_data(config, max(model.image_size)),
+        protocol=protocol,
+        extractor=extractor,
+        metrics=metrics,
+        out=out,
+        batch_size=config["batch_size"],
+        rank=rank,
+        world=world,
+        curves=curves(Path(config["model"])),
+        track=track if rank == 0 else _untracked,
+    )
+    evaluation.run()
+    if rank == 0:
+        print(f"{out / 'report.html'}\n{(out / 'report.md').read_text(encoding='utf-8')}")
+
+
+def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":
+    """The network whose features are compared; a CLIP run is read here."""
+    from ldmlab.build import load_clip
+    from ldmlab.instantiate import accepts, instantiate
+
+    if accepts(node, "clip", where="features"):
+        return instantiate(node, where="features", clip=load_clip(node["run"]))
+    return instantiate(node, where="features")
+
+
+def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":
+    """The real pictures at the model's size: those of `data=`, or those the model's run was trained on."""
+    import yaml
+
+    from ldmlab.errors import InputError
+    from ldmlab.instantiate import instantiate
+
+    node = config.get("data")
+    if node is None:
+        path = Path(config["model"]) / "config.yaml"
+        if not path.exists():
+            raise InputError(f"model={config['model']} does not say what it was trained on; name the data with data=.")
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    return instantiate({**node, "image_size": image_size}, where="data", seed=config["seed"])
+
+
+def curves(model: Path) -> dict[str, Path]:
+    """metrics.csv of the run, and of the runs its parts come from where they are still there."""
+    import yaml
+
+    found = {}
+    if (model / "config.yaml").exists():
+        config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))
+        for part, run in _parts(config):
+            found[part] = Path(run) / "metrics.csv"
+        found["denoiser"] = model / "metrics.csv"
+    return {title: path for title, path in found.items() if path.exists()}
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if config.get("from_run"):
+        yield "first stage", config["from_run"]
+    for name, node in config.get("conditioner", {}).items():
+        if node.get("from_run"):
+            yield f"conditioner {name}", node["from_run"]
+
+
+def track(items: Iterable[T], count: int, title: str) -> Iterator[T]:
+    """The same items under a progress bar."""
+    from ldmlab.app.progress import bar
+
+    with bar(title) as advance:
+        for done, item in enumerate(items, 1):
+            yield item
+            advance(done, count)
+
+
+def _untracked(items: Iterable[T], count: int, title: str) -> Iterable[T]:
+    return items
