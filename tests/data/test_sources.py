@@ -204,6 +204,8 @@ def test_split_depends_on_names_not_on_order() -> None:
 def test_split_refusals() -> None:
     with pytest.raises(InputError, match=r"val=1\.5"):
         SplitRule(1.5)
+    with pytest.raises(InputError, match=r"split=\.\./x"):
+        SplitRule(name="../x")
     with pytest.raises(InputError, match="group-strip"):
         SplitRule(0.1, group_strip="x")
     with pytest.raises(InputError, match="regular expression"):

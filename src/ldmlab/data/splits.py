@@ -25,6 +25,8 @@ class SplitRule:
     def __post_init__(self) -> None:
         if not 0 <= self.val < 1:
             raise InputError(f"val={self.val} is not a share; choose 0 <= val < 1.")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise InputError(f"split={self.name} is not a folder's name; use letters, digits, _ and -.")
         if self.group_strip is not None and self.group is None:
             raise InputError(f"group-strip={self.group_strip} needs --group FIELD to cut from; name the field.")
         if self.val and self.name == "val":

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,8 +20,13 @@ _SHOWN = 10  # unreadable pictures named on the screen; the file names all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options in the order of the work: find, hold out, change, write."""
-    add = parser.add_argument
+    """Options in the order of the work: find, hold out, change and write."""
+    _find(parser.add_argument)
+    _hold_out(parser.add_argument)
+    _write(parser.add_argument)
+
+
+def _find(add: Callable[..., Any]) -> None:
     add("source", metavar="SOURCE", type=Path, help="folder of pictures or tars, or a .jsonl, .csv, .tsv or .tar file")
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and, with --val, val/")
     add(
@@ -36,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class-field", metavar="NAME", help="field whose sorted distinct values become class_id")
     add("--list", metavar="FILE", type=Path, help="take only the pictures this text file names, one a line")
     add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out pictures with a shorter short side")
+
+
+def _hold_out(add: Callable[..., Any]) -> None:
     add("--split", metavar="NAME", default="train", help="what the pictures that are not held out are called (train)")
     add("--val", metavar="SHARE", type=float, default=0.0, help="share of groups held out in val/ (0)")
     add(
@@ -49,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group-strip", metavar="REGEX", help="cut this out of the value of --group first: what variants differ in")
     add("--stratify", metavar="FIELD", help="hold out the same share of each value of this field")
     add("--seed", type=int, default=0, help="which groups are held out (0)")
+
+
+def _write(add: Callable[..., Any]) -> None:
     add("--size", metavar="PIXELS", type=int, help="side of the packed pictures (256)")
     add("--crop", choices=RULES, default="centre", help="crop and resize rule (centre); see data/README.md")
     add(
@@ -91,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     options, console = options_of(args), Console(stderr=True)
     if args.workers < 1:
         raise InputError(f"workers={args.workers}; give at least 1.")
+    if not 0 <= args.max_bad <= 1:
+        raise InputError(f"max-bad={args.max_bad} is not a share; choose 0 .. 1.")
     with console.status(f"listing {args.source}"):
         source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)
     _say_found(console, args.source, source)
