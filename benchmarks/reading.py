@@ -1,8 +1,8 @@
 """How fast shards are read: python benchmarks/reading.py [--images FOLDER] [--size 64] [--seconds 4].
 
 Prints pictures per second for image shards (decoded anew, and kept decoded) and for latent shards made from them with
-a toy encoder, with 0, 1 and 2 workers; memory is the proportional share of the main process and its workers. Then the
-start of a data set of a million samples.
+a toy encoder, with 0, 1 and 2 workers; "per core" counts processor time, whatever else the machine does; memory is the
+proportional share of the main process and its workers. Then the start of a data set of a million samples.
 """
 
 import argparse
@@ -35,15 +35,16 @@ def memory_mib(loader_iterator: Any) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
-def measure(loader: DataLoader[Any], skip: int, seconds: float) -> tuple[float, float]:
-    """Pictures per second and MiB, after `skip` batches."""
+def measure(loader: DataLoader[Any], skip: int, seconds: float) -> tuple[float, float, float]:
+    """Pictures per second, pictures per second of this process on a core, and MiB; after `skip` batches."""
     batches = iter(loader)
     for _ in islice(batches, skip):
         pass
-    start, pictures = time.perf_counter(), 0
+    start, core, pictures = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         pictures += len(next(batches)["key"])
-    return pictures / (time.perf_counter() - start), memory_mib(batches)
+    took, core = time.perf_counter() - start, time.process_time() - core
+    return pictures / took, pictures / core, memory_mib(batches)
 
 
 def toy_moments(images: torch.Tensor) -> torch.Tensor:
@@ -96,7 +97,7 @@ def main() -> None:
         total = read_manifest(chosen.images).total
         print(f"{total} pictures of {chosen.images} at {chosen.size} px, batches of {BATCH}")
         print(f"encode with a toy encoder, both views: {total / took:.0f} pictures/s")
-        print(f"{'reads':28}{'workers':>8}{'pictures/s':>12}{'MiB':>8}")
+        print(f"{'reads':28}{'workers':>8}{'pictures/s':>12}{'per core':>10}{'MiB':>8}")
         images = ShardData(chosen.images, chosen.images, chosen.size, flip=True)
         rows = {
             "image shards": images,
@@ -106,8 +107,8 @@ def main() -> None:
         for name, data in rows.items():
             for workers in (0, 1, 2):
                 skip = -(-total // BATCH) if data.cache else 4  # the cache is filled in the first epoch
-                rate, mib = measure(replace(data, workers=workers).train_loader(BATCH), skip, chosen.seconds)
-                print(f"{name:28}{workers:8}{rate:12.0f}{mib:8.0f}")
+                rate, per_core, mib = measure(replace(data, workers=workers).train_loader(BATCH), skip, chosen.seconds)
+                print(f"{name:28}{workers:8}{rate:12.0f}{'' if workers else f'{per_core:.0f}':>10}{mib:8.0f}")
         start_of_a_million(Path(scratch) / "million")
 
 
