@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def run(make: Callable[[], Stage], folder: Path, keys: Path, slow: bool) -> None
     train(make(), folder, micro=2, callbacks=callbacks)
 
 
+def grown(path: Path, lines: int, child: ForkProcess) -> None:
+    """Wait until the child has written so many lines more."""
+    start = len(path.read_text().splitlines()) if path.exists() else 0
+    while child.is_alive() and (not path.exists() or len(path.read_text().splitlines()) < start + lines):
+        time.sleep(0.002)
+
+
 def latest_keys(path: Path) -> dict[str, list[str]]:
     """The keys of each step's micro-batches as the last try saw them."""
     steps: dict[str, list[str]] = {}
@@ -71,15 +79,16 @@ def latest_keys(path: Path) -> dict[str, list[str]]:
 def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stage], tmp_path: Path) -> None:
     assert forked.finish(forked.start(run, make, tmp_path / "straight", tmp_path / "straight.keys", False)) == [0]
     moments = random.Random(make.__name__)
-    deaths = 0
-    for _ in range(4):
-        child = forked.start(run, make, tmp_path / "killed", tmp_path / "killed.keys", True, log=tmp_path / "log")
-        time.sleep(0.15 + moments.random() * 0.6)
+    keys, log = tmp_path / "killed.keys", tmp_path / "log"
+    for _ in range(3):
+        child = forked.start(run, make, tmp_path / "killed", keys, True, log=log)
+        grown(keys, moments.randint(5, 9), child)
+        time.sleep(moments.random() * 0.03)
         os.kill(child.pid, signal.SIGKILL)
-        deaths += forked.finish(child) == [-signal.SIGKILL]
-    last = forked.start(run, make, tmp_path / "killed", tmp_path / "killed.keys", False, log=tmp_path / "log")
-    assert forked.finish(last) == [0], (tmp_path / "log").read_text()
-    assert deaths
+        assert forked.finish(child) == [-signal.SIGKILL], log.read_text()
+    last = forked.start(run, make, tmp_path / "killed", keys, False, log=log)
+    assert forked.finish(last) == [0], log.read_text()
+    assert "going on from step" in log.read_text()
     straight, killed = (
         load_checkpoint(tmp_path / d / "checkpoints" / "step_00000012.ckpt") for d in ("straight", "killed")
     )
