@@ -47,21 +47,20 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
     import hydra
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks to its own frames otherwise
-    failed: list[BaseException] = []
+    failed: list[Exception] = []
 
     def guarded(config: Any) -> None:
         try:
             job(config)
-        except BaseException as error:
-            failed.append(error)  # what the job raised is the job's own, not a composition error
-            raise
+        except Exception as error:  # kept for later: Hydra would print a line of its own, and end the whole sweep
+            failed.append(error)
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
     except Exception as error:
-        if failed:
-            raise failed[-1] from None
         raise explained(error, config_name, sys.argv[1:]) from error
+    if failed:
+        raise failed[0]
 
 
 def explained(error: Exception, config_name: str, overrides: list[str]) -> Exception:

@@ -56,12 +56,9 @@ def evaluate(config: Mapping[str, Any]) -> None:
     rank, world = processes.join()
     out = Path(config["out"] or Path(config["model"]) / "evaluation" / config["protocol"]["name"])
     check_out(out)
-    protocol: Protocol = instantiate({**config["protocol"], "metrics": {}}, where="protocol")
-    metrics = {
-        name: instantiate(node, where=f"protocol.metrics.{name}")
-        for name, node in config["protocol"]["metrics"].items()
-    }
+    protocol: Protocol = instantiate(config["protocol"], where="protocol")
     extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
+    metrics = {name: build_metric(name, node, extractor.width) for name, node in protocol.metrics.items()}
     model = load(config["model"], weights=config["weights"], device=config["device"])
     model.in_precision(config["precision"])
     evaluation = Evaluation(
@@ -90,6 +87,14 @@ def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":
     if accepts(node, "clip", where="features"):
         return instantiate(node, where="features", clip=load_clip(node["run"]))
     return instantiate(node, where="features")
+
+
+def build_metric(name: str, node: Mapping[str, Any], width: int) -> Any:
+    """A score; one that must know the width of the features is told."""
+    from ldmlab.instantiate import accepts, instantiate
+
+    where = f"protocol.metrics.{name}"
+    return instantiate(node, where=where, **({"width": width} if accepts(node, "width", where=where) else {}))
 
 
 def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":

@@ -23,6 +23,7 @@ CAPTIONS = (
     "blue heart",
 )
 SAMPLING = ("--guidance", "3", "--seed", "7")
+SCORING = ("protocol=demo_emoji", "features=clip_run")
 SWEEP = "steps=1,2,5,10,25,50"
 PARTS = ("first_stage", "clip", "latents", "text_to_image", "evaluation")
 
@@ -108,20 +109,12 @@ def flow(out: Path, recipe: str) -> list[Step]:
         Step(
             "Sample again with fewer and more steps",
             [*ldmlab, "sample", str(model), *CAPTIONS[:4], *SAMPLING, "--sweep", SWEEP, "--out", str(out / "sweep")],
-            out / "sweep" / "sweep.png",
+            out / "sweep" / "sweep_steps.png",
             minutes[4],
         ),
         Step(
             "Score the model and write the report",
-            [
-                python,
-                "evaluate.py",
-                f"model={model}",
-                "protocol=demo_emoji",
-                "features=clip_run",
-                f"features.run={clip}",
-                f"out={scores}",
-            ],
+            [python, "evaluate.py", f"model={model}", f"features.run={clip}", *SCORING, f"out={scores}"],
             scores / "report.html",
             minutes[5],
         ),
