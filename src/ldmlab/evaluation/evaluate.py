@@ -1,0 +1,299 @@
+"""Score a model by a protocol: draw, look once with one extractor, judge, find neighbours, write it all down.
+
+OUT/ metrics.json, report.md, report.html, pictures/, curves/. Several processes share the drawing and the looking.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+from ldmlab.data.shard_data import ShardData
+from ldmlab.data.stream import ShardDataset, Wanted
+from ldmlab.errors import InputError
+from ldmlab.evaluation.album import copy_pictures, save_picture
+from ldmlab.evaluation.category_classifier import train_classifier
+from ldmlab.evaluation.generate import generate
+from ldmlab.evaluation.judge import captions_by_category, labelled, numbers, verdicts
+from ldmlab.evaluation.model import LoadedModel
+from ldmlab.evaluation.neighbours import nearest_training_pictures
+from ldmlab.evaluation.paper_table import Measured, place
+from ldmlab.evaluation.protocol import Protocol, requests
+from ldmlab.evaluation.report import write_report
+from ldmlab.evaluation.score import EvaluationPass, Numbered, Score, numbered
+from ldmlab.metrics.features import FeatureExtractor
+from ldmlab.provenance import provenance
+
+FORMAT_VERSION = 1
+T = TypeVar("T")
+Track = Callable[[Iterable[T], int, str], Iterable[T]]  # (items, how many, title) => the same items, shown
+
+
+@dataclass
+class Evaluation:
+    """All that a score is made from; `run` does it once."""
+
+    model: LoadedModel
+    data: ShardData
+    protocol: Protocol
+    extractor: FeatureExtractor
+    metrics: Mapping[str, Metric]
+    out: Path
+    batch_size: int = 64  # pictures at once
+    rank: int = 0
+    world: int = 1
+    curves: Mapping[str, Path] = field(default_factory=dict)  # title => metrics.csv of a run
+    extras: Sequence[tuple[str, Path]] = ()  # title, picture made elsewhere: sweeps, strips
+    track: Track = lambda items, count, title: items
+
+    def run(self) -> dict[str, Any]:
+        """The content of metrics.json (on every process); the first process writes the files."""
+        began = time.monotonic()
+        check_out(self.out)
+        settings = self.model.resolved(self.protocol.settings())
+        known = self._known(self.protocol.reference, self.protocol.reference_limit)
+        asked = requests(self.protocol, self.model.reads, known)
+        seen = EvaluationPass(self.extractor, self.metrics, keep=self.protocol.neighbours > 0)
+        album = self._album(known)
+        seen.add_all(self._real(album), real=True)
+        seen.add_all(self._drawn(asked, album), real=False)
+        counts = (sum(gathered(seen.counts[True])), sum(gathered(seen.counts[False])))
+        scores = seen.compute(counts)
+        result: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "protocol": self.protocol.as_plain(),
+            "model": {name: value for name, value in self.model.info.items() if name != "spec"},
+            "sampling": settings.as_text() | {"pictures": counts[1], "conditions": self.protocol.conditions},
+            "reference": self._reference(counts[0]),
+            "features": {
+                "name": self.extractor.name,
+                "weights_hash": self.extractor.weights_hash,
+                "width": self.extractor.width,
+            },
+            "scores": {name: asdict(score) for name, score in scores.items()},
+        }
+        if self.protocol.neighbours:
+            result["neighbours"] = self._neighbours(seen, asked, album)
+        if self.protocol.category_field:
+            result["categories"] = self._categories(known)
+        result["paper"] = self._paper(scores, counts)
+        result["seconds"] = round(time.monotonic() - began, 1)
+        result["provenance"] = provenance()
+        if self.rank == 0:
+            self._write(result, album)
+        return result
+
+    # ---- reading
+
+    def _known(self, split: str, limit: int | None) -> list[dict[str, Any]]:
+        """Conditions and category of every picture of a split, without decoding it."""
+        fields = sorted(self.model.reads | ({self.protocol.category_field} if self.protocol.category_field else set()))
+        folder = self.data.folder(split, "images")
+        dataset = ShardDataset(folder, Wanted(self.data.image_size, images=False, fields=tuple(fields)))
+        samples = (dataset[i] for i in range(min(len(dataset), limit or len(dataset))))
+        return [{name: sample[name] for name in fields} for sample in samples if "key" in sample]
+
+    def _loader(self, split: str, limit: int | None = None) -> Iterable[dict[str, Any]]:
+        """This process's share of a split's pictures."""
+        total = self.data.manifest(split, "images").total
+        batches = -(-min(total, limit or total) // (self.batch_size * self.world))
+        loader = self.data.eval_loader(split, self.batch_size, self.world, self.rank, limit, kind="images")
+        return self.track(loader, batches, f"real pictures ({split})")
+
+    def _real(self, album: dict[str, list[dict[str, Any]]]) -> Iterable[Numbered]:
+        for index, pictures in numbered(self._loader(self.protocol.reference, self.protocol.reference_limit)):
+            for number, picture in zip(index.tolist(), pictures, strict=True):
+                if number < len(album["real"]):
+                    save_picture(self.out, "real", number, picture)
+            yield index, pictures
+
+    # ---- drawing
+
+    def _drawn(self, asked: Sequence[Mapping[str, Any]], album: dict[str, list[dict[str, Any]]]) -> Iterable[Numbered]:
+        for index, pictures in self._generated(asked, self.protocol.settings(), 0, "samples"):
+            for number, picture in zip(index.tolist(), pictures, strict=True):
+                if number < len(album["samples"]):
+                    save_picture(self.out, "sample", number, picture)
+            yield index, pictures
+
+    def _generated(
+        self, asked: Sequence[Mapping[str, Any]], settings: Any, first: int, title: str
+    ) -> Iterable[Numbered]:
+        """Numbered pictures uint8 (B, 3, H, W) of this process's share."""
+        stream = generate(
+            self.model,
+            asked,
+            settings,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            world=self.world,
+            first_index=first,
+        )
+        share = len(range(self.rank, len(asked), self.world))
+        for index, pictures in self.track(stream, -(-share // self.batch_size), title):
+            yield torch.tensor(index), pictures.permute(0, 3, 1, 2)
+
+    def _album(self, known: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        """The report's pictures: sample i stands beside the real picture whose caption it was given."""
+        size = min(max(self.protocol.shown, self.protocol.neighbours), self.protocol.samples, len(known))
+        captions = [str(sample.get("caption", sample.get("class_id", ""))) for sample in known[:size]]
+        return {
+            kind: [
+                {"file": f"pictures/{name}_{number:05d}.png", "caption": caption}
+                for number, caption in enumerate(captions)
+            ]
+            for kind, name in (("samples", "sample"), ("real", "real"))
+        }
+
+    # ---- what else is said about the samples
+
+    def _neighbours(
+        self, seen: EvaluationPass, asked: Sequence[Mapping[str, Any]], album: dict[str, list[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        held_out = self.protocol.reference != "train"
+        features: list[Tensor] = []
+        places: list[int] = []
+        for index, pictures in numbered(self._loader("train")):
+            features.append(self.extractor(pictures)["features"].float().cpu())
+            places += index.tolist()
+        train, positions = torch.cat(gathered(torch.cat(features))), all_items(places)
+        real = torch.cat(gathered(torch.cat(seen.features[True])))
+        order = all_items(range(self.rank, len(asked), self.world))
+        drawn = torch.cat(gathered(torch.cat(seen.features[False])))[torch.tensor(order).argsort()]
+        found = nearest_training_pictures(drawn, real if held_out else drawn, train)
+        dataset = self.data.held_out_dataset("images", "train")
+        pairs = []
+        for number in range(min(self.protocol.neighbours, len(album["samples"]))):
+            twin = dataset[positions[int(found.index[number])]]
+            pairs.append(
+                {
+                    "sample": album["samples"][number]["file"],
+                    "train": save_picture(self.out, "train", number, torch.as_tensor(twin["image"])),
+                    "caption": album["samples"][number]["caption"],
+                    "train_caption": str(twin.get("caption", twin["key"])),
+                    "distance": float(found.distance[number]),
+                }
+            )
+        album["neighbours"] = pairs
+        return {
+            "copies": found.copies if held_out else None,
+            "bar": found.bar if held_out else None,
+            "median_distance_samples": found.typical_sample,
+            "median_distance_held_out": found.typical_held_out if held_out else None,
+            "training_pictures": len(train),
+            "pairs": pairs,
+        }
+
+    def _categories(self, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        protocol, name = self.protocol, str(self.protocol.category_field)
+        asked = captions_by_category(known, name, protocol.captions_per_category, protocol.seed)
+        stream = self._generated(asked, protocol.settings(protocol.category_guidance), protocol.samples, "by category")
+        mine = [
+            (int(i) - protocol.samples, picture)
+            for index, part in stream
+            for i, picture in zip(index, part, strict=True)
+        ]
+        drawn = torch.stack([picture for _, picture in sorted(all_items(mine), key=itemgetter(0))])
+        fields = tuple(dict.fromkeys((*self.data.fields, name)))
+        data = replace(self.data, fields=fields)
+        pictures, labels = labelled(data.eval_loader("train", 256, kind="images"), name)
+        held_out = labelled(data.eval_loader(protocol.reference, 256, kind="images"), name)
+        categories = sorted(set(labels))
+        ticks = iter(
+            self.track(range(protocol.classifier_steps), protocol.classifier_steps, "the category judge learns")
+        )
+        judge = train_classifier(
+            pictures,
+            numbers(labels, categories),
+            categories,
+            steps=protocol.classifier_steps,
+            seed=protocol.seed,
+            advance=lambda: next(ticks, None),
+        )
+        next(ticks, None)
+        found, right = verdicts(judge, held_out, (drawn, [str(sample[name]) for sample in asked]))
+        found["guidance"] = protocol.category_guidance
+        found["pictures"] = [
+            {
+                "file": save_picture(self.out, "category", number, picture) if self.rank == 0 else "",
+                "category": str(sample[name]),
+                "caption": str(sample.get("caption", "")),
+                "right": bool(right[number]),
+            }
+            for number, (sample, picture) in enumerate(zip(asked, drawn, strict=True))
+        ]
+        return found
+
+    # ---- writing
+
+    def _reference(self, pictures: int) -> dict[str, Any]:
+        manifest = self.data.manifest(self.protocol.reference, "images")
+        return {
+            "folder": str(self.data.folder(self.protocol.reference, "images")),
+            "split": self.protocol.reference,
+            "pictures": pictures,
+            "manifest_hash": manifest.hash,
+            "transform": manifest.transform,
+            "image_size": self.data.image_size,
+            "source": manifest.source,
+        }
+
+    def _paper(self, scores: Mapping[str, Score], counts: tuple[int, int]) -> dict[str, Any] | None:
+        if self.protocol.paper_table is None:
+            return None
+        manifest = self.data.manifest(self.protocol.reference, "images")
+        measured = Measured(
+            method=Path(str(self.model.info.get("path", "this model"))).name,
+            values={name: score.value for name, score in scores.items()},
+            dataset=self.protocol.dataset,
+            picture_size=self.data.image_size,
+            samples=counts[1],
+            features=self.extractor.name,
+            reference_split=self.protocol.reference,
+            reference_pictures=counts[0],
+            reference_rule=manifest.transform.get("rule"),
+        )
+        table = place(self.protocol.paper_table, measured)
+        return asdict(table) | {"comparable": table.comparable}
+
+    def _write(self, result: dict[str, Any], album: dict[str, list[dict[str, Any]]]) -> None:
+        result["pictures"] = {kind: album[kind] for kind in ("samples", "real")}
+        result["pictures"]["extras"] = copy_pictures(self.out, self.extras)
+        (self.out / "curves").mkdir(parents=True, exist_ok=True)
+        for number, (title, path) in enumerate(self.curves.items()):
+            if path.exists():
+                name = f"curves/{number}.csv"
+                shutil.copyfile(path, self.out / name)
+                result.setdefault("curves", []).append({"title": title, "file": name})
+        (self.out / "metrics.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_report(self.out)
+
+
+def check_out(out: Path) -> None:
+    """A folder that holds a finished evaluation is not written over."""
+    if (out / "metrics.json").exists():
+        raise InputError(f"out={out} already holds an evaluation; choose another folder or delete it.")
+
+
+def gathered(mine: T) -> list[T]:
+    """The value of every process, in their order."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def all_items(mine: Iterable[T]) -> list[T]:
+    """The items of all processes in one list."""
+    return list(chain.from_iterable(gathered(list(mine))))

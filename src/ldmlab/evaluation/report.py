@@ -1,0 +1,159 @@
+"""An evaluation folder as a page: report.html (one file, opens anywhere) and report.md (for a terminal)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldmlab.checkpoints import write_atomically
+from ldmlab.errors import InputError
+from ldmlab.evaluation.report_html import comparison_page, evaluation_page
+
+# Name shown, direction, and what the number says.
+MEANING = {
+    "fid": ("Fréchet distance", "lower", "distance between the Gaussians of real and drawn features"),
+    "kid": ("Kernel distance", "lower", "unbiased distance of the features; about 0 for two halves of one set"),
+    "precision": ("Precision", "higher", "share of drawn pictures that lie among real ones: do they look real?"),
+    "recall": ("Recall", "higher", "share of real pictures that lie among drawn ones: is everything covered?"),
+    "is": ("Inception Score", "higher", "how sure and how varied the network's labels are"),
+    "held_out_real": ("Judge on real pictures", "info", "held-out real pictures put into their category, balanced"),
+    "samples": ("Judge on samples", "higher", "samples put into the category they were asked for, balanced"),
+    "copies": ("Copies", "lower", "samples nearer to a training picture than 99 % of held-out pictures are"),
+}
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """metrics.json of an evaluation folder, or of the `evaluation` folder inside a run."""
+    for place in (folder, folder / "evaluation"):
+        try:
+            result = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise InputError(f"{place / 'metrics.json'} cannot be read ({error}); run the evaluation again.") from None
+        if not isinstance(result, dict) or result.get("format_version") != 1:
+            raise InputError(f"{place / 'metrics.json'} is of another version; run the evaluation again.")
+        return result | {"folder": str(place)}
+    raise InputError(f"{folder} holds no metrics.json; give a folder that `python evaluate.py` wrote.")
+
+
+def write_report(folder: Path) -> Path:
+    """report.html and report.md of one evaluation folder; the path of the page."""
+    result = read_evaluation(folder)
+    place = Path(result["folder"])
+    _write(place / "report.html", evaluation_page(result, place, score_rows(result)))
+    _write(place / "report.md", markdown(result))
+    return place / "report.html"
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """One page for several evaluations, side by side."""
+    results = [read_evaluation(folder) for folder in folders]
+    out.mkdir(parents=True, exist_ok=True)
+    rows = {title(result): score_rows(result) for result in results}
+    if len(rows) < len(results):
+        rows = {result["folder"]: score_rows(result) for result in results}
+    _write(out / "report.html", comparison_page(results, list(rows), list(rows.values())))
+    lines = ["# Comparison", "", *comparison_table(rows)]
+    _write(out / "report.md", "\n".join(lines) + "\n")
+    return out / "report.html"
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """The model's folder name and the protocol."""
+    return f"{Path(str(result['model'].get('path', 'model'))).name} by {result['protocol']['name']}"
+
+
+def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every number of the evaluation with its spread, direction, meaning and marks, ready to print."""
+    rows = [
+        _row(name, score["value"], score["spread"], "; ".join(score["marks"]))
+        for name, score in result["scores"].items()
+    ]
+    if categories := result.get("categories"):
+        mark = f"chance is {categories['chance']:.0%}; guidance {categories['guidance']:g}"
+        rows += [_row("held_out_real", categories["held_out_real"], None, "the judge's own limit")]
+        rows += [_row("samples", categories["samples"], None, f"{_ratio(categories)} of real; {mark}")]
+    if (neighbours := result.get("neighbours")) and neighbours["copies"] is not None:
+        rows += [_row("copies", neighbours["copies"], None, "1 % expected of pictures never seen in training")]
+    return rows
+
+
+def _ratio(categories: Mapping[str, Any]) -> str:
+    return "none" if categories["ratio"] is None else f"{categories['ratio']:.0%}"
+
+
+def _row(name: str, value: float, spread: float | None, note: str) -> dict[str, str]:
+    shown, direction, meaning = MEANING.get(name, (name, "info", ""))
+    share = name in ("precision", "recall", "held_out_real", "samples", "copies")
+    text = f"{value:.1%}" if share else f"{value:.4g}"
+    if spread is not None:
+        text += f" ± {spread:.2g}"
+    return {"name": name, "shown": shown, "value": text, "direction": direction, "meaning": meaning, "note": note}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The report as text: scores, categories, the paper's table, settings; pictures by link."""
+    lines = [f"# {title(result)}", "", "## Scores", "", "| score | value | better | note |", "|---|---|---|---|"]
+    for row in score_rows(result):
+        lines.append(f"| {row['shown']} | {row['value']} | {row['direction']} | {row['note']} |")
+    lines += ["", "## Samples", ""]
+    lines += [f"![{item['caption']}]({item['file']})" for item in result["pictures"]["samples"]]
+    if categories := result.get("categories"):
+        lines += ["", "## Categories", "", "| category | real pictures right | samples right |", "|---|---|---|"]
+        lines += [
+            f"| {row['category']} | {row['real_right']} of {row['real']} | {row['samples_right']} of {row['samples']} |"
+            for row in categories["by_category"]
+        ]
+    if paper := result.get("paper"):
+        lines += ["", f"## {paper['title']}", "", *_paper_lines(paper)]
+    lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in settings_rows(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _paper_lines(paper: Mapping[str, Any]) -> list[str]:
+    columns = paper["columns"]
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for method, _, values in paper["rows"]:
+        lines.append(f"| {method} | {' | '.join(values.get(c, '-') for c in columns)} |")
+    method, values = paper["ours"]
+    word = "" if paper["comparable"] else " (NOT comparable)"
+    lines.append(f"| **{method}**{word} | {' | '.join(values.get(c, '-') for c in columns)} |")
+    return [*lines, "", *([f"Not comparable: {'; '.join(paper['reasons'])}."] if paper["reasons"] else [])]
+
+
+def comparison_table(rows: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
+    """Scores of several evaluations, one line each."""
+    names = list(dict.fromkeys(row["name"] for found in rows.values() for row in found))
+    shown = [MEANING.get(name, (name,))[0] for name in names]
+    lines = [f"| evaluation | {' | '.join(shown)} |", "|---" * (len(names) + 1) + "|"]
+    for run, found in rows.items():
+        values = {row["name"]: row["value"] for row in found}
+        lines.append(f"| {run} | {' | '.join(values.get(name, '-') for name in names)} |")
+    return lines
+
+
+def settings_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Everything that decides the numbers, in reading order."""
+    reference, features = result["reference"], result["features"]
+    rows = [(f"sampling: {name}", str(value)) for name, value in result["sampling"].items()]
+    rows += [(f"model: {name}", str(value)) for name, value in result["model"].items()]
+    rows += [
+        ("reference", f"{reference['pictures']} pictures of {reference['split']}, {reference['image_size']} px"),
+        ("reference: manifest", reference["manifest_hash"]),
+        ("reference: source", reference["source"]),
+        ("features", f"{features['name']}, {features['width']} wide, weights {features['weights_hash']}"),
+        ("took", f"{result['seconds']} s"),
+    ]
+    made = result["provenance"]
+    rows += [("command", made["command"]), ("commit", str(made["commit"])), ("time", made["time_utc"])]
+    return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in made["packages"].items()))]

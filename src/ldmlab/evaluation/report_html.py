@@ -1,0 +1,220 @@
+"""The page of an evaluation: one HTML file with everything inside it."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ldmlab.evaluation.curves import charts
+from ldmlab.evaluation.report_style import STYLE
+
+Rows = Sequence[Mapping[str, str]]
+_ARROW = {"lower": "↓", "higher": "↑", "info": ""}
+
+
+def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> str:
+    """One evaluation: pictures first, then numbers, then everything that made them."""
+    from ldmlab.evaluation.report import settings_rows, title
+
+    sampling = result["sampling"]
+    lead = (
+        f"{sampling['pictures']} pictures of {sampling['size']} px, {sampling['steps']} {sampling['sampler'].upper()} "
+        f"steps, guidance {sampling['guidance']:g}, eta {sampling['eta']:g}, {result['model'].get('weights', '')} "
+        f"weights, set beside {result['reference']['pictures']} {_split(result)} pictures."
+    )
+    sections = [
+        _tiles(scores),
+        _samples(result, folder),
+        _score_table(scores, result),
+        _categories(result, folder),
+        _neighbours(result, folder),
+        _extras(result, folder),
+        _curves(result, folder),
+        _paper(result),
+        _settings(settings_rows(result)),
+    ]
+    return page(title(result), lead, sections)
+
+
+def comparison_page(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Rows]) -> str:
+    """Several evaluations: scores in one table, then a row of samples of each."""
+    columns = {row["name"]: row["shown"] + " " + _ARROW[row["direction"]] for rows in scores for row in rows}
+    head = "".join(f"<th>{escape(shown)}</th>" for shown in columns.values())
+    body = []
+    for name, rows in zip(names, scores, strict=True):
+        values = {row["name"]: row["value"] for row in rows}
+        cells = "".join(f"<td>{escape(values.get(column, '–'))}</td>" for column in columns)
+        body.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+    table = f'<table class="numbers"><tr><th>evaluation</th>{head}</tr>{"".join(body)}</table>'
+    sections = [_section("Scores", table)]
+    for name, result in zip(names, results, strict=True):
+        cards = [
+            _card(Path(result["folder"]), [item["file"]], item["caption"]) for item in result["pictures"]["samples"]
+        ]
+        sections.append(_section(name, f'<div class="cards">{"".join(cards[:16])}</div>'))
+    return page("Comparison", f"{len(results)} evaluations side by side.", sections)
+
+
+def page(title: str, lead: str, sections: Sequence[str]) -> str:
+    """The frame."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main><header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>"
+        f"{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _split(result: Mapping[str, Any]) -> str:
+    return "held-out" if result["reference"]["split"] == "val" else "training"
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    if not content:
+        return ""
+    return f"<section><h2>{escape(title)}</h2>{f'<p>{note}</p>' if note else ''}{content}</section>"
+
+
+def _image(folder: Path, name: str, title: str = "") -> str:
+    """The picture itself inside the page."""
+    data = base64.b64encode((folder / name).read_bytes()).decode()
+    kind = {".webp": "webp", ".gif": "gif", ".jpg": "jpeg"}.get(Path(name).suffix, "png")
+    return f'<img alt="{escape(title)}" title="{escape(title)}" src="data:image/{kind};base64,{data}">'
+
+
+def _card(folder: Path, names: Sequence[str], caption: str, mark: str = "") -> str:
+    images = "".join(_image(folder, name, caption) for name in names)
+    return f'<figure class="card {mark}"><div>{images}</div><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _tiles(scores: Rows) -> str:
+    tiles = "".join(
+        f'<div class="tile" title="{escape(row["meaning"])}"><b>{escape(row["value"].split(" ±")[0])}</b>'
+        f"<span>{escape(row['shown'])} {_ARROW[row['direction']]}</span></div>"
+        for row in scores
+    )
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def _samples(result: Mapping[str, Any], folder: Path) -> str:
+    pairs = zip(result["pictures"]["samples"], result["pictures"]["real"], strict=True)
+    told = result["sampling"]["conditions"] == "reference" and any(i["caption"] for i in result["pictures"]["samples"])
+    if told:
+        cards = [_card(folder, [drawn["file"], real["file"]], drawn["caption"]) for drawn, real in pairs]
+        note = f"Each pair: drawn from the caption, and the {_split(result)} picture whose caption it is."
+        return _section("Drawn and real", f'<div class="cards pairs">{"".join(cards)}</div>', note)
+    drawn = "".join(_image(folder, item["file"]) for item in result["pictures"]["samples"])
+    real = "".join(_image(folder, item["file"]) for item in result["pictures"]["real"])
+    halves = f"<div><h3>Drawn</h3>{drawn}</div><div><h3>Real ({_split(result)})</h3>{real}</div>"
+    return _section("Drawn and real", f'<div class="halves">{halves}</div>')
+
+
+def _score_table(scores: Rows, result: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(row['shown'])} {_ARROW[row['direction']]}</td><td class='value'>{escape(row['value'])}</td>"
+        f"<td>{escape(row['meaning'])}</td><td class='dim'>{escape(row['note'])}</td></tr>"
+        for row in scores
+    )
+    features = result["features"]
+    note = f"Features: {escape(features['name'])}, {features['width']} wide. ↓ lower is better, ↑ higher."
+    return _section("Scores", f"<table>{rows}</table>", note)
+
+
+def _categories(result: Mapping[str, Any], folder: Path) -> str:
+    found = result.get("categories")
+    if not found:
+        return ""
+    blocks = []
+    for row in found["by_category"]:
+        items = [item for item in found["pictures"] if item["category"] == row["category"]]
+        pictures = "".join(_verdict(folder, item) for item in items)
+        bars = _bar("real", row["real_right"], row["real"]) + _bar("drawn", row["samples_right"], row["samples"])
+        blocks.append(f"<tr><td>{escape(row['category'])}</td><td>{bars}</td><td class='strip'>{pictures}</td></tr>")
+    note = (
+        "A small network that has seen only real training pictures sorts held-out real pictures and samples. Balanced "
+        f"over categories it is right for {found['held_out_real']:.1%} of real pictures and {found['samples']:.1%} of "
+        f"samples (chance {found['chance']:.1%}). Framed in green: put into the category that was asked for."
+    )
+    return _section("Does it draw what was asked?", f'<table class="categories">{"".join(blocks)}</table>', note)
+
+
+def _verdict(folder: Path, item: Mapping[str, Any]) -> str:
+    word = "right" if item["right"] else "wrong"
+    return f'<span class="{word}">{_image(folder, item["file"], item["caption"])}</span>'
+
+
+def _bar(name: str, right: int, count: int) -> str:
+    share = right / count if count else 0.0
+    return f'<div class="bar {name}"><i style="width:{share:.0%}"></i><span>{name} {right}/{count}</span></div>'
+
+
+def _neighbours(result: Mapping[str, Any], folder: Path) -> str:
+    found = result.get("neighbours")
+    if not found:
+        return ""
+    cards = [
+        _card(
+            folder,
+            [pair["sample"], pair["train"]],
+            f"“{pair['caption']}” beside “{pair['train_caption']}”, {pair['distance']:.3f}",
+            "copy" if found["bar"] is not None and pair["distance"] < found["bar"] else "",
+        )
+        for pair in found["pairs"]
+    ]
+    note = f"Each sample beside the nearest of all {found['training_pictures']:,} training pictures (cosine distance). "
+    if found["copies"] is not None:
+        note += (
+            f"{found['copies']:.1%} of all samples are nearer to a training picture than {found['bar']:.3f}, which "
+            "one held-out real picture in a hundred is; half of the samples are within "
+            f"{found['median_distance_samples']:.3f} of one, half of the held-out pictures within "
+            f"{found['median_distance_held_out']:.3f}."
+        )
+    return _section("Learned by heart?", f'<div class="cards pairs">{"".join(cards)}</div>', note)
+
+
+def _extras(result: Mapping[str, Any], folder: Path) -> str:
+    blocks = "".join(
+        f'<figure class="wide"><figcaption>{escape(item["title"])}</figcaption>{_image(folder, item["file"])}</figure>'
+        for item in result["pictures"].get("extras", [])
+    )
+    return _section("More pictures", blocks)
+
+
+def _curves(result: Mapping[str, Any], folder: Path) -> str:
+    blocks = []
+    for run in result.get("curves", []):
+        figures = [chart for chart in charts(folder / run["file"]) if chart]
+        first, rest = "".join(figures[:6]), "".join(figures[6:])
+        more = f'<details><summary>{len(figures) - 6} more</summary><div class="charts">{rest}</div></details>'
+        blocks.append(f'<h3>{escape(run["title"])}</h3><div class="charts">{first}</div>{more if rest else ""}')
+    return _section("Training", "".join(blocks))
+
+
+def _paper(result: Mapping[str, Any]) -> str:
+    paper = result.get("paper")
+    if not paper:
+        return ""
+    columns = paper["columns"]
+    head = "".join(f"<th>{escape(column.upper())}</th>" for column in columns)
+    lines = [
+        f'<tr class="{"ldm" if is_ldm else ""}"><td>{escape(method)}</td>{_cells(values, columns)}</tr>'
+        for method, is_ldm, values in paper["rows"]
+    ]
+    method, values = paper["ours"]
+    word = "" if paper["comparable"] else ' <em class="stamp">not comparable</em>'
+    lines.append(f'<tr class="ours"><td>{escape(method)}{word}</td>{_cells(values, columns)}</tr>')
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in paper["reasons"])
+    note = "Our row meets every condition of the paper's measurement that is known." if paper["comparable"] else ""
+    why = f"<p>Our row cannot be set beside the others:</p><ul>{reasons}</ul>" if reasons else ""
+    table = f'<table class="numbers"><tr><th>method</th>{head}</tr>{"".join(lines)}</table>{why}'
+    return _section(f"The paper's table: {paper['title']}", table, note)
+
+
+def _cells(values: Mapping[str, str], columns: Sequence[str]) -> str:
+    return "".join(f"<td>{escape(values.get(column, '–'))}</td>" for column in columns)
+
+
+def _settings(rows: Sequence[tuple[str, str]]) -> str:
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    return _section("Settings and origin", f'<table class="settings">{body}</table>')
