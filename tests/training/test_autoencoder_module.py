@@ -31,7 +31,8 @@ def stage(
 ) -> AutoencoderStage:
     """A tiny first stage with its loss; `vq` is the size of a codebook."""
     torch.manual_seed(2)
-    network = VQModel(**NETWORK, codebook_size=vq) if vq else KLAutoencoder(**NETWORK)
+    architecture = NETWORK | changes.pop("network", {})
+    network = VQModel(**architecture, codebook_size=vq) if vq else KLAutoencoder(**architecture)
     loss = AutoencoderLoss(
         penalty_weights={"codebook": 1.0} if vq else {"kl": 1e-6},
         lpips_weight=0.0,
@@ -115,7 +116,7 @@ def test_fifty_steps_in_bfloat16_with_and_without_accumulation(tmp_path: Path) -
     """Accumulation only makes the adaptive weight each micro-batch's own; batches of one picture are safe."""
     errors = {}
     for accumulate in (1, 4):
-        made = stage(start=10, max_steps=50, accumulate=accumulate)
+        made = stage(start=10, max_steps=50, accumulate=accumulate, network={"mid_attention": False, "channels": 4})
         train(made, tmp_path / f"{accumulate}", micro=4 // accumulate, precision="bf16-mixed")
         assert made.step == 50
         errors[accumulate] = made.held_out([picture_batch(range(40))])["psnr"]

@@ -39,7 +39,10 @@ class ReconstructionLoss(nn.Module):
         self.reduction = reduction
         self.lpips = lpips if lpips_weight else None
         start = torch.tensor(float(logvar_start))
-        self.logvar = nn.Parameter(start, requires_grad=logvar == "learned")
+        if logvar == "learned":
+            self.logvar: Tensor = nn.Parameter(start)
+        else:
+            self.register_buffer("logvar", start)
 
     def forward(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Two batches (B, 3, H, W) in [-1, 1] => loss, and the plain means of its terms (`l1`, `lpips`)."""

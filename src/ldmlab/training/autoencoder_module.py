@@ -48,9 +48,7 @@ class AutoencoderStage(Stage):
         self.rise_alarm = RiseAlarm()
         with_lpips = loss.reconstruction.lpips is not None
         self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
-        self._window_start: int | None = (
-            None  # position at which the codebook's window began; a resumed run begins anew
-        )
+        self._window_start: int | None = None  # position at which the window began; a resumed run begins anew
         self._window: dict[str, float] = {}  # codebook use over the last full window
         self._players = self._assign()
         self._seen: tuple[Tensor, Tensor] | None = None  # pictures and reconstructions of this micro-batch
