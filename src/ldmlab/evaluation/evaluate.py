@@ -111,18 +111,20 @@ class Evaluation:
         return self.track(loader, batches, f"real pictures ({split})")
 
     def _real(self, album: dict[str, list[dict[str, Any]]]) -> Iterable[Numbered]:
+        shown = {item["number"] for item in album["real"]}
         for index, pictures in numbered(self._loader(self.protocol.reference, self.protocol.reference_limit)):
             for number, picture in zip(index.tolist(), pictures, strict=True):
-                if number < len(album["real"]):
+                if number in shown:
                     save_picture(self.out, "real", number, picture)
             yield index, pictures
 
     # ---- drawing
 
     def _drawn(self, asked: Sequence[Mapping[str, Any]], album: dict[str, list[dict[str, Any]]]) -> Iterable[Numbered]:
+        shown = {item["number"] for item in album["samples"]}
         for index, pictures in self._generated(asked, self.protocol.settings(), 0, "samples"):
             for number, picture in zip(index.tolist(), pictures, strict=True):
-                if number < len(album["samples"]):
+                if number in shown:
                     save_picture(self.out, "sample", number, picture)
             yield index, pictures
 
@@ -145,12 +147,17 @@ class Evaluation:
 
     def _album(self, known: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """The report's pictures: sample i stands beside the real picture whose caption it was given."""
-        size = min(max(self.protocol.shown, self.protocol.neighbours), self.protocol.samples, len(known))
-        captions = [str(sample.get("caption", sample.get("class_id", ""))) for sample in known[:size]]
+        count = min(self.protocol.samples, len(known))
+        size = min(max(self.protocol.shown, self.protocol.neighbours), count)
+        spread = [number * count // size for number in range(size)]  # over the whole set, not its first pictures
         return {
             kind: [
-                {"file": f"pictures/{name}_{number:05d}.png", "caption": caption}
-                for number, caption in enumerate(captions)
+                {
+                    "number": number,
+                    "file": f"pictures/{name}_{number:05d}.png",
+                    "caption": str(known[number].get("caption", known[number].get("class_id", ""))),
+                }
+                for number in spread
             ]
             for kind, name in (("samples", "sample"), ("real", "real"))
         }
@@ -173,18 +180,19 @@ class Evaluation:
         found = nearest_training_pictures(drawn, real if held_out else drawn, train)
         dataset = self.data.held_out_dataset("images", "train")
         pairs = []
-        for number in range(min(self.protocol.neighbours, len(album["samples"]))):
+        stride = max(len(album["samples"]) // self.protocol.neighbours, 1)
+        for item in album["samples"][::stride][: self.protocol.neighbours]:
+            number = item["number"]
             twin = dataset[positions[int(found.index[number])]]
             pairs.append(
                 {
-                    "sample": album["samples"][number]["file"],
+                    "sample": item["file"],
                     "train": save_picture(self.out, "train", number, torch.as_tensor(twin["image"])),
-                    "caption": album["samples"][number]["caption"],
+                    "caption": item["caption"],
                     "train_caption": str(twin.get("caption", twin["key"])),
                     "distance": float(found.distance[number]),
                 }
             )
-        album["neighbours"] = pairs
         return {
             "copies": found.copies if held_out else None,
             "bar": found.bar if held_out else None,

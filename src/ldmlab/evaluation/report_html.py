@@ -157,7 +157,7 @@ def _neighbours(result: Mapping[str, Any], folder: Path) -> str:
         _card(
             folder,
             [pair["sample"], pair["train"]],
-            f"“{pair['caption']}” beside “{pair['train_caption']}”, {pair['distance']:.3f}",
+            f"“{pair['caption']}” beside “{pair['train_caption']}”, {pair['distance']:.3g}",
             "copy" if found["bar"] is not None and pair["distance"] < found["bar"] else "",
         )
         for pair in found["pairs"]
@@ -165,10 +165,10 @@ def _neighbours(result: Mapping[str, Any], folder: Path) -> str:
     note = f"Each sample beside the nearest of all {found['training_pictures']:,} training pictures (cosine distance). "
     if found["copies"] is not None:
         note += (
-            f"{found['copies']:.1%} of all samples are nearer to a training picture than {found['bar']:.3f}, which "
+            f"{found['copies']:.1%} of all samples are nearer to a training picture than {found['bar']:.3g}, which "
             "one held-out real picture in a hundred is; half of the samples are within "
-            f"{found['median_distance_samples']:.3f} of one, half of the held-out pictures within "
-            f"{found['median_distance_held_out']:.3f}."
+            f"{found['median_distance_samples']:.3g} of one, half of the held-out pictures within "
+            f"{found['median_distance_held_out']:.3g}."
         )
     return _section("Learned by heart?", f'<div class="cards pairs">{"".join(cards)}</div>', note)
 

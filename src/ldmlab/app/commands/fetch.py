@@ -1,0 +1,43 @@
+"""`ldmlab fetch`: published weights that a choice needs, checked, to one folder."""
+
+import argparse
+
+from ldmlab.app.progress import bar
+from ldmlab.interop.fetch import CLIP, WEIGHTS, fetch, fetch_clip, known, weights_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ldmlab fetch`."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*WEIGHTS, CLIP])}")
+    parser.add_argument("--list", action="store_true", help="what there is: size, licence, use, and whether it is here")
+    parser.add_argument("--url", help="fetch from this address instead (a mirror); the checksum stays")
+    parser.add_argument("--model", default="ViT-B-32", help="with clip: open_clip architecture (default: ViT-B-32)")
+    parser.add_argument("--pretrained", default="openai", help="with clip: tag of its weights (default: openai)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch each name, or list what there is."""
+    if args.list or not args.names:
+        print(listing())
+        return 0
+    for name in args.names:
+        if name != CLIP:
+            known(name)  # a wrong name is refused before anything is fetched
+    for name in args.names:
+        if name == CLIP:
+            print(fetch_clip(args.model, args.pretrained))
+            continue
+        with bar(f"fetch {name}") as advance:
+            path = fetch(name, url=args.url, advance=advance)
+        print(path)
+    return 0
+
+
+def listing() -> str:
+    """One block a file."""
+    lines = [f"folder: {weights_folder()} (LDMLAB_WEIGHTS chooses another)", ""]
+    for name, weights in WEIGHTS.items():
+        here = "here" if (weights_folder() / weights.file).is_file() else "not here"
+        lines += [f"{name:<10} {weights.mib} MiB, {weights.licence}, {here}", f"{'':<10} {weights.used_for}"]
+    lines += [f"{CLIP:<10} any open_clip model: --model ViT-B-32 --pretrained openai (open_clip keeps it itself)"]
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Published weights that some choices need: fetched on demand by command, never in the middle of a run.
+
+They lie in LDMLAB_WEIGHTS or ~/.cache/ldmlab, under the names of their files.
+"""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldmlab.checkpoints import write_atomically
+from ldmlab.errors import InputError
+
+Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: not told)
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file that others publish; `sha256` is the hash or the beginning of it that its publisher put in the name."""
+
+    file: str
+    url: str
+    sha256: str
+    mib: int
+    licence: str
+    used_for: str
+
+
+WEIGHTS = {
+    "inception": Weights(
+        file="weights-inception-2015-12-05-6726825d.pth",
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        sha256="6726825d",
+        mib=91,
+        licence="Apache-2.0",
+        used_for="features=inception: the published FID, IS, precision and recall",
+    ),
+    "lpips": Weights(
+        file="vgg16-397923af.pth",
+        url="https://download.pytorch.org/models/vgg16-397923af.pth",
+        sha256="397923af",
+        mib=528,
+        licence="BSD-3-Clause (torchvision)",
+        used_for="LPIPS: the perceptual loss of first stages and its score",
+    ),
+}
+CLIP = "clip"  # any open_clip model, `ldmlab fetch clip --model ViT-B-32 --pretrained openai`
+
+
+def weights_folder() -> Path:
+    """Where fetched files lie."""
+    return Path(os.environ.get("LDMLAB_WEIGHTS") or Path.home() / ".cache" / "ldmlab")
+
+
+def weights_path(name: str) -> Path:
+    """The fetched file; InputError naming the command when it is missing."""
+    path = weights_folder() / known(name).file
+    if not path.is_file():
+        raise InputError(f"{name} weights are not at {path}; run `ldmlab fetch {name}` on a machine with internet.")
+    return path
+
+
+def known(name: str) -> Weights:
+    """The entry of a name."""
+    if name not in WEIGHTS:
+        raise InputError(f"{name}: there are no such weights; there are {', '.join([*WEIGHTS, CLIP])}.")
+    return WEIGHTS[name]
+
+
+def fetch(name: str, *, url: str | None = None, advance: Advance = lambda done, total: None) -> Path:
+    """Download, check and put in place; a file that is there and whole is kept. `url` names a mirror."""
+    weights = known(name)
+    path = weights_folder() / weights.file
+    if path.is_file() and sha256(path).startswith(weights.sha256):
+        return path
+    source = url or weights.url
+    write_atomically(path, lambda temporary: _download(source, temporary, weights.sha256, advance))
+    return path
+
+
+def _download(source: str, path: Path, expected: str, advance: Advance) -> None:
+    digest, done = hashlib.sha256(), 0
+    try:
+        with urllib.request.urlopen(source, timeout=_TIMEOUT_SECONDS) as answer, open(path, "wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0)
+            while chunk := answer.read(_CHUNK_BYTES):
+                file.write(chunk)
+                digest.update(chunk)
+                done += len(chunk)
+                advance(done, total)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+        raise InputError(f"{source} cannot be fetched ({error}); try again, or give a mirror with --url.") from error
+    if total and done < total:
+        raise InputError(f"{source} broke off after {done} of {total} bytes; run the command again.")
+    if not digest.hexdigest().startswith(expected):
+        raise InputError(
+            f"{source} gave a file whose SHA-256 begins {digest.hexdigest()[:16]} instead of {expected}; "
+            "it was thrown away, try again or give another --url."
+        )
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_clip(model: str, pretrained: str) -> Path:
+    """A published open_clip model through open_clip's own download, into the cache where open_clip finds it again."""
+    import open_clip
+
+    if (model, pretrained) not in open_clip.list_pretrained():
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        hint = f"there are {', '.join(tags)}" if tags else "`ldmlab fetch --list` names some models"
+        raise InputError(f"--model={model} --pretrained={pretrained} is not published by open_clip; {hint}.")
+    settings = open_clip.get_pretrained_cfg(model, pretrained)
+    try:
+        return Path(open_clip.download_pretrained(settings))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{model} {pretrained} cannot be fetched ({reason}); try again with internet.") from error
