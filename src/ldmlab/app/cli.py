@@ -59,7 +59,7 @@ def dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f"ldmlab.app.commands.{name}")
     parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(rest)) or 0)
+    return int(module.run(parser.parse_intermixed_args(rest)) or 0)
 
 
 def _help() -> str:
