@@ -1,11 +1,12 @@
 """The U-Net's training step, ours against diffusers' UNet2DConditionModel of the same shape.
 
-    python benchmarks/unet_step.py [--rounds 15] [--channels 96] [--latent 4x16x16] [--batch 16] [--float32]
+    python benchmarks/unet_step.py [--rounds 15] [--channels 96] [--latent 4x16x16] [--batch 16]
+                                   [--float32] [--contiguous] [--device cuda]
 
-Both networks hold equally many parameters and run forward, backward and AdamW in turns in one process, in channels-last
-layout and, unless --float32, in bfloat16 autocast. The time is the processor time of this process, so that other
-jobs on the machine disturb it little; the ratio is the median over rounds of theirs divided by ours (1.0 or more: at
-least as fast).
+Both networks hold equally many parameters and run forward, backward and AdamW in turns in one process, in one memory
+layout (channels-last unless --contiguous) and, unless --float32, in bfloat16 autocast. The time is the processor time
+of this process, so that other jobs on the machine disturb it little; the ratio is the median over rounds of theirs
+divided by ours (1.0 or more: at least as fast).
 """
 
 import argparse
@@ -74,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--latent", default="4x16x16", help="channels x height x width")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--float32", action="store_true", help="no autocast")
+    parser.add_argument("--contiguous", action="store_true", help="not channels-last")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
@@ -81,14 +83,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device, bfloat16 = torch.device(args.device), not args.float32
+    layout = torch.contiguous_format if args.contiguous else torch.channels_last
     c, h, w = (int(n) for n in args.latent.split("x"))
     torch.manual_seed(0)
-    x = torch.randn(args.batch, c, h, w, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(args.batch, c, h, w, device=device).contiguous(memory_format=layout)
     t = torch.randint(0, 1000, (args.batch,), device=device)
     tokens, target = torch.randn(args.batch, TOKENS, WIDTH, device=device), torch.randn_like(x)
 
-    a = ours(c, args.channels).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    b = theirs(c, args.channels).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    a = ours(c, args.channels).to(device, memory_format=layout)  # type: ignore[call-overload]
+    b = theirs(c, args.channels).to(device, memory_format=layout)  # type: ignore[call-overload]
     sizes = [sum(p.numel() for p in network.parameters()) for network in (a, b)]
     assert sizes[0] == sizes[1], f"the networks differ: {sizes}"
     condition = Conditioning(tokens=tokens)
@@ -105,7 +108,9 @@ def main() -> None:
                 seconds[name].append(clock(device) - start)
     ratio = statistics.median(b / a for a, b in zip(seconds["ldmlab"], seconds["diffusers"], strict=True))
     dtype = "bfloat16 autocast" if bfloat16 else "float32"
-    print(f"{sizes[0] / 1e6:.1f}M parameters, batch {args.batch} of {args.latent}, {dtype}, channels-last, {device}")
+    print(
+        f"{sizes[0] / 1e6:.1f}M parameters, batch {args.batch} of {args.latent}, {dtype}, {str(layout).removeprefix('torch.')}, {device}"
+    )
     for name, values in seconds.items():
         print(f"{name:>10}: {statistics.median(values) * 1e3:8.1f} ms a step (median of {len(values)})")
     print(f"ratio diffusers / ldmlab: {ratio:.3f}")

@@ -24,7 +24,7 @@ def make(**changes: object) -> UNet:
     options = {"heads": 2, "context_width": 16, "attention_downsampling": [2], "num_res_blocks": 1} | changes
     unet = UNet(in_channels=4, out_channels=4, model_channels=32, channel_mult=[1, 2], **options)  # type: ignore[arg-type]
     randomised(unet)
-    return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return unet
 
 
 def inputs(size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor, Conditioning]:
@@ -119,14 +119,17 @@ def test_spatial_is_joined_to_the_input() -> None:
     assert torch.equal(unet(x[:, :3], t, split), unet(x, t, conditioning))
 
 
-def test_layout_stays_channels_last() -> None:
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@torch.no_grad()
+def test_feature_maps_keep_the_layout_of_the_weights(layout: torch.memory_format) -> None:
     seen: list[bool] = []
-    last = {"memory_format": torch.channels_last}
-    unet = make()
+    unet = make().to(memory_format=layout)  # type: ignore[call-overload]
     for module in unet.modules():
-        if isinstance(module, nn.Conv2d | nn.GroupNorm):
-            module.register_forward_hook(lambda m, i, o: seen.append(o.is_contiguous(**last)))
-    unet(*inputs())
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda m, i, o: seen.append(o.is_contiguous(memory_format=layout)))
+    x, t, conditioning = inputs()
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(unet(given, t, conditioning), make()(x, t, conditioning))
     assert all(seen)
 
 

@@ -1,7 +1,7 @@
 """Attention over the pixels of a feature map and over conditioning tokens.
 
 Shapes: B batch, C channels, h w feature map, N = h w, L conditioning tokens, H heads, d = width of a head.
-A channels-last feature map is a sequence of tokens without a copy, and every product here is a linear layer on it.
+A channels-last feature map is a sequence of tokens without a copy; every product here is a linear layer on tokens.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, N, C) => (B, C, h, w) with the size of `like`, a channels-last view."""
+    """(B, N, C) => (B, C, h, w) with the size of `like`, a view laid out channels-last."""
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 

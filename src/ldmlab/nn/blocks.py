@@ -1,13 +1,12 @@
 """Convolutional bricks shared by the networks: norm, residual block, resampling.
 
-All keep the channels-last layout they are given, and all work at sizes that two does not divide: shrinking rounds up,
+All keep the memory layout they are given, and all work at sizes that two does not divide: shrinking rounds up,
 growing is cropped to the size of the skip connection it will meet.
 """
 
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,8 +109,3 @@ class ResBlock(nn.Module):
         else:
             h = self.norm_out(h + e)
         return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
-
-
-def as_channels_last(x: Tensor) -> Tensor:
-    """The same numbers laid out with channels innermost, the layout every convolution here is fastest in."""
-    return x.contiguous(memory_format=torch.channels_last)
