@@ -108,9 +108,8 @@ def main() -> None:
                 seconds[name].append(clock(device) - start)
     ratio = statistics.median(b / a for a, b in zip(seconds["ldmlab"], seconds["diffusers"], strict=True))
     dtype = "bfloat16 autocast" if bfloat16 else "float32"
-    print(
-        f"{sizes[0] / 1e6:.1f}M parameters, batch {args.batch} of {args.latent}, {dtype}, {str(layout).removeprefix('torch.')}, {device}"
-    )
+    setting = f"{dtype}, {str(layout).removeprefix('torch.')}, {device}"
+    print(f"{sizes[0] / 1e6:.1f}M parameters, batch {args.batch} of {args.latent}, {setting}")
     for name, values in seconds.items():
         print(f"{name:>10}: {statistics.median(values) * 1e3:8.1f} ms a step (median of {len(values)})")
     print(f"ratio diffusers / ldmlab: {ratio:.3f}")
