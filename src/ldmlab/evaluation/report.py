@@ -48,7 +48,7 @@ def write_report(folder: Path) -> Path:
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     """One page for several evaluations, side by side."""
-    results = [read_evaluation(folder) for folder in folders]
+    results = list({result["folder"]: result for result in map(read_evaluation, folders)}.values())
     out.mkdir(parents=True, exist_ok=True)
     rows = {title(result): score_rows(result) for result in results}
     if len(rows) < len(results):

@@ -91,6 +91,7 @@ class OpenClipFeatures(nn.Module):
         self.model = clip.model.eval().requires_grad_(False)
         self.weights_hash = fingerprint(self.model.state_dict())
         self._pixels = clip.pixels
+        self.eval()
         blank = torch.zeros(1, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
         self.width = int(self(blank)["features"].shape[1])
 

@@ -1,0 +1,40 @@
+"""The judge tells simple things apart, weighs categories equally, and is the same at every run."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.category_classifier import Agreement, train_classifier
+
+NAMES = ["dark", "light", "striped"]
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise on a dark, a light or a striped ground; the dark ones are rare."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.multinomial(torch.tensor([0.1, 0.45, 0.45]), count, replacement=True, generator=generator)
+    ground = torch.tensor([60.0, 190.0, 120.0])[labels].view(-1, 1, 1, 1).expand(-1, 3, 16, 16).clone()
+    ground[labels == 2, :, ::4] = 255
+    noise = 25 * torch.randn(ground.shape, generator=generator)
+    return (ground + noise).clamp(0, 255).to(torch.uint8), labels
+
+
+def test_it_learns_and_repeats_itself() -> None:
+    train, test = pictures(90, 0), pictures(60, 1)
+    before = torch.random.get_rng_state()
+    judge = train_classifier(*train, NAMES, steps=25, batch_size=24)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert judge.agreement(*test).balanced > 0.8
+    again = train_classifier(*train, NAMES, steps=25, batch_size=24)
+    assert torch.equal(judge.predict(test[0]), again.predict(test[0]))
+
+
+def test_balanced_means_every_category_counts_the_same() -> None:
+    assert Agreement(("a", "b", "c"), (90, 0, 0), (90, 10, 0)).balanced == 0.5
+
+
+def test_a_category_without_pictures_is_named() -> None:
+    images, labels = pictures(90, 0)
+    with pytest.raises(InputError, match="no training picture is of category round"):
+        train_classifier(images, labels, [*NAMES, "round"], steps=1)

@@ -1,0 +1,168 @@
+"""From a model and shards to one page that needs nothing else, the same from one process and from two."""
+
+import json
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from sampling_models import CLIP, tiny_model
+
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.evaluation.curves import charts
+from ldmlab.evaluation.evaluate import Evaluation
+from ldmlab.evaluation.line_chart import line_chart, ticks
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.report import write_comparison, write_report
+from ldmlab.metrics.features import OpenClipFeatures
+from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.metrics.kernel import KernelDistance
+from ldmlab.metrics.precision_recall import PrecisionRecall
+from ldmlab.nn.openclip import build_clip
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from shard_maker import write_shards
+
+CURVE = "step,loss,held_out/psnr,loss_by_noise/0.10,loss_by_noise/0.20\n1,1.0,,0.5,0.7\n2,0.5,12.0,0.4,0.6\n3,0.4,,,\n"
+
+
+def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evaluation:
+    torch.manual_seed(0)
+    extractor = OpenClipFeatures(build_clip(config=CLIP), "clip run tiny")
+    protocol = Protocol(
+        name="tiny",
+        samples=14,
+        reference="val",
+        metrics={},
+        steps=2,
+        guidance=2.0,
+        category_field="category",
+        captions_per_category=2,
+        classifier_steps=4,
+        neighbours=3,
+        shown=6,
+        paper_table="text2img/coco-256",
+    )
+    metrics = {
+        "fid": FrechetDistance(extractor.width, small_sample=True),
+        "kid": KernelDistance(subsets=4, subset_size=8),
+        "precision_recall": PrecisionRecall(),
+    }
+    data = ShardData(
+        str(folder / "train"), str(folder / "val"), image_size=16, fields=("caption", "category"), workers=0
+    )
+    (folder / "metrics.csv").write_text(CURVE)
+    curves = {"Denoiser": folder / "metrics.csv"}
+    return Evaluation(tiny_model("caption"), data, protocol, extractor, metrics, out, 4, rank, world, curves=curves)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder / "train", [20, 13], size=16)
+    write_shards(folder / "val", [12], size=16, split="val")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path) -> tuple[Path, dict[str, Any]]:
+    out = shards / "evaluation"
+    return out, evaluation(shards, out).run()
+
+
+class Links(HTMLParser):
+    """Everything a browser would load, and the tags left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.images = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.images += tag == "img"
+        self.loaded += [value for name, value in attributes if name in ("src", "href", "srcset") and value]
+
+
+def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.images == 6 * 2 + 3 * 2 + 3 * 2  # samples and real, categories, neighbours
+    assert all(address.startswith("data:image/") for address in links.loaded)
+    assert "http" not in page.replace("http-equiv", "")
+    for words in ("not comparable", "picture 0", "Learned by heart?", "<svg", "loss_by_noise"):
+        assert words in page
+
+
+def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    stored = json.loads((out / "metrics.json").read_text())
+    assert stored["scores"] == json.loads(json.dumps(result["scores"]))
+    assert (
+        stored["sampling"] | {"seed": 0, "steps": 2, "guidance": 2.0, "eta": 0.0, "sampler": "ddim"}
+        == stored["sampling"]
+    )
+    assert stored["sampling"]["pictures"] == 14
+    assert stored["model"]["weights"] == "averaged"
+    assert len(stored["reference"]["manifest_hash"]) == 64
+    assert len(stored["features"]["weights_hash"]) == 16
+    assert stored["categories"]["chance"] == pytest.approx(1 / 3)
+    assert stored["provenance"]["packages"]["torch"]
+    assert "300" not in (out / "report.md").read_text().split("##")[1]
+
+
+def test_a_finished_evaluation_is_not_written_over(shards: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(InputError, match="already holds an evaluation"):
+        evaluation(shards, finished[0]).run()
+
+
+def test_reports_again_and_side_by_side(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = finished
+    before = (out / "report.html").read_text()
+    assert write_report(out).read_text() == before
+    shutil.copytree(out, tmp_path / "other")
+    page = write_comparison([out, tmp_path / "other"], tmp_path).read_text()
+    assert "2 evaluations" in page
+    with pytest.raises(InputError, match=r"no metrics\.json"):
+        write_report(tmp_path)
+
+
+def _process(rank: int, shards: str, expected: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{shards}/meet", rank=rank, world_size=2)
+    result = evaluation(Path(shards), Path(shards) / "two", rank, 2).run()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    for name, score in expected["scores"].items():
+        assert result["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-3, abs=1e-4), name
+    assert result["neighbours"]["median_distance_samples"] == pytest.approx(
+        expected["neighbours"]["median_distance_samples"], rel=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(shards: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    mp.spawn(_process, args=(str(shards), finished[1]), nprocs=2)
+    assert (shards / "two" / "report.html").exists()
+
+
+def test_curves_share_a_chart_by_stem(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(CURVE)
+    found = charts(tmp_path / "metrics.csv")
+    assert len(found) == 3
+    assert found[0].count("<path") == 1
+    assert sum("0.20" in chart for chart in found) == 1
+
+
+def test_charts_survive_odd_numbers() -> None:
+    assert line_chart({"a": [(0.0, float("nan"))]}, title="x") == ""
+    assert "circle" in line_chart({"a": [(5.0, 3.0)]}, title="x")
+    assert "&lt;b&gt;" in line_chart({"a": [(0.0, 1.0), (1.0, 1.0)]}, title="<b>")
+    assert line_chart({"a": [(float(i), 1.0 / (i + 1)) for i in range(5000)]}, title="x").count(" L") < 1000
+    assert ticks(0.0, 1.0) == [0.0, 0.5, 1.0] or len(ticks(0.0, 1.0)) >= 3
