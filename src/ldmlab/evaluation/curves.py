@@ -8,7 +8,19 @@ from pathlib import Path
 from ldmlab.evaluation.line_chart import Points, line_chart
 
 _FIRST = ("loss", "psnr", "ssim", "lpips", "recall", "fid", "reconstruction")  # what is looked at first
-_LAST = ("lr", "learning_rate", "memory", "per_second", "seconds", "norm", "grad", "skipped", "epoch", "position")
+_LAST = (
+    "lr",
+    "learning_rate",
+    "memory",
+    "per_second",
+    "seconds",
+    "norm",
+    "grad",
+    "skipped",
+    "epoch",
+    "position",
+    "psnr_std",
+)
 _MOST_LINES = 10
 
 

@@ -6,7 +6,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 COLOURS = ("#2f6fde", "#e0662f", "#2f9e6e", "#b0478f", "#8a6d1f", "#5b5fc7", "#c23b3b", "#3a8fa3", "#7a7a7a", "#9acb3c")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 340, 200, 46, 12, 10, 26
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 340, 204, 46, 12, 10, 30
 _MOST_POINTS = 300
 
 
@@ -68,9 +68,9 @@ def _axis(x_low: float, x_high: float, y_low: float, y_high: float, x_title: str
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5}" text-anchor="end">{_short(value)}</text>')
     for value in ticks(x_low, x_high):
         x = _at(value, x_low, x_high, _LEFT, _WIDTH - _RIGHT)
-        parts.append(f'<text x="{x}" y="{_HEIGHT - 10}" text-anchor="middle">{_short(value)}</text>')
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 15}" text-anchor="middle">{_short(value)}</text>')
     parts.append(
-        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 1}" text-anchor="end" class="dim">{escape(x_title)}</text>'
+        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 2}" text-anchor="end" class="dim">{escape(x_title)}</text>'
     )
     return parts
 

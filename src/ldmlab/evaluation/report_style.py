@@ -15,7 +15,7 @@ figure{margin:0}
 figcaption{font-size:12px;line-height:1.35;color:var(--dim)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));gap:12px;margin-top:26px}
 .tile{background:var(--paper);border:1px solid var(--line);border-radius:14px;padding:14px 16px}
-.tile b{display:block;font-size:25px;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
+.tile b{display:block;font-size:23px;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
 .tile span{font-size:12px;color:var(--dim)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(96px,1fr));gap:14px}
 .cards.pairs{grid-template-columns:repeat(auto-fill,minmax(160px,1fr))}
