@@ -14,6 +14,7 @@ from ldmlab.instantiate import instantiate
 from ldmlab.model_files import read_model, write_description
 from ldmlab.training import processes
 from ldmlab.training.fit import fit, load_initial_weights
+from ldmlab.training.random_state import seed_process
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 
@@ -28,6 +29,7 @@ def train(config: Config) -> None:
     name = config["stage"]["name"]
     if name not in PLANS:
         raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
+    seed_process(config["seed"], 0)  # the same first weights in every process
     plan = PLANS[name](config, data, stage_options(config, settings))
     if config["init_from"] is not None:
         load_initial_weights(plan.stage, read_model(config["init_from"]).parts, f"init_from={config['init_from']}")

@@ -200,7 +200,7 @@ class LatentDiffusion(nn.Module):
 
     def start(self, index: Tensor, size: tuple[int, int], seed: int) -> Tensor:
         """The noise that sampling begins with, (B, C, h, w) float32, for pictures of (height, width)."""
-        return normal(seed, "start", index, self.latent_shape(size)).contiguous(memory_format=torch.channels_last)
+        return normal(seed, "start", index, self.latent_shape(size))
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) for a picture of (height, width); both must be multiples of `size_step`."""

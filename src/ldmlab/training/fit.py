@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldmlab.checkpoints import load_checkpoint, load_exactly
@@ -100,9 +99,7 @@ def _introduce(
 
 
 def _arrange(stage: Stage, settings: TrainerSettings) -> None:
-    """Memory layout and compilation; neither changes a name or a value in a checkpoint."""
-    if settings.channels_last:
-        stage.to(memory_format=torch.channels_last)
+    """Compilation; it changes no name and no value in a checkpoint."""
     if settings.compile:
         next(iter(stage.saved().values())).compile()  # in place: names get no prefix
 

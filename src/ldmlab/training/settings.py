@@ -19,7 +19,6 @@ class TrainerSettings:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
     compile: bool = False  # torch.compile the main network
-    channels_last: bool = True  # memory layout of convolutions
     log_every: int = 50  # steps between two rows of metrics.csv
     validate_every: int = 1000  # steps between two evaluations on held-out pictures
     checkpoint_every: int = 1000  # steps between two checkpoints
