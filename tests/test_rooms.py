@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "ldmlab"
 GROUND = {"errors", "contracts", "randomness", "averaging", "provenance", "instantiate"}
 MAY_USE = {  # room => rooms it may import
-    **{room: GROUND for room in GROUND},
+    **dict.fromkeys(GROUND, GROUND),
     "nn": GROUND,
     "checkpoints": GROUND,
     "model_files": GROUND | {"checkpoints"},

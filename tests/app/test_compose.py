@@ -31,8 +31,9 @@ def test_a_typo_is_one_sentence_with_the_nearest_name(override: str, sentence: s
 
 def test_command_line_beats_debug_beats_experiment_beats_groups() -> None:
     experiment = group_choices("experiment")[0]
-    plain, debugged = compose("train", [f"experiment={experiment}"]), compose(
-        "train", [f"experiment={experiment}", "debug=fast"]
+    plain, debugged = (
+        compose("train", [f"experiment={experiment}"]),
+        compose("train", [f"experiment={experiment}", "debug=fast"]),
     )
     assert plain.trainer.max_steps != 8
     assert debugged.trainer.max_steps == 8

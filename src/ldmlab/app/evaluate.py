@@ -72,6 +72,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
         rank=rank,
         world=world,
         curves=curves(Path(config["model"])),
+        extras=[(name.replace("_", " ").capitalize(), Path(path)) for name, path in config["pictures"].items()],
         track=track if rank == 0 else _untracked,
     )
     evaluation.run()
@@ -83,9 +84,12 @@ def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":
     """The network whose features are compared; a CLIP run is read here."""
     from ldmlab.build import load_clip
     from ldmlab.instantiate import accepts, instantiate
+    from ldmlab.interop.fetch import weights_path
 
     if accepts(node, "clip", where="features"):
         return instantiate(node, where="features", clip=load_clip(node["run"]))
+    if accepts(node, "weights", where="features") and node.get("weights") is None:
+        node = {**node, "weights": weights_path("inception")}
     return instantiate(node, where="features")
 
 

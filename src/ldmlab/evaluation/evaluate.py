@@ -22,9 +22,8 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stream import ShardDataset, Wanted
 from ldmlab.errors import InputError
 from ldmlab.evaluation.album import copy_pictures, save_picture
-from ldmlab.evaluation.category_classifier import train_classifier
+from ldmlab.evaluation.category_score import CategoryScore
 from ldmlab.evaluation.generate import generate
-from ldmlab.evaluation.judge import captions_by_category, labelled, numbers, verdicts
 from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.neighbours import nearest_training_pictures
 from ldmlab.evaluation.paper_table import Measured, place
@@ -203,44 +202,27 @@ class Evaluation:
         }
 
     def _categories(self, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        protocol, name = self.protocol, str(self.protocol.category_field)
-        asked = captions_by_category(known, name, protocol.captions_per_category, protocol.seed)
-        stream = self._generated(asked, protocol.settings(protocol.category_guidance), protocol.samples, "by category")
-        mine = [
-            (int(i) - protocol.samples, picture)
-            for index, part in stream
-            for i, picture in zip(index, part, strict=True)
-        ]
-        drawn = torch.stack([picture for _, picture in sorted(all_items(mine), key=itemgetter(0))])
-        fields = tuple(dict.fromkeys((*self.data.fields, name)))
-        data = replace(self.data, fields=fields)
-        pictures, labels = labelled(data.eval_loader("train", 256, kind="images"), name)
-        held_out = labelled(data.eval_loader(protocol.reference, 256, kind="images"), name)
-        categories = sorted(set(labels))
-        ticks = iter(
-            self.track(range(protocol.classifier_steps), protocol.classifier_steps, "the category judge learns")
-        )
-        judge = train_classifier(
-            pictures,
-            numbers(labels, categories),
-            categories,
-            steps=protocol.classifier_steps,
-            seed=protocol.seed,
-            advance=lambda: next(ticks, None),
-        )
+        protocol = self.protocol
+        steps = range(protocol.classifier_steps)
+        ticks = iter(self.track(steps, len(steps), "the category judge learns"))
+        part = CategoryScore(protocol, self._drawn_whole, self._saved, self._batches, lambda: next(ticks, None))
+        found = part.run(known, self._known("train", None))
         next(ticks, None)
-        found, right = verdicts(judge, held_out, (drawn, [str(sample[name]) for sample in asked]))
-        found["guidance"] = protocol.category_guidance
-        found["pictures"] = [
-            {
-                "file": save_picture(self.out, "category", number, picture) if self.rank == 0 else "",
-                "category": str(sample[name]),
-                "caption": str(sample.get("caption", "")),
-                "right": bool(right[number]),
-            }
-            for number, (sample, picture) in enumerate(zip(asked, drawn, strict=True))
-        ]
         return found
+
+    def _drawn_whole(self, asked: Sequence[Mapping[str, Any]], first: int) -> Tensor:
+        """The pictures of all processes in order, uint8 (N, 3, H, W)."""
+        stream = self._generated(asked, self.protocol.settings(self.protocol.category_guidance), first, "by category")
+        mine = [(int(i), picture) for index, part in stream for i, picture in zip(index, part, strict=True)]
+        return torch.stack([picture for _, picture in sorted(all_items(mine), key=itemgetter(0))])
+
+    def _saved(self, name: str, number: int, picture: Tensor) -> str:
+        return save_picture(self.out, name, number, picture) if self.rank == 0 else ""
+
+    def _batches(self, split: str) -> Iterable[dict[str, Any]]:
+        """All pictures of a split with their category, on every process."""
+        fields = tuple(dict.fromkeys((*self.data.fields, str(self.protocol.category_field))))
+        return replace(self.data, fields=fields).eval_loader(split, 256, kind="images")
 
     # ---- writing
 

@@ -17,9 +17,12 @@ MEANING = {
     "recall": ("Recall", "higher", "share of real pictures that lie among drawn ones: is everything covered?"),
     "is": ("Inception Score", "higher", "how sure and how varied the network's labels are"),
     "held_out_real": ("Judge on real pictures", "info", "held-out real pictures put into their category, balanced"),
-    "samples": ("Judge on samples", "higher", "samples put into the category they were asked for, balanced"),
+    "samples": ("Judge, held-out captions", "higher", "samples put into the category they were asked for, balanced"),
+    "seen": ("Judge, training captions", "higher", "the same for captions of training pictures"),
     "copies": ("Copies", "lower", "samples nearer to a training picture than 99 % of held-out pictures are"),
 }
+
+CATEGORY_HEAD = ("| category | real pictures right | held-out captions | training captions |", "|---|---|---|---|")
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -82,6 +85,8 @@ def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         mark = f"chance is {categories['chance']:.0%}; guidance {categories['guidance']:g}"
         rows += [_row("held_out_real", categories["held_out_real"], None, "the judge's own limit")]
         rows += [_row("samples", categories["samples"], None, f"{_ratio(categories)} of real; {mark}")]
+        seen = categories["training_captions"]
+        rows += [_row("seen", seen["samples"], None, f"{_ratio(seen)} of real; {mark}")]
     if (neighbours := result.get("neighbours")) and neighbours["copies"] is not None:
         rows += [_row("copies", neighbours["copies"], None, "1 % expected of pictures never seen in training")]
     return rows
@@ -108,10 +113,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["", "## Samples", ""]
     lines += [f"![{item['caption']}]({item['file']})" for item in result["pictures"]["samples"]]
     if categories := result.get("categories"):
-        lines += ["", "## Categories", "", "| category | real pictures right | samples right |", "|---|---|---|"]
+        lines += ["", "## Categories", "", *CATEGORY_HEAD]
         lines += [
-            f"| {row['category']} | {row['real_right']} of {row['real']} | {row['samples_right']} of {row['samples']} |"
-            for row in categories["by_category"]
+            f"| {row['category']} | {row['real_right']} of {row['real']} | {row['samples_right']} of {row['samples']} "
+            f"| {seen['samples_right']} of {seen['samples']} |"
+            for row, seen in zip(categories["by_category"], categories["training_captions"]["by_category"], strict=True)
         ]
     if paper := result.get("paper"):
         lines += ["", f"## {paper['title']}", "", *_paper_lines(paper)]

@@ -125,18 +125,26 @@ def _categories(result: Mapping[str, Any], folder: Path) -> str:
     found = result.get("categories")
     if not found:
         return ""
+    seen = found["training_captions"]
     blocks = []
-    for row in found["by_category"]:
-        items = [item for item in found["pictures"] if item["category"] == row["category"]]
-        pictures = "".join(_verdict(folder, item) for item in items)
+    for row, other in zip(found["by_category"], seen["by_category"], strict=True):
+        name = row["category"]
         bars = _bar("real", row["real_right"], row["real"]) + _bar("drawn", row["samples_right"], row["samples"])
-        blocks.append(f"<tr><td>{escape(row['category'])}</td><td>{bars}</td><td class='strip'>{pictures}</td></tr>")
+        blocks.append(f"<tr><td>{escape(name)}</td><td>{bars}</td>{_strip(folder, found, name)}</tr>")
+        bars = _bar("drawn", other["samples_right"], other["samples"])
+        blocks.append(f"<tr><td class='dim'>training captions</td><td>{bars}</td>{_strip(folder, seen, name)}</tr>")
     note = (
         "A small network that has seen only real training pictures sorts held-out real pictures and samples. Balanced "
-        f"over categories it is right for {found['held_out_real']:.1%} of real pictures and {found['samples']:.1%} of "
-        f"samples (chance {found['chance']:.1%}). Framed in green: put into the category that was asked for."
+        f"over categories it is right for {found['held_out_real']:.1%} of real pictures, {found['samples']:.1%} of "
+        f"samples for held-out captions and {seen['samples']:.1%} of samples for training captions (chance "
+        f"{found['chance']:.1%}). Framed in green: put into the category that was asked for."
     )
     return _section("Does it draw what was asked?", f'<table class="categories">{"".join(blocks)}</table>', note)
+
+
+def _strip(folder: Path, found: Mapping[str, Any], category: str) -> str:
+    pictures = "".join(_verdict(folder, item) for item in found["pictures"] if item["category"] == category)
+    return f"<td class='strip'>{pictures}</td>"
 
 
 def _verdict(folder: Path, item: Mapping[str, Any]) -> str:
