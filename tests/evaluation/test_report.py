@@ -93,9 +93,7 @@ def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> Non
     page = (out / "report.html").read_text()
     links = Links()
     links.feed(page)
-    assert (
-        links.images == 6 * 2 + 3 * 2 * 2 + 3 * 2
-    )  # samples and real, categories twice, neighbours
+    assert links.images == 6 * 2 + 3 * 2 * 2 + 3 * 2  # samples and real, categories twice, neighbours
     assert all(address.startswith("data:image/") for address in links.loaded)
     assert "http" not in page.replace("http-equiv", "")
     for words in ("not comparable", "picture 0", "Learned by heart?", "<svg", "loss_by_noise"):

@@ -46,38 +46,76 @@ def job(config: Any) -> None:
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
-    """Score config["model"]; everything that can be refused is refused before the first sample."""
-    from ldmlab.build import load, pick_device
+    """Score config["model"]; everything that can be refused is refused before the first picture."""
+    from ldmlab.build import pick_device
     from ldmlab.evaluation import processes
-    from ldmlab.evaluation.evaluate import Evaluation, check_out
+    from ldmlab.evaluation.evaluate import check_out
     from ldmlab.evaluation.protocol import Protocol
     from ldmlab.instantiate import instantiate
+    from ldmlab.model_files import read_description
 
     rank, world = processes.join()
-    out = Path(config["out"] or Path(config["model"]) / "evaluation" / config["protocol"]["name"])
+    model = Path(config["model"])
+    out = Path(config["out"] or model / "evaluation" / config["protocol"]["name"])
     check_out(out)
     protocol: Protocol = instantiate(config["protocol"], where="protocol")
     extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
-    metrics = {name: build_metric(name, node, extractor.width) for name, node in protocol.metrics.items()}
-    model = load(config["model"], weights=config["weights"], device=config["device"])
-    model.in_precision(config["precision"])
-    evaluation = Evaluation(
-        model=model,
-        data=reference_data(config, max(model.image_size)),
-        protocol=protocol,
-        extractor=extractor,
-        metrics=metrics,
-        out=out,
-        batch_size=config["batch_size"],
-        rank=rank,
-        world=world,
-        curves=curves(Path(config["model"])),
-        extras=[(name.replace("_", " ").capitalize(), Path(path)) for name, path in config["pictures"].items()],
-        track=track if rank == 0 else _untracked,
-    )
-    evaluation.run()
+    parts = {
+        "protocol": protocol,
+        "extractor": extractor,
+        "metrics": {name: build_metric(name, node, extractor.width) for name, node in protocol.metrics.items()},
+        "out": out,
+        "batch_size": config["batch_size"],
+        "curves": curves(model),
+        "track": track if rank == 0 else _untracked,
+    }
+    folder = model.parents[1] if model.suffix == ".ckpt" else model
+    if read_description(folder).get("kind") == "first_stage":
+        _rebuild(config, parts, rank, world)
+    else:
+        _draw(config, parts, rank, world)
     if rank == 0:
         print(f"{out / 'report.html'}\n{(out / 'report.md').read_text(encoding='utf-8')}")
+
+
+def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
+    """Samples of a diffusion model."""
+    from ldmlab.build import load
+    from ldmlab.evaluation.evaluate import Evaluation
+
+    model = load(config["model"], weights=config["weights"], device=config["device"])
+    model.in_precision(config["precision"])
+    extras = [(name.replace("_", " ").capitalize(), Path(path)) for name, path in config["pictures"].items()]
+    data = reference_data(config, max(model.image_size))
+    Evaluation(model=model, data=data, rank=rank, world=world, extras=extras, **parts).run()
+
+
+def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
+    """Reconstructions of a first stage."""
+    from ldmlab.build import load_first_stage, pick_device
+    from ldmlab.errors import InputError
+    from ldmlab.evaluation.reconstruction import ReconstructionEvaluation
+    from ldmlab.interop.fetch import WEIGHTS, weights_folder
+    from ldmlab.nn.lpips import LPIPS
+
+    if world > 1:
+        raise InputError("a first stage is scored by one process; start evaluate.py without torchrun.")
+    loaded = load_first_stage(config["model"], config["weights"])
+    vgg = weights_folder() / WEIGHTS["lpips"].file
+    if not vgg.exists():
+        print("LPIPS is left out: its VGG weights are not here; `ldmlab fetch lpips` brings them.", file=sys.stderr)
+    ReconstructionEvaluation(
+        first_stage=loaded.module.to(pick_device(config["device"])),
+        info={
+            "path": str(config["model"]),
+            "weights": loaded.files.weights,
+            "step": loaded.files.step,
+            "fingerprint": loaded.fingerprint,
+        },
+        data=reference_data(config, loaded.image_size),
+        lpips=LPIPS(vgg) if vgg.exists() else None,
+        **parts,
+    ).run()
 
 
 def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":

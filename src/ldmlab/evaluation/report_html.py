@@ -17,12 +17,6 @@ def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> st
     """One evaluation: pictures first, then numbers, then everything that made them."""
     from ldmlab.evaluation.report import settings_rows, title
 
-    sampling = result["sampling"]
-    lead = (
-        f"{sampling['pictures']} pictures of {sampling['size']} px, {sampling['steps']} {sampling['sampler'].upper()} "
-        f"steps, guidance {sampling['guidance']:g}, eta {sampling['eta']:g}, {result['model'].get('weights', '')} "
-        f"weights, set beside {result['reference']['pictures']} {_split(result)} pictures."
-    )
     sections = [
         _tiles(scores),
         _samples(result, folder),
@@ -34,7 +28,20 @@ def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> st
         _paper(result),
         _settings(settings_rows(result)),
     ]
-    return page(title(result), lead, sections)
+    return page(title(result), _lead(result), sections)
+
+
+def _lead(result: Mapping[str, Any]) -> str:
+    """What the pictures of the page are."""
+    sampling = result["sampling"]
+    beside = f"{result['reference']['pictures']} {_split(result)} pictures"
+    if "steps" not in sampling:
+        return f"{beside} of {sampling['size']} px, encoded and decoded again, beside the originals."
+    return (
+        f"{sampling['pictures']} pictures of {sampling['size']} px, {sampling['steps']} {sampling['sampler'].upper()} "
+        f"steps, guidance {sampling['guidance']:g}, eta {sampling['eta']:g}, {result['model'].get('weights', '')} "
+        f"weights, set beside {beside}."
+    )
 
 
 def comparison_page(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Rows]) -> str:
@@ -102,7 +109,10 @@ def _samples(result: Mapping[str, Any], folder: Path) -> str:
     told = result["sampling"]["conditions"] == "reference" and any(i["caption"] for i in result["pictures"]["samples"])
     if told:
         cards = [_card(folder, [drawn["file"], real["file"]], drawn["caption"]) for drawn, real in pairs]
+        rebuilt = "steps" not in result["sampling"]
         note = f"Each pair: drawn from the caption, and the {_split(result)} picture whose caption it is."
+        if rebuilt:
+            return _section("Rebuilt and real", f'<div class="cards pairs">{"".join(cards)}</div>')
         return _section("Drawn and real", f'<div class="cards pairs">{"".join(cards)}</div>', note)
     drawn = "".join(_image(folder, item["file"]) for item in result["pictures"]["samples"])
     real = "".join(_image(folder, item["file"]) for item in result["pictures"]["real"])

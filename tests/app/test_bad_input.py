@@ -1,0 +1,137 @@
+"""Each kind of bad input ends in one sentence that names it, before any work is lost."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from walk import Flow, run_training
+
+import ldmlab
+from ldmlab.app import cli
+from ldmlab.app.doors import run_door
+from ldmlab.errors import InputError
+from ldmlab.training.run_folder import RunFolder
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """The sentence with which something was refused."""
+    with pytest.raises(InputError) as caught:
+        act()
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith((".", "?"))
+    return sentence
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def test_shards_without_manifest(flow: Flow, tmp_path: Path) -> None:
+    train = copied(flow.packed / "train", tmp_path / "train")
+    (train / "manifest.json").unlink()
+    (train / "plan.json").unlink()
+    sentence = refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))
+    assert "ldmlab index" in sentence
+
+
+def test_a_shard_shorter_than_its_manifest_says(flow: Flow, tmp_path: Path) -> None:
+    train = copied(flow.packed / "train", tmp_path / "train")
+    tar = next(train.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    assert "shorter than its manifest says" in refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))
+
+
+def test_latents_of_another_first_stage(flow: Flow) -> None:
+    if not (flow.root / "other" / "finished.json").exists():
+        flow.first_stage("seed=1", out="other")
+    sentence = refusal(lambda: flow.denoiser(f"from_run={flow.root}/other", out="never"))
+    assert "another first stage" in sentence
+    sentence = refusal(lambda: flow.encode(f"from_run={flow.root}/other"))
+    assert "another first stage" in sentence
+
+
+def test_an_image_size_that_f_does_not_divide(flow: Flow) -> None:
+    assert "use 16 or 20" in refusal(lambda: flow.first_stage("data.image_size=18", out="never"))
+
+
+def test_guidance_on_a_model_trained_without_dropout(flow: Flow, tmp_path: Path) -> None:
+    if not (flow.root / "undropped" / "finished.json").exists():
+        flow.denoiser("conditioner.text.drop=0", out="undropped")
+    words = ["red circle", "--steps", "2", "--guidance", "3", "--out", str(tmp_path / "s"), "--device", "cpu"]
+    assert "guidance" in refusal(lambda: cli.dispatch(["sample", str(flow.root / "undropped"), *words]))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "no description"])
+def test_a_model_folder_that_is_not_whole(flow: Flow, tmp_path: Path, damage: str) -> None:
+    model = tmp_path / "model"
+    assert cli.dispatch(["export", str(flow.root / "model"), str(model)]) == 0
+    weights = model / "denoiser.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "torn":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        (model / "model.yaml").unlink()
+    named = "model.yaml" if damage == "no description" else "denoiser.safetensors"
+    assert named in refusal(lambda: ldmlab.load(model, device="cpu"))
+
+
+def test_a_model_that_names_code_of_others(flow: Flow, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    cli.dispatch(["export", str(flow.root / "model"), str(model)])
+    text = (model / "model.yaml").read_text().replace("ldmlab.backbones.unet.UNet", "os.system")
+    (model / "model.yaml").write_text(text)
+    assert "trust=True" in refusal(lambda: ldmlab.load(model, device="cpu"))
+
+
+def test_no_disk_space(flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "checkpoint")
+
+    monkeypatch.setattr("ldmlab.checkpoints._torch_save", full)
+    assert run_door(lambda: flow.clip(out="full")) == 2
+    assert "space" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_in_use(flow: Flow, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds other files" in refusal(lambda: flow.clip(f"run.dir={tmp_path}"))
+    assert "not empty" in refusal(lambda: cli.dispatch(["export", str(flow.root / "model"), str(tmp_path)]))
+    run = RunFolder.at(tmp_path / "run")
+    try:
+        with pytest.raises(InputError, match="in use"):
+            RunFolder.at(tmp_path / "run")
+    finally:
+        run.close()
+
+
+def test_unknown_names(flow: Flow) -> None:
+    assert "did you mean" in refusal(lambda: run_training("mine/clip", *flow.data, "trainer.max_step=3"))
+    assert "did you mean" in refusal(lambda: run_training("mine/clipp", *flow.data))
+    sentence = refusal(lambda: run_training("mine/clip", *flow.data, "+trainer.colour=red", f"run.dir={flow.root}/no"))
+    assert "trainer.colour" in sentence
+
+
+def test_a_first_stage_that_was_never_trained(flow: Flow) -> None:
+    sentence = refusal(lambda: flow.denoiser("data.latents=null", "first_stage=kl_f4_small", out="never"))
+    assert "ldmlab encode" in sentence
+
+
+def test_a_run_of_another_kind(flow: Flow) -> None:
+    assert "not latent_diffusion" in refusal(lambda: ldmlab.load(flow.root / "clip", device="cpu"))
+    assert "not clip" in refusal(
+        lambda: flow.denoiser(f"conditioner.text.from_run={flow.root}/first_stage", out="never")
+    )
+
+
+def test_a_manifest_of_another_version(flow: Flow, tmp_path: Path) -> None:
+    train = copied(flow.packed / "train", tmp_path / "train")
+    manifest = json.loads((train / "manifest.json").read_text())
+    (train / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    assert "format_version=99" in refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))

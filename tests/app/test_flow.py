@@ -1,0 +1,107 @@
+"""A stranger's pictures go from a folder to scored samples by the README's steps alone."""
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from walk import Flow
+
+import ldmlab
+from ldmlab.app import cli
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.evaluate import evaluate
+from ldmlab.checkpoints import load_checkpoint
+
+
+def test_bad_pictures_are_counted_and_named(flow: Flow) -> None:
+    manifests = [json.loads((flow.packed / split / "manifest.json").read_text()) for split in ("train", "val")]
+    assert sum(shard["samples"] for m in manifests for shard in m["shards"]) == 64
+    told = "".join(path.read_text() for path in flow.packed.rglob("bad.json"))
+    assert "empty.png" in told
+    assert "torn.jpg" in told
+
+
+def test_every_run_folder_is_whole(flow: Flow) -> None:
+    for run in (flow.root / name for name in ("first_stage", "clip", "model")):
+        for name in ("config.yaml", "model.yaml", "provenance.json", "metrics.csv", "finished.json"):
+            assert (run / name).exists(), run / name
+        for checkpoint in (run / "checkpoints").glob("*.ckpt"):
+            assert "=" not in checkpoint.name
+            assert load_checkpoint(checkpoint)["step"] in (1, 2)
+
+
+def test_noise_levels_and_speed_are_logged(flow: Flow) -> None:
+    rows = list(csv.DictReader((flow.root / "model" / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert any(name.startswith("loss_by_noise") for name in rows[0])
+    assert {"speed/pictures_per_second", "held_out/loss", "data/skipped"} <= rows[-1].keys()
+
+
+def test_sample_writes_pictures_with_their_settings(flow: Flow) -> None:
+    out = flow.root / "samples"
+    words = ["red circle", "синий квадрат", "--steps", "2", "--guidance", "2", "--size", "16x32", "--out", str(out)]
+    assert cli.dispatch(["sample", str(flow.root / "model"), *words, "--device", "cpu"]) == 0
+    picture = Image.open(out / "000001.png")
+    assert picture.size == (32, 16)
+    assert "синий квадрат" in "".join(str(value) for value in picture.info.values())
+    assert (out / "grid.png").exists()
+
+
+def test_a_run_a_checkpoint_and_an_exported_model_draw_the_same(flow: Flow) -> None:
+    out = flow.root / "exported"
+    assert cli.dispatch(["export", str(flow.root / "model"), str(out)]) == 0
+    places = [flow.root / "model", flow.root / "model" / "checkpoints" / "step_00000002.ckpt", out]
+    pictures = [ldmlab.load(p, device="cpu").sample(caption=["red circle"], steps=2, seed=3) for p in places]
+    assert torch.equal(pictures[0], pictures[1])
+    assert torch.equal(pictures[0], pictures[2])
+
+
+def test_evaluate_writes_a_page_that_opens_offline(flow: Flow) -> None:
+    out = flow.root / "evaluation"
+    small = ["protocol.samples=8", "protocol.steps=2", "protocol.neighbours=2", "protocol.metrics.kid.subset_size=4"]
+    options = [f"model={flow.root}/model", "features=clip_run", f"features.run={flow.root}/clip", f"out={out}"]
+    evaluate(plain(compose("evaluate", [*options, *small, "protocol=pictures", "device=cpu"])))
+    result = json.loads((out / "metrics.json").read_text())
+    assert set(result["scores"]) >= {"kid", "precision", "recall"}
+    page = (out / "report.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+    assert (out / "report.md").read_text().startswith("#")
+
+
+def test_a_first_stage_is_scored_by_its_reconstructions(flow: Flow) -> None:
+    out = flow.root / "rebuilt"
+    options = [f"model={flow.root}/first_stage", "features=clip_run", f"features.run={flow.root}/clip", f"out={out}"]
+    small = ["protocol.metrics.kid.subset_size=4", "device=cpu"]
+    evaluate(plain(compose("evaluate", [*options, "protocol=reconstruction", *small])))
+    result = json.loads((out / "metrics.json").read_text())
+    assert {"psnr", "ssim", "fid", "kid"} <= set(result["scores"])
+    assert not result["paper"]["comparable"]
+    assert "there and back" not in (out / "report.html").read_text()
+    assert "encoded and decoded again" in (out / "report.html").read_text()
+
+
+def test_a_run_starts_from_another_ones_weights(flow: Flow) -> None:
+    zero = "trainer.max_steps=1"
+    flow.denoiser(f"init_from={flow.root}/model", zero, "optimizer.learning_rate=1e-12", out="started")
+    before = load_checkpoint(flow.root / "model" / "checkpoints" / "step_00000002.ckpt")
+    after = load_checkpoint(flow.root / "started" / "checkpoints" / "step_00000001.ckpt")
+    name = "conv_in.weight"
+    averaged = before["averaged"]["denoiser"]["weights"][name]  # a run starts from averaged weights
+    torch.testing.assert_close(after["modules"]["denoiser"][name], averaged, atol=1e-6, rtol=0)
+
+
+def test_the_same_command_goes_on_where_the_run_stopped(flow: Flow) -> None:
+    flow.clip("trainer.max_steps=3")
+    assert (flow.root / "clip" / "checkpoints" / "step_00000003.ckpt").exists()
+
+
+def test_training_on_the_fly_needs_no_latents(flow: Flow) -> None:
+    flow.denoiser("data.latents=null", f"from_run={flow.root}/first_stage", out="online")
+    scale = [
+        Path(flow.root, run, "model.yaml").read_text().split("latent_scale:")[1].split("std: ")[1].split()[0]
+        for run in ("model", "online")
+    ]
+    assert abs(float(scale[0]) / float(scale[1]) - 1) < 1e-4
