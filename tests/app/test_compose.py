@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
     ("override", "sentence"),
     [
         ("sede=1", "sede: there is no such option; did you mean seed?"),
-        ("trainer.max_step=5", "trainer.max_step: there is no such option; did you mean trainer.max_steps"),
-        ("backbone=unet_smal", "backbone=unet_smal: there is no such file in conf/backbone/; did you mean unet_small"),
-        ("bakbone=unet_small", "bakbone: there is no such option; did you mean backbone"),
+        ("trainer.max_step=5", "trainer.max_step: there is no such option; did you mean trainer.max_steps?"),
+        ("backbone=unet_smal", "backbone=unet_smal: there is no such file in conf/backbone/; did you mean unet_small?"),
+        ("bakbone=unet_small", "bakbone: there is no such option; did you mean backbone?"),
         ("seed==", "the command line"),
     ],
 )

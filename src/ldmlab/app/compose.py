@@ -90,14 +90,14 @@ def _missing_choice(path: str) -> InputError:
         group, _, head = group.rpartition("/")
         name = f"{head}/{name}"
     if not group:
-        return InputError(f"{path}: there is no such option or group{_nearest(path, groups())}.")
+        return InputError(f"{path}: there is no such option or group{_nearest(path, groups())}")
     choices = group_choices(group)
-    return InputError(f"{group}={name}: there is no such file in conf/{group}/{_nearest(name, choices)}.")
+    return InputError(f"{group}={name}: there is no such file in conf/{group}/{_nearest(name, choices)}")
 
 
 def _unknown_key(key: str, config_name: str) -> InputError:
     known = _flat_keys(compose(config_name, [])) + groups()
-    return InputError(f"{key}: there is no such option{_nearest(key, known)}; `--cfg job` prints them all.")
+    return InputError(f"{key}: there is no such option{_nearest(key, known)} `--cfg job` prints them all.")
 
 
 def _flat_keys(node: Any, prefix: str = "") -> list[str]:
@@ -113,14 +113,13 @@ def _flat_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def _nearest(name: str, choices: list[str]) -> str:
-    """`; did you mean x or y`, or the whole list when nothing is near."""
-    near = difflib.get_close_matches(name, choices, n=2, cutoff=0.5)
+    """The end of a sentence: `; did you mean x?`, or the whole list when nothing is near and it is short."""
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     if not near:  # a right last part under a wrong parent
-        last = name.rpartition(".")[2]
-        near = [c for c in choices if c.rpartition(".")[2] == last][:2]
+        near = [c for c in choices if c.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     if near:
-        return f"; did you mean {' or '.join(near)}?"[:-1]
-    return f"; there are {', '.join(choices)}" if choices and len(choices) <= 30 else ""
+        return f"; did you mean {near[0]}?"
+    return f"; there are {', '.join(choices)}." if choices and len(choices) <= 30 else "."
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -1,44 +1,43 @@
-"""One progress bar for long commands: a live one with time left on a terminal, a line now and then elsewhere."""
+"""One progress bar for long commands: a live one with rate and time left on a terminal, a line now and then elsewhere."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
 _LINE_EVERY_SECONDS = 10.0
+Advance = Callable[[int, int], None]  # (done, of how many)
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self.unit}/s" if speed else "")
 
 
 @contextmanager
-def bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """`with bar(...) as advance: advance(done, total)`."""
-    if not shown:
-        yield lambda done, total: None
-    elif sys.stderr.isatty():
-        with _live(title) as advance:
-            yield advance
-    else:
-        yield _lines(title)
-
-
-@contextmanager
-def _live(title: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+def bar(title: str, unit: str = "batches", console: Console | None = None) -> Iterator[Advance]:
+    """`with bar(...) as advance: advance(done, total)`; a quiet console shows nothing."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(title, console)
+        return
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _lines(title: str) -> Callable[[int, int], None]:
+def _lines(title: str, console: Console) -> Advance:
     began = said = time.monotonic()
 
     def advance(done: int, total: int) -> None:
@@ -48,6 +47,6 @@ def _lines(title: str) -> Callable[[int, int], None]:
             return
         said = now
         left = (now - began) / max(done, 1) * (total - done)
-        print(f"{title}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+        console.print(f"{title}: {done} of {total}, {left:.0f} s left", highlight=False)
 
     return advance

@@ -58,6 +58,8 @@ def _encode_split(
     rank: int,
     world: int,
 ) -> None:
+    from rich.console import Console
+
     from ldmlab.app.progress import bar
     from ldmlab.build import moments_of
     from ldmlab.data.encode import LatentSettings, encode
@@ -73,7 +75,7 @@ def _encode_split(
         carries_images=config["carry_images"],
         first_stage=loaded.spec,
     )
-    with bar(f"encoding {split}", shown=rank == 0) as advance:
+    with bar(f"encoding {split}", "pictures", Console(stderr=True, quiet=rank > 0)) as advance:
         result = encode(
             data.folder(split, "images"),
             out,

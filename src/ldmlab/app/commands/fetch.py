@@ -3,12 +3,11 @@
 import argparse
 
 from ldmlab.app.progress import bar
-from ldmlab.interop.fetch import CLIP, WEIGHTS, fetch, fetch_clip, known, weights_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ldmlab fetch`."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*WEIGHTS, CLIP])}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="inception, lpips, clip; --list tells of each")
     parser.add_argument("--list", action="store_true", help="what there is: size, licence, use, and whether it is here")
     parser.add_argument("--url", help="fetch from this address instead (a mirror); the checksum stays")
     parser.add_argument("--model", default="ViT-B-32", help="with clip: open_clip architecture (default: ViT-B-32)")
@@ -17,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch each name, or list what there is."""
+    from ldmlab.interop.fetch import CLIP, fetch, fetch_clip, known
+
     if args.list or not args.names:
         print(listing())
         return 0
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         if name == CLIP:
             print(fetch_clip(args.model, args.pretrained))
             continue
-        with bar(f"fetch {name}") as advance:
+        with bar(f"fetch {name}", "bytes") as advance:
             path = fetch(name, url=args.url, advance=advance)
         print(path)
     return 0
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
 def listing() -> str:
     """One block a file."""
+    from ldmlab.interop.fetch import CLIP, WEIGHTS, weights_folder
+
     lines = [f"folder: {weights_folder()} (LDMLAB_WEIGHTS chooses another)", ""]
     for name, weights in WEIGHTS.items():
         here = "here" if (weights_folder() / weights.file).is_file() else "not here"

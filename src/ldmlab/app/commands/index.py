@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ldmlab.app.commands.progress_bar import progress_bar
+from ldmlab.app.progress import bar
 from ldmlab.data.index import index
 from ldmlab.errors import InputError
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"workers={args.workers}; give at least 1.")
     first: Path = args.tars[0]
     folder = first if first.is_dir() else first.parent
-    with progress_bar("reading", "tars", console) as progress:
+    with bar("reading", "tars", console) as progress:
         manifest = index(
             args.tars,
             split=args.split,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ldmlab.app.commands.progress_bar import progress_bar
+from ldmlab.app.progress import bar
 from ldmlab.data.encode_pictures import FORMATS, Encoding
 from ldmlab.data.pack import BAD, PackOptions, PackResult, pack
 from ldmlab.data.sources import LAYOUTS, Source, list_source
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     with console.status(f"listing {args.source}"):
         source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)
     _say_found(console, args.source, source)
-    with progress_bar("packing", "pictures", console) as progress:
+    with bar("packing", "pictures", console) as progress:
         result = pack(
             source,
             args.out,

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.report import write_comparison, write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One folder: its report is written again; several: one page for all."""
+    from ldmlab.evaluation.report import write_comparison, write_report
+
     if len(args.folders) == 1 and args.out is None:
         print(write_report(args.folders[0]))
         return 0

@@ -106,11 +106,11 @@ class Job:
         """Counts steps of pictures, on the first process only."""
         from rich.console import Console
 
-        from ldmlab.app.commands.progress_bar import progress_bar
+        from ldmlab.app.progress import bar
 
         mine = len(range(self.rank, len(self.requests), self.world))
         total, done = mine * sum(settings.steps or 0 for _, settings in self.variants), 0
-        with progress_bar("sampling", "steps", Console(stderr=True, quiet=self.rank > 0)) as show:
+        with bar("sampling", "steps", Console(stderr=True, quiet=self.rank > 0)) as show:
             show(0, total)
 
             def count(pictures: int) -> None:
