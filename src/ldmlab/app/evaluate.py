@@ -85,7 +85,7 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
 
     model = load(config["model"], weights=config["weights"], device=config["device"])
     model.in_precision(config["precision"])
-    extras = [(name.replace("_", " ").capitalize(), Path(path)) for name, path in config["pictures"].items()]
+    extras = [(title, Path(path)) for title, path in config["pictures"]]
     data = reference_data(config, max(model.image_size))
     Evaluation(model=model, data=data, rank=rank, world=world, extras=extras, **parts).run()
 

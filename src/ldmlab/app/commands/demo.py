@@ -128,7 +128,7 @@ def flow(out: Path, recipe: str) -> list[Step]:
                 f"features.run={clip}",
                 *SCORING,
                 f"out={scores}",
-                f"pictures={_sheets(out)}",
+                _sheets(out),
             ],
             scores / "report.html",
             minutes[5],
@@ -139,7 +139,7 @@ def flow(out: Path, recipe: str) -> list[Step]:
 def _sheets(out: Path) -> str:
     """Pictures made by the sampling steps, for the report."""
     strip, sweep = out / "samples" / "000000_strip.png", out / "sweep" / "sweep_steps.png"
-    return f"pictures={{from_noise_to_picture: '{strip}', fewer_and_more_steps: '{sweep}'}}"
+    return f"pictures=[['From noise to picture','{strip}'],['Fewer and more steps','{sweep}']]"
 
 
 MINUTES = {"cpu": (3.5, 2.0, 0.5, 7.0, 0.7, 1.5), "gpu": (0.7, 0.4, 0.2, 1.0, 0.2, 0.4)}

@@ -1,0 +1,60 @@
+"""Every command of the demo, the READMEs and the experiments' headers parses, composes and names options that exist."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ldmlab.app.cli import COMMANDS, Parser
+from ldmlab.app.commands.demo import flow
+from ldmlab.app.compose import compose, conf_dir
+
+ROOT = Path(__file__).parents[2]
+READMES = [*ROOT.glob("*.md"), *(ROOT / "docker").glob("*.md")]
+
+
+def documented() -> list[str]:
+    """Lines of fenced blocks, and of experiment headers, that call one of our commands."""
+    texts = [fence for path in READMES for fence in re.findall(r"```\w*\n(.*?)```", path.read_text(), re.S)]
+    texts += [path.read_text() for path in (conf_dir() / "experiment").rglob("*.yaml")]
+    pattern = r"(?:torchrun --nproc-per-node=\d+ )?((?:python (?:train|evaluate)\.py|ldmlab \w+)\b[^\n#]*)"
+    found = [match.strip() for text in texts for match in re.findall(pattern, text)]
+    return sorted({line for line in found if "..." not in line and "COMMAND" not in line})
+
+
+def check(words: list[str]) -> None:
+    """Parse or compose the command without running it."""
+    program, *options = words
+    if program == "python":
+        config = options.pop(0).removesuffix(".py")
+        compose(config, [o for o in options if not o.startswith("-")])
+        return
+    command, *rest = options
+    assert command in COMMANDS
+    if command == "encode":
+        compose("encode", rest)
+        return
+    module = importlib.import_module(f"ldmlab.app.commands.{command}")
+    parser = Parser(prog=command)
+    module.add_arguments(parser)
+    parser.parse_intermixed_args(rest)
+
+
+@pytest.mark.parametrize("line", documented())
+def test_a_documented_command_is_understood(line: str) -> None:
+    check(shlex.split(line.split(": ")[-1] if line.startswith("python train.py:") else line))
+
+
+@pytest.mark.parametrize("recipe", ["cpu", "gpu"])
+def test_the_demos_commands_are_understood(recipe: str, tmp_path: Path) -> None:
+    for step in flow(tmp_path, recipe):
+        words = ["ldmlab", *step.command[3:]] if step.command[1] == "-m" else ["python", *step.command[1:]]
+        check(words)
+
+
+def test_there_is_something_to_check() -> None:
+    lines = documented()
+    assert len(lines) > 15
+    assert any(line.startswith("ldmlab pack") for line in lines)
