@@ -15,6 +15,7 @@ from ldmlab.contracts import LatentSpec
 from ldmlab.data.latent_shards import Statistics
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
+from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.training.stage import Stage
@@ -166,18 +167,18 @@ def _first_stage(config: Config, data: ShardData) -> tuple[nn.Module, dict[str, 
 
 
 def _latent_scale(choice: Any, first_stage: nn.Module, data: ShardData, manifest: Manifest | None) -> dict[str, Any]:
-    """The node of the latent scale: final = (raw - shift) / std."""
-    node: dict[str, Any] = {"_target_": "ldmlab.diffusion.latent_scale.LatentScale"}
+    """The node of the latent scale, in numbers, so that model.yaml needs no latents."""
     if isinstance(choice, int | float):
-        return {**node, "std": 1.0 / choice}
-    if choice not in ("measured", "per_channel"):
+        scale = LatentScale.fixed(choice)
+    elif choice not in ("measured", "per_channel"):
         raise InputError(f"stage.latent_scale={choice} is unknown; choose measured, per_channel or a factor.")
-    if not first_stage.state_dict():
-        return {**node, "std": 1.0}  # pixels are in [-1, 1] already
-    statistics = manifest.latents["statistics"] if manifest and manifest.latents else measure(first_stage, data)
-    if choice == "measured":
-        return {**node, "std": statistics["overall_std"]}
-    return {**node, "std": statistics["std"], "shift": statistics["mean"]}
+    elif not first_stage.state_dict():
+        scale = LatentScale()  # pixels are in [-1, 1] already
+    else:
+        statistics = manifest.latents["statistics"] if manifest and manifest.latents else measure(first_stage, data)
+        scale = LatentScale.measured(statistics, per_channel=choice == "per_channel")
+    target = "ldmlab.diffusion.latent_scale.LatentScale"
+    return {"_target_": target, "std": scale.std.tolist(), "shift": scale.shift.tolist()}
 
 
 @torch.no_grad()

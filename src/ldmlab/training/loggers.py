@@ -122,15 +122,19 @@ class WandB:
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
         """Start or go on with the W&B run; all its files stay under the run folder."""
+        import wandb
         from pytorch_lightning.loggers import WandbLogger
 
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ.setdefault(name, str(run.path / "wandb"))
         os.environ.setdefault("WANDB_SILENT", "true")
-        self._logger = WandbLogger(
-            name=run.name, save_dir=str(run.path), id=run.run_id, project=self.project, log_model=False,
-            mode=self.mode, entity=self.entity, group=self.group, tags=list(self.tags), resume="allow",
+        experiment = wandb.init(
+            name=run.name, dir=str(run.path), id=run.run_id, project=self.project, mode=self.mode,
+            entity=self.entity, group=self.group, tags=list(self.tags), resume="allow",
         )  # fmt: skip
+        experiment.define_metric("trainer/global_step")
+        experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        self._logger = WandbLogger(experiment=experiment, log_model=False)
         self._logger.experiment.config.update(settings, allow_val_change=True)
 
     def numbers(self, values: dict[str, float], step: int) -> None:
