@@ -31,6 +31,7 @@ def make_folder(folder: Path, count: int = 64) -> None:
             name = name.replace(".png", ".gif")
             picture.convert("RGB").save(folder / name, save_all=True, append_images=[picture.convert("RGB").rotate(90)])
         else:
+            name = name.replace(".png", ".tif") if picture.mode == "CMYK" else name  # PNG knows no CMYK
             picture.save(folder / name)
         rows.append({"file_name": name, "caption": f"{colour} {shape}", "kind": shape})
     (folder / "empty.png").write_bytes(b"")

@@ -23,12 +23,13 @@ def latents_and_loss(flow: Flow, *options: str, scale: float = 1.0) -> tuple[lis
     config = plain(compose("train", ["experiment=mine/text_to_image", *given, *options]))
     settings = instantiate(config["trainer"], where="trainer")
     data = instantiate(config["data"], where="data", seed=0)
-    seed_process(0, 0)
     plan = diffusion(config, data, stage_options(config, settings))
     stage: Any = plan.stage
-    for parameter in stage.diffusion.backbone.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
+    seed_process(0, 0)  # the same weights for both, none of them zero
+    for module in stage.diffusion.backbone.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    torch.nn.init.normal_(stage.diffusion.backbone.conv_out.weight, std=0.2)
     stage.diffusion.latent_scale.std *= scale
     stage.diffusion.train()
     loader = iter(replace(data, workers=0).train_loader(8, kind=plan.reads))

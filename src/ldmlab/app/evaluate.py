@@ -136,7 +136,8 @@ def build_metric(name: str, node: Mapping[str, Any], width: int) -> Any:
     from ldmlab.instantiate import accepts, instantiate
 
     where = f"protocol.metrics.{name}"
-    return instantiate(node, where=where, **({"width": width} if accepts(node, "width", where=where) else {}))
+    told: dict[str, Any] = {"width": width} if accepts(node, "width", where=where) else {}
+    return instantiate(node, where=where, **told)
 
 
 def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":

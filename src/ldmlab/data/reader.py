@@ -60,5 +60,9 @@ class ShardReader:
         self._open.move_to_end(shard)
         return self._open[shard]
 
+    def __del__(self) -> None:
+        for file in getattr(self, "_open", {}).values():
+            file.close()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
