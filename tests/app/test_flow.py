@@ -2,18 +2,23 @@
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from walk import Flow
+from walk import SMALL, TINY_CLIP, Flow
 
 import ldmlab
 from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.evaluate import evaluate
 from ldmlab.checkpoints import load_checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_bad_pictures_are_counted_and_named(flow: Flow) -> None:
@@ -106,3 +111,15 @@ def test_training_on_the_fly_needs_no_latents(flow: Flow) -> None:
     )
     assert online["std"] == pytest.approx(cached["std"], rel=1e-3)  # latent shards keep moments in float16
     assert online["shift"] == pytest.approx(cached["shift"], rel=1e-3, abs=1e-3)
+
+
+def test_a_sweep_gives_every_job_a_folder_of_its_own(flow: Flow, tmp_path: Path) -> None:
+    """Hydra itself leaves nothing behind, and the jobs do not share a folder."""
+    options = [*SMALL, *flow.data, *TINY_CLIP, f"paths.runs={tmp_path}/runs", "seed=0,1"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "experiment=mine/clip", *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == 2
+    assert {yaml.safe_load((run / "config.yaml").read_text())["seed"] for run in runs} == {0, 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

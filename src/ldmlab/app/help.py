@@ -29,7 +29,7 @@ def _groups(text: str) -> list[str]:
 def _options(text: str) -> list[str]:
     lines = ["set an option (key=value):"]
     section = ""
-    for raw in text.split("_self_")[-1].splitlines():
+    for raw in text.split("_self_")[-1].split("\nhydra:")[0].splitlines():
         match = re.match(r"^( *)(\w+):[ \t]*([^#\n]*?)[ \t]*(?:# (.*))?$", raw)
         if not match:
             continue
