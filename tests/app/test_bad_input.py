@@ -109,6 +109,7 @@ def test_unknown_names(flow: Flow) -> None:
     assert "did you mean" in refusal(lambda: run_training("mine/clipp", *flow.data))
     sentence = refusal(lambda: run_training("mine/clip", *flow.data, "+trainer.colour=red", f"run.dir={flow.root}/no"))
     assert "trainer.colour" in sentence
+    assert "did you mean seed?" in refusal(lambda: run_training("mine/clip", *flow.data, "+seeds=3"))
 
 
 def test_a_first_stage_that_was_never_trained(flow: Flow) -> None:

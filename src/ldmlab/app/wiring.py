@@ -1,5 +1,6 @@
 """Where objects meet: works out what follows from the choices in yaml, builds the parts, starts the fit."""
 
+import difflib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,11 +20,16 @@ from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 
 Config = Mapping[str, Any]
+NAMES = (
+    *("stage", "data", "first_stage", "loss", "clip", "backbone", "conditioner", "diffusion", "sampler", "optimizer"),
+    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from"),
+)
 FINISHED = "finished.json"  # in a run folder that reached its last step
 
 
 def train(config: Config) -> None:
     """One training run from its resolved configuration in plain data."""
+    check_names(config)
     settings: TrainerSettings = instantiate(config["trainer"], where="trainer")
     data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
     name = config["stage"]["name"]
@@ -63,6 +69,15 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
 
 def _nodes(config: Config, group: str) -> list[Any]:
     return [instantiate(node, where=f"{group}.{name}") for name, node in config[group].items() if node]
+
+
+def check_names(config: Config) -> None:
+    """A name that nothing reads is a typo, also in an experiment file."""
+    for name in config.keys() - NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        raise InputError(
+            f"{name}: nothing reads this option; {f'did you mean {near[0]}?' if near else 'leave it out.'}"
+        )
 
 
 def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
