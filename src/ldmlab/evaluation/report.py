@@ -102,7 +102,7 @@ def _ratio(categories: Mapping[str, Any]) -> str:
 
 def _row(name: str, value: float, spread: float | None, note: str) -> dict[str, str]:
     shown, direction, meaning = MEANING.get(name, (name, "info", ""))
-    share = name in ("precision", "recall", "held_out_real", "samples", "copies")
+    share = name in ("precision", "recall", "held_out_real", "samples", "seen", "copies")
     text = f"{value:.1%}" if share else f"{value:.{4 if abs(value) >= 1 else 3}g}"
     if spread is not None:
         text += f" ± {spread:.2g}"
