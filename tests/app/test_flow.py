@@ -119,7 +119,7 @@ def test_a_sweep_gives_every_job_a_folder_of_its_own(flow: Flow, tmp_path: Path)
     command = [sys.executable, str(ROOT / "train.py"), "-m", "experiment=mine/clip", *options]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    runs = sorted((tmp_path / "runs").iterdir())
+    runs = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
     assert len(runs) == 2
     assert {yaml.safe_load((run / "config.yaml").read_text())["seed"] for run in runs} == {0, 1}
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
