@@ -66,6 +66,7 @@ class UNet(nn.Module):
         transformer_depth: int = 1,  # blocks per spatial transformer; with tokens only
         context_width: int | None = None,  # D of the tokens; None: no cross-attention; derived in wiring
         vector_width: int | None = None,  # width of vector conditioning; derived in wiring
+        project_vector: bool = True,  # a linear layer for it; False: 4 model_channels wide, added as it is (label_emb)
         dropout: float = 0.0,  # in the residual blocks
         scale_shift: bool = False,  # the time vector scales and shifts norms instead of being added
         residual_resampling: bool = False,  # resample inside residual blocks (BigGAN) instead of by convolution
@@ -83,7 +84,7 @@ class UNet(nn.Module):
         self._dropout, self._scale_shift, self._residual_resampling = dropout, scale_shift, residual_resampling
 
         self.time = TimeMLP(model_channels)
-        self.vector = nn.Linear(vector_width, self.time.width) if vector_width else None
+        self.vector = self._vector_projection(vector_width, project_vector)
         widths = [model_channels * m for m in channel_mult]
         self.conv_in = conv3(in_channels, model_channels)
         self.down, skips = self._build_down([model_channels, *widths], num_res_blocks)
@@ -100,6 +101,16 @@ class UNet(nn.Module):
         return frozenset(slot for slot, width in slots.items() if width)
 
     # ---- building ----
+
+    def _vector_projection(self, width: int | None, project: bool) -> nn.Module | None:
+        if not project and width not in (None, self.time.width):
+            raise InputError(
+                f"backbone.project_vector=false adds vectors of {width} to a time vector of {self.time.width}; "
+                f"choose width={self.time.width} for the conditioner, or project_vector=true."
+            )
+        if width is None:
+            return None
+        return nn.Linear(width, self.time.width) if project else nn.Identity()
 
     def _build_down(self, widths: list[int], blocks: int) -> tuple[nn.ModuleList, list[int]]:
         """Levels from fine to coarse, and the widths of the feature maps they leave for the way up."""
