@@ -4,7 +4,7 @@ Three kinds of numbers: pixels (B, 3, H, W) in [-1, 1]; raw latents, which only 
 see; final latents (B, C, h, w), normalised, everywhere else. A batch is a plain dict with `position` (B,) int64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +15,21 @@ from ldmlab.contracts import (
     Conditioner,
     Conditioning,
     Denoise,
-    FirstStage,
     Level,
-    Posterior,
     Sampler,
     Task,
 )
 from ldmlab.diffusion.conditioning import check_guidance, check_slots, joined, stacked
+from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.parameterization import Prediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
-from ldmlab.nn.pixels import to_float
 from ldmlab.randomness import integers, normal, uniform
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(LatentSpace):
     """Loss on a training batch, samples from conditions; plain torch, the first stage frozen."""
 
     def __init__(
@@ -46,58 +45,15 @@ class LatentDiffusion(nn.Module):
         loss: str = "l2",  # l2 | l1
         drop_together: bool = False,  # one draw drops all conditioners, instead of one draw for each
     ) -> None:
-        super().__init__()
+        super().__init__(first_stage, latent_scale)
         if loss not in ("l1", "l2"):
             raise InputError(f"diffusion.loss={loss} is no loss; there are l1 and l2.")
         check_slots(conditioners, backbone)
-        self.first_stage = first_stage.requires_grad_(False).eval()
-        self.latent_scale = latent_scale
         self.backbone = backbone
         self.conditioners = nn.ModuleDict(dict(conditioners))
         self.schedule, self.prediction, self.task = schedule, prediction, task
         self.guidance_trained = guidance_trained
         self.loss_kind, self.drop_together = loss, drop_together
-
-    def train(self, mode: bool = True) -> "LatentDiffusion":
-        """Training mode for all but the first stage, which never leaves evaluation."""
-        super().train(mode)
-        self.first_stage.eval()
-        return self
-
-    # ---- pixels and latents
-
-    @torch.no_grad()
-    def posterior(self, pixels: Tensor) -> Posterior:
-        """Raw latents of pixels, float32 whatever precision surrounds it."""
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.first_stage.encode(pixels.float())  # type: ignore[operator]
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] => final latents, the posterior's mean."""
-        return self.latent_scale.normalise(self.posterior(pixels).mean)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Final latents (B, C, h, w) => pixels (B, 3, H, W) in about [-1, 1]."""
-        return self.first_stage.decode(self.latent_scale.denormalise(latents))  # type: ignore[operator]
-
-    @torch.no_grad()
-    def latents(self, batch: dict[str, Any], seed: int) -> Tensor:
-        """Final latents of a training batch, drawn from the posterior by (seed, position); float32."""
-        if "moments" in batch:
-            posterior = Posterior.from_moments(batch["moments"].float(), self._stage.latent_channels)
-        elif "image" in batch:
-            posterior = self.posterior(to_float(batch["image"]))
-        else:
-            raise InputError("the batches hold neither latents nor pictures; choose data= with one of them.")
-        if posterior.logvar is None:
-            return self.latent_scale.normalise(posterior.mean)
-        noise = normal(seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
-        return self.latent_scale.normalise(posterior.sample(noise))
-
-    @property
-    def _stage(self) -> FirstStage:
-        return self.first_stage  # type: ignore[return-value]
 
     # ---- conditioning
 
@@ -181,6 +137,7 @@ class LatentDiffusion(nn.Module):
         index: Tensor,  # (B,) int64, the picture's number: with the seed it decides the noise
         size: tuple[int, int],  # height and width in pixels
         guidance: float = 1.0,
+        guides: Sequence[Guide] = (),  # besides classifier-free guidance; each wraps those before it
         seed: int = 0,
         after_step: AfterStep | None = None,
     ) -> Tensor:
@@ -189,6 +146,8 @@ class LatentDiffusion(nn.Module):
         batch = {"position": index, **batch}
         conditioning = self.conditioning(batch)
         denoise = self.denoiser(conditioning, self.null(batch) if guidance != 1 else None, guidance)
+        for guide in guides:
+            denoise = guide(denoise, batch)
         x = self.start(index, size, seed)
         shape = tuple(x.shape[1:])
 

@@ -1,0 +1,168 @@
+"""Guidance by the gradient of a wish: wrappers around `denoise` that compose with classifier-free guidance.
+
+A log-likelihood l(x) of the wish adds its gradient to the score of x = alpha clean + sigma eps, and with a scale s
+    eps' = eps - s sigma grad_x l(x)      (Dhariwal & Nichol 2021, algorithm 2; paper appendix C)
+    clean' = clean + s (sigma^2 / alpha) grad_x l(x)
+which are the same shift. Where a guide wraps another one, the inner shift counts as constant.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.contracts import Denoise, Level
+from ldmlab.errors import InputError
+from ldmlab.nn.pixels import to_float
+
+
+class Guide(Protocol):
+    """Wraps the denoiser of one batch."""
+
+    @property
+    def reads(self) -> frozenset[str]: ...  # batch fields that it needs beside the model's own
+
+    def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise: ...
+
+    def as_text(self) -> dict[str, Any]: ...  # plain values that make the guidance known again
+
+
+def guided_by_noisy(denoise: Denoise, log_likelihood: Callable[[Tensor, Level], Tensor], scale: float) -> Denoise:
+    """The wish judges the noisy latent: `log_likelihood` gives (B,) for x (B, C, h, w); the network is not entered."""
+
+    def guided(x: Tensor, level: Level) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_likelihood(leaf, level).sum(), leaf)
+        return _shifted(denoise(x, level), gradient, level, scale)
+
+    return guided
+
+
+def guided_by_clean(denoise: Denoise, log_likelihood: Callable[[Tensor], Tensor], scale: float) -> Denoise:
+    """The wish judges the clean estimate, whose gradient goes through the network back to the noisy latent."""
+
+    def guided(x: Tensor, level: Level) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            clean = denoise(leaf, level)
+            (gradient,) = torch.autograd.grad(log_likelihood(clean).sum(), leaf)
+        return _shifted(clean.detach(), gradient, level, scale)
+
+    return guided
+
+
+def _shifted(clean: Tensor, gradient: Tensor, level: Level, scale: float) -> Tensor:
+    """clean + s (sigma^2 / alpha) grad."""
+    if level.alpha == 0:
+        raise InputError(
+            f"guidance by gradients says nothing at time {level.time} where no signal is left (alpha = 0); "
+            "use a schedule that keeps some signal, or no guide."
+        )
+    return clean + scale * level.sigma**2 / level.alpha * gradient
+
+
+class ClassifierGuide:
+    """The paper's LDM-8-G: s grad_x log p(class | x, t) of a classifier that has seen the noise level."""
+
+    reads = frozenset({"class_id"})
+
+    def __init__(
+        self,
+        classifier: nn.Module,  # x (B, C, h, w), t (B,) => logits (B, classes)
+        scale: float = 10.0,  # s; the paper's
+        name: str = "",  # of the classifier, for the record
+    ) -> None:
+        _check("classifier scale", scale)
+        self.classifier, self.scale, self.name = classifier.eval().requires_grad_(False), scale, name
+
+    def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise:
+        wanted = self._wanted(batch)
+
+        def log_likelihood(x: Tensor, level: Level) -> Tensor:
+            assert level.time is not None  # None at the end only, which nothing judges
+            time = torch.full((len(x),), level.time, device=x.device)
+            with torch.autocast(x.device.type, enabled=False):  # small gradients vanish in half precision
+                logits = self.classifier(x.float(), time)
+            return F.log_softmax(logits.float(), dim=1).gather(1, wanted.to(x.device)[:, None])[:, 0]
+
+        return guided_by_noisy(denoise, log_likelihood, self.scale)
+
+    def as_text(self) -> dict[str, Any]:
+        """Name and scale."""
+        return {"classifier": self.name, "classifier_scale": self.scale}
+
+    def _wanted(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B,) int64, all of them known to the classifier."""
+        ids = torch.as_tensor(batch["class_id"])
+        classes = int(self.classifier.classes)  # type: ignore[arg-type]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < classes:
+            raise InputError(
+                f"class_id {int(ids.min())} .. {int(ids.max())} is unknown to the classifier, which knows "
+                f"0 .. {classes - 1}; ask for other classes or guide by another classifier."
+            )
+        return ids
+
+
+class ImageGuide:
+    """Pulls the decoded clean estimate towards a picture, usually a smaller one (paper appendix C).
+
+    l(x) = -distance(shrink(decode(clean(x))), target); the squared error is that of a Gaussian of variance 1.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Tensor], Tensor],  # final latents => pixels in [-1, 1], with gradients
+        distance: Callable[[Tensor, Tensor], Tensor],  # two batches of pixels => (B,): squared_error, LPIPS
+        weight: float = 1.0,  # s; the paper does not print its own
+        target: Tensor | None = None,  # one picture for all, uint8 (3, h, w); None: low_resolution of the batch
+        name: str = "",  # of distance and picture, for the record
+    ) -> None:
+        _check("guide weight", weight)
+        self.decode, self.distance, self.weight = decode, distance, weight
+        self.target, self.name = target, name
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """`low_resolution` unless one picture is the target of all."""
+        return frozenset() if self.target is not None else frozenset({"low_resolution"})
+
+    def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise:
+        target = batch["low_resolution"] if self.target is None else self.target[None]
+        aim = to_float(target)  # (B or 1, 3, h, w)
+
+        def log_likelihood(clean: Tensor) -> Tensor:
+            with torch.autocast(clean.device.type, enabled=False):
+                images = shrunk(self.decode(clean.float()).float(), (aim.shape[2], aim.shape[3]))
+                return -self.distance(images, aim.to(images.device).expand_as(images))
+
+        return guided_by_clean(denoise, log_likelihood, self.weight)
+
+    def as_text(self) -> dict[str, Any]:
+        """Name and weight."""
+        return {"guide": self.name, "guide_weight": self.weight}
+
+
+def squared_error(images: Tensor, target: Tensor) -> Tensor:
+    """-log of a Gaussian of variance 1 without its constant: half the summed squares, (B,)."""
+    return 0.5 * (images - target).square().sum(dim=(1, 2, 3))
+
+
+def shrunk(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with anti-aliasing to (height, width), as super-resolution shrinks its pictures."""
+    if images.shape[2:] == size:
+        return images
+    if size[0] > images.shape[2] or size[1] > images.shape[3]:
+        raise InputError(
+            f"the guide's picture of {size[0]}x{size[1]} is larger than the sample of {images.shape[2]}x"
+            f"{images.shape[3]} (height x width); give a smaller picture or sample at a larger size."
+        )
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def _check(option: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{option}={value} is no strength; choose 0 (off) or more.")
