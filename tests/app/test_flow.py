@@ -89,6 +89,22 @@ def test_a_first_stage_is_scored_by_its_reconstructions(flow: Flow) -> None:
     assert "encoded and decoded again" in (out / "report.html").read_text()
 
 
+def test_two_processes_score_a_first_stage_as_one_does(flow: Flow) -> None:
+    options = [f"model={flow.root}/first_stage", "features=clip_run", f"features.run={flow.root}/clip", "device=cpu"]
+    options += ["protocol=reconstruction", "protocol.metrics.kid.subset_size=4", "batch_size=3"]
+    outs = [flow.root / "alone", flow.root / "together"]
+    evaluate(plain(compose("evaluate", [*options, f"out={outs[0]}"])))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(ROOT / "evaluate.py"), *options, f"out={outs[1]}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    alone, together = (json.loads((out / "metrics.json").read_text()) for out in outs)
+    assert together["reference"]["pictures"] == alone["reference"]["pictures"]
+    assert together["pictures"] == alone["pictures"]
+    for name, score in alone["scores"].items():
+        assert together["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-4, abs=1e-5), name
+
+
 def test_a_run_starts_from_another_ones_weights(flow: Flow) -> None:
     zero = "trainer.max_steps=1"
     flow.denoiser(f"init_from={flow.root}/model", zero, "optimizer.learning_rate=1e-12", out="started")

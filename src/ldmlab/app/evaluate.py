@@ -93,13 +93,10 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
 def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
     """Reconstructions of a first stage."""
     from ldmlab.build import load_first_stage, pick_device
-    from ldmlab.errors import InputError
     from ldmlab.evaluation.reconstruction import ReconstructionEvaluation
     from ldmlab.interop.fetch import WEIGHTS, weights_folder
     from ldmlab.nn.lpips import LPIPS
 
-    if world > 1:
-        raise InputError("a first stage is scored by one process; start evaluate.py without torchrun.")
     loaded = load_first_stage(config["model"], config["weights"])
     vgg = weights_folder() / WEIGHTS["lpips"].file
     if not vgg.exists():
@@ -114,6 +111,8 @@ def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world:
         },
         data=reference_data(config, loaded.image_size),
         lpips=LPIPS(vgg) if vgg.exists() else None,
+        rank=rank,
+        world=world,
         **parts,
     ).run()
 

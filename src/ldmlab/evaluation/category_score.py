@@ -34,8 +34,9 @@ class CategoryScore:
         """The numbers for held-out captions, and under `training_captions` those for captions seen in training."""
         judge = self._learn()
         real = self._labelled(self.protocol.reference)
-        found = self._ask(judge, real, held_out, "category", self.protocol.samples)
-        first = self.protocol.samples + len(found["pictures"])
+        first = self.protocol.samples or len(held_out)  # numbers of noise that the protocol's samples have not taken
+        found = self._ask(judge, real, held_out, "category", first)
+        first += len(found["pictures"])
         seen = self._ask(judge, real, training, "seen", first)
         kept = ("samples", "ratio", "by_category", "pictures")
         return found | {

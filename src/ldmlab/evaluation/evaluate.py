@@ -8,13 +8,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -26,14 +24,20 @@ from ldmlab.evaluation.category_score import CategoryScore
 from ldmlab.evaluation.generate import generate
 from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.neighbours import nearest_training_pictures
-from ldmlab.evaluation.paper_table import Measured, place
 from ldmlab.evaluation.protocol import Protocol, requests
+from ldmlab.evaluation.record import (
+    FORMAT_VERSION,
+    all_items,
+    features_record,
+    gathered,
+    paper_record,
+    reference_record,
+)
 from ldmlab.evaluation.report import write_report
-from ldmlab.evaluation.score import EvaluationPass, Numbered, Score, numbered
+from ldmlab.evaluation.score import EvaluationPass, Numbered, numbered
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.provenance import provenance
 
-FORMAT_VERSION = 1
 T = TypeVar("T")
 Track = Callable[[Iterable[T], int, str], Iterable[T]]  # (items, how many, title) => the same items, shown
 
@@ -73,19 +77,16 @@ class Evaluation:
             "protocol": self.protocol.as_plain(),
             "model": {name: value for name, value in self.model.info.items() if name != "spec"},
             "sampling": settings.as_text() | {"pictures": counts[1], "conditions": self.protocol.conditions},
-            "reference": self._reference(counts[0]),
-            "features": {
-                "name": self.extractor.name,
-                "weights_hash": self.extractor.weights_hash,
-                "width": self.extractor.width,
-            },
+            "reference": reference_record(self.data, self.protocol.reference, counts[0]),
+            "features": features_record(self.extractor),
             "scores": {name: asdict(score) for name, score in scores.items()},
         }
         if self.protocol.neighbours:
             result["neighbours"] = self._neighbours(seen, asked, album)
         if self.protocol.category_field:
             result["categories"] = self._categories(known)
-        result["paper"] = self._paper(scores, counts)
+        path = str(self.model.info.get("path", "this model"))
+        result["paper"] = paper_record(self.protocol, self.data, self.extractor, path, scores, counts)
         result["seconds"] = round(time.monotonic() - began, 1)
         result["provenance"] = provenance()
         if self.rank == 0:
@@ -146,7 +147,7 @@ class Evaluation:
 
     def _album(self, known: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """The report's pictures: sample i stands beside the real picture whose caption it was given."""
-        count = min(self.protocol.samples, len(known))
+        count = min(self.protocol.samples or len(known), len(known))
         size = min(max(self.protocol.shown, self.protocol.neighbours), count)
         spread = [number * count // size for number in range(size)]  # over the whole set, not its first pictures
         return {
@@ -226,36 +227,6 @@ class Evaluation:
 
     # ---- writing
 
-    def _reference(self, pictures: int) -> dict[str, Any]:
-        manifest = self.data.manifest(self.protocol.reference, "images")
-        return {
-            "folder": str(self.data.folder(self.protocol.reference, "images")),
-            "split": self.protocol.reference,
-            "pictures": pictures,
-            "manifest_hash": manifest.hash,
-            "transform": manifest.transform,
-            "image_size": self.data.image_size,
-            "source": manifest.source,
-        }
-
-    def _paper(self, scores: Mapping[str, Score], counts: tuple[int, int]) -> dict[str, Any] | None:
-        if self.protocol.paper_table is None:
-            return None
-        manifest = self.data.manifest(self.protocol.reference, "images")
-        measured = Measured(
-            method=Path(str(self.model.info.get("path", "this model"))).name,
-            values={name: score.value for name, score in scores.items()},
-            dataset=self.protocol.dataset,
-            picture_size=self.data.image_size,
-            samples=counts[1],
-            features=self.extractor.name,
-            reference_split=self.protocol.reference,
-            reference_pictures=counts[0],
-            reference_rule=manifest.transform.get("rule"),
-        )
-        table = place(self.protocol.paper_table, measured)
-        return asdict(table) | {"comparable": table.comparable}
-
     def _write(self, result: dict[str, Any], album: dict[str, list[dict[str, Any]]]) -> None:
         result["pictures"] = {kind: album[kind] for kind in ("samples", "real")}
         result["pictures"]["extras"] = copy_pictures(self.out, self.extras)
@@ -273,17 +244,3 @@ def check_out(out: Path) -> None:
     """A folder that holds a finished evaluation is not written over."""
     if (out / "metrics.json").exists():
         raise InputError(f"out={out} already holds an evaluation; choose another folder or delete it.")
-
-
-def gathered(mine: T) -> list[T]:
-    """The value of every process, in their order."""
-    if not dist.is_initialized():
-        return [mine]
-    everyone: list[T] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def all_items(mine: Iterable[T]) -> list[T]:
-    """The items of all processes in one list."""
-    return list(chain.from_iterable(gathered(list(mine))))

@@ -15,9 +15,9 @@ class Protocol:
     """Samples, conditions, reference and scores; everything that decides the number and is not the model."""
 
     name: str
-    samples: int  # generated pictures
     reference: str  # split compared with: train | val
     metrics: Mapping[str, Any]  # files of conf/metric by name
+    samples: int | None = None  # generated pictures; null: one for each reference picture
     conditions: str = "reference"  # none | reference: as the reference pictures, in order | balanced_classes
     classes: int | None = None  # with balanced_classes: how many there are
     reference_limit: int | None = None  # only the first pictures of the split; null: all
@@ -41,7 +41,7 @@ class Protocol:
             raise InputError(f"protocol.reference={self.reference} is unknown; choose train or val.")
         if self.conditions not in CONDITIONS:
             raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
-        if self.samples < 2:
+        if self.samples is not None and self.samples < 2:
             raise InputError(f"protocol.samples={self.samples} is too few to score; choose at least 2.")
         if (self.conditions == "balanced_classes") != (self.classes is not None):
             raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
@@ -68,13 +68,14 @@ def requests(protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapp
     reference: picture i takes the conditions of reference picture i, from the start again when they run out.
     balanced_classes: every class the same number of times; a remainder goes to the first classes.
     """
+    count = len(reference) if protocol.samples is None else protocol.samples
     if not reads or protocol.conditions == "none":
         if reads:
             raise InputError(
                 f"protocol.conditions=none, but the model is told {', '.join(sorted(reads))}; "
                 "choose reference or balanced_classes."
             )
-        return [{} for _ in range(protocol.samples)]
+        return [{} for _ in range(count)]
     if protocol.conditions == "balanced_classes":
         if reads != {"class_id"}:
             raise InputError(
@@ -82,10 +83,10 @@ def requests(protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapp
                 f"{', '.join(sorted(reads))}; choose protocol.conditions=reference."
             )
         assert protocol.classes is not None
-        return [{"class_id": index % protocol.classes} for index in range(protocol.samples)]
+        return [{"class_id": index % protocol.classes} for index in range(count)]
     missing = [name for name in sorted(reads) if not reference or name not in reference[0]]
     if missing:
         raise InputError(
             f"the reference pictures carry no {', '.join(missing)}, which the model is told; pack them so."
         )
-    return [{name: reference[i % len(reference)][name] for name in sorted(reads)} for i in range(protocol.samples)]
+    return [{name: reference[i % len(reference)][name] for name in sorted(reads)} for i in range(count)]
