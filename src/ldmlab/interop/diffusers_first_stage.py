@@ -1,0 +1,173 @@
+"""The autoencoders of diffusers (AutoencoderKL, VQModel) and our first stages: options and tensor names, both ways."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+from ldmlab.interop.diffusers_config import resolved
+
+KL, VQ = "AutoencoderKL", "VQModel"
+Config = Mapping[str, Any]
+_SHARED: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "mid_block_add_attention": True,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    KL: _SHARED | {"latent_channels": 4, "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True},
+    VQ: _SHARED | {"latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None},
+}
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "act_fn": ("silu", "swish"),
+    "norm_type": ("group",),
+}
+_BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "shortcut"}
+_ATTENTION = {"group_norm": "norm", "to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
+_ENDS = {"conv_in": "input", "conv_norm_out": "output_norm", "conv_out": "output"}
+
+
+def kind_of(config: Config) -> str:
+    """The class a configuration belongs to, also where the file does not say."""
+    named = config.get("_class_name")
+    if named in _DEFAULTS:
+        return str(named)
+    if named is not None:
+        raise InputError(f"the first stage's class {named} is not known; known are {', '.join(_DEFAULTS)}.")
+    return VQ if "num_vq_embeddings" in config else KL
+
+
+def arguments(config: Config) -> dict[str, Any]:
+    """`_target_` and arguments of our first stage for a diffusers configuration."""
+    kind = kind_of(config)
+    given = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
+    widths = given["block_out_channels"]
+    if any(width % widths[0] for width in widths):
+        raise InputError(f"{kind} with block_out_channels={widths}: not multiples of the first width; use another one.")
+    inner = given["latent_channels"]
+    ours = {
+        "channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": given["layers_per_block"],
+        "attention_downsampling": _attention_factors(kind, given),
+        "mid_attention": given["mid_block_add_attention"],
+        "latent_channels": inner,
+        "bottleneck_channels": inner,
+        "norm_groups": given["norm_num_groups"],
+    }
+    if kind == KL:
+        return {"_target_": "ldmlab.first_stages.kl.KLAutoencoder", **ours}
+    ours |= {"latent_channels": given["vq_embed_dim"] or inner, "codebook_size": given["num_vq_embeddings"]}
+    return {"_target_": "ldmlab.first_stages.vq.VQModel", **ours}
+
+
+def _attention_factors(kind: str, given: Config) -> list[int]:
+    """Levels with attention, by downsampling factor; the decoder must mirror the encoder."""
+    types = given["down_block_types"], given["up_block_types"]
+    known = {f"{prefix}{way}coderBlock2D" for prefix in ("", "Attn") for way in ("DownEn", "UpDe")}
+    for name in [*types[0], *types[1]]:
+        if name not in known:
+            raise InputError(f"{kind} with a {name} cannot be represented here; levels can be {', '.join(known)}.")
+    down, up = ([name.startswith("Attn") for name in way] for way in types)
+    if down != up[::-1]:
+        raise InputError(
+            f"{kind} with other attention in the decoder ({types[1]}) than in the encoder; use another one."
+        )
+    return [2**level for level, present in enumerate(down) if present]
+
+
+def configuration(node: Mapping[str, Any], *, image_size: int, scaling_factor: float) -> tuple[str, Config]:
+    """diffusers' class and options for the node of a first stage of ours; InputError for what it cannot hold."""
+    targets = {"ldmlab.first_stages.kl.KLAutoencoder": KL, "ldmlab.first_stages.vq.VQModel": VQ}
+    kind = targets.get(node["_target_"])
+    if kind is None:
+        raise InputError(f"first_stage={node['_target_']} has no class in diffusers; use --format ldmlab.")
+    width = node["latent_channels"]
+    inner = node.get("bottleneck_channels") or width
+    if kind == KL and inner != width:
+        raise InputError(
+            f"first_stage.bottleneck_channels={inner}: {KL} wants latent_channels={width}; use --format compvis."
+        )
+    mult = list(node["channel_mult"])
+    attention = ["Attn" if 2**i in node.get("attention_downsampling", ()) else "" for i in range(len(mult))]
+    config = {
+        "block_out_channels": [node.get("channels", 128) * m for m in mult],
+        "down_block_types": [f"{present}DownEncoderBlock2D" for present in attention],
+        "up_block_types": [f"{present}UpDecoderBlock2D" for present in reversed(attention)],
+        "layers_per_block": node.get("num_res_blocks", 2),
+        "latent_channels": inner,
+        "norm_num_groups": node.get("norm_groups", 32),
+        "sample_size": image_size,
+        "scaling_factor": scaling_factor,
+        "mid_block_add_attention": node.get("mid_attention", True),
+    }
+    if kind == VQ:
+        config |= {"num_vq_embeddings": node["codebook_size"], "vq_embed_dim": width}
+    return kind, config
+
+
+def module_names(node: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers' module name => ours, for every module that holds tensors; some may be absent."""
+    vq = node["_target_"].endswith("VQModel")
+    names = {"quant_conv": "to_latent" if vq else "to_moments", "post_quant_conv": "from_latent"}
+    if vq:
+        names["quantize.embedding"] = "quantiser.codebook"
+    for half, way, extra in (("encoder", "down", 0), ("decoder", "up", 1)):
+        names |= _under(half, half, _ENDS)
+        names |= _under(f"{half}.mid_block.resnets.0", f"{half}.middle.first", _BLOCK)
+        names |= _under(f"{half}.mid_block.attentions.0", f"{half}.middle.attention", _ATTENTION)
+        names |= _under(f"{half}.mid_block.resnets.1", f"{half}.middle.second", _BLOCK)
+        for i in range(len(node["channel_mult"])):  # both count decoder levels as they run, coarsest first
+            theirs, ours = f"{half}.{way}_blocks.{i}", f"{half}.levels.{i}"
+            names[f"{theirs}.{way}samplers.0.conv"] = f"{ours}.resample.conv"
+            for j in range(node.get("num_res_blocks", 2) + extra):
+                names |= _under(f"{theirs}.resnets.{j}", f"{ours}.blocks.{j}", _BLOCK)
+                names |= _under(f"{theirs}.attentions.{j}", f"{ours}.attentions.{j}", _ATTENTION)
+    return names
+
+
+def _under(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    return ((f"{theirs}.{name}", f"{ours}.{own}") for name, own in names.items())
+
+
+def to_diffusers(state: Mapping[str, Tensor], node: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our tensors under diffusers' names; its attention has linear layers where we have 1 x 1 convolutions."""
+    theirs = {ours: name for name, ours in module_names(node).items()}
+    result = {}
+    for key, tensor in state.items():
+        module, leaf = key.rsplit(".", 1)
+        name = theirs[module]
+        result[f"{name}.{leaf}"] = tensor.flatten(1) if ".attentions." in name and tensor.ndim > 1 else tensor
+    return result
+
+
+def to_ours(state: Mapping[str, Tensor], node: Mapping[str, Any]) -> dict[str, Tensor]:
+    """diffusers' tensors under our names; the keys must be those that `to_diffusers` gives for the architecture."""
+    names = module_names(node)
+    result = {}
+    for key, tensor in state.items():
+        module, leaf = key.rsplit(".", 1)
+        linear = ".attentions." in module and leaf == "weight" and "norm" not in module.rpartition(".")[2]
+        result[f"{names[module]}.{leaf}"] = tensor.flatten(1)[:, :, None, None] if linear else tensor
+    return result
+
+
+def with_quant_convs(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Autoencoders without the convolutions around the latent get ones that do nothing."""
+    result = dict(state)
+    channels = config.get("latent_channels", 4)
+    for option, name, width in (
+        ("use_quant_conv", "quant_conv", 2 * channels),
+        ("use_post_quant_conv", "post_quant_conv", channels),
+    ):
+        if not config.get(option, True):
+            result |= {f"{name}.weight": torch.eye(width)[:, :, None, None], f"{name}.bias": torch.zeros(width)}
+    return result

@@ -1,0 +1,238 @@
+"""The options of diffusers' U-Nets (UNet2DConditionModel, UNet2DModel; read from version 0.42) and of ours, both ways.
+
+A trap: `attention_head_dim` of UNet2DConditionModel is the NUMBER of heads, of UNet2DModel the width of one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldmlab.errors import InputError
+from ldmlab.interop.diffusers_config import resolved
+
+CONDITION, PLAIN = "UNet2DConditionModel", "UNet2DModel"
+Config = Mapping[str, Any]
+_SHARED = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "dropout": 0.0,
+    "resnet_time_scale_shift": "default",
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    CONDITION: _SHARED
+    | {
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 1280,
+        "transformer_layers_per_block": 1,
+        "use_linear_projection": False,
+        "projection_class_embeddings_input_dim": None,
+    },
+    PLAIN: _SHARED
+    | {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
+        "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
+        "block_out_channels": [224, 448, 672, 896],
+        "attn_norm_num_groups": None,
+    },
+}
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
+    "attention_type": ("default",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+    "norm_eps": (1e-5,),
+    "norm_num_groups": (32,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",),
+}
+_WITH_ATTENTION = {CONDITION: "CrossAttn", PLAIN: "Attn"}
+
+
+def kind_of(config: Config) -> str:
+    """The class a configuration belongs to, also where the file does not say."""
+    named = config.get("_class_name")
+    if named in _DEFAULTS:
+        return str(named)
+    if named is not None:
+        raise InputError(f"the U-Net's class {named} is not known; known are {', '.join(_DEFAULTS)}.")
+    types = [*config.get("down_block_types", ()), config.get("mid_block_type") or ""]
+    tokens = "cross_attention_dim" in config or any("CrossAttn" in kind for kind in types)
+    return CONDITION if tokens else PLAIN
+
+
+def arguments(config: Config) -> dict[str, Any]:
+    """Our U-Net's arguments for a diffusers configuration."""
+    kind = kind_of(config)
+    given = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
+    widths = given["block_out_channels"]
+    if any(width % widths[0] for width in widths):
+        raise InputError(f"{kind} with block_out_channels={widths}: not multiples of the first width; use another one.")
+    attention = _attention_levels(kind, given)
+    return {
+        "in_channels": given["in_channels"],
+        "out_channels": given["out_channels"],
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": _one(kind, given, "layers_per_block"),
+        "attention_downsampling": [2**level for level, present in enumerate(attention) if present],
+        **_heads(kind, given, attention),
+        "transformer_depth": _one(kind, given, "transformer_layers_per_block") if kind == CONDITION else 1,
+        "context_width": _one(kind, given, "cross_attention_dim") if kind == CONDITION else None,
+        "dropout": given["dropout"],
+        "scale_shift": _scale_shift(kind, given),
+        "residual_resampling": _residual_resampling(kind, given),
+    }
+
+
+def _one(kind: str, given: Config, key: str) -> int:
+    """An option that diffusers lets differ between levels and we do not."""
+    values = given[key] if isinstance(given[key], list) else [given[key]]
+    if len(set(map(str, values))) != 1:
+        raise InputError(f"{kind} with {key}={values} differs between levels, which our U-Net cannot; use another one.")
+    return int(values[0])
+
+
+def _attention_levels(kind: str, given: Config) -> list[bool]:
+    """Which levels have attention, from the finest; the way up must mirror the way down."""
+    mark = _WITH_ATTENTION[kind]
+    known = {f"{prefix}{way}2D" for prefix in ("", mark) for way in ("DownBlock", "UpBlock")}
+    known |= {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"}
+    types = given["down_block_types"], given["up_block_types"]
+    for name in [*types[0], *types[1]]:
+        if name not in known:
+            raise InputError(f"{kind} with a {name} cannot be represented here; levels can be {', '.join(known)}.")
+    down, up = ([name.startswith(mark) for name in way] for way in types)
+    if down != up[::-1]:
+        raise InputError(f"{kind} with other attention on the way up ({types[1]}) than down; use a symmetric one.")
+    return down
+
+
+def _heads(kind: str, given: Config, attention: Sequence[bool]) -> dict[str, int | None]:
+    """Number of heads or width of a head, whichever is the same at every place with attention."""
+    size, widths = given["attention_head_dim"], given["block_out_channels"]
+    if kind == PLAIN:
+        return {"heads": 1 if size is None else None, "head_channels": size}
+    heads = size if isinstance(size, list) else [size] * len(widths)
+    used = [level for level, present in enumerate(attention) if present] + [len(widths) - 1]  # the middle is last
+    counts, channels = {heads[level] for level in used}, {widths[level] // heads[level] for level in used}
+    if len(counts) > 1 and len(channels) > 1:
+        raise InputError(
+            f"{kind} with attention_head_dim={size}: neither heads nor their width agree; use another one."
+        )
+    return (
+        {"heads": counts.pop(), "head_channels": None}
+        if len(counts) == 1
+        else {
+            "heads": None,
+            "head_channels": channels.pop(),
+        }
+    )
+
+
+def _scale_shift(kind: str, given: Config) -> bool:
+    """Whether time scales and shifts norms; the middle of UNet2DModel then has a norm only if asked."""
+    rule = given["resnet_time_scale_shift"]
+    if rule not in ("default", "scale_shift"):
+        raise InputError(
+            f"{kind} with resnet_time_scale_shift={rule} cannot be represented; use default or scale_shift."
+        )
+    groups = given.get("attn_norm_num_groups")
+    if kind == PLAIN and groups != 32 and (groups is not None or rule == "scale_shift"):
+        raise InputError(f"{kind} with attn_norm_num_groups={groups} cannot be represented here; only 32 can.")
+    return bool(rule == "scale_shift")
+
+
+def _residual_resampling(kind: str, given: Config) -> bool:
+    """Whether levels are joined by residual blocks instead of convolutions; all levels must agree."""
+    found = set()
+    for way, option in (("down_block_types", "downsample_type"), ("up_block_types", "upsample_type")):
+        for name in given[way][:-1]:
+            by_option = name.startswith("Attn") and given[option] == "resnet"
+            found.add(name.startswith("Resnet") or by_option)
+    if len(found) > 1:
+        raise InputError(f"{kind} mixes residual and plain resampling ({given['down_block_types']}); use another one.")
+    return found == {True}
+
+
+def configuration(arguments: Mapping[str, Any], *, sample_size: int, linear_projection: bool) -> tuple[str, Config]:
+    """diffusers' class and options for the arguments of a U-Net of ours; InputError for what it cannot hold."""
+    kind = PLAIN if arguments.get("context_width") is None else CONDITION
+    mult, levels = list(arguments["channel_mult"]), len(arguments["channel_mult"])
+    if mult[0] != 1:
+        raise InputError(
+            f"backbone.channel_mult={mult}: {kind} starts at its first level's width; use --format compvis."
+        )
+    attention = [2**level in arguments["attention_downsampling"] for level in range(levels)]
+    residual = bool(arguments.get("residual_resampling", False))
+    widths = [arguments["model_channels"] * m for m in mult]
+    config = {
+        "sample_size": sample_size,
+        "in_channels": arguments["in_channels"],
+        "out_channels": arguments["out_channels"],
+        "block_out_channels": widths,
+        "layers_per_block": arguments["num_res_blocks"],
+        "down_block_types": _types(kind, attention, residual, "Down"),
+        "up_block_types": _types(kind, attention, residual, "Up")[::-1],
+        "dropout": arguments.get("dropout", 0.0),
+        "resnet_time_scale_shift": "scale_shift" if arguments.get("scale_shift") else "default",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+    }
+    heads = {level: _heads_at(arguments, width) for level, width in enumerate(widths)}
+    if kind == CONDITION:
+        config |= {
+            "cross_attention_dim": arguments["context_width"],
+            "transformer_layers_per_block": arguments.get("transformer_depth", 1),
+            "attention_head_dim": list(heads.values()) if len(set(heads.values())) > 1 else heads[0],
+            "use_linear_projection": linear_projection,
+        }
+        return kind, config
+    used = {widths[level] // heads[level] for level in range(levels) if attention[level] or level == levels - 1}
+    if len(used) > 1:
+        raise InputError(
+            f"backbone.heads={arguments['heads']}: {PLAIN} wants heads of one width; use --format compvis."
+        )
+    way = "resnet" if residual else "conv"
+    groups = 32 if arguments.get("scale_shift") else None
+    config |= {"attention_head_dim": used.pop(), "downsample_type": way, "upsample_type": way}
+    return kind, config | {"attn_norm_num_groups": groups}
+
+
+def _heads_at(arguments: Mapping[str, Any], width: int) -> int:
+    """Number of heads at a level; 1 for a level without attention that the heads would not divide."""
+    if arguments.get("heads") is not None:
+        return int(arguments["heads"])
+    return max(width // int(arguments["head_channels"]), 1)
+
+
+def _types(kind: str, attention: Sequence[bool], residual: bool, way: str) -> list[str]:
+    """Kinds of levels, from the finest."""
+    names = []
+    for level, present in enumerate(attention):
+        joined = residual and level < len(attention) - 1
+        if present and joined and kind == CONDITION:
+            raise InputError(
+                f"backbone.residual_resampling=True beside cross-attention: {CONDITION} has no such level; "
+                "use --format compvis."
+            )
+        plain = f"Resnet{way}sampleBlock2D" if joined else f"{way}Block2D"
+        names.append(f"{_WITH_ATTENTION[kind]}{way}Block2D" if present else plain)
+    return names
