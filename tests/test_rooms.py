@@ -21,6 +21,7 @@ MAY_USE = {  # room => rooms it may import
 LOW = set(MAY_USE)
 for middle in ("training", "evaluation", "interop"):
     MAY_USE[middle] = LOW | {middle}
+MAY_USE["interop"] |= {"build", "evaluation"}  # whole models come in and go out
 ONLY_IN = {"pytorch_lightning": {"training"}, "hydra": {"app"}, "omegaconf": {"app"}, "wandb": {"training", "app"}}
 
 

@@ -45,7 +45,7 @@ def reference(name: str) -> tuple[Any, dict[str, Tensor]]:
     assert arguments.pop("_target_").endswith({"AutoencoderKL": "KLAutoencoder"}.get(target, target))
     stage = KLAutoencoder(**arguments) if target == "AutoencoderKL" else VQModel(**arguments)
     weights = {k.removeprefix(PREFIX): weight_by_rule(k, shape, case["salt"]) for k, shape in case["keys"].items()}
-    compvis.load_official(stage, weights)
+    stage.load_state_dict(compvis.to_ours(weights, compvis.names_of(stage)))
     assert sum(p.numel() for p in stage.parameters()) == case["params"]
     return stage.eval(), load_file(ASSETS / f"{name}.safetensors")
 
@@ -95,6 +95,6 @@ def test_released_sizes_and_names(name: str) -> None:
         stage: Any = kind[options.pop("_target_")](**options)
     assert sum(p.numel() for p in stage.parameters()) == released["params"]
     keys = {key.removeprefix(PREFIX): shape for key, shape in released["keys"].items()}
-    exported = compvis.export_official(stage, keys)
+    exported = compvis.to_official(stage.state_dict(), compvis.names_of(stage))
     assert {k: list(v.shape) for k, v in exported.items()} == {k: s for k, s in keys.items() if k in exported}
     assert all(key.startswith("loss.") for key in keys.keys() - exported.keys())

@@ -31,3 +31,15 @@ class EpsPrediction:
                 "use a schedule that keeps some signal, or a model with another prediction."
             )
         return (x - level.sigma * output) / level.alpha
+
+
+class VPrediction:
+    """The network predicts v = alpha eps - sigma clean (Salimans & Ho 2022, appendix D): Stable Diffusion 2.x at 768."""
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """alpha eps - sigma clean."""
+        return alpha * noise - sigma * clean
+
+    def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
+        """alpha x - sigma v, exact where alpha^2 + sigma^2 = 1."""
+        return level.alpha * x - level.sigma * output

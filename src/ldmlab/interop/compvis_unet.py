@@ -89,9 +89,23 @@ def _under(official: str, ours: str, names: Mapping[str, str]) -> Pairs:
     return ((f"{official}.{theirs}", f"{ours}.{name}") for theirs, name in names.items())
 
 
+# Options of the official class that leave the function as it is, and the only value of others that ours is built for.
+_WITHOUT_EFFECT = {"image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "use_linear_in_transformer"}
+_ONLY = {
+    **{"conv_resample": True, "dims": 2, "use_new_attention_order": False, "disable_middle_self_attn": False},
+    **dict.fromkeys(("num_classes", "n_embed", "disable_self_attentions", "num_attention_blocks", "adm_in_channels")),
+}
+_READ = {
+    *("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
+    *("num_heads", "num_head_channels", "num_heads_upsample", "use_spatial_transformer", "transformer_depth"),
+    *("context_dim", "dropout", "use_scale_shift_norm", "resblock_updown"),
+}
+
+
 def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
     """Our U-Net's arguments for the `params` of an official `unet_config`."""
-    context = params["context_dim"] if params.get("use_spatial_transformer") else None
+    _check(params)
+    context = _one(params, "context_dim") if params.get("use_spatial_transformer") else None
     given = {"heads": params.get("num_heads", -1), "head_channels": params.get("num_head_channels", -1)}
     if given["head_channels"] != -1:  # wins over num_heads in the official code
         given["heads"] = -1
@@ -99,16 +113,64 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": params["in_channels"],
         "out_channels": params["out_channels"],
         "model_channels": params["model_channels"],
-        "channel_mult": list(params["channel_mult"]),
-        "num_res_blocks": params["num_res_blocks"],
+        "channel_mult": list(params.get("channel_mult", (1, 2, 4, 8))),
+        "num_res_blocks": _one(params, "num_res_blocks"),
         "attention_downsampling": list(params["attention_resolutions"]),
         **{name: None if value == -1 else value for name, value in given.items()},
-        "transformer_depth": params.get("transformer_depth", 1),
+        "transformer_depth": _one(params, "transformer_depth") if "transformer_depth" in params else 1,
         "context_width": context,
         "dropout": params.get("dropout", 0.0),
         "scale_shift": params.get("use_scale_shift_norm", False),
         "residual_resampling": params.get("resblock_updown", False),
     }
+
+
+def _check(params: Mapping[str, Any]) -> None:
+    """Refuse what would be another network than ours."""
+    needed = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions")
+    missing = [name for name in needed if name not in params]
+    missing += ["context_dim"] if params.get("use_spatial_transformer") and not params.get("context_dim") else []
+    if missing:
+        raise InputError(f"unet_config.params has no {', '.join(missing)}; give the whole official configuration.")
+    for name, value in params.items():
+        if name in _ONLY and value != _ONLY[name]:
+            raise InputError(f"unet_config.params.{name}={value} is a U-Net that ldmlab has not (only {_ONLY[name]}).")
+        if name not in _WITHOUT_EFFECT | _ONLY.keys() | _READ:
+            raise InputError(f"unet_config.params.{name}={value} is no option of the official U-Net; check the file.")
+    if params.get("num_heads_upsample", -1) not in (-1, params.get("num_heads", -1)):
+        raise InputError("unet_config.params.num_heads_upsample differs from num_heads, which ldmlab's U-Net cannot.")
+
+
+def _one(params: Mapping[str, Any], name: str) -> int:
+    """A number that Stability's files may repeat for every level."""
+    value = params[name]
+    numbers = {value} if isinstance(value, int) else set(value)
+    if len(numbers) != 1:
+        raise InputError(f"unet_config.params.{name}={value} differs between levels, which ldmlab's U-Net cannot.")
+    return int(numbers.pop())
+
+
+def params_of(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The official `params` of a U-Net of ours: the inverse of `arguments`."""
+    if node.get("vector_width"):
+        raise InputError("the official U-Net of CompVis takes no vector conditioning; export another format.")
+    params: dict[str, Any] = {
+        "image_size": 32,  # read by nothing
+        "in_channels": node["in_channels"],
+        "out_channels": node["out_channels"],
+        "model_channels": node["model_channels"],
+        "attention_resolutions": list(node["attention_downsampling"]),
+        "num_res_blocks": node["num_res_blocks"],
+        "channel_mult": list(node["channel_mult"]),
+        "dropout": node.get("dropout", 0.0),
+    }
+    heads, head_channels = node.get("heads"), node.get("head_channels")
+    params |= {"num_heads": heads} if heads else {"num_head_channels": head_channels}
+    if node.get("context_width"):
+        depth, width = node.get("transformer_depth", 1), node["context_width"]
+        params |= {"use_spatial_transformer": True, "transformer_depth": depth, "context_dim": width, "legacy": False}
+    flags = {"use_scale_shift_norm": "scale_shift", "resblock_updown": "residual_resampling"}
+    return params | {theirs: True for theirs, ours in flags.items() if node.get(ours)}
 
 
 def names_of(arguments: Mapping[str, Any]) -> dict[str, str]:
