@@ -82,13 +82,13 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     from ldmlab.diffusion.grid import ddim_grid
     from ldmlab.training.diffusion_module import DiffusionStage
 
-    first_stage, first_node, manifest = _first_stage(config, data)
+    first_stage, first_node, manifest = first_stage_of(config, data)
     if manifest is not None and manifest.latents is not None:  # the latents know the size of their pictures
         data = replace(data, image_size=manifest.latents["image_size"])
     latent = latent_spec(first_stage, data.image_size)
     conditioners = build_conditioners(config["conditioner"])
     backbone_node = {**config["backbone"], **_backbone_sizes(latent, conditioners, config["backbone"])}
-    scale_node = _latent_scale(options.pop("latent_scale"), first_stage, data, manifest)
+    scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
     spec = {
         "kind": "latent_diffusion",
         "image_size": data.image_size,
@@ -118,8 +118,16 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     return Plan(stage, spec, "latents" if data.latents is not None else "images", frozen)
 
 
+def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
+    """A classifier of noisy latents, to guide a denoiser of the same latents."""
+    from ldmlab.app.classifier_plan import classifier_plan
+
+    return classifier_plan(config, data, options)
+
+
 PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {
     "autoencoder": autoencoder,
+    "classifier": classifier,
     "clip": clip,
     "diffusion": diffusion,
 }
@@ -142,7 +150,7 @@ def latent_spec(first_stage: Any, image_size: int) -> LatentSpec:
     return LatentSpec(first_stage.latent_channels, image_size // f, image_size // f, f)
 
 
-def _first_stage(config: Config, data: ShardData) -> tuple[nn.Module, dict[str, Any], Manifest | None]:
+def first_stage_of(config: Config, data: ShardData) -> tuple[nn.Module, dict[str, Any], Manifest | None]:
     """The frozen first stage: with the latents, of from_run, or the identity; and the latents' manifest."""
     if data.latents is not None:
         manifest = data.manifest("train", "latents")
@@ -166,7 +174,9 @@ def _first_stage(config: Config, data: ShardData) -> tuple[nn.Module, dict[str, 
     return module, dict(config["first_stage"]), None
 
 
-def _latent_scale(choice: Any, first_stage: nn.Module, data: ShardData, manifest: Manifest | None) -> dict[str, Any]:
+def latent_scale_node(
+    choice: Any, first_stage: nn.Module, data: ShardData, manifest: Manifest | None
+) -> dict[str, Any]:
     """The node of the latent scale, in numbers, so that model.yaml needs no latents."""
     if isinstance(choice, int | float):
         scale = LatentScale.fixed(choice)

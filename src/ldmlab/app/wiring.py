@@ -21,7 +21,8 @@ from ldmlab.training.settings import TrainerSettings
 
 Config = Mapping[str, Any]
 NAMES = (
-    *("stage", "data", "first_stage", "loss", "clip", "backbone", "conditioner", "diffusion", "sampler", "optimizer"),
+    *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
+    *("sampler", "optimizer"),
     *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from"),
 )
 FINISHED = "finished.json"  # in a run folder that reached its last step

@@ -1,4 +1,4 @@
-"""The denoiser's loss by noise level: the mean over all levels hides most of what is learned."""
+"""The loss by noise level: the mean over all levels hides most of what is learned."""
 
 from dataclasses import dataclass, field
 
@@ -15,13 +15,12 @@ class NoiseLevels(StepCallback):
     """Mean loss in `bins` equal parts of the diffusion times, 0 the cleanest; needs extras `loss` and `level`."""
 
     bins: int = 10
-    player: str = "denoiser"
     _sums: Tensor | None = field(default=None, init=False)  # (2, bins): loss and count, on the device
 
     def after_batch(self, session: Session, batch: Batch) -> None:
         """Add the micro-batch's pictures to their bins."""
-        extras = session.stage.extras.get(self.player, {})
-        if "loss" not in extras or "level" not in extras:
+        extras = next((e for e in session.stage.extras.values() if {"loss", "level"} <= e.keys()), None)
+        if extras is None:
             return
         loss = extras["loss"].float()  # (B,)
         place = (extras["level"] * self.bins).long().clamp(0, self.bins - 1)  # level: (B,) in [0, 1)

@@ -1,0 +1,96 @@
+"""Training of a classifier of noisy latents, by which sampling can be guided."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.errors import InputError
+from ldmlab.randomness import integers, normal
+from ldmlab.training import processes
+from ldmlab.training.stage import Batch, Losses, Stage
+
+_HELD_OUT_SEED = 0x5EED  # the held-out noise is the same in every run, so that curves of runs compare
+
+
+class ClassifierStage(Stage):
+    """Cross-entropy of a class given a noisy latent and its time, at times drawn evenly from the schedule."""
+
+    kind: ClassVar[str] = "classifier"
+    averaged: ClassVar[str | None] = "classifier"
+    monitor = "accuracy"
+    monitor_mode = "max"
+
+    def __init__(
+        self,
+        *,
+        space: LatentSpace,
+        schedule: Schedule,
+        classifier: nn.Module,  # x (B, C, h, w), t (B,) => logits (B, classes)
+        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out picture
+        noise_bins: int = 10,  # equal parts of the diffusion times, each with an accuracy of its own
+        **options: Any,  # of Stage
+    ) -> None:
+        super().__init__(**options)
+        if held_out_draws < 1 or noise_bins < 1:
+            raise InputError(f"held_out_draws={held_out_draws} and noise_bins={noise_bins} must be at least 1.")
+        self.space, self.schedule, self.classifier = space, schedule, classifier
+        self.held_out_draws, self.noise_bins = held_out_draws, noise_bins
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """The classifier alone."""
+        return {"classifier": list(self.classifier.parameters())}
+
+    def saved(self) -> dict[str, nn.Module]:
+        """The classifier alone; the latent space is described, not kept."""
+        return {"classifier": self.classifier}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """As always, but labels without an output are refused while they can be read without waiting."""
+        labels, classes = batch["class_id"], int(self.classifier.classes)  # type: ignore[arg-type]
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise InputError(
+                f"class_id {int(labels.min())} .. {int(labels.max())} does not fit classifier.classes={classes}; "
+                "set the number of classes of the data, numbered from 0."
+            )
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def losses(self, player: str, batch: Batch) -> Losses:
+        """Mean cross-entropy and accuracy; the noise levels as a share of the schedule, 0 the cleanest."""
+        loss, right, level = self._judged(batch, self.seed)
+        total = loss.mean()
+        return Losses(total, {"loss": total, "accuracy": right.mean()}, {"loss": loss, "level": level})
+
+    def _judged(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Per picture: cross-entropy, 1 where the class is right, noise level in [0, 1); each (B,) float32."""
+        position, wanted = batch["position"], batch["class_id"]
+        clean = self.space.latents(batch, seed)  # (B, C, h, w)
+        t = integers(seed, "time", position, self.schedule.steps)  # (B,)
+        alpha, sigma = self.schedule.levels(t)
+        x = alpha * clean + sigma * normal(seed, "noise", position, tuple(clean.shape[1:]))
+        logits = self.classifier(x, t.float()).float()  # (B, classes)
+        right = (logits.argmax(1) == wanted).float()
+        return F.cross_entropy(logits, wanted, reduction="none"), right, t / self.schedule.steps
+
+    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss and accuracy over held-out pictures with fixed times and noises, accuracy also by noise level."""
+        sums = torch.zeros(3, self.noise_bins, dtype=torch.float64, device=self.device)  # loss, right, count
+        for batch in batches:
+            for draw in range(self.held_out_draws):
+                loss, right, level = self._judged(batch, _HELD_OUT_SEED + draw)
+                place = (level * self.noise_bins).long().clamp_max(self.noise_bins - 1)
+                sums.index_add_(1, place, torch.stack([loss, right, torch.ones_like(loss)]).double())
+        bins = processes.sum_(sums).cpu()
+        loss_sum, right_sum, count = bins.sum(1).tolist()
+        if not count:
+            return {}
+        by_noise = {
+            f"accuracy_by_noise/{index / self.noise_bins:.2f}": float(right / pictures)
+            for index, (_, right, pictures) in enumerate(bins.T)
+            if pictures
+        }
+        return {"loss": loss_sum / count, "accuracy": right_sum / count, **by_noise}
