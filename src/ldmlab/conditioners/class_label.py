@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldmlab.conditioners.rates import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
 
 
 class ClassEmbedder(nn.Module):
-    """`classes` learned vectors and one more, the last, for "no class"."""
+    """`classes` learned vectors and, for guidance, one more, the last, for "no class"."""
 
     reads = frozenset({"class_id"})
 
@@ -20,14 +21,15 @@ class ClassEmbedder(nn.Module):
         width: int = 512,  # of their vectors
         drop: float = 0.1,  # rate of "no class" in training, for guidance
         slot: str = "tokens",  # tokens: (B, 1, width) | vector: (B, width)
+        null_row: bool = True,  # a row for "no class"; False: as in the paper's models without guidance, drop is 0
     ) -> None:
         super().__init__()
         if slot not in ("tokens", "vector"):
             raise InputError(f"conditioner.slot={slot} is unknown; choose tokens or vector.")
-        if not 0 <= drop < 1:
-            raise InputError(f"conditioner.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
-        self.classes, self.drop, self.slot = classes, drop, slot
-        self.embedding = nn.Embedding(classes + 1, width)
+        self.classes, self.drop, self.slot = classes, checked_rate(drop), slot
+        if drop and not null_row:
+            raise InputError(f"conditioner.drop={drop} needs a row for no class; set null_row=true or drop=0.")
+        self.embedding = nn.Embedding(classes + null_row, width)
 
     def width(self, latent: LatentSpec) -> int:
         """The vectors' width, whatever the latent."""
@@ -45,6 +47,8 @@ class ClassEmbedder(nn.Module):
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The last row, once for each picture."""
+        if self.embedding.num_embeddings == self.classes:
+            raise InputError("conditioner.null_row=false: this model has no vector for no class; use guidance=1.")
         return self._rows(torch.full((len(batch["class_id"]),), self.classes))
 
     def _rows(self, ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
 from ldmlab.checkpoints import load_tensors
+from ldmlab.conditioners.rates import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.nn.openclip import TextTower, build_clip, build_text_tower, make_tokenizer
@@ -32,14 +33,15 @@ class OpenClipText(nn.Module):
         tokenizer: SimpleTokenizer,
         *,
         drop: float = 0.1,  # rate of empty captions in training, for guidance
+        padding: str = "zero",  # tokens after the caption's end: zero as in open_clip | end as in Stable Diffusion 1.x
         trainable: bool = False,  # trained with the denoiser, or frozen
         cache_mib: int = 256,  # frozen: memory for states of captions seen before
     ) -> None:
         super().__init__()
-        if not 0 <= drop < 1:
-            raise InputError(f"conditioner.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
-        self.tower, self.tokenizer = tower, tokenizer
-        self.drop, self.trainable = drop, trainable
+        if padding not in ("zero", "end"):
+            raise InputError(f"conditioner.padding={padding} is unknown; choose zero or end.")
+        self.tower, self.tokenizer, self.padding = tower, tokenizer, padding
+        self.drop, self.trainable = checked_rate(drop), trainable
         self.node: dict[str, Any] = {}  # for model.yaml: what `open_clip_text` needs to rebuild it without a network
         self.seen, self.cut = 0, 0  # captions given, and those longer than the context
         self._capacity = max(1, cache_mib * 2**20 // (4 * tower.context_length * tower.width))
@@ -63,14 +65,22 @@ class OpenClipText(nn.Module):
         self.seen += len(captions)
         if self.trainable:
             self.cut += sum(bool(self.lost(caption)) for caption in captions)
-            return self.tower(self.tokenizer(list(captions)).to(self._device))
+            return self.tower(self.ids(captions))
         return self._frozen(captions)
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The states of as many empty captions."""
         count = len(batch["caption"])
-        states = self.tower(self.tokenizer([""]).to(self._device)) if self.trainable else self._frozen([""])
+        states = self.tower(self.ids([""])) if self.trainable else self._frozen([""])
         return states.expand(count, -1, -1)
+
+    def ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions => token ids (B, L), cut to the context and padded, on the tower's device."""
+        ids = self.tokenizer(list(captions)).to(self._device)
+        if self.padding == "zero":
+            return ids
+        end = self.tokenizer.eot_token_id
+        return ids.masked_fill((ids == end).cumsum(1) > 0, end)
 
     def lost(self, caption: str) -> str:
         """The end of a caption that does not fit into the context; empty if all does."""
@@ -106,7 +116,7 @@ class OpenClipText(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             for start in range(0, len(captions), size):
                 chunk = captions[start : start + size]
-                states = self.tower(self.tokenizer(chunk).to(self._device))
+                states = self.tower(self.ids(chunk))
                 result |= {c: (s.clone(), bool(self.lost(c))) for c, s in zip(chunk, states, strict=True)}
         return result
 
@@ -116,7 +126,9 @@ def open_clip_text(
     pretrained: str | None = None,  # with name: tag of its weights or path of a file
     config: Mapping[str, Any] | None = None,  # architecture of our own, as in the model.yaml of a CLIP run
     weights: str | None = None,  # with config: .safetensors of the CLIP model; None: loaded later or trained
-    layer: str = "last",  # last | penultimate
+    layer: str = "last",  # last | penultimate | pooled, the last layer at the caption's end as one token
+    padding: str = "zero",  # zero | end
+    unused: bool = False,  # carry the weights of the published text tower that are not run
     drop: float = 0.1,
     trainable: bool = False,
     cache_mib: int = 256,
@@ -126,14 +138,15 @@ def open_clip_text(
         raise InputError("conditioner: give either name or config (in training: from_run, a CLIP run of yours).")
     if name is not None:
         clip = build_clip(name, pretrained)
-        tower, full = TextTower(clip.model, layer), clip.config
+        tower, full = TextTower(clip.model, layer, unused), clip.config
     else:
         assert config is not None
         full = dict(config)
-        tower = build_text_tower(full, layer)
+        tower = build_text_tower(full, layer, unused)
         if weights is not None:
             tower.load_clip(load_tensors(Path(weights)))
-    text = OpenClipText(tower, make_tokenizer(full), drop=drop, trainable=trainable, cache_mib=cache_mib)
-    kept = {"layer": layer, "drop": drop, "trainable": trainable, "cache_mib": cache_mib}
+    options = {"padding": padding, "drop": drop, "trainable": trainable, "cache_mib": cache_mib}
+    text = OpenClipText(tower, make_tokenizer(full), **options)  # type: ignore[arg-type]
+    kept = {"layer": layer, "unused": unused, **options}
     text.node = {"_target_": "ldmlab.conditioners.text.open_clip_text", "config": full, **kept}
     return text

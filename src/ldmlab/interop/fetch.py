@@ -4,15 +4,15 @@ They lie in LDMLAB_WEIGHTS or ~/.cache/ldmlab, under the names of their files.
 """
 
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldmlab.checkpoints import write_atomically
+from ldmlab.checkpoints import weights_folder, write_atomically
 from ldmlab.errors import InputError
+from ldmlab.nn.wordpiece import VOCABULARY_FILE
 
 Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: not told)
 _CHUNK_BYTES = 1 << 20
@@ -40,6 +40,14 @@ WEIGHTS = {
         licence="Apache-2.0",
         used_for="features=inception: the published FID, IS, precision and recall",
     ),
+    "wordpiece": Weights(
+        file=VOCABULARY_FILE,
+        url="https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
+        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",  # remembered, not read off a page
+        mib=1,
+        licence="Apache-2.0",
+        used_for="conditioner=text_bert: the 30,522 tokens of the paper's text-to-image models",
+    ),
     "lpips": Weights(
         file="vgg16-397923af.pth",
         url="https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -50,11 +58,6 @@ WEIGHTS = {
     ),
 }
 CLIP = "clip"  # any open_clip model, `ldmlab fetch clip --model ViT-B-32 --pretrained openai`
-
-
-def weights_folder() -> Path:
-    """Where fetched files lie."""
-    return Path(os.environ.get("LDMLAB_WEIGHTS") or Path.home() / ".cache" / "ldmlab")
 
 
 def weights_path(name: str) -> Path:

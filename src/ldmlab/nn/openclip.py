@@ -135,28 +135,39 @@ def make_tokenizer(config: Mapping[str, Any]) -> SimpleTokenizer:
 class TextTower(nn.Module):
     """The text half of a CLIP model up to its states per token; tensor names as in open_clip's CLIP class."""
 
-    def __init__(self, clip: nn.Module, layer: str = "last") -> None:
-        """layer: last | penultimate, both followed by the final norm; blocks that are not run are left out."""
+    def __init__(self, clip: nn.Module, layer: str = "last", unused: bool = False) -> None:
+        """layer: last | penultimate, each followed by the final norm | pooled, the last at the caption's end.
+
+        Blocks that are not run are left out, or with `unused` kept under `unused.*` with the other idle weights.
+        """
         super().__init__()
         text: Any = clip.text if isinstance(clip, open_clip.CustomTextCLIP) else clip
         if getattr(text, "cls_emb", None) is not None or not hasattr(text, "token_embedding"):
             raise InputError("the text tower of this model is not CLIP's; choose a CLIP model such as ViT-B-32.")
-        if layer not in ("last", "penultimate"):
-            raise InputError(f"conditioner.layer={layer} is unknown; choose last or penultimate.")
+        if layer not in ("last", "penultimate", "pooled"):
+            raise InputError(f"conditioner.layer={layer} is unknown; choose last, penultimate or pooled.")
+        self.layer = layer
         self.token_embedding = text.token_embedding
         self.positional_embedding = text.positional_embedding
         self.transformer = text.transformer
+        idle = self.transformer.resblocks[-1:] if layer == "penultimate" else []
         if layer == "penultimate":
             self.transformer.resblocks = self.transformer.resblocks[:-1]
         self.ln_final = text.ln_final
-        self.register_buffer("attn_mask", text.attn_mask, persistent=False)
+        self.unused = _Unused(clip, text, idle) if unused else None
+        self.causal = text.attn_mask is not None
         self.context_length: int = text.context_length
         self.width: int = text.transformer.width
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) => states (B, L, width)."""
+        """Token ids (B, L) => states (B, L, width), pooled (B, 1, width)."""
         x = self.token_embedding(ids) + self.positional_embedding
-        return self.ln_final(self.transformer(x, attn_mask=self.attn_mask))
+        mask = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        states = self.ln_final(self.transformer(x, attn_mask=mask if self.causal else None))
+        if self.layer != "pooled":
+            return states
+        ends = ids.argmax(1)  # the end token has the largest number
+        return states[torch.arange(len(ids), device=ids.device), ends][:, None]
 
     def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
         """Weights from the state dict of a whole CLIP model; what is not the text tower's is left aside."""
@@ -168,7 +179,18 @@ class TextTower(nn.Module):
         self.load_state_dict({name: named[name] for name in wanted})
 
 
-def build_text_tower(config: Mapping[str, Any], layer: str = "last") -> TextTower:
+class _Unused(nn.Module):
+    """Weights of a published text tower that no output here depends on; frozen, so that none waits for a gradient."""
+
+    def __init__(self, clip: nn.Module, text: Any, blocks: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.text_projection = text.text_projection
+        self.logit_scale = clip.logit_scale
+        self.requires_grad_(False)
+
+
+def build_text_tower(config: Mapping[str, Any], layer: str = "last", unused: bool = False) -> TextTower:
     """The text tower of a configuration with fresh weights; the image tower is never built at its real size."""
     tiny = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 32, "image_size": 32}
-    return TextTower(_from_config({**config, "vision_cfg": tiny}), layer)
+    return TextTower(_from_config({**config, "vision_cfg": tiny}), layer, unused)

@@ -1,0 +1,101 @@
+"""Boxes with classes as a sequence of tokens through a transformer trained with the denoiser (section 4.3.2).
+
+The encoding is that of the taming-transformers data code: three tokens an object, its class and its two corners on a
+grid of floor(sqrt(vocabulary)) cells a side, empty tokens up to `objects`, then the two corners of the crop. With crop
+tokens the boxes' places are shares of the whole picture, without them shares of the crop.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.conditioners.rates import checked_rate
+from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.errors import InputError
+from ldmlab.nn.transformer import TransformerEncoder
+
+_WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop of an uncropped picture: x0, y0, x1, y1
+
+
+class LayoutTokens(nn.Module):
+    """States of the boxes' tokens, (B, 3 objects + 2, width); nothing given is no box, in the same crop."""
+
+    reads = frozenset({"boxes"})  # and `crop`, where there is one
+    slot = "tokens"
+
+    def __init__(
+        self,
+        width: int = 512,  # of the states
+        depth: int = 16,  # blocks
+        objects: int = 30,  # most boxes in a picture
+        crop_tokens: bool = True,  # two more tokens: corners of the crop in the original picture
+        vocab_size: int = 8192,  # tokens: classes and grid cells share them, the last is "empty"
+        drop: float = 0.0,  # rate of empty layouts in training, for guidance
+        heads: int = 8,  # of 64 channels each
+        unused_head: bool = False,  # carry the output layer of the official files, which nothing runs
+    ) -> None:
+        super().__init__()
+        self.drop = checked_rate(drop)
+        self.objects, self.crop_tokens = objects, crop_tokens
+        self.empty = vocab_size - 1
+        self.cells = math.isqrt(vocab_size)  # a side of the grid
+        if self.cells**2 > self.empty:
+            raise InputError(f"conditioner.vocab_size={vocab_size} leaves no empty token; choose {vocab_size + 1}.")
+        length = 3 * objects + 2 * crop_tokens
+        self.transformer = TransformerEncoder(vocab_size, length, width, depth, heads, unused_head)
+
+    def width(self, latent: LatentSpec) -> int:
+        """Of the states, whatever the latent."""
+        return self.transformer.width
+
+    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The states of the batch's boxes, in the order given; their places are shares of the whole picture."""
+        return self._states(batch["boxes"], batch)
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The states of no boxes; crop tokens stay, as they say nothing of the content."""
+        return self._states([[] for _ in batch["boxes"]], batch)
+
+    def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] | None) -> list[int]:
+        """Token numbers of one picture."""
+        if len(boxes) > self.objects:
+            raise InputError(
+                f"a picture has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
+            )
+        crop = _WHOLE if crop is None else crop
+        frame = _WHOLE if self.crop_tokens else crop
+        ids = [token for box in boxes for token in (self._class(box), *self._corners(_inside(box["box"], frame)))]
+        ids += [self.empty] * (3 * (self.objects - len(boxes)))
+        return ids + self._corners(crop) if self.crop_tokens else ids
+
+    def _states(self, boxes: Sequence[Sequence[Mapping[str, Any]]], batch: dict[str, Any]) -> Tensor:
+        crops = batch.get("crop") or [None] * len(boxes)
+        ids = [self.tokens(row, crop) for row, crop in zip(boxes, crops, strict=True)]
+        return self.transformer(torch.tensor(ids, device=self.transformer.tokens.weight.device))
+
+    def _class(self, box: Mapping[str, Any]) -> int:
+        number = int(box["class_id"])
+        if not 0 <= number < self.empty:
+            raise InputError(f"boxes: class_id {number} is not 0 .. {self.empty - 1}; number the classes from 0.")
+        return number
+
+    def _corners(self, box: Sequence[float]) -> list[int]:
+        """(x0, y0, x1, y1) => the cells of the top left and the bottom right corner; rows are the slow axis."""
+        if len(box) != 4 or not all(0 <= value <= 1 for value in box) or box[0] > box[2] or box[1] > box[3]:
+            raise InputError(
+                f"boxes: {list(box)} is no box; give x0, y0, x1, y1 in 0 .. 1, left before right, top before bottom."
+            )
+        last = self.cells - 1
+        x0, y0, x1, y1 = (round(last * float(value)) for value in box)  # halves to even
+        return [y0 * self.cells + x0, y1 * self.cells + x1]
+
+
+def _inside(box: Sequence[float], frame: Sequence[float]) -> list[float]:
+    """A box as shares of `frame`, clipped to it; what is no box stays as it is, to be refused."""
+    if len(box) != 4 or tuple(frame) == _WHOLE:
+        return list(box)
+    size = [frame[2] - frame[0], frame[3] - frame[1]] * 2
+    return [min(max((b - a) / s, 0.0), 1.0) for b, a, s in zip(box, [*frame[:2], *frame[:2]], size, strict=True)]

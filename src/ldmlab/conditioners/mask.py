@@ -1,0 +1,45 @@
+"""The mask of an inpainting task, concatenated to the latent (section 4.5)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.conditioners.rates import checked_rate
+from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.errors import InputError
+
+
+class Mask(nn.Module):
+    """`mask` at the latent's size, nearest neighbour, (B, 1, h, w): one number for what is kept, one for holes."""
+
+    reads = frozenset({"mask"})
+    slot = "spatial"
+
+    def __init__(
+        self,
+        downsampling: int,  # of the first stage; derived in wiring
+        keep: float = -1.0,  # official LDM: -1, Stable Diffusion: 0
+        hole: float = 1.0,
+        drop: float = 0.0,  # rate of "all is a hole" in training, for guidance
+    ) -> None:
+        super().__init__()
+        if keep == hole:
+            raise InputError(f"conditioner.keep={keep} equals conditioner.hole; choose two numbers, such as -1 and 1.")
+        self.drop = checked_rate(drop)
+        self.downsampling, self.keep, self.hole = downsampling, keep, hole
+
+    def width(self, latent: LatentSpec) -> int:
+        """One channel."""
+        return 1
+
+    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """uint8 (B, 1, H, W), 1 where the hole is => float (B, 1, h, w)."""
+        mask = batch["mask"].float()
+        height, width = (side // self.downsampling for side in mask.shape[2:])
+        return self.keep + (self.hole - self.keep) * F.interpolate(mask, (height, width), mode="nearest")
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """All is a hole."""
+        return torch.full_like(self(batch, encode), self.hole)

@@ -1,0 +1,70 @@
+"""Label maps, scaled down and mapped to a few channels, concatenated to the latent (section 4.3.2)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.conditioners.rates import checked_rate
+from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.errors import InputError
+
+_METHODS = ("nearest", "bilinear", "bicubic", "area")
+
+
+class SpatialRescaler(nn.Module):
+    """conv(resize(.. one_hot(labels))), (B, channels, h, w): `stages` resizes, then a 1 x 1 convolution."""
+
+    reads = frozenset({"segmentation"})
+    slot = "spatial"
+
+    def __init__(
+        self,
+        classes: int = 182,  # of the label maps, numbered from 0
+        channels: int | None = 3,  # given to the denoiser; None: one a class, without the convolution
+        stages: int = 2,  # resizes; multiplier^stages must be one over the first stage's downsampling
+        multiplier: float = 0.5,  # of each resize
+        method: str = "bilinear",  # nearest | bilinear | bicubic | area
+        bias: bool = False,  # of the convolution
+        drop: float = 0.0,  # rate of empty maps in training, for guidance
+    ) -> None:
+        super().__init__()
+        if method not in _METHODS:
+            raise InputError(f"conditioner.method={method} is unknown; choose {', '.join(_METHODS)}.")
+        self.drop = checked_rate(drop)
+        self.classes, self.stages, self.multiplier, self.method = classes, stages, multiplier, method
+        self.channels = nn.Conv2d(classes, channels, 1, bias=bias) if channels is not None else None
+
+    def width(self, latent: LatentSpec) -> int:
+        """Channels given to the denoiser, whatever the latent."""
+        return self.classes if self.channels is None else self.channels.out_channels
+
+    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """Label maps `segmentation` (B, H, W), 0 .. classes - 1 => (B, channels, h, w)."""
+        labels = torch.as_tensor(batch["segmentation"])
+        if labels.device.type == "cpu" and labels.numel() and not 0 <= labels.min() <= labels.max() < self.classes:
+            raise InputError(
+                f"segmentation {int(labels.min())} .. {int(labels.max())} does not fit "
+                f"conditioner.classes={self.classes}; set the number of classes of the data, numbered from 0."
+            )
+        if self.channels is None:
+            return self._resize(F.one_hot(labels.long(), self.classes).movedim(-1, 1).float())
+        # The convolution and the resize commute; a table look-up first spares maps of `classes` channels.
+        table = self.channels.weight.flatten(1).T  # (classes, channels)
+        maps = self._resize(F.embedding(labels.long().to(table.device), table).movedim(-1, 1))
+        return maps if self.channels.bias is None else maps + self.channels.bias[:, None, None]
+
+    def rescale(self, maps: Tensor) -> Tensor:
+        """Any maps (B, classes, H, W), float => (B, channels, h, w): soft label maps."""
+        maps = self._resize(maps)
+        return maps if self.channels is None else self.channels(maps)
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """Zeros: no class anywhere."""
+        return torch.zeros_like(self(batch, encode))
+
+    def _resize(self, maps: Tensor) -> Tensor:
+        for _ in range(self.stages):
+            maps = F.interpolate(maps, scale_factor=self.multiplier, mode=self.method)
+        return maps
