@@ -2,7 +2,7 @@
 
 `model.yaml` has a `kind`, an `image_size` and a node per part (`_target_` and finished arguments):
 first_stage: first_stage; clip: clip; latent_diffusion: first_stage, latent_scale, backbone, conditioners, diffusion,
-guidance_trained, sampler.
+guidance_trained, sampler, task where there is one; classifier: classifier, first_stage_fingerprint, latent_scale, schedule.
 """
 
 from collections.abc import Mapping
@@ -72,6 +72,7 @@ def build_latent_diffusion(spec: Mapping[str, Any], *, trust: bool = False) -> "
             for name, node in spec["conditioners"].items()
         },
         "guidance_trained": spec["guidance_trained"],
+        "task": instantiate(spec["task"], where="task", trust=trust) if spec.get("task") else None,
     }
     return instantiate(spec["diffusion"], where="diffusion", trust=trust, **parts)
 
@@ -120,6 +121,22 @@ def load_clip(path: Path | str, weights: str = "averaged") -> "OpenClip":
     load_exactly(clip.model, _part(files, "clip"), f"{path} (clip)")
     clip.model.eval().requires_grad_(False)
     return clip
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A trained classifier of noisy latents, frozen, and the description of the latents it knows."""
+
+    module: nn.Module
+    spec: dict[str, Any]  # model.yaml
+
+
+def load_classifier(path: Path | str, weights: str = "averaged") -> LoadedClassifier:
+    """The classifier of a stage=classifier run; float32, on the CPU."""
+    files = _of_kind(read_model(path, _checked(weights)), "classifier")
+    module = instantiate(files.spec["classifier"], where="classifier")
+    load_exactly(module, _part(files, "classifier"), f"{path} (classifier)")
+    return LoadedClassifier(module.eval().requires_grad_(False), files.spec)
 
 
 def pick_device(name: str) -> torch.device:

@@ -80,11 +80,13 @@ def evaluate(config: Mapping[str, Any]) -> None:
 
 def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
     """Samples of a diffusion model."""
+    from ldmlab.app.guidance import build_guides
     from ldmlab.build import load
     from ldmlab.evaluation.evaluate import Evaluation
 
     model = load(config["model"], weights=config["weights"], device=config["device"])
     model.in_precision(config["precision"])
+    model.with_guides(*build_guides(config["guidance"], model))
     extras = [(title, Path(path)) for title, path in config["pictures"]]
     data = reference_data(config, max(model.image_size))
     Evaluation(model=model, data=data, rank=rank, world=world, extras=extras, **parts).run()

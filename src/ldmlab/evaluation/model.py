@@ -14,6 +14,7 @@ from torch import Tensor
 from ldmlab.contracts import AfterStep, Conditioning, Level
 from ldmlab.diffusion.conditioning import check_guidance
 from ldmlab.diffusion.grid import ddim_grid
+from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.evaluation.settings import SampleSettings
@@ -38,7 +39,14 @@ class LoadedModel:
             self.diffusion.to(memory_format=torch.channels_last)
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.info = dict(info)
+        self.guides: tuple[Guide, ...] = ()
         self.in_precision(precision)
+
+    def with_guides(self, *guides: Guide) -> "LoadedModel":
+        """The same model; these guide every sample from now on, besides classifier-free guidance."""
+        self.guides = guides
+        self.info["guides"] = {name: value for guide in guides for name, value in guide.as_text().items()}
+        return self
 
     def in_precision(self, precision: str) -> "LoadedModel":
         """The same model; its networks compute in float32 | bfloat16 | float16."""
@@ -55,7 +63,8 @@ class LoadedModel:
     @property
     def reads(self) -> frozenset[str]:
         """Fields that a request may hold: caption, class_id, ...; empty for a model without conditions."""
-        return frozenset().union(*(c.reads for _, c in self.diffusion.conditioners.items()))  # type: ignore[arg-type]
+        told = (c.reads for _, c in self.diffusion.conditioners.items())
+        return frozenset().union(*told, *(guide.reads for guide in self.guides))  # type: ignore[arg-type]
 
     # ---- the public face
 
@@ -112,10 +121,10 @@ class LoadedModel:
 
     def resolved(self, settings: SampleSettings) -> SampleSettings:
         """The settings with every default filled in; what the model cannot do is refused before any work."""
-        guidance = settings.guidance
+        guidance, conditioned = settings.guidance, bool(self.diffusion.conditioners)
         if guidance is None:
-            guidance = 3.0 if self.diffusion.guidance_trained and self.reads else 1.0
-        check_guidance(guidance, self.diffusion.guidance_trained, conditioned=bool(self.reads))
+            guidance = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
+        check_guidance(guidance, self.diffusion.guidance_trained, conditioned=conditioned)
         size = self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.diffusion.latent_shape(size)
@@ -129,7 +138,7 @@ class LoadedModel:
         assert settings.spacing is not None
         return ddim_grid(self.diffusion.schedule, settings.steps, settings.spacing)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: guides need gradients
     def sample_batch(
         self,
         requests: Sequence[Mapping[str, Any]],
@@ -152,6 +161,7 @@ class LoadedModel:
                 index=batch["position"],
                 size=settings.size,
                 guidance=settings.guidance,
+                guides=self.guides,
                 seed=settings.seed,
                 after_step=after_step,
             )

@@ -14,6 +14,7 @@ from ldmlab.errors import InputError
 
 # Positions of VGG16's convolutions in torchvision's `features`; features are read after the last of each group.
 _GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+_SMALLEST = 16  # px; the deepest features of smaller pictures are empty
 _MEAN = (-0.030, -0.088, -0.188)  # of ImageNet's pixels in [-1, 1]
 _DEVIATION = (0.458, 0.448, 0.450)
 
@@ -38,6 +39,11 @@ class LPIPS(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [-1, 1], at least 16 x 16 => distances (B,), float32."""
+        if min(first.shape[2:]) < _SMALLEST:
+            raise InputError(
+                f"LPIPS compares pictures of {_SMALLEST} px and more, not {first.shape[2]}x{first.shape[3]}; "
+                "use larger ones, or the squared error."
+            )
         distance = torch.zeros(len(first), device=first.device)
         pairs = zip(self.features(first), self.features(second), strict=True)
         for number, (one, other) in enumerate(pairs):

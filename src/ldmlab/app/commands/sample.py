@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldmlab.app.commands.sample_guides import add_guide_options, asked_guides, check_guide_options
 from ldmlab.app.commands.sample_job import Job, label
 from ldmlab.errors import InputError
 
@@ -19,6 +20,7 @@ EPILOG = """examples:
   ldmlab sample runs/emoji-1a2b --prompts prompts.txt --count 4 --size 64x96
   ldmlab sample runs/emoji-1a2b "a red apple" --strip
   ldmlab sample runs/emoji-1a2b "a red apple" --sweep steps=1,2,5,10,25,50
+  ldmlab sample runs/imagenet-1a2b 207 980 --classifier runs/classifier-3c4d --classifier-scale 10
   torchrun --nproc-per-node 2 -m ldmlab sample runs/emoji-1a2b --prompts prompts.txt"""
 
 
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=int, default=1, help="pictures per prompt (1)")
     add("--steps", type=int, help="sampling steps (50; sampler ddpm: all levels)")
     add("--guidance", type=float, help="1 is off (3 if the model was trained for it, else 1)")
+    add_guide_options(parser)
     add("--eta", type=float, default=0.0, help="fresh noise per step: 0 none, 1 as DDPM (0)")
     add("--seed", type=int, default=0, help="with a picture's number it decides the noise (0)")
     add("--first-index", type=int, default=0, help="number of the first picture, to make one of many again (0)")
@@ -61,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.strip and sweep:
         raise InputError("--strip and --sweep draw different sheets; use one at a time.")
     _check_folder(args.out)
+    check_guide_options(args)
 
     from ldmlab.build import load
     from ldmlab.evaluation import processes
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     rank, world = processes.join()
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
+        model.with_guides(*asked_guides(args, model))
         requests = _requests(model, lines, args.count)
         settings = _settings(args, size)
         variants = [(None, settings)] if sweep is None else _variants(settings, *sweep)

@@ -71,7 +71,8 @@ class Job:
         told = {"prompt" if field == "caption" else field: value for field, value in request.items()}
         known = {f"model {key}": info[key] for key in ("path", "fingerprint", "weights", "step") if key in info}
         more = {"precision": self.model.precision, "ldmlab": version("ldmlab")}
-        return {**told, "index": number, **settings.as_text(), **known, **more}
+        guides = info.get("guides", {})
+        return {**told, "index": number, **settings.as_text(), **guides, **known, **more}
 
     def _save_strips(self, strip: Any, numbers: list[int]) -> None:
         from ldmlab.evaluation.pictures import save_animation, table
