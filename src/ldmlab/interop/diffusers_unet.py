@@ -96,7 +96,21 @@ def arguments(config: Config) -> dict[str, Any]:
         "dropout": given["dropout"],
         "scale_shift": _scale_shift(kind, given),
         "residual_resampling": _residual_resampling(kind, given),
+        **_vector(kind, given),
     }
+
+
+def _vector(kind: str, given: Config) -> dict[str, Any]:
+    """The class embedding: a table (a conditioner here, its rows added as they are) or one linear layer."""
+    embedding, classes = given["class_embed_type"], given["num_class_embeds"]
+    if embedding is None:
+        return {} if classes is None else {"vector_width": 4 * given["block_out_channels"][0], "project_vector": False}
+    if embedding == "simple_projection" and kind == CONDITION:
+        return {"vector_width": given["projection_class_embeddings_input_dim"]}
+    raise InputError(
+        f"{kind} with class_embed_type={embedding} cannot be represented here; only a table "
+        "(num_class_embeds) or simple_projection can."
+    )
 
 
 def _one(kind: str, given: Config, key: str) -> int:
@@ -169,7 +183,13 @@ def _residual_resampling(kind: str, given: Config) -> bool:
     return found == {True}
 
 
-def configuration(arguments: Mapping[str, Any], *, sample_size: int, linear_projection: bool) -> tuple[str, Config]:
+def configuration(
+    arguments: Mapping[str, Any],
+    *,
+    sample_size: int | tuple[int, int],  # of a latent
+    linear_projection: bool,
+    classes: int | None = None,  # rows of a class table that becomes part of the network
+) -> tuple[str, Config]:
     """diffusers' class and options for the arguments of a U-Net of ours; InputError for what it cannot hold."""
     kind = PLAIN if arguments.get("context_width") is None else CONDITION
     mult, levels = list(arguments["channel_mult"]), len(arguments["channel_mult"])
@@ -195,6 +215,7 @@ def configuration(arguments: Mapping[str, Any], *, sample_size: int, linear_proj
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "downsample_padding": 1,
+        **_class_embedding(kind, arguments, classes),
     }
     heads = {level: _heads_at(arguments, width) for level, width in enumerate(widths)}
     if kind == CONDITION:
@@ -214,6 +235,17 @@ def configuration(arguments: Mapping[str, Any], *, sample_size: int, linear_proj
     groups = 32 if arguments.get("scale_shift") else None
     config |= {"attention_head_dim": used.pop(), "downsample_type": way, "upsample_type": way}
     return kind, config | {"attn_norm_num_groups": groups}
+
+
+def _class_embedding(kind: str, arguments: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
+    width = arguments.get("vector_width")
+    if width is None or classes is not None:
+        return {} if classes is None else {"num_class_embeds": classes}
+    if kind == PLAIN:
+        raise InputError(f"backbone.vector_width={width}: {PLAIN} takes classes only; use --format ldmlab.")
+    if not arguments.get("project_vector", True):
+        return {"class_embed_type": "identity"}
+    return {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": width}
 
 
 def _heads_at(arguments: Mapping[str, Any], width: int) -> int:

@@ -47,6 +47,8 @@ def module_names(arguments: Mapping[str, Any]) -> dict[str, str]:
     """diffusers' module name => ours; q, k, v of attention over pixels are not among them. Some may be absent."""
     levels, blocks = len(arguments["channel_mult"]), arguments["num_res_blocks"]
     names = dict(_ENDS)
+    if arguments.get("vector_width") is not None and arguments.get("project_vector", True):
+        names["class_embedding"] = "vector"
 
     def block(theirs: str, ours: str, number: int, *, attention: bool) -> Iterator[tuple[str, str]]:
         yield from _under(f"{theirs}.resnets.{number}", f"{ours}.res", _RES)

@@ -1,0 +1,157 @@
+"""Text encoders of diffusers' pipelines and ours: CLIPTextModel, and LDMBertModel, the paper's own transformer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+from ldmlab.interop import clip_names
+
+CLIP, BERT = "CLIPTextModel", "LDMBertModel"
+Config = Mapping[str, Any]
+_CLIP_DEFAULTS: dict[str, Any] = {  # of transformers' CLIPTextConfig
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_BERT_DEFAULTS: dict[str, Any] = {  # of diffusers' LDMBertConfig
+    "vocab_size": 30522,
+    "max_position_embeddings": 77,
+    "encoder_layers": 32,
+    "encoder_ffn_dim": 5120,
+    "encoder_attention_heads": 8,
+    "head_dim": 64,
+    "d_model": 1280,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+}
+_BLOCK = {
+    "norm_attention": "self_attn_layer_norm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.out_proj",
+    "norm_mlp": "final_layer_norm",
+    "expand": "fc1",
+    "shrink": "fc2",
+}
+_ENDS = {
+    "tokens": "model.embed_tokens",
+    "positions": "model.embed_positions",
+    "norm": "model.layer_norm",
+    "unused_head": "to_logits",
+}
+HOME = "ldmlab.conditioners."
+CLIP_TARGET, BERT_TARGET = f"{HOME}text.open_clip_text", f"{HOME}transformer_text.TransformerText"
+
+
+def kind_of(config: Config) -> str:
+    """The class a configuration belongs to."""
+    named = [*(config.get("architectures") or ()), config.get("_class_name"), config.get("model_type")]
+    if BERT in named or "ldmbert" in named or "encoder_ffn_dim" in config:
+        return BERT
+    if CLIP in named or "clip_text_model" in named or not any(named):
+        return CLIP
+    raise InputError(f"the text encoder {named[0]} is not known; known are {CLIP} and {BERT}.")
+
+
+def node(config: Config, *, padding: str = "end", vocabulary: str | None = None) -> dict[str, Any]:
+    """The node of our conditioner; `padding` is for CLIP, `vocabulary` the path of BERT's tokens."""
+    if kind_of(config) == CLIP:
+        given = _CLIP_DEFAULTS | {key: config[key] for key in _CLIP_DEFAULTS if key in config}
+        if given["layer_norm_eps"] != 1e-5:
+            raise InputError(f"{CLIP} with layer_norm_eps={given['layer_norm_eps']}: only 1e-5 can be represented.")
+        return clip_names.node(given, padding=padding)
+    given = _BERT_DEFAULTS | {key: config[key] for key in _BERT_DEFAULTS if key in config}
+    width = given["d_model"]
+    fixed = {"encoder_ffn_dim": 4 * width, "head_dim": 64, "activation_function": "gelu", "scale_embedding": False}
+    for key, value in fixed.items():
+        if given[key] != value:
+            raise InputError(f"{BERT} with {key}={given[key]} cannot be represented here; only {key}={value} can.")
+    return {
+        "_target_": BERT_TARGET,
+        "width": width,
+        "depth": given["encoder_layers"],
+        "length": given["max_position_embeddings"],
+        "vocab_size": given["vocab_size"],
+        "vocab": vocabulary,
+        "heads": given["encoder_attention_heads"],
+        "drop": 0.0,
+        "unused_head": True,
+    }
+
+
+def configuration(ours: Mapping[str, Any]) -> tuple[str, Config]:
+    """Class and options for the node of a text conditioner of ours; InputError for what there is no class for."""
+    if ours["_target_"] == BERT_TARGET:
+        width = ours.get("width", 1280)
+        return BERT, {
+            "vocab_size": ours.get("vocab_size", 30522),
+            "max_position_embeddings": ours.get("length", 77),
+            "encoder_layers": ours.get("depth", 32),
+            "encoder_ffn_dim": 4 * width,
+            "encoder_attention_heads": ours.get("heads", 8),
+            "d_model": width,
+        }
+    if ours["_target_"] != CLIP_TARGET or not ours.get("config"):
+        raise InputError(f"conditioner {ours['_target_']} has no text encoder in diffusers; use --format ldmlab.")
+    if ours.get("layer", "last") == "pooled":
+        raise InputError("conditioner.layer=pooled: diffusers' pipelines read states per token; use --format ldmlab.")
+    config, text = ours["config"], ours["config"]["text_cfg"]
+    width = text.get("width", 512)
+    return CLIP, {
+        "vocab_size": text.get("vocab_size", 49408),
+        "hidden_size": width,
+        "intermediate_size": int(width * text.get("mlp_ratio", 4.0)),
+        "projection_dim": config["embed_dim"],
+        "num_hidden_layers": text.get("layers", 12) - (ours.get("layer", "last") == "penultimate"),
+        "num_attention_heads": text.get("heads", 8),
+        "max_position_embeddings": text.get("context_length", 77),
+        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 49407 if ours.get("padding", "zero") == "end" else 0,
+    }
+
+
+def to_ours(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A text encoder's tensors under our conditioner's names; unknown ones keep theirs."""
+    if ours["_target_"] == CLIP_TARGET:
+        return {f"tower.{key}": tensor for key, tensor in clip_names.from_hugging_face(state).items()}
+    names = {theirs: name for name, theirs in _bert_names(ours).items()}
+    result = {}
+    for key, tensor in state.items():
+        module, _, leaf = key.rpartition(".")
+        result[f"{names[module]}.{leaf}" if module in names else key] = tensor
+    return result
+
+
+def to_diffusers(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our conditioner's tensors under the text encoder's names, with an idle output layer where BERT wants one."""
+    if ours["_target_"] == CLIP_TARGET:
+        return clip_names.to_hugging_face({key.removeprefix("tower."): tensor for key, tensor in state.items()})
+    names = _bert_names(ours)
+    result = {}
+    for key, tensor in state.items():
+        module, _, leaf = key.rpartition(".")
+        result[f"{names[module]}.{leaf}"] = tensor
+    tokens = result["model.embed_tokens.weight"]
+    idle = {"to_logits.weight": torch.zeros_like(tokens), "to_logits.bias": tokens.new_zeros(len(tokens))}
+    return idle | result
+
+
+def _bert_names(ours: Mapping[str, Any]) -> dict[str, str]:
+    """Our module name => LDMBertModel's."""
+    names = {f"transformer.{mine}": theirs for mine, theirs in _ENDS.items()}
+    for k in range(ours.get("depth", 32)):
+        names |= {f"transformer.blocks.{k}.{mine}": f"model.layers.{k}.{theirs}" for mine, theirs in _BLOCK.items()}
+    return names
