@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "ldmlab"
-GROUND = {"errors", "contracts", "randomness", "averaging", "provenance", "instantiate"}
+GROUND = {"errors", "contracts", "randomness", "averaging", "provenance", "instantiate", "annotations"}
 MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),
     "nn": GROUND,
@@ -15,7 +15,10 @@ MAY_USE = {  # room => rooms it may import
     "model_files": GROUND | {"checkpoints"},
     **{
         room: GROUND | {"nn", "checkpoints"}
-        for room in ("first_stages", "backbones", "conditioners", "losses", "diffusion", "samplers", "data", "metrics")
+        for room in (
+            *("first_stages", "backbones", "conditioners", "losses", "diffusion", "samplers"),
+            *("tasks", "data", "metrics"),
+        )
     },
 }
 LOW = set(MAY_USE)

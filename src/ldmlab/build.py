@@ -2,7 +2,8 @@
 
 `model.yaml` has a `kind`, an `image_size` and a node per part (`_target_` and finished arguments):
 first_stage: first_stage; clip: clip; latent_diffusion: first_stage, latent_scale, backbone, conditioners, diffusion,
-guidance_trained, sampler, task where there is one; classifier: classifier, first_stage_fingerprint, latent_scale, schedule.
+guidance_trained, sampler, task where there is one; classifier: classifier, first_stage_fingerprint, latent_scale,
+schedule.
 """
 
 from collections.abc import Mapping

@@ -3,9 +3,9 @@
 Shapes: B batch, C latent channels, h w latent height and width, H W picture height and width, L tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -145,8 +145,16 @@ class Sampler(Protocol):
 class Task(Protocol):
     """What is given and what is asked, derived from a picture."""
 
-    adds: frozenset[str]  # batch fields it derives
-    needs: frozenset[str]  # "image" when latents alone cannot serve
+    adds: ClassVar[frozenset[str]]  # batch fields it derives
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # stored parts: image (as stored, so latents cannot serve) | mask | ...
+
+    @property
+    def held_out(self) -> "Task": ...  # the same for pictures that are compared
+
+    @property
+    def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None: ...  # by KEY.json; None: every picture takes part
 
     def give(self, sample: dict[str, Any], random: Any) -> dict[str, Any]: ...  # per picture, in loader workers
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from ldmlab.build import read_clip
 from ldmlab.contracts import LatentSpec
+from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.instantiate import instantiate
+from ldmlab.instantiate import accepts, instantiate
 
 
 @dataclass(frozen=True)
@@ -20,25 +21,41 @@ class Conditioners:
     nodes: dict[str, dict[str, Any]]
 
 
-def build_conditioners(config: Mapping[str, Mapping[str, Any]]) -> Conditioners:
-    """One module a name."""
+def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSpec) -> Conditioners:
+    """One module a name; those that scale pictures down are told by how much."""
     modules, nodes = {}, {}
     for name, node in config.items():
-        modules[name], nodes[name] = _build(name, dict(node))
+        modules[name], nodes[name] = _build(name, dict(node), latent)
     return Conditioners(modules, nodes)
 
 
-def _build(name: str, node: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _build(name: str, node: dict[str, Any], latent: LatentSpec) -> tuple[nn.Module, dict[str, Any]]:
     """The module and its node; `from_run` names a CLIP run whose text tower is taken up."""
     where = f"conditioner.{name}"
     run = node.pop("from_run", None)
     if run is not None:
         files = read_clip(run)
         node["config"] = files.spec["clip"]["config"]
+    if accepts(node, "downsampling", where=where):
+        node["downsampling"] = latent.downsampling
     module = instantiate(node, where=where)
     if run is not None:
         module.tower.load_clip(files.parts["clip"])
     return module, getattr(module, "node", node)
+
+
+def check_fields_given(modules: Mapping[str, Any], data: ShardData) -> None:
+    """Every field that a conditioner reads comes with the data or from the task."""
+    given = set(data.fields) | (set() if data.latents else {"image"})
+    if data.task:
+        given |= data.task.adds | data.task.needs
+    for name, module in modules.items():
+        missing = sorted(module.reads - given)
+        if missing:
+            raise InputError(
+                f"conditioner={name} reads {', '.join(missing)}, which neither data.fields={list(data.fields)} nor the "
+                "task gives; name it in data.fields, or choose the task= that derives it."
+            )
 
 
 def context_widths(conditioners: Conditioners, latent: LatentSpec) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldmlab.app.conditioning import Conditioners, build_conditioners, context_widths
+from ldmlab.app.conditioning import Conditioners, build_conditioners, check_fields_given, context_widths
 from ldmlab.build import load_first_stage, moments_of
 from ldmlab.checkpoints import save_tensors
 from ldmlab.contracts import LatentSpec
@@ -86,7 +86,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     if manifest is not None and manifest.latents is not None:  # the latents know the size of their pictures
         data = replace(data, image_size=manifest.latents["image_size"])
     latent = latent_spec(first_stage, data.image_size)
-    conditioners = build_conditioners(config["conditioner"])
+    conditioners = build_conditioners(config["conditioner"], latent)
+    check_fields_given(conditioners.modules, data)
     backbone_node = {**config["backbone"], **_backbone_sizes(latent, conditioners, config["backbone"])}
     scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
     spec = {
@@ -99,6 +100,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
         "diffusion": config["diffusion"],
         "guidance_trained": any(c.drop > 0 for c in conditioners.modules.values()),
         "sampler": config["sampler"],
+        **({"task": task_node(config, data.image_size)} if data.task else {}),
     }
     model = instantiate(
         config["diffusion"],
@@ -108,6 +110,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
         backbone=instantiate(backbone_node, where="backbone"),
         conditioners=conditioners.modules,
         guidance_trained=spec["guidance_trained"],
+        task=data.task,
     )
     sampler = instantiate(config["sampler"], where="sampler")
     grid = ddim_grid(model.schedule, options.pop("panel_steps"), sampler.spacing)
@@ -131,6 +134,11 @@ PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {
     "clip": clip,
     "diffusion": diffusion,
 }
+
+
+def task_node(config: Config, image_size: int) -> dict[str, Any]:
+    """The task's node of model.yaml."""
+    return {**config["task"], "image_size": image_size}
 
 
 def check_divides(image_size: int, downsampling: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldmlab.app.plans import PLANS, Plan
+from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
@@ -22,7 +22,7 @@ from ldmlab.training.settings import TrainerSettings
 Config = Mapping[str, Any]
 NAMES = (
     *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
-    *("sampler", "optimizer"),
+    *("sampler", "task", "optimizer"),
     *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from"),
 )
 FINISHED = "finished.json"  # in a run folder that reached its last step
@@ -36,6 +36,8 @@ def train(config: Config) -> None:
     name = config["stage"]["name"]
     if name not in PLANS:
         raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
+    if config["task"]:
+        data = with_task(config, data)
     seed_process(config["seed"], 0)  # the same first weights in every process
     plan = PLANS[name](config, data, stage_options(config, settings))
     if config["init_from"] is not None:
@@ -48,6 +50,13 @@ def train(config: Config) -> None:
             (run.path / FINISHED).write_text(f'{{"step": {plan.stage.step}}}\n')
     finally:
         run.close()
+
+
+def with_task(config: Config, data: ShardData) -> ShardData:
+    """The data as the task sees them; other stages have no task."""
+    if config["stage"]["name"] != "diffusion":
+        raise InputError(f"task: stage={config['stage']['name']} gives nothing and asks nothing; use task=none.")
+    return data.with_task(instantiate(task_node(config, data.image_size), where="task"))
 
 
 def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData) -> None:

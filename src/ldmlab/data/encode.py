@@ -18,6 +18,7 @@ from ldmlab.data.decode import BAD_SAMPLE, decode_image
 from ldmlab.data.encode_folder import LatentSettings, complete, finished_shard, open_plan, side_file
 from ldmlab.data.latent_shards import LatentShardWriter
 from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, check_shards, read_manifest
+from ldmlab.data.parts import boxes_following
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.stream import IndexBatches
 from ldmlab.data.tar_samples import picture_ending
@@ -118,6 +119,7 @@ class _Pictures(Dataset[Any]):
         except BAD_SAMPLE as error:
             return f"{self.reader.label(*place)}: {type(error).__name__}: {error}"
         if not self._settings.carries_images:
+            files = boxes_following(files)
             files.pop(picture_ending(files) or "")
         files.pop("npy", None)
         return key, image, files

@@ -1,11 +1,12 @@
 """The data of a run: its folders of shards, and what is read from them."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 
+from ldmlab.contracts import Task
 from ldmlab.data import stream
 from ldmlab.data.decode import BAD_SAMPLE
 from ldmlab.data.latent_shards import read_shard_manifest
@@ -38,11 +39,16 @@ class ShardData:
     balance_temperature: float = 0.5  # rate of a class ~ (its size) ^ temperature; 1 as is, 0 all equal
     object_background: tuple[int, int, int] | None = None  # colour left out of PSNR over object pixels
     sha256: bool = False  # check the shards' checksums at the start, not only their sizes
+    task: Task | None = None  # set by `with_task`
     _held_out: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.workers < 0:
             raise InputError(f"data.image_size={self.image_size} and data.workers={self.workers} must be 1 and 0 up.")
+
+    def with_task(self, task: Task | None) -> "ShardData":
+        """The same data, from which the task derives what is given and what is asked."""
+        return replace(self, task=task)
 
     @property
     def kind(self) -> str:
@@ -68,13 +74,13 @@ class ShardData:
     def train_dataset(self, kind: str | None = None) -> ShardDataset:
         """The endless shuffled stream of the training split."""
         dataset = self._dataset("train", kind or self.kind, train=True)
-        counts = dataset.reader.counts
         if self.balance is None:
-            dataset.order = EpochOrder(counts, self.seed, self.mix)
+            dataset.put_in_order(EpochOrder(dataset.counts, self.seed, self.mix))
         else:
-            labels = read_labels(dataset.reader, self.balance)
-            dataset.order = BalancedOrder(counts, self.seed, labels, self.balance_temperature)
-            logger.info("data.balance=%s: pictures an epoch %s", self.balance, dataset.order.draws)
+            labels = dataset.of_kept(read_labels(dataset.reader, self.balance))
+            order = BalancedOrder(dataset.counts, self.seed, labels, self.balance_temperature)
+            logger.info("data.balance=%s: pictures an epoch %s", self.balance, order.draws)
+            dataset.put_in_order(order)
         return self._cached(dataset)
 
     def held_out_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:
@@ -121,7 +127,8 @@ class ShardData:
 
     def _dataset(self, split: str, kind: str, train: bool) -> ShardDataset:
         images, flip = kind == "images", self.flip and train
-        wanted = Wanted(self.image_size, images=images, moments=not images, flip=flip, fields=tuple(self.fields))
+        task = self.task if train or self.task is None else self.task.held_out
+        wanted = Wanted(self.image_size, images, moments=not images, flip=flip, fields=tuple(self.fields), task=task)
         return ShardDataset(self.folder(split, kind), wanted, seed=self.seed, train=train, sha256=self.sha256)
 
     def _cached(self, dataset: ShardDataset) -> ShardDataset:

@@ -5,7 +5,6 @@ the batches in that order, whatever the number of workers. The state of a stream
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldmlab.data.cache import PictureCache
 from ldmlab.data.decode import BAD_SAMPLE, check_fields, decode_fields, decode_image, decode_moments
+from ldmlab.data.kept import KeptOrder, kept_samples
 from ldmlab.data.latent_shards import read_shard_manifest
-from ldmlab.data.manifest import Manifest, check_shards
+from ldmlab.data.manifest import check_shards
 from ldmlab.data.order import Order, Place, SequentialOrder, evaluation_batches, training_batches
+from ldmlab.data.parts import check_parts, decode_parts, mirrored_sample
 from ldmlab.data.reader import Files, ShardReader
+from ldmlab.data.wanted import Wanted, check_wanted
 from ldmlab.data.workers import quiet_worker
 from ldmlab.errors import InputError
 from ldmlab.randomness import picture_random
@@ -28,17 +30,6 @@ from ldmlab.randomness import picture_random
 TRIES = 100  # samples in a row that may be bad before the data are given up
 
 Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a batch shall hold beside key, position and skipped."""
-
-    image_size: int  # side of the pictures, px; also of the pictures behind moments
-    images: bool = True
-    moments: bool = False
-    flip: bool = False  # half of the pictures mirrored, drawn per (seed, epoch, key)
-    fields: tuple[str, ...] = ("caption",)
 
 
 class ShardDataset(Dataset[Batch]):
@@ -55,13 +46,31 @@ class ShardDataset(Dataset[Batch]):
         self.kind, self.latents = manifest.kind, manifest.latents
         red, green, blue = manifest.transform.get("background") or (255, 255, 255)
         self.background = (red, green, blue)  # laid under transparent pixels of tars made by others
-        self.order: Order = SequentialOrder(self.reader.counts)
+        self._stored_size = manifest.picture_size
+        self._kept = kept_samples(self.reader, wanted.task.keeps) if wanted.task and wanted.task.keeps else None
+        self.order: Order = SequentialOrder(self.counts)
+        self.put_in_order(self.order)
         self._cache: PictureCache | None = None
         self.template = self._first_sample()
 
     def __len__(self) -> int:
         """Pictures in one epoch."""
         return self.order.total
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples per shard that take part."""
+        return self.reader.counts if self._kept is None else [len(samples) for samples in self._kept]
+
+    def of_kept(self, values: list[str]) -> list[str]:
+        """Of one value per stored sample those that take part."""
+        if self._kept is None:
+            return values
+        return [values[self.reader.index(shard, s)] for shard, samples in enumerate(self._kept) for s in samples]
+
+    def put_in_order(self, order: Order) -> None:
+        """`order` counts the samples that take part."""
+        self.order = order if self._kept is None else KeptOrder(order, self._kept)
 
     @cached_property
     def manifest_hash(self) -> str:
@@ -70,13 +79,19 @@ class ShardDataset(Dataset[Batch]):
 
     def keep_decoded(self, limit_gib: float) -> None:
         """Decode every picture once and keep it in memory."""
-        needed = PictureCache.bytes_needed(len(self), self.wanted.image_size)
+        size, count = self.wanted.decoded_size or self._stored_size, sum(self.reader.counts)
+        if size is None:
+            raise InputError(
+                f"data.cache=true with a task that crops: the pictures of data={self.reader.folder} differ in size; "
+                "set data.cache=false, or pack them at one size."
+            )
+        needed = PictureCache.bytes_needed(count, size)
         if needed > limit_gib * 2**30:
             raise InputError(
-                f"data.cache=true needs {needed / 2**30:.2f} GiB for {len(self)} pictures, more than "
+                f"data.cache=true needs {needed / 2**30:.2f} GiB for {count} pictures, more than "
                 f"data.cache_limit_gib={limit_gib:g}; raise the limit or set data.cache=false."
             )
-        self._cache = PictureCache(len(self), self.wanted.image_size)
+        self._cache = PictureCache(count, size)
 
     def __getitem__(self, position: int) -> Batch:
         skipped: list[str] = []
@@ -92,15 +107,19 @@ class ShardDataset(Dataset[Batch]):
         return {"skipped": skipped}
 
     def _sample(self, place: Place) -> Batch:
-        """One decoded sample; `flip` picks the same side for the picture and for its moments."""
+        """One decoded sample; `flip` picks the same side for the picture, its moments and all that lies on it."""
         key, files = self.reader.read(place.shard, place.sample)
         sample: Batch = {"key": key, **decode_fields(files, self.wanted.fields)}
         flipped = self.wanted.flip and picture_random(self._seed, place.epoch, key).random() < 0.5
         if self.wanted.moments:
             sample["moments"] = decode_moments(files, view=int(flipped))
         if self.wanted.images:
-            picture = self._picture(place, files)  # (3, H, W)
-            sample["image"] = np.ascontiguousarray(picture[:, :, ::-1]) if flipped else picture
+            sample["image"] = self._picture(place, files)  # (3, H, W)
+        sample |= decode_parts(files, self.wanted.parts - {"image"}, self.wanted.decoded_size)
+        if flipped:
+            sample = mirrored_sample(sample)
+        if self.wanted.task:
+            sample |= self.wanted.task.give(sample, picture_random(self._seed, place.epoch, f"{key}#task"))
         return sample
 
     def _picture(self, place: Place, files: Files) -> NDArray[np.uint8]:
@@ -108,7 +127,7 @@ class ShardDataset(Dataset[Batch]):
         index = self.reader.index(place.shard, place.sample)
         picture = self._cache.get(index) if self._cache else None
         if picture is None:
-            picture = decode_image(files, self.wanted.image_size, self.background)
+            picture = decode_image(files, self.wanted.decoded_size, self.background)
             if self._cache:
                 self._cache.put(index, picture)
         return picture
@@ -119,40 +138,15 @@ class ShardDataset(Dataset[Batch]):
             place = self.order.locate(position)
             label = self.reader.label(place.shard, place.sample)
             try:
-                check_fields(label, self.reader.read(place.shard, place.sample)[1], self.wanted.fields)
+                files = self.reader.read(place.shard, place.sample)[1]
+                check_fields(label, files, self.wanted.fields)
+                check_parts(label, files, self.wanted.parts - {"image"})
                 return {**self._sample(place), "position": position, "skipped": []}
             except InputError:
                 raise
             except BAD_SAMPLE as error:
                 reason = f"{label}: {error}"
         raise InputError(f"data={self.reader.folder}: none of the first samples can be read ({reason}); pack it again.")
-
-
-def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
-    """Refuse shards that cannot give what is wanted, before any work."""
-    latents = manifest.latents or {}
-    if manifest.total == 0:
-        raise InputError(f"data={folder} holds no samples; pack some pictures first.")
-    if wanted.moments and manifest.kind != "latents":
-        raise InputError(
-            f"data.latents={folder} holds {manifest.kind}, not latents; encode it with `ldmlab encode`, "
-            "or leave data.latents=null to run the first stage while training."
-        )
-    if wanted.images and manifest.kind == "latents" and not latents.get("carries_images"):
-        raise InputError(
-            f"data={folder} holds latents without their pictures; give the image shards they were made from, "
-            "or encode again so that pictures are carried."
-        )
-    if wanted.moments and latents["image_size"] != wanted.image_size:
-        raise InputError(
-            f"data.image_size={wanted.image_size}, but the latents in {folder} were encoded at "
-            f"{latents['image_size']}; use that size or encode again."
-        )
-    if wanted.moments and wanted.flip and not latents["mirrored"]:
-        raise InputError(
-            f"data.flip=true, but the latents in {folder} were encoded without their mirror images; "
-            "encode again with them, or set data.flip=false."
-        )
 
 
 class IndexBatches(Sampler[list[Any]]):
@@ -219,7 +213,7 @@ def collate(samples: Sequence[Batch], template: Batch) -> Batch:
     batch: Batch = {}
     for name in template:
         values = [sample[name] for sample in good or [template]]
-        if name in ("image", "moments"):
+        if isinstance(values[0], np.ndarray):
             batch[name] = torch.from_numpy(np.stack(values))
         else:
             batch[name] = torch.tensor(values, dtype=torch.int64) if name in ("position", "class_id") else values

@@ -1,0 +1,84 @@
+"""What lies on a picture, cropped and mirrored with it: boxes of objects, and maps of numbers.
+
+Boxes are {"class_id": int, "box": [x0, y0, x1, y1], ...} with coordinates in [0, 1] of the whole picture; a crop is
+such a [x0, y0, x1, y1] too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Box = list[float]  # [x0, y0, x1, y1]
+Boxes = list[dict[str, Any]]
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def checked(boxes: Any) -> Boxes:
+    """The boxes as they came; ValueError where one is none."""
+    if not isinstance(boxes, list):
+        raise ValueError(f"boxes are a {type(boxes).__name__}, not a list")
+    for entry in boxes:
+        box = entry.get("box") if isinstance(entry, dict) else None
+        if not isinstance(box, list) or len(box) != 4 or not isinstance(entry.get("class_id"), int):
+            raise ValueError(f'{entry!r} is no box; write {{"class_id": 3, "box": [x0, y0, x1, y1]}}')
+        if not 0 <= box[0] < box[2] <= 1 or not 0 <= box[1] < box[3] <= 1:
+            raise ValueError(f"box {box} does not lie in [0, 1] with x0 < x1 and y0 < y1")
+    return boxes
+
+
+def area(box: Sequence[float]) -> float:
+    """Share of the picture."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def cropped(boxes: Boxes, crop: Sequence[float]) -> Boxes:
+    """Boxes relative to the crop, cut at its edges; those outside are left out."""
+    left, top, right, bottom = crop
+    width, height = right - left, bottom - top
+    inside = []
+    for entry in boxes:
+        x0, y0, x1, y1 = entry["box"]
+        box = [_unit((x0 - left) / width), _unit((y0 - top) / height)]
+        box += [_unit((x1 - left) / width), _unit((y1 - top) / height)]
+        if box[0] < box[2] and box[1] < box[3]:
+            inside.append({**entry, "box": box})
+    return inside
+
+
+def mirrored(boxes: Boxes) -> Boxes:
+    """Left and right exchanged."""
+    return [{**entry, "box": mirrored_box(entry["box"])} for entry in boxes]
+
+
+def mirrored_box(box: Sequence[float]) -> Box:
+    """One box, or a crop."""
+    return [1 - box[2], box[1], 1 - box[0], box[3]]
+
+
+def centre_square(width: int, height: int) -> Box:
+    """The crop that takes the largest square in the middle of a picture, at whole pixels."""
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return [left / width, top / height, (left + side) / width, (top + side) / height]
+
+
+def within(crop: Sequence[float], outer: Sequence[float]) -> Box:
+    """The crop, given relative to `outer`, relative to what `outer` is relative to."""
+    width, height = outer[2] - outer[0], outer[3] - outer[1]
+    left, top = outer[0], outer[1]
+    return [left + crop[0] * width, top + crop[1] * height, left + crop[2] * width, top + crop[3] * height]
+
+
+def nearest(values: NDArray[Any], size: int, place: Sequence[float]) -> NDArray[Any]:
+    """A map of numbers (..., H, W) in the crop, at size x size: the value at the centre of each target pixel."""
+    height, width = values.shape[-2:]
+    steps = (np.arange(size) + 0.5) / size
+    rows = np.clip(((place[1] + (place[3] - place[1]) * steps) * height).astype(np.int64), 0, height - 1)
+    columns = np.clip(((place[0] + (place[2] - place[0]) * steps) * width).astype(np.int64), 0, width - 1)
+    return np.ascontiguousarray(values[..., rows[:, None], columns])
+
+
+def _unit(value: float) -> float:
+    return min(max(value, 0.0), 1.0)

@@ -1,0 +1,37 @@
+"""What every task does unless it says otherwise."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+Sample = dict[str, Any]
+
+
+class BaseTask:
+    """Keeps every picture, serves held-out pictures like others and leaves what was generated as it is."""
+
+    adds: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Stored parts that it starts from: image | mask | segmentation | boxes."""
+        return frozenset({"image"})
+
+    @property
+    def held_out(self) -> "BaseTask":
+        """The task for pictures that are compared."""
+        return self
+
+    @property
+    def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None:
+        """Which pictures take part, told from their KEY.json; None: all of them, without a look."""
+        return None
+
+    def give(self, sample: Sample, random: Any) -> Sample:
+        """What changes or is added; arrays uint8 (3, H, W), (1, H, W), (H, W)."""
+        raise NotImplementedError
+
+    def finish(self, images: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Generated pixels (B, 3, H, W) in [-1, 1]."""
+        return images

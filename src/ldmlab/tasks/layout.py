@@ -1,0 +1,53 @@
+"""Layout to image: objects as boxes with a class are given."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ldmlab.annotations import WHOLE, Boxes, area, checked
+from ldmlab.errors import InputError
+from ldmlab.tasks.base import BaseTask, Sample
+from ldmlab.tasks.crop import Crop
+
+
+@dataclass(frozen=True)
+class Layout(BaseTask):
+    """Boxes above a smallest area, pictures with a number of them in a range; the order of objects says nothing."""
+
+    image_size: int  # px
+    least: int = 2  # objects a picture
+    most: int = 30  # objects a picture
+    smallest_area: float = 0.0001  # of a box, as a share of the stored picture
+    shuffle: bool = True  # a new order of the objects at each access
+    crop: Crop | None = None  # None: the middle square, so that latents serve
+    adds: ClassVar[frozenset[str]] = frozenset({"boxes", "crop"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.most:
+            raise InputError(f"task.least={self.least} and task.most={self.most} are no range; swap them.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Boxes, and the picture where it is cropped."""
+        return frozenset({"boxes"} if self.crop is None else {"boxes", "image"})
+
+    @property
+    def held_out(self) -> "Layout":
+        """With the middle of the picture."""
+        return self if self.crop is None else replace(self, crop=self.crop.held_out)
+
+    @property
+    def keeps(self) -> Callable[[Mapping[str, Any]], bool]:
+        """Pictures with enough objects, and not too many."""
+        return lambda fields: self.least <= len(self._large(checked(fields.get("boxes", [])))) <= self.most
+
+    def give(self, sample: Sample, random: Any) -> Sample:
+        """boxes relative to the crop, and the crop in the stored picture."""
+        given = {**sample, "boxes": self._large(sample["boxes"])}
+        cut = self.crop(given, self.image_size, random) if self.crop else {"boxes": given["boxes"]}
+        if self.shuffle:
+            cut["boxes"] = random.sample(cut["boxes"], len(cut["boxes"]))
+        return {"crop": sample.get("crop", list(WHOLE)), **cut}
+
+    def _large(self, boxes: Boxes) -> Boxes:
+        return [entry for entry in boxes if area(entry["box"]) >= self.smallest_area]

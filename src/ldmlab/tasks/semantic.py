@@ -1,0 +1,40 @@
+"""Semantic synthesis: a map of class numbers is given."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ldmlab.tasks.base import BaseTask, Sample
+from ldmlab.tasks.crop import Crop
+
+
+@dataclass(frozen=True)
+class Semantic(BaseTask):
+    """Picture and label map cut alike; labels outside the classes make a bad sample."""
+
+    image_size: int  # px
+    classes: int = 182  # class numbers are 0 .. classes - 1
+    unlabelled: int | None = None  # stored number of pixels without label: they become class 0, others move up by one
+    crop: Crop | None = None  # None: the middle square, so that latents serve
+    adds: ClassVar[frozenset[str]] = frozenset({"segmentation"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Label maps, and the picture where it is cropped."""
+        return frozenset({"segmentation"} if self.crop is None else {"segmentation", "image"})
+
+    @property
+    def held_out(self) -> "Semantic":
+        """With the middle of the picture."""
+        return self if self.crop is None else replace(self, crop=self.crop.held_out)
+
+    def give(self, sample: Sample, random: Any) -> Sample:
+        """segmentation (H, W) of class numbers, and the image if it is cropped."""
+        cut = self.crop(sample, self.image_size, random) if self.crop else {"segmentation": sample["segmentation"]}
+        labels = cut["segmentation"]
+        if self.unlabelled is not None:
+            labels = np.where(labels == self.unlabelled, 0, labels.astype(np.int64) + 1)
+        if labels.max(initial=0) >= self.classes:
+            raise ValueError(f"label {labels.max()} in a map of {self.classes} classes (task.classes)")
+        return {**cut, "segmentation": labels.astype(np.uint8 if self.classes <= 256 else np.int64)}

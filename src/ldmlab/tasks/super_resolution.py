@@ -1,0 +1,44 @@
+"""Super-resolution: a small picture is given, the large one is asked for."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from ldmlab.errors import InputError
+from ldmlab.tasks.base import BaseTask, Sample
+from ldmlab.tasks.crop import Crop
+
+
+@dataclass(frozen=True)
+class SuperResolution(BaseTask):
+    """Large: the crop; small: antialiased bicubic of it (the paper, E.3.4; Pillow's, the paper names no library)."""
+
+    image_size: int  # of the large picture, px
+    factor: int = 4  # large side / small side
+    crop: Crop = field(default_factory=lambda: Crop("centre", filter="area"))  # as SR3: largest square, area means
+    adds: ClassVar[frozenset[str]] = frozenset({"low_resolution"})
+
+    def __post_init__(self) -> None:
+        if self.factor < 2 or self.image_size % self.factor:
+            raise InputError(
+                f"task.factor={self.factor} does not divide data.image_size={self.image_size}; "
+                "choose a divisor above 1, or another size."
+            )
+
+    @property
+    def held_out(self) -> "SuperResolution":
+        """With the middle of the picture."""
+        return replace(self, crop=self.crop.held_out)
+
+    def give(self, sample: Sample, random: Any) -> Sample:
+        """image (3, H, W) and low_resolution (3, H / factor, W / factor), uint8."""
+        cut = self.crop(sample, self.image_size, random)
+        return {**cut, "low_resolution": downsampled(cut["image"], self.image_size // self.factor)}
+
+
+def downsampled(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (3, H, W) => (3, size, size) by Pillow's bicubic kernel, widened by the factor."""
+    small = Image.fromarray(image.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
