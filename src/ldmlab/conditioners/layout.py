@@ -1,8 +1,8 @@
 """Boxes with classes as a sequence of tokens through a transformer trained with the denoiser (section 4.3.2).
 
 The encoding is that of the taming-transformers data code: three tokens an object, its class and its two corners on a
-grid of floor(sqrt(vocabulary)) cells a side, empty tokens up to `objects`, then the two corners of the crop. With crop
-tokens the boxes' places are shares of the whole picture, without them shares of the crop.
+grid of floor(sqrt(vocabulary)) cells a side, empty tokens up to `objects`, then the two corners of the crop. As there,
+corners are counted in the whole picture if the crop is told, else in the crop.
 """
 
 import math
@@ -18,6 +18,7 @@ from ldmlab.errors import InputError
 from ldmlab.nn.transformer import TransformerEncoder
 
 _WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop of an uncropped picture: x0, y0, x1, y1
+_ROUNDING = 1e-6
 
 
 class LayoutTokens(nn.Module):
@@ -52,7 +53,7 @@ class LayoutTokens(nn.Module):
         return self.transformer.width
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of the batch's boxes, in the order given; their places are shares of the whole picture."""
+        """The states of the batch's boxes, in the order given; places are shares of the picture seen, the crop."""
         return self._states(batch["boxes"], batch)
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
@@ -66,8 +67,8 @@ class LayoutTokens(nn.Module):
                 f"a picture has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
             )
         crop = _WHOLE if crop is None else crop
-        frame = _WHOLE if self.crop_tokens else crop
-        ids = [token for box in boxes for token in (self._class(box), *self._corners(_inside(box["box"], frame)))]
+        frame = crop if self.crop_tokens else _WHOLE
+        ids = [token for box in boxes for token in (self._class(box), *self._corners(_within(box["box"], frame)))]
         ids += [self.empty] * (3 * (self.objects - len(boxes)))
         return ids + self._corners(crop) if self.crop_tokens else ids
 
@@ -93,9 +94,10 @@ class LayoutTokens(nn.Module):
         return [y0 * self.cells + x0, y1 * self.cells + x1]
 
 
-def _inside(box: Sequence[float], frame: Sequence[float]) -> list[float]:
-    """A box as shares of `frame`, clipped to it; what is no box stays as it is, to be refused."""
+def _within(box: Sequence[float], frame: Sequence[float]) -> list[float]:
+    """A box in shares of `frame`, a part of the whole picture, as shares of the whole."""
     if len(box) != 4 or tuple(frame) == _WHOLE:
         return list(box)
-    size = [frame[2] - frame[0], frame[3] - frame[1]] * 2
-    return [min(max((b - a) / s, 0.0), 1.0) for b, a, s in zip(box, [*frame[:2], *frame[:2]], size, strict=True)]
+    x0, y0, width, height = frame[0], frame[1], frame[2] - frame[0], frame[3] - frame[1]
+    moved = x0 + width * box[0], y0 + height * box[1], x0 + width * box[2], y0 + height * box[3]
+    return [min(max(value, 0.0), 1.0) if -_ROUNDING < value < 1 + _ROUNDING else value for value in moved]

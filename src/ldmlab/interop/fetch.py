@@ -46,7 +46,7 @@ WEIGHTS = {
         sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",  # remembered, not read off a page
         mib=1,
         licence="Apache-2.0",
-        used_for="conditioner=text_bert: the 30,522 tokens of the paper's text-to-image models",
+        used_for="conditioner=text_transformer: the 30,522 tokens of the paper's text-to-image models",
     ),
     "lpips": Weights(
         file="vgg16-397923af.pth",

@@ -172,11 +172,16 @@ class TextTower(nn.Module):
     def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
         """Weights from the state dict of a whole CLIP model; what is not the text tower's is left aside."""
         named = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
-        wanted = self.state_dict()
-        missing = [name for name, t in wanted.items() if name not in named or named[name].shape != t.shape]
+        names, shapes = self.clip_names(), {name: tensor.shape for name, tensor in self.state_dict().items()}
+        missing = [c for name, c in names.items() if c not in named or named[c].shape != shapes[name]]
         if missing:
             raise InputError(f"the CLIP weights do not fit the text tower ({missing[0]}); use its own config.")
-        self.load_state_dict({name: named[name] for name in wanted})
+        self.load_state_dict({name: named[c] for name, c in names.items()})
+
+    def clip_names(self) -> dict[str, str]:
+        """Name of each tensor here => its name in the state dict of open_clip's CLIP class."""
+        idle = f"transformer.resblocks.{len(self.transformer.resblocks)}."
+        return {n: n.replace("unused.blocks.0.", idle).removeprefix("unused.") for n in self.state_dict()}
 
 
 class _Unused(nn.Module):

@@ -41,7 +41,7 @@ class TransformerEncoder(nn.Module):
         unused_head: bool = False,  # official files have an output layer to the vocabulary that nothing ever runs
     ) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.heads = width, heads
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
