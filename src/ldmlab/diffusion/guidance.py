@@ -36,7 +36,7 @@ def guided_by_noisy(denoise: Denoise, log_likelihood: Callable[[Tensor, Level], 
     def guided(x: Tensor, level: Level) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_likelihood(leaf, level).sum(), leaf)
+            gradient = _gradient(log_likelihood(leaf, level), leaf)
         return _shifted(denoise(x, level), gradient, level, scale)
 
     return guided
@@ -49,10 +49,17 @@ def guided_by_clean(denoise: Denoise, log_likelihood: Callable[[Tensor], Tensor]
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             clean = denoise(leaf, level)
-            (gradient,) = torch.autograd.grad(log_likelihood(clean).sum(), leaf)
+            gradient = _gradient(log_likelihood(clean), leaf)
         return _shifted(clean.detach(), gradient, level, scale)
 
     return guided
+
+
+def _gradient(values: Tensor, leaf: Tensor) -> Tensor:
+    """Of each picture's value (B,) for its own latent; what ran in float32 also goes back in it."""
+    with torch.autocast(leaf.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return gradient
 
 
 def _shifted(clean: Tensor, gradient: Tensor, level: Level, scale: float) -> Tensor:
