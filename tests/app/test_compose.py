@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, group_choices
+from ldmlab.app.origins import origins
 from ldmlab.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,25 @@ def test_command_line_beats_debug_beats_experiment_beats_groups() -> None:
     assert plain.trainer.max_steps != 8
     assert debugged.trainer.max_steps == 8
     assert compose("train", [f"experiment={experiment}", "debug=fast", "trainer.max_steps=3"]).trainer.max_steps == 3
+
+
+def test_every_option_names_the_file_that_set_it() -> None:
+    given = ["experiment=demo/cpu_clip", "debug=fast", "seed=7", "+optimizer.fused=true"]
+    found = {origin.key: origin for origin in origins("train", given)}
+    assert found["trainer.max_steps"][1:] == (8, "conf/debug/fast.yaml")
+    assert found["data.image_size"][1:] == (32, "conf/experiment/demo/cpu_clip.yaml")
+    assert found["run.dir"].file == "conf/train.yaml"
+    assert found["data.mix"].file == "conf/data/emoji.yaml"
+    assert found["seed"][1:] == (7, "the command line")
+    assert found["optimizer.fused"].file == "the command line"
+    assert all(origin.file for origin in found.values())
+
+
+def test_the_config_command_prints_values_with_their_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["config", "train", "stage=clip", "--only", "stage"]) == 0
+    assert capsys.readouterr().out.split() == ["stage.name", "=", "clip", "#", "conf/stage/clip.yaml"]
+    with pytest.raises(InputError, match="no option begins so"):
+        dispatch(["config", "train", "--only", "nothing"])
 
 
 @pytest.mark.parametrize("door", ["train", "evaluate"])
