@@ -24,17 +24,17 @@ class EpsPrediction:
         return noise
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
-        """(x - sigma eps) / alpha."""
+        """(x - sigma eps) / alpha, in float64: samplers get eps back without loss where alpha is small."""
         if level.alpha == 0:
             raise InputError(
                 f"a network that predicts noise says nothing at time {level.time} where no signal is left (alpha = 0); "
                 "use a schedule that keeps some signal, or a model with another prediction."
             )
-        return (x - level.sigma * output) / level.alpha
+        return (x.double() - level.sigma * output.double()) / level.alpha
 
 
 class VPrediction:
-    """The network predicts v = alpha eps - sigma clean (Salimans & Ho 2022, appendix D): Stable Diffusion 2.x at 768."""
+    """The network predicts v = alpha eps - sigma clean (Salimans & Ho 2022, appendix D), as SD 2.x at 768 px."""
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """alpha eps - sigma clean."""

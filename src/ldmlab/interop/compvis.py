@@ -5,16 +5,34 @@ are taken over, not copied; others become float32.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ldmlab.instantiate import instantiate
 from ldmlab.interop import compvis_first_stage, compvis_unet
-from ldmlab.interop.compvis_parts import FIRST_STAGE, LOSS, UNET, build, first_stage_part, of_part, unet_part
+from ldmlab.interop.compvis_config import UNET_TARGET, conditioner_node
+from ldmlab.interop.compvis_export import export
+from ldmlab.interop.compvis_parts import (
+    CONDITIONER,
+    FIRST_STAGE,
+    LOSS,
+    UNET,
+    build,
+    conditioner_part,
+    first_stage_part,
+    is_table,
+    of_part,
+    unet_part,
+)
+from ldmlab.interop.compvis_read import read
+
+if TYPE_CHECKING:
+    from ldmlab.evaluation.model import LoadedModel
 
 State = Mapping[str, Tensor]
-UNET_TARGET = "ldmlab.backbones.unet.UNet"
+__all__ = ["build_conditioner", "build_first_stage", "build_unet", "export", "load", "read"]
 
 
 def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
@@ -36,3 +54,25 @@ def build_first_stage(
         return instantiate(node, where="first_stage")
     given = {key: tensor for key, tensor in of_part(state_dict, FIRST_STAGE).items() if not key.startswith(LOSS)}
     return build(first_stage_part(node), given)
+
+
+def build_conditioner(target: str, config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
+    """Our conditioner for `cond_stage_config`; a text encoder may have the fields of `CLIPTextConfig` as params."""
+    if state_dict is None:
+        return instantiate(conditioner_node(target, config_params), where="conditioner")
+    given = {key: tensor for key, tensor in of_part(state_dict, CONDITIONER).items() if not is_table(key)}
+    return build(conditioner_part(conditioner_node(target, config_params, given)), given)
+
+
+def load(
+    checkpoint_path: Path | str,
+    config_path: Path | str | None = None,  # official YAML; None: told by the weights, for Stable Diffusion
+    weights: str = "averaged",  # averaged, where the file has them | raw
+    *,
+    prediction: str | None = None,  # eps | v, where neither configuration nor weights tell
+    device: str = "auto",
+) -> "LoadedModel":
+    """A whole official model, ready to sample, as `ldmlab.load` gives it; nothing is written."""
+    from ldmlab.interop.assembly import loaded_model
+
+    return loaded_model(read(checkpoint_path, config_path, weights=weights, prediction=prediction), device)

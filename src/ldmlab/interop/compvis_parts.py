@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import compvis_first_stage, compvis_unet
+from ldmlab.interop import compvis_conditioners, compvis_first_stage, compvis_unet
 from ldmlab.interop.empty_modules import Mismatch, compare, fill, refuse_mismatch, without_weights
 
 UNET = "model.diffusion_model."
@@ -22,6 +22,7 @@ SCHEDULE = (
 )
 BUFFERS = (*SCHEDULE, "scale_factor", "logvar", "cond_ids", "lvlb_weights")
 StateDict = dict[str, Tensor]
+_TABLES = ("position_ids", "attn_mask")  # counters and masks that libraries stored beside a text encoder's weights
 Rename = Callable[[Mapping[str, Tensor]], StateDict]
 
 
@@ -72,6 +73,19 @@ def first_stage_part(node: Mapping[str, Any]) -> Part:
     )
 
 
+def conditioner_part(node: Mapping[str, Any]) -> Part:
+    """From a conditioner node of model.yaml; its module may hold no tensors."""
+    module = _empty(node, "conditioner")
+
+    def to_official(state: Mapping[str, Tensor]) -> StateDict:
+        return compvis_conditioners.to_official(module, state) if state else {}
+
+    def to_ours(state: Mapping[str, Tensor]) -> StateDict:
+        return compvis_conditioners.to_ours(module, state) if state else {}
+
+    return Part("conditioner", module, to_official(_meta(module)), to_ours, to_official)
+
+
 def _empty(node: Mapping[str, Any], where: str) -> nn.Module:
     with without_weights():
         return instantiate(node, where=where)
@@ -95,6 +109,11 @@ def of_part(state: Mapping[str, Tensor], prefix: str) -> StateDict:
         for key, tensor in state.items()
         if key.startswith(prefix) or not (key.startswith(others) or key in BUFFERS)
     }
+
+
+def is_table(key: str) -> bool:
+    """Whether a conditioner's tensor is no weight."""
+    return key.rpartition(".")[2] in _TABLES
 
 
 def build(part: Part, given: Mapping[str, Tensor]) -> nn.Module:

@@ -46,7 +46,7 @@ def unet_params(state: State) -> dict[str, Any]:
 
 
 def linear_projections(state: State) -> bool:
-    """Whether spatial transformers project by linear layers, as in Stable Diffusion 2.x, instead of 1 x 1 convolutions."""
+    """Whether spatial transformers project by linear layers (Stable Diffusion 2.x) instead of 1 x 1 convolutions."""
     return any(key.endswith(".proj_in.weight") and tensor.ndim == 2 for key, tensor in state.items())
 
 

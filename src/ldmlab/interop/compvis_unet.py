@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ldmlab.errors import InputError
+
 _RES = {
     "in_layers.0": "norm_in",
     "in_layers.2": "conv_in",

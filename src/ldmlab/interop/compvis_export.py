@@ -1,0 +1,153 @@
+"""Our model as an official file: tensors under official names and the configuration that official code builds it from.
+
+What the official classes cannot hold is refused; settings that are training's alone keep their official defaults.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.interop import compvis_first_stage, compvis_unet
+from ldmlab.interop.compvis_export_conditioners import conditioning_params, with_idle_head
+from ldmlab.interop.compvis_parts import (
+    CONDITIONER,
+    FIRST_STAGE,
+    UNET,
+    StateDict,
+    conditioner_part,
+    first_stage_part,
+    unet_part,
+)
+
+_IDENTITY = "ldmlab.first_stages.identity.Identity"
+_MODEL = "ldm.models.diffusion.ddpm.LatentDiffusion"
+_INPAINTING = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+Node = Mapping[str, Any]
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+def export(spec: Node, parts: Parts) -> tuple[StateDict, dict[str, Any]]:
+    """(state dict, configuration) of the whole official file; a first stage alone has no prefix.
+
+    `spec` is model.yaml, `parts` its tensors: first_stage, denoiser, conditioner.
+    """
+    if spec["kind"] == "first_stage":
+        target, params = compvis_first_stage.params_of(spec["first_stage"])
+        part = first_stage_part(spec["first_stage"])
+        return part.to_official(parts["first_stage"]), {"model": {"target": target, "params": params}}
+    if spec["kind"] != "latent_diffusion":
+        raise InputError(f"a model of kind {spec['kind']} has no official format; export with --format ldmlab.")
+    conditioners = {name: conditioner_part(node) for name, node in spec["conditioners"].items()}
+    told: StateDict = {}
+    for name, part in conditioners.items():
+        told |= with_idle_head(part.to_official(_own(parts.get("conditioner", {}), name)))
+    params = _params(spec) | conditioning_params({name: part.module for name, part in conditioners.items()}, told)
+    state = {f"{UNET}{name}": tensor for name, tensor in _unet(spec, parts["denoiser"]).items()}
+    if spec["first_stage"]["_target_"] != _IDENTITY:
+        first_stage = first_stage_part(spec["first_stage"]).to_official(parts["first_stage"])
+        state |= {f"{FIRST_STAGE}{name}": tensor for name, tensor in first_stage.items()}
+    state |= {f"{CONDITIONER}{name}": tensor for name, tensor in told.items()}
+    state |= schedule_buffers(instantiate(spec["diffusion"]["schedule"], where="diffusion.schedule"))
+    target = _INPAINTING if params["conditioning_key"] == "hybrid" else _MODEL
+    return state, {"model": {"target": target, "params": params}}
+
+
+def _unet(spec: Node, state: Mapping[str, Tensor]) -> StateDict:
+    """Official tensors, projections as in the file the model came from; Stable Diffusion 2.x has linear ones."""
+    official = unet_part(spec["backbone"]).to_official(state)
+    if not _linear(spec):
+        return official
+    ends = (".proj_in.weight", ".proj_out.weight")
+    transformers = {name.rpartition(".transformer_blocks.")[0] for name in official if ".transformer_blocks." in name}
+    projections = {block + end for block in transformers for end in ends}
+    return {name: tensor.flatten(1) if name in projections else tensor for name, tensor in official.items()}
+
+
+def _linear(spec: Node) -> bool:
+    return bool(spec.get("origin", {}).get("linear_projection"))
+
+
+def _params(spec: Node) -> dict[str, Any]:
+    """The `params` of the official model class."""
+    first_stage = spec["first_stage"]
+    if first_stage["_target_"] == _IDENTITY:
+        stage = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {}}
+        factor, channels = 1, 3
+    else:
+        target, stage_params = compvis_first_stage.params_of(first_stage)
+        stage = {"target": target, "params": stage_params}
+        factor, channels = 2 ** (len(first_stage["channel_mult"]) - 1), first_stage["latent_channels"]
+    size = spec["image_size"]
+    unet = compvis_unet.params_of(spec["backbone"]) | ({"use_linear_in_transformer": True} if _linear(spec) else {})
+    return {
+        **_diffusion_params(spec["diffusion"]),
+        "scale_factor": _factor(spec["latent_scale"]),
+        "image_size": size // factor if isinstance(size, int) else [side // factor for side in size],
+        "channels": channels,
+        "first_stage_key": "image",
+        "use_ema": False,  # averaged weights are in the place of the raw ones
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "first_stage_config": stage,
+    }
+
+
+def _diffusion_params(node: Node) -> dict[str, Any]:
+    """Schedule, loss and parameterization; official names of schedules are ours."""
+    schedule: Node = node.get("schedule", {})
+    prediction = str(node["prediction"]["_target_"]).rpartition(".")[2]
+    official = {"EpsPrediction": "eps", "VPrediction": "v"}
+    if prediction not in official or not str(schedule.get("_target_")).endswith(".Schedule"):
+        raise InputError(f"diffusion.prediction={prediction} has no official counterpart; export with --format ldmlab.")
+    built: Schedule = instantiate(schedule, where="diffusion.schedule")
+    params: dict[str, Any] = {
+        "linear_start": schedule.get("start", 0.0015),
+        "linear_end": schedule.get("end", 0.0195),
+        "timesteps": built.steps,
+        "log_every_t": 200,
+        "loss_type": node.get("loss", "l2"),
+        "parameterization": official[prediction],
+    }
+    if built.name != "linear":
+        params["beta_schedule"] = built.name
+    return params | ({"cosine_s": schedule.get("cosine_offset", 8e-3)} if built.name == "cosine" else {})
+
+
+def _factor(node: Node) -> float:
+    """One over the latent scale; the official code knows one factor and no shift."""
+    scale = instantiate(node, where="latent_scale")
+    if scale.std.numel() > 1 or bool((scale.shift != 0).any()):
+        raise InputError("a latent scale per channel has no place in an official file; export with --format ldmlab.")
+    std = node["std"][0] if isinstance(node.get("std"), (list, tuple)) else float(scale.std)
+    return float(f"{1.0 / float(std):.12g}")
+
+
+def _own(state: Mapping[str, Tensor], name: str) -> StateDict:
+    """The tensors of one conditioner."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+
+
+def schedule_buffers(schedule: Schedule) -> StateDict:
+    """The 12 tables that official files store: float64 arithmetic, float32 numbers (v_posterior 0)."""
+    betas, bar = schedule.betas, schedule.alpha_bar
+    before = torch.cat([torch.ones(1, dtype=bar.dtype), bar[:-1]])
+    variance = betas * (1 - before) / (1 - bar)
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": bar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - bar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - bar).log(),
+        "sqrt_recip_alphas_cumprod": (1 / bar).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / bar - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - bar),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - bar),
+    }
+    return {name: table.float() for name, table in tables.items()}

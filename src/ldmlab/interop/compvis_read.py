@@ -1,0 +1,182 @@
+"""A whole official file as model.yaml and tensors under our names: nothing is built for good, nothing is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldmlab.contracts import LatentSpec
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.interop.assembly import Imported
+from ldmlab.interop.compvis_config import (
+    first_stage_spec,
+    is_first_stage,
+    latent_diffusion_spec,
+    model_config,
+    read_config,
+    scale_node,
+)
+from ldmlab.interop.compvis_families import config_of
+from ldmlab.interop.compvis_file import OfficialFile, check_schedule, scale_factor, take_apart
+from ldmlab.interop.compvis_parts import UNET, Part, StateDict, conditioner_part, first_stage_part, unet_part
+from ldmlab.interop.compvis_shapes import linear_projections
+from ldmlab.interop.empty_modules import Mismatch, refuse_mismatch
+from ldmlab.interop.weights_file import read_weights
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A network with the tensors of the file that are its own."""
+
+    part: Part
+    given: StateDict
+
+    def ours(self) -> StateDict:
+        """Under our names; back under the official ones they must be the file's, bit for bit."""
+        ours = self.part.to_ours(self.given)
+        back = self.part.to_official(ours)
+        for name, tensor in self.given.items():
+            again = back[name]
+            if not tensor.is_meta and not bool((again.reshape(tensor.shape) == tensor).all()):
+                raise InputError(
+                    f"the {self.part.title}'s {name} did not survive the way there and back (not a number?)."
+                )
+        return ours
+
+
+def read(
+    path: Path | str,
+    config: Path | str | Mapping[str, Any] | None = None,
+    *,
+    weights: str = "averaged",
+    prediction: str | None = None,
+) -> Imported:
+    """An official checkpoint with its YAML file (or the file's content); every misfit is told in one InputError."""
+    if weights not in ("averaged", "raw"):
+        raise InputError(f"weights={weights} is unknown; choose averaged or raw.")
+    if prediction not in (None, "eps", "v"):
+        raise InputError(f"prediction={prediction} is unknown; choose eps or v.")
+    state, step = read_weights(Path(path))
+    given = read_config(Path(config)) if isinstance(config, (str, Path)) else config
+    return describe(state, given, source=str(path), weights=weights, prediction=prediction, step=step)
+
+
+def describe(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    source: str = "the state dict",
+    weights: str = "averaged",
+    prediction: str | None = None,
+    step: int | None = None,
+) -> Imported:
+    """The same for a state dict at hand."""
+    file = take_apart(state)
+    official = model_config(config) if config is not None else config_of(file, prediction)
+    alone = is_first_stage(official)
+    if alone != file.is_first_stage:
+        has, says = ("whole model", "first stage")[:: -1 if file.is_first_stage else 1]
+        raise InputError(f"{source} holds a {has} but the configuration describes a {says}; give the matching one.")
+    spec = first_stage_spec(official) if alone else _model_spec(official["params"], file, prediction)
+    taken, used, notes = _networks(spec, file, weights)
+    mismatches = {name: t.part.mismatch(t.given) for name, t in taken.items()}
+    refuse_mismatch({**mismatches, "file": Mismatch([], sorted(file.unknown), [])})
+    _check_channels(spec, taken)
+    spec |= {"weights": used, "origin": {"format": "compvis", "linear_projection": linear_projections(file.unet)}}
+    spec |= {} if step is None else {"step": step}
+    return Imported(source, spec, _parts(taken), used, step, notes)
+
+
+def _model_spec(params: Mapping[str, Any], file: OfficialFile, prediction: str | None) -> dict[str, Any]:
+    """model.yaml, with what only the file knows."""
+    spec = latent_diffusion_spec(params, prediction, file.conditioner)
+    spec["latent_scale"] = scale_node(scale_factor(file, params))
+    check_schedule(file, instantiate(spec["diffusion"]["schedule"], where="schedule").betas)
+    return spec
+
+
+def _networks(
+    spec: Mapping[str, Any], file: OfficialFile, weights: str
+) -> tuple[dict[str, _Taken], str, tuple[str, ...]]:
+    """The networks by name, which of their weights are taken, and what to say about it."""
+    taken = {}
+    trained = part = first_stage_part(spec["first_stage"])
+    prefix, raw = "", file.first_stage
+    if spec["kind"] == "latent_diffusion":
+        taken["first stage"] = _Taken(part, file.first_stage)
+        trained, prefix, raw = unet_part(spec["backbone"]), UNET, file.unet
+    averaged = file.averaged(trained.expected, prefix)
+    use_averaged = averaged is not None and weights == "averaged"
+    notes: tuple[str, ...] = ()
+    if averaged is None and weights == "averaged":
+        notes = ("the file holds one set of weights and does not say if they are averaged; they are kept as raw",)
+    if averaged is None and file.averages:
+        raise InputError("the averaged weights in the file belong to another network; give its own configuration.")
+    if not raw and not use_averaged:
+        raise InputError("the file holds averaged weights only; import it with --weights averaged.")
+    title = ("averaged " if use_averaged else "") + trained.title
+    taken[title] = _Taken(trained, averaged if use_averaged and averaged is not None else raw)
+    if spec["kind"] == "latent_diffusion":
+        taken |= _conditioners(spec["conditioners"], file)
+    return taken, "averaged" if use_averaged else "raw", notes
+
+
+def _conditioners(nodes: Mapping[str, Any], file: OfficialFile) -> dict[str, _Taken]:
+    """Each conditioner; the one with tensors gets the file's. A second copy of the first stage is left aside."""
+    parts = {name: conditioner_part(node) for name, node in nodes.items()}
+    given = file.conditioner
+    if not any(part.expected for part in parts.values()) and _is_copy(given, file.first_stage):
+        given = {}
+    holder = next((name for name, part in parts.items() if part.expected), next(iter(parts), None))
+    taken = {f"conditioner {name}": _Taken(part, given if name == holder else {}) for name, part in parts.items()}
+    if not parts and given:
+        raise InputError(
+            f"the file holds {len(given)} tensors of a conditioner, the configuration names none; give the "
+            "configuration that belongs to these weights."
+        )
+    return taken
+
+
+def _is_copy(given: StateDict, first_stage: StateDict) -> bool:
+    """Whether the conditioner's tensors are the first stage's."""
+    return given.keys() == first_stage.keys() and all(
+        given[name].shape == first_stage[name].shape and bool((given[name] == first_stage[name]).all())
+        for name in given
+    )
+
+
+def _check_channels(spec: Mapping[str, Any], taken: Mapping[str, _Taken]) -> None:
+    """The U-Net's inputs must be the latent and what is concatenated to it."""
+    if spec["kind"] != "latent_diffusion":
+        return
+    stage: Any = taken["first stage"].part.module
+    side = spec["image_size"][0] if isinstance(spec["image_size"], list) else spec["image_size"]
+    size = side // stage.downsampling
+    latent = LatentSpec(stage.latent_channels, size, size, stage.downsampling)
+    modules: list[Any] = [t.part.module for name, t in taken.items() if name.startswith("conditioner ")]
+    extra = sum(module.width(latent) for module in modules if module.slot == "spatial")
+    wanted = (latent.channels + extra, latent.channels)
+    has = (spec["backbone"]["in_channels"], spec["backbone"]["out_channels"])
+    if has != wanted:
+        raise InputError(
+            f"the U-Net has {has[0]} input and {has[1]} output channels, first stage and conditions make {wanted[0]} "
+            f"and {wanted[1]}; give the configuration that belongs to these weights."
+        )
+
+
+def _parts(taken: Mapping[str, _Taken]) -> dict[str, StateDict]:
+    """Tensors by the files of a model folder."""
+    parts: dict[str, StateDict] = {}
+    for title, network in taken.items():
+        kind, _, name = title.partition(" ")
+        if kind == "conditioner":
+            ours = {f"{name}.{key}": tensor for key, tensor in network.ours().items()}
+            parts.setdefault("conditioner", {}).update(ours)
+        elif network.part.title == "U-Net":
+            parts["denoiser"] = network.ours()
+        else:
+            parts["first_stage"] = network.ours()
+    return {name: part for name, part in parts.items() if part}
