@@ -1,5 +1,6 @@
 """Sheets, strips and PNG files."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ from PIL import Image, ImageFont
 from sampling_models import tiny_model
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation import sheet_font
 from ldmlab.evaluation.generate import generate
 from ldmlab.evaluation.pictures import grid, read_settings, save_animation, save_png, table, wrap
 from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.evaluation.sheet_font import SheetFont
 from ldmlab.evaluation.strip import Strip
 
 CAPTIONS = ["a red apple", "猫と犬がいる", "قطة حمراء", "🙂🙃 emoji", "", "line\nbreak", "w" * 400, "a " * 200]
@@ -86,3 +89,20 @@ def test_strip_goes_from_noise_to_the_picture(steps: int, frames: int) -> None:
     assert strip.columns()[0] == 0
     assert strip.columns()[-1] == frames - 1
     assert len(strip.columns()) == min(frames, 10)
+
+
+def test_a_caption_of_any_script_is_drawn_or_said_to_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = SheetFont(["red apple"], 13)
+    assert plain.label("red apple") == "red apple"
+    monkeypatch.setattr(sheet_font, "_matching", lambda letters: None)  # a machine without fonts
+    poor = SheetFont(["red apple", "红苹果"], 13)
+    assert poor.label("red apple") == "red apple"
+    assert poor.label("红苹果") == sheet_font.UNDRAWABLE
+
+
+@pytest.mark.skipif(shutil.which("fc-match") is None, reason="fontconfig is not installed")
+def test_the_machines_fonts_are_asked_where_ours_lacks_a_letter() -> None:
+    word = "синий квадрат"
+    machine = SheetFont([word], 13)
+    if sheet_font._matching(frozenset(word) - {" "}) is not None:
+        assert machine.label(word) == word

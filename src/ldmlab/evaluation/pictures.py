@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.sheet_font import SheetFont
 
 GAP, FONT_SIZE, LABEL_LINES = 8, 13, 2  # px, px, lines under a picture at most
 CELL = 128  # small pictures are enlarged by a whole number to about this side, px
@@ -75,8 +76,10 @@ def _sheet(
     """The one layout of grids and tables."""
     scale = enlargement(rows[0][0])
     height, width = (side * scale for side in rows[0][0].shape[:2])
-    font = ImageFont.load_default(FONT_SIZE)
-    wrapped = [[wrap(text, width, font) for text in row] for row in labels] if labels else None
+    texts = [text for row in labels or [] for text in row]
+    sheet_font = SheetFont([*texts, *(row_titles or [])], FONT_SIZE)
+    font = sheet_font.font
+    wrapped = [[wrap(sheet_font.label(text), width, font) for text in row] for row in labels] if labels else None
     line = FONT_SIZE + 4
     label_height = line * max(len(text) for row in wrapped for text in row) if wrapped else 0
     title_height = line if row_titles else 0
@@ -87,7 +90,8 @@ def _sheet(
     for i, row in enumerate(rows):
         top = GAP + i * row_height
         if row_titles:
-            draw.text((GAP, top), wrap(row_titles[i], sheet.width - 2 * GAP, font, 1)[0], INK, font)
+            title = wrap(sheet_font.label(row_titles[i]), sheet.width - 2 * GAP, font, 1)[0]
+            draw.text((GAP, top), title, INK, font)
         for j, picture in enumerate(row):
             left = GAP + j * (width + GAP)
             sheet.paste(_enlarged(picture, scale), (left, top + title_height))
