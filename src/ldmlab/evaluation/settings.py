@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ldmlab.contracts import Sampler
 from ldmlab.errors import InputError
 from ldmlab.samplers import sampler_by_name
 
@@ -11,23 +12,31 @@ from ldmlab.samplers import sampler_by_name
 class SampleSettings:
     """Written into every picture and every score."""
 
-    steps: int | None = None  # None: the sampler's own, 50 for DDIM and every level of the schedule for DDPM
+    steps: int | None = None  # None: the sampler's own, 50 for DDIM, every level of the schedule for DDPM
     guidance: float | None = None  # None: 3 if the model was trained for it, else 1 (off)
-    eta: float = 0.0  # fresh noise per step: 0 none, 1 as DDPM
+    eta: float | None = None  # fresh noise per step: 0 none, 1 as DDPM; None: the sampler's own
     seed: int = 0
     size: int | tuple[int, int] | None = None  # side, or height and width, px; None: as trained
     sampler: str = "ddim"  # a file of ldmlab/samplers/
-    spacing: str | None = None  # official | linspace | trailing; None: the sampler's own
+    spacing: str | None = None  # official | linspace | trailing | karras | log_snr; None: the sampler's own
 
     def filled(self, *, guidance: float, size: tuple[int, int], levels: int) -> "SampleSettings":
         """Without any None; the sampler's own options are checked."""
-        sampler = sampler_by_name(self.sampler, **({"eta": self.eta} if self.eta else {}))
+        sampler = self.build_sampler()
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed={self.seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
         usual = getattr(sampler, "steps", None) or levels
         steps = usual if self.steps is None else self.steps
         spacing = self.spacing or getattr(sampler, "spacing", "linspace")
-        return replace(self, steps=steps, guidance=guidance, size=size, spacing=spacing)
+        eta = getattr(sampler, "eta", 0.0)
+        return replace(self, steps=steps, guidance=guidance, size=size, spacing=spacing, eta=eta)
+
+    def build_sampler(self) -> Sampler:
+        """With eta, if it asks for another than the sampler's own; samplers that have none take 0 as said already."""
+        sampler = sampler_by_name(self.sampler)
+        if self.eta is None or self.eta == getattr(sampler, "eta", 0.0):
+            return sampler
+        return sampler_by_name(self.sampler, eta=self.eta)
 
     def as_text(self) -> dict[str, Any]:
         """Plain values for files; the size as height x width."""

@@ -12,6 +12,7 @@ from ldmlab.contracts import AfterStep, Denoise, Level
 class Ddpm:
     """Draws every step from q(x_s | x_t, clean estimate), the variance of which is the posterior's."""
 
+    order = None  # draws noise: no path of which an order could be told
     spacing = "linspace"  # all levels when steps is the schedule's length
     steps = None  # where nobody says how many: all levels
 
@@ -26,7 +27,7 @@ class Ddpm:
     ) -> Tensor:
         """x at the last level of the grid."""
         for step, (here, there) in enumerate(pairwise(grid)):
-            clean = denoise(x, here)
+            clean = denoise(x, here).to(x.dtype)
             ratio = here.alpha / there.alpha
             step_variance = here.sigma**2 - ratio**2 * there.sigma**2  # of q(x_t | x_s); beta_t for neighbours
             from_x = ratio * there.sigma**2 / here.sigma**2  # eq. 7
