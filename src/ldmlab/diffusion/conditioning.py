@@ -25,12 +25,27 @@ def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> N
 def joined(values: Mapping[str, list[Tensor]]) -> Conditioning:
     """Several conditioners on one slot: tokens by length, spatial by channels, vectors summed."""
     slots: dict[str, Tensor] = {}
+    sizes = {f"{part.shape[2]} x {part.shape[3]}" for part in values.get("spatial", [])}
+    if len(sizes) > 1:
+        raise InputError(
+            f"conditions beside the latent come at {' and '.join(sorted(sizes))}; give pictures of one size."
+        )
     for slot, parts in values.items():
         if len(parts) == 1:
             slots[slot] = parts[0]
         else:
             slots[slot] = torch.stack(parts).sum(0) if slot == "vector" else torch.cat(parts, dim=1)
     return Conditioning(**slots)
+
+
+def check_size(conditioning: Conditioning, x: Tensor) -> None:
+    """What is concatenated to the latent has its height and width, or is refused."""
+    spatial = conditioning.spatial
+    if spatial is not None and spatial.shape[2:] != x.shape[2:]:
+        raise InputError(
+            f"conditions beside the latent are {spatial.shape[2]} x {spatial.shape[3]}, the latent {x.shape[2]} x "
+            f"{x.shape[3]}; give pictures of the size to be made, or a low resolution of the latent's size."
+        )
 
 
 def stacked(first: Conditioning, second: Conditioning) -> Conditioning:

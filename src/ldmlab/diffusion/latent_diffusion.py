@@ -19,7 +19,7 @@ from ldmlab.contracts import (
     Sampler,
     Task,
 )
-from ldmlab.diffusion.conditioning import check_guidance, check_slots, joined, stacked
+from ldmlab.diffusion.conditioning import check_guidance, check_size, check_slots, joined, stacked
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
@@ -104,6 +104,7 @@ class LatentDiffusion(LatentSpace):
         alpha, sigma = self.schedule.levels(t)
         x = alpha * clean + sigma * noise
         conditioning = self.conditioning(batch, self.drops(batch, seed) if self.training else None)
+        check_size(conditioning, x)
         error = self.backbone(x, t.float(), conditioning).float() - self.prediction.target(clean, noise, alpha, sigma)
         return (error.square() if self.loss_kind == "l2" else error.abs()).mean(dim=(1, 2, 3)), t
 
@@ -149,6 +150,7 @@ class LatentDiffusion(LatentSpace):
         for guide in guides:
             denoise = guide(denoise, batch)
         x = self.start(index, size, seed)
+        check_size(conditioning, x)
         shape = tuple(x.shape[1:])
 
         def noise(step: int) -> Tensor:

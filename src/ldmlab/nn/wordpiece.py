@@ -27,7 +27,8 @@ class WordPiece:
         """Token numbers (B, length), int64."""
         start, end, pad = (self._number(token) for token in (_START, _END, _PAD))
         rows = []
-        for encoding in self._tokenizer.encode_batch(list(captions), add_special_tokens=False):
+        for caption in captions:  # one by one: a batch would start threads, which forked loader workers warn about
+            encoding = self._tokenizer.encode(caption, add_special_tokens=False)
             row = [start, *encoding.ids[: self.length - 2], end]
             rows.append(row + [pad] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
@@ -57,7 +58,8 @@ class WordPiece:
         if missing or found > self.size:
             what = f"lacks {missing[0]}" if missing else f"has {found} tokens, more than vocab_size={self.size}"
             raise InputError(f"conditioner.vocab={self.path} {what}; give the vocabulary the network was trained with.")
-        tokenizer.add_special_tokens([_START, _END, _PAD, _UNKNOWN])  # also where a caption spells them out
+        named = [t for t in (_START, _END, _PAD, _UNKNOWN, "[MASK]") if tokenizer.token_to_id(t) is not None]
+        tokenizer.add_special_tokens(named)  # also where a caption spells them out
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return tokenizer

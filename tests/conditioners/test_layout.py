@@ -1,0 +1,78 @@
+"""Boxes to tokens: the numbers of the published encoding."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from ldmlab.conditioners.layout import LayoutTokens
+from ldmlab.errors import InputError
+
+EMPTY = 8191
+LAST = 89 * 90 + 89  # the bottom right cell of 90 x 90
+
+
+def box(class_id: int, *corners: float) -> dict[str, Any]:
+    return {"class_id": class_id, "box": list(corners)}
+
+
+def layout(**changes: Any) -> LayoutTokens:
+    return LayoutTokens(**{"width": 16, "depth": 1, "objects": 3, "heads": 2, **changes})
+
+
+def no_encode(pixels: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("boxes need no pictures")
+
+
+def test_tokens_of_a_picture() -> None:
+    boxes = [box(353, 0, 0, 1, 1), box(7, 0.25, 0.5, 0.75, 0.9)]
+    corners = [round(44.5) * 90 + round(22.25), round(80.1) * 90 + round(66.75)]  # 44.5 goes to the even 44
+    assert corners == [44 * 90 + 22, 80 * 90 + 67]
+    expected = [353, 0, LAST, 7, *corners, EMPTY, EMPTY, EMPTY]
+    assert layout().tokens(boxes, None) == [*expected, 0, LAST]
+    assert layout(crop_tokens=False).tokens(boxes, None) == expected
+
+
+def test_published_length() -> None:
+    tokens = LayoutTokens(width=8, depth=1).tokens([], [0.0, 0.0, 1.0, 1.0])
+    assert len(tokens) == 92
+    assert tokens == [EMPTY] * 90 + [0, LAST]
+
+
+def test_a_told_crop_keeps_places_in_the_whole_picture() -> None:
+    """As in the official data code: with crop tokens boxes are counted in the whole picture, without in the crop."""
+    crop, seen = [0.5, 0.0, 1.0, 0.5], [box(1, 0.0, 0.0, 1.0, 1.0)]
+    corners = [round(44.5), 44 * 90 + 89]
+    assert layout().tokens(seen, crop) == [1, *corners, *[EMPTY] * 6, *corners]
+    assert layout(crop_tokens=False).tokens(seen, crop)[:3] == [1, 0, LAST]
+
+
+def test_nothing_given_keeps_the_crop() -> None:
+    module = layout()
+    batch = {"boxes": [[box(1, 0, 0, 1, 1)], []], "crop": [[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]}
+    null = module.null(batch, no_encode)
+    torch.testing.assert_close(null[1], module(batch, no_encode)[1])
+    assert not torch.allclose(null[0], null[1])
+    bare = module.null({"boxes": [[], []]}, no_encode)
+    assert torch.equal(bare[0], bare[1])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([box(0, 0, 0, 1, 1)] * 4, r"4 boxes, more than conditioner\.objects=3"),
+        ([box(8191, 0, 0, 1, 1)], "class_id 8191 is not 0 .. 8190"),
+        ([box(-1, 0, 0, 1, 1)], "class_id -1"),
+        ([box(0, 0.5, 0, 0.4, 1)], "is no box"),
+        ([box(0, 0, 0, 1, 256)], "is no box"),
+        ([box(0, 0, 0, 1)], "is no box"),
+    ],
+)
+def test_refusals(boxes: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        layout()({"boxes": [boxes]}, no_encode)
+
+
+def test_the_grid_leaves_a_token_for_empty() -> None:
+    with pytest.raises(InputError, match="vocab_size=8100 leaves no empty token"):
+        layout(vocab_size=8100)
