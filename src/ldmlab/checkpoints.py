@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,16 @@ def _first_line(error: Exception) -> str:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A state dict to a .safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     note = {"format": "pt", **(metadata or {})}
     write_atomically(path, lambda temporary: _safetensors_save(plain, temporary, note))
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that share memory, which the format cannot; the others as they are."""
+    count = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    shared = {name for name, tensor in tensors.items() if count[tensor.untyped_storage().data_ptr()] > 1}
+    return {name: tensor.clone() if name in shared else tensor for name, tensor in tensors.items()}
 
 
 def _safetensors_save(tensors: dict[str, Tensor], path: Path, note: dict[str, str]) -> None:

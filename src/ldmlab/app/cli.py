@@ -16,10 +16,12 @@ COMMANDS = {
     "sample": "pictures from a model",
     "report": "a page about runs and their scores",
     "fetch": "download published weights that a command needs",
+    "import": "weights that others published to a model folder",
     "export": "a run to a model folder: safetensors, model.yaml and a model card",
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the pictures shipped in the repository",
 }
+FILES = {"import": "import_model"}  # a command whose name Python reserves
 
 EPILOG = """training and evaluation have doors of their own, with Hydra's options:
   python train.py experiment=...        train a first stage, a CLIP or a denoiser (python train.py --help)
@@ -57,7 +59,7 @@ def dispatch(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
         raise InputError(f"{name}: there is no such command; {hint}")
-    module = importlib.import_module(f"ldmlab.app.commands.{name}")
+    module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(name, name)}")
     parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
     module.add_arguments(parser)
     return int(module.run(parser.parse_intermixed_args(rest)) or 0)
