@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
-from ldmlab.nn.attention import KeysValues, PixelAttention, SpatialTransformer
+from ldmlab.nn.attention import PixelAttention, SpatialTransformer, Told
 from ldmlab.nn.blocks import Grow, ResBlock, Shrink, Size, conv3, double, group_norm, halve, zero
 from ldmlab.nn.embedding import TimeMLP
 
@@ -22,7 +22,7 @@ from ldmlab.nn.embedding import TimeMLP
 class UNetCache(NamedTuple):
     """What does not change between the steps of one sample."""
 
-    keys_values: list[list[KeysValues]]  # per spatial transformer in the order they run, per block of it
+    told: list[list[Told]]  # of the tokens, per spatial transformer in the order they run, per block of it
     vector: Tensor | None  # (B, E) projected vector conditioning
 
 
@@ -34,10 +34,10 @@ class UNetBlock(nn.Module):
         self.res = res
         self.attention = attention
 
-    def forward(self, x: Tensor, emb: Tensor, text: list[KeysValues] | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, told: list[Told] | None) -> Tensor:
         x = self.res(x, emb)
         if isinstance(self.attention, SpatialTransformer):
-            return self.attention(x, text)
+            return self.attention(x, told)
         return x if self.attention is None else self.attention(x)
 
 
@@ -182,15 +182,15 @@ class UNet(nn.Module):
                 yield module
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
-        """Keys and values of the tokens for every block, and the projected vector."""
+        """Keys and values of the tokens for every block (of one token: its output), and the projected vector."""
         for slot in ("tokens", "vector"):
             if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
                 has = "needs" if slot in self.accepts else "does not take"
                 raise InputError(f"the U-Net {has} {slot} conditioning; change conditioner or backbone.")
         tokens, vector = conditioning.tokens, conditioning.vector
-        keys_values = [] if tokens is None else [block.keys_values(tokens) for block in self.transformers()]
+        told = [] if tokens is None else [transformer.tell(tokens) for transformer in self.transformers()]
         projected = None if vector is None or self.vector is None else self.vector(vector)
-        return Prepared(conditioning, UNetCache(keys_values, projected))
+        return Prepared(conditioning, UNetCache(told, projected))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w)."""
@@ -200,31 +200,31 @@ class UNet(nn.Module):
             x = torch.cat([x, spatial.to(x.dtype)], dim=1)
         emb = self.time(t)  # (B, E)
         emb = F.silu(emb if cache.vector is None else emb + cache.vector)
-        text = iter(cache.keys_values)
+        told = iter(cache.told)
 
         h = self.conv_in(x.contiguous(memory_format=self._layout))
         skips = [h]
         for level in cast(Iterable[UNetLevel], self.down):
             for block in level.blocks:
-                h = self._run(block, h, emb, text)
+                h = self._run(block, h, emb, told)
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h, emb)
                 skips.append(h)
         for block in self.middle:
-            h = self._run(block, h, emb, text)
+            h = self._run(block, h, emb, told)
         for level in cast(Iterable[UNetLevel], self.up):
             for block in level.blocks:
-                h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, text)
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, told)
             if level.resample is not None:
                 h = level.resample(h, emb, _size(skips[-1]))
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, text: Iterator[list[KeysValues]]) -> Tensor:
-        keys_values = next(text) if isinstance(block.attention, SpatialTransformer) else None
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, told: Iterator[list[Told]]) -> Tensor:
+        part = next(told) if isinstance(block.attention, SpatialTransformer) else None
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, keys_values, use_reentrant=False)
-        return block(h, emb, keys_values)
+            return checkpoint(block, h, emb, part, use_reentrant=False)
+        return block(h, emb, part)
 
 
 def _size(x: Tensor) -> Size:

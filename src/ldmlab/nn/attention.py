@@ -7,12 +7,15 @@ A channels-last feature map is a sequence of tokens without a copy; every produc
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.nn.blocks import group_norm, zero
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, L, d)
+Told = KeysValues | Tensor  # a single token needs no attention: (B, 1, C), what it adds to every pixel
+_PRODUCTS_UP_TO = 2**19  # scores per head that are formed at once on a CPU
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -31,7 +34,14 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with the fused kernels: (B, H, N, d) => (B, N, H d)."""
+    """softmax(q k^T / sqrt(d)) v: (B, H, N, d) => (B, N, H d), fused but for half precision on a CPU.
+
+    There plain products are two to five times faster, as long as their scores (B, H, N, L) stay small.
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] * k.shape[2] <= _PRODUCTS_UP_TO:
+        with torch.autocast("cpu", enabled=False):  # softmax sums in float32 and gives back the scores' dtype
+            scores = torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))
+            return torch.matmul(scores.softmax(dim=3), v).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -65,7 +75,7 @@ class TokenAttention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """(B, L, D) => what `forward` needs of it."""
+        """(B, L, D) => keys and values of the heads."""
         return split_heads(self.k(context), self.heads), split_heads(self.v(context), self.heads)
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
@@ -98,9 +108,20 @@ class TransformerBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = GatedMLP(width)
 
-    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+    def tell(self, context: Tensor) -> Told:
+        """Tokens (B, L, D) => what cross-attention needs of them; of a single one, over which softmax is 1, its output."""
+        cross = self.cross_attention
+        if context.shape[1] > 1:
+            return cross.keys_values(context)
+        told = cross.out(cross.v(context))  # (B, 1, C)
+        if torch.is_grad_enabled():  # the other weights have no influence: a gradient of zero, as attention would give
+            idle = [cross.q.weight, cross.k.weight, *self.norm_cross.parameters()]
+            told = told + 0 * torch.stack([p.sum() for p in idle]).sum().to(told.dtype)
+        return told
+
+    def forward(self, x: Tensor, told: Told) -> Tensor:
         x = x + self.self_attention(self.norm_self(x))
-        x = x + self.cross_attention(self.norm_cross(x), keys_values)
+        x = x + (told if isinstance(told, Tensor) else self.cross_attention(self.norm_cross(x), told))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -118,12 +139,12 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, head_channels, context_width) for _ in range(depth))
         self.proj_out = zero(nn.Linear(width, channels))
 
-    def keys_values(self, context: Tensor) -> list[KeysValues]:
-        """Tokens (B, L, D) => keys and values for every block."""
-        return [block.cross_attention.keys_values(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
+    def tell(self, context: Tensor) -> list[Told]:
+        """Tokens (B, L, D) => what every block needs of them."""
+        return [block.tell(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
 
-    def forward(self, x: Tensor, keys_values: list[KeysValues]) -> Tensor:
+    def forward(self, x: Tensor, told: list[Told]) -> Tensor:
         tokens = self.proj_in(to_tokens(self.norm(x)))  # (B, N, width)
-        for block, kv in zip(self.blocks, keys_values, strict=True):
-            tokens = block(tokens, kv)
+        for block, part in zip(self.blocks, told, strict=True):
+            tokens = block(tokens, part)
         return x + to_map(self.proj_out(tokens), x)

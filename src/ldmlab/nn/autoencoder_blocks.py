@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
+from ldmlab.nn.attention import attend
+from ldmlab.nn.blocks import grow
 
 _EPSILON = 1e-6  # group norm throughout the autoencoder; the U-Net's res blocks use 1e-5
 
@@ -52,8 +54,8 @@ class PixelAttention(nn.Module):
         """(B, C, h, w) => (B, C, h, w)."""
         hidden = self.norm(x)
         query, key, value = (_as_tokens(conv(hidden)) for conv in (self.query, self.key, self.value))
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
-        return x + self.out(attended[:, 0].transpose(1, 2).reshape(x.shape))
+        attended = attend(query, key, value)  # (B, h w, C)
+        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
 
 
 def _as_tokens(x: Tensor) -> Tensor:
@@ -82,4 +84,4 @@ class Double(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) => (B, C, 2 h, 2 w)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return grow(x, self.conv.weight, self.conv.bias)
