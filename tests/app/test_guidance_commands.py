@@ -1,0 +1,161 @@
+"""From packed pictures to a classifier run and samples guided by it, and what is refused on the way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldmlab
+from ldmlab.app import cli
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.guidance import build_guides
+from ldmlab.app.wiring import train
+from ldmlab.errors import InputError
+from ldmlab.evaluation.pictures import read_settings
+
+SMALL = ["trainer.max_steps=3", "trainer.validate_every=3", "trainer.checkpoint_every=3", "trainer.log_every=1"]
+SMALL += ["trainer.micro_batch=8", "trainer.precision=32-true", "data.workers=0", "first_stage=identity"]
+SMALL += ["data=shards", "data.image_size=16", "data.fields=[class_id]"]
+TINY_CLASSIFIER = ["classifier.classes=2", "classifier.model_channels=32", "classifier.channel_mult=[1,2]"]
+TINY_UNET = ["backbone.model_channels=32", "backbone.channel_mult=[1,2]", "stage.panel_steps=2", "stage.panel_count=2"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folders that the tests share."""
+
+    root: Path
+
+    def train(self, out: str, *options: str) -> Path:
+        """`python train.py` into a folder of its own."""
+        data = [f"data.train={self.root}/packed/train", f"data.val={self.root}/packed/val"]
+        train(plain(compose("train", [*SMALL, *data, f"run.dir={self.root / out}", *options])))
+        return self.root / out
+
+    def sample(self, out: Path, *words: str, model: str = "denoiser") -> None:
+        """`ldmlab sample`."""
+        options = ["--steps", "4", "--device", "cpu", "--out", str(out)]
+        assert cli.dispatch(["sample", str(self.root / model), *words, *options]) == 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Red and blue pictures, a denoiser that is told nothing, and a classifier of what it denoises."""
+    made = Runs(tmp_path_factory.mktemp("guidance"))
+    for number in range(24):
+        name, colour = ("blue", (30, 40, 200)) if number % 2 else ("red", (200, 40, 30))
+        folder = made.root / "pictures" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(-20, 20, (16, 16, 3))
+        Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    words = [str(made.root / "pictures"), str(made.root / "packed"), "--size", "16", "--val", "0.3", "--workers", "1"]
+    assert cli.dispatch(["pack", *words]) == 0
+    made.train("denoiser", "stage=diffusion", "conditioner=none", *TINY_UNET)
+    made.train(
+        "classifier", "stage=classifier", *TINY_CLASSIFIER, "trainer.max_steps=20", "optimizer.learning_rate=1e-3"
+    )
+    return made
+
+
+def pictures(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)).astype(float) for path in sorted(folder.glob("0*.png"))])
+
+
+def test_samples_of_a_model_that_is_told_nothing_follow_the_classes(runs: Runs, tmp_path: Path) -> None:
+    classifier = str(runs.root / "classifier")
+    runs.sample(tmp_path / "guided", "0", "1", "--classifier", classifier, "--classifier-scale", "30")
+    runs.sample(tmp_path / "swapped", "1", "0", "--classifier", classifier, "--classifier-scale", "30")
+    told = read_settings(tmp_path / "guided" / "000001.png")
+    assert {"class_id": "1", "classifier": classifier, "classifier_scale": "30.0", "guidance": "1.0"}.items() <= (
+        told.items()
+    )
+    guided, swapped = pictures(tmp_path / "guided"), pictures(tmp_path / "swapped")
+    redness = [(p[..., 0] - p[..., 2]).mean(axis=(1, 2)) for p in (guided, swapped)]  # class 0 is blue, 1 is red
+    assert redness[1][0] > redness[0][0]
+    assert redness[0][1] > redness[1][1]
+
+
+def test_the_run_logs_its_accuracy_by_noise_level(runs: Runs) -> None:
+    text = (runs.root / "classifier" / "metrics.csv").read_text()
+    for name in ("held_out/accuracy", "held_out/accuracy_by_noise/0.00", "accuracy", "loss_by_noise/"):
+        assert name in text.splitlines()[0]
+    assert (runs.root / "classifier" / "checkpoints" / "best.ckpt").exists()
+
+
+def test_samples_are_pulled_to_a_picture(runs: Runs, tmp_path: Path) -> None:
+    small = tmp_path / "small.png"
+    Image.new("RGB", (4, 4), (20, 220, 20)).save(small)
+    runs.sample(tmp_path / "free", "--count", "2")
+    words = ["--guide", "squared", "--guide-weight", "0.1", "--guide-image", str(small)]
+    runs.sample(tmp_path / "guided", "--count", "2", *words)
+    free, guided = (np.abs(pictures(tmp_path / name).mean(axis=(1, 2)) - (20, 220, 20)) for name in ("free", "guided"))
+    assert guided.sum() < free.sum()
+    told = read_settings(tmp_path / "guided" / "000000.png")
+    assert (told["guide"], told["guide_weight"]) == (f"squared to {small}", "0.1")
+
+
+def test_scores_take_the_same_guides(runs: Runs) -> None:
+    picture = runs.root / "pictures" / "red" / "0.png"
+    given = ["protocol=pictures", "model=somewhere", "guidance=[classifier,squared]"]
+    paths = [f"guidance.classifier.run={runs.root}/classifier", f"guidance.squared.picture={picture}"]
+    config = plain(compose("evaluate", [*given, *paths]))
+    model = ldmlab.load(runs.root / "denoiser", device="cpu")
+    assert model.reads == frozenset()
+    model.with_guides(*build_guides(config["guidance"], model))
+    assert model.reads == {"class_id"}
+    assert model.info["guides"]["classifier_scale"] == 10
+    assert model.sample(class_id=[1, 0], steps=2).shape == (2, 16, 16, 3)
+    assert plain(compose("evaluate", given[:2]))["guidance"] == {}
+
+
+def refusal(act: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        act()
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith((".", "?"))
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["0", "--classifier", "CLASSIFIER", "--classifier-scale", "-1"], "classifier scale=-1.0 is no strength"),
+        (["0", "--classifier", "DENOISER"], "is a model of kind latent_diffusion, not classifier"),
+        (["0", "--classifier-scale", "3"], "--classifier-scale 3.0 does nothing without --classifier"),
+        (["--guide", "squared"], "guide=squared needs a picture to go by"),
+        (["--guide", "squared", "--guide-image", "nowhere.png"], "nowhere.png cannot be read"),
+        (["--guide", "cubic", "--guide-image", "PICTURE"], "guide=cubic is no distance; choose squared or lpips."),
+        (["--guide-image", "PICTURE"], "does nothing without --guide"),
+        (["--classifier", "CLASSIFIER"], "this model is told class_id"),
+        (["0", "--classifier", "CLASSIFIER", "--guidance", "3"], "guidance=3.0 needs conditions"),
+    ],
+)
+def test_bad_choices_are_refused_before_any_work(runs: Runs, tmp_path: Path, words: list[str], message: str) -> None:
+    known = {"CLASSIFIER": "classifier", "DENOISER": "denoiser", "PICTURE": "pictures/red/0.png"}
+    given = [str(runs.root / known[word]) if word in known else word for word in words]
+    assert message in refusal(lambda: runs.sample(tmp_path / "out", *given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_the_classifier_does_not_know(runs: Runs, tmp_path: Path) -> None:
+    words = ["0", "2", "--classifier", str(runs.root / "classifier")]
+    assert "is unknown to the classifier, which knows 0 .. 1" in refusal(lambda: runs.sample(tmp_path / "out", *words))
+
+
+def test_a_classifier_of_other_latents(runs: Runs, tmp_path: Path) -> None:
+    options = ["stage=classifier", *TINY_CLASSIFIER, "trainer.max_steps=1"]
+    other = runs.train("other", *options, "diffusion.schedule.end=0.0155", "stage.latent_scale=0.5")
+    sentence = refusal(lambda: runs.sample(tmp_path / "out", "0", "--classifier", str(other)))
+    assert "another latent scale and noise schedule than the model" in sentence
+
+
+def test_data_that_do_not_fit(runs: Runs) -> None:
+    few = ["stage=classifier", *TINY_CLASSIFIER]
+    assert "data.fields=[class_id]" in refusal(lambda: runs.train("no", *few, "data.fields=[caption]"))
+    sentence = refusal(lambda: runs.train("no", *few, "classifier.classes=1"))
+    assert "classifier.classes=1 but the data have 2 classes" in sentence
+    assert not (runs.root / "no").exists()
