@@ -1,9 +1,13 @@
 """CLIP models by configuration and by name."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
@@ -46,12 +50,33 @@ def test_published_architecture_by_name() -> None:
         ({}, "exactly one"),
         ({"name": "ViT-B-33"}, "did you mean ViT-B-32"),
         ({"config": CONFIG, "image_size": 20}, "patch_size=8 does not divide"),
-        ({"name": "ViT-B-32", "pretrained": "no-such-tag"}, "cannot be loaded"),
+        ({"name": "ViT-B-32", "pretrained": "no-such-tag"}, "neither a file nor a tag of ViT-B-32; there are openai"),
     ],
 )
 def test_refusals(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         build_clip(**options)
+
+
+def test_fetched_weights_are_found_by_their_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny-clip.json").write_text(
+        json.dumps(CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"image_size": 16}})
+    )
+    open_clip.add_model_config(tmp_path)
+    monkeypatch.setenv("LDMLAB_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["mine"])
+    monkeypatch.setattr(
+        open_clip, "get_pretrained_cfg", lambda name, tag: {"quick_gelu": True, "mean": (0.5, 0.5, 0.5)}
+    )
+    with pytest.raises(InputError, match="run `ldmlab fetch clip --model tiny-clip --pretrained mine`"):
+        build_clip(name="tiny-clip", pretrained="mine")
+    weights = build_clip(name="tiny-clip").model.state_dict()
+    (tmp_path / "clip").mkdir()
+    save_file(weights, tmp_path / "clip" / "tiny-clip_mine.safetensors")
+    found = build_clip(name="tiny-clip", pretrained="mine")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
+    assert found.config["quick_gelu"]
+    assert found.mean == (0.5, 0.5, 0.5)
 
 
 def test_only_clips_own_tokenizer() -> None:

@@ -4,6 +4,7 @@ They lie in LDMLAB_WEIGHTS or ~/.cache/ldmlab, under the names of their files.
 """
 
 import hashlib
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -114,16 +115,23 @@ def sha256(path: Path) -> str:
 
 
 def fetch_clip(model: str, pretrained: str) -> Path:
-    """A published open_clip model through open_clip's own download, into the cache where open_clip finds it again."""
+    """A published open_clip model through open_clip's own download, put where ldmlab looks for it."""
     import open_clip
+
+    from ldmlab.nn.openclip import published_file, published_stem  # late: it brings torch
 
     if (model, pretrained) not in open_clip.list_pretrained():
         tags = open_clip.list_pretrained_tags_by_model(model)
         hint = f"there are {', '.join(tags)}" if tags else "`ldmlab fetch --list` names some models"
         raise InputError(f"--model={model} --pretrained={pretrained} is not published by open_clip; {hint}.")
+    if here := published_file(model, pretrained):
+        return here
     settings = open_clip.get_pretrained_cfg(model, pretrained)
     try:
-        return Path(open_clip.download_pretrained(settings))
+        loaded = Path(open_clip.download_pretrained(settings, cache_dir=str(weights_folder() / "clip" / "downloads")))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{model} {pretrained} cannot be fetched ({reason}); try again with internet.") from error
+    path = weights_folder() / f"{published_stem(model, pretrained)}{loaded.suffix}"
+    os.link(loaded.resolve(), path)  # the hub's own folder names it by its hash
+    return path

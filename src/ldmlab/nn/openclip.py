@@ -7,6 +7,7 @@ A configuration is open_clip's own (`embed_dim`, `vision_cfg`, `text_cfg`, `quic
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -16,6 +17,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmlab.checkpoints import weights_folder
 from ldmlab.errors import InputError
 
 Config = dict[str, Any]
@@ -103,18 +105,54 @@ def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:
     if ":" not in name and name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise InputError(f"clip.name={name} is no model of open_clip; {f'did you mean {near[0]}?' if near else known}")
+    cfg: Mapping[str, Any] = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    weights = None if pretrained is None else str(_weights_file(name, pretrained))
     try:
-        model = open_clip.create_model(name, pretrained, require_pretrained=pretrained is not None)
+        model = open_clip.create_model(
+            name,
+            weights,
+            require_pretrained=weights is not None,
+            force_quick_gelu=bool(cfg.get("quick_gelu")),  # a file's name does not tell, its tag does
+        )
         config = open_clip.get_model_config(name)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"clip.name={name} with clip.pretrained={pretrained} cannot be loaded ({reason}); "
-            "load it once on a machine with internet, or give the path of its weights as clip.pretrained."
+            "give the path of weights that belong to this model."
         ) from error
     gelu = any(isinstance(module, QuickGELU) for module in model.modules())
-    given = open_clip.get_model_preprocess_cfg(model)
+    given = open_clip.get_model_preprocess_cfg(model) | {k: cfg[k] for k in ("mean", "std") if k in cfg}
     return model, _plain(config) | {"quick_gelu": gelu, "mean": given["mean"], "std": given["std"]}
+
+
+def published_file(name: str, pretrained: str) -> Path | None:
+    """Where `ldmlab fetch clip` put the weights of a published model; None if it has not."""
+    return next(weights_folder().glob(f"{published_stem(name, pretrained)}.*"), None)
+
+
+def published_stem(name: str, pretrained: str) -> str:
+    """The file's name without its ending, relative to the folder of fetched weights."""
+    return f"clip/{name.replace('/', '-')}_{pretrained}"
+
+
+def _weights_file(name: str, pretrained: str) -> Path:
+    """A path as it is; a tag's file among the fetched weights: nothing is fetched in the middle of a run."""
+    if Path(pretrained).is_file():
+        return Path(pretrained)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags:
+        raise InputError(
+            f"clip.pretrained={pretrained} is neither a file nor a tag of {name}; "
+            + (f"there are {', '.join(tags)}." if tags else "give the path of its weights.")
+        )
+    found = published_file(name, pretrained)
+    if found is None:
+        command = f"ldmlab fetch clip --model {name} --pretrained {pretrained}"
+        raise InputError(
+            f"the weights of {name} {pretrained} are not here; run `{command}` on a machine with internet."
+        )
+    return found
 
 
 def _plain(node: Any) -> Any:

@@ -42,5 +42,5 @@ def listing() -> str:
     for name, weights in WEIGHTS.items():
         here = "here" if (weights_folder() / weights.file).is_file() else "not here"
         lines += [f"{name:<10} {weights.mib} MiB, {weights.licence}, {here}", f"{'':<10} {weights.used_for}"]
-    lines += [f"{CLIP:<10} any open_clip model: --model ViT-B-32 --pretrained openai (open_clip keeps it itself)"]
+    lines += [f"{CLIP:<10} any open_clip model: --model ViT-B-32 --pretrained openai"]
     return "\n".join(lines)
