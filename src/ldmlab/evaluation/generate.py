@@ -28,7 +28,7 @@ def generate(
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} holds no picture; choose 1 or more.")
-    settings = model.resolved(settings)
+    settings = model.resolved(settings, requests)
     mine = range(rank, len(requests), world)
     for start in range(0, len(mine), batch_size):
         chunk = mine[start : start + batch_size]

@@ -17,9 +17,9 @@ from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
+from ldmlab.evaluation.request_fields import batch_of, check_size, implied_size, rows_of
 from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.nn.pixels import to_bytes, to_float
-from ldmlab.samplers import sampler_by_name
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +61,11 @@ class LoadedModel:
         return next(self.diffusion.parameters()).device
 
     @property
+    def downsampling(self) -> int:
+        """Pixels a latent's pixel stands for, along a side."""
+        return int(self.diffusion.first_stage.downsampling)  # type: ignore[arg-type]
+
+    @property
     def reads(self) -> frozenset[str]:
         """Fields that a request may hold: caption, class_id, ...; empty for a model without conditions."""
         told = (c.reads for _, c in self.diffusion.conditioners.items())
@@ -74,13 +79,13 @@ class LoadedModel:
         count: int | None = None,  # pictures of a model without conditions
         steps: int | None = None,  # None: the sampler's own; 50 for DDIM
         guidance: float | None = None,  # None: 3 if the model was trained for it, else 1 (off)
-        eta: float = 0.0,
+        eta: float | None = None,  # None: the sampler's own; 0 for DDIM
         seed: int = 0,
         size: int | tuple[int, int] | None = None,  # side, or height and width, px; None: as trained
         batch_size: int = 16,
         sampler: str = "ddim",
         spacing: str | None = None,
-        **fields: Sequence[Any] | Tensor,  # caption=[...], class_id=[...]: one entry a picture
+        **fields: Sequence[Any] | Tensor,  # caption=[...], image=[...], mask=[...]: one entry a picture
     ) -> Tensor:
         """uint8 (B, H, W, 3) on the CPU; picture i is the same in any company."""
         from ldmlab.evaluation.generate import generate
@@ -88,7 +93,7 @@ class LoadedModel:
         settings = SampleSettings(
             steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing
         )
-        requests = self._requests(fields, count)
+        requests = rows_of(fields, self.reads, count)
         return torch.cat([pictures for _, pictures in generate(self, requests, settings, batch_size=batch_size)])
 
     @torch.inference_mode()
@@ -107,7 +112,7 @@ class LoadedModel:
     @torch.inference_mode()
     def conditioning(self, **fields: Sequence[Any] | Tensor) -> Conditioning:
         """caption=[...] and the like => what `denoise` takes."""
-        return self.diffusion.conditioning(self.batch(self._requests(fields, None), first_index=0))
+        return self.diffusion.conditioning(self.batch(rows_of(fields, self.reads, None), first_index=0))
 
     @torch.inference_mode()
     def denoise(self, x: Tensor, t: int, conditioning: Conditioning | None = None) -> Tensor:
@@ -115,17 +120,21 @@ class LoadedModel:
         alpha_bar = float(self.diffusion.schedule.alpha_bar[t])
         level = Level(alpha_bar**0.5, (1 - alpha_bar) ** 0.5, float(t))
         with self.autocast():
-            return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level)
+            return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level).float()
 
     # ---- for generate.py
 
-    def resolved(self, settings: SampleSettings) -> SampleSettings:
-        """The settings with every default filled in; what the model cannot do is refused before any work."""
+    def resolved(self, settings: SampleSettings, requests: Sequence[Mapping[str, Any]] = ()) -> SampleSettings:
+        """The settings with every default filled in; what the model cannot do is refused before any work.
+
+        Without a size that of the first request's picture counts, if it has one.
+        """
         guidance, conditioned = settings.guidance, bool(self.diffusion.conditioners)
         if guidance is None:
             guidance = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
         check_guidance(guidance, self.diffusion.guidance_trained, conditioned=conditioned)
-        size = self.image_size if settings.size is None else settings.size
+        asked = implied_size(requests[0], self.downsampling) if len(requests) and settings.size is None else None
+        size = asked or self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.diffusion.latent_shape(size)
         filled = settings.filled(guidance=guidance, size=size, levels=self.diffusion.schedule.steps)
@@ -147,16 +156,15 @@ class LoadedModel:
         after_step: AfterStep | None = None,
     ) -> Tensor:
         """One batch of pictures, uint8 (B, H, W, 3) on the CPU."""
-        batch = self.batch(requests, first_index)
         assert settings.guidance is not None
         assert isinstance(settings.size, tuple)
-        options = {"eta": settings.eta} if settings.eta else {}
-        sampler = sampler_by_name(settings.sampler, **options)
+        batch = self.batch(requests, first_index)
+        check_size(batch, settings.size, self.downsampling)
         with self.autocast(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # `resolved` has said it
             images = self.diffusion.sample(
                 batch,
-                sampler=sampler,
+                sampler=settings.build_sampler(),
                 grid=self.grid(settings),
                 index=batch["position"],
                 size=settings.size,
@@ -170,14 +178,8 @@ class LoadedModel:
     def batch(self, requests: Sequence[Mapping[str, Any]], first_index: int | Sequence[int]) -> dict[str, Any]:
         """Requests, a dict of fields each, as one batch; `position` is the number of the picture."""
         indices = range(first_index, first_index + len(requests)) if isinstance(first_index, int) else first_index
-        batch: dict[str, Any] = {"position": torch.tensor(list(indices), dtype=torch.int64, device=self.device)}
-        for field in sorted(self.reads):
-            if any(field not in request for request in requests):
-                raise InputError(f"this model is told {', '.join(sorted(self.reads))}; give {field} for every picture.")
-            values = [request[field] for request in requests]
-            numbers = all(isinstance(value, int) for value in values)
-            batch[field] = torch.tensor(values, dtype=torch.int64, device=self.device) if numbers else values
-        return batch
+        position = torch.tensor(list(indices), dtype=torch.int64, device=self.device)
+        return {"position": position, **batch_of(requests, self.reads, self.device)}
 
     def lost(self, request: Mapping[str, Any]) -> list[str]:
         """The ends of captions that the model cannot read because they are too long."""
@@ -189,19 +191,6 @@ class LoadedModel:
         """The precision in which the denoiser and the decoder run."""
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-    def _requests(self, fields: Mapping[str, Sequence[Any] | Tensor], count: int | None) -> list[dict[str, Any]]:
-        """One dict a picture from one list a field."""
-        for name in fields.keys() - self.reads:
-            known = ", ".join(sorted(self.reads)) or "no conditions; say how many pictures with count="
-            raise InputError(f"{name}= means nothing to this model, which takes {known}.")
-        if not self.reads:
-            return [{} for _ in range(1 if count is None else count)]
-        columns = {name: value.tolist() if isinstance(value, Tensor) else list(value) for name, value in fields.items()}
-        if len({len(column) for column in columns.values()}) != 1:
-            raise InputError(f"give {', '.join(sorted(self.reads))}, one entry a picture, in lists of one length.")
-        rows = zip(*columns.values(), strict=True)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def as_pictures(pixels: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""What is asked for, as people hold it, to what a batch holds.
+
+Pictures (image, low_resolution): a path, a PIL picture or uint8 (H, W, 3) => uint8 (B, 3, H, W). Masks: a path or PIL
+picture, white in the hole, or (H, W), not zero in the hole => uint8 (B, 1, H, W). Label maps (segmentation): a path, a
+PIL picture or (H, W) => int64 (B, H, W). Whole numbers => int64 (B,). Anything else stays a list.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldmlab.errors import InputError
+
+SMALL = "low_resolution"
+PICTURES = ("image", SMALL)
+ON_THE_PICTURE = ("image", "mask", "segmentation")  # of the size of the result
+OPTIONAL = {"boxes": "crop"}  # a field that may come with another
+_WHITE = 128  # a mask's pixel in a file from here on is hole
+
+
+def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
+    """One field of a batch."""
+    if field in PICTURES or field in ON_THE_PICTURE:
+        rows = [row(field, value) for value in values]
+        if len({tuple(one.shape) for one in rows}) > 1:
+            raise InputError(f"{field}: the pictures of one batch differ in size; sample them one size at a time.")
+        return torch.stack(rows).to(device)
+    numbers = all(isinstance(value, int) for value in values)
+    return torch.tensor(values, dtype=torch.int64, device=device) if numbers else list(values)
+
+
+def row(field: str, value: Any) -> Tensor:
+    """One picture's entry: uint8 (3, H, W), uint8 (1, H, W) or int64 (H, W)."""
+    from_file = isinstance(value, str | Path | Image.Image)
+    value = _decoded(field, value) if from_file else value
+    array = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if field in PICTURES:
+        if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+            raise InputError(f"{field} takes uint8 (H, W, 3), not {array.dtype} {tuple(array.shape)}; convert it.")
+        return array.permute(2, 0, 1).contiguous()
+    if array.ndim != 2:
+        raise InputError(f"{field} takes one number a pixel, (H, W), not {tuple(array.shape)}; convert it.")
+    if field == "segmentation":
+        return array.to(torch.int64)
+    return ((array >= _WHITE) if from_file else (array != 0)).to(torch.uint8)[None]
+
+
+def _decoded(field: str, value: Any) -> np.ndarray:
+    try:
+        image = value if isinstance(value, Image.Image) else Image.open(value)
+        if field in PICTURES:
+            return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "P" and field == "segmentation" else image.convert("L"))
+    except OSError as error:
+        raise InputError(f"{field}={value} cannot be read as a picture ({error}); give another file.") from error
+
+
+def implied_size(fields: Mapping[str, Any], downsampling: int) -> tuple[int, int] | None:
+    """Height and width of the result that rows or columns of fields ask for; None where nothing in them has a size."""
+    sizes = {name: _size(name, fields[name], downsampling) for name in (*ON_THE_PICTURE, SMALL) if name in fields}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} for {height}x{width}" for name, (height, width) in sizes.items())
+        raise InputError(f"the fields do not fit each other: {told} px (height x width); resize one of them.")
+    return next(iter(sizes.values()), None)
+
+
+def _size(field: str, value: Any, downsampling: int) -> tuple[int, int]:
+    column_axes = 3 if field == "segmentation" else 4
+    value = value if isinstance(value, Tensor) and value.ndim == column_axes else row(field, value)
+    factor = downsampling if field == SMALL else 1
+    return value.shape[-2] * factor, value.shape[-1] * factor
+
+
+def check_size(fields: Mapping[str, Any], size: tuple[int, int], downsampling: int) -> None:
+    """Refuse pictures that do not belong to the size that is sampled."""
+    found = implied_size(fields, downsampling)
+    if found not in (None, size):
+        assert found is not None
+        raise InputError(
+            f"the pictures given ask for {found[0]}x{found[1]} px (height x width), but {size[0]}x{size[1]} are "
+            "sampled; resize them, give that size, or sample one size at a time."
+        )
+
+
+def rows_of(
+    fields: Mapping[str, Sequence[Any] | Tensor], reads: frozenset[str], count: int | None
+) -> list[dict[str, Any]]:
+    """One dict a picture from one list a field."""
+    optional = {more for field, more in OPTIONAL.items() if field in reads}
+    for name in fields.keys() - reads - optional:
+        known = ", ".join(sorted(reads)) or "no conditions; say how many pictures with count="
+        raise InputError(f"{name}= means nothing to this model, which takes {known}.")
+    if not reads:
+        return [{} for _ in range(1 if count is None else count)]
+    columns = {name: list(value) for name, value in fields.items()}
+    columns = {name: [int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for v in c] for name, c in columns.items()}
+    if len({len(values) for values in columns.values()}) != 1:
+        raise InputError(f"give {', '.join(sorted(reads))}, one entry a picture, in lists of one length.")
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, one, strict=True)) for one in rows]
+
+
+def batch_of(requests: Sequence[Mapping[str, Any]], reads: frozenset[str], device: torch.device) -> dict[str, Any]:
+    """The fields that a model reads, of all requests."""
+    batch: dict[str, Any] = {}
+    for field in sorted(reads):
+        if any(field not in request for request in requests):
+            raise InputError(f"this model is told {', '.join(sorted(reads))}; give {field} for every picture.")
+        batch[field] = column(field, [request[field] for request in requests], device)
+        more = OPTIONAL.get(field)
+        if more and any(more in request for request in requests):
+            batch[more] = [request.get(more) for request in requests]
+    return batch

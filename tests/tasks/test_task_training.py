@@ -1,0 +1,127 @@
+"""Each task from generated shards: two training steps, then samples of the loaded run, all through the public doors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldmlab
+from ldmlab.app import cli
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.wiring import train
+from ldmlab.errors import InputError
+from ldmlab.evaluation.model import LoadedModel
+from ldmlab.instantiate import instantiate
+from ldmlab.model_files import write_model_folder
+from scenes import CLASSES, Scene, write_scenes
+
+SIZE = 16
+FIRST_STAGE = {
+    "_target_": "ldmlab.first_stages.kl.KLAutoencoder",
+    **{"channels": 8, "channel_mult": [1, 1, 1], "latent_channels": 2, "num_res_blocks": 1, "norm_groups": 4},
+}
+STEPS = ["trainer.max_steps=2", "trainer.validate_every=2", "trainer.checkpoint_every=2", "trainer.log_every=1"]
+SMALL = [
+    *("optimizer.learning_rate=0.01", "trainer.averaging_decay=null"),  # two steps that can be seen
+    *("trainer.micro_batch=4", "trainer.precision=32-true", "data=shards", "data.workers=0", f"data.image_size={SIZE}"),
+    *("backbone.model_channels=32", "backbone.channel_mult=[1,2]", "backbone.num_res_blocks=1"),
+    *("stage.panel_steps=2", "stage.panel_count=4", "stage.held_out_draws=1"),
+]
+TASKS = {
+    "super_resolution": ["conditioner=low_resolution"],
+    "inpainting": ["conditioner=[masked_latent,mask]", "task.masks=thin_256", "task.held_out_masks=thin_256"],
+    "layout": ["conditioner=layout", "conditioner.layout.depth=1", "conditioner.layout.width=32"],
+    "semantic": ["conditioner=semantic", "task.crop.short_side=20", f"conditioner.semantic.classes={CLASSES + 1}"],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of scenes and a first stage with drawn weights."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_scenes(folder / "train", 8)
+    write_scenes(folder / "val", 5)
+    torch.manual_seed(0)
+    module = instantiate(FIRST_STAGE, where="first_stage")
+    spec = {"kind": "first_stage", "image_size": SIZE, "first_stage": FIRST_STAGE}
+    write_model_folder(folder / "first_stage", spec, {"first_stage": module.state_dict()})
+    return folder
+
+
+def run(root: Path, out: str, *options: str) -> Path:
+    """`python train.py`, in this process."""
+    data = [f"data.train={root}/train", f"data.val={root}/val", f"from_run={root}/first_stage"]
+    train(plain(compose("train", [*STEPS, *SMALL, *data, f"run.dir={root}/{out}", *options])))
+    return root / out
+
+
+def trained(root: Path, task: str) -> LoadedModel:
+    """The task's run, made once."""
+    if not (root / task).exists():
+        run(root, task, f"task={task}", *TASKS[task])
+    return ldmlab.load(root / task)
+
+
+def asked(task: str) -> dict[str, Any]:
+    """Fields of two pictures."""
+    scenes = [Scene(number, SIZE, SIZE) for number in (100, 101)]
+    pictures = [np.asarray(scene.image) for scene in scenes]
+    if task == "super_resolution":
+        return {"low_resolution": [picture[::4, ::4] for picture in pictures]}
+    if task == "inpainting":
+        mask = np.zeros((SIZE, SIZE), bool)
+        mask[4:9, 3:12] = True
+        return {"image": pictures, "mask": [mask, ~mask]}
+    if task == "layout":
+        return {"boxes": [scene.boxes for scene in scenes]}
+    return {"segmentation": [scene.labels for scene in scenes]}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_trains_and_samples(task: str, root: Path) -> None:
+    model = trained(root, task)
+    assert type(model.diffusion.task).__module__ == f"ldmlab.tasks.{task}"
+    fields = asked(task)
+    both = model.sample(**fields, steps=2)
+    assert both.shape == (2, SIZE, SIZE, 3)
+    second = model.sample(**{name: values[1:] for name, values in fields.items()}, steps=2)
+    assert second.shape == (1, SIZE, SIZE, 3)
+    changed = {name: values[::-1] for name, values in fields.items()}
+    assert not torch.equal(model.sample(**changed, steps=2), both)  # what is given matters
+    if task == "inpainting":
+        known = ~np.stack(fields["mask"])
+        assert np.array_equal(both.numpy()[known], np.stack(fields["image"])[known])  # bit for bit
+
+
+def test_the_size_follows_what_is_given(root: Path) -> None:
+    model = trained(root, "super_resolution")
+    small = np.zeros((4, 8, 3), np.uint8)
+    assert model.sample(low_resolution=[small], steps=1).shape == (1, 16, 32, 3)
+    with pytest.raises(InputError, match=r"ask for 16x32 px .* but 16x16 are sampled"):
+        model.sample(low_resolution=[small], steps=1, size=16)
+
+
+def test_a_task_that_is_not_told_is_refused(root: Path) -> None:
+    with pytest.raises(InputError, match="conditioner=mask reads mask, which neither"):
+        run(root, "none", "conditioner=mask")
+    with pytest.raises(InputError, match="task: stage=clip gives nothing"):
+        train(plain(compose("train", ["stage=clip", "task=inpainting", f"run.dir={root}/clip"])))
+
+
+def test_pictures_and_masks_come_from_files(root: Path) -> None:
+    trained(root, "inpainting")
+    scene = Scene(100, SIZE, SIZE)
+    (root / "picture.png").write_bytes(scene.files()["png"])
+    (root / "mask.png").write_bytes(scene.files()["mask.png"])
+    asked_for = {"image": str(root / "picture.png"), "mask": str(root / "mask.png")}
+    (root / "asked.jsonl").write_text(json.dumps(asked_for))
+    words = ["sample", f"{root}/inpainting", "--prompts", f"{root}/asked.jsonl", "--steps", "1"]
+    assert cli.dispatch([*words, "--out", f"{root}/out"]) == 0
+    made = np.asarray(Image.open(root / "out" / "000000.png"))
+    assert np.array_equal(made[:, SIZE // 2 :], np.asarray(scene.image)[:, SIZE // 2 :])
+    with pytest.raises(InputError, match="are sampled; resize them"):
+        cli.dispatch([*words, "--out", f"{root}/other", "--size", "32"])
