@@ -43,6 +43,11 @@ def clip_vocabulary() -> dict[str, int]:
     return {marks.get(token) or token: number for token, number in table.items()}
 
 
+def pad_token(padding: str) -> str:
+    """The token that fills up after a caption's end."""
+    return next(token for token, name in _PADDINGS.items() if name == padding)
+
+
 def write_clip_files(folder: Path) -> None:
     """vocab.json and merges.txt, from which transformers' CLIPTokenizer is made."""
     folder.mkdir(parents=True, exist_ok=True)

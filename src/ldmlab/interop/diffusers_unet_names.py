@@ -137,4 +137,4 @@ def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _heads(arguments: Mapping[str, Any], width: int) -> int:
     """Number of heads at a place of this width."""
-    return int(arguments["heads"] or 0) or width // int(arguments["head_channels"])
+    return int(arguments.get("heads") or 0) or width // int(arguments["head_channels"])

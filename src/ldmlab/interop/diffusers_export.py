@@ -1,0 +1,170 @@
+"""A model of ours as a folder of diffusers: a pipeline where one exists, else its modules; compared when written."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldmlab.build import build_latent_diffusion
+from ldmlab.checkpoints import load_exactly, save_tensors
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.interop import diffusers_schedule, verify
+from ldmlab.interop import diffusers_text as texts
+from ldmlab.interop import diffusers_theirs as theirs
+from ldmlab.interop.diffusers_plan import downsampling, plan, text_length
+from ldmlab.interop.diffusers_scale import folded, scale_of, single_factor
+
+Spec = Mapping[str, Any]
+Parts = Mapping[str, Mapping[str, Tensor]]
+Exported = tuple[str, verify.Differences]  # what it is, and the largest difference of each part
+
+
+def export_folder(spec: Spec, parts: Parts, folder: Path) -> Exported:
+    """Write into an empty folder, load again with diffusers, compare.
+
+    InputError for what diffusers cannot hold and for a difference of 1e-4 or more; the caller then drops the folder.
+    """
+    with theirs.quiet_diffusers() as diffusers:
+        if spec["kind"] == "first_stage":
+            return _export_first_stage(diffusers, spec, parts, folder)
+        if spec["kind"] != "latent_diffusion":
+            raise InputError(f"a model of kind {spec['kind']} has no class in diffusers; use --format ldmlab.")
+        return Export(diffusers, spec, parts, folder).run()
+
+
+def _export_first_stage(diffusers: Any, spec: Spec, parts: Parts, folder: Path) -> Exported:
+    """An autoencoder alone: its latents are raw."""
+    node = spec["first_stage"]
+    module = theirs.first_stage(diffusers, node, parts["first_stage"], spec["image_size"], 1.0)
+    module.save_pretrained(folder)
+    stage: nn.Module = instantiate(node, where="first_stage")
+    load_exactly(stage, parts["first_stage"], "the first stage")
+    found = type(module).from_pretrained(folder)
+    return type(module).__name__, verify.compare_first_stage(verify.raw_latents(stage), found, 1.0)
+
+
+class Export:
+    """One latent diffusion model on its way to a folder."""
+
+    def __init__(self, diffusers: Any, spec: Spec, parts: Parts, folder: Path) -> None:
+        self.diffusers, self.spec, self.parts, self.folder = diffusers, spec, parts, folder
+        self.plan = plan(spec)
+        self.std, self.shift = scale_of(spec["latent_scale"])
+        factor = single_factor(self.std, self.shift)
+        self.fold = factor is None or (self.plan.unscaled and factor != 1)
+        self.factor = 1.0 if factor is None or self.fold else factor
+        self.rows = theirs.class_rows(spec, parts)
+        self.text = next((name for name, node in spec["conditioners"].items() if node["_target_"] in _TEXTS), None)
+        self.ours = self._ours()
+
+    def run(self) -> Exported:
+        """Write, read, compare."""
+        modules = self._modules()
+        kinds = {name: type(module) for name, module in modules.items()}
+        if self.plan.pipeline is None:
+            for name, module in modules.items():
+                module.save_pretrained(self.folder / name)
+            self._keep_conditioner()
+        else:
+            self._pipeline_class(**modules, **self._absent()).save_pretrained(self.folder)
+        self._keep_vocabulary()
+        del modules
+        if self.plan.pipeline is None:
+            found = {name: kind.from_pretrained(self.folder / name) for name, kind in kinds.items()}
+            what = f"modules {', '.join(sorted(found))} ({self.plan.why})"
+        else:
+            pipeline = self._pipeline_class.from_pretrained(self.folder)
+            found, what = dict(pipeline.components), self.plan.pipeline
+        return what, self._compare(found)
+
+    @property
+    def _pipeline_class(self) -> Any:
+        return getattr(self.diffusers, str(self.plan.pipeline))
+
+    def _ours(self) -> LatentDiffusion:
+        """The model as ldmlab runs it."""
+        model = build_latent_diffusion(self.spec)
+        targets = {"first_stage": model.first_stage, "denoiser": model.backbone, "conditioner": model.conditioners}
+        for name, module in targets.items():
+            if module.state_dict():
+                load_exactly(module, self.parts.get(name, {}), f"the {name}")
+        return model.eval()
+
+    def _modules(self) -> dict[str, Any]:
+        """Folder name => module of theirs."""
+        spec = self.spec
+        size = _side(spec["image_size"])
+        f = downsampling(spec["first_stage"])
+        modules = {
+            "unet": theirs.unet(self.diffusers, spec, self.parts, size // f, self.rows),
+            "scheduler": self.diffusers.DDIMScheduler(**diffusers_schedule.configuration(spec["diffusion"])),
+        }
+        if self.plan.first_stage is not None:
+            node, state = spec["first_stage"], self.parts["first_stage"]
+            if self.fold:
+                state = folded(state, self.std, self.shift, node["latent_channels"])
+            modules[self.plan.first_stage] = theirs.first_stage(self.diffusers, node, state, size, self.factor)
+        if self.plan.text is not None and self.text is not None:
+            node, prefix = spec["conditioners"][self.text], f"{self.text}."
+            state = {k.removeprefix(prefix): t for k, t in self.parts["conditioner"].items() if k.startswith(prefix)}
+            modules[self.plan.text] = theirs.text_encoder(node, state)
+            path = getattr(self._conditioner.tokenizer, "path", None)
+            modules["tokenizer"] = theirs.tokenizer(node, path, text_length(node), self.folder / _SCRATCH)
+        return modules
+
+    @property
+    def _conditioner(self) -> Any:
+        return self.ours.conditioners[str(self.text)]
+
+    def _absent(self) -> dict[str, Any]:
+        """Parts of Stable Diffusion's pipelines that judge pictures; we have none."""
+        if not str(self.plan.pipeline).startswith("StableDiffusion"):
+            return {}
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+    def _keep_vocabulary(self) -> None:
+        """The tokenizer's plain files beside what transformers writes, which older releases want."""
+        scratch = self.folder / _SCRATCH
+        if scratch.is_dir():
+            for file in scratch.iterdir():
+                shutil.copy(file, self.folder / "tokenizer" / file.name)
+            shutil.rmtree(scratch)
+
+    def _keep_conditioner(self) -> None:
+        """Weights of conditioners that diffusers has no class for, under our names."""
+        skipped = tuple(f"{name}." for name in [self.text, *self.spec["conditioners"]] if self._is_theirs(name))
+        state = {key: t for key, t in self.parts.get("conditioner", {}).items() if not key.startswith(skipped)}
+        if state:
+            save_tensors(self.folder / "conditioner.safetensors", state)
+
+    def _is_theirs(self, name: str | None) -> bool:
+        """Whether a conditioner is the text encoder, or has become the U-Net's table of classes."""
+        if name is None:
+            return False
+        return name == self.text or (self.rows is not None and self.spec["conditioners"][name].get("slot") == "vector")
+
+    def _compare(self, found: Mapping[str, Any]) -> verify.Differences:
+        """Every part of the written folder against ours."""
+        ours = self.ours
+        result = {"U-Net": verify.compare_unet(ours.backbone, found["unet"], self.rows)}
+        result["schedule"] = verify.compare_schedule(ours, found["scheduler"])
+        if self.plan.first_stage is not None:
+            result |= verify.compare_first_stage(ours, found[self.plan.first_stage], self.factor)
+        if self.plan.text is not None and self.text is not None:
+            length = text_length(self.spec["conditioners"][self.text])
+            encoder, tokenizer = found[self.plan.text], found["tokenizer"]
+            result["text encoder"] = verify.compare_text(self._conditioner, tokenizer, encoder, length)
+        return result
+
+
+_SCRATCH = "vocabulary"
+_TEXTS = (texts.CLIP_TARGET, texts.BERT_TARGET)
+
+
+def _side(size: int | list[int]) -> int:
+    """diffusers' pipelines default to squares."""
+    return size if isinstance(size, int) else min(size)

@@ -1,0 +1,116 @@
+"""Two programs on the same input: what an export is worth is the largest difference of their outputs.
+
+Shapes: B batch, C latent channels, h w latent size, L tokens, D their width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.grid import ddim_grid
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.errors import InputError
+
+LIMIT = 1e-4  # float32 runs of one network differ by about 1e-5
+CAPTIONS = ("", "a red apple", "Grüße aus Köln: 2 CATS & one dog, it's 5 o'clock!", "one of many words " * 40)
+Differences = dict[str, float]
+
+
+def check_close(part: str, mine: Tensor, theirs: Tensor) -> float:
+    """The largest absolute difference; InputError from 1e-4 on, or where either side is not finite."""
+    if mine.shape != theirs.shape:
+        raise InputError(
+            f"export: the {part} gives {list(theirs.shape)} there, {list(mine.shape)} here; use --format ldmlab."
+        )
+    difference = float((mine.double() - theirs.double()).abs().max())
+    if not difference < LIMIT:  # also for nan
+        raise InputError(
+            f"export: the {part} differs by {difference:.1e} between the two programs, more than {LIMIT:.0e}; "
+            "nothing was written, use --format ldmlab."
+        )
+    return difference
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers that are the same every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def compare_unet(unet: nn.Module, theirs: Callable[..., Any], rows: Tensor | None = None) -> float:
+    """eps of random latents at two times; `rows` of classes are told to ours, theirs holds them and is told numbers."""
+    levels = len(unet.down)  # type: ignore[arg-type]
+    side = max(2**levels, 8)
+    x, t = noise(2, int(unet.in_channels), side, side), torch.tensor([1.0, 500.0])  # type: ignore[arg-type]
+    told: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    if unet.context_width is not None:
+        told["tokens"] = given["encoder_hidden_states"] = noise(2, 7, int(unet.context_width), seed=1)  # type: ignore[arg-type]
+    if rows is not None:
+        given["class_labels"] = torch.tensor([0, len(rows) - 1])
+        told["vector"] = rows[given["class_labels"]]
+    elif unet.vector_width is not None:
+        told["vector"] = given["class_labels"] = noise(2, int(unet.vector_width), seed=2)  # type: ignore[arg-type]
+    return check_close("U-Net", unet(x, t, Conditioning(**told)), theirs(x, t, **given).sample)
+
+
+def raw_latents(stage: nn.Module) -> LatentSpace:
+    """A first stage alone, whose final latents are the raw ones."""
+    return LatentSpace(stage, LatentScale())
+
+
+@torch.no_grad()
+def compare_first_stage(model: LatentSpace, theirs: Any, scaling_factor: float) -> Differences:
+    """Final latents of a picture and pictures of final latents; a codebook is asked for vectors it holds."""
+    stage: Any = model.first_stage
+    side = max(4 * stage.downsampling, 16)
+    images = noise(1, 3, side, side).clamp(-1, 1)
+    posterior, scale = model.posterior(images), model.latent_scale
+    found = theirs.encode(images)
+    mine = scale.normalise(posterior.mean)
+    if posterior.logvar is None:
+        encoded = found.latents * scaling_factor
+        codes = torch.randint(stage.codebook_size, (1, 4, 4), generator=torch.Generator().manual_seed(3))
+        latents = scale.normalise(stage.quantiser.codebook.weight[codes].movedim(-1, 1))
+    else:
+        encoded, latents = found.latent_dist.mean * scaling_factor, noise(*mine.shape, seed=3)
+        spread = torch.exp(0.5 * posterior.logvar) / scale.std[:, None, None]
+        check_close("encoder's spread", spread, found.latent_dist.std * scaling_factor)
+    return {
+        "encoder": check_close("encoder", mine, encoded),
+        "decoder": check_close("decoder", model.decode(latents), theirs.decode(latents / scaling_factor).sample),
+    }
+
+
+@torch.no_grad()
+def compare_text(text: Any, tokenizer: Any, encoder: Any, length: int) -> float:
+    """Token numbers, which must be equal, and states of captions: empty, short, strange, too long."""
+    captions = list(CAPTIONS)
+    mine = text.ids(captions) if hasattr(text, "ids") else text.tokenizer(captions)
+    theirs = tokenizer(
+        captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    for caption, row, other in zip(captions, mine.cpu(), theirs, strict=True):
+        if not torch.equal(row, other):
+            raise InputError(
+                f"export: the tokens of the caption {caption[:40]!r} differ between the two programs; "
+                "nothing was written, use --format ldmlab."
+            )
+    return check_close("text encoder", text({"caption": captions}, None), encoder(theirs)[0])
+
+
+def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
+    """alpha_bar of all levels, and the levels that DDIM visits."""
+    total = model.schedule.steps
+    steps = next((count for count in (50, 20, 10, 5, 2, 1) if total % count == 0 and count < total), None)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+        visited = [level.time for level in ddim_grid(model.schedule, steps)[:-1]]
+        if visited != scheduler.timesteps.tolist():
+            raise InputError(f"export: DDIM visits other levels there than {visited[:3]} ...; use --format ldmlab.")
+    return check_close("schedule", model.schedule.alpha_bar, scheduler.alphas_cumprod)
