@@ -98,7 +98,10 @@ def _open_clip(params: Params, official: State | None) -> Node:
     unused = official is None or "model.text_projection" in official
     if layer == "penultimate" and not unused and _is(text, _VIT_H, fewer_layers=1):
         layer = "last"  # a file without the block that is not run
-    return _text_node(text, params, layer, padding="zero", quick_gelu=False) | {"unused": unused}
+    node = _text_node(text, params, layer, padding="zero", quick_gelu=False) | {"unused": unused}
+    if official is not None and unused:
+        node["config"]["embed_dim"] = official["model.text_projection"].shape[1]
+    return node
 
 
 def _text(option: str, version: Any, params: Params, layers: tuple[str, ...], official: State | None) -> Node:
