@@ -108,6 +108,43 @@ def test_other_grids_start_at_the_noisiest_level_and_end_clean(spacing: str, ste
     assert grid[-1] == (1.0, 0.0, None)
 
 
+@pytest.mark.parametrize("spacing", ["karras", "log_snr"])
+@pytest.mark.parametrize("name", NAMES)
+def test_grids_between_the_schedules_levels(name: str, spacing: str) -> None:
+    """Both ends are the schedule's, and a time with a fraction tells the noise between its two neighbours."""
+    schedule = Schedule(name, 0.0001, 0.02)
+    known = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log() / 2
+    grid = ddim_grid(schedule, 25, spacing)
+    assert len(grid) == 26
+    assert grid[-1] == (1.0, 0.0, None)
+    assert [grid[0].time, grid[24].time] == pytest.approx([999, 0], abs=1e-6)
+    for level in grid[:-1]:
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1)
+        below = min(int(level.time), 998)  # type: ignore[arg-type]
+        expected = torch.lerp(known[below], known[below + 1], level.time - below)  # type: ignore[operator]
+        assert math.log(level.alpha / level.sigma) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_what_karras_and_log_snr_space_evenly() -> None:
+    karras, even = (ddim_grid(Schedule(), 25, spacing)[:-1] for spacing in ("karras", "log_snr"))
+    for steps in (
+        torch.tensor([(level.sigma / level.alpha) ** (1 / 7) for level in karras]).diff(),
+        torch.tensor([math.log(level.alpha / level.sigma) for level in even]).diff(),
+    ):
+        torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=1e-4, atol=0)
+    assert [level.time for level in ddim_grid(Schedule(), 1, "karras")] == [pytest.approx(999), None]
+    assert ddim_grid(Schedule(steps=1), 1, "log_snr")[0].time == 0
+
+
+def test_official_grid_is_rounded_as_the_official_table() -> None:
+    """float32: the smallest alpha_bar and what is left of 1."""
+    grid = ddim_grid(Schedule(), 50)
+    table = load_file(REFERENCE / "samplers.safetensors")["0.0015-0.0195.alphas_cumprod"]
+    times = [*(int(level.time) for level in grid[:-1]), 0]  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.tensor([level.alpha for level in grid]), table[times].sqrt(), rtol=1.2e-7, atol=0)
+    assert [level.sigma**2 for level in grid] == pytest.approx((1 - table[times]).tolist(), rel=1e-15)
+
+
 def test_ddpm_grid_visits_every_level() -> None:
     assert [level.time for level in ddpm_grid(Schedule(steps=10))] == [*map(float, range(9, -1, -1)), None]
     assert len(ddpm_grid(Schedule(), 25)) == 26

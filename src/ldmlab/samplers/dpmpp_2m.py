@@ -14,7 +14,7 @@ class Dpmpp2M:
     """One evaluation a step; the clean estimate is carried on along the line through the last two."""
 
     order = 2
-    spacing = "karras"
+    spacing = "log_snr"
     steps = 25  # where nobody says how many
 
     def __call__(

@@ -12,7 +12,7 @@ class Euler:
     """One evaluation a step; DDIM without noise, on steps that are its own."""
 
     order = 1
-    spacing = "karras"
+    spacing = "log_snr"
     steps = 50  # where nobody says how many
 
     def __call__(

@@ -16,7 +16,7 @@ class EulerAncestral:
     """eta 1: the posterior's variance, as DDPM draws; eta 0: Euler."""
 
     order = None  # draws noise: no path of which an order could be told
-    spacing = "karras"
+    spacing = "log_snr"
     steps = 50  # where nobody says how many
 
     def __init__(self, eta: float = 1.0) -> None:

@@ -14,7 +14,7 @@ class Heun:
     """Two evaluations a step, at its start and at its end; one where the network cannot be asked at the end."""
 
     order = 2
-    spacing = "karras"
+    spacing = "log_snr"
     steps = 25  # where nobody says how many: 49 evaluations
 
     def __call__(

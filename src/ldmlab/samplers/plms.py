@@ -38,8 +38,7 @@ class Plms:
             if here.alpha == 0:  # no signal to carry the estimate on from
                 x, known = first_order(x, clean.to(x.dtype), here, there), []
             else:
-                weights = WEIGHTS[len(known) - 1]
-                mixed = sum(weight * e for weight, e in zip(weights, known, strict=True)) / sum(weights)
+                mixed = _carried_on(known)
                 if step == 0 and there.time is not None and there.sigma > 0:  # eq. 13: the mean of both ends
                     ahead = transfer(x, eps, here, there)
                     mixed = (eps + noise_of(ahead, denoise(ahead, there), there)) / 2
@@ -47,3 +46,12 @@ class Plms:
             if after_step is not None:
                 x = after_step(step, x, clean.to(x.dtype))
         return x
+
+
+def _carried_on(known: list[Tensor]) -> Tensor:
+    """The weighted mean of the newest noise estimates."""
+    weights = WEIGHTS[len(known) - 1]
+    mixed = weights[0] * known[0]
+    for weight, eps in zip(weights[1:], known[1:], strict=True):
+        mixed = mixed + weight * eps
+    return mixed / sum(weights)

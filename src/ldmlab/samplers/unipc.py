@@ -35,7 +35,7 @@ class Unipc:
         if predictor_order not in (1, 2, 3):
             raise InputError(f"predictor_order={predictor_order} is not 1, 2 or 3; 2 is the choice with guidance.")
         self.predictor_order, self.corrector = predictor_order, corrector
-        self.order = predictor_order + corrector
+        self.order = min(predictor_order, 2) + corrector  # one estimate to begin with lets order 3 be no more than 2
 
     def __call__(
         self,

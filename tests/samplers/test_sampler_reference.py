@@ -1,4 +1,4 @@
-"""DDIM against the end points of the official program."""
+"""DDIM and PLMS against the end points of the official program."""
 
 import zlib
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.samplers.ddim import Ddim
 from ldmlab.samplers.ddpm import Ddpm
+from ldmlab.samplers.plms import Plms
 
 CASES = load_file(Path(__file__).parents[1] / "assets" / "reference" / "samplers.safetensors")
 SHAPE = (2, 4, 8, 8)
@@ -47,12 +48,27 @@ def denoiser(guided: bool) -> Callable[[Tensor, Level], Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in CASES if ".ddim." in name])
 def test_ddim_ends_where_the_official_one_does(name: str) -> None:
+    """The recorded runs are float32 with values up to 179, where 1e-4 is seven roundings: the order of them counts."""
     betas, rest = name.split(".ddim.")
     steps, eta = int(rest.split(".")[0]), float(rest.split("eta")[1][:3])
     start, end = map(float, betas.split("-"))
     grid = ddim_grid(Schedule("linear", start, end), steps)
     x = Ddim(eta)(denoiser("cfg3" in name), drawn("x_T"), grid, noise=lambda step: drawn(f"noise.{step + 1}"))
     assert float((x - CASES[name]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if ".plms." in name])
+def test_plms_ends_where_the_official_one_does(name: str) -> None:
+    betas, steps = name.split(".plms.")
+    grid = ddim_grid(Schedule("linear", *map(float, betas.split("-"))), int(steps))
+    x = Plms()(denoiser(False), drawn("x_T"), grid, noise=lambda step: drawn(f"noise.{step + 1}"))
+    assert float((x - CASES[name]).abs().max()) < 1e-4
+
+
+def test_a_single_step_of_plms_is_ddims() -> None:
+    grid = ddim_grid(Schedule(), 1, "linspace")
+    ends = [sampler(denoiser(False), drawn("x_T"), grid, noise=drawn) for sampler in (Plms(), Ddim())]  # type: ignore[arg-type]
+    torch.testing.assert_close(ends[0], ends[1])
 
 
 @pytest.mark.parametrize("steps", [7, 50])
