@@ -4,14 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldmlab.conditioners.rates import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
 
 
 class LowResolution(nn.Module):
-    """The pixels of `low_resolution` in [-1, 1], (B, 3, h, w)."""
+    """The pixels of `low_resolution` in [-1, 1], (B, 3, h, w), or enlarged bicubically for a model of pixels."""
 
     reads = frozenset({"low_resolution"})
     slot = "spatial"
@@ -19,8 +21,12 @@ class LowResolution(nn.Module):
     def __init__(
         self,
         drop: float = 0.0,  # rate of grey pictures in training, for guidance
+        enlarge: int = 1,  # 1: as it is; otherwise latent size / its size
     ) -> None:
         super().__init__()
+        if enlarge < 1:
+            raise InputError(f"conditioner.low_resolution.enlarge={enlarge} must be at least 1, which changes nothing.")
+        self.enlarge = enlarge
         self.drop = checked_rate(drop)
 
     def width(self, latent: LatentSpec) -> int:
@@ -28,8 +34,11 @@ class LowResolution(nn.Module):
         return 3
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """uint8 (B, 3, h, w) at the latent's height and width => the same in [-1, 1]."""
-        return to_float(batch["low_resolution"])
+        """uint8 (B, 3, h / enlarge, w / enlarge) => (B, 3, h, w) in [-1, 1]."""
+        picture = to_float(batch["low_resolution"])
+        if self.enlarge == 1:
+            return picture
+        return F.interpolate(picture, scale_factor=self.enlarge, mode="bicubic").clamp(-1, 1)
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """Grey: zeros."""
