@@ -61,9 +61,10 @@ class LoadedModel:
         return next(self.diffusion.parameters()).device
 
     @property
-    def downsampling(self) -> int:
-        """Pixels a latent's pixel stands for, along a side."""
-        return int(self.diffusion.first_stage.downsampling)  # type: ignore[arg-type]
+    def enlargement(self) -> int:
+        """Side of a result over the side of the low-resolution picture that it was made from."""
+        told = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
+        return int(self.diffusion.first_stage.downsampling) * max(told, default=1)  # type: ignore[arg-type]
 
     @property
     def reads(self) -> frozenset[str]:
@@ -133,7 +134,7 @@ class LoadedModel:
         if guidance is None:
             guidance = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
         check_guidance(guidance, self.diffusion.guidance_trained, conditioned=conditioned)
-        asked = implied_size(requests[0], self.downsampling) if len(requests) and settings.size is None else None
+        asked = implied_size(requests[0], self.enlargement) if len(requests) and settings.size is None else None
         size = asked or self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.diffusion.latent_shape(size)
@@ -159,7 +160,7 @@ class LoadedModel:
         assert settings.guidance is not None
         assert isinstance(settings.size, tuple)
         batch = self.batch(requests, first_index)
-        check_size(batch, settings.size, self.downsampling)
+        check_size(batch, settings.size, self.enlargement)
         with self.autocast(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # `resolved` has said it
             images = self.diffusion.sample(

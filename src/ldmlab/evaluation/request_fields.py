@@ -60,25 +60,25 @@ def _decoded(field: str, value: Any) -> np.ndarray:
         raise InputError(f"{field}={value} cannot be read as a picture ({error}); give another file.") from error
 
 
-def implied_size(fields: Mapping[str, Any], downsampling: int) -> tuple[int, int] | None:
+def implied_size(fields: Mapping[str, Any], enlargement: int) -> tuple[int, int] | None:
     """Height and width of the result that rows or columns of fields ask for; None where nothing in them has a size."""
-    sizes = {name: _size(name, fields[name], downsampling) for name in (*ON_THE_PICTURE, SMALL) if name in fields}
+    sizes = {name: _size(name, fields[name], enlargement) for name in (*ON_THE_PICTURE, SMALL) if name in fields}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} for {height}x{width}" for name, (height, width) in sizes.items())
         raise InputError(f"the fields do not fit each other: {told} px (height x width); resize one of them.")
     return next(iter(sizes.values()), None)
 
 
-def _size(field: str, value: Any, downsampling: int) -> tuple[int, int]:
+def _size(field: str, value: Any, enlargement: int) -> tuple[int, int]:
     column_axes = 3 if field == "segmentation" else 4
     value = value if isinstance(value, Tensor) and value.ndim == column_axes else row(field, value)
-    factor = downsampling if field == SMALL else 1
+    factor = enlargement if field == SMALL else 1
     return value.shape[-2] * factor, value.shape[-1] * factor
 
 
-def check_size(fields: Mapping[str, Any], size: tuple[int, int], downsampling: int) -> None:
+def check_size(fields: Mapping[str, Any], size: tuple[int, int], enlargement: int) -> None:
     """Refuse pictures that do not belong to the size that is sampled."""
-    found = implied_size(fields, downsampling)
+    found = implied_size(fields, enlargement)
     if found not in (None, size):
         assert found is not None
         raise InputError(
