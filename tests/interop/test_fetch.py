@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from ldmlab.errors import InputError
 from ldmlab.interop.fetch import WEIGHTS, Weights, fetch, weights_path
+from ldmlab.nn.wordpiece import WordPiece
 
 CONTENT = bytes(range(256)) * 9000
 
@@ -69,6 +71,15 @@ def test_another_file_is_thrown_away(server: str, tmp_path: Path, monkeypatch: p
     with pytest.raises(InputError, match="instead of 00000000"):
         fetch("some")
     assert not any(path.is_file() for path in (tmp_path / "weights").rglob("*"))
+
+
+def test_a_vocabulary_is_fetched_to_where_captions_look_for_it(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(WEIGHTS["wordpiece"].sha256) == 64  # the whole hash: its name carries none
+    with pytest.raises(InputError, match="instead of 07eced37"):
+        fetch("wordpiece", url=f"{server}/vocab.txt")
+    entry = replace(WEIGHTS["wordpiece"], url=f"{server}/vocab.txt", sha256=hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(WEIGHTS, "wordpiece", entry)
+    assert fetch("wordpiece") == WordPiece(None, length=77, size=30522).path
 
 
 def test_names_carry_their_checksum() -> None:

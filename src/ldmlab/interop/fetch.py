@@ -22,7 +22,7 @@ _TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Weights:
-    """A file that others publish; `sha256` is the hash or the beginning of it that its publisher put in the name."""
+    """A file that others publish; `sha256` is its hash or, where the publisher put that in the name, its beginning."""
 
     file: str
     url: str
@@ -44,7 +44,7 @@ WEIGHTS = {
     "wordpiece": Weights(
         file=VOCABULARY_FILE,
         url="https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
-        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",  # remembered, not read off a page
+        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",  # by which copies of the file are pinned
         mib=1,
         licence="Apache-2.0",
         used_for="conditioner=text_transformer: the 30,522 tokens of the paper's text-to-image models",

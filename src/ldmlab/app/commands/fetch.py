@@ -7,7 +7,7 @@ from ldmlab.app.progress import bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ldmlab fetch`."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="inception, lpips, clip; --list tells of each")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="inception, lpips, wordpiece, clip; see --list")
     parser.add_argument("--list", action="store_true", help="what there is: size, licence, use, and whether it is here")
     parser.add_argument("--url", help="fetch from this address instead (a mirror); the checksum stays")
     parser.add_argument("--model", default="ViT-B-32", help="with clip: open_clip architecture (default: ViT-B-32)")
