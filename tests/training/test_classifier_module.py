@@ -1,5 +1,6 @@
 """Training of a classifier of noisy latents: it learns, tells noise levels apart, resumes and shares work exactly."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal
+from ldmlab.training import processes
 from ldmlab.training.callbacks.base import StepCallback
 from ldmlab.training.callbacks.noise_levels import NoiseLevels
 from ldmlab.training.classifier_module import ClassifierStage
@@ -156,3 +158,23 @@ def test_labels_without_an_output_are_refused() -> None:
             space=LatentSpace(Stage(), LatentScale()), schedule=Schedule(), classifier=stage().classifier,
             held_out_draws=0, **options(),
         )  # fmt: skip
+
+
+def member(rank: int, world: int, folder: Path) -> None:
+    made = stage()
+    made.eval()
+    processes.join()
+    with torch.no_grad():
+        numbers = made.held_out([toy_batch(range(10 * rank, 10 * rank + 10))])
+    (folder / str(rank)).write_text(json.dumps(numbers))
+
+
+def test_two_processes_hold_the_same_numbers_as_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, member, tmp_path, log=log)) == [0, 0], log.read_text()
+    made = stage()
+    made.eval()
+    with torch.no_grad():
+        alone = made.held_out([toy_batch(range(20))])
+    for rank in "01":
+        assert json.loads((tmp_path / rank).read_text()) == pytest.approx(alone, abs=1e-6)
