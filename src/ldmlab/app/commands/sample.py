@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with a prompt a line, or .jsonl with an object of fields a line",
     )
     add("--count", type=int, default=1, help="pictures per prompt (1)")
-    add("--steps", type=int, help="sampling steps (50; sampler ddpm: all levels)")
+    add("--steps", type=int, help="sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)")
     add("--guidance", type=float, help="1 is off (3 if the model was trained for it, else 1)")
     add_guide_options(parser)
-    add("--eta", type=float, default=0.0, help="fresh noise per step: 0 none, 1 as DDPM (0)")
+    add("--eta", type=float, help="fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)")
     add("--seed", type=int, default=0, help="with a picture's number it decides the noise (0)")
     add("--first-index", type=int, default=0, help="number of the first picture, to make one of many again (0)")
     add("--size", help="HEIGHTxWIDTH or one side, px (as trained)")
-    add("--sampler", default="ddim", help="ddim | ddpm (ddim)")
-    add("--spacing", help="steps of the schedule: official | linspace | trailing (the sampler's own)")
+    add("--sampler", default="ddim", help=f"{' | '.join(_samplers())} (ddim)")
+    add("--spacing", help="steps of the schedule: official | linspace | trailing | karras | log_snr (the sampler's own)")
     add("--sweep", help=f"one picture per setting, such as steps=1,2,5,10,25,50; of {', '.join(SWEEPS)}")
     add("--strip", action="store_true", help="also the way from noise to picture, as a row and as an animation")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")
@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", default="averaged", help="averaged | raw, for runs (averaged)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
     add("--precision", default="float32", help="float32 | bfloat16 | float16 (float32)")
+
+
+def _samplers() -> list[str]:
+    """The files of ldmlab/samplers, which this command does not import for its help."""
+    return sorted(path.stem for path in (Path(__file__).parents[2] / "samplers").glob("[!_]*.py"))
 
 
 def run(args: argparse.Namespace) -> int:
