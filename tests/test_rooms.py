@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "ldmlab"
-GROUND = {"errors", "contracts", "randomness", "averaging", "provenance", "instantiate", "annotations"}
+GROUND = {"errors", "contracts", "randomness", "averaging", "provenance", "instantiate", "annotations", "fetched"}
 MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),
     "nn": GROUND,

@@ -20,11 +20,6 @@ from ldmlab.errors import InputError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def weights_folder() -> Path:
-    """Where fetched files lie."""
-    return Path(os.environ.get("LDMLAB_WEIGHTS") or Path.home() / ".cache" / "ldmlab")
-
-
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write` fills a temporary file beside `path`, which then takes its place; a failure leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)

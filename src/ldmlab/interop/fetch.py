@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldmlab.checkpoints import weights_folder, write_atomically
+from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.fetched import weights_folder
 from ldmlab.nn.wordpiece import VOCABULARY_FILE
 
 Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: not told)
@@ -44,7 +45,7 @@ WEIGHTS = {
     "wordpiece": Weights(
         file=VOCABULARY_FILE,
         url="https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
-        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",  # by which copies of the file are pinned
+        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",  # as copies are pinned
         mib=1,
         licence="Apache-2.0",
         used_for="conditioner=text_transformer: the 30,522 tokens of the paper's text-to-image models",

@@ -17,8 +17,8 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.checkpoints import weights_folder
 from ldmlab.errors import InputError
+from ldmlab.fetched import weights_folder
 
 Config = dict[str, Any]
 

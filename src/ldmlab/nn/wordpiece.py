@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from ldmlab.checkpoints import weights_folder
 from ldmlab.errors import InputError
+from ldmlab.fetched import weights_folder
 
 VOCABULARY_FILE = "bert-base-uncased-vocab.txt"  # under the folder of fetched files
 _START, _END, _PAD, _UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
