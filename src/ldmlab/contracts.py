@@ -124,7 +124,7 @@ class Level(NamedTuple):
     time: float | None
 
 
-Denoise = Callable[[Tensor, Level], Tensor]  # conditioning and guidance already bound => clean estimate
+Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => clean estimate, x's dtype or float64
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, x, clean estimate) => x
 
 

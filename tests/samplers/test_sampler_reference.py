@@ -60,7 +60,8 @@ def test_ddim_ends_where_the_official_one_does(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if ".plms." in name])
 def test_plms_ends_where_the_official_one_does(name: str) -> None:
     betas, steps = name.split(".plms.")
-    grid = ddim_grid(Schedule("linear", *map(float, betas.split("-"))), int(steps))
+    start, end = map(float, betas.split("-"))
+    grid = ddim_grid(Schedule("linear", start, end), int(steps))
     x = Plms()(denoiser(False), drawn("x_T"), grid, noise=lambda step: drawn(f"noise.{step + 1}"))
     assert float((x - CASES[name]).abs().max()) < 1e-4
 
