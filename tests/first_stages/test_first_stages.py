@@ -117,7 +117,7 @@ def test_search_is_exact_in_parts_and_under_autocast(monkeypatch: pytest.MonkeyP
     quantiser = vq().quantiser
     vectors = torch.randn(50, 3)
     expected = torch.cdist(vectors, quantiser.codebook.weight).argmin(dim=1)
-    monkeypatch.setattr("ldmlab.first_stages.vq._DISTANCES_AT_ONCE", 7 * 16)
+    monkeypatch.setattr("ldmlab.first_stages.quantiser._DISTANCES_AT_ONCE", 7 * 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantiser.nearest(vectors), expected)
 

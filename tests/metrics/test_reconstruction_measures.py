@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from ldmlab.contracts import Posterior
-from ldmlab.metrics.reconstruction import CodebookUse, LatentStatistics, ReconstructionMeasures
+from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
 
 
 def pictures() -> tuple[Tensor, Tensor]:
@@ -81,10 +81,6 @@ def test_latent_statistics_are_those_of_drawn_latents() -> None:
 
 
 def test_codebook_use() -> None:
-    use = CodebookUse(8)
-    use.update(torch.tensor([[0, 1], [2, 3]]))
-    use.update(torch.tensor([0, 1, 2, 3]))
-    assert use.compute() == pytest.approx({"codebook_use": 0.5, "codebook_perplexity": 4.0})
-    use.reset()
-    use.update(torch.tensor([5, 5, 5]))
-    assert use.compute() == pytest.approx({"codebook_use": 0.125, "codebook_perplexity": 1.0})
+    even, single = torch.tensor([2, 2, 2, 2, 0, 0, 0, 0]), torch.tensor([0, 0, 0, 0, 0, 3, 0, 0])
+    assert codebook_use(even) == pytest.approx({"codebook_use": 0.5, "codebook_perplexity": 4.0})
+    assert codebook_use(single) == pytest.approx({"codebook_use": 0.125, "codebook_perplexity": 1.0})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from toy_stages import options, picture_batch, train
 
+from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
 from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
@@ -175,7 +176,8 @@ def test_panels_show_input_reconstruction_difference() -> None:
 def codebook_run(made: AutoencoderStage, path: Path) -> dict[str, float]:
     """Train; codebook use of the last full window."""
     train(made, path)
-    return made._window
+    assert made.codebook is not None
+    return made.codebook.numbers
 
 
 def test_an_unused_codebook_raises_the_alert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -203,6 +205,36 @@ def test_a_used_codebook_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         found = codebook_run(made, tmp_path)
     assert found["codebook_use"] >= 0.5
     assert not [record for record in caplog.records if "codebook" in record.getMessage()]
+
+
+def test_an_open_window_and_moved_codes_survive_a_restart(tmp_path: Path) -> None:
+    rules = {"codebook_decay": 0.9, "restart_below": 0.2}
+    for name, steps in (("straight", [8]), ("stopped", [4, 8])):
+        for max_steps in steps:
+            made = stage(vq=32, codebook_window=20, network=rules, max_steps=max_steps)
+            train(made, tmp_path / name)
+    straight, stopped = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "step_00000008.ckpt") for name in ("straight", "stopped")
+    )
+    assert straight["codebook"]["counted"] == 12  # pictures since the window of 20 was full
+    forked.same(straight["codebook"], stopped["codebook"])
+    forked.same(straight["modules"], stopped["modules"])
+
+
+def test_averaged_weights_follow_a_restarted_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(vq=8, adversary=False, max_steps=1, averaging_decay=0.999)
+    codes = made.first_stage.quantiser.codebook.weight
+
+    def restart() -> dict[str, Tensor]:
+        codes[3] = 7.0
+        return {"quantiser.codebook.weight": torch.tensor([3])}
+
+    monkeypatch.setattr(made.first_stage, "update_codebook", restart)
+    train(made, tmp_path)
+    assert made.average is not None
+    average = made.average.weights()["quantiser.codebook.weight"]
+    torch.testing.assert_close(average[3], torch.full((2,), 7.0), atol=0.01, rtol=0)
+    assert float(average[[0, 1, 2, 4, 5, 6, 7]].abs().max()) < 1
 
 
 def test_a_rise_after_the_adversary_joined_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -241,6 +273,33 @@ def share_of_gradients(rank: int, world: int, vq: int, out: Path) -> None:
     with torch.no_grad():
         held_out = made.held_out([picture_batch(range(5) if rank == 0 else range(5, 8))])  # uneven shares
     torch.save({**found, "held_out": held_out}, out / f"{rank}.pt")
+
+
+def moved_codes(rank: int, world: int, out: Path) -> None:
+    """Codebook and bookkeeping after three steps of eight pictures."""
+    processes.join()
+    made = stage(vq=16, network={"codebook_decay": 0.9, "restart_below": 0.9})
+    assert made.codebook is not None
+    size, restarted = 8 // world, 0
+    for step in range(3):
+        for part in range(2):  # two micro-batches
+            start = 8 * step + rank * size + part * size // 2
+            made.losses("autoencoder", picture_batch(range(start, start + size // 2)))
+        made.codebook.end_step(step, 8)
+        restarted += len(made.first_stage.update_codebook().get("quantiser.codebook.weight", ()))
+    state = {"quantiser": made.first_stage.quantiser.state_dict(), "counts": made.codebook.counts}
+    torch.save(state | {"restarted": torch.tensor(restarted)}, out / f"{rank}.pt")
+
+
+def test_two_processes_move_the_codes_of_one(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    assert forked.finish(*forked.group(2, moved_codes, tmp_path)) == [0, 0]
+    moved_codes(0, 1, tmp_path / "one")
+    expected = torch.load(tmp_path / "one" / "0.pt")
+    assert int(expected["restarted"]) > 0
+    assert int(expected["counts"].sum()) == 24 * 16
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, atol=1e-6, rtol=1e-5)
 
 
 def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:

@@ -132,23 +132,8 @@ class LatentStatistics(Metric):
         return found
 
 
-class CodebookUse(Metric):
-    """Which share of a codebook is used, and its perplexity exp(- sum p log p), over all codes since the last reset."""
-
-    full_state_update = False
-    counts: Tensor
-
-    def __init__(self, codebook_size: int) -> None:
-        super().__init__()
-        self.codebook_size = codebook_size
-        self.add_state("counts", torch.zeros(codebook_size, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, codes: Tensor) -> None:
-        """Codes of any shape, int64."""
-        self.counts += torch.bincount(codes.flatten(), minlength=self.codebook_size)
-
-    def compute(self) -> dict[str, float]:
-        """`codebook_use` in 0 .. 1 and `codebook_perplexity` in 1 .. codebook_size."""
-        share = self.counts.double() / self.counts.sum().clamp_min(1)
-        entropy = torch.special.entr(share).sum()
-        return {"codebook_use": float((self.counts > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}
+def codebook_use(counts: Tensor) -> dict[str, float]:
+    """`codebook_use`, the share of codes with a count, and `codebook_perplexity`, exp(- sum p log p); counts (K,)."""
+    share = counts.double() / counts.sum().clamp_min(1)
+    entropy = torch.special.entr(share).sum()
+    return {"codebook_use": float((counts > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}

@@ -109,7 +109,7 @@ class TransformerBlock(nn.Module):
         self.mlp = GatedMLP(width)
 
     def tell(self, context: Tensor) -> Told:
-        """Tokens (B, L, D) => what cross-attention needs of them; of a single one, over which softmax is 1, its output."""
+        """Tokens (B, L, D) => what cross-attention needs of them; of a single one (softmax 1) that is its output."""
         cross = self.cross_attention
         if context.shape[1] > 1:
             return cross.keys_values(context)

@@ -50,7 +50,7 @@ def grow(x: Tensor, weight: Tensor, bias: Tensor | None, size: Size | None = Non
     """conv3(double(x)) cropped to `size`: (B, C, h, w) => (B, C', *size or 2 h, 2 w).
 
     Doubling repeats pixels, so every output pixel sees 2 x 2 different ones: a transposed convolution of stride 2 with
-    a 4 x 4 kernel is the same in 4 / 9 of the products. Making its kernel costs time too, so small maps go the long way.
+    a 4 x 4 kernel is the same in 4 / 9 of the products. Making its kernel takes time, so small maps go the long way.
     """
     height, width = size or (2 * x.shape[2], 2 * x.shape[3])
     if x.shape[2] * x.shape[3] < weight.shape[0] or (height, width) != (2 * x.shape[2], 2 * x.shape[3]):

@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldmlab.contracts import FirstStage, Reconstruction
+from ldmlab.contracts import FirstStage
 from ldmlab.losses.autoencoder import AutoencoderLoss
 from ldmlab.losses.rise_alarm import RiseAlarm
-from ldmlab.metrics.reconstruction import CodebookUse, LatentStatistics, ReconstructionMeasures
+from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import normal
+from ldmlab.training import processes
+from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.stage import Batch, Losses, Stage
 
 _log = logging.getLogger(__name__)
@@ -42,14 +44,11 @@ class AutoencoderStage(Stage):
         self.first_stage = first_stage
         self.loss = loss
         self.background = background
-        self.codebook_window, self.codebook_alert = codebook_window, codebook_alert
         codes: int | None = getattr(first_stage, "codebook_size", None)
-        self.codebook = CodebookUse(codes) if codes is not None else None
+        self.codebook = CodebookWindow(codes, codebook_window, codebook_alert) if codes is not None else None
         self.rise_alarm = RiseAlarm()
         with_lpips = loss.reconstruction.lpips is not None
         self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
-        self._window_start: int | None = None  # position at which the window began; a resumed run begins anew
-        self._window: dict[str, float] = {}  # codebook use over the last full window
         self._players = self._assign()
         self._seen: tuple[Tensor, Tensor] | None = None  # pictures and reconstructions of this micro-batch
 
@@ -97,7 +96,7 @@ class AutoencoderStage(Stage):
         total, terms = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
         self._seen = (images, given.images.detach())
         self._watch(terms["l1"])
-        return Losses(total, terms | self._codebook_terms(given))
+        return Losses(total, terms | self._codebook_terms(given.codes))
 
     def _pictures_of(self, batch: Batch) -> Tensor:
         """(B, 3, H, W) in [-1, 1]."""
@@ -121,29 +120,37 @@ class AutoencoderStage(Stage):
                 100 * rise,
             )
 
-    def _codebook_terms(self, given: Reconstruction) -> dict[str, Tensor]:
+    def _codebook_terms(self, codes: Tensor | None) -> dict[str, Tensor]:
         """Use and perplexity of the codebook over the last full window, once there is one."""
-        if self.codebook is None or given.codes is None:
+        if self.codebook is None or codes is None:
             return {}
-        if self._window_start is None:
-            self._window_start = self.position
-        elif self.position - self._window_start >= self.codebook_window:
-            self._close_window(self.codebook)
-        self.codebook.update(given.codes)
-        return {name: torch.tensor(value, device=self.device) for name, value in self._window.items()}
+        self.codebook.add(codes)
+        return {name: torch.tensor(value, device=self.device) for name, value in self.codebook.numbers.items()}
 
-    def _close_window(self, codebook: CodebookUse) -> None:
-        self._window = codebook.compute()
-        codebook.reset()
-        self._window_start = self.position
-        if self._window["codebook_use"] < self.codebook_alert and self.global_rank == 0:
-            _log.warning(
-                "step %d: only %.1f %% of the codebook was used over the last %d pictures; "
-                "fewer codes or a lower learning rate keep more of it alive",
-                self.step,
-                100 * self._window["codebook_use"],
-                self.codebook_window,
-            )
+    def _update(self, playing: dict[str, list[nn.Parameter]]) -> None:
+        self.updating = True
+        if self.codebook is not None:
+            self.codebook.end_step(self.step + 1, self._pictures * self.accumulate * processes.world_size())
+            self._update_codebook()
+        super()._update(playing)
+
+    @torch.no_grad()
+    def _update_codebook(self) -> None:
+        """Codes that the optimizer does not move; averaged weights follow a restarted code at once."""
+        restarted: dict[str, Tensor] = self.first_stage.update_codebook()  # type: ignore[operator]
+        averages = self.average.weights() if self.average is not None else {}
+        for name in restarted.keys() & averages.keys():
+            averages[name][restarted[name]] = self.first_stage.get_parameter(name)[restarted[name]]
+
+    def state(self) -> dict[str, Any]:
+        """With the codebook's open window."""
+        return super().state() | ({"codebook": self.codebook.state()} if self.codebook is not None else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        super().restore(state)
+        if self.codebook is not None:
+            self.codebook.restore(state["codebook"])
 
     def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Measures of reconstructions from the posterior's mean, and the latents' statistics per channel."""

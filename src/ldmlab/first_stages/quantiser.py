@@ -1,0 +1,155 @@
+"""Vectors to the nearest vector of a learned codebook.
+
+Codes follow the gradient, as in the paper, or are running means of the vectors that chose them (van den Oord et al.,
+"Neural Discrete Representation Learning", NeurIPS 2017, appendix A.1).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldmlab.errors import InputError
+
+_DISTANCES_AT_ONCE = 2**25  # bounds the memory of the search to 128 MiB
+_USES_DECAY = 0.99  # of the running count of uses where codes follow the gradient
+_CANDIDATES = 256  # vectors of a picture from which codes may restart
+
+
+class Quantised(NamedTuple):
+    """What the quantiser gives."""
+
+    latents: Tensor  # (B, C, h, w): codebook vectors; the gradient passes straight through to the input
+    codes: Tensor  # (B, h, w) int64
+    penalty: Tensor  # scalar
+
+
+class Quantiser(nn.Module):
+    """Nearest codebook vector with a straight-through gradient.
+
+    penalty = encoder_weight mean |sg(e) - z|^2 + codebook_weight mean |e - sg(z)|^2, sg: stop gradient. The released
+    models weight the codebook's side by beta = 0.25 and the encoder's by 1 (the reverse of the VQ-VAE paper).
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,  # K
+        width: int,  # C
+        encoder_weight: float,
+        codebook_weight: float,
+        *,
+        decay: float | None = None,  # of codes that are running means; None: codes follow the gradient
+        restart_below: float | None = None,  # share of the average use below which a code restarts; None: never
+        cosine: bool = False,  # vectors and codes at unit length
+    ) -> None:
+        super().__init__()
+        for name, value in (("codebook_decay", decay), ("restart_below", restart_below)):
+            if value is not None and not 0 < value < 1:
+                raise InputError(f"first_stage.{name}={value} must lie between 0 and 1; null switches it off.")
+        self.codebook = nn.Embedding(codebook_size, width)
+        nn.init.uniform_(self.codebook.weight, -1.0 / codebook_size, 1.0 / codebook_size)
+        self.codebook.weight.requires_grad_(decay is None)
+        self.encoder_weight, self.codebook_weight = encoder_weight, codebook_weight
+        self.decay, self.restart_below, self.cosine = decay, restart_below, cosine
+        self.watched = decay is not None or restart_below is not None
+        if self.watched:
+            self.uses: Tensor
+            self.sums: Tensor
+            self.updates: Tensor
+            self.register_buffer("uses", torch.ones(codebook_size))  # N: running mean of vectors a step and code
+            self.register_buffer("sums", self.codebook.weight.detach().clone())  # m: running mean of their sum
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step's micro-batches: n, sum of z, candidates
+
+    def forward(self, latents: Tensor) -> Quantised:
+        """(B, C, h, w) => vectors of the codebook in the same shape, their codes and the penalty, in float32."""
+        latents = self._shaped(latents.float(), dim=1)
+        codes = self.nearest(latents.detach().movedim(1, -1))  # (B, h, w)
+        codebook = self._shaped(self.codebook.weight, dim=1)  # (K, C)
+        chosen = F.embedding(codes, codebook).movedim(-1, 1)  # (B, C, h, w)
+        penalty = self.encoder_weight * F.mse_loss(latents, chosen.detach())
+        if self.decay is None:
+            penalty = penalty + self.codebook_weight * F.mse_loss(chosen, latents.detach())
+        if self.watched and self.training and torch.is_grad_enabled():
+            self._watch(latents.detach(), codes)
+        return Quantised(latents + (chosen - latents).detach(), codes, penalty)
+
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Codes of the nearest codebook vectors, (..., C) => (...) int64; the smallest code wins a tie."""
+        codebook = self._shaped(self.codebook.weight.float(), dim=1)  # (K, C)
+        rows = max(_DISTANCES_AT_ONCE // len(codebook), 1)
+        with _full_precision(vectors.device.type):  # half precision would confuse neighbours
+            squares = codebook.square().sum(dim=1)  # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 changes nothing
+            parts = vectors.reshape(-1, vectors.shape[-1]).float().split(rows)
+            codes = [torch.addmm(squares, part, codebook.T, alpha=-2.0).argmin(dim=1) for part in parts]
+        return torch.cat(codes).reshape(vectors.shape[:-1])
+
+    def _shaped(self, vectors: Tensor, dim: int) -> Tensor:
+        return F.normalize(vectors, dim=dim) if self.cosine else vectors
+
+    # ---- codes that are moved by hand, once a step ----
+
+    def _watch(self, latents: Tensor, codes: Tensor) -> None:
+        """Remember how often every code was chosen, by which vectors, and some vectors of every picture."""
+        vectors = latents.flatten(2).transpose(1, 2)  # (B, h w, C)
+        uses = torch.bincount(codes.flatten(), minlength=len(self.uses)).to(self.uses.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), vectors.flatten(0, 1))
+        stride = -(-vectors.shape[1] // _CANDIDATES)
+        self._seen.append((uses, sums, vectors[:, ::stride].flatten(0, 1).clone()))
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """Once a step, the same on every process: move codes to their means; rows of the codes that restarted."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return torch.empty(0, dtype=torch.int64)
+        uses, sums = (_sum_over_processes(torch.stack(parts).sum(0)) for parts in list(zip(*seen, strict=True))[:2])
+        decay = self.decay or _USES_DECAY
+        self.uses.lerp_(uses, 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
+        if self.decay is not None:  # where nothing was added, N and m shrank alike and e = m / N is as it was
+            means = self.sums / self.uses[:, None]
+            self.codebook.weight.copy_(torch.where(uses[:, None] > 0, means, self.codebook.weight))
+        self.updates += 1
+        return self._restart(torch.cat([candidates for _, _, candidates in seen]))
+
+    def _restart(self, candidates: Tensor) -> Tensor:
+        """Codes hardly used begin again at vectors of the step's pictures, drawn by the number of updates."""
+        average = self.uses.mean()
+        rows = (self.uses < (self.restart_below or 0.0) * average).nonzero()[:, 0]
+        if len(rows):  # on every process or on none
+            candidates = _gathered(candidates)
+            generator = torch.Generator().manual_seed(int(self.updates))
+            drawn = torch.randint(len(candidates), (len(rows),), generator=generator).to(candidates.device)
+            self.codebook.weight[rows] = candidates[drawn]
+            self.uses[rows] = average
+            self.sums[rows] = average * candidates[drawn]
+        return rows
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast inside; some devices (meta) have none to switch off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    if _joined():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """The rows of all processes in the order of ranks."""
+    if not _joined():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)

@@ -1,0 +1,55 @@
+"""How much of a codebook is used, over windows of about an epoch: perplexity of one batch depends on its size."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.metrics.reconstruction import codebook_use
+from ldmlab.training import processes
+
+_log = logging.getLogger(__name__)
+
+
+class CodebookWindow:
+    """Counts codes over all processes; the numbers are those of the last full window and survive a restart."""
+
+    def __init__(self, codebook_size: int, pictures: int, alert: float) -> None:
+        self.pictures, self.alert = pictures, alert  # length of a window; share below which it warns
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.counted = 0  # pictures of the window that is open
+        self.numbers: dict[str, float] = {}  # codebook_use and codebook_perplexity
+        self._step = torch.zeros_like(self.counts)  # this process's codes since the last step ended
+
+    def add(self, codes: Tensor) -> None:
+        """The codes of a micro-batch, (B, h, w)."""
+        self._step = self._step.to(codes.device) + torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def end_step(self, step: int, pictures: int) -> None:
+        """A step on so many pictures of all processes has ended; a full window is read and a new one begins."""
+        self.counts += processes.sum_(self._step).cpu()
+        self._step = torch.zeros_like(self._step)
+        self.counted += pictures
+        if self.counted < self.pictures:
+            return
+        self.numbers = codebook_use(self.counts)
+        if self.numbers["codebook_use"] < self.alert and processes.rank() == 0:
+            _log.warning(
+                "step %d: only %.1f %% of the codebook was used over the last %d pictures; "
+                "first_stage.restart_below=0.01, fewer codes or a lower learning rate keep more of it alive",
+                step,
+                100 * self.numbers["codebook_use"],
+                self.counted,
+            )
+        self.counts.zero_()
+        self.counted = 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, between two steps."""
+        return {"counts": self.counts.clone(), "counted": self.counted, "numbers": dict(self.numbers)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.counts.copy_(state["counts"])
+        self.counted, self.numbers = state["counted"], dict(state["numbers"])
