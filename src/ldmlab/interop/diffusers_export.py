@@ -5,16 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldmlab.build import build_latent_diffusion
-from ldmlab.checkpoints import load_exactly, save_tensors
-from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.checkpoints import save_tensors
 from ldmlab.errors import InputError
-from ldmlab.instantiate import instantiate
 from ldmlab.interop import diffusers_schedule, verify
 from ldmlab.interop import diffusers_text as texts
 from ldmlab.interop import diffusers_theirs as theirs
+from ldmlab.interop.assembly import Imported, assembled
 from ldmlab.interop.diffusers_plan import downsampling, plan, text_length
 from ldmlab.interop.diffusers_scale import folded, scale_of, single_factor
 
@@ -41,10 +39,13 @@ def _export_first_stage(diffusers: Any, spec: Spec, parts: Parts, folder: Path) 
     node = spec["first_stage"]
     module = theirs.first_stage(diffusers, node, parts["first_stage"], spec["image_size"], 1.0)
     module.save_pretrained(folder)
-    stage: nn.Module = instantiate(node, where="first_stage")
-    load_exactly(stage, parts["first_stage"], "the first stage")
+    stage = verify.first_stage(_imported(spec, parts))
     found = type(module).from_pretrained(folder)
     return type(module).__name__, verify.compare_first_stage(verify.raw_latents(stage), found, 1.0)
+
+
+def _imported(spec: Spec, parts: Parts) -> Imported:
+    return Imported("the model", dict(spec), {name: dict(part) for name, part in parts.items()}, "raw")
 
 
 class Export:
@@ -59,7 +60,7 @@ class Export:
         self.factor = 1.0 if factor is None or self.fold else factor
         self.rows = theirs.class_rows(spec, parts)
         self.text = next((name for name, node in spec["conditioners"].items() if node["_target_"] in _TEXTS), None)
-        self.ours = self._ours()
+        self.ours = assembled(_imported(spec, parts))
 
     def run(self) -> Exported:
         """Write, read, compare."""
@@ -84,15 +85,6 @@ class Export:
     @property
     def _pipeline_class(self) -> Any:
         return getattr(self.diffusers, str(self.plan.pipeline))
-
-    def _ours(self) -> LatentDiffusion:
-        """The model as ldmlab runs it."""
-        model = build_latent_diffusion(self.spec)
-        targets = {"first_stage": model.first_stage, "denoiser": model.backbone, "conditioner": model.conditioners}
-        for name, module in targets.items():
-            if module.state_dict():
-                load_exactly(module, self.parts.get(name, {}), f"the {name}")
-        return model.eval()
 
     def _modules(self) -> dict[str, Any]:
         """Folder name => module of theirs."""

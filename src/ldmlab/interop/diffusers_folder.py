@@ -48,6 +48,8 @@ PIPELINES = {
     "LDMTextToImagePipeline": _PLAIN,
     "LDMPipeline": _PLAIN,
     "LDMSuperResolutionPipeline": Pipeline(lambda channels: 3, _low_resolution),
+    "DDIMPipeline": _PLAIN,
+    "DDPMPipeline": _PLAIN,
 }
 _IGNORED = ("scheduler", "tokenizer", "safety_checker", "feature_extractor")  # or read beside their module
 
@@ -74,14 +76,12 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
     if name not in PIPELINES:
         raise InputError(f"{folder} is a {name}, which is not known; known are {', '.join(PIPELINES)}.")
     found = _components(folder, index)
-    stage_config = read_json(found["first_stage"] / "config.json")
+    stage_config, stage_node, stage_weights = _read_first_stage(found.get("first_stage"))
     unet_config = read_json(found["unet"] / "config.json")
-    stage = build_first_stage(stage_config, read_weights(found["first_stage"]))
     unet_weights = read_weights(found["unet"])
     unet = build_unet(unet_config, unet_weights)
-    stage_node = first_stages.arguments(stage_config)
-    channels, f = stage_node["latent_channels"], 2 ** (len(stage_node["channel_mult"]) - 1)
-    _check_channels(folder, name, unet.in_channels, channels)
+    f = 2 ** (len(stage_node.get("channel_mult", [1])) - 1)
+    _check_channels(folder, name, unet.in_channels, stage_node.get("latent_channels", 3))
     conditioners, weights = _read_text(folder, found.get("text"))
     if CLASS_TABLE in unet_weights and unet_config.get("num_class_embeds") is not None:
         rows, width = unet_weights[CLASS_TABLE].shape
@@ -101,9 +101,18 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
         "diffusion": diffusion_node(read_json(folder / "scheduler" / "scheduler_config.json")),
         "guidance_trained": None if conditioners else False,
         "sampler": {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0},
+        "origin": {"format": "diffusers", "linear_projection": bool(unet_config.get("use_linear_projection", False))},
     }
-    parts = {"first_stage": stage.state_dict(), "denoiser": unet.state_dict()}
-    return spec, parts | ({"conditioner": weights} if weights else {})
+    parts = {"first_stage": stage_weights, "denoiser": unet.state_dict(), "conditioner": weights}
+    return spec, {part: tensors for part, tensors in parts.items() if tensors}
+
+
+def _read_first_stage(folder: Path | None) -> tuple[Spec, Spec, dict[str, Tensor]]:
+    """Its configuration, our node and our tensors; pixels where the pipeline has none."""
+    if folder is None:
+        return {"scaling_factor": 1.0}, {"_target_": "ldmlab.first_stages.identity.Identity"}, {}
+    config = read_json(folder / "config.json")
+    return config, first_stages.arguments(config), build_first_stage(config, read_weights(folder)).state_dict()
 
 
 def _components(folder: Path, index: Spec) -> dict[str, Path]:
@@ -122,7 +131,8 @@ def _components(folder: Path, index: Spec) -> dict[str, Path]:
         if value[1] not in kinds:
             raise InputError(f"{folder} has a {value[1]} ({name}), which is not known; known are {', '.join(kinds)}.")
         found[kinds[value[1]]] = folder / name
-    for part in ("unet", "first_stage"):
+    pixels = index["_class_name"] in ("DDIMPipeline", "DDPMPipeline")
+    for part in ("unet",) if pixels else ("unet", "first_stage"):
         if part not in found:
             raise InputError(f"{folder / 'model_index.json'} names no {part}; give a whole pipeline's folder.")
     return found

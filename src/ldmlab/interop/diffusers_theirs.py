@@ -61,12 +61,13 @@ def _added_rows(rows: Tensor, denoiser: State) -> Tensor:
 
 
 def unet(diffusers: Any, spec: Spec, parts: Mapping[str, State], sample_size: int, rows: Tensor | None) -> Any:
-    """UNet2DConditionModel or UNet2DModel; with linear projections where Stable Diffusion 2.x has them."""
+    """UNet2DConditionModel or UNet2DModel; projections as in the file it came from, else as Stable Diffusion 2.x's."""
     node = spec["backbone"]
     if not node["_target_"].endswith(".UNet"):
         raise InputError(f"backbone={node['_target_']} has no class in diffusers; use --format ldmlab.")
     told = [other["_target_"] for other in spec["conditioners"].values()]
-    linear = node.get("head_channels") is not None and texts.CLIP_TARGET in told
+    usual = node.get("head_channels") is not None and texts.CLIP_TARGET in told
+    linear = bool(spec.get("origin", {}).get("linear_projection", usual))
     classes = None if rows is None else len(rows)
     kind, config = unet_configuration(node, sample_size=sample_size, linear_projection=linear, classes=classes)
     state = {key: tensor for key, tensor in parts["denoiser"].items() if rows is None or not key.startswith("vector.")}

@@ -3,18 +3,22 @@
 Shapes: B batch, C latent channels, h w latent size, L tokens, D their width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldmlab.checkpoints import load_exactly
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.interop.assembly import Imported, assembled
 
 LIMIT = 1e-4  # float32 runs of one network differ by about 1e-5
 CAPTIONS = ("", "a red apple", "Grüße aus Köln: 2 CATS & one dog, it's 5 o'clock!", "one of many words " * 40)
@@ -114,3 +118,53 @@ def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
         if visited != scheduler.timesteps.tolist():
             raise InputError(f"export: DDIM visits other levels there than {visited[:3]} ...; use --format ldmlab.")
     return check_close("schedule", model.schedule.alpha_bar, scheduler.alphas_cumprod)
+
+
+@torch.no_grad()
+def compare_imports(ours: Imported, theirs: Imported) -> Differences:
+    """Two descriptions with weights, run on the same noise; tensors of conditioners must be equal."""
+    if ours.spec["kind"] == "first_stage":
+        stages = [raw_latents(first_stage(side)) for side in (ours, theirs)]
+        return compare_latent_spaces(stages[0], stages[1])
+    mine, other = assembled(ours), assembled(theirs)
+    result = {"U-Net": compare_unet(mine.backbone, _as_diffusers(other.backbone))}
+    result |= compare_latent_spaces(mine, other)
+    result["schedule"] = check_close("schedule", mine.schedule.alpha_bar, other.schedule.alpha_bar)
+    tensors, found = (_unnamed(model.conditioners.state_dict()) for model in (mine, other))
+    for name, tensor in tensors.items():
+        if name not in found or not torch.equal(tensor, found[name]):
+            raise InputError(f"export: the conditioner's {name} is not the same when read again; use --format ldmlab.")
+    return result
+
+
+def first_stage(imported: Imported) -> nn.Module:
+    """The first stage of a description with weights."""
+    module: nn.Module = instantiate(imported.spec["first_stage"], where="first_stage")
+    load_exactly(module, imported.parts["first_stage"], "the first stage")
+    return module.eval()
+
+
+def compare_latent_spaces(ours: LatentSpace, theirs: LatentSpace) -> Differences:
+    """Final latents of a picture, and the picture of those latents."""
+    stage: Any = ours.first_stage
+    images = noise(1, 3, *[max(4 * stage.downsampling, 16)] * 2).clamp(-1, 1)
+    latents = ours.encode(images)
+    return {
+        "encoder": check_close("encoder", latents, theirs.encode(images)),
+        "decoder": check_close("decoder", ours.decode(latents), theirs.decode(latents)),
+    }
+
+
+def _as_diffusers(unet: nn.Module) -> Callable[..., Any]:
+    """A U-Net of ours with the face of diffusers' ones."""
+
+    def run(x: Tensor, t: Tensor, **given: Tensor) -> SimpleNamespace:
+        told = Conditioning(tokens=given.get("encoder_hidden_states"), vector=given.get("class_labels"))
+        return SimpleNamespace(sample=unet(x, t, told))
+
+    return run
+
+
+def _unnamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of conditioners without the names that a model gives to its conditioners."""
+    return {name.partition(".")[2]: tensor for name, tensor in state.items()}

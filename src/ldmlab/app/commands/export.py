@@ -1,69 +1,89 @@
-"""`ldmlab export`: the weights of a run, alone and complete, as a model folder that anyone can load."""
+"""`ldmlab export`: the weights of a run, alone and complete, as a folder that ldmlab or others can load."""
 
 import argparse
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
+    from ldmlab.interop.export_formats import Written
     from ldmlab.model_files import ModelFiles
+
+FORMATS = """ldmlab       our model folder: model.yaml, NAME.safetensors, README.md (default)
+safetensors  another name for ldmlab
+compvis      the official latent diffusion code's: model.ckpt, config.yaml
+diffusers    a pipeline of Hugging Face diffusers, or its modules where no pipeline exists
+Both sides are run on the same input; a difference of 1e-4 or more writes nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to export, and where to."""
-    parser.add_argument("model", type=Path, help="run folder or checkpoint")
-    parser.add_argument("out", type=Path, help="new folder: model.yaml, NAME.safetensors, README.md")
+    parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
+    parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument("--format", default="ldmlab", metavar="NAME", help=FORMATS)
     parser.add_argument("--weights", default="averaged", help="averaged | raw (averaged)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, write, and read again to be sure."""
-    if args.out.exists() and any(args.out.iterdir()):
+    """Read, write beside, compare, and only then put in place."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"out={args.out} is not empty; choose a new folder.")
 
-    from ldmlab.build import load
-    from ldmlab.model_files import read_model, write_model_folder
+    from ldmlab.interop.export_formats import FORMATS as WRITERS
+    from ldmlab.model_files import read_model
 
+    if args.format not in WRITERS:
+        raise InputError(f"--format={args.format} is unknown; choose {', '.join(WRITERS)}.")
     files = read_model(args.model, args.weights)
-    parts = {name: part for name, part in files.parts.items() if name in PARTS}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "README.md").write_text(card(files), encoding="utf-8")
-    write_model_folder(args.out, {**files.spec, "weights": files.weights, "step": files.step}, parts)
-    if files.spec["kind"] == "latent_diffusion":
-        load(args.out, device="cpu")
-    print(f"{args.out}: {', '.join(sorted(parts))} ({files.weights} weights of step {files.step})")
+    out: Path = args.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        written = WRITERS[args.format](files, temporary)
+        (temporary / "README.md").write_text(card(files, written), encoding="utf-8")
+        _open_to_all(temporary)
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out}: {written.what} ({_weights(files)})")
+    for part, difference in written.differences.items():
+        print(f"  {part}: largest difference {difference:.1e}")
     return 0
 
 
-PARTS = ("first_stage", "denoiser", "conditioner", "clip")
+def _open_to_all(folder: Path) -> None:
+    """Usual rights, whatever the writers of temporary files chose."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def card(files: "ModelFiles") -> str:
+def _weights(files: "ModelFiles") -> str:
+    return f"{files.weights} weights" + (f" of step {files.step}" if files.step is not None else "")
+
+
+def card(files: "ModelFiles", written: "Written") -> str:
     """The model card: what it is, where it comes from, how to use it."""
     spec = files.spec
     lines = [
-        f"# {files.folder.name}",
+        f"# {files.folder.resolve().name}",
         "",
-        f"A {spec['kind'].replace('_', ' ')} for pictures of {spec['image_size']} px, trained with ldmlab: "
-        f"{files.weights} weights after {files.step} steps.",
+        f"A {spec['kind'].replace('_', ' ')} for pictures of {spec['image_size']} px, exported by ldmlab: "
+        f"{_weights(files)}; {written.what}.",
         "",
     ]
     if spec["kind"] == "latent_diffusion":
         told = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
-        guided = "trained" if spec["guidance_trained"] else "not trained"
+        guided = {True: "trained", False: "not trained", None: "unknown"}[spec["guidance_trained"]]
         lines += [
             f"- told: {told}; classifier-free guidance: {guided}",
             f"- first stage: `{spec['first_stage']['_target_']}`, denoiser: `{spec['backbone']['_target_']}`",
             "",
-            "```python",
-            "import ldmlab",
-            "",
-            'model = ldmlab.load("THIS_FOLDER")',
-            'pictures = model.sample(caption=["a red apple"])  # uint8 (B, H, W, 3)'
-            if "text" in spec["conditioners"]
-            else "pictures = model.sample(count=4)  # uint8 (B, H, W, 3)",
-            "```",
-            "",
         ]
-    return "\n".join(lines)
+    for part, difference in written.differences.items():
+        lines.append(f"- {part}: within {difference:.1e} of the model it was exported from")
+    if written.usage:
+        lines += ["", "```python", written.usage, "```"]
+    return "\n".join([*lines, ""])
