@@ -29,8 +29,8 @@ def test_tokens_of_a_picture() -> None:
     corners = [round(44.5) * 90 + round(22.25), round(80.1) * 90 + round(66.75)]  # 44.5 goes to the even 44
     assert corners == [44 * 90 + 22, 80 * 90 + 67]
     expected = [353, 0, LAST, 7, *corners, EMPTY, EMPTY, EMPTY]
-    assert layout().tokens(boxes, None) == [*expected, 0, LAST]
-    assert layout(crop_tokens=False).tokens(boxes, None) == expected
+    assert layout().tokens(boxes) == [*expected, 0, LAST]
+    assert layout(crop_tokens=False).tokens(boxes) == expected
 
 
 def test_published_length() -> None:

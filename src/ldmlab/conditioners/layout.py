@@ -60,20 +60,19 @@ class LayoutTokens(nn.Module):
         """The states of no boxes; crop tokens stay, as they say nothing of the content."""
         return self._states([[] for _ in batch["boxes"]], batch)
 
-    def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] | None) -> list[int]:
+    def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] = _WHOLE) -> list[int]:
         """Token numbers of one picture."""
         if len(boxes) > self.objects:
             raise InputError(
                 f"a picture has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
             )
-        crop = _WHOLE if crop is None else crop
         frame = crop if self.crop_tokens else _WHOLE
         ids = [token for box in boxes for token in (self._class(box), *self._corners(_within(box["box"], frame)))]
         ids += [self.empty] * (3 * (self.objects - len(boxes)))
         return ids + self._corners(crop) if self.crop_tokens else ids
 
     def _states(self, boxes: Sequence[Sequence[Mapping[str, Any]]], batch: dict[str, Any]) -> Tensor:
-        crops = batch.get("crop") or [None] * len(boxes)
+        crops = batch.get("crop", [_WHOLE] * len(boxes))
         ids = [self.tokens(row, crop) for row, crop in zip(boxes, crops, strict=True)]
         return self.transformer(torch.tensor(ids, device=self.transformer.tokens.weight.device))
 
