@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import ldmlab
@@ -14,7 +15,10 @@ from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.wiring import train
 from ldmlab.errors import InputError
+from ldmlab.evaluation.conditions import conditions
+from ldmlab.evaluation.generate import generate
 from ldmlab.evaluation.model import LoadedModel
+from ldmlab.evaluation.protocol import Protocol, requests
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
 from scenes import CLASSES, Scene, write_scenes
@@ -125,3 +129,23 @@ def test_pictures_and_masks_come_from_files(root: Path) -> None:
     assert np.array_equal(made[:, SIZE // 2 :], np.asarray(scene.image)[:, SIZE // 2 :])
     with pytest.raises(InputError, match="are sampled; resize them"):
         cli.dispatch([*words, "--out", f"{root}/other", "--size", "32"])
+
+
+@pytest.mark.parametrize("task", ["inpainting", "layout"])
+def test_held_out_pictures_ask_as_people_do(task: str, root: Path) -> None:
+    model = trained(root, task)
+    config = yaml.safe_load((root / task / "config.yaml").read_text())
+    data = instantiate(config["data"], where="data").with_task(model.diffusion.task)
+    known = conditions(data, "val", sorted(model.reads))
+    protocol = Protocol(name="p", samples=7, reference="val", metrics={}, steps=1)
+    asked = requests(protocol, model.reads, known)
+    assert len(asked) == 7
+    assert model.reads <= asked[6].keys()
+    assert repr(asked[0]) == repr(asked[len(known)])
+    drawn = torch.cat([part for _, part in generate(model, asked, protocol.settings(), batch_size=4)])
+    assert drawn.shape == (7, SIZE, SIZE, 3)
+    if task == "inpainting":
+        real = [batch["image"] for batch in data.eval_loader("val", 2, kind="images")]
+        hole = np.stack([asked[i]["mask"] for i in range(len(known))]) > 0
+        known_pixels = torch.cat(real).permute(0, 2, 3, 1).numpy()[~hole]
+        assert np.array_equal(drawn.numpy()[: len(known)][~hole], known_pixels)

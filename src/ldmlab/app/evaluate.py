@@ -88,7 +88,7 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
     model.in_precision(config["precision"])
     model.with_guides(*build_guides(config["guidance"], model))
     extras = [(title, Path(path)) for title, path in config["pictures"]]
-    data = reference_data(config, max(model.image_size))
+    data = reference_data(config, max(model.image_size)).with_task(model.diffusion.task)
     Evaluation(model=model, data=data, rank=rank, world=world, extras=extras, **parts).run()
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.stream import ShardDataset, Wanted
 from ldmlab.errors import InputError
 from ldmlab.evaluation.album import copy_pictures, save_picture
 from ldmlab.evaluation.category_score import CategoryScore
+from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.generate import generate
 from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.neighbours import nearest_training_pictures
@@ -95,13 +95,10 @@ class Evaluation:
 
     # ---- reading
 
-    def _known(self, split: str, limit: int | None) -> list[dict[str, Any]]:
-        """Conditions and category of every picture of a split, without decoding it."""
+    def _known(self, split: str, limit: int | None) -> Sequence[Mapping[str, Any]]:
+        """Conditions and category of every picture of a split."""
         fields = sorted(self.model.reads | ({self.protocol.category_field} if self.protocol.category_field else set()))
-        folder = self.data.folder(split, "images")
-        dataset = ShardDataset(folder, Wanted(self.data.image_size, images=False, fields=tuple(fields)))
-        samples = (dataset[i] for i in range(min(len(dataset), limit or len(dataset))))
-        return [{name: sample[name] for name in fields} for sample in samples if "key" in sample]
+        return conditions(self.data, split, fields, limit)
 
     def _loader(self, split: str, limit: int | None = None) -> Iterable[dict[str, Any]]:
         """This process's share of a split's pictures."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.conditions import Repeated
 from ldmlab.evaluation.settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
@@ -62,7 +63,9 @@ class Protocol:
         return asdict(self)
 
 
-def requests(protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def requests(
+    protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
     """What each of the samples is asked to show: the fields the model reads, one dict a picture.
 
     reference: picture i takes the conditions of reference picture i, from the start again when they run out.
@@ -89,4 +92,4 @@ def requests(protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapp
         raise InputError(
             f"the reference pictures carry no {', '.join(missing)}, which the model is told; pack them so."
         )
-    return [{name: reference[i % len(reference)][name] for name in sorted(reads)} for i in range(count)]
+    return Repeated(reference, reads, count)

@@ -50,6 +50,13 @@ def row(field: str, value: Any) -> Tensor:
     return ((array >= _WHITE) if from_file else (array != 0)).to(torch.uint8)[None]
 
 
+def as_asked(field: str, value: Any) -> Any:
+    """The inverse of `row` for arrays of the data: pictures (H, W, 3), masks and label maps (H, W)."""
+    if field in PICTURES:
+        return value.transpose(1, 2, 0)
+    return value[0] if field == "mask" else value
+
+
 def _decoded(field: str, value: Any) -> np.ndarray:
     try:
         image = value if isinstance(value, Image.Image) else Image.open(value)
