@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ldmlab
@@ -13,6 +14,7 @@ from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.guidance import build_guides
 from ldmlab.app.wiring import train
+from ldmlab.build import load_classifier
 from ldmlab.errors import InputError
 from ldmlab.evaluation.pictures import read_settings
 
@@ -109,6 +111,14 @@ def test_scores_take_the_same_guides(runs: Runs) -> None:
     assert model.info["guides"]["classifier_scale"] == 10
     assert model.sample(class_id=[1, 0], steps=2).shape == (2, 16, 16, 3)
     assert plain(compose("evaluate", given[:2]))["guidance"] == {}
+
+
+def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
+    assert cli.dispatch(["export", str(runs.root / "classifier"), str(tmp_path / "alone")]) == 0
+    state, alone = (
+        load_classifier(path).module.state_dict() for path in (runs.root / "classifier", tmp_path / "alone")
+    )
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in state.items())
 
 
 def refusal(act: Callable[[], object]) -> str:

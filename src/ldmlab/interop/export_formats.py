@@ -13,7 +13,7 @@ from ldmlab.interop import compvis, verify
 from ldmlab.interop.assembly import Imported, assembled
 from ldmlab.model_files import ModelFiles, read_model, write_model_folder
 
-PARTS = ("first_stage", "denoiser", "conditioner", "clip")  # what a model is; a run keeps more
+PARTS = ("first_stage", "denoiser", "conditioner", "clip", "classifier")  # what a model is; a run keeps more
 
 
 class Written(NamedTuple):
