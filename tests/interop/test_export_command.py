@@ -1,0 +1,146 @@
+"""`ldmlab export`: every format, nothing at OUT on any fault, and one sentence for what cannot be done."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from exported_models import Spec, clip_text, describe, kl, model, spatial, unet, vq, weights
+
+from ldmlab.app import cli
+from ldmlab.build import load
+from ldmlab.errors import InputError
+from ldmlab.interop import diffusers_theirs, verify
+from ldmlab.interop.diffusers_plan import plan
+from ldmlab.model_files import write_model_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, as training and `import` leave it."""
+    home = tmp_path_factory.mktemp("model")
+    spec = model("unconditional", home)
+    write_model_folder(home, {**spec, "weights": "averaged", "step": 7}, weights(spec))
+    return home
+
+
+def export(*words: object) -> int:
+    return cli.dispatch(["export", *map(str, words)])
+
+
+def refused(folder: Path, out: Path, *words: object) -> str:
+    with pytest.raises(InputError) as caught:
+        export(folder, out, *words)
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}*")), "something was left beside OUT"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [(), ("--format", "safetensors")])
+def test_our_own_format(name: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+    assert export(folder, tmp_path / "out", *name) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"model.yaml", "README.md", "first_stage.safetensors", "denoiser.safetensors"}
+    assert "ldmlab.load" in (tmp_path / "out" / "README.md").read_text()
+    mine, theirs = (load(path, device="cpu").sample(steps=2) for path in (folder, tmp_path / "out"))
+    assert torch.equal(mine, theirs)
+
+
+def test_compvis(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(folder, tmp_path / "out", "--format", "compvis") == 0
+    content = torch.load(tmp_path / "out" / "model.ckpt", weights_only=True)
+    assert "model.diffusion_model.input_blocks.0.0.weight" in content["state_dict"]
+    assert content["global_step"] == 7
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["model"]["target"].startswith("ldm.")
+    assert "U-Net: largest difference" in capsys.readouterr().out
+
+
+def test_diffusers(folder: Path, tmp_path: Path) -> None:
+    assert export(folder, tmp_path / "out", "--format", "diffusers") == 0
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert "LDMPipeline.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+def first_stage(node: Spec, tmp_path: Path) -> Path:
+    """A first stage alone, as a model folder."""
+    parts = {"first_stage": weights(describe(node, unet(node["latent_channels"])))["first_stage"]}
+    write_model_folder(tmp_path / "stage", {"kind": "first_stage", "image_size": 32, "first_stage": node}, parts)
+    return tmp_path / "stage"
+
+
+@pytest.mark.parametrize("form", ["compvis", "diffusers"])
+@pytest.mark.parametrize("node", [kl(3), vq(2)], ids=["kl", "vq"])
+def test_a_first_stage_alone(form: str, node: Spec, tmp_path: Path) -> None:
+    assert export(first_stage(node, tmp_path), tmp_path / "out", "--format", form) == 0
+    assert (tmp_path / "out" / {"compvis": "model.ckpt", "diffusers": "config.json"}[form]).is_file()
+
+
+def test_a_difference_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = diffusers_theirs._filled
+
+    def spoiled(module: Any, state: Any) -> Any:
+        return fill(module, {key: t * 1.01 if key.startswith("conv_out") else t for key, t in state.items()})
+
+    monkeypatch.setattr(diffusers_theirs, "_filled", spoiled)
+    message = refused(folder, tmp_path / "out", "--format", "diffusers")
+    assert "the U-Net differs by" in message
+    assert "nothing was written" in message
+
+
+def test_without_diffusers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install diffusers" in refused(folder, tmp_path / "out", "--format", "diffusers")
+
+
+def test_unknown_format(folder: Path, tmp_path: Path) -> None:
+    message = refused(folder, tmp_path / "out", "--format", "onnx")
+    assert "--format=onnx is unknown; choose ldmlab, safetensors, compvis, diffusers" in message
+
+
+def test_out_is_taken(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="not empty"):
+        export(folder, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+WRONG = [
+    (describe(kl(3), unet(4, heads=2, attention_downsampling=[1, 2])), "heads of one width"),
+    (describe(kl(3), unet(4, head_channels=16, channel_mult=[2, 2])), "channel_mult"),
+    (describe(kl(3, bottleneck_channels=8), unet(4, head_channels=16)), "bottleneck_channels=8"),
+    (describe(vq(), unet(3, head_channels=16), std=[1.0, 2.0, 3.0]), "std per channel"),
+    (
+        describe(
+            kl(3),
+            unet(4, context_width=32, residual_resampling=True, attention_downsampling=[1]),
+            {"text": clip_text()},
+        ),
+        "residual_resampling=True beside cross-attention",
+    ),
+    (describe(kl(3), unet(4, context_width=32), {"text": clip_text(layer="pooled")}), "layer=pooled"),
+]
+
+
+@pytest.mark.parametrize(("spec", "told"), WRONG, ids=[told for _, told in WRONG])
+def test_what_diffusers_cannot_hold(spec: Spec, told: str, tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "model", {**spec, "weights": "raw", "step": 1}, weights(spec))
+    message = refused(tmp_path / "model", tmp_path / "out", "--format", "diffusers")
+    assert told in message
+    assert "--format" in message
+
+
+def test_why_there_is_no_pipeline(tmp_path: Path) -> None:
+    text = model("ldm_text", tmp_path)["conditioners"]
+    assert "not f=4" in plan(describe(kl(3), unet(4, context_width=32), text)).why
+    low = {"low": spatial("low_resolution", "LowResolution")}
+    assert "3 channels" in plan(describe(kl(3), unet(4, 3), low)).why
+    assert "is told ClassEmbedder" in plan(model("class_tokens", tmp_path)).why
+
+
+def test_numbers_that_are_none_are_a_difference() -> None:
+    bad = torch.tensor([float("nan")])
+    with pytest.raises(InputError, match="differs by nan"):
+        verify.check_close("network", bad, bad)
