@@ -1,5 +1,7 @@
 """What lies on a picture travels with it: decoded, mirrored, cropped, left out, and the same in any worker."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.annotations import centre_square, cropped, mirrored, within
+from ldmlab.app import cli
 from ldmlab.data.encode import encode
 from ldmlab.data.encode_folder import LatentSettings
 from ldmlab.data.parts import centre_cropped, decode_parts
@@ -200,3 +203,26 @@ def test_broken_parts_are_bad_samples() -> None:
     with pytest.raises(KeyError, match=r"no file KEY.seg.png"):
         decode_parts({"json": b"{}"}, {"segmentation"}, None)
     assert centre_cropped({"boxes": [], "crop": [0, 0, 0.5, 1]}, 20, 10)["crop"] == [0.125, 0, 0.375, 1]
+
+
+@pytest.mark.parametrize("crop", ["centre", "keep"])
+def test_packed_boxes_lie_on_the_packed_picture(tmp_path: Path, crop: str) -> None:
+    scenes = [Scene(number, *WIDE, objects=2) for number in range(3)]
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for number, scene in enumerate(scenes):
+        scene.image.save(tmp_path / "pictures" / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": scene.caption, "boxes": scene.boxes}))
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(rows))
+    size = ["--size", "16"] if crop == "centre" else []
+    words = ["pack", str(tmp_path / "pictures"), str(tmp_path / "out"), "--crop", crop, *size, "--workers", "1"]
+    assert cli.dispatch(words) == 0
+    folder = next((tmp_path / "out").glob("**/manifest.json")).parent
+    packed = data(tmp_path, train=str(folder), val=str(folder), fields=())
+    dataset = packed.with_task(Layout(16, least=0, shuffle=False)).held_out_dataset()
+    assert len(dataset) == 3
+    for sample in (dataset[position] for position in range(3)):
+        number = int(re.findall(r"\d+", sample["key"])[-1])
+        assert np.array_equal(sample["image"], scenes[number].pixels[:, :, 4:20])
+        assert sample["boxes"] == cropped(scenes[number].boxes, centre_square(*WIDE))
+        assert np.allclose(sample["crop"], centre_square(*WIDE))

@@ -14,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from ldmlab.annotations import checked
+from ldmlab.data.parts import centre_cropped, upright_size
 from ldmlab.data.sources import Item
 from ldmlab.data.tar_samples import picture_ending, read_range, sample_fields, tar_bytes
 from ldmlab.data.transforms import Transform
@@ -76,6 +78,8 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
                     small.append(item.name)
                     continue
                 fields = {**fields, "original_width": image.width, "original_height": image.height}
+                if "boxes" in fields and checked(fields["boxes"]) and transform.square:
+                    fields = centre_cropped(fields, *upright_size(image))
                 picture = encoding(transform(image))
         except Exception as error:  # whatever a decoder raises on broken bytes
             bad.append((item.name, _reason(error)))

@@ -75,8 +75,13 @@ def picture_shape(files: Files) -> tuple[int, int] | None:
     if ending is None:
         return None
     with Image.open(io.BytesIO(files[ending])) as image:
-        turned = image.getexif().get(_ORIENTATION) in _TURNED
-        return (image.height, image.width) if turned else image.size
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once the picture is turned as its orientation tag says."""
+    turned = image.getexif().get(_ORIENTATION) in _TURNED
+    return (image.height, image.width) if turned else image.size
 
 
 def mirrored_sample(sample: dict[str, Any]) -> dict[str, Any]:

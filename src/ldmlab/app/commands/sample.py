@@ -29,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = EPILOG
     add("model", type=Path, help="model folder, run folder or checkpoint")
-    add("prompts", nargs="*", help="captions, or class numbers for a class-conditional model")
+    add("prompts", nargs="*", help="captions; class numbers; files of low-resolution pictures or label maps: as told")
     add(
         "--prompts",
         dest="file",
         type=Path,
-        help="file with a prompt a line, or .jsonl with an object of fields a line",
+        help="file with a prompt a line, or .jsonl with an object of fields a line (pictures and masks as files)",
     )
     add("--count", type=int, default=1, help="pictures per prompt (1)")
     add("--steps", type=int, help="sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)")
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ldmlab.build import load
     from ldmlab.evaluation import processes
+    from ldmlab.evaluation.request_fields import check_size
 
     rank, world = processes.join()
     try:
@@ -81,7 +82,11 @@ def run(args: argparse.Namespace) -> int:
         requests = _requests(model, lines, args.count)
         settings = _settings(args, size)
         variants = [(None, settings)] if sweep is None else _variants(settings, *sweep)
-        resolved = [(name, model.resolved(variant)) for name, variant in variants]
+        resolved = [(name, model.resolved(variant, requests)) for name, variant in variants]
+        for _, variant in resolved:
+            assert isinstance(variant.size, tuple)
+            for request in requests[:: args.count]:
+                check_size(request, variant.size, model.enlargement)
         folder = processes.from_first(lambda: _new_folder(args.out, args.model))
         job = Job(model, requests, resolved, folder, args, rank, world)
         job.sample()
@@ -121,6 +126,8 @@ def _fields(line: str, file: Path) -> dict[str, Any]:
 
 def _requests(model: "LoadedModel", lines: list[str | dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Every prompt `count` times as the fields that the model reads; warns of ends that it cannot read."""
+    from ldmlab.evaluation.request_fields import OPTIONAL
+
     reads = model.reads
     if not reads:
         if lines:
@@ -135,13 +142,16 @@ def _requests(model: "LoadedModel", lines: list[str | dict[str, Any]], count: in
             raise InputError(f"{label(fields)}: this model also reads {names}; use a .jsonl file.")
         for lost in model.lost(fields):
             print(f'"{label(fields)}" is too long for this model, which does not see: "{lost}"')
-    return [{name: fields[name] for name in sorted(reads)} for fields in told for _ in range(count)]
+    kept = sorted(reads | {OPTIONAL[name] for name in reads & OPTIONAL.keys()})
+    return [{name: fields[name] for name in kept if name in fields} for fields in told for _ in range(count)]
 
 
 def _told(line: str, reads: frozenset[str]) -> dict[str, Any]:
-    """A plain prompt as a caption, or as a class number."""
+    """A plain prompt as a caption, the file of a picture or a class number."""
     if "caption" in reads:
         return {"caption": line}
+    if reads in ({"low_resolution"}, {"segmentation"}):
+        return {next(iter(reads)): line}  # a file
     if "class_id" not in reads:
         raise InputError(f"{line}: this model reads {', '.join(sorted(reads))}; give them in a .jsonl file.")
     try:
