@@ -88,7 +88,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     latent = latent_spec(first_stage, data.image_size)
     conditioners = build_conditioners(config["conditioner"], latent)
     check_fields_given(conditioners.modules, data)
-    backbone_node = {**config["backbone"], **_backbone_sizes(latent, conditioners, config["backbone"])}
+    backbone_node = {**config["backbone"], **backbone_sizes(latent, conditioners, config["backbone"])}
     scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
     spec = {
         "kind": "latent_diffusion",
@@ -210,7 +210,7 @@ def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
     return statistics.summary()
 
 
-def _backbone_sizes(latent: LatentSpec, conditioners: Conditioners, node: Config) -> dict[str, Any]:
+def backbone_sizes(latent: LatentSpec, conditioners: Conditioners, node: Config) -> dict[str, Any]:
     """Channels and widths that follow from the latent and what the denoiser is told."""
     widths = context_widths(conditioners, latent)
     sizes = {

@@ -1,0 +1,73 @@
+"""The experiments of the paper as the tests see them: what their headers say, and what they compose to."""
+
+import re
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+from ldmlab.app.compose import compose, conf_dir, group_choices, plain
+
+PAPER = [name for name in group_choices("experiment") if name.startswith("paper/")]
+_ENTRIES = ("First stage", "Latents", "Cost", "Rows", "Zoo", "Score", "assumed")
+
+
+@cache
+def header(name: str) -> dict[str, list[str]]:
+    """Entries of the header, continued lines joined; "title" is what comes before the first."""
+    text = (conf_dir() / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    found: dict[str, list[str]] = {entry: [] for entry in ("title", *_ENTRIES)}
+    last = found["title"]
+    for line in text.splitlines()[1:]:
+        label, _, rest = line.removeprefix("# ").partition(": ")
+        if label in _ENTRIES:
+            last = found[label]
+            last.append(rest)
+        elif line.startswith("#   ") and last:
+            last[-1] += " " + line.removeprefix("#   ")
+        else:
+            last.append(line.removeprefix("# "))
+    return found
+
+
+def rows(name: str) -> list[str]:
+    """The rows of the paper's tables that the experiment stands for, as table/row."""
+    return [row for entry in header(name)["Rows"] for row in entry.split(", ")]
+
+
+def first_stage_experiment(name: str) -> str | None:
+    """The experiment that trains the first stage; None for pixels."""
+    told = header(name)["First stage"][0]
+    return None if told == "none, pixels" else told
+
+
+@cache
+def _composed(name: str) -> dict[str, Any]:
+    return plain(compose("train", [f"experiment={name}"]))
+
+
+def composed(name: str) -> dict[str, Any]:
+    """The experiment's configuration, to be changed at will."""
+    return deepcopy(_composed(name))
+
+
+def of_stage(stage: str) -> list[str]:
+    """The paper's experiments of a stage."""
+    folders = {"autoencoder": ("paper/first_stage/",), "classifier": ("paper/class/imagenet_ldm_8_g",)}
+    others = tuple(prefix for prefixes in folders.values() for prefix in prefixes)
+    if stage in folders:
+        return [name for name in PAPER if name.startswith(folders[stage])]
+    return [name for name in PAPER if not name.startswith(others)]
+
+
+def released() -> dict[str, str]:
+    """Official layout => an experiment that names its file."""
+    found: dict[str, str] = {}
+    for name in PAPER:
+        for zoo in header(name)["Zoo"]:
+            if match := re.search(r"models/ldm/([\w-]+)", zoo):
+                found[f"ldm__{match[1]}"] = name
+            elif match := re.search(r"configs/latent-diffusion/([\w-]+)\.yaml", zoo):
+                found[match[1]] = name
+            elif name.startswith("paper/first_stage/"):
+                found[f"first_stage_{zoo.removesuffix('.zip')}"] = name
+    return found
