@@ -69,7 +69,7 @@ def first_stage_spec(config: Params) -> Node:
     return {"kind": "first_stage", "image_size": params["ddconfig"]["resolution"], "first_stage": node}
 
 
-def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mapping[str, Tensor]) -> Node:
+def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mapping[str, Tensor] | None) -> Node:
     """model.yaml of a whole model; `prediction` (eps | v) fills in or confirms `parameterization`.
 
     `tensors` are the conditioner's, official names without prefix.
@@ -140,7 +140,7 @@ def diffusion_node(params: Params, prediction: str | None) -> Node:
     }
 
 
-def conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor]) -> dict[str, Node]:
+def conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Node]:
     """Our conditioners in the order of the official channels; `factor` is the first stage's downsampling."""
     stage, key = params["cond_stage_config"], params.get("cond_stage_key", "image")
     if stage == "__is_unconditional__":

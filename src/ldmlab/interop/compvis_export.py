@@ -123,7 +123,8 @@ def _factor(node: Node) -> float:
     if scale.std.numel() > 1 or bool((scale.shift != 0).any()):
         raise InputError("a latent scale per channel has no place in an official file; export with --format ldmlab.")
     std = node["std"][0] if isinstance(node.get("std"), (list, tuple)) else float(scale.std)
-    return float(f"{1.0 / float(std):.12g}")
+    candidates = (float(f"{1.0 / std:.{digits}g}") for digits in range(6, 18))  # the shortest that comes back
+    return next((factor for factor in candidates if 1.0 / factor == std), 1.0 / std)
 
 
 def _own(state: Mapping[str, Tensor], name: str) -> StateDict:

@@ -1,5 +1,6 @@
 """Weights that others wrote, read lazily: .safetensors, or torch files of which nothing but data is unpickled."""
 
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -58,33 +59,50 @@ def _without_copy(path: Path) -> dict[str, Tensor]:
 
 def _unpickled(path: Path) -> Any:
     """The content of a torch file, by torch's reader of plain data."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
-                raise InputError(f"{path} is an archive of other files; unpack it and give the checkpoint inside.")
-        needs = _tried(path, lambda: get_unsafe_globals_in_checkpoint(path))
-        stand_ins = [(Note, name) for name in needs if name.startswith(_NOTES)]
-        refused = sorted(set(needs) - {name for _, name in stand_ins})
-        if refused:
-            raise InputError(
-                f"{path} holds more than data and was not opened: it asks for {', '.join(refused[:5])}, which could "
-                "run any code; convert it to .safetensors where you trust it."
-            )
-        with safe_globals(stand_ins):  # type: ignore[arg-type]
-            return _tried(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    return _tried(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    if not zipfile.is_zipfile(path):
+        return _tried(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("data.pkl") for name in archive.namelist()):
+            raise InputError(f"{path} is an archive of other files; unpack it and give the checkpoint inside.")
+    try:
+        return _lazily(path)
+    except pickle.UnpicklingError:  # more than data: notes, or a danger
+        stand_ins = _notes_in(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    with safe_globals(stand_ins):  # type: ignore[arg-type]
+        return _tried(path, lambda: _lazily(path))
+
+
+def _lazily(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _notes_in(path: Path) -> list[tuple[type, str]]:
+    """What else the file asks for, all of it mere notes; InputError naming what is not."""
+    needs = _tried(path, lambda: get_unsafe_globals_in_checkpoint(path))
+    refused = sorted(name for name in needs if not name.startswith(_NOTES))
+    if refused:
+        raise InputError(
+            f"{path} holds more than data and was not opened: it asks for {', '.join(refused[:5])}, which could "
+            "run any code; convert it to .safetensors where you trust it."
+        )
+    return [(Note, name) for name in needs]
 
 
 def _tried(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # what a file of torch's old format asks for
-        first_line = (str(error).strip().splitlines() or [""])[0][:200]
-        reason = (
-            f"it asks for {asked[1]}, which could run any code" if asked else f"{type(error).__name__} {first_line}"
-        )
-        raise InputError(
-            f"{path} cannot be read as plain tensors ({reason}); give a whole file, or convert it to .safetensors "
-            "where you trust it."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    """Why, in a line."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))  # what a file of torch's old format asks for
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    reason = f"it asks for {asked[1]}, which could run any code" if asked else f"{type(error).__name__} {first_line}"
+    return InputError(
+        f"{path} cannot be read as plain tensors ({reason}); give a whole file, or convert it to .safetensors "
+        "where you trust it."
+    )
