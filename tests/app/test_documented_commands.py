@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmlab.app.cli import COMMANDS, Parser
+from ldmlab.app.cli import COMMANDS, FILES, Parser
 from ldmlab.app.commands.demo import flow
 from ldmlab.app.compose import compose, conf_dir
 
@@ -36,7 +36,7 @@ def check(words: list[str]) -> None:
     if command == "encode":
         compose("encode", rest)
         return
-    module = importlib.import_module(f"ldmlab.app.commands.{command}")
+    module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(command, command)}")
     parser = Parser(prog=command)
     module.add_arguments(parser)
     parser.parse_intermixed_args(rest)

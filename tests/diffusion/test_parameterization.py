@@ -21,4 +21,4 @@ def test_a_network_that_is_right_gives_the_clean_picture(prediction: EpsPredicti
 def test_v_says_something_where_no_signal_is_left() -> None:
     clean, noise = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
     v = VPrediction().target(clean, noise, torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-    torch.testing.assert_close(VPrediction().clean(noise, v, Level(0.0, 1.0, 999.0)), clean)
+    torch.testing.assert_close(VPrediction().clean(noise, v, Level(0.0, 1.0, 999.0)).float(), clean)

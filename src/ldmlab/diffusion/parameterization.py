@@ -41,5 +41,5 @@ class VPrediction:
         return alpha * noise - sigma * clean
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
-        """alpha x - sigma v, exact where alpha^2 + sigma^2 = 1."""
-        return level.alpha * x - level.sigma * output
+        """alpha x - sigma v, exact where alpha^2 + sigma^2 = 1; in float64 as above."""
+        return level.alpha * x.double() - level.sigma * output.double()

@@ -83,9 +83,10 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
     first_stage = _first_stage(params["first_stage_config"])
     factor = 2 ** (len(first_stage.get("channel_mult", [1])) - 1)
     conditioners = conditioner_nodes(params, factor, tensors)
+    size = _sides(params.get("image_size", 256), factor)
     return {
         "kind": "latent_diffusion",
-        "image_size": _sides(params.get("image_size", 256), factor),
+        "image_size": size,
         "first_stage": first_stage,
         "latent_scale": scale_node(params.get("scale_factor", 1.0)),
         "backbone": {"_target_": UNET_TARGET, **compvis_unet.arguments(params["unet_config"]["params"])},
@@ -93,6 +94,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
         "diffusion": diffusion_node(params, prediction),
         "guidance_trained": None if _nullable(conditioners) else False,
         "sampler": {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0},
+        **({"task": _inpainting(size)} if "masked_latent" in conditioners else {}),
     }
 
 
@@ -105,6 +107,14 @@ def _first_stage(node: Params) -> Node:
 def _sides(latent: Any, factor: int) -> Any:
     """The official `image_size` counts latent pixels."""
     return [side * factor for side in latent] if isinstance(latent, list) else latent * factor
+
+
+def _inpainting(size: Any) -> Node:
+    """Known pixels are put back, as the official scripts do."""
+    return {
+        "_target_": "ldmlab.tasks.inpainting.Inpainting",
+        "image_size": size if isinstance(size, int) else max(size),
+    }
 
 
 def _nullable(conditioners: Params) -> bool:
