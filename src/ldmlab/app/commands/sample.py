@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-index", type=int, default=0, help="number of the first picture, to make one of many again (0)")
     add("--size", help="HEIGHTxWIDTH or one side, px (as trained)")
     add("--sampler", default="ddim", help=f"{' | '.join(_samplers())} (ddim)")
-    add("--spacing", help="steps of the schedule: official | linspace | trailing | karras | log_snr (the sampler's own)")
+    add("--spacing", help="steps of the schedule: official | linspace | trailing | karras | log_snr (its own)")
     add("--sweep", help=f"one picture per setting, such as steps=1,2,5,10,25,50; of {', '.join(SWEEPS)}")
     add("--strip", action="store_true", help="also the way from noise to picture, as a row and as an animation")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")
