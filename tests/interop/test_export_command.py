@@ -64,6 +64,16 @@ def test_diffusers(folder: Path, tmp_path: Path) -> None:
     assert "LDMPipeline.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("form", ["compvis", "diffusers"])
+def test_back_through_import(form: str, folder: Path, tmp_path: Path) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    export(folder, out, "--format", form)
+    source = [out] if form == "diffusers" else [out / "model.ckpt", "--config", out / "config.yaml"]
+    assert cli.dispatch(["import", *map(str, [source[0], back, *source[1:]])]) == 0
+    mine, theirs = (load(path, device="cpu").sample(steps=2) for path in (folder, back))
+    assert torch.equal(mine, theirs)
+
+
 def first_stage(node: Spec, tmp_path: Path) -> Path:
     """A first stage alone, as a model folder."""
     parts = {"first_stage": weights(describe(node, unet(node["latent_channels"])))["first_stage"]}

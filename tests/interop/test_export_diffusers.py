@@ -1,6 +1,6 @@
 """Exported models are the same networks in diffusers, make the same pictures there, and come back as they were."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,11 @@ from ldmlab.samplers.ddim import Ddim
 peer = pytest.importorskip("diffusers")
 STEPS, SEED = 5, 7
 CAPTIONS = ["a red apple", "one of many words"]
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """The names; a second and third model with CLIP's vocabulary, which takes long to read, are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ("sd2", "inpainting") else name for name in names]
 
 
 class Exported(NamedTuple):
@@ -57,7 +62,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     return make
 
 
-@pytest.mark.parametrize("name", [*PIPELINES, *MODULES])
+@pytest.mark.parametrize("name", marked([*PIPELINES, *MODULES]))
 def test_every_part_is_the_same_function(name: str, exported: Callable[[str], Exported]) -> None:
     found = exported(name)
     assert found.what.split()[0] == PIPELINES.get(name, "modules")
@@ -84,7 +89,7 @@ def generator() -> torch.Generator:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("name", ["sd1", "sd2", "ldm_text"])
+@pytest.mark.parametrize("name", marked(["sd1", "sd2", "ldm_text"]))
 def test_captions(name: str, guidance: float, exported: Callable[[str], Exported]) -> None:
     found = exported(name)
     noise = torch.randn(2, 4, 8, 8, generator=generator())
@@ -110,6 +115,7 @@ def test_super_resolution(exported: Callable[[str], Exported]) -> None:
     same(drawn(found, noise, {"low_resolution": low}), theirs)
 
 
+@pytest.mark.slow
 def test_inpainting(exported: Callable[[str], Exported]) -> None:
     found = exported("inpainting")
     image = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8, generator=generator())
@@ -131,7 +137,7 @@ def test_inpainting(exported: Callable[[str], Exported]) -> None:
     same(drawn(found, noise, {"caption": CAPTIONS[:1], "image": image, "mask": mask}, 3.0), theirs)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", marked(PIPELINES))
 def test_there_and_back(name: str, exported: Callable[[str], Exported]) -> None:
     given = exported(name)
     back, found = diffusers.read_folder(given.folder)

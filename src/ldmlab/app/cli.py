@@ -17,7 +17,7 @@ COMMANDS = {
     "report": "a page about runs and their scores",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
-    "export": "a run to a model folder: safetensors, model.yaml and a model card",
+    "export": "a run to a folder to give away: ours, the official code's or diffusers'",
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the pictures shipped in the repository",
 }

@@ -22,6 +22,7 @@ class Written(NamedTuple):
     what: str
     differences: verify.Differences  # the largest of each part between their program and ours
     usage: str  # lines of Python
+    note: str = ""  # what others do differently around the networks
 
 
 def write_ldmlab(files: ModelFiles, folder: Path) -> Written:
@@ -60,7 +61,14 @@ def write_diffusers(files: ModelFiles, folder: Path) -> Written:
     loader = what.split()[0]
     if loader == "modules":
         return Written(what, differences, "")
-    return Written(what, differences, f'from diffusers import {loader}\n\n{loader}.from_pretrained("THIS_FOLDER")')
+    usage = f'from diffusers import {loader}\n\npipeline = {loader}.from_pretrained("THIS_FOLDER")'
+    return Written(what, differences, usage, _CAPTIONS if (folder / "tokenizer" / "merges.txt").is_file() else "")
+
+
+_CAPTIONS = (
+    "Captions with curly quotes, HTML entities or an exclamation mark that stands alone may be cut into other tokens "
+    "by transformers' tokenizer than by ldmlab's."
+)
 
 
 FORMATS: dict[str, Callable[[ModelFiles, Path], Written]] = {

@@ -84,6 +84,8 @@ def card(files: "ModelFiles", written: "Written") -> str:
         ]
     for part, difference in written.differences.items():
         lines.append(f"- {part}: within {difference:.1e} of the model it was exported from")
+    if written.note:
+        lines += ["", written.note]
     if written.usage:
         lines += ["", "```python", written.usage, "```"]
     return "\n".join([*lines, ""])

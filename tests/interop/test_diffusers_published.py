@@ -1,0 +1,116 @@
+"""The networks of published pipelines, at their real size and without memory: the same tensors on both sides."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ldmlab.backbones.unet import UNet
+from ldmlab.instantiate import instantiate
+from ldmlab.interop import diffusers_first_stage as first_stages
+from ldmlab.interop import diffusers_unet as unets
+from ldmlab.interop import diffusers_unet_names as names
+from ldmlab.interop.diffusers_unet_config import configuration
+
+peer = pytest.importorskip("diffusers")
+
+UNETS: dict[str, tuple[str, dict[str, Any], float]] = {  # class, configuration, millions of parameters
+    "Stable Diffusion 1.x": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}, 859.52),
+    "Stable Diffusion 1.x inpainting": (
+        "UNet2DConditionModel",
+        {"sample_size": 64, "cross_attention_dim": 768, "in_channels": 9},
+        859.54,
+    ),
+    "Stable Diffusion 2.x": (
+        "UNet2DConditionModel",
+        {
+            "sample_size": 96,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+        },
+        865.91,
+    ),
+    "LDM text-to-image, 1.45 billion": (
+        "UNet2DConditionModel",
+        {"sample_size": 32, "cross_attention_dim": 1280},
+        872.30,
+    ),
+    "LDM CelebA-HQ": (
+        "UNet2DModel",
+        {"sample_size": 64, "attention_head_dim": 32, "block_out_channels": [224, 448, 672, 896]},
+        274.06,
+    ),
+    "LDM super-resolution": (
+        "UNet2DModel",
+        {
+            "sample_size": 64,
+            "in_channels": 6,
+            "attention_head_dim": 32,
+            "block_out_channels": [160, 320, 320, 640],
+            "down_block_types": ["DownBlock2D"] * 3 + ["AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D"] + ["UpBlock2D"] * 3,
+        },
+        113.62,
+    ),
+}
+
+
+def levels(widths: list[int], attention: int = 0) -> dict[str, Any]:
+    """Options of an autoencoder with these widths and attention in the last levels."""
+    marks = [""] * (len(widths) - attention) + ["Attn"] * attention
+    return {
+        "block_out_channels": widths,
+        "layers_per_block": 2,
+        "down_block_types": [f"{mark}DownEncoderBlock2D" for mark in marks],
+        "up_block_types": [f"{mark}UpDecoderBlock2D" for mark in reversed(marks)],
+    }
+
+
+STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "kl-f8": ("AutoencoderKL", {**levels([128, 256, 512, 512]), "latent_channels": 4}),
+    "kl-f16": ("AutoencoderKL", {**levels([128, 128, 256, 256, 512], 1), "latent_channels": 16}),
+    "vq-f4": ("VQModel", {**levels([128, 256, 512]), "latent_channels": 3, "num_vq_embeddings": 8192}),
+    "vq-f4-noattn": (
+        "VQModel",
+        {**levels([128, 256, 512]), "num_vq_embeddings": 8192, "mid_block_add_attention": False},
+    ),
+    "vq-f8": ("VQModel", {**levels([128, 128, 256, 512], 1), "latent_channels": 4, "num_vq_embeddings": 16384}),
+}
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet(name: str) -> None:
+    kind, config, millions = UNETS[name]
+    with torch.device("meta"):
+        theirs = getattr(peer, kind)(**config)
+        arguments = unets.arguments(dict(theirs.config))
+        ours = UNet(**arguments)
+    linear = bool(config.get("use_linear_projection"))
+    mine = names.to_diffusers(ours.state_dict(), arguments, linear_projection=linear)
+    assert shapes(mine) == shapes(theirs.state_dict())
+    assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 2) == millions
+    back_kind, back = configuration(arguments, sample_size=config["sample_size"], linear_projection=linear)
+    assert back_kind == kind
+    with torch.device("meta"):
+        again = getattr(peer, kind)(**back)
+    assert shapes(again.state_dict()) == shapes(theirs.state_dict())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_first_stage(name: str) -> None:
+    kind, config = STAGES[name]
+    with torch.device("meta"):
+        theirs = getattr(peer, kind)(**config)
+        node = first_stages.arguments(dict(theirs.config))
+        ours: nn.Module = instantiate(node, where="first_stage")
+    assert shapes(first_stages.to_diffusers(ours.state_dict(), node)) == shapes(theirs.state_dict())
+    back_kind, back = first_stages.configuration(node, image_size=256, scaling_factor=1.0)
+    with torch.device("meta"):
+        again = getattr(peer, back_kind)(**back)
+    assert shapes(again.state_dict()) == shapes(theirs.state_dict())
