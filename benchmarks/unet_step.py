@@ -1,21 +1,19 @@
 """The U-Net's training step, ours against diffusers' UNet2DConditionModel of the same shape.
 
-    python benchmarks/unet_step.py [--rounds 15] [--channels 96] [--latent 4x16x16] [--batch 16]
-                                   [--float32] [--contiguous] [--device cuda]
+    python benchmarks/unet_step.py [--rounds 7] [--channels 128] [--latent 4x32x32] [--batch 4] [--compile]
 
-Both networks hold equally many parameters and run forward, backward and AdamW in turns in one process, in one memory
-layout (channels-last unless --contiguous) and, unless --float32, in bfloat16 autocast. The time is the processor time
-of this process, so that other jobs on the machine disturb it little; the ratio is the median over rounds of theirs
-divided by ours (1.0 or more: at least as fast).
+The networks hold equally many parameters and run forward, backward and AdamW in turns in one process; a ratio is the
+median over rounds of theirs divided by ours (1.0 or more: at least as fast). As it comes diffusers runs in float32;
+tuned it has bfloat16 autocast, as ours has, in either memory layout.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
+import _versus
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
@@ -24,7 +22,7 @@ CHANNEL_MULT, RES_BLOCKS, HEADS, TOKENS, WIDTH = (1, 2, 3), 2, 4, 32, 256
 ATTENTION = (2, 4)
 
 
-def ours(latent: int, channels: int) -> nn.Module:
+def ours(latent: int, channels: int) -> UNet:
     """Our network for the shape above."""
     return UNet(latent, latent, channels, CHANNEL_MULT, RES_BLOCKS, ATTENTION, heads=HEADS, context_width=WIDTH)
 
@@ -60,59 +58,45 @@ def training_step(network: nn.Module, call: Callable[[], Tensor], target: Tensor
     return step
 
 
-def clock(device: torch.device) -> float:
-    """Processor seconds of this process; on a GPU wall seconds after its queue is empty."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each network that are timed")
-    parser.add_argument("--channels", type=int, default=96, help="width of the finest level")
-    parser.add_argument("--latent", default="4x16x16", help="channels x height x width")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--float32", action="store_true", help="no autocast")
-    parser.add_argument("--contiguous", action="store_true", help="not channels-last")
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
-    device, bfloat16 = torch.device(args.device), not args.float32
-    layout = torch.contiguous_format if args.contiguous else torch.channels_last
-    c, h, w = (int(n) for n in args.latent.split("x"))
+def step_of(name: str, device: torch.device, args: argparse.Namespace) -> Callable[[], None]:
+    """The training step of a variant."""
     torch.manual_seed(0)
+    c, h, w = (int(n) for n in args.latent.split("x"))
+    layout = _versus.layout(name)
     x = torch.randn(args.batch, c, h, w, device=device).contiguous(memory_format=layout)
     t = torch.randint(0, 1000, (args.batch,), device=device)
     tokens, target = torch.randn(args.batch, TOKENS, WIDTH, device=device), torch.randn_like(x)
+    bfloat16 = "bfloat16" in name
+    if "ldmlab" in name:
+        condition = Conditioning(tokens=tokens)
+        mine = _versus.compiled(ours(c, args.channels).to(device), name)
+        return training_step(mine, lambda: mine(x, t, condition), target, bfloat16)
+    network = theirs(c, args.channels).to(device, memory_format=layout)  # type: ignore[call-overload]
+    network = _versus.compiled(network, name)
+    return training_step(network, lambda: network(x, t, tokens).sample, target, bfloat16)
 
-    a = ours(c, args.channels).to(device, memory_format=layout)  # type: ignore[call-overload]
-    b = theirs(c, args.channels).to(device, memory_format=layout)  # type: ignore[call-overload]
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (a, b)]
+
+def flops(args: argparse.Namespace) -> int:
+    """Products of forward and backward; one multiplication and one addition are two."""
+    c, h, w = (int(n) for n in args.latent.split("x"))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        x, tokens = torch.empty(args.batch, c, h, w), torch.empty(args.batch, TOKENS, WIDTH)
+        ours(c, args.channels)(x, torch.empty(args.batch), Conditioning(tokens=tokens)).sum().backward()
+    return int(counter.get_total_flops())
+
+
+def main() -> None:
+    parser = _versus.parser(__doc__, rounds=7)
+    parser.add_argument("--channels", type=int, default=128, help="width of the finest level")
+    parser.add_argument("--latent", default="4x32x32", help="channels x height x width")
+    parser.add_argument("--batch", type=int, default=4)
+    args = parser.parse_args()
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in make(4, args.channels).parameters()) for make in (ours, theirs)]
     assert sizes[0] == sizes[1], f"the networks differ: {sizes}"
-    condition = Conditioning(tokens=tokens)
-    steps = {
-        "ldmlab": training_step(a, lambda: a(x, t, condition), target, bfloat16),
-        "diffusers": training_step(b, lambda: b(x, t, tokens).sample, target, bfloat16),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(args.rounds + 3):  # the first three warm up
-        for name in sorted(steps, reverse=i % 2 == 1):
-            start = clock(device)
-            steps[name]()
-            if i >= 3:
-                seconds[name].append(clock(device) - start)
-    ratio = statistics.median(b / a for a, b in zip(seconds["ldmlab"], seconds["diffusers"], strict=True))
-    dtype = "bfloat16 autocast" if bfloat16 else "float32"
-    setting = f"{dtype}, {str(layout).removeprefix('torch.')}, {device}"
-    print(f"{sizes[0] / 1e6:.1f}M parameters, batch {args.batch} of {args.latent}, {setting}")
-    for name, values in seconds.items():
-        print(f"{name:>10}: {statistics.median(values) * 1e3:8.1f} ms a step (median of {len(values)})")
-    print(f"ratio diffusers / ldmlab: {ratio:.3f}")
+    title = f"U-Net training step: {sizes[0] / 1e6:.1f}M parameters, batch {args.batch} of {args.latent}"
+    make = lambda name, device: step_of(name, device, args)  # noqa: E731
+    _versus.run(_versus.Benchmark(title, make, args.batch, lambda: flops(args)), args)
 
 
 if __name__ == "__main__":

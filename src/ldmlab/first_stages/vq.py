@@ -51,9 +51,15 @@ class VQModel(nn.Module):
         self.decoder = Decoder(arch)
         self.to_latent = nn.Conv2d(inner, latent_channels, 1)
         self.from_latent = nn.Conv2d(latent_channels, inner, 1)
-        weights = encoder_weight, codebook_weight
-        rules = {"decay": codebook_decay, "restart_below": restart_below, "cosine": cosine}
-        self.quantiser = Quantiser(codebook_size, latent_channels, *weights, **rules)
+        self.quantiser = Quantiser(
+            codebook_size,
+            latent_channels,
+            encoder_weight,
+            codebook_weight,
+            decay=codebook_decay,
+            restart_below=restart_below,
+            cosine=cosine,
+        )
         initialise(self, initialisation)
 
     def encode(self, images: Tensor) -> Posterior:

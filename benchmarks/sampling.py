@@ -1,0 +1,105 @@
+"""Guided text-to-image sampling, our DDIM loop and decoder against diffusers' U-Net, DDIMScheduler and AutoencoderKL.
+
+    python benchmarks/sampling.py [--steps 50] [--rounds 2] [--channels 64] [--batch 2] [--compile]
+
+From token states and noise to pixels at guidance 3, conditioned and unconditioned halves in one pass, as both do. As
+it comes diffusers runs in float32; tuned it holds bfloat16 weights; ours runs under bfloat16 autocast.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import _versus
+import autoencoder
+import torch
+import unet_step
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.grid import ddim_grid
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.parameterization import EpsPrediction
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.samplers.ddim import Ddim
+
+GUIDANCE, SCALE, TOKENS = 3.0, 0.18215, 77
+
+
+def our_work(name: str, device: torch.device, args: argparse.Namespace, inputs: list[torch.Tensor]) -> _versus.Work:
+    """Denoise with our sampler, decode."""
+    noise, given, null = inputs
+    unet = _versus.compiled(unet_step.ours(4, args.channels), name)
+    stage, schedule = autoencoder.ours(args.channels // 2), Schedule("linear")
+    model = LatentDiffusion(stage, LatentScale(SCALE), unet, {}, schedule, EpsPrediction(), guidance_trained=True)
+    model.to(device).eval()
+    grid = ddim_grid(schedule, args.steps)
+
+    @torch.no_grad()
+    def once() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled="bfloat16" in name):
+            denoise = model.denoiser(Conditioning(tokens=given), Conditioning(tokens=null), GUIDANCE)
+            return model.decode(Ddim()(denoise, noise, grid, noise=lambda step: noise))
+
+    return once
+
+
+def their_work(name: str, device: torch.device, args: argparse.Namespace, inputs: list[torch.Tensor]) -> _versus.Work:
+    """The loop of diffusers' text-to-image pipelines."""
+    from diffusers import DDIMScheduler
+
+    dtype, layout = torch.bfloat16 if "bfloat16" in name else torch.float32, _versus.layout(name)
+    noise, given, null = (tensor.to(dtype) for tensor in inputs)
+    unet = unet_step.theirs(4, args.channels).to(device, dtype, memory_format=layout).eval()  # type: ignore[call-overload]
+    stage = autoencoder.theirs(args.channels // 2).to(device, dtype, memory_format=layout).eval()  # type: ignore[call-overload]
+    unet = _versus.compiled(unet, name)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler.set_timesteps(args.steps)
+    tokens = torch.cat([null, given])
+
+    @torch.no_grad()
+    def once() -> torch.Tensor:
+        x = noise
+        for t in scheduler.timesteps:
+            without, told = unet(torch.cat([x, x]), t, tokens).sample.chunk(2)
+            x = scheduler.step(without + GUIDANCE * (told - without), t, x).prev_sample
+        return stage.decode(x / SCALE).sample
+
+    return once
+
+
+def flops(args: argparse.Namespace) -> int:
+    """Products of all passes of the U-Net and of the decoder."""
+    side = args.latent
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tokens = torch.empty(2 * args.batch, TOKENS, unet_step.WIDTH)
+        x = torch.empty(2 * args.batch, 4, side, side)
+        unet_step.ours(4, args.channels)(x, torch.empty(2 * args.batch), Conditioning(tokens=tokens))
+        pass_ = counter.get_total_flops()
+        autoencoder.ours(args.channels // 2).decode(x[: args.batch])
+    return int(counter.get_total_flops() + (args.steps - 1) * pass_)
+
+
+def main() -> None:
+    parser = _versus.parser(__doc__, rounds=2)
+    parser.add_argument(
+        "--channels", type=int, default=64, help="width of the U-Net's finest level, twice the decoder's"
+    )
+    parser.add_argument("--latent", type=int, default=32, help="height and width of the latent")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=50)
+    args = parser.parse_args()
+
+    def make(name: str, device: torch.device) -> Callable[[], object]:
+        torch.manual_seed(0)
+        noise = torch.randn(args.batch, 4, args.latent, args.latent, device=device)
+        given, null = (torch.randn(args.batch, TOKENS, unet_step.WIDTH, device=device) for _ in range(2))
+        return (our_work if "ldmlab" in name else their_work)(name, device, args, [noise, given, null])
+
+    side = 8 * args.latent
+    title = f"sampling: {args.batch} pictures of {side}x{side}, {args.steps} steps, guidance {GUIDANCE:g}"
+    _versus.run(_versus.Benchmark(title, make, args.batch, lambda: flops(args)), args)
+
+
+if __name__ == "__main__":
+    main()
