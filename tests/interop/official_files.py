@@ -52,7 +52,7 @@ def small_config(name: str) -> dict[str, Any]:
     if isinstance(told, dict) and "params" in told:
         told["params"] |= {key: value for key, value in SMALL.items() if key in told["params"]}
         if told["target"].endswith("BERTEmbedder"):
-            told["params"]["vocab_size"] = 64
+            told["params"]["vocab_size"] = 70
     return {"model": {"target": LAYOUTS[name]["target"], "params": params}}
 
 
