@@ -22,7 +22,7 @@ from ldmlab.data.parts import boxes_following
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.stream import IndexBatches
 from ldmlab.data.tar_samples import picture_ending
-from ldmlab.data.workers import quiet_worker
+from ldmlab.data.workers import processors, quiet_worker
 from ldmlab.errors import InputError
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
@@ -134,6 +134,7 @@ def _loader(pictures: _Pictures, shards: list[int], batch_size: int, workers: in
             for begin in range(0, count, batch_size):
                 yield [(shard, sample) for sample in range(begin, min(begin + batch_size, count))]
 
+    workers = min(workers, processors())
     return DataLoader(
         pictures,
         batch_sampler=IndexBatches(places),

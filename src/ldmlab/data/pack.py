@@ -24,6 +24,7 @@ from ldmlab.data.sources import Item, Source, with_fields
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.tar_samples import END_MARKER
 from ldmlab.data.transforms import Transform
+from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
 
@@ -93,7 +94,7 @@ def pack(
     about = {"source": origin, "licence": licence, "classes": classes}
     try:
         with folder_in_use(out):
-            return _Pack(out, options, splits, about, max_bad, progress).run(workers or os.cpu_count() or 1)
+            return _Pack(out, options, splits, about, max_bad, progress).run(workers or processors())
     except OSError as error:
         reason = f"{readable_error(error)}; mend that, then run the same command to continue"
         raise InputError(f"OUT={out} cannot be written: {reason}.") from None

@@ -31,7 +31,7 @@ class ShardData:
     flip: bool = False  # mirror half of the training pictures
     fields: tuple[str, ...] = ("caption",)  # of KEY.json
     mix: int = 8  # shards shuffled together
-    workers: int = 2  # loader processes; 0 reads in the training process
+    workers: int = 2  # loader processes, at most one a processor; 0 reads in the training process
     seed: int = 0  # of the order and the flips
     cache: bool = False  # keep decoded pictures in memory
     cache_limit_gib: float = 2.0  # memory `cache` may take

@@ -23,7 +23,7 @@ from ldmlab.data.order import Order, Place, SequentialOrder, evaluation_batches,
 from ldmlab.data.parts import check_parts, decode_parts, mirrored_sample
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.wanted import Wanted, check_wanted
-from ldmlab.data.workers import quiet_worker
+from ldmlab.data.workers import processors, quiet_worker
 from ldmlab.errors import InputError
 from ldmlab.randomness import picture_random
 
@@ -194,6 +194,7 @@ def eval_loader(
 
 
 def _loader(dataset: ShardDataset, make: Callable[[], Iterator[list[int]]], workers: int) -> DataLoader[Batch]:
+    workers = min(workers, processors())  # the order of batches does not depend on it
     return DataLoader(
         dataset,
         batch_sampler=IndexBatches(make),

@@ -1,8 +1,13 @@
-"""Loader workers that leave signals to the main process."""
+"""How many workers there may be, and workers that leave signals to the main process."""
 
 import os
 import signal
 import threading
+
+
+def processors() -> int:
+    """Those this process may run on: a cluster's scheduler often gives a few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quiet_worker(worker: int) -> None:

@@ -1,13 +1,13 @@
 """`ldmlab index TARS...`: write the manifest of tars made by others."""
 
 import argparse
-import os
 from pathlib import Path
 
 from rich.console import Console
 
 from ldmlab.app.progress import bar
 from ldmlab.data.index import index
+from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tars", metavar="TARS", type=Path, nargs="+", help="tars of one folder, or that folder")
     add("--split", metavar="NAME", default="train", help="what these pictures are called (train)")
-    add("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes (all cores)")
+    add("--workers", metavar="N", type=int, default=processors(), help="processes (all cores)")
     add("--origin", metavar="TEXT", help="where the pictures come from, for the manifest (the folder's name)")
     add("--licence", metavar="TEXT", default="", help="of the pictures, for the manifest")
 

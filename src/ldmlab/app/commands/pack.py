@@ -1,7 +1,6 @@
 """`ldmlab pack SOURCE OUT`: pictures and captions to image shards."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ldmlab.data.pack import BAD, PackOptions, PackResult, pack
 from ldmlab.data.sources import LAYOUTS, Source, list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import RULES, Transform, parse_colour
+from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
 _SHOWN = 10  # unreadable pictures named on the screen; the file names all
@@ -78,7 +78,7 @@ def _write(add: Callable[..., Any]) -> None:
     )
     add("--quality", type=int, help="1 .. 100, for webp and jpg")
     add("--shard-size", metavar="N", type=int, default=1000, help="pictures a shard (1000)")
-    add("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes (all cores)")
+    add("--workers", metavar="N", type=int, default=processors(), help="processes (all cores)")
     add(
         "--max-bad", metavar="SHARE", type=float, default=0.1, help="fail above this share of unreadable pictures (0.1)"
     )
