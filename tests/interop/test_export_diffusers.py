@@ -1,5 +1,7 @@
 """Exported models are the same networks in diffusers, make the same pictures there, and come back as they were."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.errors import InputError
 from ldmlab.interop import diffusers, verify
 from ldmlab.interop.assembly import Imported, assembled
 from ldmlab.interop.diffusers_export import export_folder
@@ -149,3 +152,37 @@ def test_there_and_back(name: str, exported: Callable[[str], Exported]) -> None:
     assert back["image_size"] == given.spec["image_size"]
     told = [[node["_target_"] for node in spec["conditioners"].values()] for spec in (back, given.spec)]
     assert told[0] == told[1]
+
+
+def copied(folder: Path, out: Path, file: str, **changes: Any) -> Path:
+    """The exported folder with other values in a file of settings; None takes the key away."""
+    shutil.copytree(folder, out)
+    settings = json.loads((out / file).read_text()) | changes
+    (out / file).write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    return out
+
+
+def test_a_codebook_without_a_factor_is_not_rescaled(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    out = copied(exported("unconditional").folder, tmp_path / "out", "vqvae/config.json", scaling_factor=None)
+    with pytest.warns(UserWarning, match="no scaling_factor"):
+        spec, _ = diffusers.read_folder(out)
+    assert spec["latent_scale"]["std"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "told"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline, which is not"),
+        ("model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "has a ControlNetModel"),
+        ("model_index.json", {"_class_name": "LDMSuperResolutionPipeline"}, "takes 6 channels, but this one 3"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type=sample"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule=sigmoid"),
+        ("unet/config.json", {"block_out_channels": [32, 96]}, "keys"),
+    ],
+)
+def test_folders_that_are_no_model_of_ours(
+    file: str, changes: dict[str, Any], told: str, exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    out = copied(exported("unconditional").folder, tmp_path / "out", file, **changes)
+    with pytest.raises(InputError, match=told):
+        diffusers.read_folder(out)

@@ -41,24 +41,36 @@ def configuration(
         "downsample_padding": 1,
         **_class_embedding(kind, arguments, classes),
     }
+    return kind, config | _attention(kind, arguments, widths, attention, linear_projection=linear_projection)
+
+
+def _attention(
+    kind: str,
+    arguments: Mapping[str, Any],
+    widths: Sequence[int],
+    attention: Sequence[bool],
+    *,
+    linear_projection: bool,
+) -> dict[str, Any]:
+    """Options of attention and of what else the two classes tell differently."""
     heads = {level: _heads_at(arguments, width) for level, width in enumerate(widths)}
     if kind == CONDITION:
-        config |= {
+        return {
             "cross_attention_dim": arguments["context_width"],
             "transformer_layers_per_block": arguments.get("transformer_depth", 1),
             "attention_head_dim": list(heads.values()) if len(set(heads.values())) > 1 else heads[0],
             "use_linear_projection": linear_projection,
         }
-        return kind, config
-    used = {widths[level] // heads[level] for level in range(levels) if attention[level] or level == levels - 1}
+    last = len(widths) - 1  # the middle has its width
+    used = {widths[level] // heads[level] for level in heads if attention[level] or level == last}
     if len(used) > 1:
         raise InputError(
             f"backbone.heads={arguments['heads']}: {PLAIN} wants heads of one width; use --format compvis."
         )
-    way = "resnet" if residual else "conv"
+    way = "resnet" if arguments.get("residual_resampling") else "conv"
     groups = 32 if arguments.get("scale_shift") else None
-    config |= {"attention_head_dim": used.pop(), "downsample_type": way, "upsample_type": way}
-    return kind, config | {"attn_norm_num_groups": groups}
+    sizes = {"attention_head_dim": used.pop(), "attn_norm_num_groups": groups}
+    return {**sizes, "downsample_type": way, "upsample_type": way}
 
 
 def _class_embedding(kind: str, arguments: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
