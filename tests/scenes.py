@@ -46,7 +46,7 @@ class Scene:
         """By ending, as in a shard."""
         mask = Image.new("L", self.image.size, 0)
         mask.paste(255, (0, 0, self.image.width // 2, self.image.height // 2))
-        fields = {"caption": self.caption, "boxes": self.boxes}
+        fields = {"caption": self.caption, "class_id": len(self.boxes), "boxes": self.boxes}
         pictures = {"png": self.image, "seg.png": self.labels, "mask.png": mask}
         return {"json": json.dumps(fields).encode(), **{ending: _png(picture) for ending, picture in pictures.items()}}
 

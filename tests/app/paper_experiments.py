@@ -8,20 +8,22 @@ from typing import Any
 from ldmlab.app.compose import compose, conf_dir, group_choices, plain
 
 PAPER = [name for name in group_choices("experiment") if name.startswith("paper/")]
-_ENTRIES = ("First stage", "Latents", "Cost", "Rows", "Zoo", "Score", "assumed")
+_ENTRIES = ("Settings", "First stage", "Cost", "Rows", "Zoo", "Score", "assumed")
 
 
 @cache
 def header(name: str) -> dict[str, list[str]]:
-    """Entries of the header, continued lines joined; "title" is what comes before the first."""
+    """Entries of the header, continued lines joined; "title" comes before the first, "commands" are set off."""
     text = (conf_dir() / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
-    found: dict[str, list[str]] = {entry: [] for entry in ("title", *_ENTRIES)}
+    found: dict[str, list[str]] = {entry: [] for entry in ("title", "commands", *_ENTRIES)}
     last = found["title"]
     for line in text.splitlines()[1:]:
         label, _, rest = line.removeprefix("# ").partition(": ")
         if label in _ENTRIES:
             last = found[label]
             last.append(rest)
+        elif line.startswith(("#   python", "#   ldmlab")):
+            found["commands"].append(line.removeprefix("#   "))
         elif line.startswith("#   ") and last:
             last[-1] += " " + line.removeprefix("#   ")
         else:
@@ -71,3 +73,25 @@ def released() -> dict[str, str]:
             elif name.startswith("paper/first_stage/"):
                 found[f"first_stage_{zoo.removesuffix('.zip')}"] = name
     return found
+
+
+def settings(config: dict[str, Any]) -> str:
+    """What a header must say of its experiment, from the composed configuration."""
+    trainer, schedule = config["trainer"], config["lr_schedule"]
+    batch, rate = trainer["micro_batch"] * trainer["accumulate"], config["optimizer"]["learning_rate"]
+    shape = schedule["_target_"].rpartition(".")[2].lower()
+    told = [f"batch {batch}", f"rate {rate:g} {shape}", f"{trainer['max_steps']:,} steps"]
+    if schedule["warmup_steps"]:
+        told[1] += f" after {schedule['warmup_steps']:,} steps of rise"
+    if config["stage"]["name"] == "autoencoder":
+        adversary = config["loss"]["adversary"]
+        return ", ".join([*told, f"adversary {adversary['weight']} from step {adversary['adversary_start']:,}"])
+    betas = config["diffusion"]["schedule"]
+    told += [f"betas {betas['start']:g} to {betas['end']:g}"]
+    if config["stage"]["name"] == "classifier":
+        return ", ".join(told)
+    told += [config["diffusion"]["loss"], f"latent scale {config['stage']['latent_scale']}"]
+    sampler, stage = config["sampler"], config["stage"]
+    name = sampler["_target_"].rpartition(".")[2].upper()
+    told[-1] += f"; {name} {stage['panel_steps']} steps"
+    return ", ".join([*told, f"eta {sampler['eta']:g}", f"guidance {stage['guidance']:g}"])
