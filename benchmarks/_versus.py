@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 Work = Callable[[], object]
 OURS = "ldmlab, bfloat16"
@@ -114,9 +114,9 @@ def _machine(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
 
 
-def compiled(network: nn.Module, name: str) -> nn.Module:
-    """The network as the variant wants it."""
-    return torch.compile(network) if name.endswith(COMPILED) else network  # type: ignore[return-value]
+def compiled(call: Any, name: str) -> Any:
+    """A network or a method of one, compiled if the variant wants it."""
+    return torch.compile(call) if name.endswith(COMPILED) else call
 
 
 def layout(name: str) -> torch.memory_format:

@@ -37,6 +37,7 @@ VARIANTS: dict[str, Callable[[], UNet]] = {
     "tokens": make,
     "residual_resampling": lambda: make(residual_resampling=True, scale_shift=True),
     "head_channels": lambda: make(heads=None, head_channels=16, transformer_depth=2),
+    "recomputed": lambda: make(gradient_checkpointing=True),
 }
 
 
@@ -88,6 +89,17 @@ def test_bfloat16_autocast_is_close() -> None:
     exact = unet(*given)
     with torch.autocast("cpu", torch.bfloat16):
         rough = unet(*given)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@torch.no_grad()
+def test_half_precision_weights_take_float32() -> None:
+    unet, given = make(vector_width=6), inputs()
+    x, t, conditioning = given[0], given[1], Conditioning(tokens=given[2].tokens, vector=torch.ones(2, 6))
+    exact = unet(x, t, conditioning)
+    rough = unet.bfloat16()(x, t, conditioning)
+    assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
@@ -110,6 +122,36 @@ def test_conditions_are_used() -> None:
     assert not torch.allclose(base, unet(x, t, Conditioning(tokens=tokens + 1, vector=given.vector)))
     assert not torch.allclose(base, unet(x, t, Conditioning(tokens=tokens, vector=torch.zeros(2, 6))))
     assert unet.accepts == {"tokens", "vector", "spatial"}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_token_is_told_without_attention(recompute: bool) -> None:
+    """The same token twice goes through attention, which must not tell the difference, nor gradients."""
+    unet, (x, t, _) = make(transformer_depth=2, gradient_checkpointing=recompute), inputs()
+    token = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(2))
+    found = {}
+    for count in (1, 2):
+        unet.zero_grad()
+        out = unet(x, t, Conditioning(tokens=token.repeat(1, count, 1)))
+        out.square().mean().backward()
+        found[count] = out.detach(), {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=1e-4)
+    assert len(found[1][1]) == len(list(unet.parameters()))  # none unused, as DDP wants
+
+
+@torch.no_grad()
+def test_a_table_of_classes_inside_the_official_network_is_a_vector_added_as_it_is() -> None:
+    """label_emb: silu(time + row); a projection by the identity matrix gives the same."""
+    x, t, conditioning = inputs()
+    vector = torch.randn(2, 128, generator=torch.Generator().manual_seed(2))
+    given = Conditioning(tokens=conditioning.tokens, vector=vector)
+    plain, projected = make(vector_width=128, project_vector=False), make(vector_width=128)
+    assert not any(name.startswith("vector.") for name in plain.state_dict())
+    state = plain.state_dict() | {"vector.weight": torch.eye(128), "vector.bias": torch.zeros(128)}
+    projected.load_state_dict(state)
+    torch.testing.assert_close(plain(x, t, given), projected(x, t, given))
+    with pytest.raises(InputError, match=r"project_vector=false adds vectors of 6 to a time vector of 128"):
+        make(vector_width=6, project_vector=False)
 
 
 @torch.no_grad()

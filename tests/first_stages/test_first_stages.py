@@ -113,6 +113,19 @@ def test_quantiser_gradients_follow_the_released_convention() -> None:
     torch.testing.assert_close(straight, weights)
 
 
+@pytest.mark.parametrize("make", [vq, lambda: KLAutoencoder(**TINY)], ids=["vq", "kl"])
+@torch.no_grad()
+def test_half_precision_weights_take_float32(make: Any) -> None:
+    stage, images = make(), torch.rand(2, 3, 8, 8) * 2 - 1
+    latents = stage.encode(images).mean
+    exact, rough = stage.decode(latents), stage.bfloat16()
+    assert rough.encode(images).mean.dtype == torch.float32
+    assert (rough.encode(images).mean - latents).abs().mean() < 0.05 * latents.abs().mean()
+    if isinstance(stage, KLAutoencoder):  # codes of a VQ model may flip
+        assert (rough.decode(latents).float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+    assert rough.decode(latents).dtype == torch.bfloat16
+
+
 def test_search_is_exact_in_parts_and_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     quantiser = vq().quantiser
     vectors = torch.randn(50, 3)

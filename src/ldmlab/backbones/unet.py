@@ -187,13 +187,14 @@ class UNet(nn.Module):
             if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
                 has = "needs" if slot in self.accepts else "does not take"
                 raise InputError(f"the U-Net {has} {slot} conditioning; change conditioner or backbone.")
-        tokens, vector = conditioning.tokens, conditioning.vector
+        dtype = self.conv_in.weight.dtype
+        tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
         told = [] if tokens is None else [transformer.tell(tokens) for transformer in self.transformers()]
         projected = None if vector is None or self.vector is None else self.vector(vector)
         return Prepared(conditioning, UNetCache(told, projected))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
-        """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w)."""
+        """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w); weights may be half precision."""
         prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
         spatial, cache = prepared.conditioning.spatial, prepared.cache
         if spatial is not None:
@@ -202,7 +203,7 @@ class UNet(nn.Module):
         emb = F.silu(emb if cache.vector is None else emb + cache.vector)
         told = iter(cache.told)
 
-        h = self.conv_in(x.contiguous(memory_format=self._layout))
+        h = self.conv_in(x.to(self.conv_in.weight.dtype, memory_format=self._layout))
         skips = [h]
         for level in cast(Iterable[UNetLevel], self.down):
             for block in level.blocks:

@@ -104,8 +104,8 @@ class Encoder(nn.Module):
         self.output = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] => (B, out_channels, H / f, W / f)."""
-        x = self.input(images)
+        """(B, 3, H, W) in [-1, 1] => (B, out_channels, H / f, W / f), in the dtype of the weights."""
+        x = self.input(images.to(self.input.weight.dtype))
         for level in self.levels:
             x = level(x)
         return self.output(F.silu(self.output_norm(self.middle(x))))

@@ -60,7 +60,7 @@ class KLAutoencoder(nn.Module):
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(self.from_latent(raw_latents))
+        return self.decoder(self.from_latent(raw_latents.to(self.from_latent.weight.dtype)))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, draw a latent with the given noise (B, C, h, w), decode; the penalty is `kl`."""

@@ -69,13 +69,15 @@ class VQModel(nn.Module):
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Quantise (B, C, h, w), then decode: (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(self.from_latent(self.quantiser(raw_latents).latents))
+        return self._decode(self.quantiser(raw_latents).latents)
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, quantise, decode (the noise is not used); the penalty is `codebook`."""
         quantised = self.quantiser(self.encode(images).mean)
-        decoded = self.decoder(self.from_latent(quantised.latents))
-        return Reconstruction(decoded, {"codebook": quantised.penalty}, quantised.codes)
+        return Reconstruction(self._decode(quantised.latents), {"codebook": quantised.penalty}, quantised.codes)
+
+    def _decode(self, quantised: Tensor) -> Tensor:
+        return self.decoder(self.from_latent(quantised.to(self.from_latent.weight.dtype)))
 
     def update_codebook(self) -> dict[str, Tensor]:
         """Once a training step: what the options above ask for; rows of parameters that were set anew, by name."""
