@@ -9,18 +9,30 @@ from PIL import Image
 from ldmlab.errors import InputError
 from ldmlab.tasks.base import BaseTask, Sample
 from ldmlab.tasks.crop import Crop
+from ldmlab.tasks.degradation import LIGHT, Bsr
+
+_BLIND = {"bsr": Bsr(), "bsr_light": LIGHT}
+DEGRADATIONS = ("bicubic", *_BLIND)
 
 
 @dataclass(frozen=True)
 class SuperResolution(BaseTask):
-    """Large: the crop; small: antialiased bicubic of it (the paper, E.3.4; Pillow's, the paper names no library)."""
+    """Large: the crop; small: antialiased bicubic of it (the paper, E.3.4; Pillow's, the paper names no library).
+
+    With a blind degradation it is blurred, noised and compressed too, anew at each access.
+    """
 
     image_size: int  # of the large picture, px
     factor: int = 4  # large side / small side
+    degradation: str = "bicubic"  # bicubic | bsr | bsr_light, as the paper's released model
     crop: Crop = field(default_factory=lambda: Crop("centre", filter="area"))  # as SR3: largest square, area means
     adds: ClassVar[frozenset[str]] = frozenset({"low_resolution"})
 
     def __post_init__(self) -> None:
+        if self.degradation not in DEGRADATIONS:
+            raise InputError(
+                f"task.degradation={self.degradation} is unknown; choose one of {', '.join(DEGRADATIONS)}."
+            )
         if self.factor < 2 or self.image_size % self.factor:
             raise InputError(
                 f"task.factor={self.factor} does not divide data.image_size={self.image_size}; "
@@ -35,6 +47,8 @@ class SuperResolution(BaseTask):
     def give(self, sample: Sample, random: Any) -> Sample:
         """image (3, H, W) and low_resolution (3, H / factor, W / factor), uint8."""
         cut = self.crop(sample, self.image_size, random)
+        if self.degradation in _BLIND:
+            return {**cut, "low_resolution": _BLIND[self.degradation](cut["image"], self.factor, random)}
         return {**cut, "low_resolution": downsampled(cut["image"], self.image_size // self.factor)}
 
 
