@@ -1,13 +1,13 @@
 """What the benchmarks against diffusers share: variants in turns in one process, memory of each in its own."""
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,12 +96,15 @@ def _timed(work: dict[str, Work], rounds: int, device: torch.device) -> tuple[di
 
 
 def _peak(work: Work, device: torch.device) -> int:
-    """Bytes of this process at most after three rounds, without what importing and building took before on a GPU."""
+    """Most bytes this process held in three rounds, what importing and building took included; on a GPU of tensors."""
     for _ in range(3):
         work()
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for line in Path("/proc/self/status").read_text().splitlines():  # ru_maxrss would count the parent's memory
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM; peak memory is measured on Linux only.")
 
 
 def _memory(name: str, only: tuple[str, ...]) -> int:
