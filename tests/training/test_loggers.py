@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldmlab.training.loggers import Files, Loggers, TensorBoard, WandB, picture_grid, read_metrics
+from ldmlab.training.loggers import Files, Loggers, TensorBoard, picture_grid, read_metrics
 from ldmlab.training.run_folder import RunFolder
 
 
@@ -63,19 +63,6 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5), (2, 1.25)]
     assert [e.step for e in events.Images("samples")] == [2]
-
-
-def test_wandb_offline_has_the_runs_id_and_goes_on_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    first, second = RunFolder.create(tmp_path, "sweep"), RunFolder.create(tmp_path, "sweep")
-    for run, step in ((first, 1), (second, 1), (first, 3)):
-        log_some(Loggers([WandB(group="sweep")], True), run, step)
-    for run, starts in ((first, 2), (second, 1)):
-        folders = list((run.path / "wandb").glob("offline-run-*"))
-        assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {run.run_id}
-        assert len(list((run.path / "wandb").glob("offline-run-*/*.wandb"))) == starts
-        assert len(list((run.path / "wandb").glob("offline-run-*/files/media/images/*.png"))) == starts
-    assert not any((tmp_path / "home").rglob("*"))
 
 
 def test_all_loggers_are_closed_when_one_fails(tmp_path: Path) -> None:

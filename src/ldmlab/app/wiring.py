@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ldmlab.app.comparison import comparison_fields
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
@@ -28,8 +29,8 @@ NAMES = (
 FINISHED = "finished.json"  # in a run folder that reached its last step
 
 
-def train(config: Config) -> None:
-    """One training run from its resolved configuration in plain data."""
+def train(config: Config, resume: str | None = None) -> None:
+    """One training run from its resolved configuration in plain data; `resume`: what a user types to go on with it."""
     check_names(config)
     settings: TrainerSettings = instantiate(config["trainer"], where="trainer")
     data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
@@ -45,7 +46,7 @@ def train(config: Config) -> None:
     run = open_run(config)
     try:
         _write_start(run, config, plan)
-        _fit(run, config, plan, settings, data)
+        _fit(run, config, plan, settings, data, resume or resume_command(run))
         if processes.rank() == 0:
             (run.path / FINISHED).write_text(f'{{"step": {plan.stage.step}}}\n')
     finally:
@@ -59,7 +60,7 @@ def with_task(config: Config, data: ShardData) -> ShardData:
     return data.with_task(instantiate(task_node(config, data.image_size), where="task"))
 
 
-def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData) -> None:
+def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str) -> None:
     rank, world = processes.rank(), processes.world_size()
     fit(
         plan.stage,
@@ -71,9 +72,9 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         settings=settings,
         callbacks=_nodes(config, "callbacks"),
         loggers=_nodes(config, "logger"),
-        resume_command=resume_command(run),
+        resume_command=resume,
         manifest_hash=data.manifest("train", plan.reads).hash,
-        config=config,
+        config={**config, **comparison_fields(plan.spec)},
     )
 
 

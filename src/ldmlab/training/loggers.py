@@ -2,12 +2,11 @@
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -107,48 +106,6 @@ class TensorBoard:
     def close(self, success: bool) -> None:
         """Flush and close."""
         self._logger.close()
-
-
-@dataclass
-class WandB:
-    """Weights and Biases through Lightning's logger; the W&B id is the run's id, and no file is uploaded."""
-
-    project: str = "ldmlab"
-    mode: Literal["offline", "online", "disabled"] = "offline"  # offline runs go up later with `wandb sync`
-    entity: str | None = None  # account or team
-    group: str | None = None  # name that the runs of one sweep share
-    tags: Sequence[str] = ()
-    _logger: Any = field(default=None, init=False)
-
-    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
-        """Start or go on with the W&B run; all its files stay under the run folder."""
-        import wandb
-        from pytorch_lightning.loggers import WandbLogger
-
-        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-            os.environ.setdefault(name, str(run.path / "wandb"))
-        os.environ.setdefault("WANDB_SILENT", "true")
-        experiment = wandb.init(
-            name=run.name, dir=str(run.path), id=run.run_id, project=self.project, mode=self.mode,
-            entity=self.entity, group=self.group, tags=list(self.tags), resume="allow",
-        )  # fmt: skip
-        experiment.define_metric("trainer/global_step")
-        experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        self._logger = WandbLogger(experiment=experiment, log_model=False)
-        self._logger.experiment.config.update(settings, allow_val_change=True)
-
-    def numbers(self, values: dict[str, float], step: int) -> None:
-        """One row; the x axis is the step."""
-        self._logger.log_metrics(values, step=step)
-
-    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
-        """One picture."""
-        self._logger.log_image(name, [Image.fromarray(grid)], step=step)
-
-    def close(self, success: bool) -> None:
-        """Tell W&B how it ended, on every way out."""
-        if self._logger is not None:
-            self._logger.experiment.finish(exit_code=0 if success else 1)
 
 
 class Loggers:

@@ -1,0 +1,127 @@
+"""Weights and Biases: scalars and small panels of a run, under the run's own id."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldmlab.checkpoints import write_atomically
+from ldmlab.errors import InputError
+from ldmlab.training.checkpointing import BEST, Checkpoints
+from ldmlab.training.run_folder import RunFolder
+
+_CHOSEN_ID = "wandb_id"  # in a run folder: the id that a W&B sweep gave, where it is not the run's own
+_STEP = "trainer/global_step"
+
+
+@dataclass
+class WandB:
+    """Through Lightning's logger; the W&B id is the run's id, and nothing but numbers and small pictures goes up."""
+
+    project: str = "ldmlab"
+    mode: str = "offline"  # offline | online | disabled; offline runs go up later with `wandb sync`
+    entity: str | None = None  # account or team
+    group: str | None = None  # name that runs to be compared share
+    tags: Sequence[str] = ()  # beside the stage, the factor and the kind of first stage
+    panel_px: int = 1024  # longest side of an uploaded grid; samples/ keeps the full size
+    upload: str = "none"  # none | best | last: the checkpoint that goes up, once, when the run ends well
+    _logger: Any = field(default=None, init=False)
+    _run: RunFolder | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("mode", ("offline", "online", "disabled")), ("upload", ("none", "best", "last"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"logger.wandb.{name}={getattr(self, name)} is unknown; choose {', '.join(choices)}.")
+        if self.panel_px < 16:
+            raise InputError(f"logger.wandb.panel_px={self.panel_px} shows nothing; use 16 or more.")
+
+    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
+        """Start or go on with the W&B run; all its files stay under the run folder."""
+        import wandb
+        from pytorch_lightning.loggers import WandbLogger
+
+        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ[name] = str(run.path / "wandb")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        experiment = wandb.init(
+            name=run.name, dir=str(run.path), id=wandb_id(run), project=self.project, mode=self.mode,  # type: ignore[arg-type]
+            entity=self.entity, group=self.group, job_type=_stage(settings), tags=self._all_tags(settings),
+            resume="allow", settings=_numbers_only(),
+        )  # fmt: skip
+        _remember_id(run, experiment.id)
+        experiment.define_metric(_STEP)
+        experiment.define_metric("*", step_metric=_STEP, step_sync=True)
+        self._run, self._logger = run, WandbLogger(experiment=experiment, log_model=False)
+        experiment.config.update(settings, allow_val_change=True)
+
+    def _all_tags(self, settings: dict[str, Any]) -> list[str]:
+        factor, kind = settings.get("downsampling"), settings.get("first_stage_kind")
+        found = [_stage(settings), f"f{factor}" if factor else None, kind]
+        return list(dict.fromkeys([*self.tags, *(tag for tag in found if tag)]))
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        """One row at W&B's own step too, so that a resumed run goes on where it was."""
+        self._logger.experiment.log({**values, _STEP: step}, step=step)
+
+    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
+        """One picture, made small."""
+        import wandb
+
+        image = Image.fromarray(grid)
+        image.thumbnail((self.panel_px, self.panel_px))  # never larger than it was
+        self._logger.experiment.log({name: wandb.Image(image), _STEP: step}, step=step)
+
+    def close(self, success: bool) -> None:
+        """Tell W&B how it ended, on every way out; what may go up goes up now, when no better one can follow."""
+        if self._logger is None:
+            return
+        try:
+            if success and self.upload != "none":
+                self._upload()
+        finally:
+            self._logger.experiment.finish(exit_code=0 if success else 1)
+
+    def _upload(self) -> None:
+        import wandb
+
+        assert self._run is not None
+        saved = Checkpoints(self._run.checkpoints).by_age()[-1:]
+        path = self._run.checkpoints / BEST if self.upload == "best" else next(iter(saved), None)
+        if path is not None and path.exists():
+            artifact = wandb.Artifact(f"model-{self._run.run_id}", type="model")
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no second copy on this disk
+            self._logger.experiment.log_artifact(artifact)
+
+
+def _stage(settings: dict[str, Any]) -> str | None:
+    return settings.get("stage", {}).get("name")
+
+
+def _numbers_only() -> Any:
+    """W&B's own extras stay here: console output, code, git differences, package lists, machine and account names."""
+    import wandb
+
+    return wandb.Settings(
+        console="off", disable_code=True, save_code=False, disable_git=True, x_save_requirements=False,
+        x_disable_meta=True,
+    )  # fmt: skip
+
+
+def wandb_id(run: RunFolder) -> str:
+    """The id of the run at W&B: its own, or the one that a W&B sweep chose when it began."""
+    chosen = run.path / _CHOSEN_ID
+    return chosen.read_text().strip() if chosen.exists() else run.run_id
+
+
+def _remember_id(run: RunFolder, used: str) -> None:
+    """An agent of a W&B sweep overrules our id; a later start without the agent must find that run again."""
+
+    def write(path: Path) -> None:
+        path.write_text(used + "\n")
+
+    if used != wandb_id(run):
+        write_atomically(run.path / _CHOSEN_ID, write)
