@@ -19,7 +19,7 @@ from ldmlab.metrics.precision_recall import PrecisionRecall
 class MeanColours:
     """Six numbers a picture; counts how often it was asked."""
 
-    name, weights_hash, width, has_logits = "mean colours", "0", 6, False
+    name, weights_hash, width, gives = "mean colours", "0", 6, frozenset({"features"})
 
     def __init__(self) -> None:
         self.seen = 0

@@ -3,13 +3,19 @@
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import timm
 import torch
+import torchvision
+from safetensors.torch import save_file
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
 from ldmlab.errors import InputError
 from ldmlab.metrics.features import Inception2015, clip_of_run
+from ldmlab.metrics.timm_features import TimmFeatures
+from ldmlab.metrics.together import InceptionAndClip
 from ldmlab.nn.openclip import build_clip
 
 CLIP = {
@@ -17,6 +23,11 @@ CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+
+_UP_TO_MIXED_6 = (  # mixed is Mixed_5b, mixed_5 Mixed_6c
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
+    *("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"),
+)
 
 
 def pictures(size: int = 32) -> torch.Tensor:
@@ -37,6 +48,13 @@ def test_inception_with_drawn_weights(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.equal(found["features"], features)
     assert torch.equal(found["logits"], logits)
     assert found["features"].shape == (3, extractor.width)
+    assert found.keys() == extractor.gives
+    channels_last = found["spatial"].reshape(3, 17, 17, 7)  # the layout of ADM's script
+    resized = port.interpolate_bilinear_2d_like_tensorflow1x(pictures().float(), size=(299, 299), align_corners=False)
+    x = (resized - 128) / 128
+    for name in _UP_TO_MIXED_6:
+        x = getattr(network, name)(x)
+    assert torch.equal(channels_last.permute(0, 3, 1, 2), network.Mixed_6d.branch1x1(x)[:, :7])
     with pytest.raises(InputError, match="of uint8"):
         extractor(pictures().float())
 
@@ -70,3 +88,39 @@ def test_clip_features_at_any_size() -> None:
     exact = clip.model.encode_image(clip.pixels(pictures().float() / 127.5 - 1))
     assert torch.allclose(small, exact, atol=1e-6)
     assert extractor(pictures(64))["features"].shape == (3, 24)
+    assert torch.equal(extractor(pictures())["clip"], small)
+    texts = clip.model.encode_text(clip.ids(["a red apple", "a cat"]))
+    assert torch.allclose(extractor.texts(["a red apple", "a cat"]), texts, atol=1e-6)
+
+
+def test_inception_and_clip_in_one_pass() -> None:
+    torch.manual_seed(0)
+    clip = clip_of_run("runs/clip-1a2b", build_clip(config=CLIP))
+    found = {"features": torch.ones(3, 2048), "logits": torch.ones(3, 1008), "spatial": torch.ones(3, 2023)}
+    inception = Mock(spec=Inception2015, return_value=found, width=2048, weights_hash="0")
+    inception.name = Inception2015.name
+    both = InceptionAndClip(inception, clip)
+    seen = both(pictures())
+    assert seen.keys() | {"text"} == both.gives
+    assert torch.equal(seen["clip"], clip(pictures())["clip"])
+    assert (both.name, both.width) == ("inception-2015-12-05", 2048)
+    assert torch.equal(both.texts(["a cat"]), clip.texts(["a cat"]))
+
+
+def test_dinov2_of_timm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=28).eval()
+    save_file(network.state_dict(), tmp_path / "dino.safetensors")
+    extractor = TimmFeatures("vit_small_patch14_dinov2", tmp_path / "dino.safetensors", 28)
+    x = torchvision.transforms.functional.normalize(pictures(28) / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.inference_mode():
+        expected = network.forward_features(x)[:, 0]  # the class token after the last norm
+    assert torch.allclose(extractor(pictures(28))["features"], expected, atol=1e-5)
+    larger = TimmFeatures("vit_small_patch14_dinov2", tmp_path / "dino.safetensors", 42)
+    assert larger(pictures(28))["features"].shape == (3, larger.width)
+    with pytest.raises(InputError, match="did you mean vit_small_patch14_dinov2"):
+        TimmFeatures("vit_small_patch14_dinov", tmp_path / "dino.safetensors")
+    with pytest.raises(InputError, match=r"none\.pth does not exist"):
+        TimmFeatures("vit_small_patch14_dinov2", tmp_path / "none.pth")
+    with pytest.raises(InputError, match="belong to this model"):
+        TimmFeatures("vit_tiny_patch16_224", tmp_path / "dino.safetensors")

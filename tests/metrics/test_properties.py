@@ -12,6 +12,9 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from ldmlab.errors import InputError
+from ldmlab.metrics.clip_distance import ClipDistance
+from ldmlab.metrics.clip_score import ClipScore
+from ldmlab.metrics.density_coverage import DensityCoverage
 from ldmlab.metrics.frechet import FrechetDistance, frechet_distance
 from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance
@@ -25,10 +28,13 @@ def normal(count: int, width: int, seed: int) -> Tensor:
 def collection(width: int) -> MetricCollection:
     return MetricCollection(
         {
-            "fid": FrechetDistance(width),
+            "fid": FrechetDistance(width, spread_groups=3),
             "is": InceptionScore(),
             "kid": KernelDistance(subsets=10, subset_size=50),
             "precision_recall": PrecisionRecall(),
+            "density_coverage": DensityCoverage(),
+            "cmmd": ClipDistance(),
+            "clip_score": ClipScore(),
         }
     )
 
@@ -70,18 +76,20 @@ def test_nearest_in_tiles_equals_all_distances() -> None:
     assert (own != torch.arange(50)).all()
 
 
-def pictures() -> Iterator[tuple[Tensor, Tensor, bool, Tensor]]:
-    """Features, logits, real, index of ten batches a side."""
+def pictures() -> Iterator[dict[str, Any]]:
+    """What the metrics are told of ten batches a side."""
     for real, count, seed in ((True, 210, 5), (False, 190, 6)):
-        features, logits = normal(count, 12, seed), 3 * normal(count, 7, seed + 10)
+        features, clip, text = (normal(count, 12, seed + shift) for shift in (0, 20, 30))
+        logits = 3 * normal(count, 7, seed + 10)
         for index in torch.arange(count).split(20):
-            yield features[index], logits[index], real, index
+            seen = {"features": features[index], "logits": logits[index], "clip": clip[index]}
+            yield seen | ({} if real else {"text": text[index]}) | {"real": real, "index": index}
 
 
 def scores(batches: Any) -> dict[str, float]:
     metrics = collection(12)
-    for features, logits, real, index in batches:
-        metrics.update(features=features, logits=logits, real=real, index=index)
+    for batch in batches:
+        metrics.update(**batch)
     return {name: float(value) for name, value in metrics.compute().items()}
 
 

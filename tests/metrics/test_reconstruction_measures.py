@@ -22,7 +22,9 @@ def pictures() -> tuple[Tensor, Tensor]:
 
 
 def measured(original: Tensor, rebuilt: Tensor, parts: int = 1) -> dict[str, float]:
-    measures = ReconstructionMeasures(lpips=lambda x, y: (x - y).abs().mean(dim=(1, 2, 3)))
+    measures = ReconstructionMeasures(
+        lpips=lambda x, y: (x - y).abs().mean(dim=(1, 2, 3)), psim=lambda x, y: (x - y).square().sum(dim=(1, 2, 3))
+    )
     for x, y in zip(original.chunk(parts), rebuilt.chunk(parts), strict=True):
         measures.update(x, y)
     return measures.compute()
@@ -39,6 +41,9 @@ def test_definitions() -> None:
     inside = (original != 255).any(dim=1, keepdim=True).expand_as(original)
     error = (original.double() - rebuilt.double())[inside].square().mean()
     assert found["psnr_object"] == pytest.approx(10 * math.log10(255**2 / float(error)), rel=1e-6)
+    error = ((original.double() - rebuilt.double()) / 127.5).square().sum(dim=(1, 2, 3))
+    assert found["psim"] == pytest.approx(float(error.mean()), rel=1e-5)
+    assert found["psim_std"] == pytest.approx(float(error.std(correction=0)), rel=1e-3)
     assert found["lpips"] == pytest.approx(float((original.float() - rebuilt.float()).abs().mean() / 127.5), rel=1e-5)
 
 
@@ -54,7 +59,7 @@ def test_edges() -> None:
     assert "psnr_object" not in measured(blank, rebuilt)  # no object pixel: no number
     without = ReconstructionMeasures(background=None)
     without.update(original, rebuilt)
-    assert set(without.compute()) == {"psnr", "psnr_std", "ssim"}
+    assert set(without.compute()) == {"psnr", "psnr_std", "ssim", "ssim_std"}
 
 
 def test_single_picture_batches_have_ssim() -> None:

@@ -47,6 +47,21 @@ def test_equals_torchmetrics(vgg: tuple[nn.Module, Path], monkeypatch: pytest.Mo
         torch.testing.assert_close(ours(one, other), expected, atol=0.0, rtol=0.02)
 
 
+def test_without_the_learned_weights(vgg: tuple[nn.Module, Path]) -> None:
+    one, other = pictures(1), pictures(2)
+    network, path = vgg
+    expected, ours = torch.zeros(2), LPIPS(path)
+    mean, deviation = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x, y = ((part - mean[:, None, None]) / deviation[:, None, None] for part in (one, other))
+    with torch.no_grad():
+        for number, layer in enumerate(network.features):
+            x, y = layer(x), layer(y)
+            if number in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+                cosine = torch.nn.functional.cosine_similarity(x, y, dim=1)
+                expected += (2 - 2 * cosine).mean(dim=(1, 2))  # |a - b|^2 of unit vectors
+    torch.testing.assert_close(ours.unweighted(one, other), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_constants_and_gradients(vgg: tuple[nn.Module, Path]) -> None:
     ours = LPIPS(vgg[1])
     assert not list(ours.parameters())

@@ -20,6 +20,8 @@ _LAST = (
     "epoch",
     "position",
     "psnr_std",
+    "ssim_std",
+    "lpips_std",
 )
 _MOST_LINES = 10
 

@@ -4,6 +4,7 @@ Shapes: B batch, D feature width, K logits; pictures are uint8 (B, 3, H, W).
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,9 @@ from ldmlab.errors import InputError
 from ldmlab.nn.openclip import OpenClip, build_clip
 from ldmlab.nn.pixels import to_float
 
+SPATIAL_CHANNELS = 7
+SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17  # 2023, whatever the pictures' size
+
 
 class FeatureExtractor(Protocol):
     """What a score needs to know about a network."""
@@ -22,9 +26,9 @@ class FeatureExtractor(Protocol):
     name: str
     weights_hash: str
     width: int
-    has_logits: bool
+    gives: frozenset[str]  # of features | logits | spatial | clip | text
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]: ...  # features (B, D), logits (B, K) if it has them
+    def __call__(self, pictures: Tensor) -> dict[str, Tensor]: ...  # features (B, D) and the rest but text, by name
 
 
 def check_pictures(pictures: Tensor) -> None:
@@ -39,12 +43,13 @@ def check_pictures(pictures: Tensor) -> None:
 class Inception2015(nn.Module):
     """The Inception network of 2015-12-05, the one of published FID and IS (torch-fidelity's port of the graph).
 
-    Pooled features of 2048 and the 1008 logits without bias; any picture size, resized inside as TensorFlow 1 did.
+    Pooled features of 2048, the 1008 logits without bias and the spatial features of sFID (ADM's script: the first 7
+    channels of mixed_6/conv, 17 x 17 positions); any picture size, resized inside as TensorFlow 1 did.
     """
 
     name = "inception-2015-12-05"
     width = 2048
-    has_logits = True
+    gives = frozenset({"features", "logits", "spatial"})
 
     def __init__(self, weights: Path | str) -> None:
         super().__init__()
@@ -55,53 +60,70 @@ class Inception2015(nn.Module):
             raise InputError(
                 f"features.weights={path} does not exist; run `ldmlab fetch inception` or give another path."
             )
-        self.weights_hash = _safe_file(path)
+        self.weights_hash = safe_file(path)
         try:
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
         except (RuntimeError, TypeError) as error:
             raise InputError(f"features.weights={path} is not the Inception network's file; fetch it again.") from error
+        self._map: Tensor | None = None  # (B, 192, 17, 17), of the last pictures
+        # TensorFlow counts its mixed blocks from 0 at Mixed_5b, so mixed_6 is Mixed_6d.
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._map = output
 
     @torch.inference_mode()
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """features (B, 2048), logits (B, 1008)."""
+        """features (B, 2048), logits (B, 1008), spatial (B, 2023) with the channel as the fastest axis."""
         check_pictures(pictures)
         features, logits = self.network(pictures.to(next(self.network.parameters()).device))
-        return {"features": features, "logits": logits}
+        assert self._map is not None
+        spatial, self._map = self._map[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1), None
+        return {"features": features, "logits": logits, "spatial": spatial}
 
 
-def _safe_file(path: Path) -> str:
+def safe_file(path: Path) -> str:
     """The file's SHA-256, after making sure that it holds tensors only (torch-fidelity unpickles it freely)."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix != ".safetensors":  # which can hold nothing else
+            torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"features.weights={path} cannot be read as a file of tensors; fetch it again.") from error
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 class OpenClipFeatures(nn.Module):
-    """The image tower of an open_clip model: its embeddings before they are brought to unit length."""
+    """An open_clip model: its embeddings of pictures, and of captions, before they are brought to unit length."""
 
-    has_logits = False
+    gives = frozenset({"features", "clip", "text"})
 
     def __init__(self, clip: OpenClip, name: str) -> None:
         super().__init__()
         self.name = name
         self.model = clip.model.eval().requires_grad_(False)
         self.weights_hash = fingerprint(self.model.state_dict())
-        self._pixels = clip.pixels
+        self._pixels, self._ids = clip.pixels, clip.ids
         self.eval()
         blank = torch.zeros(1, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
         self.width = int(self(blank)["features"].shape[1])
 
     @torch.inference_mode()
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """features (B, D); pictures of another size than the tower's are resized, bicubic with antialiasing."""
+        """features and clip, both (B, D); pictures are resized to the tower's size, bicubic with antialiasing."""
         check_pictures(pictures)
         encode = self.model.encode_image
         assert callable(encode)
-        return {"features": encode(self._pixels(to_float(pictures.to(next(self.model.parameters()).device))))}
+        found = encode(self._pixels(to_float(pictures.to(next(self.model.parameters()).device))))
+        return {"features": found, "clip": found}
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Captions => (B, D), in the space of the pictures' features."""
+        encode = self.model.encode_text
+        assert callable(encode)
+        return torch.as_tensor(encode(self._ids(captions).to(next(self.model.parameters()).device)))
 
 
 def published_clip(name: str, pretrained: str) -> OpenClipFeatures:

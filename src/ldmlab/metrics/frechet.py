@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from ldmlab.errors import InputError
 from ldmlab.metrics.accumulate import check_features
+from ldmlab.metrics.features import SPATIAL_WIDTH
 
 SMALL_SAMPLE = 2048  # below this many pictures the estimate is biased and marked as such
 
@@ -20,7 +21,11 @@ class FrechetDistance(Metric):
     """Frechet distance of generated to real features, streaming and exact over processes.
 
     `small_sample`: also below as many pictures as features are wide, where the covariance is singular by construction.
+    `spread_groups`: the standard error of the distance over draws of the generated pictures, by the delete-a-group
+    jackknife, sqrt((G - 1) / G sum_g (d_g - mean d)^2), with picture i in group i mod G; 0 for none.
     """
+
+    score_name = "fid"
 
     full_state_update = False
     higher_is_better = False
@@ -31,31 +36,61 @@ class FrechetDistance(Metric):
     fake_sum: Tensor
     fake_outer: Tensor
 
-    def __init__(self, width: int, small_sample: bool = False) -> None:
+    def __init__(self, width: int, small_sample: bool = False, spread_groups: int = 0) -> None:
         super().__init__(compute_with_cache=False)
-        self.width, self.small_sample = width, small_sample
-        for side in ("real", "fake"):
-            self.add_state(f"{side}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_sum", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_outer", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+        if spread_groups < 0 or spread_groups == 1:
+            raise InputError(f"metric.{self.score_name}.spread_groups={spread_groups}; choose 0 for none, or 2 and up.")
+        self.width, self.small_sample, self.spread_groups = width, small_sample, spread_groups
+        for side, groups in (("real", 1), ("fake", max(spread_groups, 1))):
+            self.add_state(f"{side}_count", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_state(f"{side}_sum", torch.zeros(groups, width, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                f"{side}_outer", torch.zeros(groups, width, width, dtype=torch.float64), dist_reduce_fx="sum"
+            )
 
-    def update(self, features: Tensor, real: bool) -> None:
-        """Features (B, D)."""
+    def update(self, features: Tensor, real: bool, index: Tensor | None = None) -> None:
+        """Features (B, D); `index` (B,) numbers the pictures over all processes (default: as they come)."""
         side = "real" if real else "fake"
         features = check_features(features, f"{side} features").to(self.real_sum.device).double()
         if features.shape[1] != self.width:
             raise InputError(f"features are {features.shape[1]} wide where this metric was built for {self.width}.")
-        getattr(self, f"{side}_count").add_(len(features))
-        getattr(self, f"{side}_sum").add_(features.sum(dim=0))
-        getattr(self, f"{side}_outer").addmm_(features.T, features)
+        count, total, outer = (getattr(self, f"{side}_{part}") for part in ("count", "sum", "outer"))
+        if index is None:
+            index = torch.arange(len(features)) + int(count.sum())
+        group = index.to(count.device) % len(count)
+        for number in group.unique().tolist():
+            rows = features if len(count) == 1 else features[group == number]
+            count[number] += len(rows)
+            total[number] += rows.sum(dim=0)
+            outer[number].addmm_(rows.T, rows)
 
     def compute(self) -> dict[str, Tensor]:
-        """`fid`; exact within float64, and never below 0 but for rounding."""
-        for side, name in (("real", "real"), ("fake", "generated")):
-            self._check_count(int(getattr(self, f"{side}_count")), name)
-        real = gaussian(self.real_count, self.real_sum, self.real_outer)
-        fake = gaussian(self.fake_count, self.fake_sum, self.fake_outer)
-        return {"fid": frechet_distance(*real, *fake)}
+        """`fid`, exact within float64 and never below 0 but for rounding, and `fid_std` if asked for."""
+        real, fake = (
+            (self.real_count, self.real_sum, self.real_outer),
+            (self.fake_count, self.fake_sum, self.fake_outer),
+        )
+        for (count, _, _), name in ((real, "real"), (fake, "generated")):
+            self._check_count(int(count.sum()), name)
+        reference = gaussian(*(part.sum(dim=0) for part in real))
+        whole = tuple(part.sum(dim=0) for part in fake)
+        found = {self.score_name: frechet_distance(*reference, *gaussian(*whole))}
+        if self.spread_groups:
+            found[f"{self.score_name}_std"] = self._jackknife(reference, whole)
+        return found
+
+    def _jackknife(self, reference: tuple[Tensor, Tensor], whole: tuple[Tensor, ...]) -> Tensor:
+        """Standard error of the distance over the groups that hold a picture, float64 scalar."""
+        states = (self.fake_count, self.fake_sum, self.fake_outer)
+        held = [group for group in range(self.spread_groups) if self.fake_count[group]]
+        without = [[all_ - part[group] for all_, part in zip(whole, states, strict=True)] for group in held]
+        if len(held) < 2 or min(int(count) for count, _, _ in without) < 2:
+            raise InputError(
+                f"metric.{self.score_name}.spread_groups={self.spread_groups} is too many for {int(whole[0])} "
+                "pictures; choose 0."
+            )
+        distances = torch.stack([frechet_distance(*reference, *gaussian(*parts)) for parts in without])
+        return ((len(held) - 1) * distances.var(correction=0)).sqrt()
 
     def _check_count(self, count: int, name: str) -> None:
         if count < 2:
@@ -64,8 +99,21 @@ class FrechetDistance(Metric):
             raise InputError(
                 f"{count} {name} pictures are fewer than the {self.width} features, so the covariance is singular and "
                 f"the distance means little; give at least {self.width}, choose kid, or set "
-                "metric.fid.small_sample=true."
+                f"metric.{self.score_name}.small_sample=true."
             )
+
+
+class SpatialFrechetDistance(FrechetDistance):
+    """sFID (Nash et al., ICML 2021) as ADM's script has it: the Frechet distance of spatial features, 2023 wide."""
+
+    score_name = "sfid"
+
+    def __init__(self, small_sample: bool = False, spread_groups: int = 0) -> None:
+        super().__init__(SPATIAL_WIDTH, small_sample, spread_groups)
+
+    def update(self, spatial: Tensor, real: bool, index: Tensor | None = None) -> None:
+        """Spatial features (B, 2023)."""
+        super().update(spatial, real, index)
 
 
 def gaussian(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,13 @@ class LPIPS(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [-1, 1], at least 16 x 16 => distances (B,), float32."""
+        return self._distance(first, second, weighted=True)
+
+    def unweighted(self, first: Tensor, second: Tensor) -> Tensor:
+        """The same with all channels counting 1, without the learned weights: (B,), float32."""
+        return self._distance(first, second, weighted=False)
+
+    def _distance(self, first: Tensor, second: Tensor, weighted: bool) -> Tensor:
         if min(first.shape[2:]) < _SMALLEST:
             raise InputError(
                 f"LPIPS compares pictures of {_SMALLEST} px and more, not {first.shape[2]}x{first.shape[3]}; "
@@ -48,7 +55,9 @@ class LPIPS(nn.Module):
         pairs = zip(self.features(first), self.features(second), strict=True)
         for number, (one, other) in enumerate(pairs):
             difference = (_unit_length(one.float()) - _unit_length(other.float())).square()  # (B, C, h, w)
-            distance = distance + (difference * self.get_buffer(f"head_{number}")).sum(dim=1).mean(dim=(1, 2))
+            if weighted:
+                difference = difference * self.get_buffer(f"head_{number}")
+            distance = distance + difference.sum(dim=1).mean(dim=(1, 2))
         return distance
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,45 @@
+"""Density and coverage (Naeem et al., ICML 2020), with distances in tiles.
+
+With balls around the real points that reach to the k-th other real point:
+density is the mean number of balls a generated point lies in, divided by k; it may exceed 1 and, unlike precision, is
+not fooled by one outlier's large ball. Coverage is the share of real points whose ball holds a generated point.
+"""
+
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+from ldmlab.metrics.accumulate import FeatureSets
+from ldmlab.metrics.precision_recall import ball_sizes, squared_distances
+
+_TILE = 1024  # rows and columns of one block of distances: 4 MiB in float32
+
+
+class DensityCoverage(FeatureSets):
+    """Density and coverage of generated features; the memory beyond the features is one tile."""
+
+    higher_is_better = True
+
+    def __init__(self, neighbours: int = 5) -> None:
+        super().__init__()
+        self.neighbours = neighbours
+
+    def compute(self) -> dict[str, Tensor]:
+        """`density`, 0 and up, and `coverage` in [0, 1], float64."""
+        real, fake = self.sets()
+        if len(real) <= self.neighbours:
+            raise InputError(
+                f"metric.density_coverage.neighbours={self.neighbours} needs more than {len(real)} real pictures."
+            )
+        centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
+        real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
+        balls, covered, inside = ball_sizes(real, self.neighbours), [], 0
+        for top in range(0, len(real), _TILE):
+            rows = slice(top, top + _TILE)
+            held = torch.zeros(len(real[rows]), dtype=torch.int64, device=real.device)  # generated points in each ball
+            for part in fake.split(_TILE):
+                held += (squared_distances(real[rows], part) < balls[rows, None]).sum(dim=1)
+            covered.append(held > 0)
+            inside += int(held.sum())
+        density = torch.tensor(inside / (self.neighbours * len(fake)), dtype=torch.float64)
+        return {"density": density, "coverage": torch.cat(covered).double().mean()}
