@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,10 @@ def check(words: list[str]) -> None:
     program, *options = words
     if program == "python":
         config = options.pop(0).removesuffix(".py")
-        compose(config, [o for o in options if not o.startswith("-")])
+        choices = [o for o in options if not o.startswith("-")]
+        jobs = product(*map(swept, choices)) if "-m" in options else [choices]
+        for job in jobs:
+            compose(config, list(job))
         return
     command, *rest = options
     assert command in COMMANDS
@@ -40,6 +44,12 @@ def check(words: list[str]) -> None:
     parser = Parser(prog=command)
     module.add_arguments(parser)
     parser.parse_intermixed_args(rest)
+
+
+def swept(option: str) -> list[str]:
+    """`seed=0,1` of a sweep as the values of its jobs; a list in brackets is one value."""
+    name, _, values = option.partition("=")
+    return [option] if values.startswith("[") else [f"{name}={value}" for value in values.split(",")]
 
 
 @pytest.mark.parametrize("line", documented())

@@ -9,7 +9,8 @@ from ldmlab.app.wiring import stage_options
 from ldmlab.instantiate import instantiate
 
 EXPERIMENTS = group_choices("experiment")
-OURS = [name for name in EXPERIMENTS if not name.startswith("paper/")]  # test_paper_experiments.py builds the others
+ELSEWHERE = ("paper/", "tradeoff/")  # built by test_paper_networks.py and test_tradeoff.py
+OURS = [name for name in EXPERIMENTS if not name.startswith(ELSEWHERE)]
 GIVEN = ["data.train=nowhere/train", "data.val=nowhere/val"]
 
 

@@ -11,6 +11,7 @@ Trains one stage: an autoencoder, a CLIP, or a denoiser. An experiment file sets
 EXAMPLES = """examples:
   python train.py experiment=demo/cpu_first_stage
   python train.py experiment=demo/cpu_text_to_image trainer.max_steps=10000 seed=1
+  python train.py -m experiment=tradeoff/emoji first_stage=f1,f2,f4,f8,f16,f32     every stage of every factor
   torchrun --nproc-per-node=8 train.py experiment=...      several GPUs: start one process for each"""
 
 
@@ -34,6 +35,13 @@ def _main() -> int:
 def job(config: Any) -> None:
     """One training run from its composed configuration."""
     from ldmlab.app.compose import plain
-    from ldmlab.app.wiring import train
 
-    train(plain(config))
+    content = plain(config)
+    if content["stage"]["name"] == "all":
+        from ldmlab.app.all_stages import train_all_stages
+
+        train_all_stages(content)
+    else:
+        from ldmlab.app.wiring import train
+
+        train(content)

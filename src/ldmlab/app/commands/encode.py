@@ -22,10 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode the splits one after the other, then put the first stage beside them."""
+    """Encode by the composed configuration."""
     from ldmlab.app.compose import compose, plain
 
-    config = plain(compose("encode", args.overrides))
+    encode_splits(plain(compose("encode", args.overrides)))
+    return 0
+
+
+def encode_splits(config: dict[str, Any]) -> None:
+    """The splits of `config` (conf/encode.yaml, resolved) one after the other, then the first stage."""
     import os
     from pathlib import Path
 
@@ -46,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
         _encode_split(config, data, loaded, split, out / split, rank, world)
     if rank == 0:
         _put_first_stage(loaded, out / "first_stage")
-    return 0
 
 
 def _encode_split(

@@ -1,0 +1,203 @@
+"""stage=all: every stage of one downsampling factor in order, with the parts that exist taken as they are.
+
+PATHS.RUNS/shared holds first_stage-KEY, clip-KEY and latents-KEY; the denoiser's run folder is NAME-fF-seedS-KEY. A key
+is a hash of everything that decides the content, so the same command again trains nothing twice and goes on where it
+stopped.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldmlab.app.commands.encode import encode_splits
+from ldmlab.app.conditioning import build_conditioners, context_widths
+from ldmlab.app.plans import backbone_sizes, latent_spec
+from ldmlab.app.sweep_cache import content_key, data_content, once, trainer_content
+from ldmlab.app.wiring import FINISHED, check_names, train
+from ldmlab.build import LoadedFirstStage, load_first_stage
+from ldmlab.contracts import LatentSpec
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.evaluation.flops import DenoiserCost, denoiser_cost
+from ldmlab.instantiate import accepts, instantiate
+from ldmlab.training import processes
+
+Config = Mapping[str, Any]
+OWN = ("optimizer", "lr_schedule", "trainer", "stage")  # of each stage before the denoiser
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one job made or found."""
+
+    first_stage: Path | None  # None: f = 1
+    clip: Path | None  # None: the features that are compared need none
+    latents: Path | None  # None: f = 1
+    denoiser: Path
+    trained: bool  # by this call
+
+
+def train_all_stages(config: Config) -> Parts:
+    """One job of the comparison: train or take up every part, then score it."""
+    from ldmlab.app.factor_scores import score_factor
+
+    check_names(config)
+    for name, value in (("run.dir", config["run"]["dir"]), ("init_from", config["init_from"])):
+        if value is not None:
+            raise InputError(f"{name}={value}: stage=all names its folders by their content; leave {name} out.")
+    if config["data"]["latents"] is not None:
+        raise InputError("data.latents: stage=all encodes by itself; leave it out, or use stage=diffusion.")
+    processes.join()
+    factor = Factor(config)
+    parts = factor.train()
+    score_factor(factor, parts)
+    return parts
+
+
+class Factor:
+    """The stages of one factor, each as an ordinary run with its own options."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.options = config["stage"]
+        self.shared = Path(self.options["shared"])
+        self.data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
+        self.content = data_content(config["data"], self.data)
+        self.identity = not instantiate(config["first_stage"], where="first_stage").state_dict()
+        self._first_stage_run = Path(config["from_run"]) if config["from_run"] else None
+
+    def train(self) -> Parts:
+        """All parts in order."""
+        self.widths, self.cost  # noqa: B018 - what cannot be built is refused before hours of training
+        if not self.identity and self._first_stage_run is None:
+            self._first_stage_run = self._shared_run("first_stage", ("first_stage", "loss"), "autoencoder")
+        clip = self._shared_run("clip", ("clip",), "clip") if self._needs_clip() else None
+        latents = None if self.identity else self._encode()
+        return self._denoiser(clip, latents)
+
+    # ---- what a factor is
+
+    @cached_property
+    def latent(self) -> LatentSpec:
+        """Of the first stage as configured, or of the run that from_run names."""
+        module: Any = instantiate(self.config["first_stage"], where="first_stage")
+        return latent_spec(self.loaded.module if self._first_stage_run else module, self.data.image_size)
+
+    @property
+    def loaded(self) -> LoadedFirstStage:
+        """The trained first stage; not of f = 1."""
+        assert self._first_stage_run is not None
+        return load_first_stage(self._first_stage_run)
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Of the denoiser's conditioning, by slot."""
+        return context_widths(build_conditioners(self.config["conditioner"], self.latent), self.latent)
+
+    @cached_property
+    def cost(self) -> DenoiserCost:
+        """Parameters and FLOPs of the denoiser."""
+        conditioners = build_conditioners(self.config["conditioner"], self.latent)
+        sizes = backbone_sizes(self.latent, conditioners, self.config["backbone"])
+        return denoiser_cost({**self.config["backbone"], **sizes}, self.latent, self.widths)
+
+    @property
+    def pictures_per_step(self) -> int:
+        """Over all processes."""
+        trainer = self.config["trainer"]
+        return int(trainer["micro_batch"] * trainer["accumulate"] * processes.world_size())
+
+    @property
+    def max_steps(self) -> int:
+        """trainer.max_steps, or as many as the compute budget pays for."""
+        if self.options["compute_budget"] is None:
+            return int(self.config["trainer"]["max_steps"])
+        budget, step = float(self.options["compute_budget"]) * 1e18, self.cost.training * self.pictures_per_step
+        if budget < step:
+            raise InputError(
+                f"stage.compute_budget={self.options['compute_budget']} (1e18 FLOPs) pays for no step of "
+                f"{step / 1e18:.3g}; give more."
+            )
+        return int(budget // step)
+
+    # ---- the stages
+
+    def _shared_run(self, name: str, groups: tuple[str, ...], stage: str) -> Path:
+        """A run of an earlier stage, which every job of the same content takes up."""
+        own = {group: self.options[name][group] for group in OWN}
+        assert own["stage"]["name"] == stage
+        content = {group: self.config[group] for group in groups} | own
+        content |= {"trainer": trainer_content(own["trainer"]), "seed": self.options["shared_seed"]}
+        folder = self.shared / f"{name}-{content_key(content, self.content, processes.world_size())}"
+        changed = {**own, "seed": self.options["shared_seed"], "from_run": None, "task": None}
+        once(folder, FINISHED, lambda: self._run(folder, changed))
+        return folder
+
+    def _run(self, folder: Path, changed: Config) -> None:
+        run = {**self.config["run"], "dir": str(folder)}
+        train({**self.config, **changed, "run": run}, resume=_this_command())
+
+    def _needs_clip(self) -> bool:
+        features = self.options["evaluation"]["features"]
+        return accepts(features, "clip", where="stage.evaluation.features") and features.get("run") is None
+
+    def _encode(self) -> Path:
+        """Latents of both splits, by the first stage's weights and the pictures."""
+        told = {name: self.options["encode"][name] for name in ("mirror", "dtype")}
+        pictures = [self.data.manifest(split, "images").hash for split in ("train", "val")]
+        key = content_key(self.loaded.fingerprint, pictures, self.data.image_size, told)
+        folder = self.shared / f"latents-{key}"
+        content = {
+            **self.options["encode"],
+            **{"data": self.config["data"], "from_run": str(self._first_stage_run), "weights": "averaged"},
+            **{"out": str(folder), "splits": ["train", "val"], "carry_images": False},
+            **{"device": self.device, "seed": self.config["seed"]},
+        }
+
+        def encode() -> None:
+            encode_splits(content)
+            if processes.rank() == 0:
+                (folder / FINISHED).write_text("{}\n")
+
+        once(folder, FINISHED, encode)
+        return folder
+
+    def _denoiser(self, clip: Path | None, latents: Path | None) -> Parts:
+        """The run that the comparison is about; a checkpoint stays for every point of the curves."""
+        points, steps = int(self.options["evaluation"]["points"]), self.max_steps
+        trainer = {
+            **self.config["trainer"],
+            "max_steps": steps,
+            "checkpoint_every": -(-steps // points),
+            "keep": points + 2,  # and what interruptions may add
+        }
+        stage = self.options["denoiser"]["stage"]
+        names = ("backbone", "conditioner", "diffusion", "task", "optimizer", "lr_schedule", "seed")
+        content = {name: self.config[name] for name in names} | {"stage": stage, "trainer": trainer_content(trainer)}
+        key = content_key(content, self.content, latents and latents.name, processes.world_size())
+        label = f"{self.config['run']['name']}-f{self.latent.downsampling}-seed{self.config['seed']}-{key}"
+        folder = Path(self.config["paths"]["runs"]) / label
+        data = {**self.config["data"], "latents": latents and str(latents)}
+        changed = {"stage": stage, "trainer": trainer, "data": data, "from_run": None}
+        trained = once(folder, FINISHED, lambda: self._run(folder, changed))
+        return Parts(self._first_stage_run, clip, latents, folder, trained)
+
+    @property
+    def device(self) -> str:
+        """For encoding and scoring."""
+        return {"cpu": "cpu", "gpu": "cuda"}.get(self.config["trainer"]["accelerator"], "auto")
+
+
+def _this_command() -> str:
+    return " ".join(["python", "train.py", *map(shlex.quote, sys.argv[1:])])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a run."""
+    return dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))

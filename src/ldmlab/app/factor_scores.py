@@ -1,0 +1,170 @@
+"""The scores of one factor: its reconstructions, its denoiser over training, and its last one over sampler steps."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldmlab.app.sweep_cache import content_key, once
+from ldmlab.checkpoints import write_atomically
+from ldmlab.errors import InputError
+from ldmlab.evaluation.flops import decoder_flops
+from ldmlab.evaluation.trade_curves import FORMAT_VERSION, RECORD, trained_seconds
+from ldmlab.training import processes
+
+if TYPE_CHECKING:
+    from ldmlab.app.all_stages import Factor, Parts
+
+
+def score_factor(factor: "Factor", parts: "Parts") -> dict[str, Any]:
+    """Score what has no score yet; tradeoff.json in the denoiser's folder is what `ldmlab report` reads."""
+    scores = FactorScores(factor, parts)
+    record = scores.record()
+    record["points"] = scores.points()
+    record["reconstruction"] = scores.reconstruction()
+    record["seconds_per_picture"] = scores.seconds_per_picture()
+    if processes.rank() == 0:
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        write_atomically(parts.denoiser / RECORD, lambda path: _write(path, text))
+    processes.barrier()
+    return record
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+class FactorScores:
+    """One factor's evaluations, each in a folder named by all that decides its numbers."""
+
+    def __init__(self, factor: "Factor", parts: "Parts") -> None:
+        self.factor, self.parts = factor, parts
+        self.options = factor.options["evaluation"]
+        self.features = dict(self.options["features"])
+        if parts.clip is not None:
+            self.features["run"] = str(parts.clip)
+
+    def record(self) -> dict[str, Any]:
+        """What the factor is and costs."""
+        factor, cost = self.factor, self.factor.cost
+        node = factor.config["first_stage"] if factor.identity else factor.loaded.spec
+        latent = factor.latent
+        return {
+            "format_version": FORMAT_VERSION,
+            "downsampling": latent.downsampling,
+            "latent": [latent.channels, latent.height, latent.width],
+            "seed": factor.config["seed"],
+            "max_steps": factor.max_steps,
+            "budget": "steps" if factor.options["compute_budget"] is None else "compute",
+            "pictures_per_step": factor.pictures_per_step,
+            "processes": processes.world_size(),
+            **asdict(cost),
+            "decoder": 0 if factor.identity else decoder_flops(node, latent),
+            "first_stage": str(self.parts.first_stage or "identity"),
+            "first_stage_seconds": _last_seconds(self.parts.first_stage),
+            "latents": str(self.parts.latents or "pictures"),
+            "protocol": {name: value for name, value in self.options["protocol"].items() if name != "steps"},
+        }
+
+    # ---- the denoiser
+
+    def points(self) -> list[dict[str, Any]]:
+        """Scores after equal parts of the training, and of the last checkpoint with other numbers of sampler steps."""
+        usual = self.options["protocol"]["steps"]
+        wanted = [(step, usual) for step in self.steps()]
+        wanted += [(self.factor.max_steps, steps) for steps in self.options["speed_steps"] if steps != usual]
+        return [self._point(step, steps) for step, steps in wanted]
+
+    def steps(self) -> list[int]:
+        """Of the training, at whose ends there are checkpoints."""
+        last, points = self.factor.max_steps, self.options["points"]
+        every = -(-last // points)
+        return sorted({*range(every, last, every), last})
+
+    def _point(self, step: int, sampler_steps: int) -> dict[str, Any]:
+        checkpoint = self.parts.denoiser / "checkpoints" / f"step_{step:08d}.ckpt"
+        if processes.rank() == 0 and not checkpoint.exists():
+            raise InputError(f"{checkpoint} is gone, so this point cannot be scored; delete the run to train it again.")
+        protocol = {**self.options["protocol"], "steps": sampler_steps}
+        found = self._evaluated(checkpoint, protocol, f"step_{step:08d}-{sampler_steps}")
+        return {
+            "step": step,
+            "sampler_steps": sampler_steps,
+            "seconds": trained_seconds(self.parts.denoiser / "metrics.csv", step),
+            "flops": self.factor.cost.training * self.factor.pictures_per_step * step,
+            "scores": found["scores"],
+            "scored_by": {"features": found["features"], "reference": found["reference"]["manifest_hash"]},
+        }
+
+    def _evaluated(self, model: Path, protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """metrics.json of one evaluation, made unless it is there."""
+        from ldmlab.app.evaluate import evaluate
+
+        run = model.parents[1] if model.suffix == ".ckpt" else model
+        told = (protocol, self.features, self.options["precision"], self.factor.content)
+        out = run / "evaluation" / f"{name}-{content_key(*told)}"
+        content = {
+            **{"model": str(model), "weights": "averaged", "out": str(out), "protocol": protocol},
+            **{"features": self.features, "guidance": {}, "data": self.factor.config["data"], "pictures": []},
+            **{"batch_size": self.options["batch_size"], "device": self.factor.device},
+            **{"precision": self.options["precision"], "seed": 0},
+        }
+        once(out, "metrics.json", lambda: evaluate(content))
+        return dict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
+
+    # ---- the first stage, and time
+
+    def reconstruction(self) -> dict[str, Any] | None:
+        """Scores of the first stage; f = 1 loses nothing and has none."""
+        if self.parts.first_stage is None:
+            return None
+        return dict(self._evaluated(self.parts.first_stage, self.options["reconstruction"], "tradeoff")["scores"])
+
+    def seconds_per_picture(self) -> dict[str, float]:
+        """Seconds for a picture on one device by number of sampler steps, decoding included; kept once measured."""
+        path = self.parts.denoiser / "sampling_seconds.json"
+        known: dict[str, float] = {}
+        if path.exists() and not self.parts.trained:
+            known = json.loads(path.read_text())
+        wanted = sorted({*self.options["speed_steps"], self.options["protocol"]["steps"]})
+        if processes.rank() == 0 and any(str(steps) not in known for steps in wanted):
+            known = self._timed(wanted)
+            path.write_text(json.dumps(known))
+        return dict(processes.from_first(known))
+
+    def _timed(self, wanted: list[int]) -> dict[str, float]:
+        from dataclasses import replace
+
+        import torch
+
+        from ldmlab.build import load
+        from ldmlab.evaluation.conditions import conditions
+        from ldmlab.evaluation.generate import generate
+        from ldmlab.evaluation.protocol import Protocol, requests
+        from ldmlab.instantiate import instantiate
+
+        protocol: Protocol = instantiate(self.options["protocol"], where="protocol")
+        model = load(self.parts.denoiser, device=self.factor.device)
+        model.in_precision(self.options["precision"])
+        data = self.factor.data.with_task(model.diffusion.task)
+        count = self.options["batch_size"]
+        known = conditions(data, protocol.reference, sorted(model.reads), count)
+        asked = requests(replace(protocol, samples=count), model.reads, known)
+        taken = {}
+        for steps in (wanted[0], *wanted):  # the first time warms up
+            began = time.perf_counter()
+            list(generate(model, asked, replace(protocol.settings(), steps=steps), batch_size=count))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken[str(steps)] = (time.perf_counter() - began) / count
+        return taken
+
+
+def _last_seconds(run: Path | None) -> float | None:
+    """How long a run took; None for one that has no table of numbers."""
+    if run is None or not os.path.exists(run / "metrics.csv"):
+        return None
+    return trained_seconds(run / "metrics.csv", None)
