@@ -82,10 +82,16 @@ def first_stage(node: Spec, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["compvis", "diffusers"])
-@pytest.mark.parametrize("node", [kl(3), vq(2)], ids=["kl", "vq"])
+@pytest.mark.parametrize("node", [kl(3), vq(2), vq(2, codebook_decay=0.99)], ids=["kl", "vq", "vq-means"])
 def test_a_first_stage_alone(form: str, node: Spec, tmp_path: Path) -> None:
     assert export(first_stage(node, tmp_path), tmp_path / "out", "--format", form) == 0
     assert (tmp_path / "out" / {"compvis": "model.ckpt", "diffusers": "config.json"}[form]).is_file()
+
+
+@pytest.mark.parametrize("form", ["compvis", "diffusers"])
+def test_cosine_codes_are_ours_alone(form: str, tmp_path: Path) -> None:
+    told = refused(first_stage(vq(2, cosine=True), tmp_path), tmp_path / "out", "--format", form)
+    assert "cosine=true exists only in ldmlab" in told
 
 
 def test_a_difference_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,7 @@ def _attention_factors(network: Mapping[str, Any]) -> list[int]:
 
 def params_of(node: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The official target and `params` of a first stage of ours: the inverse of `arguments`."""
+    refuse_cosine(node)
     kind = str(node["_target_"]).rpartition(".")[2]
     if kind not in _PLAIN or node.get("norm_groups", 32) != 32:
         raise InputError(f"first_stage={kind} (norm_groups={node.get('norm_groups')}) has no official counterpart.")
@@ -142,11 +143,17 @@ def _inside(half: str, module: str, levels: int) -> str:
 def names_of(first_stage: nn.Module) -> dict[str, str]:
     """Official name => our name, for every tensor that official files hold."""
     levels, kind = len(first_stage.encoder.levels), type(first_stage).__name__  # type: ignore[arg-type, union-attr]
-    ours = [name for name in first_stage.state_dict() if not _only_ours(name)]
+    ours = [name for name in first_stage.state_dict() if not only_ours(name)]
     return {official_name(name, kind=kind, levels=levels): name for name in ours}
 
 
-def _only_ours(name: str) -> bool:
+def refuse_cosine(node: Mapping[str, Any]) -> None:
+    """Codes of unit length are ours alone: other programs would decode with other vectors."""
+    if node.get("cosine"):
+        raise InputError("first_stage.cosine=true exists only in ldmlab; export it with --format ldmlab.")
+
+
+def only_ours(name: str) -> bool:
     """Counters of codebook options that no official first stage has."""
     return name.startswith("quantiser.") and name != "quantiser.codebook.weight"
 

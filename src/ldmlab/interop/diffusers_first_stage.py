@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
+from ldmlab.interop.compvis_first_stage import only_ours, refuse_cosine
 from ldmlab.interop.diffusers_config import resolved
 
 KL, VQ = "AutoencoderKL", "VQModel"
@@ -90,6 +91,7 @@ def configuration(node: Mapping[str, Any], *, image_size: int, scaling_factor: f
     kind = targets.get(node["_target_"])
     if kind is None:
         raise InputError(f"first_stage={node['_target_']} has no class in diffusers; use --format ldmlab.")
+    refuse_cosine(node)
     width = node["latent_channels"]
     inner = node.get("bottleneck_channels") or width
     if kind == KL and inner != width:
@@ -143,6 +145,8 @@ def to_diffusers(state: Mapping[str, Tensor], node: Mapping[str, Any]) -> dict[s
     theirs = {ours: name for name, ours in module_names(node).items()}
     result = {}
     for key, tensor in state.items():
+        if only_ours(key):
+            continue
         module, leaf = key.rsplit(".", 1)
         name = theirs[module]
         result[f"{name}.{leaf}"] = tensor.flatten(1) if ".attentions." in name and tensor.ndim > 1 else tensor
