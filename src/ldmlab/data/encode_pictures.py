@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from ldmlab.annotations import checked
-from ldmlab.data.parts import centre_cropped, upright_size
+from ldmlab.data.packed_maps import packed_map
+from ldmlab.data.parts import MAPS, centre_cropped, upright_size
 from ldmlab.data.sources import Item
 from ldmlab.data.tar_samples import picture_ending, read_range, sample_fields, tar_bytes
 from ldmlab.data.transforms import Transform
@@ -73,14 +74,17 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
     for item in items:
         try:
             with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata and large pictures
-                image, fields = _open(item)
+                image, fields, maps = _open(item)
                 if min(image.size) < min_side:
                     small.append(item.name)
                     continue
                 fields = {**fields, "original_width": image.width, "original_height": image.height}
+                shape = upright_size(image)
                 if "boxes" in fields and checked(fields["boxes"]) and transform.square:
-                    fields = centre_cropped(fields, *upright_size(image))
-                picture = encoding(transform(image))
+                    fields = centre_cropped(fields, *shape)
+                packed = transform(image)
+                maps = {e: packed_map(c, e, shape, packed.size, transform.square) for e, c in maps.items()}
+                picture = encoding(packed)
         except Exception as error:  # whatever a decoder raises on broken bytes
             bad.append((item.name, _reason(error)))
             continue
@@ -88,26 +92,41 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
         names.update(dict.fromkeys(fields))
         data += tar_bytes(f"{item.key}.{encoding.format}", picture)
         data += tar_bytes(f"{item.key}.json", json.dumps(fields, ensure_ascii=False).encode())
+        for ending, content in sorted(maps.items()):
+            data += tar_bytes(f"{item.key}.{ending}", content)
     return Part(bytes(data), offsets, list(names), bad, small)
 
 
-def _open(item: Item) -> tuple[Image.Image, dict[str, Any]]:
-    """The picture, not yet decoded, and its fields."""
+def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
+    """The picture, not yet decoded, its fields, and the files of its maps by ending."""
     if item.fault:
         raise ValueError(item.fault)
     fields = item.fields
     if item.span is None:
-        with open(item.path, "rb") as opened:
-            content = opened.read()
+        content = _read(item.path)
+        maps = {ending: _read_map(path) for ending, path in item.maps.items()}
     else:
         sample = read_range(item.path, *item.span)
-        ending = picture_ending(sample)
-        if ending is None:
+        picture = picture_ending(sample)
+        if picture is None:
             raise ValueError("holds no picture")
-        content, fields = sample[ending], item.fields or sample_fields(sample)
+        content, fields = sample[picture], item.fields or sample_fields(sample)
+        maps = {ending: sample[ending] for ending in MAPS.values() if ending in sample}
     if not content:
         raise ValueError("is empty")
-    return Image.open(io.BytesIO(content), formats=_readable()), fields
+    return Image.open(io.BytesIO(content), formats=_readable()), fields, maps
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as opened:
+        return opened.read()
+
+
+def _read_map(path: str) -> bytes:
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        raise ValueError(f"its {os.path.basename(path)} is missing") from None
 
 
 @functools.cache

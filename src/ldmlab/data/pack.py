@@ -144,7 +144,8 @@ class _Pack:
         digest = hashlib.sha256()
         for shard in shards:
             for item in shard.items:
-                digest.update(json.dumps([item.key, item.name, item.span, item.fields, item.fault]).encode())
+                told = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
+                digest.update(json.dumps(told).encode())
         return {"options": json.loads(json.dumps(asdict(self.options))), "pictures": digest.hexdigest()}
 
     def _side_file(self, split: str, shard: _Shard) -> Path:

@@ -1,19 +1,24 @@
 """Where pictures come from: a table, captions beside pictures, a folder per class, plain folders, or tars."""
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldmlab.data.parts import MAPS
+from ldmlab.data.picture_files import map_ending, walk_pictures
 from ldmlab.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, find_table, pick_column, read_table
 from ldmlab.data.tar_samples import PICTURE_ENDINGS, read_range, sample_fields, scan_tar
 from ldmlab.errors import InputError
 
+MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
 LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
+_ORPHAN = "has no picture beside it"
 _KEY_LENGTH = 80  # tar names of the plain format end at 100 bytes
 
 
@@ -27,6 +32,7 @@ class Item:
     fields: dict[str, Any] = field(default_factory=dict)
     span: tuple[int, int] | None = None  # bytes of the sample if `path` is a tar
     fault: str | None = None  # known before it is opened
+    maps: dict[str, str] = field(default_factory=dict)  # files that lie on it, by ending: seg.png, mask.png
 
 
 @dataclass(frozen=True)
@@ -74,24 +80,16 @@ def _detect(source: Path) -> str:
         )
     if any(source.glob("*.tar")):
         return "tars"
-    pictures = list(walk_pictures(source))
+    pictures = [name for name, _ in walk_pictures(source)]
     if any((source / name).with_suffix(".txt").is_file() for name in pictures):
         return "captions"
     parents = {Path(name).parent for name in pictures}
     return "classes" if len(parents) > 1 and all(len(parent.parts) == 1 for parent in parents) else "plain"
 
 
-def walk_pictures(folder: Path) -> Iterator[str]:
-    """Names of pictures below `folder`, relative and sorted; hidden files and folders are left out."""
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in PICTURE_ENDINGS:
-                yield os.path.relpath(os.path.join(where, name), folder)
-
-
 def _folders(source: Path, layout: str) -> Source:
-    names = sorted(walk_pictures(source))
+    found = dict(walk_pictures(source))
+    names = sorted(found)
     classes = None
     if layout == "classes":
         names = [name for name in names if len(Path(name).parts) > 1]
@@ -107,7 +105,9 @@ def _folders(source: Path, layout: str) -> Source:
             fields |= {"class": top, "class_id": number[top]}
         elif layout == "captions":
             fields["caption"], fault = _caption_beside(source / name)
-        items.append(Item(key, shown, str(source / name), fields, fault=fault))
+        fault = _ORPHAN if map_ending(name) else fault
+        maps = {ending: str(source / beside) for ending, beside in found[name].items()}
+        items.append(Item(key, shown, str(source / name), fields, fault=fault, maps=maps))
     return Source(layout, items, classes)
 
 
@@ -131,15 +131,40 @@ def _table(source: Path, file_column: str | None, caption: str | None) -> Source
         caption = pick_column(rows, caption, CAPTION_COLUMNS, "--caption-field (none: no captions)", path)
     names = [str(row.get(file_column) or "") for row in rows]
     items: list[Item] = []
+    found = dict(walk_pictures(path.parent))
+    listed: set[str] = set()
     for key, name, row in zip(unique_keys(names), names, rows, strict=True):
-        fields = {"file_name": name} | {column: value for column, value in row.items() if column != file_column}
+        own = {column: row[column] for column in MAP_COLUMNS if row.get(column)}
+        fields = {"file_name": name} | {c: value for c, value in row.items() if c != file_column and c not in own}
         fault = None if name else "its row names no file"
         if caption not in (None, "none"):
             fields |= _captions(row.get(caption or ""))
             fault = fault or ("its row has no caption" if fields["caption"] is None else None)
-        items.append(Item(key, name or f"row {len(items) + 1}", str(path.parent / name), fields, fault=fault))
-    listed = {os.path.normpath(name) for name in names}
-    return Source("table", items, left_out=sum(name not in listed for name in walk_pictures(path.parent)))
+        if isinstance(fields.get("boxes"), str):
+            fields["boxes"] = _parsed(fields["boxes"])
+        beside = _beside(path.parent, name, found) | {MAP_COLUMNS[column]: str(file) for column, file in own.items()}
+        listed |= {os.path.normpath(file) for file in (name, *beside.values())}
+        maps = {ending: str(path.parent / file) for ending, file in beside.items()}
+        items.append(
+            Item(key, name or f"row {len(items) + 1}", str(path.parent / name), fields, fault=fault, maps=maps)
+        )
+    return Source("table", items, left_out=sum(name not in listed for name in found))
+
+
+def _beside(folder: Path, name: str, found: Mapping[str, dict[str, str]]) -> dict[str, str]:
+    """Maps of a picture that a row names, be it below the folder or elsewhere."""
+    if os.path.normpath(name) in found:
+        return found[os.path.normpath(name)]
+    stem = os.path.splitext(name)[0]
+    return {e: f"{stem}.{e}" for e in MAPS.values() if name and os.path.isfile(folder / f"{stem}.{e}")}
+
+
+def _parsed(text: str) -> Any:
+    """Boxes of a CSV, written as JSON; other text stays, to be refused with its picture."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _captions(value: Any) -> dict[str, Any]:
