@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, and no network."""
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +22,10 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _kept_references(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Reference statistics of tests do not lie among a person's own."""
+    folder: Path = tmp_path_factory.getbasetemp() / "references"
+    monkeypatch.setenv("LDMLAB_REFERENCES", str(folder))

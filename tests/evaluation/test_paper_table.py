@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_table import PAPER_FEATURES, Measured, paper_tables, place
+from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, Measured
+from ldmlab.evaluation.paper_table import paper_tables, place
 
 LIKE_THE_PAPER = Measured(
     method="ours",
@@ -17,6 +18,9 @@ LIKE_THE_PAPER = Measured(
     reference_split="train",
     reference_pictures=25_000,
     reference_rule="short_side_bilinear_no_antialias",
+    reference_hash="a" * 64,
+    current_hash="a" * 64,
+    sampling={"steps": 500, "eta": 0.0},
 )
 
 
@@ -38,6 +42,10 @@ def test_a_measurement_like_the_papers_is_comparable() -> None:
         ({"reference_split": "val"}, "val split"),
         ({"reference_rule": "centre"}, "rule centre"),
         ({"reference_pictures": 30_000}, "30,000 reference pictures"),
+        ({"reference_hash": None}, "does not say by hash"),
+        ({"pinned_hash": "b" * 64}, "than the protocol pins"),
+        ({"current_hash": "b" * 64}, "have changed since"),
+        ({"sampling": {"steps": 200}}, "steps 200, the paper's row has 500"),
     ],
 )
 def test_every_difference_is_a_reason(change: dict[str, object], reason: str) -> None:

@@ -10,6 +10,7 @@ from ldmlab.app.doors import run_door
 if TYPE_CHECKING:
     from ldmlab.data.shard_data import ShardData
     from ldmlab.metrics.features import FeatureExtractor
+    from ldmlab.nn.lpips import LPIPS
 
 OPENING = """usage: python evaluate.py model=RUN [protocol=name] [features=name] [key=value ...]
 
@@ -83,26 +84,32 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
     from ldmlab.app.guidance import build_guides
     from ldmlab.build import load
     from ldmlab.evaluation.evaluate import Evaluation
+    from ldmlab.evaluation.reference_statistics import statistics_folder
 
     model = load(config["model"], weights=config["weights"], device=config["device"])
     model.in_precision(config["precision"])
     model.with_guides(*build_guides(config["guidance"], model))
     extras = [(title, Path(path)) for title, path in config["pictures"]]
     data = reference_data(config, max(model.image_size)).with_task(model.diffusion.task)
-    Evaluation(model=model, data=data, rank=rank, world=world, extras=extras, **parts).run()
+    lpips = _lpips() if parts["protocol"].pairs else None
+    Evaluation(
+        model=model,
+        data=data,
+        rank=rank,
+        world=world,
+        extras=extras,
+        lpips=lpips and lpips.to(model.device),
+        reference_folder=statistics_folder() if config["keep_reference"] else None,
+        **parts,
+    ).run()
 
 
 def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
     """Reconstructions of a first stage."""
     from ldmlab.build import load_first_stage, pick_device
     from ldmlab.evaluation.reconstruction import ReconstructionEvaluation
-    from ldmlab.interop.fetch import WEIGHTS, weights_folder
-    from ldmlab.nn.lpips import LPIPS
 
     loaded = load_first_stage(config["model"], config["weights"])
-    vgg = weights_folder() / WEIGHTS["lpips"].file
-    if not vgg.exists():
-        print("LPIPS is left out: its VGG weights are not here; `ldmlab fetch lpips` brings them.", file=sys.stderr)
     ReconstructionEvaluation(
         first_stage=loaded.module.to(pick_device(config["device"])),
         info={
@@ -112,11 +119,23 @@ def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world:
             "fingerprint": loaded.fingerprint,
         },
         data=reference_data(config, loaded.image_size),
-        lpips=LPIPS(vgg) if vgg.exists() else None,
+        lpips=_lpips(),
         rank=rank,
         world=world,
         **parts,
     ).run()
+
+
+def _lpips() -> "LPIPS | None":
+    """The perceptual distance, or a word that its weights are not here."""
+    from ldmlab.interop.fetch import WEIGHTS, weights_folder
+    from ldmlab.nn.lpips import LPIPS
+
+    vgg = weights_folder() / WEIGHTS["lpips"].file
+    if vgg.exists():
+        return LPIPS(vgg)
+    print("LPIPS is left out: its VGG weights are not here; `ldmlab fetch lpips` brings them.", file=sys.stderr)
+    return None
 
 
 def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":

@@ -1,10 +1,15 @@
 """The pictures of a report: small PNG files beside metrics.json, named in it by their place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldmlab.errors import InputError
 
 FOLDER = "pictures"
 
@@ -16,6 +21,31 @@ def save_picture(out: Path, kind: str, number: int, picture: Tensor) -> str:
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     Image.fromarray(channels_last.contiguous().numpy()).save(out / name)
     return name
+
+
+def readable(pictures: Dataset[dict[str, Any]], count: int, number: int) -> Tensor:
+    """Picture `number` of a split, or the first after it that can be read."""
+    for place in range(number, number + count):
+        sample = pictures[place % count]
+        if "image" in sample:
+            return torch.as_tensor(sample["image"])
+    raise InputError(f"none of the {count} reference pictures can be read; pack them again.")
+
+
+def planned(known: Sequence[Mapping[str, Any]], count: int, size: int) -> dict[str, list[dict[str, Any]]]:
+    """`size` of the first `count`, spread evenly: a sample stands beside the real picture whose caption it got."""
+    numbers = [number * count // size for number in range(size)]
+    return {
+        kind: [
+            {
+                "number": number,
+                "file": f"{FOLDER}/{name}_{number:05d}.png",
+                "caption": str(known[number].get("caption", known[number].get("class_id", ""))),
+            }
+            for number in numbers
+        ]
+        for kind, name in (("samples", "sample"), ("real", "real"))
+    }
 
 
 def copy_pictures(out: Path, sources: Sequence[tuple[str, Path]]) -> list[dict[str, str]]:

@@ -52,6 +52,10 @@ class Derived(_Lazy):
     def __len__(self) -> int:
         return len(self._places)
 
+    def original(self, index: int) -> Fields:
+        """The picture itself, uint8 (3, H, W), with all that the task derives, such as the mask (1, H, W)."""
+        return self._dataset[self._places[index]]
+
     def at(self, index: int) -> Fields:
         """As a person would ask for it."""
         sample = self._dataset[self._places[index]]

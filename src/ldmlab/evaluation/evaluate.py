@@ -13,26 +13,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import copy_pictures, save_picture
+from ldmlab.evaluation.album import copy_pictures, planned, readable, save_picture
 from ldmlab.evaluation.category_score import CategoryScore
 from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.generate import generate
 from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.neighbours import nearest_training_pictures
+from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol, requests
 from ldmlab.evaluation.record import (
     FORMAT_VERSION,
     all_items,
+    check_reference,
     features_record,
     gathered,
     paper_record,
     reference_record,
+    throughput,
+    timed,
 )
+from ldmlab.evaluation.reference_statistics import ReferenceKey, see_reference
 from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Numbered, numbered
 from ldmlab.metrics.features import FeatureExtractor
@@ -57,38 +62,47 @@ class Evaluation:
     world: int = 1
     curves: Mapping[str, Path] = field(default_factory=dict)  # title => metrics.csv of a run
     extras: Sequence[tuple[str, Path]] = ()  # title, picture made elsewhere: sweeps, strips
+    lpips: nn.Module | None = None  # for protocol.pairs
+    reference_folder: Path | None = None  # of kept reference statistics; None: none are kept
     track: Track = lambda items, count, title: items
+    clock: list[float] = field(default_factory=list)  # seconds that each batch of samples took
 
     def run(self) -> dict[str, Any]:
         """The content of metrics.json (on every process); the first process writes the files."""
         began = time.monotonic()
         check_out(self.out)
+        check_reference(self.protocol, self.data)
         settings = self.model.resolved(self.protocol.settings())
         known = self._known(self.protocol.reference, self.protocol.reference_limit)
         asked = requests(self.protocol, self.model.reads, known)
-        seen = EvaluationPass(self.extractor, self.metrics, keep=self.protocol.neighbours > 0)
+        captions = (lambda number: str(asked[number]["caption"])) if "caption" in self.model.reads else None
+        seen = EvaluationPass(self.extractor, self.metrics, keep=self.protocol.neighbours > 0, captions=captions)
         album = self._album(known)
-        seen.add_all(self._real(album), real=True)
-        seen.add_all(self._drawn(asked, album), real=False)
+        pairs = PairedPass(self.protocol, known, self.extractor, self.lpips) if self.protocol.pairs else None
+        kept = self._see_reference(seen, album)
+        drawn = self._drawn(asked, album)
+        seen.add_all(pairs.watch(drawn) if pairs else drawn, real=False)
         counts = (sum(gathered(seen.counts[True])), sum(gathered(seen.counts[False])))
-        scores = seen.compute(counts)
+        scores = seen.compute(counts) | (pairs.scores() if pairs else {})
         result: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "protocol": self.protocol.as_plain(),
             "model": {name: value for name, value in self.model.info.items() if name != "spec"},
-            "sampling": settings.as_text() | {"pictures": counts[1], "conditions": self.protocol.conditions},
-            "reference": reference_record(self.data, self.protocol.reference, counts[0]),
+            "sampling": settings.as_text()
+            | {"pictures": counts[1], "conditions": self.protocol.conditions}
+            | throughput(counts[1], self.clock),
+            "reference": reference_record(self.data, self.protocol.reference, counts[0]) | {"kept": kept},
             "features": features_record(self.extractor),
             "scores": {name: asdict(score) for name, score in scores.items()},
+            "buckets": pairs.buckets() if pairs else {},
         }
         if self.protocol.neighbours:
             result["neighbours"] = self._neighbours(seen, asked, album)
         if self.protocol.category_field:
             result["categories"] = self._categories(known)
-        path = str(self.model.info.get("path", "this model"))
-        result["paper"] = paper_record(self.protocol, self.data, self.extractor, path, scores, counts)
         result["seconds"] = round(time.monotonic() - began, 1)
         result["provenance"] = provenance()
+        result["paper"] = paper_record(result)
         if self.rank == 0:
             self._write(result, album)
         return result
@@ -107,19 +121,23 @@ class Evaluation:
         loader = self.data.eval_loader(split, self.batch_size, self.world, self.rank, limit, kind="images")
         return self.track(loader, batches, f"real pictures ({split})")
 
-    def _real(self, album: dict[str, list[dict[str, Any]]]) -> Iterable[Numbered]:
-        shown = {item["number"] for item in album["real"]}
-        for index, pictures in numbered(self._loader(self.protocol.reference, self.protocol.reference_limit)):
-            for number, picture in zip(index.tolist(), pictures, strict=True):
-                if number in shown:
-                    save_picture(self.out, "real", number, picture)
-            yield index, pictures
+    def _see_reference(self, seen: EvaluationPass, album: dict[str, list[dict[str, Any]]]) -> bool:
+        """The real pictures to the scores, by kept features where they suffice; those of the report to its folder."""
+        split, limit = self.protocol.reference, self.protocol.reference_limit
+        if self.rank == 0:
+            dataset = self.data.held_out_dataset("images", split)
+            for item in album["real"]:
+                save_picture(self.out, "real", item["number"], readable(dataset, len(dataset), item["number"]))
+        key = ReferenceKey.of(self.data, split, limit, self.extractor)
+        return see_reference(
+            seen, key, self.reference_folder, lambda: numbered(self._loader(split, limit)), self.rank, self.world
+        )
 
     # ---- drawing
 
     def _drawn(self, asked: Sequence[Mapping[str, Any]], album: dict[str, list[dict[str, Any]]]) -> Iterable[Numbered]:
         shown = {item["number"] for item in album["samples"]}
-        for index, pictures in self._generated(asked, self.protocol.settings(), 0, "samples"):
+        for index, pictures in timed(self._generated(asked, self.protocol.settings(), 0, "samples"), self.clock):
             for number, picture in zip(index.tolist(), pictures, strict=True):
                 if number in shown:
                     save_picture(self.out, "sample", number, picture)
@@ -143,21 +161,10 @@ class Evaluation:
             yield torch.tensor(index), pictures.permute(0, 3, 1, 2)
 
     def _album(self, known: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-        """The report's pictures: sample i stands beside the real picture whose caption it was given."""
+        """The report's pictures."""
         count = min(self.protocol.samples or len(known), len(known))
         size = min(max(self.protocol.shown, self.protocol.neighbours), count)
-        spread = [number * count // size for number in range(size)]  # over the whole set, not its first pictures
-        return {
-            kind: [
-                {
-                    "number": number,
-                    "file": f"pictures/{name}_{number:05d}.png",
-                    "caption": str(known[number].get("caption", known[number].get("class_id", ""))),
-                }
-                for number in spread
-            ]
-            for kind, name in (("samples", "sample"), ("real", "real"))
-        }
+        return planned(known, count, size)
 
     # ---- what else is said about the samples
 

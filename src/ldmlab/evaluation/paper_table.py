@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -10,33 +10,14 @@ from typing import Any
 import yaml
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.paper_conditions import Measured, reasons
 
-PAPER_FEATURES = "inception-2015-12-05"
-_SAMPLES = {"uncond": 50_000, "class-cond": 50_000, "text2img": 30_000, "layout": 2048, "inpaint": 30_000}
-_SPLIT = {"uncond": "train", "class-cond": "train", "text2img": "val", "layout": "val", "inpaint": "val"}
-# Rule that prepared the reference pictures, and how many there were where a source says so.
-_RULE = {
-    "celebahq": "short_side_bilinear_no_antialias",
-    "ffhq": "short_side_bilinear_no_antialias",
-    "lsun_churches": "lsun",
-    "lsun_bedrooms": "lsun",
+# Names of our scores by the paper's columns where they differ; `first-stage` and the like are families.
+_OUR_NAMES = {
+    "first-stage": {"r_fid": "fid", "r_is": "is"},
+    "inpaint": {"lpips_mean": "lpips", "fid_2k_epoch6": "fid"},
+    "sr": {"fid_train": "fid_other_split", "samples_per_second": "pictures_per_second"},
 }
-_REFERENCE_PICTURES = {"celebahq": 25_000, "ffhq": 60_000, "mscoco": 30_000}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a comparison needs to know about our own numbers."""
-
-    method: str
-    values: Mapping[str, float]  # fid, is, precision, recall, ...
-    dataset: str | None
-    picture_size: int  # px
-    samples: int
-    features: str  # the extractor's name
-    reference_split: str
-    reference_pictures: int
-    reference_rule: str | None  # crop and resize rule of the manifest
 
 
 @dataclass(frozen=True)
@@ -50,6 +31,9 @@ class PaperTable:
     ours: tuple[str, Mapping[str, str]]
     reasons: tuple[str, ...]
     origin: str
+    against: str | None = None  # method of the paper's own row that deltas count from
+    deltas: Mapping[str, str] = field(default_factory=dict)  # ours - theirs, with its sign
+    directions: Mapping[str, str] = field(default_factory=dict)  # lower | higher | info
 
     @property
     def comparable(self) -> bool:
@@ -64,8 +48,8 @@ def paper_tables() -> dict[str, dict[str, Any]]:
     return content["tables"] | content["extra"]
 
 
-def place(name: str, measured: Measured) -> PaperTable:
-    """Our row in the table `name`."""
+def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
+    """Our row in the table `name`, counted against its row with the id `row`."""
     known = paper_tables()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -73,15 +57,48 @@ def place(name: str, measured: Measured) -> PaperTable:
         raise InputError(f"protocol.paper_table={name} is no table of the paper; {hint}")
     table = known[name]
     columns = tuple(key for key in table["directions"] if not key.endswith("_std") and key != "n_params")
+    columns = tuple(column for column in columns if column != "lpips_std")
+    found = _our_values(name, columns, ours)
+    against = _row(name, table, row)
     return PaperTable(
         name=name,
         title=f"{table['title']} ({table['paper_table']})" if "paper_table" in table else table["title"],
         columns=columns,
-        rows=tuple((row["method"], row["is_ldm"], _printed(row, columns)) for row in table["rows"]),
-        ours=(measured.method, {c: f"{measured.values[c]:.4g}" for c in columns if c in measured.values}),
-        reasons=_reasons(name, table, measured),
+        rows=tuple((entry["method"], entry["is_ldm"], _printed(entry, columns)) for entry in table["rows"]),
+        ours=(ours.method, {column: text for column, (_, text) in found.items()}),
+        reasons=reasons(name, table, ours, against),
         origin=table["origin"],
+        against=None if against is None else against["method"],
+        deltas={} if against is None else _deltas(found, against["metrics"]),
+        directions={column: table["directions"][column] for column in columns},
     )
+
+
+def _our_values(name: str, columns: tuple[str, ...], ours: Measured) -> dict[str, tuple[float, str]]:
+    """By column our number, and as it is printed, with its spread."""
+    names = _OUR_NAMES.get(name.split("/")[0], {})
+    found = {}
+    for column in columns:
+        key = names.get(column, column)
+        if (value := ours.values.get(key)) is not None:
+            spread = ours.spreads.get(key)
+            found[column] = value, f"{value:.4g}" if spread is None else f"{value:.4g} ± {spread:.2g}"
+    return found
+
+
+def _row(name: str, table: Mapping[str, Any], row: str | None) -> Mapping[str, Any] | None:
+    """The row asked for, or the paper's own where there is just one."""
+    if row is not None:
+        by_id = {entry["id"]: entry for entry in table["rows"]}
+        if row not in by_id:
+            raise InputError(f"protocol.paper_row={row} is no row of {name}, which has {', '.join(by_id)}.")
+        return by_id[row]
+    own = [entry for entry in table["rows"] if entry["is_ldm"]]
+    return own[0] if len(own) == 1 else None
+
+
+def _deltas(found: Mapping[str, tuple[float, str]], theirs: Mapping[str, float]) -> dict[str, str]:
+    return {column: f"{value - theirs[column]:+.3g}" for column, (value, _) in found.items() if column in theirs}
 
 
 def _printed(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, str]:
@@ -94,32 +111,3 @@ def _printed(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, str]
             spread = metrics.get(f"{column}_std")
             shown[column] = text if spread is None else f"{text} ± {spread}"
     return shown
-
-
-def _reasons(name: str, table: Mapping[str, Any], measured: Measured) -> tuple[str, ...]:
-    """Every known difference between the paper's measurement and ours."""
-    family, dataset = name.split("/")[0], table.get("dataset")
-    found = []
-    if dataset and measured.dataset != dataset:
-        found.append(f"other data: {measured.dataset or 'not named'}, the paper's is {dataset}")
-    if (size := table.get("resolution")) and measured.picture_size != size:
-        found.append(f"{measured.picture_size} px pictures, the paper's have {size} px")
-    if (samples := _SAMPLES.get(family)) and measured.samples != samples:
-        found.append(f"{measured.samples:,} samples, the paper drew {samples:,}")
-    if measured.features != PAPER_FEATURES:
-        found.append(f"features of {measured.features}, the paper's are of {PAPER_FEATURES}")
-    if (split := _SPLIT.get(family)) and measured.reference_split != split:
-        found.append(f"compared with the {measured.reference_split} split, the paper with {split}")
-    if not found:  # the same data set by name: is it prepared as the paper's was?
-        found += _preparation(str(dataset), measured)
-    return tuple(found)
-
-
-def _preparation(dataset: str, measured: Measured) -> list[str]:
-    rule, pictures = _RULE.get(dataset), _REFERENCE_PICTURES.get(dataset)
-    found = []
-    if rule and measured.reference_rule != rule:
-        found.append(f"reference prepared by the rule {measured.reference_rule}, the paper's by {rule}")
-    if pictures and measured.reference_pictures != pictures:
-        found.append(f"{measured.reference_pictures:,} reference pictures, the paper's list has {pictures:,}")
-    return found

@@ -1,7 +1,7 @@
 """What a score is measured on: one object a protocol, written whole into every result."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ldmlab.errors import InputError
@@ -9,6 +9,7 @@ from ldmlab.evaluation.conditions import Repeated
 from ldmlab.evaluation.settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
+_OF_THE_DATA = frozenset({"masks", "captions", "labels", "posterior", "psim", "psnr", "epoch"})  # open too
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,15 @@ class Protocol:
     neighbours: int = 0  # samples shown beside their nearest training pictures
     shown: int = 40  # samples in the report's grid
     paper_table: str | None = None  # of the paper's tables
+    paper_row: str | None = None  # id of its row that ours is counted against
     dataset: str | None = None  # name of the data set that the reference shards hold
+    feature_network: str | None = None  # name of the extractor it asks for; another one is marked
+    reference_rule: str | None = None  # crop and resize rule that made the reference shards; another is refused
+    reference_hash: str | None = None  # manifest hash of the reference shards, to pin a set; another is refused
+    pairs: bool = False  # each sample against the picture whose condition it was given: PSNR, SSIM, LPIPS
+    mask_buckets: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name => share of the hole [low, high)
+    bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
+    leaves_open: Mapping[str, str] = field(default_factory=dict)  # field => what the paper leaves open, what is chosen
 
     def __post_init__(self) -> None:
         if self.reference not in ("train", "val"):
@@ -44,6 +53,22 @@ class Protocol:
             raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
         if self.samples is not None and self.samples < 2:
             raise InputError(f"protocol.samples={self.samples} is too few to score; choose at least 2.")
+        if self.mask_buckets and not self.pairs:
+            raise InputError(
+                "protocol.mask_buckets compares samples with their originals; set protocol.pairs=true too."
+            )
+        if self.pairs and self.conditions != "reference":
+            raise InputError(
+                f"protocol.conditions={self.conditions} has no picture to set beside a sample, which protocol.pairs "
+                "needs; choose protocol.conditions=reference."
+            )
+        if unknown := sorted(self.bucket_tables.keys() - self.mask_buckets.keys()):
+            raise InputError(f"protocol.bucket_tables names {', '.join(unknown)}, which no protocol.mask_buckets is.")
+        for name, bounds in self.mask_buckets.items():
+            if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+                raise InputError(f"protocol.mask_buckets.{name}={list(bounds)} is no range; give [low, high].")
+        if lost := sorted(self.leaves_open.keys() - {item.name for item in fields(self)} - _OF_THE_DATA):
+            raise InputError(f"protocol.leaves_open names {', '.join(lost)}, which is no field of a protocol.")
         if (self.conditions == "balanced_classes") != (self.classes is not None):
             raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
 

@@ -17,6 +17,7 @@ from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.record import (
     FORMAT_VERSION,
     all_items,
+    check_reference,
     features_record,
     gathered,
     paper_record,
@@ -26,15 +27,16 @@ from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Score
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.reconstruction import ReconstructionMeasures
+from ldmlab.nn.lpips import LPIPS
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.provenance import provenance
 
-_SPREADS = {"psnr": "psnr_std"}
+_SPREADS = {name: f"{name}_std" for name in ("psnr", "ssim", "lpips", "psim")}
 
 
 @dataclass
 class ReconstructionEvaluation:
-    """PSNR, SSIM, LPIPS where its weights are there, and feature distances; KL models by the posterior's mean."""
+    """PSNR, SSIM, with VGG's weights LPIPS and PSIM, and feature distances; KL models by the posterior's mean."""
 
     first_stage: nn.Module
     info: Mapping[str, Any]  # path, weights, step, fingerprint
@@ -42,7 +44,7 @@ class ReconstructionEvaluation:
     protocol: Protocol
     extractor: FeatureExtractor
     metrics: Mapping[str, Metric]
-    lpips: nn.Module | None
+    lpips: LPIPS | None
     out: Path
     batch_size: int = 32
     rank: int = 0
@@ -54,7 +56,10 @@ class ReconstructionEvaluation:
     def run(self) -> dict[str, Any]:
         """The content of metrics.json (on every process), which the first process writes with the report."""
         began = time.monotonic()
-        measures = ReconstructionMeasures(self.data.object_background, self.lpips)
+        check_reference(self.protocol, self.data)
+        measures = ReconstructionMeasures(
+            self.data.object_background, self.lpips, None if self.lpips is None else self.lpips.unweighted
+        )
         seen = EvaluationPass(self.extractor, self.metrics)
         mine: list[tuple[int, str, str, str]] = []  # of this process: number, files of both pictures, caption
         limit = self.protocol.reference_limit
@@ -74,6 +79,7 @@ class ReconstructionEvaluation:
         result = self._result(measures.compute(), seen, sum(gathered(seen.counts[True])), _album(mine))
         result["seconds"] = round(time.monotonic() - began, 1)
         result["provenance"] = provenance()
+        result["paper"] = paper_record(result)
         if self.rank == 0:
             text = json.dumps(result, indent=1, ensure_ascii=False)
             (self.out / "metrics.json").write_text(text, encoding="utf-8")
@@ -104,7 +110,6 @@ class ReconstructionEvaluation:
             for name, value in found.items()
             if name not in _SPREADS.values()
         } | seen.compute((pictures, pictures))
-        path = str(self.info["path"])
         return {
             "format_version": FORMAT_VERSION,
             "protocol": self.protocol.as_plain(),
@@ -113,7 +118,6 @@ class ReconstructionEvaluation:
             "reference": reference_record(self.data, self.protocol.reference, pictures),
             "features": features_record(self.extractor),
             "scores": {name: asdict(score) for name, score in scores.items()},
-            "paper": paper_record(self.protocol, self.data, self.extractor, path, scores, (pictures, pictures)),
             "pictures": {**album, "extras": []},
         }
 

@@ -1,18 +1,20 @@
 """What every result writes down of itself: the pictures it compared with, the features it looked through, its place
 in the paper's table."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ldmlab.data.shard_data import ShardData
-from ldmlab.evaluation.paper_table import Measured, place
+from ldmlab.errors import InputError
+from ldmlab.evaluation.paper_conditions import measured
+from ldmlab.evaluation.paper_table import place
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.score import Score
 from ldmlab.metrics.features import FeatureExtractor
 
 FORMAT_VERSION = 1
@@ -29,6 +31,7 @@ def reference_record(data: ShardData, split: str, pictures: int) -> dict[str, An
         "manifest_hash": manifest.hash,
         "transform": manifest.transform,
         "image_size": data.image_size,
+        "task": None if data.task is None else repr(data.task.held_out),
         "source": manifest.source,
     }
 
@@ -38,30 +41,54 @@ def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
     return {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
 
 
-def paper_record(
-    protocol: Protocol,
-    data: ShardData,
-    extractor: FeatureExtractor,
-    path: str,  # of the model
-    scores: Mapping[str, Score],
-    counts: tuple[int, int],  # real and generated pictures
-) -> dict[str, Any] | None:
+def check_reference(protocol: Protocol, data: ShardData) -> None:
+    """Refuse reference pictures that were prepared otherwise than the protocol asks, or are not the ones it pins."""
+    folder, manifest = data.folder(protocol.reference, "images"), data.manifest(protocol.reference, "images")
+    rule = manifest.transform.get("rule")
+    if protocol.reference_rule is not None and rule != protocol.reference_rule:
+        raise InputError(
+            f"the reference pictures in {folder} were prepared by the rule {rule}, but "
+            f"protocol={protocol.name} compares with {protocol.reference_rule}; pack them with "
+            f"--crop {protocol.reference_rule}, or set protocol.reference_rule=null for a score that is marked."
+        )
+    if protocol.reference_hash is not None and manifest.hash != protocol.reference_hash:
+        raise InputError(
+            f"the reference pictures in {folder} have the manifest hash {manifest.hash[:12]}..., but "
+            f"protocol.reference_hash={protocol.reference_hash[:12]}...; give the pinned set, or set it to null."
+        )
+
+
+def paper_record(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """The paper's table with our row, and what keeps it from being compared; None for a protocol without a table."""
-    if protocol.paper_table is None:
+    name = result["protocol"].get("paper_table")
+    if name is None:
         return None
-    measured = Measured(
-        method=Path(path).name,
-        values={name: score.value for name, score in scores.items()},
-        dataset=protocol.dataset,
-        picture_size=data.image_size,
-        samples=counts[1],
-        features=extractor.name,
-        reference_split=protocol.reference,
-        reference_pictures=counts[0],
-        reference_rule=data.manifest(protocol.reference, "images").transform.get("rule"),
-    )
-    table = place(protocol.paper_table, measured)
+    table = place(name, measured(result), result["protocol"].get("paper_row"))
     return asdict(table) | {"comparable": table.comparable}
+
+
+def timed(items: Iterable[T], clock: list[float]) -> Iterator[T]:
+    """The same items; `clock` gets the seconds that each was waited for."""
+    stream = iter(items)
+    while True:
+        began = time.monotonic()
+        try:
+            item = next(stream)
+        except StopIteration:
+            return
+        clock.append(time.monotonic() - began)
+        yield item
+
+
+def throughput(pictures: int, clock: Sequence[float]) -> dict[str, Any]:
+    """Pictures a second over all processes while samples were drawn, and what drew them."""
+    slowest = max(gathered(sum(clock)))
+    rate = float(f"{pictures / slowest:.4g}") if slowest > 0 else None
+    return {"pictures_per_second": rate, "processes": len(gathered(0)), "hardware": _hardware()}
+
+
+def _hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def gathered(mine: T) -> list[T]:

@@ -7,7 +7,9 @@ from typing import Any
 
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.evaluation.report_formats import FORMATS, as_markdown
 from ldmlab.evaluation.report_html import comparison_page, evaluation_page
+from ldmlab.evaluation.report_table import comparison_tables, folder_name, paper_report
 
 # Name shown, direction, and what the number says.
 MEANING = {
@@ -60,10 +62,20 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     rows = {title(result): score_rows(result) for result in results}
     if len(rows) < len(results):
         rows = {result["folder"]: score_rows(result) for result in results}
-    _write(out / "report.html", comparison_page(results, list(rows), list(rows.values())))
-    lines = ["# Comparison", "", *comparison_table(rows)]
-    _write(out / "report.md", "\n".join(lines) + "\n")
+    tables = comparison_tables(results, list(rows), list(rows.values()))
+    _write(out / "report.html", comparison_page(results, list(rows), [*paper_report(results), *tables]))
+    _write(out / "report.md", "# Comparison\n\n" + as_markdown([*paper_report(results), *tables]))
     return out / "report.html"
+
+
+def printed_tables(folders: Sequence[Path], form: str, table: str | None = None) -> str:
+    """The paper's tables with our rows, then the evaluations beside one another; form: text | md | latex | html."""
+    results = list({result["folder"]: result for result in map(read_evaluation, folders)}.values())
+    tables = paper_report(results, table)
+    if table is None:
+        scores = [score_rows(result) for result in results]
+        tables += comparison_tables(results, [folder_name(result) for result in results], scores)
+    return FORMATS[form](tables)
 
 
 def _write(path: Path, text: str) -> None:
@@ -123,33 +135,20 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"| {seen['samples_right']} of {seen['samples']} |"
             for row, seen in zip(categories["by_category"], categories["training_captions"]["by_category"], strict=True)
         ]
-    if paper := result.get("paper"):
-        lines += ["", f"## {paper['title']}", "", *_paper_lines(paper)]
+    if tables := paper_report([result]):
+        lines += ["", "## The paper's tables", "", *as_markdown(tables).splitlines()]
+    lines += _open_lines(result["protocol"].get("leaves_open") or {})
     lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in settings_rows(result)]
     return "\n".join(lines) + "\n"
 
 
-def _paper_lines(paper: Mapping[str, Any]) -> list[str]:
-    columns = paper["columns"]
-    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for method, _, values in paper["rows"]:
-        lines.append(f"| {method} | {' | '.join(values.get(c, '-') for c in columns)} |")
-    method, values = paper["ours"]
-    word = "" if paper["comparable"] else " (NOT comparable)"
-    lines.append(f"| **{method}**{word} | {' | '.join(values.get(c, '-') for c in columns)} |")
-    return [*lines, "", *([f"Not comparable: {'; '.join(paper['reasons'])}."] if paper["reasons"] else [])]
-
-
-def comparison_table(rows: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
-    """Scores of several evaluations, one line each."""
-    names = list(dict.fromkeys(row["name"] for found in rows.values() for row in found))
-    shown = [MEANING.get(name, (name,))[0] for name in names]
-    lines = [f"| evaluation | {' | '.join(shown)} |", "|---" * (len(names) + 1) + "|"]
-    for run, found in rows.items():
-        values = {row["name"]: row["value"] for row in found}
-        lines.append(f"| {run} | {' | '.join(values.get(name, '-') for name in names)} |")
-    return lines
+def _open_lines(leaves_open: Mapping[str, str]) -> list[str]:
+    """What the paper does not fix."""
+    if not leaves_open:
+        return []
+    lines = ["", "## What the paper leaves open", "", "| setting | here |", "|---|---|"]
+    return lines + [f"| {name} | {text} |" for name, text in leaves_open.items()]
 
 
 def settings_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.evaluation.curves import charts
+from ldmlab.evaluation.report_formats import html_table
 from ldmlab.evaluation.report_style import STYLE
+from ldmlab.evaluation.report_table import ReportTable
 
 Rows = Sequence[Mapping[str, str]]
 _ARROW = {"lower": "↓", "higher": "↑", "info": ""}
@@ -25,7 +27,9 @@ def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> st
         _neighbours(result, folder),
         _extras(result, folder),
         _curves(result, folder),
+        _buckets(result),
         _paper(result),
+        _open(result),
         _settings(settings_rows(result)),
     ]
     return page(title(result), _lead(result), sections)
@@ -44,22 +48,15 @@ def _lead(result: Mapping[str, Any]) -> str:
     )
 
 
-def comparison_page(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Rows]) -> str:
-    """Several evaluations: scores in one table, then a row of samples of each."""
-    columns = {row["name"]: row["shown"] + " " + _ARROW[row["direction"]] for rows in scores for row in rows}
-    head = "".join(f"<th>{escape(shown)}</th>" for shown in columns.values())
-    body = []
-    for name, rows in zip(names, scores, strict=True):
-        values = {row["name"]: row["value"] for row in rows}
-        cells = "".join(f"<td>{escape(values.get(column, '–'))}</td>" for column in columns)
-        body.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
-    table = f'<table class="numbers"><tr><th>evaluation</th>{head}</tr>{"".join(body)}</table>'
-    sections = [_section("Scores", table)]
+def comparison_page(results: Sequence[Mapping[str, Any]], names: Sequence[str], tables: Sequence[ReportTable]) -> str:
+    """Several evaluations: a table for each measurement, then a row of samples of each."""
+    sections = [f"<section>{html_table(table)}</section>" for table in tables]
     for name, result in zip(names, results, strict=True):
         cards = [
-            _card(Path(result["folder"]), [item["file"]], item["caption"]) for item in result["pictures"]["samples"]
+            _card(Path(result["folder"]), [item["file"]], item["caption"])
+            for item in result["pictures"]["samples"][:16]
         ]
-        sections.append(_section(name, f'<div class="cards">{"".join(cards[:16])}</div>'))
+        sections.append(_section(name, f'<div class="cards">{"".join(cards)}</div>'))
     return page("Comparison", f"{len(results)} evaluations side by side.", sections)
 
 
@@ -210,27 +207,40 @@ def _curves(result: Mapping[str, Any], folder: Path) -> str:
 
 
 def _paper(result: Mapping[str, Any]) -> str:
-    paper = result.get("paper")
-    if not paper:
-        return ""
-    columns = paper["columns"]
-    head = "".join(f"<th>{escape(column.upper())}</th>" for column in columns)
+    from ldmlab.evaluation.report_table import paper_report
+
+    tables = paper_report([result])
+    comparable = bool((result.get("paper") or {}).get("comparable"))
+    note = "Our row meets every condition of the paper's measurement that is known." if comparable else ""
+    stamp = "" if comparable or not tables else '<p><em class="stamp">not comparable</em></p>'
+    return _section("The paper's tables", stamp + "".join(map(html_table, tables)), note) if tables else ""
+
+
+def _buckets(result: Mapping[str, Any]) -> str:
+    """Scores by size of the hole."""
+    buckets = result.get("buckets") or {}
+    columns = list(dict.fromkeys(name for bucket in buckets.values() for name in bucket["scores"]))
     lines = [
-        f'<tr class="{"ldm" if is_ldm else ""}"><td>{escape(method)}</td>{_cells(values, columns)}</tr>'
-        for method, is_ldm, values in paper["rows"]
+        f"<tr><td>{bucket['hole'][0]:.0%} to {bucket['hole'][1]:.0%}</td><td>{bucket['pictures']:,}</td>"
+        + "".join(f"<td>{_score_of(bucket['scores'].get(column))}</td>" for column in columns)
+        + "</tr>"
+        for bucket in buckets.values()
     ]
-    method, values = paper["ours"]
-    word = "" if paper["comparable"] else ' <em class="stamp">not comparable</em>'
-    lines.append(f'<tr class="ours"><td>{escape(method)}{word}</td>{_cells(values, columns)}</tr>')
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in paper["reasons"])
-    note = "Our row meets every condition of the paper's measurement that is known." if paper["comparable"] else ""
-    why = f"<p>Our row cannot be set beside the others:</p><ul>{reasons}</ul>" if reasons else ""
-    table = f'<table class="numbers"><tr><th>method</th>{head}</tr>{"".join(lines)}</table>{why}'
-    return _section(f"The paper's table: {paper['title']}", table, note)
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    table = f'<table class="numbers"><tr><th>hole</th><th>pictures</th>{head}</tr>{"".join(lines)}</table>'
+    note = "Each size is compared with its own originals alone, so its distance rests on fewer pictures."
+    return _section("By size of the hole", table if buckets else "", note)
 
 
-def _cells(values: Mapping[str, str], columns: Sequence[str]) -> str:
-    return "".join(f"<td>{escape(values.get(column, '–'))}</td>" for column in columns)
+def _score_of(score: Mapping[str, Any] | None) -> str:
+    return "–" if score is None else f"{score['value']:.4g}"
+
+
+def _open(result: Mapping[str, Any]) -> str:
+    """What the paper does not fix."""
+    rows = (result["protocol"].get("leaves_open") or {}).items()
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in rows)
+    return _section("What the paper leaves open, and what is chosen here", f"<table>{body}</table>" if body else "")
 
 
 def _settings(rows: Sequence[tuple[str, str]]) -> str:

@@ -1,0 +1,127 @@
+"""Samples beside the pictures whose condition they were given: PSNR, SSIM, LPIPS, and all scores by size of the hole.
+
+As LaMa's evaluation does it: a picture belongs to the bucket [low, high) that the mean of its mask lies in, and a
+bucket's Frechet distance rests on that bucket's originals alone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.conditions import Derived
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.record import gathered
+from ldmlab.evaluation.score import EvaluationPass, Numbered, Score
+from ldmlab.metrics.features import FeatureExtractor
+from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.metrics.reconstruction import ReconstructionMeasures
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]  # LPIPS: two batches in [-1, 1] => (B,)
+
+
+class Bucket:
+    """The pictures whose hole has a share in [low, high)."""
+
+    def __init__(self, bounds: tuple[float, float], extractor: FeatureExtractor, lpips: Perceptual | None) -> None:
+        self.low, self.high = bounds
+        metrics: dict[str, Metric] = {"fid": FrechetDistance(extractor.width, small_sample=True)}
+        self.seen = EvaluationPass(extractor, metrics)
+        self.measures = ReconstructionMeasures(None, lpips)
+
+    def add(self, index: Tensor, originals: Tensor, drawn: Tensor, share: Tensor) -> None:
+        """A batch, of which those in the bucket count."""
+        inside = (share >= self.low) & (share < self.high)
+        if inside.any():
+            self.seen.add(originals[inside], True, index[inside])
+            self.seen.add(drawn[inside], False, index[inside])
+            self.measures.update(originals[inside], drawn[inside])
+
+    def result(self) -> dict[str, Any]:
+        """Its pictures and scores over all processes; no distance of less than two pictures."""
+        count = sum(gathered(self.seen.counts[True]))
+        scores = pair_scores(self.measures) if count else {}
+        if count > 1:
+            scores |= self.seen.compute((count, count))
+        return {
+            "hole": [self.low, self.high],
+            "pictures": count,
+            "scores": {name: asdict(score) for name, score in scores.items()},
+        }
+
+
+class PairedPass:
+    """Watches the stream of samples and looks up the original of each."""
+
+    def __init__(
+        self, protocol: Protocol, known: Any, extractor: FeatureExtractor, lpips: nn.Module | None = None
+    ) -> None:
+        if not isinstance(known, Derived):
+            raise InputError(
+                "protocol.pairs compares each sample with the picture it was made from, but this model has no task "
+                "that starts from a picture; set protocol.pairs=false and protocol.mask_buckets={}."
+            )
+        self._known = known
+        distance = None if lpips is None else _on_its_device(lpips)
+        self._measures = ReconstructionMeasures(None, distance)
+        self._buckets = {
+            name: Bucket((bounds[0], bounds[1]), extractor, distance) for name, bounds in protocol.mask_buckets.items()
+        }
+
+    def watch(self, stream: Iterable[Numbered]) -> Iterable[Numbered]:
+        """The same stream."""
+        for index, drawn in stream:
+            self.add(index, drawn)
+            yield index, drawn
+
+    def add(self, index: Tensor, drawn: Tensor) -> None:
+        """Samples uint8 (B, 3, H, W) with their numbers (B,)."""
+        originals = [self._known.original(number % len(self._known)) for number in index.tolist()]
+        pictures = torch.stack([torch.as_tensor(original["image"]) for original in originals])
+        if pictures.shape != drawn.shape:
+            raise InputError(
+                f"samples of {tuple(drawn.shape[2:])} px cannot be set beside pictures of "
+                f"{tuple(pictures.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
+            )
+        self._measures.update(pictures, drawn)
+        if self._buckets:
+            masks = [torch.as_tensor(self._mask(original)) for original in originals]
+            share = torch.stack([(mask > 0).float().mean() for mask in masks])
+            for bucket in self._buckets.values():
+                bucket.add(index, pictures, drawn, share)
+
+    def scores(self) -> dict[str, Score]:
+        """Over all samples of all processes."""
+        return pair_scores(self._measures)
+
+    def buckets(self) -> dict[str, Any]:
+        """By size of the hole."""
+        return {name: bucket.result() for name, bucket in self._buckets.items()}
+
+    @staticmethod
+    def _mask(original: Mapping[str, Any]) -> Any:
+        if "mask" not in original:
+            raise InputError("protocol.mask_buckets needs pictures with a mask; set it to {} for this model's task.")
+        return original["mask"]
+
+
+def pair_scores(measures: ReconstructionMeasures) -> dict[str, Score]:
+    """Numbers with the deviation over pictures where it is known."""
+    found = measures.compute()
+    names = [name for name in found if not name.endswith("_std")]
+    return {name: Score(float(found[name]), _number(found.get(f"{name}_std"))) for name in names}
+
+
+def _on_its_device(lpips: nn.Module) -> Perceptual:
+    """Takes and gives tensors of the CPU, wherever the network is."""
+    device = next((tensor.device for tensor in chain(lpips.parameters(), lpips.buffers())), torch.device("cpu"))
+    return lambda first, second: lpips(first.to(device), second.to(device)).cpu()
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,167 @@
+"""Our rows in the paper's tables, in every format, and which evaluations may share a table."""
+
+import re
+from copy import deepcopy
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.paper_conditions import PAPER_FEATURES
+from ldmlab.evaluation.report_formats import FORMATS, latex
+from ldmlab.evaluation.report_table import comparable_groups, comparison_tables, paper_report
+
+
+def result(**change: Any) -> dict[str, Any]:
+    """An evaluation of FFHQ as the paper did it; `change`: reference__pictures=5 and the like."""
+    content: dict[str, Any] = {
+        "protocol": {"name": "paper_ffhq", "paper_table": "uncond/ffhq-256", "dataset": "ffhq"},
+        "model": {"path": "runs/my_50%_run", "weights": "averaged", "step": 100},
+        "sampling": {"pictures": 50_000, "steps": 200, "eta": 1.0, "guidance": 1.0, "seed": 0, "sampler": "ddim"},
+        "reference": {
+            "split": "train",
+            "pictures": 60_000,
+            "manifest_hash": "c" * 64,
+            "transform": {"rule": "short_side_bilinear_no_antialias"},
+            "image_size": 256,
+        },
+        "features": {"name": PAPER_FEATURES, "weights_hash": "d" * 16},
+        "scores": {
+            "fid": {"value": 4.5, "spread": None, "marks": []},
+            "precision": {"value": 0.75, "spread": 0.01, "marks": []},
+        },
+        "provenance": {"command": "python evaluate.py model=x | tee", "commit": "abc", "packages": {"torch": "2"}},
+    }
+    content = deepcopy(content)
+    for path, value in change.items():
+        group, name = path.split("__")
+        content[group][name] = value
+    return content
+
+
+def test_ours_stands_below_theirs_with_its_distance() -> None:
+    (table,) = paper_report([result()])
+    ours = table.rows[-1]
+    assert (ours.method, ours.mark) == ("my_50%_run", "")
+    assert ours.cells == ("4.5 (-0.48)", "0.75 ± 0.01 (+0.02)", "–")
+    assert table.columns == ("fid ↓", "precision ↑", "recall ↑")
+    notes = " ".join(table.notes)
+    for words in ("python evaluate.py model=x", "commit abc", "steps=200", "eta=1.0", "cccccccccccc", "dddddddd"):
+        assert words in notes
+    assert "ours minus LDM-4" in notes
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reference__manifest_hash": None}, "does not say by hash"),
+        ({"protocol__reference_hash": "e" * 64}, "than the protocol pins"),
+        ({"reference__pictures": 500}, "500 reference pictures"),
+        ({"sampling__steps": 50}, "steps 50"),
+    ],
+)
+def test_a_result_of_another_reference_is_marked(change: dict[str, Any], reason: str) -> None:
+    (table,) = paper_report([result(), result(**change)])
+    assert [row.mark for row in table.rows[-2:]] == ["", "†2"]
+    assert any(note.startswith("†2") and reason in note for note in table.notes)
+
+
+def test_shards_that_changed_since_are_noticed(tmp_path: Any) -> None:
+    import sys
+    from pathlib import Path
+
+    sys.path.append(str(Path(__file__).parents[1] / "data"))
+    from shard_maker import write_shards
+
+    manifest = write_shards(tmp_path / "train", [4], size=8)
+    told = {"reference__folder": str(tmp_path / "train"), "reference__manifest_hash": manifest.hash}
+    assert paper_report([result(**told)])[0].rows[-1].mark == ""
+    write_shards(tmp_path / "other", [5], size=8)
+    told["reference__folder"] = str(tmp_path / "other")
+    table = paper_report([result(**told)])[0]
+    assert any("have changed since" in note for note in table.notes)
+
+
+def test_the_row_that_ours_is_counted_against_can_be_chosen_and_is_checked() -> None:
+    base = {"protocol__paper_table": "class-cond/imagenet-256", "protocol__dataset": "imagenet"}
+    table = paper_report([result(**base, protocol__paper_row="ldm-4-g-1.5")])[0]
+    assert table.rows[-1].cells[0] == "4.5 (+0.9)"
+    assert any("guidance 1, the paper's row has 1.5" in note for note in table.notes)
+    assert paper_report([result(**base)])[0].rows[-1].cells[0] == "4.5"
+    with pytest.raises(InputError, match="did you mean uncond/ffhq-256"):
+        paper_report([result()], "uncond/ffhq-25")
+
+
+def test_a_size_of_hole_stands_in_its_own_table() -> None:
+    scores = {"fid": {"value": 12.0, "spread": None}, "lpips": {"value": 0.25, "spread": 0.02}}
+    given = result(
+        protocol__paper_table="inpaint/places-all",
+        protocol__bucket_tables={"hole_40_50": "inpaint/places-40-50", "hole_00_10": "inpaint/places-40-50"},
+    )
+    given["buckets"] = {
+        "hole_40_50": {"hole": [0.4, 0.5], "pictures": 90, "scores": scores},
+        "hole_00_10": {"hole": [0.0, 0.1], "pictures": 0, "scores": {}},
+    }
+    whole, part = paper_report([given])
+    assert "all samples" in whole.title
+    assert part.rows[-1].method == "my_50%_run, hole_40_50"
+    assert part.rows[-1].cells == ("12", "0.25 ± 0.02")
+
+
+class Tags(HTMLParser):
+    """Tags that are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_every_format_holds_everything(form: str) -> None:
+    tables = paper_report([result(), result(sampling__steps=50)])
+    text = FORMATS[form](tables)
+    for words in ("ProjectedGAN", "LDM-4", "4.5 (-0.48)", "0.73", "steps 50"):
+        assert words in text
+    if form == "html":
+        tags = Tags()
+        tags.feed(text)
+        assert tags.open == []
+        assert "http" not in text
+    if form == "md":
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
+    if form == "text":
+        body = [line for line in text.splitlines() if line.startswith(("> ", "* ", "  "))]
+        assert len({len(line) for line in body if line.startswith(">")}) == 1
+
+
+def test_latex_escapes_what_it_would_read() -> None:
+    text = FORMATS["latex"](paper_report([result()]))
+    assert r"my\_50\%\_run" in text
+    assert text.count(r"\begin") == text.count(r"\end") == 2
+    assert not re.search(r"[↓↑–±†]", re.sub(r"^%.*$", "", text, flags=re.MULTILINE))
+    assert latex("a^b~\\") == r"a\textasciicircum{}b\textasciitilde{}\textbackslash{}"
+
+
+def test_only_equal_measurements_share_a_table() -> None:
+    results = [
+        result(),
+        result(reference__manifest_hash="f" * 64),
+        result(sampling__steps=10),
+        result(reference__manifest_hash=None) | {"folder": "x"},
+        result(reference__manifest_hash=None) | {"folder": "y"},
+        result(features__weights_hash="e" * 16),
+    ]
+    assert comparable_groups(results) == [[0, 2], [1], [3], [4], [5]]
+    rows = [{"name": "fid", "shown": "FID", "direction": "lower", "value": "4.5"}]
+    tables = comparison_tables(results, list("abcdef"), [rows] * 6)
+    assert [[row.method for row in table.rows] for table in tables] == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
+    assert "not recorded" in tables[2].title
