@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,31 @@ def test_what_fails_is_made_again(tmp_path: Path) -> None:
 
     assert once(tmp_path / "part", "mark", finish)
     assert not once(tmp_path / "part", "mark", finish)
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_part_that_another_job_makes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = [sys.executable, "-c", HOLD, str(tmp_path / ".part.lock")]
+    with subprocess.Popen(job, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+
+        def finish_the_other(seconds: float) -> None:
+            (tmp_path / "part").mkdir()
+            (tmp_path / "part" / "mark").write_text("")
+            other.communicate()
+
+        monkeypatch.setattr("ldmlab.app.sweep_cache.time.sleep", finish_the_other)
+        assert not once(tmp_path / "part", "mark", lambda: pytest.fail("made a second time"))
+    assert "waiting for it" in capsys.readouterr().err

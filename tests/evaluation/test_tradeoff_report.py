@@ -1,0 +1,128 @@
+"""The comparison's page from records written by hand: means over seeds, axes, refusals."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmlab.app import cli
+from ldmlab.errors import InputError
+from ldmlab.evaluation.trade_curves import RECORD, by_factor, read_job, trained_seconds
+from ldmlab.evaluation.tradeoff import SAMPLING, TRAINING, write_tradeoff
+
+PROTOCOL = {"name": "tradeoff", "guidance": 1.0}
+
+
+def _job(folder: Path, f: int, seed: int, fid: float, **more: Any) -> Path:
+    """A scored denoiser with two points over training and one more over sampler steps."""
+
+    def point(step: int, sampler_steps: int, value: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "sampler_steps": sampler_steps,
+            "seconds": 3600.0 * step,
+            "flops": step * 10**18 // f,
+            "scores": {"fid": {"value": value, "spread": None, "marks": []}},
+            "scored_by": {"features": {"name": "clip"}, "reference": more.pop("reference", "abc")},
+        }
+
+    record = {
+        **{"format_version": 1, "downsampling": f, "latent": [3, 32 // f, 32 // f], "seed": seed, "max_steps": 10},
+        **{"budget": "steps", "pictures_per_step": 8, "processes": 2, "parameters": 100, "forward": 10**9 // f},
+        **{
+            "training": 3 * 10**9 // f,
+            "decoder": 10**9,
+            "first_stage": f"shared/first_stage-{f}",
+            "protocol": PROTOCOL,
+        },
+        "points": [point(5, 100, fid + 2), point(10, 100, fid), point(10, 20, fid + 1)],
+        "reconstruction": None if f == 1 else {"fid": {"value": 0.5}, "psnr": {"value": 20.0 + f}},
+        "seconds_per_picture": {"100": 1.0, "20": 0.2},
+    }
+    folder.mkdir(parents=True)
+    (folder / RECORD).write_text(json.dumps({**record, **more}))
+    return folder
+
+
+def test_curves_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> None:
+    jobs = [read_job(_job(tmp_path / f"s{seed}", 4, seed, fid)) for seed, fid in ((0, 3.0), (1, 5.0), (2, 4.0))]
+    (factor,) = by_factor(jobs)
+    assert factor.label == "f4"
+    curves = {name: factor.training_curve("fid", x) for name, (_, x) in TRAINING.items()}
+    assert [x for x, _ in curves["training steps"]] == [5, 10]
+    assert [x for x, _ in curves["wall-clock"]] == [5, 10]
+    assert [x for x, _ in curves["device time"]] == [10, 20]
+    assert [x for x, _ in curves["training compute"]] == [1.25, 2.5]
+    final = curves["training steps"][-1][1]
+    assert (final.mean, final.deviation, final.seeds) == (4.0, 1.0, 3)
+    assert str(final) == "4 ± 1"
+    speed = factor.sampling_curve("fid", SAMPLING["sampling time"][1])
+    assert [(x, value.mean) for x, value in speed] == [(0.2, 5.0), (1.0, 4.0)]
+    compute = factor.sampling_curve("fid", SAMPLING["sampling compute"][1])
+    assert [x for x, _ in compute] == [0.25 * 20 + 1, 0.25 * 100 + 1]
+
+
+def test_guided_sampling_counts_the_network_twice(tmp_path: Path) -> None:
+    job = _job(tmp_path / "a", 1, 0, 3.0, protocol={"name": "tradeoff", "guidance": 3.0})
+    (factor,) = by_factor([read_job(job)])
+    assert factor.sampling_curve("fid", SAMPLING["sampling compute"][1])[0][0] == 2 * 20 + 1
+
+
+def test_the_page_ranks_the_factors(tmp_path: Path) -> None:
+    folders = [_job(tmp_path / f"tradeoff-f{f}", f, 0, fid) for f, fid in ((1, 9.0), (4, 3.0), (32, 7.0))]
+    (tmp_path / "tradeoff-f8").mkdir()  # a job under way
+    assert cli.dispatch(["report", *map(str, [*folders, tmp_path / "tradeoff-f8"])]) == 0
+    page = (tmp_path / "comparison" / "report.html").read_text()
+    assert "best first: f4 3, f32 7, f1 9" in page
+    assert "left out: tradeoff-f8" in page
+    assert page.count("<svg") == len(TRAINING) + len(SAMPLING) + 1
+    assert "http://" not in page
+    assert "https://" not in page
+    text = (tmp_path / "comparison" / "report.md").read_text()
+    assert "| f4 | 3 x 8 x 8 |" in text
+    with (tmp_path / "comparison" / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9
+    assert {row["fid"] for row in rows if row["downsampling"] == "4"} == {"5.0", "3.0", "4.0"}
+
+
+def test_both_budgets_have_their_own_figures(tmp_path: Path) -> None:
+    folders = [_job(tmp_path / "a", 4, 0, 3.0), _job(tmp_path / "b", 4, 0, 2.0, budget="compute", max_steps=10)]
+    text = write_tradeoff(folders, tmp_path / "out").with_name("report.md").read_text()
+    assert text.index("Budgets equal in steps") < text.index("Budgets equal in compute")
+
+
+def test_two_first_stages_of_one_factor_are_told_apart(tmp_path: Path) -> None:
+    jobs = [read_job(_job(tmp_path / name, 4, 0, 3.0, first_stage=f"shared/{name}")) for name in ("kl", "vq")]
+    assert [f.label for f in by_factor(jobs)] == ["f4 (kl)", "f4 (vq)"]
+
+
+def test_jobs_measured_otherwise_are_refused(tmp_path: Path) -> None:
+    one = _job(tmp_path / "a", 4, 0, 3.0)
+    for name, more in (("b", {"reference": "another"}), ("c", {"protocol": {"name": "tradeoff", "guidance": 2.0}})):
+        with pytest.raises(InputError, match="different protocols, features or reference"):
+            write_tradeoff([one, _job(tmp_path / name, 8, 0, 3.0, **more)], tmp_path / "out")
+
+
+def test_one_seed_twice_is_refused(tmp_path: Path) -> None:
+    jobs = [read_job(_job(tmp_path / name, 4, 0, 3.0)) for name in ("a", "b")]
+    with pytest.raises(InputError, match="alike down to the seed"):
+        by_factor(jobs)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 9}'])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / RECORD).write_text(text)
+    with pytest.raises(InputError, match="run the job of the sweep again"):
+        read_job(tmp_path)
+
+
+def test_wall_clock_is_the_pictures_over_the_speed(tmp_path: Path) -> None:
+    table = "step,loss,pictures,speed/pictures_per_second\n1,1.0,8,4\n2,0.9,16,8\n2,,,\n3,0.8,24,1\n"
+    (tmp_path / "metrics.csv").write_text(table)
+    assert trained_seconds(tmp_path / "metrics.csv", 2) == 2 + 1
+    assert trained_seconds(tmp_path / "metrics.csv", None) == 2 + 1 + 8
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,1.0\n")
+    assert trained_seconds(tmp_path / "metrics.csv", None) is None
