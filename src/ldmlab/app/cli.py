@@ -14,14 +14,17 @@ COMMANDS = {
     "index": "write the manifest of tars made by others",
     "encode": "image shards to latent shards, with a trained first stage",
     "sample": "pictures from a model",
+    "score": "one set of pictures against another: folders, shards, .npz batches",
     "report": "a page about runs and their scores",
+    "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
+    "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
     "export": "a run to a folder to give away: ours, the official code's or diffusers'",
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the pictures shipped in the repository",
 }
-FILES = {"import": "import_model"}  # a command whose name Python reserves
+FILES = {"import": "import_model", "sweep-file": "sweep_file"}  # names that Python does not take
 
 EPILOG = """training and evaluation have doors of their own, with Hydra's options:
   python train.py experiment=...        train a first stage, a CLIP or a denoiser (python train.py --help)
@@ -66,7 +69,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<8} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: ldmlab COMMAND [options]", "", "commands:", *lines, "", EPILOG])
 
 

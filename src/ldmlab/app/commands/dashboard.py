@@ -1,0 +1,40 @@
+"""`ldmlab dashboard`: runs side by side, here or at W&B."""
+
+import argparse
+from pathlib import Path
+
+from ldmlab.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ldmlab dashboard`."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of run folders")
+    parser.add_argument("--out", type=Path, default=Path("dashboard.html"), help="the page (default: dashboard.html)")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="a saved view at W&B instead of a page")
+    parser.add_argument("--title", default="Runs side by side", help="default: Runs side by side")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the runs, write the page or save the view, and say where it is."""
+    from ldmlab.app.run_records import read_runs
+
+    if args.wandb is not None:
+        entity, slash, project = args.wandb.partition("/")
+        if not (entity and slash and project) or "/" in project:
+            raise InputError(f"--wandb {args.wandb} must be ENTITY/PROJECT, as in the address of the project's page.")
+        from ldmlab.app.wandb_dashboard import save_view, workspace
+
+        print(save_view(workspace(read_runs(args.runs), entity, project, args.title)))
+        return 0
+    from ldmlab.app.dashboard import dashboard
+    from ldmlab.checkpoints import write_atomically
+
+    text = dashboard(read_runs(args.runs), args.title)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    write_atomically(args.out, write)
+    print(args.out)
+    return 0
