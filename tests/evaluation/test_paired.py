@@ -114,6 +114,21 @@ def test_the_second_evaluation_reads_kept_features_and_says_so(data: ShardData, 
     assert evaluation(other, tmp_path / "third").run()["reference"]["kept"] is False
 
 
+def test_the_other_split_gives_a_second_distance(data: ShardData, tmp_path: Path) -> None:
+    protocol = replace(PROTOCOL, also_against="train")
+    found = [evaluation(data, tmp_path / name, protocol).run()["scores"] for name in ("first", "second")]
+    metric = FrechetDistance(6, small_sample=True)
+    for batch in data.eval_loader("train", 3, kind="images"):
+        metric.update(Means()(batch["image"])["features"], real=True)
+    known = conditions(data, "val", ["image", "mask"])
+    drawn = torch.stack([torch.from_numpy(darkened(one["image"], one["mask"])) for one in known])
+    metric.update(Means()(drawn.permute(0, 3, 1, 2))["features"], real=False)
+    for scores in found:
+        assert scores["fid_other_split"]["value"] == pytest.approx(float(metric.compute()["fid"]), rel=1e-6)
+    with pytest.raises(InputError, match="is not the other split"):
+        replace(PROTOCOL, also_against="val")
+
+
 def test_the_report_shows_sizes_open_points_and_throughput(data: ShardData, tmp_path: Path) -> None:
     evaluation(data, tmp_path / "out").run()
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -126,7 +141,7 @@ def test_the_report_shows_sizes_open_points_and_throughput(data: ShardData, tmp_
 
 
 def test_reference_pictures_of_another_kind_are_refused(data: ShardData, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="by the rule .* but protocol=holes compares with lsun"):
+    with pytest.raises(InputError, match=r"by the rule .* but protocol=holes compares with lsun"):
         evaluation(data, tmp_path / "out", replace(PROTOCOL, reference_rule="lsun")).run()
     with pytest.raises(InputError, match="have the manifest hash"):
         evaluation(data, tmp_path / "out", replace(PROTOCOL, reference_hash="0" * 64)).run()

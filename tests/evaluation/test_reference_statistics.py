@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from ldmlab.errors import InputError
@@ -115,3 +117,32 @@ def test_a_task_that_does_not_say_what_it_does_keeps_nothing(tmp_path: Path) -> 
     stream = Stream()
     scores(tmp_path, stream, key=key)
     assert not any(tmp_path.iterdir())
+
+
+def _process(rank: int, folder: str, limit: int) -> None:
+    torch.set_num_threads(1)
+    reference_statistics.LARGEST_SET = limit
+    where = f"file://{folder}/meet{limit}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    for _ in range(2):  # looking, then reading
+        seen = EvaluationPass(Means(), {"fid": FrechetDistance(6, small_sample=True)})
+        mine = slice(rank, None, 2)
+        stream = partial(lambda part: [(torch.arange(40)[part], PICTURES[part])], mine)
+        see_reference(seen, KEY, Path(folder) / str(limit), stream, rank, 2)
+        seen.add(255 - PICTURES[:24][mine], False, torch.arange(24)[mine])
+        found = seen.compute((40, 24))["fid"].value
+        torch.save(found, Path(folder) / f"{limit}_{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [10, 100])
+def test_two_processes_keep_and_read_as_one(tmp_path: Path, limit: int) -> None:
+    mp.spawn(_process, args=(str(tmp_path), limit), nprocs=2)
+    expected = scores(None, Stream(), only_frechet=True)["fid"]
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{limit}_{rank}.pt") == pytest.approx(expected, rel=1e-9)
+    kept = load(tmp_path / str(limit), KEY) or {}
+    assert kept.keys() == ({"count", "sum", "outer"} if limit == 10 else {"features", "index"})
+    assert limit == 10 or torch.equal(kept["index"], torch.arange(40))

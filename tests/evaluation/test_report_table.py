@@ -1,14 +1,18 @@
 """Our rows in the paper's tables, in every format, and which evaluations may share a table."""
 
+import json
 import re
 from copy import deepcopy
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.paper_conditions import PAPER_FEATURES
+from ldmlab.evaluation.report import write_comparison
 from ldmlab.evaluation.report_formats import FORMATS, latex
 from ldmlab.evaluation.report_table import comparable_groups, comparison_tables, paper_report
 
@@ -165,3 +169,19 @@ def test_only_equal_measurements_share_a_table() -> None:
     tables = comparison_tables(results, list("abcdef"), [rows] * 6)
     assert [[row.method for row in table.rows] for table in tables] == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
     assert "not recorded" in tables[2].title
+
+
+def test_a_comparison_of_forty_runs_stays_small(tmp_path: Any) -> None:
+    noise = np.random.default_rng(0)
+    (tmp_path / "shared").mkdir()
+    for number in range(16):
+        pixels = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "shared" / f"{number}.png")
+    shown = [{"file": f"../shared/{number}.png", "caption": "noise"} for number in range(16)]
+    for run in range(40):
+        content = result(model__path=f"runs/{run}") | {"format_version": 1, "pictures": {"samples": shown}}
+        (tmp_path / str(run)).mkdir()
+        (tmp_path / str(run) / "metrics.json").write_text(json.dumps(content))
+    page = write_comparison([tmp_path / str(run) for run in range(40)], tmp_path / "out")
+    assert page.stat().st_size < 5_000_000
+    assert page.read_text().count("<img") == 40 * 16

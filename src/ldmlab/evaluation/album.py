@@ -1,5 +1,6 @@
 """The pictures of a report: small PNG files beside metrics.json, named in it by their place."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,4 +57,16 @@ def copy_pictures(out: Path, sources: Sequence[tuple[str, Path]]) -> list[dict[s
         name = f"{FOLDER}/extra_{number:02d}{source.suffix}"
         (out / name).write_bytes(source.read_bytes())
         copied.append({"title": title, "file": name})
+    return copied
+
+
+def copy_curves(out: Path, sources: Mapping[str, Path]) -> list[dict[str, str]]:
+    """The metrics.csv of runs with their titles, copied in; those that are gone are left out."""
+    (out / "curves").mkdir(parents=True, exist_ok=True)
+    copied = []
+    for number, (title, path) in enumerate(sources.items()):
+        if path.exists():
+            name = f"curves/{number}.csv"
+            shutil.copyfile(path, out / name)
+            copied.append({"title": title, "file": name})
     return copied

@@ -4,7 +4,6 @@ OUT/ metrics.json, report.md, report.html, pictures/, curves/. Several processes
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from torchmetrics import Metric
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import copy_pictures, planned, readable, save_picture
+from ldmlab.evaluation.album import copy_curves, copy_pictures, planned, readable, save_picture
 from ldmlab.evaluation.category_score import CategoryScore
 from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.generate import generate
@@ -37,7 +36,7 @@ from ldmlab.evaluation.record import (
     throughput,
     timed,
 )
-from ldmlab.evaluation.reference_statistics import ReferenceKey, see_reference
+from ldmlab.evaluation.reference_statistics import ReferenceKey, against_other_split, see_reference
 from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Numbered, numbered
 from ldmlab.metrics.features import FeatureExtractor
@@ -80,10 +79,13 @@ class Evaluation:
         album = self._album(known)
         pairs = PairedPass(self.protocol, known, self.extractor, self.lpips) if self.protocol.pairs else None
         kept = self._see_reference(seen, album)
+        other = self._against(self.protocol.also_against, seen) if self.protocol.also_against else None
         drawn = self._drawn(asked, album)
         seen.add_all(pairs.watch(drawn) if pairs else drawn, real=False)
         counts = (sum(gathered(seen.counts[True])), sum(gathered(seen.counts[False])))
         scores = seen.compute(counts) | (pairs.scores() if pairs else {})
+        if other:
+            scores["fid_other_split"] = other.compute((sum(gathered(other.counts[True])), counts[1]))["fid"]
         result: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "protocol": self.protocol.as_plain(),
@@ -133,6 +135,11 @@ class Evaluation:
             seen, key, self.reference_folder, lambda: numbered(self._loader(split, limit)), self.rank, self.world
         )
 
+    def _against(self, split: str, seen: EvaluationPass) -> EvaluationPass:
+        key = ReferenceKey.of(self.data, split, None, self.extractor)
+        folder, rank, world = self.reference_folder, self.rank, self.world
+        return against_other_split(seen, key, folder, lambda: numbered(self._loader(split)), rank, world)
+
     # ---- drawing
 
     def _drawn(self, asked: Sequence[Mapping[str, Any]], album: dict[str, list[dict[str, Any]]]) -> Iterable[Numbered]:
@@ -161,10 +168,8 @@ class Evaluation:
             yield torch.tensor(index), pictures.permute(0, 3, 1, 2)
 
     def _album(self, known: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-        """The report's pictures."""
         count = min(self.protocol.samples or len(known), len(known))
-        size = min(max(self.protocol.shown, self.protocol.neighbours), count)
-        return planned(known, count, size)
+        return planned(known, count, min(max(self.protocol.shown, self.protocol.neighbours), count))
 
     # ---- what else is said about the samples
 
@@ -234,12 +239,7 @@ class Evaluation:
     def _write(self, result: dict[str, Any], album: dict[str, list[dict[str, Any]]]) -> None:
         result["pictures"] = {kind: album[kind] for kind in ("samples", "real")}
         result["pictures"]["extras"] = copy_pictures(self.out, self.extras)
-        (self.out / "curves").mkdir(parents=True, exist_ok=True)
-        for number, (title, path) in enumerate(self.curves.items()):
-            if path.exists():
-                name = f"curves/{number}.csv"
-                shutil.copyfile(path, self.out / name)
-                result.setdefault("curves", []).append({"title": title, "file": name})
+        result["curves"] = copy_curves(self.out, self.curves)
         (self.out / "metrics.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
         write_report(self.out)
 

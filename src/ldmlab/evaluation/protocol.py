@@ -41,6 +41,7 @@ class Protocol:
     feature_network: str | None = None  # name of the extractor it asks for; another one is marked
     reference_rule: str | None = None  # crop and resize rule that made the reference shards; another is refused
     reference_hash: str | None = None  # manifest hash of the reference shards, to pin a set; another is refused
+    also_against: str | None = None  # another split, whole: a second Frechet distance of the same samples
     pairs: bool = False  # each sample against the picture whose condition it was given: PSNR, SSIM, LPIPS
     mask_buckets: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name => share of the hole [low, high)
     bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
@@ -49,6 +50,11 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.reference not in ("train", "val"):
             raise InputError(f"protocol.reference={self.reference} is unknown; choose train or val.")
+        if self.also_against is not None and self.also_against not in {"train", "val"} - {self.reference}:
+            raise InputError(
+                f"protocol.also_against={self.also_against} is not the other split than protocol.reference="
+                f"{self.reference}; choose train or val, or null."
+            )
         if self.conditions not in CONDITIONS:
             raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
         if self.samples is not None and self.samples < 2:

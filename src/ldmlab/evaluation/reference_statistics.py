@@ -91,23 +91,55 @@ def load(folder: Path, key: ReferenceKey) -> dict[str, Tensor] | None:
     return stored
 
 
-def store(folder: Path, key: ReferenceKey, features: Tensor, index: Tensor) -> Path:
-    """Features (N, D) with their numbers (N,), whole or as sums; written whole or not at all."""
-    order = index.argsort(stable=True)
-    features, index = features[order].contiguous(), index[order].contiguous()
+class Recorder:
+    """Collects the features of this process's share; beyond LARGEST_SET only their sums, so memory stays bounded."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+        self._sums: FrechetDistance | None = None
+
+    def add(self, features: Tensor, index: Tensor) -> None:
+        """Features (B, D) with their numbers (B,)."""
+        self._rows.append(features.float().cpu())
+        self._numbers.append(index.cpu())
+        if self._sums is not None or sum(map(len, self._rows)) > LARGEST_SET:
+            self._fold()
+
+    def _fold(self) -> None:
+        for rows in self._rows:
+            self._sums = self._sums or FrechetDistance(rows.shape[1])
+            self._sums.update(rows, real=True)
+        self._rows, self._numbers = [], []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of all processes together, what a file holds; empty if there was no picture."""
+        counts = gathered((sum(map(len, self._rows)), self._sums is not None))
+        if any(folded for _, folded in counts) or sum(count for count, _ in counts) > LARGEST_SET:
+            self._fold()
+            shares = [share for share in gathered(_sums(self._sums)) if share]
+            return {name: sum(share[name] for share in shares[1:]) + shares[0][name] for name in shares[0]}
+        mine = (torch.cat(self._rows), torch.cat(self._numbers)) if self._rows else None
+        found = [share for share in gathered(mine) if share is not None]
+        if not found:
+            return {}
+        features, index = torch.cat([rows for rows, _ in found]), torch.cat([numbers for _, numbers in found])
+        order = index.argsort(stable=True)
+        return {"features": features[order].contiguous(), "index": index[order].contiguous()}
+
+
+def _sums(metric: FrechetDistance | None) -> dict[str, Tensor]:
+    if metric is None:
+        return {}
+    return {"count": metric.real_count, "sum": metric.real_sum, "outer": metric.real_outer}
+
+
+def store(folder: Path, key: ReferenceKey, tensors: dict[str, Tensor]) -> Path:
+    """Written whole or not at all."""
     path = folder / f"{key.digest}.safetensors"
     metadata = {"reference": json.dumps({"format_version": FORMAT_VERSION, "key": asdict(key)})}
-    whole = len(features) <= LARGEST_SET
-    tensors = {"features": features, "index": index} if whole else _sums(features)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
     return path
-
-
-def _sums(features: Tensor) -> dict[str, Tensor]:
-    metric = FrechetDistance(features.shape[1])
-    for rows in features.split(_CHUNK):
-        metric.update(rows, real=True)
-    return {"count": metric.real_count, "sum": metric.real_sum, "outer": metric.real_outer}
 
 
 def see_reference(
@@ -140,19 +172,31 @@ def _look(
     seen: EvaluationPass, key: ReferenceKey, folder: Path | None, pictures: Callable[[], Iterable[Numbered]], rank: int
 ) -> None:
     """Through the extractor, and keep what it says."""
-    rows: list[Tensor] = []
-    numbers: list[Tensor] = []
+    recorder = Recorder()
     for index, batch in pictures():
         features = seen.add(batch, True, index)
         if folder is not None:
-            rows.append(features.float().cpu())
-            numbers.append(index.cpu())
-    if folder is None:
-        return
-    everyone = gathered((torch.cat(rows), torch.cat(numbers)) if rows else None)
-    shares = [share for share in everyone if share is not None]
-    if rank == 0 and shares:
-        store(folder, key, torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares]))
+            recorder.add(features, index)
+    if folder is not None:
+        tensors = recorder.tensors()
+        if rank == 0 and tensors:
+            store(folder, key, tensors)
+        gathered(rank)  # nobody asks for the file before it is there
+
+
+def against_other_split(
+    seen: EvaluationPass,
+    key: ReferenceKey,
+    folder: Path | None,
+    pictures: Callable[[], Iterable[Numbered]],
+    rank: int = 0,
+    world: int = 1,
+) -> EvaluationPass:
+    """A second Frechet distance of the same samples: from here on they are shown to it too."""
+    other = EvaluationPass(seen.extractor, {"fid": FrechetDistance(seen.extractor.width, small_sample=True)})
+    see_reference(other, key, folder, pictures, rank, world)
+    seen.also.append(other)
+    return other
 
 
 def _told_by_features(seen: EvaluationPass) -> bool:

@@ -14,6 +14,7 @@ from ldmlab.evaluation.report_table import comparison_tables, folder_name, paper
 # Name shown, direction, and what the number says.
 MEANING = {
     "fid": ("Fréchet distance", "lower", "distance between the Gaussians of real and drawn features"),
+    "fid_other_split": ("Fréchet distance, other split", "lower", "the same samples beside the other split's pictures"),
     "kid": ("Kernel distance", "lower", "unbiased distance of the features; about 0 for two halves of one set"),
     "precision": ("Precision", "higher", "share of drawn pictures that lie among real ones: do they look real?"),
     "recall": ("Recall", "higher", "share of real pictures that lie among drawn ones: is everything covered?"),
@@ -21,6 +22,7 @@ MEANING = {
     "psnr_object": ("PSNR, objects", "higher", "the same over pixels that are not background, pooled"),
     "ssim": ("SSIM", "higher", "structural similarity of the rebuilt pictures"),
     "lpips": ("LPIPS", "lower", "perceptual distance of the rebuilt pictures"),
+    "psim": ("PSIM", "lower", "the same network without learned weights"),
     "is": ("Inception Score", "higher", "how sure and how varied the network's labels are"),
     "held_out_real": ("Judge on real pictures", "info", "held-out real pictures put into their category, balanced"),
     "samples": ("Judge, held-out captions", "higher", "samples put into the category they were asked for, balanced"),

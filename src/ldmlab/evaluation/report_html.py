@@ -1,6 +1,5 @@
 """The page of an evaluation: one HTML file with everything inside it."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -8,10 +7,12 @@ from typing import Any
 
 from ldmlab.evaluation.curves import charts
 from ldmlab.evaluation.report_formats import html_table
+from ldmlab.evaluation.report_pictures import image_tag, thumbnail_tag
 from ldmlab.evaluation.report_style import STYLE
 from ldmlab.evaluation.report_table import ReportTable
 
 Rows = Sequence[Mapping[str, str]]
+PICTURES_A_RUN = 16  # in a comparison
 _ARROW = {"lower": "↓", "higher": "↑", "info": ""}
 
 
@@ -52,11 +53,9 @@ def comparison_page(results: Sequence[Mapping[str, Any]], names: Sequence[str], 
     """Several evaluations: a table for each measurement, then a row of samples of each."""
     sections = [f"<section>{html_table(table)}</section>" for table in tables]
     for name, result in zip(names, results, strict=True):
-        cards = [
-            _card(Path(result["folder"]), [item["file"]], item["caption"])
-            for item in result["pictures"]["samples"][:16]
-        ]
-        sections.append(_section(name, f'<div class="cards">{"".join(cards)}</div>'))
+        folder, shown = Path(result["folder"]), result["pictures"]["samples"][:PICTURES_A_RUN]
+        pictures = "".join(thumbnail_tag(folder, item["file"], item["caption"]) for item in shown)
+        sections.append(_section(name, f'<div class="thumbnails">{pictures}</div>'))
     return page("Comparison", f"{len(results)} evaluations side by side.", sections)
 
 
@@ -80,15 +79,8 @@ def _section(title: str, content: str, note: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{f'<p>{note}</p>' if note else ''}{content}</section>"
 
 
-def _image(folder: Path, name: str, title: str = "") -> str:
-    """The picture itself inside the page."""
-    data = base64.b64encode((folder / name).read_bytes()).decode()
-    kind = {".webp": "webp", ".gif": "gif", ".jpg": "jpeg"}.get(Path(name).suffix, "png")
-    return f'<img alt="{escape(title)}" title="{escape(title)}" src="data:image/{kind};base64,{data}">'
-
-
 def _card(folder: Path, names: Sequence[str], caption: str, mark: str = "") -> str:
-    images = "".join(_image(folder, name, caption) for name in names)
+    images = "".join(image_tag(folder, name, caption) for name in names)
     return f'<figure class="card {mark}"><div>{images}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
@@ -111,8 +103,8 @@ def _samples(result: Mapping[str, Any], folder: Path) -> str:
         if rebuilt:
             return _section("Rebuilt and real", f'<div class="cards pairs">{"".join(cards)}</div>')
         return _section("Drawn and real", f'<div class="cards pairs">{"".join(cards)}</div>', note)
-    drawn = "".join(_image(folder, item["file"]) for item in result["pictures"]["samples"])
-    real = "".join(_image(folder, item["file"]) for item in result["pictures"]["real"])
+    drawn = "".join(image_tag(folder, item["file"]) for item in result["pictures"]["samples"])
+    real = "".join(image_tag(folder, item["file"]) for item in result["pictures"]["real"])
     halves = f"<div><h3>Drawn</h3>{drawn}</div><div><h3>Real ({_split(result)})</h3>{real}</div>"
     return _section("Drawn and real", f'<div class="halves">{halves}</div>')
 
@@ -156,7 +148,7 @@ def _strip(folder: Path, found: Mapping[str, Any], category: str) -> str:
 
 def _verdict(folder: Path, item: Mapping[str, Any]) -> str:
     word = "right" if item["right"] else "wrong"
-    return f'<span class="{word}">{_image(folder, item["file"], item["caption"])}</span>'
+    return f'<span class="{word}">{image_tag(folder, item["file"], item["caption"])}</span>'
 
 
 def _bar(name: str, right: int, count: int) -> str:
@@ -190,7 +182,8 @@ def _neighbours(result: Mapping[str, Any], folder: Path) -> str:
 
 def _extras(result: Mapping[str, Any], folder: Path) -> str:
     blocks = "".join(
-        f'<figure class="wide"><figcaption>{escape(item["title"])}</figcaption>{_image(folder, item["file"])}</figure>'
+        f'<figure class="wide"><figcaption>{escape(item["title"])}</figcaption>'
+        f"{image_tag(folder, item['file'])}</figure>"
         for item in result["pictures"].get("extras", [])
     )
     return _section("More pictures", blocks)

@@ -24,6 +24,8 @@ figcaption{font-size:12px;line-height:1.35;color:var(--dim)}
 border:1px solid var(--line)}
 .pairs .card img+img{opacity:.96;border-style:dashed}
 .card.copy img{border-color:var(--bad)}
+.thumbnails{display:flex;flex-wrap:wrap;gap:6px}
+.thumbnails img{width:96px;border-radius:6px}
 .halves{display:grid;grid-template-columns:1fr 1fr;gap:28px}
 .halves img{width:19%;margin:.5%;border-radius:6px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}

@@ -59,6 +59,7 @@ class EvaluationPass:
         self.collection = MetricCollection(dict(metrics)) if metrics else None
         self.features: dict[bool, list[Tensor]] = {True: [], False: []}  # by real
         self.counts = {True: 0, False: 0}
+        self.also: list[EvaluationPass] = []  # see the same samples beside other real pictures
 
     def add(self, pictures: Tensor, real: bool, index: Tensor) -> Tensor:
         """Pictures uint8 (B, 3, H, W) with their numbers (B,); their features (B, D)."""
@@ -78,6 +79,8 @@ class EvaluationPass:
             self.collection.update(**seen, **text, real=real, index=index)
         if self.keeps:
             self.features[real].append(seen["features"].float().cpu())
+        for other in () if real else self.also:
+            other._take(seen, real, index)
 
     def _texts(self, index: Tensor) -> Tensor:
         """Embeddings (B, D) of the samples' captions."""
