@@ -41,6 +41,7 @@ class FrechetDistance(Metric):
         if spread_groups < 0 or spread_groups == 1:
             raise InputError(f"metric.{self.score_name}.spread_groups={spread_groups}; choose 0 for none, or 2 and up.")
         self.width, self.small_sample, self.spread_groups = width, small_sample, spread_groups
+        self._real_is_given = False
         for side, groups in (("real", 1), ("fake", max(spread_groups, 1))):
             self.add_state(f"{side}_count", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
             self.add_state(f"{side}_sum", torch.zeros(groups, width, dtype=torch.float64), dist_reduce_fx="sum")
@@ -50,6 +51,8 @@ class FrechetDistance(Metric):
 
     def update(self, features: Tensor, real: bool, index: Tensor | None = None) -> None:
         """Features (B, D); `index` (B,) numbers the pictures over all processes (default: as they come)."""
+        if real and self._real_is_given:
+            return
         side = "real" if real else "fake"
         features = check_features(features, f"{side} features").to(self.real_sum.device).double()
         if features.shape[1] != self.width:
@@ -63,6 +66,23 @@ class FrechetDistance(Metric):
             count[number] += len(rows)
             total[number] += rows.sum(dim=0)
             outer[number].addmm_(rows.T, rows)
+
+    def take_real(self, mean: Tensor, covariance: Tensor, first: bool = True) -> None:
+        """Mean (D,) and covariance (D, D) in place of real features, which are not looked at; all processes call it."""
+        if mean.shape != (self.width,):
+            raise InputError(f"the given statistics are {len(mean)} wide where this metric was built for {self.width}.")
+        self._real_is_given = True
+        if first:
+            count = self.width + 1  # the number of pictures is not told, and enters nothing but the check of it
+            device, mean, covariance = self.real_sum.device, mean.double(), covariance.double()
+            self.real_count[0] = count
+            self.real_sum[0] = (mean * count).to(device)
+            self.real_outer[0] = (covariance * (count - 1) + count * torch.outer(mean, mean)).to(device)
+
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D) of this process's generated features."""
+        self._check_count(int(self.fake_count.sum()), "generated")
+        return gaussian(*(part.sum(dim=0) for part in (self.fake_count, self.fake_sum, self.fake_outer)))
 
     def compute(self) -> dict[str, Tensor]:
         """`fid`, exact within float64 and never below 0 but for rounding, and `fid_std` if asked for."""

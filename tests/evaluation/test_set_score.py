@@ -1,0 +1,236 @@
+"""Sets of pictures against each other: folders, shards and `.npz` give one score; bad ones end in one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch import Tensor, nn
+from torch_fidelity import feature_extractor_inceptionv3 as port
+
+from ldmlab.app.cli import dispatch
+from ldmlab.errors import InputError
+from ldmlab.evaluation.npz import read_pictures, read_statistics, write_npz
+from ldmlab.evaluation.picture_sets import PictureSet, picture_set
+from ldmlab.evaluation.set_score import score_sets, statistics_of
+from ldmlab.metrics.features import Inception2015
+from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.metrics.kernel import KernelDistance
+from ldmlab.metrics.precision_recall import PrecisionRecall
+
+NAME = Inception2015.name
+
+
+class MeanColours:
+    """Six numbers a picture under a name of choice."""
+
+    weights_hash, width, gives = "0", 6, frozenset({"features"})
+
+    def __init__(self, name: str = NAME) -> None:
+        self.name = name
+
+    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+        pixels = pictures.float()
+        return {"features": torch.cat([pixels.mean(dim=(2, 3)), pixels.std(dim=(2, 3))], dim=1)}
+
+
+def drawn(count: int, seed: int, size: int = 16) -> np.ndarray:
+    """Smooth coloured noise, uint8 (N, H, W, 3)."""
+    random = np.random.RandomState(seed)
+    coarse = random.randint(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+    return np.stack([np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in coarse])
+
+
+def folder_of(path: Path, pictures: np.ndarray) -> Path:
+    path.mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(path / f"{number:05d}.png")
+    return path
+
+
+def scores(samples: PictureSet, reference: PictureSet, **metrics: Any) -> dict[str, float]:
+    metrics = metrics or {"fid": FrechetDistance(6), "kid": KernelDistance(5, 20), "pr": PrecisionRecall()}
+    found = score_sets(samples, reference, MeanColours(), metrics, batch_size=7, workers=0)
+    return {name: score["value"] for name, score in found["scores"].items()}
+
+
+def test_every_kind_of_set_gives_one_score(tmp_path: Path) -> None:
+    fake, real = drawn(50, 0), drawn(60, 1)
+    sets = {"folder": (folder_of(tmp_path / "fake", fake), folder_of(tmp_path / "real", real))}
+    sets["npz"] = (tmp_path / "fake.npz", tmp_path / "real.npz")
+    np.savez(sets["npz"][0], arr_0=fake)
+    np.savez_compressed(sets["npz"][1], real)
+    pack = ["--size", "16", "--format", "png", "--layout", "plain", "--workers", "1"]
+    for name in ("fake", "real"):
+        assert dispatch(["pack", str(tmp_path / name), str(tmp_path / f"{name}_shards"), *pack]) == 0
+    sets["shards"] = (tmp_path / "fake_shards" / "train", tmp_path / "real_shards" / "train")
+    found = {kind: [picture_set(path) for path in paths] for kind, paths in sets.items()}
+    assert [[part.kind for part in pair] for pair in found.values()] == [[kind] * 2 for kind in sets]
+    expected = scores(*found["folder"])
+    features = [MeanColours()(torch.from_numpy(part).permute(0, 3, 1, 2))["features"] for part in (fake, real)]
+    alone = FrechetDistance(6)
+    alone.update(features[0], real=False)
+    alone.update(features[1], real=True)
+    assert expected["fid"] == pytest.approx(float(alone.compute()["fid"]), rel=1e-9)
+    assert scores(*found["npz"]) == pytest.approx(expected, rel=1e-9)
+    by_shards = scores(*found["shards"])  # in an order of their own, which subsets depend on
+    assert {name: by_shards[name] for name in ("fid", "precision", "recall")} == pytest.approx(
+        {name: expected[name] for name in ("fid", "precision", "recall")}, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_processes_share_a_set(kind: str, tmp_path: Path) -> None:
+    pictures = drawn(23, 2)
+    path = folder_of(tmp_path / "set", pictures) if kind == "folder" else tmp_path / "set.npz"
+    if kind == "npz":
+        np.savez(path, pictures)
+    parts = [part for rank in range(3) for part in picture_set(path).batches(4, rank, 3, workers=0)]
+    index = torch.cat([numbers for numbers, _ in parts])
+    together = torch.cat([batch for _, batch in parts])
+    assert sorted(index.tolist()) == list(range(23))
+    assert torch.equal(together[index.argsort()], torch.from_numpy(pictures).permute(0, 3, 1, 2))
+
+
+def test_an_npz_comes_out_as_it_goes_in(tmp_path: Path) -> None:
+    pictures, path = drawn(11, 3), tmp_path / "deep" / "set.npz"
+    mean, covariance = np.arange(6.0), np.eye(6)
+    write_npz(path, (11, 16, 16), (pictures[start : start + 4] for start in (0, 4, 8)), {"fid": (mean, covariance)})
+    with np.load(path, allow_pickle=False) as read:  # as ADM's script does
+        assert sorted(read.files) == ["arr_0", "mu", "sigma"]
+        assert np.array_equal(read["arr_0"], pictures)
+        assert np.array_equal(read["mu"], mean)
+    assert np.array_equal(np.concatenate([*read_pictures(path, 3)]), pictures)
+    assert np.array_equal(read_statistics(path)["fid"][1], covariance)
+    assert [file.name for file in path.parent.iterdir()] == ["set.npz"]
+
+
+def test_given_statistics_replace_the_pictures(tmp_path: Path) -> None:
+    fake, real = drawn(50, 0), drawn(60, 1)
+    np.savez(tmp_path / "fake.npz", fake)
+    np.savez(tmp_path / "real.npz", real)
+    samples, reference = picture_set(tmp_path / "fake.npz"), picture_set(tmp_path / "real.npz")
+    expected = scores(samples, reference)
+    swapped = {"fid": FrechetDistance(6)}
+    score_sets(reference, samples, MeanColours(), swapped, workers=0)
+    mean, covariance = statistics_of(swapped)["fid"]  # of the real pictures, which were the samples
+    np.savez(tmp_path / "statistics.npz", mu=mean, sigma=covariance)
+    assert scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6)) == pytest.approx(
+        {"fid": expected["fid"]}, rel=1e-9
+    )
+    np.savez(tmp_path / "both.npz", arr_0=real[:30], mu=mean, sigma=covariance)  # as ADM's reference batches
+    both = scores(samples, picture_set(tmp_path / "both.npz"))
+    assert both["fid"] == pytest.approx(expected["fid"], rel=1e-9)
+    assert both["precision"] == scores(samples, picture_set(tmp_path / "both.npz"), pr=PrecisionRecall())["precision"]
+    with pytest.raises(InputError, match=r"no pictures, which score pr needs"):
+        scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6), pr=PrecisionRecall())
+    with pytest.raises(InputError, match="6 wide where this metric was built for 5"):
+        scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(5))
+    with pytest.raises(InputError, match="choose features=inception"):
+        score_sets(samples, picture_set(tmp_path / "both.npz"), MeanColours("other"), {"fid": FrechetDistance(6)})
+
+
+def test_bad_sets_are_one_sentence(tmp_path: Path) -> None:
+    good = folder_of(tmp_path / "good", drawn(5, 0))
+    with pytest.raises(InputError, match="does not exist; give a folder"):
+        picture_set(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no pictures and no shards"):
+        picture_set(tmp_path / "empty")
+    larger = picture_set(folder_of(tmp_path / "larger", drawn(5, 0, 24)))
+    with pytest.raises(InputError, match=r"16x16 px and .*larger of 24x24"):
+        scores(picture_set(good), larger)
+    Image.new("RGB", (24, 16)).save(good / "00007.png")
+    with pytest.raises(InputError, match=r"00007\.png has 16x24 px where 00000\.png has 16x16"):
+        scores(picture_set(good), picture_set(good))
+    (good / "00003.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"00003\.png cannot be read"):
+        scores(picture_set(good), picture_set(good))
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    with pytest.raises(InputError, match=r"junk\.npz cannot be read as \.npz"):
+        picture_set(tmp_path / "junk.npz")
+    np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
+    with pytest.raises(InputError, match="arr_0 is float64"):
+        picture_set(tmp_path / "floats.npz")
+    np.savez(tmp_path / "other.npz", labels=np.zeros(3))
+    with pytest.raises(InputError, match="neither arr_0 nor mu and sigma"):
+        picture_set(tmp_path / "other.npz")
+    np.savez(tmp_path / "misfit.npz", mu=np.zeros(3), sigma=np.zeros((4, 4)))
+    with pytest.raises(InputError, match="do not fit"):
+        picture_set(tmp_path / "misfit.npz")
+
+
+def scaled_inception(path: Path, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of drawn weights whose features and logits have a variance of about 1 on these pictures."""
+    with monkeypatch.context() as patch:
+        patch.setattr(port, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        network = port.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+    features, _ = network(pictures)
+    deviation = features.std(dim=0).mean()
+    for name in ("branch1x1", "branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b", "branch_pool"):
+        getattr(network.Mixed_7c, name).bn.weight.data /= deviation
+    _, logits = network(pictures)
+    network.fc.weight.data /= logits.std(dim=0).mean()
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_folders_score_as_torch_fidelity_scores_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, real = drawn(14, 0, 32), drawn(16, 1, 32)
+    paths = folder_of(tmp_path / "fake", fake), folder_of(tmp_path / "real", real)
+    weights = scaled_inception(tmp_path / "w.pth", torch.from_numpy(real).permute(0, 3, 1, 2), monkeypatch)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(paths[0]),
+        input2=str(paths[1]),
+        cuda=False,
+        isc=True,
+        isc_splits=2,
+        fid=True,
+        kid=True,
+        kid_subsets=10,
+        kid_subset_size=10,
+        prc=True,
+        feature_extractor="inception-v3-compat",  # not VGG16, its choice for precision and recall
+        feature_layer_prc="2048",
+        save_cpu_ram=True,  # no worker processes
+        feature_extractor_weights_path=str(weights),
+        verbose=False,
+        cache=False,
+    )
+    out = tmp_path / "out" / "scores.json"
+    command = ["score", str(paths[0]), "--device", "cpu", "--workers", "0"]
+    network = ["metrics.fid.small_sample=true", f"features.weights={weights}"]
+    smaller = ["metrics.is.splits=2", "metrics.kid.subsets=10", "metrics.kid.subset_size=10"]
+    files = ["--out", str(out), "--npz", str(tmp_path / "o.npz")]
+    chosen = ["--metrics", "fid,is,kid,precision_recall"]
+    assert dispatch([*command, str(paths[1]), *chosen, *files, *network, *smaller]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    ours = {line.split()[0]: float(line.split()[1]) for line in printed[3:8]}
+    names = {"fid": "frechet_inception_distance", "is": "inception_score_mean"}
+    names |= {"kid": "kernel_inception_distance_mean", "precision": "precision", "recall": "recall"}
+    assert ours == pytest.approx({name: theirs[key] for name, key in names.items()}, rel=1e-3)
+    assert read_statistics(tmp_path / "o.npz")["fid"][0].shape == (2048,)
+    assert json.loads(out.read_text())["reference"]["pictures"] == 16
+    assert dispatch([*command, str(tmp_path / "o.npz"), "--metrics", "fid", *network]) == 0
+    assert abs(float(capsys.readouterr().out.splitlines()[3].split()[1])) < 1e-3  # the samples' own statistics
+
+
+def test_the_command_refuses_wrong_words(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--metrics fit: there is no such score"):
+        dispatch(["score", str(tmp_path), str(tmp_path), "--metrics", "fit"])
+    with pytest.raises(InputError, match="inceptoin"):
+        dispatch(["score", str(tmp_path), str(tmp_path), "--features", "inceptoin"])
+    with pytest.raises(InputError, match="small_sampel"):
+        dispatch(["score", str(tmp_path), str(tmp_path), "metrics.fid.small_sampel=true"])
