@@ -13,9 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldmlab.app.commands.encode import encode_splits
+from ldmlab.app.compose import compose, plain
 from ldmlab.app.conditioning import build_conditioners, context_widths
 from ldmlab.app.plans import backbone_sizes, latent_spec
 from ldmlab.app.sweep_cache import content_key, data_content, once, trainer_content
@@ -154,10 +153,10 @@ class Factor:
         key = content_key(self.loaded.fingerprint, pictures, self.data.image_size, told)
         folder = self.shared / f"latents-{key}"
         content = {
+            **plain(compose("encode", ["from_run=given", "out=given"])),  # options that the sweep leaves as they are
             **self.options["encode"],
-            **{"data": self.config["data"], "from_run": str(self._first_stage_run), "weights": "averaged"},
-            **{"out": str(folder), "splits": ["train", "val"], "carry_images": False},
-            **{"device": self.device, "seed": self.config["seed"]},
+            **{"data": self.config["data"], "from_run": str(self._first_stage_run), "out": str(folder)},
+            **{"splits": ["train", "val"], "device": self.device, "seed": self.config["seed"]},
         }
 
         def encode() -> None:
@@ -196,8 +195,3 @@ class Factor:
 
 def _this_command() -> str:
     return " ".join(["python", "train.py", *map(shlex.quote, sys.argv[1:])])
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml of a run."""
-    return dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))

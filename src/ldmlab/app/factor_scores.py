@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldmlab.app.compose import compose, plain
 from ldmlab.app.sweep_cache import content_key, once
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
@@ -107,6 +108,7 @@ class FactorScores:
         told = (protocol, self.features, self.options["precision"], self.factor.content)
         out = run / "evaluation" / f"{name}-{content_key(*told)}"
         content = {
+            **plain(compose("evaluate", ["model=given"])),  # options that the sweep leaves as they are
             **{"model": str(model), "weights": "averaged", "out": str(out), "protocol": protocol},
             **{"features": self.features, "guidance": {}, "data": self.factor.config["data"], "pictures": []},
             **{"batch_size": self.options["batch_size"], "device": self.factor.device},
