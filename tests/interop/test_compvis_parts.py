@@ -110,7 +110,7 @@ def test_other_precisions_become_float32() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 10}, "num_classes=10"),
+        ({"num_classes": "continuous"}, "num_classes=continuous"),
         ({"conv_resample": False}, "conv_resample=False"),
         ({"model_chanels": 3}, "model_chanels=3 is no option"),
         ({"transformer_depth": [1, 2]}, "differs between levels"),

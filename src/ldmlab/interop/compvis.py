@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ldmlab.instantiate import instantiate
@@ -27,6 +28,8 @@ from ldmlab.interop.compvis_parts import (
     unet_part,
 )
 from ldmlab.interop.compvis_read import read
+from ldmlab.interop.compvis_unet import CLASS_TABLE
+from ldmlab.interop.empty_modules import compare, refuse_mismatch
 
 if TYPE_CHECKING:
     from ldmlab.evaluation.model import LoadedModel
@@ -36,11 +39,19 @@ __all__ = ["build_conditioner", "build_first_stage", "build_unet", "export", "lo
 
 
 def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
-    """Our U-Net for `unet_config.params`; with fresh weights unless a state dict is given."""
+    """Our U-Net for `unet_config.params`; with fresh weights unless a state dict is given.
+
+    A table of classes (`num_classes`) is no part of ours: `label_emb.weight[class_id]` is its `vector` conditioning,
+    added to the time vector as it is. Of a whole file `read` and `load` make a ClassEmbedder of it.
+    """
     node = {"_target_": UNET_TARGET, **compvis_unet.arguments(config_params)}
     if state_dict is None:
         return instantiate(node, where="backbone")
-    return build(unet_part(node), of_part(state_dict, UNET))
+    given = of_part(state_dict, UNET)
+    if (width := node.get("vector_width")) and (table := given.pop(CLASS_TABLE, None)) is not None:
+        expected = torch.empty(config_params["num_classes"], width, device="meta")
+        refuse_mismatch({"U-Net": compare({CLASS_TABLE: table}, {CLASS_TABLE: expected})})
+    return build(unet_part(node), given)
 
 
 def build_first_stage(

@@ -17,6 +17,7 @@ from ldmlab.conditioners.transformer_text import TransformerText
 from ldmlab.errors import InputError
 from ldmlab.interop.clip_names import from_hugging_face, to_hugging_face
 from ldmlab.interop.compvis_conditioner_config import arguments, official_config
+from ldmlab.interop.compvis_unet import CLASS_TABLE
 
 __all__ = ["arguments", "load_official", "names_of", "official_config", "to_official", "to_ours"]
 State = Mapping[str, Tensor]
@@ -54,7 +55,7 @@ def to_official(conditioner: nn.Module, state: State | None = None) -> dict[str,
 def names_of(conditioner: nn.Module) -> dict[str, str]:
     """Our name => official name of every tensor, for conditioners whose tensors correspond one to one."""
     if isinstance(conditioner, ClassEmbedder):
-        return {"embedding.weight": "embedding.weight"}
+        return {"embedding.weight": CLASS_TABLE if conditioner.slot == "vector" else "embedding.weight"}
     if isinstance(conditioner, SpatialRescaler):
         return {key: f"channel_mapper.{key.partition('.')[2]}" for key in conditioner.state_dict()}
     if isinstance(conditioner, (TransformerText, LayoutTokens)):

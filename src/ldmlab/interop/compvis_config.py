@@ -151,7 +151,44 @@ def diffusion_node(params: Params, prediction: str | None) -> Node:
 
 
 def conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Node]:
-    """Our conditioners in the order of the official channels; `factor` is the first stage's downsampling."""
+    """Our conditioners in the order of the official channels, and the U-Net's class table where it has one.
+
+    `factor` is the first stage's downsampling.
+    """
+    way, unet = str(params.get("conditioning_key") or ""), params["unet_config"]["params"]
+    classes = unet.get("num_classes")
+    if (way.rpartition("-")[2] == "adm") != (classes is not None):
+        raise InputError(
+            f"conditioning_key: {way or None} with num_classes={classes}: a table of classes and a key that ends in "
+            "adm go together; give the configuration that belongs to these weights."
+        )
+    if classes is None:
+        return _conditioner_nodes(params, factor, tensors)
+    others = _conditioner_nodes({**params, **_without_classes(way, params)}, factor, tensors)
+    if CLASS_NAMES["ClassEmbedder"] in others:
+        raise InputError(f"conditioning_key: {way} with two tables of classes is no conditioning that ldmlab imports.")
+    given = {"classes": classes, "width": 4 * unet["model_channels"], "slot": "vector", "drop": 0.0, "null_row": False}
+    target = "ldmlab.conditioners.class_label.ClassEmbedder"
+    return {**others, CLASS_NAMES["ClassEmbedder"]: {"_target_": target, **given}}
+
+
+def _without_classes(way: str, params: Params) -> Node:
+    """The conditioning beside the class table; with none the official class hands class numbers to the U-Net."""
+    if way == "crossattn-adm":
+        return {"conditioning_key": "crossattn"}
+    if way != "adm":
+        raise InputError(f"conditioning_key: {way} is no conditioning that ldmlab imports.")
+    stage = params["cond_stage_config"]
+    target = stage["target"] if isinstance(stage, Mapping) else stage
+    if str(target).rpartition(".")[2] not in ("Identity", "IdentityEncoder", "__is_unconditional__"):
+        raise InputError(
+            f"cond_stage_config: {target} in front of the U-Net's own class table; only an Identity can be."
+        )
+    return {"cond_stage_config": "__is_unconditional__"}
+
+
+def _conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Node]:
+    """All but the class table."""
     stage, key = params["cond_stage_config"], params.get("cond_stage_key", "image")
     if stage == "__is_unconditional__":
         return {}

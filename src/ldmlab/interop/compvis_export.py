@@ -46,8 +46,11 @@ def export(spec: Node, parts: Parts) -> tuple[StateDict, dict[str, Any]]:
     told: StateDict = {}
     for name, part in conditioners.items():
         told |= with_idle_head(part.to_official(_own(parts.get("conditioner", {}), name)))
-    params = _params(spec) | conditioning_params({name: part.module for name, part in conditioners.items()}, told)
+    table = told.pop(compvis_unet.CLASS_TABLE, None)
+    params = _params(spec, None if table is None else len(table))
+    params |= conditioning_params({name: part.module for name, part in conditioners.items()}, told)
     state = {f"{UNET}{name}": tensor for name, tensor in _unet(spec, parts["denoiser"]).items()}
+    state |= {f"{UNET}{compvis_unet.CLASS_TABLE}": table} if table is not None else {}
     if spec["first_stage"]["_target_"] != _IDENTITY:
         first_stage = first_stage_part(spec["first_stage"]).to_official(parts["first_stage"])
         state |= {f"{FIRST_STAGE}{name}": tensor for name, tensor in first_stage.items()}
@@ -72,8 +75,8 @@ def _linear(spec: Node) -> bool:
     return bool(spec.get("origin", {}).get("linear_projection"))
 
 
-def _params(spec: Node) -> dict[str, Any]:
-    """The `params` of the official model class."""
+def _params(spec: Node, classes: int | None) -> dict[str, Any]:
+    """The `params` of the official model class; classes: rows of the U-Net's own table."""
     first_stage = spec["first_stage"]
     if first_stage["_target_"] == _IDENTITY:
         stage = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {}}
@@ -83,7 +86,9 @@ def _params(spec: Node) -> dict[str, Any]:
         stage = {"target": target, "params": stage_params}
         factor, channels = 2 ** (len(first_stage["channel_mult"]) - 1), first_stage["latent_channels"]
     size = spec["image_size"]
-    unet = compvis_unet.params_of(spec["backbone"]) | ({"use_linear_in_transformer": True} if _linear(spec) else {})
+    unet = compvis_unet.params_of(spec["backbone"], classes) | (
+        {"use_linear_in_transformer": True} if _linear(spec) else {}
+    )
     return {
         **_diffusion_params(spec["diffusion"]),
         "scale_factor": _factor(spec["latent_scale"]),

@@ -31,7 +31,14 @@ Params = dict[str, Any]
 
 
 def conditioning_params(modules: Modules, official: Mapping[str, Tensor]) -> Params:
-    """How the model is told, for conditioners in their order and the one's tensors under their official names."""
+    """How the model is told, for conditioners in their order and the one's tensors under their official names.
+
+    A class table of the U-Net adds `adm` to the key; alone, the official class hands class numbers to the U-Net.
+    """
+    vectors = [name for name, module in modules.items() if module.slot == "vector"]
+    if len(vectors) == 1 and isinstance(modules[vectors[0]], ClassEmbedder):
+        rest = conditioning_params({name: m for name, m in modules.items() if name not in vectors}, official)
+        return _with_classes(rest)
     kinds = [type(module) for module in modules.values()]
     if not kinds:
         return {"conditioning_key": None, "concat_mode": False, "cond_stage_config": "__is_unconditional__"}
@@ -56,6 +63,18 @@ def _way(key: str, reads: str, stage: Any) -> Params:
     return params | {"concat_mode": key == "concat", "cond_stage_trainable": False}
 
 
+def _with_classes(rest: Params) -> Params:
+    """The same with the U-Net's class table beside it."""
+    ways = {None: "adm", "crossattn": "crossattn-adm"}
+    way = rest["conditioning_key"]
+    if way not in ways:
+        raise InputError(
+            f"classes as a vector beside inputs of the kind {way} have no official counterpart; use --format ldmlab."
+        )
+    alone = _way("adm", "class_label", {"target": "torch.nn.Identity"}) if way is None else {}
+    return rest | alone | {"conditioning_key": ways[way]}
+
+
 def _check_inpainting(modules: Modules, mask: Mapping[str, float], hole: float) -> None:
     """The numbers that official code writes into masks and holes."""
     masks = next(module for module in modules.values() if isinstance(module, Mask))
@@ -71,7 +90,9 @@ def _check_inpainting(modules: Modules, mask: Mapping[str, float], hole: float) 
 def _config(module: nn.Module, official: Mapping[str, Tensor]) -> Params:
     """`cond_stage_config`; refused where reading it again would give another conditioner."""
     if getattr(module, "slot", None) == "vector":
-        raise InputError("a class as a vector has no place in an official file; export with --format ldmlab.")
+        raise InputError(
+            "a vector that is not one class embedder's has no place in an official file; export with --format ldmlab."
+        )
     config = official_config(module)
     if isinstance(module, ClassEmbedder) and config["params"]["n_classes"] != module.classes:
         read = arguments(config["target"], config["params"])

@@ -23,6 +23,7 @@ from ldmlab.interop.compvis_families import config_of
 from ldmlab.interop.compvis_file import OfficialFile, check_schedule, scale_factor, take_apart
 from ldmlab.interop.compvis_parts import UNET, Part, StateDict, conditioner_part, first_stage_part, unet_part
 from ldmlab.interop.compvis_shapes import linear_projections
+from ldmlab.interop.compvis_unet import CLASS_TABLE
 from ldmlab.interop.empty_modules import Mismatch, refuse_mismatch
 from ldmlab.interop.weights_file import read_weights
 
@@ -108,7 +109,10 @@ def _networks(
     if spec["kind"] == "latent_diffusion":
         taken["first stage"] = _Taken(part, file.first_stage)
         trained, prefix, raw = unet_part(spec["backbone"]), UNET, file.unet
-    averaged = file.averaged(trained.expected, prefix)
+    inside = (
+        [CLASS_TABLE] if any(node.get("slot") == "vector" for node in spec.get("conditioners", {}).values()) else []
+    )
+    averaged = file.averaged([*trained.expected, *inside], prefix)
     use_averaged = averaged is not None and weights == "averaged"
     notes: tuple[str, ...] = ()
     if averaged is None and weights == "averaged":
@@ -118,20 +122,27 @@ def _networks(
     if not raw and not use_averaged:
         raise InputError("the file holds averaged weights only; import it with --weights averaged.")
     title = ("averaged " if use_averaged else "") + trained.title
-    taken[title] = _Taken(trained, averaged if use_averaged and averaged is not None else raw)
+    chosen = dict(averaged if use_averaged and averaged is not None else raw)
+    tables = {name: chosen.pop(name) for name in inside if name in chosen}
+    taken[title] = _Taken(trained, chosen)
     if spec["kind"] == "latent_diffusion":
-        taken |= _conditioners(spec["conditioners"], file)
+        taken |= _conditioners(spec["conditioners"], file, tables)
     return taken, "averaged" if use_averaged else "raw", notes
 
 
-def _conditioners(nodes: Mapping[str, Any], file: OfficialFile) -> dict[str, _Taken]:
-    """Each conditioner; the one with tensors gets the file's. A second copy of the first stage is left aside."""
-    parts = {name: conditioner_part(node) for name, node in nodes.items()}
+def _conditioners(nodes: Mapping[str, Any], file: OfficialFile, tables: StateDict) -> dict[str, _Taken]:
+    """Each conditioner; the one with tensors gets the file's. A second copy of the first stage is left aside.
+
+    tables: what the U-Net holds of them.
+    """
+    every = {name: conditioner_part(node) for name, node in nodes.items()}
+    parts = {name: part for name, part in every.items() if CLASS_TABLE not in part.expected}
     given = file.conditioner
     if not any(part.expected for part in parts.values()) and _is_copy(given, file.first_stage):
         given = {}
     holder = next((name for name, part in parts.items() if part.expected), next(iter(parts), None))
-    taken = {f"conditioner {name}": _Taken(part, given if name == holder else {}) for name, part in parts.items()}
+    own = {name: tables if name not in parts else given if name == holder else {} for name in every}
+    taken = {f"conditioner {name}": _Taken(part, own[name]) for name, part in every.items()}
     if not parts and given:
         raise InputError(
             f"the file holds {len(given)} tensors of a conditioner, the configuration names none; give the "

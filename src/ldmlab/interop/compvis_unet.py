@@ -93,14 +93,15 @@ def _under(official: str, ours: str, names: Mapping[str, str]) -> Pairs:
 
 # Options of the official class that leave the function as it is, and the only value of others that ours is built for.
 _WITHOUT_EFFECT = {"image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "use_linear_in_transformer"}
+CLASS_TABLE = "label_emb.weight"  # with num_classes: rows are the U-Net's vector conditioning, in a conditioner here
 _ONLY = {
     **{"conv_resample": True, "dims": 2, "use_new_attention_order": False, "disable_middle_self_attn": False},
-    **dict.fromkeys(("num_classes", "n_embed", "disable_self_attentions", "num_attention_blocks", "adm_in_channels")),
+    **dict.fromkeys(("n_embed", "disable_self_attentions", "num_attention_blocks", "adm_in_channels")),
 }
 _READ = {
     *("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
     *("num_heads", "num_head_channels", "num_heads_upsample", "use_spatial_transformer", "transformer_depth"),
-    *("context_dim", "dropout", "use_scale_shift_norm", "resblock_updown"),
+    *("context_dim", "dropout", "use_scale_shift_norm", "resblock_updown", "num_classes"),
 }
 
 
@@ -124,7 +125,18 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": params.get("dropout", 0.0),
         "scale_shift": params.get("use_scale_shift_norm", False),
         "residual_resampling": params.get("resblock_updown", False),
+        **_vector(params),
     }
+
+
+def _vector(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the official class table are as wide as the time vector and added to it as they are."""
+    classes = params.get("num_classes")
+    if classes is None:
+        return {}
+    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+        raise InputError(f"unet_config.params.num_classes={classes} is no table of classes, the only kind ldmlab has.")
+    return {"vector_width": 4 * params["model_channels"], "project_vector": False}
 
 
 def _check(params: Mapping[str, Any]) -> None:
@@ -152,10 +164,13 @@ def _one(params: Mapping[str, Any], name: str) -> int:
     return int(numbers.pop())
 
 
-def params_of(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The official `params` of a U-Net of ours: the inverse of `arguments`."""
-    if node.get("vector_width"):
-        raise InputError("the official U-Net of CompVis takes no vector conditioning; export another format.")
+def params_of(node: Mapping[str, Any], classes: int | None = None) -> dict[str, Any]:
+    """The official `params` of a U-Net of ours, and of its class table: the inverse of `arguments`."""
+    if node.get("vector_width") and (classes is None or node.get("project_vector", True)):
+        raise InputError(
+            "the official U-Net of CompVis takes no vector conditioning but the rows of a class table, as they are "
+            "(backbone.project_vector=false); export another format."
+        )
     params: dict[str, Any] = {
         "image_size": 32,  # read by nothing
         "in_channels": node["in_channels"],
@@ -171,6 +186,7 @@ def params_of(node: Mapping[str, Any]) -> dict[str, Any]:
     if node.get("context_width"):
         depth, width = node.get("transformer_depth", 1), node["context_width"]
         params |= {"use_spatial_transformer": True, "transformer_depth": depth, "context_dim": width, "legacy": False}
+    params |= {"num_classes": classes} if classes is not None else {}
     flags = {"use_scale_shift_norm": "scale_shift", "resblock_updown": "residual_resampling"}
     return params | {theirs: True for theirs, ours in flags.items() if node.get(ours)}
 
