@@ -6,6 +6,7 @@ import pytest
 import yaml
 from torchmetrics import Metric
 
+from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, conditions_of
 from ldmlab.evaluation.paper_table import paper_tables
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
@@ -30,3 +31,39 @@ def test_protocol(path: Path) -> None:
     assert protocol.name == path.stem
     assert all((CONF / "metric" / f"{name}.yaml").exists() for name in metrics)
     assert protocol.paper_table is None or protocol.paper_table in paper_tables()
+
+
+def of_the_paper() -> list[Path]:
+    """The protocols of the paper's tables and figures."""
+    return sorted([*(CONF / "protocol").glob("paper_*.yaml"), CONF / "protocol" / "compression.yaml"])
+
+
+@pytest.mark.parametrize("path", of_the_paper(), ids=lambda path: path.stem)
+def test_a_protocol_of_the_paper_says_what_is_open(path: Path) -> None:
+    node = yaml.safe_load(path.read_text())
+    assert node["leaves_open"]
+    assert all(len(text) > 5 for text in node["leaves_open"].values())
+    assert node["feature_network"] == PAPER_FEATURES
+    if table := node.get("paper_table"):
+        known = paper_tables()[table]
+        assert node["dataset"] == known["dataset"]
+        assert node.get("paper_row") in {None, *(row["id"] for row in known["rows"])}
+        conditions = conditions_of(table)
+        assert node.get("samples") == conditions.samples
+        assert node["reference"] == conditions.split
+        assert node.get("reference_rule") == conditions.rule
+        row = next((row for row in known["rows"] if row["id"] == node.get("paper_row")), {})
+        assert node.get("steps") == row.get("sampling", {}).get("steps", node.get("steps"))
+
+
+def test_every_measured_table_of_the_paper_has_a_protocol() -> None:
+    nodes = [yaml.safe_load(path.read_text()) for path in of_the_paper()]
+    served = {node.get("paper_table") for node in nodes}
+    served |= {table for node in nodes for table in node.get("bucket_tables", {}).values()}
+    not_measured = {"user-study/sr-imagenet", "user-study/inpaint-places", "compute", "readme-ldm-zoo"}
+    assert paper_tables().keys() - served == not_measured | {"community/ldm-4-g-eta"}
+
+
+def test_every_protocol_is_in_the_page() -> None:
+    page = (CONF.parent / "docs" / "protocols.md").read_text()
+    assert all(f"`{path.stem}`" in page for path in (CONF / "protocol").glob("*.yaml"))

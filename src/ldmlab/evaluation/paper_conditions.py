@@ -88,9 +88,14 @@ def _current_hash(folder: str | None) -> str | None:
         return None
 
 
+def conditions_of(name: str) -> Conditions:
+    """What is known of the measurement behind a table."""
+    return _CONDITIONS.get(name) or _CONDITIONS.get(name.split("/")[0], Conditions())
+
+
 def reasons(name: str, table: Mapping[str, Any], ours: Measured, against: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Every known difference between the paper's measurement and ours."""
-    conditions = _CONDITIONS.get(name) or _CONDITIONS.get(name.split("/")[0], Conditions())
+    conditions = conditions_of(name)
     dataset, found = table.get("dataset"), []
     if dataset and ours.dataset != dataset:
         found.append(f"other data: {ours.dataset or 'not named'}, the paper's is {dataset}")
