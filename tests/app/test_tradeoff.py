@@ -159,6 +159,16 @@ def test_what_fails_is_made_again(tmp_path: Path) -> None:
     assert not once(tmp_path / "part", "mark", finish)
 
 
+def test_a_job_under_hydras_command_line_composes_again() -> None:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert compose("evaluate", ["model=given"]).model == "given"
+        assert GlobalHydra.instance().hydra is running
+
+
 HOLD = """
 import fcntl, sys, time
 file = open(sys.argv[1], "a+")

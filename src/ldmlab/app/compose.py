@@ -4,7 +4,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,23 @@ def compose(config_name: str, overrides: list[str]) -> Any:
     from hydra import initialize_config_dir
 
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with _aside(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra_compose(config_name, overrides)
     except Exception as error:
         raise explained(error, config_name, overrides) from error
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Hydra's own command line, where it is running, steps aside: beside it a second composition is refused."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
