@@ -10,6 +10,7 @@ from torch import Tensor
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol, requests
 from ldmlab.evaluation.score import EvaluationPass, numbered
+from ldmlab.metrics.clip_score import ClipScore
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance
@@ -64,6 +65,37 @@ def test_few_pictures_are_marked() -> None:
 def test_inception_score_needs_logits() -> None:
     with pytest.raises(InputError, match=r"protocol\.metrics\.is needs logits"):
         EvaluationPass(MeanColours(), {"is": InceptionScore()})
+
+
+class WithCaptions(MeanColours):
+    """Its texts are numbers: the caption "7" is embedded as 7, 8, ... 12."""
+
+    gives = frozenset({"features", "clip", "text"})
+
+    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+        features = super().__call__(pictures)["features"]
+        return {"features": features, "clip": features}
+
+    def texts(self, captions: list[str]) -> Tensor:
+        return torch.tensor([[float(caption) + column for column in range(6)] for caption in captions])
+
+
+def test_captions_go_with_the_number_of_a_sample() -> None:
+    extractor = WithCaptions()
+    seen = EvaluationPass(extractor, {"clip_score": ClipScore()}, captions=lambda number: str(3 * number))
+    generated = batches(40, 1)
+    seen.add_all(numbered(batches(50, 0)), real=True)
+    seen.add_all(numbered(reversed(generated)), real=False)
+    pictures = torch.cat([batch["image"] for batch in generated])
+    texts = extractor.texts([str(3 * number) for number in range(40)])
+    cosine = torch.nn.functional.cosine_similarity(extractor(pictures)["clip"].double(), texts.double())
+    score = seen.compute()["clip_score"]
+    assert score.value == pytest.approx(100 * float(cosine.mean()), rel=1e-6)
+    assert score.spread is not None
+    with pytest.raises(InputError, match=r"protocol\.metrics\.clip_score needs the captions"):
+        EvaluationPass(extractor, {"clip_score": ClipScore()})
+    with pytest.raises(InputError, match=r"needs clip.*choose features=inception_and_clip"):
+        EvaluationPass(MeanColours(), {"clip_score": ClipScore()})
 
 
 def protocol(**options: Any) -> Protocol:

@@ -15,6 +15,11 @@ from ldmlab.evaluation.report_table import comparison_tables, folder_name, paper
 MEANING = {
     "fid": ("Fréchet distance", "lower", "distance between the Gaussians of real and drawn features"),
     "fid_other_split": ("Fréchet distance, other split", "lower", "the same samples beside the other split's pictures"),
+    "sfid": ("sFID", "lower", "the same distance for features that keep their place in the picture"),
+    "cmmd": ("CMMD", "lower", "kernel distance of CLIP embeddings, times 1000"),
+    "clip_score": ("CLIP score", "higher", "100 x cosine of drawn pictures and their captions; spread: of the mean"),
+    "density": ("Density", "higher", "real balls that a drawn picture lies in, over k; 1 for two halves of one set"),
+    "coverage": ("Coverage", "higher", "share of real balls that hold a drawn picture"),
     "kid": ("Kernel distance", "lower", "unbiased distance of the features; about 0 for two halves of one set"),
     "precision": ("Precision", "higher", "share of drawn pictures that lie among real ones: do they look real?"),
     "recall": ("Recall", "higher", "share of real pictures that lie among drawn ones: is everything covered?"),
