@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from walk import SMALL, TINY_STAGE, Flow
 
 from ldmlab.app.cli import dispatch
 from ldmlab.app.comparison import comparison_fields
+from ldmlab.app.compose import compose, plain
 from ldmlab.app.dashboard import dashboard, mean_curve
 from ldmlab.app.run_records import by_configuration, read_runs
+from ldmlab.app.wiring import train
 from ldmlab.errors import InputError
+from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.wandb_logger import WandB
 
 PSNR = {4: 24.0, 8: 21.0}  # by factor
 
@@ -147,6 +152,30 @@ def test_without_account_or_package_one_sentence_says_the_way_out(sweep: Path, m
         dispatch(["dashboard", str(sweep), "--wandb", "me/lab"])
     with pytest.raises(InputError, match="must be ENTITY/PROJECT"):
         dispatch(["dashboard", str(sweep), "--wandb", "lab"])
+
+
+def test_a_run_tells_wandb_what_it_is_compared_by_and_the_page_shows_it(
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def opens(self: WandB, run: RunFolder, settings: dict[str, Any], step: int) -> None:
+        opened.append({**settings, "given_group": self.group})
+
+    monkeypatch.setattr(WandB, "open", opens)
+    for name in ("numbers", "picture"):
+        monkeypatch.setattr(WandB, name, lambda *_: None)
+    small = [option for option in SMALL if not option.startswith("logger")]
+    options = [*small, *flow.data, *TINY_STAGE, "logger=wandb", f"run.dir={tmp_path / 'run'}", "run.group=factors"]
+    train(plain(compose("train", ["experiment=mine/first_stage", *options])))
+    (settings,) = opened
+    assert settings["given_group"] == "factors"
+    assert (settings["stage"]["name"], settings["downsampling"]) == ("autoencoder", 4)
+    assert (settings["first_stage_kind"], settings["parameters"] > 1000) == ("kl", True)
+    (record,) = read_runs([tmp_path / "run"])
+    assert (record.group, record.step, record.finished) == ("factors", 2, True)
+    assert record.fields.items() <= settings.items()
+    assert "held_out/psnr" in dashboard([record])
 
 
 def test_a_folder_without_runs_and_a_damaged_one_are_named(tmp_path: Path) -> None:

@@ -94,4 +94,6 @@ def _check(fixed: Sequence[str], swept: dict[str, dict[str, Any]]) -> None:
     first = {key: values[0] for key, values in choices.items()}
     for key, values in choices.items():
         for value in values:
-            compose("train", [*fixed, *(f"{k}={v}" for k, v in {**first, key: value}.items())])
+            config = compose("train", [*fixed, *(f"{k}={v}" for k, v in {**first, key: value}.items())])
+            if config.stage.name == "all":  # an agent gives one W&B id to what are several runs
+                raise InputError("stage=all is several runs a job, W&B steers one; use `python train.py -m` instead.")
