@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 from dataclasses import replace
 from itertools import islice
@@ -250,7 +251,24 @@ def test_two_processes_with_uneven_shards_read_equally_much(folder: Path) -> Non
     assert sorted(parts[0] + parts[1]) == sorted(2 * [f"{n:05}" for n in range(18)])
 
 
+def thread_of_another_package() -> None:
+    """What a package does that starts a thread in every forked process."""
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+os.register_at_fork(after_in_child=lambda: _in_children and thread_of_another_package())
+_in_children: list[bool] = []
+
+
 def test_workers_leave_signals_to_the_main_process(folder: Path) -> None:
+    _in_children.append(True)
+    try:
+        check_signals(folder)
+    finally:
+        _in_children.clear()
+
+
+def check_signals(folder: Path) -> None:
     batches = iter(data(folder, workers=1).train_loader(2))
     next(batches)
     worker = batches._workers[0]  # type: ignore[attr-defined]

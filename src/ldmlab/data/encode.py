@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
 from ldmlab.data.encode_folder import LatentSettings, complete, finished_shard, open_plan, side_file
 from ldmlab.data.latent_shards import LatentShardWriter
+from ldmlab.data.loader import QuietLoader
 from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, check_shards, read_manifest
 from ldmlab.data.parts import boxes_following
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.stream import IndexBatches
 from ldmlab.data.tar_samples import picture_ending
-from ldmlab.data.workers import processors, quiet_worker
 from ldmlab.errors import InputError
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
@@ -134,14 +134,7 @@ def _loader(pictures: _Pictures, shards: list[int], batch_size: int, workers: in
             for begin in range(0, count, batch_size):
                 yield [(shard, sample) for sample in range(begin, min(begin + batch_size, count))]
 
-    workers = min(workers, processors())
-    return DataLoader(
-        pictures,
-        batch_sampler=IndexBatches(places),
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=quiet_worker if workers else None,
-    )
+    return QuietLoader(pictures, workers=workers, batch_sampler=IndexBatches(places), collate_fn=_collate)
 
 
 def _collate(items: list[tuple[str, NDArray[np.uint8], Files] | str]) -> _Batch:

@@ -18,12 +18,12 @@ from ldmlab.data.cache import PictureCache
 from ldmlab.data.decode import BAD_SAMPLE, check_fields, decode_fields, decode_image, decode_moments
 from ldmlab.data.kept import KeptOrder, kept_samples
 from ldmlab.data.latent_shards import read_shard_manifest
+from ldmlab.data.loader import QuietLoader
 from ldmlab.data.manifest import check_shards
 from ldmlab.data.order import Order, Place, SequentialOrder, evaluation_batches, training_batches
 from ldmlab.data.parts import check_parts, decode_parts, mirrored_sample
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.wanted import Wanted, check_wanted
-from ldmlab.data.workers import processors, quiet_worker
 from ldmlab.errors import InputError
 from ldmlab.randomness import picture_random
 
@@ -194,13 +194,11 @@ def eval_loader(
 
 
 def _loader(dataset: ShardDataset, make: Callable[[], Iterator[list[int]]], workers: int) -> DataLoader[Batch]:
-    workers = min(workers, processors())  # the order of batches does not depend on it
-    return DataLoader(
+    return QuietLoader(
         dataset,
+        workers=workers,
         batch_sampler=IndexBatches(make),
-        num_workers=workers,
         collate_fn=partial(collate, template=dataset.template),
-        worker_init_fn=quiet_worker if workers else None,
         prefetch_factor=4 if workers else None,
     )
 
