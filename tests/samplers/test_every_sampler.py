@@ -16,7 +16,7 @@ from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.randomness import normal
 from ldmlab.samplers import sampler_by_name, sampler_names
-from ldmlab.samplers.dpmpp_2m import log_snr
+from ldmlab.samplers._stepwise import log_snr
 from ldmlab.samplers.unipc import moment
 
 DETERMINISTIC = [name for name in sampler_names() if sampler_by_name(name).order is not None]  # type: ignore[attr-defined]

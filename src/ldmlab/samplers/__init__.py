@@ -1,4 +1,4 @@
-"""Samplers by name: one file each, the class named as its file."""
+"""Samplers by name: one file each, the class named as its file; `_stepwise.py` is what they share."""
 
 import importlib
 import inspect
@@ -10,8 +10,8 @@ from ldmlab.errors import InputError
 
 
 def sampler_names() -> list[str]:
-    """The files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The files of this folder, without those that begin with an underscore."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def sampler_by_name(name: str, **options: Any) -> Sampler:

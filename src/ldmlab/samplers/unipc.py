@@ -7,25 +7,25 @@ step's end, which the next step needs anyway, for the corrector.
 """
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ldmlab.contracts import AfterStep, Denoise, Level
+from ldmlab.contracts import Level
 from ldmlab.errors import InputError
-from ldmlab.samplers.dpmpp_2m import log_snr
-from ldmlab.samplers.euler import first_order
+from ldmlab.samplers._stepwise import Step, Stepwise, first_order, log_snr
 
 Known = tuple[float, Tensor]  # log-SNR, clean estimate there
 
 
-class Unipc:
-    """One evaluation a step; the corrector lifts the predictor's order by one."""
+class Unipc(Stepwise):
+    """One evaluation a step; the corrector lifts the predictor's order by one.
+
+    A step to or from an infinite log-SNR is of first order.
+    """
 
     spacing = "log_snr"
-    steps = 20  # where nobody says how many
+    steps = 20
 
     def __init__(
         self,
@@ -37,39 +37,18 @@ class Unipc:
         self.predictor_order, self.corrector = predictor_order, corrector
         self.order = min(predictor_order, 2) + corrector  # one estimate to begin with lets order 3 be no more than 2
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,  # (B, C, h, w) at grid[0]
-        grid: list[Level],
-        *,
-        noise: Callable[[int], Tensor],
-        after_step: AfterStep | None = None,
-    ) -> Tensor:
-        """x at the last level of the grid; a step to or from an infinite log-SNR is of first order."""
+    def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         known: list[Known] = []  # newest first
-        correct = None
-        for step, (here, there) in enumerate(pairwise(grid)):
-            clean = denoise(x, here).to(x.dtype)
-            if correct is not None:
-                x = x + correct(clean)
-            known = [(log_snr(here), clean), *known][: self.predictor_order]
-            known = [pair for pair in known if math.isfinite(pair[0])]
-            x = first_order(x, clean, here, there)
-            correct = None
-            if known and math.isfinite(log_snr(there)):
-                predicted = _bend(known, there)
-                x = x + predicted
-                if self.corrector:
-                    correct = _corrector(known, there, predicted)
-            if after_step is not None:
-                x = after_step(step, x, clean)
-        return x
-
-
-def _corrector(known: list[Known], there: Level, predicted: Tensor) -> Callable[[Tensor], Tensor]:
-    """What to add to the predicted x once the clean estimate at `there` is known."""
-    return lambda clean: _bend([*known, (log_snr(there), clean)], there) - predicted
+        if step.past:
+            known, predicted = step.past  # of the step that led here
+            if self.corrector and predicted is not None:
+                x = x + (_bend([*known, (log_snr(step.here), clean)], step.here) - predicted)
+        known = [(log_snr(step.here), clean), *known][: self.predictor_order]
+        known = [pair for pair in known if math.isfinite(pair[0])]
+        x = first_order(x, clean, step.here, step.there)
+        predicted = _bend(known, step.there) if known and math.isfinite(log_snr(step.there)) else None
+        step.past[:] = known, predicted
+        return x if predicted is None else x + predicted
 
 
 def _bend(known: list[Known], there: Level) -> Tensor:
