@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toy_stages import options, picture_batch, train
 
-from ldmlab.checkpoints import load_checkpoint
+from ldmlab.checkpoints import load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
 from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
@@ -219,6 +219,20 @@ def test_an_open_window_and_moved_codes_survive_a_restart(tmp_path: Path) -> Non
     assert straight["codebook"]["counted"] == 12  # pictures since the window of 20 was full
     forked.same(straight["codebook"], stopped["codebook"])
     forked.same(straight["modules"], stopped["modules"])
+
+
+def test_a_checkpoint_without_a_window_is_gone_on_from_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = train(stage(vq=32, codebook_window=16, max_steps=2), tmp_path)
+    save_checkpoint(path, {name: part for name, part in load_checkpoint(path).items() if name != "codebook"})
+    made = stage(vq=32, codebook_window=16, max_steps=6)
+    with caplog.at_level(logging.WARNING, logger="ldmlab"):
+        found = codebook_run(made, tmp_path)
+    assert made.step == 6
+    assert "codebook_use" in found  # of the four steps since
+    told = [record.getMessage() for record in caplog.records if "older ldmlab" in record.getMessage()]
+    assert told[0].startswith("the checkpoint of step 2 holds no count of used codes")
 
 
 def test_averaged_weights_follow_a_restarted_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,8 +149,17 @@ class AutoencoderStage(Stage):
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         super().restore(state)
-        if self.codebook is not None:
+        if self.codebook is None:
+            return
+        if "codebook" in state:
             self.codebook.restore(state["codebook"])
+        elif processes.rank() == 0:
+            _log.warning(
+                "the checkpoint of step %d holds no count of used codes (an older ldmlab wrote it); counting starts "
+                "anew, so codebook_use comes after the next %d pictures",
+                self.step,
+                self.codebook.pictures,
+            )
 
     def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Measures of reconstructions from the posterior's mean, and the latents' statistics per channel."""

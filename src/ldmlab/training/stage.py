@@ -4,7 +4,6 @@ Lightning is the engine (devices, precision, processes); order, counters, averag
 micro-batch goes to every active player in turn; the update follows the last micro-batch of the step.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,11 +17,20 @@ from torch.optim import Optimizer
 from ldmlab.averaging import AveragedWeights
 from ldmlab.errors import InputError
 from ldmlab.training import processes
+from ldmlab.training.players import (
+    OptimizerFactory,
+    alone,
+    check_owned,
+    clip_gradients,
+    factory_of,
+    made_optimizers,
+    set_rate,
+    still_frozen,
+)
 from ldmlab.training.random_state import isolated_random
 from ldmlab.training.terms import Terms
 
 Batch = dict[str, Any]
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
 
 
@@ -118,17 +126,9 @@ class Stage(pl.LightningModule):
         for name, value in (losses.terms or {"loss": losses.total}).items():
             self.terms.add(name, value, 1 / self.accumulate)
 
-    @contextmanager
-    def _only(self, player: str) -> Iterator[None]:
+    def _only(self, player: str) -> AbstractContextManager[None]:
         """Inside, only this player's parameters require gradients."""
-        others = [p for name, parameters in self._parameters_of.items() if name != player for p in parameters]
-        for parameter in others:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
+        return alone(self._parameters_of, player)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """Gradients stay with their process inside, for all micro-batches of a step but the last."""
@@ -142,8 +142,8 @@ class Stage(pl.LightningModule):
         for player, parameters in playing.items():
             if not wrapped:
                 processes.mean_gradients(parameters)
-            self.terms.add(f"gradient_norm/{player}", self._clip(parameters))
-            self._set_rate(optimizers[player])
+            self.terms.add(f"gradient_norm/{player}", clip_gradients(parameters, self.gradient_clip))
+            set_rate(optimizers[player], self.lr_schedule(self.step))
             optimizers[player].step()
             optimizers[player].zero_grad(set_to_none=True)
         if self.average is not None:
@@ -153,47 +153,18 @@ class Stage(pl.LightningModule):
         self.terms.close(self.step)
         self._micro_batches, self.at_border, self.updating = 0, True, False
 
-    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Norm of the gradient before clipping."""
-        limit = math.inf if self.gradient_clip is None else self.gradient_clip
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return norm.detach()
-
-    def _set_rate(self, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.lr_schedule(self.step)
-
     # -- optimizers --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[Optimizer]:
         """One optimizer a player; `initial_lr` keeps the configured rate."""
-        players = self.players()
-        self._check_players(players)
-        self._parameters_of = players
-        made = [self.factory(player)(parameters) for player, parameters in players.items()]
-        for optimizer in made:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        self._optimizers = dict(zip(players, made, strict=True))
-        return made
+        self._parameters_of = self.players()
+        check_owned(self, self._parameters_of)
+        self._optimizers = made_optimizers(self._parameters_of, self.factory)
+        return list(self._optimizers.values())
 
     def factory(self, player: str) -> OptimizerFactory:
         """What makes the player's optimizer."""
-        if not isinstance(self.optimizer, Mapping):
-            return self.optimizer
-        if player not in self.optimizer:
-            known = ", ".join(self.optimizer)
-            raise InputError(f"optimizer has entries for {known} but none for {player}; add one or give a single one.")
-        return self.optimizer[player]
-
-    def _check_players(self, players: dict[str, list[nn.Parameter]]) -> None:
-        owned = [id(p) for parameters in players.values() for p in parameters]
-        assert len(owned) == len(set(owned)), "a parameter belongs to two players"
-        stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in set(owned)]
-        assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
+        return factory_of(self.optimizer, player)
 
     def optimizers_by_player(self) -> dict[str, Optimizer]:
         """The optimizers under the names of their players."""
@@ -228,7 +199,7 @@ class Stage(pl.LightningModule):
     def train(self, mode: bool = True) -> "Stage":
         """Training mode, but frozen parts (all parameters frozen) stay in evaluation mode."""
         super().train(mode)
-        _freeze_modes(self)
+        still_frozen(self)
         return self
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -269,12 +240,3 @@ class Stage(pl.LightningModule):
             module.load_state_dict(state["modules"][name])
         self.step, self.position, self._waiting = state["step"], state["position"], state
         self.terms.checked = state["terms"]
-
-
-def _freeze_modes(module: nn.Module) -> None:
-    for child in module.children():
-        parameters = list(child.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            child.eval()
-        else:
-            _freeze_modes(child)
