@@ -264,7 +264,7 @@ def test_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldmlab.data.pack.os.fsync", full)
+        patch.setattr("ldmlab.data.shard_file.os.fsync", full)
         with pytest.raises(InputError, match="no space left on device; mend that, then run the same command"):
             _pack(source, tmp_path / "out")
     assert not list(tmp_path.rglob("*.tmp"))

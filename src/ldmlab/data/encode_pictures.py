@@ -3,10 +3,7 @@
 import functools
 import io
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -142,16 +139,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "is not a picture"
     return str(error) or type(error).__name__
-
-
-def start_worker() -> None:
-    """Ctrl-C is the parent's to handle, and a worker ends when its parent was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -2,16 +2,14 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image
 
-from ldmlab.data.encode_pictures import start_worker
 from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
+from ldmlab.data.ordered_pool import in_order
 from ldmlab.data.output_folder import readable_error
 from ldmlab.data.tar_samples import PICTURE_ENDINGS, scan_tar
 from ldmlab.errors import InputError
@@ -41,7 +39,7 @@ def index(
     """Writes `manifest.json` beside the tars."""
     paths = _paths(tars)
     seen: list[_Seen] = []
-    for one in _looks(paths, workers):
+    for one in in_order(_look, paths, min(workers, len(paths))):
         seen.append(one)
         if progress:
             progress(len(seen), len(paths))
@@ -80,15 +78,6 @@ def _paths(tars: list[Path]) -> list[Path]:
     if len(folders) > 1:
         raise InputError(f"TARS lie in several folders ({', '.join(folders)}); index one folder at a time.")
     return paths
-
-
-def _looks(paths: list[Path], workers: int) -> Iterator[_Seen]:
-    """What each tar holds, in order."""
-    if workers == 1 or len(paths) == 1:
-        yield from map(_look, paths)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
-        yield from pool.map(_look, paths)
 
 
 def _look(path: Path) -> _Seen:

@@ -4,11 +4,9 @@ KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-
 its mirror image if asked. Never a drawn sample, never multiplied by a constant.
 """
 
-import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +17,8 @@ from numpy.typing import NDArray
 
 from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_atomically
 from ldmlab.data.reader import Files
-from ldmlab.data.tar_samples import END_MARKER, tar_bytes
+from ldmlab.data.shard_file import ShardFile
+from ldmlab.data.tar_samples import tar_bytes
 from ldmlab.errors import InputError
 
 ENCODE_PLAN = "encode.json"  # beside latent shards: what they were begun with
@@ -100,10 +99,8 @@ class LatentShardWriter:
     """One latent shard, under a temporary name until it is complete."""
 
     def __init__(self, path: Path, channels: int, dtype: str) -> None:
-        self._path, self._channels, self._dtype = path, channels, np.dtype(dtype)
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by `finish` or `abandon`
-        self._digest, self._bytes, self._offsets = hashlib.sha256(), 0, list[int]()
+        self._channels, self._dtype = channels, np.dtype(dtype)
+        self._file = ShardFile(path)
         self.statistics, self._moment_channels = Statistics(), 0
 
     def write(self, key: str, moments: NDArray[np.float32], travelling: Files) -> None:
@@ -120,31 +117,15 @@ class LatentShardWriter:
         npy = io.BytesIO()
         np.save(npy, stored, allow_pickle=False)
         files = {**travelling, "npy": npy.getvalue()}
-        self._offsets.append(self._bytes)
-        self._write(b"".join(tar_bytes(f"{key}.{ending}", files[ending]) for ending in sorted(files)))
+        self._file.append(b"".join(tar_bytes(f"{key}.{ending}", files[ending]) for ending in sorted(files)))
 
     def finish(self, skipped: Sequence[str]) -> FinishedShard:
         """The shard under its own name."""
-        self._write(END_MARKER)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if not self._offsets:
-            self._temporary.unlink()
-            return FinishedShard(None, self.statistics, 0, list(skipped))
-        os.replace(self._temporary, self._path)
-        info = ShardInfo(self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets)
-        return FinishedShard(info, self.statistics, self._moment_channels, list(skipped))
+        return FinishedShard(self._file.finish(), self.statistics, self._moment_channels, list(skipped))
 
     def abandon(self) -> None:
         """Leave nothing of an unfinished shard."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
+        self._file.abandon()
 
 
 def read_shard_manifest(folder: Path | str) -> Manifest:

@@ -6,32 +6,31 @@ side file `SHARD.json`, and at the end `manifest.json` and `bad.json`; so an int
 
 import hashlib
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.encode_pictures import Encoding, Part, encode_part, start_worker
-from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_atomically, write_manifest
+from ldmlab.data.encode_pictures import Encoding, Part, encode_part
+from ldmlab.data.manifest import Manifest, read_manifest, write_atomically, write_manifest
+from ldmlab.data.ordered_pool import in_order
 from ldmlab.data.output_folder import folder_in_use, open_plan, readable_error
+from ldmlab.data.packed_shard import PackedShard, cut_shards
+from ldmlab.data.shard_file import ShardFile
 from ldmlab.data.sources import Item, Source, with_fields
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
-from ldmlab.data.tar_samples import END_MARKER
 from ldmlab.data.transforms import Transform
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
 
 BAD = "bad.json"
-_PART = 32  # pictures a worker takes at once
-_AHEAD = 4  # parts waiting or under way for each worker
+_PART = 8  # pictures a worker takes at once
 Progress = Callable[[int, int], None]  # pictures done, of how many
+Encode = Callable[[list[Item]], Part]  # a part of a shard; runs in workers
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,6 @@ class PackResult:
     complete_before: bool = False  # nothing was left to do
 
 
-@dataclass
-class _Shard:
-    """A shard and what became of it."""
-
-    name: str
-    items: list[Item]
-    info: ShardInfo | None = None  # None while open, or if no picture of it could be read
-    fields: list[str] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    small: list[str] = field(default_factory=list)
-
-
 def pack(
     source: Source,
     out: Path,
@@ -82,6 +69,7 @@ def pack(
     workers: int | None = None,  # None: all cores
     max_bad: float = 0.1,  # share of unreadable pictures above which the pack fails
     progress: Progress | None = None,
+    encode: Encode | None = None,  # for items that are no files, such as drawn scenes; None: read and transform
 ) -> PackResult:
     """Writes OUT/train and, if asked, OUT/val."""
     options = options or PackOptions()
@@ -94,7 +82,7 @@ def pack(
     about = {"source": origin, "licence": licence, "classes": classes}
     try:
         with folder_in_use(out):
-            return _Pack(out, options, splits, about, max_bad, progress).run(workers or processors())
+            return _Pack(out, options, splits, about, max_bad, progress, encode).run(workers or processors())
     except OSError as error:
         reason = f"{readable_error(error)}; mend that, then run the same command to continue"
         raise InputError(f"OUT={out} cannot be written: {reason}.") from None
@@ -116,10 +104,13 @@ class _Pack:
         about: dict[str, Any],
         max_bad: float,
         progress: Progress | None,
+        encode: Encode | None,
     ) -> None:
         self.out, self.options, self.about = out, options, about
+        o = options
+        self.encode = encode or partial(encode_part, transform=o.transform, encoding=o.encoding, min_side=o.min_side)
         self.max_bad, self.progress = max_bad, progress
-        self.shards = {split: _cut(split, items, options.shard_size) for split, items in splits.items()}
+        self.shards = {split: cut_shards(split, items, options.shard_size) for split, items in splits.items()}
         self.total, self.done = sum(len(items) for items in splits.values()), 0
         self.bad: list[tuple[str, str]] = []  # name, reason
 
@@ -136,10 +127,10 @@ class _Pack:
         self._check_bad(final=True)
         return self._finish()
 
-    def _all(self) -> Iterator[tuple[str, _Shard]]:
+    def _all(self) -> Iterator[tuple[str, PackedShard]]:
         return ((split, shard) for split, shards in self.shards.items() for shard in shards)
 
-    def _plan(self, shards: list[_Shard]) -> dict[str, Any]:
+    def _plan(self, shards: list[PackedShard]) -> dict[str, Any]:
         """What must be equal for finished shards to be kept."""
         digest = hashlib.sha256()
         for shard in shards:
@@ -148,75 +139,41 @@ class _Pack:
                 digest.update(json.dumps(told).encode())
         return {"options": json.loads(json.dumps(asdict(self.options))), "pictures": digest.hexdigest()}
 
-    def _side_file(self, split: str, shard: _Shard) -> Path:
-        return self.out / split / f"{shard.name}.json"
-
-    def _take_finished(self, split: str, shard: _Shard) -> bool:
-        """Reads the side file of a shard finished by an earlier run."""
-        try:
-            side = json.loads(self._side_file(split, shard).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+    def _take_finished(self, split: str, shard: PackedShard) -> bool:
+        if not shard.take_finished(self.out / split):
             return False
-        info = ShardInfo(**side["info"]) if side["info"] else None
-        path = self.out / split / shard.name
-        if info is not None and not (path.is_file() and path.stat().st_size == info.bytes):
-            return False
-        shard.info, shard.fields, shard.small = info, side["fields"], side["small"]
-        shard.bad = [(name, reason) for name, reason in side["bad"]]
         self.bad += shard.bad
         self.done += len(shard.items)
         return True
 
-    def _pack_missing(self, missing: list[tuple[str, _Shard]], workers: int) -> None:
+    def _pack_missing(self, missing: list[tuple[str, PackedShard]], workers: int) -> None:
         """Workers encode parts of any shard, this process writes them in order."""
-        o = self.options
-        encode = partial(encode_part, transform=o.transform, encoding=o.encoding, min_side=o.min_side)
         chunks = (s.items[i : i + _PART] for _, s in missing for i in range(0, len(s.items), _PART))
-        if workers == 1:
-            parts = map(encode, chunks)
+        with closing(in_order(self.encode, chunks, workers)) as parts:
             for split, shard in missing:
                 self._write(split, shard, parts)
-            return
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
-        try:
-            ordered = _ordered(pool, encode, chunks, _AHEAD * workers)
-            for split, shard in missing:
-                self._write(split, shard, ordered)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
-    def _write(self, split: str, shard: _Shard, parts: Iterator[Part]) -> None:
-        """One shard under a temporary name, then its rename and its side file."""
-        path = self.out / split / shard.name
-        temporary = path.with_name(path.name + ".tmp")
-        digest, offsets, size = hashlib.sha256(), [], 0
+    def _write(self, split: str, shard: PackedShard, parts: Iterator[Part]) -> None:
+        """One shard, then its side file."""
         names: dict[str, None] = {}
+        file = ShardFile(self.out / split / shard.name)
         try:
-            with open(temporary, "wb") as file:
-                for start in range(0, len(shard.items), _PART):
-                    part = next(parts)
-                    offsets += [size + offset for offset in part.offsets]
-                    size += file.write(part.data)
-                    digest.update(part.data)
-                    names.update(dict.fromkeys(part.fields))
-                    shard.bad += part.bad
-                    self.bad += part.bad
-                    shard.small += part.small
-                    self.done += min(_PART, len(shard.items) - start)
-                    self._report()
-                    self._check_bad(final=False)
-                size += file.write(END_MARKER)
-                digest.update(END_MARKER)
-                file.flush()
-                os.fsync(file.fileno())
-            if offsets:
-                os.replace(temporary, path)
-                shard.info = ShardInfo(shard.name, len(offsets), size, digest.hexdigest(), offsets)
-        finally:
-            temporary.unlink(missing_ok=True)
+            for start in range(0, len(shard.items), _PART):
+                part = next(parts)
+                file.append(part.data, part.offsets)
+                names.update(dict.fromkeys(part.fields))
+                shard.bad += part.bad
+                self.bad += part.bad
+                shard.small += part.small
+                self.done += min(_PART, len(shard.items) - start)
+                self._report()
+                self._check_bad(final=False)
+            shard.info = file.finish()
+        except BaseException:
+            file.abandon()
+            raise
         shard.fields = list(names)
-        side = {name: value for name, value in asdict(replace(shard, items=[])).items() if name != "items"}
-        write_atomically(self._side_file(split, shard), json.dumps(side))
+        shard.save(self.out / split)
 
     def _report(self) -> None:
         if self.progress:
@@ -246,12 +203,14 @@ class _Pack:
             result.manifests[split] = self._manifest(split, shards)
             write_manifest(self.out / split, result.manifests[split])
             for shard in shards:
-                self._side_file(split, shard).unlink(missing_ok=True)
+                shard.side_file(self.out / split).unlink(missing_ok=True)
+            for leftover in (self.out / split).glob("*.tmp"):  # of killed processes
+                leftover.unlink(missing_ok=True)
             result.bad += bad
             result.small += sum(len(shard.small) for shard in shards)
         return result
 
-    def _manifest(self, split: str, shards: list[_Shard]) -> Manifest:
+    def _manifest(self, split: str, shards: list[PackedShard]) -> Manifest:
         o = self.options
         return Manifest(
             kind="images",
@@ -263,22 +222,3 @@ class _Pack:
             provenance=provenance(),
             **self.about,
         )
-
-
-def _ordered(
-    pool: ProcessPoolExecutor, encode: Callable[[list[Item]], Part], chunks: Iterable[list[Item]], ahead: int
-) -> Iterator[Part]:
-    """Encoded parts in order, a bounded number of them ahead of the writer."""
-    waiting: deque[Future[Part]] = deque()
-    for chunk in chunks:
-        waiting.append(pool.submit(encode, chunk))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _cut(split: str, items: list[Item], shard_size: int) -> list[_Shard]:
-    """Shards of equal size, the last one smaller."""
-    starts = range(0, len(items), shard_size)
-    return [_Shard(f"{split}-{n:06d}.tar", items[start : start + shard_size]) for n, start in enumerate(starts)]
