@@ -76,9 +76,9 @@ def test_animation(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize(("steps", "frames"), [(1, 2), (5, 6), (100, 49)])
 def test_strip_goes_from_noise_to_the_picture(steps: int, frames: int) -> None:
     model, settings = tiny_model(), SampleSettings(steps=steps, seed=2)
-    strip = Strip(model, settings)
+    strip = Strip(model, model.resolved(settings))
     [(numbers, pictures)] = generate(model, [{"class_id": 1}, {"class_id": 2}], settings, after_step=strip)
-    rows = strip.take(numbers)
+    rows = strip.take([{"class_id": 1}, {"class_id": 2}], numbers)
     assert [len(row) for row in rows] == [frames] * 2
     for row, picture in zip(rows, pictures.numpy(), strict=True):
         assert int(np.abs(row[-1].astype(int) - picture).max()) <= 1

@@ -1,5 +1,6 @@
 """A class number to one learned vector: a single token of cross-attention, as in the paper, or a summed vector."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ class ClassEmbedder(nn.Module):
                 "set the number of classes of the data, numbered from 0."
             )
         return self._rows(ids)
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Refuse one picture's class that the model has not learned."""
+        number = fields["class_id"]
+        if not isinstance(number, int) or not 0 <= number < self.classes:
+            raise InputError(f"class_id {number!r} is unknown to this model, which knows 0 .. {self.classes - 1}.")
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The last row, once for each picture."""

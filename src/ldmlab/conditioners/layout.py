@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldmlab.annotations import checked
 from ldmlab.conditioners.rates import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
@@ -37,11 +38,15 @@ class LayoutTokens(nn.Module):
         drop: float = 0.0,  # rate of empty layouts in training, for guidance
         heads: int = 8,  # of 64 channels each
         unused_head: bool = False,  # carry the output layer of the official files, which nothing runs
+        classes: int | None = None,  # of the data, numbered from 0; None: any number that is a token
     ) -> None:
         super().__init__()
         self.drop = checked_rate(drop)
         self.objects, self.crop_tokens = objects, crop_tokens
         self.empty = vocab_size - 1
+        if classes is not None and not 0 < classes <= self.empty:
+            raise InputError(f"conditioner.classes={classes} is not 1 .. {self.empty}, the tokens of vocab_size.")
+        self.classes = self.empty if classes is None else classes
         self.cells = math.isqrt(vocab_size)  # a side of the grid
         if self.cells**2 > self.empty:
             raise InputError(f"conditioner.vocab_size={vocab_size} leaves no empty token; choose {vocab_size + 1}.")
@@ -60,11 +65,19 @@ class LayoutTokens(nn.Module):
         """The states of no boxes; crop tokens stay, as they say nothing of the content."""
         return self._states([[] for _ in batch["boxes"]], batch)
 
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Refuse one picture's boxes that lie outside it, are too many or of unknown classes."""
+        try:
+            boxes = checked(fields["boxes"])
+        except ValueError as error:
+            raise InputError(f"boxes: {error}; mend it.") from error
+        self.tokens(boxes)
+
     def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] = _WHOLE) -> list[int]:
         """Token numbers of one picture."""
         if len(boxes) > self.objects:
             raise InputError(
-                f"a picture has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
+                f"a picture has {len(boxes)} boxes, more than the {self.objects} of conditioner.objects; give fewer."
             )
         frame = crop if self.crop_tokens else _WHOLE
         ids = [token for box in boxes for token in (self._class(box), *self._corners(_within(box["box"], frame)))]
@@ -78,8 +91,8 @@ class LayoutTokens(nn.Module):
 
     def _class(self, box: Mapping[str, Any]) -> int:
         number = int(box["class_id"])
-        if not 0 <= number < self.empty:
-            raise InputError(f"boxes: class_id {number} is not 0 .. {self.empty - 1}; number the classes from 0.")
+        if not 0 <= number < self.classes:
+            raise InputError(f"boxes: class_id {number} is not 0 .. {self.classes - 1}; number the classes from 0.")
         return number
 
     def _corners(self, box: Sequence[float]) -> list[int]:

@@ -1,5 +1,6 @@
 """Label maps, scaled down and mapped to a few channels, concatenated to the latent (section 4.3.2)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,17 @@ class SpatialRescaler(nn.Module):
         table = self.channels.weight.flatten(1).T  # (classes, channels)
         maps = self._resize(F.embedding(labels.long().to(table.device), table).movedim(-1, 1))
         return maps if self.channels.bias is None else maps + self.channels.bias[:, None, None]
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Refuse one picture's label map (H, W) with numbers that are no class."""
+        labels = torch.as_tensor(fields["segmentation"])
+        unknown = labels[(labels < 0) | (labels >= self.classes)].unique().tolist()
+        if unknown:
+            told = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+            raise InputError(
+                f"segmentation holds {told}, but this model knows the classes 0 .. {self.classes - 1}; "
+                "renumber the map."
+            )
 
     def rescale(self, maps: Tensor) -> Tensor:
         """Any maps (B, classes, H, W), float => (B, channels, h, w): soft label maps."""

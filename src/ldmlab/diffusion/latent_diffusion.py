@@ -20,6 +20,7 @@ from ldmlab.contracts import (
     Task,
 )
 from ldmlab.diffusion.conditioning import check_guidance, check_size, check_slots, joined, stacked
+from ldmlab.diffusion.given_picture import GivenPicture
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
@@ -69,11 +70,17 @@ class LatentDiffusion(LatentSpace):
         return joined(values)
 
     def null(self, batch: dict[str, Any]) -> Conditioning:
-        """The conditioning of the pass without guidance: what training dropped is null, the rest stays given."""
+        """The conditioning of the pass without guidance: what training dropped is null, the rest stays given.
+
+        Captions `negative` stand in the place of the empty caption.
+        """
         values: dict[str, list[Tensor]] = {}
         for _, conditioner in self._each_conditioner():
-            say = conditioner.null if self._droppable(conditioner) else conditioner
-            values.setdefault(conditioner.slot, []).append(say(batch, self.encode))
+            if "negative" in batch and "caption" in conditioner.reads:
+                value = conditioner({**batch, "caption": batch["negative"]}, self.encode)
+            else:
+                value = (conditioner.null if self._droppable(conditioner) else conditioner)(batch, self.encode)
+            values.setdefault(conditioner.slot, []).append(value)
         return joined(values)
 
     def drops(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
@@ -141,6 +148,7 @@ class LatentDiffusion(LatentSpace):
         guides: Sequence[Guide] = (),  # besides classifier-free guidance; each wraps those before it
         seed: int = 0,
         after_step: AfterStep | None = None,
+        given: GivenPicture | None = None,  # a picture to start from or to keep in part
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same picture in any batch."""
         check_guidance(guidance, self.guidance_trained, conditioned=bool(self.conditioners))
@@ -149,8 +157,10 @@ class LatentDiffusion(LatentSpace):
         denoise = self.denoiser(conditioning, self.null(batch) if guidance != 1 else None, guidance)
         for guide in guides:
             denoise = guide(denoise, batch)
-        x = self.start(index, size, seed)
+        x = start = self.start(index, size, seed)
         check_size(conditioning, x)
+        if given is not None:
+            x, after_step = given.begin(start, grid[0]), given.keeping(start, grid, after_step)
         shape = tuple(x.shape[1:])
 
         def noise(step: int) -> Tensor:

@@ -17,6 +17,15 @@ from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
+from ldmlab.evaluation.given_pictures import (
+    canvas_of,
+    finished,
+    given_picture,
+    on_canvas,
+    resolved_strength,
+    started_at,
+)
+from ldmlab.evaluation.request_checks import check_requests, lost, warn_of_lost
 from ldmlab.evaluation.request_fields import batch_of, check_size, implied_size, rows_of
 from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.nn.pixels import to_bytes, to_float
@@ -86,15 +95,22 @@ class LoadedModel:
         batch_size: int = 16,
         sampler: str = "ddim",
         spacing: str | None = None,
-        **fields: Sequence[Any] | Tensor,  # caption=[...], image=[...], mask=[...]: one entry a picture
+        strength: float | None = None,  # with init_image: 0 keeps it, 1 forgets it; None: 0.6
+        **fields: Sequence[Any] | Tensor,  # caption=[...], negative=[...], image=[...], mask=[...]: one entry a picture
     ) -> Tensor:
-        """uint8 (B, H, W, 3) on the CPU; picture i is the same in any company."""
+        """uint8 (B, H, W, 3) on the CPU; picture i is the same in any company.
+
+        Any model takes init_image, where sampling starts, and image with mask, of which only the hole is made anew.
+        """
         from ldmlab.evaluation.generate import generate
 
         settings = SampleSettings(
-            steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing
-        )
+            steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing,
+            strength=strength,
+        )  # fmt: skip
         requests = rows_of(fields, self.reads, count)
+        self.check(requests)
+        warn_of_lost(self.diffusion, requests)
         return torch.cat([pictures for _, pictures in generate(self, requests, settings, batch_size=batch_size)])
 
     @torch.inference_mode()
@@ -134,11 +150,16 @@ class LoadedModel:
         if guidance is None:
             guidance = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
         check_guidance(guidance, self.diffusion.guidance_trained, conditioned=conditioned)
-        asked = implied_size(requests[0], self.enlargement) if len(requests) and settings.size is None else None
+        if guidance == 1 and any(request.get("negative") for request in requests[:1]):
+            raise InputError("a negative caption says where guidance leads away from; set guidance above 1.")
+        asked = implied_size(requests[0], self.enlargement) if len(requests) else None
         size = asked or self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        self.diffusion.latent_shape(size)
-        filled = settings.filled(guidance=guidance, size=size, levels=self.diffusion.schedule.steps)
+        if size != asked:  # a given picture's size is carried on to what fits
+            self.diffusion.latent_shape(size)
+        strength = resolved_strength(settings.strength, requests)
+        levels = self.diffusion.schedule.steps
+        filled = settings.filled(guidance=guidance, size=size, levels=levels, strength=strength)
         self.grid(filled)  # steps that the rule cannot take are refused
         return filled
 
@@ -146,7 +167,9 @@ class LoadedModel:
         """The noise levels that resolved settings visit."""
         assert settings.steps is not None
         assert settings.spacing is not None
-        return ddim_grid(self.diffusion.schedule, settings.steps, settings.spacing)
+        schedule = self.diffusion.schedule
+        grid = ddim_grid(schedule, settings.steps, settings.spacing)
+        return grid if settings.strength is None else started_at(grid, settings.strength, schedule.steps)
 
     @torch.no_grad()  # not inference_mode: guides need gradients
     def sample_batch(
@@ -161,20 +184,37 @@ class LoadedModel:
         assert isinstance(settings.size, tuple)
         batch = self.batch(requests, first_index)
         check_size(batch, settings.size, self.enlargement)
+        canvas = self.canvas(batch, settings.size)
+        told = on_canvas(batch, canvas, self.enlargement)
         with self.autocast(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # `resolved` has said it
             images = self.diffusion.sample(
-                batch,
+                told,
                 sampler=settings.build_sampler(),
                 grid=self.grid(settings),
                 index=batch["position"],
-                size=settings.size,
+                size=canvas,
                 guidance=settings.guidance,
                 guides=self.guides,
                 seed=settings.seed,
                 after_step=after_step,
+                given=given_picture(self.diffusion, told, self.reads),
             )
-        return as_pictures(images)
+        return finished(as_pictures(images), batch, settings.size)
+
+    @torch.no_grad()
+    def begin(self, requests: Sequence[Mapping[str, Any]], settings: SampleSettings, numbers: Sequence[int]) -> Tensor:
+        """The noisy latents (B, C, h, w) that sampling these requests begins with."""
+        assert isinstance(settings.size, tuple)
+        batch = self.batch(requests, numbers)
+        canvas = self.canvas(batch, settings.size)
+        start = self.diffusion.start(batch["position"], canvas, settings.seed)
+        given = given_picture(self.diffusion, on_canvas(batch, canvas, self.enlargement), self.reads)
+        return start if given is None else given.begin(start, self.grid(settings)[0])
+
+    def canvas(self, batch: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what is sampled and then cut to `size`, px."""
+        return canvas_of(batch, size, self.diffusion.size_step, self.enlargement)
 
     def batch(self, requests: Sequence[Mapping[str, Any]], first_index: int | Sequence[int]) -> dict[str, Any]:
         """Requests, a dict of fields each, as one batch; `position` is the number of the picture."""
@@ -182,11 +222,13 @@ class LoadedModel:
         position = torch.tensor(list(indices), dtype=torch.int64, device=self.device)
         return {"position": position, **batch_of(requests, self.reads, self.device)}
 
+    def check(self, requests: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse requests that mean nothing to this model."""
+        check_requests(self.diffusion, requests, self.enlargement)
+
     def lost(self, request: Mapping[str, Any]) -> list[str]:
         """The ends of captions that the model cannot read because they are too long."""
-        conditioners = [c for _, c in self.diffusion.conditioners.items() if hasattr(c, "lost")]
-        ends = [c.lost(request["caption"]) for c in conditioners]  # type: ignore[operator]
-        return [end for end in ends if end]
+        return lost(self.diffusion, request)
 
     def autocast(self) -> AbstractContextManager:
         """The precision in which the denoiser and the decoder run."""

@@ -1,26 +1,44 @@
 """What is asked for, as people hold it, to what a batch holds.
 
-Pictures (image, low_resolution): a path, a PIL picture or uint8 (H, W, 3) => uint8 (B, 3, H, W). Masks: a path or PIL
-picture, white in the hole, or (H, W), not zero in the hole => uint8 (B, 1, H, W). Label maps (segmentation): a path, a
-PIL picture or (H, W) => int64 (B, H, W). Whole numbers => int64 (B,). Anything else stays a list.
+Pictures (image, init_image, low_resolution): a path, a PIL picture or uint8 (H, W, 3) => uint8 (B, 3, H, W); what is
+transparent in them lies on white. Masks: a path or PIL picture, white in the hole, or (H, W), not zero in the hole, or
+the `TransparentParts` of a picture => uint8 (B, 1, H, W). Label maps (segmentation): a path, a PIL picture or (H, W)
+=> int64 (B, H, W). Boxes: a path of JSON, or a list. Whole numbers => int64 (B,). Anything else stays a list.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldmlab.annotations import WHOLE
+from ldmlab.data.transforms import to_rgb
 from ldmlab.errors import InputError
 
 SMALL = "low_resolution"
-PICTURES = ("image", SMALL)
-ON_THE_PICTURE = ("image", "mask", "segmentation")  # of the size of the result
-OPTIONAL = {"boxes": "crop"}  # a field that may come with another
+PICTURES = ("image", "init_image", SMALL)
+ON_THE_PICTURE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
+OPTIONAL = {"boxes": "crop", "caption": "negative"}  # a field that may come with another
+GIVEN = ("init_image", "image", "mask")  # that any model takes: a picture to start from; one with a hole
+_UNSAID = {"crop": list(WHOLE), "negative": ""}
 _WHITE = 128  # a mask's pixel in a file from here on is hole
+_OPAQUE = 255
+
+
+@dataclass(frozen=True)
+class TransparentParts:
+    """As a mask: every pixel of a picture that is not opaque is hole."""
+
+    picture: str | Path
+
+    def __str__(self) -> str:
+        return f"transparent parts of {self.picture}"
 
 
 def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
@@ -30,6 +48,8 @@ def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
         if len({tuple(one.shape) for one in rows}) > 1:
             raise InputError(f"{field}: the pictures of one batch differ in size; sample them one size at a time.")
         return torch.stack(rows).to(device)
+    if field == "boxes":
+        return [boxes_of(value) for value in values]
     numbers = all(isinstance(value, int) for value in values)
     return torch.tensor(values, dtype=torch.int64, device=device) if numbers else list(values)
 
@@ -37,7 +57,10 @@ def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
 def row(field: str, value: Any) -> Tensor:
     """One picture's entry: uint8 (3, H, W), uint8 (1, H, W) or int64 (H, W)."""
     from_file = isinstance(value, str | Path | Image.Image)
-    value = _decoded(field, value) if from_file else value
+    if isinstance(value, TransparentParts):
+        value = _transparent(value)
+    elif from_file:
+        value = _decoded(field, value)
     array = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     if field in PICTURES:
         if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[-1] != 3:
@@ -50,6 +73,17 @@ def row(field: str, value: Any) -> Tensor:
     return ((array >= _WHITE) if from_file else (array != 0)).to(torch.uint8)[None]
 
 
+def boxes_of(value: Any) -> Any:
+    """Boxes as they are, or from a JSON file: a list of boxes, or an object with `boxes`."""
+    if not isinstance(value, str | Path):
+        return value
+    try:
+        found = json.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"boxes={value} cannot be read as JSON ({error}); give another file.") from error
+    return found.get("boxes", found) if isinstance(found, dict) else found
+
+
 def as_asked(field: str, value: Any) -> Any:
     """The inverse of `row` for arrays of the data: pictures (H, W, 3), masks and label maps (H, W)."""
     if field in PICTURES:
@@ -58,13 +92,43 @@ def as_asked(field: str, value: Any) -> Any:
 
 
 def _decoded(field: str, value: Any) -> np.ndarray:
+    image = _opened(field, value)
     try:
-        image = value if isinstance(value, Image.Image) else Image.open(value)
         if field in PICTURES:
-            return np.array(image.convert("RGB"))
-        return np.array(image if image.mode == "P" and field == "segmentation" else image.convert("L"))
-    except OSError as error:
-        raise InputError(f"{field}={value} cannot be read as a picture ({error}); give another file.") from error
+            return np.array(to_rgb(image))
+        if field == "segmentation":
+            return _numbers(value, image)
+        return np.array(to_rgb(image, background=(0, 0, 0)).convert("L"))  # strokes on a transparent sheet are holes
+    except (OSError, ValueError) as error:
+        raise _unreadable(field, value, error) from error
+
+
+def _opened(field: str, value: Any) -> Image.Image:
+    try:
+        return value if isinstance(value, Image.Image) else Image.open(value)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(field, value, error) from error
+
+
+def _unreadable(field: str, value: Any, error: Exception) -> InputError:
+    return InputError(f"{field}={value} cannot be read as a picture ({error}); give another file.")
+
+
+def _numbers(value: Any, image: Image.Image) -> np.ndarray:
+    """The class numbers of a grey or palette picture, 8 or 16 bits."""
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise InputError(
+            f"segmentation={value} is a picture of mode {image.mode}, not a map of class numbers; "
+            "save it as a grey or palette PNG with one number a pixel."
+        )
+    return np.array(image).astype(np.int64)
+
+
+def _transparent(value: TransparentParts) -> np.ndarray:
+    image = _opened("mask", value.picture)
+    if not image.has_transparency_data:
+        raise InputError(f"{value.picture} has no transparent parts to fill; erase some of it, or give a mask.")
+    return np.array(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < _OPAQUE
 
 
 def implied_size(fields: Mapping[str, Any], enlargement: int) -> tuple[int, int] | None:
@@ -98,28 +162,37 @@ def rows_of(
     fields: Mapping[str, Sequence[Any] | Tensor], reads: frozenset[str], count: int | None
 ) -> list[dict[str, Any]]:
     """One dict a picture from one list a field."""
-    optional = {more for field, more in OPTIONAL.items() if field in reads}
-    for name in fields.keys() - reads - optional:
+    for name in fields.keys() - known_fields(reads):
         known = ", ".join(sorted(reads)) or "no conditions; say how many pictures with count="
         raise InputError(f"{name}= means nothing to this model, which takes {known}.")
-    if not reads:
+    if not reads and not fields:
         return [{} for _ in range(1 if count is None else count)]
     columns = {name: list(value) for name, value in fields.items()}
     columns = {name: [int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for v in c] for name, c in columns.items()}
     if len({len(values) for values in columns.values()}) != 1:
-        raise InputError(f"give {', '.join(sorted(reads))}, one entry a picture, in lists of one length.")
+        raise InputError(
+            f"give {', '.join(sorted(reads | fields.keys()))}, one entry a picture, in lists of one length."
+        )
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, one, strict=True)) for one in rows]
 
 
+def known_fields(reads: frozenset[str]) -> frozenset[str]:
+    """What a request to a model that reads `reads` may hold."""
+    return reads | {OPTIONAL[name] for name in reads & OPTIONAL.keys()} | set(GIVEN)
+
+
 def batch_of(requests: Sequence[Mapping[str, Any]], reads: frozenset[str], device: torch.device) -> dict[str, Any]:
-    """The fields that a model reads, of all requests."""
+    """The fields that a model reads, of all requests, and the pictures that they bring along."""
     batch: dict[str, Any] = {}
-    for field in sorted(reads):
+    brought = {name for name in GIVEN if any(name in request for request in requests)}
+    for field in sorted(reads | brought):
         if any(field not in request for request in requests):
-            raise InputError(f"this model is told {', '.join(sorted(reads))}; give {field} for every picture.")
+            raise InputError(
+                f"this model is told {', '.join(sorted(reads | brought)) or 'nothing'}; give {field} for every picture."
+            )
         batch[field] = column(field, [request[field] for request in requests], device)
         more = OPTIONAL.get(field)
         if more and any(more in request for request in requests):
-            batch[more] = [request.get(more) for request in requests]
+            batch[more] = [request.get(more, _UNSAID[more]) for request in requests]
     return batch

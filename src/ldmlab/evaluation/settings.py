@@ -19,9 +19,12 @@ class SampleSettings:
     size: int | tuple[int, int] | None = None  # side, or height and width, px; None: as trained
     sampler: str = "ddim"  # a file of ldmlab/samplers/
     spacing: str | None = None  # official | linspace | trailing | karras | log_snr; None: the sampler's own
+    strength: float | None = None  # share of the schedule walked from init_image; None: 0.6 if there is one
 
-    def filled(self, *, guidance: float, size: tuple[int, int], levels: int) -> "SampleSettings":
-        """Without any None; the sampler's own options are checked."""
+    def filled(
+        self, *, guidance: float, size: tuple[int, int], levels: int, strength: float | None
+    ) -> "SampleSettings":
+        """Without any None but a strength that nobody asked for; the sampler's own options are checked."""
         sampler = self.build_sampler()
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed={self.seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
@@ -29,7 +32,8 @@ class SampleSettings:
         steps = usual if self.steps is None else self.steps
         spacing = self.spacing or getattr(sampler, "spacing", "linspace")
         eta = getattr(sampler, "eta", 0.0)
-        return replace(self, steps=steps, guidance=guidance, size=size, spacing=spacing, eta=eta)
+        known = {"steps": steps, "guidance": guidance, "size": size, "spacing": spacing, "eta": eta}
+        return replace(self, strength=strength, **known)
 
     def build_sampler(self) -> Sampler:
         """With eta, if it asks for another than the sampler's own; samplers that have none take 0 as said already."""
@@ -39,8 +43,8 @@ class SampleSettings:
         return sampler_by_name(self.sampler, eta=self.eta)
 
     def as_text(self) -> dict[str, Any]:
-        """Plain values for files; the size as height x width."""
-        values = asdict(self)
+        """Plain values for files; the size as height x width; no strength where there is none."""
+        values = {name: value for name, value in asdict(self).items() if name != "strength" or value is not None}
         if isinstance(self.size, tuple):
             values["size"] = f"{self.size[0]}x{self.size[1]}"
         return values

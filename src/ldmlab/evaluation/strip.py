@@ -1,5 +1,8 @@
 """The way from noise to picture, decoded while it is walked."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,10 +18,10 @@ class Strip:
     """An `after_step` that keeps decoded pictures of one batch at a time."""
 
     def __init__(self, model: LoadedModel, settings: SampleSettings) -> None:
+        """settings: resolved ones."""
         self.model = model
-        self.settings = model.resolved(settings)
-        assert self.settings.steps is not None
-        steps = self.settings.steps
+        self.settings = settings
+        steps = len(model.grid(settings)) - 1
         self.kept = sorted({round(k * (steps - 1) / max(min(FRAMES, steps) - 1, 1)) for k in range(min(FRAMES, steps))})
         self.kept = sorted({*self.kept, steps - 1})
         self._frames: list[Tensor] = []
@@ -30,18 +33,19 @@ class Strip:
         return x
 
     @torch.inference_mode()
-    def take(self, numbers: list[int]) -> list[list[np.ndarray]]:
-        """Frames per picture of the batch just finished, the starting noise first; forgets them."""
+    def take(self, requests: Sequence[Mapping[str, Any]], numbers: list[int]) -> list[list[np.ndarray]]:
+        """Frames per picture of the batch just finished, what it began with first; forgets them."""
         assert isinstance(self.settings.size, tuple)
-        index = torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
-        start = self.model.diffusion.start(index, self.settings.size, self.settings.seed)
+        height, width = self.settings.size
+        start = self.model.begin(requests, self.settings, numbers)
         frames = [as_pictures(self.model.diffusion.decode(start)), *self._frames]
+        frames = [frame[:, :height, :width] for frame in frames]
         self._frames = []
         return [[frame[i].numpy() for frame in frames] for i in range(len(numbers))]
 
     def titles(self) -> list[str]:
         """Of the frames: how many steps have been taken."""
-        return ["noise", *(f"step {step + 1}" for step in self.kept)]
+        return ["noise" if self.settings.strength is None else "start", *(f"step {step + 1}" for step in self.kept)]
 
     def columns(self) -> list[int]:
         """Which frames make the row: evenly spaced, both ends."""

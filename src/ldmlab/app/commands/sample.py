@@ -1,25 +1,30 @@
 """`ldmlab sample MODEL "a prompt" ...`: pictures with their settings inside, a grid, strips, sweeps."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmlab.app.commands.sample_guides import add_guide_options, asked_guides, check_guide_options
-from ldmlab.app.commands.sample_job import Job, label
+from ldmlab.app.commands.sample_job import Job
+from ldmlab.app.commands.sample_requests import add_request_options, check_request_options, read_lines, requests_of
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    from ldmlab.evaluation.model import LoadedModel
     from ldmlab.evaluation.settings import SampleSettings
 
-SWEEPS = {"steps": int, "guidance": float, "eta": float, "seed": int, "sampler": str, "spacing": str}
+SWEEPS = {"steps": int, "guidance": float, "eta": float, "seed": int, "sampler": str, "spacing": str, "strength": float}
 
 EPILOG = """examples:
   ldmlab sample runs/emoji-1a2b "a red apple" "a clock" --guidance 3
   ldmlab sample runs/emoji-1a2b --prompts prompts.txt --count 4 --size 64x96
   ldmlab sample runs/emoji-1a2b "a red apple" --strip
   ldmlab sample runs/emoji-1a2b "a red apple" --sweep steps=1,2,5,10,25,50
+  ldmlab sample runs/emoji-1a2b "a red apple" --negative "a face" --guidance 3
+  ldmlab sample runs/emoji-1a2b "a red apple" --from sketch.png --strength 0.6
+  ldmlab sample runs/emoji-1a2b --from photo.png --strength 0.3 --count 8        variations
+  ldmlab sample runs/emoji-1a2b "a table" --from photo.png --mask hole.png       the rest stays as it is
+  ldmlab sample runs/inpainting-1a2b --task inpainting photo.png --mask hole.png
+  ldmlab sample runs/upscaler-1a2b --task super_resolution small.png
   ldmlab sample runs/imagenet-1a2b 207 980 --classifier runs/classifier-3c4d --classifier-scale 10
   torchrun --nproc-per-node 2 -m ldmlab sample runs/emoji-1a2b --prompts prompts.txt"""
 
@@ -29,13 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = EPILOG
     add("model", type=Path, help="model folder, run folder or checkpoint")
-    add("prompts", nargs="*", help="captions; class numbers; files of low-resolution pictures or label maps: as told")
-    add(
-        "--prompts",
-        dest="file",
-        type=Path,
-        help="file with a prompt a line, or .jsonl with an object of fields a line (pictures and masks as files)",
-    )
+    add_request_options(parser)
     add("--count", type=int, default=1, help="pictures per prompt (1)")
     add("--steps", type=int, help="sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)")
     add("--guidance", type=float, help="1 is off (3 if the model was trained for it, else 1)")
@@ -62,7 +61,7 @@ def _samplers() -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, load, sample, draw the sheets."""
-    lines = _prompts(args)
+    lines = read_lines(args)
     size, sweep = _size(args.size), _sweep(args.sweep)
     if args.count < 1 or args.batch_size < 1 or args.first_index < 0:
         raise InputError("--count and --batch-size start at 1 and --first-index at 0; choose larger values.")
@@ -70,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--strip and --sweep draw different sheets; use one at a time.")
     _check_folder(args.out)
     check_guide_options(args)
+    check_request_options(args)
 
     from ldmlab.build import load
     from ldmlab.evaluation import processes
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
         model.with_guides(*asked_guides(args, model))
-        requests = _requests(model, lines, args.count)
+        requests = requests_of(model, lines, args)
+        model.check(requests)
         settings = _settings(args, size)
         variants = [(None, settings)] if sweep is None else _variants(settings, *sweep)
         resolved = [(name, model.resolved(variant, requests)) for name, variant in variants]
@@ -97,67 +98,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         processes.leave()
     return 0
-
-
-def _prompts(args: argparse.Namespace) -> list[str | dict[str, Any]]:
-    """From the command line, then from the file; empty lines are skipped."""
-    lines: list[str | dict[str, Any]] = list(args.prompts)
-    if args.file is None:
-        return lines
-    try:
-        text = args.file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {args.file} cannot be read as UTF-8 text ({error}); give another file.") from error
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
-        raise InputError(f"--prompts {args.file} holds no prompt; write one a line.")
-    return lines + ([_fields(line, args.file) for line in found] if args.file.suffix == ".jsonl" else found)
-
-
-def _fields(line: str, file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"--prompts {file}: {line[:60]!r} is no JSON object ({error}); mend the line.") from error
-    if not isinstance(fields, dict):
-        raise InputError(f'--prompts {file}: {line[:60]!r} is no JSON object; write {{"caption": ...}}.')
-    return fields
-
-
-def _requests(model: "LoadedModel", lines: list[str | dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Every prompt `count` times as the fields that the model reads; warns of ends that it cannot read."""
-    from ldmlab.evaluation.request_fields import OPTIONAL
-
-    reads = model.reads
-    if not reads:
-        if lines:
-            raise InputError("this model takes no prompts; leave them out and say how many pictures with --count.")
-        return [{} for _ in range(count)]
-    if not lines:
-        raise InputError(f"this model is told {', '.join(sorted(reads))}; give at least one prompt or --prompts FILE.")
-    told = [line if isinstance(line, dict) else _told(line, reads) for line in lines]
-    for fields in told:
-        if missing := reads - fields.keys():
-            names = ", ".join(sorted(missing))
-            raise InputError(f"{label(fields)}: this model also reads {names}; use a .jsonl file.")
-        for lost in model.lost(fields):
-            print(f'"{label(fields)}" is too long for this model, which does not see: "{lost}"')
-    kept = sorted(reads | {OPTIONAL[name] for name in reads & OPTIONAL.keys()})
-    return [{name: fields[name] for name in kept if name in fields} for fields in told for _ in range(count)]
-
-
-def _told(line: str, reads: frozenset[str]) -> dict[str, Any]:
-    """A plain prompt as a caption, the file of a picture or a class number."""
-    if "caption" in reads:
-        return {"caption": line}
-    if reads in ({"low_resolution"}, {"segmentation"}):
-        return {next(iter(reads)): line}  # a file
-    if "class_id" not in reads:
-        raise InputError(f"{line}: this model reads {', '.join(sorted(reads))}; give them in a .jsonl file.")
-    try:
-        return {"class_id": int(line)}
-    except ValueError as error:
-        raise InputError(f"{line}: this model takes class numbers; give an integer.") from error
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -185,7 +125,7 @@ def _sweep(text: str | None) -> tuple[str, list[Any]] | None:
 def _settings(args: argparse.Namespace, size: tuple[int, int] | None) -> "SampleSettings":
     from ldmlab.evaluation.settings import SampleSettings
 
-    names = ("steps", "guidance", "eta", "seed", "sampler", "spacing")
+    names = ("steps", "guidance", "eta", "seed", "sampler", "spacing", "strength")
     return SampleSettings(size=size, **{name: getattr(args, name) for name in names})
 
 

@@ -14,8 +14,18 @@ MOST = 144  # pictures on one sheet
 
 
 def label(request: dict[str, Any]) -> str:
-    """What a picture was asked to show."""
-    return ", ".join(str(value) for value in request.values())
+    """What a picture was asked to show, in few words."""
+    return ", ".join(text for name, value in request.items() if (text := _shown(name, value)))
+
+
+def _shown(name: str, value: Any) -> str:
+    if name in ("mask", "crop"):
+        return ""
+    if name == "boxes" and not isinstance(value, str):
+        return f"{len(value)} objects"
+    if name in ("image", "init_image", "low_resolution", "segmentation", "boxes"):
+        return Path(str(value)).name
+    return f"not {value}" if name == "negative" else str(value)
 
 
 class Job:
@@ -78,8 +88,9 @@ class Job:
         from ldmlab.evaluation.pictures import save_animation, table
 
         columns, titles = strip.columns(), strip.titles()
-        for number, frames in zip(numbers, strip.take(numbers), strict=True):
-            title = [label(self.requests[number - self.args.first_index])]
+        requests = [self.requests[number - self.args.first_index] for number in numbers]
+        for number, request, frames in zip(numbers, requests, strip.take(requests, numbers), strict=True):
+            title = [label(request)]
             row = table([[frames[c] for c in columns]], [titles[c] for c in columns], title)
             row.save(self.folder / f"{number:06d}_strip.png")
             save_animation(self.folder / f"{number:06d}_strip.webp", frames)
@@ -110,7 +121,7 @@ class Job:
         from ldmlab.app.progress import bar
 
         mine = len(range(self.rank, len(self.requests), self.world))
-        total, done = mine * sum(settings.steps or 0 for _, settings in self.variants), 0
+        total, done = mine * sum(len(self.model.grid(settings)) - 1 for _, settings in self.variants), 0
         with bar("sampling", "steps", Console(stderr=True, quiet=self.rank > 0)) as show:
             show(0, total)
 

@@ -1,0 +1,83 @@
+"""Pictures that a request brings along: the sizes that a model can take, a start from one, parts that stay.
+
+Fields of a batch: init_image (B, 3, H, W), where sampling starts; image (B, 3, H, W) with mask (B, 1, H, W), not zero
+in the hole: the rest stays, also for a model that reads neither.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.contracts import Level
+from ldmlab.diffusion.given_picture import GivenPicture, hole_of_latents, painted_over
+from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.errors import InputError
+from ldmlab.evaluation.request_fields import ON_THE_PICTURE, SMALL
+from ldmlab.nn.pixels import to_float
+
+STRENGTH = 0.6  # of image to image, where nobody says
+
+
+def resolved_strength(strength: float | None, requests: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of the schedule that is walked from a given picture; None where none is given."""
+    started = [request.get("init_image") is not None for request in requests[:1]]
+    if strength is None:
+        return STRENGTH if any(started) else None
+    if not 0 < strength <= 1:
+        raise InputError(f"strength={strength} is not within 0 .. 1; choose 0.3 for small changes, 0.8 for large ones.")
+    if started == [False]:
+        raise InputError(f"strength={strength} needs a picture to start from; give init_image (--from IMAGE).")
+    return strength
+
+
+def started_at(grid: list[Level], strength: float, times: int) -> list[Level]:
+    """The levels of a grid up to that share of the schedule's times, and the end."""
+    last = strength * (times - 1) + 1e-6
+    kept = [level for level in grid if level.time is None or level.time <= last]
+    if len(kept) < 2:
+        raise InputError(f"strength={strength} leaves none of {len(grid) - 1} steps; raise the strength or the steps.")
+    return kept
+
+
+def canvas_of(batch: Mapping[str, Any], size: tuple[int, int], step: int, enlargement: int) -> tuple[int, int]:
+    """Height and width that can be sampled and hold `size`."""
+    unit = math.lcm(step, enlargement) if SMALL in batch else step
+    return math.ceil(size[0] / unit) * unit, math.ceil(size[1] / unit) * unit
+
+
+def on_canvas(batch: Mapping[str, Any], canvas: tuple[int, int], enlargement: int) -> dict[str, Any]:
+    """The batch's pictures, masks and maps carried on to the canvas: the last row and column repeated."""
+    wider = {name: _repeated(batch[name], canvas) for name in ON_THE_PICTURE if name in batch}
+    if SMALL in batch:
+        wider[SMALL] = _repeated(batch[SMALL], (canvas[0] // enlargement, canvas[1] // enlargement))
+    return {**batch, **wider}
+
+
+def _repeated(values: Tensor, canvas: tuple[int, int]) -> Tensor:
+    rows, columns = (
+        torch.arange(wanted, device=values.device).clamp(max=side - 1)
+        for wanted, side in zip(canvas, values.shape[-2:], strict=True)
+    )
+    return values[..., rows[:, None], columns]
+
+
+def given_picture(space: LatentSpace, batch: Mapping[str, Any], reads: frozenset[str]) -> GivenPicture | None:
+    """What a batch on its canvas asks to start from and to keep; a model that reads masks keeps by itself."""
+    source = space.encode(to_float(batch["init_image"])) if "init_image" in batch else None
+    if "mask" not in batch or "mask" in reads:
+        return None if source is None else GivenPicture(source)
+    known = space.encode(painted_over(to_float(batch["image"]), batch["mask"]))
+    hole = hole_of_latents(batch["mask"], int(space.first_stage.downsampling))  # type: ignore[arg-type]
+    return GivenPicture(source, known, hole)
+
+
+def finished(pictures: Tensor, batch: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
+    """Generated uint8 (B, H, W, 3) without what the canvas added; known pixels of uint8 `image` bit for bit."""
+    pictures = pictures[:, : size[0], : size[1]]
+    if "mask" not in batch or "image" not in batch:
+        return pictures.contiguous()
+    hole, image = (batch[name].cpu().permute(0, 2, 3, 1) for name in ("mask", "image"))
+    return torch.where(hole != 0, pictures, image)
