@@ -95,6 +95,8 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
     Evaluation(
         model=model,
         data=data,
+        judges=build_all("judges", parts["protocol"].judges),
+        baselines=build_all("baselines", parts["protocol"].baselines),
         rank=rank,
         world=world,
         extras=extras,
@@ -158,6 +160,13 @@ def build_metric(name: str, node: Mapping[str, Any], width: int) -> Any:
     where = f"protocol.metrics.{name}"
     told: dict[str, Any] = {"width": width} if accepts(node, "width", where=where) else {}
     return instantiate(node, where=where, **told)
+
+
+def build_all(kind: str, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The judges or baselines of a protocol by name."""
+    from ldmlab.instantiate import instantiate
+
+    return {name: instantiate(node, where=f"protocol.{kind}.{name}") for name, node in nodes.items()}
 
 
 def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":

@@ -39,6 +39,8 @@ from ldmlab.evaluation.record import (
 from ldmlab.evaluation.reference_statistics import ReferenceKey, against_other_split, see_reference
 from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Numbered, numbered
+from ldmlab.evaluation.task_evidence import Baseline, Judge
+from ldmlab.evaluation.task_part import task_part
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.provenance import provenance
 
@@ -62,6 +64,8 @@ class Evaluation:
     curves: Mapping[str, Path] = field(default_factory=dict)  # title => metrics.csv of a run
     extras: Sequence[tuple[str, Path]] = ()  # title, picture made elsewhere: sweeps, strips
     lpips: nn.Module | None = None  # for protocol.pairs
+    judges: Mapping[str, Judge] = field(default_factory=dict)  # of protocol.judges
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)  # of protocol.baselines
     reference_folder: Path | None = None  # of kept reference statistics; None: none are kept
     track: Track = lambda items, count, title: items
     clock: list[float] = field(default_factory=list)  # seconds that each batch of samples took
@@ -80,7 +84,8 @@ class Evaluation:
         pairs = PairedPass(self.protocol, known, self.extractor, self.lpips) if self.protocol.pairs else None
         kept = self._see_reference(seen, album)
         other = self._against(self.protocol.also_against, seen) if self.protocol.also_against else None
-        drawn = self._drawn(asked, album)
+        task = task_part(self, known, asked, seen, [item["number"] for item in album["samples"]])
+        drawn = task.watch(self._drawn(asked, album))
         seen.add_all(pairs.watch(drawn) if pairs else drawn, real=False)
         counts = (sum(gathered(seen.counts[True])), sum(gathered(seen.counts[False])))
         scores = seen.compute(counts) | (pairs.scores() if pairs else {})
@@ -97,7 +102,7 @@ class Evaluation:
             "features": features_record(self.extractor),
             "scores": {name: asdict(score) for name, score in scores.items()},
             "buckets": pairs.buckets() if pairs else {},
-        }
+        } | task.run()
         if self.protocol.neighbours:
             result["neighbours"] = self._neighbours(seen, asked, album)
         if self.protocol.category_field:

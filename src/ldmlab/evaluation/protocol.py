@@ -45,6 +45,8 @@ class Protocol:
     pairs: bool = False  # each sample against the picture whose condition it was given: PSNR, SSIM, LPIPS
     mask_buckets: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name => share of the hole [low, high)
     bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
+    judges: Mapping[str, Any] = field(default_factory=dict)  # files of conf/judge by name: look at the samples
+    baselines: Mapping[str, Any] = field(default_factory=dict)  # files of conf/baseline by name: scored beside them
     leaves_open: Mapping[str, str] = field(default_factory=dict)  # field => what the paper leaves open, what is chosen
 
     def __post_init__(self) -> None:

@@ -1,0 +1,85 @@
+"""Does a sample show the class that was asked for? The judge of categories looks at whole pictures, or at crops."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ldmlab.evaluation.category_classifier import CategoryClassifier, train_classifier
+from ldmlab.evaluation.judge import labelled, numbers, verdicts
+from ldmlab.evaluation.task_evidence import ClassVerdict, Evidence, Verdict
+
+Labelled = tuple[Tensor, list[str]]  # uint8 (N, 3, H, W), class of each
+
+
+@dataclass(frozen=True)
+class ClassJudge:
+    """Balanced over classes: the mean of each class's share of samples that are taken for it."""
+
+    steps: int = 700  # updates of the classifier
+    batch_size: int = 64
+    needs: ClassVar[frozenset[str]] = frozenset({"class_id"})
+
+    def __call__(self, evidence: Evidence) -> Verdict:
+        """Learn from the training split, then look at held-out pictures and at samples."""
+        pictures, labels = _labelled(evidence, "train")
+        classes = sorted(set(labels), key=int)
+        steps = iter(evidence.track(range(self.steps), self.steps, "the judge of classes learns"))
+        advance: Callable[[], object] = lambda: next(steps, None)  # noqa: E731
+        judge = train_classifier(
+            pictures,
+            numbers(labels, classes),
+            classes,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=evidence.seed,
+            advance=advance,
+        )
+        next(steps, None)
+        asked, others = ([str(one["class_id"]) for one in part] for part in (evidence.asked, evidence.others()))
+        return class_verdicts(
+            judge,
+            _labelled(evidence, evidence.reference),
+            (evidence.samples, asked),
+            (evidence.samples, others),
+            measures="samples taken for the class asked for",
+            how=(
+                f"A classifier of {len(classes)} classes that has seen only real training pictures looks at every "
+                "sample; shares are balanced over classes."
+            ),
+            names=dict(zip(map(str, range(len(evidence.class_names))), evidence.class_names, strict=True)),
+        )
+
+
+def _labelled(evidence: Evidence, split: str) -> Labelled:
+    return labelled(evidence.real(split, ("class_id",)), "class_id")
+
+
+def class_verdicts(
+    judge: CategoryClassifier,
+    real: Labelled,
+    samples: Labelled,
+    exchanged: Labelled,
+    *,
+    measures: str,
+    how: str,
+    names: Mapping[str, str] | None = None,  # shown instead of a label
+) -> Verdict:
+    """What the trained judge says of held-out pictures, of samples, and of samples with exchanged requests."""
+    found, _ = verdicts(judge, real, samples)
+    shuffled, _ = verdicts(judge, real, exchanged)
+    return Verdict(
+        measures=measures,
+        how=how,
+        samples=found["samples"],
+        held_out_real=found["held_out_real"],
+        shuffled=shuffled["samples"],
+        chance=found["chance"],
+        classes=[_row(row, names or {}) for row in found["by_category"]],
+    )
+
+
+def _row(row: Mapping[str, Any], names: Mapping[str, str]) -> ClassVerdict:
+    shares = [row[f"{kind}_right"] / row[kind] if row[kind] else None for kind in ("real", "samples")]
+    return ClassVerdict(names.get(row["category"], row["category"]), shares[0], row["real"], shares[1], row["samples"])

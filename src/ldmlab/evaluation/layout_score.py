@@ -1,0 +1,112 @@
+"""Does the asked object stand in the asked box? A classifier of crops, trained on real scenes, looks into each box."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.category_classifier import CategoryClassifier, train_classifier
+from ldmlab.evaluation.class_score import class_verdicts
+from ldmlab.evaluation.judge import numbers
+from ldmlab.evaluation.task_evidence import Batches, Evidence, Fields, Verdict
+
+_SIDE = 32  # px of a crop
+Crops = tuple[Tensor, list[str]]  # uint8 (N, 3, 32, 32), class of each
+
+
+@dataclass(frozen=True)
+class LayoutJudge:
+    """Balanced over classes: the mean of each class's share of boxes that show it."""
+
+    steps: int = 900  # updates of the classifier
+    batch_size: int = 64
+    crops: int = 20_000  # boxes it learns from at most
+    margin: float = 0.1  # of a box's sides, seen around it
+    smallest: float = 5.0  # px; a box with a shorter side is not judged
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+
+    def __call__(self, evidence: Evidence) -> Verdict:
+        """Learn from the training split, then look at held-out pictures and at samples."""
+        judge = self._learn(evidence)
+        real = self.collected(evidence.real(evidence.reference, ()))
+        samples = self._of_samples(evidence, evidence.asked)
+        exchanged = self._of_samples(evidence, evidence.others())
+        return class_verdicts(
+            judge,
+            real,
+            samples,
+            exchanged,
+            measures="asked class found in the asked box",
+            how=(
+                f"A classifier of crops of {len(judge.categories)} classes that has seen only real training pictures "
+                "looks into every box that was asked for; shares are balanced over classes."
+            ),
+        )
+
+    def collected(self, batches: Batches, most: int | None = None) -> Crops:
+        """The boxes of real pictures."""
+        found: list[Tensor] = []
+        labels: list[str] = []
+        for batch in batches:
+            for picture, boxes in zip(batch["image"], batch["boxes"], strict=True):
+                self._cut(picture, boxes, found, labels)
+            if most is not None and len(labels) >= most:
+                break
+        if not found:
+            raise InputError(f"no box has sides of {self.smallest:g} px, so there is nothing to judge layouts by.")
+        return torch.stack(found[:most]), labels[:most]
+
+    def _learn(self, evidence: Evidence) -> CategoryClassifier:
+        pictures, labels = self.collected(evidence.real("train", ()), self.crops)
+        categories = sorted(set(labels))
+        steps = iter(evidence.track(range(self.steps), self.steps, "the judge of boxes learns"))
+        advance: Callable[[], object] = lambda: next(steps, None)  # noqa: E731
+        judge = train_classifier(
+            pictures,
+            numbers(labels, categories),
+            categories,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=evidence.seed,
+            advance=advance,
+        )
+        next(steps, None)
+        return judge
+
+    def _of_samples(self, evidence: Evidence, asked: Sequence[Fields]) -> Crops:
+        batch = {"image": evidence.samples, "boxes": [one["boxes"] for one in asked]}
+        return self.collected([batch])
+
+    def _cut(self, picture: Tensor, boxes: Sequence[dict[str, Any]], found: list[Tensor], labels: list[str]) -> None:
+        height, width = picture.shape[1:]
+        for entry in boxes:
+            x0, y0, x1, y1 = entry["box"]
+            if min((x1 - x0) * width, (y1 - y0) * height) >= self.smallest:
+                found.append(crop(picture, entry["box"], self.margin))
+                labels.append(class_name(entry))
+
+
+def class_name(entry: Fields) -> str:
+    """Of a box: its class's name where it has one."""
+    return str(entry.get("class", f"class {entry['class_id']:03d}"))
+
+
+def crop(picture: Tensor, box: Sequence[float], margin: float = 0.0, side: int = _SIDE) -> Tensor:
+    """The box [x0, y0, x1, y1] (0 .. 1) of a picture uint8 (3, H, W), with a margin => (3, side, side)."""
+    height, width = picture.shape[1:]
+    extra_x, extra_y = margin * (box[2] - box[0]), margin * (box[3] - box[1])
+    left, right = _span((box[0] - extra_x) * width, (box[2] + extra_x) * width, width)
+    top, bottom = _span((box[1] - extra_y) * height, (box[3] + extra_y) * height, height)
+    cut = picture[None, :, top:bottom, left:right].float()
+    resized = F.interpolate(cut, (side, side), mode="bilinear", antialias=True)
+    return resized[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _span(low: float, high: float, size: int) -> tuple[int, int]:
+    """Whole pixels inside the picture, one at least."""
+    first = min(max(round(low), 0), size - 1)
+    return first, min(max(round(high), first + 1), size)

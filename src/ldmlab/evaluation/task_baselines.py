@@ -1,0 +1,111 @@
+"""Answers without a model: what every trained one must beat on its own task.
+
+They see what the model sees: known pixels and the hole, or the small picture.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.task_evidence import Batches, Fields
+
+
+@dataclass(frozen=True)
+class Bicubic:
+    """The small picture enlarged by Pillow's bicubic kernel."""
+
+    factor: int = 4
+    needs: ClassVar[frozenset[str]] = frozenset({"low_resolution"})
+    title: ClassVar[str] = "bicubic"
+
+    def learn(self, real: Batches) -> None:
+        """Nothing."""
+
+    def __call__(self, asked: Sequence[Fields]) -> Tensor:
+        """uint8 (B, 3, H, W)."""
+        return torch.stack([self._one(np.asarray(one["low_resolution"])) for one in asked])
+
+    def _one(self, small: np.ndarray) -> Tensor:
+        size = (small.shape[1] * self.factor, small.shape[0] * self.factor)
+        large = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(large)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class MeanFill:
+    """The hole in the mean colour of the known pixels."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
+    title: ClassVar[str] = "mean fill"
+
+    def learn(self, real: Batches) -> None:
+        """Nothing."""
+
+    def __call__(self, asked: Sequence[Fields]) -> Tensor:
+        """uint8 (B, 3, H, W)."""
+        images, holes = given(asked)
+        known = (~holes).float()
+        mean = (images.float() * known).sum((2, 3)) / known.sum((2, 3)).clamp_min(1)
+        return torch.where(holes, mean.round().to(torch.uint8)[:, :, None, None], images)
+
+
+@dataclass
+class NearestPatch:
+    """The hole copied from the training picture whose pixels around it are nearest, at the same place."""
+
+    border: int = 8  # px around the hole that are compared
+    pictures: int = 3000  # training pictures looked at
+    needs: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
+    title: ClassVar[str] = "nearest training patch"
+    _train: Tensor | None = field(default=None, repr=False)  # uint8 (N, 3, H, W)
+
+    def learn(self, real: Batches) -> None:
+        """Keep the first pictures."""
+        kept: list[Tensor] = []
+        for batch in real:
+            if len(batch["key"]):
+                kept.append(batch["image"])
+            if sum(map(len, kept)) >= self.pictures:
+                break
+        if not kept:
+            raise InputError("no training picture could be read to copy patches from.")
+        self._train = torch.cat(kept)[: self.pictures]
+
+    def __call__(self, asked: Sequence[Fields]) -> Tensor:
+        """uint8 (B, 3, H, W)."""
+        assert self._train is not None
+        images, holes = given(asked)
+        around = self._around(holes)
+        found = self._nearest(images, around)
+        return torch.where(holes, self._train[found], images)
+
+    def _nearest(self, images: Tensor, around: Tensor) -> Tensor:
+        """Training numbers (B,): sum over the border of (x - t)^2 = w x^2 - 2 (w x) t + w t^2, in two products."""
+        assert self._train is not None
+        weight = around.float().expand_as(images).flatten(1)  # (B, D)
+        weighted = (images.float() / 255).flatten(1) * weight
+        distances = []
+        for part in self._train.split(256):
+            train = (part.float() / 255).flatten(1)  # (n, D)
+            distances.append(weight @ train.square().T - 2 * weighted @ train.T)
+        return torch.cat(distances, dim=1).argmin(dim=1)
+
+    def _around(self, holes: Tensor) -> Tensor:
+        """Known pixels within the border of the hole, bool (B, 1, H, W)."""
+        kernel = np.ones((2 * self.border + 1,) * 2, np.uint8)
+        wide = [cv2.dilate(hole[0].numpy().astype(np.uint8), kernel) for hole in holes]
+        return torch.from_numpy(np.stack(wide))[:, None].bool() & ~holes
+
+
+def given(asked: Sequence[Fields]) -> tuple[Tensor, Tensor]:
+    """Pictures uint8 (B, 3, H, W), black in the hole, and the holes, bool (B, 1, H, W)."""
+    images = torch.stack([torch.from_numpy(np.array(one["image"])).permute(2, 0, 1) for one in asked])
+    holes = torch.stack([torch.from_numpy(np.asarray(one["mask"]) > 0)[None] for one in asked])
+    return torch.where(holes, torch.zeros_like(images), images), holes
