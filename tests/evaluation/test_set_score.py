@@ -22,6 +22,7 @@ from ldmlab.evaluation.picture_sets import PictureSet, picture_set
 from ldmlab.evaluation.set_score import score_sets, statistics_of
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
 
@@ -133,8 +134,20 @@ def test_given_statistics_replace_the_pictures(tmp_path: Path) -> None:
         scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6), pr=PrecisionRecall())
     with pytest.raises(InputError, match="6 wide where this metric was built for 5"):
         scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(5))
-    with pytest.raises(InputError, match="choose features=inception"):
+    with pytest.raises(InputError, match="choose --features inception"):
         score_sets(samples, picture_set(tmp_path / "both.npz"), MeanColours("other"), {"fid": FrechetDistance(6)})
+
+
+def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", drawn(5, 0))
+    few = picture_set(tmp_path / "set.npz")
+    for metrics, message in (
+        ({"kid": KernelDistance()}, r"metrics\.kid\.subset_size=1000 is more than the 5 pictures"),
+        ({"is": InceptionScore()}, r"metrics\.is needs logits, which --features .* choose --features inception"),
+        ({"fid": FrechetDistance(6)}, r"5 real pictures are fewer .* set metrics\.fid\.small_sample=true"),
+    ):
+        with pytest.raises(InputError, match="^" + message):
+            scores(few, few, **metrics)
 
 
 def test_bad_sets_are_one_sentence(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from torchmetrics import Metric
 from ldmlab.errors import InputError
 from ldmlab.evaluation.picture_sets import PictureSet
 from ldmlab.evaluation.record import FORMAT_VERSION, features_record, gathered
-from ldmlab.evaluation.score import EvaluationPass, Numbered
+from ldmlab.evaluation.score import EvaluationPass, Numbered, OptionNames
 from ldmlab.metrics.features import FeatureExtractor, Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.provenance import provenance
 
+OPTIONS = OptionNames(metrics="metrics", features="--features ")
 Track = Callable[[Iterable[Numbered], int, str], Iterable[Numbered]]  # the same batches, shown
 
 
@@ -32,11 +33,12 @@ def score_sets(
 ) -> dict[str, Any]:
     """The scores as plain data, on every process; statistics that the reference's file brings replace its pictures."""
     _check(samples, reference)
-    seen = EvaluationPass(extractor, metrics)
+    seen = EvaluationPass(extractor, metrics, options=OPTIONS)
     given = _give_statistics(reference, extractor, metrics, first=rank == 0)
     if reference.count == 0 and (lost := sorted(metrics.keys() - given)):
         raise InputError(
-            f"{reference.path} holds statistics and no pictures, which score {lost[0]} needs; leave it out."
+            f"{reference.path} holds statistics and no pictures, which score {lost[0]} needs; leave it out of "
+            "--metrics."
         )
     for one, real, title in ((reference, True, "reference"), (samples, False, "samples")):
         total = -(-one.count // (batch_size * world))
@@ -50,6 +52,7 @@ def score_sets(
         "reference": reference.record() | {"given_statistics": sorted(given)},
         "features": features_record(extractor),
         "scores": {name: asdict(score) for name, score in scores.items()},
+        "sample_curves": seen.curves(),
         "provenance": provenance(),
     }
 
@@ -60,7 +63,7 @@ def statistics_of(metrics: Mapping[str, Metric]) -> dict[str, tuple[Any, Any]]:
     for metric in metrics.values():
         if isinstance(metric, FrechetDistance):
             mean, covariance = metric.samples()
-            found[metric.score_name] = (mean.cpu().numpy(), covariance.cpu().numpy())
+            found[metric.statistics_name] = (mean.cpu().numpy(), covariance.cpu().numpy())
     return found
 
 
@@ -81,13 +84,13 @@ def _give_statistics(
     """Means and covariances of the file to the Frechet distances; the names of the metrics that took one."""
     statistics, took = reference.statistics(), set()
     for name, metric in metrics.items():
-        if isinstance(metric, FrechetDistance) and metric.score_name in statistics:
+        if isinstance(metric, FrechetDistance) and metric.statistics_name in statistics:
             if extractor.name != Inception2015.name:
                 raise InputError(
-                    f"{reference.path} brings statistics of {Inception2015.name}, which features={extractor.name} "
-                    "cannot be compared with; choose features=inception."
+                    f"{reference.path} brings statistics of {Inception2015.name}, which --features {extractor.name} "
+                    "cannot be compared with; choose --features inception."
                 )
-            mean, covariance = (torch.as_tensor(part) for part in statistics[metric.score_name])
+            mean, covariance = (torch.as_tensor(part) for part in statistics[metric.statistics_name])
             metric.take_real(mean, covariance, first)
             took.add(name)
     return took

@@ -6,6 +6,8 @@ The trace of the root is taken from symmetric eigenvalues in float64: with S_r =
 those of the symmetric R S_f R. Nothing but sums is kept, so memory does not grow with the number of pictures.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -15,6 +17,8 @@ from ldmlab.metrics.accumulate import check_features
 from ldmlab.metrics.features import SPATIAL_WIDTH
 
 SMALL_SAMPLE = 2048  # below this many pictures the estimate is biased and marked as such
+Sums = tuple[Tensor, ...]  # count (), sum (D,) and outer (D, D) of some features
+Distance = Callable[[Tensor, Tensor], Tensor]  # mean (D,), covariance (D, D) => distance to a fixed Gaussian
 
 
 class FrechetDistance(Metric):
@@ -26,6 +30,7 @@ class FrechetDistance(Metric):
     """
 
     score_name = "fid"
+    statistics_name = "fid"  # of the given statistics that may replace real features
 
     full_state_update = False
     higher_is_better = False
@@ -92,14 +97,17 @@ class FrechetDistance(Metric):
         )
         for (count, _, _), name in ((real, "real"), (fake, "generated")):
             self._check_count(int(count.sum()), name)
-        reference = gaussian(*(part.sum(dim=0) for part in real))
-        whole = tuple(part.sum(dim=0) for part in fake)
-        found = {self.score_name: frechet_distance(*reference, *gaussian(*whole))}
+        distance = distance_from(*gaussian(*(part.sum(dim=0) for part in real)))
+        return self._found(distance, tuple(part.sum(dim=0) for part in fake))
+
+    def _found(self, distance: Distance, whole: Sums) -> dict[str, Tensor]:
+        """The scores by name, from the distance to the real features and the sums over all generated ones."""
+        found = {self.score_name: distance(*gaussian(*whole))}
         if self.spread_groups:
-            found[f"{self.score_name}_std"] = self._jackknife(reference, whole)
+            found[f"{self.score_name}_std"] = self._jackknife(distance, whole)
         return found
 
-    def _jackknife(self, reference: tuple[Tensor, Tensor], whole: tuple[Tensor, ...]) -> Tensor:
+    def _jackknife(self, distance: Distance, whole: Sums) -> Tensor:
         """Standard error of the distance over the groups that hold a picture, float64 scalar."""
         states = (self.fake_count, self.fake_sum, self.fake_outer)
         held = [group for group in range(self.spread_groups) if self.fake_count[group]]
@@ -109,7 +117,7 @@ class FrechetDistance(Metric):
                 f"metric.{self.score_name}.spread_groups={self.spread_groups} is too many for {int(whole[0])} "
                 "pictures; choose 0."
             )
-        distances = torch.stack([frechet_distance(*reference, *gaussian(*parts)) for parts in without])
+        distances = torch.stack([distance(*gaussian(*parts)) for parts in without])
         return ((len(held) - 1) * distances.var(correction=0)).sqrt()
 
     def _check_count(self, count: int, name: str) -> None:
@@ -126,7 +134,7 @@ class FrechetDistance(Metric):
 class SpatialFrechetDistance(FrechetDistance):
     """sFID (Nash et al., ICML 2021) as ADM's script has it: the Frechet distance of spatial features, 2023 wide."""
 
-    score_name = "sfid"
+    score_name = statistics_name = "sfid"
 
     def __init__(self, small_sample: bool = False, spread_groups: int = 0) -> None:
         super().__init__(SPATIAL_WIDTH, small_sample, spread_groups)
@@ -144,8 +152,17 @@ def gaussian(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tenso
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> Tensor:
     """The distance squared of two Gaussians, float64 scalar."""
+    return distance_from(mean_1, cov_1)(mean_2, cov_2)
+
+
+def distance_from(mean_1: Tensor, cov_1: Tensor) -> Distance:
+    """The distance squared of any Gaussian to this one, whose root is taken once."""
     values, vectors = torch.linalg.eigh(cov_1)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = root @ cov_2 @ root
-    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
-    return (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * trace_root
+
+    def distance(mean_2: Tensor, cov_2: Tensor) -> Tensor:
+        product = root @ cov_2 @ root
+        trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+        return (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * trace_root
+
+    return distance
