@@ -54,3 +54,13 @@ def test_imports_point_down(path: Path) -> None:
 def test_the_table_knows_every_room() -> None:
     rooms = {p.relative_to(SOURCE).parts[0].removesuffix(".py") for p in FILES}
     assert rooms - MAY_USE.keys() <= {"app", "build", "__init__", "__main__"}
+
+
+def test_formats_do_not_import_each_other() -> None:
+    """What two foreign formats share lies beside their packages."""
+    formats = sorted(path.parent for path in (SOURCE / "interop").glob("*/__init__.py"))
+    assert len(formats) > 1
+    for folder in formats:
+        others = tuple(f"ldmlab.interop.{other.name}" for other in formats if other != folder)
+        for path in folder.rglob("*.py"):
+            assert not [name for name in imports(path) if name.startswith(others)], path

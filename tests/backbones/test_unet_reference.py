@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
-from ldmlab.interop import compvis_unet as compvis
+from ldmlab.interop.compvis import unets as compvis
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "tests/assets/reference/compvis"

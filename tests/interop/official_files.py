@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldmlab.diffusion.schedule import Schedule
-from ldmlab.interop.compvis_config import latent_diffusion_spec
-from ldmlab.interop.compvis_export import schedule_buffers
-from ldmlab.interop.compvis_parts import conditioner_part, first_stage_part, unet_part
+from ldmlab.interop.compvis.config import latent_diffusion_spec
+from ldmlab.interop.compvis.exporting import schedule_buffers
+from ldmlab.interop.compvis.parts import conditioner_part, first_stage_part, unet_part
 
 ASSETS = Path(__file__).parents[1] / "assets/reference"
 LAYOUTS: dict[str, Any] = json.loads(gzip.decompress((ASSETS / "official_layouts.json.gz").read_bytes()))

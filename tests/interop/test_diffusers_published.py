@@ -8,10 +8,9 @@ from torch import nn
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import diffusers_first_stage as first_stages
-from ldmlab.interop import diffusers_unet as unets
-from ldmlab.interop import diffusers_unet_names as names
-from ldmlab.interop.diffusers_unet_config import configuration
+from ldmlab.interop.diffusers import first_stages, unets
+from ldmlab.interop.diffusers import unet_names as names
+from ldmlab.interop.diffusers.unet_config import configuration
 
 peer = pytest.importorskip("diffusers")
 

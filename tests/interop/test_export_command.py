@@ -12,8 +12,9 @@ from exported_models import Spec, clip_text, describe, kl, model, spatial, unet,
 from ldmlab.app import cli
 from ldmlab.build import load
 from ldmlab.errors import InputError
-from ldmlab.interop import diffusers_theirs, verify
-from ldmlab.interop.diffusers_plan import plan
+from ldmlab.interop import verify
+from ldmlab.interop.diffusers import theirs
+from ldmlab.interop.diffusers.plan import plan
 from ldmlab.model_files import write_model_folder
 
 
@@ -95,12 +96,12 @@ def test_cosine_codes_are_ours_alone(form: str, tmp_path: Path) -> None:
 
 
 def test_a_difference_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = diffusers_theirs._filled
+    fill = theirs._filled
 
     def spoiled(module: Any, state: Any) -> Any:
         return fill(module, {key: t * 1.01 if key.startswith("conv_out") else t for key, t in state.items()})
 
-    monkeypatch.setattr(diffusers_theirs, "_filled", spoiled)
+    monkeypatch.setattr(theirs, "_filled", spoiled)
     message = refused(folder, tmp_path / "out", "--format", "diffusers")
     assert "the U-Net differs by" in message
     assert "nothing was written" in message

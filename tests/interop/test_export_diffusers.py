@@ -17,7 +17,7 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.interop import diffusers, verify
 from ldmlab.interop.assembly import Imported, assembled
-from ldmlab.interop.diffusers_export import export_folder
+from ldmlab.interop.diffusers.exporting import export_folder
 from ldmlab.samplers.ddim import Ddim
 
 peer = pytest.importorskip("diffusers")

@@ -55,7 +55,7 @@ def write_compvis(files: ModelFiles, folder: Path) -> Written:
 
 def write_diffusers(files: ModelFiles, folder: Path) -> Written:
     """A pipeline, or modules where none exists; loaded by diffusers and run beside ours."""
-    from ldmlab.interop.diffusers_export import export_folder
+    from ldmlab.interop.diffusers.exporting import export_folder
 
     what, differences = export_folder(files.spec, files.parts, folder)
     loader = what.split()[0]

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import diffusers_first_stage as first_stages
-from ldmlab.interop import diffusers_text as texts
-from ldmlab.interop import diffusers_unet as unets
-from ldmlab.interop import diffusers_unet_names as unet_names
+from ldmlab.interop.diffusers import first_stages, texts, unet_names, unets
 from ldmlab.interop.empty_modules import compare, fill, refuse_mismatch, without_weights
 
 StateDict = Mapping[str, Tensor]

@@ -1,6 +1,6 @@
 """Single files without a configuration: Stable Diffusion 1.x and 2.x, and the paper's large text model.
 
-Shapes tell the networks (`compvis_shapes`) but not into how many heads attention splits; that is the family's.
+Shapes tell the networks (`shapes`) but not into how many heads attention splits; that is the family's.
 """
 
 import re
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.interop.compvis_file import OfficialFile, schedule_params
-from ldmlab.interop.compvis_first_stage import target_of
-from ldmlab.interop.compvis_shapes import first_stage_params, linear_projections, unet_params
+from ldmlab.interop.compvis.first_stages import target_of
+from ldmlab.interop.compvis.official_file import OfficialFile, schedule_params
+from ldmlab.interop.compvis.shapes import first_stage_params, linear_projections, unet_params
 
 Node = dict[str, Any]
 _MODULES = "ldm.modules.encoders.modules."

@@ -1,10 +1,10 @@
-"""The options of our U-Net as diffusers' classes have them; the inverse of `diffusers_unet`, with its trap of heads."""
+"""The options of our U-Net as diffusers' classes have them; the inverse of `unets`, with its trap of heads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers_unet import CONDITION, PLAIN, WITH_ATTENTION, Config
+from ldmlab.interop.diffusers.unets import CONDITION, PLAIN, WITH_ATTENTION, Config
 
 
 def configuration(

@@ -15,8 +15,8 @@ from ldmlab.conditioners.semantic import SpatialRescaler
 from ldmlab.conditioners.text import OpenClipText
 from ldmlab.conditioners.transformer_text import TransformerText
 from ldmlab.errors import InputError
-from ldmlab.interop.compvis_conditioners import arguments, official_config
-from ldmlab.interop.compvis_config import LDM_HOLE, LDM_MASK, SD_HOLE, SD_MASK
+from ldmlab.interop.compvis.conditioner_config import arguments, official_config
+from ldmlab.interop.compvis.config import LDM_HOLE, LDM_MASK, SD_HOLE, SD_MASK
 
 _USUAL_RATE = 0.1  # of Stability's ClassEmbedder
 _READS = {  # class of ours => conditioning_key, cond_stage_key

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers_text import BERT_TARGET, CLIP_TARGET
+from ldmlab.interop.diffusers.texts import BERT_TARGET, CLIP_TARGET
 
 Spec = Mapping[str, Any]
 _LENGTH, _FACTOR = 77, 8  # fixed in LDMTextToImagePipeline

@@ -8,7 +8,7 @@ from typing import Any
 from open_clip.tokenizer import SimpleTokenizer
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers_files import read_json
+from ldmlab.interop.diffusers.files import read_json
 from ldmlab.interop.fetch import WEIGHTS
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from ldmlab.checkpoints import save_tensors
 from ldmlab.errors import InputError
-from ldmlab.interop import diffusers_schedule, verify
-from ldmlab.interop import diffusers_text as texts
-from ldmlab.interop import diffusers_theirs as theirs
+from ldmlab.interop import verify
 from ldmlab.interop.assembly import Imported, assembled
-from ldmlab.interop.diffusers_plan import downsampling, plan, text_length
-from ldmlab.interop.diffusers_scale import folded, scale_of, single_factor
+from ldmlab.interop.diffusers import schedule, texts, theirs
+from ldmlab.interop.diffusers.plan import downsampling, plan, text_length
+from ldmlab.interop.diffusers.scale import folded, scale_of, single_factor
 
 Spec = Mapping[str, Any]
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -93,7 +92,7 @@ class Export:
         f = downsampling(spec["first_stage"])
         modules = {
             "unet": theirs.unet(self.diffusers, spec, self.parts, size // f, self.rows),
-            "scheduler": self.diffusers.DDIMScheduler(**diffusers_schedule.configuration(spec["diffusion"])),
+            "scheduler": self.diffusers.DDIMScheduler(**schedule.configuration(spec["diffusion"])),
         }
         if self.plan.first_stage is not None:
             node, state = spec["first_stage"], self.parts["first_stage"]

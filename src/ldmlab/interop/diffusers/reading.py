@@ -9,13 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop import diffusers_first_stage as first_stages
-from ldmlab.interop import diffusers_text as texts
-from ldmlab.interop import diffusers_unet as unets
-from ldmlab.interop.diffusers_files import read_json, read_weights
-from ldmlab.interop.diffusers_modules import CLASS_TABLE, build_first_stage, build_text, build_unet
-from ldmlab.interop.diffusers_schedule import diffusion_node
-from ldmlab.interop.diffusers_tokenizer import bert_vocabulary, clip_padding
+from ldmlab.interop.diffusers import first_stages, texts, unets
+from ldmlab.interop.diffusers.files import read_json, read_weights
+from ldmlab.interop.diffusers.modules import CLASS_TABLE, build_first_stage, build_text, build_unet
+from ldmlab.interop.diffusers.schedule import diffusion_node
+from ldmlab.interop.diffusers.tokenizers import bert_vocabulary, clip_padding
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]

@@ -8,7 +8,7 @@ import yaml
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop import compvis_conditioners, compvis_first_stage, compvis_unet
+from ldmlab.interop.compvis import conditioner_config, first_stages, unets
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
@@ -64,8 +64,8 @@ def is_first_stage(config: Params) -> bool:
 def first_stage_spec(config: Params) -> Node:
     """model.yaml of a first stage alone."""
     params = config["params"]
-    target = config["target"] or compvis_first_stage.target_of(params)
-    node = compvis_first_stage.arguments(target, params)
+    target = config["target"] or first_stages.target_of(params)
+    node = first_stages.arguments(target, params)
     return {"kind": "first_stage", "image_size": params["ddconfig"]["resolution"], "first_stage": node}
 
 
@@ -89,7 +89,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
         "image_size": size,
         "first_stage": first_stage,
         "latent_scale": scale_node(params.get("scale_factor", 1.0)),
-        "backbone": {"_target_": UNET_TARGET, **compvis_unet.arguments(params["unet_config"]["params"])},
+        "backbone": {"_target_": UNET_TARGET, **unets.arguments(params["unet_config"]["params"])},
         "conditioners": conditioners,
         "diffusion": diffusion_node(params, prediction),
         "guidance_trained": None if _nullable(conditioners) else False,
@@ -101,7 +101,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
 def _first_stage(node: Params) -> Node:
     if node["target"].endswith("IdentityFirstStage"):
         return {"_target_": "ldmlab.first_stages.identity.Identity"}
-    return compvis_first_stage.arguments(node["target"], node["params"])
+    return first_stages.arguments(node["target"], node["params"])
 
 
 def _sides(latent: Any, factor: int) -> Any:
@@ -239,4 +239,4 @@ def conditioner_node(target: str, params: Params, tensors: Mapping[str, Tensor] 
 
         fields = {"intermediate_size": 4 * params["hidden_size"], **params}
         return clip_names.node(fields, layer=params.get("layer", "last"), padding=params.get("padding", "end"))
-    return compvis_conditioners.arguments(target, params, tensors)
+    return conditioner_config.arguments(target, params, tensors)

@@ -12,9 +12,9 @@ from torch import Tensor
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import compvis_first_stage, compvis_unet
-from ldmlab.interop.compvis_export_conditioners import conditioning_params, with_idle_head
-from ldmlab.interop.compvis_parts import (
+from ldmlab.interop.compvis import first_stages, unets
+from ldmlab.interop.compvis.exporting_conditioners import conditioning_params, with_idle_head
+from ldmlab.interop.compvis.parts import (
     CONDITIONER,
     FIRST_STAGE,
     UNET,
@@ -37,7 +37,7 @@ def export(spec: Node, parts: Parts) -> tuple[StateDict, dict[str, Any]]:
     `spec` is model.yaml, `parts` its tensors: first_stage, denoiser, conditioner.
     """
     if spec["kind"] == "first_stage":
-        target, params = compvis_first_stage.params_of(spec["first_stage"])
+        target, params = first_stages.params_of(spec["first_stage"])
         part = first_stage_part(spec["first_stage"])
         return part.to_official(parts["first_stage"]), {"model": {"target": target, "params": params}}
     if spec["kind"] != "latent_diffusion":
@@ -46,11 +46,11 @@ def export(spec: Node, parts: Parts) -> tuple[StateDict, dict[str, Any]]:
     told: StateDict = {}
     for name, part in conditioners.items():
         told |= with_idle_head(part.to_official(_own(parts.get("conditioner", {}), name)))
-    table = told.pop(compvis_unet.CLASS_TABLE, None)
+    table = told.pop(unets.CLASS_TABLE, None)
     params = _params(spec, None if table is None else len(table))
     params |= conditioning_params({name: part.module for name, part in conditioners.items()}, told)
     state = {f"{UNET}{name}": tensor for name, tensor in _unet(spec, parts["denoiser"]).items()}
-    state |= {f"{UNET}{compvis_unet.CLASS_TABLE}": table} if table is not None else {}
+    state |= {f"{UNET}{unets.CLASS_TABLE}": table} if table is not None else {}
     if spec["first_stage"]["_target_"] != _IDENTITY:
         first_stage = first_stage_part(spec["first_stage"]).to_official(parts["first_stage"])
         state |= {f"{FIRST_STAGE}{name}": tensor for name, tensor in first_stage.items()}
@@ -82,13 +82,11 @@ def _params(spec: Node, classes: int | None) -> dict[str, Any]:
         stage = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {}}
         factor, channels = 1, 3
     else:
-        target, stage_params = compvis_first_stage.params_of(first_stage)
+        target, stage_params = first_stages.params_of(first_stage)
         stage = {"target": target, "params": stage_params}
         factor, channels = 2 ** (len(first_stage["channel_mult"]) - 1), first_stage["latent_channels"]
     size = spec["image_size"]
-    unet = compvis_unet.params_of(spec["backbone"], classes) | (
-        {"use_linear_in_transformer": True} if _linear(spec) else {}
-    )
+    unet = unets.params_of(spec["backbone"], classes) | ({"use_linear_in_transformer": True} if _linear(spec) else {})
     return {
         **_diffusion_params(spec["diffusion"]),
         "scale_factor": _factor(spec["latent_scale"]),

@@ -8,12 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop import diffusers_first_stage as first_stages
-from ldmlab.interop import diffusers_text as texts
-from ldmlab.interop import diffusers_tokenizer
-from ldmlab.interop import diffusers_unet_names as unet_names
-from ldmlab.interop.diffusers_modules import CLASS_TABLE
-from ldmlab.interop.diffusers_unet_config import configuration as unet_configuration
+from ldmlab.interop.diffusers import first_stages, texts, tokenizers, unet_names
+from ldmlab.interop.diffusers.modules import CLASS_TABLE
+from ldmlab.interop.diffusers.unet_config import configuration as unet_configuration
 
 Spec = Mapping[str, Any]
 State = Mapping[str, Tensor]
@@ -107,8 +104,8 @@ def tokenizer(node: Spec, vocabulary: Path | None, length: int, scratch: Path) -
         assert vocabulary is not None
         (scratch / "vocab.txt").write_bytes(vocabulary.read_bytes())
         return BertTokenizer.from_pretrained(scratch, model_max_length=length, do_lower_case=True)
-    diffusers_tokenizer.write_clip_files(scratch)
-    token = diffusers_tokenizer.pad_token(node.get("padding", "zero"))
+    tokenizers.write_clip_files(scratch)
+    token = tokenizers.pad_token(node.get("padding", "zero"))
     pad = AddedToken(token, single_word=True, normalized=False)  # where it is "!", one at a word's end is no padding
     return CLIPTokenizer.from_pretrained(scratch, model_max_length=length, pad_token=pad)
 

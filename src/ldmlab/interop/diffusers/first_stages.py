@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.compvis_first_stage import only_ours, refuse_cosine
-from ldmlab.interop.diffusers_config import resolved
+from ldmlab.interop.diffusers.options import resolved
+from ldmlab.interop.ours_alone import only_ours, refuse_cosine
 
 KL, VQ = "AutoencoderKL", "VQModel"
 Config = Mapping[str, Any]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
+from ldmlab.interop.ours_alone import only_ours, refuse_cosine
 
 # The official `resolution` is the picture size at which `attn_resolutions` are counted.
 _RESOLUTION = 256  # of the official files
@@ -145,17 +146,6 @@ def names_of(first_stage: nn.Module) -> dict[str, str]:
     levels, kind = len(first_stage.encoder.levels), type(first_stage).__name__  # type: ignore[arg-type, union-attr]
     ours = [name for name in first_stage.state_dict() if not only_ours(name)]
     return {official_name(name, kind=kind, levels=levels): name for name in ours}
-
-
-def refuse_cosine(node: Mapping[str, Any]) -> None:
-    """Codes of unit length are ours alone: other programs would decode with other vectors."""
-    if node.get("cosine"):
-        raise InputError("first_stage.cosine=true exists only in ldmlab; export it with --format ldmlab.")
-
-
-def only_ours(name: str) -> bool:
-    """Counters of codebook options that no official first stage has."""
-    return name.startswith("quantiser.") and name != "quantiser.codebook.weight"
 
 
 def to_ours(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.assembly import Imported
-from ldmlab.interop.compvis_config import (
+from ldmlab.interop.compvis.config import (
     first_stage_spec,
     is_first_stage,
     latent_diffusion_spec,
@@ -19,11 +19,11 @@ from ldmlab.interop.compvis_config import (
     read_config,
     scale_node,
 )
-from ldmlab.interop.compvis_families import config_of
-from ldmlab.interop.compvis_file import OfficialFile, check_schedule, scale_factor, take_apart
-from ldmlab.interop.compvis_parts import UNET, Part, StateDict, conditioner_part, first_stage_part, unet_part
-from ldmlab.interop.compvis_shapes import linear_projections
-from ldmlab.interop.compvis_unet import CLASS_TABLE
+from ldmlab.interop.compvis.families import config_of
+from ldmlab.interop.compvis.official_file import OfficialFile, check_schedule, scale_factor, take_apart
+from ldmlab.interop.compvis.parts import UNET, Part, StateDict, conditioner_part, first_stage_part, unet_part
+from ldmlab.interop.compvis.shapes import linear_projections
+from ldmlab.interop.compvis.unets import CLASS_TABLE
 from ldmlab.interop.empty_modules import Mismatch, refuse_mismatch
 from ldmlab.interop.weights_file import read_weights
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import compvis_conditioners, compvis_first_stage, compvis_unet
+from ldmlab.interop.compvis import conditioners, first_stages, unets
 from ldmlab.interop.empty_modules import Mismatch, compare, fill, refuse_mismatch, without_weights
 
 UNET = "model.diffusion_model."
@@ -49,27 +49,27 @@ class Part:
 
 def unet_part(node: Mapping[str, Any]) -> Part:
     """From a backbone node of model.yaml (`_target_` and arguments)."""
-    names = compvis_unet.names_of(node)
+    names = unets.names_of(node)
     module = _empty(node, "backbone")
 
     def to_official(state: Mapping[str, Tensor]) -> StateDict:
-        return compvis_unet.to_official(state, names)
+        return unets.to_official(state, names)
 
     expected = to_official(_meta(module))
     projections = frozenset(name for name in expected if name.endswith((".proj_in.weight", ".proj_out.weight")))
-    return Part("U-Net", module, expected, lambda state: compvis_unet.to_ours(state, names), to_official, projections)
+    return Part("U-Net", module, expected, lambda state: unets.to_ours(state, names), to_official, projections)
 
 
 def first_stage_part(node: Mapping[str, Any]) -> Part:
     """From a first_stage node of model.yaml."""
     module = _empty(node, "first_stage")
-    names = compvis_first_stage.names_of(module)
+    names = first_stages.names_of(module)
     return Part(
         "first stage",
         module,
-        compvis_first_stage.to_official(_meta(module), names),
-        lambda state: compvis_first_stage.to_ours(state, names),
-        lambda state: compvis_first_stage.to_official(state, names),
+        first_stages.to_official(_meta(module), names),
+        lambda state: first_stages.to_ours(state, names),
+        lambda state: first_stages.to_official(state, names),
     )
 
 
@@ -78,10 +78,10 @@ def conditioner_part(node: Mapping[str, Any]) -> Part:
     module = _empty(node, "conditioner")
 
     def to_official(state: Mapping[str, Tensor]) -> StateDict:
-        return compvis_conditioners.to_official(module, state) if state else {}
+        return conditioners.to_official(module, state) if state else {}
 
     def to_ours(state: Mapping[str, Tensor]) -> StateDict:
-        return compvis_conditioners.to_ours(module, state) if state else {}
+        return conditioners.to_ours(module, state) if state else {}
 
     return Part("conditioner", module, to_official(_meta(module)), to_ours, to_official)
 

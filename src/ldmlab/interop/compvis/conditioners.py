@@ -1,7 +1,7 @@
 """Tensors of the official conditioners (keys after `cond_stage_model.`) and ours, both ways.
 
 Official classes are those of `ldm/modules/encoders/modules.py` in CompVis/latent-diffusion, CompVis/stable-diffusion
-and Stability-AI/stablediffusion; what they are configured with is the matter of `compvis_conditioner_config`.
+and Stability-AI/stablediffusion; what they are configured with is the matter of `conditioner_config`.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,8 @@ from ldmlab.conditioners.text import OpenClipText
 from ldmlab.conditioners.transformer_text import TransformerText
 from ldmlab.errors import InputError
 from ldmlab.interop.clip_names import from_hugging_face, to_hugging_face
-from ldmlab.interop.compvis_conditioner_config import arguments, official_config
-from ldmlab.interop.compvis_unet import CLASS_TABLE
+from ldmlab.interop.compvis.unets import CLASS_TABLE
 
-__all__ = ["arguments", "load_official", "names_of", "official_config", "to_official", "to_ours"]
 State = Mapping[str, Tensor]
 
 _BLOCK = {  # of the paper's transformer: two official entries a block

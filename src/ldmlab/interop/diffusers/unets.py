@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers_config import resolved
+from ldmlab.interop.diffusers.options import resolved
 
 CONDITION, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 Config = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Official configurations and weights in, our modules out: CompVis/latent-diffusion and Stable Diffusion 1.x and 2.x.
+"""Official configurations and weights in, our modules out.
 
 State dicts have the official file's keys: with their prefix (a whole file will do) or without. Tensors that are float32
 are taken over, not copied; others become float32.
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import compvis_first_stage, compvis_unet
-from ldmlab.interop.compvis_config import UNET_TARGET, conditioner_node
-from ldmlab.interop.compvis_export import export
-from ldmlab.interop.compvis_parts import (
+from ldmlab.interop.compvis import first_stages, unets
+from ldmlab.interop.compvis.config import UNET_TARGET, conditioner_node
+from ldmlab.interop.compvis.parts import (
     CONDITIONER,
     FIRST_STAGE,
     LOSS,
@@ -27,15 +26,14 @@ from ldmlab.interop.compvis_parts import (
     of_part,
     unet_part,
 )
-from ldmlab.interop.compvis_read import read
-from ldmlab.interop.compvis_unet import CLASS_TABLE
+from ldmlab.interop.compvis.reading import read
+from ldmlab.interop.compvis.unets import CLASS_TABLE
 from ldmlab.interop.empty_modules import compare, refuse_mismatch
 
 if TYPE_CHECKING:
     from ldmlab.evaluation.model import LoadedModel
 
 State = Mapping[str, Tensor]
-__all__ = ["build_conditioner", "build_first_stage", "build_unet", "export", "load", "read"]
 
 
 def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
@@ -44,7 +42,7 @@ def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None
     A table of classes (`num_classes`) is no part of ours: `label_emb.weight[class_id]` is its `vector` conditioning,
     added to the time vector as it is. Of a whole file `read` and `load` make a ClassEmbedder of it.
     """
-    node = {"_target_": UNET_TARGET, **compvis_unet.arguments(config_params)}
+    node = {"_target_": UNET_TARGET, **unets.arguments(config_params)}
     if state_dict is None:
         return instantiate(node, where="backbone")
     given = of_part(state_dict, UNET)
@@ -60,7 +58,7 @@ def build_first_stage(
     target: str | None = None,  # official class; None: VQ if the params name a codebook, else KL
 ) -> nn.Module:
     """Our first stage for `first_stage_config.params`; networks of its loss in the state dict are left aside."""
-    node = compvis_first_stage.arguments(target or compvis_first_stage.target_of(config_params), config_params)
+    node = first_stages.arguments(target or first_stages.target_of(config_params), config_params)
     if state_dict is None:
         return instantiate(node, where="first_stage")
     given = {key: tensor for key, tensor in of_part(state_dict, FIRST_STAGE).items() if not key.startswith(LOSS)}
