@@ -11,6 +11,7 @@ from ldmlab.errors import InputError
 
 COMMANDS = {
     "pack": "pictures and captions to image shards",
+    "scenes": "made-up pictures with known boxes and label maps, of emoji on textures",
     "index": "write the manifest of tars made by others",
     "encode": "image shards to latent shards, with a trained first stage",
     "sample": "pictures from a model",
