@@ -84,7 +84,7 @@ def test_the_run_logs_its_accuracy_by_noise_level(runs: Runs) -> None:
     text = (runs.root / "classifier" / "metrics.csv").read_text()
     for name in ("held_out/accuracy", "held_out/accuracy_by_noise/0.00", "accuracy", "loss_by_noise/"):
         assert name in text.splitlines()[0]
-    assert (runs.root / "classifier" / "checkpoints" / "best.ckpt").exists()
+    assert list((runs.root / "classifier" / "checkpoints").glob("best_step_*_accuracy_*.ckpt"))
 
 
 def test_samples_are_pulled_to_a_picture(runs: Runs, tmp_path: Path) -> None:

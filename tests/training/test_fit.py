@@ -45,8 +45,10 @@ def test_checkpoints_hold_plain_types_and_the_newest_and_best_are_kept(tmp_path:
 
     train(Rigged(max_steps=6), tmp_path / "run", validate_every=2, checkpoint_every=2, keep=2)
     folder = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "step_00000004.ckpt", "step_00000006.ckpt"]
-    best = torch.load(folder / "best.ckpt", weights_only=True)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "best_step_00000004_error_1.ckpt", "step_00000004.ckpt", "step_00000006.ckpt",
+    ]  # fmt: skip
+    best = torch.load(folder / "best_step_00000004_error_1.ckpt", weights_only=True)
     assert best["step"] == 4
     assert best["notes"]["best"] == {"name": "error", "value": 1.0, "step": 4}
     assert set(best["modules"]) == {"main", "adversary"}

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from ldmlab.instantiate import instantiate
+from ldmlab.app.compose import compose, plain
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.instantiate import accepts, instantiate, locate
+from ldmlab.training.callbacks.scores import Scores
 
 CONF = Path(__file__).parents[2] / "conf"
 DERIVED: dict[str, dict[str, Any]] = {
@@ -16,6 +19,7 @@ DERIVED: dict[str, dict[str, Any]] = {
 }
 SINGLE = [path for group in DERIVED for path in sorted((CONF / group).glob("*.yaml"))]
 SEVERAL = [path for group in ("callbacks", "logger") for path in sorted((CONF / group).glob("*.yaml"))]
+BUILT_AROUND = {"every": 10, "monitor": "fid"}  # of a callback to which wiring gives a scorer
 
 
 @pytest.mark.parametrize("path", SINGLE, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -25,11 +29,22 @@ def test_a_choice_builds(path: Path) -> None:
     assert instantiate(config, where=group, **DERIVED[group]) is not None
 
 
+def test_scores_in_training_bring_all_their_choices() -> None:
+    options = ["callbacks=scores", "callbacks.scores.features.run=runs/clip"]
+    node = plain(compose("train", options))["callbacks"]["scores"]
+    assert isinstance(instantiate(node["protocol"], where="protocol"), Protocol)
+    assert locate(node, where="callbacks.scores") is Scores
+    assert {"fid", "kid"} <= node["protocol"]["metrics"].keys()
+
+
 @pytest.mark.parametrize("path", SEVERAL, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_set_builds(path: Path) -> None:
     config = OmegaConf.to_container(
         OmegaConf.merge({"trainer": {"validate_every": 5}}, OmegaConf.load(path)), resolve=True
     )
-    for name, node in config.items():
-        if name != "trainer":
-            assert instantiate(node, where=f"{path.parent.name}.{name}") is not None
+    for name in config.keys() - {"trainer", "defaults"}:
+        node, where = config[name], f"{path.parent.name}.{name}"
+        if accepts(node, "scorer", where=where):
+            assert instantiate({"_target_": node["_target_"], **BUILT_AROUND}, where=where, scorer=object())
+        else:
+            assert instantiate(node, where=where) is not None

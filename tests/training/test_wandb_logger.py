@@ -103,11 +103,11 @@ def test_after_five_saves_one_artifact_goes_up(tmp_path: Path, upload: str) -> N
     saved = Checkpoints(run.checkpoints, keep=1)
     for step in range(1, 6):
         saved.save({"step": step})
-        saved.save_best({"step": step})
+        saved.save_best({"step": step, "notes": {"best": {"name": "fid", "value": 9.5 - step, "step": step}}})
     start(run, 0, upload=upload)
     artifacts = [record.artifact for record in records(folders(run)[0]) if record.HasField("artifact")]
     names = [[entry.path for entry in artifact.manifest.contents] for artifact in artifacts]
-    assert names == [["step_00000005.ckpt" if upload == "last" else "best.ckpt"]]
+    assert names == [["step_00000005.ckpt" if upload == "last" else "best_step_00000005_fid_4.5.ckpt"]]
     assert not any((tmp_path / "home").rglob("*"))
 
 

@@ -12,7 +12,7 @@ from ldmlab.app.comparison import comparison_fields
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.instantiate import instantiate
+from ldmlab.instantiate import accepts, instantiate
 from ldmlab.model_files import read_model, write_description
 from ldmlab.training import processes
 from ldmlab.training.fit import fit, load_initial_weights
@@ -70,7 +70,7 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         held_out_batches=lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
         run=run,
         settings=settings,
-        callbacks=_nodes(config, "callbacks"),
+        callbacks=_callbacks(config, plan, data),
         loggers=_nodes(config, "logger"),
         resume_command=resume,
         manifest_hash=data.manifest("train", plan.reads).hash,
@@ -80,6 +80,20 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
 
 def _nodes(config: Config, group: str) -> list[Any]:
     return [instantiate(node, where=f"{group}.{name}") for name, node in config[group].items() if node]
+
+
+def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[Any]:
+    """What watches the run; one that scores pictures is given what it scores."""
+    from ldmlab.app.in_training import scores_callback
+
+    made = []
+    for name, node in config["callbacks"].items():
+        where = f"callbacks.{name}"
+        if node and accepts(node, "scorer", where=where):
+            made.append(scores_callback(node, plan, data, processes.rank(), processes.world_size()))
+        elif node:
+            made.append(instantiate(node, where=where))
+    return made
 
 
 def check_names(config: Config) -> None:

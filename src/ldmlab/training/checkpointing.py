@@ -9,8 +9,8 @@ from ldmlab.checkpoints import load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
 
 FORMAT_VERSION = 1
-BEST = "best.ckpt"
 _NAME = re.compile(r"step_(\d{8,})\.ckpt")
+_BEST = "best*.ckpt"
 
 
 class Checkpoints:
@@ -30,10 +30,17 @@ class Checkpoints:
         return path
 
     def save_best(self, content: dict[str, Any]) -> Path:
-        """Write `best.ckpt`, which is kept until a better one replaces it."""
-        path = self.folder / BEST
+        """Write `best_step_<step>_<name>_<value>.ckpt`, by the note on the best, in place of the one before."""
+        note = content["notes"]["best"]
+        path = self.folder / f"best_step_{note['step']:08d}_{note['name']}_{note['value']:.6g}.ckpt"
         save_checkpoint(path, {"format_version": FORMAT_VERSION, **content})
+        for old in set(self.folder.glob(_BEST)) - {path}:
+            old.unlink()
         return path
+
+    def best(self) -> Path | None:
+        """The best checkpoint so far, if there is one."""
+        return max(self.folder.glob(_BEST), default=None)
 
     def by_age(self) -> list[Path]:
         """Checkpoints by step, oldest first."""

@@ -33,7 +33,9 @@ class Loop(pl.Callback):
     ) -> None:
         self.session, self.settings, self.stop = session, settings, stop
         self.callbacks, self.checkpoints, self.progress = list(callbacks), checkpoints, progress
-        self.validate = Validate(settings.validate_every)
+        judges = [callback for callback in self.callbacks if callback.judges]
+        self.validate = Validate(settings.validate_every, judges=not judges)
+        self.judge: StepCallback = judges[0] if judges else self.validate  # of which checkpoint is best
         self.manifest_hash = manifest_hash
         self.last_checkpoint: Path | None = None
         self._random_states = random_states
@@ -73,7 +75,7 @@ class Loop(pl.Callback):
         for callback in self.callbacks:
             callback.after_step(self.session)
         self.progress.step(stage)
-        if self.validate.improved:  # before the checkpoint, which says that this one is there
+        if self.judge.improved:  # before the checkpoint, which says that this one is there
             self._save_best()
         if stopping or last or stage.step % self.settings.checkpoint_every == 0:
             self.save()
@@ -90,6 +92,8 @@ class Loop(pl.Callback):
             for callback in self.callbacks:
                 row |= callback.metrics(self.session)
         row |= self.validate.metrics(self.session)
+        for callback in self.callbacks:
+            row |= callback.evaluate(self.session)
         if row:
             self.session.loggers.log_numbers(row, stage.step)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
-from ldmlab.training.checkpointing import BEST, Checkpoints
+from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.run_folder import RunFolder
 
 _CHOSEN_ID = "wandb_id"  # in a run folder: the id that a W&B sweep gave, where it is not the run's own
@@ -89,9 +89,9 @@ class WandB:
         import wandb
 
         assert self._run is not None
-        saved = Checkpoints(self._run.checkpoints).by_age()[-1:]
-        path = self._run.checkpoints / BEST if self.upload == "best" else next(iter(saved), None)
-        if path is not None and path.exists():
+        checkpoints = Checkpoints(self._run.checkpoints)
+        path = checkpoints.best() if self.upload == "best" else next(iter(checkpoints.by_age()[-1:]), None)
+        if path is not None:
             artifact = wandb.Artifact(f"model-{self._run.run_id}", type="model")
             artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no second copy on this disk
             self._logger.experiment.log_artifact(artifact)

@@ -44,6 +44,9 @@ class Session:
 class StepCallback:
     """Hooks of a run, all optional; every process calls them in the same order."""
 
+    judges: bool = False  # whether it, and not the held-out numbers, says which checkpoint is best
+    improved: bool = False  # with `judges`: this step is the best so far
+
     def start(self, session: Session) -> None:
         """Once, before the first step of this process."""
 
@@ -52,6 +55,10 @@ class StepCallback:
 
     def metrics(self, session: Session) -> dict[str, float]:
         """Numbers for a row of the log, asked every `log_every` steps."""
+        return {}
+
+    def evaluate(self, session: Session) -> dict[str, float]:
+        """Numbers for this step's row of the log where the callback has any, asked after each step."""
         return {}
 
     def after_step(self, session: Session) -> None:

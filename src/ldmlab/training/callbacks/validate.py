@@ -1,9 +1,9 @@
 """Held-out numbers while training, and the checkpoint that has the best of them."""
 
-import math
 from dataclasses import dataclass
 
 from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.callbacks.best import improves
 
 
 @dataclass
@@ -11,6 +11,7 @@ class Validate(StepCallback):
     """Evaluates every `every` steps and at the last one; knows whether the latest numbers are the best so far."""
 
     every: int  # steps
+    judges: bool = True  # False: another callback says which checkpoint is best
     improved: bool = False  # the latest evaluation is the best, until the next step
 
     def due(self, session: Session) -> bool:
@@ -23,18 +24,8 @@ class Validate(StepCallback):
         if not self.due(session):
             return {}
         numbers = session.evaluate()
-        self.improved = self._is_best(session, numbers)
+        if self.judges and numbers:  # none without held-out data
+            stage = session.stage
+            self.improved = improves(session, stage.monitor, numbers[stage.monitor], stage.monitor_mode)
         session.notes["held_out"] = {"step": session.stage.step, **numbers}
         return {f"held_out/{name}": value for name, value in numbers.items()}
-
-    def _is_best(self, session: Session, numbers: dict[str, float]) -> bool:
-        stage = session.stage
-        if not numbers:  # no held-out data
-            return False
-        value, before = numbers[stage.monitor], session.notes.get("best")
-        if not math.isfinite(value):
-            return False
-        better = before is None or (value < before["value"] if stage.monitor_mode == "min" else value > before["value"])
-        if better:
-            session.notes["best"] = {"name": stage.monitor, "value": value, "step": stage.step}
-        return better
