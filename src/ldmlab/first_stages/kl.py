@@ -55,12 +55,20 @@ class KLAutoencoder(nn.Module):
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => mean and log-variance (B, C, H / f, W / f), float32."""
         check_image_size(images, self.downsampling)
-        mean, logvar = self.to_moments(self.encoder(images)).float().chunk(2, dim=1)
+        return self.posterior_of(self.encoder(images))
+
+    def posterior_of(self, features: Tensor) -> Posterior:
+        """What the encoder gives, (B, C', h, w) => mean and log-variance (B, C, h, w), float32."""
+        mean, logvar = self.to_moments(features).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*_LOGVAR_RANGE))
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(self.from_latent(raw_latents.to(self.from_latent.weight.dtype)))
+        return self.decoder(self.features_of(raw_latents))
+
+    def features_of(self, raw_latents: Tensor) -> Tensor:
+        """(B, C, h, w) => what the decoder takes, (B, C', h, w)."""
+        return self.from_latent(raw_latents.to(self.from_latent.weight.dtype))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, draw a latent with the given noise (B, C, h, w), decode; the penalty is `kl`."""

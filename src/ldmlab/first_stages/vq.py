@@ -65,19 +65,28 @@ class VQModel(nn.Module):
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => the vectors before the quantiser, (B, C, H / f, W / f), float32."""
         check_image_size(images, self.downsampling)
-        return Posterior(self.to_latent(self.encoder(images)).float())
+        return self.posterior_of(self.encoder(images))
+
+    def posterior_of(self, features: Tensor) -> Posterior:
+        """What the encoder gives, (B, C', h, w) => the vectors before the quantiser, (B, C, h, w), float32."""
+        return Posterior(self.to_latent(features).float())
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Quantise (B, C, h, w), then decode: (B, 3, f h, f w), about [-1, 1]."""
-        return self._decode(self.quantiser(raw_latents).latents)
+        return self.decoder(self.features_of(raw_latents))
+
+    def features_of(self, raw_latents: Tensor) -> Tensor:
+        """Quantise (B, C, h, w) => what the decoder takes, (B, C', h, w)."""
+        return self._projected(self.quantiser(raw_latents).latents)
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, quantise, decode (the noise is not used); the penalty is `codebook`."""
         quantised = self.quantiser(self.encode(images).mean)
-        return Reconstruction(self._decode(quantised.latents), {"codebook": quantised.penalty}, quantised.codes)
+        images = self.decoder(self._projected(quantised.latents))
+        return Reconstruction(images, {"codebook": quantised.penalty}, quantised.codes)
 
-    def _decode(self, quantised: Tensor) -> Tensor:
-        return self.decoder(self.from_latent(quantised.to(self.from_latent.weight.dtype)))
+    def _projected(self, quantised: Tensor) -> Tensor:
+        return self.from_latent(quantised.to(self.from_latent.weight.dtype))
 
     def update_codebook(self) -> dict[str, Tensor]:
         """Once a training step: what the options above ask for; rows of parameters that were set anew, by name."""

@@ -1,0 +1,229 @@
+"""The encoder and the decoder in parts with the group-norm statistics of the whole picture.
+
+A network is a row of steps (convolution, residual block, attention, resampling). Where the map between two steps is
+small it is kept whole; the steps from one kept map to the next make a stage. A stage runs part by part, each part with
+a border as wide as its convolutions reach, so that its inside is what the whole map would give. For every group norm
+in it the parts run once up to that norm and add up its mean and variance; then they run once more with all statistics
+known. Attention, which is found at small maps only, always sees the whole map: fused, its memory grows with h w.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldmlab.first_stages.encoder_decoder import Decoder, Encoder, Middle, ResolutionLevel
+from ldmlab.nn.autoencoder_blocks import Double, Halve, PixelAttention, ResidualBlock
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of a network, from a map to a map."""
+
+    run: Callable[[Tensor], Tensor]
+    norms: list[nn.GroupNorm]  # in the order in which they run
+    channels: int  # of its output
+    reach: int  # pixels of its output that the border of a part spoils
+    grows: Fraction = Fraction(1)  # side of its output / side of its input
+    whole: bool = False  # cannot run in parts
+
+
+def encoder_steps(encoder: Encoder) -> list[Step]:
+    """Pictures to features, (B, 3, H, W) => (B, C, H / f, W / f)."""
+    levels = [step for level in encoder.levels for step in _level_steps(level)]  # type: ignore[arg-type]
+    return [_convolution(encoder.input), *levels, *_middle_steps(encoder.middle), _head(encoder)]
+
+
+def decoder_steps(decoder: Decoder) -> list[Step]:
+    """Features to pictures, (B, C, h, w) => (B, 3, f h, f w)."""
+    levels = [step for level in decoder.levels for step in _level_steps(level)]  # type: ignore[arg-type]
+    return [_convolution(decoder.input), *_middle_steps(decoder.middle), *levels, _head(decoder)]
+
+
+def _level_steps(level: ResolutionLevel) -> Iterator[Step]:
+    for index, block in enumerate(level.blocks):
+        yield _residual(block)  # type: ignore[arg-type]
+        if level.attentions:
+            yield from _attention(level.attentions[index])
+    if isinstance(level.resample, Double):
+        yield Step(level.resample, [], level.resample.conv.out_channels, reach=1, grows=Fraction(2))
+    elif isinstance(level.resample, Halve):
+        yield Step(level.resample, [], level.resample.conv.out_channels, reach=1, grows=Fraction(1, 2))
+
+
+def _middle_steps(middle: Middle) -> list[Step]:
+    return [_residual(middle.first), *_attention(middle.attention), _residual(middle.second)]
+
+
+def _convolution(conv: nn.Conv2d) -> Step:
+    return Step(lambda x: conv(x.to(conv.weight.dtype)), [], conv.out_channels, reach=1)
+
+
+def _residual(block: ResidualBlock) -> Step:
+    return Step(block, [block.norm1, block.norm2], block.conv2.out_channels, reach=2)
+
+
+def _attention(module: nn.Module) -> list[Step]:
+    return [Step(module, [], module.out.out_channels, 0, whole=True)] if isinstance(module, PixelAttention) else []
+
+
+def _head(network: Encoder | Decoder) -> Step:
+    output = network.output
+    return Step(lambda x: output(F.silu(network.output_norm(x))), [network.output_norm], output.out_channels, reach=1)
+
+
+@torch.no_grad()
+def run_in_parts(steps: list[Step], x: Tensor, part: int, kept_bytes: int) -> Tensor:
+    """All steps; `part` is the side of a part in pixels of x, `kept_bytes` the largest map kept between two steps."""
+    scale = Fraction(1)  # side of x now / side of x at the start
+    for stage in _stages(steps, x, kept_bytes):
+        x = stage[0].run(x) if stage[0].whole else _run_stage(stage, x, max(int(part * scale), 1))
+        scale *= math.prod(step.grows for step in stage)
+    return x
+
+
+def _stages(steps: list[Step], x: Tensor, kept_bytes: int) -> list[list[Step]]:
+    """The steps between one kept map and the next; what must see the whole map stands alone."""
+    stages: list[list[Step]] = [[]]
+    pixels = Fraction(x.shape[0] * x.shape[2] * x.shape[3])
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        pixels *= step.grows**2
+        stages[-1].append(step)
+        small = pixels * step.channels * x.element_size() <= kept_bytes
+        if following is not None and (small or step.whole or following.whole):
+            stages.append([])
+    return stages
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a part lies, in pixels of the coarsest map of its stage."""
+
+    inside: tuple[slice, slice]  # what it is for
+    cut: tuple[slice, slice]  # with its border
+
+
+class _Gathered(Exception):
+    """A part has come to the norm whose statistics were asked for."""
+
+
+def _run_stage(stage: list[Step], x: Tensor, part: int) -> Tensor:
+    """(B, C, h, w) => (B, C', h', w'); parts have `part` pixels of x, less one where the coarsest map needs it."""
+    scales = [Fraction(1)]  # side of every map / side of x
+    for step in stage:
+        scales.append(scales[-1] * step.grows)
+    coarsest = min(scales)
+    border = math.ceil(sum(Fraction(s.reach) * coarsest / scale for s, scale in zip(stage, scales[1:], strict=True)))
+    size = (int(x.shape[2] * coarsest), int(x.shape[3] * coarsest))
+    parts = _parts(size, max(int(part * coarsest), 1), border)
+    fine_in, fine_out = int(1 / coarsest), int(scales[-1] / coarsest)  # pixels of x and of the result per coarsest one
+
+    def run(one: _Part) -> Tensor:
+        y = x[:, :, _scaled(one.cut[0], fine_in), _scaled(one.cut[1], fine_in)]
+        for step in stage:
+            y = step.run(y)
+        return y
+
+    if len(parts) == 1:
+        return run(parts[0])
+    known: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
+    for norm in (norm for step in stage for norm in step.norms):
+        known[norm] = _statistics(norm, parts, run, known)
+    result: Tensor | None = None
+    with _using(known):
+        for one in parts:
+            y = run(one)
+            if result is None:
+                result = y.new_empty(*y.shape[:2], size[0] * fine_out, size[1] * fine_out)
+            inside = _inside(y, one)
+            result[:, :, _scaled(one.inside[0], fine_out), _scaled(one.inside[1], fine_out)] = inside
+    assert result is not None
+    return result
+
+
+def _parts(size: tuple[int, int], part: int, border: int) -> list[_Part]:
+    """Parts that tile a map, the last ones smaller, each with its border as far as the map goes."""
+    axes = []
+    for side in size:
+        count = math.ceil(side / part)
+        ends = [side * k // count for k in range(count + 1)]
+        insides = [slice(a, b) for a, b in pairwise(ends)]
+        axes.append([(s, slice(max(s.start - border, 0), min(s.stop + border, side))) for s in insides])
+    return [_Part((row, column), (rows, columns)) for row, rows in axes[0] for column, columns in axes[1]]
+
+
+def _scaled(pixels: slice, factor: int) -> slice:
+    return slice(pixels.start * factor, pixels.stop * factor)
+
+
+def _inside(y: Tensor, one: _Part) -> Tensor:
+    """A map of a part without its border, whatever the map's resolution."""
+    factor = y.shape[2] // (one.cut[0].stop - one.cut[0].start)
+    rows, columns = (
+        slice((inside.start - cut.start) * factor, (inside.stop - cut.start) * factor)
+        for inside, cut in zip(one.inside, one.cut, strict=True)
+    )
+    return y[:, :, rows, columns]
+
+
+def _statistics(
+    norm: nn.GroupNorm,
+    parts: list[_Part],
+    run: Callable[[_Part], Tensor],
+    known: dict[nn.GroupNorm, tuple[Tensor, Tensor]],  # of the norms before it
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each picture's groups over the whole map, (B, G) each."""
+    sums: list[Tensor] = []
+    count = 0
+
+    for one in parts:
+
+        def gather(module: nn.Module, inputs: tuple[Tensor, ...], one: _Part = one) -> None:
+            nonlocal count
+            groups = _inside(inputs[0], one).float().unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, h, w)
+            variance, mean = (v.double() for v in torch.var_mean(groups, dim=(2, 3, 4), correction=0))
+            pixels = groups[0, 0].numel()
+            sums.append(torch.stack([mean, variance + mean.square()]) * pixels)
+            count += pixels
+            raise _Gathered
+
+        handle = norm.register_forward_pre_hook(gather)
+        try:
+            with _using(known):
+                run(one)
+        except _Gathered:
+            pass
+        finally:
+            handle.remove()
+    mean, square = torch.stack(sums).sum(0) / count
+    return mean, (square - mean.square()).clamp_min(0)
+
+
+@contextmanager
+def _using(known: dict[nn.GroupNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, these norms take the given statistics instead of those of what they are shown."""
+    handles = []
+    try:
+        for norm, (mean, variance) in known.items():
+            spread = torch.rsqrt(variance + norm.eps)  # (B, G)
+            each = norm.num_channels // norm.num_groups
+            scale = spread.repeat_interleave(each, 1) * norm.weight.double()  # (B, C)
+            shift = norm.bias.double() - mean.repeat_interleave(each, 1) * scale
+            told = scale.float()[:, :, None, None], shift.float()[:, :, None, None]
+
+            def replace(
+                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, told: tuple[Tensor, Tensor] = told
+            ) -> Tensor:
+                return torch.addcmul(told[1], inputs[0].float(), told[0]).to(output.dtype)
+
+            handles.append(norm.register_forward_hook(replace))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,91 @@
+"""Pictures of any size through a first stage in parts, so that memory is bounded by a part and not by the picture.
+
+separate: every part is encoded or decoded on its own and neighbours are blended where they overlap. No seam, but each
+    part has its own group-norm statistics, so tones drift from those of the whole picture.
+shared: all parts of a group norm use the statistics of the whole picture, gathered part by part before they are used.
+    The result is that of the whole picture but for rounding; `layered.py` says how.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldmlab.contracts import Posterior, Reconstruction
+from ldmlab.errors import InputError
+from ldmlab.first_stages.encoder_decoder import check_image_size
+from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.first_stages.layered import decoder_steps, encoder_steps, run_in_parts
+from ldmlab.first_stages.vq import VQModel
+from ldmlab.nn.tiling import blended, windows
+
+NORMS = ("shared", "separate")
+
+
+class TiledFirstStage:
+    """A frozen first stage that works in square parts; to its users a first stage like the one inside."""
+
+    def __init__(
+        self,
+        first_stage: nn.Module,
+        tile: int = 512,  # side of a part, px of the picture
+        norms: str = "shared",  # shared | separate: group-norm statistics
+        kept_mib: int = 256,  # shared only: larger feature maps are computed again in every pass instead of kept
+    ) -> None:
+        self.inner: Any = first_stage
+        self.downsampling: int = first_stage.downsampling  # type: ignore[assignment]
+        self.latent_channels: int = first_stage.latent_channels  # type: ignore[assignment]
+        if norms not in NORMS:
+            raise InputError(f"norms={norms} is unknown; choose {' or '.join(NORMS)}.")
+        if norms == "shared" and not isinstance(first_stage, KLAutoencoder | VQModel):
+            if any(isinstance(module, nn.GroupNorm) for module in first_stage.modules()):
+                kind = type(first_stage).__name__
+                raise InputError(f"norms=shared knows KL and VQ first stages, not {kind}; choose norms=separate.")
+            norms = "separate"  # there are no statistics to share
+        if kept_mib < 1:
+            raise InputError(f"kept_mib={kept_mib} keeps nothing between two layers; choose 1 or more.")
+        step = 2 * self.downsampling
+        if tile < step or tile % self.downsampling:
+            near = max(round(tile / self.downsampling) * self.downsampling, step)
+            raise InputError(
+                f"tile={tile} is no part of at least two latent pixels of f={self.downsampling}; "
+                f"choose for instance {near}."
+            )
+        self.tile, self.norms, self.kept_bytes = tile, norms, kept_mib * 2**20
+
+    def encode(self, images: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] => raw latents (B, C, H / f, W / f), float32."""
+        check_image_size(images, self.downsampling)
+        if max(images.shape[2:]) <= self.tile:
+            return self.inner.encode(images)
+        if self.norms == "shared":
+            steps = encoder_steps(self.inner.encoder)
+            return self.inner.posterior_of(run_in_parts(steps, images, self.tile, self.kept_bytes))
+        cut, put = self._windows((images.shape[2] // self.downsampling, images.shape[3] // self.downsampling))
+        channels = self.latent_channels
+        moments = blended(lambda i: self.inner.encode(put[i].of(images)).moments(), cut)
+        return Posterior.from_moments(moments, channels)
+
+    def decode(self, raw_latents: Tensor) -> Tensor:
+        """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
+        if max(raw_latents.shape[2:]) * self.downsampling <= self.tile:
+            return self.inner.decode(raw_latents)
+        if self.norms == "shared":
+            features = self.inner.features_of(raw_latents)
+            part = self.tile // self.downsampling
+            return run_in_parts(decoder_steps(self.inner.decoder), features, part, self.kept_bytes)
+        cut, put = self._windows((raw_latents.shape[2], raw_latents.shape[3]))
+        return blended(lambda i: self.inner.decode(cut[i].of(raw_latents)), put)
+
+    def _windows(self, size: tuple[int, int]) -> tuple[list[Any], list[Any]]:
+        """The same windows of a latent of `size` and of its picture; they overlap by a quarter."""
+        part = self.tile // self.downsampling
+        return windows(size, part, part // 4), windows(size, part, part // 4, scale=self.downsampling)
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """Encode, draw a latent with the given noise (B, C, h, w), decode; no penalties, which only training needs."""
+        return Reconstruction(self.decode(self.encode(images).sample(noise)), {})
+
+    @property
+    def last_layer(self) -> Tensor:
+        """There is none: parts are for finished first stages."""
+        raise InputError("a first stage in parts cannot be trained; train it on crops of one size.")

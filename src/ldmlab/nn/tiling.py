@@ -1,0 +1,80 @@
+"""Large maps in parts: where the parts lie, and how what they give becomes one map again without a seam."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+
+Span = tuple[int, int]  # first, one past the last
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a map, and the share that it has in every place of it; the shares of all parts add up to 1."""
+
+    rows: slice
+    columns: slice
+    weight: Tensor  # (h, w) float32
+
+    def of(self, x: Tensor) -> Tensor:
+        """(..., H, W) => this part, a view (..., h, w)."""
+        return x[..., self.rows, self.columns]
+
+
+def spans(length: int, part: int, overlap: int) -> list[Span]:
+    """Parts of one size, evenly spread over 0 .. length, neighbours sharing at least `overlap`."""
+    if length <= part:
+        return [(0, length)]
+    count = -(-(length - overlap) // (part - overlap))  # rounded up
+    starts = [round(k * (length - part) / (count - 1)) for k in range(count)]
+    return [(start, start + part) for start in starts]
+
+
+def windows(size: Size, part: int, overlap: int, scale: int = 1) -> list[Window]:
+    """Square parts that cover a map of `size`; weights rise and fall in a line over `overlap`.
+
+    With `scale` the windows of a map that is so many times larger, cut in the same places.
+    """
+    if part < 1 or not 0 <= overlap <= part // 2:
+        raise InputError(
+            f"parts of {part} overlapping by {overlap} do not fit; choose an overlap of up to half a part."
+        )
+    ways = [[(a * scale, b * scale) for a, b in spans(side, part, overlap)] for side in size]
+    shares = [_shares(way, overlap * scale) for way in ways]
+    return [
+        Window(slice(*rows), slice(*columns), torch.outer(share_of_rows, share_of_columns))
+        for rows, share_of_rows in zip(ways[0], shares[0], strict=True)
+        for columns, share_of_columns in zip(ways[1], shares[1], strict=True)
+    ]
+
+
+def _shares(parts: Sequence[Span], overlap: int) -> list[Tensor]:
+    """Trapezoids along one axis, divided by their sum."""
+    shares, total = [], torch.zeros(parts[-1][1])
+    for start, stop in parts:
+        place = torch.arange(start, stop) + 0.5
+        share = torch.ones(stop - start)
+        if overlap and start > 0:
+            share = share.minimum((place - start) / overlap)
+        if overlap and stop < len(total):
+            share = share.minimum((stop - place) / overlap)
+        total[start:stop] += share
+        shares.append(share)
+    return [share / total[start:stop] for share, (start, stop) in zip(shares, parts, strict=True)]
+
+
+def blended(give: Callable[[int], Tensor], parts: Sequence[Window]) -> Tensor:
+    """Part i of the result (B, C, h, w) for every window => the whole, (B, C, H, W) float32; one part at a time."""
+    whole: Tensor | None = None
+    for i, window in enumerate(parts):
+        part = give(i)
+        if whole is None:
+            size = max(p.rows.stop for p in parts), max(p.columns.stop for p in parts)
+            whole = torch.zeros(*part.shape[:2], *size, device=part.device)
+        window.of(whole).add_(part.float() * window.weight.to(part.device))
+    assert whole is not None
+    return whole
