@@ -21,9 +21,12 @@ class LowResolution(nn.Module):
     def __init__(
         self,
         drop: float = 0.0,  # rate of grey pictures in training, for guidance
-        enlarge: int = 1,  # 1: as it is; otherwise latent size / its size
+        enlarge: int | None = 1,  # 1: as it is; otherwise latent size / its size; None: factor / downsampling
+        factor: int = 4,  # of the task: large picture / small picture
+        downsampling: int = 4,  # of the first stage; derived in wiring
     ) -> None:
         super().__init__()
+        enlarge = factor // downsampling if enlarge is None else enlarge
         if enlarge < 1:
             raise InputError(f"conditioner.low_resolution.enlarge={enlarge} must be at least 1, which changes nothing.")
         self.enlarge = enlarge

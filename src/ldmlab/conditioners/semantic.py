@@ -1,5 +1,6 @@
 """Label maps, scaled down and mapped to a few channels, concatenated to the latent (section 4.3.2)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,13 +25,15 @@ class SpatialRescaler(nn.Module):
         self,
         classes: int = 182,  # of the label maps, numbered from 0
         channels: int | None = 3,  # given to the denoiser; None: one a class, without the convolution
-        stages: int = 2,  # resizes; multiplier^stages must be one over the first stage's downsampling
+        stages: int | None = 2,  # resizes; multiplier^stages is one over the downsampling; None: as many as that takes
         multiplier: float = 0.5,  # of each resize
         method: str = "bilinear",  # nearest | bilinear | bicubic | area
         bias: bool = False,  # of the convolution
         drop: float = 0.0,  # rate of empty maps in training, for guidance
+        downsampling: int = 4,  # of the first stage, where stages is None; derived in wiring
     ) -> None:
         super().__init__()
+        stages = round(math.log(downsampling) / -math.log(multiplier)) if stages is None else stages
         if method not in _METHODS:
             raise InputError(f"conditioner.method={method} is unknown; choose {', '.join(_METHODS)}.")
         self.drop = checked_rate(drop)
