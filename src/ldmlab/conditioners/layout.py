@@ -77,7 +77,7 @@ class LayoutTokens(nn.Module):
         """Token numbers of one picture."""
         if len(boxes) > self.objects:
             raise InputError(
-                f"a picture has {len(boxes)} boxes, more than the {self.objects} of conditioner.objects; give fewer."
+                f"a picture has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
             )
         frame = crop if self.crop_tokens else _WHOLE
         ids = [token for box in boxes for token in (self._class(box), *self._corners(_within(box["box"], frame)))]
