@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ldmlab.evaluation.category_classifier import CategoryClassifier, train_classifier
@@ -53,7 +54,10 @@ class ClassJudge:
 
 
 def _labelled(evidence: Evidence, split: str) -> Labelled:
-    return labelled(evidence.real(split, ("class_id",)), "class_id")
+    batches = evidence.real(split, ("class_id",))
+    return labelled(
+        ({**batch, "class_id": torch.as_tensor(batch["class_id"]).tolist()} for batch in batches), "class_id"
+    )
 
 
 def class_verdicts(

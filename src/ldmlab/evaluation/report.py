@@ -10,6 +10,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.report_formats import FORMATS, as_markdown
 from ldmlab.evaluation.report_html import comparison_page, evaluation_page
 from ldmlab.evaluation.report_table import comparison_tables, folder_name, paper_report
+from ldmlab.evaluation.report_task import task_markdown, task_rows
 
 # Name shown, direction, and what the number says.
 MEANING = {
@@ -62,9 +63,21 @@ def write_report(folder: Path) -> Path:
     return place / "report.html"
 
 
+def _full_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """What may stand side by side, each once; scores of a few samples taken while training may not."""
+    results = list({result["folder"]: result for result in map(read_evaluation, folders)}.values())
+    for result in results:
+        if tag := result.get("in_training"):
+            raise InputError(
+                f"{result['folder']} was scored while training, on {tag['samples']} samples, which compare within "
+                "their run alone; score the checkpoint with evaluate.py and give that folder."
+            )
+    return results
+
+
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     """One page for several evaluations, side by side."""
-    results = list({result["folder"]: result for result in map(read_evaluation, folders)}.values())
+    results = _full_evaluations(folders)
     out.mkdir(parents=True, exist_ok=True)
     rows = {title(result): score_rows(result) for result in results}
     if len(rows) < len(results):
@@ -77,7 +90,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
 def printed_tables(folders: Sequence[Path], form: str, table: str | None = None) -> str:
     """The paper's tables with our rows, then the evaluations beside one another; form: text | md | latex | html."""
-    results = list({result["folder"]: result for result in map(read_evaluation, folders)}.values())
+    results = _full_evaluations(folders)
     tables = paper_report(results, table)
     if table is None:
         scores = [score_rows(result) for result in results]
@@ -104,6 +117,7 @@ def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         _row(name, score["value"], score["spread"], "; ".join(score["marks"]))
         for name, score in result["scores"].items()
     ]
+    rows += task_rows(result)
     if categories := result.get("categories"):
         mark = f"chance is {categories['chance']:.0%}; guidance {categories['guidance']:g}"
         rows += [_row("held_out_real", categories["held_out_real"], None, "the judge's own limit")]
@@ -142,6 +156,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"| {seen['samples_right']} of {seen['samples']} |"
             for row, seen in zip(categories["by_category"], categories["training_captions"]["by_category"], strict=True)
         ]
+    lines += task_markdown(result)
     if tables := paper_report([result]):
         lines += ["", "## The paper's tables", "", *as_markdown(tables).splitlines()]
     lines += _open_lines(result["protocol"].get("leaves_open") or {})

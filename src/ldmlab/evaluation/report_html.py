@@ -10,6 +10,7 @@ from ldmlab.evaluation.report_formats import html_table
 from ldmlab.evaluation.report_pictures import image_tag, thumbnail_tag
 from ldmlab.evaluation.report_style import STYLE
 from ldmlab.evaluation.report_table import ReportTable
+from ldmlab.evaluation.report_task import task_sections
 
 Rows = Sequence[Mapping[str, str]]
 PICTURES_A_RUN = 16  # in a comparison
@@ -24,6 +25,7 @@ def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> st
         _tiles(scores),
         _samples(result, folder),
         _score_table(scores, result),
+        task_sections(result, folder),
         _categories(result, folder),
         _neighbours(result, folder),
         _extras(result, folder),

@@ -19,6 +19,7 @@ figcaption{font-size:12px;line-height:1.35;color:var(--dim)}
 .tile span{font-size:12px;color:var(--dim)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(96px,1fr));gap:14px}
 .cards.pairs{grid-template-columns:repeat(auto-fill,minmax(160px,1fr))}
+.cards.rows{grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr))}
 .card>div{display:flex;gap:4px;margin-bottom:5px}
 .card img{flex:1;width:0;min-width:0;aspect-ratio:1;object-fit:contain;border-radius:8px;background:#fff;
 border:1px solid var(--line)}

@@ -17,7 +17,7 @@ SIDE = 64  # px
 class Segmenter(nn.Module):
     """Float pictures (B, 3, 64, 64) in [-1, 1] => logits (B, classes, 64, 64)."""
 
-    def __init__(self, classes: int, width: int = 32) -> None:
+    def __init__(self, classes: int, width: int = 24) -> None:
         super().__init__()
         self.classes = classes
         self.level_1 = nn.Sequential(*_block(3, width // 2))  # 64 x 64

@@ -23,7 +23,7 @@ _LARGEST = 256  # classes
 class SemanticJudge:
     """Foreground mIoU of a segmenter against the maps that were asked for."""
 
-    steps: int = 500  # updates of the segmenter
+    steps: int = 400  # updates of the segmenter
     batch_size: int = 24
     pictures: int = 4000  # it learns from at most
     needs: ClassVar[frozenset[str]] = frozenset({"segmentation"})

@@ -1,0 +1,83 @@
+"""The judge of boxes: perfect samples reach the score of real pictures, wrong ones fall to chance."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from answering_models import Answers, evaluate, originals, scene_data
+
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.evaluation.layout_score import LayoutJudge, crop
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.task_evidence import Evidence
+from ldmlab.tasks.layout import Layout
+from scenes import CLASSES
+
+PROTOCOL = Protocol(name="boxes", reference="val", metrics={}, steps=1, guidance=1.0, shown=6)
+JUDGE = LayoutJudge(steps=60, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ShardData:
+    return scene_data(tmp_path_factory.mktemp("scenes"), 100, 40, Layout(32))
+
+
+def test_real_pictures_as_samples_reach_the_real_score(data: ShardData, tmp_path: Path) -> None:
+    real = originals(data)
+    model = Answers({"boxes"}, lambda requests, numbers: real[numbers])
+    found = evaluate(model, data, PROTOCOL, tmp_path / "out", judges={"layout": JUDGE})["judges"]["layout"]
+    assert found["samples"] == found["held_out_real"]
+    assert found["held_out_real"] > 0.8
+    assert found["chance"] == 1 / CLASSES
+    assert found["times_chance"] > 5
+    assert found["shuffled"] < 2.5 / CLASSES
+    assert (found["of_real"], len(found["classes"])) == (1.0, CLASSES)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Judge: asked class found in the asked box" in page
+    assert "Asked and drawn" in page
+    assert "Asked class found in the asked box" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_pictures_of_other_layouts_fall_to_chance(data: ShardData, tmp_path: Path) -> None:
+    real = originals(data)
+    model = Answers({"boxes"}, lambda requests, numbers: real[[(number + 7) % len(real) for number in numbers]])
+    found = evaluate(model, data, PROTOCOL, tmp_path / "out", judges={"layout": JUDGE})["judges"]["layout"]
+    assert found["held_out_real"] > 0.8
+    assert found["samples"] < 2.5 / CLASSES
+
+
+def test_a_judge_needs_a_model_of_its_task(data: ShardData, tmp_path: Path) -> None:
+    model = Answers({"caption"}, lambda requests, numbers: originals(data)[numbers])
+    with pytest.raises(InputError, match=r"protocol.judges.layout works with boxes, .* told caption"):
+        evaluate(model, data.with_task(None), PROTOCOL, tmp_path / "out", judges={"layout": JUDGE})
+
+
+def test_a_crop_is_what_lies_in_the_box() -> None:
+    picture = torch.zeros(3, 40, 20, dtype=torch.uint8)
+    picture[0, 10:20, 5:15] = 200
+    inside = crop(picture, [0.25, 0.25, 0.75, 0.5])
+    assert inside.shape == (3, 32, 32)
+    assert (inside[0] == 200).all()
+    wider = crop(picture, [0.25, 0.25, 0.75, 0.5], margin=0.5)
+    assert 0.2 < (wider[0] > 100).float().mean() < 0.3
+    assert crop(picture, [0.999, 0.999, 1.0, 1.0]).shape == (3, 32, 32)
+
+
+def test_boxes_that_are_too_small_are_left_out() -> None:
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    boxes = [{"class_id": 3, "box": [0.0, 0.0, 0.5, 0.5]}, {"class_id": 4, "box": [0.0, 0.0, 0.1, 1.0]}]
+    batch = {"image": picture[None], "boxes": [boxes]}
+    assert JUDGE.collected([batch])[1] == ["class 003"]
+    with pytest.raises(InputError, match="nothing to judge layouts by"):
+        LayoutJudge(smallest=20).collected([batch])
+
+
+def test_others_asked_for_something_else() -> None:
+    asked = [{"class_id": number % 3} for number in range(30)]
+    evidence = Evidence(lambda split, fields: [], "val", asked, torch.zeros(30, 3, 4, 4))
+    others = evidence.others()
+    assert all(one != other for one, other in zip(asked, others, strict=True))
+    assert {one["class_id"] for one in others} == {0, 1, 2}
+    same = Evidence(lambda split, fields: [], "val", [{"class_id": 1}] * 3, torch.zeros(3, 3, 4, 4))
+    assert same.others() == [{"class_id": 1}] * 3
