@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
-from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, check_image_size, initialise
+from ldmlab.first_stages.autoencoder import Autoencoder
+from ldmlab.first_stages.encoder_decoder import Architecture, initialise
 
 _LOGVAR_RANGE = (-30.0, 20.0)
 
 
-class KLAutoencoder(nn.Module):
+class KLAutoencoder(Autoencoder):
     """Pictures to a diagonal Gaussian over latents and back (kl-f4 ... kl-f32 of the paper)."""
 
     def __init__(
@@ -29,22 +30,11 @@ class KLAutoencoder(nn.Module):
         initialisation: str = "torch",  # of the convolutions: torch, as released | he, for short runs
         initial_logvar: float = 0.0,  # added to the posterior's log-variance at the start; -6 is nearly no noise
     ) -> None:
-        super().__init__()
         inner = bottleneck_channels or latent_channels
         arch = Architecture(
-            channels=channels,
-            channel_mult=tuple(channel_mult),
-            num_res_blocks=num_res_blocks,
-            attention_downsampling=tuple(attention_downsampling),
-            mid_attention=mid_attention,
-            latent_channels=inner,
-            norm_groups=norm_groups,
-            dropout=dropout,
+            channels, channel_mult, num_res_blocks, attention_downsampling, mid_attention, inner, norm_groups, dropout
         )
-        self.downsampling = arch.downsampling
-        self.latent_channels = latent_channels
-        self.encoder = Encoder(arch, out_channels=2 * inner)
-        self.decoder = Decoder(arch)
+        super().__init__(arch, latent_channels=latent_channels, encoder_channels=2 * inner)
         self.to_moments = nn.Conv2d(2 * inner, 2 * latent_channels, 1)
         self.from_latent = nn.Conv2d(latent_channels, inner, 1)
         initialise(self, initialisation)
@@ -52,34 +42,16 @@ class KLAutoencoder(nn.Module):
         with torch.no_grad():
             self.to_moments.bias[latent_channels:] += initial_logvar
 
-    def encode(self, images: Tensor) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] => mean and log-variance (B, C, H / f, W / f), float32."""
-        check_image_size(images, self.downsampling)
-        return self.posterior_of(self.encoder(images))
-
     def posterior_of(self, features: Tensor) -> Posterior:
         """What the encoder gives, (B, C', h, w) => mean and log-variance (B, C, h, w), float32."""
         mean, logvar = self.to_moments(features).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*_LOGVAR_RANGE))
-
-    def decode(self, raw_latents: Tensor) -> Tensor:
-        """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(self.features_of(raw_latents))
-
-    def features_of(self, raw_latents: Tensor) -> Tensor:
-        """(B, C, h, w) => what the decoder takes, (B, C', h, w)."""
-        return self.from_latent(raw_latents.to(self.from_latent.weight.dtype))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, draw a latent with the given noise (B, C, h, w), decode; the penalty is `kl`."""
         posterior = self.encode(images)
         penalties = {"kl": kl_to_standard_normal(posterior).mean()}
         return Reconstruction(self.decode(posterior.sample(noise)), penalties)
-
-    @property
-    def last_layer(self) -> Tensor:
-        """Weight of the convolution that gives the pixels."""
-        return self.decoder.output.weight
 
 
 def kl_to_standard_normal(posterior: Posterior) -> Tensor:

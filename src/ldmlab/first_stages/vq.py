@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
-from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, check_image_size, initialise
+from ldmlab.first_stages.autoencoder import Autoencoder
+from ldmlab.first_stages.encoder_decoder import Architecture, initialise
 from ldmlab.first_stages.quantiser import Quantiser
 
 
-class VQModel(nn.Module):
+class VQModel(Autoencoder):
     """Pictures to latents in front of a quantiser and back (vq-f4 ... vq-f16 of the paper)."""
 
     def __init__(
@@ -32,23 +33,12 @@ class VQModel(nn.Module):
         dropout: float = 0.0,
         initialisation: str = "torch",  # of the convolutions: torch, as released | he, for short runs
     ) -> None:
-        super().__init__()
         inner = bottleneck_channels or latent_channels
         arch = Architecture(
-            channels=channels,
-            channel_mult=tuple(channel_mult),
-            num_res_blocks=num_res_blocks,
-            attention_downsampling=tuple(attention_downsampling),
-            mid_attention=mid_attention,
-            latent_channels=inner,
-            norm_groups=norm_groups,
-            dropout=dropout,
+            channels, channel_mult, num_res_blocks, attention_downsampling, mid_attention, inner, norm_groups, dropout
         )
-        self.downsampling = arch.downsampling
-        self.latent_channels = latent_channels
+        super().__init__(arch, latent_channels=latent_channels, encoder_channels=inner)
         self.codebook_size = codebook_size
-        self.encoder = Encoder(arch, out_channels=inner)
-        self.decoder = Decoder(arch)
         self.to_latent = nn.Conv2d(inner, latent_channels, 1)
         self.from_latent = nn.Conv2d(latent_channels, inner, 1)
         self.quantiser = Quantiser(
@@ -62,38 +52,21 @@ class VQModel(nn.Module):
         )
         initialise(self, initialisation)
 
-    def encode(self, images: Tensor) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] => the vectors before the quantiser, (B, C, H / f, W / f), float32."""
-        check_image_size(images, self.downsampling)
-        return self.posterior_of(self.encoder(images))
-
     def posterior_of(self, features: Tensor) -> Posterior:
         """What the encoder gives, (B, C', h, w) => the vectors before the quantiser, (B, C, h, w), float32."""
         return Posterior(self.to_latent(features).float())
 
-    def decode(self, raw_latents: Tensor) -> Tensor:
-        """Quantise (B, C, h, w), then decode: (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(self.features_of(raw_latents))
-
     def features_of(self, raw_latents: Tensor) -> Tensor:
         """Quantise (B, C, h, w) => what the decoder takes, (B, C', h, w)."""
-        return self._projected(self.quantiser(raw_latents).latents)
+        return super().features_of(self.quantiser(raw_latents).latents)
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, quantise, decode (the noise is not used); the penalty is `codebook`."""
         quantised = self.quantiser(self.encode(images).mean)
-        images = self.decoder(self._projected(quantised.latents))
+        images = self.decoder(super().features_of(quantised.latents))
         return Reconstruction(images, {"codebook": quantised.penalty}, quantised.codes)
-
-    def _projected(self, quantised: Tensor) -> Tensor:
-        return self.from_latent(quantised.to(self.from_latent.weight.dtype))
 
     def update_codebook(self) -> dict[str, Tensor]:
         """Once a training step: what the options above ask for; rows of parameters that were set anew, by name."""
         rows = self.quantiser.update()
         return {"quantiser.codebook.weight": rows} if len(rows) else {}
-
-    @property
-    def last_layer(self) -> Tensor:
-        """Weight of the convolution that gives the pixels."""
-        return self.decoder.output.weight
