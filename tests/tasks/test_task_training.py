@@ -38,7 +38,10 @@ SMALL = [
 TASKS = {
     "super_resolution": ["conditioner=low_resolution"],
     "inpainting": ["conditioner=[masked_latent,mask]", "task.masks=thin_256", "task.held_out_masks=thin_256"],
-    "layout": ["conditioner=layout", "conditioner.layout.depth=1", "conditioner.layout.width=32"],
+    "layout": [
+        *("conditioner=layout", "conditioner.layout.depth=1", "conditioner.layout.width=32"),
+        f"conditioner.layout.classes={CLASSES}",
+    ],
     "semantic": ["conditioner=semantic", "task.crop.short_side=20", f"conditioner.semantic.classes={CLASSES + 1}"],
 }
 
@@ -149,3 +152,69 @@ def test_held_out_pictures_ask_as_people_do(task: str, root: Path) -> None:
         hole = np.stack([asked[i]["mask"] for i in range(len(known))]) > 0
         known_pixels = torch.cat(real).permute(0, 2, 3, 1).numpy()[~hole]
         assert np.array_equal(drawn.numpy()[: len(known)][~hole], known_pixels)
+
+
+@pytest.fixture
+def words(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scene of a size that f does not divide, with everything on it, as files in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    scene = Scene(100, 19, 14)
+    for name, content in scene.files().items():
+        Path(f"scene.{name}").write_bytes(content)
+    scene.image.save("small.jpg")
+    Path("boxes.json").write_text(json.dumps(scene.boxes))
+    Path("outside.json").write_text(json.dumps([{"class_id": 1, "box": [0.5, 0.5, 1.2, 1]}]))
+    Path("unknown.json").write_text(json.dumps([{"class_id": CLASSES, "box": [0.5, 0.5, 1, 1]}]))
+    Path("many.json").write_text(json.dumps([{"class_id": 1, "box": [0.5, 0.5, 1, 1]}] * 31))
+    Path("none.json").write_text("{}")
+    Path("broken.json").write_text("{")
+    Image.new("L", (16, 16), 200).save("unknown.png")
+    Image.new("I;16", (16, 16), 300).save("deep.png")
+    return tmp_path
+
+
+def sample(root: Path, task: str, *words: str) -> np.ndarray:
+    """`ldmlab sample --task TASK`; the picture."""
+    trained(root, task)
+    assert cli.dispatch(["sample", f"{root}/{task}", "--task", task, *words, "--steps", "1", "--out", "out"]) == 0
+    return np.asarray(Image.open("out/000000.png"))
+
+
+def test_the_command_fills_holes_at_any_size(root: Path, words: Path) -> None:
+    made = sample(root, "inpainting", "scene.png", "--mask", "scene.mask.png")
+    given, mask = np.asarray(Image.open("scene.png")), np.asarray(Image.open("scene.mask.png")) > 0
+    assert made.shape == (14, 19, 3)
+    assert np.array_equal(made[~mask], given[~mask])
+    assert not np.array_equal(made[mask], given[mask])
+
+
+def test_the_command_enlarges_pictures_of_any_size(root: Path, words: Path) -> None:
+    assert sample(root, "super_resolution", "small.jpg").shape == (56, 76, 3)
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "shape"), [("layout", "boxes.json", (SIZE, SIZE, 3)), ("semantic", "scene.seg.png", (14, 19, 3))]
+)
+def test_boxes_and_label_maps_from_files(task: str, file: str, shape: tuple[int, ...], root: Path, words: Path) -> None:
+    assert sample(root, task, file).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "message"),
+    [
+        ("layout", "outside.json", r"boxes: box \[0.5, 0.5, 1.2, 1\] does not lie in \[0, 1\]"),
+        ("layout", "unknown.json", f"boxes: class_id {CLASSES} is not 0 .. {CLASSES - 1}"),
+        ("layout", "many.json", r"31 boxes, more than conditioner\.objects=30"),
+        ("layout", "none.json", "boxes are a dict, not a list"),
+        ("layout", "broken.json", r"boxes=broken\.json cannot be read as JSON"),
+        ("layout", "nowhere.json", r"boxes=nowhere\.json cannot be read"),
+        ("semantic", "unknown.png", f"segmentation holds 200, but this model knows the classes 0 .. {CLASSES}"),
+        ("semantic", "deep.png", "segmentation holds 300, but"),
+        ("semantic", "scene.png", "a picture of mode RGB, not a map of class numbers"),
+        ("super_resolution", "boxes.json", r"low_resolution=boxes\.json cannot be read as a picture"),
+    ],
+)
+def test_files_that_mean_nothing_are_refused(task: str, file: str, message: str, root: Path, words: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        sample(root, task, file)
+    assert not Path("out").exists()
