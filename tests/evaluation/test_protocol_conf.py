@@ -24,13 +24,23 @@ def test_metric(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((CONF / "protocol").glob("*.yaml")), ids=lambda path: path.stem)
 def test_protocol(path: Path) -> None:
     node = yaml.safe_load(path.read_text())
-    chosen = [key for entry in node.pop("defaults") if isinstance(entry, dict) for key in entry]
-    metrics = {key.split(".")[-1]: {} for key in chosen}
+    chosen = [(key, value) for entry in node.pop("defaults") if isinstance(entry, dict) for key, value in entry.items()]
+    assert all((CONF / key.split("@")[0][1:] / f"{value}.yaml").exists() for key, value in chosen)
+    metrics = {value: {} for key, value in chosen if key.startswith("/metric@")}
     protocol = instantiate({**node, "metrics": metrics}, where="protocol")
     assert isinstance(protocol, Protocol)
     assert protocol.name == path.stem
-    assert all((CONF / "metric" / f"{name}.yaml").exists() for name in metrics)
     assert protocol.paper_table is None or protocol.paper_table in paper_tables()
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(CONF / "judge").glob("*.yaml"), *(CONF / "baseline").glob("*.yaml")]), ids=lambda path: path.stem
+)
+def test_judge_and_baseline(path: Path) -> None:
+    """Each says what it needs of a request, and a protocol uses it."""
+    assert instantiate(yaml.safe_load(path.read_text()), where=path.parent.name).needs
+    protocols = [protocol.read_text() for protocol in (CONF / "protocol").glob("*.yaml")]
+    assert any(f"/{path.parent.name}@{path.parent.name}s.{path.stem}: {path.stem}" in text for text in protocols)
 
 
 def of_the_paper() -> list[Path]:
