@@ -54,9 +54,19 @@ class DiffusionStage(Stage):
 
     def losses(self, player: str, batch: Batch) -> Losses:
         """Mean of the pictures' losses; their noise levels as a share of the schedule, 0 the cleanest."""
+        seen, cut = self._captions()
         loss, t = self.diffusion.loss(batch, self.seed)
         total = loss.mean()
-        return Losses(total, {"loss": total}, {"loss": loss, "level": t / self.diffusion.schedule.steps})
+        terms = {"loss": total}
+        now_seen, now_cut = self._captions()
+        if now_seen > seen:
+            terms["captions_cut"] = total.new_tensor((now_cut - cut) / (now_seen - seen))
+        return Losses(total, terms, {"loss": loss, "level": t / self.diffusion.schedule.steps})
+
+    def _captions(self) -> tuple[int, int]:
+        """Captions that text conditioners have been given so far, and how many were longer than they read."""
+        counting = [c for c in self.diffusion.conditioners.values() if hasattr(c, "cut")]
+        return sum(int(c.seen) for c in counting), sum(int(c.cut) for c in counting)  # type: ignore[arg-type]
 
     def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss over held-out pictures with fixed times and noises."""
