@@ -68,7 +68,7 @@ def test_boxes_that_are_too_small_are_left_out() -> None:
     picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
     boxes = [{"class_id": 3, "box": [0.0, 0.0, 0.5, 0.5]}, {"class_id": 4, "box": [0.0, 0.0, 0.1, 1.0]}]
     batch = {"image": picture[None], "boxes": [boxes]}
-    assert JUDGE.collected([batch])[1] == ["class 003"]
+    assert JUDGE.collected([batch])[1] == ["3"]
     with pytest.raises(InputError, match="nothing to judge layouts by"):
         LayoutJudge(smallest=20).collected([batch])
 

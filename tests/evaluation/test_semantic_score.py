@@ -49,7 +49,7 @@ def test_real_pictures_as_samples_reach_the_real_score_and_shuffled_maps_do_not(
     assert verdict.shuffled < 0.3
     assert verdict.chance is None
     assert verdict.of_real == 1.0
-    assert [one.name for one in verdict.classes] == ["class 1", "class 2", "class 3"]
+    assert [one.name for one in verdict.classes] == ["label 1", "label 2", "label 3"]
 
 
 def test_intersection_over_union_by_hand() -> None:

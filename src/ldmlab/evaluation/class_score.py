@@ -1,6 +1,6 @@
 """Does a sample show the class that was asked for? The judge of categories looks at whole pictures, or at crops."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,7 +49,7 @@ class ClassJudge:
                 f"A classifier of {len(classes)} classes that has seen only real training pictures looks at every "
                 "sample; shares are balanced over classes."
             ),
-            names=dict(zip(map(str, range(len(evidence.class_names))), evidence.class_names, strict=True)),
+            names=evidence.class_names,
         )
 
 
@@ -68,9 +68,12 @@ def class_verdicts(
     *,
     measures: str,
     how: str,
-    names: Mapping[str, str] | None = None,  # shown instead of a label
+    names: Sequence[str] = (),  # by number, where the data say
 ) -> Verdict:
-    """What the trained judge says of held-out pictures, of samples, and of samples with exchanged requests."""
+    """What the trained judge says of held-out pictures, of samples, and of samples with exchanged requests.
+
+    Its categories are class numbers, as text.
+    """
     found, _ = verdicts(judge, real, samples)
     shuffled, _ = verdicts(judge, real, exchanged)
     return Verdict(
@@ -80,10 +83,15 @@ def class_verdicts(
         held_out_real=found["held_out_real"],
         shuffled=shuffled["samples"],
         chance=found["chance"],
-        classes=[_row(row, names or {}) for row in found["by_category"]],
+        classes=[_row(row, names) for row in found["by_category"]],
     )
 
 
-def _row(row: Mapping[str, Any], names: Mapping[str, str]) -> ClassVerdict:
+def _row(row: Mapping[str, Any], names: Sequence[str]) -> ClassVerdict:
     shares = [row[f"{kind}_right"] / row[kind] if row[kind] else None for kind in ("real", "samples")]
-    return ClassVerdict(names.get(row["category"], row["category"]), shares[0], row["real"], shares[1], row["samples"])
+    return ClassVerdict(class_name(int(row["category"]), names), shares[0], row["real"], shares[1], row["samples"])
+
+
+def class_name(number: int, names: Sequence[str]) -> str:
+    """Of a class_id."""
+    return names[number] if number < len(names) else f"class {number}"

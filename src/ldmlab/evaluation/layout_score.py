@@ -45,6 +45,7 @@ class LayoutJudge:
                 f"A classifier of crops of {len(judge.categories)} classes that has seen only real training pictures "
                 "looks into every box that was asked for; shares are balanced over classes."
             ),
+            names=evidence.class_names,
         )
 
     def collected(self, batches: Batches, most: int | None = None) -> Crops:
@@ -62,7 +63,7 @@ class LayoutJudge:
 
     def _learn(self, evidence: Evidence) -> CategoryClassifier:
         pictures, labels = self.collected(evidence.real("train", ()), self.crops)
-        categories = sorted(set(labels))
+        categories = sorted(set(labels), key=int)
         steps = iter(evidence.track(range(self.steps), self.steps, "the judge of boxes learns"))
         advance: Callable[[], object] = lambda: next(steps, None)  # noqa: E731
         judge = train_classifier(
@@ -87,12 +88,7 @@ class LayoutJudge:
             x0, y0, x1, y1 = entry["box"]
             if min((x1 - x0) * width, (y1 - y0) * height) >= self.smallest:
                 found.append(crop(picture, entry["box"], self.margin))
-                labels.append(class_name(entry))
-
-
-def class_name(entry: Fields) -> str:
-    """Of a box: its class's name where it has one."""
-    return str(entry.get("class", f"class {entry['class_id']:03d}"))
+                labels.append(str(entry["class_id"]))
 
 
 def crop(picture: Tensor, box: Sequence[float], margin: float = 0.0, side: int = _SIDE) -> Tensor:

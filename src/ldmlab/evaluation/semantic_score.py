@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.class_score import class_name
 from ldmlab.evaluation.segmenter import seen, seen_labels, train_segmenter
 from ldmlab.evaluation.task_evidence import Batches, ClassVerdict, Evidence, Fields, Verdict
 from ldmlab.nn.pixels import to_bytes
@@ -60,8 +61,16 @@ class SemanticJudge:
             held_out_real=mean_iou(real),
             shuffled=mean_iou(exchanged),
             chance=None,
-            classes=[ClassVerdict(f"class {n}", r.iou, r.asked, s.iou, s.asked) for n, r, s in rows],
+            classes=[
+                ClassVerdict(_name(n, judge.classes, evidence.class_names), r.iou, r.asked, s.iou, s.asked)
+                for n, r, s in rows
+            ],
         )
+
+
+def _name(label: int, labels: int, names: Sequence[str]) -> str:
+    """Of a label; labels are class numbers moved up by the background where the data name just those."""
+    return class_name(label - 1, names) if len(names) == labels - 1 else f"label {label}"
 
 
 @dataclass(frozen=True)
