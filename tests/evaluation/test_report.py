@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.report import write_comparison, write_report
 from ldmlab.metrics.features import OpenClipFeatures
 from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.metrics.frechet_limit import FrechetLimit
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
 from ldmlab.nn.openclip import build_clip
@@ -36,7 +38,7 @@ def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evalua
     extractor = OpenClipFeatures(build_clip(config=CLIP), "clip run tiny")
     protocol = Protocol(
         name="tiny",
-        samples=14,
+        samples=26,
         reference="val",
         metrics={},
         steps=2,
@@ -45,11 +47,14 @@ def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evalua
         captions_per_category=2,
         classifier_steps=4,
         neighbours=3,
+        guidance_curve=(1.0, 2.0),
+        class_field="category",
         shown=6,
         paper_table="text2img/coco-256",
     )
     metrics = {
         "fid": FrechetDistance(extractor.width, small_sample=True),
+        "fid_inf": FrechetLimit(extractor.width, small_sample=True),
         "kid": KernelDistance(subsets=4, subset_size=8),
         "precision_recall": PrecisionRecall(),
     }
@@ -93,11 +98,58 @@ def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> Non
     page = (out / "report.html").read_text()
     links = Links()
     links.feed(page)
-    assert links.images == 6 * 2 + 3 * 2 * 2 + 3 * 2  # samples and real, categories twice, neighbours
+    # samples and real, categories twice, pairs: nearest, held out, ordinary
+    assert links.images == 6 * 2 + 3 * 2 * 2 + 3 * 2 + 6 * 2 + 3 * 2
     assert all(address.startswith("data:image/") for address in links.loaded)
     assert "http" not in page.replace("http-equiv", "")
-    for words in ("not comparable", "picture 0", "Learned by heart?", "<svg", "loss_by_noise"):
+    for words in ("not comparable", "picture 0", "Learned by heart?", "<svg", "loss_by_noise", "infinitely many"):
         assert words in page
+    for words in ("precision and recall over guidance", "By category", "Held-out real pictures at the threshold"):
+        assert words in page
+
+
+def test_the_curve_over_guidance_passes_through_the_score(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, result = finished
+    first, own = result["guidance_curve"]
+    assert (first["guidance"], own["guidance"]) == (1.0, 2.0)
+    assert own["scores"] == {name: result["scores"][name] for name in own["scores"]}
+    assert first["scores"].keys() == own["scores"].keys()
+    assert first["scores"]["fid"]["value"] != own["scores"]["fid"]["value"]
+    points = result["sample_curves"]["fid_inf"]
+    assert points[0]["value"] == pytest.approx(result["scores"]["fid"]["value"], rel=1e-6)
+
+
+def test_other_scales_score_as_evaluations_of_their_own(
+    shards: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = evaluation(shards, tmp_path / "alone")
+    alone.protocol = replace(
+        alone.protocol, guidance=1.0, guidance_curve=(), category_field=None, class_field=None, neighbours=0
+    )
+    scores = alone.run()["scores"]
+    for name, score in finished[1]["guidance_curve"][0]["scores"].items():
+        assert score["value"] == pytest.approx(scores[name]["value"], rel=1e-4, abs=1e-6), name
+
+
+def test_the_nearest_pairs_of_all_samples_are_shown(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    found = result["neighbours"]
+    closest = [pair["distance"] for pair in found["closest"]]
+    assert closest == sorted(closest)
+    assert closest[0] <= min(pair["distance"] for pair in found["pairs"])
+    assert found["held_out_pictures"] == 12
+    assert found["training_pictures"] == 33
+    for pair in (*found["closest"], *found["pairs"]):
+        assert (out / pair["sample"]).exists()
+        assert (out / pair["train"]).exists()
+    assert all((out / pair["held_out"]).exists() for pair in found["held_out"])
+
+
+def test_each_class_is_scored_beside_its_own_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
+    rows = finished[1]["by_class"]
+    assert sum(row["samples"] for row in rows) == 26
+    assert sum(row["real"] for row in rows) == 12
+    assert [row["kid"] for row in rows] == sorted((row["kid"] for row in rows), reverse=True)
 
 
 def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -108,7 +160,7 @@ def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dic
         stored["sampling"] | {"seed": 0, "steps": 2, "guidance": 2.0, "eta": 0.0, "sampler": "ddim"}
         == stored["sampling"]
     )
-    assert stored["sampling"]["pictures"] == 14
+    assert stored["sampling"]["pictures"] == 26
     assert stored["model"]["weights"] == "averaged"
     assert len(stored["reference"]["manifest_hash"]) == 64
     assert len(stored["features"]["weights_hash"]) == 16

@@ -1,48 +1,59 @@
-"""Has the model learned pictures by heart? Each sample beside the training picture nearest to it in feature space.
+"""The training picture nearest to each of some points in feature space, from one pass that keeps no training features.
 
-A sample counts as a copy when it is nearer to a training picture than all but the nearest hundredth of held-out real
-pictures are: near-twins that exist in the data by nature (variants of one emoji) set the bar, not a fixed number.
+Distances are cosine distances, 0 .. 2. A sample is called a copy when it is nearer to a training picture than all but
+the nearest hundredth of held-out real pictures are: near-twins that exist in the data by nature (variants of one emoji)
+set the threshold, not a fixed number.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmlab.evaluation.record import gathered
 from ldmlab.metrics.precision_recall import nearest
 
-_QUANTILE = 0.01
+
+class Nearest:
+    """Of each point (N, D) the nearest training picture so far."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = F.normalize(points.float(), dim=1)
+        self.distance = torch.full((len(points),), torch.inf)
+        self.number = torch.full((len(points),), -1)
+        self.seen = 0  # training pictures of this process
+
+    def add(self, train: Tensor, numbers: Tensor) -> None:
+        """Features (B, D) of training pictures, and their numbers (B,)."""
+        self.seen += len(train)
+        squared, index = nearest(self.points, F.normalize(train.float(), dim=1), 1)
+        distance = squared[:, 0] / 2  # |a - b|^2 = 2 - 2 cos for unit vectors
+        nearer = distance < self.distance
+        self.distance[nearer] = distance[nearer]
+        self.number[nearer] = numbers[index[:, 0][nearer]]
+
+    def together(self) -> tuple[Tensor, Tensor, int]:
+        """Over all processes: distances (N,), numbers (N,) and how many training pictures there were."""
+        shares = gathered((self.distance, self.number, self.seen))
+        distances, numbers = torch.stack([s[0] for s in shares]), torch.stack([s[1] for s in shares])
+        best, rank = distances.min(dim=0)
+        return best, numbers.gather(0, rank[None])[0], sum(share[2] for share in shares)
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Cosine distances in 0 .. 2 and the nearest training pictures."""
+class Copies:
+    """How many samples are suspiciously near to a training picture."""
 
-    index: Tensor  # (N,) nearest training picture of each sample
-    distance: Tensor  # (N,)
-    bar: float  # distance that one held-out real picture in a hundred falls below
-    copies: float  # share of samples below it
-    typical_sample: float  # median distance of samples
-    typical_held_out: float  # and of held-out real pictures
+    bar: float  # distance that a share `quantile` of held-out real pictures falls below
+    share: float  # of samples below it
+    expected: float  # share of samples below it that held-out pictures promise
+    error: float  # standard error of `share - expected` if samples were held-out pictures
 
 
-def nearest_training_pictures(samples: Tensor, held_out: Tensor, train: Tensor) -> Neighbours:
-    """Features (N, D) of samples, of held-out real pictures and of training pictures."""
-    samples, held_out, train = (F.normalize(features.float(), dim=1) for features in (samples, held_out, train))
-    distance, index = _nearest(samples, train)
-    reference, _ = _nearest(held_out, train)
-    bar = float(torch.quantile(reference, _QUANTILE))
-    return Neighbours(
-        index=index,
-        distance=distance,
-        bar=bar,
-        copies=float((distance < bar).double().mean()),
-        typical_sample=float(distance.median()),
-        typical_held_out=float(reference.median()),
-    )
-
-
-def _nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    squared, index = nearest(points, others, 1)
-    return squared[:, 0] / 2, index[:, 0]  # |a - b|^2 = 2 - 2 cos for unit vectors
+def copies(samples: Tensor, held_out: Tensor, quantile: float) -> Copies:
+    """From the distances of samples (N,) and of held-out real pictures (M,) to the training set."""
+    bar = float(torch.quantile(held_out.double(), quantile))
+    error = math.sqrt(quantile * (1 - quantile) * (1 / len(samples) + 1 / len(held_out)))
+    return Copies(bar, float((samples.double() < bar).double().mean()), quantile, error)

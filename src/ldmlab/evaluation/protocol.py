@@ -33,7 +33,10 @@ class Protocol:
     captions_per_category: int = 10
     category_guidance: float = 3.0
     classifier_steps: int = 700
-    neighbours: int = 0  # samples shown beside their nearest training pictures
+    neighbours: int = 0  # samples shown beside their nearest training pictures; 0: no search for copies
+    copy_quantile: float = 0.01  # share of held-out pictures that the threshold calls copies
+    guidance_curve: Sequence[float] = ()  # scales at which all scores are taken too, with the same noise
+    class_field: str | None = None  # field of KEY.json by which scores are broken down
     shown: int = 40  # samples in the report's grid
     paper_table: str | None = None  # of the paper's tables
     paper_row: str | None = None  # id of its row that ours is counted against
@@ -57,6 +60,8 @@ class Protocol:
                 f"protocol.also_against={self.also_against} is not the other split than protocol.reference="
                 f"{self.reference}; choose train or val, or null."
             )
+        if not 0 < self.copy_quantile < 1:
+            raise InputError(f"protocol.copy_quantile={self.copy_quantile} is no share; choose one between 0 and 1.")
         if self.conditions not in CONDITIONS:
             raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
         if self.samples is not None and self.samples < 2:
@@ -93,7 +98,7 @@ class Protocol:
 
     def as_plain(self) -> dict[str, Any]:
         """For metrics.json."""
-        return asdict(self)
+        return asdict(self) | {"guidance_curve": list(self.guidance_curve)}
 
 
 def requests(

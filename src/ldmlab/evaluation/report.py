@@ -7,6 +7,8 @@ from typing import Any
 
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.evaluation.report_audit import verdict
+from ldmlab.evaluation.report_curves import curve_markdown
 from ldmlab.evaluation.report_formats import FORMATS, as_markdown
 from ldmlab.evaluation.report_html import comparison_page, evaluation_page
 from ldmlab.evaluation.report_table import comparison_tables, folder_name, paper_report
@@ -16,6 +18,7 @@ from ldmlab.evaluation.report_task import task_markdown, task_rows
 MEANING = {
     "fid": ("Fréchet distance", "lower", "distance between the Gaussians of real and drawn features"),
     "fid_other_split": ("Fréchet distance, other split", "lower", "the same samples beside the other split's pictures"),
+    "fid_inf": ("Fréchet distance, infinitely many samples", "lower", "extrapolated by a line over 1 / samples"),
     "sfid": ("sFID", "lower", "the same distance for features that keep their place in the picture"),
     "cmmd": ("CMMD", "lower", "kernel distance of CLIP embeddings, times 1000"),
     "clip_score": ("CLIP score", "higher", "100 x cosine of drawn pictures and their captions; spread: of the mean"),
@@ -33,7 +36,7 @@ MEANING = {
     "held_out_real": ("Judge on real pictures", "info", "held-out real pictures put into their category, balanced"),
     "samples": ("Judge, held-out captions", "higher", "samples put into the category they were asked for, balanced"),
     "seen": ("Judge, training captions", "higher", "the same for captions of training pictures"),
-    "copies": ("Copies", "lower", "samples nearer to a training picture than 99 % of held-out pictures are"),
+    "copies": ("Copies", "lower", "samples nearer to a training picture than nearly all held-out pictures are"),
 }
 
 CATEGORY_HEAD = ("| category | real pictures right | held-out captions | training captions |", "|---|---|---|---|")
@@ -125,7 +128,9 @@ def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         seen = categories["training_captions"]
         rows += [_row("seen", seen["samples"], None, f"{_ratio(seen)} of real; {mark}")]
     if (neighbours := result.get("neighbours")) and neighbours["copies"] is not None:
-        rows += [_row("copies", neighbours["copies"], None, "1 % expected of pictures never seen in training")]
+        expected = neighbours.get("expected", 0.01)
+        note = f"{expected:.1%} expected of pictures never seen in training"
+        rows += [_row("copies", neighbours["copies"], neighbours.get("error"), note)]
     return rows
 
 
@@ -157,6 +162,9 @@ def markdown(result: Mapping[str, Any]) -> str:
             for row, seen in zip(categories["by_category"], categories["training_captions"]["by_category"], strict=True)
         ]
     lines += task_markdown(result)
+    lines += curve_markdown(result)
+    if neighbours := result.get("neighbours"):
+        lines += ["", "## Learned by heart?", "", verdict(neighbours)]
     if tables := paper_report([result]):
         lines += ["", "## The paper's tables", "", *as_markdown(tables).splitlines()]
     lines += _open_lines(result["protocol"].get("leaves_open") or {})

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.evaluation.curves import charts
+from ldmlab.evaluation.report_audit import audit_section
+from ldmlab.evaluation.report_curves import curve_sections
 from ldmlab.evaluation.report_formats import html_table
 from ldmlab.evaluation.report_pictures import image_tag, thumbnail_tag
 from ldmlab.evaluation.report_style import STYLE
@@ -26,8 +28,9 @@ def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> st
         _samples(result, folder),
         _score_table(scores, result),
         task_sections(result, folder),
+        curve_sections(result),
         _categories(result, folder),
-        _neighbours(result, folder),
+        audit_section(result, folder),
         _extras(result, folder),
         _curves(result, folder),
         _buckets(result),
@@ -156,30 +159,6 @@ def _verdict(folder: Path, item: Mapping[str, Any]) -> str:
 def _bar(name: str, right: int, count: int) -> str:
     share = right / count if count else 0.0
     return f'<div class="bar {name}"><i style="width:{share:.0%}"></i><span>{name} {right}/{count}</span></div>'
-
-
-def _neighbours(result: Mapping[str, Any], folder: Path) -> str:
-    found = result.get("neighbours")
-    if not found:
-        return ""
-    cards = [
-        _card(
-            folder,
-            [pair["sample"], pair["train"]],
-            f"“{pair['caption']}” beside “{pair['train_caption']}”, {pair['distance']:.3g}",
-            "copy" if found["bar"] is not None and pair["distance"] < found["bar"] else "",
-        )
-        for pair in found["pairs"]
-    ]
-    note = f"Each sample beside the nearest of all {found['training_pictures']:,} training pictures (cosine distance). "
-    if found["copies"] is not None:
-        note += (
-            f"{found['copies']:.1%} of all samples are nearer to a training picture than {found['bar']:.3g}, which "
-            "one held-out real picture in a hundred is; half of the samples are within "
-            f"{found['median_distance_samples']:.3g} of one, half of the held-out pictures within "
-            f"{found['median_distance_held_out']:.3g}."
-        )
-    return _section("Learned by heart?", f'<div class="cards pairs">{"".join(cards)}</div>', note)
 
 
 def _extras(result: Mapping[str, Any], folder: Path) -> str:

@@ -41,8 +41,12 @@ class KernelDistance(FeatureSets):
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased MMD^2 of two sets (m, D) of one size with the cubic kernel; products in float32, sums in float64."""
-    count, width = x.shape
-    kernel_xx, kernel_yy, kernel_xy = ((a @ b.T).div_(width).add_(1).pow_(3) for a, b in ((x, x), (y, y), (x, y)))
-    within = sum(k.sum(dtype=torch.float64) - k.diagonal().sum(dtype=torch.float64) for k in (kernel_xx, kernel_yy))
-    return within / (count * (count - 1)) - 2 * kernel_xy.mean(dtype=torch.float64)
+    """Unbiased MMD^2 of two sets (m, D) and (n, D) with the cubic kernel; products in float32, sums in float64."""
+    kernel_xx, kernel_yy, kernel_xy = ((a @ b.T).div_(x.shape[1]).add_(1).pow_(3) for a, b in ((x, x), (y, y), (x, y)))
+    return _mean_of_others(kernel_xx) + _mean_of_others(kernel_yy) - 2 * kernel_xy.mean(dtype=torch.float64)
+
+
+def _mean_of_others(kernel: Tensor) -> Tensor:
+    """Mean over pairs of different points."""
+    count = len(kernel)
+    return (kernel.sum(dtype=torch.float64) - kernel.diagonal().sum(dtype=torch.float64)) / (count * (count - 1))
