@@ -252,6 +252,14 @@ def test_variations_without_a_prompt(files: Path) -> None:
         assert animation.n_frames == 3  # the start and two of four steps
 
 
+def test_a_start_is_brought_to_the_size_asked_for(files: Path) -> None:
+    words = ["2", "--from", "photo.png", "--size", "8x16", "--strength", "0.02", "--guidance", "1", "--out", "out"]
+    assert sample_command(["runs/tiny", *words]) == 0
+    made = np.asarray(Image.open("out/000000.png"))
+    assert made.shape == (8, 16, 3)
+    assert read_settings(Path("out/000000.png"))["init_image"] == "photo.png fitted to 8x16"
+
+
 def test_a_sweep_of_strengths(files: Path) -> None:
     words = ["2", "--from", "photo.png", "--sweep", "strength=0.3,0.9", "--steps", "5", "--out", "out"]
     assert sample_command(["runs/tiny", *words]) == 0
@@ -279,7 +287,7 @@ def test_a_negative_prompt(files: Path) -> None:
         (["3", "--from", "photo.png", "--mask", "alpha"], "photo.png has no transparent parts"),
         (["3", "--from", "nowhere.png"], "init_image=nowhere.png cannot be read"),
         (["3", "--from", "text.png"], "init_image=text.png cannot be read"),
-        (["3", "--from", "photo.png", "--size", "16"], "ask for 13x11 px .* but 16x16 are sampled"),
+        (["3", "--from", "photo.png", "--mask", "mask.png", "--size", "16"], "ask for 13x11 px .* 16x16 are sampled"),
         (["3", "--negative", "a cat"], "--negative is a caption, and this model is told class_id"),
         (["12"], "class_id 12 is unknown to this model, which knows 0 .. 9"),
         (["--task", "super_resolution", "photo.png"], "is told class_id, not low_resolution; give one trained for it"),

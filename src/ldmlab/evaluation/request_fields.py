@@ -41,6 +41,17 @@ class TransparentParts:
         return f"transparent parts of {self.picture}"
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A picture's largest middle part of the proportions of (height, width), resized to it."""
+
+    picture: str | Path
+    size: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.picture} fitted to {self.size[0]}x{self.size[1]}"
+
+
 def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
     """One field of a batch."""
     if field in PICTURES or field in ON_THE_PICTURE:
@@ -59,6 +70,8 @@ def row(field: str, value: Any) -> Tensor:
     from_file = isinstance(value, str | Path | Image.Image)
     if isinstance(value, TransparentParts):
         value = _transparent(value)
+    elif isinstance(value, Fitted):
+        value = np.array(ImageOps.fit(Image.fromarray(_decoded(field, value.picture)), value.size[::-1]))
     elif from_file:
         value = _decoded(field, value)
     array = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
         model.with_guides(*asked_guides(args, model))
-        requests = requests_of(model, lines, args)
+        requests = requests_of(model, lines, args, size)
         model.check(requests)
         settings = _settings(args, size)
         variants = [(None, settings)] if sweep is None else _variants(settings, *sweep)

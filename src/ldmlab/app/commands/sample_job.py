@@ -24,7 +24,7 @@ def _shown(name: str, value: Any) -> str:
     if name == "boxes" and not isinstance(value, str):
         return f"{len(value)} objects"
     if name in ("image", "init_image", "low_resolution", "segmentation", "boxes"):
-        return Path(str(value)).name
+        return Path(str(value)).name  # without its folders
     return f"not {value}" if name == "negative" else str(value)
 
 

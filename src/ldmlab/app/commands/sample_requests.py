@@ -90,11 +90,13 @@ def _object(line: str, file: Path) -> Fields:
     return fields
 
 
-def requests_of(model: "LoadedModel", lines: list[str | Fields], args: argparse.Namespace) -> list[Fields]:
+def requests_of(
+    model: "LoadedModel", lines: list[str | Fields], args: argparse.Namespace, size: tuple[int, int] | None
+) -> list[Fields]:
     """Every prompt `count` times as the fields that the model reads; warns of ends that it cannot read."""
     from ldmlab.evaluation.request_fields import TransparentParts, known_fields
 
-    given = _given(args)
+    given = _given(args, size)
     if args.negative is not None and "caption" not in model.reads:
         raise InputError(f"--negative is a caption, and this model is told {_names(model.reads)}; leave it out.")
     told = [{**given, **fields} for fields in _told_fields(model.reads, lines, args, given)]
@@ -111,11 +113,14 @@ def requests_of(model: "LoadedModel", lines: list[str | Fields], args: argparse.
     return [fields for fields in kept for _ in range(args.count)]
 
 
-def _given(args: argparse.Namespace) -> Fields:
-    """What the options say about every prompt."""
-    given = {} if args.negative is None else {"negative": args.negative}
+def _given(args: argparse.Namespace, size: tuple[int, int] | None) -> Fields:
+    """What the options say about every prompt; a picture that is only a start is brought to the size asked for."""
+    from ldmlab.evaluation.request_fields import Fitted
+
+    given: Fields = {} if args.negative is None else {"negative": args.negative}
     if args.source is not None and (args.mask is None or args.strength is not None):
-        given["init_image"] = str(args.source)
+        fits = size is None or args.mask is not None
+        given["init_image"] = str(args.source) if fits else Fitted(str(args.source), size)
     if args.source is not None and args.mask is not None:
         given |= {"image": str(args.source), "mask": args.mask}
     return given
