@@ -148,7 +148,7 @@ def test_first_stages_of_another_make() -> None:
         tiled = TiledFirstStage(stage, 32)
         torch.testing.assert_close(tiled.encode(pictures).mean, stage.encode(pictures).mean)
         torch.testing.assert_close(tiled.decode(pictures), stage.decode(pictures))
-    with pytest.raises(InputError, match="knows KL and VQ first stages, not Blocks; choose norms=separate"):
+    with pytest.raises(InputError, match="knows KL and VQ first stages, not Blocks; choose separate"):
         TiledFirstStage(Blocks(norm=True), 32)
     assert TiledFirstStage(Blocks(norm=True), 32, norms="separate").encode(pictures).mean.shape == (2, 3, 16, 24)
 
@@ -158,7 +158,7 @@ def test_first_stages_of_another_make() -> None:
     [
         ({"tile": 30}, "tile=30 .* choose for instance 32"),
         ({"tile": 4}, "tile=4 .* choose for instance 8"),
-        ({"norms": "none"}, "norms=none is unknown"),
+        ({"norms": "none"}, "tile_norms=none is unknown"),
         ({"kept_mib": 0}, "kept_mib=0"),
     ],
 )

@@ -5,6 +5,7 @@ see; final latents (B, C, h, w), normalised, everywhere else. A batch is a plain
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.parameterization import Prediction
 from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.windowed import latent_windows, windowed
 from ldmlab.errors import InputError
 from ldmlab.randomness import integers, normal, uniform
 
@@ -149,16 +151,22 @@ class LatentDiffusion(LatentSpace):
         seed: int = 0,
         after_step: AfterStep | None = None,
         given: GivenPicture | None = None,  # a picture to start from or to keep in part
+        window: int | None = None,  # side of windows that are denoised one by one, px; None: the whole at once
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same picture in any batch."""
         check_guidance(guidance, self.guidance_trained, conditioned=bool(self.conditioners))
         batch = {"position": index, **batch}
         conditioning = self.conditioning(batch)
-        denoise = self.denoiser(conditioning, self.null(batch) if guidance != 1 else None, guidance)
-        for guide in guides:
-            denoise = guide(denoise, batch)
         x = start = self.start(index, size, seed)
         check_size(conditioning, x)
+        bind, null = partial(self.denoiser, guidance=guidance), self.null(batch) if guidance != 1 else None
+        if window is None:
+            denoise = bind(conditioning, null)
+        else:
+            parts = latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling)
+            denoise = windowed(bind, conditioning, null, parts)
+        for guide in guides:
+            denoise = guide(denoise, batch)
         if given is not None:
             x, after_step = given.begin(start, grid[0]), given.keeping(start, grid, after_step)
         shape = tuple(x.shape[1:])

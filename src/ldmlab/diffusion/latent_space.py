@@ -3,6 +3,8 @@
 Pixels (B, 3, H, W) are in [-1, 1]; only this file sees raw latents; final latents (B, C, h, w) are normalised.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -22,6 +24,7 @@ class LatentSpace(nn.Module):
         super().__init__()
         self.first_stage = first_stage.requires_grad_(False).eval()
         self.latent_scale = latent_scale
+        self._instead: FirstStage | None = None
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but the first stage, which never leaves evaluation."""
@@ -33,7 +36,7 @@ class LatentSpace(nn.Module):
     def posterior(self, pixels: Tensor) -> Posterior:
         """Raw latents of pixels, float32 whatever precision surrounds it."""
         with torch.autocast(pixels.device.type, enabled=False):
-            return self.first_stage.encode(pixels.float())  # type: ignore[operator]
+            return self._stage.encode(pixels.float())
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] => final latents, the posterior's mean."""
@@ -42,10 +45,10 @@ class LatentSpace(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Final latents (B, C, h, w) => pixels (B, 3, H, W) in about [-1, 1]."""
-        return self.pixels(latents)
+        return self._stage.decode(self.latent_scale.denormalise(latents))
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """As `decode`, with gradients for the latents."""
+        """As `decode` with the first stage itself, with gradients for the latents."""
         return self.first_stage.decode(self.latent_scale.denormalise(latents))  # type: ignore[operator]
 
     @torch.no_grad()
@@ -62,6 +65,15 @@ class LatentSpace(nn.Module):
         noise = normal(seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
         return self.latent_scale.normalise(posterior.sample(noise))
 
+    @contextmanager
+    def through(self, first_stage: FirstStage | None) -> Iterator[None]:
+        """Inside, pictures are encoded and decoded by this one, which gives the same latents: in parts."""
+        before, self._instead = self._instead, first_stage
+        try:
+            yield
+        finally:
+            self._instead = before
+
     @property
     def _stage(self) -> FirstStage:
-        return self.first_stage  # type: ignore[return-value]
+        return self._instead or self.first_stage  # type: ignore[return-value]

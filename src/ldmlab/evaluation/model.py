@@ -25,6 +25,7 @@ from ldmlab.evaluation.given_pictures import (
     resolved_strength,
     started_at,
 )
+from ldmlab.evaluation.parts import chosen_tile, in_parts, with_parts
 from ldmlab.evaluation.request_checks import check_requests, lost, warn_of_lost
 from ldmlab.evaluation.request_fields import batch_of, check_size, implied_size, rows_of
 from ldmlab.evaluation.settings import SampleSettings
@@ -96,6 +97,9 @@ class LoadedModel:
         sampler: str = "ddim",
         spacing: str | None = None,
         strength: float | None = None,  # with init_image: 0 keeps it, 1 forgets it; None: 0.6
+        tile: int | None = None,  # first stage in parts of this side, px; 0: at once; None: 512 above 1024x1024
+        tile_norms: str = "shared",  # shared: as the whole picture; separate: faster, tones may differ
+        window: int | None = None,  # denoise windows of this side, px; 0: at once; None: super-resolution of large ones
         **fields: Sequence[Any] | Tensor,  # caption=[...], negative=[...], image=[...], mask=[...]: one entry a picture
     ) -> Tensor:
         """uint8 (B, H, W, 3) on the CPU; picture i is the same in any company.
@@ -106,7 +110,7 @@ class LoadedModel:
 
         settings = SampleSettings(
             steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing,
-            strength=strength,
+            strength=strength, tile=tile, tile_norms=tile_norms, window=window,
         )  # fmt: skip
         requests = rows_of(fields, self.reads, count)
         self.check(requests)
@@ -114,17 +118,20 @@ class LoadedModel:
         return torch.cat([pictures for _, pictures in generate(self, requests, settings, batch_size=batch_size)])
 
     @torch.inference_mode()
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, pictures: Tensor, tile: int | None = None) -> Tensor:
         """uint8 (B, H, W, 3) => final latents (the posterior's mean)."""
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
             raise InputError(f"encode takes uint8 (B, H, W, 3), not {pictures.dtype} {tuple(pictures.shape)}.")
         self.diffusion.latent_shape((pictures.shape[1], pictures.shape[2]))  # sizes that do not fit are refused
-        return self.diffusion.encode(to_float(pictures.to(self.device).permute(0, 3, 1, 2)))
+        with in_parts(self.diffusion, chosen_tile(tile, pictures.shape[1] * pictures.shape[2])):
+            return self.diffusion.encode(to_float(pictures.to(self.device).permute(0, 3, 1, 2)))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Final latents => uint8 (B, H, W, 3) on the CPU."""
-        return as_pictures(self.diffusion.decode(latents.to(self.device)))
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Final latents => uint8 (B, H, W, 3) on the CPU; `tile` as for `sample`."""
+        factor: int = self.diffusion.first_stage.downsampling  # type: ignore[assignment]
+        with in_parts(self.diffusion, chosen_tile(tile, latents[0, 0].numel() * factor**2)):
+            return as_pictures(self.diffusion.decode(latents.to(self.device)))
 
     @torch.inference_mode()
     def conditioning(self, **fields: Sequence[Any] | Tensor) -> Conditioning:
@@ -160,6 +167,7 @@ class LoadedModel:
         strength = resolved_strength(settings.strength, requests)
         levels = self.diffusion.schedule.steps
         filled = settings.filled(guidance=guidance, size=size, levels=levels, strength=strength)
+        filled = with_parts(filled, self.diffusion, min(self.image_size), self.reads)
         self.grid(filled)  # steps that the rule cannot take are refused
         return filled
 
@@ -186,7 +194,8 @@ class LoadedModel:
         check_size(batch, settings.size, self.enlargement)
         canvas = self.canvas(batch, settings.size)
         told = on_canvas(batch, canvas, self.enlargement)
-        with self.autocast(), warnings.catch_warnings():
+        parts = in_parts(self.diffusion, settings.tile, settings.tile_norms)
+        with self.autocast(), parts, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # `resolved` has said it
             images = self.diffusion.sample(
                 told,
@@ -199,6 +208,7 @@ class LoadedModel:
                 seed=settings.seed,
                 after_step=after_step,
                 given=given_picture(self.diffusion, told, self.reads),
+                window=settings.window or None,
             )
         return finished(as_pictures(images), batch, settings.size)
 

@@ -20,6 +20,9 @@ class SampleSettings:
     sampler: str = "ddim"  # a file of ldmlab/samplers/
     spacing: str | None = None  # official | linspace | trailing | karras | log_snr; None: the sampler's own
     strength: float | None = None  # share of the schedule walked from init_image; None: 0.6 if there is one
+    tile: int | None = None  # side of the first stage's parts, px; 0: the whole at once; None: 512 above 1024x1024
+    tile_norms: str = "shared"  # shared | separate: group-norm statistics of the parts
+    window: int | None = None  # side of windows that are denoised one by one, px; 0: the whole; None: see parts.py
 
     def filled(
         self, *, guidance: float, size: tuple[int, int], levels: int, strength: float | None
@@ -32,7 +35,7 @@ class SampleSettings:
         steps = usual if self.steps is None else self.steps
         spacing = self.spacing or getattr(sampler, "spacing", "linspace")
         eta = getattr(sampler, "eta", 0.0)
-        known = {"steps": steps, "guidance": guidance, "size": size, "spacing": spacing, "eta": eta}
+        known: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "spacing": spacing, "eta": eta}
         return replace(self, strength=strength, **known)
 
     def build_sampler(self) -> Sampler:
@@ -43,8 +46,11 @@ class SampleSettings:
         return sampler_by_name(self.sampler, eta=self.eta)
 
     def as_text(self) -> dict[str, Any]:
-        """Plain values for files; the size as height x width; no strength where there is none."""
-        values = {name: value for name, value in asdict(self).items() if name != "strength" or value is not None}
+        """Plain values for files; the size as height x width; no strength and no parts where there are none."""
+        values = asdict(self)
+        absent = [name for name in ("tile", "window") if not values[name]]
+        absent += ["tile_norms"] * (not self.tile) + ["strength"] * (self.strength is None)
+        values = {name: value for name, value in values.items() if name not in absent}
         if isinstance(self.size, tuple):
             values["size"] = f"{self.size[0]}x{self.size[1]}"
         return values

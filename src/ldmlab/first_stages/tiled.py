@@ -35,11 +35,11 @@ class TiledFirstStage:
         self.downsampling: int = first_stage.downsampling  # type: ignore[assignment]
         self.latent_channels: int = first_stage.latent_channels  # type: ignore[assignment]
         if norms not in NORMS:
-            raise InputError(f"norms={norms} is unknown; choose {' or '.join(NORMS)}.")
+            raise InputError(f"tile_norms={norms} is unknown; choose {' or '.join(NORMS)}.")
         if norms == "shared" and not isinstance(first_stage, KLAutoencoder | VQModel):
             if any(isinstance(module, nn.GroupNorm) for module in first_stage.modules()):
                 kind = type(first_stage).__name__
-                raise InputError(f"norms=shared knows KL and VQ first stages, not {kind}; choose norms=separate.")
+                raise InputError(f"tile_norms=shared knows KL and VQ first stages, not {kind}; choose separate.")
             norms = "separate"  # there are no statistics to share
         if kept_mib < 1:
             raise InputError(f"kept_mib={kept_mib} keeps nothing between two layers; choose 1 or more.")

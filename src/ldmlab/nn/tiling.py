@@ -68,13 +68,14 @@ def _shares(parts: Sequence[Span], overlap: int) -> list[Tensor]:
 
 
 def blended(give: Callable[[int], Tensor], parts: Sequence[Window]) -> Tensor:
-    """Part i of the result (B, C, h, w) for every window => the whole, (B, C, H, W) float32; one part at a time."""
+    """The result of window i, (B, C, h, w) => the whole, (B, C, H, W), at least float32; one at a time."""
     whole: Tensor | None = None
     for i, window in enumerate(parts):
         part = give(i)
         if whole is None:
             size = max(p.rows.stop for p in parts), max(p.columns.stop for p in parts)
-            whole = torch.zeros(*part.shape[:2], *size, device=part.device)
-        window.of(whole).add_(part.float() * window.weight.to(part.device))
+            exact = torch.promote_types(part.dtype, torch.float32)
+            whole = torch.zeros(*part.shape[:2], *size, device=part.device, dtype=exact)
+        window.of(whole).add_(part.to(whole.dtype) * window.weight.to(whole))
     assert whole is not None
     return whole

@@ -1,0 +1,47 @@
+"""Denoising of large latents in overlapping windows of a size that the network knows.
+
+In every step each window is denoised on its own and the clean estimates are averaged where windows overlap (Bar-Tal et
+al., "MultiDiffusion", ICML 2023, eq. 5, with weights that fall towards the borders). The estimate is affine in the
+network's output, so averaging either is the same. The windows grow together step by step: no border is left to blend,
+and the network's memory is that of one window.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ldmlab.contracts import Conditioning, Denoise, Level
+from ldmlab.errors import InputError
+from ldmlab.nn.tiling import Window, blended, windows
+
+Bind = Callable[[Conditioning, Conditioning | None], Denoise]  # conditions, null conditions => denoiser
+
+
+def latent_windows(size: tuple[int, int], window: int, downsampling: int) -> list[Window]:
+    """Windows of `window` pixels over latents of (height, width), overlapping by a quarter."""
+    if window < 4 * downsampling or window % downsampling:
+        near = max(round(window / downsampling), 4) * downsampling
+        raise InputError(
+            f"window={window} is not at least four latent pixels of f={downsampling}; choose for instance {near}."
+        )
+    part = window // downsampling
+    return windows(size, part, part // 4)
+
+
+def windowed(bind: Bind, conditioning: Conditioning, null: Conditioning | None, parts: Sequence[Window]) -> Denoise:
+    """As bind(conditioning, null), window by window; what is concatenated to the latent is cut with it."""
+    if conditioning.spatial is None:
+        bound = [bind(conditioning, null)] * len(parts)
+    else:
+        bound = [bind(_cut(conditioning, part), None if null is None else _cut(null, part)) for part in parts]
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        return blended(lambda i: bound[i](parts[i].of(x), level), parts)
+
+    return denoise
+
+
+def _cut(conditioning: Conditioning, part: Window) -> Conditioning:
+    spatial = conditioning.spatial
+    return conditioning if spatial is None else replace(conditioning, spatial=part.of(spatial))
