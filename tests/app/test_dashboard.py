@@ -46,8 +46,9 @@ def make_run(root: Path, factor: int, seed: int, *, name: str = "sweep", px: int
     (folder / "samples" / "held_out").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "model.yaml").write_text(yaml.safe_dump(spec))
-    rows = [f"{step},{PSNR[factor] + seed + step / 10},{step}" for step in (10, 20)]
-    (folder / "metrics.csv").write_text("\n".join(["step,held_out/psnr,held_out/latent_min/0", *rows]) + "\n")
+    rows = [f"{step},{PSNR[factor] + seed + step / 10},{step},{400 / step}" for step in (10, 20)]
+    head = "step,held_out/psnr,held_out/latent_min/0,in_training/fid"
+    (folder / "metrics.csv").write_text("\n".join([head, *rows]) + "\n")
     (folder / "finished.json").write_text("{}")
     noise = np.random.default_rng(seed).integers(0, 256, (px, px, 3), dtype=np.uint8)
     for step in (10, 20):
@@ -92,7 +93,9 @@ def test_the_page_has_every_configuration_chart_and_picture(sweep: Path, tmp_pat
     for factor in (4, 8):
         values = [PSNR[factor] + seed + 2 for seed in (0, 1)]
         assert f"{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}" in page
-    assert "12.5" in page
+    assert "<td>12.5</td>" in page
+    assert "<th>fid in training</th>" in page
+    assert "<th>fid</th>" in page  # of evaluate.py, apart from it
     assert "Factors &lt;4&gt;" in page
     assert "Over the downsampling factor" in page
     assert page.count("data:image/webp;base64,") == 4
@@ -131,7 +134,12 @@ def test_a_view_at_wandb_has_the_same_charts(sweep: Path, monkeypatch: pytest.Mo
     sections = {section["name"]: section["panels"] for section in spec["panelBankConfig"]["sections"]}
     assert sections.keys() == {"First stages", "Newest pictures"}
     kinds = [(panel["viewType"], panel["config"].get("metrics")) for panel in sections["First stages"]]
-    assert kinds == [("Run History Line Plot", ["held_out/psnr"]), ("Scatter Plot", None)]
+    assert kinds == [
+        ("Run History Line Plot", ["held_out/psnr"]), ("Run History Line Plot", ["in_training/fid"]),
+        ("Bar Chart", ["evaluation/fid"]), *[("Scatter Plot", None)] * 3,
+    ]  # fmt: skip
+    over_factors = [p["config"]["yAxis"] for p in sections["First stages"] if p["viewType"] == "Scatter Plot"]
+    assert over_factors == ["summary:held_out/psnr", "summary:in_training/fid", "summary:evaluation/fid"]
     (runs,) = spec["runSets"]
     assert [key["name"] for key in runs["grouping"]] == ["jobType", "downsampling.value", "first_stage_kind.value"]
     assert "sweep" in json.dumps(runs["filters"])

@@ -24,16 +24,28 @@ STAGES = {  # in the order of the flow: title and the numbers that lead
 _PICTURE_PX = (320, 192)  # longest side inside the page; the second where there are many
 _MANY_PICTURES = 24
 _MOST_CHARTS = 12  # of one stage
+_SEEN = ("held_out/", "in_training/")  # measured on pictures that were not trained on
 
 
 def metrics_of(runs: Sequence[RunRecord], stage: str) -> list[str]:
-    """Held-out numbers of a stage's runs that are one number a model, the telling ones first."""
-    leading = [f"held_out/{name}" for name in STAGES[stage][1]]
-    names = {name for run in runs for name in run.curves if name.startswith("held_out/") and name.count("/") == 1}
+    """Held-out numbers and scores in training that are one number a model, the telling ones first."""
+    leading = [prefix + name for prefix in _SEEN for name in STAGES[stage][1]]
+    names = {name for run in runs for name in run.curves if name.startswith(_SEEN) and name.count("/") == 1}
     names = {name for name in names if "chance" not in name}
     ordered = [*(name for name in leading if name in names), *sorted(names - set(leading))]
     training = [name for name in ("loss", "reconstruction") if any(name in run.curves for run in runs)]
     return [*ordered[: _MOST_CHARTS - len(training)], *training]
+
+
+def is_seen(metric: str) -> bool:
+    """Whether a number is measured on pictures that were not trained on."""
+    return metric.startswith(_SEEN)
+
+
+def _shown(metric: str) -> str:
+    """In a table's head; a score in training is no score of evaluate.py, which stands there too."""
+    head, _, name = metric.partition("/")
+    return {"held_out": name, "in_training": f"{name} in training"}.get(head, metric)
 
 
 def by_stage(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -57,8 +69,8 @@ def dashboard(runs: Sequence[RunRecord], title: str = "Runs side by side") -> st
 def _table(labels: Mapping[str, list[RunRecord]], metrics: Sequence[str]) -> str:
     """One line a configuration: the newest numbers, mean and standard deviation over its runs."""
     scores = sorted({name for members in labels.values() for run in members for name in run.scores})
-    columns = [name for name in metrics if name.startswith("held_out/")] + scores
-    head = "".join(f"<th>{escape(name.removeprefix('held_out/'))}</th>" for name in columns)
+    columns = [name for name in metrics if is_seen(name)] + scores
+    head = "".join(f"<th>{escape(_shown(name))}</th>" for name in columns)
     body = ""
     for label, members in labels.items():
         cells = "".join(f"<td>{_mean(members, name)}</td>" for name in columns)
@@ -103,7 +115,7 @@ def _tradeoff(members: Sequence[RunRecord], metrics: Sequence[str]) -> str:
         return ""
     scores = sorted({name for run in members for name in run.scores})
     figures = []
-    for metric in [*(name for name in metrics if name.startswith("held_out/")), *scores]:
+    for metric in [*filter(is_seen, metrics), *scores]:
         lines: dict[str, list[tuple[float, float]]] = {}
         for label, some in by_configuration(_simple(members), without="downsampling").items():
             values: dict[int, list[float]] = defaultdict(list)

@@ -57,7 +57,8 @@ def evaluate(config: Mapping[str, Any]) -> None:
 
     rank, world = processes.join()
     model = Path(config["model"])
-    out = Path(config["out"] or model / "evaluation" / config["protocol"]["name"])
+    folder = run_folder(model)
+    out = Path(config["out"] or folder / "evaluation" / default_name(model, config["protocol"]["name"]))
     check_out(out)
     protocol: Protocol = instantiate(config["protocol"], where="protocol")
     extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
@@ -67,16 +68,29 @@ def evaluate(config: Mapping[str, Any]) -> None:
         "metrics": {name: build_metric(name, node, extractor.width) for name, node in protocol.metrics.items()},
         "out": out,
         "batch_size": config["batch_size"],
-        "curves": curves(model),
+        "curves": curves(folder),
         "track": track if rank == 0 else _untracked,
     }
-    folder = model.parents[1] if model.suffix == ".ckpt" else model
     if read_description(folder).get("kind") == "first_stage":
         _rebuild(config, parts, rank, world)
     else:
         _draw(config, parts, rank, world)
     if rank == 0:
         print(f"{out / 'report.html'}\n{(out / 'report.md').read_text(encoding='utf-8')}")
+        if config["wandb"]:
+            from ldmlab.app.wandb_scores import send_scores
+
+            send_scores(folder, out)
+
+
+def run_folder(model: Path) -> Path:
+    """The folder that a checkpoint belongs to; of a run or a model folder, itself."""
+    return model.parents[1] if model.suffix == ".ckpt" else model
+
+
+def default_name(model: Path, protocol: str) -> str:
+    """Of an evaluation's folder: checkpoints of one run have one each."""
+    return f"{protocol}-{model.stem}" if model.suffix == ".ckpt" else protocol
 
 
 def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
@@ -178,7 +192,7 @@ def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":
 
     node = config.get("data")
     if node is None:
-        path = Path(config["model"]) / "config.yaml"
+        path = run_folder(Path(config["model"])) / "config.yaml"
         if not path.exists():
             raise InputError(f"model={config['model']} does not say what it was trained on; name the data with data=.")
         node = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]

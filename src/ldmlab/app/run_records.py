@@ -89,13 +89,13 @@ def _read(folder: Path) -> RunRecord:
         seed=seed,
         fields=comparison_fields(read_description(folder)),
         curves=read_curves(metrics) if metrics.exists() else {},
-        scores=_scores(folder),
+        scores=scores_of(folder),
         max_steps=max_steps,
         finished=(folder / FINISHED).exists(),
     )
 
 
-def _scores(folder: Path) -> dict[str, float]:
+def scores_of(folder: Path) -> dict[str, float]:
     """Numbers of the run's own evaluations; those of further ones carry their folder's name."""
     found: dict[str, float] = {}
     places = [folder / "evaluation", *sorted((folder / "evaluation").glob("*"))]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ldmlab.app.dashboard import STAGES, by_stage, metrics_of
+from ldmlab.app.dashboard import STAGES, by_stage, is_seen, metrics_of
 from ldmlab.app.run_records import RunRecord
 from ldmlab.errors import InputError
 
@@ -31,10 +31,12 @@ def workspace(runs: Sequence[RunRecord], entity: str, project: str, title: str) 
 def _section(stage: str, members: Sequence[RunRecord]) -> Any:
     ws, wr = _packages()
     metrics = metrics_of(members, stage)
+    scores = [f"evaluation/{name}" for name in sorted({name for run in members for name in run.scores})]
     panels = [
         wr.LinePlot(title=name, x="Step", y=[name], groupby_aggfunc="mean", groupby_rangefunc="stddev")
         for name in metrics
     ]
+    panels += [wr.BarPlot(title=name, metrics=[name]) for name in scores]  # of evaluate.py: one number a run
     if len({run.fields["downsampling"] for run in members} - {None}) > 1:
         panels += [
             wr.ScatterPlot(
@@ -43,8 +45,7 @@ def _section(stage: str, members: Sequence[RunRecord]) -> Any:
                 y=wr.SummaryMetric(name),
                 log_x=True,
             )
-            for name in metrics
-            if name.startswith("held_out/")
+            for name in [*filter(is_seen, metrics), *scores]
         ]
     return ws.Section(name=STAGES[stage][0], panels=panels, is_open=True)
 

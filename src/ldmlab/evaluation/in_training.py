@@ -23,7 +23,7 @@ from ldmlab.evaluation.protocol import Protocol as ScoreProtocol
 from ldmlab.evaluation.protocol import requests
 from ldmlab.evaluation.record import FORMAT_VERSION, check_reference, features_record, gathered, reference_record
 from ldmlab.evaluation.reference_statistics import ReferenceKey, see_reference
-from ldmlab.evaluation.score import EvaluationPass, Numbered, numbered
+from ldmlab.evaluation.score import EvaluationPass, Numbered, OptionNames, numbered
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.provenance import provenance
@@ -34,6 +34,9 @@ _TAKEN = frozenset(  # fields of a protocol that mean the same here
     | {"sampler", "spacing", "seed", "dataset", "feature_network", "reference_rule", "reference_hash", "leaves_open"}
     | {"shown", "paper_table", "paper_row"}  # no report is written, and no table takes these numbers
 )
+
+
+_OPTIONS = OptionNames("callbacks.scores.protocol.metrics", "features@callbacks.scores.features=")
 
 
 class Source(Protocol):
@@ -95,7 +98,7 @@ class InTrainingScorer:
             "sampling": self.source.record(self.protocol) | {"pictures": counts[1]},
             "reference": reference_record(self.data, self.protocol.reference, counts[0]) | {"kept": kept},
             "features": features_record(self.extractor),
-            "scores": {name: asdict(score) for name, score in scores.items()},
+            "scores": {name: _marked(asdict(score), counts[1]) for name, score in scores.items()},
             "buckets": {},
             "pictures": {"samples": [], "real": [], "extras": []},
             "curves": [],
@@ -109,7 +112,8 @@ class InTrainingScorer:
         for metric in self.metrics.values():
             metric.reset()
         captions = self.source.captions()
-        seen = EvaluationPass(self.extractor, self.metrics, captions=captions.__getitem__ if captions else None)
+        told = captions.__getitem__ if captions else None
+        seen = EvaluationPass(self.extractor, self.metrics, captions=told, options=_OPTIONS)
         split, limit = self.protocol.reference, self.source.real_limit(self.protocol)
         key = ReferenceKey.of(self.data, split, limit, self.extractor)
         kept = see_reference(seen, key, self.reference_folder, lambda: self._real(split, limit), self.rank, self.world)
@@ -202,6 +206,10 @@ class Reconstructions:
     def record(self, protocol: ScoreProtocol) -> dict[str, Any]:
         """Nothing is drawn."""
         return {"conditions": "reference"}
+
+
+def _marked(score: dict[str, Any], samples: int) -> dict[str, Any]:
+    return {**score, "marks": (*score["marks"], f"scored while training, on {samples} samples")}
 
 
 def lent(model: LatentDiffusion, image_size: int, precision: str) -> LoadedModel:

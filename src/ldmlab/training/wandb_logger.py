@@ -1,7 +1,7 @@
 """Weights and Biases: scalars and small panels of a run, under the run's own id."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from PIL import Image
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.training.checkpointing import Checkpoints
+from ldmlab.training.loggers import read_metrics
 from ldmlab.training.run_folder import RunFolder
 
 _CHOSEN_ID = "wandb_id"  # in a run folder: the id that a W&B sweep gave, where it is not the run's own
@@ -41,8 +42,25 @@ class WandB:
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
         """Start or go on with the W&B run; all its files stay under the run folder."""
-        import wandb
         from pytorch_lightning.loggers import WandbLogger
+
+        experiment = self._begun(run, settings)
+        experiment.define_metric(_STEP)
+        experiment.define_metric("*", step_metric=_STEP, step_sync=True)
+        self._run, self._logger = run, WandbLogger(experiment=experiment, log_model=False)
+        experiment.config.update(settings, allow_val_change=True)
+
+    def send_scores(self, run: RunFolder, settings: dict[str, Any], values: Mapping[str, float]) -> None:
+        """Scores of finished evaluations to the summary of the run, where its newest numbers stay beside them."""
+        experiment = self._begun(run, settings)
+        try:
+            experiment.summary.update({**_newest_numbers(run), **values})
+        finally:
+            experiment.finish(exit_code=0)
+
+    def _begun(self, run: RunFolder, settings: dict[str, Any]) -> Any:
+        """W&B's run under our id, begun or gone on with."""
+        import wandb
 
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ[name] = str(run.path / "wandb")
@@ -53,10 +71,7 @@ class WandB:
             resume="allow", settings=_numbers_only(),
         )  # fmt: skip
         _remember_id(run, experiment.id)
-        experiment.define_metric(_STEP)
-        experiment.define_metric("*", step_metric=_STEP, step_sync=True)
-        self._run, self._logger = run, WandbLogger(experiment=experiment, log_model=False)
-        experiment.config.update(settings, allow_val_change=True)
+        return experiment
 
     def _all_tags(self, settings: dict[str, Any]) -> list[str]:
         factor, kind = settings.get("downsampling"), settings.get("first_stage_kind")
@@ -95,6 +110,15 @@ class WandB:
             artifact = wandb.Artifact(f"model-{self._run.run_id}", type="model")
             artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no second copy on this disk
             self._logger.experiment.log_artifact(artifact)
+
+
+def _newest_numbers(run: RunFolder) -> dict[str, float]:
+    """The latest value of each column of metrics.csv: a summary that is sent later replaces the one before."""
+    newest: dict[str, float] = {}
+    for row in read_metrics(run.metrics)[1]:
+        newest |= {name: float(text) for name, text in row.items() if text and name != "step"}
+        newest[_STEP] = float(row["step"])
+    return newest
 
 
 def _stage(settings: dict[str, Any]) -> str | None:

@@ -1,0 +1,137 @@
+"""callbacks=scores in whole runs: the numbers are those of evaluate.py, and the run is the one without them."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from walk import SMALL, TINY_CLIP, TINY_STAGE, Flow
+
+from ldmlab.app.cli import dispatch
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.evaluate import evaluate
+from ldmlab.app.wiring import train
+from ldmlab.checkpoints import load_checkpoint
+from ldmlab.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+KID = "metrics.kid.subset_size=4"
+PROTOCOL = ["samples=8", "steps=2", KID]
+
+
+def scores(flow: Flow, *more: str) -> list[str]:
+    """The options of a run that is scored at each of its two steps."""
+    chosen = ["callbacks=scores", f"callbacks.scores.features.run={flow.root}/clip", "callbacks.scores.every=1"]
+    chosen += [f"callbacks.scores.protocol.{option}" for option in PROTOCOL]
+    return [*chosen, "callbacks.scores.keep_reference=false", *more]
+
+
+def weights(run: Path) -> dict[str, Any]:
+    content = load_checkpoint(run / "checkpoints" / "step_00000002.ckpt")
+    return {name: content[name] for name in ("modules", "averaged", "optimizers", "rng")}
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def record(run: Path, step: int = 2) -> dict[str, Any]:
+    text = (run / "in_training" / f"step_{step:08d}" / "metrics.json").read_text()
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def evaluated(model: Path, out: Path, *options: str) -> dict[str, Any]:
+    """evaluate.py's scores of a checkpoint."""
+    words = [f"model={model}/checkpoints/step_00000002.ckpt", "features=clip_run", f"out={out}", "device=cpu", *options]
+    evaluate(plain(compose("evaluate", words)))
+    return json.loads((out / "metrics.json").read_text())["scores"]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def scored(flow: Flow) -> Path:
+    """The walk's denoiser again, scored at each step."""
+    flow.denoiser(*scores(flow), out="scored_model")
+    return flow.root / "scored_model"
+
+
+def test_a_denoiser_is_scored_as_evaluate_does_and_trains_as_without(flow: Flow, scored: Path, tmp_path: Path) -> None:
+    assert equal(weights(scored), weights(flow.root / "model"))
+    words = [f"features.run={flow.root}/clip", "protocol=in_training", *(f"protocol.{option}" for option in PROTOCOL)]
+    expected = evaluated(scored, tmp_path / "whole", *words)
+    found = record(scored)
+    assert found["in_training"] == {"step": 2, "samples": 8}
+    for name in ("fid", "kid"):
+        assert found["scores"][name]["value"] == pytest.approx(expected[name]["value"], rel=1e-5)
+    rows = list(csv.DictReader((scored / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["in_training/fid"]) == pytest.approx(expected["fid"]["value"], rel=1e-5)
+    (best,) = (scored / "checkpoints").glob("best*")
+    step = min((1, 2), key=lambda step: record(scored, step)["scores"]["fid"]["value"])
+    assert best.name.startswith(f"best_step_{step:08d}_fid_")
+
+
+def test_a_first_stage_is_scored_by_its_reconstructions(flow: Flow, tmp_path: Path) -> None:
+    flow.first_stage(*scores(flow), out="scored_stage")
+    run = flow.root / "scored_stage"
+    assert equal(weights(run), weights(flow.root / "first_stage"))
+    words = [f"features.run={flow.root}/clip", "protocol=reconstruction", "protocol.reference_limit=8"]
+    expected = evaluated(run, tmp_path / "whole", *words, f"protocol.{KID}")
+    assert record(run)["scores"]["fid"]["value"] == pytest.approx(expected["fid"]["value"], rel=1e-4)
+    assert next((run / "checkpoints").glob("best*")).name.split("_")[3] == "fid"
+
+
+def test_two_processes_score_as_one_does(flow: Flow, tmp_path: Path) -> None:
+    once = [*scores(flow), "trainer.max_steps=1", "optimizer.learning_rate=1e-9"]
+    flow.first_stage(*once, out="scored_alone")
+    small = [option for option in SMALL if not option.startswith("trainer.micro_batch")]
+    options = ["experiment=mine/first_stage", *small, *flow.data, *TINY_STAGE, *once, "trainer.micro_batch=4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(ROOT / "train.py"), *options, f"run.dir={tmp_path / 'together'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    alone, together = (record(run, 1) for run in (flow.root / "scored_alone", tmp_path / "together"))
+    assert together["in_training"] == alone["in_training"]
+    for name in ("fid", "kid"):
+        assert together["scores"][name]["value"] == pytest.approx(alone["scores"][name]["value"], rel=1e-3), name
+
+
+def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_path: Path) -> None:
+    folder = scored / "in_training" / "step_00000002"
+    assert dispatch(["report", str(folder)]) == 0  # a page of its own it has
+    assert "scored while training, on 8 samples" in (folder / "report.md").read_text()
+    for words in (["--format", "md"], ["--out", str(tmp_path / "page")]):
+        with pytest.raises(InputError, match=r"was scored while training, on 8 samples"):
+            dispatch(["report", str(folder), str(folder.parent / "step_00000001"), *words])
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("+PLACE.protocol.neighbours=2", r"callbacks\.scores\.protocol\.neighbours=2 is for evaluate\.py alone"),
+        (
+            "PLACE.protocol.metrics.kid.subset_size=9",
+            r"callbacks\.scores\.protocol\.metrics\.kid\.subset_size=9 is more than the 8 pictures at hand",
+        ),
+        ("PLACE.protocol.steps=3", r"steps=3"),
+        ("PLACE.precision=float8", r"precision=float8 is no number format"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_first_step(flow: Flow, option: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        flow.denoiser(*scores(flow), option.replace("PLACE", "callbacks.scores"), out="refused")
+    assert not list(flow.root.glob("refused/checkpoints"))
+
+
+def test_a_stage_that_makes_no_pictures_is_refused(flow: Flow, tmp_path: Path) -> None:
+    options = ["experiment=mine/clip", *SMALL, *flow.data, *TINY_CLIP, *scores(flow), f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match="stage=clip makes no pictures to score; use callbacks=default"):
+        train(plain(compose("train", options)))
