@@ -24,7 +24,8 @@ def _shown(name: str, value: Any) -> str:
     if name == "boxes" and not isinstance(value, str):
         return f"{len(value)} objects"
     if name in ("image", "init_image", "low_resolution", "segmentation", "boxes"):
-        return Path(str(value)).name  # without its folders
+        file = Path(str(getattr(value, "picture", value))).name
+        return f"from {file}" if name == "init_image" else file
     return f"not {value}" if name == "negative" else str(value)
 
 

@@ -119,8 +119,8 @@ def _given(args: argparse.Namespace, size: tuple[int, int] | None) -> Fields:
 
     given: Fields = {} if args.negative is None else {"negative": args.negative}
     if args.source is not None and (args.mask is None or args.strength is not None):
-        fits = size is None or args.mask is not None
-        given["init_image"] = str(args.source) if fits else Fitted(str(args.source), size)
+        file = str(args.source)
+        given["init_image"] = Fitted(file, size) if size is not None and args.mask is None else file
     if args.source is not None and args.mask is not None:
         given |= {"image": str(args.source), "mask": args.mask}
     return given
