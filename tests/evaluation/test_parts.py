@@ -1,9 +1,13 @@
 """Large pictures from whole models: parts are chosen by size, do not change what they should not, and are recorded."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sampling_models import sample_command
 from torch import nn
 
 from ldmlab.backbones.unet import UNet
@@ -51,7 +55,8 @@ def label_map(height: int, width: int) -> torch.Tensor:
 
 def test_a_panorama_in_tiles_is_the_one_decoded_whole() -> None:
     """Sampled convolutionally at twice the height and five times the width that it was trained at."""
-    model, fields = semantic(), {"segmentation": [label_map(64, 160)]}
+    model = semantic()
+    fields: dict[str, Any] = {"segmentation": [label_map(64, 160)]}
     whole = model.sample(steps=2, **fields)
     tiled = model.sample(steps=2, tile=32, **fields)
     assert whole.shape == (1, 64, 160, 3)
@@ -131,3 +136,17 @@ def test_refused_before_any_work(settings: dict[str, Any], message: str) -> None
 def test_boxes_belong_to_the_whole_picture() -> None:
     with pytest.raises(InputError, match="window=32 would draw all boxes in every window"):
         parts.with_parts(SampleSettings(size=(64, 64), window=32), semantic().diffusion, 32, frozenset({"boxes"}))
+
+
+def test_the_command_takes_parts(tmp_path: Path) -> None:
+    words = ["model", "3", "--steps", "2", "--size", "32x48"]
+    sample_command([*words, "--out", str(tmp_path / "whole")])
+    sample_command([*words, "--tile", "16", "--out", str(tmp_path / "tiles")])
+    sample_command(
+        [*words, "--window", "16", "--tile", "16", "--tile-norms", "separate", "--out", str(tmp_path / "all")]
+    )
+    whole, tiles, all_parts = (Image.open(tmp_path / name / "000000.png") for name in ("whole", "tiles", "all"))
+    assert np.abs(np.asarray(whole, dtype=int) - np.asarray(tiles, dtype=int)).max() <= 1
+    assert not np.array_equal(np.asarray(whole), np.asarray(all_parts))
+    assert (all_parts.info["window"], all_parts.info["tile"], all_parts.info["tile_norms"]) == ("16", "16", "separate")
+    assert "tile" not in whole.info

@@ -129,8 +129,8 @@ class LoadedModel:
     @torch.inference_mode()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Final latents => uint8 (B, H, W, 3) on the CPU; `tile` as for `sample`."""
-        factor: int = self.diffusion.first_stage.downsampling  # type: ignore[assignment]
-        with in_parts(self.diffusion, chosen_tile(tile, latents[0, 0].numel() * factor**2)):
+        pixels = latents[0, 0].numel() * int(self.diffusion.first_stage.downsampling) ** 2  # type: ignore[arg-type]
+        with in_parts(self.diffusion, chosen_tile(tile, pixels)):
             return as_pictures(self.diffusion.decode(latents.to(self.device)))
 
     @torch.inference_mode()
@@ -165,9 +165,8 @@ class LoadedModel:
         if size != asked:  # a given picture's size is carried on to what fits
             self.diffusion.latent_shape(size)
         strength = resolved_strength(settings.strength, requests)
-        levels = self.diffusion.schedule.steps
-        filled = settings.filled(guidance=guidance, size=size, levels=levels, strength=strength)
-        filled = with_parts(filled, self.diffusion, min(self.image_size), self.reads)
+        known = settings.filled(guidance=guidance, size=size, levels=self.diffusion.schedule.steps, strength=strength)
+        filled = with_parts(known, self.diffusion, min(self.image_size), self.reads)
         self.grid(filled)  # steps that the rule cannot take are refused
         return filled
 

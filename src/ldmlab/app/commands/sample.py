@@ -25,6 +25,7 @@ EPILOG = """examples:
   ldmlab sample runs/emoji-1a2b "a table" --from photo.png --mask hole.png       the rest stays as it is
   ldmlab sample runs/inpainting-1a2b --task inpainting photo.png --mask hole.png
   ldmlab sample runs/upscaler-1a2b --task super_resolution small.png
+  ldmlab sample runs/landscapes-1a2b map.png --tile 512                          as large as the map
   ldmlab sample runs/imagenet-1a2b 207 980 --classifier runs/classifier-3c4d --classifier-scale 10
   torchrun --nproc-per-node 2 -m ldmlab sample runs/emoji-1a2b --prompts prompts.txt"""
 
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="with a picture's number it decides the noise (0)")
     add("--first-index", type=int, default=0, help="number of the first picture, to make one of many again (0)")
     add("--size", help="HEIGHTxWIDTH or one side, px (as trained)")
+    add("--tile", type=int, help="decode in parts of this side, px; 0: at once (512 above 1024x1024)")
+    add("--tile-norms", default="shared", help="shared: as decoded whole | separate: faster, tones may differ (shared)")
+    add("--window", type=int, help="denoise in windows of this side, px; 0: at once (docs/large_pictures.md)")
     add("--sampler", default="ddim", help=f"{' | '.join(_samplers())} (ddim)")
     add("--spacing", help="steps of the schedule: official | linspace | trailing | karras | log_snr (its own)")
     add("--sweep", help=f"one picture per setting, such as steps=1,2,5,10,25,50; of {', '.join(SWEEPS)}")
@@ -125,7 +129,7 @@ def _sweep(text: str | None) -> tuple[str, list[Any]] | None:
 def _settings(args: argparse.Namespace, size: tuple[int, int] | None) -> "SampleSettings":
     from ldmlab.evaluation.settings import SampleSettings
 
-    names = ("steps", "guidance", "eta", "seed", "sampler", "spacing", "strength")
+    names = ("steps", "guidance", "eta", "seed", "sampler", "spacing", "strength", "tile", "tile_norms", "window")
     return SampleSettings(size=size, **{name: getattr(args, name) for name in names})
 
 
