@@ -63,6 +63,18 @@ def test_all_evaluations_of_the_run_go_up_under_its_id(run: RunFolder, sent: lis
     assert (run.path / "provenance.json").read_text() == before  # scoring is no start of the run
 
 
+def test_a_job_of_the_comparison_sends_its_last_points_by_sampler_steps(run: RunFolder, sent: list[Any]) -> None:
+    evaluation(run.path / "evaluation" / "step_00000020-50-abc", 7.0)
+    points = [(10, 50, 9.0), (20, 50, 7.0), (20, 10, 8.0)]
+    job = {
+        "format_version": 1, "max_steps": 20,
+        "points": [{"step": a, "sampler_steps": b, "scores": {"fid": {"value": c}}} for a, b, c in points],
+    }  # fmt: skip
+    (run.path / "tradeoff.json").write_text(json.dumps(job))
+    send_scores(run.path)
+    assert sent[0][3] == {"evaluation/tradeoff_50_steps/fid": 7.0, "evaluation/tradeoff_10_steps/fid": 8.0}
+
+
 @pytest.mark.parametrize("logger", [{}, {"csv": None}, {"wandb": {"_target_": "x", "mode": "offline"}}])
 def test_a_run_without_wandb_has_nothing_sent(run: RunFolder, sent: list[Any], logger: dict[str, Any]) -> None:
     out = evaluation(run.path / "evaluation" / "pictures", 2.5)

@@ -29,13 +29,21 @@ def score_factor(factor: "Factor", parts: "Parts") -> dict[str, Any]:
     record["seconds_per_picture"] = scores.seconds_per_picture()
     if processes.rank() == 0:
         text = json.dumps(record, indent=1, ensure_ascii=False)
-        write_atomically(parts.denoiser / RECORD, lambda path: _write(path, text))
+        _keep(parts.denoiser, text)
     processes.barrier()
     return record
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _keep(run: Path, text: str) -> None:
+    """Write the record; what is new in it goes to the run at W&B too."""
+    from ldmlab.app.wandb_scores import send_scores
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    if not (run / RECORD).exists() or (run / RECORD).read_text(encoding="utf-8") != text:
+        write_atomically(run / RECORD, write)
+        send_scores(run)
 
 
 class FactorScores:
@@ -112,7 +120,7 @@ class FactorScores:
             **{"model": str(model), "weights": "averaged", "out": str(out), "protocol": protocol},
             **{"features": self.features, "guidance": {}, "data": self.factor.config["data"], "pictures": []},
             **{"batch_size": self.options["batch_size"], "device": self.factor.device},
-            **{"precision": self.options["precision"], "seed": 0},
+            **{"precision": self.options["precision"], "seed": 0, "wandb": False},
         }
         once(out, "metrics.json", lambda: evaluate(content))
         return dict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))

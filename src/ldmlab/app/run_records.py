@@ -14,6 +14,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.curves import read_curves
 from ldmlab.evaluation.line_chart import Points
 from ldmlab.evaluation.report import read_evaluation
+from ldmlab.evaluation.trade_curves import is_job, read_job
 from ldmlab.model_files import read_description
 
 _NAMED = {  # how a field reads in a label
@@ -96,14 +97,27 @@ def _read(folder: Path) -> RunRecord:
 
 
 def scores_of(folder: Path) -> dict[str, float]:
-    """Numbers of the run's own evaluations; those of further ones carry their folder's name."""
-    found: dict[str, float] = {}
+    """Numbers of the run's own evaluations; those of further ones carry their folder's name.
+
+    A job of the downsampling comparison has a folder for each point of its curves: here are those of the last step.
+    """
+    found = _last_points(folder) if is_job(folder) else {}
     places = [folder / "evaluation", *sorted((folder / "evaluation").glob("*"))]
     for place in places:
-        if (place / "metrics.json").exists():
+        if (place / "metrics.json").exists() and not (found and place.name.startswith("step_")):
             prefix = "" if place == places[0] else f"{place.name}/"
             found |= {prefix + name: score["value"] for name, score in read_evaluation(place)["scores"].items()}
     return found
+
+
+def _last_points(folder: Path) -> dict[str, float]:
+    record = read_job(folder)
+    return {
+        f"tradeoff_{point['sampler_steps']}_steps/{name}": score["value"]
+        for point in record["points"]
+        if point["step"] == record["max_steps"]
+        for name, score in point["scores"].items()
+    }
 
 
 def by_configuration(runs: Sequence[RunRecord], without: str | None = None) -> dict[str, list[RunRecord]]:

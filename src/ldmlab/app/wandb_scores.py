@@ -17,29 +17,34 @@ from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.wandb_logger import WandB
 
 
-def send_scores(run_folder: Path, out: Path) -> None:
-    """All evaluations of the run, and the one in `out`, to its W&B run if it has one; never an error: files hold them.
+def send_scores(run_folder: Path, out: Path | None = None) -> None:
+    """All evaluations of the run, and one elsewhere, to its W&B run if it has one; never an error: files hold them.
 
     Names are evaluation/FOLDER/SCORE, where FOLDER is that of the evaluation: its protocol unless chosen otherwise.
     """
+    try:
+        _send(run_folder, out)
+    except Exception as error:  # no network, no account, no wandb: the score is not lost for that
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        _say(f"W&B did not take the scores ({reason}); they are in {out or run_folder}, and go with the next ones.")
+
+
+def _send(run_folder: Path, out: Path | None) -> None:
     logger, settings = _logger_of(run_folder)
     if logger is None:
         return
     values = scores_of(run_folder)
-    if not out.resolve().is_relative_to((run_folder / "evaluation").resolve()):
+    if out is not None and not out.resolve().is_relative_to((run_folder / "evaluation").resolve()):
         found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["scores"]
         values |= {f"{out.name}/{name}": score["value"] for name, score in found.items()}
     run = RunFolder(run_folder, json.loads((run_folder / "provenance.json").read_text())["run_id"])
     try:
         run.lock()
     except InputError:  # two processes in one W&B run would overwrite each other
-        _say(f"{run_folder} is still training; its W&B run gets these scores with the next evaluation after that.")
+        _say(f"{run_folder} is still training; its W&B run gets these scores with those of the next evaluation.")
         return
     try:
         logger.send_scores(run, settings, {f"evaluation/{name}": value for name, value in values.items()})
-    except Exception as error:  # no network, no account, no wandb: the score is not lost for that
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        _say(f"W&B did not take the scores ({reason}); they are in {out}, and the next evaluation sends them again.")
     finally:
         run.close()
 
