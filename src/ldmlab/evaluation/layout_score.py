@@ -22,7 +22,7 @@ Crops = tuple[Tensor, list[str]]  # uint8 (N, 3, 32, 32), class of each
 class LayoutJudge:
     """Balanced over classes: the mean of each class's share of boxes that show it."""
 
-    steps: int = 900  # updates of the classifier
+    steps: int = 600  # updates of the classifier
     batch_size: int = 64
     crops: int = 20_000  # boxes it learns from at most
     margin: float = 0.1  # of a box's sides, seen around it
