@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import math
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drawn_weights import TOLERANCE, drawn
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
 from ldmlab.interop.compvis import unets as compvis
@@ -23,25 +21,13 @@ ASSETS = ROOT / "tests/assets/reference/compvis"
 CASES = json.loads((ASSETS / "unets.json").read_text())
 LAYOUTS = json.loads((ASSETS / "unet_layouts.json").read_text())
 PREFIX = "model.diffusion_model."
-TOLERANCE = 2e-5  # float32 runs of one network on one machine differ by about 1e-5
-
-
-def weight_by_rule(key: str, shape: list[int], salt: int) -> Tensor:
-    """The reference files hold no weights: each tensor is drawn from its own name."""
-    count = math.prod(shape)
-    values = np.random.RandomState((zlib.crc32(key.encode()) + salt) % 2**32).standard_normal(count)
-    if len(shape) > 1:
-        values *= 0.7 / math.sqrt(count // shape[0])
-    else:
-        values = 1 + 0.1 * values if key.endswith("weight") else 0.1 * values
-    return torch.from_numpy(values.reshape(shape).astype(np.float32))
 
 
 def official(name: str) -> tuple[UNet, dict[str, Tensor], dict[str, str]]:
     """The case's network, its official tensors and the names."""
     case = CASES[name]
     arguments = compvis.arguments(case["config"])
-    state = {k.removeprefix(PREFIX): weight_by_rule(k, shape, case["salt"]) for k, shape in case["keys"].items()}
+    state = drawn(case, PREFIX)
     unet, names = UNet(**arguments).eval(), compvis.names_of(arguments)
     unet.load_state_dict(compvis.to_ours(state, names))
     return unet, state, names

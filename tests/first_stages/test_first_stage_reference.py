@@ -1,18 +1,16 @@
 """Our first stages give the official programs' outputs and have the released models' sizes and key names."""
 
 import json
-import math
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drawn_weights import TOLERANCE, drawn
 from ldmlab.first_stages import KLAutoencoder, VQModel
 from ldmlab.first_stages.kl import kl_to_standard_normal
 from ldmlab.interop.compvis import first_stages as compvis
@@ -22,20 +20,6 @@ ASSETS = ROOT / "tests/assets/reference/compvis"
 CASES = json.loads((ASSETS / "autoencoders.json").read_text())
 RELEASED = json.loads((ASSETS / "first_stage_layouts.json").read_text())
 PREFIX = "first_stage_model."
-TOLERANCE = 2e-5  # float32 runs of one network on one machine differ by about 1e-5
-
-
-def weight_by_rule(key: str, shape: list[int], salt: int) -> Tensor:
-    """The reference files hold no weights: each tensor is drawn from its own name."""
-    count = math.prod(shape)
-    values = np.random.RandomState((zlib.crc32(key.encode()) + salt) % 2**32).standard_normal(count)
-    if len(shape) > 1:
-        values *= 0.7 / math.sqrt(count // shape[0])
-    elif key.endswith("weight"):
-        values = 1 + 0.1 * values
-    else:
-        values *= 0.1
-    return torch.from_numpy(values.reshape(shape).astype(np.float32))
 
 
 def reference(name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -44,7 +28,7 @@ def reference(name: str) -> tuple[Any, dict[str, Tensor]]:
     arguments = compvis.arguments(target, case["config"])
     assert arguments.pop("_target_").endswith({"AutoencoderKL": "KLAutoencoder"}.get(target, target))
     stage = KLAutoencoder(**arguments) if target == "AutoencoderKL" else VQModel(**arguments)
-    weights = {k.removeprefix(PREFIX): weight_by_rule(k, shape, case["salt"]) for k, shape in case["keys"].items()}
+    weights = drawn(case, PREFIX)
     stage.load_state_dict(compvis.to_ours(weights, compvis.names_of(stage)))
     assert sum(p.numel() for p in stage.parameters()) == case["params"]
     return stage.eval(), load_file(ASSETS / f"{name}.safetensors")

@@ -3,16 +3,14 @@
 import copy
 import gzip
 import json
-import math
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from drawn_weights import weight_by_rule
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.interop.compvis.config import latent_diffusion_spec
 from ldmlab.interop.compvis.exporting import schedule_buffers
@@ -24,17 +22,6 @@ MODELS = [name for name, layout in LAYOUTS.items() if "unet_config" in layout["c
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "app", "##le"]
 _MODULES = "ldm.modules.encoders.modules."
 State = dict[str, Tensor]
-
-
-def weight_by_rule(key: str, shape: Any, salt: int = 0) -> Tensor:
-    """The reference files hold no weights: each tensor is drawn from its own name."""
-    count = math.prod(shape)
-    values = np.random.RandomState((zlib.crc32(key.encode()) + salt) % 2**32).standard_normal(count)
-    if len(shape) > 1:
-        values *= 0.7 / math.sqrt(count // shape[0])
-    else:
-        values = 1 + 0.1 * values if key.endswith("weight") else 0.1 * values
-    return torch.from_numpy(values.reshape(tuple(shape)).astype(np.float32))
 
 
 def small_config(name: str) -> dict[str, Any]:

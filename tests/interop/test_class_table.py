@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from official_files import VOCABULARY, official_state, small_config, weight_by_rule
+from official_files import VOCABULARY, official_state, small_config
 from torch import Tensor
 
 import ldmlab
+from drawn_weights import weight_by_rule
 from ldmlab.app.cli import dispatch
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError

@@ -183,7 +183,7 @@ def test_uneven_heads_are_refused() -> None:
     ("more", "told"),
     [
         ({"norm_type": "spatial"}, "norm_type=spatial"),
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "other attention in the decoder"),
+        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "other attention on the way up"),
         ({"latents_mean": [0.1] * 4}, "latents_mean"),
         ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny is not known"),
     ],

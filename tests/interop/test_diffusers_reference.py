@@ -1,16 +1,14 @@
 """Networks read from diffusers' files give diffusers' outputs, also after a way there and back."""
 
 import json
-import math
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drawn_weights import TOLERANCE, drawn
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.interop import diffusers
@@ -18,21 +16,6 @@ from ldmlab.interop import diffusers
 ASSETS = Path(__file__).parents[1] / "assets/reference/diffusers"
 CASES = json.loads((ASSETS / "index.json").read_text())
 UNETS = [name for name, case in CASES.items() if case["kind"] == "UNet2DConditionModel"]
-TOLERANCE = 2e-5  # float32 runs of one network on one machine differ by about 1e-5
-
-
-def weights_of(name: str) -> dict[str, Tensor]:
-    """The reference files hold no weights: each tensor is drawn from its own name."""
-    case, state = CASES[name], {}
-    for key, shape in case["keys"].items():
-        count = math.prod(shape)
-        values = np.random.RandomState((zlib.crc32(key.encode()) + case["salt"]) % 2**32).standard_normal(count)
-        if len(shape) > 1:
-            values *= 0.7 / math.sqrt(count // shape[0])
-        else:
-            values = 1 + 0.1 * values if key.endswith("weight") else 0.1 * values
-        state[key] = torch.from_numpy(values.reshape(shape).astype(np.float32))
-    return state
 
 
 def close(mine: Tensor, theirs: Tensor) -> None:
@@ -41,7 +24,7 @@ def close(mine: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name: str) -> None:
-    case, state = load_file(ASSETS / f"{name}.safetensors"), weights_of(name)
+    case, state = load_file(ASSETS / f"{name}.safetensors"), drawn(CASES[name])
     config = CASES[name]["config"]
     unet = diffusers.build_unet(config, state)
     out = unet(case["x"], case["t"], Conditioning(tokens=case["context"]))
@@ -53,7 +36,7 @@ def test_unet(name: str) -> None:
 
 def test_autoencoder() -> None:
     case, config = load_file(ASSETS / "autoencoder_kl.safetensors"), CASES["autoencoder_kl"]["config"]
-    stage = diffusers.build_first_stage(config, weights_of("autoencoder_kl"))
+    stage = diffusers.build_first_stage(config, drawn(CASES["autoencoder_kl"]))
     posterior = stage.encode(case["x"])  # type: ignore[operator]
     close(posterior.moments(), case["moments"])
     out = stage.decode(posterior.mean)  # type: ignore[operator]
@@ -64,7 +47,7 @@ def test_autoencoder() -> None:
 
 @pytest.mark.parametrize("name", UNETS)
 def test_faulty_weights_are_listed(name: str) -> None:
-    state = weights_of(name)
+    state = drawn(CASES[name])
     state.pop("conv_in.bias")
     state["more.weight"] = state["conv_out.weight"]
     state["conv_out.bias"] = torch.zeros(5)

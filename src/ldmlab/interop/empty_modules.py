@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
@@ -80,8 +79,3 @@ def refuse_mismatch(mismatches: Mapping[str, Mismatch]) -> None:
     wrong = [f"the {part} has {mismatch} keys" for part, mismatch in mismatches.items() if mismatch]
     if wrong:
         raise InputError(f"{'; '.join(wrong)}; give the configuration that belongs to these weights.")
-
-
-def empty_like_meta(shapes: Mapping[str, Iterable[int]]) -> dict[str, Tensor]:
-    """Tensors without memory, by name and shape."""
-    return {name: torch.empty(*shape, device="meta") for name, shape in shapes.items()}

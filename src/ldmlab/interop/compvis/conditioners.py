@@ -6,7 +6,6 @@ and Stability-AI/stablediffusion; what they are configured with is the matter of
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ldmlab.conditioners.class_label import ClassEmbedder
@@ -80,7 +79,6 @@ def _clip_to_ours(conditioner: OpenClipText, official: State) -> dict[str, Tenso
         return {f"tower.{key}": tensor for key, tensor in from_hugging_face(official).items()}
     names = {theirs: ours for ours, theirs in conditioner.tower.clip_names().items()}
     plain = {key.removeprefix("model."): tensor for key, tensor in official.items()}
-    plain.pop("attn_mask", None)  # the causal mask, which old files carry
     return {f"tower.{names.get(key, key)}": tensor for key, tensor in plain.items()}
 
 
@@ -90,18 +88,3 @@ def _clip_to_official(conditioner: OpenClipText, state: State) -> dict[str, Tens
         names = conditioner.tower.clip_names()
         return {f"model.{names[key]}": tensor for key, tensor in tower.items()}
     return {f"transformer.text_model.{key}": tensor for key, tensor in to_hugging_face(tower).items()}
-
-
-def load_official(conditioner: nn.Module, official: State) -> None:
-    """Copy official weights (no prefix) into a conditioner of ours; every tensor must match."""
-    ours, wanted = to_ours(conditioner, official), conditioner.state_dict()
-    missing, extra = wanted.keys() - ours.keys(), ours.keys() - wanted.keys()
-    misshapen = [key for key in wanted.keys() & ours.keys() if wanted[key].shape != ours[key].shape]
-    if missing or extra or misshapen:
-        raise InputError(
-            f"the official weights do not fit the conditioner: {len(missing)} missing {sorted(missing)[:3]}, "
-            f"{len(extra)} unknown {sorted(extra)[:3]}, {len(misshapen)} of another shape {sorted(misshapen)[:3]}; "
-            "check the configuration that came with the file."
-        )
-    with torch.no_grad():
-        conditioner.load_state_dict(ours)

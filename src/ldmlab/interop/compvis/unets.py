@@ -4,12 +4,13 @@ Official names are those after `model.diffusion_model.`; see `openaimodel.py` of
 The 1 x 1 convolutions of the official attention blocks are linear layers here, so their weights lose the empty axes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ldmlab.errors import InputError
+from ldmlab.interop.shared_names import Pairs, spatial_transformer, under
 
 _RES = {
     "in_layers.0": "norm_in",
@@ -20,75 +21,67 @@ _RES = {
     "skip_connection": "skip",
 }
 _PIXEL_ATTENTION = {"norm": "norm", "qkv": "qkv", "proj_out": "out"}
-_TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}
-_TRANSFORMER_BLOCK = {
-    "norm1": "norm_self",
-    "norm2": "norm_cross",
-    "norm3": "norm_mlp",
-    "ff.net.0.proj": "mlp.expand",
-    "ff.net.2": "mlp.out",
-    **{
-        f"{official}.{theirs}": f"{ours}.{name}"
-        for official, ours in (("attn1", "self_attention"), ("attn2", "cross_attention"))
-        for theirs, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out"))
-    },
+_ENDS = {
+    "time_embed.0": "time.expand",
+    "time_embed.2": "time.mix",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "norm_out",
+    "out.2": "conv_out",
 }
-Pairs = Iterator[tuple[str, str]]  # (official module, our module)
+Arguments = Mapping[str, Any]  # of our U-Net
 
 
-def module_names(
-    *,
-    channel_mult: Sequence[int],
-    num_res_blocks: int,
-    attention_downsampling: Sequence[int],
-    context: bool,  # spatial transformers (True) or attention over pixels (False)
-    transformer_depth: int = 1,
-    residual_resampling: bool = False,
-) -> dict[str, str]:
+def names_of(arguments: Arguments) -> dict[str, str]:
     """Official module name => ours, for every module that holds tensors; some (skip connections) may be absent."""
-
-    def block(official: str, ours: str, attention: bool) -> Pairs:
-        yield from _under(f"{official}.0", f"{ours}.res", _RES)
-        if attention and not context:
-            yield from _under(f"{official}.1", f"{ours}.attention", _PIXEL_ATTENTION)
-        if attention and context:
-            yield from _under(f"{official}.1", f"{ours}.attention", _TRANSFORMER)
-            for i in range(transformer_depth):
-                inner = f"{official}.1.transformer_blocks.{i}", f"{ours}.attention.blocks.{i}"
-                yield from _under(*inner, _TRANSFORMER_BLOCK)
-
-    def resample(official: str, ours: str, conv: str) -> Pairs:
-        yield from _under(official, ours, _RES if residual_resampling else {conv: "conv"})
-
-    def pairs() -> Pairs:
-        yield from (("time_embed.0", "time.expand"), ("time_embed.2", "time.mix"), ("input_blocks.0.0", "conv_in"))
-        levels, number = len(channel_mult), 1
-        for i in range(levels):
-            for j in range(num_res_blocks):
-                yield from block(f"input_blocks.{number}", f"down.{i}.blocks.{j}", 2**i in attention_downsampling)
-                number += 1
-            if i < levels - 1:
-                yield from resample(f"input_blocks.{number}.0", f"down.{i}.resample", "op")
-                number += 1
-        yield from _middle(block)
-        for number, (i, j) in enumerate((i, j) for i in range(levels) for j in range(num_res_blocks + 1)):
-            attention = 2 ** (levels - 1 - i) in attention_downsampling
-            yield from block(f"output_blocks.{number}", f"up.{i}.blocks.{j}", attention)
-            if i < levels - 1 and j == num_res_blocks:
-                yield from resample(f"output_blocks.{number}.{1 + attention}", f"up.{i}.resample", "conv")
-        yield from (("out.0", "norm_out"), ("out.2", "conv_out"))
-
-    return dict(pairs())
+    ways = (_way_down(arguments), _middle(arguments), _way_up(arguments))
+    return _ENDS | {official: ours for way in ways for official, ours in way}
 
 
-def _middle(block: Callable[[str, str, bool], Pairs]) -> Pairs:
+def _way_down(arguments: Arguments) -> Pairs:
+    """Official numbers run through blocks and what halves, after the first convolution."""
+    levels, blocks = len(arguments["channel_mult"]), arguments["num_res_blocks"]
+    for i in range(levels):
+        first = 1 + i * (blocks + 1)
+        for j in range(blocks):
+            yield from _block(f"input_blocks.{first + j}", f"down.{i}.blocks.{j}", arguments, _attends(arguments, i))
+        if i < levels - 1:
+            yield from _resampler(f"input_blocks.{first + blocks}.0", f"down.{i}.resample", "op", arguments)
+
+
+def _middle(arguments: Arguments) -> Pairs:
     """Residual block, attention, residual block: we keep the first two in one block."""
-    yield from block("middle_block", "middle.0", True)
-    yield from _under("middle_block.2", "middle.1.res", _RES)
+    yield from _block("middle_block", "middle.0", arguments, True)
+    yield from under("middle_block.2", "middle.1.res", _RES)
 
 
-def _under(official: str, ours: str, names: Mapping[str, str]) -> Pairs:
-    return ((f"{official}.{theirs}", f"{ours}.{name}") for theirs, name in names.items())
+def _way_up(arguments: Arguments) -> Pairs:
+    """Levels from the coarsest; what doubles is inside the last block of a level."""
+    levels, blocks = len(arguments["channel_mult"]), arguments["num_res_blocks"] + 1
+    for i in range(levels):
+        attends, last = _attends(arguments, levels - 1 - i), (i + 1) * blocks - 1
+        for j in range(blocks):
+            yield from _block(f"output_blocks.{i * blocks + j}", f"up.{i}.blocks.{j}", arguments, attends)
+        if i < levels - 1:
+            yield from _resampler(f"output_blocks.{last}.{1 + attends}", f"up.{i}.resample", "conv", arguments)
+
+
+def _attends(arguments: Arguments, level: int) -> bool:
+    return 2**level in arguments["attention_downsampling"]
+
+
+def _block(official: str, ours: str, arguments: Arguments, attends: bool) -> Pairs:
+    """A residual block, with attention over pixels or a spatial transformer if there is one."""
+    yield from under(f"{official}.0", f"{ours}.res", _RES)
+    if not attends:
+        return
+    if arguments.get("context_width") is None:
+        yield from under(f"{official}.1", f"{ours}.attention", _PIXEL_ATTENTION)
+    else:
+        yield from spatial_transformer(f"{official}.1", f"{ours}.attention", arguments.get("transformer_depth", 1))
+
+
+def _resampler(official: str, ours: str, convolution: str, arguments: Arguments) -> Pairs:
+    return under(official, ours, _RES if arguments.get("residual_resampling") else {convolution: "conv"})
 
 
 # Options of the official class that leave the function as it is, and the only value of others that ours is built for.
@@ -189,15 +182,6 @@ def params_of(node: Mapping[str, Any], classes: int | None = None) -> dict[str, 
     params |= {"num_classes": classes} if classes is not None else {}
     flags = {"use_scale_shift_norm": "scale_shift", "resblock_updown": "residual_resampling"}
     return params | {theirs: True for theirs, ours in flags.items() if node.get(ours)}
-
-
-def names_of(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """`module_names` for the arguments of a U-Net of ours."""
-    shared = ("channel_mult", "num_res_blocks", "attention_downsampling", "transformer_depth", "residual_resampling")
-    return module_names(
-        **{name: arguments[name] for name in shared if name in arguments},
-        context=arguments.get("context_width") is not None,
-    )
 
 
 def to_ours(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
 """The autoencoders of diffusers (AutoencoderKL, VQModel) and our first stages: options and tensor names, both ways."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers.options import resolved
+from ldmlab.interop.diffusers.options import levels_with_attention, multiples, named_class, resolved
 from ldmlab.interop.ours_alone import only_ours, refuse_cosine
+from ldmlab.interop.shared_names import under
 
 KL, VQ = "AutoencoderKL", "VQModel"
 Config = Mapping[str, Any]
@@ -38,11 +39,8 @@ _ENDS = {"conv_in": "input", "conv_norm_out": "output_norm", "conv_out": "output
 
 def kind_of(config: Config) -> str:
     """The class a configuration belongs to, also where the file does not say."""
-    named = config.get("_class_name")
-    if named in _DEFAULTS:
-        return str(named)
-    if named is not None:
-        raise InputError(f"the first stage's class {named} is not known; known are {', '.join(_DEFAULTS)}.")
+    if named := named_class(config, _DEFAULTS, "the first stage"):
+        return named
     return VQ if "num_vq_embeddings" in config else KL
 
 
@@ -50,13 +48,10 @@ def arguments(config: Config) -> dict[str, Any]:
     """`_target_` and arguments of our first stage for a diffusers configuration."""
     kind = kind_of(config)
     given = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
-    widths = given["block_out_channels"]
-    if any(width % widths[0] for width in widths):
-        raise InputError(f"{kind} with block_out_channels={widths}: not multiples of the first width; use another one.")
     inner = given["latent_channels"]
     ours = {
-        "channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
+        "channels": given["block_out_channels"][0],
+        "channel_mult": multiples(kind, given["block_out_channels"]),
         "num_res_blocks": given["layers_per_block"],
         "attention_downsampling": _attention_factors(kind, given),
         "mid_attention": given["mid_block_add_attention"],
@@ -71,18 +66,10 @@ def arguments(config: Config) -> dict[str, Any]:
 
 
 def _attention_factors(kind: str, given: Config) -> list[int]:
-    """Levels with attention, by downsampling factor; the decoder must mirror the encoder."""
-    types = given["down_block_types"], given["up_block_types"]
+    """Levels with attention, by downsampling factor."""
     known = {f"{prefix}{way}coderBlock2D" for prefix in ("", "Attn") for way in ("DownEn", "UpDe")}
-    for name in [*types[0], *types[1]]:
-        if name not in known:
-            raise InputError(f"{kind} with a {name} cannot be represented here; levels can be {', '.join(known)}.")
-    down, up = ([name.startswith("Attn") for name in way] for way in types)
-    if down != up[::-1]:
-        raise InputError(
-            f"{kind} with other attention in the decoder ({types[1]}) than in the encoder; use another one."
-        )
-    return [2**level for level, present in enumerate(down) if present]
+    present = levels_with_attention(kind, given, "Attn", known)
+    return [2**level for level, attends in enumerate(present) if attends]
 
 
 def configuration(node: Mapping[str, Any], *, image_size: int, scaling_factor: float) -> tuple[str, Config]:
@@ -123,21 +110,17 @@ def module_names(node: Mapping[str, Any]) -> dict[str, str]:
     if vq:
         names["quantize.embedding"] = "quantiser.codebook"
     for half, way, extra in (("encoder", "down", 0), ("decoder", "up", 1)):
-        names |= _under(half, half, _ENDS)
-        names |= _under(f"{half}.mid_block.resnets.0", f"{half}.middle.first", _BLOCK)
-        names |= _under(f"{half}.mid_block.attentions.0", f"{half}.middle.attention", _ATTENTION)
-        names |= _under(f"{half}.mid_block.resnets.1", f"{half}.middle.second", _BLOCK)
+        names |= under(half, half, _ENDS)
+        names |= under(f"{half}.mid_block.resnets.0", f"{half}.middle.first", _BLOCK)
+        names |= under(f"{half}.mid_block.attentions.0", f"{half}.middle.attention", _ATTENTION)
+        names |= under(f"{half}.mid_block.resnets.1", f"{half}.middle.second", _BLOCK)
         for i in range(len(node["channel_mult"])):  # both count decoder levels as they run, coarsest first
             theirs, ours = f"{half}.{way}_blocks.{i}", f"{half}.levels.{i}"
             names[f"{theirs}.{way}samplers.0.conv"] = f"{ours}.resample.conv"
             for j in range(node.get("num_res_blocks", 2) + extra):
-                names |= _under(f"{theirs}.resnets.{j}", f"{ours}.blocks.{j}", _BLOCK)
-                names |= _under(f"{theirs}.attentions.{j}", f"{ours}.attentions.{j}", _ATTENTION)
+                names |= under(f"{theirs}.resnets.{j}", f"{ours}.blocks.{j}", _BLOCK)
+                names |= under(f"{theirs}.attentions.{j}", f"{ours}.attentions.{j}", _ATTENTION)
     return names
-
-
-def _under(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    return ((f"{theirs}.{name}", f"{ours}.{own}") for name, own in names.items())
 
 
 def to_diffusers(state: Mapping[str, Tensor], node: Mapping[str, Any]) -> dict[str, Tensor]:

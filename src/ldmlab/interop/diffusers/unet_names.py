@@ -4,11 +4,13 @@ Our attention over pixels keeps q, k, v of every head in one product (rows: head
 our 1 x 1 projections are linear layers; diffusers has three products, and convolutions unless told otherwise.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldmlab.interop.shared_names import Pairs, spatial_transformer, under
 
 _RES = {
     "norm1": "norm_in",
@@ -28,19 +30,6 @@ _ENDS = {
 _PIXEL_ATTENTION = {"group_norm": "norm", "to_out.0": "out"}
 _FUSED = ("to_q", "to_k", "to_v")  # => qkv
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
-_TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}
-_TRANSFORMER_BLOCK = {
-    "norm1": "norm_self",
-    "norm2": "norm_cross",
-    "norm3": "norm_mlp",
-    "ff.net.0.proj": "mlp.expand",
-    "ff.net.2": "mlp.out",
-    **{
-        f"{theirs}.{product}": f"{ours}.{name}"
-        for theirs, ours in (("attn1", "self_attention"), ("attn2", "cross_attention"))
-        for product, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out"))
-    },
-}
 
 
 def module_names(arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -50,8 +39,8 @@ def module_names(arguments: Mapping[str, Any]) -> dict[str, str]:
     if arguments.get("vector_width") is not None and arguments.get("project_vector", True):
         names["class_embedding"] = "vector"
 
-    def block(theirs: str, ours: str, number: int, *, attention: bool) -> Iterator[tuple[str, str]]:
-        yield from _under(f"{theirs}.resnets.{number}", f"{ours}.res", _RES)
+    def block(theirs: str, ours: str, number: int, *, attention: bool) -> Pairs:
+        yield from under(f"{theirs}.resnets.{number}", f"{ours}.res", _RES)
         if attention:
             yield from _attention(f"{theirs}.attentions.{number}", f"{ours}.attention", arguments)
 
@@ -64,23 +53,16 @@ def module_names(arguments: Mapping[str, Any]) -> dict[str, str]:
                 names |= block(theirs, f"{ours}.blocks.{j}", j, attention=present)
             resampler = f"{theirs}.{way}samplers.0", f"{ours}.resample"
             residual = arguments.get("residual_resampling")
-            names |= _under(*resampler, _RES if residual else {"conv": "conv"})
+            names |= under(*resampler, _RES if residual else {"conv": "conv"})
     names |= block("mid_block", "middle.0", 0, attention=True)
-    names |= _under("mid_block.resnets.1", "middle.1.res", _RES)
+    names |= under("mid_block.resnets.1", "middle.1.res", _RES)
     return names
 
 
-def _attention(theirs: str, ours: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _attention(theirs: str, ours: str, arguments: Mapping[str, Any]) -> Pairs:
     if arguments.get("context_width") is None:
-        yield from _under(theirs, ours, _PIXEL_ATTENTION)
-        return
-    yield from _under(theirs, ours, _TRANSFORMER)
-    for i in range(arguments.get("transformer_depth", 1)):
-        yield from _under(f"{theirs}.transformer_blocks.{i}", f"{ours}.blocks.{i}", _TRANSFORMER_BLOCK)
-
-
-def _under(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    return ((f"{theirs}.{name}", f"{ours}.{own}") for name, own in names.items())
+        return under(theirs, ours, _PIXEL_ATTENTION)
+    return spatial_transformer(theirs, ours, arguments.get("transformer_depth", 1))
 
 
 def to_diffusers(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers.options import resolved
+from ldmlab.interop.diffusers.options import levels_with_attention, multiples, named_class, resolved
 
 CONDITION, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 Config = Mapping[str, Any]
@@ -65,11 +65,8 @@ WITH_ATTENTION = {CONDITION: "CrossAttn", PLAIN: "Attn"}
 
 def kind_of(config: Config) -> str:
     """The class a configuration belongs to, also where the file does not say."""
-    named = config.get("_class_name")
-    if named in _DEFAULTS:
-        return str(named)
-    if named is not None:
-        raise InputError(f"the U-Net's class {named} is not known; known are {', '.join(_DEFAULTS)}.")
+    if named := named_class(config, _DEFAULTS, "the U-Net"):
+        return named
     types = [*config.get("down_block_types", ()), config.get("mid_block_type") or ""]
     tokens = "cross_attention_dim" in config or any("CrossAttn" in kind for kind in types)
     return CONDITION if tokens else PLAIN
@@ -79,15 +76,12 @@ def arguments(config: Config) -> dict[str, Any]:
     """Our U-Net's arguments for a diffusers configuration."""
     kind = kind_of(config)
     given = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
-    widths = given["block_out_channels"]
-    if any(width % widths[0] for width in widths):
-        raise InputError(f"{kind} with block_out_channels={widths}: not multiples of the first width; use another one.")
     attention = _attention_levels(kind, given)
     return {
         "in_channels": given["in_channels"],
         "out_channels": given["out_channels"],
-        "model_channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
+        "model_channels": given["block_out_channels"][0],
+        "channel_mult": multiples(kind, given["block_out_channels"]),
         "num_res_blocks": _one(kind, given, "layers_per_block"),
         "attention_downsampling": [2**level for level, present in enumerate(attention) if present],
         **_heads(kind, given, attention),
@@ -122,18 +116,9 @@ def _one(kind: str, given: Config, key: str) -> int:
 
 
 def _attention_levels(kind: str, given: Config) -> list[bool]:
-    """Which levels have attention, from the finest; the way up must mirror the way down."""
     mark = WITH_ATTENTION[kind]
     known = {f"{prefix}{way}2D" for prefix in ("", mark) for way in ("DownBlock", "UpBlock")}
-    known |= {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"}
-    types = given["down_block_types"], given["up_block_types"]
-    for name in [*types[0], *types[1]]:
-        if name not in known:
-            raise InputError(f"{kind} with a {name} cannot be represented here; levels can be {', '.join(known)}.")
-    down, up = ([name.startswith(mark) for name in way] for way in types)
-    if down != up[::-1]:
-        raise InputError(f"{kind} with other attention on the way up ({types[1]}) than down; use a symmetric one.")
-    return down
+    return levels_with_attention(kind, given, mark, known | {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"})
 
 
 def _heads(kind: str, given: Config, attention: Sequence[bool]) -> dict[str, int | None]:
