@@ -26,7 +26,6 @@ SAMPLING = ("--guidance", "3", "--seed", "7")
 SCORING = ("protocol=demo_emoji", "features=clip_run")
 REBUILDING = ("protocol=reconstruction", "features=clip_run")
 SWEEP = "steps=1,2,5,10,25,50"
-PARTS = ("first_stage", "clip", "latents", "text_to_image", "evaluation")
 
 
 class Step(NamedTuple):
@@ -65,73 +64,74 @@ def run(args: argparse.Namespace) -> int:
 
 def flow(out: Path, recipe: str) -> list[Step]:
     """The demo's commands in order; `recipe` is cpu or gpu."""
-    python = sys.executable
-    train = [python, "train.py"]
-    ldmlab = [python, "-m", "ldmlab"]
-    first_stage, clip, latents, model, scores = (out / name for name in PARTS)
-    minutes = MINUTES[recipe]
+    return [*_to_latents(out, recipe), *_model(out, recipe), *_pictures(out, recipe)]
+
+
+def _to_latents(out: Path, recipe: str) -> list[Step]:
+    """The networks that pictures and captions go through, and the pictures as latents."""
+    first_stage, clip, latents, minutes = out / "first_stage", out / "clip", out / "latents", MINUTES[recipe]
     return [
         Step(
             "Train the first stage: pictures to latents and back",
-            [*train, f"experiment=demo/{recipe}_first_stage", f"run.dir={first_stage}"],
+            [*_TRAIN, f"experiment=demo/{recipe}_first_stage", f"run.dir={first_stage}"],
             first_stage / "finished.json",
-            minutes[0],
+            minutes["first_stage"],
         ),
         Step(
             "Train a small CLIP: captions and pictures in one space",
-            [*train, f"experiment=demo/{recipe}_clip", f"run.dir={clip}"],
+            [*_TRAIN, f"experiment=demo/{recipe}_clip", f"run.dir={clip}"],
             clip / "finished.json",
-            minutes[1],
+            minutes["clip"],
         ),
         Step(
             "Score the first stage: held-out pictures there and back",
-            [python, "evaluate.py", f"model={first_stage}", f"features.run={clip}", *REBUILDING],
+            [*_EVALUATE, f"model={first_stage}", f"features.run={clip}", *REBUILDING],
             first_stage / "evaluation" / "reconstruction" / "report.html",
-            minutes[2],
+            minutes["latents"],
         ),
         Step(
             "Encode: every picture to the moments of its latent, once",
-            [*ldmlab, "encode", "data=emoji", f"from_run={first_stage}", f"out={latents}"],
+            [*_LDMLAB, "encode", "data=emoji", f"from_run={first_stage}", f"out={latents}"],
             latents / "train" / "manifest.json",
-            minutes[2],
+            minutes["latents"],
         ),
+    ]
+
+
+def _model(out: Path, recipe: str) -> list[Step]:
+    """The denoiser."""
+    options = [f"data.latents={out / 'latents'}", f"conditioner.text.from_run={out / 'clip'}"]
+    return [
         Step(
             "Train the denoiser on the latents, told the caption",
-            [
-                *train,
-                f"experiment=demo/{recipe}_text_to_image",
-                f"data.latents={latents}",
-                f"conditioner.text.from_run={clip}",
-                f"run.dir={model}",
-            ],
-            model / "finished.json",
-            minutes[3],
-        ),
+            [*_TRAIN, f"experiment=demo/{recipe}_text_to_image", *options, f"run.dir={out / 'text_to_image'}"],
+            out / "text_to_image" / "finished.json",
+            MINUTES[recipe]["text_to_image"],
+        )
+    ]
+
+
+def _pictures(out: Path, recipe: str) -> list[Step]:
+    """What the model makes, and what it is worth."""
+    model, scores, minutes = out / "text_to_image", out / "evaluation", MINUTES[recipe]
+    return [
         Step(
             "Sample: from noise to pictures, and the way they come",
-            [*ldmlab, "sample", str(model), *CAPTIONS, *SAMPLING, "--strip", "--out", str(out / "samples")],
+            [*_LDMLAB, "sample", str(model), *CAPTIONS, *SAMPLING, "--strip", "--out", str(out / "samples")],
             out / "samples" / "grid.png",
-            minutes[4],
+            minutes["samples"],
         ),
         Step(
             "Sample again with fewer and more steps",
-            [*ldmlab, "sample", str(model), *CAPTIONS[:4], *SAMPLING, "--sweep", SWEEP, "--out", str(out / "sweep")],
+            [*_LDMLAB, "sample", str(model), *CAPTIONS[:4], *SAMPLING, "--sweep", SWEEP, "--out", str(out / "sweep")],
             out / "sweep" / "sweep_steps.png",
-            minutes[4],
+            minutes["samples"],
         ),
         Step(
             "Score the model and write the report",
-            [
-                python,
-                "evaluate.py",
-                f"model={model}",
-                f"features.run={clip}",
-                *SCORING,
-                f"out={scores}",
-                _sheets(out),
-            ],
+            [*_EVALUATE, f"model={model}", f"features.run={out / 'clip'}", *SCORING, f"out={scores}", _sheets(out)],
             scores / "report.html",
-            minutes[5],
+            minutes["evaluation"],
         ),
     ]
 
@@ -142,7 +142,12 @@ def _sheets(out: Path) -> str:
     return f"pictures=[['From noise to picture','{strip}'],['Fewer and more steps','{sweep}']]"
 
 
-MINUTES = {"cpu": (3.2, 1.5, 0.3, 8.5, 0.4, 1.8), "gpu": (0.7, 0.4, 0.2, 1.0, 0.2, 0.4)}
+_TRAIN, _EVALUATE, _LDMLAB = ([sys.executable, *words] for words in (["train.py"], ["evaluate.py"], ["-m", "ldmlab"]))
+_STEPS = ("first_stage", "clip", "latents", "text_to_image", "samples", "evaluation")
+MINUTES = {
+    recipe: dict(zip(_STEPS, minutes, strict=True))
+    for recipe, minutes in (("cpu", (3.2, 1.5, 0.3, 8.5, 0.4, 1.8)), ("gpu", (0.7, 0.4, 0.2, 1.0, 0.2, 0.4)))
+}
 
 
 def _run_step(number: int, count: int, step: Step) -> None:

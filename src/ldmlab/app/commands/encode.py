@@ -7,6 +7,7 @@ from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
     from ldmlab.build import LoadedFirstStage
+    from ldmlab.data.encode import LatentSettings
     from ldmlab.data.shard_data import ShardData
 
 USAGE = """options are key=value, as for train.py; from_run and out must be given:
@@ -62,29 +63,19 @@ def _encode_split(
     rank: int,
     world: int,
 ) -> None:
+    """One split into its folder, with a bar and a closing line."""
     from rich.console import Console
 
     from ldmlab.app.progress import bar
     from ldmlab.build import moments_of
-    from ldmlab.data.encode import LatentSettings, encode
+    from ldmlab.data.encode import encode
 
-    first_stage: Any = loaded.module
-    settings = LatentSettings(
-        fingerprint=loaded.fingerprint,
-        latent_channels=first_stage.latent_channels,
-        downsampling=first_stage.downsampling,
-        image_size=data.image_size,
-        mirrored=config["mirror"],
-        dtype=config["dtype"],
-        carries_images=config["carry_images"],
-        first_stage=loaded.spec,
-    )
     with bar(f"encoding {split}", "pictures", Console(stderr=True, quiet=rank > 0)) as advance:
         result = encode(
             data.folder(split, "images"),
             out,
-            lambda images: moments_of(first_stage, images),
-            settings,
+            lambda images: moments_of(loaded.module, images),
+            _settings(config, data, loaded),
             rank=rank,
             world=world,
             batch_size=config["batch_size"],
@@ -97,6 +88,23 @@ def _encode_split(
         skipped = len(result.manifest.extra.get("skipped", []))
         note = f", {skipped} unreadable" if skipped else ""
         print(f"{out}: {result.manifest.total} pictures{note}, standard deviation of the latents {std:.3f}")
+
+
+def _settings(config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstStage") -> "LatentSettings":
+    """What the manifest will tell of the latents."""
+    from ldmlab.data.encode import LatentSettings
+
+    first_stage: Any = loaded.module
+    return LatentSettings(
+        fingerprint=loaded.fingerprint,
+        latent_channels=first_stage.latent_channels,
+        downsampling=first_stage.downsampling,
+        image_size=data.image_size,
+        mirrored=config["mirror"],
+        dtype=config["dtype"],
+        carries_images=config["carry_images"],
+        first_stage=loaded.spec,
+    )
 
 
 def _put_first_stage(loaded: "LoadedFirstStage", folder: Any) -> None:
