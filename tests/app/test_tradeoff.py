@@ -35,8 +35,8 @@ TINY = [
 ]
 
 
-def _config(*options: str) -> dict:
-    return plain(compose("train", ["experiment=tradeoff/emoji", *options]))
+def _config(*options: str, recipe: str = "emoji") -> dict:
+    return plain(compose("train", [f"experiment=tradeoff/{recipe}", *options]))
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +99,20 @@ def test_two_factors_train_once_each_and_stand_in_one_report(packed: Path, monke
     assert "±" in (packed / "runs" / "comparison" / "report.md").read_text()
 
 
-def test_every_factor_builds_with_equal_parameters() -> None:
+@pytest.mark.parametrize(("recipe", "size", "digits"), [("emoji", "", 1), ("emoji_cpu", "_small", 2)])
+def test_every_factor_builds_with_equal_parameters(recipe: str, size: str, digits: int) -> None:
     counted = {}
-    for name in FACTORS:
-        config = _config(f"first_stage={name}")
+    for name in (factor + size for factor in FACTORS):
+        config = _config(f"first_stage={name}", recipe=recipe)
         first_stage = instantiate(config["first_stage"], where="first_stage")
         f = first_stage.downsampling
-        assert name == f"f{f}"
+        assert name == f"f{f}{size}"
         latent = LatentSpec(first_stage.latent_channels, 128 // f, 128 // f, f)
         node = {**config["backbone"], "in_channels": latent.channels, "out_channels": latent.channels}
         cost = denoiser_cost(node, latent, {})
         counted[name] = cost.parameters
         header = (conf_dir() / "backbone" / f"unet_tradeoff_{name}.yaml").read_text().split(";")[0]
-        assert f"{cost.parameters / 1e6:.1f} M parameters" in header
+        assert f"{cost.parameters / 1e6:.{digits}f} M parameters" in header
     assert max(counted.values()) <= 1.05 * min(counted.values())
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ldmlab.app import cli
 from ldmlab.errors import InputError
-from ldmlab.evaluation.trade_curves import RECORD, by_factor, read_job, trained_seconds
+from ldmlab.evaluation.equal_budgets import equal_budget, merged, score_after
+from ldmlab.evaluation.line_chart import line_chart, log_ticks
+from ldmlab.evaluation.trade_curves import RECORD, Value, by_factor, read_job, trained_seconds
 from ldmlab.evaluation.tradeoff import SAMPLING, TRAINING, write_tradeoff
 
 PROTOCOL = {"name": "tradeoff", "guidance": 1.0}
@@ -54,7 +57,7 @@ def test_curves_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> Non
     assert [x for x, _ in curves["training steps"]] == [5, 10]
     assert [x for x, _ in curves["wall-clock"]] == [5, 10]
     assert [x for x, _ in curves["device time"]] == [10, 20]
-    assert [x for x, _ in curves["training compute"]] == [1.25, 2.5]
+    assert [x for x, _ in curves["training compute"]] == [1250, 2500]
     final = curves["training steps"][-1][1]
     assert (final.mean, final.deviation, final.seeds) == (4.0, 1.0, 3)
     assert str(final) == "4 ± 1"
@@ -126,3 +129,62 @@ def test_wall_clock_is_the_pictures_over_the_speed(tmp_path: Path) -> None:
     assert trained_seconds(tmp_path / "metrics.csv", None) == 2 + 1 + 8
     (tmp_path / "metrics.csv").write_text("step,loss\n1,1.0\n")
     assert trained_seconds(tmp_path / "metrics.csv", None) is None
+
+
+def test_factors_are_compared_at_the_compute_that_all_reached(tmp_path: Path) -> None:
+    step = TRAINING["training steps"][1]
+    compute = TRAINING["training compute"][1]
+    folders = [_job(tmp_path / f"steps-f{f}", f, 0, fid) for f, fid in ((1, 9.0), (4, 3.0))]
+    factors = by_factor([read_job(folder) for folder in folders])
+    found = equal_budget(factors, "fid", step)
+    assert found is not None
+    assert (found.spent, found.scores) == (10, {"f1": 9.0, "f4": 3.0})
+    assert equal_budget(factors, "fid", compute) is None  # f = 4 ends at 2,500, where f = 1 has nothing yet
+
+    points = [
+        dict(point, step=s, flops=s * 10**18 // 4)
+        for s, point in zip((20, 40), read_job(folders[1])["points"][:2], strict=True)
+    ]
+    longer = _job(tmp_path / "compute-f4", 4, 0, 3.0, budget="compute", max_steps=40, points=points)
+    factors += by_factor([read_job(longer)])
+    assert [x for x, _ in merged(factors, "fid", step)["f4"]] == [5, 10, 20, 40]  # both runs on one line
+    found = equal_budget(factors, "fid", compute)
+    assert found is not None
+    assert (found.spent, found.scores) == (10_000.0, {"f1": 9.0, "f4": 3.0})
+    assert found.best_first("lower") == ["f4", "f1"]
+    text = write_tradeoff([*folders, longer], tmp_path / "out").with_name("report.md").read_text()
+    assert "at equal training compute (10,000 1e15 FLOPs), best first: f4 3, f1 9." in text
+
+
+def test_a_score_between_two_points_lies_on_a_logarithmic_line() -> None:
+    curve = [(1.0, Value(8.0, None, 1)), (100.0, Value(4.0, None, 1))]
+    assert score_after(curve, 10.0) == pytest.approx(6.0)
+    assert score_after(curve, 100.0) == 4.0
+    assert score_after(curve, 100.5) == 4.0  # a budget is paid in whole steps
+    assert score_after(curve, 110.0) is None
+    assert score_after(curve, 0.5) is None
+
+
+def test_a_logarithmic_axis_gives_equal_ratios_equal_room() -> None:
+    chart = line_chart({"f1": [(1e-5, 1.0), (1e-4, 2.0), (1e-3, 3.0)]}, title="", log_x=True)
+    places = [float(part.split('"')[0]) for part in chart.split('cx="')[1:]]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.2)
+    assert log_ticks(1e-5, 1e-3) == pytest.approx([1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
+    assert len(log_ticks(1, 1e9)) <= 6
+    assert log_ticks(1.1, 1.9) == [1.1, 1.9]  # no round number between them
+
+
+def test_the_page_shows_what_each_job_draws_and_rebuilds(tmp_path: Path) -> None:
+    first_stage = tmp_path / "first_stage"
+    job = _job(tmp_path / "job", 4, 0, 3.0, first_stage=str(first_stage))
+    for folder, name in (
+        (first_stage / "evaluation" / "tradeoff-abc", "rebuilt_00000.png"),
+        (job / "evaluation" / "step_00000010-100-abc", "sample_00000.png"),
+        (job / "evaluation" / "step_00000005-100-abc", "sample_00000.png"),  # not the last of the training
+    ):
+        (folder / "pictures").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "pictures" / name)
+    page = write_tradeoff([job], tmp_path / "out").read_text()
+    assert "f4: there and back" in page
+    assert "f4: drawn after 10 steps" in page
+    assert page.count("<img") == 2

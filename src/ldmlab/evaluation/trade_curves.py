@@ -13,7 +13,7 @@ from ldmlab.errors import InputError
 
 FORMAT_VERSION = 1
 RECORD = "tradeoff.json"
-EXA = 1e18
+PETA = 1e15
 
 
 def trained_seconds(path: Path, step: int | None) -> float | None:

@@ -9,17 +9,19 @@ from typing import Any
 
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.evaluation.equal_budgets import EqualBudget, equal_budget, merged
 from ldmlab.evaluation.line_chart import line_chart
 from ldmlab.evaluation.report import MEANING
 from ldmlab.evaluation.report_html import page
-from ldmlab.evaluation.trade_curves import EXA, Curve, FactorJobs, by_factor, check_one_measure, is_job, read_job
+from ldmlab.evaluation.trade_curves import PETA, Curve, FactorJobs, by_factor, check_one_measure, is_job, read_job
+from ldmlab.evaluation.trade_pictures import picture_rows
 
 Axis = tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]]
 TRAINING: dict[str, Axis] = {
-    "training steps": ("step", lambda _, point: point["step"]),
+    "training steps": ("steps", lambda _, point: point["step"]),
     "wall-clock": ("hours", lambda _, point: point["seconds"] and point["seconds"] / 3600),
     "device time": ("device-hours", lambda job, p: p["seconds"] and p["seconds"] * job["processes"] / 3600),
-    "training compute": ("1e18 FLOPs", lambda _, point: point["flops"] / EXA),
+    "training compute": ("1e15 FLOPs", lambda _, point: point["flops"] / PETA),
 }
 SAMPLING: dict[str, Axis] = {
     "sampling time": (
@@ -47,14 +49,21 @@ def write_tradeoff(folders: Sequence[Path], out: Path) -> Path:
         raise InputError(f"{folders[0]} holds no scored job of a comparison; let the sweep finish one first.")
     check_one_measure(jobs)
     out.mkdir(parents=True, exist_ok=True)
-    sections, lines = [], ["# Downsampling comparison", ""]
-    for budget in sorted({job["budget"] for job in jobs}, reverse=True):
-        factors = by_factor([job for job in jobs if job["budget"] == budget])
+    lines = ["# Downsampling comparison", ""]
+    budgets = sorted({job["budget"] for job in jobs}, reverse=True)
+    groups = {budget: by_factor([job for job in jobs if job["budget"] == budget]) for budget in budgets}
+    every = [factor for factors in groups.values() for factor in factors]
+    sections = _equal_sections(every)
+    if equal := equal_table(every, scores_of(every)[0]):
+        lines += ["## At equal cost", "", *equal_readings(every), "", *_markdown(equal), ""]
+    for budget, factors in groups.items():
         sections += _sections(factors, budget)
         lines += [f"## Budgets equal in {budget}", "", reading(factors), "", *_markdown(table(factors)), ""]
     lead = f"{len(jobs)} jobs, each a factor with all its stages, scored by the protocol {jobs[0]['protocol']['name']}."
     if left_out:
         lead += f" Not scored yet, so left out: {', '.join(folder.name for folder in left_out)}."
+    if pictures := picture_rows(jobs):
+        sections.append(_block("Pictures", pictures))
     _write(out / "report.html", page("Downsampling comparison", lead, sections))
     _write(out / "report.md", "\n".join([*lines[:2], lead, "", *lines[2:]]))
     _write(out / "points.csv", points_csv(jobs))
@@ -84,6 +93,57 @@ def reading(factors: Sequence[FactorJobs]) -> str:
     if len(ranked) < 2:
         return f"{shown}: {ranked[0]} ends at {ends[ranked[0]]}."
     return f"{shown} at the end of training, best first: {', '.join(f'{label} {ends[label]}' for label in ranked)}."
+
+
+def _equal_budgets(factors: Sequence[FactorJobs], score: str) -> dict[str, EqualBudget]:
+    """By the title of the axis; one device's wall-clock says nothing beside device time."""
+    axes = {title: x for title, (_, x) in TRAINING.items() if title != "wall-clock"}
+    return {title: found for title, x in axes.items() if (found := equal_budget(factors, score, x))}
+
+
+def _amount(value: float) -> str:
+    """A number that stays readable from a test to the paper's runs."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def equal_readings(factors: Sequence[FactorJobs]) -> list[str]:
+    """A sentence a kind of cost on which factor is best after spending the same."""
+    score = scores_of(factors)[0]
+    shown, direction, _ = MEANING.get(score, (score, "lower", ""))
+    sentences = []
+    for title, found in _equal_budgets(factors, score).items():
+        order = ", ".join(f"{label} {found.scores[label]:.4g}" for label in found.best_first(direction))
+        sentences.append(
+            f"{shown} at equal {title} ({_amount(found.spent)} {TRAINING[title][0]}), best first: {order}."
+        )
+    return sentences
+
+
+def equal_table(factors: Sequence[FactorJobs], score: str) -> list[tuple[str, ...]]:
+    """Scores after the same steps, device time and compute; the head first, nothing where no cost is shared."""
+    budgets = _equal_budgets(factors, score)
+    if not budgets:
+        return []
+    shown = _shown(score)
+    head = [f"{shown} at {_amount(found.spent)} {TRAINING[title][0]}" for title, found in budgets.items()]
+    labels = list(next(iter(budgets.values())).scores)
+    rows = [(label, *(f"{found.scores[label]:.4g}" for found in budgets.values())) for label in labels]
+    return [("factor", *head), *rows]
+
+
+def _equal_sections(factors: Sequence[FactorJobs]) -> list[str]:
+    """What was reached at equal cost, from the runs of every length."""
+    main = scores_of(factors)[0]
+    if not (rows := equal_table(factors, main)):
+        return []
+    charts = [
+        _chart(merged(factors, main, x), f"{_shown(main)} against {title}, all runs", unit)
+        for title, (unit, x) in TRAINING.items()
+        if title != "wall-clock" and len({f.first["budget"] for f in factors}) > 1  # one kind has these figures below
+    ]
+    told = "".join(f"<p>{escape(sentence)}</p>" for sentence in equal_readings(factors))
+    note = "<p>Between the points of a curve scores are read off on a logarithmic axis.</p>"
+    return [_block("At equal cost", f'{told}{note}{_html(rows)}<div class="charts">{"".join(charts)}</div>')]
 
 
 def _sections(factors: Sequence[FactorJobs], budget: str) -> list[str]:
@@ -118,7 +178,7 @@ def _charts(factors: Sequence[FactorJobs], score: str) -> str:
 
 def _chart(curves: Mapping[str, Curve], title: str, unit: str) -> str:
     points = {label: [(x, value.mean) for x, value in curve] for label, curve in curves.items()}
-    return line_chart(points, title=title, x_title=unit)
+    return line_chart(points, title=title, x_title=unit, log_x=True)
 
 
 def _reconstruction(factors: Sequence[FactorJobs], score: str) -> str:
@@ -134,7 +194,7 @@ def _reconstruction(factors: Sequence[FactorJobs], score: str) -> str:
 def table(factors: Sequence[FactorJobs]) -> list[tuple[str, ...]]:
     """What each factor is, what it costs, how it ends; the head first."""
     scores = scores_of(factors)
-    head = ("factor", "latent", "parameters", "GFLOPs forward", "steps", "1e18 FLOPs", "hours", "first stage PSNR")
+    head = ("factor", "latent", "parameters", "GFLOPs forward", "steps", "1e15 FLOPs", "hours", "first stage PSNR")
     lines: list[tuple[str, ...]] = [(*head, "first stage FD", *map(_shown, scores), "seeds")]
     for f in factors:
         job, last = f.first, f.first["points"][0]
@@ -144,7 +204,7 @@ def table(factors: Sequence[FactorJobs]) -> list[tuple[str, ...]]:
         lines.append(
             (
                 *(f.label, " x ".join(map(str, job["latent"])), f"{job['parameters'] / 1e6:.1f} M"),
-                *(f"{job['forward'] / 1e9:.3g}", f"{job['max_steps']:,}", f"{last['flops'] / EXA:.3g}", hours),
+                *(f"{job['forward'] / 1e9:.3g}", f"{job['max_steps']:,}", f"{last['flops'] / PETA:.3g}", hours),
                 *("–" if value is None else f"{value:.4g}" for value in lost),
                 *(str(f.final(name) or "–") for name in scores),
                 str(len(f.jobs)),
