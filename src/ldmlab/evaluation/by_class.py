@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.score import EvaluationPass
+from ldmlab.metrics.balls import ball_sizes, shares_inside
 from ldmlab.metrics.kernel import squared_mmd
-from ldmlab.metrics.precision_recall import ball_sizes, shares_inside
 
 _NEIGHBOURS = 3  # of precision and recall, as over all classes
 _MOST = 4000  # pictures of one class that its kernel distance looks at, so that memory is bounded

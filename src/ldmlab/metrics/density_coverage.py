@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.metrics.accumulate import FeatureSets
-from ldmlab.metrics.precision_recall import ball_sizes, squared_distances
+from ldmlab.metrics.balls import ball_sizes
+from ldmlab.metrics.precision_recall import share_error, squared_distances
 
 _TILE = 1024  # rows and columns of one block of distances: 4 MiB in float32
 
@@ -25,7 +26,7 @@ class DensityCoverage(FeatureSets):
         self.neighbours = neighbours
 
     def compute(self) -> dict[str, Tensor]:
-        """`density`, 0 and up, and `coverage` in [0, 1], float64."""
+        """`density`, 0 and up, and `coverage` in [0, 1], float64, each with its standard error `_std`."""
         real, fake = self.sets()
         if len(real) <= self.neighbours:
             raise InputError(
@@ -33,13 +34,21 @@ class DensityCoverage(FeatureSets):
             )
         centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
         real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
-        balls, covered, inside = ball_sizes(real, self.neighbours), [], 0
+        balls, covered = ball_sizes(real, self.neighbours), []
+        lying_in = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # real balls, of each generated point
         for top in range(0, len(real), _TILE):
             rows = slice(top, top + _TILE)
             held = torch.zeros(len(real[rows]), dtype=torch.int64, device=real.device)  # generated points in each ball
-            for part in fake.split(_TILE):
-                held += (squared_distances(real[rows], part) < balls[rows, None]).sum(dim=1)
+            for left in range(0, len(fake), _TILE):
+                columns = slice(left, left + _TILE)
+                inside = squared_distances(real[rows], fake[columns]) < balls[rows, None]
+                held += inside.sum(dim=1)
+                lying_in[columns] += inside.sum(dim=0)
             covered.append(held > 0)
-            inside += int(held.sum())
-        density = torch.tensor(inside / (self.neighbours * len(fake)), dtype=torch.float64)
-        return {"density": density, "coverage": torch.cat(covered).double().mean()}
+        density, coverage = lying_in.double() / self.neighbours, torch.cat(covered).double().mean()
+        return {
+            "density": density.mean(),
+            "density_std": density.std(correction=0) / len(fake) ** 0.5,
+            "coverage": coverage,
+            "coverage_std": share_error(coverage, len(real)),
+        }

@@ -9,21 +9,26 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.metrics.accumulate import FeatureSets
+from ldmlab.metrics.balls import ball_sizes, shares_inside
 
 _TILE = 1024  # rows and columns of one block of distances: 4 MiB in float32
 
 
 class PrecisionRecall(FeatureSets):
-    """Precision and recall of generated features; the memory beyond the features is one tile."""
+    """Precision and recall of generated features; the memory beyond the features is one tile.
+
+    `screening`: bfloat16 rules most pairs out before float32 decides (`screening.py`), with the same answers; it
+    takes half the features' memory more. The spread is the standard error of a share of so many pictures.
+    """
 
     higher_is_better = True
 
-    def __init__(self, neighbours: int = 3) -> None:
+    def __init__(self, neighbours: int = 3, screening: bool = False) -> None:
         super().__init__()
-        self.neighbours = neighbours
+        self.neighbours, self.screening = neighbours, screening
 
     def compute(self) -> dict[str, Tensor]:
-        """`precision` and `recall`, float64 in [0, 1]."""
+        """`precision` and `recall`, float64 in [0, 1], each with `_std`."""
         real, fake = self.sets()
         if min(len(real), len(fake)) <= self.neighbours:
             raise InputError(
@@ -32,10 +37,19 @@ class PrecisionRecall(FeatureSets):
             )
         centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
         real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
-        precision, recall = shares_inside(
-            fake, ball_sizes(fake, self.neighbours), real, ball_sizes(real, self.neighbours)
-        )
-        return {"precision": precision, "recall": recall}
+        balls = [ball_sizes(part, self.neighbours, self.screening) for part in (fake, real)]
+        precision, recall = shares_inside(fake, balls[0], real, balls[1], self.screening)
+        return {
+            "precision": precision,
+            "precision_std": share_error(precision, len(fake)),
+            "recall": recall,
+            "recall_std": share_error(recall, len(real)),
+        }
+
+
+def share_error(share: Tensor, count: int) -> Tensor:
+    """Standard error sqrt(p (1 - p) / n) of a share of independent pictures, the balls taken as they are."""
+    return (share * (1 - share) / count).sqrt()
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -68,21 +82,3 @@ def nearest(
         found_distances.append(best)
         found_indices.append(best_index)
     return torch.cat(found_distances), torch.cat(found_indices)
-
-
-def ball_sizes(points: Tensor, neighbours: int) -> Tensor:
-    """Squared distance (n,) of each point to its k-th nearest other point."""
-    return nearest(points, points, neighbours, skip_self=True)[0][:, -1]
-
-
-def shares_inside(a: Tensor, ball_a: Tensor, b: Tensor, ball_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of the points `a` in at least one ball of `b` (border included), and of `b` in one of `a`; float64."""
-    a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
-    b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
-    for top in range(0, len(a), _TILE):
-        for left in range(0, len(b), _TILE):
-            rows, columns = slice(top, top + _TILE), slice(left, left + _TILE)
-            distances = squared_distances(a[rows], b[columns])
-            a_inside[rows] |= (distances <= ball_b[columns]).any(dim=1)
-            b_inside[columns] |= (distances <= ball_a[rows, None]).any(dim=0)
-    return a_inside.double().mean(), b_inside.double().mean()

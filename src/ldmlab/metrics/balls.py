@@ -1,0 +1,98 @@
+"""Balls around the points of a set that reach to the k-th other point, and who lies inside: in tiles, each pair once.
+
+With `screening` bfloat16 rules pairs out and the rest is decided in float32 (`screening.py`); the answers are the same.
+"""
+
+import torch
+from torch import Tensor
+
+from ldmlab.metrics.screening import Block, Points
+
+_TILE = 2048  # rows and columns of one block of distances: 16 MiB in float32
+
+
+def ball_sizes(points: Tensor, neighbours: int, screening: bool = False) -> Tensor:
+    """Squared distance (n,) of each point to its k-th nearest other point."""
+    known = Points.of(points, screening)
+    parts = [known.part(slice(start, start + _TILE)) for start in range(0, len(points), _TILE)]
+    best = [_within(part.exact, neighbours) for part in parts]  # (n, k), ascending
+    for top, a in enumerate(parts):
+        for left in range(top + 1, len(parts)):
+            block = Block(a, parts[left])
+            rows, columns = block.rows(best[top][:, -1]), block.columns(best[left][:, -1])
+            near = (block.bounds(rows) <= best[top][rows, -1:]).nonzero()
+            pairs = torch.stack([rows[near[:, 0]], near[:, 1]], dim=1)
+            best[top] = _merged(best[top], pairs[:, 0], block.distances(pairs))
+            near = (block.bounds(columns=columns) <= best[left][columns, -1]).nonzero()
+            pairs = torch.stack([near[:, 0], columns[near[:, 1]]], dim=1)
+            best[left] = _merged(best[left], pairs[:, 1], block.distances(pairs))
+    return torch.cat([part[:, -1] for part in best])
+
+
+def _within(points: Tensor, neighbours: int) -> Tensor:
+    """The k smallest distances (n, k) of each point to others of its own tile; inf where there are too few."""
+    own = Points.of(points, screening=False)
+    distances = Block(own, own).bounds().clamp_min_(0).fill_diagonal_(torch.inf)
+    close = distances.topk(min(neighbours, len(points)), dim=1, largest=False).values
+    return torch.nn.functional.pad(close, (0, neighbours - close.shape[1]), value=torch.inf)
+
+
+def _merged(best: Tensor, rows: Tensor, found: Tensor) -> Tensor:
+    """The k smallest of each row's (n, k) and of the distances (P,) found for some rows (P,)."""
+    count = best.shape[1]
+    order = found.argsort()
+    order = order[rows[order].argsort(stable=True)]  # by row, then by distance
+    rows, found = rows[order], found[order].clamp_min(0)
+    place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)  # rank within its row
+    few = place < count
+    new = torch.full_like(best, torch.inf)
+    new[rows[few], place[few]] = found[few]
+    return torch.cat([best, new], dim=1).topk(count, dim=1, largest=False).values
+
+
+def shares_inside(
+    a: Tensor, ball_a: Tensor, b: Tensor, ball_b: Tensor, screening: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Share of the points `a` in at least one ball of `b` (border included), and of `b` in one of `a`; float64.
+
+    A pair of which both points are known to be inside is not looked at.
+    """
+    known_a, known_b = Points.of(a, screening), Points.of(b, screening)
+    a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+    for rows in torch.arange(len(a), device=a.device).split(_TILE):
+        for columns in torch.arange(len(b), device=b.device).split(_TILE):
+            for i, j in ((rows[~a_inside[rows]], columns), (rows[a_inside[rows]], columns[~b_inside[columns]])):
+                if len(i) and len(j):
+                    block = Block(known_a.part(i), known_b.part(j))
+                    a_inside[i[_rows_inside(block, ball_b[j], a_inside[i])]] = True
+                    b_inside[j[_columns_inside(block, ball_a[i], b_inside[j])]] = True
+    return a_inside.double().mean(), b_inside.double().mean()
+
+
+def _rows_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
+    """Rows that lie in a ball around a column (m,), but for those already known to."""
+    rows = block.rows(0.0, -balls)
+    rows = rows[~known[rows]]
+    if block.slack is None or len(rows) == 0:
+        return rows
+    bounds = block.bounds(rows)
+    sure = (bounds + block.slack[rows, None] <= balls).any(dim=1)
+    near = (bounds[~sure] <= balls).nonzero()
+    pairs = torch.stack([rows[~sure][near[:, 0]], near[:, 1]], dim=1)
+    hits = block.distances(pairs) <= balls[pairs[:, 1]]
+    return torch.cat([rows[sure], pairs[hits, 0]])
+
+
+def _columns_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
+    """Columns that lie in a ball around a row (n,), but for those already known to."""
+    columns = block.columns(0.0, -balls)
+    columns = columns[~known[columns]]
+    if block.slack is None or len(columns) == 0:
+        return columns
+    bounds = block.bounds(columns=columns)
+    sure = (bounds + block.slack[:, None] <= balls[:, None]).any(dim=0)
+    near = (bounds[:, ~sure] <= balls[:, None]).nonzero()
+    pairs = torch.stack([near[:, 0], columns[~sure][near[:, 1]]], dim=1)
+    hits = block.distances(pairs) <= balls[pairs[:, 0]]
+    return torch.cat([columns[sure], pairs[hits, 1]])
