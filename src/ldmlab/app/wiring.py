@@ -42,7 +42,7 @@ def train(config: Config, resume: str | None = None) -> None:
     seed_process(config["seed"], 0)  # the same first weights in every process
     plan = PLANS[name](config, data, stage_options(config, settings))
     if config["init_from"] is not None:
-        load_initial_weights(plan.stage, read_model(config["init_from"]).parts, f"init_from={config['init_from']}")
+        load_initial_weights(plan.stage, initial_parts(config["init_from"], plan), f"init_from={config['init_from']}")
     run = open_run(config)
     try:
         _write_start(run, config, plan)
@@ -51,6 +51,16 @@ def train(config: Config, resume: str | None = None) -> None:
             (run.path / FINISHED).write_text(f'{{"step": {plan.stage.step}}}\n')
     finally:
         run.close()
+
+
+def initial_parts(source: str, plan: Plan) -> dict[str, Any]:
+    """Weights to start from; conditioners of another kind start anew."""
+    files = read_model(source)
+    kinds = [[node["_target_"] for node in spec.get("conditioners", {}).values()] for spec in (files.spec, plan.spec)]
+    parts = dict(files.parts)
+    if kinds[0] != kinds[1] and parts.pop("conditioner", None) is not None and processes.rank() == 0:
+        print(f"init_from={source}: its conditioners are of another kind; these start anew", file=sys.stderr)
+    return parts
 
 
 def with_task(config: Config, data: ShardData) -> ShardData:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is drawn, then how it is written."""
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and val/")
-    add("--count", metavar="N", type=int, default=6000, help="scenes in train/ (6000)")
+    add("--count", metavar="N", type=int, default=3000, help="scenes in train/ (3000)")
     add("--val", metavar="N", type=int, default=500, help="scenes in val/, other ones (500)")
     add("--size", metavar="PIXELS", type=int, default=64, help="side of the pictures (64)")
     add("--seed", type=int, default=0, help="which scenes (0)")
