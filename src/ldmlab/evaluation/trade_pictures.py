@@ -28,7 +28,8 @@ def picture_rows(jobs: Sequence[Mapping[str, Any]]) -> str:
 def _newest(run: Path, evaluation: str, pictures: str) -> list[Path]:
     """The pictures of the latest of a run's evaluations of that name."""
     found = sorted(run.glob(f"evaluation/{evaluation}"), key=lambda folder: folder.stat().st_mtime)
-    return sorted(found[-1].glob(f"pictures/{pictures}"))[:_SHOWN] if found else []
+    kept = sorted(found[-1].glob(f"pictures/{pictures}")) if found else []
+    return kept[:: max(len(kept) // _SHOWN, 1)][:_SHOWN]  # neighbours in the set look alike
 
 
 def _row(label: str, pictures: Sequence[Path]) -> str:
