@@ -1,17 +1,21 @@
 """Sampling that starts from a picture, or keeps a part of one: for models that were trained for neither.
 
 Image to image (Meng et al. 2022, "SDEdit"): the walk begins at a middle level with alpha clean + sigma noise.
-Known parts (Lugmayr et al. 2022, "RePaint", eq. 8, without its resampling): after every step what is known is put back
-at the level reached, alpha' known + sigma' noise, always with the noise that the walk began with.
+Known parts (Lugmayr et al. 2022, "RePaint"): after every step what is known is put back at the level reached (eq. 8),
+alpha' known + sigma' noise, always with the noise that the walk began with; and each step is made several times, from
+its end noised back to its start (algorithm 1), so that what is made anew comes to fit what is known.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmlab.contracts import AfterStep, Level
+from ldmlab.contracts import AfterStep, Denoise, Level, Sampler
 
 
 @dataclass(frozen=True)
@@ -21,27 +25,77 @@ class GivenPicture:
     source: Tensor | None = None  # where the walk begins; None: in noise
     known: Tensor | None = None  # kept outside the hole
     hole: Tensor | None = None  # (B, 1, h, w) bool; with `known`: what is made anew
+    repeats: int = 1  # with `known`: how often each step is made
 
     def begin(self, noise: Tensor, level: Level) -> Tensor:
         """x at the first level of the grid."""
         x = noise if self.source is None else _noised(self.source, noise, level)
-        return self._kept(x, noise, level)
+        return self.kept(x, noise, level)
 
-    def keeping(self, noise: Tensor, grid: list[Level], after_step: AfterStep | None) -> AfterStep | None:
+    def around(self, sampler: Sampler, fresh: Callable[[int], Tensor]) -> Sampler:
+        """The sampler with all this about it, to be called with noise; `fresh` noise, by number, is for going back."""
+        return _Around(self, sampler, fresh)
+
+    def kept(self, x: Tensor, noise: Tensor, level: Level) -> Tensor:
+        if self.known is None or self.hole is None:
+            return x
+        return torch.where(self.hole, x, _noised(self.known, noise, level))
+
+
+@dataclass(frozen=True)
+class _Around:
+    given: GivenPicture
+    sampler: Sampler
+    fresh: Callable[[int], Tensor]
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        grid: list[Level],
+        *,
+        noise: Callable[[int], Tensor],
+        after_step: AfterStep | None = None,
+    ) -> Tensor:
+        start, x = x, self.given.begin(x, grid[0])
+        if self.given.known is None or self.given.repeats == 1:
+            return self.sampler(denoise, x, grid, noise=noise, after_step=self._keeping(start, grid, after_step))
+        for step, (here, there) in enumerate(pairwise(grid)):
+            turns = 1 if there.time is None else self.given.repeats  # the end is clean: nothing to go back from
+            for turn in range(turns):
+                number = step * self.given.repeats + turn
+                shown = _numbered(after_step, step) if turn + 1 == turns else None
+                keep = self._keeping(start, [here, there], shown)
+                x = self.sampler(denoise, x, [here, there], noise=_always(noise, number), after_step=keep)
+                if turn + 1 < turns:
+                    x = _noised_again(x, there, here, self.fresh(number))
+        return x
+
+    def _keeping(self, start: Tensor, grid: list[Level], after_step: AfterStep | None) -> AfterStep | None:
         """`after_step`, after what is known has been put back."""
-        if self.known is None:
+        if self.given.known is None:
             return after_step
 
         def keep(step: int, x: Tensor, clean: Tensor) -> Tensor:
-            x = self._kept(x, noise, grid[step + 1])
+            x = self.given.kept(x, start, grid[step + 1])
             return x if after_step is None else after_step(step, x, clean)
 
         return keep
 
-    def _kept(self, x: Tensor, noise: Tensor, level: Level) -> Tensor:
-        if self.known is None or self.hole is None:
-            return x
-        return torch.where(self.hole, x, _noised(self.known, noise, level))
+
+def _numbered(after_step: AfterStep | None, step: int) -> AfterStep | None:
+    """For a walk of one step that is step `step` of a longer one."""
+    return None if after_step is None else lambda _, x, clean: after_step(step, x, clean)
+
+
+def _always(noise: Callable[[int], Tensor], number: int) -> Callable[[int], Tensor]:
+    return lambda _: noise(number)
+
+
+def _noised_again(x: Tensor, here: Level, back: Level, fresh: Tensor) -> Tensor:
+    """x at `here` => at the noisier level `back`: alpha' / alpha x and the variance that is missing."""
+    ratio = back.alpha / here.alpha
+    return ratio * x + math.sqrt(max(back.sigma**2 - ratio**2 * here.sigma**2, 0.0)) * fresh
 
 
 def _noised(clean: Tensor, noise: Tensor, level: Level) -> Tensor:

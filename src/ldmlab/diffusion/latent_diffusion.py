@@ -157,7 +157,7 @@ class LatentDiffusion(LatentSpace):
         check_guidance(guidance, self.guidance_trained, conditioned=bool(self.conditioners))
         batch = {"position": index, **batch}
         conditioning = self.conditioning(batch)
-        x = start = self.start(index, size, seed)
+        x = self.start(index, size, seed)
         check_size(conditioning, x)
         bind, null = partial(self.denoiser, guidance=guidance), self.null(batch) if guidance != 1 else None
         if window is None:
@@ -167,13 +167,13 @@ class LatentDiffusion(LatentSpace):
             denoise = windowed(bind, conditioning, null, parts)
         for guide in guides:
             denoise = guide(denoise, batch)
-        if given is not None:
-            x, after_step = given.begin(start, grid[0]), given.keeping(start, grid, after_step)
         shape = tuple(x.shape[1:])
 
-        def noise(step: int) -> Tensor:
-            return normal(seed, "sample", index, shape, step=step + 1)
+        def noise(step: int, purpose: str = "sample") -> Tensor:
+            return normal(seed, purpose, index, shape, step=step + 1)
 
+        if given is not None:
+            sampler = given.around(sampler, partial(noise, purpose="again"))
         images = self.decode(sampler(denoise, x, grid, noise=noise, after_step=after_step))
         return images if self.task is None else self.task.finish(images, batch)
 

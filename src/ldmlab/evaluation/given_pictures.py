@@ -19,6 +19,7 @@ from ldmlab.evaluation.request_fields import ON_THE_PICTURE, SMALL
 from ldmlab.nn.pixels import to_float
 
 STRENGTH = 0.6  # of image to image, where nobody says
+REPEATS = 5  # of each step, where a model fills holes without having learned it
 
 
 def resolved_strength(strength: float | None, requests: Sequence[Mapping[str, Any]]) -> float | None:
@@ -31,6 +32,18 @@ def resolved_strength(strength: float | None, requests: Sequence[Mapping[str, An
     if started == [False]:
         raise InputError(f"strength={strength} needs a picture to start from; give init_image (--from IMAGE).")
     return strength
+
+
+def resolved_repeats(repeats: int | None, requests: Sequence[Mapping[str, Any]], reads: frozenset[str]) -> int | None:
+    """How often each step is made where a hole is filled by a model that does not read masks; None elsewhere."""
+    fills = ["mask" in request and "mask" not in reads for request in requests[:1]]
+    if repeats is None:
+        return REPEATS if any(fills) else None
+    if repeats < 1:
+        raise InputError(f"repeats={repeats} makes no step; choose 1 (fastest) or {REPEATS} (fits better).")
+    if fills == [False]:
+        raise InputError(f"repeats={repeats} is for holes filled by a model that was not trained for it; leave it out.")
+    return repeats
 
 
 def started_at(grid: list[Level], strength: float, times: int) -> list[Level]:
@@ -64,14 +77,16 @@ def _repeated(values: Tensor, canvas: tuple[int, int]) -> Tensor:
     return values[..., rows[:, None], columns]
 
 
-def given_picture(space: LatentSpace, batch: Mapping[str, Any], reads: frozenset[str]) -> GivenPicture | None:
+def given_picture(
+    space: LatentSpace, batch: Mapping[str, Any], reads: frozenset[str], repeats: int | None
+) -> GivenPicture | None:
     """What a batch on its canvas asks to start from and to keep; a model that reads masks keeps by itself."""
     source = space.encode(to_float(batch["init_image"])) if "init_image" in batch else None
     if "mask" not in batch or "mask" in reads:
         return None if source is None else GivenPicture(source)
     known = space.encode(painted_over(to_float(batch["image"]), batch["mask"]))
     hole = hole_of_latents(batch["mask"], int(space.first_stage.downsampling))  # type: ignore[arg-type]
-    return GivenPicture(source, known, hole)
+    return GivenPicture(source, known, hole, repeats or 1)
 
 
 def finished(pictures: Tensor, batch: Mapping[str, Any], size: tuple[int, int]) -> Tensor:

@@ -17,14 +17,8 @@ from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
-from ldmlab.evaluation.given_pictures import (
-    canvas_of,
-    finished,
-    given_picture,
-    on_canvas,
-    resolved_strength,
-    started_at,
-)
+from ldmlab.evaluation import given_pictures
+from ldmlab.evaluation.given_pictures import canvas_of, finished, given_picture, on_canvas
 from ldmlab.evaluation.parts import chosen_tile, in_parts, with_parts
 from ldmlab.evaluation.request_checks import check_requests, lost, warn_of_lost
 from ldmlab.evaluation.request_fields import batch_of, check_size, implied_size, rows_of
@@ -97,6 +91,7 @@ class LoadedModel:
         sampler: str = "ddim",
         spacing: str | None = None,
         strength: float | None = None,  # with init_image: 0 keeps it, 1 forgets it; None: 0.6
+        repeats: int | None = None,  # with mask: of each step, if the model was not trained to fill holes; None: 5
         tile: int | None = None,  # first stage in parts of this side, px; 0: at once; None: 512 above 1024x1024
         tile_norms: str = "shared",  # shared: as the whole picture; separate: faster, tones may differ
         window: int | None = None,  # denoise windows of this side, px; 0: at once; None: super-resolution of large ones
@@ -110,7 +105,7 @@ class LoadedModel:
 
         settings = SampleSettings(
             steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing,
-            strength=strength, tile=tile, tile_norms=tile_norms, window=window,
+            strength=strength, repeats=repeats, tile=tile, tile_norms=tile_norms, window=window,
         )  # fmt: skip
         requests = rows_of(fields, self.reads, count)
         self.check(requests)
@@ -164,8 +159,13 @@ class LoadedModel:
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
         if size != asked:  # a given picture's size is carried on to what fits
             self.diffusion.latent_shape(size)
-        strength = resolved_strength(settings.strength, requests)
-        known = settings.filled(guidance=guidance, size=size, levels=self.diffusion.schedule.steps, strength=strength)
+        known = settings.filled(
+            guidance=guidance,
+            size=size,
+            levels=self.diffusion.schedule.steps,
+            strength=given_pictures.resolved_strength(settings.strength, requests),
+            repeats=given_pictures.resolved_repeats(settings.repeats, requests, self.reads),
+        )
         filled = with_parts(known, self.diffusion, min(self.image_size), self.reads)
         self.grid(filled)  # steps that the rule cannot take are refused
         return filled
@@ -176,7 +176,7 @@ class LoadedModel:
         assert settings.spacing is not None
         schedule = self.diffusion.schedule
         grid = ddim_grid(schedule, settings.steps, settings.spacing)
-        return grid if settings.strength is None else started_at(grid, settings.strength, schedule.steps)
+        return grid if settings.strength is None else given_pictures.started_at(grid, settings.strength, schedule.steps)
 
     @torch.no_grad()  # not inference_mode: guides need gradients
     def sample_batch(
@@ -206,7 +206,7 @@ class LoadedModel:
                 guides=self.guides,
                 seed=settings.seed,
                 after_step=after_step,
-                given=given_picture(self.diffusion, told, self.reads),
+                given=given_picture(self.diffusion, told, self.reads, settings.repeats),
                 window=settings.window or None,
             )
         return finished(as_pictures(images), batch, settings.size)
@@ -218,7 +218,7 @@ class LoadedModel:
         batch = self.batch(requests, numbers)
         canvas = self.canvas(batch, settings.size)
         start = self.diffusion.start(batch["position"], canvas, settings.seed)
-        given = given_picture(self.diffusion, on_canvas(batch, canvas, self.enlargement), self.reads)
+        given = given_picture(self.diffusion, on_canvas(batch, canvas, self.enlargement), self.reads, None)
         return start if given is None else given.begin(start, self.grid(settings)[0])
 
     def canvas(self, batch: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:

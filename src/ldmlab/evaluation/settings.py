@@ -20,14 +20,15 @@ class SampleSettings:
     sampler: str = "ddim"  # a file of ldmlab/samplers/
     spacing: str | None = None  # official | linspace | trailing | karras | log_snr; None: the sampler's own
     strength: float | None = None  # share of the schedule walked from init_image; None: 0.6 if there is one
+    repeats: int | None = None  # of each step, to fill a hole by a model not trained for it; None: 5 where it is so
     tile: int | None = None  # side of the first stage's parts, px; 0: the whole at once; None: 512 above 1024x1024
     tile_norms: str = "shared"  # shared | separate: group-norm statistics of the parts
     window: int | None = None  # side of windows that are denoised one by one, px; 0: the whole; None: see parts.py
 
     def filled(
-        self, *, guidance: float, size: tuple[int, int], levels: int, strength: float | None
+        self, *, guidance: float, size: tuple[int, int], levels: int, strength: float | None, repeats: int | None
     ) -> "SampleSettings":
-        """Without any None but a strength that nobody asked for; the sampler's own options are checked."""
+        """Without any None but what a given picture alone asks for; the sampler's own options are checked."""
         sampler = self.build_sampler()
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed={self.seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
@@ -36,7 +37,7 @@ class SampleSettings:
         spacing = self.spacing or getattr(sampler, "spacing", "linspace")
         eta = getattr(sampler, "eta", 0.0)
         known: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "spacing": spacing, "eta": eta}
-        return replace(self, strength=strength, **known)
+        return replace(self, strength=strength, repeats=repeats, **known)
 
     def build_sampler(self) -> Sampler:
         """With eta, if it asks for another than the sampler's own; samplers that have none take 0 as said already."""
@@ -46,10 +47,10 @@ class SampleSettings:
         return sampler_by_name(self.sampler, eta=self.eta)
 
     def as_text(self) -> dict[str, Any]:
-        """Plain values for files; the size as height x width; no strength and no parts where there are none."""
+        """Plain values for files; the size as height x width; nothing of pictures or parts where there are none."""
         values = asdict(self)
-        absent = [name for name in ("tile", "window") if not values[name]]
-        absent += ["tile_norms"] * (not self.tile) + ["strength"] * (self.strength is None)
+        absent = [name for name in ("tile", "window", "strength", "repeats") if not values[name]]
+        absent += ["tile_norms"] * (not self.tile)
         values = {name: value for name, value in values.items() if name not in absent}
         if isinstance(self.size, tuple):
             values["size"] = f"{self.size[0]}x{self.size[1]}"

@@ -12,7 +12,10 @@ from ldmlab.errors import InputError
 if TYPE_CHECKING:
     from ldmlab.evaluation.settings import SampleSettings
 
-SWEEPS = {"steps": int, "guidance": float, "eta": float, "seed": int, "sampler": str, "spacing": str, "strength": float}
+SWEEPS = {
+    **{"steps": int, "guidance": float, "eta": float, "seed": int, "sampler": str, "spacing": str},
+    **{"strength": float, "repeats": int},
+}
 
 EPILOG = """examples:
   ldmlab sample runs/emoji-1a2b "a red apple" "a clock" --guidance 3
@@ -129,7 +132,19 @@ def _sweep(text: str | None) -> tuple[str, list[Any]] | None:
 def _settings(args: argparse.Namespace, size: tuple[int, int] | None) -> "SampleSettings":
     from ldmlab.evaluation.settings import SampleSettings
 
-    names = ("steps", "guidance", "eta", "seed", "sampler", "spacing", "strength", "tile", "tile_norms", "window")
+    names = (
+        "steps",
+        "guidance",
+        "eta",
+        "seed",
+        "sampler",
+        "spacing",
+        "strength",
+        "repeats",
+        "tile",
+        "tile_norms",
+        "window",
+    )
     return SampleSettings(size=size, **{name: getattr(args, name) for name in names})
 
 

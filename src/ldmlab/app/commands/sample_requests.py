@@ -50,6 +50,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--mask", help="FILE, white where the picture is to be made anew; or alpha: where it is transparent")
     add("--strength", type=float, help="with --from: 0 leaves the picture, 1 forgets it (0.6; with --mask 1)")
+    add("--repeats", type=int, help="of each step where a model fills holes without having learned it; 1: fastest (5)")
 
 
 def check_request_options(args: argparse.Namespace) -> None:
