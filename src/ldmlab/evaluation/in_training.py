@@ -34,8 +34,6 @@ _TAKEN = frozenset(  # fields of a protocol that mean the same here
     | {"sampler", "spacing", "seed", "dataset", "feature_network", "reference_rule", "reference_hash", "leaves_open"}
     | {"shown", "paper_table", "paper_row"}  # no report is written, and no table takes these numbers
 )
-
-
 _OPTIONS = OptionNames("callbacks.scores.protocol.metrics", "features@callbacks.scores.features=")
 
 
@@ -79,7 +77,7 @@ class InTrainingScorer:
         side = self.data.image_size
         seen, _ = self._beside_real_pictures()
         mine = torch.arange(self.rank, self.count, self.world)
-        for index in mine.split(self.batch_size):
+        for index in mine.split(self.batch_size) if len(mine) else ():
             seen.add(torch.randint(0, 256, (len(index), 3, side, side), dtype=torch.uint8), False, index)
         return frozenset(self._scores(seen)[0])
 
