@@ -37,6 +37,7 @@ class GivenPicture:
         return _Around(self, sampler, fresh)
 
     def kept(self, x: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """x at a level, with what is known put back."""
         if self.known is None or self.hole is None:
             return x
         return torch.where(self.hole, x, _noised(self.known, noise, level))
@@ -44,6 +45,8 @@ class GivenPicture:
 
 @dataclass(frozen=True)
 class _Around:
+    """A sampler for pictures that are given in part."""
+
     given: GivenPicture
     sampler: Sampler
     fresh: Callable[[int], Tensor]

@@ -46,7 +46,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=Path,
         metavar="IMAGE",
-        help="start from this picture, or with --mask keep its rest",
+        help="start from this picture (--size resizes it), or with --mask keep its rest",
     )
     add("--mask", help="FILE, white where the picture is to be made anew; or alpha: where it is transparent")
     add("--strength", type=float, help="with --from: 0 leaves the picture, 1 forgets it (0.6; with --mask 1)")
