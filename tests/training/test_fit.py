@@ -21,6 +21,7 @@ from ldmlab.training.callbacks.noise_levels import NoiseLevels
 from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.throughput import Throughput
+from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.diffusion_module import first_pictures
 from ldmlab.training.fit import load_initial_weights
 
@@ -63,6 +64,17 @@ def test_checkpoints_hold_plain_types_and_the_newest_and_best_are_kept(tmp_path:
         "data",
         "format_version",
     } <= best.keys()
+
+
+def test_the_best_checkpoint_of_an_older_run_gives_way_to_a_better_one(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    assert kept.best() is None
+    checkpoints.save_checkpoint(tmp_path / "best.ckpt", {"step": 3})
+    assert kept.best() == tmp_path / "best.ckpt"
+    kept.save_best({"step": 5, "notes": {"best": {"name": "kid", "value": -0.00125, "step": 5}}})
+    assert [path.name for path in tmp_path.iterdir()] == ["best_step_00000005_kid_-0.00125.ckpt"]
+    assert kept.best() == tmp_path / "best_step_00000005_kid_-0.00125.ckpt"
+    assert kept.by_age() == []  # never taken up by a resumed run
 
 
 def test_compiled_networks_are_saved_under_their_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
