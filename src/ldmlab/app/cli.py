@@ -15,6 +15,7 @@ COMMANDS = {
     "index": "write the manifest of tars made by others",
     "encode": "image shards to latent shards, with a trained first stage",
     "sample": "pictures from a model",
+    "noise": "what noise leaves of a picture's latents, with and without their rescaling",
     "score": "one set of pictures against another: folders, shards, .npz batches",
     "report": "a page about runs and their scores",
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",

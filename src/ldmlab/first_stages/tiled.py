@@ -29,7 +29,8 @@ class TiledFirstStage:
         first_stage: nn.Module,
         tile: int = 512,  # side of a part, px of the picture
         norms: str = "shared",  # shared | separate: group-norm statistics
-        kept_mib: int = 256,  # shared only: larger feature maps are computed again in every pass instead of kept
+        kept_mib: int | None = None,  # shared only: larger feature maps of a picture are computed again in every pass;
+        # None: twice a part's map at the finest level, 256 MiB for the paper's first stages and parts of 512
     ) -> None:
         self.inner: Any = first_stage
         self.downsampling: int = first_stage.downsampling  # type: ignore[assignment]
@@ -41,7 +42,7 @@ class TiledFirstStage:
                 kind = type(first_stage).__name__
                 raise InputError(f"tile_norms=shared knows KL and VQ first stages, not {kind}; choose separate.")
             norms = "separate"  # there are no statistics to share
-        if kept_mib < 1:
+        if kept_mib is not None and kept_mib < 1:
             raise InputError(f"kept_mib={kept_mib} keeps nothing between two layers; choose 1 or more.")
         step = 2 * self.downsampling
         if tile < step or tile % self.downsampling:
@@ -50,7 +51,13 @@ class TiledFirstStage:
                 f"tile={tile} is no part of at least two latent pixels of f={self.downsampling}; "
                 f"choose for instance {near}."
             )
-        self.tile, self.norms, self.kept_bytes = tile, norms, kept_mib * 2**20
+        self.tile, self.norms = tile, norms
+        self.kept_bytes = self._part_bytes() * 2 if kept_mib is None else kept_mib * 2**20
+
+    def _part_bytes(self) -> int:
+        """Of a part's map at the finest level, where maps are largest."""
+        first = getattr(getattr(self.inner, "encoder", None), "input", None)
+        return 0 if first is None else self.tile**2 * int(first.out_channels) * first.weight.element_size()
 
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => raw latents (B, C, H / f, W / f), float32."""
@@ -59,7 +66,7 @@ class TiledFirstStage:
             return self.inner.encode(images)
         if self.norms == "shared":
             steps = encoder_steps(self.inner.encoder)
-            return self.inner.posterior_of(run_in_parts(steps, images, self.tile, self.kept_bytes))
+            return self.inner.posterior_of(run_in_parts(steps, images, self.tile, self.kept_bytes * len(images)))
         cut, put = self._windows((images.shape[2] // self.downsampling, images.shape[3] // self.downsampling))
         channels = self.latent_channels
         moments = blended(lambda i: self.inner.encode(put[i].of(images)).moments(), cut)
@@ -72,7 +79,7 @@ class TiledFirstStage:
         if self.norms == "shared":
             features = self.inner.features_of(raw_latents)
             part = self.tile // self.downsampling
-            return run_in_parts(decoder_steps(self.inner.decoder), features, part, self.kept_bytes)
+            return run_in_parts(decoder_steps(self.inner.decoder), features, part, self.kept_bytes * len(features))
         cut, put = self._windows((raw_latents.shape[2], raw_latents.shape[3]))
         return blended(lambda i: self.inner.decode(cut[i].of(raw_latents)), put)
 

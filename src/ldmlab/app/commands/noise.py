@@ -1,0 +1,118 @@
+"""`ldmlab noise MODEL PICTURE`: what noise leaves of a picture's latents, with and without their rescaling."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldmlab.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ldmlab.diffusion.latent_scale import LatentScale
+    from ldmlab.evaluation.model import LoadedModel
+
+EPILOG = """The sheet has a row for the latent scale of the model and one for each --scale, columns for times. It
+decodes alpha latent + sigma noise; numbers are signal-to-noise ratios in dB, 10 log10(alpha^2 Var / sigma^2).
+
+examples:
+  ldmlab noise runs/emoji-1a2b apple.png
+  ldmlab noise runs/landscapes-1a2b lake.png --scale none 0.2 --times 0,250,500,750,999"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options; nothing heavy is imported."""
+    add = parser.add_argument
+    parser.epilog = EPILOG
+    add("model", type=Path, help="model folder, run folder or checkpoint")
+    add("picture", type=Path, help="a picture; its size is cut to what the model divides")
+    add("--scale", nargs="+", default=["none"], help="other scales: none (latents as they are) or a factor (none)")
+    add("--times", default="0,200,400,600,800,999", help="of the schedule (0,200,400,600,800,999)")
+    add("--seed", type=int, default=0, help="of the noise (0)")
+    add("--out", type=Path, default=Path("noise.png"), help="the sheet (noise.png)")
+    add("--device", default="auto", help="auto | cpu | cuda (auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode, add noise at each time and scale, decode, draw."""
+    from ldmlab.build import load
+    from ldmlab.diffusion.latent_scale import LatentScale
+    from ldmlab.evaluation.pictures import table
+
+    scales = [(name, LatentScale.fixed(_factor(name))) for name in args.scale]
+    model = load(args.model, device=args.device)
+    times = _times(args.times, model.diffusion.schedule.steps)
+    picture = _picture(args.picture, model.diffusion.size_step)
+    raw = model.diffusion.posterior(picture.to(model.device)).mean
+    rows, titles = [], []
+    for name, scale in [("as trained", model.diffusion.latent_scale), *scales]:
+        frames, told = noised_row(model, raw, scale.to(model.device), times, args.seed)
+        rows.append(frames)
+        titles.append(f"scale {name}: {told}")
+        print(titles[-1])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    table(rows, [f"t = {t}" for t in times], titles).save(args.out)
+    print(f"{args.out}")
+    return 0
+
+
+def noised_row(
+    model: "LoadedModel", raw: "Tensor", scale: "LatentScale", times: list[int], seed: int
+) -> "tuple[list[np.ndarray], str]":
+    """One picture per time from raw latents (1, C, h, w), and the signal-to-noise ratios in words."""
+    import torch
+
+    from ldmlab.diffusion.signal import decibels, even_time, signal_to_noise
+    from ldmlab.evaluation.model import as_pictures
+    from ldmlab.randomness import normal
+
+    schedule = model.diffusion.schedule
+    clean = scale.normalise(raw)
+    variance = float(clean.var(correction=0))
+    index = torch.zeros(1, dtype=torch.int64, device=raw.device)
+    noise = normal(seed, "start", index, tuple(clean.shape[1:]))
+    frames = []
+    for t in times:
+        alpha_bar = float(schedule.alpha_bar[t])
+        x = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
+        with torch.no_grad():
+            pixels = model.diffusion.first_stage.decode(scale.denormalise(x))  # type: ignore[operator]
+        frames.append(as_pictures(pixels)[0].numpy())
+    ratios = signal_to_noise(schedule, variance)
+    told = ", ".join(f"{decibels(float(ratios[t])):.0f}" for t in times)
+    even = even_time(schedule, variance)
+    when = "never" if even is None else f"from t = {even}"
+    return frames, f"variance {variance:.2f}, {told} dB; noise is stronger {when}"
+
+
+def _factor(name: str) -> float:
+    try:
+        factor = 1.0 if name == "none" else float(name)
+    except ValueError as error:
+        raise InputError(f"--scale {name} is no factor; write none or a number such as 0.18215.") from error
+    if not 0 < factor < float("inf"):
+        raise InputError(f"--scale {name} must be above zero; write none or a number such as 0.18215.")
+    return factor
+
+
+def _times(text: str, steps: int) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) < steps for word in words):
+        raise InputError(f"--times {text}: write times of the schedule, 0 .. {steps - 1}, such as 0,{steps // 2}.")
+    return [int(word) for word in words]
+
+
+def _picture(path: Path, step: int) -> "Tensor":
+    """(1, 3, H, W) in [-1, 1], the middle as far as `step` divides it."""
+    from ldmlab.evaluation.request_fields import row
+    from ldmlab.nn.pixels import to_float
+
+    picture = row("image", path)  # uint8 (3, H, W)
+    height, width = (side // step * step for side in picture.shape[1:])
+    if not height or not width:
+        raise InputError(
+            f"{path} is smaller than the {step} px that this model divides pictures by; take a larger one."
+        )
+    top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
+    return to_float(picture[None, :, top : top + height, left : left + width])
