@@ -7,6 +7,7 @@ schedule.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ldmlab.checkpoints import fingerprint, load_exactly
+from ldmlab.checkpoints import fingerprint, load_exactly, without_weights
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import ModelFiles, read_model
@@ -45,7 +46,8 @@ def load(path: Path | str, *, weights: str = "averaged", device: str = "auto", t
     from ldmlab.evaluation.model import LoadedModel
 
     files = _of_kind(read_model(path, _checked(weights)), "latent_diffusion")
-    model = build_latent_diffusion(files.spec, trust=trust)
+    with nullcontext() if trust else without_weights():  # a stranger's constructor may compute with its weights
+        model = build_latent_diffusion(files.spec, trust=trust)
     fill_latent_diffusion(model, files)
     model.eval().requires_grad_(False)
     chosen = pick_device(device)
@@ -94,7 +96,8 @@ def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirst
     files = read_model(path, _checked(weights))
     if "first_stage" not in files.spec:
         raise InputError(f"{path} is of kind {files.spec.get('kind')} and has no first stage; give another run.")
-    module = instantiate(files.spec["first_stage"], where="first_stage")
+    with without_weights():
+        module = instantiate(files.spec["first_stage"], where="first_stage")
     if module.state_dict():
         load_exactly(module, _part(files, "first_stage"), f"{path} (first_stage)")
     module.eval().requires_grad_(False)

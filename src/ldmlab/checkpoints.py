@@ -5,8 +5,10 @@ import hashlib
 import os
 import re
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 
+_BUILDING = threading.RLock()  # torch's class is changed for as long
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -66,12 +69,15 @@ def _torch_save(content: dict[str, Any], path: Path) -> None:
             raise
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data."""
+def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data.
+
+    lazily: tensors stay in the file until they are used, which must not be deleted before.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the path of a checkpoint or of a run folder.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:
         raise InputError(f"{path} cannot be read as a checkpoint ({_first_line(error)}); use another one.") from error
 
@@ -113,8 +119,38 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged ({_first_line(error)}); export or copy it again.") from error
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that this thread builds inside have no memory for parameters until `fill`; their buffers are real."""
+    thread = threading.get_ident()
+
+    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and threading.get_ident() == thread:
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    with _BUILDING:
+        original = torch.nn.Module.register_parameter
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Our names, all of them, as float32; tensors that are so already are not copied. The caller has checked them."""
+    module.load_state_dict(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
+        assign=True,
+    )
+
+
 def load_exactly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a module; names and shapes must match exactly, else InputError with counts."""
+    """Tensors into a module; names and shapes must match exactly, else InputError with counts.
+
+    They are copied, or taken over by a module that was built `without_weights`.
+    """
     own = module.state_dict()
     missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
     shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
@@ -124,7 +160,10 @@ def load_exactly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source:
             f"{source} does not fit the network: {len(missing)} tensors missing, {len(extra)} unknown, "
             f"{len(shapes)} of another shape (such as {example}); use the configuration it was trained with."
         )
-    module.load_state_dict(dict(tensors))
+    if any(parameter.is_meta for parameter in module.parameters()):
+        fill(module, tensors)
+    else:
+        module.load_state_dict(dict(tensors))
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:

@@ -39,11 +39,12 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
     if checkpoint is None:
         _check_complete(folder, spec, parts)
         return ModelFiles(folder, spec, parts, spec.get("weights", "averaged"), spec.get("step"))
-    content = load_checkpoint(checkpoint)
+    content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
     modules = {name: dict(state) for name, state in content["modules"].items()}
     averages = content.get("averaged", {}) if weights == "averaged" else {}
     for name, average in averages.items():
         modules[name].update(_like(average["weights"], modules[name]))
+    modules = {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in modules.items()}
     return ModelFiles(folder, spec, parts | modules, "averaged" if averages else "raw", content["step"])
 
 

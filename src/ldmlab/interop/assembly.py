@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldmlab.build import build_latent_diffusion, pick_device
-from ldmlab.checkpoints import fingerprint
+from ldmlab.checkpoints import fill, fingerprint, without_weights
 from ldmlab.errors import InputError
-from ldmlab.interop.empty_modules import compare, fill, refuse_mismatch, without_weights
+from ldmlab.instantiate import instantiate
+from ldmlab.interop.mismatch import compare, refuse_mismatch
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
@@ -37,6 +38,16 @@ def assembled(imported: Imported) -> "LatentDiffusion":
     for name, module in modules.items():
         fill(module, given[name])
     return model.eval().requires_grad_(False)
+
+
+def assembled_first_stage(imported: Imported) -> nn.Module:
+    """The first stage of a model, or alone, in float32."""
+    with without_weights():
+        module: nn.Module = instantiate(imported.spec["first_stage"], where="first_stage")
+    given = imported.parts["first_stage"]
+    refuse_mismatch({"first stage": compare(given, module.state_dict())})
+    fill(module, given)
+    return module.eval().requires_grad_(False)
 
 
 def loaded_model(imported: Imported, device: str = "auto") -> "LoadedModel":

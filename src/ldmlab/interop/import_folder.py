@@ -7,13 +7,11 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
-from ldmlab.instantiate import instantiate
-from ldmlab.interop.assembly import Imported, assembled
-from ldmlab.interop.empty_modules import compare, fill, refuse_mismatch, without_weights
+from ldmlab.interop.assembly import Imported, assembled, assembled_first_stage
 from ldmlab.model_files import write_model_folder
 
 _LATENT_SIDE = 8  # px of the check; every published model takes it
@@ -53,7 +51,7 @@ def check_runs(imported: Imported) -> None:
                 f"{imported.source}: {part} holds values that are no numbers ({bad[0]}); use another file."
             )
     if imported.spec["kind"] == "first_stage":
-        outputs = _run_first_stage(_first_stage(imported))
+        outputs = _run_first_stage(assembled_first_stage(imported))
     else:
         model = assembled(imported)
         latents = _noise(imported.spec["backbone"]["out_channels"], _LATENT_SIDE, _LATENT_SIDE)
@@ -62,15 +60,6 @@ def check_runs(imported: Imported) -> None:
     for name, output in outputs.items():
         if not bool(torch.isfinite(output).all()):
             raise InputError(f"{imported.source}: the {name} makes values that are no numbers; use another file.")
-
-
-def _first_stage(imported: Imported) -> nn.Module:
-    with without_weights():
-        module: nn.Module = instantiate(imported.spec["first_stage"], where="first_stage")
-    given = imported.parts["first_stage"]
-    refuse_mismatch({"first stage": compare(given, module.state_dict())})
-    fill(module, given)
-    return module.eval()
 
 
 def _run_first_stage(stage: Any) -> dict[str, Tensor]:

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmlab.checkpoints import load_exactly
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.errors import InputError
-from ldmlab.instantiate import instantiate
-from ldmlab.interop.assembly import Imported, assembled
+from ldmlab.interop.assembly import Imported, assembled, assembled_first_stage
 
 LIMIT = 1e-4  # float32 runs of one network differ by about 1e-5
 CAPTIONS = ("", "a red apple", "Grüße aus Köln: 2 CATS & one dog, it's 5 o'clock!", "one of many words " * 40)
@@ -124,7 +122,7 @@ def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
 def compare_imports(ours: Imported, theirs: Imported) -> Differences:
     """Two descriptions with weights, run on the same noise; tensors of conditioners must be equal."""
     if ours.spec["kind"] == "first_stage":
-        stages = [raw_latents(first_stage(side)) for side in (ours, theirs)]
+        stages = [raw_latents(assembled_first_stage(side)) for side in (ours, theirs)]
         return compare_latent_spaces(stages[0], stages[1])
     mine, other = assembled(ours), assembled(theirs)
     result = {"U-Net": compare_unet(mine.backbone, _as_diffusers(other.backbone))}
@@ -135,13 +133,6 @@ def compare_imports(ours: Imported, theirs: Imported) -> Differences:
         if name not in found or not torch.equal(tensor, found[name]):
             raise InputError(f"export: the conditioner's {name} is not the same when read again; use --format ldmlab.")
     return result
-
-
-def first_stage(imported: Imported) -> nn.Module:
-    """The first stage of a description with weights."""
-    module: nn.Module = instantiate(imported.spec["first_stage"], where="first_stage")
-    load_exactly(module, imported.parts["first_stage"], "the first stage")
-    return module.eval()
 
 
 def compare_latent_spaces(ours: LatentSpace, theirs: LatentSpace) -> Differences:

@@ -28,7 +28,7 @@ from ldmlab.interop.compvis.parts import (
 )
 from ldmlab.interop.compvis.reading import read
 from ldmlab.interop.compvis.unets import CLASS_TABLE
-from ldmlab.interop.empty_modules import compare, refuse_mismatch
+from ldmlab.interop.mismatch import compare, refuse_mismatch
 
 if TYPE_CHECKING:
     from ldmlab.evaluation.model import LoadedModel

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldmlab.checkpoints import fill, without_weights
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.compvis import conditioners, first_stages, unets
-from ldmlab.interop.empty_modules import Mismatch, compare, fill, refuse_mismatch, without_weights
+from ldmlab.interop.mismatch import Mismatch, compare, refuse_mismatch
 
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."

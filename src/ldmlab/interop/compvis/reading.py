@@ -24,7 +24,7 @@ from ldmlab.interop.compvis.official_file import OfficialFile, check_schedule, s
 from ldmlab.interop.compvis.parts import UNET, Part, StateDict, conditioner_part, first_stage_part, unet_part
 from ldmlab.interop.compvis.shapes import linear_projections
 from ldmlab.interop.compvis.unets import CLASS_TABLE
-from ldmlab.interop.empty_modules import Mismatch, refuse_mismatch
+from ldmlab.interop.mismatch import Mismatch, refuse_mismatch
 from ldmlab.interop.weights_file import read_weights
 
 

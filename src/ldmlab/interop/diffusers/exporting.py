@@ -10,7 +10,7 @@ from torch import Tensor
 from ldmlab.checkpoints import save_tensors
 from ldmlab.errors import InputError
 from ldmlab.interop import verify
-from ldmlab.interop.assembly import Imported, assembled
+from ldmlab.interop.assembly import Imported, assembled, assembled_first_stage
 from ldmlab.interop.diffusers import schedule, texts, theirs
 from ldmlab.interop.diffusers.plan import downsampling, plan, text_length
 from ldmlab.interop.diffusers.scale import folded, scale_of, single_factor
@@ -38,7 +38,7 @@ def _export_first_stage(diffusers: Any, spec: Spec, parts: Parts, folder: Path) 
     node = spec["first_stage"]
     module = theirs.first_stage(diffusers, node, parts["first_stage"], spec["image_size"], 1.0)
     module.save_pretrained(folder)
-    stage = verify.first_stage(_imported(spec, parts))
+    stage = assembled_first_stage(_imported(spec, parts))
     found = type(module).from_pretrained(folder)
     return type(module).__name__, verify.compare_first_stage(verify.raw_latents(stage), found, 1.0)
 

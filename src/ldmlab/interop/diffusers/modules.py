@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmlab.backbones.unet import UNet
+from ldmlab.checkpoints import fill, without_weights
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.diffusers import first_stages, texts, unet_names, unets
-from ldmlab.interop.empty_modules import compare, fill, refuse_mismatch, without_weights
+from ldmlab.interop.mismatch import compare, refuse_mismatch
 
 StateDict = Mapping[str, Tensor]
 CLASS_TABLE = "class_embedding.weight"  # with num_class_embeds: rows are the U-Net's vector conditioning

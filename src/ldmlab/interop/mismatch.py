@@ -1,40 +1,14 @@
-"""Modules without weights, then filled with tensors that are taken over instead of copied: no memory is used twice."""
+"""Tensors that were given beside those a network has: what differs, told in one message."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmlab.errors import InputError
 
 _LISTED = 30  # names of one sort in a message
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Modules built inside have parameters on the meta device and real buffers (masks and tables are not in files)."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        original(module, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Our names, all of them, as float32; tensors that are so already are not copied. The caller has checked them."""
-    module.load_state_dict(
-        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
-        assign=True,
-    )
 
 
 class Mismatch(NamedTuple):
