@@ -76,3 +76,11 @@ def test_refusals(boxes: list[dict[str, Any]], message: str) -> None:
 def test_the_grid_leaves_a_token_for_empty() -> None:
     with pytest.raises(InputError, match="vocab_size=8100 leaves no empty token"):
         layout(vocab_size=8100)
+
+
+def test_classes_beyond_those_of_the_data_are_refused() -> None:
+    assert layout(classes=20).tokens([box(19, 0, 0, 1, 1)])[0] == 19
+    with pytest.raises(InputError, match=r"class_id 20 is not 0 \.\. 19"):
+        layout(classes=20).tokens([box(20, 0, 0, 1, 1)])
+    with pytest.raises(InputError, match=r"conditioner\.classes=8192 is not 1 \.\. 8191"):
+        layout(classes=8192)
