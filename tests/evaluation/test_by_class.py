@@ -30,9 +30,9 @@ def test_the_class_that_is_drawn_badly_comes_first() -> None:
     samples = normal(240, 1)
     samples[1::3] += 2  # dogs
     for numbers in torch.arange(300).split(64):
-        seen.add_features(normal(300, 0)[numbers], True, numbers)
+        seen.add_said({"features": normal(300, 0)[numbers]}, True, numbers)
     for numbers in torch.randperm(240, generator=torch.Generator().manual_seed(0)).split(50):
-        seen.add_features(samples[numbers], False, numbers)
+        seen.add_said({"features": samples[numbers]}, False, numbers)
     rows = by_class(seen, asked, real)
     assert [row["class"] for row in rows] == ["dog", "cat", "fox"]  # no real fox: last
     found = {row["class"]: row for row in rows}

@@ -137,3 +137,11 @@ def test_calls_that_cannot_be_are_refused(model: LoadedModel) -> None:
         model.in_precision("float8")
     with pytest.raises(InputError, match=r"encode takes uint8 \(B, H, W, 3\)"):
         model.encode(torch.zeros(1, 3, 16, 16))
+
+
+def test_a_model_that_gives_no_numbers_is_not_scored_as_black() -> None:
+    broken = tiny_model()
+    for parameter in broken.diffusion.first_stage.parameters():
+        parameter.data.view(-1)[0] = float("nan")
+    with pytest.raises(InputError, match="7 of 7 pictures from the model hold values that are no numbers"):
+        pictures(broken, batch_size=7)

@@ -11,9 +11,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation import reference_statistics
+from ldmlab.evaluation import feature_recorder
 from ldmlab.evaluation.reference_statistics import ReferenceKey, load, see_reference
 from ldmlab.evaluation.score import EvaluationPass, Numbered
+from ldmlab.metrics.clip_distance import ClipDistance
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
@@ -70,7 +71,7 @@ def test_kept_features_give_the_same_scores_without_a_look(tmp_path: Path) -> No
 def test_large_sets_keep_sums_that_serve_the_frechet_distance_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_statistics, "LARGEST_SET", 10)
+    monkeypatch.setattr(feature_recorder, "LARGEST_SET", 10)
     stream = Stream()
     plain = scores(tmp_path, stream, only_frechet=True)
     assert scores(tmp_path, stream, only_frechet=True) == pytest.approx(plain, rel=1e-9)
@@ -119,9 +120,37 @@ def test_a_task_that_does_not_say_what_it_does_keeps_nothing(tmp_path: Path) -> 
     assert not any(tmp_path.iterdir())
 
 
+class MeansAndMore(Means):
+    """Says the mean of each channel in the place of CLIP's embedding too."""
+
+    gives = frozenset({"features", "clip"})
+
+    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+        features = super().__call__(pictures)["features"]
+        return {"features": features, "clip": features[:, :3] + 1}
+
+
+def test_what_else_scores_look_at_is_kept_too_and_added_to_an_older_file(tmp_path: Path) -> None:
+    def found(*names: str) -> dict[str, float]:
+        metrics = {"fid": FrechetDistance(6, small_sample=True), "cmmd": ClipDistance()}
+        seen = EvaluationPass(MeansAndMore(), {name: metrics[name] for name in names})
+        see_reference(seen, KEY, tmp_path, stream)
+        seen.add(255 - PICTURES[:24], False, torch.arange(24))
+        return {name: score.value for name, score in seen.compute().items()}
+
+    stream = Stream()
+    alone = found("fid")
+    both = found("fid", "cmmd")
+    assert stream.looked == 2  # the first file did not hold what CMMD looks at
+    assert found("fid", "cmmd") == pytest.approx(both, rel=1e-9)
+    assert found("fid") == pytest.approx(alone, rel=1e-9)
+    assert stream.looked == 2
+    assert (load(tmp_path, KEY) or {}).keys() == {"features", "clip", "index"}
+
+
 def _process(rank: int, folder: str, limit: int) -> None:
     torch.set_num_threads(1)
-    reference_statistics.LARGEST_SET = limit
+    feature_recorder.LARGEST_SET = limit
     where = f"file://{folder}/meet{limit}"
     torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
     for _ in range(2):  # looking, then reading

@@ -18,6 +18,8 @@ Draws samples, compares them with real pictures in one pass, writes metrics.json
 EXAMPLES = """examples:
   python evaluate.py model=runs/demo/text_to_image protocol=demo_emoji features=clip_run features.run=runs/demo/clip
   python evaluate.py model=runs/ffhq-1a2b protocol=paper_ffhq            after `ldmlab fetch inception`
+  python evaluate.py model=RUN "protocol.guidance_curve=[1,1.5,2,3,5]"   scores over the guidance scale
+  python evaluate.py model=RUN +metric@protocol.metrics.fid_inf=fid_inf  FID extrapolated to infinitely many samples
   torchrun --nproc-per-node=8 evaluate.py ...                            the GPUs share the work"""
 T = TypeVar("T")
 
@@ -167,13 +169,15 @@ def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":
     return instantiate(node, where="features")
 
 
-def build_metric(name: str, node: Mapping[str, Any], width: int) -> Any:
-    """A score; one that must know the width of the features is told."""
+def build_metric(name: str, node: Mapping[str, Any], width: int, group: str = "protocol.metrics") -> Any:
+    """A score; one that must know the width of the features is told. `group`: what its options are called."""
+    from ldmlab.evaluation.score import OptionNames, in_words_of
     from ldmlab.instantiate import accepts, instantiate
 
-    where = f"protocol.metrics.{name}"
+    where = f"{group}.{name}"
     told: dict[str, Any] = {"width": width} if accepts(node, "width", where=where) else {}
-    return instantiate(node, where=where, **told)
+    with in_words_of(OptionNames(metrics=group)):
+        return instantiate(node, where=where, **told)
 
 
 def build_all(kind: str, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

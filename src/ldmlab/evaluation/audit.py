@@ -72,7 +72,7 @@ class Audit:
             return torch.empty(0, self.real.extractor.width), []
         parts = EvaluationPass(self.real.extractor, {}, keep=True)
         for features, numbers in self.real.features("val"):
-            parts.add_features(features, True, numbers)
+            parts.add_said({"features": features}, True, numbers)
         features, numbers = parts.kept(real=True)
         return features, numbers.tolist()
 

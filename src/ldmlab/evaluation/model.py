@@ -23,7 +23,7 @@ from ldmlab.evaluation.parts import chosen_tile, in_parts, with_parts
 from ldmlab.evaluation.request_checks import check_requests, lost, warn_of_lost
 from ldmlab.evaluation.request_fields import batch_of, check_size, implied_size, rows_of
 from ldmlab.evaluation.settings import SampleSettings
-from ldmlab.nn.pixels import to_bytes, to_float
+from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -247,4 +247,4 @@ class LoadedModel:
 
 def as_pictures(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] => uint8 (B, H, W, 3) on the CPU."""
-    return to_bytes(pixels).permute(0, 2, 3, 1).contiguous().cpu()
+    return to_bytes(numbers_only(pixels)).permute(0, 2, 3, 1).contiguous().cpu()

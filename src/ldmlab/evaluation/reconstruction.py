@@ -28,7 +28,7 @@ from ldmlab.evaluation.score import EvaluationPass, Score
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.reconstruction import ReconstructionMeasures
 from ldmlab.nn.lpips import LPIPS
-from ldmlab.nn.pixels import to_bytes, to_float
+from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
 from ldmlab.provenance import provenance
 
 _SPREADS = {name: f"{name}_std" for name in ("psnr", "ssim", "lpips", "psim")}
@@ -90,7 +90,7 @@ class ReconstructionEvaluation:
         """uint8 (B, 3, H, W) => the same of the reconstruction, on the CPU."""
         device = next((p.device for p in self.first_stage.parameters()), images.device)
         mean = self.first_stage.encode(to_float(images.to(device))).mean  # type: ignore[operator]
-        return to_bytes(self.first_stage.decode(mean).float()).cpu()  # type: ignore[operator]
+        return to_bytes(numbers_only(self.first_stage.decode(mean).float())).cpu()  # type: ignore[operator]
 
     def _kept(self, batch: Mapping[str, Any], rebuilt: Tensor) -> Iterator[tuple[int, str, str, str]]:
         """The pairs that the report shows, saved: the first `shown` of the split."""

@@ -1,8 +1,9 @@
 """Features of a reference set, kept between evaluations under the hash of everything that decides them.
 
-One file DIGEST.safetensors: index (N,) and features (N, D) of every picture, or for large sets count (), sum (D,) and
-outer (D, D) in float64 alone, which the Frechet distance needs. The header says whose they are, so a file can be
-copied to other machines; one that says something else than its name promises is refused.
+One file DIGEST.safetensors: index (N,) and features (N, D) of every picture, with what else scores asked for (spatial,
+clip), or for large sets count (), sum (D,) and outer (D, D) in float64 alone, which the Frechet distance needs. The
+header says whose they are, so a file can be copied to other machines; one that says something else than its name
+promises is refused.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from ldmlab.checkpoints import write_atomically
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
+from ldmlab.evaluation.feature_recorder import Recorder
 from ldmlab.evaluation.record import gathered
 from ldmlab.evaluation.score import EvaluationPass, Numbered
 from ldmlab.fetched import weights_folder
@@ -29,9 +30,9 @@ from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance
 
 FORMAT_VERSION = 1
-LARGEST_SET = 60_000  # pictures whose features are kept whole: 0.5 GB at 2048 floats; above it only sums are
 _CHUNK = 4096  # rows given to the scores at once
-_KNOWN = frozenset({"features", "real", "index"})  # what a kept row can tell a score
+_KEPT = ("features", "spatial", "clip")  # what an extractor says of a picture that can be kept
+_TOLD = frozenset({*_KEPT, "real", "index"})  # what a kept row can tell a score
 
 
 def statistics_folder() -> Path:
@@ -62,13 +63,18 @@ class ReferenceKey:
             task="" if data.task is None else f"{data.task.held_out!r}, seed {data.seed}",
             limit=None if limit is None or limit >= manifest.total else limit,
             features=extractor.name,
-            weights_hash=extractor.weights_hash,
+            weights_hash="+".join([extractor.weights_hash, *_second(extractor)]),
         )
 
     @property
     def digest(self) -> str:
         """Name of the file."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _second(extractor: FeatureExtractor) -> list[str]:
+    """The weights of the CLIP beside the network whose features are compared, if there is one."""
+    return [extractor.text_weights_hash] if hasattr(extractor, "text_weights_hash") else []
 
 
 def load(folder: Path, key: ReferenceKey) -> dict[str, Tensor] | None:
@@ -89,49 +95,6 @@ def load(folder: Path, key: ReferenceKey) -> dict[str, Tensor] | None:
             f"reference statistics {path} are of another set ({', '.join(wrong)} differ); delete the file."
         )
     return stored
-
-
-class Recorder:
-    """Collects the features of this process's share; beyond LARGEST_SET only their sums, so memory stays bounded."""
-
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-        self._numbers: list[Tensor] = []
-        self._sums: FrechetDistance | None = None
-
-    def add(self, features: Tensor, index: Tensor) -> None:
-        """Features (B, D) with their numbers (B,)."""
-        self._rows.append(features.float().cpu())
-        self._numbers.append(index.cpu())
-        if self._sums is not None or sum(map(len, self._rows)) > LARGEST_SET:
-            self._fold()
-
-    def _fold(self) -> None:
-        for rows in self._rows:
-            self._sums = self._sums or FrechetDistance(rows.shape[1])
-            self._sums.update(rows, real=True)
-        self._rows, self._numbers = [], []
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Of all processes together, what a file holds; empty if there was no picture."""
-        counts = gathered((sum(map(len, self._rows)), self._sums is not None))
-        if any(folded for _, folded in counts) or sum(count for count, _ in counts) > LARGEST_SET:
-            self._fold()
-            shares = [share for share in gathered(_sums(self._sums)) if share]
-            return {name: sum(share[name] for share in shares[1:]) + shares[0][name] for name in shares[0]}
-        mine = (torch.cat(self._rows), torch.cat(self._numbers)) if self._rows else None
-        found = [share for share in gathered(mine) if share is not None]
-        if not found:
-            return {}
-        features, index = torch.cat([rows for rows, _ in found]), torch.cat([numbers for _, numbers in found])
-        order = index.argsort(stable=True)
-        return {"features": features[order].contiguous(), "index": index[order].contiguous()}
-
-
-def _sums(metric: FrechetDistance | None) -> dict[str, Tensor]:
-    if metric is None:
-        return {}
-    return {"count": metric.real_count, "sum": metric.real_sum, "outer": metric.real_outer}
 
 
 def store(folder: Path, key: ReferenceKey, tensors: dict[str, Tensor]) -> Path:
@@ -157,7 +120,7 @@ def see_reference(
     folder = None if " at 0x" in key.task else folder  # a task that does not say what it does
     stored = None if folder is None or not _told_by_features(seen) else load(folder, key)
     if not gathered(stored is not None and _suffices(stored, seen))[0]:
-        _look(seen, key, folder, pictures, rank)
+        _look(seen, key, folder, pictures, rank, kept_already=stored or {})
         return False
     if stored is None:
         raise InputError(f"reference statistics in {folder} are seen by the first process alone; share the folder.")
@@ -169,14 +132,20 @@ def see_reference(
 
 
 def _look(
-    seen: EvaluationPass, key: ReferenceKey, folder: Path | None, pictures: Callable[[], Iterable[Numbered]], rank: int
+    seen: EvaluationPass,
+    key: ReferenceKey,
+    folder: Path | None,
+    pictures: Callable[[], Iterable[Numbered]],
+    rank: int,
+    kept_already: Iterable[str],  # is kept again in the new file
 ) -> None:
     """Through the extractor, and keep what it says."""
-    recorder = Recorder()
+    names = gathered([name for name in _KEPT if name in {*_asked(seen), *kept_already}])[0]
+    recorder = Recorder(names)
     for index, batch in pictures():
-        features = seen.add(batch, True, index)
+        said = seen.add(batch, True, index)
         if folder is not None:
-            recorder.add(features, index)
+            recorder.add(said, index)
     if folder is not None:
         tensors = recorder.tensors()
         if rank == 0 and tensors:
@@ -200,8 +169,14 @@ def against_other_split(
 
 
 def _told_by_features(seen: EvaluationPass) -> bool:
-    """Whether no score looks at anything of a real picture but its features."""
-    return all(_needs(metric) <= _KNOWN for metric in seen.metrics.values())
+    """Whether no score looks at anything of a real picture but what can be kept."""
+    return all(_needs(metric) <= _TOLD for metric in seen.metrics.values())
+
+
+def _asked(seen: EvaluationPass) -> list[str]:
+    """The features, and what else of that kind the scores look at."""
+    needed = frozenset().union(*(_needs(metric) for metric in seen.metrics.values()))
+    return [name for name in _KEPT if name == "features" or name in needed & seen.extractor.gives]
 
 
 def _needs(metric: Any) -> frozenset[str]:
@@ -212,8 +187,13 @@ def _needs(metric: Any) -> frozenset[str]:
 
 
 def _suffices(stored: dict[str, Tensor], seen: EvaluationPass) -> bool:
-    of_sums = all(isinstance(m, FrechetDistance) or "logits" in _parameters(m) for m in seen.metrics.values())
-    return "features" in stored or (of_sums and not seen.keeps)
+    if "features" in stored:
+        return stored.keys() >= set(_asked(seen))
+    of_sums = all(
+        (isinstance(m, FrechetDistance) and "features" in _needs(m)) or "logits" in _parameters(m)
+        for m in seen.metrics.values()
+    )
+    return of_sums and not seen.keeps
 
 
 def _parameters(metric: Any) -> Iterable[str]:
@@ -221,10 +201,11 @@ def _parameters(metric: Any) -> Iterable[str]:
 
 
 def _feed(seen: EvaluationPass, stored: dict[str, Tensor], rank: int, world: int) -> None:
-    mine = slice(rank, None, world)
-    features, index = stored["features"][mine], stored["index"][mine]
+    mine = {name: tensor[rank::world] for name, tensor in stored.items()}
+    index = mine.pop("index")
     for start in range(0, len(index), _CHUNK):
-        seen.add_features(features[start : start + _CHUNK], True, index[start : start + _CHUNK])
+        rows = slice(start, start + _CHUNK)
+        seen.add_said({name: tensor[rows] for name, tensor in mine.items()}, True, index[rows])
 
 
 def _feed_sums(seen: EvaluationPass, stored: dict[str, Tensor]) -> None:

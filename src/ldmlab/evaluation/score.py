@@ -89,16 +89,16 @@ class EvaluationPass:
         self.counts = {True: 0, False: 0}
         self.also: list[EvaluationPass] = []  # see the same samples beside other real pictures
 
-    def add(self, pictures: Tensor, real: bool, index: Tensor) -> Tensor:
-        """Pictures uint8 (B, 3, H, W) with their numbers (B,); their features (B, D)."""
+    def add(self, pictures: Tensor, real: bool, index: Tensor) -> Mapping[str, Tensor]:
+        """Pictures uint8 (B, 3, H, W) with their numbers (B,); what the extractor says of them: features (B, D)."""
         seen = self.extractor(pictures)
         self._take(seen, real, index)
-        return seen["features"]
+        return seen
 
-    def add_features(self, features: Tensor, real: bool, index: Tensor) -> None:
-        """Features (B, D) seen before, with the numbers of their pictures (B,)."""
-        logits = {"logits": features[:, :0]} if "logits" in self.extractor.gives else {}  # unread of real pictures
-        self._take({"features": features, **logits}, real, index)
+    def add_said(self, said: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
+        """What was said before, features (B, D) and maybe more, with the numbers of the pictures (B,)."""
+        unread = {"logits": said["features"][:, :0]} if "logits" in self.extractor.gives else {}  # of real pictures
+        self._take({**unread, **said}, real, index)
 
     def _take(self, seen: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
         self.counts[real] += len(index)

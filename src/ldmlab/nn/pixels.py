@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ldmlab.errors import InputError
+
 
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 0 .. 255 => float32 in [-1, 1], any shape: x / 127.5 - 1."""
@@ -12,3 +14,14 @@ def to_float(pixels: Tensor) -> Tensor:
 def to_bytes(pixels: Tensor) -> Tensor:
     """Numbers in [-1, 1], values outside are clamped => uint8, rounded to the nearest: (x + 1) 127.5."""
     return pixels.detach().float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def numbers_only(pictures: Tensor) -> Tensor:
+    """The same pictures (B, ...), or an InputError: as bytes, what is no number would pass for black."""
+    bad = int((~torch.isfinite(pictures)).flatten(1).any(dim=1).sum())
+    if bad:
+        raise InputError(
+            f"{bad} of {len(pictures)} pictures from the model hold values that are no numbers (NaN or infinite); its "
+            "weights have diverged or its precision is too low: take an earlier checkpoint or precision=float32."
+        )
+    return pictures

@@ -10,6 +10,7 @@ from ldmlab.errors import InputError
 
 EPILOG = """examples:
   ldmlab score outputs/samples data/celebahq/val --metrics fid,kid,precision_recall
+  ldmlab score outputs/samples data/celebahq/val --metrics fid,fid_inf     also extrapolated to infinitely many samples
   ldmlab score samples.npz VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,precision_recall
   ldmlab score outputs/samples data/emoji/val --features clip_run features.run=runs/demo/clip --metrics kid
   torchrun --nproc-per-node 8 -m ldmlab score outputs/samples data/celebahq/val"""
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Refuses what cannot work, looks, prints and writes."""
     from ldmlab.app.compose import compose, plain
-    from ldmlab.app.evaluate import build_extractor, track
+    from ldmlab.app.evaluate import build_extractor, build_metric, track
     from ldmlab.build import pick_device
     from ldmlab.evaluation import processes
     from ldmlab.evaluation.picture_sets import picture_set
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     config: Mapping[str, Any] = plain(compose("score", overrides(args)))
     samples, reference = picture_set(args.samples), picture_set(args.reference)
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
-    metrics = {name: _metric(f"metrics.{name}", node, extractor.width) for name, node in config["metrics"].items()}
+    metrics = {name: build_metric(name, node, extractor.width, "metrics") for name, node in config["metrics"].items()}
     options: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "rank": rank, "world": world}
     options |= {"track": track} if rank == 0 else {}
     result = score_sets(samples, reference, extractor, metrics, **options)
@@ -74,14 +75,6 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [f"features={args.features}", *chosen, *args.options]
 
 
-def _metric(where: str, node: Mapping[str, Any], width: int) -> Any:
-    """A score; one that must know the width of the features is told."""
-    from ldmlab.instantiate import accepts, instantiate
-
-    told: dict[str, Any] = {"width": width} if accepts(node, "width", where=where) else {}
-    return instantiate(node, where=where, **told)
-
-
 def as_text(result: Mapping[str, Any]) -> str:
     """A line a score."""
     sides = [result[side] for side in ("samples", "reference")]
@@ -90,6 +83,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     for name, score in result["scores"].items():
         spread = "" if score["spread"] is None else f" +- {score['spread']:.3g}"
         lines.append(f"{name:<12} {score['value']:.6g}{spread}{''.join(f'  ({mark})' for mark in score['marks'])}")
+        points = result["sample_curves"].get(name, ())
+        lines += [f"{'':<12} {point['value']:.6g} at {point['pictures']:,.0f} samples" for point in points]
     return "\n".join(lines)
 
 
