@@ -94,7 +94,7 @@ def test_far_from_borders_a_convolution_gives_the_same() -> None:
 
     level = Level(0.5, 0.5, 500.0)
     whole = bind(conditions, None)(x, level)
-    parts = windowed(bind, conditions, None, latent_windows((40, 40), 24, 1))(x, level)
+    parts = windowed(bind, latent_windows((40, 40), 24, 1))(conditions, None)(x, level)
     torch.testing.assert_close(parts[:, :, :13, :13], whole[:, :, :13, :13])  # the next window begins at 16
     assert not torch.allclose(parts, whole, atol=1e-3)
 
@@ -118,7 +118,7 @@ def test_no_seam_between_windows() -> None:
 
     apart = torch.cat([walk(flat, part) for part in start.split(32, dim=3)], dim=3)
     assert largest_jump(apart) > 1.9  # neighbours have chosen another tone
-    together = walk(windowed(lambda *_: flat, Conditioning(), None, latent_windows((32, 96), 32, 1)), start)
+    together = walk(windowed(lambda *_: flat, latent_windows((32, 96), 32, 1))(Conditioning(), None), start)
     assert largest_jump(together) < 2 / 8 + 0.05  # from one tone to the other in a line over eight pixels at least
 
 
@@ -132,16 +132,16 @@ def test_each_window_is_bound_once_for_all_steps() -> None:
 
     parts = latent_windows((40, 40), 24, 1)
     told = Conditioning(tokens=torch.zeros(1, 2, 4))
-    denoise = windowed(bind, told, None, parts)
+    denoise = windowed(bind, parts)(told, None)
     for _ in range(3):
         denoise(torch.zeros(1, 3, 40, 40), Level(1.0, 0.0, None))
     assert prepared == 1  # text is the same in all windows
-    windowed(bind, Conditioning(spatial=torch.zeros(1, 1, 40, 40)), None, parts)
+    windowed(bind, parts)(Conditioning(spatial=torch.zeros(1, 1, 40, 40)), None)
     assert prepared == 1 + len(parts)
 
 
 def test_double_precision_stays() -> None:
-    denoise = windowed(lambda *_: lambda x, level: x, Conditioning(), None, latent_windows((40, 20), 24, 1))
+    denoise = windowed(lambda *_: lambda x, level: x, latent_windows((40, 20), 24, 1))(Conditioning(), None)
     x = torch.randn(1, 3, 40, 20, dtype=torch.float64)
     torch.testing.assert_close(denoise(x, Level(1.0, 0.0, None)), x, atol=1e-6, rtol=0)
 

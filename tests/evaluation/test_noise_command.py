@@ -36,7 +36,7 @@ def test_a_row_for_each_scale(command: Any, tmp_path: Path, capsys: pytest.Captu
     assert command("--scale", "none", "20", "--times", "0,500,999") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["scale as trained", "scale none", "scale 20"]
-    variances = [float(line.split("variance ")[1].split(",")[0]) for line in lines[:3]]
+    variances = [float(line.split("variance ")[1].split(";")[0]) for line in lines[:3]]
     assert variances[0] == pytest.approx(100 * variances[1], rel=0.3)  # divided by 0.1; printed with two digits
     assert variances[2] == pytest.approx(4 * variances[0], rel=0.01)
     tall = Image.open(tmp_path / "sheets" / "noise.png")

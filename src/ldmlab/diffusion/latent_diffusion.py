@@ -27,7 +27,7 @@ from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.parameterization import Prediction
 from ldmlab.diffusion.schedule import Schedule
-from ldmlab.diffusion.windowed import latent_windows, windowed
+from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
 from ldmlab.errors import InputError
 from ldmlab.randomness import integers, normal, uniform
 
@@ -159,12 +159,10 @@ class LatentDiffusion(LatentSpace):
         conditioning = self.conditioning(batch)
         x = self.start(index, size, seed)
         check_size(conditioning, x)
-        bind, null = partial(self.denoiser, guidance=guidance), self.null(batch) if guidance != 1 else None
-        if window is None:
-            denoise = bind(conditioning, null)
-        else:
-            parts = latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling)
-            denoise = windowed(bind, conditioning, null, parts)
+        bind: Bind = partial(self.denoiser, guidance=guidance)
+        if window is not None:
+            bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
+        denoise = bind(conditioning, self.null(batch) if guidance != 1 else None)
         for guide in guides:
             denoise = guide(denoise, batch)
         shape = tuple(x.shape[1:])

@@ -29,17 +29,21 @@ def latent_windows(size: tuple[int, int], window: int, downsampling: int) -> lis
     return windows(size, part, part // 4)
 
 
-def windowed(bind: Bind, conditioning: Conditioning, null: Conditioning | None, parts: Sequence[Window]) -> Denoise:
-    """As bind(conditioning, null), window by window; what is concatenated to the latent is cut with it."""
-    if conditioning.spatial is None:
-        bound = [bind(conditioning, null)] * len(parts)
-    else:
-        bound = [bind(_cut(conditioning, part), None if null is None else _cut(null, part)) for part in parts]
+def windowed(bind: Bind, parts: Sequence[Window]) -> Bind:
+    """As `bind`, window by window; what is concatenated to the latent is cut with it."""
 
-    def denoise(x: Tensor, level: Level) -> Tensor:
-        return blended(lambda i: bound[i](parts[i].of(x), level), parts)
+    def bind_all(conditioning: Conditioning, null: Conditioning | None) -> Denoise:
+        if conditioning.spatial is None:
+            bound = [bind(conditioning, null)] * len(parts)
+        else:
+            bound = [bind(_cut(conditioning, part), None if null is None else _cut(null, part)) for part in parts]
 
-    return denoise
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            return blended(lambda i: bound[i](parts[i].of(x), level), parts)
+
+        return denoise
+
+    return bind_all
 
 
 def _cut(conditioning: Conditioning, part: Window) -> Conditioning:

@@ -83,7 +83,7 @@ def noised_row(
     told = ", ".join(f"{decibels(float(ratios[t])):.0f}" for t in times)
     even = even_time(schedule, variance)
     when = "never" if even is None else f"from t = {even}"
-    return frames, f"variance {variance:.2f}, {told} dB; noise is stronger {when}"
+    return frames, f"variance {variance:.2f}; {told} dB; noise is stronger {when}"
 
 
 def _factor(name: str) -> float:
