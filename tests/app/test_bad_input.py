@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,7 @@ from walk import Flow, run_training
 import ldmlab
 from ldmlab.app import cli
 from ldmlab.app.doors import run_door
-from ldmlab.errors import InputError
-
-
-def refusal(act: Callable[[], object]) -> str:
-    """The sentence with which something was refused."""
-    with pytest.raises(InputError) as caught:
-        act()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert sentence.endswith((".", "?"))
-    return sentence
+from refusals import refusal
 
 
 def copied(folder: Path, to: Path) -> Path:

@@ -1,6 +1,5 @@
 """From packed pictures to a classifier run and samples guided by it, and what is refused on the way."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.app.guidance import build_guides
 from ldmlab.app.wiring import train
 from ldmlab.build import load_classifier
-from ldmlab.errors import InputError
 from ldmlab.evaluation.pictures import read_settings
+from refusals import refusal
 
 SMALL = ["trainer.max_steps=3", "trainer.validate_every=3", "trainer.checkpoint_every=3", "trainer.log_every=1"]
 SMALL += ["trainer.micro_batch=8", "trainer.precision=32-true", "data.workers=0", "first_stage=identity"]
@@ -119,15 +118,6 @@ def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
         load_classifier(path).module.state_dict() for path in (runs.root / "classifier", tmp_path / "alone")
     )
     assert all(torch.equal(tensor, alone[name]) for name, tensor in state.items())
-
-
-def refusal(act: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        act()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert sentence.endswith((".", "?"))
-    return sentence
 
 
 @pytest.mark.parametrize(

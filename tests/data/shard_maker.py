@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
-from ldmlab.data.tar_samples import END_MARKER, tar_bytes
+from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
+from ldmlab.data.tar_samples import END_MARKER, read_range, tar_bytes
 
 
 def picture(number: int, size: int) -> Image.Image:
@@ -61,3 +61,13 @@ def write_shards(
 
 def keys_of(batches: list[dict[str, Any]]) -> list[str]:
     return [key for batch in batches for key in batch["key"]]
+
+
+def stored_samples(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every sample of a split by its key, its parts as they lie in the shards."""
+    found = {}
+    for shard in read_manifest(folder).shards:
+        for number in range(shard.samples):
+            sample = read_range(folder / shard.name, *shard.byte_range(number))
+            found[sample["__key__"]] = sample
+    return found

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from shard_maker import stored_samples
 
 from ldmlab.app.commands import pack as command
 from ldmlab.data.encode_pictures import Encoding
@@ -25,7 +26,6 @@ from ldmlab.data.manifest import check_shards, read_manifest
 from ldmlab.data.pack import PackOptions, PackResult, pack
 from ldmlab.data.sources import list_source
 from ldmlab.data.splits import SplitRule
-from ldmlab.data.tar_samples import read_range
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 
@@ -55,15 +55,6 @@ def _tars(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.tar"))}
 
 
-def _samples(folder: Path) -> dict[str, dict[str, bytes]]:
-    found = {}
-    for shard in read_manifest(folder).shards:
-        for number in range(shard.samples):
-            sample = read_range(folder / shard.name, *shard.byte_range(number))
-            found[sample["__key__"]] = sample
-    return found
-
-
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     source = _pictures(tmp_path / "in", 130)
     options = _options(split=SplitRule(0.2, stratify="kind"), class_field="kind")
@@ -80,7 +71,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
 
 def test_offsets_and_contents(tmp_path: Path) -> None:
     _pack(_pictures(tmp_path / "in", 50), tmp_path / "out")
-    samples = _samples(tmp_path / "out/train")
+    samples = stored_samples(tmp_path / "out/train")
     assert sorted(samples) == [f"{number:04d}" for number in range(50)]
     sample = samples["0041"]
     fields = json.loads(sample["json"])
@@ -99,7 +90,7 @@ def test_offsets_and_contents(tmp_path: Path) -> None:
 def test_other_formats(tmp_path: Path, format: str, quality: int | None) -> None:
     result = _pack(_pictures(tmp_path / "in", 3), tmp_path / "out", _options(encoding=Encoding(format, quality)))
     assert result.manifests["train"].transform["format"] == format
-    for sample in _samples(tmp_path / "out/train").values():
+    for sample in stored_samples(tmp_path / "out/train").values():
         assert Image.open(io.BytesIO(sample[format])).size == (16, 16)
     with pytest.raises(InputError, match="quality=90 with format=png"):
         Encoding("png", 90)
@@ -132,7 +123,7 @@ def test_a_strangers_folder(tmp_path: Path) -> None:
     assert bad["empty.png"] == "is empty"
     assert bad["text.jpg"] == bad["phone.heic"] == "is not a picture"
     assert json.loads((tmp_path / "out/train/bad.json").read_text())[0]["name"] == "some folder/cut.png"
-    samples = _samples(tmp_path / "out/train")
+    samples = stored_samples(tmp_path / "out/train")
     assert len(samples) == 12
     assert all("." not in key and key.isascii() for key in samples)
     names = {json.loads(sample["json"])["file_name"]: key for key, sample in samples.items()}
@@ -162,9 +153,9 @@ def test_tars_to_shards(tmp_path: Path) -> None:
     result = _pack(tmp_path / "first/train", tmp_path / "second", options)
     assert (result.manifests["train"].total, result.manifests["val"].total) == (24, 6)
     fields = json.loads(
-        _samples(tmp_path / "second/train")["0003"]["json"]
-        if "0003" in _samples(tmp_path / "second/train")
-        else _samples(tmp_path / "second/val")["0003"]["json"]
+        stored_samples(tmp_path / "second/train")["0003"]["json"]
+        if "0003" in stored_samples(tmp_path / "second/train")
+        else stored_samples(tmp_path / "second/val")["0003"]["json"]
     )
     assert (fields["caption"], fields["class"], fields["class_id"]) == ("番号 3", "b", 1)
 
@@ -320,7 +311,7 @@ def test_the_shipped_set_is_whole() -> None:
         folder = ROOT / "data/emoji-256" / split
         manifest = read_manifest(folder)
         check_shards(folder, manifest, sha256=True)
-        rows = [json.loads(sample["json"]) for sample in _samples(folder).values()]
+        rows = [json.loads(sample["json"]) for sample in stored_samples(folder).values()]
         assert len(rows) == manifest.total
         groups[split] = {re.sub("-1f3f[b-f]|-fe0f|^0+", "", row["codepoints"]) for row in rows}
         counts = [sum(row["class_id"] == number for row in rows) for number in range(9)]

@@ -9,30 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from shard_maker import stored_samples
 
 from ldmlab.annotations import centre_square, cropped
 from ldmlab.app import cli
 from ldmlab.data.decode import decode_image
-from ldmlab.data.manifest import read_manifest
 from ldmlab.data.pack import PackOptions, PackResult, pack
 from ldmlab.data.packed_maps import packed_map
 from ldmlab.data.parts import decode_parts
 from ldmlab.data.sources import list_source
-from ldmlab.data.tar_samples import read_range, tar_bytes
+from ldmlab.data.tar_samples import tar_bytes
 from ldmlab.data.transforms import Transform
 from scenes import Scene
 
 WIDE = (24, 16)
 PARTS = ("segmentation", "mask", "boxes")
-
-
-def samples(folder: Path) -> dict[str, dict[str, bytes]]:
-    found = {}
-    for shard in read_manifest(folder).shards:
-        for number in range(shard.samples):
-            sample = read_range(folder / shard.name, *shard.byte_range(number))
-            found[sample["__key__"]] = sample
-    return found
 
 
 def packed(source: Path, out: Path, size: int | None = 16, rule: str = "centre", **choices: object) -> PackResult:
@@ -80,7 +71,7 @@ def test_parts_lie_where_they_lay(tmp_path: Path, layout: str, rule: str, size: 
     square = rule in ("centre", "sr3_area")
     region = (slice(None), slice(4, 20)) if square else (slice(None), slice(None))
     step = 1 if size in (16, None) else 2
-    for key, sample in samples(tmp_path / "out" / "train").items():
+    for key, sample in stored_samples(tmp_path / "out" / "train").items():
         scene = scenes[int(key)]
         parts = PARTS if layout != "plain" else PARTS[:2]
         found = decode_parts(sample, parts, None)
@@ -101,7 +92,7 @@ def test_packing_again_keeps_everything(tmp_path: Path) -> None:
     write_folder(tmp_path / "in", "table")
     packed(tmp_path / "in", tmp_path / "once", None, "keep")
     packed(tmp_path / "once" / "train", tmp_path / "twice", None, "keep")
-    once, twice = samples(tmp_path / "once" / "train"), samples(tmp_path / "twice" / "train")
+    once, twice = stored_samples(tmp_path / "once" / "train"), stored_samples(tmp_path / "twice" / "train")
     for key, sample in once.items():
         for ending in ("webp", "mask.png", "seg.png"):
             assert sample[ending] == twice[key][ending]
@@ -113,8 +104,8 @@ def test_maps_are_no_pictures_and_orphans_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "in" / "a.jpg")
     result = packed(tmp_path / "in", tmp_path / "out", None, "keep", max_bad=0.9)
     assert sorted(result.bad) == [(f"2.{name}.png", "has no picture beside it") for name in ("mask", "seg")]
-    assert sorted(samples(tmp_path / "out" / "train")) == ["0", "1", "a"]
-    assert "mask.png" not in samples(tmp_path / "out" / "train")["a"]
+    assert sorted(stored_samples(tmp_path / "out" / "train")) == ["0", "1", "a"]
+    assert "mask.png" not in stored_samples(tmp_path / "out" / "train")["a"]
 
 
 def test_a_table_may_name_pictures_elsewhere(tmp_path: Path) -> None:
@@ -123,7 +114,7 @@ def test_a_table_may_name_pictures_elsewhere(tmp_path: Path) -> None:
     rows = [{"file_name": str(tmp_path / "elsewhere" / f"{n}.png"), "text": "x"} for n in range(3)]
     (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     packed(tmp_path / "in", tmp_path / "out")
-    assert all("seg.png" in sample for sample in samples(tmp_path / "out" / "train").values())
+    assert all("seg.png" in sample for sample in stored_samples(tmp_path / "out" / "train").values())
 
 
 def _png(values: np.ndarray | Image.Image) -> bytes:

@@ -29,12 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, write beside, compare, and only then put in place."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise InputError(f"out={args.out} is not empty; choose a new folder.")
-
     from ldmlab.interop.export_formats import FORMATS as WRITERS
+    from ldmlab.interop.import_folder import check_new
     from ldmlab.model_files import read_model
 
+    check_new(args.out)
     if args.format not in WRITERS:
         raise InputError(f"--format={args.format} is unknown; choose {', '.join(WRITERS)}.")
     files = read_model(args.model, args.weights)

@@ -25,7 +25,6 @@ SD_MASK = {"keep": 0.0, "hole": 1.0}
 SD_HOLE = 0.0
 LDM_MASK = {"keep": -1.0, "hole": 1.0}
 LDM_HOLE = -1.0
-_FIRST_STAGES = ("AutoencoderKL", "VQModel", "VQModelInterface")
 _REFUSED = {
     "given_betas": "betas of its own",
     "low_scale_config": "an upscaler of noised pictures",

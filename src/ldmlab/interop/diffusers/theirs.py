@@ -14,7 +14,6 @@ from ldmlab.interop.diffusers.unet_config import configuration as unet_configura
 
 Spec = Mapping[str, Any]
 State = Mapping[str, Tensor]
-VOCABULARY_FILES = ("vocab.json", "merges.txt", "vocab.txt")
 
 
 @contextmanager
