@@ -1,22 +1,25 @@
-"""Peak memory, time and difference of a first stage on a large picture: at once, in tiles with shared norms, separate.
+"""A first stage on a large picture, at once and in tiles with shared or separate norms: memory, products, difference.
 
-    python benchmarks/large_pictures.py [--first-stage runs/emoji64/first_stage] [--size 1024] [--tile 512]
+    python benchmarks/large_pictures.py [--first-stage kl_f8] [--size 1024] [--tile 512] [--run]
 
---first-stage is a run or the name of a file in conf/first_stage, whose weights are then drawn. The picture is made of
-soft blobs. Every variant is a process of its own; memory is what it needs beyond the loaded weights and the picture.
+Memory and products are counted, not measured: every operation runs without data, and the bytes of all tensors alive
+are added up (weights and what a convolution needs while it runs are not in them). So the paper's sizes take seconds on
+any machine. With --run the variants also run on a picture of soft blobs: seconds, and how far they are from the whole.
 """
 
 import argparse
-import multiprocessing
-import resource
-import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldmlab.build import load_first_stage
 from ldmlab.first_stages.tiled import TiledFirstStage
@@ -24,6 +27,38 @@ from ldmlab.instantiate import instantiate
 
 VARIANTS = ("at once", "shared", "separate")
 CONF = Path(__file__).parents[1] / "conf/first_stage"
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that were made inside and are still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: dict[int, int] = {}  # living tensors of each storage
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._meet(tensor)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _meet(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.users:
+            self.users[key] = 0
+            self.now += size
+        self.users[key] += 1
+        weakref.finalize(tensor, self._leave, key, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self.users[key] -= 1
+        if not self.users[key]:
+            del self.users[key]
+            self.now -= size
 
 
 def first_stage_of(name: str) -> Any:
@@ -34,68 +69,64 @@ def first_stage_of(name: str) -> Any:
     return instantiate(yaml.safe_load((CONF / f"{name}.yaml").read_text()), where="first_stage").eval()
 
 
-def picture(size: int) -> torch.Tensor:
-    """(1, 3, size, size) in [-1, 1]; the right half is duller, so that tiles have different statistics."""
+def worker_of(variant: str, stage: Any, tile: int) -> Any:
+    return stage if variant == "at once" else TiledFirstStage(stage, tile, variant)
+
+
+@torch.no_grad()
+def counted(variant: str, stage: Any, args: argparse.Namespace) -> tuple[float, float]:
+    """MiB of tensors at the peak and 10^12 products, without data."""
+    empty = stage.to("meta")
+    side = args.size if args.way == "encode" else args.size // stage.downsampling
+    given = torch.empty(1, 3 if args.way == "encode" else stage.latent_channels, side, side, device="meta")
+    worker, products = worker_of(variant, empty, args.tile), FlopCounterMode(display=False)
+    attention = 0
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Without data torch would form all scores, which no kernel for CPU or GPU does."""
+        nonlocal attention
+        attention += 2 * q.numel() * k.shape[2]
+        return torch.empty_like(q)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", fused), products, Alive() as alive:
+        getattr(worker, args.way)(given)
+    return alive.peak / 2**20, (products.get_total_flops() / 2 + attention) / 1e12
+
+
+@torch.no_grad()
+def ran(variant: str, stage: Any, args: argparse.Namespace) -> tuple[float, torch.Tensor]:
+    """Seconds and the result."""
     torch.manual_seed(0)
-    blobs = F.interpolate(torch.randn(1, 3, size // 32, size // 32), (size, size), mode="bicubic")
-    return blobs.clamp(-1, 1) * torch.linspace(1, 0.2, size)
-
-
-def resident_mib() -> float:
-    """The highest so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-@torch.no_grad()
-def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """The latents to decode, in a process of its own: what it needs is not counted."""
-    tiled = TiledFirstStage(first_stage_of(args.first_stage), args.tile, "separate")
-    torch.save(tiled.encode(picture(args.size)).mean, folder / "latents.pt")
-
-
-@torch.no_grad()
-def measure(variant: str, args: argparse.Namespace, folder: Path) -> None:
-    """One process: encode and decode, each with its memory and time, into a file."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stage = first_stage_of(args.first_stage).to(device)
-    worker = stage if variant == "at once" else TiledFirstStage(stage, args.tile, variant)
-    image = picture(args.size).to(device)
-    given = image if args.way == "encode" else torch.load(folder / "latents.pt").to(device)
-    before = torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else resident_mib()
+    blobs = F.interpolate(torch.randn(1, 3, args.size // 32, args.size // 32), (args.size, args.size), mode="bicubic")
+    given = blobs.clamp(-1, 1) * torch.linspace(1, 0.2, args.size)  # duller to the right: tiles differ
+    worker = worker_of(variant, stage, args.tile)
+    if args.way == "decode":
+        given = TiledFirstStage(stage, args.tile, "separate").encode(given).mean
     begun = time.perf_counter()
-    result = (worker.encode(given).mean if args.way == "encode" else worker.decode(given)).cpu()
-    seconds = time.perf_counter() - begun
-    after = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mib()
-    torch.save({"result": result, "seconds": seconds, "mib": after - before}, folder / f"{variant}.pt")
-
-
-def run(process: Any) -> None:
-    """Wait for it; a fault in it is ours."""
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"a process ended with {process.exitcode}")
+    result = worker.encode(given).mean if args.way == "encode" else worker.decode(given)
+    return time.perf_counter() - begun, result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first-stage", default="runs/emoji64/first_stage")
+    parser.add_argument("--first-stage", default="kl_f8", help="a run or a name in conf/first_stage (kl_f8)")
     parser.add_argument("--size", type=int, default=1024, help="side, px (1024)")
     parser.add_argument("--tile", type=int, default=512, help="px (512)")
     parser.add_argument("--way", choices=["encode", "decode"], default="decode")
+    parser.add_argument("--run", action="store_true", help="also run: seconds and difference")
     args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    print(f"{args.way} {args.size} x {args.size} px, {args.first_stage}, tiles of {args.tile}")
-    print(f"{'':10}{'peak MiB':>10}{'seconds':>10}{'mean difference / 255':>24}")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.way == "decode":
-            run(context.Process(target=prepare, args=(args, Path(folder))))
-        for variant in VARIANTS:
-            run(context.Process(target=measure, args=(variant, args, Path(folder))))
-            found = torch.load(Path(folder) / f"{variant}.pt")
-            whole = torch.load(Path(folder) / "at once.pt")["result"]
-            far = (found["result"] - whole).abs().mean() * 127.5
-            print(f"{variant:10}{found['mib']:10.0f}{found['seconds']:10.1f}{far:24.4f}", flush=True)
+    print(f"{args.way} {args.size} x {args.size} px, {args.first_stage}, tiles of {args.tile}, float32")
+    print(f"{'':10}{'peak MiB':>10}{'10^12 products':>16}{'seconds':>10}{'mean difference / 255':>24}")
+    whole = None
+    for variant in VARIANTS:
+        with torch.device("meta"):
+            mib, products = counted(variant, first_stage_of(args.first_stage), args)
+        line = f"{variant:10}{mib:10.0f}{products:16.2f}"
+        if args.run:
+            seconds, result = ran(variant, first_stage_of(args.first_stage), args)
+            whole = result if whole is None else whole
+            line += f"{seconds:10.1f}{float((result - whole).abs().mean() * 127.5):24.4f}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
