@@ -11,6 +11,8 @@ from torch import Tensor
 from ldmlab.errors import InputError
 from ldmlab.metrics.accumulate import FeatureSets
 
+_BLOCK = 256  # rows of the kernel of a set with itself that are computed at a time
+
 
 class KernelDistance(FeatureSets):
     """Kernel distance of generated to real features; unbiased, so it serves small sets too and may be below 0."""
@@ -42,11 +44,20 @@ class KernelDistance(FeatureSets):
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     """Unbiased MMD^2 of two sets (m, D) and (n, D) with the cubic kernel; products in float32, sums in float64."""
-    kernel_xx, kernel_yy, kernel_xy = ((a @ b.T).div_(x.shape[1]).add_(1).pow_(3) for a, b in ((x, x), (y, y), (x, y)))
-    return _mean_of_others(kernel_xx) + _mean_of_others(kernel_yy) - 2 * kernel_xy.mean(dtype=torch.float64)
+    return _mean_of_others(x) + _mean_of_others(y) - 2 * _kernel(x, y).mean(dtype=torch.float64)
 
 
-def _mean_of_others(kernel: Tensor) -> Tensor:
-    """Mean over pairs of different points."""
-    count = len(kernel)
-    return (kernel.sum(dtype=torch.float64) - kernel.diagonal().sum(dtype=torch.float64)) / (count * (count - 1))
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(x . y / D + 1)^3, (m, n)."""
+    return torch.addmm(x.new_ones(1), x, y.T, alpha=1 / x.shape[1]).pow_(3)
+
+
+def _mean_of_others(x: Tensor) -> Tensor:
+    """Mean of the kernel over pairs of different points, each computed once but for those near the diagonal."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), _BLOCK):
+        kernel = _kernel(x[start : start + _BLOCK], x[start:])
+        own = kernel[:, : len(kernel)]
+        total += 2 * kernel.sum(dtype=torch.float64) - own.sum(dtype=torch.float64)
+        total -= own.diagonal().sum(dtype=torch.float64)
+    return total / (len(x) * (len(x) - 1))
