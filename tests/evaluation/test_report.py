@@ -19,7 +19,7 @@ from ldmlab.evaluation.curves import charts
 from ldmlab.evaluation.evaluate import Evaluation
 from ldmlab.evaluation.line_chart import line_chart, ticks
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.report import write_comparison, write_report
+from ldmlab.evaluation.report import score_rows, write_comparison, write_report
 from ldmlab.metrics.features import OpenClipFeatures
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.frechet_limit import FrechetLimit
@@ -129,6 +129,13 @@ def test_other_scales_score_as_evaluations_of_their_own(
     scores = alone.run()["scores"]
     for name, score in finished[1]["guidance_curve"][0]["scores"].items():
         assert score["value"] == pytest.approx(scores[name]["value"], rel=1e-4, abs=1e-6), name
+
+
+def test_a_share_and_its_error_are_printed_alike(finished: tuple[Path, dict[str, Any]]) -> None:
+    rows = {row["name"]: row["value"] for row in score_rows(finished[1])}
+    score = finished[1]["scores"]["precision"]
+    assert rows["precision"] == f"{score['value']:.1%} ± {score['spread']:.1%}"
+    assert rows["copies"].count("%") == 2
 
 
 def test_the_nearest_pairs_of_all_samples_are_shown(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -140,10 +140,10 @@ def _ratio(categories: Mapping[str, Any]) -> str:
 
 def _row(name: str, value: float, spread: float | None, note: str) -> dict[str, str]:
     shown, direction, meaning = MEANING.get(name, (name, "info", ""))
-    share = name in ("precision", "recall", "held_out_real", "samples", "seen", "copies")
+    share = name in ("precision", "recall", "coverage", "held_out_real", "samples", "seen", "copies")
     text = f"{value:.1%}" if share else f"{value:.{4 if abs(value) >= 1 else 3}g}"
     if spread is not None:
-        text += f" ± {spread:.2g}"
+        text += f" ± {spread:.1%}" if share else f" ± {spread:.2g}"
     return {"name": name, "shown": shown, "value": text, "direction": direction, "meaning": meaning, "note": note}
 
 

@@ -117,5 +117,5 @@ def _value(name: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return DASH
     value, spread = found.get("value", found.get(name)), found.get("spread")
-    text = f"{value:.1%}" if name in _SHARES else f"{value:.4g}"
-    return text if spread is None else f"{text} ± {spread:.2g}"
+    form = ".1%" if name in _SHARES else ".4g"
+    return f"{value:{form}}" if spread is None else f"{value:{form}} ± {spread:{'.1%' if name in _SHARES else '.2g'}}"
