@@ -1,9 +1,20 @@
-"""Time and peak memory from features to all scores, ours beside torch-fidelity's: `python benchmarks/metrics.py`."""
+"""From features to all scores, and from pictures to features, ours beside torch-fidelity's.
+
+    python benchmarks/metrics.py                     10,000 pictures a side; --count 50000 takes half an hour on a core
+
+Seconds are those of the processor, which other jobs disturb little; each program runs in a process of its own, so that
+the peak of memory is its own: features and what is made of them, without what importing took.
+"""
 
 import argparse
 import multiprocessing
 import resource
+import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -12,6 +23,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics import MetricCollection
 
+from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance
@@ -27,14 +39,20 @@ def features(count: int, width: int, seed: int) -> torch.Tensor:
     ).relu()
 
 
-def ours(count: int, width: int) -> dict[str, float]:
+def ours(count: int, width: int, screening: bool = False) -> dict[str, float]:
     """Fed in batches of 64, as an evaluation does."""
-    fid, rest = FrechetDistance(width), {"is": InceptionScore(), "kid": KernelDistance(), "pr": PrecisionRecall()}
-    metrics = MetricCollection({"fid": fid, **rest})
+    shares = PrecisionRecall(screening=screening)
+    rest = {"is": InceptionScore(), "kid": KernelDistance(), "pr": shares}
+    metrics = MetricCollection({"fid": FrechetDistance(width), **rest})
     for real, seed in ((True, 1), (False, 2)):
         for part in features(count, width, seed).split(64):
             metrics.update(features=part, logits=part[:, :1008], real=real)
     return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def screened(count: int, width: int) -> dict[str, float]:
+    """With bfloat16 before float32 in precision and recall."""
+    return ours(count, width, screening=True)
 
 
 def torch_fidelity(count: int, width: int) -> dict[str, float]:
@@ -47,32 +65,79 @@ def torch_fidelity(count: int, width: int) -> dict[str, float]:
     return {**fid, **score, **kid, **pr}
 
 
-def measured(program: str, count: int, width: int, threads: int) -> None:
+def extractors(folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
+    """Both on one file of drawn weights: speed does not ask for the real ones."""
+    from torch_fidelity import feature_extractor_inceptionv3 as port
+
+    class Drawn(port.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return None
+
+    weights = folder / "inception.pth"
+    torch.save({}, weights)
+    names = ["2048", "logits_unbiased"]
+    drawn = Drawn("inception-v3-compat", names, feature_extractor_weights_path=str(weights))
+    torch.save(drawn.state_dict(), weights)
+    theirs = port.FeatureExtractorInceptionV3("inception-v3-compat", names, feature_extractor_weights_path=str(weights))
+    return {"ours": Inception2015(weights), "torch-fidelity": torch.inference_mode()(theirs.eval())}
+
+
+def extraction(pictures: int, rounds: int) -> None:
+    """Pictures of 256 px to features and logits, in turns."""
+    batch = torch.randint(0, 256, (pictures, 3, 256, 256), dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        work = extractors(Path(folder))
+        seconds: dict[str, list[float]] = {name: [] for name in work}
+        for i in range(rounds + 1):  # the first warms up
+            for name in work if i % 2 else reversed(work):
+                start = time.process_time()
+                work[name](batch)
+                if i:
+                    seconds[name].append(time.process_time() - start)
+    for name, taken in seconds.items():
+        print(f"{name:20s} {pictures / statistics.median(taken):7.1f} pictures of 256 px a second to features")
+    ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["torch-fidelity"], strict=True))
+    print(f"ours is {ratio:.2f} times as fast")
+
+
+PROGRAMS = {"ours": ours, "ours, screened": screened, "torch-fidelity": torch_fidelity}
+
+
+def measured(program: str, count: int, width: int, threads: int, answer: Any) -> None:
     """Run in a process of its own, so that the peak belongs to it."""
     torch.set_num_threads(threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    values = {"ours": ours, "torch-fidelity": torch_fidelity}[program](count, width)
-    seconds = time.perf_counter() - start
+    start = time.process_time()
+    values = PROGRAMS[program](count, width)
+    seconds = time.process_time() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+    shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items() if not name.endswith("_std"))
     print(f"{program:15s} {seconds:7.1f} s  {peak:7.0f} MiB   {shown}", flush=True)
+    answer.put(seconds)
 
 
 def main() -> None:
-    """Both programs, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """All programs, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000, help="pictures a side")
     parser.add_argument("--width", type=int, default=2048, help="features a picture")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pictures", type=int, default=16, help="pictures a round to features; 0: not measured")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     print(f"{arguments.count} pictures a side, {arguments.width} features, {arguments.threads} threads")
-    for program in ("ours", "torch-fidelity"):
-        process = multiprocessing.get_context("spawn").Process(
-            target=measured, args=(program, arguments.count, arguments.width, arguments.threads)
-        )
+    context, seconds = multiprocessing.get_context("spawn"), {}
+    for program in PROGRAMS:
+        answer = context.SimpleQueue()
+        options = (program, arguments.count, arguments.width, arguments.threads, answer)
+        process = context.Process(target=measured, args=options)
         process.start()
         process.join()
+        seconds[program] = answer.get()
+    for program in ("ours", "ours, screened"):
+        print(f"{program} is {seconds['torch-fidelity'] / seconds[program]:.2f} times as fast as torch-fidelity")
+    if arguments.pictures:
+        extraction(arguments.pictures, rounds=3)
 
 
 if __name__ == "__main__":
