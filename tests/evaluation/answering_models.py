@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Answers:
         self.reads, self.answer = frozenset(reads), answer
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
-        return settings.filled(guidance=1.0, size=self.image_size, levels=10, strength=None)
+        return replace(settings, guidance=1.0, size=self.image_size)
 
     def sample_batch(
         self, requests: Sequence[Mapping[str, Any]], settings: Any, numbers: list[int], *rest: Any
