@@ -5,7 +5,7 @@ such a [x0, y0, x1, y1] too.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,15 @@ def checked(boxes: Any) -> Boxes:
         raise ValueError(f"boxes are a {type(boxes).__name__}, not a list")
     for entry in boxes:
         box = entry.get("box") if isinstance(entry, dict) else None
-        numbers = isinstance(box, list | tuple) and all(isinstance(value, int | float) for value in box)
-        if not numbers or len(box) != 4 or not isinstance(entry.get("class_id"), int):
+        if not _four_numbers(box) or not isinstance(entry.get("class_id"), int):
             raise ValueError(f'{entry!r} is no box; write {{"class_id": 3, "box": [x0, y0, x1, y1]}}')
         if not 0 <= box[0] < box[2] <= 1 or not 0 <= box[1] < box[3] <= 1:
             raise ValueError(f"box {box} does not lie in [0, 1] with x0 < x1 and y0 < y1")
     return boxes
+
+
+def _four_numbers(box: Any) -> TypeGuard[Sequence[float]]:
+    return isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
 
 
 def area(box: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Every command of the demo, the READMEs and the experiments' headers parses, composes and names options that exist."""
+"""Every command of the demo, the pages and the experiments' headers parses, composes and names options that exist."""
 
 import importlib
 import re
@@ -13,12 +13,18 @@ from ldmlab.app.commands.demo import flow
 from ldmlab.app.compose import compose, conf_dir
 
 ROOT = Path(__file__).parents[2]
-READMES = [*ROOT.glob("*.md"), *(ROOT / "docker").glob("*.md")]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docker").glob("*.md"),
+    ROOT / "data" / "README.md",
+]
 
 
 def documented() -> list[str]:
     """Lines of fenced blocks, and of experiment headers, that call one of our commands."""
-    texts = [fence for path in READMES for fence in re.findall(r"```\w*\n(.*?)```", path.read_text(), re.S)]
+    texts = [fence for path in PAGES for fence in re.findall(r"```\w*\n(.*?)```", path.read_text(), re.S)]
+    texts = [text.replace("\\\n", " ") for text in texts]  # a command over several lines
     texts += [path.read_text() for path in (conf_dir() / "experiment").rglob("*.yaml")]
     pattern = r"(?:torchrun --nproc-per-node=\d+ )?((?:python (?:train|evaluate)\.py|ldmlab \w+)\b[^\n#]*)"
     found = [match.strip() for text in texts for match in re.findall(pattern, text)]
