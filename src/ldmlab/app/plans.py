@@ -102,16 +102,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
         "sampler": config["sampler"],
         **({"task": task_node(config, data.image_size)} if data.task else {}),
     }
-    model = instantiate(
-        config["diffusion"],
-        where="diffusion",
-        first_stage=first_stage,
-        latent_scale=instantiate(scale_node, where="stage.latent_scale"),
-        backbone=instantiate(backbone_node, where="backbone"),
-        conditioners=conditioners.modules,
-        guidance_trained=spec["guidance_trained"],
-        task=data.task,
-    )
+    model = _latent_diffusion(spec, first_stage, conditioners.modules, data)
     sampler = instantiate(config["sampler"], where="sampler")
     grid = ddim_grid(model.schedule, options.pop("panel_steps"), sampler.spacing)
     stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
@@ -119,6 +110,22 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     if "conditioner" not in stage.saved():
         frozen["conditioner"] = model.conditioners
     return Plan(stage, spec, "latents" if data.latents is not None else "images", frozen)
+
+
+def _latent_diffusion(
+    spec: dict[str, Any], first_stage: nn.Module, conditioners: Mapping[str, nn.Module], data: ShardData
+) -> Any:
+    """The model that the nodes of `spec` describe, around modules that are there already."""
+    return instantiate(
+        spec["diffusion"],
+        where="diffusion",
+        first_stage=first_stage,
+        latent_scale=instantiate(spec["latent_scale"], where="stage.latent_scale"),
+        backbone=instantiate(spec["backbone"], where="backbone"),
+        conditioners=conditioners,
+        guidance_trained=spec["guidance_trained"],
+        task=data.task,
+    )
 
 
 def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
