@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ldmlab.errors import InputError
-from ldmlab.randomness import integers, normal, philox, picture_random, uniform
+from ldmlab.picture_random import picture_random
+from ldmlab.randomness import integers, normal, philox, uniform
 
 
 def words(*values: int) -> tuple[torch.Tensor, ...]:

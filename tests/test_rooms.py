@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "ldmlab"
-GROUND = {"errors", "contracts", "randomness", "averaging", "provenance", "instantiate", "annotations", "fetched"}
+GROUND = {
+    "errors",
+    "contracts",
+    "randomness",
+    "picture_random",
+    "averaging",
+    "provenance",
+    "instantiate",
+    "annotations",
+    "fetched",
+}
 MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),
     "nn": GROUND,

@@ -5,9 +5,7 @@ Every number is a pure function of (seed, purpose, index of the picture, step, e
 so that splitting the work over batches, processes or devices cannot change a single bit of it.
 """
 
-import hashlib
 import math
-import random
 import zlib
 
 import torch
@@ -74,9 +72,3 @@ def normal(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...], step:
 def integers(seed: int, purpose: str, index: Tensor, high: int, step: int = 0) -> Tensor:
     """Integers in 0 .. high - 1, int64, (B,)."""
     return (uniform(seed, purpose, index, (), step) * high).long().clamp_max(high - 1)
-
-
-def picture_random(seed: int, epoch: int, key: str) -> random.Random:
-    """The generator for a picture's crops and flips in a loader worker: a function of (seed, epoch, key)."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
-    return random.Random(int.from_bytes(digest, "little"))

@@ -119,7 +119,7 @@ def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_pat
         ("+PLACE.protocol.neighbours=2", r"callbacks\.scores\.protocol\.neighbours=2 is for evaluate\.py alone"),
         (
             "PLACE.protocol.metrics.kid.subset_size=9",
-            r"callbacks\.scores\.protocol\.metrics\.kid\.subset_size=9 is more than the 8 pictures at hand",
+            r"callbacks\.scores\.protocol\.metrics\.kid\.subset_size=9 is more than the 8 generated pictures at hand",
         ),
         ("PLACE.protocol.steps=3", r"steps=3"),
         ("PLACE.precision=float8", r"precision=float8 is no number format"),

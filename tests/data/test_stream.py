@@ -23,7 +23,7 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.data.skipped import SkipCounter
 from ldmlab.data.stream import ShardDataset, Wanted, eval_loader
 from ldmlab.errors import InputError
-from ldmlab.randomness import picture_random
+from ldmlab.picture_random import picture_random
 
 COUNTS = [5, 1, 9, 3]  # 18 pictures, uneven
 

@@ -52,7 +52,7 @@ class Darkener:
     image_size = (SIZE, SIZE)
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
-        return settings.filled(guidance=1.0, size=(SIZE, SIZE), levels=10, strength=None)
+        return settings.filled(guidance=1.0, size=(SIZE, SIZE), levels=10, strength=None, repeats=None)
 
     def sample_batch(self, requests: Sequence[Mapping[str, Any]], *rest: Any) -> Tensor:
         return torch.stack([torch.from_numpy(darkened(one["image"], one["mask"])) for one in requests])

@@ -142,7 +142,7 @@ def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", drawn(5, 0))
     few = picture_set(tmp_path / "set.npz")
     for metrics, message in (
-        ({"kid": KernelDistance()}, r"metrics\.kid\.subset_size=1000 is more than the 5 pictures"),
+        ({"kid": KernelDistance()}, r"metrics\.kid\.subset_size=1000 is more than the 5 real pictures"),
         ({"is": InceptionScore()}, r"metrics\.is needs logits, which --features .* choose --features inception"),
         ({"fid": FrechetDistance(6)}, r"5 real pictures are fewer .* set metrics\.fid\.small_sample=true"),
     ):

@@ -143,7 +143,7 @@ def test_bad_input_is_one_sentence() -> None:
     kernel = KernelDistance()
     kernel.update(normal(30, 4, 0), real=True)
     kernel.update(normal(40, 4, 0), real=False)
-    with pytest.raises(InputError, match="subset_size=1000 is more than the 30 pictures"):
+    with pytest.raises(InputError, match="subset_size=1000 is more than the 30 real pictures"):
         kernel.compute()
     no_real = PrecisionRecall()
     no_real.update(normal(30, 4, 0), real=False)

@@ -25,7 +25,7 @@ from ldmlab.data.splits import SplitRule
 from ldmlab.data.tar_samples import tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
-from ldmlab.randomness import picture_random
+from ldmlab.picture_random import picture_random
 
 MOST = 5  # objects
 _SIDES = {1: (0.45, 0.7), 2: (0.36, 0.55), 3: (0.32, 0.46), 4: (0.3, 0.42), 5: (0.28, 0.38)}  # long side, by objects

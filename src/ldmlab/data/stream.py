@@ -25,7 +25,7 @@ from ldmlab.data.parts import check_parts, decode_parts, mirrored_sample
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.wanted import Wanted, check_wanted
 from ldmlab.errors import InputError
-from ldmlab.randomness import picture_random
+from ldmlab.picture_random import picture_random
 
 TRIES = 100  # samples in a row that may be bad before the data are given up
 

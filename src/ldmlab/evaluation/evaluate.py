@@ -117,9 +117,9 @@ class Evaluation:
         keep = protocol.neighbours > 0 or protocol.class_field is not None
         count = min(protocol.samples or len(known), len(known))
         album = planned(known, count, min(max(protocol.shown, protocol.neighbours), count))
-        return Plan(
-            settings, known, asked, album, EvaluationPass(self.extractor, self.metrics, keep=keep, captions=captions)
-        )
+        seen = EvaluationPass(self.extractor, self.metrics, keep=keep, captions=captions)
+        seen.check_counts(len(known), count)
+        return Plan(settings, known, asked, album, seen)
 
     def _fields(self) -> set[str]:
         """What is read of every reference picture."""

@@ -89,6 +89,14 @@ class EvaluationPass:
         self.counts = {True: 0, False: 0}
         self.also: list[EvaluationPass] = []  # see the same samples beside other real pictures
 
+    def check_counts(self, real: int, generated: int) -> None:
+        """Refuses numbers of pictures that a score cannot be made from, before any is drawn."""
+        with in_words_of(self.options):
+            for metric in self.metrics.values():
+                if check := getattr(metric, "check_count", None):
+                    check(real, "real")
+                    check(generated, "generated")
+
     def add(self, pictures: Tensor, real: bool, index: Tensor) -> Mapping[str, Tensor]:
         """Pictures uint8 (B, 3, H, W) with their numbers (B,); what the extractor says of them: features (B, D)."""
         seen = self.extractor(pictures)

@@ -86,7 +86,7 @@ class FrechetDistance(Metric):
 
     def samples(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of this process's generated features."""
-        self._check_count(int(self.fake_count.sum()), "generated")
+        self.check_count(int(self.fake_count.sum()), "generated")
         return gaussian(*(part.sum(dim=0) for part in (self.fake_count, self.fake_sum, self.fake_outer)))
 
     def compute(self) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class FrechetDistance(Metric):
             (self.fake_count, self.fake_sum, self.fake_outer),
         )
         for (count, _, _), name in ((real, "real"), (fake, "generated")):
-            self._check_count(int(count.sum()), name)
+            self.check_count(int(count.sum()), name)
         distance = distance_from(*gaussian(*(part.sum(dim=0) for part in real)))
         return self._found(distance, tuple(part.sum(dim=0) for part in fake))
 
@@ -120,7 +120,7 @@ class FrechetDistance(Metric):
         distances = torch.stack([distance(*gaussian(*parts)) for parts in without])
         return ((len(held) - 1) * distances.var(correction=0)).sqrt()
 
-    def _check_count(self, count: int, name: str) -> None:
+    def check_count(self, count: int, name: str) -> None:
         if count < 2:
             raise InputError(f"{count} {name} pictures were given; the Frechet distance needs at least 2.")
         if count < self.width and not self.small_sample:

@@ -40,14 +40,20 @@ class InceptionScore(Metric):
         """`is` and `is_std`."""
         logits = in_order(self.logits, self.logits_index, "generated").double()
         count = len(logits)
-        if count < self.splits:
-            raise InputError(f"{count} pictures cannot be cut into metric.is.splits={self.splits} parts; choose fewer.")
+        self.check_count(count, "generated")
         if self.seed is not None:
             order = np.random.RandomState(self.seed).permutation(count)  # torch-fidelity's generator
             logits = logits[torch.from_numpy(order)]
         bounds = [part * count // self.splits for part in range(self.splits + 1)]
         scores = torch.stack([_score(logits[start:end]) for start, end in pairwise(bounds)])
         return {"is": scores.mean(), "is_std": scores.std(correction=0)}
+
+    def check_count(self, count: int, name: str) -> None:
+        """Refuses too few generated pictures; real ones enter nothing."""
+        if name == "generated" and count < self.splits:
+            raise InputError(
+                f"{count} {name} pictures cannot be cut into metric.is.splits={self.splits} parts; choose fewer."
+            )
 
 
 def _score(logits: Tensor) -> Tensor:

@@ -26,12 +26,8 @@ class KernelDistance(FeatureSets):
     def compute(self) -> dict[str, Tensor]:
         """`kid` and `kid_std`."""
         real, fake = self.sets()
-        fewest = min(len(real), len(fake))
-        if fewest < self.subset_size:
-            raise InputError(
-                f"metric.kid.subset_size={self.subset_size} is more than the {fewest} pictures at hand; "
-                f"choose at most {fewest}."
-            )
+        for name, features in (("real", real), ("generated", fake)):
+            self.check_count(len(features), name)
         generator = np.random.RandomState(self.seed)  # torch-fidelity's generator
         values = []
         for _ in range(self.subsets):
@@ -40,6 +36,14 @@ class KernelDistance(FeatureSets):
             values.append(squared_mmd(some_fake, some_real))
         scores = torch.stack(values)
         return {"kid": scores.mean(), "kid_std": scores.std(correction=0)}
+
+    def check_count(self, count: int, name: str) -> None:
+        """Refuses too few `name` pictures."""
+        if count < self.subset_size:
+            raise InputError(
+                f"metric.kid.subset_size={self.subset_size} is more than the {count} {name} pictures at hand; "
+                f"choose at most {count}."
+            )
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:

@@ -30,11 +30,8 @@ class PrecisionRecall(FeatureSets):
     def compute(self) -> dict[str, Tensor]:
         """`precision` and `recall`, float64 in [0, 1], each with `_std`."""
         real, fake = self.sets()
-        if min(len(real), len(fake)) <= self.neighbours:
-            raise InputError(
-                f"metric.precision_recall.neighbours={self.neighbours} needs more pictures than "
-                f"{len(real)} real and {len(fake)} generated ones."
-            )
+        for name, features in (("real", real), ("generated", fake)):
+            self.check_count(len(features), name)
         centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
         real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
         balls = [ball_sizes(part, self.neighbours, self.screening) for part in (fake, real)]
@@ -45,6 +42,13 @@ class PrecisionRecall(FeatureSets):
             "recall": recall,
             "recall_std": share_error(recall, len(real)),
         }
+
+    def check_count(self, count: int, name: str) -> None:
+        """Refuses too few `name` pictures."""
+        if count <= self.neighbours:
+            raise InputError(
+                f"metric.precision_recall.neighbours={self.neighbours} needs more than {count} {name} pictures."
+            )
 
 
 def share_error(share: Tensor, count: int) -> Tensor:
