@@ -7,7 +7,7 @@ from torch import Tensor
 from ldmlab.metrics import balls
 from ldmlab.metrics.balls import ball_sizes, shares_inside
 from ldmlab.metrics.precision_recall import PrecisionRecall
-from ldmlab.metrics.screening import Block, Points
+from ldmlab.metrics.screening import Block, Points, Space
 
 
 def normal(count: int, seed: int, width: int = 40) -> Tensor:
@@ -19,6 +19,7 @@ def normal(count: int, seed: int, width: int = 40) -> Tensor:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balls, "_TILE", 32)
+    monkeypatch.setattr(balls, "_STEP", 8)
 
 
 @pytest.mark.parametrize("screening", [False, True])
@@ -45,7 +46,8 @@ def test_screening_never_rules_out_what_is_near() -> None:
     for scale, seed in ((1e-3, 3), (1.0, 4), (1e3, 5)):
         a, b = scale * normal(60, seed, 300), scale * normal(50, seed + 10, 300)
         b[:30] = a[:30] + 0.01 * scale * normal(30, seed + 20, 300)  # close pairs
-        block = Block(Points.of(a, screening=True), Points.of(b, screening=True))
+        known = Points.of(a, screening=True)
+        block = Block(known, Points.of(b, screening=True), Space(60, known))
         lower, slack = block.bounds(), block.slack
         exact = torch.cdist(a.double(), b.double()).square()
         assert slack is not None

@@ -6,9 +6,11 @@ With `screening` bfloat16 rules pairs out and the rest is decided in float32 (`s
 import torch
 from torch import Tensor
 
-from ldmlab.metrics.screening import Block, Points
+from ldmlab.metrics.screening import Block, Points, Space
 
 _TILE = 2048  # rows and columns of one block of distances: 16 MiB in float32
+_STEP = 256  # rows are left out of a block by so many: matrix products of every size would each keep memory
+_WORTH = 0.7  # share of a block beneath which leaving rows out pays for gathering the others
 
 
 def ball_sizes(points: Tensor, neighbours: int, screening: bool = False) -> Tensor:
@@ -16,9 +18,10 @@ def ball_sizes(points: Tensor, neighbours: int, screening: bool = False) -> Tens
     known = Points.of(points, screening)
     parts = [known.part(slice(start, start + _TILE)) for start in range(0, len(points), _TILE)]
     best = [_within(part.exact, neighbours) for part in parts]  # (n, k), ascending
+    space = Space(_TILE, known)
     for top, a in enumerate(parts):
         for left in range(top + 1, len(parts)):
-            block = Block(a, parts[left])
+            block = Block(a, parts[left], space)
             rows, columns = block.rows(best[top][:, -1]), block.columns(best[left][:, -1])
             near = (block.bounds(rows) <= best[top][rows, -1:]).nonzero()
             pairs = torch.stack([rows[near[:, 0]], near[:, 1]], dim=1)
@@ -32,7 +35,7 @@ def ball_sizes(points: Tensor, neighbours: int, screening: bool = False) -> Tens
 def _within(points: Tensor, neighbours: int) -> Tensor:
     """The k smallest distances (n, k) of each point to others of its own tile; inf where there are too few."""
     own = Points.of(points, screening=False)
-    distances = Block(own, own).bounds().clamp_min_(0).fill_diagonal_(torch.inf)
+    distances = Block(own, own, Space(len(points), own)).bounds().clamp_min_(0).fill_diagonal_(torch.inf)
     close = distances.topk(min(neighbours, len(points)), dim=1, largest=False).values
     return torch.nn.functional.pad(close, (0, neighbours - close.shape[1]), value=torch.inf)
 
@@ -60,14 +63,38 @@ def shares_inside(
     known_a, known_b = Points.of(a, screening), Points.of(b, screening)
     a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     b_inside = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+    space = Space(_TILE, known_a)
     for rows in torch.arange(len(a), device=a.device).split(_TILE):
         for columns in torch.arange(len(b), device=b.device).split(_TILE):
-            for i, j in ((rows[~a_inside[rows]], columns), (rows[a_inside[rows]], columns[~b_inside[columns]])):
-                if len(i) and len(j):
-                    block = Block(known_a.part(i), known_b.part(j))
-                    a_inside[i[_rows_inside(block, ball_b[j], a_inside[i])]] = True
-                    b_inside[j[_columns_inside(block, ball_a[i], b_inside[j])]] = True
+            for i, j in _open_pairs(rows, columns, ~a_inside[rows], ~b_inside[columns]):
+                block = Block(known_a.part(_span(i)), known_b.part(_span(j)), space)
+                a_inside[i[_rows_inside(block, ball_b[j], a_inside[i])]] = True
+                b_inside[j[_columns_inside(block, ball_a[i], b_inside[j])]] = True
     return a_inside.double().mean(), b_inside.double().mean()
+
+
+def _open_pairs(rows: Tensor, columns: Tensor, open_rows: Tensor, open_columns: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns of blocks that hold every pair of a tile of which one point is open, (n,) and (m,)."""
+    part_rows, part_columns = open_rows.float().mean().item(), open_columns.float().mean().item()
+    if part_rows + (1 - part_rows) * part_columns > _WORTH:
+        return [(rows, columns)]
+    some_rows, other_rows = _split(rows, open_rows)
+    some_columns, _ = _split(columns, open_columns)
+    blocks = [(some_rows, columns), (other_rows, some_columns)]
+    return [(i, j) for i, j in blocks if len(i) and len(j)]
+
+
+def _split(points: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The wanted points, with some others up to a multiple of the step, and the rest."""
+    count = min(-(-int(wanted.sum()) // _STEP) * _STEP, len(points))
+    order = points[wanted.byte().argsort(descending=True)]
+    return order[:count], order[count:]
+
+
+def _span(points: Tensor) -> Tensor | slice:
+    """Neighbouring points as a slice, which copies nothing."""
+    first, last = int(points[0]), int(points[-1])
+    return slice(first, last + 1) if last - first + 1 == len(points) else points
 
 
 def _rows_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
