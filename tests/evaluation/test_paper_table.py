@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, Measured
+from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS, Measured
 from ldmlab.evaluation.paper_table import paper_tables, place
+from ldmlab.interop.fetch import WEIGHTS
 
 LIKE_THE_PAPER = Measured(
     method="ours",
@@ -20,7 +21,10 @@ LIKE_THE_PAPER = Measured(
     reference_rule="short_side_bilinear_no_antialias",
     reference_hash="a" * 64,
     current_hash="a" * 64,
-    sampling={"steps": 500, "eta": 0.0},
+    sampling={"steps": 500, "eta": 0.0, "guidance": 1.0, "sampler": "ddim"},
+    weights_hash=PAPER_WEIGHTS + "0" * 8,
+    reference_of=25_000,
+    metrics={"precision_recall": {"neighbours": 3}},
 )
 
 
@@ -42,16 +46,57 @@ def test_a_measurement_like_the_papers_is_comparable() -> None:
         ({"reference_split": "val"}, "val split"),
         ({"reference_rule": "centre"}, "rule centre"),
         ({"reference_pictures": 30_000}, "30,000 reference pictures"),
-        ({"reference_hash": None}, "does not say by hash"),
-        ({"pinned_hash": "b" * 64}, "than the protocol pins"),
-        ({"current_hash": "b" * 64}, "have changed since"),
         ({"sampling": {"steps": 200}}, "steps 200, the paper's row has 500"),
+        ({"sampling": {"steps": 500, "sampler": "dpm"}}, "sampler dpm, the paper's row has ddim"),
+        ({"sampling": {"steps": 500, "guidance": 3.0}}, "guidance 3, the paper's row has 1"),
+        ({"guides": {"classifier": "runs/c"}}, "guided by classifier"),
+        ({"weights_hash": "0123456789abcdef"}, "features by the weights 0123456789abcdef"),
+        ({"weights_hash": None}, "features by the weights None"),
+        ({"reference_of": 30_000}, "25,000 of 30,000 pictures"),
+        ({"reference_of": None, "reference_limit": 25_000}, "the first 25,000 pictures"),
+        ({"metrics": {"precision_recall": {"neighbours": 5}}}, "neighbours=5 of precision_recall"),
     ],
 )
 def test_every_difference_is_a_reason(change: dict[str, object], reason: str) -> None:
     table = place("uncond/celebahq-256", replace(LIKE_THE_PAPER, **change))  # type: ignore[arg-type]
     assert not table.comparable
     assert any(reason in found for found in table.reasons)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reference_hash": None}, "does not say by hash"),
+        ({"pinned_hash": "b" * 64}, "than the protocol pins"),
+        ({"current_hash": "b" * 64}, "have changed since"),
+    ],
+)
+def test_pictures_of_another_hash_are_barred(change: dict[str, object], reason: str) -> None:
+    table = place("uncond/celebahq-256", replace(LIKE_THE_PAPER, **change))  # type: ignore[arg-type]
+    assert not table.comparable
+    assert reason in table.barred[0]
+
+
+def test_guidance_is_compared_with_what_the_row_says() -> None:
+    ours = replace(
+        LIKE_THE_PAPER,
+        dataset="imagenet",
+        values={"fid": 4.0, "is": 200.0},
+        sampling={"steps": 250, "eta": 0.0, "guidance": 1.5},
+        reference_of=1_281_167,
+        reference_pictures=1_281_167,
+    )
+    by_row = {row: place("class-cond/imagenet-256", ours, row).reasons for row in ("ldm-4-g-1.5", "ldm-4")}
+    assert by_row == {"ldm-4-g-1.5": (), "ldm-4": ("guidance 1.5, the paper's row has 1",)}
+    sampling = {"steps": 200, "guidance": 1.0}
+    (reason,) = place("class-cond/imagenet-256", replace(ours, sampling=sampling), "ldm-8-g-4.8m").reasons
+    assert reason == "no guidance but classifier-free, the paper's row has classifier"
+    (reason,) = place("class-cond/imagenet-256", replace(ours, metrics={"is": {"splits": 1}}), "ldm-4-g-1.5").reasons
+    assert reason == "splits=1 of is, the paper's tools take 10"
+
+
+def test_the_paper_s_network_is_the_one_that_is_fetched() -> None:
+    assert WEIGHTS["inception"].sha256 == PAPER_WEIGHTS
 
 
 @pytest.mark.parametrize("name", sorted(paper_tables()))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_conditions import PAPER_FEATURES
+from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
 from ldmlab.evaluation.report import write_comparison
 from ldmlab.evaluation.report_formats import FORMATS, latex
 from ldmlab.evaluation.report_table import comparable_groups, comparison_tables, paper_report
@@ -30,7 +30,7 @@ def result(**change: Any) -> dict[str, Any]:
             "transform": {"rule": "short_side_bilinear_no_antialias"},
             "image_size": 256,
         },
-        "features": {"name": PAPER_FEATURES, "weights_hash": "d" * 16},
+        "features": {"name": PAPER_FEATURES, "weights_hash": PAPER_WEIGHTS + "d" * 8},
         "scores": {
             "fid": {"value": 4.5, "spread": None, "marks": []},
             "precision": {"value": 0.75, "spread": 0.01, "marks": []},
@@ -51,7 +51,7 @@ def test_ours_stands_below_theirs_with_its_distance() -> None:
     assert ours.cells == ("4.5 (-0.48)", "0.75 ± 0.01 (+0.02)", "–")
     assert table.columns == ("fid ↓", "precision ↑", "recall ↑")
     notes = " ".join(table.notes)
-    for words in ("python evaluate.py model=x", "commit abc", "steps=200", "eta=1.0", "cccccccccccc", "dddddddd"):
+    for words in ("python evaluate.py model=x", "commit abc", "steps=200", "eta=1.0", "cccccccccccc", "6726825ddddd"):
         assert words in notes
     assert "ours minus LDM-4" in notes
 
@@ -59,8 +59,6 @@ def test_ours_stands_below_theirs_with_its_distance() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"reference__manifest_hash": None}, "does not say by hash"),
-        ({"protocol__reference_hash": "e" * 64}, "than the protocol pins"),
         ({"reference__pictures": 500}, "500 reference pictures"),
         ({"sampling__steps": 50}, "steps 50"),
     ],
@@ -69,6 +67,19 @@ def test_a_result_of_another_reference_is_marked(change: dict[str, Any], reason:
     (table,) = paper_report([result(), result(**change)])
     assert [row.mark for row in table.rows[-2:]] == ["", "†2"]
     assert any(note.startswith("†2") and reason in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reference__manifest_hash": None}, "does not say by hash"),
+        ({"protocol__reference_hash": "e" * 64}, "than the protocol pins"),
+    ],
+)
+def test_a_result_without_the_right_hash_enters_no_table(change: dict[str, Any], reason: str) -> None:
+    (table,) = paper_report([result(**change, model__path="runs/wrong"), result()])
+    assert [row.method for row in table.rows if row.kind == "ours"] == ["my_50%_run"]
+    assert any(note.startswith("wrong is left out: ") and reason in note for note in table.notes)
 
 
 def test_shards_that_changed_since_are_noticed(tmp_path: Any) -> None:
@@ -84,6 +95,7 @@ def test_shards_that_changed_since_are_noticed(tmp_path: Any) -> None:
     write_shards(tmp_path / "other", [5], size=8)
     told["reference__folder"] = str(tmp_path / "other")
     table = paper_report([result(**told)])[0]
+    assert not [row for row in table.rows if row.kind == "ours"]
     assert any("have changed since" in note for note in table.notes)
 
 

@@ -9,6 +9,11 @@ from ldmlab.data.manifest import read_manifest
 from ldmlab.errors import InputError
 
 PAPER_FEATURES = "inception-2015-12-05"
+PAPER_WEIGHTS = "6726825d"  # the SHA-256 of the published file begins so, as its name says
+PAPER_OPTIONS = {  # by metric: its option, what the paper's tools take, and our scores that it decides
+    "precision_recall": ("neighbours", 3, ("precision", "recall")),
+    "is": ("splits", 10, ("is",)),
+}
 
 
 @dataclass(frozen=True)
@@ -19,20 +24,21 @@ class Conditions:
     split: str | None = None  # train | val
     rule: str | None = None  # crop and resize rule of the reference shards
     pictures: int | None = None  # of the reference
+    whole: bool = False  # compared with every picture of that split
 
 
 # By table, or by the family before the slash; protocols.md 1, 4 to 8.
 _CONDITIONS = {
-    "uncond/celebahq-256": Conditions(50_000, "train", "short_side_bilinear_no_antialias", 25_000),
-    "uncond/ffhq-256": Conditions(50_000, "train", "short_side_bilinear_no_antialias", 60_000),
-    "uncond": Conditions(50_000, "train", "lsun"),
-    "class-cond": Conditions(50_000, "train", "short_side_bilinear_no_antialias"),
+    "uncond/celebahq-256": Conditions(50_000, "train", "short_side_bilinear_no_antialias", 25_000, True),
+    "uncond/ffhq-256": Conditions(50_000, "train", "short_side_bilinear_no_antialias", 60_000, True),
+    "uncond": Conditions(50_000, "train", "lsun", whole=True),
+    "class-cond": Conditions(50_000, "train", "short_side_bilinear_no_antialias", whole=True),
     "text2img": Conditions(30_000, "val", pictures=30_000),
     "layout": Conditions(2048, "val", pictures=2048),
-    "sr": Conditions(None, "val"),
+    "sr": Conditions(None, "val", whole=True),
     "inpaint/efficiency": Conditions(2000, "val", pictures=2000),
     "inpaint": Conditions(30_000, "val", pictures=30_000),
-    "first-stage": Conditions(None, "val"),
+    "first-stage": Conditions(None, "val", whole=True),
 }
 
 
@@ -54,6 +60,11 @@ class Measured:
     current_hash: str | None = None  # of the manifest that now lies there; None: it is not here
     pinned_hash: str | None = None  # that the protocol asks for
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    weights_hash: str | None = None  # of the extractor's file
+    reference_of: int | None = None  # pictures that the split holds; None: the result does not say
+    reference_limit: int | None = None  # of the protocol
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # the protocol's scores with their options
+    guides: Mapping[str, Any] = field(default_factory=dict)  # what guided besides classifier-free guidance
 
 
 def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
@@ -78,6 +89,11 @@ def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
         current_hash=_current_hash(reference.get("folder")),
         pinned_hash=result["protocol"].get("reference_hash"),
         sampling=sampling,
+        weights_hash=result["features"].get("weights_hash"),
+        reference_of=reference.get("split_pictures"),
+        reference_limit=result["protocol"].get("reference_limit"),
+        metrics=result["protocol"].get("metrics") or {},
+        guides=result["model"].get("guides") or {},
     )
 
 
@@ -105,11 +121,13 @@ def reasons(name: str, table: Mapping[str, Any], ours: Measured, against: Mappin
         found.append(f"{ours.samples:,} samples, the paper drew {samples:,}")
     if ours.features != PAPER_FEATURES:
         found.append(f"features of {ours.features}, the paper's are of {PAPER_FEATURES}")
+    elif not str(ours.weights_hash).startswith(PAPER_WEIGHTS):
+        found.append(f"features by the weights {ours.weights_hash}, those of the published file are {PAPER_WEIGHTS}...")
     if (split := conditions.split) and ours.reference_split != split:
         found.append(f"compared with the {ours.reference_split} split, the paper with {split}")
     if not found:  # the same data set by name: is it prepared as the paper's was?
         found += _preparation(conditions, ours)
-    return (*found, *_other_reference(ours), *_sampling(ours, against))
+    return (*found, *_options(ours), *_sampling(ours, against))
 
 
 def _preparation(conditions: Conditions, ours: Measured) -> list[str]:
@@ -118,30 +136,60 @@ def _preparation(conditions: Conditions, ours: Measured) -> list[str]:
         found.append(f"reference prepared by the rule {ours.reference_rule}, the paper's by {conditions.rule}")
     if conditions.pictures and ours.reference_pictures != conditions.pictures:
         found.append(f"{ours.reference_pictures:,} reference pictures, the paper's list has {conditions.pictures:,}")
+    if conditions.whole and ours.reference_of not in (None, ours.reference_pictures):
+        found.append(f"compared with {ours.reference_pictures:,} of {ours.reference_of:,} pictures, the paper with all")
+    elif conditions.whole and ours.reference_of is None and ours.reference_limit is not None:
+        found.append(f"compared with the first {ours.reference_limit:,} pictures, the paper with all")
     return found
 
 
-def _other_reference(ours: Measured) -> list[str]:
-    """A result must name its reference by hash, and that hash must be the one pinned and the one that lies there."""
+def _options(ours: Measured) -> list[str]:
+    """Options of scores that the paper's tools set otherwise."""
+    found = []
+    for name, (option, theirs, decides) in PAPER_OPTIONS.items():
+        node = ours.metrics.get(name) or {}
+        if ours.values.keys() & set(decides) and node.get(option, theirs) != theirs:
+            found.append(f"{option}={node[option]} of {name}, the paper's tools take {theirs}")
+    return found
+
+
+def barred(ours: Measured) -> tuple[str, ...]:
+    """Why a result may not enter a table: it must name its reference by hash, the one pinned and the one there."""
     if ours.reference_hash is None:
-        return ["the result does not say by hash which pictures it was compared with"]
+        return ("the result does not say by hash which pictures it was compared with",)
     found = []
     if ours.pinned_hash not in (None, ours.reference_hash):
         found.append("compared with other pictures than the protocol pins (manifest hash)")
     if ours.current_hash not in (None, ours.reference_hash):
         found.append("the reference shards have changed since (manifest hash)")
-    return found
+    return tuple(found)
 
 
 def _sampling(ours: Measured, against: Mapping[str, Any] | None) -> list[str]:
-    """Steps and eta that the row prints, and ours."""
-    theirs = (against or {}).get("sampling", {})
-    told = {"steps": theirs.get("steps"), "eta": theirs.get("eta")}
-    if theirs.get("guidance") == "cfg":
-        told["guidance"] = theirs.get("scale")
-    return [
+    """Sampler, steps, eta and guidance that the row prints, and ours."""
+    if against is None or not ours.sampling:
+        return []
+    theirs = against.get("sampling", {})
+    found = []
+    if "steps" in theirs and ours.sampling.get("sampler", "ddim") != theirs.get("sampler", "ddim"):
+        found.append(f"sampler {ours.sampling['sampler']}, the paper's row has {theirs.get('sampler', 'ddim')}")
+    told = {"steps": theirs.get("steps"), "eta": theirs.get("eta"), "guidance": _scale(theirs)}
+    found += [
         f"{name} {ours.sampling[name]:g}, the paper's row has {value:g}"
         for name, value in told.items()
         if isinstance(value, int | float) and isinstance(ours.sampling.get(name), int | float)
         if float(ours.sampling[name]) != float(value)
     ]
+    other = theirs.get("guidance") not in (None, "cfg")  # by a classifier, or by a picture
+    if other and not ours.guides:
+        found.append(f"no guidance but classifier-free, the paper's row has {theirs['guidance']}")
+    if ours.guides and not other:
+        found.append(f"guided by {', '.join(ours.guides)} besides, the paper's row is not")
+    return found
+
+
+def _scale(theirs: Mapping[str, Any]) -> float | None:
+    """Of classifier-free guidance in the paper's row; 1 where it is off; None for rows that say nothing of sampling."""
+    if not theirs:
+        return None
+    return theirs.get("scale") if theirs.get("guidance") == "cfg" else 1.0

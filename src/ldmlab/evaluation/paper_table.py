@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_conditions import Measured, reasons
+from ldmlab.evaluation.paper_conditions import Measured, barred, reasons
 
 # Names of our scores by the paper's columns where they differ; `first-stage` and the like are families.
 _OUR_NAMES = {
@@ -34,11 +34,12 @@ class PaperTable:
     against: str | None = None  # method of the paper's own row that deltas count from
     deltas: Mapping[str, str] = field(default_factory=dict)  # ours - theirs, with its sign
     directions: Mapping[str, str] = field(default_factory=dict)  # lower | higher | info
+    barred: tuple[str, ...] = ()  # why our row may not even stand in the table
 
     @property
     def comparable(self) -> bool:
         """Whether every condition that we know of is met."""
-        return not self.reasons
+        return not self.reasons and not self.barred
 
 
 @cache
@@ -71,6 +72,7 @@ def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
         against=None if against is None else against["method"],
         deltas={} if against is None else _deltas(found, against["metrics"]),
         directions={column: table["directions"][column] for column in columns},
+        barred=barred(ours),
     )
 
 

@@ -28,6 +28,7 @@ def reference_record(data: ShardData, split: str, pictures: int) -> dict[str, An
         "folder": str(data.folder(split, "images")),
         "split": split,
         "pictures": pictures,
+        "split_pictures": manifest.total,
         "manifest_hash": manifest.hash,
         "transform": manifest.transform,
         "image_size": data.image_size,
@@ -37,8 +38,10 @@ def reference_record(data: ShardData, split: str, pictures: int) -> dict[str, An
 
 
 def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
-    """The network whose features were compared."""
-    return {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
+    """The network whose features were compared, how pictures come into it, and the CLIP beside it if there is one."""
+    found = {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
+    also = ("preparation", "text_name", "text_weights_hash")
+    return found | {name: getattr(extractor, name) for name in also if hasattr(extractor, name)}
 
 
 def check_reference(protocol: Protocol, data: ShardData) -> None:

@@ -54,8 +54,11 @@ def _table(name: str, entries: Sequence[tuple[Mapping[str, Any], str | None]]) -
     ]
     notes = [f"Source: {first.origin}"]
     for number, (one, (result, bucket)) in enumerate(zip(placed, entries, strict=True), 1):
-        mark = "" if one.comparable else f"†{number}"
         method = one.ours[0] if bucket is None else f"{one.ours[0]}, {bucket}"
+        if one.barred:
+            notes.append(f"{method} is left out: {'; '.join(one.barred)}.")
+            continue
+        mark = "" if one.comparable else f"†{number}"
         rows.append(TableRow("ours", method, tuple(_cell(one, column) for column in one.columns), mark))
         notes += _notes(one, method, mark, result)
     columns = tuple(f"{column} {ARROW[first.directions[column]]}".strip() for column in first.columns)

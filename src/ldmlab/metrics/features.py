@@ -50,6 +50,7 @@ class Inception2015(nn.Module):
     name = "inception-2015-12-05"
     width = 2048
     gives = frozenset({"features", "logits", "spatial"})
+    preparation = "8-bit RGB, inside the network to 299 px as TensorFlow 1 (bilinear, no antialiasing), (x - 128) / 128"
 
     def __init__(self, weights: Path | str) -> None:
         super().__init__()
@@ -105,6 +106,7 @@ class OpenClipFeatures(nn.Module):
         self.model = clip.model.eval().requires_grad_(False)
         self.weights_hash = fingerprint(self.model.state_dict())
         self._pixels, self._ids = clip.pixels, clip.ids
+        self.preparation = f"8-bit RGB, bicubic with antialiasing to {clip.image_size} px"
         self.eval()
         blank = torch.zeros(1, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
         self.width = int(self(blank)["features"].shape[1])

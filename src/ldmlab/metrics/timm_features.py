@@ -37,6 +37,7 @@ class TimmFeatures(nn.Module):
         self.network = _loaded(model, path, image_size).eval().requires_grad_(False)
         given = self.network.pretrained_cfg
         self.image_size = image_size or int(given["input_size"][-1])
+        self.preparation = f"8-bit RGB, bicubic with antialiasing to {self.image_size} px, clamped"
         self.register_buffer("mean", torch.tensor(given["mean"])[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor(given["std"])[:, None, None], persistent=False)
         self.width = int(self.network.num_features)

@@ -17,6 +17,7 @@ class InceptionAndClip(nn.Module):
         super().__init__()
         self.inception, self.clip = inception, clip
         self.name, self.width, self.weights_hash = inception.name, inception.width, inception.weights_hash
+        self.preparation = f"{inception.preparation}; for {clip.name}: {clip.preparation}"
         self.text_name, self.text_weights_hash = clip.name, clip.weights_hash
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
