@@ -1,7 +1,7 @@
 """What lies on a picture, cropped and mirrored with it: boxes of objects, and maps of numbers.
 
 Boxes are {"class_id": int, "box": [x0, y0, x1, y1], ...} with coordinates in [0, 1] of the whole picture; a crop is
-such a [x0, y0, x1, y1] too.
+such a [x0, y0, x1, y1] too. A box that a crop has cut keeps its full extent, relative to the crop, as `uncut`.
 """
 
 from collections.abc import Sequence
@@ -43,17 +43,19 @@ def cropped(boxes: Boxes, crop: Sequence[float]) -> Boxes:
     width, height = right - left, bottom - top
     inside = []
     for entry in boxes:
-        x0, y0, x1, y1 = entry["box"]
-        box = [_unit((x0 - left) / width), _unit((y0 - top) / height)]
-        box += [_unit((x1 - left) / width), _unit((y1 - top) / height)]
+        x0, y0, x1, y1 = entry["uncut"] if "uncut" in entry else entry["box"]
+        whole = [(x0 - left) / width, (y0 - top) / height, (x1 - left) / width, (y1 - top) / height]
+        box = [_unit(value) for value in whole]
         if box[0] < box[2] and box[1] < box[3]:
-            inside.append({**entry, "box": box})
+            kept = {name: value for name, value in entry.items() if name != "uncut"}
+            inside.append({**kept, "box": box, **({"uncut": whole} if box != whole else {})})
     return inside
 
 
 def mirrored(boxes: Boxes) -> Boxes:
     """Left and right exchanged."""
-    return [{**entry, "box": mirrored_box(entry["box"])} for entry in boxes]
+    sides = ("box", "uncut")
+    return [{**entry, **{name: mirrored_box(entry[name]) for name in sides if name in entry}} for entry in boxes]
 
 
 def mirrored_box(box: Sequence[float]) -> Box:

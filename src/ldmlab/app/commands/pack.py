@@ -8,8 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from ldmlab.app.progress import bar
+from ldmlab.data.annotated_source import annotated, picture_names, with_maps
+from ldmlab.data.annotation_files import read_annotations
 from ldmlab.data.encode_pictures import FORMATS, Encoding
 from ldmlab.data.pack import BAD, PackOptions, PackResult, pack
+from ldmlab.data.parts import MAPS
 from ldmlab.data.sources import LAYOUTS, Source, list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import RULES, Transform, parse_colour
@@ -22,6 +25,7 @@ _SHOWN = 10  # unreadable pictures named on the screen; the file names all
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options in the order of the work: find, hold out, change and write."""
     _find(parser.add_argument)
+    _annotate(parser.add_argument)
     _hold_out(parser.add_argument)
     _write(parser.add_argument)
 
@@ -43,6 +47,20 @@ def _find(add: Callable[..., Any]) -> None:
     add("--class-field", metavar="NAME", help="field whose sorted distinct values become class_id")
     add("--list", metavar="FILE", type=Path, help="take only the pictures this text file names, one a line")
     add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out pictures with a shorter short side")
+
+
+def _annotate(add: Callable[..., Any]) -> None:
+    add(
+        "--annotations",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="boxes or captions by file name: COCO's JSON, OpenImages' CSV; may be given again",
+    )
+    add("--classes", metavar="FILE", type=Path, help="of boxes: a class a line, its ids and its name")
+    add("--label-maps", metavar="FOLDER", type=Path, help="label maps: a PNG of each picture's name")
+    add("--masks", metavar="FOLDER", type=Path, help="masks, white in the hole: a PNG of each picture's name")
 
 
 def _hold_out(add: Callable[..., Any]) -> None:
@@ -109,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     with console.status(f"listing {args.source}"):
         source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)
     _say_found(console, args.source, source)
+    source = with_more(source, args, console)
     with bar("packing", "pictures", console) as progress:
         result = pack(
             source,
@@ -122,6 +141,24 @@ def run(args: argparse.Namespace) -> int:
         )
     _say_done(console, args.out, result)
     return 0
+
+
+def with_more(source: Source, args: argparse.Namespace, console: Console) -> Source:
+    """The pictures with what other files say of them."""
+    if args.classes is not None and not args.annotations:
+        raise InputError(f"classes={args.classes} numbers the boxes of --annotations FILE; give that too.")
+    if args.annotations:
+        with console.status("reading annotations"):
+            found = read_annotations(args.annotations, args.classes, picture_names(source))
+        source = annotated(source, found)
+        if found.classes is not None:
+            counts = [len(item.fields["boxes"]) for item in source.items]
+            console.print(f"{sum(counts)} boxes of {len(found.classes)} classes; {counts.count(0)} pictures have none")
+    for option, part in (("label-maps", "segmentation"), ("masks", "mask")):
+        folder = getattr(args, option.replace("-", "_"))
+        if folder is not None:
+            source = with_maps(source, MAPS[part], folder, option)
+    return source
 
 
 def _say_found(console: Console, path: Path, source: Source) -> None:

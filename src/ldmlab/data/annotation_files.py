@@ -1,0 +1,148 @@
+"""Boxes and captions of pictures from the files that data sets publish: COCO's JSON and OpenImages' CSV.
+
+Classes are numbered as in taming-transformers, whose loader the paper's layouts come from: by their ids as text.
+"""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldmlab.annotations import Boxes
+from ldmlab.errors import InputError
+
+_FLAGS = {"IsGroupOf": "group_of", "IsOccluded": "occluded", "IsDepiction": "depiction", "IsInside": "inside"}
+_SIDES = ("XMin", "YMin", "XMax", "YMax")
+_NO_CLASS = "other"  # of COCO's stuff: everything without a name
+_NEITHER = (
+    "annotations={} is neither COCO's JSON nor a CSV with ImageID, LabelName, XMin, XMax, YMin and YMax; "
+    "write boxes into a metadata.jsonl beside the pictures instead (data/README.md)."
+)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names by class_id, and the numbers of all ids and names that count as one of them."""
+
+    names: list[str]
+    numbers: Mapping[str, int]
+
+
+@dataclass
+class Annotations:
+    """What was found of the wanted pictures, by file name without ending."""
+
+    classes: list[str] | None = None  # names by class_id of the boxes
+    boxes: dict[str, Boxes] = field(default_factory=lambda: defaultdict(list))
+    captions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def read_annotations(files: Sequence[Path], classes: Path | None, wanted: set[str]) -> Annotations:
+    """All files together; `wanted`: pictures by file name without ending, `classes`: their numbers and names."""
+    table = read_classes(classes) if classes is not None else None
+    found = Annotations()
+    coco = [(path, _coco_json(path)) for path in files if path.suffix == ".json"]
+    if coco and table is None:
+        table = _coco_classes(content for _, content in coco)
+    for path, content in coco:
+        try:
+            _add_coco(found, path, content, table, wanted)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"annotations={path} is not as COCO's files are ({error!r}); mend it.") from None
+    for path in (path for path in files if path.suffix != ".json"):
+        if table is None:
+            raise InputError(f"annotations={path} holds class ids without names; give --classes FILE with both.")
+        _add_open_images(found, path, table, wanted)
+    if found.boxes and table is not None:
+        found.classes = table.names
+    return found
+
+
+def read_classes(path: Path) -> Classes:
+    """A class a line, numbered from 0: the ids that count as it, then its name, with tabs or commas between."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"classes={path} cannot be read as text ({error}); give another file.") from None
+    rows = [line.split("\t" if "\t" in line else ",") for line in lines if line.strip() and line[0] != "#"]
+    numbers: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        for told in row:
+            if numbers.setdefault(told.strip(), number) != number:
+                raise InputError(f"classes={path} names {told.strip()} in two lines; leave one of them.")
+    if not rows:
+        raise InputError(f"classes={path} names no class; write one a line, an id and a name.")
+    return Classes([row[-1].strip() for row in rows], numbers)
+
+
+def _coco_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"annotations={path} cannot be read as JSON ({error}); give another file.") from None
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise InputError(f"annotations={path} has no `images` and `annotations` as COCO's files have; give another.")
+    return content
+
+
+def _coco_classes(contents: Iterable[Mapping[str, Any]]) -> Classes | None:
+    """All categories of all files but "other"; None where there are none, as in files of captions."""
+    names = {str(c["id"]): str(c["name"]) for content in contents for c in content.get("categories", ())}
+    ids = sorted(key for key, name in names.items() if name != _NO_CLASS)
+    return Classes([names[key] for key in ids], {key: number for number, key in enumerate(ids)}) if ids else None
+
+
+def _add_coco(
+    found: Annotations, path: Path, content: Mapping[str, Any], table: Classes | None, wanted: set[str]
+) -> None:
+    pictures = {one["id"]: (Path(one["file_name"]).stem, one["width"], one["height"]) for one in content["images"]}
+    number = _coco_numbers(content, table)
+    for one in content["annotations"]:
+        if one.get("image_id") not in pictures:
+            raise InputError(f"annotations={path} has one of picture {one.get('image_id')}, which it does not list.")
+        key, width, height = pictures[one["image_id"]]
+        if key not in wanted:
+            continue
+        if "caption" in one:
+            found.captions[key].append(" ".join(one["caption"].split()))
+        elif (class_id := number.get(one.get("category_id"))) is not None:
+            x, y, wide, high = one["bbox"]
+            sides = (x / width, y / height, (x + wide) / width, (y + high) / height)
+            _add_box(found.boxes[key], class_id, sides, ["group_of"] if one.get("iscrowd") else [])
+
+
+def _coco_numbers(content: Mapping[str, Any], table: Classes | None) -> dict[Any, int]:
+    """Category id => class_id, of categories that are wanted."""
+    known: Mapping[str, int] = table.numbers if table else {}
+    told = {one["id"]: known.get(str(one["id"]), known.get(one["name"])) for one in content.get("categories", ())}
+    return {key: number for key, number in told.items() if number is not None}
+
+
+def _add_open_images(found: Annotations, path: Path, table: Classes, wanted: set[str]) -> None:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            at = {name: place for place, name in enumerate(next(rows, []))}
+            if not {"ImageID", "LabelName", *_SIDES} <= at.keys():
+                raise InputError(_NEITHER.format(path))
+            for row in rows:
+                key, class_id = row[at["ImageID"]], table.numbers.get(row[at["LabelName"]])
+                if class_id is not None and key in wanted:
+                    told = [name for column, name in _FLAGS.items() if column in at and row[at[column]] == "1"]
+                    _add_box(found.boxes[key], class_id, [float(row[at[side]]) for side in _SIDES], told)
+    except (OSError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"annotations={path} cannot be read ({error}); give another file.") from None
+
+
+def _add_box(boxes: Boxes, class_id: int, sides: Sequence[float], told: Sequence[str]) -> None:
+    """A box, cut at the picture's edges; one without area is left out."""
+    box = [round(min(max(side, 0.0), 1.0), 6) for side in sides]
+    if box[0] < box[2] and box[1] < box[3]:
+        boxes.append({"class_id": class_id, "box": box, **dict.fromkeys(told, True)})
