@@ -32,7 +32,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def node_of(path: Path, vocabulary: str) -> dict[str, Any]:
     """The choice at reduced size, a published network replaced by a small one."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(path))
+    config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     node = config | {name: value for name, value in REDUCED.items() if name in config}
     if "pretrained" in node:
         node = {k: v for k, v in node.items() if k not in ("name", "pretrained", "from_run")} | {"config": TOWER}
@@ -60,6 +60,7 @@ def make_batch(count: int = 3) -> dict[str, Any]:
         "class_id": torch.tensor([0, 4, 2])[:count],
         "image": numbers(256, 3, 16, 16),
         "low_resolution": numbers(256, 3, 4, 4),
+        "reference": numbers(256, 3, 20, 20),
         "mask": numbers(2, 1, 16, 16),
         "segmentation": numbers(5, 16, 16),
         "boxes": [[{"class_id": 1, "box": [0.0, 0.1, 0.5, 1.0]}], [], [{"class_id": 0, "box": [0.2, 0.2, 0.3, 0.4]}]],

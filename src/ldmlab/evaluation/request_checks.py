@@ -6,7 +6,7 @@ from typing import Any
 
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
-from ldmlab.evaluation.request_fields import boxes_of, implied_size, row
+from ldmlab.evaluation.request_fields import LOOKED_AT, boxes_of, implied_size, row
 
 
 def check_requests(diffusion: LatentDiffusion, requests: Sequence[Mapping[str, Any]], enlargement: int) -> None:
@@ -15,6 +15,8 @@ def check_requests(diffusion: LatentDiffusion, requests: Sequence[Mapping[str, A
     for request in _different(requests):
         implied_size(request, enlargement)  # pictures that do not fit each other
         _check_mask(request)
+        if LOOKED_AT in request:
+            row(LOOKED_AT, request[LOOKED_AT])  # a file that is no picture
         for conditioner in conditioners:
             if conditioner.reads <= request.keys():  # type: ignore[operator]
                 conditioner.check({name: _as_read(name, request[name]) for name in conditioner.reads})  # type: ignore

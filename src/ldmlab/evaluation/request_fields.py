@@ -1,9 +1,10 @@
 """What is asked for, as people hold it, to what a batch holds.
 
-Pictures (image, init_image, low_resolution): a path, a PIL picture or uint8 (H, W, 3) => uint8 (B, 3, H, W); what is
-transparent in them lies on white. Masks: a path or PIL picture, white in the hole, or (H, W), not zero in the hole, or
-the `TransparentParts` of a picture => uint8 (B, 1, H, W). Label maps (segmentation): a path, a PIL picture or (H, W)
-=> int64 (B, H, W). Boxes: a path of JSON, or a list. Whole numbers => int64 (B,). Anything else stays a list.
+Pictures (image, init_image, low_resolution, reference): a path, a PIL picture or uint8 (H, W, 3) => uint8
+(B, 3, H, W), of `reference` a list of (3, H, W); what is transparent in them lies on white. Masks: a path or PIL
+picture, white in the hole, or (H, W), not zero in the hole, or the `TransparentParts` of a picture => uint8
+(B, 1, H, W). Label maps (segmentation): a path, a PIL picture or (H, W) => int64 (B, H, W). Boxes: a path of JSON, or a
+list. Whole numbers => int64 (B,). Anything else stays a list.
 """
 
 import json
@@ -22,7 +23,8 @@ from ldmlab.data.transforms import to_rgb
 from ldmlab.errors import InputError
 
 SMALL = "low_resolution"
-PICTURES = ("image", "init_image", SMALL)
+LOOKED_AT = "reference"  # by an image encoder, so that its size says nothing of the result's
+PICTURES = ("image", "init_image", SMALL, LOOKED_AT)
 ON_THE_PICTURE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
 OPTIONAL = {"boxes": "crop", "caption": "negative"}  # a field that may come with another
 GIVEN = ("init_image", "image", "mask")  # that any model takes: a picture to start from; one with a hole
@@ -56,6 +58,8 @@ def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
     """One field of a batch."""
     if field in PICTURES or field in ON_THE_PICTURE:
         rows = [row(field, value) for value in values]
+        if field == LOOKED_AT:
+            return [one.to(device) for one in rows]
         if len({tuple(one.shape) for one in rows}) > 1:
             raise InputError(f"{field}: the pictures of one batch differ in size; sample them one size at a time.")
         return torch.stack(rows).to(device)

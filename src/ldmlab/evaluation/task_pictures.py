@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 _GREY = 128  # of a hole
@@ -21,6 +21,9 @@ def request_picture(request: Mapping[str, Any], size: int) -> Tensor | None:
     if "low_resolution" in request:
         small = Image.fromarray(np.asarray(request["low_resolution"]))
         return _tensor(np.asarray(small.resize((size, size), Image.Resampling.NEAREST)))
+    if "reference" in request:
+        looked_at = Image.fromarray(np.asarray(request["reference"]))
+        return _tensor(np.asarray(ImageOps.fit(looked_at, (size, size))))
     if "boxes" in request:
         return _tensor(np.asarray(_boxes(request["boxes"], size)))
     if "segmentation" in request:

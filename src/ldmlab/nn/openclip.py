@@ -41,15 +41,19 @@ class OpenClip:
 
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], any size => normalised (B, 3, image_size, image_size)."""
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
-        return ((images + 1) / 2 - mean) / std
+        return clip_pixels(images, self.image_size, self.mean, self.std)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """Captions => token ids (B, L), cut to the model's context length."""
         return self.tokenizer(list(captions))
+
+
+def clip_pixels(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], any size => (B, 3, size, size), resized bicubically and normalised."""
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    centre, spread = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    return ((images + 1) / 2 - centre) / spread
 
 
 def build_clip(

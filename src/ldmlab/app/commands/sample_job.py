@@ -23,7 +23,7 @@ def _shown(name: str, value: Any) -> str:
         return ""
     if name == "boxes" and not isinstance(value, str):
         return f"{len(value)} objects"
-    if name in ("image", "init_image", "low_resolution", "segmentation", "boxes"):
+    if name in ("image", "init_image", "low_resolution", "reference", "segmentation", "boxes"):
         file = Path(str(getattr(value, "picture", value))).name
         return f"from {file}" if name == "init_image" else file
     return f"not {value}" if name == "negative" else str(value)

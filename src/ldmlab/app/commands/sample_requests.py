@@ -17,9 +17,10 @@ TASKS = {  # what the words of the command line are files of
     "inpainting": "image",
     "semantic": "segmentation",
     "layout": "boxes",
+    "variations": "reference",
 }
 ALPHA = "alpha"  # as a mask: the transparent parts of the picture itself
-_FILES = frozenset({"low_resolution", "segmentation", "boxes"})
+_FILES = frozenset({"low_resolution", "segmentation", "boxes", "reference"})
 _PAIR = frozenset({"image", "mask"})
 _OF_ANY = frozenset({"init_image", "image", "mask"})  # fields that any model takes
 
@@ -39,7 +40,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=TASKS,
         help="the words are files: super_resolution: small pictures; inpainting: pictures with holes (any model);\n"
-        "semantic: label maps; layout: JSON lists of boxes",
+        "semantic: label maps; layout: JSON lists of boxes; variations: pictures to vary (conditioner=image)",
     )
     add(
         "--from",
@@ -135,6 +136,8 @@ def _told_fields(
         return [line if isinstance(line, dict) else _file_of(args, line, reads) for line in lines]
     if not lines and (reads <= _PAIR or (reads - _PAIR == {"caption"} and given.keys() - {"negative"})):
         return [{"caption": ""} if "caption" in reads else {}]
+    if not lines and reads == {"reference"} and args.source is not None:
+        return [{"reference": str(args.source)}]
     if not lines:
         raise InputError(f"this model is told {_names(reads)}; give at least one prompt or --prompts FILE.")
     if not reads and not all(isinstance(line, dict) and line.keys() & _OF_ANY for line in lines):
@@ -144,15 +147,16 @@ def _told_fields(
 
 def _file_of(args: argparse.Namespace, line: str, reads: frozenset[str]) -> Fields:
     """A word as the file that --task makes of it."""
-    field = TASKS[args.task]
+    field, empty = TASKS[args.task], {"caption": ""} if "caption" in reads else {}
     if args.task == "inpainting":
-        empty = {"caption": ""} if "caption" in reads else {}
         return {"image": line, "mask": args.mask or ALPHA, **empty}
     if field not in reads:
+        ways = {"variations": "give one trained with conditioner=image, or use --from IMAGE --strength 0.3 with any"}
         raise InputError(
-            f"--task {args.task}: this model is told {_names(reads)}, not {field}; give one trained for it."
+            f"--task {args.task}: this model is told {_names(reads)}, not {field}; "
+            f"{ways.get(args.task, 'give one trained for it')}."
         )
-    return {field: line}
+    return {field: line, **(empty if args.task == "variations" else {})}
 
 
 def _told(line: str, reads: frozenset[str]) -> Fields:

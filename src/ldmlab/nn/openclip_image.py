@@ -1,0 +1,77 @@
+"""The image half of a CLIP model, with the pixels that it wants."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.errors import InputError
+from ldmlab.nn.openclip import OpenClip, build_clip, clip_pixels
+
+_NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
+
+
+class ImageTower(nn.Module):
+    """Pictures to what a CLIP image tower says of them; tensor names as in open_clip's CLIP class (`visual.*`)."""
+
+    def __init__(self, clip: OpenClip, layer: str = "embedding") -> None:
+        """layer: embedding, in the space shared with captions, not normalised | patches, the final states."""
+        super().__init__()
+        visual: Any = clip.model.visual
+        if layer not in ("embedding", "patches"):
+            raise InputError(f"conditioner.layer={layer} is unknown; choose embedding or patches.")
+        if layer == "patches" and (
+            getattr(visual, "attn_pool", None) is not None or not hasattr(visual, "class_embedding")
+        ):
+            raise InputError("conditioner.layer=patches needs a plain vision transformer; choose embedding.")
+        self.visual, self.layer = visual, layer
+        self.image_size, self.mean, self.std = clip.image_size, clip.mean, clip.std
+        self.length = 1 + math.prod(visual.grid_size) if layer == "patches" else 1  # tokens
+        self.width: int = visual.transformer.width if layer == "patches" else int(clip.config["embed_dim"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], any size => (B, 1, E); of `patches` (B, 1 + patches, width), class token first."""
+        pixels = self.pixels(images)
+        if self.layer == "embedding":
+            found = self.visual(pixels)
+            return (found[0] if isinstance(found, tuple) else found)[:, None]
+        last = self.visual.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC",
+            output_extra_tokens=True,
+        )  # fmt: skip
+        return torch.cat([last["image_intermediates_prefix"][-1], last["image_intermediates"][-1]], dim=1)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """As the tower was trained: short side resized, middle cut, normalised, (B, 3, image_size, image_size)."""
+        size, short = self.image_size, min(images.shape[-2:])
+        if images.shape[-1] != images.shape[-2]:
+            sides = [size if side == short else int(size * side / short) for side in images.shape[-2:]]
+            images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(-1, 1)
+            top, left = (round((side - size) / 2) for side in sides)
+            images = images[..., top : top + size, left : left + size]
+        return clip_pixels(images, size, self.mean, self.std)
+
+    def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
+        """Weights from the state dict of a whole CLIP model; what is not the image tower's is left aside."""
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        missing = [name for name in shapes if name not in tensors or tensors[name].shape != shapes[name]]
+        if missing:
+            raise InputError(f"the CLIP weights do not fit the image tower ({missing[0]}); use its own config.")
+        self.load_state_dict({name: tensors[name] for name in shapes})
+
+
+def build_image_tower(
+    name: str | None = None,  # of a published architecture, or
+    pretrained: str | None = None,  # with name: tag of its weights or path of a file
+    config: Mapping[str, Any] | None = None,  # an architecture of our own, fresh weights
+    layer: str = "embedding",
+) -> tuple[ImageTower, dict[str, Any]]:
+    """The tower and the configuration that rebuilds it; of `config` no text tower of real size is built."""
+    if config is None:
+        clip = build_clip(name, pretrained)
+        return ImageTower(clip, layer), {**clip.config, "text_cfg": dict(_NO_TEXT)}
+    clip = build_clip(config={**config, "text_cfg": dict(_NO_TEXT)})
+    return ImageTower(clip, layer), clip.config
