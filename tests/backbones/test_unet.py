@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
+from ldmlab.nn.coordinates import with_coordinates
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -37,6 +38,7 @@ VARIANTS: dict[str, Callable[[], UNet]] = {
     "tokens": make,
     "residual_resampling": lambda: make(residual_resampling=True, scale_shift=True),
     "head_channels": lambda: make(heads=None, head_channels=16, transformer_depth=2),
+    "coordinates": lambda: make(coordinates=True),
     "recomputed": lambda: make(gradient_checkpointing=True),
 }
 
@@ -74,6 +76,7 @@ def test_checkpointing_gives_equal_gradients(variant: str) -> None:
 def test_compiles_into_one_graph(variant: str, prepared: bool) -> None:
     unet, (x, t, conditioning) = VARIANTS[variant](), inputs()
     given = unet.prepare(conditioning) if prepared else conditioning
+    torch.compiler.reset()  # graphs of other cases count towards its limit
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, t, given), unet(x, t, given))
 
@@ -194,3 +197,18 @@ def test_conditioning_must_fit() -> None:
         make(context_width=None)(x, t, conditioning)
     with pytest.raises(InputError, match="needs tokens"):
         make()(x, t, Conditioning())
+
+
+@torch.no_grad()
+def test_coordinates_tell_places_apart() -> None:
+    """Of a constant picture every cell is told its own place, the same at every batch size."""
+    found = with_coordinates(torch.zeros(3, 1, 2, 4))
+    assert found[:, 0].abs().max() == 0
+    assert torch.equal(found[0], found[2])
+    assert found[0, 1].tolist() == [[-0.5] * 4, [0.5] * 4]
+    assert found[0, 2].tolist() == [[-0.75, -0.25, 0.25, 0.75]] * 2
+    x, t, told = inputs((4, 4))
+    unet = make(coordinates=True)
+    before = unet(x, t, told)
+    unet.conv_in.weight[:, 4:] = 0
+    assert not torch.allclose(unet(x, t, told), before)  # and the network hears it

@@ -16,6 +16,7 @@ from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import PixelAttention, SpatialTransformer, Told
 from ldmlab.nn.blocks import Grow, ResBlock, Shrink, Size, conv3, double, group_norm, halve, zero
+from ldmlab.nn.coordinates import COORDINATES, with_coordinates
 from ldmlab.nn.embedding import TimeMLP
 
 
@@ -70,6 +71,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,  # in the residual blocks
         scale_shift: bool = False,  # the time vector scales and shifts norms instead of being added
         residual_resampling: bool = False,  # resample inside residual blocks (BigGAN) instead of by convolution
+        coordinates: bool = False,  # tell each cell where it is; not official, but boxes are learned much sooner
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class UNet(nn.Module):
         self.context_width = context_width
         self.vector_width = vector_width
         self.gradient_checkpointing = gradient_checkpointing
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.out_channels, self.coordinates = in_channels, out_channels, coordinates
         self._attention_at = set(attention_downsampling)
         self._heads, self._head_channels, self._depth = heads, head_channels, transformer_depth
         self._dropout, self._scale_shift, self._residual_resampling = dropout, scale_shift, residual_resampling
@@ -86,7 +88,7 @@ class UNet(nn.Module):
         self.time = TimeMLP(model_channels)
         self.vector = self._vector_projection(vector_width, project_vector)
         widths = [model_channels * m for m in channel_mult]
-        self.conv_in = conv3(in_channels, model_channels)
+        self.conv_in = conv3(in_channels + COORDINATES * coordinates, model_channels)
         self.down, skips = self._build_down([model_channels, *widths], num_res_blocks)
         self.middle = nn.ModuleList([self._block(widths[-1], widths[-1], attention=True)])
         self.middle.append(self._block(widths[-1], widths[-1], attention=False))
@@ -199,6 +201,8 @@ class UNet(nn.Module):
         spatial, cache = prepared.conditioning.spatial, prepared.cache
         if spatial is not None:
             x = torch.cat([x, spatial.to(x.dtype)], dim=1)
+        if self.coordinates:
+            x = with_coordinates(x)
         emb = self.time(t)  # (B, E)
         emb = F.silu(emb if cache.vector is None else emb + cache.vector)
         told = iter(cache.told)

@@ -164,6 +164,8 @@ def params_of(node: Mapping[str, Any], classes: int | None = None) -> dict[str, 
             "the official U-Net of CompVis takes no vector conditioning but the rows of a class table, as they are "
             "(backbone.project_vector=false); export another format."
         )
+    if node.get("coordinates"):
+        raise InputError("backbone.coordinates=true is no option of the official U-Net; export another format.")
     params: dict[str, Any] = {
         "image_size": 32,  # read by nothing
         "in_channels": node["in_channels"],

@@ -21,6 +21,8 @@ def configuration(
         raise InputError(
             f"backbone.channel_mult={mult}: {kind} starts at its first level's width; use --format compvis."
         )
+    if arguments.get("coordinates"):
+        raise InputError(f"backbone.coordinates=true: {kind} has no such option; use --format ldmlab.")
     attention = [2**level in arguments["attention_downsampling"] for level in range(levels)]
     residual = bool(arguments.get("residual_resampling", False))
     widths = [arguments["model_channels"] * m for m in mult]
