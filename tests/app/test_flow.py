@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,8 +117,11 @@ def test_a_run_starts_from_another_ones_weights(flow: Flow) -> None:
 
 
 def test_the_same_command_goes_on_where_the_run_stopped(flow: Flow) -> None:
-    flow.clip("trainer.max_steps=3")
-    assert (flow.root / "clip" / "checkpoints" / "step_00000003.ckpt").exists()
+    shutil.copytree(flow.root / "clip", flow.root / "longer_clip")
+    flow.clip("trainer.max_steps=3", out="longer_clip")
+    assert (flow.root / "longer_clip" / "checkpoints" / "step_00000003.ckpt").exists()
+    rows = list(csv.DictReader((flow.root / "longer_clip" / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
 
 
 def test_training_on_the_fly_needs_no_latents(flow: Flow) -> None:
