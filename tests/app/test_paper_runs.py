@@ -91,7 +91,16 @@ def reduced(name: str, root: Path) -> dict[str, Any]:
     config["conditioner"] = {key: narrow_conditioner(node, root) for key, node in config["conditioner"].items()}
     if "semantic" in config["conditioner"]:
         config["task"]["crop"]["short_side"] = 48
+        config["task"]["classes"] = CLASSES + 1
     return config
+
+
+TASKS = ("layout/coco_scratch", "semantic/landscapes_256", "super_resolution/bicubic", "inpainting/attention")
+
+
+def on_pixels(config: dict[str, Any]) -> dict[str, Any]:
+    """As `first_stage=identity` in place of `from_run=...`."""
+    return config | {"from_run": None, "first_stage": {"_target_": "ldmlab.first_stages.identity.Identity"}}
 
 
 def narrow_conditioner(node: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -115,6 +124,16 @@ def asked(reads: frozenset[str], size: int) -> dict[str, Any]:
         "low_resolution": np.asarray(scene.image)[::4, ::4],
     }
     return {name: [fields[name]] for name in reads}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_one_option_makes_a_task_a_pixel_baseline(name: str, root: Path) -> None:
+    config = on_pixels(reduced(f"paper/{name}", root))
+    config["run"]["dir"] += "-pixels"
+    train(config)
+    model, size = ldmlab.load(config["run"]["dir"]), config["data"]["image_size"]
+    assert model.diffusion.first_stage.downsampling == 1
+    assert model.sample(**asked(model.reads, size), steps=1).shape == (1, size, size, 3)
 
 
 @pytest.mark.parametrize("name", SWEEP)

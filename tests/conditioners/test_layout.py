@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from ldmlab.annotations import cropped
 from ldmlab.conditioners.layout import LayoutTokens
 from ldmlab.errors import InputError
 
@@ -84,3 +85,40 @@ def test_classes_beyond_those_of_the_data_are_refused() -> None:
         layout(classes=20).tokens([box(20, 0, 0, 1, 1)])
     with pytest.raises(InputError, match=r"conditioner\.classes=8192 is not 1 \.\. 8191"):
         layout(classes=8192)
+
+
+def test_an_object_that_the_crop_cuts_is_told_whole() -> None:
+    """As in the official data code, which tells crop and boxes apart."""
+    (seen,) = cropped([box(1, 0.25, 0.0, 0.75, 0.5)], [0.5, 0.0, 1.0, 0.5])
+    assert seen["box"] == [0.0, 0.0, 0.5, 1.0]
+    whole = [1, round(89 * 0.25), 44 * 90 + round(89 * 0.75)]
+    assert layout().tokens([seen], [0.5, 0.0, 1.0, 0.5])[:3] == whole
+    assert layout(crop_tokens=False).tokens([seen], [0.5, 0.0, 1.0, 0.5])[:3] == [1, 0, LAST - 45]
+    assert layout().tokens([seen])[:3] == [1, 0, LAST - 45]  # asked for without its crop
+
+
+def test_attributes_multiply_the_class_tokens() -> None:
+    told = {**box(3, 0, 0, 1, 1), "group_of": True, "depiction": True, "inside": False}
+    assert layout(classes=10).tokens([told])[0] == 3
+    assert layout(classes=10, attributes=["group_of"]).tokens([told])[0] == 3 + 10
+    every = layout(classes=340, attributes=["group_of", "occluded", "depiction", "inside"])
+    assert every.tokens([told])[0] == 3 + 340 * 5
+    assert every.tokens([told | {"inside": True, "occluded": True}])[0] == 3 + 340 * 15
+    for changes in ({"attributes": ["red"], "classes": 10}, {"attributes": ["inside"]}):
+        with pytest.raises(InputError, match=r"conditioner\.attributes="):
+            layout(**changes)
+    with pytest.raises(InputError, match="at most 8191 tokens in all"):
+        layout(attributes=["inside"], classes=600)
+
+
+def test_boxes_may_name_their_class() -> None:
+    module, named = layout(classes=2, names=["cat", "dog"]), [{"class": "dog", "box": [0, 0, 1, 1]}]
+    assert module.tokens(named) == module.tokens([box(1, 0, 0, 1, 1)])
+    module.check({"boxes": named})
+    for wrong, message in [("dgo", "did you mean dog"), ("x", "mend it"), (None, "class None is not one of the 2")]:
+        with pytest.raises(InputError, match=message):
+            module.check({"boxes": [{**named[0], "class": wrong}]})
+    with pytest.raises(InputError, match="give its class_id"):
+        layout().check({"boxes": named})
+    with pytest.raises(InputError, match=r"conditioner\.names has 2 names for conditioner\.classes=3"):
+        layout(classes=3, names=["cat", "dog"])

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ldmlab.annotations import WHOLE, area
@@ -32,7 +32,8 @@ def sample(number: int = 0, width: int = 48, height: int = 32, **fields: Any) ->
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_every_task_of_conf_gives_what_it_says(path: Path) -> None:
-    task = instantiate({**yaml.safe_load(path.read_text()), "image_size": 256}, where="task")
+    node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    task = instantiate({**node, "image_size": 256}, where="task")
     for variant in (task, task.held_out):
         given = sample(1, 640, 480, mask=np.zeros((1, 480, 640), np.uint8))
         told = {name: value for name, value in given.items() if name in variant.needs}
@@ -191,5 +192,27 @@ def test_semantic_labels() -> None:
     with pytest.raises(ValueError, match="in a map of 2 classes"):
         Semantic(image_size=32, classes=2).give({**given, "segmentation": np.full((32, 32), 2)}, Random(0))
     labels = np.array([[255, 0], [1, 180]], np.uint8)
-    moved = Semantic(image_size=2, unlabelled=255).give({"segmentation": labels}, Random(0))["segmentation"]
-    assert moved.tolist() == [[0, 1], [2, 181]]
+    told = Semantic(image_size=2, classes=183, unlabelled=255).give({"segmentation": labels}, Random(0))["segmentation"]
+    assert told.tolist() == [[182, 0], [1, 180]]
+
+
+def test_maps_that_do_not_lie_on_their_picture_are_bad_samples() -> None:
+    task = Inpainting(16, masks="stored", held_out_masks="stored")
+    hole = np.zeros((1, 32, 48), np.uint8)
+    for variant in (task, task.held_out):
+        with pytest.raises(ValueError, match="its mask has no hole"):
+            variant.give(sample(mask=hole), Random(0))
+        with pytest.raises(ValueError, match="its mask has 48 x 30 pixels, the picture 48 x 32"):
+            variant.give(sample(mask=hole[:, 2:] + 1), Random(0))
+    with pytest.raises(ValueError, match="its segmentation has 40 x 32 pixels"):
+        Semantic(16, 9, crop=Crop()).give(sample(segmentation=np.zeros((32, 40), np.uint8)), Random(0))
+
+
+def test_boxes_of_no_known_class_are_bad_samples() -> None:
+    known, unknown = Layout(16, classes=CLASSES), Layout(16, classes=2)
+    for number in range(9):
+        known.give(sample(number), Random(0))
+    with pytest.raises(ValueError, match=r"class_id \d of a box is not 0 \.\. 1 \(task\.classes\)"):
+        [unknown.give(sample(number), Random(0)) for number in range(9)]
+    with pytest.raises(ValueError, match="class_id -1 of a box"):
+        Layout(16).give({"boxes": [{"class_id": -1, "box": [0, 0, 1, 1]}]}, Random(0))

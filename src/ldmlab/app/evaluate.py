@@ -62,7 +62,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
     folder = run_folder(model)
     out = Path(config["out"] or folder / "evaluation" / default_name(model, config["protocol"]["name"]))
     check_out(out)
-    protocol: Protocol = instantiate(config["protocol"], where="protocol")
+    protocol: Protocol = instantiate({**config["protocol"], "changed": changed(config["protocol"])}, where="protocol")
     extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
     parts = {
         "protocol": protocol,
@@ -85,6 +85,30 @@ def evaluate(config: Mapping[str, Any]) -> None:
             send_scores(folder, out)
 
 
+def changed(node: Mapping[str, Any]) -> list[str]:
+    """Options of a protocol that are not those of the file it is named after."""
+    from ldmlab.app.compose import compose, group_choices, plain
+
+    if node["name"] not in group_choices("protocol"):
+        return []
+    file = dict(_flat(plain(compose("evaluate", [f"protocol={node['name']}", "model=none"]).protocol)))
+    ours = dict(_flat(node))
+    return [
+        f"{name}={ours.get(name, 'none')} (file: {file.get(name, 'none')})"
+        for name in dict.fromkeys([*ours, *file])
+        if ours.get(name) != file.get(name)
+    ]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by their full names."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name != "_target_":
+            yield f"{prefix}{name}", value
+
+
 def run_folder(model: Path) -> Path:
     """The folder that a checkpoint belongs to; of a run or a model folder, itself."""
     return model.parents[1] if model.suffix == ".ckpt" else model
@@ -97,16 +121,19 @@ def default_name(model: Path, protocol: str) -> str:
 
 def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
     """Samples of a diffusion model."""
+    from ldmlab.app.agreement import scored_task
     from ldmlab.app.guidance import build_guides
     from ldmlab.build import load
     from ldmlab.evaluation.evaluate import Evaluation
     from ldmlab.evaluation.reference_statistics import statistics_folder
 
     model = load(config["model"], weights=config["weights"], device=config["device"])
+    model.info |= run_record(run_folder(Path(config["model"])))
     model.in_precision(config["precision"])
     model.with_guides(*build_guides(config["guidance"], model))
     extras = [(title, Path(path)) for title, path in config["pictures"]]
-    data = reference_data(config, max(model.image_size)).with_task(model.diffusion.task)
+    size = parts["protocol"].image_size or max(model.image_size)
+    data = reference_data(config, size).with_task(scored_task(model.diffusion.task, parts["protocol"], size))
     lpips = _lpips() if parts["protocol"].pairs else None
     Evaluation(
         model=model,
@@ -135,6 +162,7 @@ def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world:
             "weights": loaded.files.weights,
             "step": loaded.files.step,
             "fingerprint": loaded.fingerprint,
+            **run_record(run_folder(Path(config["model"]))),
         },
         data=reference_data(config, loaded.image_size),
         lpips=_lpips(),
@@ -201,6 +229,26 @@ def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":
             raise InputError(f"model={config['model']} does not say what it was trained on; name the data with data=.")
         node = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
     return instantiate({**node, "image_size": image_size}, where="data", seed=config["seed"])
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """Seed and group of the run behind a model, and a hash of all else that it was asked for; empty without a run."""
+    import hashlib
+    import json
+
+    import yaml
+
+    path = folder / "config.yaml"
+    if not path.exists():
+        return {}
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    run, apart = config.get("run") or {}, ("seed", "run", "paths", "logger")
+    asked = json.dumps({name: node for name, node in config.items() if name not in apart}, sort_keys=True, default=str)
+    return {
+        "training_seed": config.get("seed"),
+        "group": run.get("group") or run.get("name"),
+        "configuration": hashlib.sha256(asked.encode()).hexdigest()[:12],
+    }
 
 
 def curves(model: Path) -> dict[str, Path]:

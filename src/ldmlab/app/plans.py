@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ldmlab.app.agreement import check_agreement
 from ldmlab.app.conditioning import Conditioners, build_conditioners, check_fields_given, context_widths
 from ldmlab.build import load_first_stage, moments_of
 from ldmlab.checkpoints import save_tensors
@@ -88,6 +89,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     latent = latent_spec(first_stage, data.image_size)
     conditioners = build_conditioners(config["conditioner"], latent)
     check_fields_given(conditioners.modules, data)
+    check_agreement(data.task, conditioners.modules)
     backbone_node = {**config["backbone"], **backbone_sizes(latent, conditioners, config["backbone"])}
     scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
     spec = {

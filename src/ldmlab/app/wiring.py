@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ldmlab.app.agreement import with_classes_of
 from ldmlab.app.comparison import comparison_fields
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.data.shard_data import ShardData
@@ -37,8 +38,11 @@ def train(config: Config, resume: str | None = None) -> None:
     name = config["stage"]["name"]
     if name not in PLANS:
         raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
+    config = with_classes_of(config, data)
     if config["task"]:
         data = with_task(config, data)
+    if name == "diffusion":
+        data = data.with_states(config["conditioner"])
     seed_process(config["seed"], 0)  # the same first weights in every process
     plan = PLANS[name](config, data, stage_options(config, settings))
     if config["init_from"] is not None:

@@ -2,9 +2,10 @@
 
 The encoding is that of the taming-transformers data code: three tokens an object, its class and its two corners on a
 grid of floor(sqrt(vocabulary)) cells a side, empty tokens up to `objects`, then the two corners of the crop. As there,
-corners are counted in the whole picture if the crop is told, else in the crop.
+corners are counted in the whole picture if the crop is told (of objects that it cuts, all of them), else in the crop.
 """
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from ldmlab.nn.transformer import TransformerEncoder
 
 _WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop of an uncropped picture: x0, y0, x1, y1
 _ROUNDING = 1e-6
+_BITS = {"group_of": 1, "occluded": 2, "depiction": 4, "inside": 8}  # the official data code's
 
 
 class LayoutTokens(nn.Module):
@@ -39,6 +41,8 @@ class LayoutTokens(nn.Module):
         heads: int = 8,  # of 64 channels each
         unused_head: bool = False,  # carry the output layer of the official files, which nothing runs
         classes: int | None = None,  # of the data, numbered from 0; None: any number that is a token
+        names: Sequence[str] | None = None,  # of the classes, by which boxes may name them: {"class": "dog", ...}
+        attributes: Sequence[str] = (),  # of objects, told by the class's token: group_of occluded depiction inside
     ) -> None:
         super().__init__()
         self.drop = checked_rate(drop)
@@ -47,6 +51,12 @@ class LayoutTokens(nn.Module):
         if classes is not None and not 0 < classes <= self.empty:
             raise InputError(f"conditioner.classes={classes} is not 1 .. {self.empty}, the tokens of vocab_size.")
         self.classes = self.empty if classes is None else classes
+        if names is not None and len(names) != classes:
+            raise InputError(
+                f"conditioner.names has {len(names)} names for conditioner.classes={classes}; give as many."
+            )
+        self.numbers = {name: number for number, name in enumerate(names or ())}
+        self.attributes = _checked_attributes(attributes, classes, self.empty)
         self.cells = math.isqrt(vocab_size)  # a side of the grid
         if self.cells**2 > self.empty:
             raise InputError(f"conditioner.vocab_size={vocab_size} leaves no empty token; choose {vocab_size + 1}.")
@@ -68,7 +78,7 @@ class LayoutTokens(nn.Module):
     def check(self, fields: Mapping[str, Any]) -> None:
         """Refuse one picture's boxes that lie outside it, are too many or of unknown classes."""
         try:
-            boxes = checked(fields["boxes"])
+            boxes = checked(self._numbered(fields["boxes"]))
         except ValueError as error:
             raise InputError(f"boxes: {error}; mend it.") from error
         self.tokens(boxes)
@@ -80,7 +90,10 @@ class LayoutTokens(nn.Module):
                 f"a picture has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
             )
         frame = crop if self.crop_tokens else _WHOLE
-        ids = [token for box in boxes for token in (self._class(box), *self._corners(_within(box["box"], frame)))]
+        whole = tuple(frame) == _WHOLE
+        places = [box["box"] if whole else _within(box.get("uncut", box["box"]), frame) for box in boxes]
+        pairs = zip(boxes, places, strict=True)
+        ids = [token for box, place in pairs for token in (self._class(box), *self._corners(place))]
         ids += [self.empty] * (3 * (self.objects - len(boxes)))
         return ids + self._corners(crop) if self.crop_tokens else ids
 
@@ -89,11 +102,27 @@ class LayoutTokens(nn.Module):
         ids = [self.tokens(row, crop) for row, crop in zip(boxes, crops, strict=True)]
         return self.transformer(torch.tensor(ids, device=self.transformer.tokens.weight.device))
 
+    def _numbered(self, boxes: Any) -> Any:
+        """Boxes that name their class with its number; anything else as it came."""
+        if not isinstance(boxes, list):
+            return boxes
+        named = [isinstance(box, dict) and "class" in box and "class_id" not in box for box in boxes]
+        return [{**b, "class_id": self._number(b["class"])} if one else b for b, one in zip(boxes, named, strict=True)]
+
+    def _number(self, name: Any) -> int:
+        if not isinstance(name, str) or name not in self.numbers:
+            near = difflib.get_close_matches(str(name), self.numbers, n=1)
+            way = f"did you mean {near[0]}?" if near else "give its class_id." if not self.numbers else "mend it."
+            raise InputError(
+                f"boxes: class {name!r} is not one of the {len(self.numbers)} names that this model knows; {way}"
+            )
+        return self.numbers[name]
+
     def _class(self, box: Mapping[str, Any]) -> int:
-        number = int(box["class_id"])
+        number = int(box["class_id"]) if "class_id" in box else self._number(box.get("class"))
         if not 0 <= number < self.classes:
             raise InputError(f"boxes: class_id {number} is not 0 .. {self.classes - 1}; number the classes from 0.")
-        return number
+        return number + self.classes * sum(_BITS[name] for name in self.attributes if box.get(name))
 
     def _corners(self, box: Sequence[float]) -> list[int]:
         """(x0, y0, x1, y1) => the cells of the top left and the bottom right corner; rows are the slow axis."""
@@ -108,8 +137,20 @@ class LayoutTokens(nn.Module):
 
 def _within(box: Sequence[float], frame: Sequence[float]) -> list[float]:
     """A box in shares of `frame`, a part of the whole picture, as shares of the whole."""
-    if len(box) != 4 or tuple(frame) == _WHOLE:
+    if len(box) != 4:
         return list(box)
     x0, y0, width, height = frame[0], frame[1], frame[2] - frame[0], frame[3] - frame[1]
     moved = x0 + width * box[0], y0 + height * box[1], x0 + width * box[2], y0 + height * box[3]
     return [min(max(value, 0.0), 1.0) if -_ROUNDING < value < 1 + _ROUNDING else value for value in moved]
+
+
+def _checked_attributes(names: Sequence[str], classes: int | None, empty: int) -> tuple[str, ...]:
+    """Attributes that have a bit, and tokens for every class with all of them."""
+    if unknown := [name for name in names if name not in _BITS]:
+        raise InputError(f"conditioner.attributes={unknown[0]} is unknown; choose of {', '.join(_BITS)}.")
+    if names and (classes is None or classes * 2 * max(_BITS[name] for name in names) > empty):
+        raise InputError(
+            f"conditioner.attributes={','.join(names)} multiplies the tokens of conditioner.classes={classes}; give "
+            f"the number of classes, and at most {empty} tokens in all (vocab_size)."
+        )
+    return tuple(names)

@@ -26,6 +26,11 @@ class LowResolution(nn.Module):
         downsampling: int = 4,  # of the first stage; derived in wiring
     ) -> None:
         super().__init__()
+        if enlarge is None and factor % downsampling:
+            raise InputError(
+                f"task.factor={factor} is no multiple of the first stage's {downsampling}, at whose size the small one "
+                "is told; choose another first_stage or task.factor."
+            )
         enlarge = factor // downsampling if enlarge is None else enlarge
         if enlarge < 1:
             raise InputError(f"conditioner.low_resolution.enlarge={enlarge} must be at least 1, which changes nothing.")

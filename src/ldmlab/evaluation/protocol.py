@@ -23,6 +23,8 @@ class Protocol:
     conditions: str = "reference"  # none | reference: as the reference pictures, in order | balanced_classes
     classes: int | None = None  # with balanced_classes: how many there are
     reference_limit: int | None = None  # only the first pictures of the split; null: all
+    image_size: int | None = None  # side of the pictures compared, px; null: as the model was trained
+    task: Mapping[str, Any] = field(default_factory=dict)  # options of the model's task, such as held_out_masks
     steps: int | None = 50
     eta: float = 0.0
     guidance: float | None = None  # null: 3 if the model was trained for it, else 1 (off)
@@ -50,6 +52,7 @@ class Protocol:
     bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
     judges: Mapping[str, Any] = field(default_factory=dict)  # files of conf/judge by name: look at the samples
     baselines: Mapping[str, Any] = field(default_factory=dict)  # files of conf/baseline by name: scored beside them
+    changed: Sequence[str] = ()  # options that are not those of the file of this name; evaluate.py finds them
     leaves_open: Mapping[str, str] = field(default_factory=dict)  # field => what the paper leaves open, what is chosen
 
     def __post_init__(self) -> None:
@@ -92,13 +95,14 @@ class Protocol:
             guidance=self.guidance if guidance is None else guidance,
             eta=self.eta,
             seed=self.seed,
+            size=self.image_size,
             sampler=self.sampler,
             spacing=self.spacing,
         )
 
     def as_plain(self) -> dict[str, Any]:
         """For metrics.json."""
-        return asdict(self) | {"guidance_curve": list(self.guidance_curve)}
+        return asdict(self) | {"guidance_curve": list(self.guidance_curve), "changed": list(self.changed)}
 
 
 def requests(

@@ -72,11 +72,18 @@ class Crop:
         cut: dict[str, Any] = {"image": resized(sample["image"], size, region, self.filter)}
         for name in ("segmentation", "mask"):
             if name in sample:
+                _check_lies_on(sample[name], name, width, height)
                 cut[name] = nearest(sample[name], size, place)
         if "boxes" in sample:
             cut["boxes"] = cropped(sample["boxes"], place)
             cut["crop"] = within(place, sample.get("crop", WHOLE))
         return cut
+
+
+def _check_lies_on(values: NDArray[Any], name: str, width: int, height: int) -> None:
+    if values.shape[-2:] != (height, width):
+        high, wide = values.shape[-2:]
+        raise ValueError(f"its {name} has {wide} x {high} pixels, the picture {width} x {height}")
 
 
 def resized(

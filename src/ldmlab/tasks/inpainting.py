@@ -27,6 +27,12 @@ class _Pasted(BaseTask):
         """The picture, and its mask where that is stored."""
         return frozenset({"image", "mask"} if self.masks == STORED else {"image"})
 
+    def _checked(self, sample: Sample) -> Sample:
+        """The sample as it came; ValueError for a stored mask without a hole."""
+        if self.masks == STORED and not sample["mask"].any():
+            raise ValueError("its mask has no hole")
+        return sample
+
     def finish(self, images: Tensor, batch: dict[str, Any]) -> Tensor:
         """Generated inside the hole, given outside."""
         hole = batch["mask"].to(images.device) > 0  # (B, 1, H, W)
@@ -54,7 +60,7 @@ class Inpainting(_Pasted):
 
     def give(self, sample: Sample, random: Any) -> Sample:
         """image (3, H, W) and mask (1, H, W), uint8; 1 in the hole."""
-        cut = self.crop(sample, self.image_size, random)
+        cut = self.crop(self._checked(sample), self.image_size, random)
         if self.masks != STORED:
             cut["mask"] = draw(self.masks, self.image_size, self.image_size, self.image_size, random)[None]
         return cut
@@ -85,7 +91,7 @@ class LamaTest(_Pasted):
     def give(self, sample: Sample, random: Any) -> Sample:
         """As in training; ValueError where no candidate serves."""
         if self.masks == STORED:
-            return Crop("centre")(sample, self.image_size, random)
+            return Crop("centre")(self._checked(sample), self.image_size, random)
         height, width = sample["image"].shape[1:]
         scale = self.image_size / min(height, width)
         shape = round(height * scale), round(width * scale)

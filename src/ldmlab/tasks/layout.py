@@ -1,5 +1,6 @@
 """Layout to image: objects as boxes with a class are given."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ class Layout(BaseTask):
     smallest_area: float = 0.0001  # of a box, as a share of the stored picture
     shuffle: bool = True  # a new order of the objects at each access
     crop: Crop | None = None  # None: the middle square, so that latents serve
+    classes: int | None = None  # of boxes, numbered from 0; None: any number
     adds: ClassVar[frozenset[str]] = frozenset({"boxes", "crop"})
 
     def __post_init__(self) -> None:
@@ -42,12 +44,19 @@ class Layout(BaseTask):
         return lambda fields: self.least <= len(self._large(checked(fields.get("boxes", [])))) <= self.most
 
     def give(self, sample: Sample, random: Any) -> Sample:
-        """boxes relative to the crop, and the crop in the stored picture."""
+        """boxes relative to the crop, and the crop in the stored picture; ValueError for a box of no known class."""
+        self._check_classes(sample["boxes"])
         given = {**sample, "boxes": self._large(sample["boxes"])}
         cut = self.crop(given, self.image_size, random) if self.crop else {"boxes": given["boxes"]}
         if self.shuffle:
             cut["boxes"] = random.sample(cut["boxes"], len(cut["boxes"]))
         return {"crop": sample.get("crop", list(WHOLE)), **cut}
+
+    def _check_classes(self, boxes: Boxes) -> None:
+        known = range(sys.maxsize if self.classes is None else self.classes)
+        for entry in boxes:
+            if entry["class_id"] not in known:
+                raise ValueError(f"class_id {entry['class_id']} of a box is not 0 .. {known[-1]} (task.classes)")
 
     def _large(self, boxes: Boxes) -> Boxes:
         return [entry for entry in boxes if area(entry["box"]) >= self.smallest_area]

@@ -15,7 +15,7 @@ class Semantic(BaseTask):
 
     image_size: int  # px
     classes: int = 182  # class numbers are 0 .. classes - 1
-    unlabelled: int | None = None  # stored number of pixels without label: they become class 0, others move up by one
+    unlabelled: int | None = None  # stored number of pixels without label: they become the last class
     crop: Crop | None = None  # None: the middle square, so that latents serve
     adds: ClassVar[frozenset[str]] = frozenset({"segmentation"})
 
@@ -33,8 +33,8 @@ class Semantic(BaseTask):
         """segmentation (H, W) of class numbers, and the image if it is cropped."""
         cut = self.crop(sample, self.image_size, random) if self.crop else {"segmentation": sample["segmentation"]}
         labels = cut["segmentation"]
-        if self.unlabelled is not None:
-            labels = np.where(labels == self.unlabelled, 0, labels.astype(np.int64) + 1)
+        if self.unlabelled is not None:  # others stay as they are, so that stored maps can be asked for
+            labels = np.where(labels == self.unlabelled, self.classes - 1, labels.astype(np.int64))
         if labels.max(initial=0) >= self.classes:
             raise ValueError(f"label {labels.max()} in a map of {self.classes} classes (task.classes)")
         return {**cut, "segmentation": labels.astype(np.uint8 if self.classes <= 256 else np.int64)}
