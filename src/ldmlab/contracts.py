@@ -116,6 +116,11 @@ class Conditioner(Protocol):
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...  # "nothing given", same shape
 
 
+def states_field(name: str) -> str:
+    """Batch field with what conditioner `name` said when the latents were encoded: it is not run again."""
+    return f"states.{name}"
+
+
 class Level(NamedTuple):
     """A noise level: x = alpha clean + sigma noise; `time` is what the network is told, None at the end."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.conditioners.class_label import ClassEmbedder
+from ldmlab.conditioners.image_embedding import open_clip_image
 from ldmlab.conditioners.text import open_clip_text
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
@@ -25,13 +26,15 @@ CLIP = {
 
 
 def tiny_model(told: str | None = "class_id", **options: Any) -> LoadedModel:
-    """told: class_id | caption | None."""
+    """told: class_id | caption | reference | None."""
     torch.manual_seed(1)
     conditioners: dict[str, nn.Module] = {}
     if told == "class_id":
         conditioners["class_label"] = ClassEmbedder(10, width=16)
     elif told == "caption":
         conditioners["text"] = open_clip_text(config=CLIP)
+    elif told == "reference":
+        conditioners["image"] = open_clip_image(config=CLIP)
     unet = UNet(
         in_channels=2,
         out_channels=2,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ldmlab.app.stored_states import check_states
 from ldmlab.build import read_clip
 from ldmlab.contracts import LatentSpec
 from ldmlab.data.shard_data import ShardData
@@ -45,7 +46,7 @@ def _build(name: str, node: dict[str, Any], latent: LatentSpec) -> tuple[nn.Modu
 
 
 def check_fields_given(modules: Mapping[str, Any], data: ShardData) -> None:
-    """Every field that a conditioner reads comes with the data or from the task."""
+    """Every field that a conditioner reads comes with the data or from the task; stored states are its own."""
     given = set(data.fields) | (set() if data.latents else {"image"})
     if data.task:
         given |= data.task.adds | data.task.needs
@@ -56,6 +57,7 @@ def check_fields_given(modules: Mapping[str, Any], data: ShardData) -> None:
                 f"conditioner={name} reads {', '.join(missing)}, which neither data.fields={list(data.fields)} nor the "
                 "task gives; name it in data.fields, or choose the task= that derives it."
             )
+    check_states(modules, data)
 
 
 def context_widths(conditioners: Conditioners, latent: LatentSpec) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmlab.checkpoints import load_tensors
+from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners.rates import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
@@ -50,6 +50,13 @@ class ImageEmbedding(nn.Module):
             if isinstance(pictures, Tensor):
                 return self.tower(to_float(pictures.to(device)))
             return torch.cat([self.tower(to_float(picture[None].to(device))) for picture in pictures])
+
+    def made_by(self) -> dict[str, Any]:
+        """What decides the tokens, in plain data; kept where they are stored."""
+        config = self.node.get("config", {})
+        built = {name: config.get(name) for name in ("vision_cfg", "quick_gelu")}
+        pixels = {"mean": list(self.tower.mean), "std": list(self.tower.std)}
+        return {"layer": self.tower.layer, **built, **pixels, "weights": fingerprint(self.state_dict())}
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """Zeros."""

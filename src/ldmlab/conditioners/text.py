@@ -12,7 +12,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
-from ldmlab.checkpoints import load_tensors
+from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners.rates import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
@@ -86,6 +86,13 @@ class OpenClipText(nn.Module):
         """The end of a caption that does not fit into the context; empty if all does."""
         ids = self.tokenizer.encode(caption)
         return self.tokenizer.decode(ids[self.tower.context_length - 2 :]).strip()  # start and end take two places
+
+    def made_by(self) -> dict[str, Any]:
+        """What decides the states, in plain data; kept where they are stored."""
+        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("tower.unused.")}
+        config = self.node.get("config", {})
+        built = {name: config.get(name) for name in ("text_cfg", "quick_gelu")}
+        return {"layer": self.tower.layer, "padding": self.padding, **built, "weights": fingerprint(weights)}
 
     @property
     def _device(self) -> torch.device:

@@ -41,14 +41,18 @@ def decode_image(files: Files, size: int | None, background: tuple[int, int, int
 
 def decode_moments(files: Files, view: int) -> NDArray[np.float32]:
     """Moments of one view, float32 (2C or C, h, w), from a .npy of (views, 2C or C, h, w)."""
-    data = files["npy"]
+    return stored_view(files["npy"], view, axes=4).astype(np.float32)
+
+
+def stored_view(data: bytes, view: int, axes: int, one_serves: bool = False) -> NDArray[Any]:
+    """One entry along the first axis of a .npy with that many axes, as stored; `one_serves`: a single one for all."""
     begin = 10 + int.from_bytes(data[8:10], "little")  # magic, version, length of the header, header
     shape, dtype = _npy_header(data[:begin])
-    if len(shape) != 4 or view >= shape[0]:
-        raise ValueError(f"moments of shape {shape} have no view {view}")
+    view = 0 if one_serves and shape[:1] == (1,) else view
+    if len(shape) != axes or view >= shape[0]:
+        raise ValueError(f"moments or states of shape {shape} have no view {view}")
     size = math.prod(shape[1:])
-    values = np.frombuffer(data, dtype, size, offset=begin + view * size * dtype.itemsize)
-    return values.reshape(shape[1:]).astype(np.float32)
+    return np.frombuffer(data, dtype, size, offset=begin + view * size * dtype.itemsize).reshape(shape[1:])
 
 
 @lru_cache(maxsize=16)
@@ -56,10 +60,10 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type in the header of a .npy; numpy's parser takes half as long as all the rest of a read."""
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("moments in another version of .npy than 1.0")
+        raise ValueError("moments or states in another version of .npy than 1.0")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if fortran_order or dtype.kind != "f":
-        raise ValueError(f"moments stored as {dtype}, fortran_order={fortran_order}")
+        raise ValueError(f"moments or states stored as {dtype}, fortran_order={fortran_order}")
     return shape, dtype
 
 

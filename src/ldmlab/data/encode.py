@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldmlab.data.decode import BAD_SAMPLE, decode_image
+from ldmlab.data.decode import BAD_SAMPLE, decode_fields, decode_image
 from ldmlab.data.encode_folder import LatentSettings, complete, finished_shard, open_plan, side_file
 from ldmlab.data.latent_shards import LatentShardWriter
+from ldmlab.data.latent_states import EncodeStates, state_files
 from ldmlab.data.loader import QuietLoader
 from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, check_shards, read_manifest
 from ldmlab.data.parts import boxes_following
@@ -26,6 +27,8 @@ from ldmlab.data.tar_samples import picture_ending
 from ldmlab.errors import InputError
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
+_Encoders = tuple[EncodeMoments, EncodeStates | None]
+_Picture = tuple[str, NDArray[np.uint8], Files, dict[str, Any]]  # key, uint8 (3, H, W), travelling files, fields
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,18 @@ def encode(
     workers: int = 0,
     max_bad: float = 0.01,  # share of unreadable pictures above which no manifest is written
     progress: Callable[[int, int], None] | None = None,  # (done, total) pictures of this process
+    encode_states: EncodeStates | None = None,  # with settings.states
 ) -> EncodeResult:
     """Encode shards rank, rank + world, ... of `source`; the same call again continues where it stopped."""
     source, out = Path(source), Path(out)
     manifest = read_manifest(source)
     if manifest.kind != "images":
         raise InputError(f"data={source} holds {manifest.kind}, not pictures; give the image shards to encode.")
+    if missing := sorted(set(settings.told) - set(manifest.fields)):
+        raise InputError(
+            f"conditioner: its states are made from {missing[0]}, which data={source} does not carry (it has "
+            f"{', '.join(manifest.fields) or 'no fields'}); leave the conditioner out, or pack the pictures with it."
+        )
     check_shards(source, manifest)
     open_plan(out, {"source": manifest.hash, **asdict(settings)})
     if (out / MANIFEST).exists():
@@ -64,9 +73,10 @@ def encode(
     total = sum(manifest.shards[shard].samples for shard in mine)
     kept = done = total - sum(manifest.shards[shard].samples for shard in todo)
     batches = iter(_loader(_Pictures(source, manifest, settings), todo, batch_size, workers))
+    encoders = encode_moments, encode_states
     for shard in todo:
         samples = manifest.shards[shard].samples
-        for encoded in _encode_shard(out, manifest.shards[shard], encode_moments, settings, batches, batch_size):
+        for encoded in _encode_shard(out, manifest.shards[shard], encoders, settings, batches, batch_size):
             if progress:
                 progress(done + encoded, total)
         done += samples
@@ -76,7 +86,7 @@ def encode(
 def _encode_shard(
     out: Path,
     info: ShardInfo,
-    encode_moments: EncodeMoments,
+    encoders: _Encoders,
     settings: LatentSettings,
     batches: Iterator["_Batch"],
     batch_size: int,
@@ -86,7 +96,7 @@ def _encode_shard(
     try:
         for begin in range(0, info.samples, batch_size):
             batch = next(batches)
-            _encode_batch(batch, encode_moments, settings, writer)
+            _encode_batch(batch, *encoders, settings, writer)
             skipped += batch.skipped
             yield min(begin + batch_size, info.samples)
         writer.finish(skipped).save(side_file(out, info.name))
@@ -101,6 +111,7 @@ class _Batch:
     keys: list[str]
     images: Tensor  # uint8 (B, 3, H, W)
     travelling: list[Files]
+    fields: dict[str, list[Any]]  # that states are made from
     skipped: list[str]
 
 
@@ -112,17 +123,18 @@ class _Pictures(Dataset[Any]):
         red, green, blue = manifest.transform.get("background") or (255, 255, 255)
         self._background = (red, green, blue)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[str, NDArray[np.uint8], Files] | str:
+    def __getitem__(self, place: tuple[int, int]) -> "_Picture | str":
         try:
             key, files = self.reader.read(*place)
             image = decode_image(files, self._settings.image_size, self._background)
+            fields = decode_fields(files, self._settings.told)
         except BAD_SAMPLE as error:
             return f"{self.reader.label(*place)}: {type(error).__name__}: {error}"
         if not self._settings.carries_images:
             files = boxes_following(files)
             files.pop(picture_ending(files) or "")
         files.pop("npy", None)
-        return key, image, files
+        return key, image, files, fields
 
 
 def _loader(pictures: _Pictures, shards: list[int], batch_size: int, workers: int) -> DataLoader[_Batch]:
@@ -137,15 +149,20 @@ def _loader(pictures: _Pictures, shards: list[int], batch_size: int, workers: in
     return QuietLoader(pictures, workers=workers, batch_sampler=IndexBatches(places), collate_fn=_collate)
 
 
-def _collate(items: list[tuple[str, NDArray[np.uint8], Files] | str]) -> _Batch:
+def _collate(items: list[_Picture | str]) -> _Batch:
     good = [item for item in items if not isinstance(item, str)]
-    images = torch.from_numpy(np.stack([image for _, image, _ in good])) if good else torch.empty(0)
+    images = torch.from_numpy(np.stack([image for _, image, _, _ in good])) if good else torch.empty(0)
     reasons = [item for item in items if isinstance(item, str)]
-    return _Batch([key for key, _, _ in good], images, [files for _, _, files in good], reasons)
+    fields = {name: [told[name] for _, _, _, told in good] for name in (good[0][3] if good else ())}
+    return _Batch([key for key, _, _, _ in good], images, [files for _, _, files, _ in good], fields, reasons)
 
 
 def _encode_batch(
-    batch: _Batch, encode_moments: EncodeMoments, settings: LatentSettings, writer: LatentShardWriter
+    batch: _Batch,
+    encode_moments: EncodeMoments,
+    encode_states: EncodeStates | None,
+    settings: LatentSettings,
+    writer: LatentShardWriter,
 ) -> None:
     if not batch.keys:
         return
@@ -156,5 +173,7 @@ def _encode_batch(
     side = settings.image_size // settings.downsampling
     if moments.shape[2] not in (settings.latent_channels, 2 * settings.latent_channels) or moments.shape[3] != side:
         raise ValueError(f"moments of shape {moments.shape[2:]} do not fit {settings}")
-    for key, values, files in zip(batch.keys, moments, batch.travelling, strict=True):
-        writer.write(key, values, files)
+    states = encode_states(batch.images, batch.fields) if encode_states else {}
+    for index, (key, files) in enumerate(zip(batch.keys, batch.travelling, strict=True)):
+        stored = state_files(key, {name: values[index] for name, values in states.items()})
+        writer.write(key, moments[index], {**files, **stored})

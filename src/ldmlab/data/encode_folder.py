@@ -28,6 +28,7 @@ class LatentSettings:
     dtype: str = "float16"  # float16 | float32
     carries_images: bool = False  # keep the picture beside its moments
     first_stage: dict[str, Any] | None = None  # how to build it, plain types
+    states: dict[str, Any] | None = None  # by conditioner: what made the states stored beside the moments, plain types
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):
@@ -37,6 +38,12 @@ class LatentSettings:
                 f"data.image_size={self.image_size} is not divisible by the first stage's downsampling "
                 f"{self.downsampling}; choose a multiple of it."
             )
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Fields of KEY.json that the stored states are made from."""
+        reads = {field for made in (self.states or {}).values() for field in made["reads"]}
+        return tuple(sorted(reads - {"reference"}))  # that is the picture itself
 
 
 def open_plan(out: Path, plan: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """The data of a run: its folders of shards, and what is read from them."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -39,7 +41,9 @@ class ShardData:
     balance_temperature: float = 0.5  # rate of a class ~ (its size) ^ temperature; 1 as is, 0 all equal
     object_background: tuple[int, int, int] | None = None  # colour left out of PSNR over object pixels
     sha256: bool = False  # check the shards' checksums at the start, not only their sizes
+    states: bool = True  # read states that the latents carry, instead of running the encoder that made them
     task: Task | None = None  # set by `with_task`
+    stored: tuple[str, ...] = ()  # conditioners whose states are read; set by `with_states`
     _held_out: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +53,13 @@ class ShardData:
     def with_task(self, task: Task | None) -> "ShardData":
         """The same data, from which the task derives what is given and what is asked."""
         return replace(self, task=task)
+
+    def with_states(self, conditioners: Iterable[str]) -> "ShardData":
+        """The same data, with the states that their latents carry for these conditioners."""
+        if self.latents is None or not self.states:
+            return self
+        there = stored_states(self.manifest("train", "latents"))
+        return replace(self, stored=tuple(name for name in conditioners if name in there))
 
     @property
     def kind(self) -> str:
@@ -128,13 +139,23 @@ class ShardData:
     def _dataset(self, split: str, kind: str, train: bool) -> ShardDataset:
         images, flip = kind == "images", self.flip and train
         task = self.task if train or self.task is None else self.task.held_out
-        wanted = Wanted(self.image_size, images, moments=not images, flip=flip, fields=tuple(self.fields), task=task)
+        states = () if images else self.stored
+        if states and task is not None:  # what it would derive may be stored already
+            told = stored_states(self.manifest("train", "latents"))
+            known = {field for name in states for field in told[name]["reads"]}
+            task = None if task.adds and task.adds <= known else task
+        wanted = Wanted(self.image_size, images, not images, flip, tuple(self.fields), states, task)
         return ShardDataset(self.folder(split, kind), wanted, seed=self.seed, train=train, sha256=self.sha256)
 
     def _cached(self, dataset: ShardDataset) -> ShardDataset:
         if self.cache and dataset.wanted.images:
             dataset.keep_decoded(self.cache_limit_gib)
         return dataset
+
+
+def stored_states(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest of latents says of states stored beside them, by conditioner."""
+    return (manifest.latents or {}).get("states") or {}
 
 
 def read_labels(reader: ShardReader, field: str) -> list[str]:

@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldmlab.contracts import states_field
 from ldmlab.data.cache import PictureCache
 from ldmlab.data.decode import BAD_SAMPLE, check_fields, decode_fields, decode_image, decode_moments
 from ldmlab.data.kept import KeptOrder, kept_samples
 from ldmlab.data.latent_shards import read_shard_manifest
+from ldmlab.data.latent_states import decode_states
 from ldmlab.data.loader import QuietLoader
 from ldmlab.data.manifest import check_shards
 from ldmlab.data.order import Order, Place, SequentialOrder, evaluation_batches, training_batches
@@ -113,6 +115,8 @@ class ShardDataset(Dataset[Batch]):
         flipped = self.wanted.flip and picture_random(self._seed, place.epoch, key).random() < 0.5
         if self.wanted.moments:
             sample["moments"] = decode_moments(files, view=int(flipped))
+        for name in self.wanted.states:
+            sample[states_field(name)] = decode_states(files, name, view=int(flipped))  # (L, D)
         if self.wanted.images:
             sample["image"] = self._picture(place, files)  # (3, H, W)
         sample |= decode_parts(files, self.wanted.parts - {"image"}, self.wanted.decoded_size)

@@ -17,6 +17,7 @@ class Wanted:
     moments: bool = False
     flip: bool = False  # half of the pictures mirrored, drawn per (seed, epoch, key)
     fields: tuple[str, ...] = ("caption",)
+    states: tuple[str, ...] = ()  # conditioners whose stored states come with the moments
     task: Task | None = None  # derives more from the picture, its maps and its boxes
 
     @property
@@ -54,6 +55,12 @@ def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
         raise InputError(
             f"data.image_size={wanted.image_size}, but the latents in {folder} were encoded at "
             f"{latents['image_size']}; use that size or encode again."
+        )
+    missing = sorted(set(wanted.states) - (latents.get("states") or {}).keys())
+    if missing:
+        raise InputError(
+            f"data.latents={folder} holds no states of conditioner.{missing[0]}, unlike the training split; encode "
+            "both splits alike, or set data.states=false to run the encoder while training."
         )
     if wanted.moments and wanted.flip and not latents["mirrored"]:
         raise InputError(

@@ -19,6 +19,7 @@ from ldmlab.contracts import (
     Level,
     Sampler,
     Task,
+    states_field,
 )
 from ldmlab.diffusion.conditioning import check_guidance, check_size, check_slots, joined, stacked
 from ldmlab.diffusion.given_picture import GivenPicture
@@ -64,7 +65,7 @@ class LatentDiffusion(LatentSpace):
         """What the denoiser is told; where `null_mask[name]` (B,) is true that conditioner says "nothing given"."""
         values: dict[str, list[Tensor]] = {}
         for name, conditioner in self._each_conditioner():
-            value = conditioner(batch, self.encode)
+            value = self._given(name, conditioner, batch)
             if null_mask is not None and name in null_mask:
                 mask = null_mask[name].reshape(-1, *[1] * (value.ndim - 1))
                 value = torch.where(mask, conditioner.null(batch, self.encode).to(value.dtype), value)
@@ -77,11 +78,13 @@ class LatentDiffusion(LatentSpace):
         Captions `negative` stand in the place of the empty caption.
         """
         values: dict[str, list[Tensor]] = {}
-        for _, conditioner in self._each_conditioner():
+        for name, conditioner in self._each_conditioner():
             if "negative" in batch and "caption" in conditioner.reads:
                 value = conditioner({**batch, "caption": batch["negative"]}, self.encode)
+            elif self._droppable(conditioner):
+                value = conditioner.null(batch, self.encode)
             else:
-                value = (conditioner.null if self._droppable(conditioner) else conditioner)(batch, self.encode)
+                value = self._given(name, conditioner, batch)
             values.setdefault(conditioner.slot, []).append(value)
         return joined(values)
 
@@ -97,6 +100,11 @@ class LatentDiffusion(LatentSpace):
 
     def _each_conditioner(self) -> list[tuple[str, Conditioner]]:
         return list(self.conditioners.items())  # type: ignore[arg-type]
+
+    def _given(self, name: str, conditioner: Conditioner, batch: dict[str, Any]) -> Tensor:
+        """What the conditioner says, or said when the latents were encoded."""
+        stored = batch.get(states_field(name))
+        return conditioner(batch, self.encode) if stored is None else stored.float()
 
     def _droppable(self, conditioner: Conditioner) -> bool:
         """Of an imported model nobody knows the rates: pictures it is given stay, the rest is dropped."""

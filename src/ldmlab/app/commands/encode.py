@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 USAGE = """options are key=value, as for train.py; from_run and out must be given:
   ldmlab encode data=emoji from_run=runs/first_stage out=data/emoji-latents
   torchrun --nproc-per-node=8 -m ldmlab encode ...     several processes share the shards
+with conditioner=text conditioner.text.from_run=CLIP the states of captions are stored too, and training reads them;
 conf/encode.yaml explains each option; an interrupted encode continues when the same command is run again."""
 
 
@@ -35,7 +36,8 @@ def encode_splits(config: dict[str, Any]) -> None:
     import os
     from pathlib import Path
 
-    from ldmlab.app.plans import check_divides
+    from ldmlab.app.conditioning import build_conditioners
+    from ldmlab.app.plans import check_divides, latent_spec
     from ldmlab.build import load_first_stage, pick_device
     from ldmlab.instantiate import instantiate
 
@@ -45,11 +47,13 @@ def encode_splits(config: dict[str, Any]) -> None:
     if not loaded.module.state_dict():
         raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")
     check_divides(data.image_size, loaded.module.downsampling)  # type: ignore[arg-type]
-    loaded.module.to(pick_device(config["device"]))
+    told = build_conditioners(config["conditioner"], latent_spec(loaded.module, data.image_size)).modules
+    for module in (loaded.module, *told.values()):
+        module.to(pick_device(config["device"]))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     out = Path(config["out"])
     for split in config["splits"]:
-        _encode_split(config, data, loaded, split, out / split, rank, world)
+        _encode_split(config, data, loaded, told, split, out / split, rank, world)
     if rank == 0:
         _put_first_stage(loaded, out / "first_stage")
 
@@ -58,6 +62,7 @@ def _encode_split(
     config: dict[str, Any],
     data: "ShardData",
     loaded: "LoadedFirstStage",
+    told: dict[str, Any],
     split: str,
     out: Any,
     rank: int,
@@ -67,6 +72,7 @@ def _encode_split(
     from rich.console import Console
 
     from ldmlab.app.progress import bar
+    from ldmlab.app.stored_states import states_encoder
     from ldmlab.build import moments_of
     from ldmlab.data.encode import encode
 
@@ -75,23 +81,30 @@ def _encode_split(
             data.folder(split, "images"),
             out,
             lambda images: moments_of(loaded.module, images),
-            _settings(config, data, loaded),
+            _settings(config, data, loaded, told),
             rank=rank,
             world=world,
             batch_size=config["batch_size"],
             workers=data.workers,
             max_bad=config["max_bad"],
             progress=advance,
+            encode_states=states_encoder(told, config["mirror"]) if told else None,
         )
     if rank == 0 and result.manifest and result.manifest.latents:
         std = result.manifest.latents["statistics"]["overall_std"]
         skipped = len(result.manifest.extra.get("skipped", []))
         note = f", {skipped} unreadable" if skipped else ""
+        note += "".join(f", states of {name}" for name in told)
+        cut = sum(getattr(module, "cut", 0) for module in told.values())
+        note += f" ({cut} captions cut)" if cut else ""
         print(f"{out}: {result.manifest.total} pictures{note}, standard deviation of the latents {std:.3f}")
 
 
-def _settings(config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstStage") -> "LatentSettings":
+def _settings(
+    config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstStage", told: dict[str, Any]
+) -> "LatentSettings":
     """What the manifest will tell of the latents."""
+    from ldmlab.app.stored_states import states_record
     from ldmlab.data.encode import LatentSettings
 
     first_stage: Any = loaded.module
@@ -104,6 +117,7 @@ def _settings(config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstSta
         dtype=config["dtype"],
         carries_images=config["carry_images"],
         first_stage=loaded.spec,
+        states=states_record(told),
     )
 
 

@@ -1,0 +1,196 @@
+"""States of frozen encoders beside latents: the loss of the live encoder, and no states of another one."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from shard_maker import write_shards
+from torch import Tensor
+
+from ldmlab.app.commands.encode import encode_splits
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.plans import diffusion
+from ldmlab.app.wiring import stage_options, train, with_task
+from ldmlab.checkpoints import fingerprint
+from ldmlab.contracts import states_field
+from ldmlab.data.latent_states import decode_states, state_files
+from ldmlab.data.manifest import read_manifest
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.model_files import write_model_folder
+from ldmlab.nn.openclip import build_clip
+
+SIZE = 16
+STAGE = {
+    "_target_": "ldmlab.first_stages.kl.KLAutoencoder",
+    **{"channels": 8, "channel_mult": [1, 1], "latent_channels": 3, "num_res_blocks": 1, "norm_groups": 4},
+}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": SIZE},
+    "text_cfg": {"context_length": 8, "width": 16, "heads": 2, "layers": 2},
+}
+TINY = [
+    *("experiment=mine/text_to_image", "backbone.model_channels=32", "backbone.channel_mult=[1]", "data.workers=0"),
+    *("backbone.attention_downsampling=[1]", "trainer.max_steps=2", "trainer.validate_every=2", "trainer.log_every=1"),
+    *("trainer.checkpoint_every=2", "trainer.micro_batch=4", "trainer.precision=32-true", "logger=csv"),
+    *("stage.panel_steps=2", "stage.panel_count=2", "stage.held_out_draws=1"),
+]
+ROUNDING = 2**-11  # of float16, relative
+TOLERANCE = 1e-3  # of a loss of about 1, by the rounding of states
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, a first stage, two CLIPs, and latents that carry the states of both conditioners of the first."""
+    folder = tmp_path_factory.mktemp("states")
+    write_shards(folder / "train", [7, 5], size=SIZE)
+    write_shards(folder / "val", [4], size=SIZE, split="val")
+    torch.manual_seed(0)
+    stage = instantiate(STAGE, where="first_stage")
+    spec = {"kind": "first_stage", "image_size": SIZE, "first_stage": STAGE}
+    write_model_folder(folder / "stage", spec, {"first_stage": stage.state_dict()})
+    for name in ("clip", "other"):
+        clip = build_clip(config=CLIP)
+        spec = {"kind": "clip", "image_size": SIZE, "clip": clip.node}
+        write_model_folder(folder / name, spec, {"clip": clip.model.state_dict()})
+    encode(folder, "latents", "conditioner=[text,image]", *told(folder, "text"), *told(folder, "image"))
+    return folder
+
+
+def told(root: Path, name: str, clip: str = "clip") -> list[str]:
+    return [f"conditioner.{name}.from_run={root / clip}"]
+
+
+def pictures(root: Path) -> list[str]:
+    return ["data=shards", f"data.train={root / 'train'}", f"data.val={root / 'val'}", f"data.image_size={SIZE}"]
+
+
+def encode(root: Path, out: str, *options: str) -> None:
+    given = [f"from_run={root / 'stage'}", f"out={root / out}", "mirror=true", "dtype=float32", "data.workers=0"]
+    encode_splits(plain(compose("encode", [*pictures(root), *given, *options])))
+
+
+def stage_and_data(root: Path, *options: str) -> tuple[Any, ShardData]:
+    """As wiring does it, for a network none of whose weights is zero."""
+    given = [*pictures(root), "data.flip=true", f"data.latents={root / 'latents'}"]
+    config = plain(compose("train", [*TINY, *given, *options]))
+    data: ShardData = instantiate(config["data"], where="data", seed=0)
+    if config["task"]:
+        data = with_task(config, data)
+    data = data.with_states(config["conditioner"])
+    settings = instantiate(config["trainer"], where="trainer")
+    stage: Any = diffusion(config, data, stage_options(config, settings)).stage
+    generator = torch.Generator().manual_seed(3)
+    for parameter in stage.diffusion.backbone.parameters():
+        if parameter.ndim > 1:  # what enters a layer leaves it as large, the states among it
+            parameter.data.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    stage.diffusion.train()
+    return stage, data
+
+
+def losses(stage: Any, data: ShardData) -> tuple[list[dict[str, Any]], Tensor]:
+    batches = list(islice(data.train_loader(6), 4))
+    with torch.no_grad():
+        return batches, torch.cat([stage.diffusion.loss(batch, 0)[0] for batch in batches])
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where conditions are dropped, and for mirrored pictures."""
+    choice = [f"conditioner={name}", f"conditioner.{name}.drop=0.4", *told(root, name)]
+    choice += ["task=variations", "task.crop=null"] if name == "image" else []
+    stage, data = stage_and_data(root, *choice)
+    module = stage.diffusion.conditioners[name]
+    batches, stored = losses(stage, data)
+    assert all(batch[states_field(name)].dtype == torch.float16 for batch in batches)
+    dropped = torch.cat([stage.diffusion.drops(batch, 0)[name] for batch in batches])
+    assert 0 < dropped.sum() < len(dropped)
+    online, live_data = stage_and_data(root, *choice, "data.latents=null", f"from_run={root / 'stage'}")
+    online.diffusion.latent_scale.load_state_dict(stage.diffusion.latent_scale.state_dict())
+    live_batches, live = losses(online, live_data)
+    assert [batch["key"] for batch in batches] == [batch["key"] for batch in live_batches]
+    for batch, shown in zip(batches, live_batches, strict=True):
+        expected = module(shown, None)
+        assert (batch[states_field(name)].float() - expected).abs().max() < 2 * ROUNDING * expected.abs().max()
+    torch.testing.assert_close(stored, live, atol=TOLERANCE * float(live.mean()), rtol=0)
+    other, _ = stage_and_data(root, *choice, *told(root, name, "other"), "data.states=false")
+    other.diffusion.latent_scale.load_state_dict(stage.diffusion.latent_scale.state_dict())
+    with torch.no_grad():
+        another = torch.cat([other.diffusion.loss(batch, 0)[0] for batch in live_batches])
+    assert (stored - live).abs().max() < (another - live).abs().max() / 50  # what another encoder would have moved
+    monkeypatch.setattr(module.tower, "forward", lambda *_: pytest.fail("the encoder ran"))
+    losses(stage, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["conditioner.text.from_run=ROOT/other"], r"another conditioner.text than this run's \(weights="),
+        (
+            ["conditioner.text.from_run=ROOT/clip", "conditioner.text.layer=penultimate"],
+            "layer=last there, penultimate",
+        ),
+        (["conditioner.text.from_run=ROOT/clip", "conditioner.text.padding=end"], "padding=zero there, end here"),
+        (["conditioner.text.from_run=ROOT/clip", "conditioner.text.trainable=true"], "conditioner.text learns, but"),
+    ],
+)
+def test_states_of_another_encoder_are_refused(root: Path, options: list[str], words: str) -> None:
+    given = ["conditioner=text", *(option.replace("ROOT", str(root)) for option in options)]
+    with pytest.raises(InputError, match=words):
+        stage_and_data(root, *given)
+    stage_and_data(root, *given, "data.states=false")
+
+
+def test_a_run_reads_only_what_it_is_told(root: Path) -> None:
+    _, data = stage_and_data(root, "conditioner=text", *told(root, "text"))
+    assert data.stored == ("text",)
+    _, data = stage_and_data(root, "conditioner=none")
+    assert not any(field.startswith("states.") for field in next(iter(data.train_loader(2))))
+
+
+def test_the_manifest_says_what_made_them(root: Path) -> None:
+    made = (read_manifest(root / "latents" / "val").latents or {})["states"]
+    assert made.keys() == {"text", "image"}
+    assert (made["text"]["reads"], made["text"]["dtype"], made["text"]["layer"]) == (["caption"], "float16", "last")
+    stage, _ = stage_and_data(root, "conditioner=text", *told(root, "text"))
+    assert made["text"]["weights"] == fingerprint(stage.diffusion.conditioners["text"].state_dict())
+    encode(root, "latents", "conditioner=[text,image]", *told(root, "text"), *told(root, "image"))  # finished: kept
+    with pytest.raises(InputError, match="begun with other settings"):
+        encode(root, "latents", "conditioner=text", *told(root, "text"))
+
+
+def test_what_cannot_be_stored_is_refused(root: Path) -> None:
+    for options, words in (
+        (["conditioner=class_label"], "conditioner.class_label learns with the denoiser"),
+        (["conditioner=low_resolution"], "no frozen encoder"),
+        (["conditioner=text", *told(root, "text"), "conditioner.text.trainable=true"], "conditioner.text learns"),
+    ):
+        with pytest.raises(InputError, match=words):
+            encode(root, "never", *options)
+    with pytest.raises(InputError, match=r"states of conditioner.text for 007 do not fit float16"):
+        state_files("007", {"text": np.full((1, 2, 3), 1e6, np.float32)})
+
+
+def test_views() -> None:
+    states = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    files = state_files("007", {"image": states, "text": states[:1]})
+    assert sorted(files) == ["image.states.npy", "text.states.npy"]
+    for view in (0, 1):
+        assert np.array_equal(decode_states(files, "image", view), states[view])
+        assert np.array_equal(decode_states(files, "text", view), states[0])
+
+
+def test_variations_train_and_draw_panels_from_stored_embeddings(root: Path) -> None:
+    choice = ["conditioner=image", *told(root, "image"), "task=variations", "task.crop=null"]
+    config = [*TINY, *pictures(root), f"data.latents={root / 'latents'}", *choice, f"run.dir={root / 'run'}"]
+    train(plain(compose("train", config)))
+    assert (root / "run" / "finished.json").exists()
+    assert list((root / "run" / "samples").iterdir())
+    _, data = stage_and_data(root, *choice, "data.states=false")
+    with pytest.raises(InputError, match="task=variations looks at pictures"):
+        data.train_dataset()
