@@ -65,16 +65,8 @@ def sampled(kernel: int, window: int | None, size: int = 96, **options: Any) -> 
     )
     rows = torch.linspace(-1, 1, size)
     batch = {"map": (rows[:, None] * rows).expand(2, 1, size, size)}
-    pictures = model.sample(
-        batch,
-        sampler=Ddim(),
-        grid=ddim_grid(model.schedule, 10),
-        index=torch.arange(2),
-        size=(size, size),
-        window=window,
-        **options,
-    )
-    return pictures, network
+    options |= {"sampler": Ddim(), "grid": ddim_grid(model.schedule, 10), "window": window}
+    return model.sample(batch, index=torch.arange(2), size=(size, size), **options), network
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

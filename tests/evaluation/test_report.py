@@ -172,6 +172,8 @@ def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dic
     assert len(stored["reference"]["manifest_hash"]) == 64
     assert len(stored["features"]["weights_hash"]) == 16
     assert stored["categories"]["chance"] == pytest.approx(1 / 3)
+    assert stored["categories"]["learned"] == {"examples": 33, "updates": 4, "batch_size": 64}
+    assert "learned from 33 real examples in 4 updates of 64" in (out / "report.md").read_text()
     assert stored["provenance"]["packages"]["torch"]
     assert "300" not in (out / "report.md").read_text().split("##")[1]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.class_score import ClassJudge
+from ldmlab.evaluation.judge_training import Learned
 from ldmlab.evaluation.segmenter import seen_labels
 from ldmlab.evaluation.semantic_score import SemanticJudge, mean_iou, overlaps
 from ldmlab.evaluation.task_evidence import Evidence
@@ -50,6 +51,7 @@ def test_real_pictures_as_samples_reach_the_real_score_and_shuffled_maps_do_not(
     assert verdict.chance is None
     assert verdict.of_real == 1.0
     assert [one.name for one in verdict.classes] == ["label 1", "label 2", "label 3"]
+    assert verdict.learned == Learned(examples=60, updates=40, batch_size=8)
 
 
 def test_intersection_over_union_by_hand() -> None:
@@ -81,5 +83,6 @@ def test_the_judge_of_classes() -> None:
     assert (verdict.samples, verdict.held_out_real, verdict.shuffled) == (1.0, 1.0, 0.0)
     assert verdict.chance == pytest.approx(1 / 3)
     assert [one.name for one in verdict.classes] == ["red", "green", "blue"]
+    assert verdict.learned == Learned(examples=60, updates=30, batch_size=16)
     wrong = judge(evidence(pictures, [{"class_id": int(kind) % 3 + 1} for kind in kinds]))
     assert wrong.samples == 0.0

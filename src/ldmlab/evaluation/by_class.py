@@ -63,10 +63,13 @@ def asked_classes(field: str, asked: Sequence[Mapping[str, Any]], known: Sequenc
     found = {}
     for number, request in enumerate(asked):
         entry = request if field in request else known[number % len(known)] if len(known) else {}
-        if field not in entry:
-            raise InputError(
-                f"protocol.class_field={field}: samples drawn with protocol.conditions=none belong to no class; "
-                "leave protocol.class_field null."
-            )
-        found[number] = str(entry[field])
+        why = "samples drawn with protocol.conditions=none belong to no class; leave protocol.class_field null."
+        found[number] = class_of(entry, field, why)
     return found
+
+
+def class_of(entry: Mapping[str, Any], field: str, why: str) -> str:
+    """A sample's or a picture's class as text; `why` one may have none, and the way out."""
+    if field not in entry:
+        raise InputError(f"protocol.class_field={field}: {why}")
+    return str(entry[field])

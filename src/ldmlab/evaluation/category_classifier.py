@@ -4,7 +4,7 @@ The judge never meets the diffusion model: held-out real pictures tell how good 
 All rates are balanced: the mean over categories of the share put into the right one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.judge_training import Learned, Show, descend, own_random_numbers
 
 _SIDE = 32  # px the judge looks at
 
@@ -33,6 +34,8 @@ class Agreement:
 
 class CategoryClassifier(nn.Module):
     """A convolutional network on 32 x 32 pictures: uint8 (B, 3, H, W) => logits (B, categories)."""
+
+    learned = Learned(0, 0, 0)  # nothing yet
 
     def __init__(self, categories: Sequence[str], width: int = 32) -> None:
         super().__init__()
@@ -89,29 +92,24 @@ def train_classifier(
     steps: int = 700,
     batch_size: int = 64,
     seed: int = 0,
-    advance: Callable[[], object] = lambda: None,  # told after each step
+    show: Show = lambda updates: updates,
 ) -> CategoryClassifier:
     """Train on batches drawn with equal weight per category, moved, mirrored and recoloured a little."""
     counts = torch.bincount(labels, minlength=len(categories))
     if (counts == 0).any():
         missing = [name for name, count in zip(categories, counts.tolist(), strict=True) if not count]
         raise InputError(f"protocol.category_field: no training picture is of category {', '.join(missing)}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_random_numbers(seed):
         model = CategoryClassifier(categories).train()
         pixels = prepared(pictures).contiguous(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         weights = (1 / counts.double())[labels]
-        for _ in range(steps):
+
+        def loss() -> Tensor:
             chosen = torch.multinomial(weights, batch_size, replacement=True)
-            logits = model(_varied(pixels[chosen]))
-            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            advance()
+            return F.cross_entropy(model(_varied(pixels[chosen])), labels[chosen], label_smoothing=0.1)
+
+        descend(model, loss, steps, learning_rate=3e-3, weight_decay=0.05, show=show)
+    model.learned = Learned(len(pictures), steps, batch_size)
     return model.eval()
 
 

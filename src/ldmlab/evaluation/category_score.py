@@ -5,13 +5,14 @@ training pictures. The first says how far the model generalises, the second whet
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ldmlab.evaluation.category_classifier import CategoryClassifier, train_classifier
 from ldmlab.evaluation.judge import captions_by_category, labelled, numbers, verdicts
+from ldmlab.evaluation.judge_training import Show
 from ldmlab.evaluation.protocol import Protocol
 
 Sample = Mapping[str, Any]
@@ -28,7 +29,7 @@ class CategoryScore:
     draw: Draw
     save: Save
     batches: Batches
-    advance: Callable[[], object]  # told of every update of the judge
+    show: Show  # the updates of the judge
 
     def run(self, held_out: Sequence[Sample], training: Sequence[Sample]) -> dict[str, Any]:
         """The numbers for held-out captions, and under `training_captions` those for captions seen in training."""
@@ -40,6 +41,7 @@ class CategoryScore:
         seen = self._ask(judge, real, training, "seen", first)
         kept = ("samples", "ratio", "by_category", "pictures")
         return found | {
+            "learned": asdict(judge.learned),
             "guidance": self.protocol.category_guidance,
             "training_captions": {name: seen[name] for name in kept},
         }
@@ -53,7 +55,7 @@ class CategoryScore:
             categories,
             steps=self.protocol.classifier_steps,
             seed=self.protocol.seed,
-            advance=self.advance,
+            show=self.show,
         )
 
     def _labelled(self, split: str) -> tuple[Tensor, list[str]]:

@@ -1,6 +1,6 @@
 """Does a sample show the class that was asked for? The judge of categories looks at whole pictures, or at crops."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,20 +24,8 @@ class ClassJudge:
 
     def __call__(self, evidence: Evidence) -> Verdict:
         """Learn from the training split, then look at held-out pictures and at samples."""
-        pictures, labels = _labelled(evidence, "train")
-        classes = sorted(set(labels), key=int)
-        steps = iter(evidence.track(range(self.steps), self.steps, "the judge of classes learns"))
-        advance: Callable[[], object] = lambda: next(steps, None)  # noqa: E731
-        judge = train_classifier(
-            pictures,
-            numbers(labels, classes),
-            classes,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            seed=evidence.seed,
-            advance=advance,
-        )
-        next(steps, None)
+        examples = _labelled(evidence, "train")
+        judge = learned_classifier(evidence, examples, self.steps, self.batch_size, "the judge of classes learns")
         asked, others = ([str(one["class_id"]) for one in part] for part in (evidence.asked, evidence.others()))
         return class_verdicts(
             judge,
@@ -46,8 +34,8 @@ class ClassJudge:
             (evidence.samples, others),
             measures="samples taken for the class asked for",
             how=(
-                f"A classifier of {len(classes)} classes that has seen only real training pictures looks at every "
-                "sample; shares are balanced over classes."
+                f"A classifier of {len(judge.categories)} classes that has seen only real training pictures looks at "
+                "every sample; shares are balanced over classes."
             ),
             names=evidence.class_names,
         )
@@ -57,6 +45,27 @@ def _labelled(evidence: Evidence, split: str) -> Labelled:
     batches = evidence.real(split, ("class_id",))
     return labelled(
         ({**batch, "class_id": torch.as_tensor(batch["class_id"]).tolist()} for batch in batches), "class_id"
+    )
+
+
+def learned_classifier(
+    evidence: Evidence,
+    examples: Labelled,  # classes are numbers, as text
+    steps: int,
+    batch_size: int,
+    title: str,  # while it learns
+) -> CategoryClassifier:
+    """A judge of the classes that the examples have."""
+    pictures, labels = examples
+    classes = sorted(set(labels), key=int)
+    return train_classifier(
+        pictures,
+        numbers(labels, classes),
+        classes,
+        steps=steps,
+        batch_size=batch_size,
+        seed=evidence.seed,
+        show=evidence.shown(title),
     )
 
 
@@ -84,6 +93,7 @@ def class_verdicts(
         shuffled=shuffled["samples"],
         chance=found["chance"],
         classes=[_row(row, names) for row in found["by_category"]],
+        learned=judge.learned,
     )
 
 

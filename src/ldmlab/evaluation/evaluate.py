@@ -179,13 +179,9 @@ class Evaluation:
         return by_class(plan.seen, asked_classes(name, plan.asked, plan.known), real)
 
     def _categories(self, known: Requests) -> dict[str, Any]:
-        protocol = self.protocol
-        steps = range(protocol.classifier_steps)
-        ticks = iter(self.track(steps, len(steps), "the category judge learns"))
-        part = CategoryScore(protocol, self._drawn_whole, self._saved, self._batches, lambda: next(ticks, None))
-        found = part.run(known, self.real.known("train", self._fields()))
-        next(ticks, None)
-        return found
+        show = lambda updates: self.track(updates, len(updates), "the category judge learns")  # noqa: E731
+        part = CategoryScore(self.protocol, self._drawn_whole, self._saved, self._batches, show)
+        return part.run(known, self.real.known("train", self._fields()))
 
     def _drawn_whole(self, asked: Requests, first: int) -> Tensor:
         settings = self.protocol.settings(self.protocol.category_guidance)

@@ -1,6 +1,6 @@
 """Does the asked object stand in the asked box? A classifier of crops, trained on real scenes, looks into each box."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.category_classifier import CategoryClassifier, train_classifier
-from ldmlab.evaluation.class_score import class_verdicts
-from ldmlab.evaluation.judge import numbers
+from ldmlab.evaluation.class_score import Labelled, class_verdicts, learned_classifier
 from ldmlab.evaluation.task_evidence import Batches, Evidence, Fields, Verdict
 
 _SIDE = 32  # px of a crop
-Crops = tuple[Tensor, list[str]]  # uint8 (N, 3, 32, 32), class of each
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,8 @@ class LayoutJudge:
 
     def __call__(self, evidence: Evidence) -> Verdict:
         """Learn from the training split, then look at held-out pictures and at samples."""
-        judge = self._learn(evidence)
+        examples = self.collected(evidence.real("train", ()), self.crops)
+        judge = learned_classifier(evidence, examples, self.steps, self.batch_size, "the judge of boxes learns")
         real = self.collected(evidence.real(evidence.reference, ()))
         samples = self._of_samples(evidence, evidence.asked)
         exchanged = self._of_samples(evidence, evidence.others())
@@ -48,8 +46,8 @@ class LayoutJudge:
             names=evidence.class_names,
         )
 
-    def collected(self, batches: Batches, most: int | None = None) -> Crops:
-        """The boxes of real pictures."""
+    def collected(self, batches: Batches, most: int | None = None) -> Labelled:
+        """The boxes of pictures as crops uint8 (N, 3, 32, 32), with the class of each."""
         found: list[Tensor] = []
         labels: list[str] = []
         for batch in batches:
@@ -61,24 +59,7 @@ class LayoutJudge:
             raise InputError(f"no box has sides of {self.smallest:g} px, so there is nothing to judge layouts by.")
         return torch.stack(found[:most]), labels[:most]
 
-    def _learn(self, evidence: Evidence) -> CategoryClassifier:
-        pictures, labels = self.collected(evidence.real("train", ()), self.crops)
-        categories = sorted(set(labels), key=int)
-        steps = iter(evidence.track(range(self.steps), self.steps, "the judge of boxes learns"))
-        advance: Callable[[], object] = lambda: next(steps, None)  # noqa: E731
-        judge = train_classifier(
-            pictures,
-            numbers(labels, categories),
-            categories,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            seed=evidence.seed,
-            advance=advance,
-        )
-        next(steps, None)
-        return judge
-
-    def _of_samples(self, evidence: Evidence, asked: Sequence[Fields]) -> Crops:
+    def _of_samples(self, evidence: Evidence, asked: Sequence[Fields]) -> Labelled:
         batch = {"image": evidence.samples, "boxes": [one["boxes"] for one in asked]}
         return self.collected([batch])
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stream import ShardDataset, Wanted
-from ldmlab.errors import InputError
 from ldmlab.evaluation.album import readable, save_picture
+from ldmlab.evaluation.by_class import class_of
 from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.drawing import Track
 from ldmlab.evaluation.reference_statistics import ReferenceKey, against_other_split, see_reference
@@ -44,12 +44,8 @@ class RealPictures:
         for number in range(min(len(dataset), limit or len(dataset))):
             sample = dataset[number]
             if "key" in sample:
-                if field not in sample:
-                    raise InputError(
-                        f"protocol.class_field={field}: picture {sample['key']} of {split} has no such field; choose "
-                        "one that every KEY.json holds, or null."
-                    )
-                found[number] = str(sample[field])
+                why = f"picture {sample['key']} of {split} has no such field; choose one that every KEY.json holds"
+                found[number] = class_of(sample, field, f"{why}, or null.")
         return found
 
     def loader(self, split: str, limit: int | None = None) -> Iterable[dict[str, Any]]:

@@ -12,7 +12,7 @@ from ldmlab.evaluation.report_curves import curve_markdown
 from ldmlab.evaluation.report_formats import FORMATS, as_markdown
 from ldmlab.evaluation.report_html import comparison_page, evaluation_page
 from ldmlab.evaluation.report_table import comparison_tables, folder_name, paper_report
-from ldmlab.evaluation.report_task import task_markdown, task_rows
+from ldmlab.evaluation.report_task import learned_note, task_markdown, task_rows
 
 # Name shown, direction, and what the number says.
 MEANING = {
@@ -123,7 +123,8 @@ def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     rows += task_rows(result)
     if categories := result.get("categories"):
         mark = f"chance is {categories['chance']:.0%}; guidance {categories['guidance']:g}"
-        rows += [_row("held_out_real", categories["held_out_real"], None, "the judge's own limit")]
+        limit = f"the judge's own limit{learned_note(categories)}"
+        rows += [_row("held_out_real", categories["held_out_real"], None, limit)]
         rows += [_row("samples", categories["samples"], None, f"{_ratio(categories)} of real; {mark}")]
         seen = categories["training_captions"]
         rows += [_row("seen", seen["samples"], None, f"{_ratio(seen)} of real; {mark}")]

@@ -18,12 +18,20 @@ def task_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     for name, found in (result.get("judges") or {}).items():
         real = f"{_share(found['of_real'])} of the judge's score on held-out real pictures"
         guess = f"chance {_share(found['chance'])}; " if found["chance"] is not None else ""
+        limit = f"its own limit{learned_note(found)}"
         notes = f"{real}; {guess}beside what others asked for {_share(found['shuffled'])}"
         rows += [
             _row(f"judge_{name}", f"Judge: {found['measures']}", found["samples"], "higher", found["how"], notes),
-            _row(f"judge_{name}_real", "Judge on real pictures", found["held_out_real"], "info", "", "its own limit"),
+            _row(f"judge_{name}_real", "Judge on real pictures", found["held_out_real"], "info", "", limit),
         ]
     return rows
+
+
+def learned_note(found: Mapping[str, Any]) -> str:
+    """What a judge has learned from, after a semicolon; nothing for records that do not say."""
+    if not (learned := found.get("learned")):
+        return ""
+    return "; learned from {examples:,} real examples in {updates:,} updates of {batch_size}".format(**learned)
 
 
 def _row(name: str, shown: str, value: float, direction: str, meaning: str, note: str) -> dict[str, str]:

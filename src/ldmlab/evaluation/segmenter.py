@@ -3,12 +3,11 @@
 It looks at 64 x 64 px, whatever the pictures' size; label maps follow by nearest pixels.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldmlab.evaluation.judge_training import Learned, Show, descend, own_random_numbers
 from ldmlab.nn.pixels import to_float
 
 SIDE = 64  # px
@@ -16,6 +15,8 @@ SIDE = 64  # px
 
 class Segmenter(nn.Module):
     """Float pictures (B, 3, 64, 64) in [-1, 1] => logits (B, classes, 64, 64)."""
+
+    learned = Learned(0, 0, 0)  # nothing yet
 
     def __init__(self, classes: int, width: int = 24) -> None:
         super().__init__()
@@ -79,26 +80,22 @@ def train_segmenter(
     steps: int = 400,
     batch_size: int = 24,
     seed: int = 0,
-    advance: Callable[[], object] = lambda: None,  # told after each step
+    show: Show = lambda updates: updates,
 ) -> Segmenter:
     """Pixels of rare classes count more (by the root of their share); mirrored and recoloured a little."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_random_numbers(seed):
         model = Segmenter(classes).to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         share = torch.bincount(labels.flatten().to(torch.int64), minlength=classes) / labels.numel()
         weights = share.clamp_min(1e-4).rsqrt()
         weights = weights / (weights * share).sum()
-        for _ in range(steps):
+
+        def loss() -> Tensor:
             chosen = torch.randint(len(pictures), (batch_size,))
             pixels, asked = _varied(seen(pictures[chosen]), labels[chosen].to(torch.int64))
-            loss = F.cross_entropy(model(pixels.contiguous(memory_format=torch.channels_last)), asked, weights)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            advance()
+            return F.cross_entropy(model(pixels.contiguous(memory_format=torch.channels_last)), asked, weights)
+
+        descend(model, loss, steps, learning_rate=4e-3, weight_decay=0.02, show=show)
+    model.learned = Learned(len(pictures), steps, batch_size)
     return model.eval()
 
 

@@ -4,7 +4,7 @@ Foreground mIoU: the mean over classes but the background (0) of the intersectio
 pixels, both counted over all pictures; classes that nobody asked for are left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,8 +32,6 @@ class SemanticJudge:
     def __call__(self, evidence: Evidence) -> Verdict:
         """Learn from the training split, then look at held-out pictures and at samples."""
         pictures, labels = collected(evidence.real("train", ()), self.pictures)
-        steps = iter(evidence.track(range(self.steps), self.steps, "the judge of label maps learns"))
-        advance: Callable[[], object] = lambda: next(steps, None)  # noqa: E731
         judge = train_segmenter(
             pictures,
             labels,
@@ -41,9 +39,8 @@ class SemanticJudge:
             steps=self.steps,
             batch_size=self.batch_size,
             seed=evidence.seed,
-            advance=advance,
+            show=evidence.shown("the judge of label maps learns"),
         )
-        next(steps, None)
         held_out, held_out_labels = collected(evidence.real(evidence.reference, ()))
         real = overlaps(judge.predict(held_out), held_out_labels, judge.classes)
         found = judge.predict(evidence.samples)
@@ -65,6 +62,7 @@ class SemanticJudge:
                 ClassVerdict(_name(n, judge.classes, evidence.class_names), r.iou, r.asked, s.iou, s.asked)
                 for n, r, s in rows
             ],
+            learned=judge.learned,
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor
 
+from ldmlab.evaluation.judge_training import Learned, Show
+
 Fields = Mapping[str, Any]
 Batches = Iterable[Fields]
 
@@ -34,6 +36,10 @@ class Evidence:
         random.Random(self.seed).shuffle(order)
         partner = dict(zip(order, order[1:] + order[:1], strict=True))
         return [self._other(place, partner) for place in range(len(order))]
+
+    def shown(self, title: str) -> Show:
+        """The updates of a judge that learns, to be shown under a title."""
+        return lambda updates: self.track(updates, len(updates), title)
 
     def _other(self, place: int, partner: Mapping[int, int]) -> Fields:
         mine, other = self.asked[place], partner[place]
@@ -68,6 +74,7 @@ class Verdict:
     shuffled: float  # the same samples beside what others were asked for
     chance: float | None  # of blind guessing; None: `shuffled` is the only measure of it
     classes: Sequence[ClassVerdict] = field(default_factory=list)
+    learned: Learned | None = None  # None: a judge that does not learn
 
     @property
     def of_real(self) -> float | None:

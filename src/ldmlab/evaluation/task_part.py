@@ -1,6 +1,5 @@
 """The task's own part of an evaluation: judges look at the samples, and simple answers are scored beside them."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,7 +53,7 @@ class TaskPart:
                         f"protocol.{kind}.{name} works with {missing[0]}, which this model is not told (it is told "
                         f"{', '.join(sorted(told)) or 'nothing'}); choose the protocol of its own task."
                     )
-        self._passes = {name: _beside(self.seen) for name in self.baselines}
+        self._passes = {name: self.seen.for_other_samples() for name in self.baselines}
 
     def watch(self, stream: Iterable[Numbered]) -> Iterator[Numbered]:
         """The same samples, kept for the judges."""
@@ -147,17 +146,6 @@ class TaskPart:
 
 def _file(kind: str, number: int) -> str:
     return f"pictures/{kind}_{number:05d}.png"
-
-
-def _beside(seen: EvaluationPass) -> EvaluationPass:
-    """Another pass over other samples that already knows the same real pictures."""
-    other = copy.copy(seen)
-    other.collection = copy.deepcopy(seen.collection)
-    other.metrics = {} if other.collection is None else dict(other.collection.items(keep_base=True))
-    other.features = {True: [], False: []}
-    other.counts = dict(seen.counts)
-    other.keeps, other.also = False, []
-    return other
 
 
 def task_part(
