@@ -86,9 +86,11 @@ def stage_and_data(root: Path, *options: str) -> tuple[Any, ShardData]:
     settings = instantiate(config["trainer"], where="trainer")
     stage: Any = diffusion(config, data, stage_options(config, settings)).stage
     generator = torch.Generator().manual_seed(3)
-    for parameter in stage.diffusion.backbone.parameters():
+    for name, parameter in stage.diffusion.backbone.named_parameters():
         if parameter.ndim > 1:  # what enters a layer leaves it as large, the states among it
             parameter.data.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.data.fill_(float(name.endswith("weight")))  # norms, biases
     stage.diffusion.train()
     return stage, data
 
