@@ -148,6 +148,16 @@ def test_states_of_another_encoder_are_refused(root: Path, options: list[str], w
     stage_and_data(root, *given, "data.states=false")
 
 
+def test_an_encoder_that_comes_with_first_weights_is_held_against_the_states(root: Path) -> None:
+    given = [*TINY, *pictures(root), f"data.latents={root / 'latents'}", "data.fields=[caption,class_id]"]
+    given += ["conditioner=[text,class_label]", "conditioner.class_label.classes=3", "conditioner.class_label.width=16"]
+    first = [*told(root, "text", "other"), "data.states=false", f"run.dir={root / 'first'}"]
+    train(plain(compose("train", [*given, *first])))
+    second = [*told(root, "text"), f"init_from={root / 'first'}", f"run.dir={root / 'second'}"]
+    with pytest.raises(InputError, match=r"another conditioner.text than this run's \(weights="):
+        train(plain(compose("train", [*given, *second])))
+
+
 def test_a_run_reads_only_what_it_is_told(root: Path) -> None:
     _, data = stage_and_data(root, "conditioner=text", *told(root, "text"))
     assert data.stored == ("text",)

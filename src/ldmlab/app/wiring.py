@@ -11,6 +11,7 @@ import yaml
 from ldmlab.app.agreement import with_classes_of
 from ldmlab.app.comparison import comparison_fields
 from ldmlab.app.plans import PLANS, Plan, task_node
+from ldmlab.app.stored_states import check_states
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
@@ -47,6 +48,8 @@ def train(config: Config, resume: str | None = None) -> None:
     plan = PLANS[name](config, data, stage_options(config, settings))
     if config["init_from"] is not None:
         load_initial_weights(plan.stage, initial_parts(config["init_from"], plan), f"init_from={config['init_from']}")
+        if data.stored:  # beside a conditioner that learns, a frozen one came along
+            check_states(plan.stage.diffusion.conditioners, data)  # type: ignore[arg-type, union-attr]
     run = open_run(config)
     try:
         _write_start(run, config, plan)
