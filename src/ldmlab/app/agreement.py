@@ -42,23 +42,28 @@ def _open(node: Any, where: str) -> bool:
 def check_agreement(task: Any, conditioners: Mapping[str, Any]) -> None:
     """Refuse, before the first step, a task that gives what a conditioner cannot take."""
     for name, module in conditioners.items():
-        if "boxes" in module.reads and getattr(task, "most", 0) > module.objects:
+        if task is None or not module.reads & task.adds:
+            continue
+        most, places = getattr(task, "most", None), getattr(module, "objects", None)
+        if most is not None and places is not None and most > places:
             raise InputError(
-                f"task.most={task.most} boxes a picture are more than conditioner.{name}.objects={module.objects}; "
+                f"task.most={most} boxes a picture are more than conditioner.{name}.objects={places}; "
                 "give both one value."
             )
-        told = getattr(task, "classes", None) if task is not None and module.reads & task.adds else None
-        if told is not None and told > module.classes:
+        told, known = getattr(task, "classes", None), getattr(module, "classes", None)
+        if told is not None and known is not None and told > known:
             raise InputError(
-                f"task.classes={told}, but conditioner.{name}.classes={module.classes} takes numbers below that; "
+                f"task.classes={told}, but conditioner.{name}.classes={known} takes numbers below that; "
                 "give both one value."
             )
 
 
 def scored_task(task: Any, protocol: "Protocol", image_size: int) -> Any:
     """The model's task as a protocol asks for it: at its size, with its options."""
+    if not protocol.task and protocol.image_size is None:
+        return task
     known = [item.name for item in fields(task)] if task is not None else []
-    for name in protocol.task.keys() - set(known):
+    for name in sorted(protocol.task.keys() - set(known)):
         raise InputError(
             f"protocol.task.{name}: the model's task has no such option (it has {', '.join(known) or 'none'}); choose "
             "the protocol of its own task."
