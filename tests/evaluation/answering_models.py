@@ -30,6 +30,7 @@ class Answers:
 
     info: Mapping[str, Any] = {"path": "runs/answers", "weights": "averaged"}
     image_size = (SIZE, SIZE)
+    precision, diffusion = "float32", torch.nn.Identity()
 
     def __init__(self, reads: set[str], answer: Answer) -> None:
         self.reads, self.answer = frozenset(reads), answer

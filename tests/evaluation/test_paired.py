@@ -50,6 +50,7 @@ class Darkener:
     reads = frozenset({"image", "mask"})
     info: Mapping[str, Any] = {"path": "runs/darkener", "weights": "averaged"}
     image_size = (SIZE, SIZE)
+    precision, diffusion = "float32", torch.nn.Identity()
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
         return settings.filled(guidance=1.0, size=(SIZE, SIZE), levels=10, strength=None, repeats=None)

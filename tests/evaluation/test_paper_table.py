@@ -45,6 +45,7 @@ def test_a_measurement_like_the_papers_is_comparable() -> None:
         ({"features": "clip run"}, "features of clip run"),
         ({"reference_split": "val"}, "val split"),
         ({"reference_rule": "centre"}, "rule centre"),
+        ({"resized": "from 512 px to 256 px"}, "reference resized again, from 512 px"),
         ({"reference_pictures": 30_000}, "30,000 reference pictures"),
         ({"sampling": {"steps": 200}}, "steps 200, the paper's row has 500"),
         ({"sampling": {"steps": 500, "sampler": "dpm"}}, "sampler dpm, the paper's row has ddim"),

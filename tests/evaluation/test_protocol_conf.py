@@ -6,6 +6,8 @@ import pytest
 import yaml
 from torchmetrics import Metric
 
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.evaluation_origin import changed
 from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, conditions_of
 from ldmlab.evaluation.paper_table import paper_tables
 from ldmlab.evaluation.protocol import Protocol
@@ -77,3 +79,17 @@ def test_every_measured_table_of_the_paper_has_a_protocol() -> None:
 def test_every_protocol_is_in_the_page() -> None:
     page = (CONF.parent / "docs" / "protocols.md").read_text()
     assert all(f"`{path.stem}`" in page for path in (CONF / "protocol").glob("*.yaml"))
+
+
+def test_what_was_changed_in_a_protocol_is_found() -> None:
+    asked = ["protocol=paper_ffhq", "model=x", "protocol.eta=0", "protocol.metrics.precision_recall.neighbours=5"]
+    node = plain(compose("evaluate", [*asked, "+metric@protocol.metrics.kid=kid"]).protocol)
+    assert set(changed(node)) == {
+        "metrics.precision_recall.neighbours=5 (file: 3)",
+        "metrics.kid.subsets=100 (file: none)",
+        "metrics.kid.subset_size=1000 (file: none)",
+        "metrics.kid.seed=2020 (file: none)",
+        "eta=0 (file: 1.0)",
+    }
+    assert changed(plain(compose("evaluate", ["protocol=paper_ffhq", "model=x"]).protocol)) == []
+    assert changed({**node, "name": "my own"}) == []

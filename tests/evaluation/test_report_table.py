@@ -12,9 +12,10 @@ from PIL import Image
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
-from ldmlab.evaluation.report import write_comparison
+from ldmlab.evaluation.report import printed_tables, score_rows, write_comparison
 from ldmlab.evaluation.report_formats import FORMATS, latex
-from ldmlab.evaluation.report_table import comparable_groups, comparison_tables, paper_report
+from ldmlab.evaluation.report_table import bare_table, comparable_groups, paper_report
+from ldmlab.evaluation.side_by_side import comparison_tables
 
 
 def result(**change: Any) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def test_ours_stands_below_theirs_with_its_distance() -> None:
     ours = table.rows[-1]
     assert (ours.method, ours.mark) == ("my_50%_run", "")
     assert ours.cells == ("4.5 (-0.48)", "0.75 ± 0.01 (+0.02)", "–")
-    assert table.columns == ("fid ↓", "precision ↑", "recall ↑")
+    assert table.columns == ("FID ↓", "Precision ↑", "Recall ↑")
     notes = " ".join(table.notes)
     for words in ("python evaluate.py model=x", "commit abc", "steps=200", "eta=1.0", "cccccccccccc", "6726825ddddd"):
         assert words in notes
@@ -181,6 +182,72 @@ def test_only_equal_measurements_share_a_table() -> None:
     tables = comparison_tables(results, list("abcdef"), [rows] * 6)
     assert [[row.method for row in table.rows] for table in tables] == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
     assert "not recorded" in tables[2].title
+
+
+def test_scores_made_by_other_options_stand_in_columns_of_their_own() -> None:
+    metrics = [{"precision_recall": {"neighbours": k, "screening": k > 3}} for k in (3, 5)]
+    results = [result(protocol__metrics=node) for node in metrics]
+    (table,) = comparison_tables(results, ["a", "b"], [score_rows(one) for one in results])
+    assert table.columns == ("FID ↓", "Precision ↑ (neighbours=3)", "Precision ↑ (neighbours=5)")
+    assert [row.cells for row in table.rows] == [("4.5", "75.0% ± 1.0%", "–"), ("4.5", "–", "75.0% ± 1.0%")]
+
+
+def test_seeds_of_one_configuration_get_a_mean_and_a_deviation() -> None:
+    def of_seed(seed: int, configuration: str = "abc") -> dict[str, Any]:
+        told = {"configuration": configuration, "training_seed": seed, "group": "ffhq"}
+        score = {"fid": {"value": 4.0 + seed, "spread": None, "marks": []}}
+        return result(model__path=f"runs/{seed}", scores__fid=score["fid"]) | {
+            "model": result()["model"] | {"path": f"runs/{seed}"} | told
+        }
+
+    results = [of_seed(0), of_seed(1), of_seed(2), of_seed(3, "other")]
+    (table,) = comparison_tables(results, list("abcd"), [score_rows(one) for one in results])
+    assert [row.method for row in table.rows] == [*"abcd", "ffhq, mean ± deviation over 3 seeds"]
+    assert table.rows[-1].cells == ("5 ± 1", "75.0% ± 0.0%")
+    twice = [of_seed(0), of_seed(0)]  # one model scored twice says nothing about training
+    (table,) = comparison_tables(twice, list("ab"), [score_rows(one) for one in twice])
+    assert [row.method for row in table.rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("features", "called"),
+    [
+        (PAPER_FEATURES, "FID"),
+        ("timm vit_large_patch14_dinov2", "FD-DINOv2"),
+        ("open_clip ViT-B-32 openai", "FD-CLIP"),
+        ("clip run c", "Fréchet distance"),
+    ],
+)
+def test_a_distance_is_called_by_its_network(features: str, called: str) -> None:
+    assert score_rows(result(features__name=features))[0]["shown"] == called
+
+
+def test_rows_of_one_name_are_told_apart_and_sources_are_heard() -> None:
+    table = bare_table("class-cond/imagenet-256")
+    names = [row.method for row in table.rows]
+    assert len(set(names)) == len(names)
+    assert any(name.startswith("LDM-4-G") and "guidance 1.5" in name for name in names)
+    place = table.columns.index("Parameters")
+    assert {"400M", "395M"} <= {row.cells[place] for row in table.rows}
+    assert any("sources disagree on LDM-8-G at 4.8M steps" in note for note in table.notes)
+    assert any("LAFITE" in note and "CogView" in note for note in bare_table("text2img/coco-256").notes)
+
+
+def test_the_paper_s_tables_are_printed_without_any_run() -> None:
+    text = printed_tables([], "md", "layout/coco-256")
+    assert text.count("###") == 1
+    assert "| LDM-4 | 40.91 |" in text
+    assert printed_tables([], "latex").count(r"\begin{table}") > 15
+    with pytest.raises(InputError, match="did you mean layout/coco-256"):
+        printed_tables([], "md", "layout/coco-25")
+
+
+def test_our_size_stands_in_its_column() -> None:
+    given = result(protocol__paper_table="text2img/coco-256") | {
+        "model": {"path": "ours", "parameters": 1_451_000_000, "first_stage_parameters": 84_000_000}
+    }
+    (table,) = paper_report([given])
+    assert table.rows[-1].cells[table.columns.index("Parameters")] == "1.45B"
 
 
 def test_a_comparison_of_forty_runs_stays_small(tmp_path: Any) -> None:

@@ -162,10 +162,10 @@ def test_bad_sets_are_one_sentence(tmp_path: Path) -> None:
         scores(picture_set(good), larger)
     Image.new("RGB", (24, 16)).save(good / "00007.png")
     with pytest.raises(InputError, match=r"00007\.png has 16x24 px where 00000\.png has 16x16"):
-        scores(picture_set(good), picture_set(good))
+        scores(picture_set(good), picture_set(good), pr=PrecisionRecall())
     (good / "00003.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"00003\.png cannot be read"):
-        scores(picture_set(good), picture_set(good))
+        scores(picture_set(good), picture_set(good), pr=PrecisionRecall())
     (tmp_path / "junk.npz").write_bytes(b"junk")
     with pytest.raises(InputError, match=r"junk\.npz cannot be read as \.npz"):
         picture_set(tmp_path / "junk.npz")
@@ -259,3 +259,16 @@ def test_every_score_is_built_from_its_file() -> None:
     metrics = {name: build_metric(name, nodes[name], 6) for name in names}
     assert {"fid", "sfid", "is", "kid", "precision_recall", "density_coverage", "cmmd", "clip_score"} <= metrics.keys()
     assert all(isinstance(metric, Metric) for metric in metrics.values())
+
+
+def test_too_few_pictures_are_refused_before_any_is_looked_at(tmp_path: Path) -> None:
+    class Blind(MeanColours):
+        def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+            raise AssertionError("looked at pictures that cannot be scored")
+
+    few = picture_set(folder_of(tmp_path / "few", drawn(4, 0)))
+    many = picture_set(folder_of(tmp_path / "many", drawn(8, 1)))
+    with pytest.raises(InputError, match="4 generated pictures are fewer than the 6 features"):
+        score_sets(few, many, Blind(), {"fid": FrechetDistance(6)}, workers=0)
+    with pytest.raises(InputError, match=r"metrics\.kid\.subset_size=6 is more than the 4 real pictures"):
+        score_sets(many, few, Blind(), {"kid": KernelDistance(5, 6)}, workers=0)

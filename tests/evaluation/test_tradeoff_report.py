@@ -28,7 +28,10 @@ def _job(folder: Path, f: int, seed: int, fid: float, **more: Any) -> Path:
             "seconds": 3600.0 * step,
             "flops": step * 10**18 // f,
             "scores": {"fid": {"value": value, "spread": None, "marks": []}},
-            "scored_by": {"features": {"name": "clip"}, "reference": more.pop("reference", "abc")},
+            "scored_by": {
+                "features": {"name": "clip", "weights_hash": "0", **more.get("features", {})},
+                "reference": more.get("reference", "abc"),
+            },
         }
 
     record = {
@@ -104,7 +107,13 @@ def test_two_first_stages_of_one_factor_are_told_apart(tmp_path: Path) -> None:
 
 def test_jobs_measured_otherwise_are_refused(tmp_path: Path) -> None:
     one = _job(tmp_path / "a", 4, 0, 3.0)
-    for name, more in (("b", {"reference": "another"}), ("c", {"protocol": {"name": "tradeoff", "guidance": 2.0}})):
+    told = _job(tmp_path / "told", 8, 0, 3.0, features={"preparation": "to 32 px"})  # said of later records alone
+    write_tradeoff([one, told], tmp_path / "fine")
+    for name, more in (
+        ("b", {"reference": "another"}),
+        ("c", {"protocol": {"name": "tradeoff", "guidance": 2.0}}),
+        ("d", {"features": {"weights_hash": "1"}}),
+    ):
         with pytest.raises(InputError, match="different protocols, features or reference"):
             write_tradeoff([one, _job(tmp_path / name, 8, 0, 3.0, **more)], tmp_path / "out")
 

@@ -50,6 +50,7 @@ def job(config: Any) -> None:
 
 def evaluate(config: Mapping[str, Any]) -> None:
     """Score config["model"]; everything that can be refused is refused before the first picture."""
+    from ldmlab.app.evaluation_origin import changed
     from ldmlab.build import pick_device
     from ldmlab.evaluation import processes
     from ldmlab.evaluation.evaluate import check_out
@@ -85,30 +86,6 @@ def evaluate(config: Mapping[str, Any]) -> None:
             send_scores(folder, out)
 
 
-def changed(node: Mapping[str, Any]) -> list[str]:
-    """Options of a protocol that are not those of the file it is named after."""
-    from ldmlab.app.compose import compose, group_choices, plain
-
-    if node["name"] not in group_choices("protocol"):
-        return []
-    file = dict(_flat(plain(compose("evaluate", [f"protocol={node['name']}", "model=none"]).protocol)))
-    ours = dict(_flat(node))
-    return [
-        f"{name}={ours.get(name, 'none')} (file: {file.get(name, 'none')})"
-        for name in dict.fromkeys([*ours, *file])
-        if ours.get(name) != file.get(name)
-    ]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options by their full names."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif name != "_target_":
-            yield f"{prefix}{name}", value
-
-
 def run_folder(model: Path) -> Path:
     """The folder that a checkpoint belongs to; of a run or a model folder, itself."""
     return model.parents[1] if model.suffix == ".ckpt" else model
@@ -122,6 +99,7 @@ def default_name(model: Path, protocol: str) -> str:
 def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
     """Samples of a diffusion model."""
     from ldmlab.app.agreement import scored_task
+    from ldmlab.app.evaluation_origin import run_record
     from ldmlab.app.guidance import build_guides
     from ldmlab.build import load
     from ldmlab.evaluation.evaluate import Evaluation
@@ -151,6 +129,7 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
 
 def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
     """Reconstructions of a first stage."""
+    from ldmlab.app.evaluation_origin import run_record
     from ldmlab.build import load_first_stage, pick_device
     from ldmlab.evaluation.reconstruction import ReconstructionEvaluation
 
@@ -229,26 +208,6 @@ def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":
             raise InputError(f"model={config['model']} does not say what it was trained on; name the data with data=.")
         node = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
     return instantiate({**node, "image_size": image_size}, where="data", seed=config["seed"])
-
-
-def run_record(folder: Path) -> dict[str, Any]:
-    """Seed and group of the run behind a model, and a hash of all else that it was asked for; empty without a run."""
-    import hashlib
-    import json
-
-    import yaml
-
-    path = folder / "config.yaml"
-    if not path.exists():
-        return {}
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    run, apart = config.get("run") or {}, ("seed", "run", "paths", "logger")
-    asked = json.dumps({name: node for name, node in config.items() if name not in apart}, sort_keys=True, default=str)
-    return {
-        "training_seed": config.get("seed"),
-        "group": run.get("group") or run.get("name"),
-        "configuration": hashlib.sha256(asked.encode()).hexdigest()[:12],
-    }
 
 
 def curves(model: Path) -> dict[str, Path]:

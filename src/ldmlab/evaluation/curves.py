@@ -18,6 +18,8 @@ _LAST = (
     "grad",
     "skipped",
     "epoch",
+    "chance",
+    "pictures",
     "position",
     "psnr_std",
     "ssim_std",

@@ -31,6 +31,8 @@ from ldmlab.evaluation.record import (
     features_record,
     gathered,
     paper_record,
+    parameters_record,
+    perceptual_record,
     reference_record,
     throughput,
     timed,
@@ -153,14 +155,16 @@ class Evaluation:
 
     def _head(self, plan: Plan, counts: tuple[int, int], kept: bool) -> dict[str, Any]:
         """What was measured, and with what."""
-        sampling = {"pictures": counts[1], "conditions": self.protocol.conditions}
+        sampling = {"pictures": counts[1], "conditions": self.protocol.conditions, "precision": self.model.precision}
         return {
             "format_version": FORMAT_VERSION,
             "protocol": self.protocol.as_plain(),
-            "model": {name: value for name, value in self.model.info.items() if name != "spec"},
+            "model": {name: value for name, value in self.model.info.items() if name != "spec"}
+            | parameters_record(self.model.diffusion),
             "sampling": plan.settings.as_text() | sampling | throughput(counts[1], self.clock),
             "reference": reference_record(self.data, self.protocol.reference, counts[0]) | {"kept": kept},
             "features": features_record(self.extractor),
+            **({"perceptual": perceptual_record(self.lpips)} if self.protocol.pairs else {}),
         }
 
     def _drawn(self, plan: Plan) -> Iterable[Numbered]:

@@ -61,6 +61,7 @@ class Measured:
     pinned_hash: str | None = None  # that the protocol asks for
     sampling: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str | None = None  # of the extractor's file
+    resized: str | None = None  # what was done to the reference beside its rule
     reference_of: int | None = None  # pictures that the split holds; None: the result does not say
     reference_limit: int | None = None  # of the protocol
     metrics: Mapping[str, Any] = field(default_factory=dict)  # the protocol's scores with their options
@@ -74,6 +75,8 @@ def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
     values = {name: score["value"] for name, score in scores.items()}
     if bucket is None and (rate := sampling.get("pictures_per_second")) is not None:
         values |= {"pictures_per_second": rate, f"sampling_{reference['image_size']}_per_second": rate}
+    if bucket is None and (count := result["model"].get("parameters")) is not None:
+        values |= {"n_params": count, "all_parameters": count + result["model"]["first_stage_parameters"]}
     return Measured(
         method=Path(str(result["model"].get("path", "this model"))).name,
         values=values,
@@ -90,6 +93,7 @@ def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
         pinned_hash=result["protocol"].get("reference_hash"),
         sampling=sampling,
         weights_hash=result["features"].get("weights_hash"),
+        resized=reference.get("resized"),
         reference_of=reference.get("split_pictures"),
         reference_limit=result["protocol"].get("reference_limit"),
         metrics=result["protocol"].get("metrics") or {},
@@ -134,6 +138,8 @@ def _preparation(conditions: Conditions, ours: Measured) -> list[str]:
     found = []
     if conditions.rule and ours.reference_rule != conditions.rule:
         found.append(f"reference prepared by the rule {ours.reference_rule}, the paper's by {conditions.rule}")
+    elif conditions.rule and ours.resized:
+        found.append(f"reference resized again, {ours.resized}")
     if conditions.pictures and ours.reference_pictures != conditions.pictures:
         found.append(f"{ours.reference_pictures:,} reference pictures, the paper's list has {conditions.pictures:,}")
     if conditions.whole and ours.reference_of not in (None, ours.reference_pictures):

@@ -10,14 +10,8 @@ from typing import Any
 import yaml
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.paper_columns import PARAMETERS, amount, columns_of, disagreements, methods, our_name, remarks
 from ldmlab.evaluation.paper_conditions import Measured, barred, reasons
-
-# Names of our scores by the paper's columns where they differ; `first-stage` and the like are families.
-_OUR_NAMES = {
-    "first-stage": {"r_fid": "fid", "r_is": "is"},
-    "inpaint": {"lpips_mean": "lpips", "fid_2k_epoch6": "fid"},
-    "sr": {"fid_train": "fid_other_split", "samples_per_second": "pictures_per_second"},
-}
 
 
 @dataclass(frozen=True)
@@ -35,6 +29,7 @@ class PaperTable:
     deltas: Mapping[str, str] = field(default_factory=dict)  # ours - theirs, with its sign
     directions: Mapping[str, str] = field(default_factory=dict)  # lower | higher | info
     barred: tuple[str, ...] = ()  # why our row may not even stand in the table
+    remarks: tuple[str, ...] = ()  # of the sources, on the table
 
     @property
     def comparable(self) -> bool:
@@ -43,10 +38,14 @@ class PaperTable:
 
 
 @cache
+def _content() -> dict[str, Any]:
+    return yaml.safe_load((files("ldmlab.evaluation") / "paper_tables.yaml").read_text(encoding="utf-8"))
+
+
+@cache
 def paper_tables() -> dict[str, dict[str, Any]]:
     """All tables by name, such as text2img/coco-256."""
-    content = yaml.safe_load((files("ldmlab.evaluation") / "paper_tables.yaml").read_text(encoding="utf-8"))
-    return content["tables"] | content["extra"]
+    return _content()["tables"] | _content()["extra"]
 
 
 def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
@@ -57,34 +56,38 @@ def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
         raise InputError(f"protocol.paper_table={name} is no table of the paper; {hint}")
     table = known[name]
-    columns = tuple(key for key in table["directions"] if not key.endswith("_std") and key != "n_params")
-    columns = tuple(column for column in columns if column != "lpips_std")
+    columns = columns_of(table["directions"])
+    names = methods(table["rows"])
     found = _our_values(name, columns, ours)
     against = _row(name, table, row)
     return PaperTable(
         name=name,
         title=f"{table['title']} ({table['paper_table']})" if "paper_table" in table else table["title"],
         columns=columns,
-        rows=tuple((entry["method"], entry["is_ldm"], _printed(entry, columns)) for entry in table["rows"]),
+        rows=tuple(
+            (method, entry["is_ldm"], _printed(entry, columns))
+            for method, entry in zip(names, table["rows"], strict=True)
+        ),
         ours=(ours.method, {column: text for column, (_, text) in found.items()}),
         reasons=reasons(name, table, ours, against),
         origin=table["origin"],
-        against=None if against is None else against["method"],
+        against=None if against is None else names[table["rows"].index(against)],
         deltas={} if against is None else _deltas(found, against["metrics"]),
         directions={column: table["directions"][column] for column in columns},
         barred=barred(ours),
+        remarks=(*remarks(table), *disagreements(_content()["conflicts"], name)),
     )
 
 
 def _our_values(name: str, columns: tuple[str, ...], ours: Measured) -> dict[str, tuple[float, str]]:
     """By column our number, and as it is printed, with its spread."""
-    names = _OUR_NAMES.get(name.split("/")[0], {})
     found = {}
     for column in columns:
-        key = names.get(column, column)
+        key = our_name(name, column)
         if (value := ours.values.get(key)) is not None:
             spread = ours.spreads.get(key)
-            found[column] = value, f"{value:.4g}" if spread is None else f"{value:.4g} ± {spread:.2g}"
+            text = amount(value) if column == PARAMETERS else f"{value:.4g}"
+            found[column] = value, text if spread is None else f"{text} ± {spread:.2g}"
     return found
 
 
@@ -100,7 +103,11 @@ def _row(name: str, table: Mapping[str, Any], row: str | None) -> Mapping[str, A
 
 
 def _deltas(found: Mapping[str, tuple[float, str]], theirs: Mapping[str, float]) -> dict[str, str]:
-    return {column: f"{value - theirs[column]:+.3g}" for column, (value, _) in found.items() if column in theirs}
+    return {
+        column: f"{value - theirs[column]:+.3g}"
+        for column, (value, _) in found.items()
+        if column in theirs and column != PARAMETERS
+    }
 
 
 def _printed(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, str]:
@@ -109,7 +116,8 @@ def _printed(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, str]
     shown = {}
     for column in columns:
         if column in metrics:
-            text = str(printed.get(column, metrics[column]))
+            usual = amount(metrics[column]) if column == PARAMETERS else str(metrics[column])
+            text = str(printed.get(column, usual))
             spread = metrics.get(f"{column}_std")
             shown[column] = text if spread is None else f"{text} ± {spread}"
     return shown

@@ -21,6 +21,7 @@ from ldmlab.evaluation.record import (
     features_record,
     gathered,
     paper_record,
+    perceptual_record,
     reference_record,
 )
 from ldmlab.evaluation.report import write_report
@@ -67,7 +68,9 @@ class ReconstructionEvaluation:
             self.protocol.reference, self.batch_size, self.world, self.rank, limit, kind="images"
         )
         total = self.data.manifest(self.protocol.reference, "images").total
-        batches = -(-min(total, limit or total) // (self.batch_size * self.world))
+        count = min(total, limit or total)
+        seen.check_counts(count, count)
+        batches = -(-count // (self.batch_size * self.world))
         for batch in self.track(loader, batches, "there and back"):
             if not len(batch["key"]):
                 continue
@@ -117,6 +120,7 @@ class ReconstructionEvaluation:
             "sampling": {"pictures": pictures, "size": self.data.image_size, "conditions": "reference"},
             "reference": reference_record(self.data, self.protocol.reference, pictures),
             "features": features_record(self.extractor),
+            "perceptual": perceptual_record(self.lpips),
             "scores": {name: asdict(score) for name, score in scores.items()},
             "pictures": {**album, "extras": []},
         }

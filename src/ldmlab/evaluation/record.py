@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from ldmlab.checkpoints import fingerprint
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.paper_conditions import measured
@@ -32,9 +34,18 @@ def reference_record(data: ShardData, split: str, pictures: int) -> dict[str, An
         "manifest_hash": manifest.hash,
         "transform": manifest.transform,
         "image_size": data.image_size,
+        "resized": _resized(manifest.picture_size, data),
         "task": None if data.task is None else repr(data.task.held_out),
         "source": manifest.source,
     }
+
+
+def _resized(stored: int | None, data: ShardData) -> str | None:
+    """What the loader does to pictures that are stored at another size or none; None where they stay as packed."""
+    if stored == data.image_size or data.task is not None:  # a task prepares its pictures itself
+        return None
+    told = "pictures of any size" if stored is None else f"{stored} px"
+    return f"from {told} to {data.image_size} px while reading, centre square, Pillow's bicubic with antialiasing"
 
 
 def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
@@ -42,6 +53,22 @@ def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
     found = {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
     also = ("preparation", "text_name", "text_weights_hash")
     return found | {name: getattr(extractor, name) for name in also if hasattr(extractor, name)}
+
+
+def parameters_record(diffusion: nn.Module) -> dict[str, int]:
+    """Sizes as the paper's tables count them: the denoiser with its conditioners, and the first stage apart."""
+    first_stage = getattr(diffusion, "first_stage", None)
+    first = sum(p.numel() for p in first_stage.parameters()) if isinstance(first_stage, nn.Module) else 0
+    return {"parameters": sum(p.numel() for p in diffusion.parameters()) - first, "first_stage_parameters": first}
+
+
+def perceptual_record(lpips: nn.Module | None) -> dict[str, str] | None:
+    """The network behind LPIPS and PSIM; None where its weights were not here, so that neither was measured."""
+    return (
+        None
+        if lpips is None
+        else {"name": "LPIPS v0.1, VGG-16", "weights_hash": fingerprint(dict(lpips.named_buffers()))}
+    )
 
 
 def check_reference(protocol: Protocol, data: ShardData) -> None:

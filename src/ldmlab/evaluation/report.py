@@ -7,12 +7,15 @@ from typing import Any
 
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.evaluation.paper_table import paper_tables
 from ldmlab.evaluation.report_audit import verdict
 from ldmlab.evaluation.report_curves import curve_markdown
 from ldmlab.evaluation.report_formats import FORMATS, as_markdown
 from ldmlab.evaluation.report_html import comparison_page, evaluation_page
-from ldmlab.evaluation.report_table import comparison_tables, folder_name, paper_report
+from ldmlab.evaluation.report_table import bare_table, folder_name, paper_report
 from ldmlab.evaluation.report_task import learned_note, task_markdown, task_rows
+from ldmlab.evaluation.score_names import called, score_text
+from ldmlab.evaluation.side_by_side import comparison_tables
 
 # Name shown, direction, and what the number says.
 MEANING = {
@@ -92,7 +95,12 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
 
 def printed_tables(folders: Sequence[Path], form: str, table: str | None = None) -> str:
-    """The paper's tables with our rows, then the evaluations beside one another; form: text | md | latex | html."""
+    """The paper's tables with our rows, then the evaluations beside one another; form: text | md | latex | html.
+
+    Without folders the paper's tables as they are: the one given, or all.
+    """
+    if not folders:
+        return FORMATS[form]([bare_table(name) for name in ([table] if table else paper_tables())])
     results = _full_evaluations(folders)
     tables = paper_report(results, table)
     if table is None:
@@ -116,10 +124,10 @@ def title(result: Mapping[str, Any]) -> str:
 
 def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """Every number of the evaluation with its spread, direction, meaning and marks, ready to print."""
-    rows = [
-        _row(name, score["value"], score["spread"], "; ".join(score["marks"]))
-        for name, score in result["scores"].items()
-    ]
+    rows = []
+    for name, score in result["scores"].items():
+        row = _row(name, score["value"], score["spread"], "; ".join(score["marks"]))
+        rows.append(row | {"shown": called(name, row["shown"], result)})
     rows += task_rows(result)
     if categories := result.get("categories"):
         mark = f"chance is {categories['chance']:.0%}; guidance {categories['guidance']:g}"
@@ -141,10 +149,7 @@ def _ratio(categories: Mapping[str, Any]) -> str:
 
 def _row(name: str, value: float, spread: float | None, note: str) -> dict[str, str]:
     shown, direction, meaning = MEANING.get(name, (name, "info", ""))
-    share = name in ("precision", "recall", "coverage", "held_out_real", "samples", "seen", "copies")
-    text = f"{value:.1%}" if share else f"{value:.{4 if abs(value) >= 1 else 3}g}"
-    if spread is not None:
-        text += f" ± {spread:.1%}" if share else f" ± {spread:.2g}"
+    text = score_text(name, value, spread)
     return {"name": name, "shown": shown, "value": text, "direction": direction, "meaning": meaning, "note": note}
 
 
@@ -182,16 +187,36 @@ def _open_lines(leaves_open: Mapping[str, str]) -> list[str]:
     return lines + [f"| {name} | {text} |" for name, text in leaves_open.items()]
 
 
+def _more_networks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How pictures come into the features' network, the CLIP beside it, and the network of LPIPS."""
+    features, perceptual = result["features"], result.get("perceptual")
+    rows = [("features: pictures", features["preparation"])] if "preparation" in features else []
+    if "text_name" in features:
+        rows.append(("features: CLIP", f"{features['text_name']}, weights {features['text_weights_hash']}"))
+    if "perceptual" in result:
+        told = "left out: its VGG weights were not here"
+        rows.append(("LPIPS", f"{perceptual['name']}, weights {perceptual['weights_hash']}" if perceptual else told))
+    return rows
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items()) or "not recorded"
+
+
 def settings_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Everything that decides the numbers, in reading order."""
     reference, features = result["reference"], result["features"]
     rows = [(f"sampling: {name}", str(value)) for name, value in result["sampling"].items()]
     rows += [(f"model: {name}", str(value)) for name, value in result["model"].items()]
+    rows += [("protocol: changed", text) for text in result["protocol"].get("changed") or ()]
     rows += [
         ("reference", f"{reference['pictures']} pictures of {reference['split']}, {reference['image_size']} px"),
         ("reference: manifest", reference["manifest_hash"]),
+        ("reference: preparation", _words(reference["transform"])),
+        *([("reference: resized", reference["resized"])] if reference.get("resized") else []),
         ("reference: source", reference["source"]),
         ("features", f"{features['name']}, {features['width']} wide, weights {features['weights_hash']}"),
+        *_more_networks(result),
         ("took", f"{result['seconds']} s"),
     ]
     made = result["provenance"]

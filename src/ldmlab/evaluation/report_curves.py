@@ -6,6 +6,7 @@ from typing import Any
 from ldmlab.evaluation.line_chart import Points, line_chart
 from ldmlab.evaluation.report_formats import as_markdown, html_table
 from ldmlab.evaluation.report_table import ARROW, DASH, ReportTable, TableRow
+from ldmlab.evaluation.score_names import called
 
 _MOST_CLASSES = 40  # of a table, the worst first
 _ONE_CHART = {"precision": "precision and recall", "recall": "precision and recall"}
@@ -20,10 +21,11 @@ def curve_markdown(result: Mapping[str, Any]) -> list[str]:
 
 def curve_sections(result: Mapping[str, Any]) -> str:
     """Sections of the page: charts above their tables."""
-    return "".join(
-        f'<section><div class="charts">{"".join(charts)}</div>{html_table(table)}</section>'
-        for table, charts in _blocks(result)
-    )
+    return "".join(f"<section>{html_table(table, _figures(charts))}</section>" for table, charts in _blocks(result))
+
+
+def _figures(charts: Sequence[str]) -> str:
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
 def _blocks(result: Mapping[str, Any]) -> list[tuple[ReportTable, list[str]]]:
@@ -40,24 +42,23 @@ def _over_samples(
     name: str, points: Sequence[Mapping[str, float]], result: Mapping[str, Any]
 ) -> tuple[ReportTable, list[str]]:
     """The distance at each number of samples, and the straight line over 1 / n to where it meets the axis."""
-    limit = result["scores"][name]
+    limit, distance = result["scores"][name], called("fid", "Fréchet distance", result)
     measured = [(1000 / point["pictures"], point["value"]) for point in points]
     line = [(0.0, limit["value"]), measured[0]]
     chart = line_chart(
         {"measured": measured, "extrapolated": line},
-        title="Fréchet distance over the number of samples",
+        title=f"{distance} over the number of samples",
         x_title="1000 / samples",
     )
-    rows = [TableRow("theirs", f"{point['pictures']:,.0f} samples", (f"{point['value']:.4g}",)) for point in points]
+    rows = [TableRow("theirs", f"{point['pictures']:,.0f}", (f"{point['value']:.4g}",)) for point in points]
     rows.append(TableRow("ours", "infinitely many", (_value(name, limit),)))
     notes = (
         "At each number the mean over disjoint parts that together hold every sample; extrapolated by a straight line "
         "over 1 / samples, ± its standard error. The reference's own number of pictures stays as it is.",
         *(f"{mark}." for mark in limit["marks"]),
     )
-    return ReportTable("Over the number of samples", (f"Fréchet distance {ARROW['lower']}",), tuple(rows), notes), [
-        chart
-    ]
+    columns = (f"{distance} {ARROW['lower']}",)
+    return ReportTable("Over the number of samples", columns, tuple(rows), notes, "samples"), [chart]
 
 
 def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> tuple[ReportTable, list[str]]:
@@ -65,6 +66,7 @@ def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any
 
     names = list(dict.fromkeys(name for point in points for name in point["scores"]))
     meanings = {name: MEANING.get(name, (name, "info", "")) for name in names}
+    meanings = {name: (called(name, told[0], result), *told[1:]) for name, told in meanings.items()}
     charts: dict[str, dict[str, Points]] = {}
     for name in names:
         line = [(point["guidance"], point["scores"][name]["value"]) for point in points if name in point["scores"]]
@@ -73,19 +75,19 @@ def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any
     figures = [line_chart(lines, title=f"{title} over guidance", x_title="guidance") for title, lines in charts.items()]
     if {"fid", "recall"} <= set(names):
         line = [(point["scores"]["recall"]["value"], point["scores"]["fid"]["value"]) for point in points]
-        figures.append(line_chart({"": line}, title="Fréchet distance against recall", x_title="recall"))
+        figures.append(line_chart({"": line}, title=f"{meanings['fid'][0]} against recall", x_title="recall"))
     own = result["sampling"].get("guidance")
     rows = [
         TableRow(
             "ours" if point["guidance"] == own else "theirs",
-            f"guidance {point['guidance']:g}",
+            f"{point['guidance']:g}",
             tuple(_value(name, point["scores"].get(name)) for name in names),
         )
         for point in points
     ]
     columns = tuple(f"{shown} {ARROW[direction]}".strip() for shown, direction, _ in meanings.values())
     note = "The same requests, noise and number of samples at every scale."
-    return ReportTable("Over the guidance scale", columns, tuple(rows), (note,)), figures
+    return ReportTable("Over the guidance scale", columns, tuple(rows), (note,), "guidance"), figures
 
 
 def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> ReportTable:
@@ -109,7 +111,7 @@ def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> R
     if len(rows) > _MOST_CLASSES:
         notes.append(f"{_MOST_CLASSES} of {len(rows):,} classes; metrics.json holds all.")
     field = result["protocol"].get("class_field")
-    return ReportTable(f"By {field}", columns, tuple(shown), tuple(notes))
+    return ReportTable(f"By {field}", columns, tuple(shown), tuple(notes), str(field))
 
 
 def _value(name: str, found: Mapping[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ def as_text(tables: Sequence[ReportTable]) -> str:
 
 def _text(table: ReportTable) -> str:
     lead = {"ours": "> ", "paper": "* ", "theirs": "  "}
-    lines = [("  method", *table.columns)]
+    lines = [(f"  {table.lines}", *table.columns)]
     lines += [(lead[row.kind] + _marked(row), *row.cells) for row in table.rows]
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     printed = [
@@ -46,7 +46,7 @@ def as_markdown(tables: Sequence[ReportTable]) -> str:
 
 def _markdown(table: ReportTable) -> str:
     lines = [f"### {table.title}", ""]
-    lines += [f"| method | {' | '.join(table.columns)} |", "|---" + "|---:" * len(table.columns) + "|"]
+    lines += [f"| {table.lines} | {' | '.join(table.columns)} |", "|---" + "|---:" * len(table.columns) + "|"]
     for row in table.rows:
         method = _cell_of_markdown(_marked(row))
         shown = f"**{method}**" if row.kind == "ours" else method
@@ -66,7 +66,7 @@ def as_latex(tables: Sequence[ReportTable]) -> str:
 def _latex(table: ReportTable) -> str:
     lines = [r"\begin{table}", r"\centering", f"\\caption{{{latex(table.title)}}}"]
     lines += [f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
-    lines += [" & ".join(["method", *map(latex, table.columns)]) + r" \\", r"\midrule"]
+    lines += [" & ".join([latex(table.lines), *map(latex, table.columns)]) + r" \\", r"\midrule"]
     previous = "theirs"
     for row in table.rows:
         if row.kind == "ours" != previous:
@@ -95,8 +95,8 @@ def as_html(tables: Sequence[ReportTable]) -> str:
     return page("Results", f"{len(tables)} tables.", [f"<section>{html_table(table)}</section>" for table in tables])
 
 
-def html_table(table: ReportTable) -> str:
-    """A heading, the table and its notes."""
+def html_table(table: ReportTable, figures: str = "") -> str:
+    """A heading, figures if there are any, the table and its notes."""
     kinds = {"ours": "ours", "paper": "ldm", "theirs": ""}
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     body = "".join(
@@ -107,7 +107,8 @@ def html_table(table: ReportTable) -> str:
     )
     notes = "".join(f"<li>{_code(escape(note))}</li>" for note in table.notes)
     return (
-        f'<h2>{escape(table.title)}</h2><table class="numbers"><tr><th>method</th>{head}</tr>{body}</table>'
+        f"<h2>{escape(table.title)}</h2>{figures}"
+        f'<table class="numbers"><tr><th>{escape(table.lines)}</th>{head}</tr>{body}</table>'
         f'<ul class="dim">{notes}</ul>'
     )
 

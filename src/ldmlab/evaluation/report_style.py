@@ -20,6 +20,7 @@ figcaption{font-size:12px;line-height:1.35;color:var(--dim)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(96px,1fr));gap:14px}
 .cards.pairs{grid-template-columns:repeat(auto-fill,minmax(160px,1fr))}
 .cards.rows{grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr))}
+.cards+p{margin-top:20px}
 .card>div{display:flex;gap:4px;margin-bottom:5px}
 .card img{flex:1;width:0;min-width:0;aspect-ratio:1;object-fit:contain;border-radius:8px;background:#fff;
 border:1px solid var(--line)}
@@ -56,6 +57,7 @@ ul{margin:4px 0 0;padding-left:20px;color:var(--dim)}
 .wide{margin-top:14px}
 .wide img{max-width:100%;border-radius:8px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:18px}
+.charts+table{margin-top:16px}
 .chart{width:100%;height:auto;display:block}
 .chart text{font-size:10px;fill:var(--dim)}
 .chart .rule{stroke:var(--line);stroke-width:1}

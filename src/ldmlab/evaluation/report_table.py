@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.paper_conditions import measured
+from ldmlab.evaluation.paper_columns import shown
+from ldmlab.evaluation.paper_conditions import Measured, measured
 from ldmlab.evaluation.paper_table import PaperTable, place
 
 ARROW = {"lower": "↓", "higher": "↑", "info": ""}
 DASH = "–"
+_NOTHING = Measured("", {}, None, 0, 0, "", "", 0, None)  # where no row of ours is asked for
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ReportTable:
     columns: tuple[str, ...]
     rows: tuple[TableRow, ...]
     notes: tuple[str, ...]
+    lines: str = "method"  # what a line is: head of the first column
 
 
 def paper_report(results: Sequence[Mapping[str, Any]], table: str | None = None) -> list[ReportTable]:
@@ -45,14 +48,19 @@ def paper_report(results: Sequence[Mapping[str, Any]], table: str | None = None)
     return [_table(name, entries) for name, entries in asked.items()]
 
 
+def bare_table(name: str) -> ReportTable:
+    """A table of the paper without a row of ours."""
+    return _table(name, [])
+
+
 def _table(name: str, entries: Sequence[tuple[Mapping[str, Any], str | None]]) -> ReportTable:
     placed = [place(name, measured(result, bucket), _row(name, result)) for result, bucket in entries]
-    first = placed[0]
+    first = placed[0] if placed else place(name, _NOTHING)
     rows = [
         TableRow("paper" if is_ldm else "theirs", method, tuple(values.get(c, DASH) for c in first.columns))
         for method, is_ldm, values in first.rows
     ]
-    notes = [f"Source: {first.origin}"]
+    notes = [f"Source: {first.origin}", *(f"Source's note: {remark}." for remark in first.remarks)]
     for number, (one, (result, bucket)) in enumerate(zip(placed, entries, strict=True), 1):
         method = one.ours[0] if bucket is None else f"{one.ours[0]}, {bucket}"
         if one.barred:
@@ -61,7 +69,7 @@ def _table(name: str, entries: Sequence[tuple[Mapping[str, Any], str | None]]) -
         mark = "" if one.comparable else f"†{number}"
         rows.append(TableRow("ours", method, tuple(_cell(one, column) for column in one.columns), mark))
         notes += _notes(one, method, mark, result)
-    columns = tuple(f"{column} {ARROW[first.directions[column]]}".strip() for column in first.columns)
+    columns = tuple(f"{shown(column)} {ARROW[first.directions[column]]}".strip() for column in first.columns)
     return ReportTable(first.title, columns, tuple(rows), tuple(notes))
 
 
@@ -95,7 +103,8 @@ def repeat_line(result: Mapping[str, Any]) -> str:
     model = [f"{name}={result['model'][name]}" for name in ("weights", "step") if name in result["model"]]
     parts = [
         f"`{made.get('command', 'command not recorded')}` at commit {made.get('commit')}",
-        f"protocol {result['protocol']['name']}",
+        f"protocol {result['protocol']['name']}"
+        + (f" with {', '.join(altered)}" if (altered := result["protocol"].get("changed")) else ""),
         ", ".join([*model, *drawn]),
         f"reference {reference['pictures']} pictures of {reference['split']}, {reference['image_size']} px, manifest "
         f"{str(reference.get('manifest_hash'))[:12]}",
@@ -140,23 +149,6 @@ def comparable_groups(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     for number, result in enumerate(results):
         groups.setdefault(measurement(result), []).append(number)
     return list(groups.values())
-
-
-def comparison_tables(
-    results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Sequence[Mapping[str, str]]]
-) -> list[ReportTable]:
-    """One table for each measurement; `scores`: the printed lines of each evaluation."""
-    tables = []
-    for group in comparable_groups(results):
-        shown = {row["name"]: f"{row['shown']} {ARROW[row['direction']]}".strip() for i in group for row in scores[i]}
-        rows = []
-        for i in group:
-            values = {row["name"]: row["value"] for row in scores[i]}
-            rows.append(TableRow("ours", names[i], tuple(values.get(name, DASH) for name in shown)))
-        notes = [f"To repeat {names[i]}: {repeat_line(results[i])}" for i in group]
-        title = measurement_line(results[group[0]])
-        tables.append(ReportTable(title, tuple(shown.values()), tuple(rows), tuple(notes)))
-    return tables
 
 
 def folder_name(result: Mapping[str, Any]) -> str:

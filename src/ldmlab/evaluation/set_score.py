@@ -40,6 +40,7 @@ def score_sets(
             f"{reference.path} holds statistics and no pictures, which score {lost[0]} needs; leave it out of "
             "--metrics."
         )
+    seen.check_counts(reference.count, samples.count, given)
     for one, real, title in ((reference, True, "reference"), (samples, False, "samples")):
         total = -(-one.count // (batch_size * world))
         if one.count and not (real and given >= metrics.keys()):

@@ -51,7 +51,9 @@ def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
     """Curves of one figure share protocol, features and reference pictures."""
 
     def measure(job: Mapping[str, Any]) -> tuple[Any, ...]:
-        return job["protocol"], [point["scored_by"] for point in job["points"][:1]]
+        by = job["points"][0]["scored_by"] if job["points"] else {"features": {}}
+        network = [by["features"].get(name) for name in ("name", "weights_hash")]  # older records say no more
+        return job["protocol"], network, by.get("reference")
 
     for job in jobs[1:]:
         if measure(job) != measure(jobs[0]):

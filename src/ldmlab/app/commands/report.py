@@ -8,7 +8,7 @@ from ldmlab.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ldmlab report`."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders that evaluate.py wrote")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="folders that evaluate.py wrote")
     parser.add_argument(
         "--format", choices=("text", "md", "latex", "html"), help="print the paper's tables with these rows of ours"
     )
@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
 
         print(printed_tables(args.folders, args.format, args.table), end="")
         return 0
+    if not args.folders:
+        raise InputError("FOLDER is missing: name what evaluate.py wrote; --format alone prints the paper's tables.")
     if any(map(is_job, args.folders)):  # jobs of the downsampling comparison
         from ldmlab.evaluation.tradeoff import write_tradeoff
 
