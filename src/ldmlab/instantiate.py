@@ -50,6 +50,17 @@ def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:
     return name in inspect.signature(locate(node, where=where)).parameters
 
 
+def completed(value: Any, *, where: str) -> Any:
+    """Nodes with the options they leave out at their defaults, however deep inside `value`: old beside new ones."""
+    if not isinstance(value, Mapping):
+        return list(value) if isinstance(value, tuple) else value
+    defaults = {}
+    if _is_node(value):
+        parameters = inspect.signature(locate(value, where=where)).parameters
+        defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {name: completed(part, where=f"{where}.{name}") for name, part in {**defaults, **value}.items()}
+
+
 def _is_node(value: Any) -> bool:
     return isinstance(value, Mapping) and "_target_" in value
 

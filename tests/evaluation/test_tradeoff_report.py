@@ -197,3 +197,15 @@ def test_the_page_shows_what_each_job_draws_and_rebuilds(tmp_path: Path) -> None
     assert "f4: there and back" in page
     assert "f4: drawn after 10 steps" in page
     assert page.count("<img") == 2
+
+
+def test_options_that_came_later_part_nobody(tmp_path: Path) -> None:
+    old = {"_target_": "ldmlab.evaluation.protocol.Protocol", "name": "tradeoff", "samples": 8}
+    kid = {"_target_": "ldmlab.metrics.kernel.KernelDistance", "subset_size": 100}
+    old |= {"metrics": {"kid": kid}}
+    new = {**old, "guidance_curve": [], "metrics": {"kid": {**kid, "subsets": 100, "seed": 2020}}}
+    folders = [_job(tmp_path / "old", 4, 0, 3.0, protocol=old), _job(tmp_path / "new", 8, 0, 3.0, protocol=new)]
+    write_tradeoff(folders, tmp_path / "fine")
+    new["metrics"]["kid"]["subsets"] = 50
+    with pytest.raises(InputError, match="different protocols"):
+        write_tradeoff([folders[0], _job(tmp_path / "other", 8, 0, 3.0, protocol=new)], tmp_path / "none")

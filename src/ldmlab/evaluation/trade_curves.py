@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ldmlab.errors import InputError
+from ldmlab.instantiate import completed
 
 FORMAT_VERSION = 1
 RECORD = "tradeoff.json"
@@ -53,10 +54,14 @@ def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
     def measure(job: Mapping[str, Any]) -> tuple[Any, ...]:
         by = job["points"][0]["scored_by"] if job["points"] else {"features": {}}
         network = [by["features"].get(name) for name in ("name", "weights_hash")]  # older records say no more
-        return job["protocol"], network, by.get("reference")
+        return network, by.get("reference")
+
+    def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        """Options that came later were at their defaults before."""
+        return a == b or completed(a, where="protocol") == completed(b, where="protocol")
 
     for job in jobs[1:]:
-        if measure(job) != measure(jobs[0]):
+        if measure(job) != measure(jobs[0]) or not same(job["protocol"], jobs[0]["protocol"]):
             raise InputError(
                 f"{job['folder']} and {jobs[0]['folder']} were scored by different protocols, features or reference "
                 "pictures, so one figure cannot hold both; give them to two reports."
