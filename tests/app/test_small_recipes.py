@@ -101,7 +101,7 @@ def test_a_denoiser_starts_from_one_that_was_told_something_else(
 ) -> None:
     """As the class recipe does: the network goes on, the conditioner starts anew."""
     stage = f"from_run={root / 'first_stage'}"
-    narrow = [*NARROW, stage, "optimizer.learning_rate=1e-9", "backbone.num_res_blocks=1"]
+    narrow = [*NARROW, stage, "optimizer.learning_rate=1e-9", "backbone.num_res_blocks=1", "backbone.coordinates=false"]
     first = run(root, "small/layout", "before", *narrow)
     second = run(root, "small/class", "after", *narrow, "conditioner.class_label.classes=9", f"init_from={first}")
     assert "of another kind" in capsys.readouterr().err
