@@ -18,10 +18,12 @@ def background(drawn: random.Random, size: int) -> tuple[NDArray[np.uint8], str]
     pattern = drawn.choice(sorted(PATTERNS))
     colour = drawn.choice(sorted(HUES))
     light, dark = (np.array(_pale(HUES[colour], value, drawn), np.float32) for value in (0.95, 0.72))
-    share = PATTERNS[pattern](drawn, size)[..., None]
-    pixels = light + (dark - light) * share
-    grain = _clouds(drawn, size, 8)[..., None] - 0.5
-    return np.clip(pixels + 24 * grain, 0, 255).astype(np.uint8), f"{colour} {pattern}"
+    share = PATTERNS[pattern](drawn, size)
+    grain = 24 * (_clouds(drawn, size, 8) - 0.5)
+    pixels = np.empty((size, size, 3), np.uint8)
+    for channel in range(3):  # a plane at a time: numpy is slow over an innermost axis of three
+        pixels[..., channel] = np.clip(light[channel] + (dark - light)[channel] * share + grain, 0, 255)
+    return pixels, f"{colour} {pattern}"
 
 
 def _pale(hue: float | None, value: float, drawn: random.Random) -> list[float]:
@@ -44,8 +46,12 @@ def _waves(drawn: random.Random, size: int) -> tuple[Share, Share]:
     steps = (np.arange(size) + 0.5) / size * (2 * np.pi * periods)
     along, across = np.cos(angle) * steps, np.sin(angle) * steps
     phases = drawn.uniform(0, 2 * np.pi), drawn.uniform(0, 2 * np.pi)
-    first = np.sin(along[None, :] + across[:, None] + phases[0])
-    return first, np.sin(along[:, None] - across[None, :] + phases[1])
+    return _sine_of_sum(across, along + phases[0]), _sine_of_sum(along, phases[1] - across)
+
+
+def _sine_of_sum(rows: Share, columns: Share) -> Share:
+    """sin(rows[i] + columns[j]) in four sines a row and column."""
+    return np.outer(np.sin(rows), np.cos(columns)) + np.outer(np.cos(rows), np.sin(columns))
 
 
 def _edge(value: Share) -> Share:
