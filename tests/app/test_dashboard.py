@@ -92,8 +92,8 @@ def test_the_page_has_every_configuration_chart_and_picture(sweep: Path, tmp_pat
     page = out.read_text()
     for factor in (4, 8):
         values = [PSNR[factor] + seed + 2 for seed in (0, 1)]
-        assert f"{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}" in page
-    assert "<td>12.5</td>" in page
+        assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2g}" in page
+    assert "<td>12.50</td>" in page
     assert "<th>fid in training</th>" in page
     assert "<th>fid</th>" in page  # of evaluate.py, apart from it
     assert "Factors &lt;4&gt;" in page

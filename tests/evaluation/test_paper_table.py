@@ -31,7 +31,7 @@ LIKE_THE_PAPER = Measured(
 def test_a_measurement_like_the_papers_is_comparable() -> None:
     table = place("uncond/celebahq-256", LIKE_THE_PAPER)
     assert table.comparable
-    assert table.ours == ("ours", {"fid": "6.25", "precision": "0.7", "recall": "0.5"})
+    assert table.ours == ("ours", {"fid": "6.25", "precision": "0.70", "recall": "0.50"})
     rows = {method: values for method, _, values in table.rows}
     assert rows["LDM-4"] == {"fid": "5.11", "precision": "0.72", "recall": "0.49"}
 

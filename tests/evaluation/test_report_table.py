@@ -13,8 +13,9 @@ from PIL import Image
 from ldmlab.errors import InputError
 from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
 from ldmlab.evaluation.report import printed_tables, score_rows, write_comparison
-from ldmlab.evaluation.report_formats import FORMATS, latex
-from ldmlab.evaluation.report_table import bare_table, comparable_groups, paper_report
+from ldmlab.evaluation.report_formats import FORMATS, as_latex, latex
+from ldmlab.evaluation.report_table import ReportTable, TableRow, bare_table, comparable_groups, paper_report
+from ldmlab.evaluation.score_names import number_text
 from ldmlab.evaluation.side_by_side import comparison_tables
 
 
@@ -49,7 +50,7 @@ def test_ours_stands_below_theirs_with_its_distance() -> None:
     (table,) = paper_report([result()])
     ours = table.rows[-1]
     assert (ours.method, ours.mark) == ("my_50%_run", "")
-    assert ours.cells == ("4.5 (-0.48)", "0.75 ± 0.01 (+0.02)", "–")
+    assert ours.cells == ("4.50 (-0.48)", "0.75 ± 0.01 (+0.02)", "–")
     assert table.columns == ("FID ↓", "Precision ↑", "Recall ↑")
     notes = " ".join(table.notes)
     for words in ("python evaluate.py model=x", "commit abc", "steps=200", "eta=1.0", "cccccccccccc", "6726825ddddd"):
@@ -103,9 +104,9 @@ def test_shards_that_changed_since_are_noticed(tmp_path: Any) -> None:
 def test_the_row_that_ours_is_counted_against_can_be_chosen_and_is_checked() -> None:
     base = {"protocol__paper_table": "class-cond/imagenet-256", "protocol__dataset": "imagenet"}
     table = paper_report([result(**base, protocol__paper_row="ldm-4-g-1.5")])[0]
-    assert table.rows[-1].cells[0] == "4.5 (+0.9)"
+    assert table.rows[-1].cells[0] == "4.50 (+0.90)"
     assert any("guidance 1, the paper's row has 1.5" in note for note in table.notes)
-    assert paper_report([result(**base)])[0].rows[-1].cells[0] == "4.5"
+    assert paper_report([result(**base)])[0].rows[-1].cells[0] == "4.50"
     with pytest.raises(InputError, match="did you mean uncond/ffhq-256"):
         paper_report([result()], "uncond/ffhq-25")
 
@@ -123,7 +124,7 @@ def test_a_size_of_hole_stands_in_its_own_table() -> None:
     whole, part = paper_report([given])
     assert "all samples" in whole.title
     assert part.rows[-1].method == "my_50%_run, hole_40_50"
-    assert part.rows[-1].cells == ("12", "0.25 ± 0.02")
+    assert part.rows[-1].cells == ("12.00", "0.250 ± 0.020")
 
 
 class Tags(HTMLParser):
@@ -145,7 +146,7 @@ class Tags(HTMLParser):
 def test_every_format_holds_everything(form: str) -> None:
     tables = paper_report([result(), result(sampling__steps=50)])
     text = FORMATS[form](tables)
-    for words in ("ProjectedGAN", "LDM-4", "4.5 (-0.48)", "0.73", "steps 50"):
+    for words in ("ProjectedGAN", "LDM-4", "4.50 (-0.48)", "0.73", "steps 50"):
         assert words in text
     if form == "html":
         tags = Tags()
@@ -189,7 +190,7 @@ def test_scores_made_by_other_options_stand_in_columns_of_their_own() -> None:
     results = [result(protocol__metrics=node) for node in metrics]
     (table,) = comparison_tables(results, ["a", "b"], [score_rows(one) for one in results])
     assert table.columns == ("FID ↓", "Precision ↑ (neighbours=3)", "Precision ↑ (neighbours=5)")
-    assert [row.cells for row in table.rows] == [("4.5", "75.0% ± 1.0%", "–"), ("4.5", "–", "75.0% ± 1.0%")]
+    assert [row.cells for row in table.rows] == [("4.500", "75.0% ± 1.0%", "–"), ("4.500", "–", "75.0% ± 1.0%")]
 
 
 def test_seeds_of_one_configuration_get_a_mean_and_a_deviation() -> None:
@@ -203,7 +204,7 @@ def test_seeds_of_one_configuration_get_a_mean_and_a_deviation() -> None:
     results = [of_seed(0), of_seed(1), of_seed(2), of_seed(3, "other")]
     (table,) = comparison_tables(results, list("abcd"), [score_rows(one) for one in results])
     assert [row.method for row in table.rows] == [*"abcd", "ffhq, mean ± deviation over 3 seeds"]
-    assert table.rows[-1].cells == ("5 ± 1", "75.0% ± 0.0%")
+    assert table.rows[-1].cells == ("5.000 ± 1.0", "75.0% ± 0.0%")
     twice = [of_seed(0), of_seed(0)]  # one model scored twice says nothing about training
     (table,) = comparison_tables(twice, list("ab"), [score_rows(one) for one in twice])
     assert [row.method for row in table.rows] == ["a", "b"]
@@ -264,3 +265,27 @@ def test_a_comparison_of_forty_runs_stays_small(tmp_path: Any) -> None:
     page = write_comparison([tmp_path / str(run) for run in range(40)], tmp_path / "out")
     assert page.stat().st_size < 5_000_000
     assert page.read_text().count("<img") == 40 * 16
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "text"),
+    [
+        (3.6, None, "3.600"),
+        (12, 0.5, "12.00 ± 0.50"),
+        (0.07, None, "0.0700"),
+        (-2.25, 12.34, "-2.250 ± 12"),
+        (1234.5, None, "1234"),
+        (float("inf"), None, "inf"),
+        (0, 0, "0.00 ± 0.0"),
+    ],
+)
+def test_numbers_keep_their_zeros_and_never_get_an_exponent(value: float, spread: float | None, text: str) -> None:
+    assert number_text(value, spread) == text
+
+
+def test_latex_has_one_rule_above_ours_and_none_too_many() -> None:
+    alone, beside = (
+        ReportTable("T", ("FID",), (*theirs, TableRow("ours", "mine", ("1.000",))), ())
+        for theirs in ((), (TableRow("theirs", "LDM-4", ("2.00",)),))
+    )
+    assert [as_latex([table]).count("midrule") for table in (alone, beside)] == [1, 2]

@@ -63,7 +63,7 @@ def test_curves_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> Non
     assert [x for x, _ in curves["training compute"]] == [1250, 2500]
     final = curves["training steps"][-1][1]
     assert (final.mean, final.deviation, final.seeds) == (4.0, 1.0, 3)
-    assert str(final) == "4 ± 1"
+    assert str(final) == "4.000 ± 1.0"
     speed = factor.sampling_curve("fid", SAMPLING["sampling time"][1])
     assert [(x, value.mean) for x, value in speed] == [(0.2, 5.0), (1.0, 4.0)]
     compute = factor.sampling_curve("fid", SAMPLING["sampling compute"][1])
@@ -81,7 +81,7 @@ def test_the_page_ranks_the_factors(tmp_path: Path) -> None:
     (tmp_path / "tradeoff-f8").mkdir()  # a job under way
     assert cli.dispatch(["report", *map(str, [*folders, tmp_path / "tradeoff-f8"])]) == 0
     page = (tmp_path / "comparison" / "report.html").read_text()
-    assert "best first: f4 3, f32 7, f1 9" in page
+    assert "best first: f4 3.000, f32 7.000, f1 9.000" in page
     assert "left out: tradeoff-f8" in page
     assert page.count("<svg") == len(TRAINING) + len(SAMPLING) + 1
     assert "http://" not in page
@@ -162,7 +162,7 @@ def test_factors_are_compared_at_the_compute_that_all_reached(tmp_path: Path) ->
     assert (found.spent, found.scores) == (10_000.0, {"f1": 9.0, "f4": 3.0})
     assert found.best_first("lower") == ["f4", "f1"]
     text = write_tradeoff([*folders, longer], tmp_path / "out").with_name("report.md").read_text()
-    assert "at equal training compute (10,000 1e15 FLOPs), best first: f4 3, f1 9." in text
+    assert "at equal training compute (10,000 1e15 FLOPs), best first: f4 3.000, f1 9.000." in text
 
 
 def test_a_score_between_two_points_lies_on_a_logarithmic_line() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from ldmlab.app.run_records import RunRecord, by_configuration
 from ldmlab.evaluation.line_chart import COLOURS, Points, line_chart
 from ldmlab.evaluation.report_html import page
+from ldmlab.evaluation.score_names import number_text
 
 STAGES = {  # in the order of the flow: title and the numbers that lead
     "autoencoder": ("First stages", ("psnr", "ssim", "lpips", "fid", "rfid")),
@@ -83,8 +84,7 @@ def _mean(members: Sequence[RunRecord], name: str) -> str:
     values = [value for run in members if (value := run.last(name)) is not None]
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{spread}"
+    return number_text(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _charts(labels: Mapping[str, list[RunRecord]], metrics: Sequence[str]) -> str:

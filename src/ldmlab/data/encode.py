@@ -56,15 +56,7 @@ def encode(
 ) -> EncodeResult:
     """Encode shards rank, rank + world, ... of `source`; the same call again continues where it stopped."""
     source, out = Path(source), Path(out)
-    manifest = read_manifest(source)
-    if manifest.kind != "images":
-        raise InputError(f"data={source} holds {manifest.kind}, not pictures; give the image shards to encode.")
-    if missing := sorted(set(settings.told) - set(manifest.fields)):
-        raise InputError(
-            f"conditioner: its states are made from {missing[0]}, which data={source} does not carry (it has "
-            f"{', '.join(manifest.fields) or 'no fields'}); leave the conditioner out, or pack the pictures with it."
-        )
-    check_shards(source, manifest)
+    manifest = _source_manifest(source, settings)
     open_plan(out, {"source": manifest.hash, **asdict(settings)})
     if (out / MANIFEST).exists():
         return EncodeResult(0, manifest.total, read_manifest(out))
@@ -81,6 +73,20 @@ def encode(
                 progress(done + encoded, total)
         done += samples
     return EncodeResult(done - kept, kept, complete(out, manifest, settings, max_bad))
+
+
+def _source_manifest(source: Path, settings: LatentSettings) -> Manifest:
+    """Of pictures that carry all that is asked for; InputError otherwise."""
+    manifest = read_manifest(source)
+    if manifest.kind != "images":
+        raise InputError(f"data={source} holds {manifest.kind}, not pictures; give the image shards to encode.")
+    if missing := sorted(set(settings.told) - set(manifest.fields)):
+        raise InputError(
+            f"conditioner: its states are made from {missing[0]}, which data={source} does not carry (it has "
+            f"{', '.join(manifest.fields) or 'no fields'}); leave the conditioner out, or pack the pictures with it."
+        )
+    check_shards(source, manifest)
+    return manifest
 
 
 def _encode_shard(

@@ -1,7 +1,7 @@
 """The paper's tables as data, and our row in one of them with everything that keeps it from being compared."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -58,36 +58,44 @@ def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
     table = known[name]
     columns = columns_of(table["directions"])
     names = methods(table["rows"])
-    found = _our_values(name, columns, ours)
+    printed = [_printed(entry, columns) for entry in table["rows"]]
+    decimals = {column: _decimals(row.get(column, "") for row in printed) for column in columns}
+    found = _our_values(name, decimals, ours)
     against = _row(name, table, row)
     return PaperTable(
         name=name,
         title=f"{table['title']} ({table['paper_table']})" if "paper_table" in table else table["title"],
         columns=columns,
         rows=tuple(
-            (method, entry["is_ldm"], _printed(entry, columns))
-            for method, entry in zip(names, table["rows"], strict=True)
+            (method, entry["is_ldm"], values)
+            for method, entry, values in zip(names, table["rows"], printed, strict=True)
         ),
         ours=(ours.method, {column: text for column, (_, text) in found.items()}),
         reasons=reasons(name, table, ours, against),
         origin=table["origin"],
         against=None if against is None else names[table["rows"].index(against)],
-        deltas={} if against is None else _deltas(found, against["metrics"]),
+        deltas={} if against is None else _deltas(found, against["metrics"], decimals),
         directions={column: table["directions"][column] for column in columns},
         barred=barred(ours),
         remarks=(*remarks(table), *disagreements(_content()["conflicts"], name)),
     )
 
 
-def _our_values(name: str, columns: tuple[str, ...], ours: Measured) -> dict[str, tuple[float, str]]:
-    """By column our number, and as it is printed, with its spread."""
+def _decimals(values: Iterable[str]) -> int:
+    """Of the most exact number of a column."""
+    numbers = [word for value in values for word in value.split() if word[0].isdigit()]
+    return max((len(number.partition(".")[2]) for number in numbers), default=2)
+
+
+def _our_values(name: str, decimals: Mapping[str, int], ours: Measured) -> dict[str, tuple[float, str]]:
+    """By column our number, and as it is printed: with its spread, and as many decimals as the table has."""
     found = {}
-    for column in columns:
+    for column, places in decimals.items():
         key = our_name(name, column)
         if (value := ours.values.get(key)) is not None:
+            text = amount(value) if column == PARAMETERS else f"{value:.{places}f}"
             spread = ours.spreads.get(key)
-            text = amount(value) if column == PARAMETERS else f"{value:.4g}"
-            found[column] = value, text if spread is None else f"{text} ± {spread:.2g}"
+            found[column] = value, text if spread is None else f"{text} ± {spread:.{places}f}"
     return found
 
 
@@ -102,9 +110,11 @@ def _row(name: str, table: Mapping[str, Any], row: str | None) -> Mapping[str, A
     return own[0] if len(own) == 1 else None
 
 
-def _deltas(found: Mapping[str, tuple[float, str]], theirs: Mapping[str, float]) -> dict[str, str]:
+def _deltas(
+    found: Mapping[str, tuple[float, str]], theirs: Mapping[str, float], decimals: Mapping[str, int]
+) -> dict[str, str]:
     return {
-        column: f"{value - theirs[column]:+.3g}"
+        column: f"{value - theirs[column]:+.{decimals[column]}f}"
         for column, (value, _) in found.items()
         if column in theirs and column != PARAMETERS
     }

@@ -6,11 +6,10 @@ from typing import Any
 from ldmlab.evaluation.line_chart import Points, line_chart
 from ldmlab.evaluation.report_formats import as_markdown, html_table
 from ldmlab.evaluation.report_table import ARROW, DASH, ReportTable, TableRow
-from ldmlab.evaluation.score_names import called
+from ldmlab.evaluation.score_names import called, number_text, score_text
 
 _MOST_CLASSES = 40  # of a table, the worst first
 _ONE_CHART = {"precision": "precision and recall", "recall": "precision and recall"}
-_SHARES = frozenset({"precision", "recall", "coverage"})
 
 
 def curve_markdown(result: Mapping[str, Any]) -> list[str]:
@@ -50,7 +49,7 @@ def _over_samples(
         title=f"{distance} over the number of samples",
         x_title="1000 / samples",
     )
-    rows = [TableRow("theirs", f"{point['pictures']:,.0f}", (f"{point['value']:.4g}",)) for point in points]
+    rows = [TableRow("theirs", f"{point['pictures']:,.0f}", (number_text(point["value"]),)) for point in points]
     rows.append(TableRow("ours", "infinitely many", (_value(name, limit),)))
     notes = (
         "At each number the mean over disjoint parts that together hold every sample; extrapolated by a straight line "
@@ -119,5 +118,4 @@ def _value(name: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return DASH
     value, spread = found.get("value", found.get(name)), found.get("spread")
-    form = ".1%" if name in _SHARES else ".4g"
-    return f"{value:{form}}" if spread is None else f"{value:{form}} ± {spread:{'.1%' if name in _SHARES else '.2g'}}"
+    return score_text(name, value, spread)

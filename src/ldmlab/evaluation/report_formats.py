@@ -67,11 +67,10 @@ def _latex(table: ReportTable) -> str:
     lines = [r"\begin{table}", r"\centering", f"\\caption{{{latex(table.title)}}}"]
     lines += [f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
     lines += [" & ".join([latex(table.lines), *map(latex, table.columns)]) + r" \\", r"\midrule"]
-    previous = "theirs"
+    first = next((row for row in table.rows if row.kind == "ours"), None)
     for row in table.rows:
-        if row.kind == "ours" != previous:
+        if row is first and row is not table.rows[0]:
             lines.append(r"\midrule")
-        previous = row.kind
         method = latex(row.method) + (f"$^{{\\dagger {row.mark[1:]}}}$" if row.mark else "")
         method = f"\\textbf{{{method}}}" if row.kind == "ours" else method
         lines.append(" & ".join([method, *map(latex, row.cells)]) + r" \\")

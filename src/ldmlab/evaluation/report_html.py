@@ -13,6 +13,7 @@ from ldmlab.evaluation.report_pictures import image_tag, thumbnail_tag
 from ldmlab.evaluation.report_style import STYLE
 from ldmlab.evaluation.report_table import ReportTable
 from ldmlab.evaluation.report_task import task_sections
+from ldmlab.evaluation.score_names import number_text
 
 Rows = Sequence[Mapping[str, str]]
 PICTURES_A_RUN = 16  # in a comparison
@@ -207,7 +208,7 @@ def _buckets(result: Mapping[str, Any]) -> str:
 
 
 def _score_of(score: Mapping[str, Any] | None) -> str:
-    return "–" if score is None else f"{score['value']:.4g}"
+    return "–" if score is None else number_text(score["value"])
 
 
 def _open(result: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from ldmlab.evaluation.report_formats import as_markdown, html_table
 from ldmlab.evaluation.report_pictures import image_tag
 from ldmlab.evaluation.report_table import ARROW, DASH, ReportTable, TableRow
+from ldmlab.evaluation.score_names import number_text
 
 _CARDS = 12  # samples shown with what was asked and what others answer
 
@@ -127,7 +128,7 @@ def _files(result: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def _value(score: Mapping[str, Any] | None) -> str:
-    return DASH if score is None else f"{score['value']:.4g}"
+    return DASH if score is None else number_text(score["value"])
 
 
 def _share(value: float | None) -> str:

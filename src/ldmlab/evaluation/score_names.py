@@ -1,5 +1,6 @@
 """What a score is called beside its network, and how its number is printed: the same on pages and in tables."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,13 +27,24 @@ def called(name: str, usual: str, result: Mapping[str, Any]) -> str:
     return usual.replace("Fréchet distance", "FD-CLIP") if features.startswith("open_clip") else usual
 
 
-def score_text(name: str, value: float, spread: float | None) -> str:
+def score_text(name: str, value: float, spread: float | None = None) -> str:
     """Shares in percent, the rest in significant digits."""
-    share = name in _SHARES
-    text = f"{value:.1%}" if share else f"{value:.{4 if abs(value) >= 1 else 3}g}"
-    if spread is not None:
-        text += f" ± {spread:.1%}" if share else f" ± {spread:.2g}"
-    return text
+    if name not in _SHARES:
+        return number_text(value, spread)
+    return f"{value:.1%}" if spread is None else f"{value:.1%} ± {spread:.1%}"
+
+
+def number_text(value: float, spread: float | None = None) -> str:
+    """Four significant digits, three below 1; zeros at the end stay, so that numbers of a column line up."""
+    if not math.isfinite(value):
+        text = str(value)
+    elif abs(value) >= 1000:
+        text = f"{value:.0f}"
+    else:
+        text = f"{value:#.{4 if abs(value) >= 1 else 3}g}"
+    if spread is None:
+        return text
+    return f"{text} ± " + f"{spread:#.2g}".rstrip(".")
 
 
 def options_of(name: str, result: Mapping[str, Any]) -> dict[str, Any]:

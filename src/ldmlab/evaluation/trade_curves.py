@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.score_names import number_text
 from ldmlab.instantiate import completed
 
 FORMAT_VERSION = 1
@@ -82,8 +83,7 @@ class Value:
         return Value(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
     def __str__(self) -> str:
-        text = f"{self.mean:.4g}" if abs(self.mean) >= 1 else f"{self.mean:.3g}"
-        return text if self.deviation is None else f"{text} ± {self.deviation:.2g}"
+        return number_text(self.mean, self.deviation)
 
 
 Curve = list[tuple[float, Value]]  # x, score

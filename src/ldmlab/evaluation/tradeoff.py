@@ -13,6 +13,7 @@ from ldmlab.evaluation.equal_budgets import EqualBudget, equal_budget, merged
 from ldmlab.evaluation.line_chart import line_chart
 from ldmlab.evaluation.report import MEANING
 from ldmlab.evaluation.report_html import page
+from ldmlab.evaluation.score_names import number_text
 from ldmlab.evaluation.trade_curves import PETA, Curve, FactorJobs, by_factor, check_one_measure, is_job, read_job
 from ldmlab.evaluation.trade_pictures import picture_rows
 
@@ -112,7 +113,7 @@ def equal_readings(factors: Sequence[FactorJobs]) -> list[str]:
     shown, direction, _ = MEANING.get(score, (score, "lower", ""))
     sentences = []
     for title, found in _equal_budgets(factors, score).items():
-        order = ", ".join(f"{label} {found.scores[label]:.4g}" for label in found.best_first(direction))
+        order = ", ".join(f"{label} {number_text(found.scores[label])}" for label in found.best_first(direction))
         sentences.append(
             f"{shown} at equal {title} ({_amount(found.spent)} {TRAINING[title][0]}), best first: {order}."
         )
@@ -127,7 +128,7 @@ def equal_table(factors: Sequence[FactorJobs], score: str) -> list[tuple[str, ..
     shown = _shown(score)
     head = [f"{shown} at {_amount(found.spent)} {TRAINING[title][0]}" for title, found in budgets.items()]
     labels = list(next(iter(budgets.values())).scores)
-    rows = [(label, *(f"{found.scores[label]:.4g}" for found in budgets.values())) for label in labels]
+    rows = [(label, *(f"{number_text(found.scores[label])}" for found in budgets.values())) for label in labels]
     return [("factor", *head), *rows]
 
 
@@ -205,7 +206,7 @@ def table(factors: Sequence[FactorJobs]) -> list[tuple[str, ...]]:
             (
                 *(f.label, " x ".join(map(str, job["latent"])), f"{job['parameters'] / 1e6:.1f} M"),
                 *(f"{job['forward'] / 1e9:.3g}", f"{job['max_steps']:,}", f"{last['flops'] / PETA:.3g}", hours),
-                *("–" if value is None else f"{value:.4g}" for value in lost),
+                *("–" if value is None else number_text(value) for value in lost),
                 *(str(f.final(name) or "–") for name in scores),
                 str(len(f.jobs)),
             )

@@ -8,6 +8,7 @@ from ldmlab.errors import InputError
 if TYPE_CHECKING:
     from ldmlab.build import LoadedFirstStage
     from ldmlab.data.encode import LatentSettings
+    from ldmlab.data.manifest import Manifest
     from ldmlab.data.shard_data import ShardData
 
 USAGE = """options are key=value, as for train.py; from_run and out must be given:
@@ -91,13 +92,18 @@ def _encode_split(
             encode_states=states_encoder(told, config["mirror"]) if told else None,
         )
     if rank == 0 and result.manifest and result.manifest.latents:
-        std = result.manifest.latents["statistics"]["overall_std"]
-        skipped = len(result.manifest.extra.get("skipped", []))
-        note = f", {skipped} unreadable" if skipped else ""
-        note += "".join(f", states of {name}" for name in told)
-        cut = sum(getattr(module, "cut", 0) for module in told.values())
-        note += f" ({cut} captions cut)" if cut else ""
-        print(f"{out}: {result.manifest.total} pictures{note}, standard deviation of the latents {std:.3f}")
+        print(f"{out}: {_summary(result.manifest, result.manifest.latents, told)}")
+
+
+def _summary(manifest: "Manifest", latents: dict[str, Any], told: dict[str, Any]) -> str:
+    """What was encoded, and what of it was lost."""
+    skipped = len(manifest.extra.get("skipped", []))
+    note = f", {skipped} unreadable" if skipped else ""
+    note += "".join(f", states of {name}" for name in told)
+    cut = sum(getattr(module, "cut", 0) for module in told.values())
+    note += f" ({cut} captions cut)" if cut else ""
+    std = latents["statistics"]["overall_std"]
+    return f"{manifest.total} pictures{note}, standard deviation of the latents {std:.3f}"
 
 
 def _settings(
