@@ -15,7 +15,17 @@ from ldmlab.training import processes
 
 _WAIT_SECONDS = 5.0
 # How the pictures are read, not which; where the run is watched, not what it learns.
-_NOT_OF_DATA = ("train", "val", "latents", "workers", "cache", "cache_limit_gib", "sha256", "object_background")
+_NOT_OF_DATA = {
+    "train",
+    "val",
+    "latents",
+    "states",
+    "workers",
+    "cache",
+    "cache_limit_gib",
+    "sha256",
+    "object_background",
+}
 _NOT_OF_TRAINER = ("log_every", "validate_every", "checkpoint_every", "keep", "accelerator", "devices", "compile")
 
 
