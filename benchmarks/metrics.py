@@ -51,7 +51,7 @@ def ours(count: int, width: int, screening: bool = False) -> dict[str, float]:
 
 
 def screened(count: int, width: int) -> dict[str, float]:
-    """With bfloat16 before float32 in precision and recall."""
+    """With 8-bit products before float32 in precision and recall."""
     return ours(count, width, screening=True)
 
 

@@ -1,6 +1,6 @@
 """Balls around the points of a set that reach to the k-th other point, and who lies inside: in tiles, each pair once.
 
-With `screening` bfloat16 rules pairs out and the rest is decided in float32 (`screening.py`); the answers are the same.
+With `screening` 8-bit products rule pairs out and float32 decides the rest (`screening.py`): the answers are the same.
 """
 
 import torch
@@ -101,10 +101,10 @@ def _rows_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
     """Rows that lie in a ball around a column (m,), but for those already known to."""
     rows = block.rows(0.0, -balls)
     rows = rows[~known[rows]]
-    if block.slack is None or len(rows) == 0:
+    if not block.screened or len(rows) == 0:
         return rows
     bounds = block.bounds(rows)
-    sure = (bounds + block.slack[rows, None] <= balls).any(dim=1)
+    sure = (block.upper_bounds(bounds, rows=rows) <= balls).any(dim=1)
     near = (bounds[~sure] <= balls).nonzero()
     pairs = torch.stack([rows[~sure][near[:, 0]], near[:, 1]], dim=1)
     hits = block.distances(pairs) <= balls[pairs[:, 1]]
@@ -115,10 +115,10 @@ def _columns_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
     """Columns that lie in a ball around a row (n,), but for those already known to."""
     columns = block.columns(0.0, -balls)
     columns = columns[~known[columns]]
-    if block.slack is None or len(columns) == 0:
+    if not block.screened or len(columns) == 0:
         return columns
     bounds = block.bounds(columns=columns)
-    sure = (bounds + block.slack[:, None] <= balls[:, None]).any(dim=0)
+    sure = (block.upper_bounds(bounds, columns=columns) <= balls[:, None]).any(dim=0)
     near = (bounds[:, ~sure] <= balls[:, None]).nonzero()
     pairs = torch.stack([near[:, 0], columns[~sure][near[:, 1]]], dim=1)
     hits = block.distances(pairs) <= balls[pairs[:, 0]]

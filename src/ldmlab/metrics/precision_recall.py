@@ -17,8 +17,8 @@ _TILE = 1024  # rows and columns of one block of distances: 4 MiB in float32
 class PrecisionRecall(FeatureSets):
     """Precision and recall of generated features; the memory beyond the features is one tile.
 
-    `screening`: bfloat16 rules most pairs out before float32 decides (`screening.py`), with the same answers; it
-    takes half the features' memory more. The spread is the standard error of a share of so many pictures.
+    `screening`: 8-bit products rule most pairs out before float32 decides (`screening.py`), with the same answers; it
+    takes a quarter of the features' memory more. The spread is the standard error of a share of so many pictures.
     """
 
     higher_is_better = True

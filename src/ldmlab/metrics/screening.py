@@ -1,107 +1,158 @@
-"""Low-precision screening of distances: bfloat16 products rule out nearly every pair, float32 decides the rest.
+"""Low-precision screening of distances: products of 8-bit integers rule most pairs out, float32 decides the rest.
 
-With x = x~ + e(x), x~ in bfloat16, and p = fl(x~ . y~) as computed, the product of two rows is known within
+With x = x~ + e(x), x~ = s q, q in [-127, 127]^D, the product q_x . q_y is exact in 32-bit integers, and
 
-    |x . y - p| <= |e(x)| |y| + |x| |e(y)| + 2^-12 |x| |y| + 2^-8 |p|
+    2 |x . y - s_x s_y q_x . q_y| <= 2 |e(x)| |y~| + 2 |x| |e(y)| + 2^-11 |x| |y| <= E(x) + E(y)
+    E(x) = |e(x)|^2 / r + (r + 2^-12) |x|^2,  r > 0
 
-(Cauchy and Schwarz, then the float32 sum over fewer than 2^12 features, then its rounding to bfloat16). A pair whose
-screened distance is beyond a threshold by more than that is beyond it; all others are computed again.
+(Cauchy and Schwarz, with a part for what float32 does to the rest; then 2 a b <= a^2 / r + r b^2, which loses nothing
+where |e| = r |x|). A pair whose screened distance is beyond a threshold by more than that is beyond it; all others are
+computed again.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _CHUNK = 1024  # rows that are worked on at a time: 8 MiB at 2048 features
 _PAIRS = 64  # pairs of rows that are worked on at a time: they stay in the cache
-_SUMMING = 2.0**-12
-_ROUNDING = 2.0**-8
+_ROUNDING = 2.0**-12
+_LARGEST = 127
+_RATIO = 2.0**-6  # r; the same for all points, so that errors of two points add up
+_REACHES = (4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0)  # of an 8-bit number, in root mean squares of the features
+_SMALLEST = 1e-30  # features of zeros alone have a scale too
+_ALIGNED = 32  # rows and features of 8-bit products come in multiples: GPUs multiply no others
+
+
+@dataclass(frozen=True)
+class Low:
+    """What stands for points (N, D) in screening: scale q, with what it lost."""
+
+    q: Tensor  # 8-bit integers, (N, D), D rounded up
+    scale: float
+    error: Tensor  # (N,) E(x)
+
+    @staticmethod
+    def of(exact: Tensor, squares: Tensor) -> "Low":
+        """Features beyond the reach of 8 bits are cut, and what that takes away counts as lost."""
+        scale = _best_scale(exact[:_CHUNK])
+        q = torch.cat([_rounded(rows, scale).to(torch.int8) for rows in exact.split(_CHUNK)])
+        rows = zip(exact.split(_CHUNK), q.split(_CHUNK), strict=True)
+        lost = torch.cat([(a - b * scale).norm(dim=1) for a, b in rows])
+        length = squares.sqrt() + lost  # at least |x| and |x~|
+        error = lost.square() / _RATIO + (_RATIO + _ROUNDING) * length.square()
+        return Low(pad(q, (0, -q.shape[1] % _ALIGNED)), scale, error)
+
+
+def _best_scale(rows: Tensor) -> float:
+    """The scale that loses least of some rows."""
+    size = rows.square().mean().sqrt().clamp_min(_SMALLEST)
+    scales = [float(size * reach / _LARGEST) for reach in _REACHES]
+    return min(scales, key=lambda scale: float((rows - _rounded(rows, scale) * scale).norm(dim=1).mean()))
+
+
+def _rounded(rows: Tensor, scale: float) -> Tensor:
+    """The nearest of the 255 numbers that there are."""
+    return (rows / scale).round_().clamp_(-_LARGEST, _LARGEST)
 
 
 @dataclass(frozen=True)
 class Points:
-    """Points (N, D) in float32, and for screening their bfloat16 (N, D) with what it lost."""
+    """Points (N, D) in float32, and what stands for them in screening."""
 
     exact: Tensor
     squares: Tensor  # (N,) |x|^2
-    low: Tensor | None = None
-    length: Tensor | None = None  # (N,) |x|, of x~ too
-    lost: Tensor | None = None  # (N,) |e(x)|
+    low: Low | None = None
 
     @staticmethod
     def of(exact: Tensor, screening: bool) -> "Points":
         """`exact` is not copied."""
         squares = torch.cat([rows.square().sum(dim=1) for rows in exact.split(_CHUNK)])
-        if not screening:
-            return Points(exact, squares)
-        low = exact.bfloat16()
-        rows = zip(exact.split(_CHUNK), low.split(_CHUNK), strict=True)
-        lost = torch.cat([(a - b.float()).norm(dim=1) for a, b in rows])
-        return Points(exact, squares, low, squares.sqrt() + lost, lost)
+        return Points(exact, squares, Low.of(exact, squares) if screening else None)
 
     def __len__(self) -> int:
         return len(self.exact)
 
     def part(self, rows: slice | Tensor) -> "Points":
         """Some of them."""
-        low, length, lost = (None if part is None else part[rows] for part in (self.low, self.length, self.lost))
-        return Points(self.exact[rows], self.squares[rows], low, length, lost)
+        low = self.low and Low(self.low.q[rows], self.low.scale, self.low.error[rows])
+        return Points(self.exact[rows], self.squares[rows], low)
 
 
 class Space:
     """Memory of one block, which the next overwrites: fresh memory would cost as much as the work in it."""
 
     def __init__(self, size: int, like: Points) -> None:
-        kind = like.exact if like.low is None else like.low
-        self._products = kind.new_empty(size * size)
+        self._products = like.exact.new_empty(size * size) if like.low is None else _integers(size, like.low)
         self._sums = like.exact.new_empty(size * size)
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         """a b^T, (n, m)."""
-        return torch.matmul(a, b.T, out=self._products[: len(a) * len(b)].view(len(a), len(b)))
+        if a.dtype != torch.int8:
+            return torch.matmul(a, b.T, out=self._products[: len(a) * len(b)].view(len(a), len(b)))
+        rows, columns = _aligned(a), _aligned(b)
+        out = self._products[: len(rows) * len(columns)].view(len(rows), len(columns))
+        return torch._int_mm(rows, columns.T, out=out)[: len(a), : len(b)]
 
-    def sums(self, products: Tensor, known: Tensor) -> Tensor:
-        """known (n, 1) or (m,) - 2 products (n, m)."""
-        return torch.add(known, products, alpha=-2, out=self._sums[: products.numel()].view(products.shape))
+    def sums(self, known: Tensor, products: Tensor, factor: float) -> Tensor:
+        """known (n, 1) or (m,) + factor products (n, m)."""
+        return torch.add(known, products, alpha=factor, out=self._sums[: products.numel()].view(products.shape))
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """With rows of zeros where some are missing."""
+    missing = -len(rows) % _ALIGNED
+    return pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _integers(size: int, low: Low) -> Tensor:
+    """Room for a block with its rows and columns rounded up."""
+    side = size + -size % _ALIGNED
+    return torch.empty(side * side, dtype=torch.int32, device=low.q.device)
 
 
 class Block:
-    """Squared distances of some points (n) to others (m), or lower bounds of them: left + right - 2 products."""
+    """Squared distances of some points (n) to others (m), or lower bounds of them: left + right + factor products."""
 
     def __init__(self, a: Points, b: Points, space: Space) -> None:
         self.a, self.b, self.space = a, b, space
-        self.left, self.right = a.squares, b.squares
-        self.slack: Tensor | None = None  # (n,) by how much a bound may be too low; None: they are the distances
-        if a.low is None or b.low is None or a.length is None or b.length is None or a.lost is None or b.lost is None:
+        self.left, self.right, self.factor = a.squares, b.squares, -2.0
+        self.screened = a.low is not None and b.low is not None
+        if a.low is None or b.low is None:
             self.products = space.products(a.exact, b.exact)
         else:
-            self.products = space.products(a.low, b.low)
-            length, lost = b.length.max(), b.lost.max()
-            largest = torch.maximum(self.products.amax(dim=1), -self.products.amin(dim=1)).float()
-            error = 2 * (a.lost * length + a.length * (lost + _SUMMING * length) + _ROUNDING * largest)
-            self.left, self.slack = self.left - error, 2 * error
+            self.products, self.factor = space.products(a.low.q, b.low.q), -2 * a.low.scale * b.low.scale
+            self.left, self.right = a.squares - a.low.error, b.squares - b.low.error
 
     def bounds(self, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
         """Of some rows and columns."""
         known = self.left[rows, None] + self.right[columns]
-        return torch.add(known, self.products[rows][:, columns], alpha=-2)
+        return torch.add(known, self.products[rows][:, columns], alpha=self.factor)
+
+    def upper_bounds(
+        self, lower: Tensor, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """From lower ones."""
+        left, right = 2 * (self.a.squares - self.left), 2 * (self.b.squares - self.right)
+        return lower + left[rows, None] + right[columns]
 
     def rows(self, limit: Tensor | float, offset: Tensor | None = None) -> Tensor:
         """Rows r that have a bound with bound + offset (m,) <= limit (n,), found without comparing all bounds."""
         right = self.right if offset is None else self.right + offset
-        least = self.space.sums(self.products, right).amin(dim=1)
+        least = self.space.sums(right, self.products, self.factor).amin(dim=1)
         return (least <= limit - self.left).nonzero()[:, 0]
 
     def columns(self, limit: Tensor | float, offset: Tensor | None = None) -> Tensor:
         """Columns that have a bound with bound + offset (n,) <= limit (m,)."""
         left = self.left if offset is None else self.left + offset
-        least = self.space.sums(self.products, left[:, None]).amin(dim=0)
+        least = self.space.sums(left[:, None], self.products, self.factor).amin(dim=0)
         return (least <= limit - self.right).nonzero()[:, 0]
 
     def distances(self, pairs: Tensor) -> Tensor:
         """Exactly, of pairs (P, 2)."""
-        if self.slack is None:
+        if not self.screened:
             rows, columns = pairs.unbind(dim=1)
             return self.left[rows] + self.right[columns] - 2 * self.products[rows, columns]
         a, b = self.a.exact, self.b.exact
