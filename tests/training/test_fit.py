@@ -117,6 +117,14 @@ def test_a_panel_is_drawn_from_the_same_seed(tmp_path: Path) -> None:
         first_pictures([], 4)
 
 
+def test_a_panel_of_stored_states_is_drawn_under_mixed_precision() -> None:
+    batches = [{"position": torch.arange(3), "text.states": torch.ones(3, 5, 8, dtype=torch.float16)}] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        joined = first_pictures(batches, 4)
+    assert joined["text.states"].shape == (4, 5, 8)
+    assert joined["text.states"].dtype == torch.float16
+
+
 def test_noise_levels_are_binned_by_their_share_of_the_schedule() -> None:
     class Fixed:
         extras = {"denoiser": {"loss": torch.tensor([1.0, 3.0, 5.0]), "level": torch.tensor([0.0, 0.19, 0.99])}}  # noqa: RUF012

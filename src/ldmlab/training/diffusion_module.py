@@ -107,7 +107,8 @@ def first_pictures(batches: Iterable[Batch], count: int) -> Batch:
     joined: Batch = {}
     for name, value in parts[0].items():
         if isinstance(value, Tensor):
-            joined[name] = torch.cat([part[name] for part in parts])[:count]
+            with torch.autocast(value.device.type, enabled=False):  # which refuses float16 on a CPU: stored states are
+                joined[name] = torch.cat([part[name] for part in parts])[:count]
         else:
             joined[name] = [item for part in parts for item in part[name]][:count]
     return joined
