@@ -22,13 +22,10 @@ def ball_sizes(points: Tensor, neighbours: int, screening: bool = False) -> Tens
     for top, a in enumerate(parts):
         for left in range(top + 1, len(parts)):
             block = Block(a, parts[left], space)
-            rows, columns = block.rows(best[top][:, -1]), block.columns(best[left][:, -1])
-            near = (block.bounds(rows) <= best[top][rows, -1:]).nonzero()
-            pairs = torch.stack([rows[near[:, 0]], near[:, 1]], dim=1)
-            best[top] = _merged(best[top], pairs[:, 0], block.distances(pairs))
-            near = (block.bounds(columns=columns) <= best[left][columns, -1]).nonzero()
-            pairs = torch.stack([near[:, 0], columns[near[:, 1]]], dim=1)
-            best[left] = _merged(best[left], pairs[:, 1], block.distances(pairs))
+            pairs = block.near(best[top][:, -1], best[left][:, -1])
+            found = block.distances(pairs)
+            best[top] = _merged(best[top], pairs[:, 0], found)
+            best[left] = _merged(best[left], pairs[:, 1], found)
     return torch.cat([part[:, -1] for part in best])
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 _CHUNK = 1024  # rows that are worked on at a time: 8 MiB at 2048 features
 _PAIRS = 64  # pairs of rows that are worked on at a time: they stay in the cache
+_GROUP = 64  # values that are first compared by their least
 _ROUNDING = 2.0**-12
 _LARGEST = 127
 _RATIO = 2.0**-6  # r; the same for all points, so that errors of two points add up
@@ -98,7 +99,9 @@ class Space:
 
     def sums(self, known: Tensor, products: Tensor, factor: float) -> Tensor:
         """known (n, 1) or (m,) + factor products (n, m)."""
-        return torch.add(known, products, alpha=factor, out=self._sums[: products.numel()].view(products.shape))
+        out = self._sums[: products.numel()].view(products.shape)
+        numbers = products if products.is_floating_point() else out.copy_(products)  # one pass for both is slower
+        return torch.add(known, numbers, alpha=factor, out=out)
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -138,6 +141,13 @@ class Block:
         left, right = 2 * (self.a.squares - self.left), 2 * (self.b.squares - self.right)
         return lower + left[rows, None] + right[columns]
 
+    def near(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Pairs (P, 2), by row, with a bound <= the limit of their row (n,) or of their column (m,)."""
+        of_rows = _beneath(self.space.sums(self.right, self.products, self.factor), rows - self.left)
+        of_columns = _beneath(self.space.sums(self.right - columns, self.products, self.factor), -self.left)
+        places = torch.cat([of_rows, of_columns]).unique()
+        return torch.stack([places // len(self.b), places % len(self.b)], dim=1)
+
     def rows(self, limit: Tensor | float, offset: Tensor | None = None) -> Tensor:
         """Rows r that have a bound with bound + offset (m,) <= limit (n,), found without comparing all bounds."""
         right = self.right if offset is None else self.right + offset
@@ -156,5 +166,16 @@ class Block:
             rows, columns = pairs.unbind(dim=1)
             return self.left[rows] + self.right[columns] - 2 * self.products[rows, columns]
         a, b = self.a.exact, self.b.exact
-        chunks = [(a[some[:, 0]] - b[some[:, 1]]).square_().sum(dim=1) for some in pairs.split(_PAIRS)]
+        parts = zip(pairs[:, 0].split(_PAIRS), pairs[:, 1].split(_PAIRS), strict=True)
+        chunks = [(a.index_select(0, i) - b.index_select(0, j)).square_().sum(dim=1) for i, j in parts]
         return torch.cat(chunks) if chunks else a.new_empty(0)
+
+
+def _beneath(values: Tensor, limits: Tensor) -> Tensor:
+    """Places i m + j of values (n, m) that are <= the limit of their row (n,): few, so groups of them come first."""
+    count = _GROUP if values.shape[1] % _GROUP == 0 else values.shape[1]
+    groups = values.view(-1, count)
+    limits = limits.repeat_interleave(len(groups) // len(limits))
+    some = (groups.amin(dim=1) <= limits).nonzero()[:, 0]
+    near = (groups.index_select(0, some) <= limits[some, None]).nonzero()
+    return some[near[:, 0]] * count + near[:, 1]
