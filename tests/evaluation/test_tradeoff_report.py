@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from ldmlab.app import cli
 from ldmlab.errors import InputError
 from ldmlab.evaluation.equal_budgets import equal_budget, merged, score_after
-from ldmlab.evaluation.line_chart import line_chart, log_ticks
+from ldmlab.evaluation.line_chart import COLOURS, line_chart, log_ticks
 from ldmlab.evaluation.trade_curves import RECORD, Value, by_factor, read_job, trained_seconds
 from ldmlab.evaluation.tradeoff import SAMPLING, TRAINING, write_tradeoff
 
@@ -172,6 +173,17 @@ def test_a_score_between_two_points_lies_on_a_logarithmic_line() -> None:
     assert score_after(curve, 100.5) == 4.0  # a budget is paid in whole steps
     assert score_after(curve, 110.0) is None
     assert score_after(curve, 0.5) is None
+
+
+def test_a_factor_has_one_colour_on_every_chart() -> None:
+    line = [(1.0, 2.0), (2.0, 1.0)]
+    reserved = {"f1": COLOURS[0], "f8": COLOURS[3]}
+    for names in (["f1", "other", "f8"], ["f8", "f1"], ["other", "f8"]):
+        chart = line_chart(dict.fromkeys(names, line), title="", reserved=reserved)
+        shown = dict(re.findall(r'background:(#\w+)"></i>(\w+)<', chart))
+        found = {name: colour for colour, name in shown.items()}
+        assert len(found) == len(names)
+        assert all(found[name] == colour for name, colour in reserved.items() if name in names)
 
 
 def test_a_logarithmic_axis_gives_equal_ratios_equal_room() -> None:

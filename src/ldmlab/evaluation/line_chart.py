@@ -36,8 +36,18 @@ class _Span:
         return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
 
 
-def line_chart(series: Mapping[str, Points], *, title: str, x_title: str = "step", log_x: bool = False) -> str:
-    """One chart with a line a name; a long noisy line is drawn pale with its running mean on top."""
+def line_chart(
+    series: Mapping[str, Points],
+    *,
+    title: str,
+    x_title: str = "step",
+    log_x: bool = False,
+    reserved: Mapping[str, str] | None = None,
+) -> str:
+    """One chart with a line a name; a long noisy line is drawn pale with its running mean on top.
+
+    `reserved`: colours of names that look the same on every chart of a page.
+    """
     lines = {name: [point for point in points if all(map(math.isfinite, point))] for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
@@ -49,14 +59,15 @@ def line_chart(series: Mapping[str, Points], *, title: str, x_title: str = "step
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}" class="chart">',
         *_axis(across, up, x_title),
     ]
-    for number, points in enumerate(lines.values()):
-        colour, smooth = COLOURS[number % len(COLOURS)], _smoothed(points)
+    colours = _colours(list(lines), reserved or {})
+    for name, points in lines.items():
+        colour, smooth = colours[name], _smoothed(points)
         for line, opacity, width in ((points, 0.25 if smooth else 1.0, 1.0 if smooth else 1.8), (smooth, 1.0, 1.8)):
             place = [(across.at(x), up.at(y)) for x, y in _thinned(line)]
             parts.append(_path(place, colour, opacity, width) if len(place) > 1 else "")
             parts.append(_dots(place, colour) if len(place) <= _DOTTED else "")
     parts.append("</svg>")
-    return f"<figure><figcaption>{escape(title)}{_legend(list(lines))}</figcaption>{''.join(parts)}</figure>"
+    return f"<figure><figcaption>{escape(title)}{_legend(colours)}</figcaption>{''.join(parts)}</figure>"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -141,11 +152,17 @@ def _smoothed(points: Points) -> list[tuple[float, float]]:
     return found
 
 
-def _legend(names: Sequence[str]) -> str:
-    if len(names) < 2:
+def _colours(names: Sequence[str], reserved: Mapping[str, str]) -> dict[str, str]:
+    """A colour a name: its own where one is reserved, else the next that no reserved name here has."""
+    taken = {reserved[name] for name in names if name in reserved}
+    free = [colour for colour in COLOURS if colour not in taken] or list(COLOURS)
+    others = [name for name in names if name not in reserved]
+    own = {name: free[number % len(free)] for number, name in enumerate(others)}
+    return {name: reserved[name] if name in reserved else own[name] for name in names}
+
+
+def _legend(colours: Mapping[str, str]) -> str:
+    if len(colours) < 2:
         return ""
-    entries = (
-        f'<span><i style="background:{COLOURS[n % len(COLOURS)]}"></i>{escape(name)}</span>'
-        for n, name in enumerate(names)
-    )
+    entries = (f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in colours.items())
     return f'<span class="legend">{"".join(entries)}</span>'

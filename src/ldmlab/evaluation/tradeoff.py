@@ -10,7 +10,7 @@ from typing import Any
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.evaluation.equal_budgets import EqualBudget, equal_budget, merged
-from ldmlab.evaluation.line_chart import line_chart
+from ldmlab.evaluation.line_chart import COLOURS, line_chart
 from ldmlab.evaluation.report import MEANING
 from ldmlab.evaluation.report_html import page
 from ldmlab.evaluation.score_names import number_text
@@ -35,6 +35,7 @@ SAMPLING: dict[str, Axis] = {
     ),
     "sampler steps": ("steps", lambda _, point: point["sampler_steps"]),
 }
+_COLOURS = {f"f{2**n}": COLOURS[n] for n in range(6)}  # a factor looks the same on every chart
 
 
 def _asked(job: Mapping[str, Any]) -> int:
@@ -179,7 +180,7 @@ def _charts(factors: Sequence[FactorJobs], score: str) -> str:
 
 def _chart(curves: Mapping[str, Curve], title: str, unit: str) -> str:
     points = {label: [(x, value.mean) for x, value in curve] for label, curve in curves.items()}
-    return line_chart(points, title=title, x_title=unit, log_x=True)
+    return line_chart(points, title=title, x_title=unit, log_x=True, reserved=_COLOURS)
 
 
 def _reconstruction(factors: Sequence[FactorJobs], score: str) -> str:
@@ -189,7 +190,8 @@ def _reconstruction(factors: Sequence[FactorJobs], score: str) -> str:
         for f in factors
         if (lost := f.reconstruction(score)) is not None and (final := f.final(score)) is not None
     }
-    return line_chart(points, title=f"{_shown(score)}: generation against reconstruction", x_title="of reconstructions")
+    title = f"{_shown(score)}: generation against reconstruction"
+    return line_chart(points, title=title, x_title="of reconstructions", reserved=_COLOURS)
 
 
 def table(factors: Sequence[FactorJobs]) -> list[tuple[str, ...]]:

@@ -61,7 +61,8 @@ class FeatureSets(Metric):
 
 def next_index(indices: list[Tensor], count: int) -> Tensor:
     """The `count` positions after those already seen."""
-    start = sum(len(seen) for seen in indices)
+    last = next((seen for seen in reversed(indices) if len(seen)), None)
+    start = 0 if last is None else int(last[-1]) + 1
     return torch.arange(start, start + count)
 
 
