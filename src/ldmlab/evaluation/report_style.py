@@ -57,7 +57,7 @@ ul{margin:4px 0 0;padding-left:20px;color:var(--dim)}
 .wide{margin-top:14px}
 .wide img{max-width:100%;border-radius:8px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:18px}
-.charts+table{margin-top:16px}
+.charts+table,table+.charts{margin-top:16px}
 .chart{width:100%;height:auto;display:block}
 .chart text{font-size:10px;fill:var(--dim)}
 .chart .rule{stroke:var(--line);stroke-width:1}
