@@ -14,7 +14,7 @@ from ldmlab.metrics import features
 from ldmlab.metrics.clip_distance import ClipDistance
 from ldmlab.metrics.clip_score import ClipScore
 from ldmlab.metrics.density_coverage import DensityCoverage
-from ldmlab.metrics.frechet import FrechetDistance, SpatialFrechetDistance
+from ldmlab.metrics.frechet import FrechetDistance, SpatialFrechetDistance, add_outer, whole
 
 
 def normal(count: int, width: int, seed: int) -> Tensor:
@@ -43,6 +43,17 @@ def test_spatial_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values == {"sfid": pytest.approx(numpy_frechet(real.double().numpy(), fake.double().numpy()), rel=1e-8)}
     with pytest.raises(InputError, match=r"metric\.sfid\.small_sample=true"):
         fed(SpatialFrechetDistance(), real, fake[:20])
+
+
+def test_outer_products_are_added_in_blocks_of_which_half_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldmlab.metrics.frechet._BLOCK", 8)
+    real, fake = normal(120, 21, 0), 1.3 * normal(90, 21, 1) @ normal(21, 21, 2)
+    values = fed(FrechetDistance(21), real, fake)
+    assert values["fid"] == pytest.approx(numpy_frechet(real.double().numpy(), fake.double().numpy()), rel=1e-8)
+    outer = torch.zeros(21, 21, dtype=torch.float64)
+    add_outer(outer, fake.double())
+    assert torch.allclose(whole(outer), fake.double().T @ fake.double(), rtol=1e-12)
+    assert outer[20, 0] == 0  # which is the work that is spared
 
 
 def test_the_real_width_of_spatial_features() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.evaluation.record import gathered
-from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.metrics.frechet import FrechetDistance, whole
 
 LARGEST_SET = 60_000  # pictures whose features are kept whole: 0.5 GB at 2048 floats; above it only sums are
 
@@ -52,4 +52,4 @@ class Recorder:
 def _sums(metric: FrechetDistance | None) -> dict[str, Tensor]:
     if metric is None:
         return {}
-    return {"count": metric.real_count, "sum": metric.real_sum, "outer": metric.real_outer}
+    return {"count": metric.real_count, "sum": metric.real_sum, "outer": whole(metric.real_outer)}

@@ -17,6 +17,7 @@ from ldmlab.metrics.accumulate import check_features
 from ldmlab.metrics.features import SPATIAL_WIDTH
 
 SMALL_SAMPLE = 2048  # below this many pictures the estimate is biased and marked as such
+_BLOCK = 512  # features whose products are added together; 2048 of them make 10 of 16 blocks
 Sums = tuple[Tensor, ...]  # count (), sum (D,) and outer (D, D) of some features
 Distance = Callable[[Tensor, Tensor], Tensor]  # mean (D,), covariance (D, D) => distance to a fixed Gaussian
 
@@ -70,7 +71,7 @@ class FrechetDistance(Metric):
             rows = features if len(count) == 1 else features[group == number]
             count[number] += len(rows)
             total[number] += rows.sum(dim=0)
-            outer[number].addmm_(rows.T, rows)
+            add_outer(outer[number], rows)
 
     def take_real(self, mean: Tensor, covariance: Tensor, first: bool = True) -> None:
         """Mean (D,) and covariance (D, D) in place of real features, which are not looked at; all processes call it."""
@@ -144,10 +145,22 @@ class SpatialFrechetDistance(FrechetDistance):
         super().update(spatial, real, index)
 
 
+def add_outer(outer: Tensor, rows: Tensor) -> None:
+    """Add x x^T of rows (B, D) to (D, D); beneath the diagonal only parts of it, for it is symmetric."""
+    for first in range(0, len(outer), _BLOCK):
+        some = slice(first, first + _BLOCK)
+        outer[some, first:].addmm_(rows[:, some].T, rows[:, first:])
+
+
+def whole(outer: Tensor) -> Tensor:
+    """Symmetric matrices (..., D, D) from what is on and above their diagonals."""
+    return outer.triu() + outer.triu(1).mT
+
+
 def gaussian(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) with n - 1, from the sums of x and of x x^T."""
+    """Mean (D,) and covariance (D, D) with n - 1, from the sums of x and of x x^T as `add_outer` leaves them."""
     mean = total / count
-    return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
+    return mean, (whole(outer) - count * torch.outer(mean, mean)) / (count - 1)
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> Tensor:
