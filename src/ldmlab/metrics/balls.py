@@ -96,7 +96,7 @@ def _span(points: Tensor) -> Tensor | slice:
 
 def _rows_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
     """Rows that lie in a ball around a column (m,), but for those already known to."""
-    rows = block.rows(0.0, -balls)
+    rows = block.rows(balls)
     rows = rows[~known[rows]]
     if not block.screened or len(rows) == 0:
         return rows
@@ -110,7 +110,7 @@ def _rows_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
 
 def _columns_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
     """Columns that lie in a ball around a row (n,), but for those already known to."""
-    columns = block.columns(0.0, -balls)
+    columns = block.columns(balls)
     columns = columns[~known[columns]]
     if not block.screened or len(columns) == 0:
         return columns

@@ -148,17 +148,15 @@ class Block:
         places = torch.cat([of_rows, of_columns]).unique()
         return torch.stack([places // len(self.b), places % len(self.b)], dim=1)
 
-    def rows(self, limit: Tensor | float, offset: Tensor | None = None) -> Tensor:
-        """Rows r that have a bound with bound + offset (m,) <= limit (n,), found without comparing all bounds."""
-        right = self.right if offset is None else self.right + offset
-        least = self.space.sums(right, self.products, self.factor).amin(dim=1)
-        return (least <= limit - self.left).nonzero()[:, 0]
+    def rows(self, balls: Tensor) -> Tensor:
+        """Rows with a bound <= the ball of its column (m,), found without comparing all bounds."""
+        least = self.space.sums(self.right - balls, self.products, self.factor).amin(dim=1)
+        return (least <= -self.left).nonzero()[:, 0]
 
-    def columns(self, limit: Tensor | float, offset: Tensor | None = None) -> Tensor:
-        """Columns that have a bound with bound + offset (n,) <= limit (m,)."""
-        left = self.left if offset is None else self.left + offset
-        least = self.space.sums(left[:, None], self.products, self.factor).amin(dim=0)
-        return (least <= limit - self.right).nonzero()[:, 0]
+    def columns(self, balls: Tensor) -> Tensor:
+        """Columns with a bound <= the ball of its row (n,)."""
+        least = self.space.sums((self.left - balls)[:, None], self.products, self.factor).amin(dim=0)
+        return (least <= -self.right).nonzero()[:, 0]
 
     def distances(self, pairs: Tensor) -> Tensor:
         """Exactly, of pairs (P, 2)."""
