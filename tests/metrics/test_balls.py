@@ -56,6 +56,18 @@ def test_screening_never_rules_out_what_is_near() -> None:
         assert (upper - lower).mean() < 0.1 * exact.mean()  # and is not empty talk
 
 
+def test_screening_holds_where_features_are_beyond_the_reach_of_8_bits() -> None:
+    points = normal(90, 9, 200) ** 5  # most near 0, some twenty times the root mean square
+    known = Points.of(points, screening=True)
+    assert known.low is not None
+    assert points.abs().max() > 128 * known.low.scale  # and is cut
+    block = Block(known, known, Space(90, known))
+    exact = torch.cdist(points.double(), points.double()).square()
+    assert (block.bounds().double() <= exact).all()
+    assert (block.upper_bounds(block.bounds()).double() >= exact).all()
+    assert torch.allclose(ball_sizes(points, 3, screening=True), ball_sizes(points, 3), rtol=1e-4)
+
+
 def test_twins_are_at_no_distance() -> None:
     points = normal(70, 6).repeat(2, 1)
     for screening in (False, True):
