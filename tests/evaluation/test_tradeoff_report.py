@@ -71,6 +71,17 @@ def test_curves_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> Non
     assert [x for x, _ in compute] == [0.25 * 20 + 1, 0.25 * 100 + 1]
 
 
+def test_a_curve_is_of_the_same_seeds_throughout(tmp_path: Path) -> None:
+    jobs = [read_job(_job(tmp_path / f"s{seed}", 4, seed, fid)) for seed, fid in ((0, 3.0), (1, 5.0), (2, 7.0))]
+    jobs[2]["points"] = [point for point in jobs[2]["points"] if point["sampler_steps"] == 100]
+    (factor,) = by_factor(jobs)
+    speed = factor.sampling_curve("fid", SAMPLING["sampler steps"][1])
+    assert [(x, value.mean, value.seeds) for x, value in speed] == [(20, 5.0, 2), (100, 4.0, 2)]
+    final = factor.final("fid")
+    assert final is not None
+    assert (final.mean, final.seeds) == (5.0, 3)
+
+
 def test_guided_sampling_counts_the_network_twice(tmp_path: Path) -> None:
     job = _job(tmp_path / "a", 1, 0, 3.0, protocol={"name": "tradeoff", "guidance": 3.0})
     (factor,) = by_factor([read_job(job)])

@@ -117,13 +117,20 @@ class FactorJobs:
         wanted: Callable[[Mapping[str, Any]], bool],
         order: str,
     ) -> Curve:
-        at: dict[int, list[tuple[float | None, float]]] = defaultdict(list)
-        for job in self.jobs:
-            for point in job["points"]:
-                if wanted(point) and score in point["scores"]:
-                    at[point[order]].append((x(job, point), point["scores"][score]["value"]))
+        """Means over the seeds that have every point of the curve; over those at hand where none has."""
+        runs = [
+            {
+                p[order]: (x(job, p), p["scores"][score]["value"])
+                for p in job["points"]
+                if wanted(p) and score in p["scores"]
+            }
+            for job in self.jobs
+        ]
+        everywhere = sorted(set().union(*runs))
+        whole = [run for run in runs if len(run) == len(everywhere)] or runs
         curve = []
-        for _, seen in sorted(at.items()):
+        for at in everywhere:
+            seen = [run[at] for run in whole if at in run]
             places = [place for place, _ in seen if place is not None]
             if places:
                 curve.append((mean(places), Value.of([value for _, value in seen])))
