@@ -177,6 +177,14 @@ def test_factors_are_compared_at_the_compute_that_all_reached(tmp_path: Path) ->
     assert "at equal training compute (10,000 1e15 FLOPs), best first: f4 3.000, f1 9.000." in text
 
 
+def test_each_seed_counts_once_where_runs_of_two_lengths_meet(tmp_path: Path) -> None:
+    jobs = [_job(tmp_path / f"steps{seed}", 4, seed, fid) for seed, fid in ((0, 3.0), (1, 5.0))]
+    jobs += [_job(tmp_path / "compute", 4, 0, 10.0, budget="compute", max_steps=20)]
+    factors = [factor for job in (jobs[:2], jobs[2:]) for factor in by_factor([read_job(folder) for folder in job])]
+    curve = dict(merged(factors, "fid", TRAINING["training steps"][1])["f4"])
+    assert (curve[10].mean, curve[10].seeds) == (6.0, 3)
+
+
 def test_a_score_between_two_points_lies_on_a_logarithmic_line() -> None:
     curve = [(1.0, Value(8.0, None, 1)), (100.0, Value(4.0, None, 1))]
     assert score_after(curve, 10.0) == pytest.approx(6.0)

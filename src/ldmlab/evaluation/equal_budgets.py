@@ -25,7 +25,10 @@ class EqualBudget:
 
 
 def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
-    """One curve a factor, or a first stage of it where there are several, from runs of every length."""
+    """One curve of means a factor, or a first stage of it where there are several, from runs of every length.
+
+    Where runs of several lengths have a score each seed of each of them counts once.
+    """
     stages: dict[int, set[str]] = defaultdict(set)
     for runs in factors:
         stages[runs.first["downsampling"]].add(runs.first["first_stage"])
@@ -36,9 +39,15 @@ def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
         for at, value in runs.training_curve(score, x):
             points[label][at].append(value)
     return {
-        label: [(at, seen[0] if len(seen) == 1 else Value.of([value.mean for value in seen])) for at, seen in found]
+        label: [(at, _together(seen)) for at, seen in found]
         for label, found in ((label, sorted(places.items())) for label, places in points.items())
     }
+
+
+def _together(values: Sequence[Value]) -> Value:
+    """The mean; its deviation would mix seeds with lengths, so there is none."""
+    seeds = sum(value.seeds for value in values)
+    return Value(sum(value.mean * value.seeds for value in values) / seeds, None, seeds)
 
 
 def equal_budget(factors: Sequence[FactorJobs], score: str, x: X) -> EqualBudget | None:
