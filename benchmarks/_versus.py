@@ -28,7 +28,7 @@ class Benchmark:
 
     title: str
     make: Callable[[str, torch.device], Work]  # name of a variant => one round of it; builds what it needs
-    pictures: int  # a round
+    images: int  # a round
     flops: Callable[[], int]  # of a round: what the networks have to multiply and add
     only: tuple[str, ...] = ()  # options that choose this one where a program has several
     names: tuple[str, ...] = (OURS, OURS_PLAIN, PLAIN, TUNED, TUNED_CONTIGUOUS)
@@ -66,9 +66,9 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     print(f"{benchmark.title}, {_machine(device)}; bfloat16 matrix peak {peak / 1e9:.0f} GFLOP/s")
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in middle.items():
-        memory, rate = _memory(name, benchmark.only) / 2**20, benchmark.pictures / value
+        memory, rate = _memory(name, benchmark.only) / 2**20, benchmark.images / value
         share = f"{flops / value / peak:.0%} of the peak"
-        print(f"{name:45s} {value * 1e3:9.1f} ms  {rate:7.2f} pictures/s  {memory:6.0f} MiB  {share}", flush=True)
+        print(f"{name:45s} {value * 1e3:9.1f} ms  {rate:7.2f} images/s  {memory:6.0f} MiB  {share}", flush=True)
     tuned = min((name for name in names if name.startswith((TUNED, TUNED_CONTIGUOUS))), key=middle.__getitem__)
     best = min((name for name in names if name.startswith(OURS)), key=middle.__getitem__)
     print(f"{best} is {_ratio(seconds, PLAIN, best):.2f} times as fast as {PLAIN} (float32 too:", end=" ")

@@ -1,4 +1,4 @@
-"""Encoding and decoding pictures, our KL autoencoder against diffusers' AutoencoderKL of the same shape.
+"""Encoding and decoding images, our KL autoencoder against diffusers' AutoencoderKL of the same shape.
 
     python benchmarks/autoencoder.py [--rounds 5] [--channels 128] [--size 128] [--batch 1] [--compile]
 
@@ -68,7 +68,7 @@ def flops(direction: str, args: argparse.Namespace) -> int:
 def main() -> None:
     parser = _versus.parser(__doc__, rounds=5)
     parser.add_argument("--channels", type=int, default=128, help="width of the finest level")
-    parser.add_argument("--size", type=int, default=128, help="of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=128, help="of the images, pixels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--direction", choices=("encode", "decode"), action="append", help="default: both")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""From features to all scores, and from pictures to features, ours beside torch-fidelity's.
+"""From features to all scores, and from images to features, ours beside torch-fidelity's.
 
-    python benchmarks/metrics.py                     10,000 pictures a side; --count 50000 takes half an hour on a core
+    python benchmarks/metrics.py                     10,000 images a side; --count 50000 takes half an hour on a core
 
 Seconds are those of the processor, which other jobs disturb little; each program runs in a process of its own, so that
 the peak of memory is its own: features and what is made of them, without what importing took.
@@ -82,9 +82,9 @@ def extractors(folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
     return {"ours": Inception2015(weights), "torch-fidelity": torch.inference_mode()(theirs.eval())}
 
 
-def extraction(pictures: int, rounds: int) -> None:
-    """Pictures of 256 px to features and logits, in turns."""
-    batch = torch.randint(0, 256, (pictures, 3, 256, 256), dtype=torch.uint8)
+def extraction(images: int, rounds: int) -> None:
+    """Images of 256 px to features and logits, in turns."""
+    batch = torch.randint(0, 256, (images, 3, 256, 256), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
         work = extractors(Path(folder))
         seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -95,7 +95,7 @@ def extraction(pictures: int, rounds: int) -> None:
                 if i:
                     seconds[name].append(time.process_time() - start)
     for name, taken in seconds.items():
-        print(f"{name:20s} {pictures / statistics.median(taken):7.1f} pictures of 256 px a second to features")
+        print(f"{name:20s} {images / statistics.median(taken):7.1f} images of 256 px a second to features")
     ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["torch-fidelity"], strict=True))
     print(f"ours is {ratio:.2f} times as fast")
 
@@ -119,13 +119,13 @@ def measured(program: str, count: int, width: int, threads: int, answer: Any) ->
 def main() -> None:
     """All programs, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000, help="pictures a side")
-    parser.add_argument("--width", type=int, default=2048, help="features a picture")
+    parser.add_argument("--count", type=int, default=10_000, help="images a side")
+    parser.add_argument("--width", type=int, default=2048, help="features an image")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--pictures", type=int, default=16, help="pictures a round to features; 0: not measured")
+    parser.add_argument("--images", type=int, default=16, help="images a round to features; 0: not measured")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{arguments.count} pictures a side, {arguments.width} features, {arguments.threads} threads")
+    print(f"{arguments.count} images a side, {arguments.width} features, {arguments.threads} threads")
     context, seconds = multiprocessing.get_context("spawn"), {}
     for program in PROGRAMS:
         answer = context.SimpleQueue()
@@ -136,8 +136,8 @@ def main() -> None:
         seconds[program] = answer.get()
     for program in ("ours", "ours, screened"):
         print(f"{program} is {seconds['torch-fidelity'] / seconds[program]:.2f} times as fast as torch-fidelity")
-    if arguments.pictures:
-        extraction(arguments.pictures, rounds=3)
+    if arguments.images:
+        extraction(arguments.images, rounds=3)
 
 
 if __name__ == "__main__":

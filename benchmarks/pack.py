@@ -1,6 +1,6 @@
-"""`ldmlab pack` on one core and on all: pictures per second, and how much of cores x one-core rate is kept.
+"""`ldmlab pack` on one core and on all: images per second, and how much of cores x one-core rate is kept.
 
-python benchmarks/pack.py [--pictures 3000] [--workers N]       goal: at least 0.90
+python benchmarks/pack.py [--images 3000] [--workers N]       goal: at least 0.90
 """
 
 import argparse
@@ -20,7 +20,7 @@ from ldmlab.data.sources import Source, list_source
 from ldmlab.data.transforms import Transform
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEG files of 640 x 480 with smooth and rough parts, as photographs have."""
     random = np.random.default_rng(0)
     for number in range(count):
@@ -42,7 +42,7 @@ def cores(count: int) -> Iterator[None]:
 
 
 def rates(source: Source, out: Path, workers: int) -> tuple[float, float]:
-    """Pictures per second, from the call to the last manifest, and per second of processor time of all processes."""
+    """Images per second, from the call to the last manifest, and per second of processor time of all processes."""
     start, spent = time.perf_counter(), processor_seconds()
     with cores(workers):
         pack(source, out, PackOptions(Transform(256)), workers=workers)
@@ -59,22 +59,22 @@ def processor_seconds() -> float:
 def main() -> None:
     """Rounds of one core and all cores in turn; the best of each counts, since other jobs only slow down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        pictures.mkdir()
-        make_pictures(pictures, args.pictures)
-        source = list_source(pictures)
+        images = Path(folder) / "images"
+        images.mkdir()
+        make_images(images, args.images)
+        source = list_source(images)
         one, many = (0.0, 0.0), (0.0, 0.0)
         for number in range(args.rounds):
             one = max(one, rates(source, Path(folder) / f"one-{number}", 1))
             many = max(many, rates(source, Path(folder) / f"many-{number}", args.workers))
-    print(f"one core {one[0]:.1f} pictures/s, {args.workers} cores {many[0]:.1f} pictures/s")
+    print(f"one core {one[0]:.1f} images/s, {args.workers} cores {many[0]:.1f} images/s")
     print(f"kept {many[0] / (args.workers * one[0]):.2f} of {args.workers} x the one-core rate (goal 0.90)")
-    print(f"a picture's processor time on one core is {many[1] / one[1]:.2f} of that on {args.workers}")
+    print(f"an image's processor time on one core is {many[1] / one[1]:.2f} of that on {args.workers}")
 
 
 if __name__ == "__main__":

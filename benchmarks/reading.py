@@ -1,6 +1,6 @@
 """How fast shards are read: python benchmarks/reading.py [--images FOLDER] [--size 64] [--seconds 4].
 
-Prints pictures per second for image shards (decoded anew, and kept decoded) and for latent shards made from them with
+Prints images per second for image shards (decoded anew, and kept decoded) and for latent shards made from them with
 a toy encoder, with 0, 1 and 2 workers; "per core" counts processor time, whatever else the machine does; memory is the
 proportional share of the main process and its workers. Then the start of a data set of a million samples.
 """
@@ -36,15 +36,15 @@ def memory_mib(loader_iterator: Any) -> float:
 
 
 def measure(loader: DataLoader[Any], skip: int, seconds: float) -> tuple[float, float, float]:
-    """Pictures per second, pictures per second of this process on a core, and MiB; after `skip` batches."""
+    """Images per second, images per second of this process on a core, and MiB; after `skip` batches."""
     batches = iter(loader)
     for _ in islice(batches, skip):
         pass
-    start, core, pictures = time.perf_counter(), time.process_time(), 0
+    start, core, images = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
-        pictures += len(next(batches)["key"])
+        images += len(next(batches)["key"])
     took, core = time.perf_counter() - start, time.process_time() - core
-    return pictures / took, pictures / core, memory_mib(batches)
+    return images / took, images / core, memory_mib(batches)
 
 
 def toy_moments(images: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def timed(work: Any) -> float:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="data/emoji-256/train", help="folder of image shards")
-    parser.add_argument("--size", type=int, default=64, help="px the pictures are read at")
+    parser.add_argument("--size", type=int, default=64, help="px the images are read at")
     parser.add_argument("--seconds", type=float, default=4.0, help="measured per row")
     return parser.parse_args()
 
@@ -95,9 +95,9 @@ def main() -> None:
         settings = LatentSettings("toy", latent_channels=4, downsampling=4, image_size=chosen.size)
         took = timed(lambda: encode(chosen.images, Path(scratch) / "train", toy_moments, settings))
         total = read_manifest(chosen.images).total
-        print(f"{total} pictures of {chosen.images} at {chosen.size} px, batches of {BATCH}")
-        print(f"encode with a toy encoder, both views: {total / took:.0f} pictures/s")
-        print(f"{'reads':28}{'workers':>8}{'pictures/s':>12}{'per core':>10}{'MiB':>8}")
+        print(f"{total} images of {chosen.images} at {chosen.size} px, batches of {BATCH}")
+        print(f"encode with a toy encoder, both views: {total / took:.0f} images/s")
+        print(f"{'reads':28}{'workers':>8}{'images/s':>12}{'per core':>10}{'MiB':>8}")
         images = ShardData(chosen.images, chosen.images, chosen.size, flip=True)
         rows = {
             "image shards": images,

@@ -15,27 +15,27 @@ from PIL import Image, ImageFilter
 
 from ldmlab.app import cli
 
-PICTURE_PX = 256
-PICTURES = 16  # of each kind a run keeps
+IMAGE_PX = 256
+IMAGES = 16  # of each kind a run keeps
 LIMITS = (30.0, 5.0)  # seconds and MB that a page may take
 
 
-def picture(path: Path, seed: int) -> None:
+def write_image(path: Path, seed: int) -> None:
     """Smooth colours with a little grain, so that it packs like a photograph and not like a drawing."""
     numbers = np.random.default_rng(seed)
     coarse = Image.fromarray(numbers.integers(0, 256, (12, 12, 3), dtype=np.uint8))
-    image = coarse.resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BICUBIC).filter(ImageFilter.SMOOTH)
-    grain = numbers.normal(0, 4, (PICTURE_PX, PICTURE_PX, 1))
+    image = coarse.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC).filter(ImageFilter.SMOOTH)
+    grain = numbers.normal(0, 4, (IMAGE_PX, IMAGE_PX, 1))
     Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8)).save(path)
 
 
-def pictures(folder: Path, kind: str, seed: int) -> list[dict[str, Any]]:
+def write_images(folder: Path, kind: str, seed: int) -> list[dict[str, Any]]:
     """Files of one kind and what metrics.json says of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{kind}_{number:05d}.png" for number in range(PICTURES)]
+    names = [f"{kind}_{number:05d}.png" for number in range(IMAGES)]
     for number, name in enumerate(names):
-        picture(folder / name, seed * PICTURES + number)
-    return [{"file": f"pictures/{name}", "caption": f"picture {name}"} for name in names]
+        write_image(folder / name, seed * IMAGES + number)
+    return [{"file": f"images/{name}", "caption": f"image {name}"} for name in names]
 
 
 def scores(seed: int) -> dict[str, Any]:
@@ -52,20 +52,20 @@ def scores(seed: int) -> dict[str, Any]:
 
 def evaluation(folder: Path, seed: int) -> Path:
     """What evaluate.py writes."""
-    drawn = pictures(folder / "pictures", "sample", seed)
-    real = pictures(folder / "pictures", "real", seed + 10_000)
+    drawn = write_images(folder / "images", "sample", seed)
+    real = write_images(folder / "images", "real", seed + 10_000)
     record = {
         "format_version": 1,
         "scores": scores(seed),
-        "pictures": {"samples": drawn, "real": real},
+        "images": {"samples": drawn, "real": real},
         "protocol": {"name": "benchmark", "reference": "val", "samples": 1000, "metrics": {}},
         "sampling": {
             **{"steps": 50, "guidance": 1.0, "eta": 0.0, "seed": 0, "size": "256x256", "sampler": "ddim"},
             **{
                 "spacing": "official",
-                "pictures": 1000,
+                "images": 1000,
                 "conditions": "none",
-                "pictures_per_second": 10.0,
+                "images_per_second": 10.0,
                 "processes": 1,
                 "hardware": "CPU",
             },
@@ -78,7 +78,7 @@ def evaluation(folder: Path, seed: int) -> Path:
             "guides": {},
         },
         "reference": {
-            **{"folder": "data/val", "split": "val", "pictures": 1000, "manifest_hash": "0" * 64, "image_size": 256},
+            **{"folder": "data/val", "split": "val", "images": 1000, "manifest_hash": "0" * 64, "image_size": 256},
             **{"transform": {"size": 256, "rule": "centre"}, "task": None, "source": "benchmark", "kept": False},
         },
         "features": {"name": "benchmark", "weights_hash": "0" * 16, "width": 128},
@@ -94,8 +94,8 @@ def job(folder: Path, seed: int) -> Path:
     factor, steps = 2 ** (seed % 6), 10_000
     first_stage = folder.parent / f"first_stage-{factor}"
     if not first_stage.exists():
-        pictures(first_stage / "evaluation" / "tradeoff-0" / "pictures", "rebuilt", 20_000 + factor)
-    pictures(folder / "evaluation" / f"step_{steps:08d}-100-0" / "pictures", "sample", seed)
+        write_images(first_stage / "evaluation" / "tradeoff-0" / "images", "rebuilt", 20_000 + factor)
+    write_images(folder / "evaluation" / f"step_{steps:08d}-100-0" / "images", "sample", seed)
 
     def point(step: int, sampler_steps: int) -> dict[str, Any]:
         told = {"step": step, "sampler_steps": sampler_steps, "seconds": 0.1 * step, "flops": step * 10**12 // factor}
@@ -104,12 +104,12 @@ def job(folder: Path, seed: int) -> Path:
     training = [point(step, 100) for step in range(2_000, steps + 1, 2_000)]
     record = {
         **{"format_version": 1, "downsampling": factor, "latent": [4, 256 // factor, 256 // factor], "seed": seed // 6},
-        **{"max_steps": steps, "budget": "steps", "pictures_per_step": 64, "processes": 1, "parameters": 26_000_000},
+        **{"max_steps": steps, "budget": "steps", "images_per_step": 64, "processes": 1, "parameters": 26_000_000},
         **{"forward": 10**10 // factor, "training": 3 * 10**10 // factor, "decoder": 10**10},
         **{"first_stage": str(first_stage), "protocol": {"name": "benchmark", "guidance": 1.0}},
         "points": training + [point(steps, sampler_steps) for sampler_steps in (10, 20, 50, 200)],
         "reconstruction": scores(factor) | {"psnr": {"value": 25.0}},
-        "seconds_per_picture": {str(sampler_steps): 0.01 * sampler_steps for sampler_steps in (10, 20, 50, 100, 200)},
+        "seconds_per_image": {str(sampler_steps): 0.01 * sampler_steps for sampler_steps in (10, 20, 50, 100, 200)},
     }
     (folder / "tradeoff.json").write_text(json.dumps(record))
     return folder

@@ -99,7 +99,7 @@ def main() -> None:
         return (our_work if "ldmlab" in name else their_work)(name, device, args, [noise, given, null])
 
     side = 8 * args.latent
-    title = f"sampling: {args.batch} pictures of {side}x{side}, {args.steps} steps, guidance {GUIDANCE:g}"
+    title = f"sampling: {args.batch} images of {side}x{side}, {args.steps} steps, guidance {GUIDANCE:g}"
     _versus.run(_versus.Benchmark(title, make, args.batch, lambda: flops(args), only=("--steps", "2")), args)
 
 

@@ -1,4 +1,4 @@
-"""Pictures that a test knows all about: coloured rectangles and discs with their boxes, label maps and captions."""
+"""Images that a test knows all about: coloured rectangles and discs with their boxes, label maps and captions."""
 
 import io
 import json
@@ -15,7 +15,7 @@ CLASSES = len(COLOURS) * len(SHAPES)
 
 
 class Scene:
-    """One picture; `segmentation` is 0 on the background and 1 + class_id on an object."""
+    """One image; `segmentation` is 0 on the background and 1 + class_id on an object."""
 
     def __init__(self, number: int, width: int, height: int, objects: int | None = None) -> None:
         drawn = random.Random(number)
@@ -47,14 +47,14 @@ class Scene:
         mask = Image.new("L", self.image.size, 0)
         mask.paste(255, (0, 0, self.image.width // 2, self.image.height // 2))
         fields = {"caption": self.caption, "class_id": len(self.boxes), "boxes": self.boxes}
-        pictures = {"png": self.image, "seg.png": self.labels, "mask.png": mask}
-        return {"json": json.dumps(fields).encode(), **{ending: _png(picture) for ending, picture in pictures.items()}}
+        images = {"png": self.image, "seg.png": self.labels, "mask.png": mask}
+        return {"json": json.dumps(fields).encode(), **{ending: _png(image) for ending, image in images.items()}}
 
 
 def write_scenes(
     folder: Path, count: int, size: tuple[int, int] = (24, 16), objects: list[int] | None = None, per_shard: int = 3
 ) -> None:
-    """Shards of scenes, (width, height) `size`, with their manifest; objects: how many each picture has."""
+    """Shards of scenes, (width, height) `size`, with their manifest; objects: how many each image has."""
     from ldmlab.data.index import index
     from ldmlab.data.tar_samples import END_MARKER, tar_bytes
 
@@ -68,7 +68,7 @@ def write_scenes(
     index([folder], split=folder.name, origin="drawn by a test", licence="none", workers=1)
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmlab.errors import InputError
-from ldmlab.picture_random import picture_random
+from ldmlab.image_random import image_random
 from ldmlab.randomness import integers, normal, philox, uniform
 
 
@@ -32,7 +32,7 @@ def test_philox_gives_the_published_words(counter: tuple[int, ...], key: tuple[i
     assert tuple(int(w) for w in got) == expected
 
 
-def test_numbers_belong_to_the_picture_not_to_the_batch() -> None:
+def test_numbers_belong_to_the_image_not_to_the_batch() -> None:
     index = torch.tensor([5, 2**31 + 7, 0, 123456])
     whole = normal(7, "noise", index, (3, 5, 4))
     for place in range(4):
@@ -70,10 +70,10 @@ def test_integers_cover_their_range_evenly() -> None:
     assert chi_square < 27.9  # 9 degrees of freedom, one in a thousand
 
 
-def test_a_pictures_own_generator_is_a_function_of_seed_epoch_and_key() -> None:
-    draws = {(s, e, k): picture_random(s, e, k).random() for s in (0, 1) for e in (0, 1) for k in ("a", "b")}
+def test_a_images_own_generator_is_a_function_of_seed_epoch_and_key() -> None:
+    draws = {(s, e, k): image_random(s, e, k).random() for s in (0, 1) for e in (0, 1) for k in ("a", "b")}
     assert len(set(draws.values())) == 8
-    assert draws[0, 1, "a"] == picture_random(0, 1, "a").random()
+    assert draws[0, 1, "a"] == image_random(0, 1, "a").random()
 
 
 def test_a_seed_that_is_no_seed_is_refused() -> None:

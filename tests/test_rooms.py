@@ -11,12 +11,13 @@ GROUND = {
     "errors",
     "contracts",
     "randomness",
-    "picture_random",
+    "image_random",
     "averaging",
     "provenance",
     "instantiate",
     "annotations",
     "fetched",
+    "format1",
 }
 MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),

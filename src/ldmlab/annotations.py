@@ -1,6 +1,6 @@
-"""What lies on a picture, cropped and mirrored with it: boxes of objects, and maps of numbers.
+"""What lies on an image, cropped and mirrored with it: boxes of objects, and maps of numbers.
 
-Boxes are {"class_id": int, "box": [x0, y0, x1, y1], ...} with coordinates in [0, 1] of the whole picture; a crop is
+Boxes are {"class_id": int, "box": [x0, y0, x1, y1], ...} with coordinates in [0, 1] of the whole image; a crop is
 such a [x0, y0, x1, y1] too. A box that a crop has cut keeps its full extent, relative to the crop, as `uncut`.
 """
 
@@ -33,7 +33,7 @@ def _four_numbers(box: Any) -> TypeGuard[Sequence[float]]:
 
 
 def area(box: Sequence[float]) -> float:
-    """Share of the picture."""
+    """Share of the image."""
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
@@ -64,7 +64,7 @@ def mirrored_box(box: Sequence[float]) -> Box:
 
 
 def centre_square(width: int, height: int) -> Box:
-    """The crop that takes the largest square in the middle of a picture, at whole pixels."""
+    """The crop that takes the largest square in the middle of an image, at whole pixels."""
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return [left / width, top / height, (left + side) / width, (top + side) / height]

@@ -108,7 +108,7 @@ def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirst
 
 @torch.no_grad()
 def moments_of(first_stage: Any, images: torch.Tensor) -> torch.Tensor:
-    """Pictures uint8 (B, 3, H, W) => moments of their raw latents (B, 2C or C, h, w), float32, on the CPU."""
+    """Images uint8 (B, 3, H, W) => moments of their raw latents (B, 2C or C, h, w), float32, on the CPU."""
     device = next((p.device for p in first_stage.parameters()), images.device)
     return first_stage.encode(to_float(images.to(device))).moments().float().cpu()
 

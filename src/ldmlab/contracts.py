@@ -1,6 +1,6 @@
 """What the parts of ldmlab promise each other: the only types that cross from one room to another.
 
-Shapes: B batch, C latent channels, h w latent height and width, H W picture height and width, L tokens, D width.
+Shapes: B batch, C latent channels, h w latent height and width, H W image height and width, L tokens, D width.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +48,7 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a first stage gives back for a batch of pictures."""
+    """What a first stage gives back for a batch of images."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     penalties: dict[str, Tensor]  # by name (kl | codebook): scalar, mean over the batch
@@ -56,7 +56,7 @@ class Reconstruction:
 
 
 class FirstStage(Protocol):
-    """Pictures to raw latents and back; a `torch.nn.Module`."""
+    """Images to raw latents and back; a `torch.nn.Module`."""
 
     downsampling: int
     latent_channels: int
@@ -148,7 +148,7 @@ class Sampler(Protocol):
 
 
 class Task(Protocol):
-    """What is given and what is asked, derived from a picture."""
+    """What is given and what is asked, derived from an image."""
 
     adds: ClassVar[frozenset[str]]  # batch fields it derives
 
@@ -156,11 +156,11 @@ class Task(Protocol):
     def needs(self) -> frozenset[str]: ...  # stored parts: image (as stored, so latents cannot serve) | mask | ...
 
     @property
-    def held_out(self) -> "Task": ...  # the same for pictures that are compared
+    def held_out(self) -> "Task": ...  # the same for images that are compared
 
     @property
-    def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None: ...  # by KEY.json; None: every picture takes part
+    def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None: ...  # by KEY.json; None: every image takes part
 
-    def give(self, sample: dict[str, Any], random: Any) -> dict[str, Any]: ...  # per picture, in loader workers
+    def give(self, sample: dict[str, Any], random: Any) -> dict[str, Any]: ...  # per image, in loader workers
 
     def finish(self, images: Tensor, batch: dict[str, Any]) -> Tensor: ...  # after decoding

@@ -1,6 +1,6 @@
-"""Random numbers that belong to a picture, not to a batch or a process.
+"""Random numbers that belong to an image, not to a batch or a process.
 
-Every number is a pure function of (seed, purpose, index of the picture, step, element): Philox 4x32 with ten rounds
+Every number is a pure function of (seed, purpose, index of the image, step, element): Philox 4x32 with ten rounds
 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), computed with integer tensors on any device,
 so that splitting the work over batches, processes or devices cannot change a single bit of it.
 """
@@ -38,7 +38,7 @@ def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def _words(seed: int, purpose: str, index: Tensor, step: int, count: int) -> Tensor:
-    """At least `count` words per picture, rounded up to a multiple of four: (B, 4 ceil(count / 4))."""
+    """At least `count` words per image, rounded up to a multiple of four: (B, 4 ceil(count / 4))."""
     if not 0 <= seed < 2**64:
         raise InputError(f"seed={seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
     block = torch.arange((count + 3) // 4, device=index.device)[None, :]
@@ -49,7 +49,7 @@ def _words(seed: int, purpose: str, index: Tensor, step: int, count: int) -> Ten
 
 
 def uniform(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...] = (), step: int = 0) -> Tensor:
-    """Uniform numbers in (0, 1), float64, (B, *shape), for the pictures `index` (B,) int64."""
+    """Uniform numbers in (0, 1), float64, (B, *shape), for the images `index` (B,) int64."""
     count = math.prod(shape)
     words = _words(seed, purpose, index, step, count)[:, :count]
     return ((words.double() + 0.5) / 2**32).reshape(len(index), *shape)

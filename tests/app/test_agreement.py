@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scenes(folder / "train", 12, objects=[2] * 12)
     manifest = folder / "train" / "manifest.json"
     content = json.loads(manifest.read_text())
-    content["fields"].remove("class_id")  # of the whole picture; there is none
+    content["fields"].remove("class_id")  # of the whole image; there is none
     manifest.write_text(json.dumps({**content, "classes": NAMES}))
     return folder
 
@@ -69,7 +69,7 @@ def test_boxes_of_unknown_classes_are_bad_samples(root: Path) -> None:
 
 def test_disagreement_is_refused() -> None:
     layout = {"layout": LayoutTokens(width=8, depth=1, objects=5)}
-    with pytest.raises(InputError, match=r"task\.most=30 boxes a picture are more than conditioner\.layout\.objects=5"):
+    with pytest.raises(InputError, match=r"task\.most=30 boxes an image are more than conditioner\.layout\.objects=5"):
         check_agreement(Layout(16), layout)
     check_agreement(Layout(16, most=5), layout)
     with pytest.raises(InputError, match=r"task\.classes=12, but conditioner\.semantic\.classes=9"):

@@ -47,7 +47,7 @@ def make_run(root: Path, factor: int, seed: int, *, name: str = "sweep", px: int
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "model.yaml").write_text(yaml.safe_dump(spec))
     rows = [f"{step},{PSNR[factor] + seed + step / 10},{step},{400 / step}" for step in (10, 20)]
-    head = "step,held_out/psnr,held_out/latent_min/0,in_training/fid"
+    head = "step,val/psnr,val/latent_min/0,in_training/fid"
     (folder / "metrics.csv").write_text("\n".join([head, *rows]) + "\n")
     (folder / "finished.json").write_text("{}")
     noise = np.random.default_rng(seed).integers(0, 256, (px, px, 3), dtype=np.uint8)
@@ -83,10 +83,10 @@ def test_seeds_of_one_configuration_come_together(sweep: Path) -> None:
     labels = by_configuration(runs)
     assert [re.match(r"f\d+, \d channels, [\d,]+ parameters", label) is not None for label in labels] == [True, True]
     assert [sorted(run.seed for run in members) for members in labels.values()] == [[0, 1], [0, 1]]
-    assert mean_curve(next(iter(labels.values())), "held_out/psnr") == [(10.0, 25.5), (20.0, 26.5)]
+    assert mean_curve(next(iter(labels.values())), "val/psnr") == [(10.0, 25.5), (20.0, 26.5)]
 
 
-def test_the_page_has_every_configuration_chart_and_picture(sweep: Path, tmp_path: Path) -> None:
+def test_the_page_has_every_configuration_chart_and_image(sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "page" / "dashboard.html"
     assert dispatch(["dashboard", str(sweep), "--out", str(out), "--title", "Factors <4>"]) == 0
     page = out.read_text()
@@ -132,14 +132,14 @@ def test_a_view_at_wandb_has_the_same_charts(sweep: Path, monkeypatch: pytest.Mo
     assert (sent[0]["entityName"], sent[0]["projectName"], sent[0]["displayName"]) == ("me", "lab", "Factors")
     spec = json.loads(sent[0]["spec"])["section"]
     sections = {section["name"]: section["panels"] for section in spec["panelBankConfig"]["sections"]}
-    assert sections.keys() == {"First stages", "Newest pictures"}
+    assert sections.keys() == {"First stages", "Newest images"}
     kinds = [(panel["viewType"], panel["config"].get("metrics")) for panel in sections["First stages"]]
     assert kinds == [
-        ("Run History Line Plot", ["held_out/psnr"]), ("Run History Line Plot", ["in_training/fid"]),
+        ("Run History Line Plot", ["val/psnr"]), ("Run History Line Plot", ["in_training/fid"]),
         ("Bar Chart", ["evaluation/fid"]), *[("Scatter Plot", None)] * 3,
     ]  # fmt: skip
     over_factors = [p["config"]["yAxis"] for p in sections["First stages"] if p["viewType"] == "Scatter Plot"]
-    assert over_factors == ["summary:held_out/psnr", "summary:in_training/fid", "summary:evaluation/fid"]
+    assert over_factors == ["summary:val/psnr", "summary:in_training/fid", "summary:evaluation/fid"]
     (runs,) = spec["runSets"]
     assert [key["name"] for key in runs["grouping"]] == ["jobType", "downsampling.value", "first_stage_kind.value"]
     assert "sweep" in json.dumps(runs["filters"])
@@ -171,7 +171,7 @@ def test_a_run_tells_wandb_what_it_is_compared_by_and_the_page_shows_it(
         opened.append({**settings, "given_group": self.group})
 
     monkeypatch.setattr(WandB, "open", opens)
-    for name in ("numbers", "picture"):
+    for name in ("numbers", "image"):
         monkeypatch.setattr(WandB, name, lambda *_: None)
     small = [option for option in SMALL if not option.startswith("logger")]
     options = [*small, *flow.data, *TINY_STAGE, "logger=wandb", f"run.dir={tmp_path / 'run'}", "run.group=factors"]
@@ -183,7 +183,7 @@ def test_a_run_tells_wandb_what_it_is_compared_by_and_the_page_shows_it(
     (record,) = read_runs([tmp_path / "run"])
     assert (record.group, record.step, record.finished) == ("factors", 2, True)
     assert record.fields.items() <= settings.items()
-    assert "held_out/psnr" in dashboard([record])
+    assert "val/psnr" in dashboard([record])
 
 
 def test_a_folder_without_runs_and_a_damaged_one_are_named(tmp_path: Path) -> None:

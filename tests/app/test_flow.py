@@ -1,4 +1,4 @@
-"""A stranger's pictures go from a folder to scored samples by the README's steps alone."""
+"""A stranger's images go from a folder to scored samples by the README's steps alone."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from ldmlab.checkpoints import load_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def test_bad_pictures_are_counted_and_named(flow: Flow) -> None:
+def test_bad_images_are_counted_and_named(flow: Flow) -> None:
     manifests = [json.loads((flow.packed / split / "manifest.json").read_text()) for split in ("train", "val")]
     assert sum(shard["samples"] for m in manifests for shard in m["shards"]) == 64
     told = "".join(path.read_text() for path in flow.packed.rglob("bad.json"))
@@ -43,16 +43,16 @@ def test_noise_levels_and_speed_are_logged(flow: Flow) -> None:
     rows = list(csv.DictReader((flow.root / "model" / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2"]
     assert any(name.startswith("loss_by_noise") for name in rows[0])
-    assert {"speed/pictures_per_second", "held_out/loss", "data/skipped"} <= rows[-1].keys()
+    assert {"speed/images_per_second", "val/loss", "data/skipped"} <= rows[-1].keys()
 
 
-def test_sample_writes_pictures_with_their_settings(flow: Flow) -> None:
+def test_sample_writes_images_with_their_settings(flow: Flow) -> None:
     out = flow.root / "samples"
     words = ["red circle", "синий квадрат", "--steps", "2", "--guidance", "2", "--size", "16x32", "--out", str(out)]
     assert cli.dispatch(["sample", str(flow.root / "model"), *words, "--device", "cpu"]) == 0
-    picture = Image.open(out / "000001.png")
-    assert picture.size == (32, 16)
-    assert "синий квадрат" in "".join(str(value) for value in picture.info.values())
+    image = Image.open(out / "000001.png")
+    assert image.size == (32, 16)
+    assert "синий квадрат" in "".join(str(value) for value in image.info.values())
     assert (out / "grid.png").exists()
 
 
@@ -60,16 +60,16 @@ def test_a_run_a_checkpoint_and_an_exported_model_draw_the_same(flow: Flow) -> N
     out = flow.root / "exported"
     assert cli.dispatch(["export", str(flow.root / "model"), str(out)]) == 0
     places = [flow.root / "model", flow.root / "model" / "checkpoints" / "step_00000002.ckpt", out]
-    pictures = [ldmlab.load(p, device="cpu").sample(caption=["red circle"], steps=2, seed=3) for p in places]
-    assert torch.equal(pictures[0], pictures[1])
-    assert torch.equal(pictures[0], pictures[2])
+    images = [ldmlab.load(p, device="cpu").sample(caption=["red circle"], steps=2, seed=3) for p in places]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
 
 
 def test_evaluate_writes_a_page_that_opens_offline(flow: Flow) -> None:
     out = flow.root / "evaluation"
     small = ["protocol.samples=8", "protocol.steps=2", "protocol.neighbours=2", "protocol.metrics.kid.subset_size=4"]
     options = [f"model={flow.root}/model", "features=clip_run", f"features.run={flow.root}/clip", f"out={out}"]
-    evaluate(plain(compose("evaluate", [*options, *small, "protocol=pictures", "device=cpu"])))
+    evaluate(plain(compose("evaluate", [*options, *small, "protocol=images", "device=cpu"])))
     result = json.loads((out / "metrics.json").read_text())
     assert set(result["scores"]) >= {"kid", "precision", "recall"}
     page = (out / "report.html").read_text()
@@ -100,8 +100,8 @@ def test_two_processes_score_a_first_stage_as_one_does(flow: Flow) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     alone, together = (json.loads((out / "metrics.json").read_text()) for out in outs)
-    assert together["reference"]["pictures"] == alone["reference"]["pictures"]
-    assert together["pictures"] == alone["pictures"]
+    assert together["reference"]["images"] == alone["reference"]["images"]
+    assert together["images"] == alone["images"]
     for name, score in alone["scores"].items():
         assert together["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-4, abs=1e-5), name
 

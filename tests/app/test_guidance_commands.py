@@ -1,4 +1,4 @@
-"""From packed pictures to a classifier run and samples guided by it, and what is refused on the way."""
+"""From packed images to a classifier run and samples guided by it, and what is refused on the way."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.app.guidance import build_guides
 from ldmlab.app.wiring import train
 from ldmlab.build import load_classifier
-from ldmlab.evaluation.pictures import read_settings
+from ldmlab.evaluation.images import read_settings
 from refusals import refusal
 
 SMALL = ["trainer.max_steps=3", "trainer.validate_every=3", "trainer.checkpoint_every=3", "trainer.log_every=1"]
@@ -44,15 +44,15 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Red and blue pictures, a denoiser that is told nothing, and a classifier of what it denoises."""
+    """Red and blue images, a denoiser that is told nothing, and a classifier of what it denoises."""
     made = Runs(tmp_path_factory.mktemp("guidance"))
     for number in range(24):
         name, colour = ("blue", (30, 40, 200)) if number % 2 else ("red", (200, 40, 30))
-        folder = made.root / "pictures" / name
+        folder = made.root / "images" / name
         folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(number).integers(-20, 20, (16, 16, 3))
         Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
-    words = [str(made.root / "pictures"), str(made.root / "packed"), "--size", "16", "--val", "0.3", "--workers", "1"]
+    words = [str(made.root / "images"), str(made.root / "packed"), "--size", "16", "--val", "0.3", "--workers", "1"]
     assert cli.dispatch(["pack", *words]) == 0
     made.train("denoiser", "stage=diffusion", "conditioner=none", *TINY_UNET)
     made.train(
@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return made
 
 
-def pictures(folder: Path) -> np.ndarray:
+def images(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)).astype(float) for path in sorted(folder.glob("0*.png"))])
 
 
@@ -73,7 +73,7 @@ def test_samples_of_a_model_that_is_told_nothing_follow_the_classes(runs: Runs, 
     assert {"class_id": "1", "classifier": classifier, "classifier_scale": "30.0", "guidance": "1.0"}.items() <= (
         told.items()
     )
-    guided, swapped = pictures(tmp_path / "guided"), pictures(tmp_path / "swapped")
+    guided, swapped = images(tmp_path / "guided"), images(tmp_path / "swapped")
     redness = [(p[..., 0] - p[..., 2]).mean(axis=(1, 2)) for p in (guided, swapped)]  # class 0 is blue, 1 is red
     assert redness[1][0] > redness[0][0]
     assert redness[0][1] > redness[1][1]
@@ -81,27 +81,27 @@ def test_samples_of_a_model_that_is_told_nothing_follow_the_classes(runs: Runs, 
 
 def test_the_run_logs_its_accuracy_by_noise_level(runs: Runs) -> None:
     text = (runs.root / "classifier" / "metrics.csv").read_text()
-    for name in ("held_out/accuracy", "held_out/accuracy_by_noise/0.00", "accuracy", "loss_by_noise/"):
+    for name in ("val/accuracy", "val/accuracy_by_noise/0.00", "accuracy", "loss_by_noise/"):
         assert name in text.splitlines()[0]
     assert list((runs.root / "classifier" / "checkpoints").glob("best_step_*_accuracy_*.ckpt"))
 
 
-def test_samples_are_pulled_to_a_picture(runs: Runs, tmp_path: Path) -> None:
+def test_samples_are_pulled_to_a_image(runs: Runs, tmp_path: Path) -> None:
     small = tmp_path / "small.png"
     Image.new("RGB", (4, 4), (20, 220, 20)).save(small)
     runs.sample(tmp_path / "free", "--count", "2")
     words = ["--guide", "squared", "--guide-weight", "0.1", "--guide-image", str(small)]
     runs.sample(tmp_path / "guided", "--count", "2", *words)
-    free, guided = (np.abs(pictures(tmp_path / name).mean(axis=(1, 2)) - (20, 220, 20)) for name in ("free", "guided"))
+    free, guided = (np.abs(images(tmp_path / name).mean(axis=(1, 2)) - (20, 220, 20)) for name in ("free", "guided"))
     assert guided.sum() < free.sum()
     told = read_settings(tmp_path / "guided" / "000000.png")
     assert (told["guide"], told["guide_weight"]) == (f"squared to {small}", "0.1")
 
 
 def test_scores_take_the_same_guides(runs: Runs) -> None:
-    picture = runs.root / "pictures" / "red" / "0.png"
-    given = ["protocol=pictures", "model=somewhere", "guidance=[classifier,squared]"]
-    paths = [f"guidance.classifier.run={runs.root}/classifier", f"guidance.squared.picture={picture}"]
+    image = runs.root / "images" / "red" / "0.png"
+    given = ["protocol=images", "model=somewhere", "guidance=[classifier,squared]"]
+    paths = [f"guidance.classifier.run={runs.root}/classifier", f"guidance.squared.image={image}"]
     config = plain(compose("evaluate", [*given, *paths]))
     model = ldmlab.load(runs.root / "denoiser", device="cpu")
     assert model.reads == frozenset()
@@ -126,16 +126,16 @@ def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
         (["0", "--classifier", "CLASSIFIER", "--classifier-scale", "-1"], "classifier scale=-1.0 is no strength"),
         (["0", "--classifier", "DENOISER"], "is a model of kind latent_diffusion, not classifier"),
         (["0", "--classifier-scale", "3"], "--classifier-scale 3.0 does nothing without --classifier"),
-        (["--guide", "squared"], "guide=squared needs a picture to go by"),
+        (["--guide", "squared"], "guide=squared needs an image to go by"),
         (["--guide", "squared", "--guide-image", "nowhere.png"], "nowhere.png cannot be read"),
-        (["--guide", "cubic", "--guide-image", "PICTURE"], "guide=cubic is no distance; choose squared or lpips."),
-        (["--guide-image", "PICTURE"], "does nothing without --guide"),
+        (["--guide", "cubic", "--guide-image", "IMAGE"], "guide=cubic is no distance; choose squared or lpips."),
+        (["--guide-image", "IMAGE"], "does nothing without --guide"),
         (["--classifier", "CLASSIFIER"], "this model is told class_id"),
         (["0", "--classifier", "CLASSIFIER", "--guidance", "3"], "guidance=3.0 needs conditions"),
     ],
 )
 def test_bad_choices_are_refused_before_any_work(runs: Runs, tmp_path: Path, words: list[str], message: str) -> None:
-    known = {"CLASSIFIER": "classifier", "DENOISER": "denoiser", "PICTURE": "pictures/red/0.png"}
+    known = {"CLASSIFIER": "classifier", "DENOISER": "denoiser", "IMAGE": "images/red/0.png"}
     given = [str(runs.root / known[word]) if word in known else word for word in words]
     assert message in refusal(lambda: runs.sample(tmp_path / "out", *given))
     assert not (tmp_path / "out").exists()

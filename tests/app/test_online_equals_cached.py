@@ -1,4 +1,4 @@
-"""A denoiser sees the same latents and the same loss from latent shards and from pictures encoded on the fly."""
+"""A denoiser sees the same latents and the same loss from latent shards and from images encoded on the fly."""
 
 from dataclasses import replace
 from typing import Any

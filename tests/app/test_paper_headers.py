@@ -80,7 +80,7 @@ def test_the_settings_are_those_of_the_paper(name: str) -> None:
 
 
 FACES, SCENES, LAYOUTS, TEXT = (0.0015, 0.0195), (0.0015, 0.0155), (0.0015, 0.0205), (0.00085, 0.012)
-EPOCH, PLACES = 1_281_167, 1_803_460  # pictures of ImageNet and of Places365-Standard
+EPOCH, PLACES = 1_281_167, 1_803_460  # images of ImageNet and of Places365-Standard
 SETTINGS: dict[str, tuple[int, float, int, tuple[float, float], str, float | str]] = {
     # batch, rate, steps, betas, loss, latent scale
     "compression/imagenet_ldm_1": (7, 4.9e-5, 2_000_000, FACES, "l2", "measured"),

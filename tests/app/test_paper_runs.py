@@ -143,14 +143,14 @@ def test_an_experiment_trains_and_serves(name: str, root: Path) -> None:
     run, size = Path(config["run"]["dir"]), config["data"]["image_size"]
     if name in of_stage("autoencoder"):
         loaded = load_first_stage(run)
-        pictures = loaded.module.decode(loaded.module.encode(torch.zeros(1, 3, size, size)).mean)
-        assert pictures.shape == (1, 3, size, size)
-        assert torch.isfinite(pictures).all()
+        images = loaded.module.decode(loaded.module.encode(torch.zeros(1, 3, size, size)).mean)
+        assert images.shape == (1, 3, size, size)
+        assert torch.isfinite(images).all()
     elif name in of_stage("classifier"):
         assert load_classifier(run).spec["kind"] == "classifier"
     else:
         model = ldmlab.load(run)
         trained = config["stage"]["guidance"] > 1 and model.diffusion.guidance_trained
         fields = asked(model.reads, size) or {"count": 1}
-        pictures = model.sample(**fields, steps=2, guidance=config["stage"]["guidance"] if trained else 1.0)
-        assert pictures.shape == (1, size, size, 3)
+        images = model.sample(**fields, steps=2, guidance=config["stage"]["guidance"] if trained else 1.0)
+        assert images.shape == (1, size, size, 3)

@@ -143,7 +143,7 @@ def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_pat
         ("+PLACE.protocol.neighbours=2", r"callbacks\.scores\.protocol\.neighbours=2 is for evaluate\.py alone"),
         (
             "PLACE.protocol.metrics.kid.subset_size=9",
-            r"callbacks\.scores\.protocol\.metrics\.kid\.subset_size=9 is more than the 8 generated pictures at hand",
+            r"callbacks\.scores\.protocol\.metrics\.kid\.subset_size=9 is more than the 8 generated images at hand",
         ),
         ("PLACE.protocol.steps=3", r"steps=3"),
         ("PLACE.precision=float8", r"precision=float8 is no number format"),
@@ -155,7 +155,7 @@ def test_what_cannot_be_scored_is_refused_before_the_first_step(flow: Flow, opti
     assert not list(flow.root.glob("refused/checkpoints"))
 
 
-def test_a_stage_that_makes_no_pictures_is_refused(flow: Flow, tmp_path: Path) -> None:
+def test_a_stage_that_makes_no_images_is_refused(flow: Flow, tmp_path: Path) -> None:
     options = ["experiment=mine/clip", *SMALL, *flow.data, *TINY_CLIP, *scores(flow), f"run.dir={tmp_path / 'run'}"]
-    with pytest.raises(InputError, match="stage=clip makes no pictures to score; use callbacks=default"):
+    with pytest.raises(InputError, match="stage=clip makes no images to score; use callbacks=default"):
         train(plain(compose("train", options)))

@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, recipe: str, out: str, *options: str) -> Path:
-    """The recipe in this process, on few pictures."""
+    """The recipe in this process, on few images."""
     emoji = recipe in ("small/class", "small/variations")
     shards = [EMOJI / "val", EMOJI / "val"] if emoji else [root / "scenes/train", root / "scenes/val"]
     data = [f"data.{split}={folder}" for split, folder in zip(("train", "val"), shards, strict=True)]
@@ -85,8 +85,8 @@ def test_a_task_trains_on_latents_and_by_one_option_on_pixels(root: Path, recipe
     assert model.diffusion.first_stage.downsampling == (1 if choice == "pixels" else 4)
 
 
-def test_a_variation_of_a_picture_of_any_size(root: Path, tmp_path: Path) -> None:
-    """The recipe's model from the command line, two pictures each of two files."""
+def test_a_variation_of_a_image_of_any_size(root: Path, tmp_path: Path) -> None:
+    """The recipe's model from the command line, two images each of two files."""
     told = [f"conditioner.image.from_run={root / 'clip'}", f"from_run={root / 'first_stage'}"]
     folder = run(root, "small/variations", "varied", *told, *NARROW)
     for name, size in (("wide", (50, 30)), ("small", (20, 20))):

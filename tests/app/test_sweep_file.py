@@ -67,13 +67,13 @@ def test_lists_truth_and_nothing_reach_hydra_as_they_were_meant(tmp_path: Path) 
 
 def test_intervals_several_processes_and_a_goal(tmp_path: Path) -> None:
     rate = "optimizer.learning_rate=tag(log,interval(1e-5,1e-3))"
-    options = ["--method", "bayes", "--metric", "held_out/psnr", "--goal", "maximize", "--runs", "20"]
+    options = ["--method", "bayes", "--metric", "val/psnr", "--goal", "maximize", "--runs", "20"]
     sweep = written(tmp_path / "rates.yaml", "stage=autoencoder", rate, *options, "--processes", "8")
     assert sweep["parameters"] == {
         "optimizer.learning_rate": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3}
     }
     assert (sweep["method"], sweep["run_cap"]) == ("bayes", 20)
-    assert sweep["metric"] == {"name": "held_out/psnr", "goal": "maximize"}
+    assert sweep["metric"] == {"name": "val/psnr", "goal": "maximize"}
     for line in command_lines(sweep):
         assert line[1:5] == ["python", "-m", "torch.distributed.run", "--nproc-per-node=8"]
         assert plain(compose("train", line[6:]))["optimizer"]["learning_rate"] in (1e-5, 1e-3)

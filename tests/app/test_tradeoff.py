@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from strange_pictures import make_folder
+from strange_images import make_folder
 from walk import TINY_CLIP
 
 import ldmlab.app.all_stages as all_stages
@@ -41,11 +41,11 @@ def _config(*options: str, recipe: str = "emoji") -> dict:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stranger's pictures as shards."""
+    """A stranger's images as shards."""
     root = tmp_path_factory.mktemp("tradeoff")
-    make_folder(root / "pictures")
+    make_folder(root / "images")
     options = ["--size", "16", "--val", "0.2", "--stratify", "kind", "--workers", "1", "--max-bad", "0.1"]
-    assert cli.dispatch(["pack", str(root / "pictures"), str(root / "packed"), *options]) == 0
+    assert cli.dispatch(["pack", str(root / "images"), str(root / "packed"), *options]) == 0
     return root
 
 
@@ -86,7 +86,7 @@ def test_two_factors_train_once_each_and_stand_in_one_report(packed: Path, monke
     record = json.loads((parts[1].denoiser / "tradeoff.json").read_text())
     assert [(p["step"], p["sampler_steps"]) for p in record["points"]] == [(1, 2), (2, 2), (2, 1)]
     assert record["points"][1]["flops"] == 2 * record["points"][0]["flops"] == 2 * 8 * record["training"]
-    assert record["seconds_per_picture"].keys() == {"1", "2"}
+    assert record["seconds_per_image"].keys() == {"1", "2"}
     assert record["reconstruction"]["psnr"]["value"] > 0
     folders = [str(path) for path in sorted((packed / "runs").glob("tradeoff*"))]
     assert len(folders) == 3
@@ -120,8 +120,8 @@ def test_a_compute_budget_decides_the_steps() -> None:
     steps = {}
     for name in ("f1", "f16"):
         factor = all_stages.Factor(_config(f"first_stage={name}", "stage.compute_budget=0.01"))
-        assert factor.max_steps * factor.pictures_per_step * factor.cost.training <= 0.01e18
-        assert (factor.max_steps + 1) * factor.pictures_per_step * factor.cost.training > 0.01e18
+        assert factor.max_steps * factor.images_per_step * factor.cost.training <= 0.01e18
+        assert (factor.max_steps + 1) * factor.images_per_step * factor.cost.training > 0.01e18
         steps[name] = factor.max_steps
     assert steps["f16"] > 10 * steps["f1"]
     with pytest.raises(InputError, match=r"stage\.compute_budget=1e-09"):
@@ -134,7 +134,7 @@ def test_what_names_a_folder_is_refused(option: str) -> None:
         all_stages.train_all_stages(_config(option))
 
 
-def test_a_key_follows_the_pictures_and_not_their_place() -> None:
+def test_a_key_follows_the_images_and_not_their_place() -> None:
     config = _config()
     data = instantiate(config["data"], where="data", seed=0)
     here = data_content(config["data"], data)

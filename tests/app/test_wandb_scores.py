@@ -77,7 +77,7 @@ def test_a_job_of_the_comparison_sends_its_last_points_by_sampler_steps(run: Run
 
 @pytest.mark.parametrize("logger", [{}, {"csv": None}, {"wandb": {"_target_": "x", "mode": "offline"}}])
 def test_a_run_without_wandb_has_nothing_sent(run: RunFolder, sent: list[Any], logger: dict[str, Any]) -> None:
-    out = evaluation(run.path / "evaluation" / "pictures", 2.5)
+    out = evaluation(run.path / "evaluation" / "images", 2.5)
     (run.path / "config.yaml").write_text(yaml.safe_dump({"stage": {"name": "autoencoder"}, "logger": logger}))
     send_scores(run.path, out)
     (run.path / "config.yaml").unlink()  # a model folder
@@ -88,7 +88,7 @@ def test_a_run_without_wandb_has_nothing_sent(run: RunFolder, sent: list[Any], l
 def test_a_failure_of_wandb_is_a_line_and_no_error(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = evaluation(run.path / "evaluation" / "pictures", 2.5)
+    out = evaluation(run.path / "evaluation" / "images", 2.5)
 
     def refuse(*_: Any) -> None:
         raise OSError("no route to host\nand more")
@@ -103,7 +103,7 @@ def test_a_run_that_is_still_training_is_left_alone(
 ) -> None:
     import fcntl
 
-    out = evaluation(run.path / "evaluation" / "pictures", 2.5)
+    out = evaluation(run.path / "evaluation" / "images", 2.5)
 
     def held(*_: Any) -> None:
         raise OSError("held")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from strange_pictures import make_folder
+from strange_images import make_folder
 
 from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
@@ -23,9 +23,9 @@ class Flow:
     root: Path
 
     @property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         """The stranger's folder."""
-        return self.root / "pictures"
+        return self.root / "images"
 
     @property
     def packed(self) -> Path:
@@ -34,7 +34,7 @@ class Flow:
 
     @property
     def data(self) -> list[str]:
-        """The packed pictures as options."""
+        """The packed images as options."""
         return [f"data.train={self.root}/packed/train", f"data.val={self.root}/packed/val", "data.image_size=16"]
 
     def first_stage(self, *more: str, out: str = "first_stage") -> None:
@@ -62,11 +62,11 @@ def run_training(experiment: str, *options: str) -> None:
 
 
 def walk(root: Path) -> Flow:
-    """Packed pictures, first stage, CLIP, latents and a denoiser."""
+    """Packed images, first stage, CLIP, latents and a denoiser."""
     made = Flow(root)
-    make_folder(made.pictures)
+    make_folder(made.images)
     options = ["--size", "32", "--val", "0.2", "--stratify", "kind", "--workers", "1", "--max-bad", "0.1"]
-    assert cli.dispatch(["pack", str(made.pictures), str(made.packed), *options]) == 0
+    assert cli.dispatch(["pack", str(made.images), str(made.packed), *options]) == 0
     made.first_stage()
     made.clip()
     made.encode()

@@ -201,7 +201,7 @@ def test_conditioning_must_fit() -> None:
 
 @torch.no_grad()
 def test_coordinates_tell_places_apart() -> None:
-    """Of a constant picture every cell is told its own place, the same at every batch size."""
+    """Of a constant image every cell is told its own place, the same at every batch size."""
     found = with_coordinates(torch.zeros(3, 1, 2, 4))
     assert found[:, 0].abs().max() == 0
     assert torch.equal(found[0], found[2])

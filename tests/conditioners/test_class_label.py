@@ -9,7 +9,7 @@ from ldmlab.errors import InputError
 
 
 def no_encode(pixels: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("classes need no pictures")
+    raise AssertionError("classes need no images")
 
 
 @pytest.mark.parametrize(("slot", "shape"), [("tokens", (3, 1, 8)), ("vector", (3, 8))])

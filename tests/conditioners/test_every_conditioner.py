@@ -90,7 +90,7 @@ def test_slot_and_shape(conditioner: Any) -> None:
         assert (given.ndim, given.shape[0], given.shape[2]) == (3, 3, width)
 
 
-def test_it_tells_pictures_apart_and_from_nothing(conditioner: Any) -> None:
+def test_it_tells_images_apart_and_from_nothing(conditioner: Any) -> None:
     batch = make_batch()
     given, null = conditioner(batch, encode), conditioner.null(batch, encode)
     assert not torch.allclose(given[0], given[2])

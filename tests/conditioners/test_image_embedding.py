@@ -1,4 +1,4 @@
-"""Pictures to the tokens of an image tower: open_clip's own numbers on open_clip's own pixels, frozen for good."""
+"""Images to the tokens of an image tower: open_clip's own numbers on open_clip's own pixels, frozen for good."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def no_encode(pixels: Tensor) -> Tensor:
     raise AssertionError("the first stage has no part in this")
 
 
-def pictures(count: int, height: int, width: int) -> Tensor:
+def images(count: int, height: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     coarse = 48 + torch.randint(160, (count, 3, 5, 7), generator=generator).float()  # no resizing passes black or white
     return nn.functional.interpolate(coarse, (height, width), mode="bilinear").to(torch.uint8)
@@ -55,7 +55,7 @@ def tokens(image: ImageEmbedding, given: Any) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (40, 40), (30, 52), (11, 9)])
 def test_the_embedding_is_open_clips_of_its_own_preprocessing(clip: Any, height: int, width: int) -> None:
-    given = pictures(2, height, width)
+    given = images(2, height, width)
     options = {"size": 16, "mean": clip.mean, "std": clip.std, "interpolation": "bicubic", "resize_mode": "shortest"}
     transform = image_transform_v2(PreprocessCfg(**options), is_train=False)
     pixels = torch.stack([transform(Image.fromarray(np.asarray(p.permute(1, 2, 0)))) for p in given])
@@ -71,7 +71,7 @@ def test_the_embedding_is_open_clips_of_its_own_preprocessing(clip: Any, height:
 @torch.no_grad()
 def test_patches_are_the_final_states(clip: Any) -> None:
     seen: list[Tensor] = []
-    given = pictures(3, 16, 16)
+    given = images(3, 16, 16)
     image = made(clip, layer="patches")
     hook = clip.model.visual.transformer.register_forward_hook(lambda module, inputs, out: seen.append(out))
     clip.model.eval().encode_image(image.tower.pixels(given.float() / 127.5 - 1))
@@ -85,13 +85,13 @@ def test_patches_are_the_final_states(clip: Any) -> None:
 def test_nothing_given_is_zeros(clip: Any) -> None:
     for layer, shape in (("embedding", (3, 1, 24)), ("patches", (3, 5, 32))):
         image = made(clip, layer=layer)
-        for batch in ({"reference": pictures(3, 20, 20)}, {"position": torch.arange(3)}):
+        for batch in ({"reference": images(3, 20, 20)}, {"position": torch.arange(3)}):
             assert torch.equal(image.null(batch, no_encode), torch.zeros(shape))
 
 
-def test_pictures_of_different_sizes(clip: Any) -> None:
+def test_images_of_different_sizes(clip: Any) -> None:
     image = made(clip)
-    first, second = pictures(1, 20, 30), pictures(1, 50, 40)
+    first, second = images(1, 20, 30), images(1, 50, 40)
     together = tokens(image, [first[0], second[0]])
     torch.testing.assert_close(together, torch.cat([tokens(image, first), tokens(image, second)]), atol=2e-6, rtol=0)
 
@@ -101,9 +101,9 @@ def test_it_stays_frozen_and_in_float32(clip: Any) -> None:
     nn.Sequential(image).train()
     assert not any(module.training for module in image.modules())
     assert not any(p.requires_grad for p in image.parameters())
-    alone = tokens(image, pictures(2, 16, 16))
+    alone = tokens(image, images(2, 16, 16))
     with torch.autocast("cpu", torch.bfloat16):
-        surrounded = tokens(image, pictures(2, 16, 16))
+        surrounded = tokens(image, images(2, 16, 16))
     assert surrounded.dtype == torch.float32
     assert torch.equal(alone, surrounded)
 
@@ -115,7 +115,7 @@ def test_towers_and_the_node_that_rebuilds_them(config: dict[str, Any], tmp_path
     save_tensors(tmp_path / "clip.safetensors", whole.model.state_dict())
     image = open_clip_image(config=whole.config, weights=str(tmp_path / "clip.safetensors"))
     assert all(name.startswith("tower.visual.") for name in image.state_dict())
-    given = pictures(2, 24, 24)
+    given = images(2, 24, 24)
     again = instantiate(image.node, where="conditioner.image")
     again.load_state_dict(image.state_dict())
     assert torch.equal(tokens(again, given), tokens(image, given))
@@ -134,7 +134,7 @@ def test_a_published_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "drawn.pt"
     torch.save(theirs.state_dict(), file)
     image = open_clip_image(name="ViT-Tiny-Drawn", pretrained=str(file))
-    given = pictures(2, 32, 32)
+    given = images(2, 32, 32)
     expected = theirs.encode_image(image.tower.pixels(given.float() / 127.5 - 1))
     torch.testing.assert_close(tokens(image, given)[:, 0], expected, atol=1e-5, rtol=0)
     again = instantiate(image.node, where="conditioner.image")

@@ -22,10 +22,10 @@ def layout(**changes: Any) -> LayoutTokens:
 
 
 def no_encode(pixels: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("boxes need no pictures")
+    raise AssertionError("boxes need no images")
 
 
-def test_tokens_of_a_picture() -> None:
+def test_tokens_of_a_image() -> None:
     boxes = [box(353, 0, 0, 1, 1), box(7, 0.25, 0.5, 0.75, 0.9)]
     corners = [round(44.5) * 90 + round(22.25), round(80.1) * 90 + round(66.75)]  # 44.5 goes to the even 44
     assert corners == [44 * 90 + 22, 80 * 90 + 67]
@@ -40,8 +40,8 @@ def test_published_length() -> None:
     assert tokens == [EMPTY] * 90 + [0, LAST]
 
 
-def test_a_told_crop_keeps_places_in_the_whole_picture() -> None:
-    """As in the official data code: with crop tokens boxes are counted in the whole picture, without in the crop."""
+def test_a_told_crop_keeps_places_in_the_whole_image() -> None:
+    """As in the official data code: with crop tokens boxes are counted in the whole image, without in the crop."""
     crop, seen = [0.5, 0.0, 1.0, 0.5], [box(1, 0.0, 0.0, 1.0, 1.0)]
     corners = [round(44.5), 44 * 90 + 89]
     assert layout().tokens(seen, crop) == [1, *corners, *[EMPTY] * 6, *corners]

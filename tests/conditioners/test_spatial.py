@@ -1,4 +1,4 @@
-"""Pictures, masks and label maps beside the latent."""
+"""Images, masks and label maps beside the latent."""
 
 import pytest
 import torch
@@ -50,8 +50,8 @@ def test_unknown_labels_are_refused() -> None:
 
 
 def test_low_resolution_is_given_as_it_is() -> None:
-    picture = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
-    given = LowResolution()({"low_resolution": picture}, no_encode)
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    given = LowResolution()({"low_resolution": image}, no_encode)
     torch.testing.assert_close(given.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
 
 
@@ -68,7 +68,7 @@ def test_mask_is_nearest_neighbour() -> None:
 
 
 @pytest.mark.parametrize("hole", [-1.0, 0.0])
-def test_masked_latent_encodes_the_picture_with_holes(hole: float) -> None:
+def test_masked_latent_encodes_the_image_with_holes(hole: float) -> None:
     seen: list[Tensor] = []
 
     def encode(pixels: Tensor) -> Tensor:

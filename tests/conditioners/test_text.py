@@ -26,7 +26,7 @@ LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"
 
 
 def no_encode(pixels: Tensor) -> Tensor:
-    raise AssertionError("text needs no pictures")
+    raise AssertionError("text needs no images")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_manif
 from ldmlab.data.tar_samples import END_MARKER, read_range, tar_bytes
 
 
-def picture(number: int, size: int) -> Image.Image:
+def toy_image(number: int, size: int) -> Image.Image:
     """Noise that belongs to `number`."""
     pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -21,21 +21,21 @@ def picture(number: int, size: int) -> Image.Image:
 
 def webp(number: int, size: int) -> bytes:
     buffer = io.BytesIO()
-    picture(number, size).save(buffer, "webp", lossless=True)
+    toy_image(number, size).save(buffer, "webp", lossless=True)
     return buffer.getvalue()
 
 
 def write_shards(
     folder: Path, counts: list[int], size: int = 8, bad: tuple[int, ...] = (), classes: int = 3, split: str = "train"
 ) -> Manifest:
-    """Shards of `counts` samples; keys 00000, 00001, ...; the pictures numbered in `bad` are cut off."""
+    """Shards of `counts` samples; keys 00000, 00001, ...; the images numbered in `bad` are cut off."""
     folder.mkdir(parents=True, exist_ok=True)
     shards, number = [], 0
     for index, count in enumerate(counts):
         data, offsets = b"", []
         for _ in range(count):
             content = webp(number, size)
-            fields = {"caption": f"picture {number}", "category": f"c{number % classes}", "class_id": number % classes}
+            fields = {"caption": f"image {number}", "category": f"c{number % classes}", "class_id": number % classes}
             offsets.append(len(data))
             data += tar_bytes(f"{number:05}.json", json.dumps(fields).encode())
             data += tar_bytes(f"{number:05}.webp", content[: len(content) // 2] if number in bad else content)

@@ -1,4 +1,4 @@
-"""Published annotations to boxes, classes and captions of packed pictures."""
+"""Published annotations to boxes, classes and captions of packed images."""
 
 import json
 from pathlib import Path
@@ -24,10 +24,10 @@ HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsT
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures of 40 x 20, and annotations of two of them and of one that is not there."""
-    (tmp_path / "pictures").mkdir()
+    """Three images of 40 x 20, and annotations of two of them and of one that is not there."""
+    (tmp_path / "images").mkdir()
     for name in ("01", "02", "03"):
-        Image.new("RGB", (40, 20), (int(name), 0, 0)).save(tmp_path / "pictures" / f"{name}.jpg")
+        Image.new("RGB", (40, 20), (int(name), 0, 0)).save(tmp_path / "images" / f"{name}.jpg")
     images = [{"id": n, "file_name": f"0{n}.jpg", "width": 40, "height": 20} for n in (1, 2, 9)]
     things = [
         {"image_id": 1, "category_id": 18, "bbox": [10, 5, 20, 10], "iscrowd": 0},
@@ -58,8 +58,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def packed(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
-    """KEY.json of every picture by key."""
-    command = ["pack", str(folder / "pictures"), str(folder / "out"), "--crop", "keep", "--workers", "1", *words]
+    """KEY.json of every image by key."""
+    command = ["pack", str(folder / "images"), str(folder / "out"), "--crop", "keep", "--workers", "1", *words]
     assert cli.dispatch(command) == 0
     return {key: json.loads(files["json"]) for key, files in stored_samples(folder / "out" / "train").items()}
 
@@ -122,7 +122,7 @@ def test_what_means_nothing_is_refused(folder: Path) -> None:
     names = {"01", "02"}
     for file, classes, message in [
         ("list.json", None, "has no `images` and `annotations`"),
-        ("far.json", None, "of picture 4, which it does not list"),
+        ("far.json", None, "of image 4, which it does not list"),
         ("gone.json", None, "cannot be read as JSON"),
         ("boxes.csv", None, "give --classes FILE"),
         ("no.csv", "classes.csv", "neither COCO's JSON nor a CSV"),
@@ -131,13 +131,13 @@ def test_what_means_nothing_is_refused(folder: Path) -> None:
     ]:
         table = folder / classes if classes else None
         assert message in refusal(lambda f=file, t=table: read_annotations([folder / f], t, names))  # type: ignore
-    command = ["pack", str(folder / "pictures"), str(folder / "never")]
+    command = ["pack", str(folder / "images"), str(folder / "never")]
     assert "--annotations" in refusal(lambda: cli.dispatch([*command, "--classes", f"{folder}/classes.csv"]))
     assert "is no folder" in refusal(lambda: cli.dispatch([*command, "--label-maps", f"{folder}/none"]))
-    (folder / "pictures" / "01.jpg").rename(folder / "pictures" / "a.jpg")
-    (folder / "pictures" / "02.jpg").rename(folder / "pictures" / "b.jpg")
+    (folder / "images" / "01.jpg").rename(folder / "images" / "a.jpg")
+    (folder / "images" / "02.jpg").rename(folder / "images" / "b.jpg")
     sentence = refusal(lambda: cli.dispatch([*command, "--annotations", f"{folder}/things.json"]))
-    assert "none of them is of a picture in SOURCE" in sentence
+    assert "none of them is of an image in SOURCE" in sentence
 
 
 def test_a_cut_box_keeps_its_extent() -> None:

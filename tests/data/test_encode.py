@@ -22,7 +22,7 @@ SETTINGS = LatentSettings("f" * 64, 3, 2, image_size=8, dtype="float32", first_s
 
 
 def toy_moments(images: Tensor) -> Tensor:
-    """Not equivariant: a mirrored picture has other moments than the mirrored moments."""
+    """Not equivariant: a mirrored image has other moments than the mirrored moments."""
     pixels = images.float() / 127.5 - 1
     ramp = torch.linspace(0.5, 2.0, 8)
     mean = torch.nn.functional.avg_pool2d(pixels * ramp, 2)
@@ -54,7 +54,7 @@ def test_manifest_says_what_the_latents_are(images: Path, tmp_path: Path) -> Non
     assert manifest.latents is not None
     assert manifest.latents["has_logvar"]
     assert manifest.latents["mirrored"]
-    assert manifest.latents["statistics"]["pictures"] == 18
+    assert manifest.latents["statistics"]["images"] == 18
     assert manifest.fields == ["caption", "category", "class_id"]
 
 
@@ -84,11 +84,11 @@ def test_an_unmirrored_cache_refuses_to_flip(images: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"data.image_size=16, but .* encoded at 8"):
         replace(data, image_size=16).train_dataset()
     as_images = replace(data, train=str(tmp_path / "latents" / "train"))
-    with pytest.raises(InputError, match="latents without their pictures"):
+    with pytest.raises(InputError, match="latents without their images"):
         as_images.train_dataset("images")
 
 
-def test_pictures_can_be_carried(images: Path, tmp_path: Path) -> None:
+def test_images_can_be_carried(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path / "latents", settings=replace(SETTINGS, carries_images=True))
     online = ShardData(str(images / "train"), str(images / "val"), 8, workers=0, seed=2)
     carried = replace(online, train=str(tmp_path / "latents" / "train"))
@@ -115,13 +115,13 @@ def test_two_processes_write_what_one_writes(images: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "shared" / "train") == contents(tmp_path / "alone" / "train")
 
 
-def killed_after(pictures: int) -> Callable[[Tensor], Tensor]:
+def killed_after(count: int) -> Callable[[Tensor], Tensor]:
     seen = 0
 
     def moments(images: Tensor) -> Tensor:
         nonlocal seen
         seen += len(images)
-        if seen > pictures:
+        if seen > count:
             raise KeyboardInterrupt
         return toy_moments(images)
 
@@ -131,7 +131,7 @@ def killed_after(pictures: int) -> Callable[[Tensor], Tensor]:
 def test_an_interrupted_encode_continues(images: Path, tmp_path: Path) -> None:
     source, out = images / "train", tmp_path / "latents" / "train"
     with pytest.raises(KeyboardInterrupt):
-        encode(source, out, killed_after(18), SETTINGS, batch_size=3)  # 9 of 18 pictures, two views each
+        encode(source, out, killed_after(18), SETTINGS, batch_size=3)  # 9 of 18 images, two views each
     assert not (out / "manifest.json").exists()
     assert sorted(contents(out)) == ["00000.tar", "00001.tar"]
     data = ShardData(str(source), str(source), 8, latents=str(tmp_path / "latents"))
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused(images: Path, tmp_path: Path) -> None:
         run(images, out, settings=replace(SETTINGS, fingerprint="0"))
     with pytest.raises(InputError, match="dtype=float32 there, float16 now"):
         run(images, out, settings=replace(SETTINGS, dtype="float16"))
-    with pytest.raises(InputError, match="holds latents, not pictures"):
+    with pytest.raises(InputError, match="holds latents, not images"):
         encode(out / "train", tmp_path / "again", toy_moments, SETTINGS)
     with pytest.raises(InputError, match="holds something else than latents"):
         encode(images / "train", images / "val", toy_moments, SETTINGS)
@@ -175,9 +175,9 @@ def test_what_does_not_fit_is_refused(images: Path, tmp_path: Path) -> None:
         replace(SETTINGS, dtype="bfloat16")
 
 
-def test_bad_pictures_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
     write_shards(tmp_path / "images" / "train", [3, 2], bad=(1, 3, 4))
-    with pytest.raises(InputError, match="3 of 5 pictures cannot be read"):
+    with pytest.raises(InputError, match="3 of 5 images cannot be read"):
         run(tmp_path / "images", tmp_path / "latents")
     manifest = run(tmp_path / "images", tmp_path / "latents", max_bad=0.7)
     assert [(shard.name, shard.samples) for shard in manifest.shards] == [("00000.tar", 2)]

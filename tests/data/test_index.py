@@ -75,7 +75,7 @@ def test_folders_long_names_and_other_languages(tmp_path: Path, format: int) -> 
     assert (second["__key__"], sample_fields(second)) == ("über/тыква", {"caption": "тыква"})
 
 
-def test_pictures_of_several_sizes_have_no_size(tmp_path: Path) -> None:
+def test_images_of_several_sizes_have_no_size(tmp_path: Path) -> None:
     _img2dataset(tmp_path / "a.tar", 1, side=8)
     _img2dataset(tmp_path / "b.tar", 1, side=9)
     assert index([tmp_path / "a.tar", tmp_path / "b.tar"]).picture_size is None
@@ -97,7 +97,7 @@ def test_other_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="key 1 are not next to each other"):
         index([apart])
     bare = _tar(tmp_path / "bare/a.tar", [("1.txt", b"x")])
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         index([bare])
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.tar").write_text("hello" * 1000)

@@ -36,7 +36,7 @@ def test_statistics_are_those_of_drawn_latents(with_logvar: bool) -> None:
     assert np.allclose(summary["mean"], z.mean((0, 1, 3, 4)), atol=0.1)
     assert np.allclose(summary["std"], z.std((0, 1, 3, 4)), rtol=0.03)
     assert np.isclose(summary["overall_std"], z.std(), rtol=0.02)
-    assert summary["pictures"] == 400
+    assert summary["images"] == 400
     if not with_logvar:  # nothing is drawn: exact
         assert np.allclose(summary["std"], z.std((0, 1, 3, 4)), rtol=1e-9)
         assert np.isclose(summary["overall_std"], z.std(), rtol=1e-9)
@@ -48,9 +48,9 @@ def test_statistics_of_parts_add_up() -> None:
         whole.add_moments(moments(number), 3)
         (left if number < 4 else right).add_moments(moments(number), 3)
     left.add(right)
-    left.add(Statistics())  # a shard without a readable picture
+    left.add(Statistics())  # a shard without a readable image
     assert np.allclose(left.summary()["std"], whole.summary()["std"], rtol=1e-12)
-    assert left.pictures == 10
+    assert left.images == 10
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -1,4 +1,4 @@
-"""Packing a stranger's pictures: same bytes for any workers, faults named, kills survived, folders respected."""
+"""Packing a stranger's images: same bytes for any workers, faults named, kills survived, folders respected."""
 
 import argparse
 import errno
@@ -21,7 +21,7 @@ from PIL import Image
 from shard_maker import stored_samples
 
 from ldmlab.app.commands import pack as command
-from ldmlab.data.encode_pictures import Encoding
+from ldmlab.data.encode_images import Encoding
 from ldmlab.data.manifest import check_shards, read_manifest
 from ldmlab.data.pack import PackOptions, PackResult, pack
 from ldmlab.data.sources import list_source
@@ -32,7 +32,7 @@ from ldmlab.errors import InputError
 ROOT = Path(__file__).parents[2]
 
 
-def _pictures(folder: Path, count: int, side: int = 24) -> Path:
+def _images(folder: Path, count: int, side: int = 24) -> Path:
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -56,7 +56,7 @@ def _tars(out: Path) -> dict[str, bytes]:
 
 
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
-    source = _pictures(tmp_path / "in", 130)
+    source = _images(tmp_path / "in", 130)
     options = _options(split=SplitRule(0.2, stratify="kind"), class_field="kind")
     first = _pack(source, tmp_path / "one", options, workers=1)
     _pack(source, tmp_path / "three", options, workers=3)
@@ -70,7 +70,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
 
 
 def test_offsets_and_contents(tmp_path: Path) -> None:
-    _pack(_pictures(tmp_path / "in", 50), tmp_path / "out")
+    _pack(_images(tmp_path / "in", 50), tmp_path / "out")
     samples = stored_samples(tmp_path / "out/train")
     assert sorted(samples) == [f"{number:04d}" for number in range(50)]
     sample = samples["0041"]
@@ -88,7 +88,7 @@ def test_offsets_and_contents(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("format", "quality"), [("png", None), ("jpg", 90), ("webp", 90)])
 def test_other_formats(tmp_path: Path, format: str, quality: int | None) -> None:
-    result = _pack(_pictures(tmp_path / "in", 3), tmp_path / "out", _options(encoding=Encoding(format, quality)))
+    result = _pack(_images(tmp_path / "in", 3), tmp_path / "out", _options(encoding=Encoding(format, quality)))
     assert result.manifests["train"].transform["format"] == format
     for sample in stored_samples(tmp_path / "out/train").values():
         assert Image.open(io.BytesIO(sample[format])).size == (16, 16)
@@ -100,20 +100,20 @@ def test_a_strangers_folder(tmp_path: Path) -> None:
     """Every mode is packed; what cannot be read is named, each with its reason."""
     folder = tmp_path / "in/some folder"
     folder.mkdir(parents=True)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     for mode in ("P", "L", "1", "RGBA", "LA"):
-        picture.convert(mode).save(folder / f"mode.{mode}.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
+        image.convert(mode).save(folder / f"mode.{mode}.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(np.full((40, 30), 40000, dtype=np.uint16)).save(folder / "deep.tiff")
-    picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(90)])
+    image.save(folder / "animated.gif", save_all=True, append_images=[image.rotate(90)])
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(folder / "turned.jpg", exif=exif)
-    picture.save(folder / "тыква.png")
-    picture.save(folder / "same.png")
-    picture.save(folder / "same.jpg")
+    image.save(folder / "turned.jpg", exif=exif)
+    image.save(folder / "тыква.png")
+    image.save(folder / "same.png")
+    image.save(folder / "same.jpg")
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.jpg").write_text("not an image")
     whole = (folder / "same.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(32))
@@ -121,7 +121,7 @@ def test_a_strangers_folder(tmp_path: Path) -> None:
     bad = {Path(name).name: reason for name, reason in result.bad}
     assert set(bad) == {"empty.png", "text.jpg", "cut.png", "phone.heic"}
     assert bad["empty.png"] == "is empty"
-    assert bad["text.jpg"] == bad["phone.heic"] == "is not a picture"
+    assert bad["text.jpg"] == bad["phone.heic"] == "is not an image"
     assert json.loads((tmp_path / "out/train/bad.json").read_text())[0]["name"] == "some folder/cut.png"
     samples = stored_samples(tmp_path / "out/train")
     assert len(samples) == 12
@@ -132,14 +132,12 @@ def test_a_strangers_folder(tmp_path: Path) -> None:
     assert grey == (156, 156, 156)  # 40000 / 257
 
 
-def test_too_many_bad_pictures_fail_and_a_higher_share_continues(tmp_path: Path) -> None:
-    source = _pictures(tmp_path / "in", 20)
+def test_too_many_bad_images_fail_and_a_higher_share_continues(tmp_path: Path) -> None:
+    source = _images(tmp_path / "in", 20)
     for number in range(4):
         (source / f"{number:04d}.png").write_bytes(b"broken")
     (source / "0004.png").unlink()
-    with pytest.raises(
-        InputError, match=r"max-bad=0\.1: .* of 20 pictures cannot be read \(0000\.png is not a picture"
-    ):
+    with pytest.raises(InputError, match=r"max-bad=0\.1: .* of 20 images cannot be read \(0000\.png is not an image"):
         _pack(source, tmp_path / "out")
     assert not list(tmp_path.rglob("manifest.json"))
     result = _pack(source, tmp_path / "out", max_bad=0.25)
@@ -148,7 +146,7 @@ def test_too_many_bad_pictures_fail_and_a_higher_share_continues(tmp_path: Path)
 
 
 def test_tars_to_shards(tmp_path: Path) -> None:
-    _pack(_pictures(tmp_path / "in", 30), tmp_path / "first")
+    _pack(_images(tmp_path / "in", 30), tmp_path / "first")
     options = _options(transform=Transform(8), split=SplitRule(0.2, stratify="kind"), class_field="kind", shard_size=10)
     result = _pack(tmp_path / "first/train", tmp_path / "second", options)
     assert (result.manifests["train"].total, result.manifests["val"].total) == (24, 6)
@@ -160,8 +158,8 @@ def test_tars_to_shards(tmp_path: Path) -> None:
     assert (fields["caption"], fields["class"], fields["class_id"]) == ("番号 3", "b", 1)
 
 
-def test_small_pictures_are_left_out_on_request(tmp_path: Path) -> None:
-    source = _pictures(tmp_path / "in", 5)
+def test_small_images_are_left_out_on_request(tmp_path: Path) -> None:
+    source = _images(tmp_path / "in", 5)
     Image.new("RGB", (100, 10)).save(source / "0002.png")
     result = _pack(source, tmp_path / "out", _options(min_side=24))
     assert (result.manifests["train"].total, result.small, result.bad) == (4, 1, [])
@@ -172,7 +170,7 @@ class _StopError(Exception):
 
 
 def test_an_interrupted_pack_keeps_finished_shards(tmp_path: Path) -> None:
-    source = _pictures(tmp_path / "in", 130)
+    source = _images(tmp_path / "in", 130)
     _pack(source, tmp_path / "straight")
 
     def stop(done: int, total: int) -> None:
@@ -198,7 +196,7 @@ def test_an_interrupted_pack_keeps_finished_shards(tmp_path: Path) -> None:
 
 
 def test_a_killed_pack_goes_on_and_leaves_no_workers(tmp_path: Path) -> None:
-    source = _pictures(tmp_path / "in", 160, side=96)
+    source = _images(tmp_path / "in", 160, side=96)
     arguments = ["pack", str(source), str(tmp_path / "out"), "--size", "96", "--shard-size", "32", "--workers", "2"]
     code = f"from ldmlab.app.cli import dispatch; dispatch({arguments!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -220,20 +218,20 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def test_other_options_or_pictures_in_the_same_folder_are_refused(tmp_path: Path) -> None:
-    source = _pictures(tmp_path / "in", 4)
+def test_other_options_or_images_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    source = _images(tmp_path / "in", 4)
     _pack(source, tmp_path / "out")
     with pytest.raises(InputError, match=r"transform\.size=16 \(now 8\)"):
         _pack(source, tmp_path / "out", _options(transform=Transform(8)))
-    _pictures(tmp_path / "in", 5)
-    with pytest.raises(InputError, match="other pictures or captions"):
+    _images(tmp_path / "in", 5)
+    with pytest.raises(InputError, match="other images or captions"):
         _pack(source, tmp_path / "out")
     result = _pack(source, tmp_path / "out", _options(split=SplitRule(name="test")))  # a further split is welcome
     assert list(result.manifests) == ["test"]
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    source = _pictures(tmp_path / "in", 4)
+    source = _images(tmp_path / "in", 4)
     with pytest.raises(InputError, match=r"holds something else \(0000\.png\)"):
         _pack(source, source)
     (tmp_path / "file").write_text("x")
@@ -249,7 +247,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = _pictures(tmp_path / "in", 4)
+    source = _images(tmp_path / "in", 4)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -269,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = _pictures(tmp_path / "in", 6)
+    source = _images(tmp_path / "in", 6)
     (source / "0001.png").write_bytes(b"")
     words = [str(source), str(tmp_path / "out"), "--size", "16", "--val", "0.2", "--max-bad", "0.2", "--workers", "1"]
     assert command.run(_parser().parse_args(words)) == 0

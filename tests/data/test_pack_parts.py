@@ -1,4 +1,4 @@
-"""Masks, label maps and boxes are packed with their picture, and lie on it where they lay before."""
+"""Masks, label maps and boxes are packed with their image, and lie on it where they lay before."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def packed(source: Path, out: Path, size: int | None = 16, rule: str = "centre",
 
 
 def write_folder(folder: Path, layout: str, count: int = 3, size: tuple[int, int] = WIDE) -> list[Scene]:
-    """Scenes as people store them: maps beside pictures, in folders that a table names, or in a tar."""
+    """Scenes as people store them: maps beside images, in folders that a table names, or in a tar."""
     scenes = [Scene(number, *size, objects=2) for number in range(count)]
     folder.mkdir(parents=True)
     rows = []
@@ -98,17 +98,17 @@ def test_packing_again_keeps_everything(tmp_path: Path) -> None:
             assert sample[ending] == twice[key][ending]
 
 
-def test_maps_are_no_pictures_and_orphans_are_named(tmp_path: Path) -> None:
+def test_maps_are_no_images_and_orphans_are_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "in", "plain")
     (tmp_path / "in" / "2.png").unlink()
     Image.new("RGB", (9, 9)).save(tmp_path / "in" / "a.jpg")
     result = packed(tmp_path / "in", tmp_path / "out", None, "keep", max_bad=0.9)
-    assert sorted(result.bad) == [(f"2.{name}.png", "has no picture beside it") for name in ("mask", "seg")]
+    assert sorted(result.bad) == [(f"2.{name}.png", "has no image beside it") for name in ("mask", "seg")]
     assert sorted(stored_samples(tmp_path / "out" / "train")) == ["0", "1", "a"]
     assert "mask.png" not in stored_samples(tmp_path / "out" / "train")["a"]
 
 
-def test_a_table_may_name_pictures_elsewhere(tmp_path: Path) -> None:
+def test_a_table_may_name_images_elsewhere(tmp_path: Path) -> None:
     write_folder(tmp_path / "elsewhere", "plain")
     (tmp_path / "in").mkdir()
     rows = [{"file_name": str(tmp_path / "elsewhere" / f"{n}.png"), "text": "x"} for n in range(3)]
@@ -123,11 +123,11 @@ def _png(values: np.ndarray | Image.Image) -> bytes:
     return file.getvalue()
 
 
-def test_bad_maps_are_told_with_their_picture(tmp_path: Path) -> None:
+def test_bad_maps_are_told_with_their_image(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_folder(folder, "columns", count=8)
     (folder / "masks" / "0.png").unlink()
-    (folder / "masks" / "1.png").write_bytes(b"no picture")
+    (folder / "masks" / "1.png").write_bytes(b"no image")
     (folder / "masks" / "2.png").write_bytes(_png(np.ones((16, 24), np.uint8)))
     (folder / "segmentations" / "3.png").write_bytes(_png(np.zeros((8, 12), np.uint8)))
     (folder / "segmentations" / "4.png").write_bytes(_png(np.zeros((16, 24, 3), np.uint8)))
@@ -140,7 +140,7 @@ def test_bad_maps_are_told_with_their_picture(tmp_path: Path) -> None:
         "0.png": "its 0.png is missing",
         "1.png": "its mask cannot be read (no PNG)",
         "2.png": "its mask's brightest pixel is 1; holes are white (255)",
-        "3.png": "its label map has 12 x 8 pixels, the picture 24 x 16",
+        "3.png": "its label map has 12 x 8 pixels, the image 24 x 16",
         "4.png": "its label map has several channels; store one number a pixel",
         "5.png": "its mask is partly transparent; store black and white",
     }

@@ -1,4 +1,4 @@
-"""What lies on a picture travels with it: decoded, mirrored, cropped, left out, and the same in any worker."""
+"""What lies on an image travels with it: decoded, mirrored, cropped, left out, and the same in any worker."""
 
 import json
 import re
@@ -30,7 +30,7 @@ WIDE = (24, 16)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of wide scenes; pictures 1 and 4 of them hold one object only."""
+    """Shards of wide scenes; images 1 and 4 of them hold one object only."""
     folder = tmp_path_factory.mktemp("parts")
     for split in ("train", "val"):
         write_scenes(folder / split, 8, WIDE, objects=[2, 1, 3, 2, 1, 4, 2, 3])
@@ -63,7 +63,7 @@ def test_boxes_and_maps_follow_the_centre_square(root: Path) -> None:
     assert np.array_equal(labels["image"], scene.pixels[:, :, 4:20])
 
 
-def test_a_mirrored_picture_has_mirrored_parts(root: Path) -> None:
+def test_a_mirrored_image_has_mirrored_parts(root: Path) -> None:
     plain, turned = (
         data(root, flip=flip).with_task(Semantic(16, CLASSES + 1)).train_dataset() for flip in (False, True)
     )
@@ -107,14 +107,14 @@ def test_draws_belong_to_seed_epoch_and_key(root: Path) -> None:
     assert any(not np.array_equal(first[key]["image"], seeded[key]["image"]) for key in first)
 
 
-def test_held_out_pictures_are_the_middle_and_stay(root: Path) -> None:
+def test_held_out_images_are_the_middle_and_stay(root: Path) -> None:
     held_out = data(root, flip=True).with_task(Semantic(16, CLASSES + 1, crop=Crop("random"))).held_out_dataset()
     assert np.array_equal(held_out[3]["image"], Scene(3, *WIDE, objects=2).pixels[:, :, 4:20])
     assert np.array_equal(held_out[3]["segmentation"], np.asarray(Scene(3, *WIDE, objects=2).labels)[:, 4:20])
 
 
 @pytest.mark.parametrize("balance", [None, "caption"])
-def test_pictures_that_a_task_leaves_out_never_come(root: Path, balance: str | None) -> None:
+def test_images_that_a_task_leaves_out_never_come(root: Path, balance: str | None) -> None:
     layout = data(root, balance=balance, mix=2).with_task(Layout(16, least=2, most=3))
     kept = ["00000", "00002", "00003", "00006", "00007"]
     held_out, stream = layout.held_out_dataset(), layout.train_dataset()
@@ -124,11 +124,11 @@ def test_pictures_that_a_task_leaves_out_never_come(root: Path, balance: str | N
     assert set(drawn) == set(kept)
     if balance is None:
         assert sorted(drawn[:5]) == sorted(drawn[5:]) == kept
-    with pytest.raises(InputError, match="leaves out all pictures"):
+    with pytest.raises(InputError, match="leaves out all images"):
         data(root).with_task(Layout(16, least=20)).held_out_dataset()
 
 
-def test_decoded_pictures_are_cached_as_the_task_needs_them(root: Path, tmp_path: Path) -> None:
+def test_decoded_images_are_cached_as_the_task_needs_them(root: Path, tmp_path: Path) -> None:
     task = SuperResolution(8, crop=Crop("random", smallest=0.5))
     with pytest.raises(InputError, match=r"data.cache=true with a task that crops"):
         data(root, image_size=8, cache=True).with_task(task).train_dataset()
@@ -206,16 +206,16 @@ def test_broken_parts_are_bad_samples() -> None:
 
 
 @pytest.mark.parametrize("crop", ["centre", "keep"])
-def test_packed_boxes_lie_on_the_packed_picture(tmp_path: Path, crop: str) -> None:
+def test_packed_boxes_lie_on_the_packed_image(tmp_path: Path, crop: str) -> None:
     scenes = [Scene(number, *WIDE, objects=2) for number in range(3)]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     rows = []
     for number, scene in enumerate(scenes):
-        scene.image.save(tmp_path / "pictures" / f"{number}.png")
+        scene.image.save(tmp_path / "images" / f"{number}.png")
         rows.append(json.dumps({"file_name": f"{number}.png", "text": scene.caption, "boxes": scene.boxes}))
-    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(rows))
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(rows))
     size = ["--size", "16"] if crop == "centre" else []
-    words = ["pack", str(tmp_path / "pictures"), str(tmp_path / "out"), "--crop", crop, *size, "--workers", "1"]
+    words = ["pack", str(tmp_path / "images"), str(tmp_path / "out"), "--crop", crop, *size, "--workers", "1"]
     assert cli.dispatch(words) == 0
     folder = next((tmp_path / "out").glob("**/manifest.json")).parent
     packed = data(tmp_path, train=str(folder), val=str(folder), fields=())

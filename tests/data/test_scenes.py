@@ -40,7 +40,7 @@ def test_shards_are_the_same_for_any_workers(tmp_path: Path) -> None:
     assert one == two
     again = write_scenes(tmp_path / "1", {"train": 20, "val": 5}, settings, shard_size=12, workers=1)
     assert {split: manifest.total for split, manifest in again.items()} == {"train": 20, "val": 5}
-    with pytest.raises(InputError, match="begun with other pictures"):
+    with pytest.raises(InputError, match="begun with other images"):
         write_scenes(tmp_path / "1", {"train": 20, "val": 5}, replace(settings, seed=1), shard_size=12)
 
 
@@ -92,9 +92,9 @@ def test_all_classes_come_and_the_caption_names_them() -> None:
 
 
 def test_a_cut_takes_the_white_around_and_leaves_the_white_inside() -> None:
-    picture = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(picture).ellipse((8, 8, 55, 55), fill="white", outline="black", width=6)
-    alpha = np.asarray(cut(picture).getchannel("A"))
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).ellipse((8, 8, 55, 55), fill="white", outline="black", width=6)
+    alpha = np.asarray(cut(image).getchannel("A"))
     assert alpha.shape[0] == alpha.shape[1] <= 48
     assert alpha[24, 24] == 255  # white, but enclosed
     assert alpha[0, 0] == 0
@@ -102,7 +102,7 @@ def test_a_cut_takes_the_white_around_and_leaves_the_white_inside() -> None:
 
 def test_classes_of_ones_own(tmp_path: Path) -> None:
     settings = SceneSettings(EMOJI, size=32, classes=("tree", "lobster"))
-    assert [len(pictures) for pictures in load_objects(Path(EMOJI), settings.classes)] == [2, 1]
+    assert [len(images) for images in load_objects(Path(EMOJI), settings.classes)] == [2, 1]
     manifest = write_scenes(tmp_path / "two", {"train": 4}, settings, workers=1)["train"]
     assert manifest.classes == ["tree", "lobster"]
 

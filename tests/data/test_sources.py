@@ -1,4 +1,4 @@
-"""Every layout of pictures and captions that people bring, and which pictures are held out."""
+"""Every layout of images and captions that people bring, and which images are held out."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.errors import InputError
 
 
-def _picture(path: Path, colour: str = "red") -> None:
+def _image(path: Path, colour: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), colour).save(path)
 
@@ -26,7 +26,7 @@ def _captions(folder: Path, **options: object) -> list[object]:
 def test_jsonl_in_any_language(tmp_path: Path) -> None:
     captions = ["ein Fuß", "红苹果", "тыква\u2028вторая", "🎃"]
     for number in range(4):
-        _picture(tmp_path / f"images/{number}.png")
+        _image(tmp_path / f"images/{number}.png")
     rows = [{"file_name": f"images/{n}.png", "caption": text, "n": n} for n, text in enumerate(captions)]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "metadata.jsonl").write_text(lines, encoding="utf-8")
@@ -39,8 +39,8 @@ def test_jsonl_in_any_language(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_csv_with_byte_order_mark_and_line_breaks(tmp_path: Path, delimiter: str) -> None:
-    _picture(tmp_path / "a.png")
-    _picture(tmp_path / "b.png")
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "b.png")
     text = f'image{delimiter}text\r\na.png{delimiter}"two\r\nlines"\r\nb.png{delimiter}été\r\n'
     (tmp_path / "list.csv").write_bytes(text.encode("utf-8-sig"))
     assert _captions(tmp_path) == ["two\nlines", "été"]
@@ -48,7 +48,7 @@ def test_csv_with_byte_order_mark_and_line_breaks(tmp_path: Path, delimiter: str
 
 
 def test_missing_columns_name_what_was_found(tmp_path: Path) -> None:
-    _picture(tmp_path / "a.png")
+    _image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,title\na.png,hello\n")
     with pytest.raises(InputError, match=r"no column caption or text, it has file_name, title; .*--caption-field"):
         list_source(tmp_path)
@@ -76,9 +76,9 @@ def test_broken_tables(tmp_path: Path, name: str, content: bytes, message: str) 
         list_source(tmp_path)
 
 
-def test_rows_with_faults_and_pictures_without_row(tmp_path: Path) -> None:
-    _picture(tmp_path / "a.png")
-    _picture(tmp_path / "b.png")
+def test_rows_with_faults_and_images_without_row(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "b.png")
     rows = [
         {"file_name": "a.png", "caption": ["one", "two"]},
         {"caption": "x"},
@@ -92,9 +92,9 @@ def test_rows_with_faults_and_pictures_without_row(tmp_path: Path) -> None:
     assert [item.fault for item in source.items] == [None, "its row names no file", "its row has no caption"]
 
 
-def test_captions_beside_pictures(tmp_path: Path) -> None:
+def test_captions_beside_images(tmp_path: Path) -> None:
     for name in ("a", "sub/a", "sub/b"):
-        _picture(tmp_path / f"{name}.png")
+        _image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("\ufeffköttbullar\n", encoding="utf-8")
     (tmp_path / "sub/a.txt").write_text("soup", encoding="utf-8")
     source = list_source(tmp_path)
@@ -106,7 +106,7 @@ def test_captions_beside_pictures(tmp_path: Path) -> None:
 
 def test_folder_per_class_is_told_from_nested_plain_folders(tmp_path: Path) -> None:
     for name in ("zebra/1.png", "ape/1.png", "ape/2.png", ".hidden/1.png"):
-        _picture(tmp_path / "classes" / name)
+        _image(tmp_path / "classes" / name)
     source = list_source(tmp_path / "classes")
     assert source.classes == ["ape", "zebra"]
     assert [(item.fields["class"], item.fields["class_id"]) for item in source.items] == [
@@ -116,7 +116,7 @@ def test_folder_per_class_is_told_from_nested_plain_folders(tmp_path: Path) -> N
     ]
     assert list_source(tmp_path / "classes", layout="plain").classes is None
     for name in ("0/0/a.png", "0/1/a.png", "b.png"):
-        _picture(tmp_path / "nested" / name)
+        _image(tmp_path / "nested" / name)
     assert list_source(tmp_path / "nested").layout == "plain"
 
 
@@ -136,9 +136,9 @@ def test_tars_as_img2dataset_writes_them(tmp_path: Path) -> None:
     assert with_fields(source.items[3]).fields == {"url": "u", "status": "success", "caption": "été"}
 
 
-def test_only_the_pictures_of_a_list(tmp_path: Path) -> None:
+def test_only_the_images_of_a_list(tmp_path: Path) -> None:
     for name in ("x/1.png", "x/2.png", "y/3.png"):
-        _picture(tmp_path / "in" / name)
+        _image(tmp_path / "in" / name)
     (tmp_path / "list.txt").write_text("x/2.png\n3.png\n\n")
     assert [item.name for item in list_source(tmp_path / "in", only=tmp_path / "list.txt").items] == [
         "x/2.png",
@@ -152,7 +152,7 @@ def test_only_the_pictures_of_a_list(tmp_path: Path) -> None:
 def test_nothing_to_pack(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         list_source(tmp_path / "none")
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         list_source(tmp_path)
     (tmp_path / "a.zip").write_bytes(b"")
     with pytest.raises(InputError, match="neither a folder nor"):

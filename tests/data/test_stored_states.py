@@ -46,7 +46,7 @@ TOLERANCE = 1e-3  # of a loss of about 1, by the rounding of states
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, a first stage, two CLIPs, and latents that carry the states of both conditioners of the first."""
+    """Images, a first stage, two CLIPs, and latents that carry the states of both conditioners of the first."""
     folder = tmp_path_factory.mktemp("states")
     write_shards(folder / "train", [7, 5], size=SIZE)
     write_shards(folder / "val", [4], size=SIZE, split="val")
@@ -66,18 +66,18 @@ def told(root: Path, name: str, clip: str = "clip") -> list[str]:
     return [f"conditioner.{name}.from_run={root / clip}"]
 
 
-def pictures(root: Path) -> list[str]:
+def images(root: Path) -> list[str]:
     return ["data=shards", f"data.train={root / 'train'}", f"data.val={root / 'val'}", f"data.image_size={SIZE}"]
 
 
 def encode(root: Path, out: str, *options: str) -> None:
     given = [f"from_run={root / 'stage'}", f"out={root / out}", "mirror=true", "dtype=float32", "data.workers=0"]
-    encode_splits(plain(compose("encode", [*pictures(root), *given, *options])))
+    encode_splits(plain(compose("encode", [*images(root), *given, *options])))
 
 
 def stage_and_data(root: Path, *options: str) -> tuple[Any, ShardData]:
     """As wiring does it, for a network none of whose weights is zero."""
-    given = [*pictures(root), "data.flip=true", f"data.latents={root / 'latents'}"]
+    given = [*images(root), "data.flip=true", f"data.latents={root / 'latents'}"]
     config = plain(compose("train", [*TINY, *given, *options]))
     data: ShardData = instantiate(config["data"], where="data", seed=0)
     if config["task"]:
@@ -103,7 +103,7 @@ def losses(stage: Any, data: ShardData) -> tuple[list[dict[str, Any]], Tensor]:
 
 @pytest.mark.parametrize("name", ["text", "image"])
 def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where conditions are dropped, and for mirrored pictures."""
+    """Also where conditions are dropped, and for mirrored images."""
     choice = [f"conditioner={name}", f"conditioner.{name}.drop=0.4", *told(root, name)]
     choice += ["task=variations", "task.crop=null"] if name == "image" else []
     stage, data = stage_and_data(root, *choice)
@@ -149,7 +149,7 @@ def test_states_of_another_encoder_are_refused(root: Path, options: list[str], w
 
 
 def test_an_encoder_that_comes_with_first_weights_is_held_against_the_states(root: Path) -> None:
-    given = [*TINY, *pictures(root), f"data.latents={root / 'latents'}", "data.fields=[caption,class_id]"]
+    given = [*TINY, *images(root), f"data.latents={root / 'latents'}", "data.fields=[caption,class_id]"]
     given += ["conditioner=[text,class_label]", "conditioner.class_label.classes=3", "conditioner.class_label.width=16"]
     first = [*told(root, "text", "other"), "data.states=false", f"run.dir={root / 'first'}"]
     train(plain(compose("train", [*given, *first])))
@@ -199,10 +199,10 @@ def test_views() -> None:
 
 def test_variations_train_and_draw_panels_from_stored_embeddings(root: Path) -> None:
     choice = ["conditioner=image", *told(root, "image"), "task=variations", "task.crop=null"]
-    config = [*TINY, *pictures(root), f"data.latents={root / 'latents'}", *choice, f"run.dir={root / 'run'}"]
+    config = [*TINY, *images(root), f"data.latents={root / 'latents'}", *choice, f"run.dir={root / 'run'}"]
     train(plain(compose("train", config)))
     assert (root / "run" / "finished.json").exists()
     assert list((root / "run" / "samples").iterdir())
     _, data = stage_and_data(root, *choice, "data.states=false")
-    with pytest.raises(InputError, match="task=variations looks at pictures"):
+    with pytest.raises(InputError, match="task=variations looks at images"):
         data.train_dataset()

@@ -1,4 +1,4 @@
-"""The loader: the same pictures for any split of the work, bad samples replaced, faults named at the start."""
+"""The loader: the same images for any split of the work, bad samples replaced, faults named at the start."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shard_maker import keys_of, picture, write_shards
+from shard_maker import keys_of, toy_image, write_shards
 from torch.utils.data import DataLoader
 
 from ldmlab.data import reader
@@ -23,9 +23,9 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.data.skipped import SkipCounter
 from ldmlab.data.stream import ShardDataset, Wanted, eval_loader
 from ldmlab.errors import InputError
-from ldmlab.picture_random import picture_random
+from ldmlab.image_random import image_random
 
-COUNTS = [5, 1, 9, 3]  # 18 pictures, uneven
+COUNTS = [5, 1, 9, 3]  # 18 images, uneven
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_batch_contents(folder: Path) -> None:
         assert batch["image"].dtype == torch.uint8
         assert batch["image"].shape == (4, 3, 8, 8)
         for image, number in zip(batch["image"], numbers, strict=True):
-            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(picture(number, 8)))
-        assert batch["caption"] == [f"picture {n}" for n in numbers]
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(toy_image(number, 8)))
+        assert batch["caption"] == [f"image {n}" for n in numbers]
         assert batch["class_id"].tolist() == [n % 3 for n in numbers]
         assert batch["skipped"] == []
     assert batch["position"].tolist() == [20, 21, 22, 23]
@@ -71,7 +71,7 @@ def test_global_batches_for_any_split(folder: Path, workers: int, micro: int, ac
     assert sorted(epoch) == [f"{n:05}" for n in range(18)]
 
 
-def test_resume_goes_on_with_the_next_picture(folder: Path) -> None:
+def test_resume_goes_on_with_the_next_image(folder: Path) -> None:
     straight = keys_of(take(data(folder).train_loader(4), 12))
     before = keys_of(take(data(folder).train_loader(4), 5))
     after = keys_of(take(data(folder, workers=2).train_loader(4, start_position=20), 7))
@@ -79,7 +79,7 @@ def test_resume_goes_on_with_the_next_picture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_evaluation_sees_every_picture_once(folder: Path, world: int) -> None:
+def test_evaluation_sees_every_image_once(folder: Path, world: int) -> None:
     loaders = [data(folder).eval_loader("val", 3, world, rank) for rank in range(world)]
     assert sorted(keys_of([batch for loader in loaders for batch in loader])) == [f"{n:05}" for n in range(7)]
     assert keys_of(list(data(folder).eval_loader("train", 2, limit=5))) == [f"{n:05}" for n in range(5)]
@@ -89,8 +89,8 @@ def test_flips_are_drawn_per_epoch_and_key(folder: Path) -> None:
     flips = []
     for batch in take(data(folder, flip=True).train_loader(6), 6):
         for position, key, image in zip(batch["position"].tolist(), batch["key"], batch["image"], strict=True):
-            plain = torch.from_numpy(np.array(picture(int(key), 8))).permute(2, 0, 1)
-            flipped = picture_random(1, position // 18, key).random() < 0.5
+            plain = torch.from_numpy(np.array(toy_image(int(key), 8))).permute(2, 0, 1)
+            flipped = image_random(1, position // 18, key).random() < 0.5
             assert torch.equal(image, plain.flip(-1) if flipped else plain)
             flips.append(flipped)
     assert 0.2 < np.mean(flips) < 0.8
@@ -177,15 +177,15 @@ def test_wrong_folders_are_named(folder: Path) -> None:
         data(folder).train_dataset()
 
 
-def test_pictures_are_resized_and_cropped(tmp_path: Path) -> None:
+def test_images_are_resized_and_cropped(tmp_path: Path) -> None:
     write_shards(tmp_path / "train", [2], size=32)
     image = data(tmp_path, image_size=8).held_out_dataset(split="train")[1]["image"]
-    wanted = picture(1, 32).resize((8, 8), 3)  # bicubic, antialiased
+    wanted = toy_image(1, 32).resize((8, 8), 3)  # bicubic, antialiased
     assert np.array_equal(image, np.asarray(wanted).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cache_gives_the_same_pictures(folder: Path, workers: int) -> None:
+def test_cache_gives_the_same_images(folder: Path, workers: int) -> None:
     options = {"image_size": 4, "flip": True, "workers": workers}
     plain = take(data(folder, **options).train_loader(6), 9)
     cached = take(data(folder, cache=True, **options).train_loader(6), 9)
@@ -201,7 +201,7 @@ def test_cache_is_filled_by_workers_for_all(folder: Path) -> None:
     assert all(dataset._cache.get(index) is not None for index in range(18))
 
 
-def test_held_out_pictures_are_decoded_once(folder: Path) -> None:
+def test_held_out_images_are_decoded_once(folder: Path) -> None:
     reading = data(folder, cache=True, workers=1, image_size=4)
     first, second = list(reading.eval_loader("val", 3)), list(reading.eval_loader("val", 3))
     cache = reading.held_out_dataset()._cache

@@ -1,4 +1,4 @@
-"""Crop rules against their definitions in other words or libraries, and pictures of every mode."""
+"""Crop rules against their definitions in other words or libraries, and images of every mode."""
 
 import numpy as np
 import pytest

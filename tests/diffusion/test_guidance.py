@@ -1,4 +1,4 @@
-"""Guides against exact answers: mixtures of Gaussians whose denoiser and classifier are known, and linear pictures."""
+"""Guides against exact answers: mixtures of Gaussians whose denoiser and classifier are known, and linear images."""
 
 import math
 from typing import Any
@@ -123,7 +123,7 @@ def pulled(x: Tensor, level: Level, weight: float) -> Tensor:
 
 
 @pytest.mark.parametrize("level", [*LEVELS, *EDM], ids=str)
-def test_a_linear_picture_pulls_by_the_posterior_variance(level: Level) -> None:
+def test_a_linear_image_pulls_by_the_posterior_variance(level: Level) -> None:
     """clean + w v A^T (y - A clean), v = Var[clean | x]: J sigma^2 / alpha = v for any denoiser J = dD/dx (Tweedie)."""
     x = points(level)[:50].repeat(1, 4, 1, 1)
     variance = STD**2 * level.sigma**2 / (level.alpha**2 * STD**2 + level.sigma**2)
@@ -203,7 +203,7 @@ def test_samples_follow_the_classifier_and_do_not_depend_on_their_company() -> N
     torch.testing.assert_close(sample(batch, guides=[ClassifierGuide(MeanClassifier(), 0.0)]), free)
 
 
-def test_samples_come_near_to_a_smaller_picture_and_both_guides_work_together() -> None:
+def test_samples_come_near_to_a_smaller_image_and_both_guides_work_together() -> None:
     target = (normal(3, "target", torch.arange(4), (3, 4, 4)) * 30 + 128).clamp(0, 255).byte()
     batch = {"low_resolution": target, "class_id": torch.tensor([0, 1, 0, 1])}
     aim = target.float() / 127.5 - 1
@@ -232,15 +232,15 @@ def test_the_guides_say_what_they_did() -> None:
 
 
 def test_shrinking_is_that_of_the_super_resolution_task() -> None:
-    """As Pillow shrinks, which makes the low-resolution pictures; it rounds to bytes between its two passes."""
+    """As Pillow shrinks, which makes the low-resolution images; it rounds to bytes between its two passes."""
     import numpy as np
     from PIL import Image
 
-    picture = (normal(0, "p", torch.arange(1), (3, 32, 32)) * 40 + 128).clamp(0, 255).byte()
-    rows = Image.fromarray(picture[0].permute(1, 2, 0).numpy()).resize((8, 8), Image.Resampling.BICUBIC)
+    image = (normal(0, "p", torch.arange(1), (3, 32, 32)) * 40 + 128).clamp(0, 255).byte()
+    rows = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((8, 8), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(rows)).permute(2, 0, 1).float()
-    torch.testing.assert_close(shrunk(picture.float(), (8, 8))[0], expected, atol=1.1, rtol=0)
-    assert shrunk(picture.float(), (32, 32)).shape == (1, 3, 32, 32)
+    torch.testing.assert_close(shrunk(image.float(), (8, 8))[0], expected, atol=1.1, rtol=0)
+    assert shrunk(image.float(), (32, 32)).shape == (1, 3, 32, 32)
 
 
 def test_what_cannot_be_is_refused() -> None:

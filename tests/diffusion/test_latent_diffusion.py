@@ -101,7 +101,7 @@ def as_shards(model: LatentDiffusion, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("factor", "agree"), [(1.0, True), (1.05, False)])
-def test_latent_shards_and_pictures_train_alike(factor: float, agree: bool) -> None:
+def test_latent_shards_and_images_train_alike(factor: float, agree: bool) -> None:
     """And the test can tell: a latent scale 5% off is seen."""
     batch, online, cached = batch_of(16), make(), make(std=2.0 * factor)
     stored = as_shards(online, batch)
@@ -236,7 +236,7 @@ def test_a_backbone_that_is_not_told_refuses_the_conditioner() -> None:
         LatentDiffusion(Stage(), LatentScale(), Backbone(("vector",)), {"told": Told()}, Schedule(), EpsPrediction())
     with pytest.raises(InputError, match=r"diffusion\.loss=l3"):
         make(loss="l3")
-    with pytest.raises(InputError, match="neither latents nor pictures"):
+    with pytest.raises(InputError, match="neither latents nor images"):
         make().loss({"position": torch.arange(2)}, 0)
 
 

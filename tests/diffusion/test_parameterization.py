@@ -1,4 +1,4 @@
-"""What networks predict: the clean picture comes back from the target, and the same picture from either."""
+"""What networks predict: the clean image comes back from the target, and the same image from either."""
 
 import math
 
@@ -10,7 +10,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
 
 
 @pytest.mark.parametrize("prediction", [EpsPrediction(), VPrediction()])
-def test_a_network_that_is_right_gives_the_clean_picture(prediction: EpsPrediction | VPrediction) -> None:
+def test_a_network_that_is_right_gives_the_clean_image(prediction: EpsPrediction | VPrediction) -> None:
     clean, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     alpha, sigma = math.cos(0.4), math.sin(0.4)
     target = prediction.target(clean, noise, torch.full((2, 1, 1, 1), alpha), torch.full((2, 1, 1, 1), sigma))

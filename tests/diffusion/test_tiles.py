@@ -92,13 +92,13 @@ def test_far_from_borders_a_convolution_gives_the_same() -> None:
 
 
 def flat(x: Tensor, level: Level) -> Tensor:
-    """The exact denoiser of pictures, (B, C, h, w), that are +1 everywhere or -1 everywhere."""
+    """The exact denoiser of images, (B, C, h, w), that are +1 everywhere or -1 everywhere."""
     odds = level.alpha * x.sum(dim=(1, 2, 3), keepdim=True) / max(level.sigma, 1e-3) ** 2
     return torch.tanh(odds).expand_as(x)
 
 
-def largest_jump(pictures: Tensor) -> float:
-    return float((pictures[..., 1:] - pictures[..., :-1]).abs().max())
+def largest_jump(images: Tensor) -> float:
+    return float((images[..., 1:] - images[..., :-1]).abs().max())
 
 
 def test_no_seam_between_windows() -> None:

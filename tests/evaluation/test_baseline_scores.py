@@ -79,17 +79,17 @@ def test_mean_fill_by_hand() -> None:
     assert answer[0, :, 1, 1].tolist() == [20, 40, 61]
 
 
-def test_the_nearest_patch_of_a_known_picture_is_itself(data: ShardData) -> None:
+def test_the_nearest_patch_of_a_known_image_is_itself(data: ShardData) -> None:
     baseline = NearestPatch(border=4)
     train = list(data.eval_loader("train", 8, kind="images"))
     baseline.learn(train)
-    pictures = torch.cat([batch["image"] for batch in train])
+    images = torch.cat([batch["image"] for batch in train])
     masks = torch.cat([batch["mask"] for batch in train])
     asked = [
-        {"image": picture.permute(1, 2, 0).numpy(), "mask": mask[0].numpy()}
-        for picture, mask in zip(pictures, masks, strict=True)
+        {"image": image.permute(1, 2, 0).numpy(), "mask": mask[0].numpy()}
+        for image, mask in zip(images, masks, strict=True)
     ]
-    error = (baseline(asked).float() - pictures.float()).abs().flatten(1).amax(1)
+    error = (baseline(asked).float() - images.float()).abs().flatten(1).amax(1)
     assert (error == 0).float().mean() > 0.8  # others have a twin around the hole
     with pytest.raises(InputError, match="to copy patches from"):
         NearestPatch().learn([])

@@ -15,7 +15,7 @@ class Six:
 
     name, weights_hash, width, gives = "six", "0", 6, frozenset({"features"})
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
         raise AssertionError
 
 
@@ -48,7 +48,7 @@ def test_the_kernel_distance_is_unbiased_for_sets_of_two_sizes() -> None:
     assert abs(values.mean()) < 3 * values.std() / 10
 
 
-def test_classes_are_those_asked_for_or_those_of_the_pictures_that_conditions_came_from() -> None:
+def test_classes_are_those_asked_for_or_those_of_the_images_that_conditions_came_from() -> None:
     assert asked_classes("class_id", [{"class_id": 3}, {"class_id": 1}], []) == {0: "3", 1: "1"}
     known = [{"caption": "x", "kind": "a"}, {"caption": "y", "kind": "b"}]
     assert asked_classes("kind", [{"caption": "x"}, {"caption": "y"}, {"caption": "x"}], known) == {

@@ -10,7 +10,7 @@ from ldmlab.evaluation.category_classifier import Agreement, train_classifier
 NAMES = ["dark", "light", "striped"]
 
 
-def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Noise on a dark, a light or a striped ground; the dark ones are rare."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.multinomial(torch.tensor([0.1, 0.45, 0.45]), count, replacement=True, generator=generator)
@@ -21,7 +21,7 @@ def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def test_it_learns_and_repeats_itself() -> None:
-    train, test = pictures(90, 0), pictures(60, 1)
+    train, test = toy_images(90, 0), toy_images(60, 1)
     before = torch.random.get_rng_state()
     judge = train_classifier(*train, NAMES, steps=25, batch_size=24)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -34,7 +34,7 @@ def test_balanced_means_every_category_counts_the_same() -> None:
     assert Agreement(("a", "b", "c"), (90, 0, 0), (90, 10, 0)).balanced == 0.5
 
 
-def test_a_category_without_pictures_is_named() -> None:
-    images, labels = pictures(90, 0)
-    with pytest.raises(InputError, match="no training picture is of category round"):
+def test_a_category_without_images_is_named() -> None:
+    images, labels = toy_images(90, 0)
+    with pytest.raises(InputError, match="no training image is of category round"):
         train_classifier(images, labels, [*NAMES, "round"], steps=1)

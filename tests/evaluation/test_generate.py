@@ -1,4 +1,4 @@
-"""A picture is a function of seed, number, conditions and settings: neither company nor processes change it."""
+"""An image is a function of seed, number, conditions and settings: neither company nor processes change it."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def model() -> LoadedModel:
     return tiny_model()
 
 
-def pictures(model: LoadedModel, **options: int) -> dict[int, Tensor]:
+def images(model: LoadedModel, **options: int) -> dict[int, Tensor]:
     found = {}
     for numbers, batch in generate(model, REQUESTS, SETTINGS, **options):
         found |= dict(zip(numbers, batch, strict=True))
@@ -33,16 +33,16 @@ def largest_difference(a: dict[int, Tensor], b: dict[int, Tensor]) -> int:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_any_batch_size_gives_the_same_picture(model: LoadedModel, batch_size: int) -> None:
-    whole, parts = pictures(model, batch_size=7), pictures(model, batch_size=batch_size)
+def test_any_batch_size_gives_the_same_image(model: LoadedModel, batch_size: int) -> None:
+    whole, parts = images(model, batch_size=7), images(model, batch_size=batch_size)
     assert whole.keys() == parts.keys() == set(range(7))
     assert largest_difference(whole, parts) <= 1
-    assert len({picture.numpy().tobytes() for picture in whole.values()}) == 7
+    assert len({image.numpy().tobytes() for image in whole.values()}) == 7
 
 
 def test_two_processes_share_the_numbers(model: LoadedModel) -> None:
-    whole = pictures(model, batch_size=2)
-    halves = [pictures(model, batch_size=2, rank=rank, world=2) for rank in (0, 1)]
+    whole = images(model, batch_size=2)
+    halves = [images(model, batch_size=2, rank=rank, world=2) for rank in (0, 1)]
     assert [sorted(half) for half in halves] == [[0, 2, 4, 6], [1, 3, 5]]
     assert largest_difference(whole, halves[0] | halves[1]) <= 1
 
@@ -50,7 +50,7 @@ def test_two_processes_share_the_numbers(model: LoadedModel) -> None:
 def test_one_of_many_can_be_made_again(model: LoadedModel) -> None:
     [(numbers, again)] = generate(model, REQUESTS[5:6], SETTINGS, first_index=5)
     assert numbers == [5]
-    assert largest_difference(pictures(model), {5: again[0]}) <= 1
+    assert largest_difference(images(model), {5: again[0]}) <= 1
 
 
 def test_noise_is_bit_identical(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_noise_is_bit_identical(model: LoadedModel, monkeypatch: pytest.MonkeyPa
     for batch_size in (1, 3, 7):
         queue = iter([list(range(7))[i : i + batch_size] for i in range(0, 7, batch_size)])
         seen.append({})
-        pictures(model, batch_size=batch_size)
+        images(model, batch_size=batch_size)
     assert len(seen[0]) == 7 * 6
     assert len(set(seen[0].values())) == 7 * 6
     assert seen[0] == seen[1] == seen[2]
@@ -127,7 +127,7 @@ def test_settings_that_cannot_be_are_refused_before_any_work(model: LoadedModel,
 def test_calls_that_cannot_be_are_refused(model: LoadedModel) -> None:
     with pytest.raises(InputError, match="caption= means nothing to this model, which takes class_id"):
         model.sample(caption=["a cat"])
-    with pytest.raises(InputError, match="give class_id, one entry a picture"):
+    with pytest.raises(InputError, match="give class_id, one entry an image"):
         model.sample()
     with pytest.raises(InputError, match=r"class_id 11 is unknown to this model, which knows 0"):
         model.sample(class_id=[11], steps=2)
@@ -143,5 +143,5 @@ def test_a_model_that_gives_no_numbers_is_not_scored_as_black() -> None:
     broken = tiny_model()
     for parameter in broken.diffusion.first_stage.parameters():
         parameter.data.view(-1)[0] = float("nan")
-    with pytest.raises(InputError, match="7 of 7 pictures from the model hold values that are no numbers"):
-        pictures(broken, batch_size=7)
+    with pytest.raises(InputError, match="7 of 7 images from the model hold values that are no numbers"):
+        images(broken, batch_size=7)

@@ -1,4 +1,4 @@
-"""Super-resolution guided to its low-resolution pictures, through a quantising decoder, by both distances."""
+"""Super-resolution guided to its low-resolution images, through a quantising decoder, by both distances."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ldmlab.nn.pixels import to_float
 
 
 def model() -> LoadedModel:
-    """x2 to 32 px: latents of 16 x 16, told pictures of 16 x 16."""
+    """x2 to 32 px: latents of 16 x 16, told images of 16 x 16."""
     torch.manual_seed(0)
     stage = VQModel(
         channel_mult=[1, 2], latent_channels=3, codebook_size=64, channels=8, num_res_blocks=1, norm_groups=4
@@ -62,12 +62,12 @@ def low_resolution(size: int = 16) -> Tensor:
 
 def drawn(made: LoadedModel, **options: object) -> Tensor:
     """Pixels (2, 3, 32, 32) in [-1, 1]."""
-    pictures = made.sample(low_resolution=low_resolution(), steps=10, seed=1, **options)
-    return to_float(pictures.permute(0, 3, 1, 2))
+    images = made.sample(low_resolution=low_resolution(), steps=10, seed=1, **options)
+    return to_float(images.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(("name", "weight"), [("squared", 0.1), ("lpips", 100.0)])
-def test_guided_samples_are_nearer_to_their_own_pictures(
+def test_guided_samples_are_nearer_to_their_own_images(
     name: str, weight: float, lpips_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "weights_folder", lambda: lpips_folder)
@@ -77,7 +77,7 @@ def test_guided_samples_are_nearer_to_their_own_pictures(
     made.with_guides(image_guide(name, made, weight))
     assert made.reads == {"low_resolution"}
     guided = drawn(made)
-    before, after = (measure(shrunk(pictures, (16, 16)), aim) for pictures in (free, guided))
+    before, after = (measure(shrunk(images, (16, 16)), aim) for images in (free, guided))
     assert (after < 0.85 * before).all()
     assert (drawn(made, batch_size=1) - guided).abs().max() < 0.03  # three steps of eight bits
 
@@ -100,11 +100,11 @@ def test_half_precision_and_inference_leave_the_guide_its_gradient() -> None:
     assert not made.diffusion.backbone.conv_in.weight.requires_grad
 
 
-def test_pictures_too_small_for_lpips(lpips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_too_small_for_lpips(lpips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "weights_folder", lambda: lpips_folder)
     made = model()
     made.with_guides(image_guide("lpips", made))
     settings = made.resolved(SampleSettings(steps=2, size=16))
-    rows = [{"low_resolution": picture} for picture in low_resolution(8)]
-    with pytest.raises(InputError, match="LPIPS compares pictures of 16 px and more, not 8x8"):
+    rows = [{"low_resolution": image} for image in low_resolution(8)]
+    with pytest.raises(InputError, match="LPIPS compares images of 16 px and more, not 8x8"):
         made.sample_batch(rows, settings, 0)

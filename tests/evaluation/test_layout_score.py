@@ -1,4 +1,4 @@
-"""The judge of boxes: perfect samples reach the score of real pictures, wrong ones fall to chance."""
+"""The judge of boxes: perfect samples reach the score of real images, wrong ones fall to chance."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ShardData:
     return scene_data(tmp_path_factory.mktemp("scenes"), 100, 40, Layout(32))
 
 
-def test_real_pictures_as_samples_reach_the_real_score(data: ShardData, tmp_path: Path) -> None:
+def test_real_images_as_samples_reach_the_real_score(data: ShardData, tmp_path: Path) -> None:
     real = originals(data)
     model = Answers({"boxes"}, lambda requests, numbers: real[numbers])
     found = evaluate(model, data, PROTOCOL, tmp_path / "out", judges={"layout": JUDGE})["judges"]["layout"]
@@ -42,7 +42,7 @@ def test_real_pictures_as_samples_reach_the_real_score(data: ShardData, tmp_path
     assert "Asked class found in the asked box" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_pictures_of_other_layouts_fall_to_chance(data: ShardData, tmp_path: Path) -> None:
+def test_images_of_other_layouts_fall_to_chance(data: ShardData, tmp_path: Path) -> None:
     real = originals(data)
     model = Answers({"boxes"}, lambda requests, numbers: real[[(number + 7) % len(real) for number in numbers]])
     found = evaluate(model, data, PROTOCOL, tmp_path / "out", judges={"layout": JUDGE})["judges"]["layout"]
@@ -57,20 +57,20 @@ def test_a_judge_needs_a_model_of_its_task(data: ShardData, tmp_path: Path) -> N
 
 
 def test_a_crop_is_what_lies_in_the_box() -> None:
-    picture = torch.zeros(3, 40, 20, dtype=torch.uint8)
-    picture[0, 10:20, 5:15] = 200
-    inside = crop(picture, [0.25, 0.25, 0.75, 0.5])
+    image = torch.zeros(3, 40, 20, dtype=torch.uint8)
+    image[0, 10:20, 5:15] = 200
+    inside = crop(image, [0.25, 0.25, 0.75, 0.5])
     assert inside.shape == (3, 32, 32)
     assert (inside[0] == 200).all()
-    wider = crop(picture, [0.25, 0.25, 0.75, 0.5], margin=0.5)
+    wider = crop(image, [0.25, 0.25, 0.75, 0.5], margin=0.5)
     assert 0.2 < (wider[0] > 100).float().mean() < 0.3
-    assert crop(picture, [0.999, 0.999, 1.0, 1.0]).shape == (3, 32, 32)
+    assert crop(image, [0.999, 0.999, 1.0, 1.0]).shape == (3, 32, 32)
 
 
 def test_boxes_that_are_too_small_are_left_out() -> None:
-    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     boxes = [{"class_id": 3, "box": [0.0, 0.0, 0.5, 0.5]}, {"class_id": 4, "box": [0.0, 0.0, 0.1, 1.0]}]
-    batch = {"image": picture[None], "boxes": [boxes]}
+    batch = {"image": image[None], "boxes": [boxes]}
     assert JUDGE.collected([batch])[1] == ["3"]
     with pytest.raises(InputError, match="nothing to judge layouts by"):
         LayoutJudge(smallest=20).collected([batch])

@@ -21,13 +21,13 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     model.diffusion.latent_scale = LatentScale(0.1)
     monkeypatch.setattr(build, "load", lambda path, device: model)
     pixels = np.random.default_rng(0).integers(0, 256, (21, 35, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    Image.fromarray(pixels).save(tmp_path / "image.png")
 
     def run(*words: str) -> int:
         parser = Parser()
         noise.add_arguments(parser)
         out = ["--out", str(tmp_path / "sheets" / "noise.png")]
-        return noise.run(parser.parse_intermixed_args(["model", str(tmp_path / "picture.png"), *words, *out]))
+        return noise.run(parser.parse_intermixed_args(["model", str(tmp_path / "image.png"), *words, *out]))
 
     return run
 

@@ -27,12 +27,12 @@ from ldmlab.tasks.inpainting import Inpainting
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from shard_maker import write_shards
 
-SIZE, PICTURES = 32, 9
+SIZE, IMAGES = 32, 9
 PROTOCOL = Protocol(
     name="holes",
     reference="val",
     metrics={},
-    samples=PICTURES,
+    samples=IMAGES,
     steps=1,
     guidance=1.0,
     pairs=True,
@@ -45,7 +45,7 @@ PROTOCOL = Protocol(
 
 
 class Darkener:
-    """In place of a model: gives back the picture, darker inside the hole."""
+    """In place of a model: gives back the image, darker inside the hole."""
 
     reads = frozenset({"image", "mask"})
     info: Mapping[str, Any] = {"path": "runs/darkener", "weights": "averaged"}
@@ -66,7 +66,7 @@ def darkened(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> ShardData:
     folder = tmp_path_factory.mktemp("shards")
-    for split, count in (("train", 3), ("val", PICTURES)):
+    for split, count in (("train", 3), ("val", IMAGES)):
         write_shards(folder / split, [count], size=SIZE, split=split)
     given = ShardData(str(folder / "train"), str(folder / "val"), image_size=SIZE, fields=("caption",), workers=0)
     return given.with_task(Inpainting(SIZE, held_out_masks="thin_256"))
@@ -93,18 +93,18 @@ def test_pairs_and_sizes_of_hole(data: ShardData, tmp_path: Path) -> None:
     for name, (low, high) in PROTOCOL.mask_buckets.items():
         inside = np.flatnonzero((share >= low) & (share < high))
         found = result["buckets"][name]
-        assert found["pictures"] == len(inside)
+        assert found["images"] == len(inside)
         if len(inside) == 0:
             assert found["scores"] == {}
             continue
         assert found["scores"]["psnr"]["value"] == pytest.approx(np.mean(np.array(psnr)[inside]), rel=1e-4)
         metric = FrechetDistance(6, small_sample=True)
-        for pictures, real in ((images, True), (drawn, False)):
-            chosen = torch.from_numpy(np.stack([pictures[i] for i in inside])).permute(0, 3, 1, 2)
+        for shown, real in ((images, True), (drawn, False)):
+            chosen = torch.from_numpy(np.stack([shown[i] for i in inside])).permute(0, 3, 1, 2)
             metric.update(Means()(chosen)["features"], real=real)
         assert found["scores"]["fid"]["value"] == pytest.approx(float(metric.compute()["fid"]), rel=1e-6, abs=1e-12)
-    assert sum(found["pictures"] for found in result["buckets"].values()) == PICTURES
-    assert len([found for found in result["buckets"].values() if found["pictures"] > 1]) >= 1
+    assert sum(found["images"] for found in result["buckets"].values()) == IMAGES
+    assert len([found for found in result["buckets"].values() if found["images"] > 1]) >= 1
 
 
 def test_the_second_evaluation_reads_kept_features_and_says_so(data: ShardData, tmp_path: Path) -> None:
@@ -133,21 +133,21 @@ def test_the_other_split_gives_a_second_distance(data: ShardData, tmp_path: Path
 def test_the_report_shows_sizes_open_points_and_throughput(data: ShardData, tmp_path: Path) -> None:
     evaluation(data, tmp_path / "out").run()
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert stored["sampling"]["pictures_per_second"] > 0
-    assert len(paper_report([stored])) == 1 + (stored["buckets"]["large"]["pictures"] > 0)
+    assert stored["sampling"]["images_per_second"] > 0
+    assert len(paper_report([stored])) == 1 + (stored["buckets"]["large"]["images"] > 0)
     page = (tmp_path / "out" / "report.html").read_text()
     for words in ("By size of the hole", "What the paper leaves open", "thin ones", "not comparable"):
         assert words in page
     assert "thin ones" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_reference_pictures_of_another_kind_are_refused(data: ShardData, tmp_path: Path) -> None:
+def test_reference_images_of_another_kind_are_refused(data: ShardData, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"by the rule .* but protocol=holes compares with lsun"):
         evaluation(data, tmp_path / "out", replace(PROTOCOL, reference_rule="lsun")).run()
     with pytest.raises(InputError, match="have the manifest hash"):
         evaluation(data, tmp_path / "out", replace(PROTOCOL, reference_hash="0" * 64)).run()
     with pytest.raises(InputError, match="has no task"):
-        PairedPass(PROTOCOL, [{"caption": "no picture"}], Means())
+        PairedPass(PROTOCOL, [{"caption": "no image"}], Means())
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
@@ -155,7 +155,7 @@ def test_reference_pictures_of_another_kind_are_refused(data: ShardData, tmp_pat
     ("change", "reason"),
     [
         ({"pairs": False}, "set protocol.pairs=true"),
-        ({"conditions": "none"}, "no picture to set beside"),
+        ({"conditions": "none"}, "no image to set beside"),
         ({"mask_buckets": {"odd": [0.5, 0.4]}, "bucket_tables": {}}, "is no range"),
         ({"bucket_tables": {"typo": "inpaint/places-40-50"}}, "names typo"),
         ({"leaves_open": {"stepz": "?"}}, "leaves_open names stepz"),

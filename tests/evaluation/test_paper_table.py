@@ -17,7 +17,7 @@ LIKE_THE_PAPER = Measured(
     samples=50_000,
     features=PAPER_FEATURES,
     reference_split="train",
-    reference_pictures=25_000,
+    reference_images=25_000,
     reference_rule="short_side_bilinear_no_antialias",
     reference_hash="a" * 64,
     current_hash="a" * 64,
@@ -46,15 +46,15 @@ def test_a_measurement_like_the_papers_is_comparable() -> None:
         ({"reference_split": "val"}, "val split"),
         ({"reference_rule": "centre"}, "rule centre"),
         ({"resized": "from 512 px to 256 px"}, "reference resized again, from 512 px"),
-        ({"reference_pictures": 30_000}, "30,000 reference pictures"),
+        ({"reference_images": 30_000}, "30,000 reference images"),
         ({"sampling": {"steps": 200}}, "steps 200, the paper's row has 500"),
         ({"sampling": {"steps": 500, "sampler": "dpm"}}, "sampler dpm, the paper's row has ddim"),
         ({"sampling": {"steps": 500, "guidance": 3.0}}, "guidance 3, the paper's row has 1"),
         ({"guides": {"classifier": "runs/c"}}, "guided by classifier"),
         ({"weights_hash": "0123456789abcdef"}, "features by the weights 0123456789abcdef"),
         ({"weights_hash": None}, "features by the weights None"),
-        ({"reference_of": 30_000}, "25,000 of 30,000 pictures"),
-        ({"reference_of": None, "reference_limit": 25_000}, "the first 25,000 pictures"),
+        ({"reference_of": 30_000}, "25,000 of 30,000 images"),
+        ({"reference_of": None, "reference_limit": 25_000}, "the first 25,000 images"),
         ({"metrics": {"precision_recall": {"neighbours": 5}}}, "neighbours=5 of precision_recall"),
     ],
 )
@@ -72,7 +72,7 @@ def test_every_difference_is_a_reason(change: dict[str, object], reason: str) ->
         ({"current_hash": "b" * 64}, "have changed since"),
     ],
 )
-def test_pictures_of_another_hash_are_barred(change: dict[str, object], reason: str) -> None:
+def test_images_of_another_hash_are_barred(change: dict[str, object], reason: str) -> None:
     table = place("uncond/celebahq-256", replace(LIKE_THE_PAPER, **change))  # type: ignore[arg-type]
     assert not table.comparable
     assert reason in table.barred[0]
@@ -85,7 +85,7 @@ def test_guidance_is_compared_with_what_the_row_says() -> None:
         values={"fid": 4.0, "is": 200.0},
         sampling={"steps": 250, "eta": 0.0, "guidance": 1.5},
         reference_of=1_281_167,
-        reference_pictures=1_281_167,
+        reference_images=1_281_167,
     )
     by_row = {row: place("class-cond/imagenet-256", ours, row).reasons for row in ("ldm-4-g-1.5", "ldm-4")}
     assert by_row == {"ldm-4-g-1.5": (), "ldm-4": ("guidance 1.5, the paper's row has 1",)}

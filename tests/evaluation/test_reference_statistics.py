@@ -20,22 +20,22 @@ from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
 
 KEY = ReferenceKey("a" * 64, '{"rule": "centre"}', 4, "", None, "means", "w" * 16)
-PICTURES = torch.randint(0, 256, (40, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+IMAGES = torch.randint(0, 256, (40, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 class Means:
-    """Features of a picture: the means of its channels and their squares."""
+    """Features of an image: the means of its channels and their squares."""
 
     name, weights_hash, width, has_logits = "means", "w" * 16, 6, False
     gives = frozenset({"features"})
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        pixels = pictures.float().flatten(2) / 255
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        pixels = images.float().flatten(2) / 255
         return {"features": torch.cat([pixels.mean(-1), pixels.square().mean(-1)], dim=1)}
 
 
 class Stream:
-    """The pictures in batches, and how often they were asked for."""
+    """The images in batches, and how often they were asked for."""
 
     def __init__(self) -> None:
         self.looked = 0
@@ -43,7 +43,7 @@ class Stream:
     def __call__(self) -> Iterable[Numbered]:
         self.looked += 1
         for start in (0, 16, 32):
-            yield torch.arange(start, min(start + 16, 40)), PICTURES[start : start + 16]
+            yield torch.arange(start, min(start + 16, 40)), IMAGES[start : start + 16]
 
 
 def scores(folder: Path | None, stream: Stream, *, only_frechet: bool = False, key: ReferenceKey = KEY) -> dict:
@@ -52,7 +52,7 @@ def scores(folder: Path | None, stream: Stream, *, only_frechet: bool = False, k
         metrics |= {"kid": KernelDistance(subsets=3, subset_size=10), "precision_recall": PrecisionRecall()}
     seen = EvaluationPass(Means(), metrics)
     see_reference(seen, key, folder, stream)
-    seen.add(255 - PICTURES[:24], False, torch.arange(24))
+    seen.add(255 - IMAGES[:24], False, torch.arange(24))
     assert seen.counts == {True: 40, False: 24}
     return {name: score.value for name, score in seen.compute().items()}
 
@@ -125,8 +125,8 @@ class MeansAndMore(Means):
 
     gives = frozenset({"features", "clip"})
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = super().__call__(pictures)["features"]
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        features = super().__call__(images)["features"]
         return {"features": features, "clip": features[:, :3] + 1}
 
 
@@ -135,7 +135,7 @@ def test_what_else_scores_look_at_is_kept_too_and_added_to_an_older_file(tmp_pat
         metrics = {"fid": FrechetDistance(6, small_sample=True), "cmmd": ClipDistance()}
         seen = EvaluationPass(MeansAndMore(), {name: metrics[name] for name in names})
         see_reference(seen, KEY, tmp_path, stream)
-        seen.add(255 - PICTURES[:24], False, torch.arange(24))
+        seen.add(255 - IMAGES[:24], False, torch.arange(24))
         return {name: score.value for name, score in seen.compute().items()}
 
     stream = Stream()
@@ -156,9 +156,9 @@ def _process(rank: int, folder: str, limit: int) -> None:
     for _ in range(2):  # looking, then reading
         seen = EvaluationPass(Means(), {"fid": FrechetDistance(6, small_sample=True)})
         mine = slice(rank, None, 2)
-        stream = partial(lambda part: [(torch.arange(40)[part], PICTURES[part])], mine)
+        stream = partial(lambda part: [(torch.arange(40)[part], IMAGES[part])], mine)
         see_reference(seen, KEY, Path(folder) / str(limit), stream, rank, 2)
-        seen.add(255 - PICTURES[:24][mine], False, torch.arange(24)[mine])
+        seen.add(255 - IMAGES[:24][mine], False, torch.arange(24)[mine])
         found = seen.compute((40, 24))["fid"].value
         torch.save(found, Path(folder) / f"{limit}_{rank}.pt")
     torch.distributed.barrier()

@@ -30,7 +30,7 @@ from ldmlab.nn.openclip import build_clip
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from shard_maker import write_shards
 
-CURVE = "step,loss,held_out/psnr,loss_by_noise/0.10,loss_by_noise/0.20\n1,1.0,,0.5,0.7\n2,0.5,12.0,0.4,0.6\n3,0.4,,,\n"
+CURVE = "step,loss,val/psnr,loss_by_noise/0.10,loss_by_noise/0.20\n1,1.0,,0.5,0.7\n2,0.5,12.0,0.4,0.6\n3,0.4,,,\n"
 
 
 def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evaluation:
@@ -102,9 +102,9 @@ def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> Non
     assert links.images == 6 * 2 + 3 * 2 * 2 + 3 * 2 + 6 * 2 + 3 * 2
     assert all(address.startswith("data:image/") for address in links.loaded)
     assert "http" not in page.replace("http-equiv", "")
-    for words in ("not comparable", "picture 0", "Learned by heart?", "<svg", "loss_by_noise", "infinitely many"):
+    for words in ("not comparable", "image 0", "Learned by heart?", "<svg", "loss_by_noise", "infinitely many"):
         assert words in page
-    for words in ("precision and recall over guidance", "By category", "Held-out real pictures at the threshold"):
+    for words in ("precision and recall over guidance", "By category", "Held-out real images at the threshold"):
         assert words in page
 
 
@@ -144,15 +144,15 @@ def test_the_nearest_pairs_of_all_samples_are_shown(finished: tuple[Path, dict[s
     closest = [pair["distance"] for pair in found["closest"]]
     assert closest == sorted(closest)
     assert closest[0] <= min(pair["distance"] for pair in found["pairs"])
-    assert found["held_out_pictures"] == 12
-    assert found["training_pictures"] == 33
+    assert found["held_out_images"] == 12
+    assert found["training_images"] == 33
     for pair in (*found["closest"], *found["pairs"]):
         assert (out / pair["sample"]).exists()
         assert (out / pair["train"]).exists()
     assert all((out / pair["held_out"]).exists() for pair in found["held_out"])
 
 
-def test_each_class_is_scored_beside_its_own_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_each_class_is_scored_beside_its_own_images(finished: tuple[Path, dict[str, Any]]) -> None:
     rows = finished[1]["by_class"]
     assert sum(row["samples"] for row in rows) == 26
     assert sum(row["real"] for row in rows) == 12
@@ -167,7 +167,7 @@ def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dic
         stored["sampling"] | {"seed": 0, "steps": 2, "guidance": 2.0, "eta": 0.0, "sampler": "ddim"}
         == stored["sampling"]
     )
-    assert stored["sampling"]["pictures"] == 26
+    assert stored["sampling"]["images"] == 26
     assert stored["model"]["weights"] == "averaged"
     assert len(stored["reference"]["manifest_hash"]) == 64
     assert len(stored["features"]["weights_hash"]) == 16

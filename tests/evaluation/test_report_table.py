@@ -20,14 +20,14 @@ from ldmlab.evaluation.side_by_side import comparison_tables
 
 
 def result(**change: Any) -> dict[str, Any]:
-    """An evaluation of FFHQ as the paper did it; `change`: reference__pictures=5 and the like."""
+    """An evaluation of FFHQ as the paper did it; `change`: reference__images=5 and the like."""
     content: dict[str, Any] = {
         "protocol": {"name": "paper_ffhq", "paper_table": "uncond/ffhq-256", "dataset": "ffhq"},
         "model": {"path": "runs/my_50%_run", "weights": "averaged", "step": 100},
-        "sampling": {"pictures": 50_000, "steps": 200, "eta": 1.0, "guidance": 1.0, "seed": 0, "sampler": "ddim"},
+        "sampling": {"images": 50_000, "steps": 200, "eta": 1.0, "guidance": 1.0, "seed": 0, "sampler": "ddim"},
         "reference": {
             "split": "train",
-            "pictures": 60_000,
+            "images": 60_000,
             "manifest_hash": "c" * 64,
             "transform": {"rule": "short_side_bilinear_no_antialias"},
             "image_size": 256,
@@ -61,7 +61,7 @@ def test_ours_stands_below_theirs_with_its_distance() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"reference__pictures": 500}, "500 reference pictures"),
+        ({"reference__images": 500}, "500 reference images"),
         ({"sampling__steps": 50}, "steps 50"),
     ],
 )
@@ -118,8 +118,8 @@ def test_a_size_of_hole_stands_in_its_own_table() -> None:
         protocol__bucket_tables={"hole_40_50": "inpaint/places-40-50", "hole_00_10": "inpaint/places-40-50"},
     )
     given["buckets"] = {
-        "hole_40_50": {"hole": [0.4, 0.5], "pictures": 90, "scores": scores},
-        "hole_00_10": {"hole": [0.0, 0.1], "pictures": 0, "scores": {}},
+        "hole_40_50": {"hole": [0.4, 0.5], "images": 90, "scores": scores},
+        "hole_00_10": {"hole": [0.0, 0.1], "images": 0, "scores": {}},
     }
     whole, part = paper_report([given])
     assert "all samples" in whole.title
@@ -259,7 +259,7 @@ def test_a_comparison_of_forty_runs_stays_small(tmp_path: Any) -> None:
         Image.fromarray(pixels).save(tmp_path / "shared" / f"{number}.png")
     shown = [{"file": f"../shared/{number}.png", "caption": "noise"} for number in range(16)]
     for run in range(40):
-        content = result(model__path=f"runs/{run}") | {"format_version": 1, "pictures": {"samples": shown}}
+        content = result(model__path=f"runs/{run}") | {"format_version": 1, "images": {"samples": shown}}
         (tmp_path / str(run)).mkdir()
         (tmp_path / str(run) / "metrics.json").write_text(json.dumps(content))
     page = write_comparison([tmp_path / str(run) for run in range(40)], tmp_path / "out")

@@ -13,14 +13,14 @@ from PIL import Image
 from sampling_models import sample_as_rank, sample_command
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.pictures import read_settings
+from ldmlab.evaluation.images import read_settings
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_pictures_grid_and_settings(tmp_path: Path) -> None:
+def test_images_grid_and_settings(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["runs/tiny", "--steps", "5", "4", "7", "--count", "2", "--size", "12x16", "--seed", "9", "--out", str(out)]
     assert sample_command(words) == 0
@@ -71,9 +71,9 @@ def test_sweep(tmp_path: Path, sweep: str) -> None:
     assert sample_command(["runs/tiny", "1", "2", "--steps", "2", "--sweep", sweep, "--out", str(out)]) == 0
     name, values = sweep.split("=")[0], sweep.split("=")[1].split(",")
     assert f"sweep_{name}.png" in names(out)
-    pictures = sorted(out.glob("00*.png"))
-    assert len(pictures) == 2 * len(values)
-    assert {read_settings(path)[name] for path in pictures} == {
+    images = sorted(out.glob("00*.png"))
+    assert len(images) == 2 * len(values)
+    assert {read_settings(path)[name] for path in images} == {
         value if name == "sampler" else str(type(1 if name == "steps" else 1.0)(value)) for value in values
     }
 
@@ -134,7 +134,7 @@ def test_bad_prompt_files(tmp_path: Path) -> None:
             sample_command(["runs/tiny", "--prompts", str(tmp_path / name), "--out", str(tmp_path / "out")])
 
 
-def test_two_processes_make_the_same_pictures(tmp_path: Path) -> None:
+def test_two_processes_make_the_same_images(tmp_path: Path) -> None:
     words = ["runs/tiny", *map(str, range(5)), "--steps", "2", "--eta", "1", "--batch-size", "2", "--out"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Large pictures from whole models: parts are chosen by size, do not change what they should not, and are recorded."""
+"""Large images from whole models: parts are chosen by size, do not change what they should not, and are recorded."""
 
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,12 @@ def test_super_resolution_of_any_size_in_windows(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(model.diffusion.backbone, "forward", watched)
     small = torch.randint(0, 256, (33, 21, 3), dtype=torch.uint8)
-    pictures = model.sample(steps=2, low_resolution=[small])
-    assert pictures.shape == (1, 132, 84, 3)
+    images = model.sample(steps=2, low_resolution=[small])
+    assert images.shape == (1, 132, 84, 3)
     assert largest == 8 * 8  # latent pixels: windows of the size it was trained at
     whole = model.sample(steps=2, low_resolution=[small], window=0)
     assert largest == 33 * 21
-    assert not torch.equal(pictures, whole)
+    assert not torch.equal(images, whole)
 
 
 def test_what_is_chosen_where_nothing_is_asked() -> None:
@@ -103,9 +103,9 @@ def test_the_record_tells_the_parts() -> None:
 
 def test_encode_and_decode_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = semantic()
-    pictures = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8)
-    latents = model.encode(pictures)
-    torch.testing.assert_close(model.encode(pictures, tile=32), latents, atol=1e-4, rtol=0)
+    images = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8)
+    latents = model.encode(images)
+    torch.testing.assert_close(model.encode(images, tile=32), latents, atol=1e-4, rtol=0)
     assert (model.decode(latents, tile=32).int() - model.decode(latents).int()).abs().max() <= 1
     monkeypatch.setattr(parts, "LARGE", 64 * 95)
     used = []
@@ -116,7 +116,7 @@ def test_encode_and_decode_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(parts, "TiledFirstStage", watched)
     model.decode(latents)
-    model.encode(pictures)
+    model.encode(images)
     assert used == [(512, "shared")] * 2
 
 
@@ -133,7 +133,7 @@ def test_refused_before_any_work(settings: dict[str, Any], message: str) -> None
         semantic().resolved(SampleSettings(**settings))
 
 
-def test_boxes_belong_to_the_whole_picture() -> None:
+def test_boxes_belong_to_the_whole_image() -> None:
     with pytest.raises(InputError, match="window=32 would draw all boxes in every window"):
         parts.with_parts(SampleSettings(size=(64, 64), window=32), semantic().diffusion, 32, frozenset({"boxes"}))
 

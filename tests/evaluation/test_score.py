@@ -18,16 +18,16 @@ from ldmlab.metrics.precision_recall import PrecisionRecall
 
 
 class MeanColours:
-    """Six numbers a picture; counts how often it was asked."""
+    """Six numbers an image; counts how often it was asked."""
 
     name, weights_hash, width, gives = "mean colours", "0", 6, frozenset({"features"})
 
     def __init__(self) -> None:
         self.seen = 0
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        self.seen += len(pictures)
-        pixels = pictures.float()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        self.seen += len(images)
+        pixels = images.float()
         return {"features": torch.cat([pixels.mean(dim=(2, 3)), pixels.std(dim=(2, 3))], dim=1)}
 
 
@@ -51,11 +51,11 @@ def test_one_pass_feeds_every_score() -> None:
     assert set(scores) == {"fid", "kid", "precision", "recall"}
     assert scores["kid"].spread is not None
     assert scores["fid"].spread is None
-    assert "small sample: 40 pictures" in scores["fid"].marks[0]
+    assert "small sample: 40 images" in scores["fid"].marks[0]
     assert len(torch.cat(seen.features[False])) == 40
 
 
-def test_few_pictures_are_marked() -> None:
+def test_few_images_are_marked() -> None:
     seen = EvaluationPass(MeanColours(), {"fid": FrechetDistance(6, small_sample=True)})
     seen.add_all(numbered(batches(5, 0)), real=True)
     seen.add_all(numbered(batches(5, 1)), real=False)
@@ -72,8 +72,8 @@ class WithCaptions(MeanColours):
 
     gives = frozenset({"features", "clip", "text"})
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = super().__call__(pictures)["features"]
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        features = super().__call__(images)["features"]
         return {"features": features, "clip": features}
 
     def texts(self, captions: list[str]) -> Tensor:
@@ -86,9 +86,9 @@ def test_captions_go_with_the_number_of_a_sample() -> None:
     generated = batches(40, 1)
     seen.add_all(numbered(batches(50, 0)), real=True)
     seen.add_all(numbered(reversed(generated)), real=False)
-    pictures = torch.cat([batch["image"] for batch in generated])
+    images = torch.cat([batch["image"] for batch in generated])
     texts = extractor.texts([str(3 * number) for number in range(40)])
-    cosine = torch.nn.functional.cosine_similarity(extractor(pictures)["clip"].double(), texts.double())
+    cosine = torch.nn.functional.cosine_similarity(extractor(images)["clip"].double(), texts.double())
     score = seen.compute()["clip_score"]
     assert score.value == pytest.approx(100 * float(cosine.mean()), rel=1e-6)
     assert score.spread is not None

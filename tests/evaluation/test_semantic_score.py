@@ -1,4 +1,4 @@
-"""The judge of label maps and the judge of classes, on pictures whose content is known."""
+"""The judge of label maps and the judge of classes, on images whose content is known."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +19,7 @@ JUDGE = SemanticJudge(steps=40, batch_size=8)
 
 
 def scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures with two coloured squares (N, 3, 64, 64) and their maps (N, 64, 64)."""
+    """Images with two coloured squares (N, 3, 64, 64) and their maps (N, 64, 64)."""
     drawn = torch.Generator().manual_seed(seed)
     maps = torch.zeros(count, 64, 64, dtype=torch.uint8)
     for one in maps:
@@ -31,10 +31,10 @@ def scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def real(split: str, fields: tuple[str, ...]) -> Iterable[dict[str, Any]]:
-    pictures, maps = scenes(60, 0) if split == "train" else scenes(20, 1)
+    images, maps = scenes(60, 0) if split == "train" else scenes(20, 1)
     kinds = maps.flatten(1).amax(1)
-    whole = COLOURS[kinds.long()][:, :, None, None].expand_as(pictures)
-    image = whole if "class_id" in fields else pictures
+    whole = COLOURS[kinds.long()][:, :, None, None].expand_as(images)
+    image = whole if "class_id" in fields else images
     yield {"key": list(range(len(maps))), "image": image, "segmentation": maps, "class_id": kinds}
 
 
@@ -42,9 +42,9 @@ def evidence(samples: Tensor, asked: list[dict[str, Any]]) -> Evidence:
     return Evidence(real, "val", asked, samples, class_names=["none", "red", "green", "blue"])
 
 
-def test_real_pictures_as_samples_reach_the_real_score_and_shuffled_maps_do_not() -> None:
-    pictures, maps = scenes(20, 1)
-    verdict = JUDGE(evidence(pictures, [{"segmentation": one.numpy()} for one in maps]))
+def test_real_images_as_samples_reach_the_real_score_and_shuffled_maps_do_not() -> None:
+    images, maps = scenes(20, 1)
+    verdict = JUDGE(evidence(images, [{"segmentation": one.numpy()} for one in maps]))
     assert verdict.samples == verdict.held_out_real
     assert verdict.held_out_real > 0.7
     assert verdict.shuffled < 0.3
@@ -60,7 +60,7 @@ def test_intersection_over_union_by_hand() -> None:
     table = overlaps(found, asked, 4)
     assert [(one.both, one.asked, one.found) for one in table] == [(3, 4, 4), (1, 2, 1), (1, 2, 2), (0, 0, 1)]
     assert mean_iou(table) == pytest.approx((1 / 2 + 1 / 3) / 2)  # nobody asked for class 3
-    with pytest.raises(InputError, match="label 2 is asked for but in no training picture"):
+    with pytest.raises(InputError, match="label 2 is asked for but in no training image"):
         overlaps(found, asked, 2)
     with pytest.raises(InputError, match="anything but background"):
         mean_iou(overlaps(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 3))
@@ -76,13 +76,13 @@ def test_maps_of_another_size_are_read_at_pixel_centres() -> None:
 
 def test_the_judge_of_classes() -> None:
     kinds = torch.arange(18) % 3 + 1
-    pictures = COLOURS[kinds][:, :, None, None].expand(-1, -1, 64, 64).contiguous()
+    images = COLOURS[kinds][:, :, None, None].expand(-1, -1, 64, 64).contiguous()
     asked = [{"class_id": int(kind)} for kind in kinds]
     judge = ClassJudge(steps=30, batch_size=16)
-    verdict = judge(evidence(pictures, asked))
+    verdict = judge(evidence(images, asked))
     assert (verdict.samples, verdict.held_out_real, verdict.shuffled) == (1.0, 1.0, 0.0)
     assert verdict.chance == pytest.approx(1 / 3)
     assert [one.name for one in verdict.classes] == ["red", "green", "blue"]
     assert verdict.learned == Learned(examples=60, updates=30, batch_size=16)
-    wrong = judge(evidence(pictures, [{"class_id": int(kind) % 3 + 1} for kind in kinds]))
+    wrong = judge(evidence(images, [{"class_id": int(kind) % 3 + 1} for kind in kinds]))
     assert wrong.samples == 0.0

@@ -1,4 +1,4 @@
-"""Sets of pictures against each other: folders, shards and `.npz` give one score; bad ones end in one sentence."""
+"""Sets of images against each other: folders, shards and `.npz` give one score; bad ones end in one sentence."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, group_choices, plain
 from ldmlab.app.evaluate import build_metric
 from ldmlab.errors import InputError
-from ldmlab.evaluation.npz import read_pictures, read_statistics, write_npz
-from ldmlab.evaluation.picture_sets import PictureSet, picture_set
+from ldmlab.evaluation.image_sets import ImageSet, image_set
+from ldmlab.evaluation.npz import read_images, read_statistics, write_npz
 from ldmlab.evaluation.set_score import score_sets, statistics_of
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
@@ -30,15 +30,15 @@ NAME = Inception2015.name
 
 
 class MeanColours:
-    """Six numbers a picture under a name of choice."""
+    """Six numbers an image under a name of choice."""
 
     weights_hash, width, gives = "0", 6, frozenset({"features"})
 
     def __init__(self, name: str = NAME) -> None:
         self.name = name
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-        pixels = pictures.float()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        pixels = images.float()
         return {"features": torch.cat([pixels.mean(dim=(2, 3)), pixels.std(dim=(2, 3))], dim=1)}
 
 
@@ -49,14 +49,14 @@ def drawn(count: int, seed: int, size: int = 16) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in coarse])
 
 
-def folder_of(path: Path, pictures: np.ndarray) -> Path:
+def folder_of(path: Path, images: np.ndarray) -> Path:
     path.mkdir(parents=True)
-    for number, picture in enumerate(pictures):
-        Image.fromarray(picture).save(path / f"{number:05d}.png")
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{number:05d}.png")
     return path
 
 
-def scores(samples: PictureSet, reference: PictureSet, **metrics: Any) -> dict[str, float]:
+def scores(samples: ImageSet, reference: ImageSet, **metrics: Any) -> dict[str, float]:
     metrics = metrics or {"fid": FrechetDistance(6), "kid": KernelDistance(5, 20), "pr": PrecisionRecall()}
     found = score_sets(samples, reference, MeanColours(), metrics, batch_size=7, workers=0)
     return {name: score["value"] for name, score in found["scores"].items()}
@@ -72,7 +72,7 @@ def test_every_kind_of_set_gives_one_score(tmp_path: Path) -> None:
     for name in ("fake", "real"):
         assert dispatch(["pack", str(tmp_path / name), str(tmp_path / f"{name}_shards"), *pack]) == 0
     sets["shards"] = (tmp_path / "fake_shards" / "train", tmp_path / "real_shards" / "train")
-    found = {kind: [picture_set(path) for path in paths] for kind, paths in sets.items()}
+    found = {kind: [image_set(path) for path in paths] for kind, paths in sets.items()}
     assert [[part.kind for part in pair] for pair in found.values()] == [[kind] * 2 for kind in sets]
     expected = scores(*found["folder"])
     features = [MeanColours()(torch.from_numpy(part).permute(0, 3, 1, 2))["features"] for part in (fake, real)]
@@ -89,62 +89,62 @@ def test_every_kind_of_set_gives_one_score(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "npz"])
 def test_processes_share_a_set(kind: str, tmp_path: Path) -> None:
-    pictures = drawn(23, 2)
-    path = folder_of(tmp_path / "set", pictures) if kind == "folder" else tmp_path / "set.npz"
+    images = drawn(23, 2)
+    path = folder_of(tmp_path / "set", images) if kind == "folder" else tmp_path / "set.npz"
     if kind == "npz":
-        np.savez(path, pictures)
-    parts = [part for rank in range(3) for part in picture_set(path).batches(4, rank, 3, workers=0)]
+        np.savez(path, images)
+    parts = [part for rank in range(3) for part in image_set(path).batches(4, rank, 3, workers=0)]
     index = torch.cat([numbers for numbers, _ in parts])
     together = torch.cat([batch for _, batch in parts])
     assert sorted(index.tolist()) == list(range(23))
-    assert torch.equal(together[index.argsort()], torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    assert torch.equal(together[index.argsort()], torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 def test_an_npz_comes_out_as_it_goes_in(tmp_path: Path) -> None:
-    pictures, path = drawn(11, 3), tmp_path / "deep" / "set.npz"
+    images, path = drawn(11, 3), tmp_path / "deep" / "set.npz"
     mean, covariance = np.arange(6.0), np.eye(6)
-    write_npz(path, (11, 16, 16), (pictures[start : start + 4] for start in (0, 4, 8)), {"fid": (mean, covariance)})
+    write_npz(path, (11, 16, 16), (images[start : start + 4] for start in (0, 4, 8)), {"fid": (mean, covariance)})
     with np.load(path, allow_pickle=False) as read:  # as ADM's script does
         assert sorted(read.files) == ["arr_0", "mu", "sigma"]
-        assert np.array_equal(read["arr_0"], pictures)
+        assert np.array_equal(read["arr_0"], images)
         assert np.array_equal(read["mu"], mean)
-    assert np.array_equal(np.concatenate([*read_pictures(path, 3)]), pictures)
+    assert np.array_equal(np.concatenate([*read_images(path, 3)]), images)
     assert np.array_equal(read_statistics(path)["fid"][1], covariance)
     assert [file.name for file in path.parent.iterdir()] == ["set.npz"]
 
 
-def test_given_statistics_replace_the_pictures(tmp_path: Path) -> None:
+def test_given_statistics_replace_the_images(tmp_path: Path) -> None:
     fake, real = drawn(50, 0), drawn(60, 1)
     np.savez(tmp_path / "fake.npz", fake)
     np.savez(tmp_path / "real.npz", real)
-    samples, reference = picture_set(tmp_path / "fake.npz"), picture_set(tmp_path / "real.npz")
+    samples, reference = image_set(tmp_path / "fake.npz"), image_set(tmp_path / "real.npz")
     expected = scores(samples, reference)
     swapped = {"fid": FrechetDistance(6)}
     score_sets(reference, samples, MeanColours(), swapped, workers=0)
-    mean, covariance = statistics_of(swapped)["fid"]  # of the real pictures, which were the samples
+    mean, covariance = statistics_of(swapped)["fid"]  # of the real images, which were the samples
     np.savez(tmp_path / "statistics.npz", mu=mean, sigma=covariance)
-    assert scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6)) == pytest.approx(
+    assert scores(samples, image_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6)) == pytest.approx(
         {"fid": expected["fid"]}, rel=1e-9
     )
     np.savez(tmp_path / "both.npz", arr_0=real[:30], mu=mean, sigma=covariance)  # as ADM's reference batches
-    both = scores(samples, picture_set(tmp_path / "both.npz"))
+    both = scores(samples, image_set(tmp_path / "both.npz"))
     assert both["fid"] == pytest.approx(expected["fid"], rel=1e-9)
-    assert both["precision"] == scores(samples, picture_set(tmp_path / "both.npz"), pr=PrecisionRecall())["precision"]
-    with pytest.raises(InputError, match=r"no pictures, which score pr needs"):
-        scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6), pr=PrecisionRecall())
+    assert both["precision"] == scores(samples, image_set(tmp_path / "both.npz"), pr=PrecisionRecall())["precision"]
+    with pytest.raises(InputError, match=r"no images, which score pr needs"):
+        scores(samples, image_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6), pr=PrecisionRecall())
     with pytest.raises(InputError, match="6 wide where this metric was built for 5"):
-        scores(samples, picture_set(tmp_path / "statistics.npz"), fid=FrechetDistance(5))
+        scores(samples, image_set(tmp_path / "statistics.npz"), fid=FrechetDistance(5))
     with pytest.raises(InputError, match="choose --features inception"):
-        score_sets(samples, picture_set(tmp_path / "both.npz"), MeanColours("other"), {"fid": FrechetDistance(6)})
+        score_sets(samples, image_set(tmp_path / "both.npz"), MeanColours("other"), {"fid": FrechetDistance(6)})
 
 
 def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", drawn(5, 0))
-    few = picture_set(tmp_path / "set.npz")
+    few = image_set(tmp_path / "set.npz")
     for metrics, message in (
-        ({"kid": KernelDistance()}, r"metrics\.kid\.subset_size=1000 is more than the 5 real pictures"),
+        ({"kid": KernelDistance()}, r"metrics\.kid\.subset_size=1000 is more than the 5 real images"),
         ({"is": InceptionScore()}, r"metrics\.is needs logits, which --features .* choose --features inception"),
-        ({"fid": FrechetDistance(6)}, r"5 real pictures are fewer .* set metrics\.fid\.small_sample=true"),
+        ({"fid": FrechetDistance(6)}, r"5 real images are fewer .* set metrics\.fid\.small_sample=true"),
     ):
         with pytest.raises(InputError, match="^" + message):
             scores(few, few, **metrics)
@@ -153,35 +153,35 @@ def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
 def test_bad_sets_are_one_sentence(tmp_path: Path) -> None:
     good = folder_of(tmp_path / "good", drawn(5, 0))
     with pytest.raises(InputError, match="does not exist; give a folder"):
-        picture_set(tmp_path / "none")
+        image_set(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no pictures and no shards"):
-        picture_set(tmp_path / "empty")
-    larger = picture_set(folder_of(tmp_path / "larger", drawn(5, 0, 24)))
+    with pytest.raises(InputError, match="holds no images and no shards"):
+        image_set(tmp_path / "empty")
+    larger = image_set(folder_of(tmp_path / "larger", drawn(5, 0, 24)))
     with pytest.raises(InputError, match=r"16x16 px and .*larger of 24x24"):
-        scores(picture_set(good), larger)
+        scores(image_set(good), larger)
     Image.new("RGB", (24, 16)).save(good / "00007.png")
     with pytest.raises(InputError, match=r"00007\.png has 16x24 px where 00000\.png has 16x16"):
-        scores(picture_set(good), picture_set(good), pr=PrecisionRecall())
-    (good / "00003.png").write_bytes(b"no picture")
+        scores(image_set(good), image_set(good), pr=PrecisionRecall())
+    (good / "00003.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"00003\.png cannot be read"):
-        scores(picture_set(good), picture_set(good), pr=PrecisionRecall())
+        scores(image_set(good), image_set(good), pr=PrecisionRecall())
     (tmp_path / "junk.npz").write_bytes(b"junk")
     with pytest.raises(InputError, match=r"junk\.npz cannot be read as \.npz"):
-        picture_set(tmp_path / "junk.npz")
+        image_set(tmp_path / "junk.npz")
     np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
     with pytest.raises(InputError, match="arr_0 is float64"):
-        picture_set(tmp_path / "floats.npz")
+        image_set(tmp_path / "floats.npz")
     np.savez(tmp_path / "other.npz", labels=np.zeros(3))
     with pytest.raises(InputError, match="neither arr_0 nor mu and sigma"):
-        picture_set(tmp_path / "other.npz")
+        image_set(tmp_path / "other.npz")
     np.savez(tmp_path / "misfit.npz", mu=np.zeros(3), sigma=np.zeros((4, 4)))
     with pytest.raises(InputError, match="do not fit"):
-        picture_set(tmp_path / "misfit.npz")
+        image_set(tmp_path / "misfit.npz")
 
 
-def scaled_inception(path: Path, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of drawn weights whose features and logits have a variance of about 1 on these pictures."""
+def scaled_inception(path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of drawn weights whose features and logits have a variance of about 1 on these images."""
     with monkeypatch.context() as patch:
         patch.setattr(port, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
@@ -190,11 +190,11 @@ def scaled_inception(path: Path, pictures: Tensor, monkeypatch: pytest.MonkeyPat
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
-    features, _ = network(pictures)
+    features, _ = network(images)
     deviation = features.std(dim=0).mean()
     for name in ("branch1x1", "branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b", "branch_pool"):
         getattr(network.Mixed_7c, name).bn.weight.data /= deviation
-    _, logits = network(pictures)
+    _, logits = network(images)
     network.fc.weight.data /= logits.std(dim=0).mean()
     torch.save(network.state_dict(), path)
     return path
@@ -238,7 +238,7 @@ def test_folders_score_as_torch_fidelity_scores_them(
     names |= {"kid": "kernel_inception_distance_mean", "precision": "precision", "recall": "recall"}
     assert ours == pytest.approx({name: theirs[key] for name, key in names.items()}, rel=1e-3)
     assert read_statistics(tmp_path / "o.npz")["fid"][0].shape == (2048,)
-    assert json.loads(out.read_text())["reference"]["pictures"] == 16
+    assert json.loads(out.read_text())["reference"]["images"] == 16
     assert dispatch([*command, str(tmp_path / "o.npz"), "--metrics", "fid", *network]) == 0
     own = float(capsys.readouterr().out.splitlines()[3].split()[1])
     assert abs(own) < 1e-3 * ours["fid"]  # the samples' own statistics; 2034 of 2048 eigenvalues are rounding's
@@ -261,14 +261,14 @@ def test_every_score_is_built_from_its_file() -> None:
     assert all(isinstance(metric, Metric) for metric in metrics.values())
 
 
-def test_too_few_pictures_are_refused_before_any_is_looked_at(tmp_path: Path) -> None:
+def test_too_few_images_are_refused_before_any_is_looked_at(tmp_path: Path) -> None:
     class Blind(MeanColours):
-        def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
-            raise AssertionError("looked at pictures that cannot be scored")
+        def __call__(self, images: Tensor) -> dict[str, Tensor]:
+            raise AssertionError("looked at images that cannot be scored")
 
-    few = picture_set(folder_of(tmp_path / "few", drawn(4, 0)))
-    many = picture_set(folder_of(tmp_path / "many", drawn(8, 1)))
-    with pytest.raises(InputError, match="4 generated pictures are fewer than the 6 features"):
+    few = image_set(folder_of(tmp_path / "few", drawn(4, 0)))
+    many = image_set(folder_of(tmp_path / "many", drawn(8, 1)))
+    with pytest.raises(InputError, match="4 generated images are fewer than the 6 features"):
         score_sets(few, many, Blind(), {"fid": FrechetDistance(6)}, workers=0)
-    with pytest.raises(InputError, match=r"metrics\.kid\.subset_size=6 is more than the 4 real pictures"):
+    with pytest.raises(InputError, match=r"metrics\.kid\.subset_size=6 is more than the 4 real images"):
         score_sets(many, few, Blind(), {"kid": KernelDistance(5, 6)}, workers=0)

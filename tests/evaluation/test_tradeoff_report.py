@@ -37,7 +37,7 @@ def _job(folder: Path, f: int, seed: int, fid: float, **more: Any) -> Path:
 
     record = {
         **{"format_version": 1, "downsampling": f, "latent": [3, 32 // f, 32 // f], "seed": seed, "max_steps": 10},
-        **{"budget": "steps", "pictures_per_step": 8, "processes": 2, "parameters": 100, "forward": 10**9 // f},
+        **{"budget": "steps", "images_per_step": 8, "processes": 2, "parameters": 100, "forward": 10**9 // f},
         **{
             "training": 3 * 10**9 // f,
             "decoder": 10**9,
@@ -46,7 +46,7 @@ def _job(folder: Path, f: int, seed: int, fid: float, **more: Any) -> Path:
         },
         "points": [point(5, 100, fid + 2), point(10, 100, fid), point(10, 20, fid + 1)],
         "reconstruction": None if f == 1 else {"fid": {"value": 0.5}, "psnr": {"value": 20.0 + f}},
-        "seconds_per_picture": {"100": 1.0, "20": 0.2},
+        "seconds_per_image": {"100": 1.0, "20": 0.2},
     }
     folder.mkdir(parents=True)
     (folder / RECORD).write_text(json.dumps({**record, **more}))
@@ -143,8 +143,8 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
         read_job(tmp_path)
 
 
-def test_wall_clock_is_the_pictures_over_the_speed(tmp_path: Path) -> None:
-    table = "step,loss,pictures,speed/pictures_per_second\n1,1.0,8,4\n2,0.9,16,8\n2,,,\n3,0.8,24,1\n"
+def test_wall_clock_is_the_images_over_the_speed(tmp_path: Path) -> None:
+    table = "step,loss,images,speed/images_per_second\n1,1.0,8,4\n2,0.9,16,8\n2,,,\n3,0.8,24,1\n"
     (tmp_path / "metrics.csv").write_text(table)
     assert trained_seconds(tmp_path / "metrics.csv", 2) == 2 + 1
     assert trained_seconds(tmp_path / "metrics.csv", None) == 2 + 1 + 8
@@ -222,8 +222,8 @@ def test_the_page_shows_what_each_job_draws_and_rebuilds(tmp_path: Path) -> None
         (job / "evaluation" / "step_00000010-100-abc", "sample_00000.png"),
         (job / "evaluation" / "step_00000005-100-abc", "sample_00000.png"),  # not the last of the training
     ):
-        (folder / "pictures").mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(folder / "pictures" / name)
+        (folder / "images").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "images" / name)
     page = write_tradeoff([job], tmp_path / "out").read_text()
     assert "f4: there and back" in page
     assert "f4: drawn after 10 steps" in page

@@ -1,4 +1,4 @@
-"""Variations of pictures by a model that looks at them, on the command line and in Python."""
+"""Variations of images by a model that looks at them, on the command line and in Python."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from PIL import Image
 from sampling_models import sample_command, tiny_model
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.pictures import read_settings
-from ldmlab.evaluation.task_pictures import request_picture
+from ldmlab.evaluation.images import read_settings
+from ldmlab.evaluation.task_images import request_image
 
 
-def picture(folder: Path, name: str, width: int, height: int) -> Path:
+def image(folder: Path, name: str, width: int, height: int) -> Path:
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / name)
     return folder / name
@@ -22,12 +22,12 @@ def picture(folder: Path, name: str, width: int, height: int) -> Path:
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
-    return picture(tmp_path, "wide.png", 50, 30)
+    return image(tmp_path, "wide.png", 50, 30)
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    return picture(tmp_path, "small.png", 20, 20)
+    return image(tmp_path, "small.png", 20, 20)
 
 
 def drawn(folder: Path) -> list[np.ndarray]:
@@ -39,9 +39,9 @@ def sampled(out: Path, *words: str) -> list[np.ndarray]:
     return drawn(out)
 
 
-def test_several_of_pictures_of_any_size(tmp_path: Path, wide: Path, small: Path) -> None:
+def test_several_of_images_of_any_size(tmp_path: Path, wide: Path, small: Path) -> None:
     made = sampled(tmp_path / "out", "--task", "variations", str(wide), str(small), "--count", "2")
-    assert [p.shape for p in made] == [(16, 16, 3)] * 4  # as trained: a picture looked at says nothing of the size
+    assert [p.shape for p in made] == [(16, 16, 3)] * 4  # as trained: an image looked at says nothing of the size
     told = read_settings(tmp_path / "out" / "000002.png")
     assert (told["reference"], told["guidance"]) == (str(small), "3.0")
     assert all((made[i] != made[j]).any() for i in range(4) for j in range(i))
@@ -60,8 +60,8 @@ def test_a_start_is_looked_at_unless_another_is_named(tmp_path: Path, small: Pat
     assert (itself[0] != other[0]).any()
 
 
-def test_holes_are_filled_with_what_a_picture_shows(tmp_path: Path, wide: Path) -> None:
-    photo = picture(tmp_path, "photo.png", 16, 16)
+def test_holes_are_filled_with_what_a_image_shows(tmp_path: Path, wide: Path) -> None:
+    photo = image(tmp_path, "photo.png", 16, 16)
     Image.fromarray(np.repeat([[0] * 8 + [255] * 8], 16, 0).astype(np.uint8)).save(tmp_path / "hole.png")
     hole = ["--from", str(photo), "--mask", str(tmp_path / "hole.png"), "--repeats", "2"]
     (made,) = sampled(tmp_path / "out", "--task", "variations", str(wide), *hole)
@@ -76,12 +76,12 @@ def test_fields_and_python(tmp_path: Path, small: Path) -> None:
     (made,) = sampled(tmp_path / "out", "--prompts", str(file))
     model = tiny_model("reference")
     assert model.reads == {"reference"}
-    pictures = model.sample(reference=[np.asarray(Image.open(small))], steps=2)
-    assert torch.equal(pictures[0], torch.from_numpy(made.copy()))
+    images = model.sample(reference=[np.asarray(Image.open(small))], steps=2)
+    assert torch.equal(images[0], torch.from_numpy(made.copy()))
 
 
 def test_a_report_shows_what_was_looked_at(wide: Path) -> None:
-    shown = request_picture({"reference": np.asarray(Image.open(wide))}, 12)
+    shown = request_image({"reference": np.asarray(Image.open(wide))}, 12)
     assert shown is not None
     assert shown.shape == (3, 12, 12)
 
@@ -91,10 +91,10 @@ def test_a_report_shows_what_was_looked_at(wide: Path) -> None:
     [
         (["--task", "variations", "SMALL"], "class_id", "told class_id, not reference; give one trained with conditi"),
         (["--task", "variations"], "reference", "--task variations needs files to work on"),
-        (["--task", "variations", "nowhere.png"], "reference", r"reference=nowhere.png cannot be read as a picture"),
+        (["--task", "variations", "nowhere.png"], "reference", r"reference=nowhere.png cannot be read as an image"),
         ([], "reference", "this model is told reference; give at least one prompt"),
         (["--task", "variations", "SMALL", "--repeats", "2"], "reference", "repeats=2 is for holes"),
-        (["--task", "variations", "SMALL", "--strength", "0.3"], "reference", "--strength 0.3 needs a picture"),
+        (["--task", "variations", "SMALL", "--strength", "0.3"], "reference", "--strength 0.3 needs an image"),
     ],
 )
 def test_refusals_leave_no_folder(tmp_path: Path, small: Path, words: list[str], told: str, message: str) -> None:

@@ -22,7 +22,7 @@ def quantiser(codes: list[list[float]], **options: Any) -> Quantiser:
 
 
 def as_map(vectors: list[list[float]]) -> Tensor:
-    """Vectors as one picture of height 1: (1, C, 1, N)."""
+    """Vectors as one image of height 1: (1, C, 1, N)."""
     return torch.tensor(vectors).T[None, :, None].requires_grad_()
 
 

@@ -1,4 +1,4 @@
-"""First stages in parts: the result of the whole picture, without a seam, with nothing larger than asked for."""
+"""First stages in parts: the result of the whole image, without a seam, with nothing larger than asked for."""
 
 from typing import Any
 
@@ -33,22 +33,22 @@ def first_stage(kind: str) -> Any:
 
 
 def uneven(height: int, width: int) -> Tensor:
-    """Two pictures whose halves have different contrast, so that parts have different statistics."""
-    pictures = 2 * torch.rand(2, 3, height, width) - 1
-    pictures[..., width // 2 :] *= 0.1
-    return pictures
+    """Two images whose halves have different contrast, so that parts have different statistics."""
+    images = 2 * torch.rand(2, 3, height, width) - 1
+    images[..., width // 2 :] *= 0.1
+    return images
 
 
 @pytest.mark.parametrize("kept", [1, 256], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_shared_norms_give_the_whole_picture(kind: str, kept: int) -> None:
+def test_shared_norms_give_the_whole_image(kind: str, kept: int) -> None:
     stage = first_stage(kind)
     tiled = TiledFirstStage(stage, tile=32, kept_mib=kept)
-    tiled.kept_bytes //= 2**20 if kept == 1 else 1  # one byte: no map is kept, as of a very large picture
-    pictures = uneven(80, 136)
-    whole = stage.encode(pictures)
-    part = tiled.encode(pictures)
+    tiled.kept_bytes //= 2**20 if kept == 1 else 1  # one byte: no map is kept, as of a very large image
+    images = uneven(80, 136)
+    whole = stage.encode(images)
+    part = tiled.encode(images)
     torch.testing.assert_close(part.mean, whole.mean, atol=2e-5, rtol=0)  # sums in another order
     if whole.logvar is not None:
         torch.testing.assert_close(part.logvar, whole.logvar, atol=2e-5, rtol=0)
@@ -56,16 +56,16 @@ def test_shared_norms_give_the_whole_picture(kind: str, kept: int) -> None:
 
 
 @torch.no_grad()
-def test_separate_norms_differ_from_the_whole_picture() -> None:
+def test_separate_norms_differ_from_the_whole_image() -> None:
     stage = first_stage("kl_f4")
     latents = stage.encode(uneven(64, 128)).mean
     far = (TiledFirstStage(stage, 32, norms="separate").decode(latents) - stage.decode(latents)).abs().mean()
     assert far > 10 / 127.5  # else the test above would show nothing
 
 
-def seam(pictures: Tensor, borders: list[int], factor: int) -> float:
+def seam(images: Tensor, borders: list[int], factor: int) -> float:
     """Mean jump across the borders over the mean jump across other columns of the same phase of the upsampling."""
-    jumps = (pictures[..., 1:] - pictures[..., :-1]).abs().mean((0, 1, 2))[factor - 1 :: factor]
+    jumps = (images[..., 1:] - images[..., :-1]).abs().mean((0, 1, 2))[factor - 1 :: factor]
     at = torch.zeros(len(jumps), dtype=torch.bool)
     at[[border // factor - 1 for border in borders]] = True
     return float(jumps[at].mean() / jumps[~at].mean())
@@ -108,10 +108,10 @@ def test_no_map_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest <= max(features, (32 + 16) ** 2)
 
 
-def test_small_pictures_go_through_whole() -> None:
+def test_small_images_go_through_whole() -> None:
     stage = first_stage("vq_f4")
-    pictures = uneven(32, 24)
-    assert torch.equal(TiledFirstStage(stage, 32).encode(pictures).mean, stage.encode(pictures).mean)
+    images = uneven(32, 24)
+    assert torch.equal(TiledFirstStage(stage, 32).encode(images).mean, stage.encode(images).mean)
 
 
 def test_norms_are_free_again_after_a_fault() -> None:
@@ -143,14 +143,14 @@ class Blocks(nn.Module):
 
 
 def test_first_stages_of_another_make() -> None:
-    pictures = uneven(64, 96)
+    images = uneven(64, 96)
     for stage in (Blocks(norm=False), Identity()):
         tiled = TiledFirstStage(stage, 32)
-        torch.testing.assert_close(tiled.encode(pictures).mean, stage.encode(pictures).mean)
-        torch.testing.assert_close(tiled.decode(pictures), stage.decode(pictures))
+        torch.testing.assert_close(tiled.encode(images).mean, stage.encode(images).mean)
+        torch.testing.assert_close(tiled.decode(images), stage.decode(images))
     with pytest.raises(InputError, match="knows KL and VQ first stages, not Blocks; choose separate"):
         TiledFirstStage(Blocks(norm=True), 32)
-    assert TiledFirstStage(Blocks(norm=True), 32, norms="separate").encode(pictures).mean.shape == (2, 3, 16, 24)
+    assert TiledFirstStage(Blocks(norm=True), 32, norms="separate").encode(images).mean.shape == (2, 3, 16, 24)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ MODULES = ("class_tokens", "class_vector")
 
 
 def weights(spec: Spec, seed: int = 0) -> Parts:
-    """Random weights of a size at which pictures stay within bounds and every layer matters."""
+    """Random weights of a size at which images stay within bounds and every layer matters."""
     torch.manual_seed(seed)
     built = build_latent_diffusion(spec)
     for parameter in built.parameters():

@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 
 def small_config(name: str) -> dict[str, Any]:
-    """A released configuration at width 32, one block a level, pictures of 32 px."""
+    """A released configuration at width 32, one block a level, images of 32 px."""
     params = copy.deepcopy(LAYOUTS[name]["config"])
     unet, stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
     unet |= {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1] + [2] * (len(unet["channel_mult"]) - 1)}

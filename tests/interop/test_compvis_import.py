@@ -46,8 +46,8 @@ def write(folder: Path, config: dict[str, Any], state: dict[str, Tensor], ending
     return ["import", str(path), str(folder / "model"), "--config", str(folder / "official.yaml")]
 
 
-def pictures(model: LoadedModel) -> Tensor:
-    """Two pictures in three steps, told something in every field."""
+def images(model: LoadedModel) -> Tensor:
+    """Two images in three steps, told something in every field."""
     image = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).remainder(256).to(torch.uint8)
     fields: dict[str, Any] = {
         "class_id": torch.tensor([1, 2]),
@@ -71,18 +71,18 @@ def imported(arguments: list[str]) -> LoadedModel:
 
 
 def check_family(folder: Path, config: dict[str, Any], tower: int | None) -> None:
-    """Import, sample, export, import again: the same description, tensors and pictures; averaged weights are others."""
+    """Import, sample, export, import again: the same description, tensors and images; averaged weights are others."""
     state = official_state(config, tower=tower)
     arguments = write(folder, config, state)
     model = imported(arguments)
-    first = pictures(model)
+    first = images(model)
     assert first.shape == (2, 3, 32, 32)
     assert bool(torch.isfinite(first).all())
     assert model.info["weights"] == "averaged"
     assert model.info["step"] == 12
 
     raw = compvis.load(arguments[1], arguments[4], weights="raw", device="cpu")
-    assert not torch.equal(pictures(raw), first)
+    assert not torch.equal(images(raw), first)
 
     spec = model.info["spec"]
     parts = {name: load_tensors(folder / f"model/{name}.safetensors") for name in _names(folder / "model")}
@@ -95,7 +95,7 @@ def check_family(folder: Path, config: dict[str, Any], tower: int | None) -> Non
     second.mkdir()
     back = imported(write(second, again, exported, ".safetensors"))
     assert {**back.info["spec"], "step": 12, "weights": "averaged"} == spec
-    assert torch.equal(pictures(back), first)
+    assert torch.equal(images(back), first)
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Exported models are the same networks in diffusers, make the same pictures there, and come back as they were."""
+"""Exported models are the same networks in diffusers, make the same images there, and come back as they were."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_every_part_is_the_same_function(name: str, exported: Callable[[str], Ex
 
 
 def drawn(given: Exported, noise: Tensor, batch: dict[str, Any], guidance: float = 1.0) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] by our DDIM from this noise."""
+    """Images (B, 3, H, W) in [0, 1] by our DDIM from this noise."""
     found = given.ours
     found.start = lambda *_: noise  # type: ignore[method-assign, assignment]
     size, index = (given.spec["image_size"],) * 2, torch.arange(len(noise))
@@ -84,7 +84,7 @@ def drawn(given: Exported, noise: Tensor, batch: dict[str, Any], guidance: float
 
 def same(mine: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
-    assert theirs.std() > 0.02  # a picture, not a grey square
+    assert theirs.std() > 0.02  # an image, not a grey square
 
 
 def generator() -> torch.Generator:

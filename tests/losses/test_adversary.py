@@ -57,11 +57,11 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
     torch.testing.assert_close(player.adaptive_weight(layer.sum(), layer.sum(), layer), torch.tensor(1.0))
 
 
-def test_discriminator_judges_each_picture_by_itself() -> None:
+def test_discriminator_judges_each_image_by_itself() -> None:
     torch.manual_seed(0)
     network = PatchDiscriminator(16, 3)
-    pictures = torch.randn(4, 3, 32, 32)
-    together, apart = network(pictures), torch.cat([network(picture[None]) for picture in pictures])
+    images = torch.randn(4, 3, 32, 32)
+    together, apart = network(images), torch.cat([network(image[None]) for image in images])
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-5)
     assert together.shape == (4, 1, 2, 2)
     assert network(torch.randn(1, 3, 24, 24)).isfinite().all()

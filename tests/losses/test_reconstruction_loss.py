@@ -11,7 +11,7 @@ from ldmlab.losses.rise_alarm import RiseAlarm
 
 
 class FakeLPIPS(nn.Module):
-    """A distance per picture."""
+    """A distance per image."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         return (first - second).square().mean(dim=(1, 2, 3))
@@ -22,7 +22,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.rand(3, 3, 8, 6, generator=generator), torch.rand(3, 3, 8, 6, generator=generator)
 
 
-@pytest.mark.parametrize("reduction", ["sum_per_picture", "mean"])
+@pytest.mark.parametrize("reduction", ["sum_per_image", "mean"])
 def test_official_reductions(reduction: str) -> None:
     """The official losses add LPIPS to every value, scale by the log-variance, then sum over pixels or average."""
     x, y = batch()
@@ -30,7 +30,7 @@ def test_official_reductions(reduction: str) -> None:
     ours, terms = loss(x, y)
     per_value = (x - y).abs() + 0.7 * FakeLPIPS()(x, y)[:, None, None, None]
     likelihood = per_value / torch.exp(torch.tensor(0.3)) + 0.3
-    expected = likelihood.sum() / len(x) if reduction == "sum_per_picture" else likelihood.mean()
+    expected = likelihood.sum() / len(x) if reduction == "sum_per_image" else likelihood.mean()
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(terms["l1"], (x - y).abs().mean())
     torch.testing.assert_close(terms["lpips"], FakeLPIPS()(x, y).mean())

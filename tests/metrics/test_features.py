@@ -30,7 +30,7 @@ _UP_TO_MIXED_6 = (  # mixed is Mixed_5b, mixed_5 Mixed_6c
 )
 
 
-def pictures(size: int = 32) -> torch.Tensor:
+def images(size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -43,20 +43,20 @@ def test_inception_with_drawn_weights(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "inception.pth"
     torch.save(network.state_dict(), path)
     extractor = Inception2015(path)
-    found = extractor(pictures())
-    features, logits = network(pictures())
+    found = extractor(images())
+    features, logits = network(images())
     assert torch.equal(found["features"], features)
     assert torch.equal(found["logits"], logits)
     assert found["features"].shape == (3, extractor.width)
     assert found.keys() == extractor.gives
     channels_last = found["spatial"].reshape(3, 17, 17, 7)  # the layout of ADM's script
-    resized = port.interpolate_bilinear_2d_like_tensorflow1x(pictures().float(), size=(299, 299), align_corners=False)
+    resized = port.interpolate_bilinear_2d_like_tensorflow1x(images().float(), size=(299, 299), align_corners=False)
     x = (resized - 128) / 128
     for name in _UP_TO_MIXED_6:
         x = getattr(network, name)(x)
     assert torch.equal(channels_last.permute(0, 3, 1, 2), network.Mixed_6d.branch1x1(x)[:, :7])
     with pytest.raises(InputError, match="of uint8"):
-        extractor(pictures().float())
+        extractor(images().float())
 
 
 class Harmful:
@@ -84,11 +84,11 @@ def test_clip_features_at_any_size() -> None:
     assert extractor.width == 24
     assert extractor.name == "clip run clip-1a2b"
     assert not extractor.training
-    small = extractor(pictures())["features"]
-    exact = clip.model.encode_image(clip.pixels(pictures().float() / 127.5 - 1))
+    small = extractor(images())["features"]
+    exact = clip.model.encode_image(clip.pixels(images().float() / 127.5 - 1))
     assert torch.allclose(small, exact, atol=1e-6)
-    assert extractor(pictures(64))["features"].shape == (3, 24)
-    assert torch.equal(extractor(pictures())["clip"], small)
+    assert extractor(images(64))["features"].shape == (3, 24)
+    assert torch.equal(extractor(images())["clip"], small)
     texts = clip.model.encode_text(clip.ids(["a red apple", "a cat"]))
     assert torch.allclose(extractor.texts(["a red apple", "a cat"]), texts, atol=1e-6)
 
@@ -100,9 +100,9 @@ def test_inception_and_clip_in_one_pass() -> None:
     inception = Mock(spec=Inception2015, return_value=found, width=2048, weights_hash="0")
     inception.name = Inception2015.name
     both = InceptionAndClip(inception, clip)
-    seen = both(pictures())
+    seen = both(images())
     assert seen.keys() | {"text"} == both.gives
-    assert torch.equal(seen["clip"], clip(pictures())["clip"])
+    assert torch.equal(seen["clip"], clip(images())["clip"])
     assert (both.name, both.width) == ("inception-2015-12-05", 2048)
     assert torch.equal(both.texts(["a cat"]), clip.texts(["a cat"]))
 
@@ -112,12 +112,12 @@ def test_dinov2_of_timm(tmp_path: Path) -> None:
     network = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=28).eval()
     save_file(network.state_dict(), tmp_path / "dino.safetensors")
     extractor = TimmFeatures("vit_small_patch14_dinov2", tmp_path / "dino.safetensors", 28)
-    x = torchvision.transforms.functional.normalize(pictures(28) / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = torchvision.transforms.functional.normalize(images(28) / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.inference_mode():
         expected = network.forward_features(x)[:, 0]  # the class token after the last norm
-    assert torch.allclose(extractor(pictures(28))["features"], expected, atol=1e-5)
+    assert torch.allclose(extractor(images(28))["features"], expected, atol=1e-5)
     larger = TimmFeatures("vit_small_patch14_dinov2", tmp_path / "dino.safetensors", 42)
-    assert larger(pictures(28))["features"].shape == (3, larger.width)
+    assert larger(images(28))["features"].shape == (3, larger.width)
     with pytest.raises(InputError, match="did you mean vit_small_patch14_dinov2"):
         TimmFeatures("vit_small_patch14_dinov", tmp_path / "dino.safetensors")
     with pytest.raises(InputError, match=r"none\.pth does not exist"):

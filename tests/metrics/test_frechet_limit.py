@@ -47,7 +47,7 @@ def test_the_bias_of_few_samples_is_gone_and_its_error_is_told() -> None:
 def test_the_curve_holds_every_size_and_ends_at_the_plain_distance() -> None:
     metric, samples = FrechetLimit(WIDTH, spread=False), drawn(480, 0)
     found = scored(metric, samples)
-    assert [point["pictures"] for point in metric.points] == [480 / parts for parts in PARTS]
+    assert [point["images"] for point in metric.points] == [480 / parts for parts in PARTS]
     assert metric.points[0]["value"] == pytest.approx(scored(FrechetDistance(WIDTH), samples)["fid"], rel=1e-9)
     values = [point["value"] for point in metric.points]
     assert values == sorted(values)

@@ -96,21 +96,21 @@ def test_cmmd() -> None:
 
 
 def test_clip_score() -> None:
-    pictures, texts = normal(50, 8, 6), normal(50, 8, 7)
+    images, texts = normal(50, 8, 6), normal(50, 8, 7)
     metric = ClipScore()
     metric.update(clip=normal(9, 8, 0), real=True)
     for start in range(0, 50, 20):
-        metric.update(clip=pictures[start : start + 20], text=3 * texts[start : start + 20])
+        metric.update(clip=images[start : start + 20], text=3 * texts[start : start + 20])
     cosine = [
-        max(float(a @ b / np.sqrt((a @ a) * (b @ b))), 0) for a, b in zip(pictures.numpy(), texts.numpy(), strict=True)
+        max(float(a @ b / np.sqrt((a @ a) * (b @ b))), 0) for a, b in zip(images.numpy(), texts.numpy(), strict=True)
     ]
     values = metric.compute()
     assert float(values["clip_score"]) == pytest.approx(100 * np.mean(cosine), rel=1e-5)
     assert float(values["clip_score_std"]) == pytest.approx(100 * np.std(cosine) / math.sqrt(50), rel=1e-4)
     with pytest.raises(InputError, match="needs the caption"):
-        metric.update(clip=pictures)
+        metric.update(clip=images)
     only_real = ClipScore()
-    only_real.update(clip=pictures, real=True)
+    only_real.update(clip=images, real=True)
     with pytest.raises(InputError, match="nothing to score"):
         only_real.compute()
 
@@ -139,9 +139,9 @@ def test_the_spread_of_fid_is_that_of_repeated_draws() -> None:
 def test_wrong_options_are_one_sentence() -> None:
     with pytest.raises(InputError, match="spread_groups=1; choose 0"):
         FrechetDistance(4, spread_groups=1)
-    with pytest.raises(InputError, match="spread_groups=9 is too many for 2 pictures"):
+    with pytest.raises(InputError, match="spread_groups=9 is too many for 2 images"):
         fed(FrechetDistance(2, spread_groups=9), normal(5, 2, 0), normal(2, 2, 1))
     with pytest.raises(InputError, match="sigma=0"):
         ClipDistance(sigma=0)
-    with pytest.raises(InputError, match="more than 5 real pictures"):
+    with pytest.raises(InputError, match="more than 5 real images"):
         fed(DensityCoverage(5), normal(5, 2, 0), normal(9, 2, 1))

@@ -76,7 +76,7 @@ def test_nearest_in_tiles_equals_all_distances() -> None:
     assert (own != torch.arange(50)).all()
 
 
-def pictures() -> Iterator[dict[str, Any]]:
+def images() -> Iterator[dict[str, Any]]:
     """What the metrics are told of ten batches a side."""
     for real, count, seed in ((True, 210, 5), (False, 190, 6)):
         features, clip, text = (normal(count, 12, seed + shift) for shift in (0, 20, 30))
@@ -96,19 +96,19 @@ def scores(batches: Any) -> dict[str, float]:
 def _process(rank: int, folder: str, expected: dict[str, float]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    values = scores(batch for number, batch in enumerate(pictures()) if number % 2 == rank)
+    values = scores(batch for number, batch in enumerate(images()) if number % 2 == rank)
     torch.distributed.destroy_process_group()
     assert values == pytest.approx(expected, rel=1e-10)
 
 
 def test_two_processes_give_the_score_of_one(tmp_path: Path) -> None:
-    expected = scores(pictures())
-    assert expected == pytest.approx(scores(reversed(list(pictures()))), rel=1e-10)
+    expected = scores(images())
+    assert expected == pytest.approx(scores(reversed(list(images()))), rel=1e-10)
     mp.spawn(_process, args=(str(tmp_path), expected), nprocs=2)
 
 
 def test_padding_counts_once() -> None:
-    batches = list(pictures())
+    batches = list(images())
     assert scores([*batches, batches[-1]])["is"] == pytest.approx(scores(batches)["is"], rel=1e-12)
 
 
@@ -143,11 +143,11 @@ def test_bad_input_is_one_sentence() -> None:
     kernel = KernelDistance()
     kernel.update(normal(30, 4, 0), real=True)
     kernel.update(normal(40, 4, 0), real=False)
-    with pytest.raises(InputError, match="subset_size=1000 is more than the 30 real pictures"):
+    with pytest.raises(InputError, match="subset_size=1000 is more than the 30 real images"):
         kernel.compute()
     no_real = PrecisionRecall()
     no_real.update(normal(30, 4, 0), real=False)
-    with pytest.raises(InputError, match="no real pictures"):
+    with pytest.raises(InputError, match="no real images"):
         no_real.compute()
     score = InceptionScore()
     score.update(normal(5, 3, 0))

@@ -11,8 +11,8 @@ from ldmlab.contracts import Posterior
 from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
 
 
-def pictures() -> tuple[Tensor, Tensor]:
-    """White pictures with a coloured square each, and noisy copies."""
+def images() -> tuple[Tensor, Tensor]:
+    """White images with a coloured square each, and noisy copies."""
     generator = torch.Generator().manual_seed(0)
     original = torch.full((5, 3, 24, 24), 255, dtype=torch.uint8)
     for index in range(5):
@@ -31,7 +31,7 @@ def measured(original: Tensor, rebuilt: Tensor, parts: int = 1) -> dict[str, flo
 
 
 def test_definitions() -> None:
-    original, rebuilt = pictures()
+    original, rebuilt = images()
     found = measured(original, rebuilt)
     each = [peak_signal_noise_ratio(y.float(), x.float(), 255.0) for x, y in zip(original, rebuilt, strict=True)]
     assert found["psnr"] == pytest.approx(float(torch.stack(each).mean()), rel=1e-5)
@@ -48,12 +48,12 @@ def test_definitions() -> None:
 
 
 def test_any_split_gives_the_same_numbers() -> None:
-    original, rebuilt = pictures()
+    original, rebuilt = images()
     assert measured(original, rebuilt, 5) == pytest.approx(measured(original, rebuilt, 1), rel=1e-6)
 
 
 def test_edges() -> None:
-    original, rebuilt = pictures()
+    original, rebuilt = images()
     assert measured(original, original)["psnr"] == pytest.approx(100.0)
     blank = torch.full_like(original, 255)
     assert "psnr_object" not in measured(blank, rebuilt)  # no object pixel: no number
@@ -62,8 +62,8 @@ def test_edges() -> None:
     assert set(without.compute()) == {"psnr", "psnr_std", "ssim", "ssim_std"}
 
 
-def test_single_picture_batches_have_ssim() -> None:
-    original, rebuilt = pictures()
+def test_single_image_batches_have_ssim() -> None:
+    original, rebuilt = images()
     measures = ReconstructionMeasures()
     measures.update(original[:1], rebuilt[:1])
     assert 0.0 < measures.compute()["ssim"] < 1.0

@@ -30,7 +30,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     return network, path
 
 
-def pictures(seed: int, size: int = 48) -> Tensor:
+def images(seed: int, size: int = 48) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -39,7 +39,7 @@ def test_equals_torchmetrics(vgg: tuple[nn.Module, Path], monkeypatch: pytest.Mo
     monkeypatch.setattr(theirs, "_get_tv_model_features", lambda *args, **options: network.features)
     reference = theirs._LPIPS(net="vgg")  # with the published channel weights that come with torchmetrics
     ours = LPIPS(path)
-    one, other = pictures(1), pictures(2)
+    one, other = images(1), images(2)
     expected = reference(one, other).flatten()
     assert expected.min() > 0.05
     torch.testing.assert_close(ours(one, other), expected, atol=1e-5, rtol=1e-5)
@@ -48,7 +48,7 @@ def test_equals_torchmetrics(vgg: tuple[nn.Module, Path], monkeypatch: pytest.Mo
 
 
 def test_without_the_learned_weights(vgg: tuple[nn.Module, Path]) -> None:
-    one, other = pictures(1), pictures(2)
+    one, other = images(1), images(2)
     network, path = vgg
     expected, ours = torch.zeros(2), LPIPS(path)
     mean, deviation = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
@@ -66,9 +66,9 @@ def test_constants_and_gradients(vgg: tuple[nn.Module, Path]) -> None:
     ours = LPIPS(vgg[1])
     assert not list(ours.parameters())
     assert not ours.state_dict()  # never in a checkpoint
-    one = pictures(1, 32)
+    one = images(1, 32)
     torch.testing.assert_close(ours(one, one), torch.zeros(2))
-    two = one.clone().requires_grad_(True)  # equal pictures are where a square root's gradient would be NaN
+    two = one.clone().requires_grad_(True)  # equal images are where a square root's gradient would be NaN
     ours(two, one).sum().backward()
     assert two.grad is not None
     assert two.grad.isfinite().all()

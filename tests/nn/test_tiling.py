@@ -32,9 +32,9 @@ def test_shares_add_up_to_one(length: int, part: int, overlap: int, scale: int) 
 
 
 def test_blending_equal_parts_changes_nothing() -> None:
-    picture = torch.randn(2, 3, 50, 37)
+    image = torch.randn(2, 3, 50, 37)
     parts = windows((50, 37), 16, 5)
-    torch.testing.assert_close(blended(lambda i: parts[i].of(picture), parts), picture)
+    torch.testing.assert_close(blended(lambda i: parts[i].of(image), parts), image)
 
 
 def test_weights_run_in_a_line_across_an_overlap() -> None:

@@ -125,7 +125,7 @@ def test_samples_have_the_right_distribution(name: str) -> None:
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_noise_matters(name: str) -> None:
-    """Where noise is drawn, other noise gives another picture, and the same noise the same one."""
+    """Where noise is drawn, other noise gives another image, and the same noise the same one."""
     grid = ddim_grid(Schedule(), 20)
     x, sampler = start(grid), sampler_by_name(name)
     ends = [sampler(denoise, x, grid, noise=lambda step, sign=sign: sign * draw(step)) for sign in (1, 1, -1)]
@@ -134,7 +134,7 @@ def test_noise_matters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sampler_names())
-def test_a_picture_is_the_same_in_any_batch(name: str) -> None:
+def test_a_image_is_the_same_in_any_batch(name: str) -> None:
     grid = ddim_grid(Schedule(), 10)
     x = start(grid)
     alone = sampler_by_name(name)(denoise, x[7:8], grid, noise=lambda step: draw(step)[7:8])

@@ -34,7 +34,7 @@ def share(hits: int, of: int, expected: float) -> bool:
 
 
 def without_halving(steps: list[Any]) -> tuple[bool, list[Any]]:
-    """Whether the picture is halved before all else, and what comes after."""
+    """Whether the image is halved before all else, and what comes after."""
     halved = sum(isinstance(step, Resize | Decimate) for step in steps) == 3
     return halved, steps[1:] if halved else steps
 
@@ -165,7 +165,7 @@ def test_resizing_noise_and_jpeg() -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("size", "factor"), [(64, 4), (16, 4), (24, 3), (16, 2), (32, 8)])
-def test_small_pictures_are_a_function_of_the_random_numbers(name: str, size: int, factor: int) -> None:
+def test_small_images_are_a_function_of_the_random_numbers(name: str, size: int, factor: int) -> None:
     task = SuperResolution(size, factor, degradation=name, crop=Crop("random", smallest=0.5))
     seen = set()
     for number in range(30):
@@ -178,7 +178,7 @@ def test_small_pictures_are_a_function_of_the_random_numbers(name: str, size: in
     assert len(seen) == 30
 
 
-def test_light_keeps_the_picture_better() -> None:
+def test_light_keeps_the_image_better() -> None:
     def error(name: str) -> float:
         errors = []
         for number in range(40):
@@ -192,7 +192,7 @@ def test_light_keeps_the_picture_better() -> None:
     assert 0 < error("bsr_light") < error("bsr")
 
 
-def test_workers_give_the_same_small_pictures(tmp_path: Path) -> None:
+def test_workers_give_the_same_small_images(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_scenes(tmp_path / split, 4, (40, 36))
 

@@ -74,15 +74,15 @@ def trained(root: Path, task: str) -> LoadedModel:
 
 
 def asked(task: str) -> dict[str, Any]:
-    """Fields of two pictures."""
+    """Fields of two images."""
     scenes = [Scene(number, SIZE, SIZE) for number in (100, 101)]
-    pictures = [np.asarray(scene.image) for scene in scenes]
+    images = [np.asarray(scene.image) for scene in scenes]
     if task == "super_resolution":
-        return {"low_resolution": [picture[::4, ::4] for picture in pictures]}
+        return {"low_resolution": [image[::4, ::4] for image in images]}
     if task == "inpainting":
         mask = np.zeros((SIZE, SIZE), bool)
         mask[4:9, 3:12] = True
-        return {"image": pictures, "mask": [mask, ~mask]}
+        return {"image": images, "mask": [mask, ~mask]}
     if task == "layout":
         return {"boxes": [scene.boxes for scene in scenes]}
     return {"segmentation": [scene.labels for scene in scenes]}
@@ -119,12 +119,12 @@ def test_a_task_that_is_not_told_is_refused(root: Path) -> None:
         train(plain(compose("train", ["stage=clip", "task=inpainting", f"run.dir={root}/clip"])))
 
 
-def test_pictures_and_masks_come_from_files(root: Path) -> None:
+def test_images_and_masks_come_from_files(root: Path) -> None:
     trained(root, "inpainting")
     scene = Scene(100, SIZE, SIZE)
-    (root / "picture.png").write_bytes(scene.files()["png"])
+    (root / "image.png").write_bytes(scene.files()["png"])
     (root / "mask.png").write_bytes(scene.files()["mask.png"])
-    asked_for = {"image": str(root / "picture.png"), "mask": str(root / "mask.png")}
+    asked_for = {"image": str(root / "image.png"), "mask": str(root / "mask.png")}
     (root / "asked.jsonl").write_text(json.dumps(asked_for))
     words = ["sample", f"{root}/inpainting", "--prompts", f"{root}/asked.jsonl", "--steps", "1"]
     assert cli.dispatch([*words, "--out", f"{root}/out"]) == 0
@@ -135,7 +135,7 @@ def test_pictures_and_masks_come_from_files(root: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["inpainting", "layout"])
-def test_held_out_pictures_ask_as_people_do(task: str, root: Path) -> None:
+def test_held_out_images_ask_as_people_do(task: str, root: Path) -> None:
     model = trained(root, task)
     config = yaml.safe_load((root / task / "config.yaml").read_text())
     data = instantiate(config["data"], where="data").with_task(model.diffusion.task)
@@ -174,7 +174,7 @@ def words(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sample(root: Path, task: str, *words: str) -> np.ndarray:
-    """`ldmlab sample --task TASK`; the picture."""
+    """`ldmlab sample --task TASK`; the image."""
     trained(root, task)
     assert cli.dispatch(["sample", f"{root}/{task}", "--task", task, *words, "--steps", "1", "--out", "out"]) == 0
     return np.asarray(Image.open("out/000000.png"))
@@ -188,7 +188,7 @@ def test_the_command_fills_holes_at_any_size(root: Path, words: Path) -> None:
     assert not np.array_equal(made[mask], given[mask])
 
 
-def test_the_command_enlarges_pictures_of_any_size(root: Path, words: Path) -> None:
+def test_the_command_enlarges_images_of_any_size(root: Path, words: Path) -> None:
     assert sample(root, "super_resolution", "small.jpg").shape == (56, 76, 3)
 
 
@@ -210,8 +210,8 @@ def test_boxes_and_label_maps_from_files(task: str, file: str, shape: tuple[int,
         ("layout", "nowhere.json", r"boxes=nowhere\.json cannot be read"),
         ("semantic", "unknown.png", f"segmentation holds 200, but this model knows the classes 0 .. {CLASSES}"),
         ("semantic", "deep.png", "segmentation holds 300, but"),
-        ("semantic", "scene.png", "a picture of mode RGB, not a map of class numbers"),
-        ("super_resolution", "boxes.json", r"low_resolution=boxes\.json cannot be read as a picture"),
+        ("semantic", "scene.png", "an image of mode RGB, not a map of class numbers"),
+        ("super_resolution", "boxes.json", r"low_resolution=boxes\.json cannot be read as an image"),
     ],
 )
 def test_files_that_mean_nothing_are_refused(task: str, file: str, message: str, root: Path, words: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each task derives from a picture whose content is known."""
+"""What each task derives from an image whose content is known."""
 
 from pathlib import Path
 from random import Random
@@ -25,7 +25,7 @@ CONF = sorted(path for path in (Path(__file__).parents[2] / "conf" / "task").glo
 
 
 def sample(number: int = 0, width: int = 48, height: int = 32, **fields: Any) -> dict[str, Any]:
-    """What the data hand to a task: a picture as stored, with all that lies on it."""
+    """What the data hand to a task: an image as stored, with all that lies on it."""
     scene = Scene(number, width, height)
     return {"image": scene.pixels, "segmentation": np.asarray(scene.labels), "boxes": scene.boxes, **fields}
 
@@ -50,7 +50,7 @@ def test_every_task_of_conf_gives_what_it_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize("crop", [Crop("centre"), Crop("window"), Crop("window", short_side=24), Crop("random")])
-def test_everything_on_a_picture_is_cropped_alike(crop: Crop) -> None:
+def test_everything_on_a_image_is_cropped_alike(crop: Crop) -> None:
     for number in range(20):
         given = sample(number, 60, 40)
         cut = crop(given, 20, Random(number))
@@ -150,9 +150,9 @@ def test_lamas_rule_for_test_masks() -> None:
         assert 0 < derived["mask"].mean() <= 0.5
         assert derived["image"].shape == (3, 256, 256)
         starts = [s for s in range(65) if np.array_equal(given["image"][:, :, s : s + 256], derived["image"])]
-        assert starts  # a window of the picture, not resampled
+        assert starts  # a window of the image, not resampled
     assert left_out <= 3  # 0.35 ^ 5 of them
-    with pytest.raises(ValueError, match="none of 1 masks leaves 99% of the picture"):
+    with pytest.raises(ValueError, match="none of 1 masks leaves 99% of the image"):
         LamaTest(image_size=256, candidates=1, largest_hole=0.01).give({"image": Scene(0, 256, 256).pixels}, Random(0))
 
 
@@ -162,7 +162,7 @@ def test_masks_of_another_size_keep_their_share() -> None:
     assert np.mean(areas) == pytest.approx(0.4018, abs=3 * 0.2173 / 300**0.5)
 
 
-def test_layout_keeps_pictures_with_enough_large_objects() -> None:
+def test_layout_keeps_images_with_enough_large_objects() -> None:
     task = Layout(image_size=16, least=2, most=3, smallest_area=0.05)
     large, small = {"class_id": 1, "box": [0.1, 0.1, 0.6, 0.6]}, {"class_id": 1, "box": [0.1, 0.1, 0.2, 0.2]}
     for boxes, kept in (([large], False), ([large, small], False), ([large] * 2, True), ([large] * 4, False)):
@@ -174,7 +174,7 @@ def test_layout_keeps_pictures_with_enough_large_objects() -> None:
         Layout(image_size=16, least=3, most=2)
 
 
-def test_layout_shuffles_and_needs_no_picture_without_a_crop() -> None:
+def test_layout_shuffles_and_needs_no_image_without_a_crop() -> None:
     task, given = Layout(image_size=16), {"boxes": Scene(0, 48, 32, objects=4).boxes}
     assert task.needs == {"boxes"}
     assert Layout(image_size=16, crop=Crop("random")).needs == {"boxes", "image"}
@@ -196,13 +196,13 @@ def test_semantic_labels() -> None:
     assert told.tolist() == [[182, 0], [1, 180]]
 
 
-def test_maps_that_do_not_lie_on_their_picture_are_bad_samples() -> None:
+def test_maps_that_do_not_lie_on_their_image_are_bad_samples() -> None:
     task = Inpainting(16, masks="stored", held_out_masks="stored")
     hole = np.zeros((1, 32, 48), np.uint8)
     for variant in (task, task.held_out):
         with pytest.raises(ValueError, match="its mask has no hole"):
             variant.give(sample(mask=hole), Random(0))
-        with pytest.raises(ValueError, match="its mask has 48 x 30 pixels, the picture 48 x 32"):
+        with pytest.raises(ValueError, match="its mask has 48 x 30 pixels, the image 48 x 32"):
             variant.give(sample(mask=hole[:, 2:] + 1), Random(0))
     with pytest.raises(ValueError, match="its segmentation has 40 x 32 pixels"):
         Semantic(16, 9, crop=Crop()).give(sample(segmentation=np.zeros((32, 40), np.uint8)), Random(0))

@@ -8,7 +8,7 @@ import forked
 import pytest
 import torch
 from torch import Tensor
-from toy_stages import options, picture_batch, train
+from toy_stages import image_batch, options, train
 
 from ldmlab.checkpoints import load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
@@ -79,11 +79,11 @@ def test_adversary_enters_the_loss_at_its_own_step() -> None:
     for step in range(8):
         made.step = step
         assert made.active("adversary") == (step >= 2)
-        terms = made.losses("autoencoder", picture_batch(range(4))).terms
+        terms = made.losses("autoencoder", image_batch(range(4))).terms
         assert ("adversary/adaptive_weight" in terms) == (step >= 5)
         assert {"l1", "reconstruction", "kl"} <= terms.keys()
     assert {"adversary/logits_real", "adversary/logits_fake"} <= made.losses(
-        "adversary", picture_batch(range(4))
+        "adversary", image_batch(range(4))
     ).terms.keys()
 
 
@@ -114,13 +114,13 @@ def test_a_first_stage_without_weights_is_refused() -> None:
 
 
 def test_fifty_steps_in_bfloat16_with_and_without_accumulation(tmp_path: Path) -> None:
-    """Accumulation only makes the adaptive weight each micro-batch's own; batches of one picture are safe."""
+    """Accumulation only makes the adaptive weight each micro-batch's own; batches of one image are safe."""
     errors = {}
     for accumulate in (1, 4):
         made = stage(start=10, max_steps=50, accumulate=accumulate, network={"mid_attention": False, "channels": 4})
         train(made, tmp_path / f"{accumulate}", micro=4 // accumulate, precision="bf16-mixed")
         assert made.step == 50
-        errors[accumulate] = made.held_out([picture_batch(range(40))])["psnr"]
+        errors[accumulate] = made.held_out([image_batch(range(40))])["psnr"]
     assert errors[1] == pytest.approx(errors[4], abs=0.5)
 
 
@@ -138,15 +138,15 @@ def test_posterior_noise_belongs_to_the_position() -> None:
     together = made._noise(torch.arange(4, 8), images)
     assert torch.equal(together[2:], made._noise(torch.arange(6, 8), images[2:]))
     assert together.shape == (4, 2, 4, 4)
-    assert not torch.equal(together, made._noise(torch.arange(54, 58), images))  # same pictures, an epoch later
+    assert not torch.equal(together, made._noise(torch.arange(54, 58), images))  # same images, an epoch later
 
 
 def test_held_out_numbers_and_what_decides() -> None:
     made = stage()
     assert (made.monitor, made.monitor_mode) == ("psnr", "max")
     with torch.no_grad():
-        whole = made.held_out([picture_batch(range(8))])
-        parts = made.held_out([picture_batch(range(3)), picture_batch(range(3, 8))])
+        whole = made.held_out([image_batch(range(8))])
+        parts = made.held_out([image_batch(range(3)), image_batch(range(3, 8))])
     assert {"psnr", "psnr_object", "ssim", "latent_std"} <= whole.keys()
     assert {f"latent_{kind}/{channel}" for kind in ("mean", "std", "min", "max") for channel in (0, 1)} <= whole.keys()
     assert parts == pytest.approx(whole, rel=1e-4)
@@ -158,9 +158,9 @@ def test_held_out_numbers_and_what_decides() -> None:
 
 def test_panels_show_input_reconstruction_difference() -> None:
     made = stage()
-    batch = picture_batch(range(6))
+    batch = image_batch(range(6))
     with torch.no_grad():
-        (name, panel), *others = made.panels([batch, picture_batch(range(6, 12))]).items()
+        (name, panel), *others = made.panels([batch, image_batch(range(6, 12))]).items()
     assert (name, others) == ("reconstructions", [])  # nothing decoded from noise
     assert panel.shape == (8, 8, 24, 3)
     assert panel.dtype == torch.uint8
@@ -193,8 +193,8 @@ def test_an_unused_codebook_raises_the_alert(tmp_path: Path, caplog: pytest.LogC
         found = codebook_run(made, tmp_path)
     assert found == pytest.approx({"codebook_use": 1 / 32, "codebook_perplexity": 1.0})
     alerts = [record.getMessage() for record in caplog.records if "codebook" in record.getMessage()]
-    assert len(alerts) == 2  # 9 steps of 4 pictures hold two full windows of 16
-    assert "only 3.1 % of the codebook was used over the last 16 pictures" in alerts[0]
+    assert len(alerts) == 2  # 9 steps of 4 images hold two full windows of 16
+    assert "only 3.1 % of the codebook was used over the last 16 images" in alerts[0]
 
 
 def test_a_used_codebook_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -216,7 +216,7 @@ def test_an_open_window_and_moved_codes_survive_a_restart(tmp_path: Path) -> Non
     straight, stopped = (
         load_checkpoint(tmp_path / name / "checkpoints" / "step_00000008.ckpt") for name in ("straight", "stopped")
     )
-    assert straight["codebook"]["counted"] == 12  # pictures since the window of 20 was full
+    assert straight["codebook"]["counted"] == 12  # images since the window of 20 was full
     forked.same(straight["codebook"], stopped["codebook"])
     forked.same(straight["modules"], stopped["modules"])
 
@@ -267,11 +267,11 @@ def test_a_rise_after_the_adversary_joined_is_told(caplog: pytest.LogCaptureFixt
 
 
 def gradients(made: AutoencoderStage, positions: range) -> dict[str, Any]:
-    """Gradients of both players for these pictures, averaged over processes, and what was logged."""
+    """Gradients of both players for these images, averaged over processes, and what was logged."""
     found: dict[str, Any] = {}
     for player, parameters in made.players().items():
         with made._only(player):
-            losses = made.losses(player, picture_batch(positions))
+            losses = made.losses(player, image_batch(positions))
             losses.total.backward()
         processes.mean_gradients(parameters)
         found[player] = [p.grad for p in parameters]
@@ -285,12 +285,12 @@ def share_of_gradients(rank: int, world: int, vq: int, out: Path) -> None:
     size = 8 // world
     found = gradients(made, range(rank * size, (rank + 1) * size))
     with torch.no_grad():
-        held_out = made.held_out([picture_batch(range(5) if rank == 0 else range(5, 8))])  # uneven shares
+        held_out = made.held_out([image_batch(range(5) if rank == 0 else range(5, 8))])  # uneven shares
     torch.save({**found, "held_out": held_out}, out / f"{rank}.pt")
 
 
 def moved_codes(rank: int, world: int, out: Path) -> None:
-    """Codebook and bookkeeping after three steps of eight pictures."""
+    """Codebook and bookkeeping after three steps of eight images."""
     processes.join()
     made = stage(vq=16, network={"codebook_decay": 0.9, "restart_below": 0.9})
     assert made.codebook is not None
@@ -298,7 +298,7 @@ def moved_codes(rank: int, world: int, out: Path) -> None:
     for step in range(3):
         for part in range(2):  # two micro-batches
             start = 8 * step + rank * size + part * size // 2
-            made.losses("autoencoder", picture_batch(range(start, start + size // 2)))
+            made.losses("autoencoder", image_batch(range(start, start + size // 2)))
         made.codebook.end_step(step, 8)
         restarted += len(made.first_stage.update_codebook().get("quantiser.codebook.weight", ()))
     state = {"quantiser": made.first_stage.quantiser.state_dict(), "counts": made.codebook.counts}
@@ -322,12 +322,12 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("vq", [0, 16], ids=["kl", "vq"])
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, vq: int) -> None:
-    """4 + 4 pictures against 8: reconstruction, penalty and adversary terms, and the adaptive weight."""
+    """4 + 4 images against 8: reconstruction, penalty and adversary terms, and the adaptive weight."""
     assert forked.finish(*forked.group(2, share_of_gradients, vq, tmp_path)) == [0, 0]
     made = stage(vq=vq)
     expected = gradients(made, range(8))
     with torch.no_grad():
-        held_out = made.held_out([picture_batch(range(8))])
+        held_out = made.held_out([image_batch(range(8))])
     scale = max(float(g.abs().max()) for g in expected["autoencoder"])
     assert scale > 1e-3
     for rank in range(2):

@@ -8,7 +8,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from toy_stages import Keys, options, picture_batch, settings
+from toy_stages import Keys, image_batch, options, settings
 
 from ldmlab.backbones.latent_classifier import LatentClassifier
 from ldmlab.checkpoints import load_checkpoint
@@ -33,7 +33,7 @@ CLASSES = 4
 
 def toy_batch(positions: range) -> dict[str, Any]:
     """Latents 4 x 4 whose channel means tell the class, as posteriors with a little spread."""
-    batch = picture_batch(positions)
+    batch = image_batch(positions)
     batch.pop("image")
     index = torch.tensor([p % 50 for p in positions])
     means = normal(7, "class", batch["class_id"], (2, 1, 1))
@@ -72,7 +72,7 @@ def train(made: ClassifierStage, folder: Path, micro: int = 4, callbacks: Any = 
         return fit(
             made,
             train_batches=endless,
-            held_out_batches=lambda: [toy_batch(range(start, start + 25)) for start in (0, 25)],
+            val_batches=lambda: [toy_batch(range(start, start + 25)) for start in (0, 25)],
             run=run,
             settings=settings(micro_batch=micro, max_steps=made.max_steps, **changes),
             callbacks=callbacks,
@@ -117,7 +117,7 @@ def test_the_training_loss_is_logged_by_noise_level(learned: tuple[ClassifierSta
 
 
 def test_it_guides_to_its_classes(learned: tuple[ClassifierStage, dict[str, float]]) -> None:
-    """Estimates of noisy pictures of all classes move towards the mean of the class that is asked for."""
+    """Estimates of noisy images of all classes move towards the mean of the class that is asked for."""
     made, _ = learned
     means = 1.5 * normal(7, "class", torch.arange(CLASSES), (2, 1, 1)) / 1.6  # of final latents
     clean = made.space.latents(toy_batch(range(40)), 0)

@@ -29,7 +29,7 @@ def make(**changes: Any) -> ClipStage:
 
 
 def pairs() -> dict[str, Any]:
-    """Eight pictures: a colour above or below grey."""
+    """Eight images: a colour above or below grey."""
     names, images = [], []
     for name, colour in COLOURS.items():
         for half in ("top", "bottom"):

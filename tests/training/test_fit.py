@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from toy_stages import TwoPlayers, diffusion_stage, picture_batch, settings, train
+from toy_stages import TwoPlayers, diffusion_stage, image_batch, settings, train
 
 from ldmlab import checkpoints
 from ldmlab.checkpoints import load_checkpoint
@@ -22,7 +22,7 @@ from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.throughput import Throughput
 from ldmlab.training.checkpointing import Checkpoints
-from ldmlab.training.diffusion_module import first_pictures
+from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.fit import load_initial_weights
 
 
@@ -33,7 +33,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 def test_evaluations_are_exact_in_number_with_endless_data(tmp_path: Path) -> None:
     train(diffusion_stage(max_steps=10), tmp_path / "run", validate_every=4, log_every=3)
-    held_out = [int(row["step"]) for row in table(tmp_path / "run") if row["held_out/loss"]]
+    held_out = [int(row["step"]) for row in table(tmp_path / "run") if row["val/loss"]]
     logged = [int(row["step"]) for row in table(tmp_path / "run") if row["loss"]]
     assert held_out == [4, 8, 10]
     assert logged == [1, 3, 6, 9, 10]
@@ -89,7 +89,7 @@ def test_compiled_networks_are_saved_under_their_plain_names(tmp_path: Path, mon
     for name, module in plain.saved().items():
         module.load_state_dict(content["modules"][name])
     assert content["averaged"]["denoiser"]["weights"].keys() == content["modules"]["denoiser"].keys()
-    batch = picture_batch(range(4))
+    batch = image_batch(range(4))
     torch.testing.assert_close(*[s.eval().diffusion.loss(batch, 1)[0] for s in (stage, plain)])
 
 
@@ -99,9 +99,9 @@ def test_panels_and_numbers_of_the_callbacks(tmp_path: Path) -> None:
     for name in ("samples", "held_out"):
         drawn = sorted((tmp_path / "run" / "samples" / name).iterdir())
         assert [p.name for p in drawn] == ["step_00000002.png", "step_00000004.png"]
-        assert Image.open(drawn[0]).size == (18, 18)  # four pictures of 8 x 8 with a gap of 2
+        assert Image.open(drawn[0]).size == (18, 18)  # four images of 8 x 8 with a gap of 2
     last = table(tmp_path / "run")[-1]
-    assert float(last["speed/pictures_per_second"]) > 0
+    assert float(last["speed/images_per_second"]) > 0
     assert float(last["memory/peak_gib"]) > 0
     assert sum(name.startswith("loss_by_noise/") for name in last) == 5
     assert last["data/skipped"] == "0"
@@ -109,18 +109,18 @@ def test_panels_and_numbers_of_the_callbacks(tmp_path: Path) -> None:
 
 def test_a_panel_is_drawn_from_the_same_seed(tmp_path: Path) -> None:
     stage = diffusion_stage(max_steps=1).eval()
-    once, again = (stage.panels([picture_batch(range(3)), picture_batch(range(3, 9))]) for _ in range(2))
+    once, again = (stage.panels([image_batch(range(3)), image_batch(range(3, 9))]) for _ in range(2))
     assert torch.equal(once["samples"], again["samples"])
     assert once["samples"].shape == (4, 8, 8, 3)
-    assert torch.equal(once["held_out"], picture_batch(range(4))["image"].permute(0, 2, 3, 1))
+    assert torch.equal(once["held_out"], image_batch(range(4))["image"].permute(0, 2, 3, 1))
     with pytest.raises(InputError, match="held-out split is empty"):
-        first_pictures([], 4)
+        first_images([], 4)
 
 
 def test_a_panel_of_stored_states_is_drawn_under_mixed_precision() -> None:
     batches = [{"position": torch.arange(3), "text.states": torch.ones(3, 5, 8, dtype=torch.float16)}] * 2
     with torch.autocast("cpu", torch.bfloat16):
-        joined = first_pictures(batches, 4)
+        joined = first_images(batches, 4)
     assert joined["text.states"].shape == (4, 5, 8)
     assert joined["text.states"].dtype == torch.float16
 
@@ -135,7 +135,7 @@ def test_noise_levels_are_binned_by_their_share_of_the_schedule() -> None:
     assert callback.metrics(session) == {}
 
 
-def test_too_many_unreadable_pictures_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_unreadable_images_stop_the_run(tmp_path: Path) -> None:
     class Spoil(StepCallback):
         def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
             batch["skipped"] += ["017: truncated"] * 5

@@ -1,4 +1,4 @@
-"""Numbers and pictures reach every logger that is on, under the run's id."""
+"""Numbers and images reach every logger that is on, under the run's id."""
 
 import csv
 from pathlib import Path
@@ -9,27 +9,27 @@ import pytest
 import torch
 from PIL import Image
 
-from ldmlab.training.loggers import Files, Loggers, TensorBoard, picture_grid, read_metrics
+from ldmlab.training.loggers import Files, Loggers, TensorBoard, image_grid, read_metrics
 from ldmlab.training.run_folder import RunFolder
 
 
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.arange(5 * 4 * 6 * 3).reshape(5, 4, 6, 3).remainder(256).byte()
 
 
 def log_some(loggers: Loggers, run: RunFolder, first_step: int) -> None:
     loggers.open(run, {"seed": 0}, first_step - 1)
     loggers.log_numbers({"loss": 1.5}, first_step)
-    loggers.log_numbers({"loss": 1.25, "held_out/loss": 2.0}, first_step + 1)
-    loggers.log_images("samples", pictures(), first_step + 1)
+    loggers.log_numbers({"loss": 1.25, "val/loss": 2.0}, first_step + 1)
+    loggers.log_images("samples", images(), first_step + 1)
     loggers.close(True)
 
 
-def test_a_grid_keeps_every_picture() -> None:
-    grid = picture_grid(pictures())
+def test_a_grid_keeps_every_image() -> None:
+    grid = image_grid(images())
     assert grid.shape == (2 * 4 + 2, 3 * 6 + 4, 3)
-    assert np.array_equal(grid[:4, :6], pictures()[0].numpy())
-    assert np.array_equal(grid[6:, 8:14], pictures()[4].numpy())
+    assert np.array_equal(grid[:4, :6], images()[0].numpy())
+    assert np.array_equal(grid[6:, 8:14], images()[4].numpy())
     assert (grid[4:6] == 255).all()
 
 
@@ -39,8 +39,8 @@ def test_files_grow_columns_and_are_cut_at_the_checkpoint(tmp_path: Path) -> Non
     with open(run.metrics, newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows == [
-        {"step": "4", "loss": "1.5", "held_out/loss": ""},
-        {"step": "5", "loss": "1.25", "held_out/loss": "2"},
+        {"step": "4", "loss": "1.5", "val/loss": ""},
+        {"step": "5", "loss": "1.25", "val/loss": "2"},
     ]
     assert Image.open(run.samples / "samples" / "step_00000005.png").size == (22, 10)
     files = Files()
@@ -54,7 +54,7 @@ def test_other_processes_than_the_first_log_nothing(tmp_path: Path) -> None:
     assert not run.metrics.exists()
 
 
-def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars_and_images(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunFolder.create(tmp_path, "toy")

@@ -27,7 +27,7 @@ def test_the_official_scaling_is_an_explicit_choice() -> None:
     assert AdamW(4.5e-6, global_batch=48)([weight]).param_groups[0]["lr"] == 4.5e-6
     scaled = AdamW(4.5e-6, lr_scaling="official", global_batch=48)
     assert scaled([weight]).param_groups[0]["lr"] == pytest.approx(4.5e-6 * 48)
-    assert str(scaled) == "AdamW, learning rate 0.000216 (4.5e-06 x 48 pictures a step)"
+    assert str(scaled) == "AdamW, learning rate 0.000216 (4.5e-06 x 48 images a step)"
     with pytest.raises(InputError, match="lr_scaling=linear is unknown"):
         AdamW(1e-4, lr_scaling="linear")
     with pytest.raises(InputError, match="learning_rate=-1"):

@@ -26,7 +26,7 @@ def test_without_a_terminal_the_last_step_is_a_line() -> None:
     said = run(Console(file=io.StringIO(), force_terminal=False)).splitlines()
     assert said[0] == "hello [not markup]"
     assert said[1].startswith("toy step 3/3  error 0.2500  ")
-    assert said[1].endswith(" pictures/s  0:00:00 left")
+    assert said[1].endswith(" images/s  0:00:00 left")
     assert len(said) == 2
 
 
@@ -44,7 +44,7 @@ def test_the_start_says_sizes_and_rates() -> None:
     stage = TwoPlayers(accumulate=2)
     line = summary(stage, settings(accumulate=2))
     assert "main 8.4e-05M parameters" in line
-    assert "8 pictures a step (micro_batch 4 x accumulate 2 x 1 processes)" in line
+    assert "8 images a step (micro_batch 4 x accumulate 2 x 1 processes)" in line
     assert rates_line(stage).startswith("main: AdamW, learning rate 0.001 (as configured)")
 
 

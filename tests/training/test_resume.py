@@ -14,7 +14,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from toy_stages import Keys, TwoPlayers, diffusion_stage, options, picture_batch, train
+from toy_stages import Keys, TwoPlayers, diffusion_stage, image_batch, options, train
 
 from ldmlab import checkpoints
 from ldmlab.checkpoints import load_checkpoint
@@ -160,5 +160,5 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == written
 
 
-def test_toy_pictures_are_a_function_of_the_position() -> None:
-    assert torch.equal(picture_batch(range(3, 5))["image"], picture_batch(range(53, 55))["image"])
+def test_toy_images_are_a_function_of_the_position() -> None:
+    assert torch.equal(image_batch(range(3, 5))["image"], image_batch(range(53, 55))["image"])

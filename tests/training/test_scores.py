@@ -24,8 +24,8 @@ VALUES = {2: 9.0, 4: 3.5, 6: 5.0, 8: 4.0}
 class Rigged:
     """Known distances by step; draws from every random stream and reads the weights, as a real one does."""
 
-    def __init__(self, stage: Any, pictures: str = "same") -> None:
-        self.stage, self.pictures = stage, pictures
+    def __init__(self, stage: Any, images: str = "same") -> None:
+        self.stage, self.images = stage, images
         self.weights: dict[int, torch.Tensor] = {}
 
     def check(self, device: torch.device) -> frozenset[str]:
@@ -43,14 +43,14 @@ class Rigged:
         scores = {"fid": {"value": VALUES[step], "spread": None}, "kid": {"value": -VALUES[step], "spread": 0.1}}
         return {
             "scores": scores, "model": model, "in_training": {"step": step, "samples": 16}, "sampling": {"steps": 2},
-            "features": self.pictures, "reference": {"manifest_hash": "abc"},
+            "features": self.images, "reference": {"manifest_hash": "abc"},
         }  # fmt: skip
 
 
-def scored(folder: Path, *, steps: int = 8, monitor: str | None = "fid", pictures: str = "same") -> Rigged:
+def scored(folder: Path, *, steps: int = 8, monitor: str | None = "fid", images: str = "same") -> Rigged:
     """A run of eight steps whose held-out loss is best somewhere else."""
     stage = diffusion_stage(dropout=0.3, max_steps=steps)
-    scorer = Rigged(stage, pictures)
+    scorer = Rigged(stage, images)
     watchers = [Scores(every=2, scorer=scorer, monitor=monitor)]
     train(stage, folder, callbacks=watchers, validate_every=1, log_every=3, checkpoint_every=2)
     return scorer
@@ -109,7 +109,7 @@ def test_a_resumed_run_knows_the_best_and_forgets_it_when_measured_otherwise(tmp
     scored(tmp_path, steps=8)
     assert best(tmp_path) == ["best_step_00000004_fid_3.5.ckpt"]
     scored(tmp_path / "other", steps=4)
-    scored(tmp_path / "other", steps=8, pictures="of another network")
+    scored(tmp_path / "other", steps=8, images="of another network")
     assert best(tmp_path / "other") == ["best_step_00000008_fid_4.ckpt"]
 
 
@@ -128,7 +128,7 @@ def test_choices_that_cannot_work_are_refused_before_the_first_step(tmp_path: Pa
     stage = diffusion_stage()
     with pytest.raises(InputError, match=r"callbacks\.scores\.every=0 must be at least 1"):
         Scores(every=0, scorer=Rigged(stage))
-    with pytest.raises(InputError, match=r"monitor=loss is no distance to real pictures; choose fid, sfid, kid, cmmd"):
+    with pytest.raises(InputError, match=r"monitor=loss is no distance to real images; choose fid, sfid, kid, cmmd"):
         Scores(every=2, scorer=Rigged(stage), monitor="loss")
     with pytest.raises(InputError, match=r"monitor=cmmd is not among the scores .*\(fid, kid\)"):
         train(stage, tmp_path, callbacks=[Scores(every=2, scorer=Rigged(stage), monitor="cmmd")])

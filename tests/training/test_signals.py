@@ -99,9 +99,7 @@ def test_loader_workers_that_die_of_the_same_signal_lose_no_step(tmp_path: Path)
 
     run = RunFolder.at(tmp_path / "run")
     with pytest.raises(SystemExit) as end:
-        fit(
-            TwoPlayers(), train_batches=batches, held_out_batches=list, run=run, settings=settings(checkpoint_every=100)
-        )
+        fit(TwoPlayers(), train_batches=batches, val_batches=list, run=run, settings=settings(checkpoint_every=100))
     assert end.value.code == 128 + signal.SIGTERM
     names = [p.name for p in run.checkpoints.iterdir()]
     assert len(names) == 1

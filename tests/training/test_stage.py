@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_stages import TwoPlayers, diffusion_stage, options, picture_batch, train
+from toy_stages import TwoPlayers, diffusion_stage, image_batch, options, train
 
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
@@ -145,6 +145,6 @@ def test_the_fixed_noise_loss_is_the_same_at_every_call_and_batch_size(tmp_path:
     stage = diffusion_stage(max_steps=1)
     stage.eval()
     with torch.no_grad():
-        whole = stage.held_out([picture_batch(range(8))])
-        parts = stage.held_out([picture_batch(range(3)), picture_batch(range(3, 8))])
+        whole = stage.held_out([image_batch(range(8))])
+        parts = stage.held_out([image_batch(range(3)), image_batch(range(3, 8))])
     assert whole["loss"] == pytest.approx(parts["loss"], abs=1e-6)

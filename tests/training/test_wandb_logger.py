@@ -102,15 +102,15 @@ def test_scores_of_an_evaluation_join_the_run_under_its_id_and_keep_its_numbers(
 
     run = RunFolder.create(tmp_path, "toy")
     start(run, 0, group="factors")
-    run.metrics.write_text("step,loss,held_out/loss\n1,1,\n2,0.5,0.75\n3,0.25,\n")
-    WandB(group="factors").send_scores(run, SETTINGS, {"evaluation/pictures/fid": 12.5})
+    run.metrics.write_text("step,loss,val/loss\n1,1,\n2,0.5,0.75\n3,0.25,\n")
+    WandB(group="factors").send_scores(run, SETTINGS, {"evaluation/images/fid": 12.5})
     wandb.teardown()
     found = list(records(folders(run)[-1]))
     begun = next(record.run for record in found if record.HasField("run"))
     assert (begun.run_id, begun.run_group, begun.job_type) == (run.run_id, "factors", "diffusion")
     updates = [item for record in found if record.HasField("summary") for item in record.summary.update]
     summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
-    expected = {"evaluation/pictures/fid": 12.5, "loss": 0.25, "held_out/loss": 0.75, "trainer/global_step": 3}
+    expected = {"evaluation/images/fid": 12.5, "loss": 0.25, "val/loss": 0.75, "trainer/global_step": 3}
     assert summary.items() >= expected.items()
     assert not any(record.HasField("history") for record in found)  # no second row of a step
 

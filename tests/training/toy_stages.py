@@ -25,7 +25,7 @@ from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Losses, Stage
 
-PICTURES = 50
+IMAGES = 50
 
 
 class ToyBackbone(nn.Module):
@@ -128,12 +128,12 @@ class TwoPlayers(Stage):
         return {"input": next(iter(batches))["image"].permute(0, 2, 3, 1)}
 
 
-def picture_batch(positions: range) -> dict[str, Any]:
-    """The pictures at these positions: a function of the position alone, 8 x 8 pixels."""
-    index = torch.tensor([p % PICTURES for p in positions])
+def image_batch(positions: range) -> dict[str, Any]:
+    """The images at these positions: a function of the position alone, 8 x 8 pixels."""
+    index = torch.tensor([p % IMAGES for p in positions])
     image = (normal(0, "toy", index, (3, 8, 8)) * 40 + 127).clamp(0, 255).byte()
     return {
-        "key": [f"{p % PICTURES:03d}" for p in positions],
+        "key": [f"{p % IMAGES:03d}" for p in positions],
         "position": torch.tensor(list(positions)),
         "skipped": [],
         "image": image,
@@ -147,7 +147,7 @@ def endless(position: int, micro: int, accumulate: int = 1, world: int = 1, rank
     while True:
         start = position + rank * share
         for index in range(accumulate):
-            yield picture_batch(range(start + index * micro, start + (index + 1) * micro))
+            yield image_batch(range(start + index * micro, start + (index + 1) * micro))
         position += share * world
 
 
@@ -177,7 +177,7 @@ def train(
         return fit(
             stage,
             train_batches=lambda position: endless(position, micro, stage.accumulate, world, rank),
-            held_out_batches=lambda: [picture_batch(range(4 * rank, 4 * rank + 4))],
+            val_batches=lambda: [image_batch(range(4 * rank, 4 * rank + 4))],
             run=run,
             settings=settings(micro_batch=micro, accumulate=stage.accumulate, max_steps=stage.max_steps, **changes),
             callbacks=callbacks,

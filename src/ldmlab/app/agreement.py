@@ -28,7 +28,7 @@ def with_classes_of(config: Config, data: ShardData) -> Config:
 
 
 def _names_of_boxes(config: Config, data: ShardData) -> list[str] | None:
-    """Names by class_id of the boxes; those of whole pictures say nothing of boxes."""
+    """Names by class_id of the boxes; those of whole images say nothing of boxes."""
     if not any(_open(node, "conditioner") for node in config["conditioner"].values()):
         return None
     manifest = data.manifest("train")
@@ -47,7 +47,7 @@ def check_agreement(task: Any, conditioners: Mapping[str, Any]) -> None:
         most, places = getattr(task, "most", None), getattr(module, "objects", None)
         if most is not None and places is not None and most > places:
             raise InputError(
-                f"task.most={most} boxes a picture are more than conditioner.{name}.objects={places}; "
+                f"task.most={most} boxes an image are more than conditioner.{name}.objects={places}; "
                 "give both one value."
             )
         told, known = getattr(task, "classes", None), getattr(module, "classes", None)

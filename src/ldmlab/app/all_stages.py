@@ -107,7 +107,7 @@ class Factor:
         return denoiser_cost({**self.config["backbone"], **sizes}, self.latent, self.widths)
 
     @property
-    def pictures_per_step(self) -> int:
+    def images_per_step(self) -> int:
         """Over all processes."""
         trainer = self.config["trainer"]
         return int(trainer["micro_batch"] * trainer["accumulate"] * processes.world_size())
@@ -117,7 +117,7 @@ class Factor:
         """trainer.max_steps, or as many as the compute budget pays for."""
         if self.options["compute_budget"] is None:
             return int(self.config["trainer"]["max_steps"])
-        budget, step = float(self.options["compute_budget"]) * 1e18, self.cost.training * self.pictures_per_step
+        budget, step = float(self.options["compute_budget"]) * 1e18, self.cost.training * self.images_per_step
         if budget < step:
             raise InputError(
                 f"stage.compute_budget={self.options['compute_budget']} (1e18 FLOPs) pays for no step of "
@@ -147,10 +147,10 @@ class Factor:
         return accepts(features, "clip", where="stage.evaluation.features") and features.get("run") is None
 
     def _encode(self) -> Path:
-        """Latents of both splits, by the first stage's weights and the pictures."""
+        """Latents of both splits, by the first stage's weights and the images."""
         told = {name: self.options["encode"][name] for name in ("mirror", "dtype")}
-        pictures = [self.data.manifest(split, "images").hash for split in ("train", "val")]
-        key = content_key(self.loaded.fingerprint, pictures, self.data.image_size, told)
+        images = [self.data.manifest(split, "images").hash for split in ("train", "val")]
+        key = content_key(self.loaded.fingerprint, images, self.data.image_size, told)
         folder = self.shared / f"latents-{key}"
         content = {
             **plain(compose("encode", ["from_run=given", "out=given"])),  # options that the sweep leaves as they are

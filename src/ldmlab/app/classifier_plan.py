@@ -18,7 +18,7 @@ def classifier_plan(config: Mapping[str, Any], data: ShardData, options: dict[st
     from ldmlab.training.classifier_module import ClassifierStage
 
     first_stage, _, manifest = plans.first_stage_of(config, data)
-    if manifest is not None and manifest.latents is not None:  # the latents know the size of their pictures
+    if manifest is not None and manifest.latents is not None:  # the latents know the size of their images
         data = replace(data, image_size=manifest.latents["image_size"])
     latent = plans.latent_spec(first_stage, data.image_size)
     node = {**config["classifier"], "latent_channels": latent.channels}

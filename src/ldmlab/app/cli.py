@@ -10,13 +10,13 @@ from ldmlab.app.doors import run_door
 from ldmlab.errors import InputError
 
 COMMANDS = {
-    "pack": "pictures and captions to image shards",
-    "scenes": "made-up pictures with known boxes and label maps, of emoji on textures",
+    "pack": "images and captions to image shards",
+    "scenes": "made-up images with known boxes and label maps, of emoji on textures",
     "index": "write the manifest of tars made by others",
     "encode": "image shards to latent shards, with a trained first stage",
-    "sample": "pictures from a model",
-    "noise": "what noise leaves of a picture's latents, with and without their rescaling",
-    "score": "one set of pictures against another: folders, shards, .npz batches",
+    "sample": "images from a model",
+    "noise": "what noise leaves of an image's latents, with and without their rescaling",
+    "score": "one set of images against another: folders, shards, .npz batches",
     "report": "a page about runs and their scores",
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
@@ -24,7 +24,7 @@ COMMANDS = {
     "import": "weights that others published to a model folder",
     "export": "a run to a folder to give away: ours, the official code's or diffusers'",
     "config": "the final value of every option, and the file that set it",
-    "demo": "the whole flow on the pictures shipped in the repository",
+    "demo": "the whole flow on the images shipped in the repository",
 }
 FILES = {"import": "import_model", "sweep-file": "sweep_file"}  # names that Python does not take
 

@@ -23,7 +23,7 @@ class Conditioners:
 
 
 def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSpec) -> Conditioners:
-    """One module a name; those that scale pictures down are told by how much."""
+    """One module a name; those that scale images down are told by how much."""
     modules, nodes = {}, {}
     for name, node in config.items():
         modules[name], nodes[name] = _build(name, dict(node), latent)

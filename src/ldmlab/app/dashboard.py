@@ -1,4 +1,4 @@
-"""Runs side by side as one HTML page: configurations, curves, the trade-off over factors, newest pictures."""
+"""Runs side by side as one HTML page: configurations, curves, the trade-off over factors, newest images."""
 
 import base64
 import io
@@ -22,10 +22,10 @@ STAGES = {  # in the order of the flow: title and the numbers that lead
     "classifier": ("Classifiers of latents", ("accuracy", "loss")),
     "diffusion": ("Denoisers", ("fid", "kid", "clip_distance", "loss")),
 }
-_PICTURE_PX = (320, 192)  # longest side inside the page; the second where there are many
-_MANY_PICTURES = 24
+_IMAGE_PX = (320, 192)  # longest side inside the page; the second where there are many
+_MANY_IMAGES = 24
 _MOST_CHARTS = 12  # of one stage
-_SEEN = ("held_out/", "in_training/")  # measured on pictures that were not trained on
+_SEEN = ("val/", "in_training/")  # measured on images that were not trained on
 
 
 def metrics_of(runs: Sequence[RunRecord], stage: str) -> list[str]:
@@ -39,7 +39,7 @@ def metrics_of(runs: Sequence[RunRecord], stage: str) -> list[str]:
 
 
 def is_seen(metric: str) -> bool:
-    """Whether a number is measured on pictures that were not trained on."""
+    """Whether a number is measured on images that were not trained on."""
     return metric.startswith(_SEEN)
 
 
@@ -62,7 +62,7 @@ def dashboard(runs: Sequence[RunRecord], title: str = "Runs side by side") -> st
         metrics, labels = metrics_of(members, stage), by_configuration(members)
         content = _table(labels, metrics) + _charts(labels, metrics) + _tradeoff(members, metrics)
         sections.append(f"<section><h2>{escape(STAGES[stage][0])}</h2>{content}</section>")
-    sections += [_pictures(runs), _runs(runs)]
+    sections += [_images(runs), _runs(runs)]
     groups = sorted({run.group for run in runs})
     return page(title, f"{len(runs)} runs of {', '.join(groups)}.", sections)
 
@@ -134,17 +134,17 @@ def _simple(members: Sequence[RunRecord]) -> list[RunRecord]:
     return [replace(run, fields=run.fields | follows) for run in members]
 
 
-def _pictures(runs: Sequence[RunRecord]) -> str:
+def _images(runs: Sequence[RunRecord]) -> str:
     """The newest grid of every panel of every run, made small."""
     blocks = []
-    found = [(run, name, path) for run in runs for name, path in run.pictures().items()]
-    side = _PICTURE_PX[len(found) > _MANY_PICTURES]
+    found = [(run, name, path) for run in runs for name, path in run.images().items()]
+    side = _IMAGE_PX[len(found) > _MANY_IMAGES]
     for run, name, path in found:
         image = f'<div><img alt="{escape(name)}" src="{_small(path, side)}"></div>'
         words = f"{escape(run.path.name)}<br>{escape(name)}, step {int(path.stem.rpartition('_')[2])}"
         blocks.append(f'<figure class="card">{image}<figcaption>{words}</figcaption></figure>')
     return (
-        f'<section><h2>Newest pictures</h2><div class="cards pairs">{"".join(blocks)}</div></section>' if blocks else ""
+        f'<section><h2>Newest images</h2><div class="cards pairs">{"".join(blocks)}</div></section>' if blocks else ""
     )
 
 

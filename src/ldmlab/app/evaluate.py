@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 OPENING = """usage: python evaluate.py model=RUN [protocol=name] [features=name] [key=value ...]
 
-Draws samples, compares them with real pictures in one pass, writes metrics.json, report.md and report.html."""
+Draws samples, compares them with real images in one pass, writes metrics.json, report.md and report.html."""
 EXAMPLES = """examples:
   python evaluate.py model=runs/demo/text_to_image protocol=demo_emoji features=clip_run features.run=runs/demo/clip
   python evaluate.py model=runs/ffhq-1a2b protocol=paper_ffhq            after `ldmlab fetch inception`
@@ -49,7 +49,7 @@ def job(config: Any) -> None:
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
-    """Score config["model"]; everything that can be refused is refused before the first picture."""
+    """Score config["model"]; everything that can be refused is refused before the first image."""
     from ldmlab.app.evaluation_origin import changed
     from ldmlab.build import pick_device
     from ldmlab.evaluation import processes
@@ -109,7 +109,7 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
     model.info |= run_record(run_folder(Path(config["model"])))
     model.in_precision(config["precision"])
     model.with_guides(*build_guides(config["guidance"], model))
-    extras = [(title, Path(path)) for title, path in config["pictures"]]
+    extras = [(title, Path(path)) for title, path in config["images"]]
     size = parts["protocol"].image_size or max(model.image_size)
     data = reference_data(config, size).with_task(scored_task(model.diffusion.task, parts["protocol"], size))
     lpips = _lpips() if parts["protocol"].pairs else None
@@ -195,7 +195,7 @@ def build_all(kind: str, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 
 def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":
-    """The real pictures at the model's size: those of `data=`, or those the model's run was trained on."""
+    """The real images at the model's size: those of `data=`, or those the model's run was trained on."""
     import yaml
 
     from ldmlab.errors import InputError

@@ -26,7 +26,7 @@ def score_factor(factor: "Factor", parts: "Parts") -> dict[str, Any]:
     record = scores.record()
     record["points"] = scores.points()
     record["reconstruction"] = scores.reconstruction()
-    record["seconds_per_picture"] = scores.seconds_per_picture()
+    record["seconds_per_image"] = scores.seconds_per_image()
     if processes.rank() == 0:
         text = json.dumps(record, indent=1, ensure_ascii=False)
         _keep(parts.denoiser, text)
@@ -68,13 +68,13 @@ class FactorScores:
             "seed": factor.config["seed"],
             "max_steps": factor.max_steps,
             "budget": "steps" if factor.options["compute_budget"] is None else "compute",
-            "pictures_per_step": factor.pictures_per_step,
+            "images_per_step": factor.images_per_step,
             "processes": processes.world_size(),
             **asdict(cost),
             "decoder": 0 if factor.identity else decoder_flops(node, latent),
             "first_stage": str(self.parts.first_stage or "identity"),
             "first_stage_seconds": _last_seconds(self.parts.first_stage),
-            "latents": str(self.parts.latents or "pictures"),
+            "latents": str(self.parts.latents or "images"),
             "protocol": {name: value for name, value in self.options["protocol"].items() if name != "steps"},
         }
 
@@ -103,7 +103,7 @@ class FactorScores:
             "step": step,
             "sampler_steps": sampler_steps,
             "seconds": trained_seconds(self.parts.denoiser / "metrics.csv", step),
-            "flops": self.factor.cost.training * self.factor.pictures_per_step * step,
+            "flops": self.factor.cost.training * self.factor.images_per_step * step,
             "scores": found["scores"],
             "scored_by": {"features": found["features"], "reference": found["reference"]["manifest_hash"]},
         }
@@ -118,7 +118,7 @@ class FactorScores:
         content = {
             **plain(compose("evaluate", ["model=given"])),  # options that the sweep leaves as they are
             **{"model": str(model), "weights": "averaged", "out": str(out), "protocol": protocol},
-            **{"features": self.features, "guidance": {}, "data": self.factor.config["data"], "pictures": []},
+            **{"features": self.features, "guidance": {}, "data": self.factor.config["data"], "images": []},
             **{"batch_size": self.options["batch_size"], "device": self.factor.device},
             **{"precision": self.options["precision"], "seed": 0, "wandb": False},
         }
@@ -133,8 +133,8 @@ class FactorScores:
             return None
         return dict(self._evaluated(self.parts.first_stage, self.options["reconstruction"], "tradeoff")["scores"])
 
-    def seconds_per_picture(self) -> dict[str, float]:
-        """Seconds for a picture on one device by number of sampler steps, decoding included; kept once measured."""
+    def seconds_per_image(self) -> dict[str, float]:
+        """Seconds for an image on one device by number of sampler steps, decoding included; kept once measured."""
         path = self.parts.denoiser / "sampling_seconds.json"
         known: dict[str, float] = {}
         if path.exists() and not self.parts.trained:

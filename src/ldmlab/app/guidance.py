@@ -60,16 +60,16 @@ def image_guide(
     distance: str,  # squared | lpips
     model: "LoadedModel",
     weight: float = 1.0,
-    picture: Path | str | None = None,  # one for all samples; None: each sample's low-resolution picture
+    image: Path | str | None = None,  # one for all samples; None: each sample's low-resolution image
 ) -> ImageGuide:
-    """By the distance of the decoded clean estimate, shrunk where need be, to a picture."""
-    if picture is None and "low_resolution" not in model.reads:
+    """By the distance of the decoded clean estimate, shrunk where need be, to an image."""
+    if image is None and "low_resolution" not in model.reads:
         raise InputError(
-            f"guide={distance} needs a picture to go by, and this model is given no low-resolution ones; name a file "
-            "(--guide-image FILE, or guidance.NAME.picture=FILE)."
+            f"guide={distance} needs an image to go by, and this model is given no low-resolution ones; name a file "
+            "(--guide-image FILE, or guidance.NAME.image=FILE)."
         )
-    target = None if picture is None else _read(Path(picture))
-    name = distance if picture is None else f"{distance} to {picture}"
+    target = None if image is None else _read(Path(image))
+    name = distance if image is None else f"{distance} to {image}"
     return ImageGuide(model.diffusion.pixels, _distance(distance, model), weight, target, name)
 
 
@@ -90,7 +90,7 @@ def _read(path: Path) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except OSError as error:
-        raise InputError(f"the guide's picture {path} cannot be read ({error}); give a PNG, JPEG or WebP.") from None
+        raise InputError(f"the guide's image {path} cannot be read ({error}); give a PNG, JPEG or WebP.") from None

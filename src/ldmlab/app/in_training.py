@@ -52,4 +52,4 @@ def _source(plan: Plan, precision: str) -> "Source":
         return Samples(lent(plan.stage.diffusion, plan.spec["image_size"], precision))  # type: ignore[arg-type]
     if kind == "first_stage":
         return Reconstructions(plan.stage.first_stage)  # type: ignore[arg-type]
-    raise InputError(f"callbacks=scores: stage={plan.stage.kind} makes no pictures to score; use callbacks=default.")
+    raise InputError(f"callbacks=scores: stage={plan.stage.kind} makes no images to score; use callbacks=default.")

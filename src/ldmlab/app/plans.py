@@ -22,7 +22,7 @@ from ldmlab.instantiate import accepts, instantiate
 from ldmlab.training.stage import Stage
 
 Config = Mapping[str, Any]
-_STATISTICS_PICTURES = 10_000  # enough for a latent scale that no batch decides
+_STATISTICS_IMAGES = 10_000  # enough for a latent scale that no batch decides
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     from ldmlab.training.diffusion_module import DiffusionStage
 
     first_stage, first_node, manifest = first_stage_of(config, data)
-    if manifest is not None and manifest.latents is not None:  # the latents know the size of their pictures
+    if manifest is not None and manifest.latents is not None:  # the latents know the size of their images
         data = replace(data, image_size=manifest.latents["image_size"])
     latent = latent_spec(first_stage, data.image_size)
     conditioners = build_conditioners(config["conditioner"], latent)
@@ -151,7 +151,7 @@ def task_node(config: Config, image_size: int) -> dict[str, Any]:
 
 
 def check_divides(image_size: int, downsampling: int) -> None:
-    """A picture's side must be a multiple of f."""
+    """An image's side must be a multiple of f."""
     if image_size % downsampling:
         below = max(image_size // downsampling, 1) * downsampling
         raise InputError(
@@ -210,9 +210,9 @@ def latent_scale_node(
 
 @torch.no_grad()
 def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
-    """Statistics of the latents of at most 10,000 training pictures, for a run that encodes on the fly."""
+    """Statistics of the latents of at most 10,000 training images, for a run that encodes on the fly."""
     statistics = Statistics()
-    for batch in data.eval_loader("train", 64, limit=_STATISTICS_PICTURES, kind="images"):
+    for batch in data.eval_loader("train", 64, limit=_STATISTICS_IMAGES, kind="images"):
         for image in (batch["image"], batch["image"].flip(-1))[: 2 if data.flip else 1]:
             for moments in moments_of(first_stage, image)[:, None]:
                 statistics.add_moments(moments.numpy(), first_stage.latent_channels)

@@ -1,4 +1,4 @@
-"""Runs as they lie on disk, for comparing them: settings, curves, scores, newest pictures."""
+"""Runs as they lie on disk, for comparing them: settings, curves, scores, newest images."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ class RunRecord:
         points = self.curves.get(metric)
         return points[-1][1] if points else self.scores.get(metric)
 
-    def pictures(self) -> dict[str, Path]:
+    def images(self) -> dict[str, Path]:
         """The newest grid of each panel."""
         folders = sorted(path for path in (self.path / "samples").glob("*") if path.is_dir())
         return {folder.name: newest[-1] for folder in folders if (newest := sorted(folder.glob("step_*.png")))}

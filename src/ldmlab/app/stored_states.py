@@ -30,7 +30,7 @@ def states_record(modules: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def states_encoder(modules: Mapping[str, Any], mirrored: bool) -> EncodeStates:
-    """Runs the conditioners on a batch of pictures and their fields; those that look at pictures see both views."""
+    """Runs the conditioners on a batch of images and their fields; those that look at images see both views."""
 
     @torch.no_grad()
     def encode(images: Tensor, fields: Mapping[str, list[Any]]) -> dict[str, NDArray[np.float32]]:

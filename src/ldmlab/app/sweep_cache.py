@@ -14,7 +14,7 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.training import processes
 
 _WAIT_SECONDS = 5.0
-# How the pictures are read, not which; where the run is watched, not what it learns.
+# How the images are read, not which; where the run is watched, not what it learns.
 _NOT_OF_DATA = {
     "train",
     "val",
@@ -36,9 +36,9 @@ def content_key(*parts: Any) -> str:
 
 
 def data_content(node: Mapping[str, Any], data: ShardData) -> dict[str, Any]:
-    """The pictures by the hash of their manifest, wherever they lie, and how they are drawn."""
+    """The images by the hash of their manifest, wherever they lie, and how they are drawn."""
     drawn = {name: value for name, value in node.items() if name not in _NOT_OF_DATA}
-    return drawn | {"pictures": data.manifest("train", "images").hash}
+    return drawn | {"images": data.manifest("train", "images").hash}
 
 
 def trainer_content(node: Mapping[str, Any]) -> dict[str, Any]:

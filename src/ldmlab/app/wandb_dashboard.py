@@ -18,7 +18,7 @@ def workspace(runs: Sequence[RunRecord], entity: str, project: str, title: str) 
         name=title,
         entity=entity,
         project=project,
-        sections=[_section(stage, members) for stage, members in by_stage(runs).items()] + _pictures(runs),
+        sections=[_section(stage, members) for stage, members in by_stage(runs).items()] + _images(runs),
         runset_settings=ws.RunsetSettings(
             filters=ws.And(ws.Metric("Group").isin(groups)),
             groupby=[ws.Metric("JobType"), ws.Config("downsampling"), ws.Config("first_stage_kind")],
@@ -50,11 +50,11 @@ def _section(stage: str, members: Sequence[RunRecord]) -> Any:
     return ws.Section(name=STAGES[stage][0], panels=panels, is_open=True)
 
 
-def _pictures(runs: Sequence[RunRecord]) -> list[Any]:
+def _images(runs: Sequence[RunRecord]) -> list[Any]:
     ws, wr = _packages()
-    names = sorted({name for run in runs for name in run.pictures()})
+    names = sorted({name for run in runs for name in run.images()})
     panels = [wr.MediaBrowser(title=name, media_keys=[name], num_columns=4) for name in names]
-    return [ws.Section(name="Newest pictures", panels=panels, is_open=True)] if panels else []
+    return [ws.Section(name="Newest images", panels=panels, is_open=True)] if panels else []
 
 
 def save_view(view: Any) -> str:

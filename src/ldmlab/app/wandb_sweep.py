@@ -13,7 +13,7 @@ class SweepOptions:
 
     name: str
     method: str = "grid"  # grid | random | bayes
-    metric: str = "held_out/loss"  # of metrics.csv
+    metric: str = "val/loss"  # of metrics.csv
     goal: str = "minimize"  # minimize | maximize
     processes: int = 1  # of torchrun, for each run
     runs: int | None = None  # where random and bayes stop

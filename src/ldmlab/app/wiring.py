@@ -84,7 +84,7 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         train_batches=lambda position: data.train_loader(
             settings.micro_batch, settings.accumulate, world, rank, position, plan.reads
         ),
-        held_out_batches=lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
+        val_batches=lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
         run=run,
         settings=settings,
         callbacks=_callbacks(config, plan, data),
@@ -100,7 +100,7 @@ def _nodes(config: Config, group: str) -> list[Any]:
 
 
 def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[Any]:
-    """What watches the run; one that scores pictures is given what it scores."""
+    """What watches the run; one that scores images is given what it scores."""
     from ldmlab.app.in_training import scores_callback
 
     made = []
@@ -124,10 +124,10 @@ def check_names(config: Config) -> None:
 
 def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
     """The arguments that every stage takes, and those of conf/stage."""
-    pictures = settings.micro_batch * settings.accumulate * processes.world_size()
+    images = settings.micro_batch * settings.accumulate * processes.world_size()
     return {
         "seed": config["seed"],
-        "optimizer": instantiate(config["optimizer"], where="optimizer", global_batch=pictures),
+        "optimizer": instantiate(config["optimizer"], where="optimizer", global_batch=images),
         "lr_schedule": instantiate(config["lr_schedule"], where="lr_schedule", max_steps=settings.max_steps),
         "max_steps": settings.max_steps,
         "accumulate": settings.accumulate,

@@ -47,13 +47,13 @@ class ClassEmbedder(nn.Module):
         return self._rows(ids)
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """Refuse one picture's class that the model has not learned."""
+        """Refuse one image's class that the model has not learned."""
         number = fields["class_id"]
         if not isinstance(number, int) or not 0 <= number < self.classes:
             raise InputError(f"class_id {number!r} is unknown to this model, which knows 0 .. {self.classes - 1}.")
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The last row, once for each picture."""
+        """The last row, once for each image."""
         if self.embedding.num_embeddings == self.classes:
             raise InputError("conditioner.null_row=false: this model has no vector for no class; use guidance=1.")
         return self._rows(torch.full((len(batch["class_id"]),), self.classes))

@@ -1,4 +1,4 @@
-"""A picture to what a frozen CLIP image tower says of it, in the place of a caption's states: variations of pictures.
+"""An image to what a frozen CLIP image tower says of it, in the place of a caption's states: variations of images.
 
 As in the published "image variations" models the projected embedding, not normalised, is one token of cross-attention,
 and nothing given is zeros. Zeros need no weight of their own, so the whole conditioner stays frozen and outside of
@@ -21,7 +21,7 @@ from ldmlab.nn.pixels import to_float
 
 
 class ImageEmbedding(nn.Module):
-    """Tokens (B, L, D) of the pictures `reference`: uint8 (B, 3, H, W), or one (3, H, W) each of their own size."""
+    """Tokens (B, L, D) of the images `reference`: uint8 (B, 3, H, W), or one (3, H, W) each of their own size."""
 
     reads = frozenset({"reference"})
     slot = "tokens"
@@ -44,12 +44,12 @@ class ImageEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """In float32, whatever precision surrounds it."""
-        pictures = batch["reference"]
+        images = batch["reference"]
         device = next(self.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            if isinstance(pictures, Tensor):
-                return self.tower(to_float(pictures.to(device)))
-            return torch.cat([self.tower(to_float(picture[None].to(device))) for picture in pictures])
+            if isinstance(images, Tensor):
+                return self.tower(to_float(images.to(device)))
+            return torch.cat([self.tower(to_float(image[None].to(device))) for image in images])
 
     def made_by(self) -> dict[str, Any]:
         """What decides the tokens, in plain data; kept where they are stored."""

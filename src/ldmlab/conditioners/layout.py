@@ -2,7 +2,7 @@
 
 The encoding is that of the taming-transformers data code: three tokens an object, its class and its two corners on a
 grid of floor(sqrt(vocabulary)) cells a side, empty tokens up to `objects`, then the two corners of the crop. As there,
-corners are counted in the whole picture if the crop is told (of objects that it cuts, all of them), else in the crop.
+corners are counted in the whole image if the crop is told (of objects that it cuts, all of them), else in the crop.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.nn.transformer import TransformerEncoder
 
-_WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop of an uncropped picture: x0, y0, x1, y1
+_WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop of an uncropped image: x0, y0, x1, y1
 _ROUNDING = 1e-6
 _BITS = {"group_of": 1, "occluded": 2, "depiction": 4, "inside": 8}  # the official data code's
 
@@ -34,8 +34,8 @@ class LayoutTokens(nn.Module):
         self,
         width: int = 512,  # of the states
         depth: int = 16,  # blocks
-        objects: int = 30,  # most boxes in a picture
-        crop_tokens: bool = True,  # two more tokens: corners of the crop in the original picture
+        objects: int = 30,  # most boxes in an image
+        crop_tokens: bool = True,  # two more tokens: corners of the crop in the original image
         vocab_size: int = 8192,  # tokens: classes and grid cells share them, the last is "empty"
         drop: float = 0.0,  # rate of empty layouts in training, for guidance
         heads: int = 8,  # of 64 channels each
@@ -68,7 +68,7 @@ class LayoutTokens(nn.Module):
         return self.transformer.width
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of the batch's boxes, in the order given; places are shares of the picture seen, the crop."""
+        """The states of the batch's boxes, in the order given; places are shares of the image seen, the crop."""
         return self._states(batch["boxes"], batch)
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
@@ -76,7 +76,7 @@ class LayoutTokens(nn.Module):
         return self._states([[] for _ in batch["boxes"]], batch)
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """Refuse one picture's boxes that lie outside it, are too many or of unknown classes."""
+        """Refuse one image's boxes that lie outside it, are too many or of unknown classes."""
         try:
             boxes = checked(self._numbered(fields["boxes"]))
         except ValueError as error:
@@ -84,10 +84,10 @@ class LayoutTokens(nn.Module):
         self.tokens(boxes)
 
     def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] = _WHOLE) -> list[int]:
-        """Token numbers of one picture."""
+        """Token numbers of one image."""
         if len(boxes) > self.objects:
             raise InputError(
-                f"a picture has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
+                f"an image has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
             )
         frame = crop if self.crop_tokens else _WHOLE
         whole = tuple(frame) == _WHOLE
@@ -136,7 +136,7 @@ class LayoutTokens(nn.Module):
 
 
 def _within(box: Sequence[float], frame: Sequence[float]) -> list[float]:
-    """A box in shares of `frame`, a part of the whole picture, as shares of the whole."""
+    """A box in shares of `frame`, a part of the whole image, as shares of the whole."""
     if len(box) != 4:
         return list(box)
     x0, y0, width, height = frame[0], frame[1], frame[2] - frame[0], frame[3] - frame[1]

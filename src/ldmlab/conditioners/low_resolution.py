@@ -1,4 +1,4 @@
-"""A low-resolution picture, as it is, concatenated to a latent of its own size: super-resolution (section 4.4)."""
+"""A low-resolution image, as it is, concatenated to a latent of its own size: super-resolution (section 4.4)."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ class LowResolution(nn.Module):
 
     def __init__(
         self,
-        drop: float = 0.0,  # rate of grey pictures in training, for guidance
+        drop: float = 0.0,  # rate of grey images in training, for guidance
         enlarge: int | None = 1,  # 1: as it is; otherwise latent size / its size; None: factor / downsampling
-        factor: int = 4,  # of the task: large picture / small picture
+        factor: int = 4,  # of the task: large image / small image
         downsampling: int = 4,  # of the first stage; derived in wiring
     ) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class LowResolution(nn.Module):
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """uint8 (B, 3, h / enlarge, w / enlarge) => (B, 3, h, w) in [-1, 1]."""
-        picture = to_float(batch["low_resolution"])
+        image = to_float(batch["low_resolution"])
         if self.enlarge == 1:
-            return picture
-        return F.interpolate(picture, scale_factor=self.enlarge, mode="bicubic").clamp(-1, 1)
+            return image
+        return F.interpolate(image, scale_factor=self.enlarge, mode="bicubic").clamp(-1, 1)
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """Grey: zeros."""

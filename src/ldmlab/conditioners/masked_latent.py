@@ -1,4 +1,4 @@
-"""The latent of a picture with holes, concatenated to the noisy latent: inpainting (section 4.5)."""
+"""The latent of an image with holes, concatenated to the noisy latent: inpainting (section 4.5)."""
 
 from typing import Any
 
@@ -38,5 +38,5 @@ class MaskedLatent(nn.Module):
         return encode(pixels.masked_fill(batch["mask"].bool(), self.hole))
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The latent of a picture that is all hole."""
+        """The latent of an image that is all hole."""
         return encode(torch.full_like(batch["image"], self.hole, dtype=torch.float32))

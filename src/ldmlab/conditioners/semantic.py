@@ -60,7 +60,7 @@ class SpatialRescaler(nn.Module):
         return maps if self.channels.bias is None else maps + self.channels.bias[:, None, None]
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """Refuse one picture's label map (H, W) with numbers that are no class."""
+        """Refuse one image's label map (H, W) with numbers that are no class."""
         labels = torch.as_tensor(fields["segmentation"])
         unknown = labels[(labels < 0) | (labels >= self.classes)].unique().tolist()
         if unknown:

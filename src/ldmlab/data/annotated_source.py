@@ -1,4 +1,4 @@
-"""Pictures of a SOURCE together with what other files and folders say of them."""
+"""Images of a SOURCE together with what other files and folders say of them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +8,8 @@ from ldmlab.data.sources import Item, Source
 from ldmlab.errors import InputError
 
 
-def picture_names(source: Source) -> set[str]:
-    """File names without ending, by which annotations know pictures."""
+def image_names(source: Source) -> set[str]:
+    """File names without ending, by which annotations know images."""
     return {Path(item.name).stem for item in source.items}
 
 
@@ -17,7 +17,7 @@ def annotated(source: Source, found: Annotations) -> Source:
     """With boxes, and with captions, the first of which is `caption`."""
     _check_files(source, "annotations")
     if not found.boxes and not found.captions:
-        raise InputError("annotations: none of them is of a picture in SOURCE; names must be equal up to the ending.")
+        raise InputError("annotations: none of them is of an image in SOURCE; names must be equal up to the ending.")
     if found.boxes and source.classes is not None:
         raise InputError("annotations: folders are classes here and boxes have classes too; add --layout plain.")
     items = [_annotated(item, found) for item in source.items]
@@ -37,10 +37,10 @@ def _annotated(item: Item, found: Annotations) -> Item:
 
 
 def with_maps(source: Source, ending: str, folder: Path, option: str) -> Source:
-    """With the PNG of each picture's name in `folder`, perhaps in a folder of the same name there; ending: of MAPS."""
+    """With the PNG of each image's name in `folder`, perhaps in a folder of the same name there; ending: of MAPS."""
     _check_files(source, option)
     if not folder.is_dir():
-        raise InputError(f"{option}={folder} is no folder; give the one that holds a PNG for each picture.")
+        raise InputError(f"{option}={folder} is no folder; give the one that holds a PNG for each image.")
     present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.png")}
     items = []
     for item in source.items:
@@ -53,4 +53,4 @@ def with_maps(source: Source, ending: str, folder: Path, option: str) -> Source:
 
 def _check_files(source: Source, option: str) -> None:
     if any(item.span is not None for item in source.items):
-        raise InputError(f"{option} is for pictures in folders, and SOURCE holds tars; put it into the tars instead.")
+        raise InputError(f"{option} is for images in folders, and SOURCE holds tars; put it into the tars instead.")

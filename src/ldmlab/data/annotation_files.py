@@ -1,4 +1,4 @@
-"""Boxes and captions of pictures from the files that data sets publish: COCO's JSON and OpenImages' CSV.
+"""Boxes and captions of images from the files that data sets publish: COCO's JSON and OpenImages' CSV.
 
 Classes are numbered as in taming-transformers, whose loader the paper's layouts come from: by their ids as text.
 """
@@ -19,7 +19,7 @@ _SIDES = ("XMin", "YMin", "XMax", "YMax")
 _NO_CLASS = "other"  # of COCO's stuff: everything without a name
 _NEITHER = (
     "annotations={} is neither COCO's JSON nor a CSV with ImageID, LabelName, XMin, XMax, YMin and YMax; "
-    "write boxes into a metadata.jsonl beside the pictures instead (data/README.md)."
+    "write boxes into a metadata.jsonl beside the images instead (data/README.md)."
 )
 
 
@@ -33,7 +33,7 @@ class Classes:
 
 @dataclass
 class Annotations:
-    """What was found of the wanted pictures, by file name without ending."""
+    """What was found of the wanted images, by file name without ending."""
 
     classes: list[str] | None = None  # names by class_id of the boxes
     boxes: dict[str, Boxes] = field(default_factory=lambda: defaultdict(list))
@@ -41,7 +41,7 @@ class Annotations:
 
 
 def read_annotations(files: Sequence[Path], classes: Path | None, wanted: set[str]) -> Annotations:
-    """All files together; `wanted`: pictures by file name without ending, `classes`: their numbers and names."""
+    """All files together; `wanted`: images by file name without ending, `classes`: their numbers and names."""
     table = read_classes(classes) if classes is not None else None
     found = Annotations()
     coco = [(path, _coco_json(path)) for path in files if path.suffix == ".json"]
@@ -100,12 +100,12 @@ def _coco_classes(contents: Iterable[Mapping[str, Any]]) -> Classes | None:
 def _add_coco(
     found: Annotations, path: Path, content: Mapping[str, Any], table: Classes | None, wanted: set[str]
 ) -> None:
-    pictures = {one["id"]: (Path(one["file_name"]).stem, one["width"], one["height"]) for one in content["images"]}
+    images = {one["id"]: (Path(one["file_name"]).stem, one["width"], one["height"]) for one in content["images"]}
     number = _coco_numbers(content, table)
     for one in content["annotations"]:
-        if one.get("image_id") not in pictures:
-            raise InputError(f"annotations={path} has one of picture {one.get('image_id')}, which it does not list.")
-        key, width, height = pictures[one["image_id"]]
+        if one.get("image_id") not in images:
+            raise InputError(f"annotations={path} has one of image {one.get('image_id')}, which it does not list.")
+        key, width, height = images[one["image_id"]]
         if key not in wanted:
             continue
         if "caption" in one:
@@ -142,7 +142,7 @@ def _add_open_images(found: Annotations, path: Path, table: Classes, wanted: set
 
 
 def _add_box(boxes: Boxes, class_id: int, sides: Sequence[float], told: Sequence[str]) -> None:
-    """A box, cut at the picture's edges; one without area is left out."""
+    """A box, cut at the image's edges; one without area is left out."""
     box = [round(min(max(side, 0.0), 1.0), 6) for side in sides]
     if box[0] < box[2] and box[1] < box[3]:
         boxes.append({"class_id": class_id, "box": box, **dict.fromkeys(told, True)})

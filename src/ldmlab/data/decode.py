@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldmlab.data.reader import Files
-from ldmlab.data.tar_samples import picture_ending, sample_fields
+from ldmlab.data.tar_samples import image_ending, sample_fields
 from ldmlab.data.transforms import to_rgb
 from ldmlab.errors import InputError
 
@@ -25,10 +25,10 @@ BAD_SAMPLE: tuple[type[Exception], ...] = (
 
 
 def decode_image(files: Files, size: int | None, background: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The picture, uint8 (3, H, W); with `size` its centre square, resized with antialiasing (bicubic)."""
-    ending = picture_ending(files)
+    """The image, uint8 (3, H, W); with `size` its centre square, resized with antialiasing (bicubic)."""
+    ending = image_ending(files)
     if ending is None:
-        raise KeyError(f"no picture among its files ({', '.join(sorted(files))})")
+        raise KeyError(f"no image among its files ({', '.join(sorted(files))})")
     with Image.open(io.BytesIO(files[ending])) as opened:
         image = to_rgb(opened, background)
     if size is not None and image.size != (size, size):

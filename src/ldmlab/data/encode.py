@@ -23,20 +23,20 @@ from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, check_shards, re
 from ldmlab.data.parts import boxes_following
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.stream import IndexBatches
-from ldmlab.data.tar_samples import picture_ending
+from ldmlab.data.tar_samples import image_ending
 from ldmlab.errors import InputError
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
 _Encoders = tuple[EncodeMoments, EncodeStates | None]
-_Picture = tuple[str, NDArray[np.uint8], Files, dict[str, Any]]  # key, uint8 (3, H, W), travelling files, fields
+_Image = tuple[str, NDArray[np.uint8], Files, dict[str, Any]]  # key, uint8 (3, H, W), travelling files, fields
 
 
 @dataclass(frozen=True)
 class EncodeResult:
     """What one process did; `manifest` is None while other processes still have shards to do."""
 
-    encoded: int  # pictures done now, unreadable ones too
-    kept: int  # pictures found finished
+    encoded: int  # images done now, unreadable ones too
+    kept: int  # images found finished
     manifest: Manifest | None
 
 
@@ -50,8 +50,8 @@ def encode(
     world: int = 1,
     batch_size: int = 32,
     workers: int = 0,
-    max_bad: float = 0.01,  # share of unreadable pictures above which no manifest is written
-    progress: Callable[[int, int], None] | None = None,  # (done, total) pictures of this process
+    max_bad: float = 0.01,  # share of unreadable images above which no manifest is written
+    progress: Callable[[int, int], None] | None = None,  # (done, total) images of this process
     encode_states: EncodeStates | None = None,  # with settings.states
 ) -> EncodeResult:
     """Encode shards rank, rank + world, ... of `source`; the same call again continues where it stopped."""
@@ -64,7 +64,7 @@ def encode(
     todo = [shard for shard in mine if finished_shard(out, manifest, shard) is None]
     total = sum(manifest.shards[shard].samples for shard in mine)
     kept = done = total - sum(manifest.shards[shard].samples for shard in todo)
-    batches = iter(_loader(_Pictures(source, manifest, settings), todo, batch_size, workers))
+    batches = iter(_loader(_Images(source, manifest, settings), todo, batch_size, workers))
     encoders = encode_moments, encode_states
     for shard in todo:
         samples = manifest.shards[shard].samples
@@ -76,14 +76,14 @@ def encode(
 
 
 def _source_manifest(source: Path, settings: LatentSettings) -> Manifest:
-    """Of pictures that carry all that is asked for; InputError otherwise."""
+    """Of images that carry all that is asked for; InputError otherwise."""
     manifest = read_manifest(source)
     if manifest.kind != "images":
-        raise InputError(f"data={source} holds {manifest.kind}, not pictures; give the image shards to encode.")
+        raise InputError(f"data={source} holds {manifest.kind}, not images; give the image shards to encode.")
     if missing := sorted(set(settings.told) - set(manifest.fields)):
         raise InputError(
             f"conditioner: its states are made from {missing[0]}, which data={source} does not carry (it has "
-            f"{', '.join(manifest.fields) or 'no fields'}); leave the conditioner out, or pack the pictures with it."
+            f"{', '.join(manifest.fields) or 'no fields'}); leave the conditioner out, or pack the images with it."
         )
     check_shards(source, manifest)
     return manifest
@@ -97,7 +97,7 @@ def _encode_shard(
     batches: Iterator["_Batch"],
     batch_size: int,
 ) -> Iterator[int]:
-    """Write one latent shard and its side file; yields the pictures seen after every batch."""
+    """Write one latent shard and its side file; yields the images seen after every batch."""
     writer, skipped = LatentShardWriter(out / info.name, settings.latent_channels, settings.dtype), list[str]()
     try:
         for begin in range(0, info.samples, batch_size):
@@ -121,15 +121,15 @@ class _Batch:
     skipped: list[str]
 
 
-class _Pictures(Dataset[Any]):
-    """Decoded picture and travelling files of (shard, sample); a reason where it cannot be read."""
+class _Images(Dataset[Any]):
+    """Decoded image and travelling files of (shard, sample); a reason where it cannot be read."""
 
     def __init__(self, folder: Path, manifest: Manifest, settings: LatentSettings) -> None:
         self.reader, self._settings = ShardReader(folder, manifest), settings
         red, green, blue = manifest.transform.get("background") or (255, 255, 255)
         self._background = (red, green, blue)
 
-    def __getitem__(self, place: tuple[int, int]) -> "_Picture | str":
+    def __getitem__(self, place: tuple[int, int]) -> "_Image | str":
         try:
             key, files = self.reader.read(*place)
             image = decode_image(files, self._settings.image_size, self._background)
@@ -138,24 +138,24 @@ class _Pictures(Dataset[Any]):
             return f"{self.reader.label(*place)}: {type(error).__name__}: {error}"
         if not self._settings.carries_images:
             files = boxes_following(files)
-            files.pop(picture_ending(files) or "")
+            files.pop(image_ending(files) or "")
         files.pop("npy", None)
         return key, image, files, fields
 
 
-def _loader(pictures: _Pictures, shards: list[int], batch_size: int, workers: int) -> DataLoader[_Batch]:
+def _loader(images: _Images, shards: list[int], batch_size: int, workers: int) -> DataLoader[_Batch]:
     """Batches in stored order, none over the border of a shard."""
 
     def places() -> Iterator[list[tuple[int, int]]]:
         for shard in shards:
-            count = pictures.reader.counts[shard]
+            count = images.reader.counts[shard]
             for begin in range(0, count, batch_size):
                 yield [(shard, sample) for sample in range(begin, min(begin + batch_size, count))]
 
-    return QuietLoader(pictures, workers=workers, batch_sampler=IndexBatches(places), collate_fn=_collate)
+    return QuietLoader(images, workers=workers, batch_sampler=IndexBatches(places), collate_fn=_collate)
 
 
-def _collate(items: list[_Picture | str]) -> _Batch:
+def _collate(items: list[_Image | str]) -> _Batch:
     good = [item for item in items if not isinstance(item, str)]
     images = torch.from_numpy(np.stack([image for _, image, _, _ in good])) if good else torch.empty(0)
     reasons = [item for item in items if isinstance(item, str)]

@@ -23,10 +23,10 @@ class LatentSettings:
     fingerprint: str  # hash of the first stage's weights
     latent_channels: int
     downsampling: int
-    image_size: int  # px; pictures of another size are resized while reading
+    image_size: int  # px; images of another size are resized while reading
     mirrored: bool = True  # also encode the mirror image
     dtype: str = "float16"  # float16 | float32
-    carries_images: bool = False  # keep the picture beside its moments
+    carries_images: bool = False  # keep the image beside its moments
     first_stage: dict[str, Any] | None = None  # how to build it, plain types
     states: dict[str, Any] | None = None  # by conditioner: what made the states stored beside the moments, plain types
 
@@ -43,7 +43,7 @@ class LatentSettings:
     def told(self) -> tuple[str, ...]:
         """Fields of KEY.json that the stored states are made from."""
         reads = {field for made in (self.states or {}).values() for field in made["reads"]}
-        return tuple(sorted(reads - {"reference"}))  # that is the picture itself
+        return tuple(sorted(reads - {"reference"}))  # that is the image itself
 
 
 def open_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def complete(out: Path, source: Manifest, settings: LatentSettings, max_bad: flo
     skipped = [reason for shard in done for reason in shard.skipped]
     if len(skipped) > max_bad * source.total:
         raise InputError(
-            f"encode: {len(skipped)} of {source.total} pictures cannot be read ({skipped[0]}), more than the allowed "
+            f"encode: {len(skipped)} of {source.total} images cannot be read ({skipped[0]}), more than the allowed "
             f"share of {max_bad:g}; repair the shards, or allow a larger share and run the same command again."
         )
     with _locked(out):

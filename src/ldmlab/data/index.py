@@ -11,7 +11,7 @@ from PIL import Image
 from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
 from ldmlab.data.ordered_pool import in_order
 from ldmlab.data.output_folder import readable_error
-from ldmlab.data.tar_samples import PICTURE_ENDINGS, scan_tar
+from ldmlab.data.tar_samples import IMAGE_ENDINGS, scan_tar
 from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
 
@@ -23,7 +23,7 @@ class _Seen:
     info: ShardInfo | None = None
     fields: dict[str, None] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
-    pictures: int = 0
+    images: int = 0
     fault: str | None = None  # why the tar cannot be used
 
 
@@ -85,11 +85,11 @@ def _look(path: Path) -> _Seen:
     seen = _Seen()
 
     def visit(key: str, ending: str, content: bytes) -> None:
-        if ending in PICTURE_ENDINGS:
-            seen.pictures += 1
+        if ending in IMAGE_ENDINGS:
+            seen.images += 1
             try:
                 seen.sizes.add(Image.open(io.BytesIO(content)).size)
-            except Exception:  # a broken picture is the loader's to skip and count
+            except Exception:  # a broken image is the loader's to skip and count
                 seen.sizes.add((0, 0))
         elif ending == "json" and not seen.fields:
             fields = json.loads(content)
@@ -99,8 +99,8 @@ def _look(path: Path) -> _Seen:
 
     try:
         scan = scan_tar(path, visit)
-        if not seen.pictures:
-            raise InputError(f"shard {path} holds no pictures ({', '.join(PICTURE_ENDINGS)}); leave it out.")
+        if not seen.images:
+            raise InputError(f"shard {path} holds no images ({', '.join(IMAGE_ENDINGS)}); leave it out.")
         seen.info = ShardInfo(path.name, len(scan.keys), scan.bytes, scan.sha256, scan.offsets)
     except InputError as error:
         seen.fault = str(error)

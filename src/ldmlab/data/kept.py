@@ -28,7 +28,7 @@ def kept_samples(reader: ShardReader, keeps: Callable[[Mapping[str, Any]], bool]
     for shard, count in enumerate(reader.counts):
         kept.append([sample for sample in range(count) if _keeps(reader, shard, sample, keeps)])
     if not any(kept):
-        raise InputError(f"task: it leaves out all pictures of data={reader.folder}; loosen its limits.")
+        raise InputError(f"task: it leaves out all images of data={reader.folder}; loosen its limits.")
     return kept
 
 

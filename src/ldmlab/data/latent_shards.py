@@ -1,6 +1,6 @@
-"""Latent shards: what a first stage says about every picture, and the statistics of the latents drawn from it.
+"""Latent shards: what a first stage says about every image, and the statistics of the latents drawn from it.
 
-KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-variance; view 0 is the picture, view 1
+KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-variance; view 0 is the image, view 1
 its mirror image if asked. Never a drawn sample, never multiplied by a constant.
 """
 
@@ -32,13 +32,13 @@ class Statistics:
     E[z] = E[mean],  E[z^2] = E[mean^2] + E[exp(logvar)].
     """
 
-    pictures: int = 0
+    images: int = 0
     values: int = 0  # per channel
     first: list[float] = field(default_factory=list)  # sum of z, (C,)
     second: list[float] = field(default_factory=list)  # sum of z^2, (C,)
 
     def add_moments(self, moments: NDArray[np.float32], channels: int) -> None:
-        """Moments (views, 2C or C, h, w) of one picture."""
+        """Moments (views, 2C or C, h, w) of one image."""
         mean = moments[:, :channels].astype(np.float64)
         square = mean**2
         if moments.shape[1] > channels:
@@ -48,7 +48,7 @@ class Statistics:
 
     def add(self, other: "Statistics") -> None:
         """The statistics of both."""
-        self.pictures += other.pictures
+        self.images += other.images
         self.values += other.values
         self.first = _sum(self.first, other.first)
         self.second = _sum(self.second, other.second)
@@ -59,7 +59,7 @@ class Statistics:
         second = [b / self.values for b in self.second]
         overall = sum(mean) / len(mean)
         return {
-            "pictures": self.pictures,
+            "images": self.images,
             "mean": mean,
             "std": [math.sqrt(max(b - m * m, 0.0)) for m, b in zip(mean, second, strict=True)],
             "overall_mean": overall,
@@ -76,7 +76,7 @@ def _sum(left: list[float], right: list[float]) -> list[float]:
 class FinishedShard:
     """What is known of a latent shard once it is complete; kept beside it until the manifest is written."""
 
-    info: ShardInfo | None  # None: no picture of it could be read
+    info: ShardInfo | None  # None: no image of it could be read
     statistics: Statistics
     moment_channels: int  # 2C with a log-variance, C without
     skipped: list[str]
@@ -104,7 +104,7 @@ class LatentShardWriter:
         self.statistics, self._moment_channels = Statistics(), 0
 
     def write(self, key: str, moments: NDArray[np.float32], travelling: Files) -> None:
-        """One picture: moments (views, 2C or C, h, w) and the files that travel along."""
+        """One image: moments (views, 2C or C, h, w) and the files that travel along."""
         with np.errstate(over="ignore"):
             stored = moments.astype(self._dtype)
         if not np.isfinite(stored).all():

@@ -1,6 +1,6 @@
 """States of frozen encoders beside the moments of latent shards: KEY.NAME.states.npy, float16, (views, L, D).
 
-NAME is the conditioner's; views is 1 where the encoder reads no picture (captions), else that of the moments.
+NAME is the conditioner's; views is 1 where the encoder reads no image (captions), else that of the moments.
 """
 
 import io

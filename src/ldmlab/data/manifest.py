@@ -33,13 +33,13 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder of shards; `latents` is None for pictures, the latent side's own record otherwise."""
+    """A folder of shards; `latents` is None for images, the latent side's own record otherwise."""
 
     kind: str  # images | latents
     split: str  # train | val | ...
     shards: list[ShardInfo]
     fields: list[str]  # names in KEY.json
-    picture_size: int | None  # side of the square pictures, None if they differ
+    picture_size: int | None  # side of the square images, None if they differ
     transform: dict[str, Any]  # size, rule, background, format, quality
     source: str
     licence: str

@@ -1,6 +1,6 @@
 """Which sample stands at which position of the endless training stream: a pure function of (seed, epoch, manifest).
 
-The stream is one epoch after another; position p counts pictures consumed by all processes together, so nothing here
+The stream is one epoch after another; position p counts images consumed by all processes together, so nothing here
 knows how the work is split. Raw Philox words sorted stably give the permutations: that stream is fixed by its paper,
 while numpy may change how its own shuffles draw.
 """

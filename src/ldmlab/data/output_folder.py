@@ -68,7 +68,7 @@ def open_plan(out: Path, split: str, plan: dict[str, Any]) -> bool:
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What changed, in words."""
     if before["options"] == now["options"]:
-        return "with other pictures or captions in SOURCE"
+        return "with other images or captions in SOURCE"
     flat, new = _flat(before["options"]), _flat(now["options"])
     changed = [f"{name}={flat.get(name)} (now {new.get(name)})" for name in new if flat.get(name) != new.get(name)]
     return "with " + ", ".join(changed)

@@ -1,6 +1,6 @@
-"""Pictures to image shards: `KEY.webp|png|jpg` and `KEY.json` in tars, the same bytes for any number of workers.
+"""Images to image shards: `KEY.webp|png|jpg` and `KEY.json` in tars, the same bytes for any number of workers.
 
-OUT/SPLIT holds `plan.json` (options and a hash of the list of pictures) from the start, every finished shard with a
+OUT/SPLIT holds `plan.json` (options and a hash of the list of images) from the start, every finished shard with a
 side file `SHARD.json`, and at the end `manifest.json` and `bad.json`; so an interrupted pack goes on where it stopped.
 """
 
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.encode_pictures import Encoding, Part, encode_part
+from ldmlab.data.encode_images import Encoding, Part, encode_part
 from ldmlab.data.manifest import Manifest, read_manifest, write_atomically, write_manifest
 from ldmlab.data.ordered_pool import in_order
 from ldmlab.data.output_folder import folder_in_use, open_plan, readable_error
@@ -28,8 +28,8 @@ from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
 
 BAD = "bad.json"
-_PART = 8  # pictures a worker takes at once
-Progress = Callable[[int, int], None]  # pictures done, of how many
+_PART = 8  # images a worker takes at once
+Progress = Callable[[int, int], None]  # images done, of how many
 Encode = Callable[[list[Item]], Part]  # a part of a shard; runs in workers
 
 
@@ -41,12 +41,12 @@ class PackOptions:
     encoding: Encoding = field(default_factory=Encoding)
     split: SplitRule = field(default_factory=SplitRule)
     class_field: str | None = None  # its sorted distinct values become class_id
-    min_side: int = 0  # smaller pictures are left out, in pixels
-    shard_size: int = 1000  # pictures
+    min_side: int = 0  # smaller images are left out, in pixels
+    shard_size: int = 1000  # images
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
-            raise InputError(f"shard-size={self.shard_size}; give at least 1 picture a shard.")
+            raise InputError(f"shard-size={self.shard_size}; give at least 1 image a shard.")
 
 
 @dataclass
@@ -67,7 +67,7 @@ def pack(
     origin: str = "",
     licence: str = "",
     workers: int | None = None,  # None: all cores
-    max_bad: float = 0.1,  # share of unreadable pictures above which the pack fails
+    max_bad: float = 0.1,  # share of unreadable images above which the pack fails
     progress: Progress | None = None,
     encode: Encode | None = None,  # for items that are no files, such as drawn scenes; None: read and transform
 ) -> PackResult:
@@ -137,7 +137,7 @@ class _Pack:
             for item in shard.items:
                 told = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
                 digest.update(json.dumps(told).encode())
-        return {"options": json.loads(json.dumps(asdict(self.options))), "pictures": digest.hexdigest()}
+        return {"options": json.loads(json.dumps(asdict(self.options))), "images": digest.hexdigest()}
 
     def _take_finished(self, split: str, shard: PackedShard) -> bool:
         if not shard.take_finished(self.out / split):
@@ -186,7 +186,7 @@ class _Pack:
         few = "; ".join(f"{name} {reason}" for name, reason in self.bad[:3])
         count = f"{len(self.bad)}{'' if final else ' or more'}"
         raise InputError(
-            f"max-bad={self.max_bad}: {count} of {self.total} pictures cannot be read "
+            f"max-bad={self.max_bad}: {count} of {self.total} images cannot be read "
             f"({few}); mend them, or raise --max-bad and run the same command to continue."
         )
 
@@ -194,7 +194,7 @@ class _Pack:
         result = PackResult()
         for split, shards in self.shards.items():
             if not any(shard.info for shard in shards):
-                raise InputError(f"OUT={self.out}: no picture is left for the {split} split; check min-side and val.")
+                raise InputError(f"OUT={self.out}: no image is left for the {split} split; check min-side and val.")
         for split, shards in self.shards.items():
             bad = [entry for shard in shards for entry in shard.bad]
             rows = [{"name": name, "reason": reason} for name, reason in bad]

@@ -1,4 +1,4 @@
-"""Masks and label maps that travel with a packed picture: the same crop, nearest pixels, one number a pixel."""
+"""Masks and label maps that travel with a packed image: the same crop, nearest pixels, one number a pixel."""
 
 import io
 
@@ -13,9 +13,9 @@ _WHITE = 128  # a mask's pixel from here on is hole
 
 
 def packed_map(content: bytes, ending: str, shape: tuple[int, int], target: tuple[int, int], square: bool) -> bytes:
-    """PNG of a map for its packed picture; ValueError says what is wrong with it.
+    """PNG of a map for its packed image; ValueError says what is wrong with it.
 
-    shape, target: width and height of the picture as it came, upright, and as it is packed; square: of its middle.
+    shape, target: width and height of the image as it came, upright, and as it is packed; square: of its middle.
     """
     name = _NAMES[ending]
     try:
@@ -25,7 +25,7 @@ def packed_map(content: bytes, ending: str, shape: tuple[int, int], target: tupl
         reason = "no PNG" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"its {name} cannot be read ({reason})") from None
     if image.size != shape:
-        sizes = f"{image.width} x {image.height} pixels, the picture {shape[0]} x {shape[1]}"
+        sizes = f"{image.width} x {image.height} pixels, the image {shape[0]} x {shape[1]}"
         raise ValueError(f"its {name} has {sizes}")
     values = _holes(image) if ending == MAPS["mask"] else _labels(image)
     left, top, side = _middle(*shape)

@@ -14,10 +14,10 @@ class PackedShard:
 
     name: str
     items: list[Item]
-    info: ShardInfo | None = None  # None while open, or if no picture of it could be read
+    info: ShardInfo | None = None  # None while open, or if no image of it could be read
     fields: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
-    small: list[str] = field(default_factory=list)  # names of pictures below the least side
+    small: list[str] = field(default_factory=list)  # names of images below the least side
 
     def side_file(self, folder: Path) -> Path:
         """Beside the shard until the manifest is written."""

@@ -1,4 +1,4 @@
-"""What a task starts from beside fields and picture: label maps, masks and boxes, as stored with a sample."""
+"""What a task starts from beside fields and image: label maps, masks and boxes, as stored with a sample."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldmlab.annotations import WHOLE, centre_square, checked, cropped, mirrored, mirrored_box, nearest, within
 from ldmlab.data.reader import Files
-from ldmlab.data.tar_samples import picture_ending, sample_fields
+from ldmlab.data.tar_samples import image_ending, sample_fields
 from ldmlab.errors import InputError
 
 MAPS = {"segmentation": "seg.png", "mask": "mask.png"}
@@ -33,14 +33,14 @@ def decode_parts(files: Files, parts: Iterable[str], size: int | None) -> dict[s
             if "boxes" not in fields:
                 raise KeyError("no field boxes")
             found |= {"boxes": checked(fields["boxes"]), "crop": fields.get("crop", list(WHOLE))}
-            shape = picture_shape(files) if size is not None else None
+            shape = image_shape(files) if size is not None else None
             if shape is not None:
                 found |= centre_cropped(found, *shape)
     return found
 
 
 def centre_cropped(fields: dict[str, Any], width: int, height: int) -> dict[str, Any]:
-    """The fields with boxes relative to the picture's centre square, and where that lies in the original."""
+    """The fields with boxes relative to the image's centre square, and where that lies in the original."""
     if width == height:
         return fields
     square = centre_square(width, height)
@@ -49,16 +49,16 @@ def centre_cropped(fields: dict[str, Any], width: int, height: int) -> dict[str,
 
 
 def boxes_following(files: Files) -> Files:
-    """For a picture that is about to be cropped to its centre square and left behind: boxes that follow it."""
+    """For an image that is about to be cropped to its centre square and left behind: boxes that follow it."""
     fields = sample_fields(files)
-    shape = picture_shape(files)
+    shape = image_shape(files)
     if "boxes" not in fields or shape is None or shape[0] == shape[1]:
         return files
     return {**files, "json": json.dumps(centre_cropped(fields, *shape), ensure_ascii=False).encode()}
 
 
 def _map(files: Files, ending: str, size: int | None) -> NDArray[Any]:
-    """Numbers (H, W) of a greyscale or palette picture."""
+    """Numbers (H, W) of a greyscale or palette image."""
     if ending not in files:
         raise KeyError(f"no file KEY.{ending}")
     with Image.open(io.BytesIO(files[ending]), formats=("PNG",)) as image:
@@ -69,9 +69,9 @@ def _map(files: Files, ending: str, size: int | None) -> NDArray[Any]:
     return values if size is None else nearest(values, size, centre_square(values.shape[1], values.shape[0]))
 
 
-def picture_shape(files: Files) -> tuple[int, int] | None:
-    """Upright width and height from the picture's header; None for a sample without its picture."""
-    ending = picture_ending(files)
+def image_shape(files: Files) -> tuple[int, int] | None:
+    """Upright width and height from the image's header; None for a sample without its image."""
+    ending = image_ending(files)
     if ending is None:
         return None
     with Image.open(io.BytesIO(files[ending])) as image:
@@ -79,13 +79,13 @@ def picture_shape(files: Files) -> tuple[int, int] | None:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once the picture is turned as its orientation tag says."""
+    """Width and height once the image is turned as its orientation tag says."""
     turned = image.getexif().get(_ORIENTATION) in _TURNED
     return (image.height, image.width) if turned else image.size
 
 
 def mirrored_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Left and right exchanged in all that lies on the picture; moments have a mirrored view of their own."""
+    """Left and right exchanged in all that lies on the image; moments have a mirrored view of their own."""
     turned: dict[str, Any] = {
         name: np.ascontiguousarray(sample[name][..., ::-1])
         for name in ("image", "segmentation", "mask")

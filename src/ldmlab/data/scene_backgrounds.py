@@ -41,7 +41,7 @@ def _clouds(drawn: random.Random, size: int, cells: int) -> Share:
 
 
 def _waves(drawn: random.Random, size: int) -> tuple[Share, Share]:
-    """Two waves at right angles, in -1 .. 1, 3 to 7 periods a picture."""
+    """Two waves at right angles, in -1 .. 1, 3 to 7 periods an image."""
     angle, periods = drawn.uniform(0, np.pi), drawn.uniform(3, 7)
     steps = (np.arange(size) + 0.5) / size * (2 * np.pi * periods)
     along, across = np.cos(angle) * steps, np.sin(angle) * steps

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from ldmlab.data.manifest import read_manifest
-from ldmlab.data.tar_samples import PICTURE_ENDINGS, scan_tar
+from ldmlab.data.tar_samples import IMAGE_ENDINGS, scan_tar
 from ldmlab.errors import InputError
 
 _CLOCKS = tuple(f"clock face {hour}" for hour in ("three oclock", "five oclock", "eight oclock", "ten-thirty"))
-CLASSES: dict[str, tuple[str, ...]] = {  # name => captions of its pictures; class_id is the place in this list
+CLASSES: dict[str, tuple[str, ...]] = {  # name => captions of its images; class_id is the place in this list
     "apple": ("red apple",),
     "aubergine": ("aubergine",),
     "banana": ("banana",),
@@ -47,10 +47,10 @@ _SOFT = ImageFilter.BoxBlur(1)  # edge of a cut object
 
 @functools.cache
 def load_objects(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Image.Image, ...], ...]:
-    """By class_id the cut pictures, RGBA, of the emoji shards in `folder`; a class is of CLASSES or a caption."""
+    """By class_id the cut images, RGBA, of the emoji shards in `folder`; a class is of CLASSES or a caption."""
     captions = [CLASSES.get(name, (name,)) for name in classes]
     wanted = {caption for several in captions for caption in several}
-    found = _pictures(folder, wanted)
+    found = _images(folder, wanted)
     for name, several in zip(classes, captions, strict=True):
         missing = [caption for caption in several if caption not in found]
         if missing:
@@ -58,18 +58,18 @@ def load_objects(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Image.Im
             raise InputError(
                 f"classes={name} is neither one of {known} nor a caption in {folder}; mend it."
                 if name not in CLASSES
-                else f"emoji={folder} holds no picture with the caption {missing[0]!r} of class {name}; "
+                else f"emoji={folder} holds no image with the caption {missing[0]!r} of class {name}; "
                 "give the shipped shards or other classes."
             )
     return tuple(tuple(found[caption] for caption in several) for several in captions)
 
 
-def cut(picture: Image.Image) -> Image.Image:
+def cut(image: Image.Image) -> Image.Image:
     """RGB over white => RGBA of the object alone: white that touches the border is ground."""
-    pixels = np.asarray(picture.convert("RGB"))
+    pixels = np.asarray(image.convert("RGB"))
     object_pixels = ~_ground(pixels.min(axis=2) >= 255 - _WHITE)
     alpha = Image.fromarray((object_pixels * 255).astype(np.uint8)).filter(ImageFilter.MinFilter(3)).filter(_SOFT)
-    whole = picture.convert("RGB")
+    whole = image.convert("RGB")
     whole.putalpha(alpha)
     return whole.crop(alpha.getbbox() or (0, 0, *alpha.size))
 
@@ -91,8 +91,8 @@ def _ground(white: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return reached[1:-1, 1:-1]
 
 
-def _pictures(folder: Path, captions: set[str]) -> dict[str, Image.Image]:
-    """Caption => cut picture; of several pictures with one caption the first."""
+def _images(folder: Path, captions: set[str]) -> dict[str, Image.Image]:
+    """Caption => cut image; of several images with one caption the first."""
     found: dict[str, Image.Image] = {}
     files: dict[str, dict[str, bytes]] = defaultdict(dict)
 
@@ -104,7 +104,7 @@ def _pictures(folder: Path, captions: set[str]) -> dict[str, Image.Image]:
         scan_tar(folder / shard.name, visit)
         for sample in files.values():
             caption = json.loads(sample.get("json", b"{}")).get("caption")
-            ending = next((name for name in PICTURE_ENDINGS if name in sample), None)
+            ending = next((name for name in IMAGE_ENDINGS if name in sample), None)
             if caption in captions and caption not in found and ending:
                 found[caption] = cut(Image.open(io.BytesIO(sample[ending])))
     return found

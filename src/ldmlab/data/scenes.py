@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ldmlab.annotations import Box, Boxes, area
-from ldmlab.data.encode_pictures import Encoding, Part
+from ldmlab.data.encode_images import Encoding, Part
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.pack import PackOptions, Progress, pack
 from ldmlab.data.scene_backgrounds import background
@@ -25,7 +25,7 @@ from ldmlab.data.splits import SplitRule
 from ldmlab.data.tar_samples import tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
-from ldmlab.picture_random import picture_random
+from ldmlab.image_random import image_random
 
 MOST = 5  # objects
 _SIDES = {1: (0.45, 0.7), 2: (0.36, 0.55), 3: (0.32, 0.46), 4: (0.3, 0.42), 5: (0.28, 0.38)}  # long side, by objects
@@ -36,7 +36,7 @@ _SOLID = 128  # alpha from which a pixel is the object's
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """All that decides what the scenes look like, beside the pictures of the emoji themselves."""
+    """All that decides what the scenes look like, beside the images of the emoji themselves."""
 
     emoji: str  # folder of image shards
     size: int = 64  # px
@@ -56,7 +56,7 @@ class SceneSettings:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what lies on it; labels are 0 on the background and 1 + class_id on an object."""
+    """An image and what lies on it; labels are 0 on the background and 1 + class_id on an object."""
 
     image: Image.Image
     labels: Image.Image
@@ -66,7 +66,7 @@ class Scene:
 
 def draw_scene(settings: SceneSettings, key: str) -> Scene:
     """The scene of this key; the boxes are in the order of drawing, later objects over earlier ones."""
-    drawn = picture_random(settings.seed, 0, key)
+    drawn = image_random(settings.seed, 0, key)
     objects = load_objects(Path(settings.emoji), settings.classes)
     pixels, ground = background(drawn, settings.size)
     image = Image.fromarray(pixels)
@@ -86,11 +86,11 @@ def draw_scene(settings: SceneSettings, key: str) -> Scene:
     return Scene(image, labels, boxes, _caption([settings.classes[entry["class_id"]] for entry in boxes], ground))
 
 
-def _sized(picture: Image.Image, side: float) -> Image.Image:
-    """The picture with its long side at `side` px."""
-    factor = side / max(picture.size)
-    width, height = (max(round(length * factor), 2) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+def _sized(image: Image.Image, side: float) -> Image.Image:
+    """The image with its long side at `side` px."""
+    factor = side / max(image.size)
+    width, height = (max(round(length * factor), 2) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def _place(drawn: random.Random, shape: tuple[int, int], size: int, taken: Sequence[Box]) -> Box | None:
@@ -119,7 +119,7 @@ def _caption(names: list[str], ground: str) -> str:
 
 
 def scene_part(items: Sequence[Item], settings: SceneSettings, encoding: Encoding) -> Part:
-    """Some scenes as tar bytes, drawn where pictures would be read."""
+    """Some scenes as tar bytes, drawn where images would be read."""
     data, offsets = bytearray(), []
     for item in items:
         scene = draw_scene(settings, item.key)

@@ -28,14 +28,14 @@ class ShardData:
 
     train: str  # folder of image shards
     val: str  # folder of image shards, held out
-    image_size: int  # px; pictures of another size are resized while reading
+    image_size: int  # px; images of another size are resized while reading
     latents: str | None = None  # folder with train/ and val/ latent shards; None: image shards are read
-    flip: bool = False  # mirror half of the training pictures
+    flip: bool = False  # mirror half of the training images
     fields: tuple[str, ...] = ("caption",)  # of KEY.json
     mix: int = 8  # shards shuffled together
     workers: int = 2  # loader processes, at most one a processor; 0 reads in the training process
     seed: int = 0  # of the order and the flips
-    cache: bool = False  # keep decoded pictures in memory
+    cache: bool = False  # keep decoded images in memory
     cache_limit_gib: float = 2.0  # memory `cache` may take
     balance: str | None = None  # field whose classes are drawn at rates of their own
     balance_temperature: float = 0.5  # rate of a class ~ (its size) ^ temperature; 1 as is, 0 all equal
@@ -90,7 +90,7 @@ class ShardData:
         else:
             labels = dataset.of_kept(read_labels(dataset.reader, self.balance))
             order = BalancedOrder(dataset.counts, self.seed, labels, self.balance_temperature)
-            logger.info("data.balance=%s: pictures an epoch %s", self.balance, order.draws)
+            logger.info("data.balance=%s: images an epoch %s", self.balance, order.draws)
             dataset.put_in_order(order)
         return self._cached(dataset)
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from ldmlab.errors import InputError
 
-JUDGED_OVER = 1000  # pictures: below that one bad sample would be a large share
+JUDGED_OVER = 1000  # images: below that one bad sample would be a large share
 
 
 class SkipCounter:
-    """Counts pictures and skipped samples over batches; `limit` is the share of skipped ones a run may have."""
+    """Counts images and skipped samples over batches; `limit` is the share of skipped ones a run may have."""
 
     def __init__(self, limit: float) -> None:
         self.limit, self.seen = limit, 0
@@ -22,7 +22,7 @@ class SkipCounter:
 
     @property
     def share(self) -> float:
-        """Skipped samples per picture that was wanted."""
+        """Skipped samples per image that was wanted."""
         return self.skipped / max(self.seen, 1)
 
     def add(self, batch: dict[str, Any]) -> list[str]:
@@ -33,7 +33,7 @@ class SkipCounter:
         if self.skipped > self.limit * max(self.seen, JUDGED_OVER):
             worst, count = self.by_shard.most_common(1)[0]
             raise InputError(
-                f"data: {self.skipped} bad samples among {self.seen} pictures are more than the allowed share of "
+                f"data: {self.skipped} bad samples among {self.seen} images are more than the allowed share of "
                 f"{self.limit:g}, {count} of them in {worst} (last: {reasons[-1]}); repair or repack the shards, "
                 "or raise the allowed share."
             )

@@ -1,4 +1,4 @@
-"""Where pictures come from: a table, captions beside pictures, a folder per class, plain folders, or tars."""
+"""Where images come from: a table, captions beside images, a folder per class, plain folders, or tars."""
 
 import hashlib
 import json
@@ -10,21 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldmlab.data.image_files import map_ending, walk_images
 from ldmlab.data.parts import MAPS
-from ldmlab.data.picture_files import map_ending, walk_pictures
 from ldmlab.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, find_table, pick_column, read_table
-from ldmlab.data.tar_samples import PICTURE_ENDINGS, read_range, sample_fields, scan_tar
+from ldmlab.data.tar_samples import IMAGE_ENDINGS, read_range, sample_fields, scan_tar
 from ldmlab.errors import InputError
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
 LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
-_ORPHAN = "has no picture beside it"
+_ORPHAN = "has no image beside it"
 _KEY_LENGTH = 80  # tar names of the plain format end at 100 bytes
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to pack: a file, or a byte range of a tar."""
+    """One image to pack: a file, or a byte range of a tar."""
 
     key: str  # unique, letters digits _ -
     name: str  # as a person knows it
@@ -37,22 +37,22 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """All pictures of a SOURCE in a fixed order."""
+    """All images of a SOURCE in a fixed order."""
 
     layout: str
     items: list[Item]
     classes: list[str] | None = None  # names by class_id
-    left_out: int = 0  # pictures without a row
+    left_out: int = 0  # images without a row
 
 
 def list_source(
     source: Path,
     layout: str = "auto",
     file_column: str | None = None,
-    caption: str | None = None,  # column; "none" for pictures without captions
+    caption: str | None = None,  # column; "none" for images without captions
     only: Path | None = None,  # text file of names to take
 ) -> Source:
-    """Finds out the layout, if asked, and lists the pictures."""
+    """Finds out the layout, if asked, and lists the images."""
     if not source.exists():
         raise InputError(f"SOURCE={source} does not exist; give a folder, a table or a tar.")
     layout = _detect(source) if layout == "auto" else layout
@@ -65,7 +65,7 @@ def list_source(
     if only is not None:
         found = _restrict(found, only)
     if not found.items:
-        raise InputError(f"SOURCE={source} holds no pictures ({', '.join(PICTURE_ENDINGS)}); give another folder.")
+        raise InputError(f"SOURCE={source} holds no images ({', '.join(IMAGE_ENDINGS)}); give another folder.")
     return found
 
 
@@ -80,15 +80,15 @@ def _detect(source: Path) -> str:
         )
     if any(source.glob("*.tar")):
         return "tars"
-    pictures = [name for name, _ in walk_pictures(source)]
-    if any((source / name).with_suffix(".txt").is_file() for name in pictures):
+    images = [name for name, _ in walk_images(source)]
+    if any((source / name).with_suffix(".txt").is_file() for name in images):
         return "captions"
-    parents = {Path(name).parent for name in pictures}
+    parents = {Path(name).parent for name in images}
     return "classes" if len(parents) > 1 and all(len(parent.parts) == 1 for parent in parents) else "plain"
 
 
 def _folders(source: Path, layout: str) -> Source:
-    found = dict(walk_pictures(source))
+    found = dict(walk_images(source))
     names = sorted(found)
     classes = None
     if layout == "classes":
@@ -111,10 +111,10 @@ def _folders(source: Path, layout: str) -> Source:
     return Source(layout, items, classes)
 
 
-def _caption_beside(picture: Path) -> tuple[str | None, str | None]:
+def _caption_beside(image: Path) -> tuple[str | None, str | None]:
     """The caption, or what is wrong with it."""
     try:
-        return picture.with_suffix(".txt").read_text(encoding="utf-8-sig").strip(), None
+        return image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip(), None
     except FileNotFoundError:
         return None, "has no caption file beside it"
     except UnicodeDecodeError:
@@ -131,7 +131,7 @@ def _table(source: Path, file_column: str | None, caption: str | None) -> Source
         caption = pick_column(rows, caption, CAPTION_COLUMNS, "--caption-field (none: no captions)", path)
     names = [str(row.get(file_column) or "") for row in rows]
     items: list[Item] = []
-    found = dict(walk_pictures(path.parent))
+    found = dict(walk_images(path.parent))
     listed: set[str] = set()
     for key, name, row in zip(unique_keys(names), names, rows, strict=True):
         own = {column: row[column] for column in MAP_COLUMNS if row.get(column)}
@@ -152,7 +152,7 @@ def _table(source: Path, file_column: str | None, caption: str | None) -> Source
 
 
 def _beside(folder: Path, name: str, found: Mapping[str, dict[str, str]]) -> dict[str, str]:
-    """Maps of a picture that a row names, be it below the folder or elsewhere."""
+    """Maps of an image that a row names, be it below the folder or elsewhere."""
     if os.path.normpath(name) in found:
         return found[os.path.normpath(name)]
     stem = os.path.splitext(name)[0]
@@ -160,7 +160,7 @@ def _beside(folder: Path, name: str, found: Mapping[str, dict[str, str]]) -> dic
 
 
 def _parsed(text: str) -> Any:
-    """Boxes of a CSV, written as JSON; other text stays, to be refused with its picture."""
+    """Boxes of a CSV, written as JSON; other text stays, to be refused with its image."""
     try:
         return json.loads(text)
     except ValueError:
@@ -200,7 +200,7 @@ def with_fields(item: Item) -> Item:
 
 
 def _restrict(source: Source, only: Path) -> Source:
-    """The pictures that a list names, by path, file name or key, in the source's order."""
+    """The images that a list names, by path, file name or key, in the source's order."""
     try:
         wanted = {line.strip() for line in only.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
@@ -214,7 +214,7 @@ def _restrict(source: Source, only: Path) -> Source:
             items.append(item)
     if missing := sorted(wanted - met):
         few = ", ".join(missing[:3])
-        raise InputError(f"list={only} names {len(missing)} pictures that SOURCE does not hold ({few}); mend the list.")
+        raise InputError(f"list={only} names {len(missing)} images that SOURCE does not hold ({few}); mend the list.")
     return Source(source.layout, items, source.classes, source.left_out)
 
 

@@ -1,4 +1,4 @@
-"""Which pictures are held out: whole groups, evenly over the values of a field, by hash and not by order."""
+"""Which images are held out: whole groups, evenly over the values of a field, by hash and not by order."""
 
 import hashlib
 import re
@@ -12,10 +12,10 @@ from ldmlab.errors import InputError
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How pictures are held out; the default holds out none."""
+    """How images are held out; the default holds out none."""
 
     val: float = 0.0  # share of groups
-    group: str | None = None  # pictures with one value of this field stay on one side; None: each by itself
+    group: str | None = None  # images with one value of this field stay on one side; None: each by itself
     group_strip: str | None = None  # pattern cut out of that value first: what variants differ in
     stratify: str | None = None  # the share holds within each value of this field
     val_least: int = 1  # groups held out of each value, at least
@@ -49,7 +49,7 @@ def split_items(items: list[Item], rule: SplitRule) -> dict[str, list[Item]]:
     if not rule.val:
         return {rule.name: items}
     strata: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    home: dict[str, str] = {}  # group => stratum of its first picture
+    home: dict[str, str] = {}  # group => stratum of its first image
     for index, item in enumerate(items):
         group = _group(item, rule)
         stratum = home.setdefault(group, str(_value(item, rule.stratify)) if rule.stratify else "")
@@ -61,7 +61,7 @@ def split_items(items: list[Item], rule: SplitRule) -> dict[str, list[Item]]:
         held.update(index for group in ordered[:count] for index in groups[group])
     val = [item for index, item in enumerate(items) if index in held]
     if not val:
-        raise InputError(f"val={rule.val} holds out none of {len(items)} pictures; raise it or drop --group.")
+        raise InputError(f"val={rule.val} holds out none of {len(items)} images; raise it or drop --group.")
     return {rule.name: [item for index, item in enumerate(items) if index not in held], "val": val}
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldmlab.contracts import states_field
-from ldmlab.data.cache import PictureCache
+from ldmlab.data.cache import ImageCache
 from ldmlab.data.decode import BAD_SAMPLE, check_fields, decode_fields, decode_image, decode_moments
 from ldmlab.data.kept import KeptOrder, kept_samples
 from ldmlab.data.latent_shards import read_shard_manifest
@@ -27,7 +27,7 @@ from ldmlab.data.parts import check_parts, decode_parts, mirrored_sample
 from ldmlab.data.reader import Files, ShardReader
 from ldmlab.data.wanted import Wanted, check_wanted
 from ldmlab.errors import InputError
-from ldmlab.picture_random import picture_random
+from ldmlab.image_random import image_random
 
 TRIES = 100  # samples in a row that may be bad before the data are given up
 
@@ -52,11 +52,11 @@ class ShardDataset(Dataset[Batch]):
         self._kept = kept_samples(self.reader, wanted.task.keeps) if wanted.task and wanted.task.keeps else None
         self.order: Order = SequentialOrder(self.counts)
         self.put_in_order(self.order)
-        self._cache: PictureCache | None = None
+        self._cache: ImageCache | None = None
         self.template = self._first_sample()
 
     def __len__(self) -> int:
-        """Pictures in one epoch."""
+        """Images in one epoch."""
         return self.order.total
 
     @property
@@ -80,20 +80,20 @@ class ShardDataset(Dataset[Batch]):
         return read_shard_manifest(self.reader.folder).hash
 
     def keep_decoded(self, limit_gib: float) -> None:
-        """Decode every picture once and keep it in memory."""
+        """Decode every image once and keep it in memory."""
         size, count = self.wanted.decoded_size or self._stored_size, sum(self.reader.counts)
         if size is None:
             raise InputError(
-                f"data.cache=true with a task that crops: the pictures of data={self.reader.folder} differ in size; "
+                f"data.cache=true with a task that crops: the images of data={self.reader.folder} differ in size; "
                 "set data.cache=false, or pack them at one size."
             )
-        needed = PictureCache.bytes_needed(count, size)
+        needed = ImageCache.bytes_needed(count, size)
         if needed > limit_gib * 2**30:
             raise InputError(
-                f"data.cache=true needs {needed / 2**30:.2f} GiB for {count} pictures, more than "
+                f"data.cache=true needs {needed / 2**30:.2f} GiB for {count} images, more than "
                 f"data.cache_limit_gib={limit_gib:g}; raise the limit or set data.cache=false."
             )
-        self._cache = PictureCache(count, size)
+        self._cache = ImageCache(count, size)
 
     def __getitem__(self, position: int) -> Batch:
         skipped: list[str] = []
@@ -109,32 +109,32 @@ class ShardDataset(Dataset[Batch]):
         return {"skipped": skipped}
 
     def _sample(self, place: Place) -> Batch:
-        """One decoded sample; `flip` picks the same side for the picture, its moments and all that lies on it."""
+        """One decoded sample; `flip` picks the same side for the image, its moments and all that lies on it."""
         key, files = self.reader.read(place.shard, place.sample)
         sample: Batch = {"key": key, **decode_fields(files, self.wanted.fields)}
-        flipped = self.wanted.flip and picture_random(self._seed, place.epoch, key).random() < 0.5
+        flipped = self.wanted.flip and image_random(self._seed, place.epoch, key).random() < 0.5
         if self.wanted.moments:
             sample["moments"] = decode_moments(files, view=int(flipped))
         for name in self.wanted.states:
             sample[states_field(name)] = decode_states(files, name, view=int(flipped))  # (L, D)
         if self.wanted.images:
-            sample["image"] = self._picture(place, files)  # (3, H, W)
+            sample["image"] = self._image(place, files)  # (3, H, W)
         sample |= decode_parts(files, self.wanted.parts - {"image"}, self.wanted.decoded_size)
         if flipped:
             sample = mirrored_sample(sample)
         if self.wanted.task:
-            sample |= self.wanted.task.give(sample, picture_random(self._seed, place.epoch, f"{key}#task"))
+            sample |= self.wanted.task.give(sample, image_random(self._seed, place.epoch, f"{key}#task"))
         return sample
 
-    def _picture(self, place: Place, files: Files) -> NDArray[np.uint8]:
-        """The decoded picture, from the cache where it was put before."""
+    def _image(self, place: Place, files: Files) -> NDArray[np.uint8]:
+        """The decoded image, from the cache where it was put before."""
         index = self.reader.index(place.shard, place.sample)
-        picture = self._cache.get(index) if self._cache else None
-        if picture is None:
-            picture = decode_image(files, self.wanted.decoded_size, self.background)
+        image = self._cache.get(index) if self._cache else None
+        if image is None:
+            image = decode_image(files, self.wanted.decoded_size, self.background)
             if self._cache:
-                self._cache.put(index, picture)
-        return picture
+                self._cache.put(index, image)
+        return image
 
     def _first_sample(self) -> Batch:
         """The first sample that can be read; a field that it lacks is a wrong option, not a bad sample."""
@@ -166,11 +166,11 @@ class IndexBatches(Sampler[list[Any]]):
 def train_loader(
     dataset: ShardDataset,
     *,
-    micro_batch: int,  # pictures per forward pass of this process
+    micro_batch: int,  # images per forward pass of this process
     accumulate: int = 1,  # micro-batches per optimizer update
     world: int = 1,  # processes
     rank: int = 0,  # this process
-    start_position: int = 0,  # pictures already consumed by all processes
+    start_position: int = 0,  # images already consumed by all processes
     workers: int = 0,
 ) -> DataLoader[Batch]:
     """Endless micro-batches; `accumulate` of them on each of `world` processes make one global batch."""
@@ -187,10 +187,10 @@ def eval_loader(
     batch_size: int,
     world: int = 1,
     rank: int = 0,
-    limit: int | None = None,  # only the first pictures
+    limit: int | None = None,  # only the first images
     workers: int = 0,
 ) -> DataLoader[Batch]:
-    """Every picture once over all processes, in stored order, never padded; a bad one is left out and listed."""
+    """Every image once over all processes, in stored order, never padded; a bad one is left out and listed."""
     if dataset.train:
         raise InputError("eval_loader needs a data set in stored order; build it with train=False.")
     total = len(dataset) if limit is None else min(limit, len(dataset))

@@ -1,4 +1,4 @@
-"""Rows about pictures: `metadata.jsonl`, CSV and TSV, in any language."""
+"""Rows about images: `metadata.jsonl`, CSV and TSV, in any language."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def find_table(source: Path) -> Path | None:
-    """SOURCE itself, its `metadata.*`, or the only table beside its pictures."""
+    """SOURCE itself, its `metadata.*`, or the only table beside its images."""
     if source.is_file():
         return source if source.suffix.lower() in _ENDINGS else None
     for ending in _ENDINGS:
@@ -36,7 +36,7 @@ def read_table(path: Path) -> list[Row]:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
     if not rows:
-        raise InputError(f"{path} has no rows; give a table with one row a picture.")
+        raise InputError(f"{path} has no rows; give a table with one row an image.")
     return rows
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 from ldmlab.errors import InputError
 
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic", "pgm", "ppm")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic", "pgm", "ppm")
 _BLOCK = 512  # tar pads headers and contents to this
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and ending, as webdataset splits them
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # names webdataset's reader leaves out
@@ -103,9 +103,9 @@ def parse_sample(data: bytes, url: str) -> dict[str, Any]:
     raise ValueError(f"no sample in the given bytes of {url}")
 
 
-def picture_ending(sample: dict[str, Any]) -> str | None:
-    """The ending of the sample's picture; maps such as `seg.png` are not it."""
-    return next((ending for ending in sample if ending in PICTURE_ENDINGS), None)
+def image_ending(sample: dict[str, Any]) -> str | None:
+    """The ending of the sample's image; maps such as `seg.png` are not it."""
+    return next((ending for ending in sample if ending in IMAGE_ENDINGS), None)
 
 
 def sample_fields(sample: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Pictures of any mode to RGB, then crop and resize by the rules of the paper's data sets.
+"""Images of any mode to RGB, then crop and resize by the rules of the paper's data sets.
 
 Origins: `short_side_bilinear_no_antialias` the loaders of CelebA-HQ and FFHQ, `lsun` the LSUN loader, `adm` the centre
-crop of the ADM references, `sr3_area` the SR3 paper's high-resolution pictures.
+crop of the ADM references, `sr3_area` the SR3 paper's high-resolution images.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
         if values.size and not 0 <= values.min() <= values.max() <= 1:
-            raise ValueError("float picture with values outside 0 .. 1")
+            raise ValueError("float image with values outside 0 .. 1")
         values = values * 255
     elif image.mode != "I" or values.max(initial=0) > 255:
         values = values / 257  # 65535 => 255
@@ -67,12 +67,12 @@ class Transform:
         if self.rule not in RULES:
             raise InputError(f"crop={self.rule} is unknown; choose one of {', '.join(RULES)}.")
         if self.rule == "keep" and self.size is not None:
-            raise InputError(f"crop=keep leaves pictures as they are, so size={self.size} cannot be met; drop one.")
+            raise InputError(f"crop=keep leaves images as they are, so size={self.size} cannot be met; drop one.")
         if self.rule != "keep" and (self.size is None or self.size < 1):
             raise InputError(f"size={self.size} with crop={self.rule}; give a side of at least 1 pixel.")
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Any picture => RGB, `size` x `size` (any size with `keep`, the long side uncut with `short_side`)."""
+        """Any image => RGB, `size` x `size` (any size with `keep`, the long side uncut with `short_side`)."""
         return RULES[self.rule](to_rgb(image, self.background), self.size or 0)
 
     @property

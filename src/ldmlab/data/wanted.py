@@ -12,13 +12,13 @@ from ldmlab.errors import InputError
 class Wanted:
     """What a batch shall hold beside key, position and skipped."""
 
-    image_size: int  # side of the pictures, px; also of the pictures behind moments
+    image_size: int  # side of the images, px; also of the images behind moments
     images: bool = True
     moments: bool = False
-    flip: bool = False  # half of the pictures mirrored, drawn per (seed, epoch, key)
+    flip: bool = False  # half of the images mirrored, drawn per (seed, epoch, key)
     fields: tuple[str, ...] = ("caption",)
     states: tuple[str, ...] = ()  # conditioners whose stored states come with the moments
-    task: Task | None = None  # derives more from the picture, its maps and its boxes
+    task: Task | None = None  # derives more from the image, its maps and its boxes
 
     @property
     def parts(self) -> frozenset[str]:
@@ -27,7 +27,7 @@ class Wanted:
 
     @property
     def decoded_size(self) -> int | None:
-        """Side of decoded pictures and maps; None: as stored, for the task to crop."""
+        """Side of decoded images and maps; None: as stored, for the task to crop."""
         return None if "image" in self.parts else self.image_size
 
 
@@ -35,7 +35,7 @@ def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
     """Refuse shards that cannot give what is wanted, before any work."""
     latents = manifest.latents or {}
     if manifest.total == 0:
-        raise InputError(f"data={folder} holds no samples; pack some pictures first.")
+        raise InputError(f"data={folder} holds no samples; pack some images first.")
     if wanted.moments and manifest.kind != "latents":
         raise InputError(
             f"data.latents={folder} holds {manifest.kind}, not latents; encode it with `ldmlab encode`, "
@@ -43,12 +43,12 @@ def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
         )
     if wanted.images and manifest.kind == "latents" and not latents.get("carries_images"):
         raise InputError(
-            f"data={folder} holds latents without their pictures; give the image shards they were made from, "
-            "or encode again so that pictures are carried."
+            f"data={folder} holds latents without their images; give the image shards they were made from, "
+            "or encode again so that images are carried."
         )
     if wanted.moments and "image" in wanted.parts:
         raise InputError(
-            f"data.latents={folder} holds latents, but this task crops or changes pictures; set data.latents=null "
+            f"data.latents={folder} holds latents, but this task crops or changes images; set data.latents=null "
             "and give the first stage as from_run=RUN, so that it runs while training."
         )
     if wanted.moments and latents["image_size"] != wanted.image_size:

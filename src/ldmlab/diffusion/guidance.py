@@ -56,7 +56,7 @@ def guided_by_clean(denoise: Denoise, log_likelihood: Callable[[Tensor], Tensor]
 
 
 def _gradient(values: Tensor, leaf: Tensor) -> Tensor:
-    """Of each picture's value (B,) for its own latent; what ran in float32 also goes back in it."""
+    """Of each image's value (B,) for its own latent; what ran in float32 also goes back in it."""
     with torch.autocast(leaf.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient
@@ -115,7 +115,7 @@ class ClassifierGuide:
 
 
 class ImageGuide:
-    """Pulls the decoded clean estimate towards a picture, usually a smaller one (paper appendix C).
+    """Pulls the decoded clean estimate towards an image, usually a smaller one (paper appendix C).
 
     l(x) = -distance(shrink(decode(clean(x))), target); the squared error is that of a Gaussian of variance 1.
     """
@@ -125,8 +125,8 @@ class ImageGuide:
         decode: Callable[[Tensor], Tensor],  # final latents => pixels in [-1, 1], with gradients
         distance: Callable[[Tensor, Tensor], Tensor],  # two batches of pixels => (B,): squared_error, LPIPS
         weight: float = 1.0,  # s; the paper does not print its own
-        target: Tensor | None = None,  # one picture for all, uint8 (3, h, w); None: low_resolution of the batch
-        name: str = "",  # of distance and picture, for the record
+        target: Tensor | None = None,  # one image for all, uint8 (3, h, w); None: low_resolution of the batch
+        name: str = "",  # of distance and image, for the record
     ) -> None:
         _check("guide weight", weight)
         self.decode, self.distance, self.weight = decode, distance, weight
@@ -134,7 +134,7 @@ class ImageGuide:
 
     @property
     def reads(self) -> frozenset[str]:
-        """`low_resolution` unless one picture is the target of all."""
+        """`low_resolution` unless one image is the target of all."""
         return frozenset() if self.target is not None else frozenset({"low_resolution"})
 
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise:
@@ -159,13 +159,13 @@ def squared_error(images: Tensor, target: Tensor) -> Tensor:
 
 
 def shrunk(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with anti-aliasing to (height, width), as super-resolution shrinks its pictures."""
+    """Bicubic with anti-aliasing to (height, width), as super-resolution shrinks its images."""
     if images.shape[2:] == size:
         return images
     if size[0] > images.shape[2] or size[1] > images.shape[3]:
         raise InputError(
-            f"the guide's picture of {size[0]}x{size[1]} is larger than the sample of {images.shape[2]}x"
-            f"{images.shape[3]} (height x width); give a smaller picture or sample at a larger size."
+            f"the guide's image of {size[0]}x{size[1]} is larger than the sample of {images.shape[2]}x"
+            f"{images.shape[3]} (height x width); give a smaller image or sample at a larger size."
         )
     return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
 

@@ -22,7 +22,7 @@ from ldmlab.contracts import (
     states_field,
 )
 from ldmlab.diffusion.conditioning import check_guidance, check_size, check_slots, joined, stacked
-from ldmlab.diffusion.given_picture import GivenPicture
+from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
@@ -89,7 +89,7 @@ class LatentDiffusion(LatentSpace):
         return joined(values)
 
     def drops(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
-        """Guidance dropout, its only place: per conditioner with a rate, which pictures lose it; (B,) bool."""
+        """Guidance dropout, its only place: per conditioner with a rate, which images lose it; (B,) bool."""
         together = uniform(seed, "drop", batch["position"]) if self.drop_together else None
         masks = {}
         for name, conditioner in self._each_conditioner():
@@ -107,13 +107,13 @@ class LatentDiffusion(LatentSpace):
         return conditioner(batch, self.encode) if stored is None else stored.float()
 
     def _droppable(self, conditioner: Conditioner) -> bool:
-        """Of an imported model nobody knows the rates: pictures it is given stay, the rest is dropped."""
+        """Of an imported model nobody knows the rates: images it is given stay, the rest is dropped."""
         return conditioner.slot != "spatial" if self.guidance_trained is None else conditioner.drop > 0
 
     # ---- training
 
     def loss(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-        """Per-picture loss (B,) float32 and its times (B,) int64; every draw belongs to (seed, position, purpose)."""
+        """Per-image loss (B,) float32 and its times (B,) int64; every draw belongs to (seed, position, purpose)."""
         position = batch["position"]
         clean = self.latents(batch, seed)  # (B, C, h, w)
         t = integers(seed, "time", position, self.schedule.steps)  # (B,)
@@ -152,16 +152,16 @@ class LatentDiffusion(LatentSpace):
         *,
         sampler: Sampler,
         grid: list[Level],
-        index: Tensor,  # (B,) int64, the picture's number: with the seed it decides the noise
+        index: Tensor,  # (B,) int64, the image's number: with the seed it decides the noise
         size: tuple[int, int],  # height and width in pixels
         guidance: float = 1.0,
         guides: Sequence[Guide] = (),  # besides classifier-free guidance; each wraps those before it
         seed: int = 0,
         after_step: AfterStep | None = None,
-        given: GivenPicture | None = None,  # a picture to start from or to keep in part
+        given: GivenImage | None = None,  # an image to start from or to keep in part
         window: int | None = None,  # side of windows that are denoised one by one, px; None: the whole at once
     ) -> Tensor:
-        """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same picture in any batch."""
+        """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same image in any batch."""
         check_guidance(guidance, self.guidance_trained, conditioned=bool(self.conditioners))
         batch = {"position": index, **batch}
         conditioning = self.conditioning(batch)
@@ -184,21 +184,21 @@ class LatentDiffusion(LatentSpace):
         return images if self.task is None else self.task.finish(images, batch)
 
     def start(self, index: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-        """The noise that sampling begins with, (B, C, h, w) float32, for pictures of (height, width)."""
+        """The noise that sampling begins with, (B, C, h, w) float32, for images of (height, width)."""
         return normal(seed, "start", index, self.latent_shape(size))
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) for a picture of (height, width); both must be multiples of `size_step`."""
+        """(C, h, w) for an image of (height, width); both must be multiples of `size_step`."""
         if any(side < 1 or side % self.size_step for side in size):
             near = "x".join(str(max(round(side / self.size_step), 1) * self.size_step) for side in size)
             raise InputError(
                 f"size={size[0]}x{size[1]} (height x width) is not a multiple of {self.size_step}, by which this "
-                f"model divides pictures; the nearest is {near}."
+                f"model divides images; the nearest is {near}."
             )
         factor = self._stage.downsampling
         return self._stage.latent_channels, size[0] // factor, size[1] // factor
 
     @property
     def size_step(self) -> int:
-        """Pixels by which a picture's sides can grow: the first stage's factor, times the denoiser's if it has one."""
+        """Pixels by which an image's sides can grow: the first stage's factor, times the denoiser's if it has one."""
         return self._stage.downsampling * int(getattr(self.backbone, "size_step", 1))

@@ -19,7 +19,7 @@ class LatentScale(nn.Module):
         super().__init__()
         std_table, shift_table = (torch.atleast_1d(torch.as_tensor(v, dtype=torch.float32)) for v in (std, shift))
         if not bool((torch.isfinite(std_table) & (std_table > 0)).all()):
-            raise InputError(f"the latent scale std={std} is not above zero; encode the pictures again to measure it.")
+            raise InputError(f"the latent scale std={std} is not above zero; encode the images again to measure it.")
         self.register_buffer("std", std_table)  # (1,) or (C,)
         self.register_buffer("shift", shift_table)  # (1,) or (C,)
 

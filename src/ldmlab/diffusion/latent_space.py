@@ -59,7 +59,7 @@ class LatentSpace(nn.Module):
         elif "image" in batch:
             posterior = self.posterior(to_float(batch["image"]))
         else:
-            raise InputError("the batches hold neither latents nor pictures; choose data= with one of them.")
+            raise InputError("the batches hold neither latents nor images; choose data= with one of them.")
         if posterior.logvar is None:
             return self.latent_scale.normalise(posterior.mean)
         noise = normal(seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
@@ -67,7 +67,7 @@ class LatentSpace(nn.Module):
 
     @contextmanager
     def through(self, first_stage: FirstStage | None) -> Iterator[None]:
-        """Inside, pictures are encoded and decoded by this one, which gives the same latents: in parts."""
+        """Inside, images are encoded and decoded by this one, which gives the same latents: in parts."""
         before, self._instead = self._instead, first_stage
         try:
             yield

@@ -1,7 +1,7 @@
 """How much of a latent is left at each time of a schedule: what the latent scale decides.
 
 x = alpha z + sigma eps has the signal-to-noise ratio alpha^2 Var(z) / sigma^2. Latents that are not rescaled to
-variance 1 keep more signal at every time, so a denoiser places details early, while it still lays out the picture; the
+variance 1 keep more signal at every time, so a denoiser places details early, while it still lays out the image; the
 paper finds that this spoils samples larger than those of training (section 4.3.2, appendix D.1).
 """
 

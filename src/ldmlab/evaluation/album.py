@@ -1,4 +1,4 @@
-"""The pictures of a report: small PNG files beside metrics.json, named in it by their place."""
+"""The images of a report: small PNG files beside metrics.json, named in it by their place."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,29 +12,29 @@ from torch.utils.data import Dataset
 
 from ldmlab.errors import InputError
 
-FOLDER = "pictures"
+FOLDER = "images"
 
 
-def save_picture(out: Path, kind: str, number: int, picture: Tensor) -> str:
+def save_image(out: Path, kind: str, number: int, image: Tensor) -> str:
     """uint8 (3, H, W) or (H, W, 3) => its path relative to `out`."""
-    channels_last = picture if picture.shape[-1] == 3 else picture.permute(1, 2, 0)
+    channels_last = image if image.shape[-1] == 3 else image.permute(1, 2, 0)
     name = f"{FOLDER}/{kind}_{number:05d}.png"
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     Image.fromarray(channels_last.contiguous().numpy()).save(out / name)
     return name
 
 
-def readable(pictures: Dataset[dict[str, Any]], count: int, number: int) -> Tensor:
-    """Picture `number` of a split, or the first after it that can be read."""
+def readable(images: Dataset[dict[str, Any]], count: int, number: int) -> Tensor:
+    """Image `number` of a split, or the first after it that can be read."""
     for place in range(number, number + count):
-        sample = pictures[place % count]
+        sample = images[place % count]
         if "image" in sample:
             return torch.as_tensor(sample["image"])
-    raise InputError(f"none of the {count} reference pictures can be read; pack them again.")
+    raise InputError(f"none of the {count} reference images can be read; pack them again.")
 
 
 def planned(known: Sequence[Mapping[str, Any]], count: int, size: int) -> dict[str, list[dict[str, Any]]]:
-    """`size` of the first `count`, spread evenly: a sample stands beside the real picture whose caption it got."""
+    """`size` of the first `count`, spread evenly: a sample stands beside the real image whose caption it got."""
     numbers = [number * count // size for number in range(size)]
     return {
         kind: [
@@ -49,8 +49,8 @@ def planned(known: Sequence[Mapping[str, Any]], count: int, size: int) -> dict[s
     }
 
 
-def copy_pictures(out: Path, sources: Sequence[tuple[str, Path]]) -> list[dict[str, str]]:
-    """Pictures made elsewhere (sweeps, strips) with their titles, copied in as they are."""
+def copy_images(out: Path, sources: Sequence[tuple[str, Path]]) -> list[dict[str, str]]:
+    """Images made elsewhere (sweeps, strips) with their titles, copied in as they are."""
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     copied = []
     for number, (title, source) in enumerate(sources):

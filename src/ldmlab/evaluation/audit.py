@@ -1,7 +1,7 @@
-"""Has the model learned pictures by heart? Every sample is set beside the training picture nearest to it.
+"""Has the model learned images by heart? Every sample is set beside the training image nearest to it.
 
-The most suspicious pairs are shown, some ordinary ones, and the held-out pictures that set the threshold, beside the
-training pictures that they are near to.
+The most suspicious pairs are shown, some ordinary ones, and the held-out images that set the threshold, beside the
+training images that they are near to.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import save_picture
+from ldmlab.evaluation.album import save_image
 from ldmlab.evaluation.drawing import Drawing, Requests
 from ldmlab.evaluation.neighbours import Nearest, copies
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.real_pictures import RealPictures
+from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.record import gathered
 from ldmlab.evaluation.score import EvaluationPass
 
-_AT_THE_BAR = 6  # held-out pictures shown
+_AT_THE_BAR = 6  # held-out images shown
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Audit:
     """The memorisation part of an evaluation; `seen` has kept the features of samples and reference."""
 
     protocol: Protocol
-    real: RealPictures
+    real: RealImages
     drawing: Drawing
     out: Path
     asked: Requests
-    known: Sequence[Mapping[str, Any]]  # conditions of the reference pictures, for captions
+    known: Sequence[Mapping[str, Any]]  # conditions of the reference images, for captions
 
     def run(self, seen: EvaluationPass, shown: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`neighbours` of metrics.json; `shown`: samples of the report, whose pictures are there already."""
+        """`neighbours` of metrics.json; `shown`: samples of the report, whose images are there already."""
         drawn, _ = seen.kept(real=False)
         held_out, places = self._held_out(seen)
         found = Nearest(torch.cat([drawn, held_out]))
@@ -44,10 +44,10 @@ class Audit:
             found.add(features, numbers)
         distance, twin, trained_on = found.together()
         if trained_on == 0:
-            raise InputError("protocol.neighbours needs training pictures, and none could be read; set it to 0.")
+            raise InputError("protocol.neighbours needs training images, and none could be read; set it to 0.")
         of_samples, of_held_out = distance[: len(drawn)], distance[len(drawn) :]
         result: dict[str, Any] = {
-            "training_pictures": trained_on,
+            "training_images": trained_on,
             "median_distance_samples": float(of_samples.median()),
             **self._calibrated(of_samples, of_held_out),
         }
@@ -64,7 +64,7 @@ class Audit:
         return gathered(result)[0]
 
     def _held_out(self, seen: EvaluationPass) -> tuple[Tensor, list[int]]:
-        """Features (M, D) of held-out pictures and their numbers; none where the data has none."""
+        """Features (M, D) of held-out images and their numbers; none where the data has none."""
         if self.protocol.reference == "val":
             features, numbers = seen.kept(real=True)
             return features, numbers.tolist()
@@ -77,8 +77,8 @@ class Audit:
         return features, numbers.tolist()
 
     def _calibrated(self, samples: Tensor, held_out: Tensor) -> dict[str, Any]:
-        """What held-out pictures say about the samples' distances."""
-        names = ("copies", "bar", "expected", "error", "held_out_pictures", "median_distance_held_out")
+        """What held-out images say about the samples' distances."""
+        names = ("copies", "bar", "expected", "error", "held_out_images", "median_distance_held_out")
         if len(held_out) == 0:
             return dict.fromkeys(names)
         told = copies(samples, held_out, self.protocol.copy_quantile)
@@ -88,26 +88,26 @@ class Audit:
     def _drawn_again(self, numbers: Sequence[int]) -> dict[int, str]:
         """Files of samples that were scored and not kept."""
         again = self.drawing.again(self.asked, self.protocol.settings(), numbers)
-        return {number: save_picture(self.out, "sample", number, picture) for number, picture in again}
+        return {number: save_image(self.out, "sample", number, image) for number, image in again}
 
     def _pair(self, number: int, file: str, twin: int, distance: float) -> dict[str, Any]:
-        train = self.real.picture("train", twin)
+        train = self.real.image("train", twin)
         told = self.known[number % len(self.known)] if len(self.known) else {}
         said = {**told, **self.asked[number]}
         return {
             "sample": file,
-            "train": save_picture(self.out, "train", twin, train["image"]),
+            "train": save_image(self.out, "train", twin, train["image"]),
             "caption": _words(said),
             "train_caption": str(train.get("caption", train["key"])),
             "distance": distance,
         }
 
     def _real_pair(self, number: int, row: int, distance: Tensor, twin: Tensor) -> dict[str, Any]:
-        picture, train = self.real.picture("val", number), self.real.picture("train", int(twin[row]))
+        image, train = self.real.image("val", number), self.real.image("train", int(twin[row]))
         return {
-            "held_out": save_picture(self.out, "held_out", number, picture["image"]),
-            "train": save_picture(self.out, "train", int(twin[row]), train["image"]),
-            "caption": str(picture.get("caption", picture["key"])),
+            "held_out": save_image(self.out, "held_out", number, image["image"]),
+            "train": save_image(self.out, "train", int(twin[row]), train["image"]),
+            "caption": str(image.get("caption", image["key"])),
             "train_caption": str(train.get("caption", train["key"])),
             "distance": float(distance[row]),
         }

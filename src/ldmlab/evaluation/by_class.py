@@ -1,6 +1,6 @@
-"""The scores of each class by itself: its samples beside its own real pictures.
+"""The scores of each class by itself: its samples beside its own real images.
 
-Kernel distance (unbiased, so a few pictures suffice), precision and recall; no Frechet distance, which needs thousands.
+Kernel distance (unbiased, so a few images suffice), precision and recall; no Frechet distance, which needs thousands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ from ldmlab.metrics.balls import ball_sizes, shares_inside
 from ldmlab.metrics.kernel import squared_mmd
 
 _NEIGHBOURS = 3  # of precision and recall, as over all classes
-_MOST = 4000  # pictures of one class that its kernel distance looks at, so that memory is bounded
+_MOST = 4000  # images of one class that its kernel distance looks at, so that memory is bounded
 
 
 def by_class(
     seen: EvaluationPass,
     asked: Mapping[int, str],  # class by the sample's number
-    real: Mapping[int, str],  # by the real picture's
+    real: Mapping[int, str],  # by the real image's
 ) -> list[dict[str, Any]]:
     """A row a class, the worst first, those without a distance last; `seen` has kept the features."""
     features = {side: _grouped(*seen.kept(real=side), real if side else asked) for side in (True, False)}
@@ -42,7 +42,7 @@ def _grouped(features: Tensor, numbers: Tensor, names: Mapping[int, str]) -> dic
 
 
 def _scores(real: Tensor | None, samples: Tensor) -> dict[str, Any]:
-    """None for a score that so few pictures cannot give."""
+    """None for a score that so few images cannot give."""
     row: dict[str, Any] = {"samples": len(samples), "real": 0 if real is None else len(real)}
     row |= {"kid": None, "precision": None, "recall": None}
     if real is None:
@@ -59,7 +59,7 @@ def _scores(real: Tensor | None, samples: Tensor) -> dict[str, Any]:
 
 
 def asked_classes(field: str, asked: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Class of each sample by its number: what it was asked for, or what the picture is whose conditions it took."""
+    """Class of each sample by its number: what it was asked for, or what the image is whose conditions it took."""
     found = {}
     for number, request in enumerate(asked):
         entry = request if field in request else known[number % len(known)] if len(known) else {}
@@ -69,7 +69,7 @@ def asked_classes(field: str, asked: Sequence[Mapping[str, Any]], known: Sequenc
 
 
 def class_of(entry: Mapping[str, Any], field: str, why: str) -> str:
-    """A sample's or a picture's class as text; `why` one may have none, and the way out."""
+    """A sample's or an image's class as text; `why` one may have none, and the way out."""
     if field not in entry:
         raise InputError(f"protocol.class_field={field}: {why}")
     return str(entry[field])

@@ -1,6 +1,6 @@
-"""A small judge of categories, trained on real pictures only, and how often it puts pictures where they belong.
+"""A small judge of categories, trained on real images only, and how often it puts images where they belong.
 
-The judge never meets the diffusion model: held-out real pictures tell how good it is; samples are measured by that.
+The judge never meets the diffusion model: held-out real images tell how good it is; samples are measured by that.
 All rates are balanced: the mean over categories of the share put into the right one.
 """
 
@@ -19,21 +19,21 @@ _SIDE = 32  # px the judge looks at
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often pictures asked for as a category are put into it."""
+    """How often images asked for as a category are put into it."""
 
     categories: tuple[str, ...]
-    right: tuple[int, ...]  # pictures per category put into the right one
-    asked: tuple[int, ...]  # pictures per category
+    right: tuple[int, ...]  # images per category put into the right one
+    asked: tuple[int, ...]  # images per category
 
     @property
     def balanced(self) -> float:
-        """Mean over the categories that have pictures of the share that is right."""
+        """Mean over the categories that have images of the share that is right."""
         shares = [right / asked for right, asked in zip(self.right, self.asked, strict=True) if asked]
         return sum(shares) / max(len(shares), 1)
 
 
 class CategoryClassifier(nn.Module):
-    """A convolutional network on 32 x 32 pictures: uint8 (B, 3, H, W) => logits (B, categories)."""
+    """A convolutional network on 32 x 32 images: uint8 (B, 3, H, W) => logits (B, categories)."""
 
     learned = Learned(0, 0, 0)  # nothing yet
 
@@ -55,20 +55,20 @@ class CategoryClassifier(nn.Module):
             nn.Linear(4 * width, len(self.categories)),
         ).to(memory_format=torch.channels_last)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) or prepared float pictures (B, 3, 32, 32) => logits."""
-        return self.network(prepared(pictures) if pictures.dtype == torch.uint8 else pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) or prepared float images (B, 3, 32, 32) => logits."""
+        return self.network(prepared(images) if images.dtype == torch.uint8 else images)
 
     @torch.inference_mode()
-    def predict(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
+    def predict(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """Category numbers (N,)."""
         self.eval()
-        return torch.cat([self(part).argmax(dim=1) for part in pictures.split(batch_size)])
+        return torch.cat([self(part).argmax(dim=1) for part in images.split(batch_size)])
 
-    def agreement(self, pictures: Tensor, labels: Tensor) -> Agreement:
-        """Pictures uint8 (N, 3, H, W) against the categories (N,) they were asked or taken for."""
+    def agreement(self, images: Tensor, labels: Tensor) -> Agreement:
+        """Images uint8 (N, 3, H, W) against the categories (N,) they were asked or taken for."""
         count = len(self.categories)
-        right = torch.bincount(labels[self.predict(pictures) == labels], minlength=count)
+        right = torch.bincount(labels[self.predict(images) == labels], minlength=count)
         return Agreement(
             self.categories, tuple(right.tolist()), tuple(torch.bincount(labels, minlength=count).tolist())
         )
@@ -78,14 +78,14 @@ def _block(inside: int, outside: int) -> list[nn.Module]:
     return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
 
 
-def prepared(pictures: Tensor) -> Tensor:
+def prepared(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) => float (B, 3, 32, 32) in [-1, 1], averaged over areas."""
-    pixels = pictures.float() / 127.5 - 1
+    pixels = images.float() / 127.5 - 1
     return pixels if pixels.shape[2:] == (_SIDE, _SIDE) else F.interpolate(pixels, (_SIDE, _SIDE), mode="area")
 
 
 def train_classifier(
-    pictures: Tensor,  # uint8 (N, 3, H, W), real
+    images: Tensor,  # uint8 (N, 3, H, W), real
     labels: Tensor,  # (N,) category numbers
     categories: Sequence[str],
     *,
@@ -98,10 +98,10 @@ def train_classifier(
     counts = torch.bincount(labels, minlength=len(categories))
     if (counts == 0).any():
         missing = [name for name, count in zip(categories, counts.tolist(), strict=True) if not count]
-        raise InputError(f"protocol.category_field: no training picture is of category {', '.join(missing)}.")
+        raise InputError(f"protocol.category_field: no training image is of category {', '.join(missing)}.")
     with own_random_numbers(seed):
         model = CategoryClassifier(categories).train()
-        pixels = prepared(pictures).contiguous(memory_format=torch.channels_last)
+        pixels = prepared(images).contiguous(memory_format=torch.channels_last)
         weights = (1 / counts.double())[labels]
 
         def loss() -> Tensor:
@@ -109,7 +109,7 @@ def train_classifier(
             return F.cross_entropy(model(_varied(pixels[chosen])), labels[chosen], label_smoothing=0.1)
 
         descend(model, loss, steps, learning_rate=3e-3, weight_decay=0.05, show=show)
-    model.learned = Learned(len(pictures), steps, batch_size)
+    model.learned = Learned(len(images), steps, batch_size)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
-"""Does the model draw what it is asked for? A judge trained on real pictures looks at samples, by category.
+"""Does the model draw what it is asked for? A judge trained on real images looks at samples, by category.
 
-Two lists of captions are drawn: of held-out pictures, whose words may never have been seen in training, and of
-training pictures. The first says how far the model generalises, the second whether it has learned to obey.
+Two lists of captions are drawn: of held-out images, whose words may never have been seen in training, and of
+training images. The first says how far the model generalises, the second whether it has learned to obey.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ from ldmlab.evaluation.protocol import Protocol
 
 Sample = Mapping[str, Any]
 Draw = Callable[[Sequence[Sample], int], Tensor]  # requests, number of the first one => uint8 (N, 3, H, W)
-Save = Callable[[str, int, Tensor], str]  # name, number, picture => file
-Batches = Callable[[str], Iterable[Sample]]  # split => batches with pictures and categories
+Save = Callable[[str, int, Tensor], str]  # name, number, image => file
+Batches = Callable[[str], Iterable[Sample]]  # split => batches with images and categories
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class CategoryScore:
         real = self._labelled(self.protocol.reference)
         first = self.protocol.samples or len(held_out)  # numbers of noise that the protocol's samples have not taken
         found = self._ask(judge, real, held_out, "category", first)
-        first += len(found["pictures"])
+        first += len(found["images"])
         seen = self._ask(judge, real, training, "seen", first)
-        kept = ("samples", "ratio", "by_category", "pictures")
+        kept = ("samples", "ratio", "by_category", "images")
         return found | {
             "learned": asdict(judge.learned),
             "guidance": self.protocol.category_guidance,
@@ -47,10 +47,10 @@ class CategoryScore:
         }
 
     def _learn(self) -> CategoryClassifier:
-        pictures, labels = self._labelled("train")
+        images, labels = self._labelled("train")
         categories = sorted(set(labels))
         return train_classifier(
-            pictures,
+            images,
             numbers(labels, categories),
             categories,
             steps=self.protocol.classifier_steps,
@@ -73,13 +73,13 @@ class CategoryScore:
         asked = captions_by_category(known, field, self.protocol.captions_per_category, self.protocol.seed)
         drawn = self.draw(asked, first)
         found, right = verdicts(judge, real, (drawn, [str(sample[field]) for sample in asked]))
-        found["pictures"] = [
+        found["images"] = [
             {
-                "file": self.save(name, number, picture),
+                "file": self.save(name, number, image),
                 "category": str(sample[field]),
                 "caption": str(sample.get("caption", "")),
                 "right": bool(right[number]),
             }
-            for number, (sample, picture) in enumerate(zip(asked, drawn, strict=True))
+            for number, (sample, image) in enumerate(zip(asked, drawn, strict=True))
         ]
         return found

@@ -1,4 +1,4 @@
-"""Does a sample show the class that was asked for? The judge of categories looks at whole pictures, or at crops."""
+"""Does a sample show the class that was asked for? The judge of categories looks at whole images, or at crops."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class ClassJudge:
     needs: ClassVar[frozenset[str]] = frozenset({"class_id"})
 
     def __call__(self, evidence: Evidence) -> Verdict:
-        """Learn from the training split, then look at held-out pictures and at samples."""
+        """Learn from the training split, then look at held-out images and at samples."""
         examples = _labelled(evidence, "train")
         judge = learned_classifier(evidence, examples, self.steps, self.batch_size, "the judge of classes learns")
         asked, others = ([str(one["class_id"]) for one in part] for part in (evidence.asked, evidence.others()))
@@ -34,7 +34,7 @@ class ClassJudge:
             (evidence.samples, others),
             measures="samples taken for the class asked for",
             how=(
-                f"A classifier of {len(judge.categories)} classes that has seen only real training pictures looks at "
+                f"A classifier of {len(judge.categories)} classes that has seen only real training images looks at "
                 "every sample; shares are balanced over classes."
             ),
             names=evidence.class_names,
@@ -56,10 +56,10 @@ def learned_classifier(
     title: str,  # while it learns
 ) -> CategoryClassifier:
     """A judge of the classes that the examples have."""
-    pictures, labels = examples
+    images, labels = examples
     classes = sorted(set(labels), key=int)
     return train_classifier(
-        pictures,
+        images,
         numbers(labels, classes),
         classes,
         steps=steps,
@@ -79,7 +79,7 @@ def class_verdicts(
     how: str,
     names: Sequence[str] = (),  # by number, where the data say
 ) -> Verdict:
-    """What the trained judge says of held-out pictures, of samples, and of samples with exchanged requests.
+    """What the trained judge says of held-out images, of samples, and of samples with exchanged requests.
 
     Its categories are class numbers, as text.
     """

@@ -1,4 +1,4 @@
-"""The conditions of real pictures, one dict of fields a picture, in stored order."""
+"""The conditions of real images, one dict of fields an image, in stored order."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ Fields = Mapping[str, Any]
 
 
 def conditions(data: ShardData, split: str, fields: Sequence[str], limit: int | None = None) -> Sequence[Fields]:
-    """What every picture of a split says; what a task derives from it is derived when it is looked at."""
+    """What every image of a split says; what a task derives from it is derived when it is looked at."""
     if data.task is not None:
         return Derived(data, split, fields, limit)
     dataset = ShardDataset(data.folder(split, "images"), Wanted(data.image_size, images=False, fields=tuple(fields)))
@@ -38,7 +38,7 @@ class _Lazy(Sequence[Fields]):
 
 
 class Derived(_Lazy):
-    """A task's fields for pictures that can be read; large ones are decoded again each time."""
+    """A task's fields for images that can be read; large ones are decoded again each time."""
 
     def __init__(self, data: ShardData, split: str, fields: Sequence[str], limit: int | None) -> None:
         assert data.task is not None
@@ -53,7 +53,7 @@ class Derived(_Lazy):
         return len(self._places)
 
     def original(self, index: int) -> Fields:
-        """The picture itself, uint8 (3, H, W), with all that the task derives, such as the mask (1, H, W)."""
+        """The image itself, uint8 (3, H, W), with all that the task derives, such as the mask (1, H, W)."""
         return self._dataset[self._places[index]]
 
     def at(self, index: int) -> Fields:

@@ -19,7 +19,7 @@ _LAST = (
     "skipped",
     "epoch",
     "chance",
-    "pictures",
+    "images",
     "position",
     "psnr_std",
     "ssim_std",
@@ -52,7 +52,7 @@ def charts(path: Path) -> list[str]:
 
 def _stem(name: str) -> tuple[str, str]:
     """`latent_std/3` and `loss_at/0-99` are lines 3 and 0-99; `train/psnr` and `val/psnr` lines of psnr."""
-    name = name.removeprefix("held_out/") if re.search(r"/.*/", name) else name
+    name = name.removeprefix("val/") if re.search(r"/.*/", name) else name
     head, _, tail = name.rpartition("/")
     if head and re.fullmatch(r"[\d.\-–to_]+", tail):
         return head, tail

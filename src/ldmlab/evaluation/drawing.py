@@ -20,7 +20,7 @@ Track = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Draws pictures uint8 (B, 3, H, W); number and seed decide a picture's noise, whoever draws it and when."""
+    """Draws images uint8 (B, 3, H, W); number and seed decide an image's noise, whoever draws it and when."""
 
     model: LoadedModel
     batch_size: int
@@ -29,7 +29,7 @@ class Drawing:
     track: Track
 
     def share(self, asked: Requests, settings: SampleSettings, title: str, first: int = 0) -> Iterator[Numbered]:
-        """This process's part of the pictures numbered from `first` on."""
+        """This process's part of the images numbered from `first` on."""
         stream = generate(
             self.model,
             asked,
@@ -40,19 +40,19 @@ class Drawing:
             first_index=first,
         )
         count = len(range(self.rank, len(asked), self.world))
-        for index, pictures in self.track(stream, -(-count // self.batch_size), title):
-            yield torch.tensor(index), pictures.permute(0, 3, 1, 2)
+        for index, images in self.track(stream, -(-count // self.batch_size), title):
+            yield torch.tensor(index), images.permute(0, 3, 1, 2)
 
     def whole(self, asked: Requests, settings: SampleSettings, title: str, first: int = 0) -> Tensor:
-        """The pictures of all processes in order, (N, 3, H, W)."""
+        """The images of all processes in order, (N, 3, H, W)."""
         stream = self.share(asked, settings, title, first)
-        mine = [(int(number), picture) for index, part in stream for number, picture in zip(index, part, strict=True)]
-        return torch.stack([picture for _, picture in sorted(all_items(mine), key=itemgetter(0))])
+        mine = [(int(number), image) for index, part in stream for number, image in zip(index, part, strict=True)]
+        return torch.stack([image for _, image in sorted(all_items(mine), key=itemgetter(0))])
 
     def again(self, asked: Requests, settings: SampleSettings, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """A few pictures (3, H, W) that were drawn before with their numbers, by this process alone."""
+        """A few images (3, H, W) that were drawn before with their numbers, by this process alone."""
         settings = self.model.resolved(settings, asked)
         for start in range(0, len(numbers), self.batch_size):
             chunk = list(numbers[start : start + self.batch_size])
-            pictures = self.model.sample_batch([asked[number] for number in chunk], settings, chunk)
-            yield from zip(chunk, pictures.permute(0, 3, 1, 2), strict=True)
+            images = self.model.sample_batch([asked[number] for number in chunk], settings, chunk)
+            yield from zip(chunk, images.permute(0, 3, 1, 2), strict=True)

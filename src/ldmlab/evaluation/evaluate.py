@@ -1,6 +1,6 @@
 """Score a model by a protocol: draw, look once with one extractor, judge, find neighbours, write it all down.
 
-OUT/ metrics.json, report.md, report.html, pictures/, curves/. Several processes share the drawing and the looking.
+OUT/ metrics.json, report.md, report.html, images/, curves/. Several processes share the drawing and the looking.
 """
 
 import json
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import copy_curves, copy_pictures, planned, save_picture
+from ldmlab.evaluation.album import copy_curves, copy_images, planned, save_image
 from ldmlab.evaluation.audit import Audit
 from ldmlab.evaluation.by_class import asked_classes, by_class
 from ldmlab.evaluation.category_score import CategoryScore
@@ -24,7 +24,7 @@ from ldmlab.evaluation.guidance_curve import GuidanceCurve
 from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol, requests
-from ldmlab.evaluation.real_pictures import RealPictures
+from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.record import (
     FORMAT_VERSION,
     check_reference,
@@ -53,7 +53,7 @@ class Plan:
     """What is asked of the model, and who looks at the answers."""
 
     settings: SampleSettings  # resolved
-    known: Requests  # what the reference pictures say
+    known: Requests  # what the reference images say
     asked: Requests
     album: Album
     seen: EvaluationPass
@@ -69,11 +69,11 @@ class Evaluation:
     extractor: FeatureExtractor
     metrics: Mapping[str, Metric]
     out: Path
-    batch_size: int = 64  # pictures at once
+    batch_size: int = 64  # images at once
     rank: int = 0
     world: int = 1
     curves: Mapping[str, Path] = field(default_factory=dict)  # title => metrics.csv of a run
-    extras: Sequence[tuple[str, Path]] = ()  # title, picture made elsewhere: sweeps, strips
+    extras: Sequence[tuple[str, Path]] = ()  # title, image made elsewhere: sweeps, strips
     lpips: nn.Module | None = None  # for protocol.pairs
     judges: Mapping[str, Judge] = field(default_factory=dict)  # of protocol.judges
     baselines: Mapping[str, Baseline] = field(default_factory=dict)  # of protocol.baselines
@@ -83,7 +83,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         shared = (self.batch_size, self.rank, self.world, self.track)
-        self.real = RealPictures(self.data, self.extractor, self.reference_folder, *shared)
+        self.real = RealImages(self.data, self.extractor, self.reference_folder, *shared)
         self.drawing = Drawing(self.model, *shared)
 
     def run(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Evaluation:
         return Plan(settings, known, asked, album, seen)
 
     def _fields(self) -> set[str]:
-        """What is read of every reference picture."""
+        """What is read of every reference image."""
         judged = {self.protocol.category_field, self.protocol.class_field}
         return {*self.model.reads, *(name for name in judged if name is not None)}
 
@@ -155,7 +155,7 @@ class Evaluation:
 
     def _head(self, plan: Plan, counts: tuple[int, int], kept: bool) -> dict[str, Any]:
         """What was measured, and with what."""
-        sampling = {"pictures": counts[1], "conditions": self.protocol.conditions, "precision": self.model.precision}
+        sampling = {"images": counts[1], "conditions": self.protocol.conditions, "precision": self.model.precision}
         return {
             "format_version": FORMAT_VERSION,
             "protocol": self.protocol.as_plain(),
@@ -170,11 +170,11 @@ class Evaluation:
     def _drawn(self, plan: Plan) -> Iterable[Numbered]:
         """This process's samples; those of the report to its folder."""
         shown = {item["number"] for item in plan.album["samples"]}
-        for index, pictures in timed(self.drawing.share(plan.asked, plan.settings, "samples"), self.clock):
-            for number, picture in zip(index.tolist(), pictures, strict=True):
+        for index, images in timed(self.drawing.share(plan.asked, plan.settings, "samples"), self.clock):
+            for number, image in zip(index.tolist(), images, strict=True):
                 if number in shown:
-                    save_picture(self.out, "sample", number, picture)
-            yield index, pictures
+                    save_image(self.out, "sample", number, image)
+            yield index, images
 
     # ---- what else is said about the samples
 
@@ -191,19 +191,19 @@ class Evaluation:
         settings = self.protocol.settings(self.protocol.category_guidance)
         return self.drawing.whole(asked, settings, "by category", first)
 
-    def _saved(self, name: str, number: int, picture: Tensor) -> str:
-        return save_picture(self.out, name, number, picture) if self.rank == 0 else ""
+    def _saved(self, name: str, number: int, image: Tensor) -> str:
+        return save_image(self.out, name, number, image) if self.rank == 0 else ""
 
     def _batches(self, split: str) -> Iterable[dict[str, Any]]:
-        """All pictures of a split with their category, on every process."""
+        """All images of a split with their category, on every process."""
         fields = tuple(dict.fromkeys((*self.data.fields, str(self.protocol.category_field))))
         return replace(self.data, fields=fields).eval_loader(split, 256, kind="images")
 
     # ---- writing
 
     def _write(self, result: dict[str, Any], album: Album) -> None:
-        result["pictures"] = {kind: album[kind] for kind in ("samples", "real")}
-        result["pictures"]["extras"] = copy_pictures(self.out, self.extras)
+        result["images"] = {kind: album[kind] for kind in ("samples", "real")}
+        result["images"]["extras"] = copy_images(self.out, self.extras)
         result["curves"] = copy_curves(self.out, self.curves)
         (self.out / "metrics.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
         write_report(self.out)

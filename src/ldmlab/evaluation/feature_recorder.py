@@ -1,4 +1,4 @@
-"""Collects features of real pictures over batches and processes, whole or as sums, ready to be kept in a file."""
+"""Collects features of real images over batches and processes, whole or as sums, ready to be kept in a file."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,20 +8,20 @@ from torch import Tensor
 from ldmlab.evaluation.record import gathered
 from ldmlab.metrics.frechet import FrechetDistance, whole
 
-LARGEST_SET = 60_000  # pictures whose features are kept whole: 0.5 GB at 2048 floats; above it only sums are
+LARGEST_SET = 60_000  # images whose features are kept whole: 0.5 GB at 2048 floats; above it only sums are
 
 
 class Recorder:
     """Collects what is said of this process's share; beyond LARGEST_SET only sums of features: memory stays bounded."""
 
     def __init__(self, names: Iterable[str] = ("features",)) -> None:
-        self.names = tuple(names)  # of what is kept of every picture
+        self.names = tuple(names)  # of what is kept of every image
         self._rows: list[dict[str, Tensor]] = []
         self._numbers: list[Tensor] = []
         self._sums: FrechetDistance | None = None
 
     def add(self, said: Mapping[str, Tensor], index: Tensor) -> None:
-        """Tensors (B, D) by name with the pictures' numbers (B,)."""
+        """Tensors (B, D) by name with the images' numbers (B,)."""
         self._rows.append({name: said[name].float().cpu() for name in self.names})
         self._numbers.append(index.cpu())
         if self._sums is not None or sum(map(len, self._numbers)) > LARGEST_SET:
@@ -34,7 +34,7 @@ class Recorder:
         self._rows, self._numbers = [], []
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of all processes together, what a file holds; empty if there was no picture."""
+        """Of all processes together, what a file holds; empty if there was no image."""
         counts = gathered((sum(map(len, self._numbers)), self._sums is not None))
         if any(folded for _, folded in counts) or sum(count for count, _ in counts) > LARGEST_SET:
             self._fold()

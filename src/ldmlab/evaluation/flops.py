@@ -19,7 +19,7 @@ TOKENS = 77  # length of token conditioning that is counted: a caption
 
 @dataclass(frozen=True)
 class DenoiserCost:
-    """What one picture costs, whatever the device."""
+    """What one image costs, whatever the device."""
 
     parameters: int
     forward: int  # FLOPs of one evaluation of the network

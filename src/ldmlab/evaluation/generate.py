@@ -1,4 +1,4 @@
-"""Pictures for a list of requests, batch by batch, shared between processes by number."""
+"""Images for a list of requests, batch by batch, shared between processes by number."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from ldmlab.evaluation.settings import SampleSettings
 
 def generate(
     model: LoadedModel,
-    requests: Sequence[Mapping[str, Any]],  # per picture the fields that the model reads; {} without conditions
+    requests: Sequence[Mapping[str, Any]],  # per image the fields that the model reads; {} without conditions
     settings: SampleSettings,
     *,
     batch_size: int = 16,
@@ -24,10 +24,10 @@ def generate(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yields (numbers, uint8 (b, H, W, 3)); request i has number first_index + i and belongs to rank i % world.
 
-    Noise is a function of (seed, number, step): neither the batch size nor the processes change a picture.
+    Noise is a function of (seed, number, step): neither the batch size nor the processes change an image.
     """
     if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} holds no picture; choose 1 or more.")
+        raise InputError(f"batch_size={batch_size} holds no image; choose 1 or more.")
     settings = model.resolved(settings, requests)
     mine = range(rank, len(requests), world)
     for start in range(0, len(mine), batch_size):

@@ -11,7 +11,7 @@ from ldmlab.evaluation.settings import SampleSettings
 
 
 class GuidanceCurve:
-    """Made once the real pictures are seen and before the first sample."""
+    """Made once the real images are seen and before the first sample."""
 
     def __init__(self, scales: Sequence[float], seen: EvaluationPass, settings: SampleSettings) -> None:
         self.scales, self.settings = sorted(set(map(float, scales))), settings  # resolved: the evaluation's own

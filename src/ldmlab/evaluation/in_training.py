@@ -1,6 +1,6 @@
-"""Scores of a model that is still being trained: few pictures, but the pass, the metrics and the record of evaluate.py.
+"""Scores of a model that is still being trained: few images, but the pass, the metrics and the record of evaluate.py.
 
-The record carries the tag `in_training` with the step and the number of pictures, and no comparison takes it in.
+The record carries the tag `in_training` with the step and the number of images, and no comparison takes it in.
 """
 
 import time
@@ -38,15 +38,15 @@ _OPTIONS = OptionNames("callbacks.scores.protocol.metrics", "features@callbacks.
 
 
 class Source(Protocol):
-    """Where the pictures come from that are set beside real ones."""
+    """Where the images come from that are set beside real ones."""
 
-    def real_limit(self, protocol: ScoreProtocol) -> int | None: ...  # real pictures compared with; None: all
+    def real_limit(self, protocol: ScoreProtocol) -> int | None: ...  # real images compared with; None: all
 
-    def check(self, protocol: ScoreProtocol, data: ShardData) -> int: ...  # pictures it will give
+    def check(self, protocol: ScoreProtocol, data: ShardData) -> int: ...  # images it will give
 
-    def captions(self) -> Sequence[str] | None: ...  # of those pictures, where they show one
+    def captions(self) -> Sequence[str] | None: ...  # of those images, where they show one
 
-    def pictures(
+    def images(
         self, protocol: ScoreProtocol, data: ShardData, batch_size: int, rank: int, world: int
     ) -> Iterable[Numbered]: ...  # this process's share
 
@@ -62,20 +62,20 @@ class InTrainingScorer:
     protocol: ScoreProtocol
     extractor: FeatureExtractor
     metrics: Mapping[str, Metric]
-    batch_size: int = 32  # pictures at once
-    reference_folder: Path | None = None  # of kept reference statistics; None: real pictures are looked at every time
+    batch_size: int = 32  # images at once
+    reference_folder: Path | None = None  # of kept reference statistics; None: real images are looked at every time
     rank: int = 0
     world: int = 1
     count: int = field(default=0, init=False)
 
     def check(self, device: torch.device) -> frozenset[str]:
-        """Names of the scores; all that can be refused is refused now, by a pass with pictures of noise as samples."""
+        """Names of the scores; all that can be refused is refused now, by a pass with images of noise as samples."""
         _refuse_what_only_evaluate_does(self.protocol)
         check_reference(self.protocol, self.data)
         self.extractor.to(device)  # type: ignore[attr-defined]
         self.count = self.source.check(self.protocol, self.data)
         side = self.data.image_size
-        seen, _ = self._beside_real_pictures()
+        seen, _ = self._beside_real_images()
         mine = torch.arange(self.rank, self.count, self.world)
         for index in mine.split(self.batch_size) if len(mine) else ():
             seen.add(torch.randint(0, 256, (len(index), 3, side, side), dtype=torch.uint8), False, index)
@@ -84,8 +84,8 @@ class InTrainingScorer:
     def score(self, step: int, model: Mapping[str, Any]) -> dict[str, Any]:
         """A metrics.json with the tag, on every process; `model`: what the record says of it."""
         began = time.monotonic()
-        seen, kept = self._beside_real_pictures()
-        share = self.source.pictures(self.protocol, self.data, self.batch_size, self.rank, self.world)
+        seen, kept = self._beside_real_images()
+        share = self.source.images(self.protocol, self.data, self.batch_size, self.rank, self.world)
         seen.add_all(share, real=False)
         scores, counts = self._scores(seen)
         return {
@@ -93,20 +93,20 @@ class InTrainingScorer:
             TAG: {"step": step, "samples": counts[1]},
             "protocol": replace(self.protocol, paper_table=None, paper_row=None).as_plain(),
             "model": {**model, "step": step},
-            "sampling": self.source.record(self.protocol) | {"pictures": counts[1]},
+            "sampling": self.source.record(self.protocol) | {"images": counts[1]},
             "reference": reference_record(self.data, self.protocol.reference, counts[0]) | {"kept": kept},
             "features": features_record(self.extractor),
             "scores": {name: _marked(asdict(score), counts[1]) for name, score in scores.items()},
             "buckets": {},
-            "pictures": {"samples": [], "real": [], "extras": []},
+            "images": {"samples": [], "real": [], "extras": []},
             "curves": [],
             "seconds": round(time.monotonic() - began, 1),
             "provenance": provenance(),
             "paper": None,
         }
 
-    def _beside_real_pictures(self) -> tuple[EvaluationPass, bool]:
-        """A pass that has seen the real pictures, and whether their features were kept from before."""
+    def _beside_real_images(self) -> tuple[EvaluationPass, bool]:
+        """A pass that has seen the real images, and whether their features were kept from before."""
         for metric in self.metrics.values():
             metric.reset()
         captions = self.source.captions()
@@ -124,12 +124,12 @@ class InTrainingScorer:
         counts = (sum(gathered(seen.counts[True])), sum(gathered(seen.counts[False])))
         scores = seen.compute(counts)
         for metric in self.metrics.values():
-            metric.reset()  # features of thousands of pictures have no place in a training
+            metric.reset()  # features of thousands of images have no place in a training
         return scores, counts
 
 
 class Samples:
-    """Pictures that a denoiser draws for the conditions of the reference pictures."""
+    """Images that a denoiser draws for the conditions of the reference images."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
@@ -150,7 +150,7 @@ class Samples:
         """Of a model that is told captions."""
         return [str(one["caption"]) for one in self._asked] if "caption" in self.model.reads else None
 
-    def pictures(
+    def images(
         self, protocol: ScoreProtocol, data: ShardData, batch_size: int, rank: int, world: int
     ) -> Iterable[Numbered]:
         """Sample i has the same noise whatever the step, the batch and the number of processes."""
@@ -165,13 +165,13 @@ class Samples:
 
 
 class Reconstructions:
-    """Reference pictures that a first stage has encoded and decoded, beside the same pictures as they are."""
+    """Reference images that a first stage has encoded and decoded, beside the same images as they are."""
 
     def __init__(self, first_stage: nn.Module) -> None:
         self.first_stage = first_stage
 
     def real_limit(self, protocol: ScoreProtocol) -> int | None:
-        """The very pictures that are rebuilt."""
+        """The very images that are rebuilt."""
         limits = [limit for limit in (protocol.samples, protocol.reference_limit) if limit is not None]
         return min(limits, default=None)
 
@@ -185,15 +185,15 @@ class Reconstructions:
         return None
 
     @torch.no_grad()
-    def pictures(
+    def images(
         self, protocol: ScoreProtocol, data: ShardData, batch_size: int, rank: int, world: int
     ) -> Iterable[Numbered]:
         """By the posterior's mean."""
         limit = self.real_limit(protocol)
-        for index, images in numbered(
+        for index, batch in numbered(
             data.eval_loader(protocol.reference, batch_size, world, rank, limit, kind="images")
         ):
-            yield index, self._there_and_back(images)
+            yield index, self._there_and_back(batch)
 
     def _there_and_back(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) => the same of the reconstruction, on the CPU."""

@@ -28,15 +28,15 @@ def captions_by_category(
 
 
 def labelled(batches: Iterable[Mapping[str, Any]], field: str) -> tuple[Tensor, list[str]]:
-    """All pictures uint8 (N, 3, H, W) of a loader and the value of `field` of each."""
-    pictures, labels = [], []
+    """All images uint8 (N, 3, H, W) of a loader and the value of `field` of each."""
+    images, labels = [], []
     for batch in batches:
         if len(batch["key"]):
-            pictures.append(batch["image"])
+            images.append(batch["image"])
             labels += [str(value) for value in batch[field]]
-    if not pictures:
-        raise InputError(f"no picture could be read to learn {field} from.")
-    return torch.cat(pictures), labels
+    if not images:
+        raise InputError(f"no image could be read to learn {field} from.")
+    return torch.cat(images), labels
 
 
 def numbers(labels: Sequence[str], categories: Sequence[str]) -> Tensor:

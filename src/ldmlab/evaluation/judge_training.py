@@ -14,7 +14,7 @@ Show = Callable[[range], Iterable[object]]  # the updates => the same, shown whi
 class Learned:
     """What a judge has learned from."""
 
-    examples: int  # real training pictures, or crops of them
+    examples: int  # real training images, or crops of them
     updates: int
     batch_size: int  # examples an update
 

@@ -27,7 +27,7 @@ class LayoutJudge:
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
     def __call__(self, evidence: Evidence) -> Verdict:
-        """Learn from the training split, then look at held-out pictures and at samples."""
+        """Learn from the training split, then look at held-out images and at samples."""
         examples = self.collected(evidence.real("train", ()), self.crops)
         judge = learned_classifier(evidence, examples, self.steps, self.batch_size, "the judge of boxes learns")
         real = self.collected(evidence.real(evidence.reference, ()))
@@ -40,19 +40,19 @@ class LayoutJudge:
             exchanged,
             measures="asked class found in the asked box",
             how=(
-                f"A classifier of crops of {len(judge.categories)} classes that has seen only real training pictures "
+                f"A classifier of crops of {len(judge.categories)} classes that has seen only real training images "
                 "looks into every box that was asked for; shares are balanced over classes."
             ),
             names=evidence.class_names,
         )
 
     def collected(self, batches: Batches, most: int | None = None) -> Labelled:
-        """The boxes of pictures as crops uint8 (N, 3, 32, 32), with the class of each."""
+        """The boxes of images as crops uint8 (N, 3, 32, 32), with the class of each."""
         found: list[Tensor] = []
         labels: list[str] = []
         for batch in batches:
-            for picture, boxes in zip(batch["image"], batch["boxes"], strict=True):
-                self._cut(picture, boxes, found, labels)
+            for image, boxes in zip(batch["image"], batch["boxes"], strict=True):
+                self._cut(image, boxes, found, labels)
             if most is not None and len(labels) >= most:
                 break
         if not found:
@@ -63,27 +63,27 @@ class LayoutJudge:
         batch = {"image": evidence.samples, "boxes": [one["boxes"] for one in asked]}
         return self.collected([batch])
 
-    def _cut(self, picture: Tensor, boxes: Sequence[dict[str, Any]], found: list[Tensor], labels: list[str]) -> None:
-        height, width = picture.shape[1:]
+    def _cut(self, image: Tensor, boxes: Sequence[dict[str, Any]], found: list[Tensor], labels: list[str]) -> None:
+        height, width = image.shape[1:]
         for entry in boxes:
             x0, y0, x1, y1 = entry["box"]
             if min((x1 - x0) * width, (y1 - y0) * height) >= self.smallest:
-                found.append(crop(picture, entry["box"], self.margin))
+                found.append(crop(image, entry["box"], self.margin))
                 labels.append(str(entry["class_id"]))
 
 
-def crop(picture: Tensor, box: Sequence[float], margin: float = 0.0, side: int = _SIDE) -> Tensor:
-    """The box [x0, y0, x1, y1] (0 .. 1) of a picture uint8 (3, H, W), with a margin => (3, side, side)."""
-    height, width = picture.shape[1:]
+def crop(image: Tensor, box: Sequence[float], margin: float = 0.0, side: int = _SIDE) -> Tensor:
+    """The box [x0, y0, x1, y1] (0 .. 1) of an image uint8 (3, H, W), with a margin => (3, side, side)."""
+    height, width = image.shape[1:]
     extra_x, extra_y = margin * (box[2] - box[0]), margin * (box[3] - box[1])
     left, right = _span((box[0] - extra_x) * width, (box[2] + extra_x) * width, width)
     top, bottom = _span((box[1] - extra_y) * height, (box[3] + extra_y) * height, height)
-    cut = picture[None, :, top:bottom, left:right].float()
+    cut = image[None, :, top:bottom, left:right].float()
     resized = F.interpolate(cut, (side, side), mode="bilinear", antialias=True)
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
 def _span(low: float, high: float, size: int) -> tuple[int, int]:
-    """Whole pixels inside the picture, one at least."""
+    """Whole pixels inside the image, one at least."""
     first = min(max(round(low), 0), size - 1)
     return first, min(max(round(high), first + 1), size)

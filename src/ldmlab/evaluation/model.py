@@ -1,6 +1,6 @@
 """A trained latent diffusion model to hold in the hand: what `ldmlab.load` gives. Pure torch.
 
-Pictures are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32.
+Images are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32.
 """
 
 import warnings
@@ -17,8 +17,8 @@ from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
-from ldmlab.evaluation import given_pictures
-from ldmlab.evaluation.given_pictures import canvas_of, finished, given_picture, on_canvas
+from ldmlab.evaluation import given_images
+from ldmlab.evaluation.given_images import canvas_of, finished, given_image, on_canvas
 from ldmlab.evaluation.parts import chosen_tile, in_parts, with_parts
 from ldmlab.evaluation.request_checks import check_requests, lost, warn_of_lost
 from ldmlab.evaluation.request_fields import batch_of, check_size, implied_size, rows_of
@@ -66,7 +66,7 @@ class LoadedModel:
 
     @property
     def enlargement(self) -> int:
-        """Side of a result over the side of the low-resolution picture that it was made from."""
+        """Side of a result over the side of the low-resolution image that it was made from."""
         told = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
         return int(self.diffusion.first_stage.downsampling) * max(told, default=1)  # type: ignore[arg-type]
 
@@ -81,7 +81,7 @@ class LoadedModel:
     def sample(
         self,
         *,
-        count: int | None = None,  # pictures of a model without conditions
+        count: int | None = None,  # images of a model without conditions
         steps: int | None = None,  # None: the sampler's own; 50 for DDIM
         guidance: float | None = None,  # None: 3 if the model was trained for it, else 1 (off)
         eta: float | None = None,  # None: the sampler's own; 0 for DDIM
@@ -93,11 +93,11 @@ class LoadedModel:
         strength: float | None = None,  # with init_image: 0 keeps it, 1 forgets it; None: 0.6
         repeats: int | None = None,  # with mask: of each step, if the model was not trained to fill holes; None: 5
         tile: int | None = None,  # first stage in parts of this side, px; 0: at once; None: 512 above 1024x1024
-        tile_norms: str = "shared",  # shared: as the whole picture; separate: faster, tones may differ
+        tile_norms: str = "shared",  # shared: as the whole image; separate: faster, tones may differ
         window: int | None = None,  # denoise windows of this side, px; 0: at once; None: super-resolution of large ones
-        **fields: Sequence[Any] | Tensor,  # caption=[...], negative=[...], image=[...], mask=[...]: one entry a picture
+        **fields: Sequence[Any] | Tensor,  # caption=[...], negative=[...], image=[...], mask=[...]: one entry an image
     ) -> Tensor:
-        """uint8 (B, H, W, 3) on the CPU; picture i is the same in any company.
+        """uint8 (B, H, W, 3) on the CPU; image i is the same in any company.
 
         Any model takes init_image, where sampling starts, and image with mask, of which only the hole is made anew.
         """
@@ -110,23 +110,23 @@ class LoadedModel:
         requests = rows_of(fields, self.reads, count)
         self.check(requests)
         warn_of_lost(self.diffusion, requests)
-        return torch.cat([pictures for _, pictures in generate(self, requests, settings, batch_size=batch_size)])
+        return torch.cat([images for _, images in generate(self, requests, settings, batch_size=batch_size)])
 
     @torch.inference_mode()
-    def encode(self, pictures: Tensor, tile: int | None = None) -> Tensor:
+    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
         """uint8 (B, H, W, 3) => final latents (the posterior's mean)."""
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-            raise InputError(f"encode takes uint8 (B, H, W, 3), not {pictures.dtype} {tuple(pictures.shape)}.")
-        self.diffusion.latent_shape((pictures.shape[1], pictures.shape[2]))  # sizes that do not fit are refused
-        with in_parts(self.diffusion, chosen_tile(tile, pictures.shape[1] * pictures.shape[2])):
-            return self.diffusion.encode(to_float(pictures.to(self.device).permute(0, 3, 1, 2)))
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise InputError(f"encode takes uint8 (B, H, W, 3), not {images.dtype} {tuple(images.shape)}.")
+        self.diffusion.latent_shape((images.shape[1], images.shape[2]))  # sizes that do not fit are refused
+        with in_parts(self.diffusion, chosen_tile(tile, images.shape[1] * images.shape[2])):
+            return self.diffusion.encode(to_float(images.to(self.device).permute(0, 3, 1, 2)))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Final latents => uint8 (B, H, W, 3) on the CPU; `tile` as for `sample`."""
         pixels = latents[0, 0].numel() * int(self.diffusion.first_stage.downsampling) ** 2  # type: ignore[arg-type]
         with in_parts(self.diffusion, chosen_tile(tile, pixels)):
-            return as_pictures(self.diffusion.decode(latents.to(self.device)))
+            return as_images(self.diffusion.decode(latents.to(self.device)))
 
     @torch.inference_mode()
     def conditioning(self, **fields: Sequence[Any] | Tensor) -> Conditioning:
@@ -146,7 +146,7 @@ class LoadedModel:
     def resolved(self, settings: SampleSettings, requests: Sequence[Mapping[str, Any]] = ()) -> SampleSettings:
         """The settings with every default filled in; what the model cannot do is refused before any work.
 
-        Without a size that of the first request's picture counts, if it has one.
+        Without a size that of the first request's image counts, if it has one.
         """
         guidance, conditioned = settings.guidance, bool(self.diffusion.conditioners)
         if guidance is None:
@@ -157,14 +157,14 @@ class LoadedModel:
         asked = implied_size(requests[0], self.enlargement) if len(requests) else None
         size = asked or self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        if size != asked:  # a given picture's size is carried on to what fits
+        if size != asked:  # a given image's size is carried on to what fits
             self.diffusion.latent_shape(size)
         known = settings.filled(
             guidance=guidance,
             size=size,
             levels=self.diffusion.schedule.steps,
-            strength=given_pictures.resolved_strength(settings.strength, requests),
-            repeats=given_pictures.resolved_repeats(settings.repeats, requests, self.reads),
+            strength=given_images.resolved_strength(settings.strength, requests),
+            repeats=given_images.resolved_repeats(settings.repeats, requests, self.reads),
         )
         filled = with_parts(known, self.diffusion, min(self.image_size), self.reads)
         self.grid(filled)  # steps that the rule cannot take are refused
@@ -176,7 +176,7 @@ class LoadedModel:
         assert settings.spacing is not None
         schedule = self.diffusion.schedule
         grid = ddim_grid(schedule, settings.steps, settings.spacing)
-        return grid if settings.strength is None else given_pictures.started_at(grid, settings.strength, schedule.steps)
+        return grid if settings.strength is None else given_images.started_at(grid, settings.strength, schedule.steps)
 
     @torch.no_grad()  # not inference_mode: guides need gradients
     def sample_batch(
@@ -186,7 +186,7 @@ class LoadedModel:
         first_index: int | Sequence[int],
         after_step: AfterStep | None = None,
     ) -> Tensor:
-        """One batch of pictures, uint8 (B, H, W, 3) on the CPU."""
+        """One batch of images, uint8 (B, H, W, 3) on the CPU."""
         assert settings.guidance is not None
         assert isinstance(settings.size, tuple)
         batch = self.batch(requests, first_index)
@@ -206,10 +206,10 @@ class LoadedModel:
                 guides=self.guides,
                 seed=settings.seed,
                 after_step=after_step,
-                given=given_picture(self.diffusion, told, self.reads, settings.repeats),
+                given=given_image(self.diffusion, told, self.reads, settings.repeats),
                 window=settings.window or None,
             )
-        return finished(as_pictures(images), batch, settings.size)
+        return finished(as_images(images), batch, settings.size)
 
     @torch.no_grad()
     def begin(self, requests: Sequence[Mapping[str, Any]], settings: SampleSettings, numbers: Sequence[int]) -> Tensor:
@@ -218,7 +218,7 @@ class LoadedModel:
         batch = self.batch(requests, numbers)
         canvas = self.canvas(batch, settings.size)
         start = self.diffusion.start(batch["position"], canvas, settings.seed)
-        given = given_picture(self.diffusion, on_canvas(batch, canvas, self.enlargement), self.reads, None)
+        given = given_image(self.diffusion, on_canvas(batch, canvas, self.enlargement), self.reads, None)
         return start if given is None else given.begin(start, self.grid(settings)[0])
 
     def canvas(self, batch: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
@@ -226,7 +226,7 @@ class LoadedModel:
         return canvas_of(batch, size, self.diffusion.size_step, self.enlargement)
 
     def batch(self, requests: Sequence[Mapping[str, Any]], first_index: int | Sequence[int]) -> dict[str, Any]:
-        """Requests, a dict of fields each, as one batch; `position` is the number of the picture."""
+        """Requests, a dict of fields each, as one batch; `position` is the number of the image."""
         indices = range(first_index, first_index + len(requests)) if isinstance(first_index, int) else first_index
         position = torch.tensor(list(indices), dtype=torch.int64, device=self.device)
         return {"position": position, **batch_of(requests, self.reads, self.device)}
@@ -245,6 +245,6 @@ class LoadedModel:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
-def as_pictures(pixels: Tensor) -> Tensor:
+def as_images(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] => uint8 (B, H, W, 3) on the CPU."""
     return to_bytes(numbers_only(pixels)).permute(0, 2, 3, 1).contiguous().cpu()

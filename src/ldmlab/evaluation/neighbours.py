@@ -1,7 +1,7 @@
-"""The training picture nearest to each of some points in feature space, from one pass that keeps no training features.
+"""The training image nearest to each of some points in feature space, from one pass that keeps no training features.
 
-Distances are cosine distances, 0 .. 2. A sample is called a copy when it is nearer to a training picture than all but
-the nearest hundredth of held-out real pictures are: near-twins that exist in the data by nature (variants of one emoji)
+Distances are cosine distances, 0 .. 2. A sample is called a copy when it is nearer to a training image than all but
+the nearest hundredth of held-out real images are: near-twins that exist in the data by nature (variants of one emoji)
 set the threshold, not a fixed number.
 """
 
@@ -17,16 +17,16 @@ from ldmlab.metrics.precision_recall import nearest
 
 
 class Nearest:
-    """Of each point (N, D) the nearest training picture so far."""
+    """Of each point (N, D) the nearest training image so far."""
 
     def __init__(self, points: Tensor) -> None:
         self.points = F.normalize(points.float(), dim=1)
         self.distance = torch.full((len(points),), torch.inf)
         self.number = torch.full((len(points),), -1)
-        self.seen = 0  # training pictures of this process
+        self.seen = 0  # training images of this process
 
     def add(self, train: Tensor, numbers: Tensor) -> None:
-        """Features (B, D) of training pictures, and their numbers (B,)."""
+        """Features (B, D) of training images, and their numbers (B,)."""
         self.seen += len(train)
         squared, index = nearest(self.points, F.normalize(train.float(), dim=1), 1)
         distance = squared[:, 0] / 2  # |a - b|^2 = 2 - 2 cos for unit vectors
@@ -35,7 +35,7 @@ class Nearest:
         self.number[nearer] = numbers[index[:, 0][nearer]]
 
     def together(self) -> tuple[Tensor, Tensor, int]:
-        """Over all processes: distances (N,), numbers (N,) and how many training pictures there were."""
+        """Over all processes: distances (N,), numbers (N,) and how many training images there were."""
         shares = gathered((self.distance, self.number, self.seen))
         distances, numbers = torch.stack([s[0] for s in shares]), torch.stack([s[1] for s in shares])
         best, rank = distances.min(dim=0)
@@ -44,16 +44,16 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Copies:
-    """How many samples are suspiciously near to a training picture."""
+    """How many samples are suspiciously near to a training image."""
 
-    bar: float  # distance that a share `quantile` of held-out real pictures falls below
+    bar: float  # distance that a share `quantile` of held-out real images falls below
     share: float  # of samples below it
-    expected: float  # share of samples below it that held-out pictures promise
-    error: float  # standard error of `share - expected` if samples were held-out pictures
+    expected: float  # share of samples below it that held-out images promise
+    error: float  # standard error of `share - expected` if samples were held-out images
 
 
 def copies(samples: Tensor, held_out: Tensor, quantile: float) -> Copies:
-    """From the distances of samples (N,) and of held-out real pictures (M,) to the training set."""
+    """From the distances of samples (N,) and of held-out real images (M,) to the training set."""
     bar = float(torch.quantile(held_out.double(), quantile))
     error = math.sqrt(quantile * (1 - quantile) * (1 / len(samples) + 1 / len(held_out)))
     return Copies(bar, float((samples.double() < bar).double().mean()), quantile, error)

@@ -1,6 +1,6 @@
 """`.npz` batches of ADM's evaluation script: arr_0 uint8 (N, H, W, 3), and mu, sigma, mu_s, sigma_s if given.
 
-Pictures stream in and out of the file, so a batch of 50,000 never lies in memory.
+Images stream in and out of the file, so a batch of 50,000 never lies in memory.
 """
 
 import zipfile
@@ -17,8 +17,8 @@ from ldmlab.errors import InputError
 _BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
 
 
-def pictures_shape(path: Path) -> tuple[int, int, int] | None:
-    """Pictures, height and width of arr_0; None for a file of statistics alone."""
+def images_shape(path: Path) -> tuple[int, int, int] | None:
+    """Images, height and width of arr_0; None for a file of statistics alone."""
     with _opened(path) as file:
         if "arr_0.npy" not in file.namelist():
             return None
@@ -29,9 +29,9 @@ def pictures_shape(path: Path) -> tuple[int, int, int] | None:
     return shape[0], shape[1], shape[2]
 
 
-def read_pictures(path: Path, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+def read_images(path: Path, batch_size: int) -> Iterator[NDArray[np.uint8]]:
     """Batches (B, H, W, 3) of arr_0 in order."""
-    shape = pictures_shape(path)
+    shape = images_shape(path)
     assert shape is not None
     count, height, width = shape
     with _opened(path) as file, file.open("arr_0.npy") as stream:
@@ -43,7 +43,7 @@ def read_pictures(path: Path, batch_size: int) -> Iterator[NDArray[np.uint8]]:
             except _BROKEN as error:
                 raise InputError(f"{path}: arr_0 cannot be read ({error}); make or download the file again.") from error
             if len(data) < rows * height * width * 3:
-                raise InputError(f"{path}: arr_0 ends before its {count} pictures; make or download the file again.")
+                raise InputError(f"{path}: arr_0 ends before its {count} images; make or download the file again.")
             yield np.frombuffer(data, np.uint8).reshape(rows, height, width, 3)
 
 
@@ -64,7 +64,7 @@ def read_statistics(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
 
 def write_npz(
     path: Path,
-    shape: tuple[int, int, int],  # pictures, height, width
+    shape: tuple[int, int, int],  # images, height, width
     batches: Iterable[NDArray[np.uint8]],  # (B, H, W, 3), all of them in order
     statistics: Mapping[str, tuple[NDArray[Any], NDArray[Any]]] | None = None,  # mean and covariance: fid, sfid
 ) -> None:

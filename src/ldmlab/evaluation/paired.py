@@ -1,6 +1,6 @@
-"""Samples beside the pictures whose condition they were given: PSNR, SSIM, LPIPS, and all scores by size of the hole.
+"""Samples beside the images whose condition they were given: PSNR, SSIM, LPIPS, and all scores by size of the hole.
 
-As LaMa's evaluation does it: a picture belongs to the bucket [low, high) that the mean of its mask lies in, and a
+As LaMa's evaluation does it: an image belongs to the bucket [low, high) that the mean of its mask lies in, and a
 bucket's Frechet distance rests on that bucket's originals alone.
 """
 
@@ -26,7 +26,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]  # LPIPS: two batches in [-1, 1]
 
 
 class Bucket:
-    """The pictures whose hole has a share in [low, high)."""
+    """The images whose hole has a share in [low, high)."""
 
     def __init__(self, bounds: tuple[float, float], extractor: FeatureExtractor, lpips: Perceptual | None) -> None:
         self.low, self.high = bounds
@@ -43,14 +43,14 @@ class Bucket:
             self.measures.update(originals[inside], drawn[inside])
 
     def result(self) -> dict[str, Any]:
-        """Its pictures and scores over all processes; no distance of less than two pictures."""
+        """Its images and scores over all processes; no distance of less than two images."""
         count = sum(gathered(self.seen.counts[True]))
         scores = pair_scores(self.measures) if count else {}
         if count > 1:
             scores |= self.seen.compute((count, count))
         return {
             "hole": [self.low, self.high],
-            "pictures": count,
+            "images": count,
             "scores": {name: asdict(score) for name, score in scores.items()},
         }
 
@@ -63,8 +63,8 @@ class PairedPass:
     ) -> None:
         if not isinstance(known, Derived):
             raise InputError(
-                "protocol.pairs compares each sample with the picture it was made from, but this model has no task "
-                "that starts from a picture; set protocol.pairs=false and protocol.mask_buckets={}."
+                "protocol.pairs compares each sample with the image it was made from, but this model has no task "
+                "that starts from an image; set protocol.pairs=false and protocol.mask_buckets={}."
             )
         self._known = known
         distance = None if lpips is None else _on_its_device(lpips)
@@ -82,18 +82,18 @@ class PairedPass:
     def add(self, index: Tensor, drawn: Tensor) -> None:
         """Samples uint8 (B, 3, H, W) with their numbers (B,)."""
         originals = [self._known.original(number % len(self._known)) for number in index.tolist()]
-        pictures = torch.stack([torch.as_tensor(original["image"]) for original in originals])
-        if pictures.shape != drawn.shape:
+        images = torch.stack([torch.as_tensor(original["image"]) for original in originals])
+        if images.shape != drawn.shape:
             raise InputError(
-                f"samples of {tuple(drawn.shape[2:])} px cannot be set beside pictures of "
-                f"{tuple(pictures.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
+                f"samples of {tuple(drawn.shape[2:])} px cannot be set beside images of "
+                f"{tuple(images.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
             )
-        self._measures.update(pictures, drawn)
+        self._measures.update(images, drawn)
         if self._buckets:
             masks = [torch.as_tensor(self._mask(original)) for original in originals]
             share = torch.stack([(mask > 0).float().mean() for mask in masks])
             for bucket in self._buckets.values():
-                bucket.add(index, pictures, drawn, share)
+                bucket.add(index, images, drawn, share)
 
     def scores(self) -> dict[str, Score]:
         """Over all samples of all processes."""
@@ -106,12 +106,12 @@ class PairedPass:
     @staticmethod
     def _mask(original: Mapping[str, Any]) -> Any:
         if "mask" not in original:
-            raise InputError("protocol.mask_buckets needs pictures with a mask; set it to {} for this model's task.")
+            raise InputError("protocol.mask_buckets needs images with a mask; set it to {} for this model's task.")
         return original["mask"]
 
 
 def pair_scores(measures: ReconstructionMeasures) -> dict[str, Score]:
-    """Numbers with the deviation over pictures where it is known."""
+    """Numbers with the deviation over images where it is known."""
     found = measures.compute()
     names = [name for name in found if not name.endswith("_std")]
     return {name: Score(float(found[name]), _number(found.get(f"{name}_std"))) for name in names}

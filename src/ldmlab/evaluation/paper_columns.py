@@ -35,7 +35,7 @@ _SHOWN = {
 _OURS = {
     "first-stage": {"r_fid": "fid", "r_is": "is"},
     "inpaint": {"lpips_mean": "lpips", "fid_2k_epoch6": "fid"},
-    "sr": {"fid_train": "fid_other_split", "samples_per_second": "pictures_per_second", PARAMETERS: "all_parameters"},
+    "sr": {"fid_train": "fid_other_split", "samples_per_second": "images_per_second", PARAMETERS: "all_parameters"},
 }
 
 

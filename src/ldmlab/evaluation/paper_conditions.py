@@ -23,8 +23,8 @@ class Conditions:
     samples: int | None = None
     split: str | None = None  # train | val
     rule: str | None = None  # crop and resize rule of the reference shards
-    pictures: int | None = None  # of the reference
-    whole: bool = False  # compared with every picture of that split
+    images: int | None = None  # of the reference
+    whole: bool = False  # compared with every image of that split
 
 
 # By table, or by the family before the slash; protocols.md 1, 4 to 8.
@@ -33,11 +33,11 @@ _CONDITIONS = {
     "uncond/ffhq-256": Conditions(50_000, "train", "short_side_bilinear_no_antialias", 60_000, True),
     "uncond": Conditions(50_000, "train", "lsun", whole=True),
     "class-cond": Conditions(50_000, "train", "short_side_bilinear_no_antialias", whole=True),
-    "text2img": Conditions(30_000, "val", pictures=30_000),
-    "layout": Conditions(2048, "val", pictures=2048),
+    "text2img": Conditions(30_000, "val", images=30_000),
+    "layout": Conditions(2048, "val", images=2048),
     "sr": Conditions(None, "val", whole=True),
-    "inpaint/efficiency": Conditions(2000, "val", pictures=2000),
-    "inpaint": Conditions(30_000, "val", pictures=30_000),
+    "inpaint/efficiency": Conditions(2000, "val", images=2000),
+    "inpaint": Conditions(30_000, "val", images=30_000),
     "first-stage": Conditions(None, "val", whole=True),
 }
 
@@ -53,16 +53,16 @@ class Measured:
     samples: int
     features: str  # the extractor's name
     reference_split: str
-    reference_pictures: int
+    reference_images: int
     reference_rule: str | None  # crop and resize rule of the manifest
     spreads: Mapping[str, float | None] = field(default_factory=dict)
-    reference_hash: str | None = None  # of the manifest of the pictures that were compared with
+    reference_hash: str | None = None  # of the manifest of the images that were compared with
     current_hash: str | None = None  # of the manifest that now lies there; None: it is not here
     pinned_hash: str | None = None  # that the protocol asks for
     sampling: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str | None = None  # of the extractor's file
     resized: str | None = None  # what was done to the reference beside its rule
-    reference_of: int | None = None  # pictures that the split holds; None: the result does not say
+    reference_of: int | None = None  # images that the split holds; None: the result does not say
     reference_limit: int | None = None  # of the protocol
     metrics: Mapping[str, Any] = field(default_factory=dict)  # the protocol's scores with their options
     guides: Mapping[str, Any] = field(default_factory=dict)  # what guided besides classifier-free guidance
@@ -73,8 +73,8 @@ def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
     reference, sampling = result["reference"], result["sampling"]
     scores = result["scores"] if bucket is None else result["buckets"][bucket]["scores"]
     values = {name: score["value"] for name, score in scores.items()}
-    if bucket is None and (rate := sampling.get("pictures_per_second")) is not None:
-        values |= {"pictures_per_second": rate, f"sampling_{reference['image_size']}_per_second": rate}
+    if bucket is None and (rate := sampling.get("images_per_second")) is not None:
+        values |= {"images_per_second": rate, f"sampling_{reference['image_size']}_per_second": rate}
     if bucket is None and (count := result["model"].get("parameters")) is not None:
         values |= {"n_params": count, "all_parameters": count + result["model"]["first_stage_parameters"]}
     return Measured(
@@ -82,10 +82,10 @@ def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
         values=values,
         dataset=result["protocol"].get("dataset"),
         picture_size=reference["image_size"],
-        samples=sampling["pictures"],
+        samples=sampling["images"],
         features=result["features"]["name"],
         reference_split=reference["split"],
-        reference_pictures=reference["pictures"],
+        reference_images=reference["images"],
         reference_rule=reference["transform"].get("rule"),
         spreads={name: score.get("spread") for name, score in scores.items()},
         reference_hash=reference.get("manifest_hash"),
@@ -94,7 +94,7 @@ def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
         sampling=sampling,
         weights_hash=result["features"].get("weights_hash"),
         resized=reference.get("resized"),
-        reference_of=reference.get("split_pictures"),
+        reference_of=reference.get("split_images"),
         reference_limit=result["protocol"].get("reference_limit"),
         metrics=result["protocol"].get("metrics") or {},
         guides=result["model"].get("guides") or {},
@@ -120,7 +120,7 @@ def reasons(name: str, table: Mapping[str, Any], ours: Measured, against: Mappin
     if dataset and ours.dataset != dataset:
         found.append(f"other data: {ours.dataset or 'not named'}, the paper's is {dataset}")
     if (size := table.get("resolution")) and ours.picture_size != size:
-        found.append(f"{ours.picture_size} px pictures, the paper's have {size} px")
+        found.append(f"{ours.picture_size} px images, the paper's have {size} px")
     if (samples := conditions.samples) and ours.samples != samples:
         found.append(f"{ours.samples:,} samples, the paper drew {samples:,}")
     if ours.features != PAPER_FEATURES:
@@ -140,12 +140,12 @@ def _preparation(conditions: Conditions, ours: Measured) -> list[str]:
         found.append(f"reference prepared by the rule {ours.reference_rule}, the paper's by {conditions.rule}")
     elif conditions.rule and ours.resized:
         found.append(f"reference resized again, {ours.resized}")
-    if conditions.pictures and ours.reference_pictures != conditions.pictures:
-        found.append(f"{ours.reference_pictures:,} reference pictures, the paper's list has {conditions.pictures:,}")
-    if conditions.whole and ours.reference_of not in (None, ours.reference_pictures):
-        found.append(f"compared with {ours.reference_pictures:,} of {ours.reference_of:,} pictures, the paper with all")
+    if conditions.images and ours.reference_images != conditions.images:
+        found.append(f"{ours.reference_images:,} reference images, the paper's list has {conditions.images:,}")
+    if conditions.whole and ours.reference_of not in (None, ours.reference_images):
+        found.append(f"compared with {ours.reference_images:,} of {ours.reference_of:,} images, the paper with all")
     elif conditions.whole and ours.reference_of is None and ours.reference_limit is not None:
-        found.append(f"compared with the first {ours.reference_limit:,} pictures, the paper with all")
+        found.append(f"compared with the first {ours.reference_limit:,} images, the paper with all")
     return found
 
 
@@ -162,10 +162,10 @@ def _options(ours: Measured) -> list[str]:
 def barred(ours: Measured) -> tuple[str, ...]:
     """Why a result may not enter a table: it must name its reference by hash, the one pinned and the one there."""
     if ours.reference_hash is None:
-        return ("the result does not say by hash which pictures it was compared with",)
+        return ("the result does not say by hash which images it was compared with",)
     found = []
     if ours.pinned_hash not in (None, ours.reference_hash):
-        found.append("compared with other pictures than the protocol pins (manifest hash)")
+        found.append("compared with other images than the protocol pins (manifest hash)")
     if ours.current_hash not in (None, ours.reference_hash):
         found.append("the reference shards have changed since (manifest hash)")
     return tuple(found)
@@ -186,7 +186,7 @@ def _sampling(ours: Measured, against: Mapping[str, Any] | None) -> list[str]:
         if isinstance(value, int | float) and isinstance(ours.sampling.get(name), int | float)
         if float(ours.sampling[name]) != float(value)
     ]
-    other = theirs.get("guidance") not in (None, "cfg")  # by a classifier, or by a picture
+    other = theirs.get("guidance") not in (None, "cfg")  # by a classifier, or by an image
     if other and not ours.guides:
         found.append(f"no guidance but classifier-free, the paper's row has {theirs['guidance']}")
     if ours.guides and not other:

@@ -1,7 +1,7 @@
-"""Large pictures in parts: which parts, where nobody chose them.
+"""Large images in parts: which parts, where nobody chose them.
 
-Two things grow with a picture: the feature maps of the first stage, and those of the denoiser. `tile` bounds the
-first; the result is that of the whole but for rounding. `window` bounds the second; it changes the picture, because
+Two things grow with an image: the feature maps of the first stage, and those of the denoiser. `tile` bounds the
+first; the result is that of the whole but for rounding. `window` bounds the second; it changes the image, because
 the denoiser no longer sees beyond a window.
 """
 
@@ -16,14 +16,14 @@ from ldmlab.evaluation.request_fields import SMALL
 from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.first_stages.tiled import TiledFirstStage
 
-LARGE = 1024 * 1024  # pixels; pictures above go through the first stage in parts
+LARGE = 1024 * 1024  # pixels; images above go through the first stage in parts
 TILE = 512  # px
 
 
 def with_parts(
     settings: SampleSettings,  # with a size
     diffusion: LatentDiffusion,
-    trained: int,  # shorter side of the pictures it was trained on, px
+    trained: int,  # shorter side of the images it was trained on, px
     reads: frozenset[str],
 ) -> SampleSettings:
     """Settings with tile and window filled in, 0 where the whole is taken at once; what cannot be is refused."""
@@ -45,7 +45,7 @@ def with_parts(
 
 
 def chosen_tile(tile: int | None, pixels: int) -> int:
-    """The side asked for, or 512 for pictures above 1024 x 1024; 0: the whole at once."""
+    """The side asked for, or 512 for images above 1024 x 1024; 0: the whole at once."""
     return (TILE if pixels > LARGE else 0) if tile is None else tile
 
 

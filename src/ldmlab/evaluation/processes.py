@@ -1,4 +1,4 @@
-"""Several processes on one list of pictures, as torchrun starts them; a single process needs no set-up."""
+"""Several processes on one list of images, as torchrun starts them; a single process needs no set-up."""
 
 import datetime
 import os

@@ -19,11 +19,11 @@ class Protocol:
     name: str
     reference: str  # split compared with: train | val
     metrics: Mapping[str, Any]  # files of conf/metric by name
-    samples: int | None = None  # generated pictures; null: one for each reference picture
-    conditions: str = "reference"  # none | reference: as the reference pictures, in order | balanced_classes
+    samples: int | None = None  # generated images; null: one for each reference image
+    conditions: str = "reference"  # none | reference: as the reference images, in order | balanced_classes
     classes: int | None = None  # with balanced_classes: how many there are
-    reference_limit: int | None = None  # only the first pictures of the split; null: all
-    image_size: int | None = None  # side of the pictures compared, px; null: as the model was trained
+    reference_limit: int | None = None  # only the first images of the split; null: all
+    image_size: int | None = None  # side of the images compared, px; null: as the model was trained
     task: Mapping[str, Any] = field(default_factory=dict)  # options of the model's task, such as held_out_masks
     steps: int | None = 50
     eta: float = 0.0
@@ -35,8 +35,8 @@ class Protocol:
     captions_per_category: int = 10
     category_guidance: float = 3.0
     classifier_steps: int = 700
-    neighbours: int = 0  # samples shown beside their nearest training pictures; 0: no search for copies
-    copy_quantile: float = 0.01  # share of held-out pictures that the threshold calls copies
+    neighbours: int = 0  # samples shown beside their nearest training images; 0: no search for copies
+    copy_quantile: float = 0.01  # share of held-out images that the threshold calls copies
     guidance_curve: Sequence[float] = ()  # scales at which all scores are taken too, with the same noise
     class_field: str | None = None  # field of KEY.json by which scores are broken down
     shown: int = 40  # samples in the report's grid
@@ -47,7 +47,7 @@ class Protocol:
     reference_rule: str | None = None  # crop and resize rule that made the reference shards; another is refused
     reference_hash: str | None = None  # manifest hash of the reference shards, to pin a set; another is refused
     also_against: str | None = None  # another split, whole: a second Frechet distance of the same samples
-    pairs: bool = False  # each sample against the picture whose condition it was given: PSNR, SSIM, LPIPS
+    pairs: bool = False  # each sample against the image whose condition it was given: PSNR, SSIM, LPIPS
     mask_buckets: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name => share of the hole [low, high)
     bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
     judges: Mapping[str, Any] = field(default_factory=dict)  # files of conf/judge by name: look at the samples
@@ -75,7 +75,7 @@ class Protocol:
             )
         if self.pairs and self.conditions != "reference":
             raise InputError(
-                f"protocol.conditions={self.conditions} has no picture to set beside a sample, which protocol.pairs "
+                f"protocol.conditions={self.conditions} has no image to set beside a sample, which protocol.pairs "
                 "needs; choose protocol.conditions=reference."
             )
         if unknown := sorted(self.bucket_tables.keys() - self.mask_buckets.keys()):
@@ -108,9 +108,9 @@ class Protocol:
 def requests(
     protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapping[str, Any]]
 ) -> Sequence[Mapping[str, Any]]:
-    """What each of the samples is asked to show: the fields the model reads, one dict a picture.
+    """What each of the samples is asked to show: the fields the model reads, one dict an image.
 
-    reference: picture i takes the conditions of reference picture i, from the start again when they run out.
+    reference: image i takes the conditions of reference image i, from the start again when they run out.
     balanced_classes: every class the same number of times; a remainder goes to the first classes.
     """
     count = len(reference) if protocol.samples is None else protocol.samples
@@ -131,7 +131,5 @@ def requests(
         return [{"class_id": index % protocol.classes} for index in range(count)]
     missing = [name for name in sorted(reads) if not reference or name not in reference[0]]
     if missing:
-        raise InputError(
-            f"the reference pictures carry no {', '.join(missing)}, which the model is told; pack them so."
-        )
+        raise InputError(f"the reference images carry no {', '.join(missing)}, which the model is told; pack them so.")
     return Repeated(reference, reads, count)

@@ -1,4 +1,4 @@
-"""Score a first stage: real pictures there and back, compared pixel by pixel and as sets of features."""
+"""Score a first stage: real images there and back, compared pixel by pixel and as sets of features."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ldmlab.data.shard_data import ShardData
-from ldmlab.evaluation.album import save_picture
+from ldmlab.evaluation.album import save_image
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.record import (
     FORMAT_VERSION,
@@ -62,7 +62,7 @@ class ReconstructionEvaluation:
             self.data.object_background, self.lpips, None if self.lpips is None else self.lpips.unweighted
         )
         seen = EvaluationPass(self.extractor, self.metrics)
-        mine: list[tuple[int, str, str, str]] = []  # of this process: number, files of both pictures, caption
+        mine: list[tuple[int, str, str, str]] = []  # of this process: number, files of both images, caption
         limit = self.protocol.reference_limit
         loader = self.data.eval_loader(
             self.protocol.reference, self.batch_size, self.world, self.rank, limit, kind="images"
@@ -100,29 +100,29 @@ class ReconstructionEvaluation:
         for row, number in enumerate(torch.as_tensor(batch["position"]).tolist()):
             if number < self.protocol.shown:
                 files = [
-                    save_picture(self.out, name, number, pictures[row])
-                    for name, pictures in (("rebuilt", rebuilt), ("real", batch["image"]))
+                    save_image(self.out, name, number, images[row])
+                    for name, images in (("rebuilt", rebuilt), ("real", batch["image"]))
                 ]
                 yield number, files[0], files[1], str(batch.get("caption", batch["key"])[row])
 
     def _result(
-        self, found: Mapping[str, float], seen: EvaluationPass, pictures: int, album: Mapping[str, Any]
+        self, found: Mapping[str, float], seen: EvaluationPass, images: int, album: Mapping[str, Any]
     ) -> dict[str, Any]:
         scores = {
             name: Score(value, found.get(_SPREADS.get(name, "")))
             for name, value in found.items()
             if name not in _SPREADS.values()
-        } | seen.compute((pictures, pictures))
+        } | seen.compute((images, images))
         return {
             "format_version": FORMAT_VERSION,
             "protocol": self.protocol.as_plain(),
             "model": dict(self.info),
-            "sampling": {"pictures": pictures, "size": self.data.image_size, "conditions": "reference"},
-            "reference": reference_record(self.data, self.protocol.reference, pictures),
+            "sampling": {"images": images, "size": self.data.image_size, "conditions": "reference"},
+            "reference": reference_record(self.data, self.protocol.reference, images),
             "features": features_record(self.extractor),
             "perceptual": perceptual_record(self.lpips),
             "scores": {name: asdict(score) for name, score in scores.items()},
-            "pictures": {**album, "extras": []},
+            "images": {**album, "extras": []},
         }
 
 

@@ -1,4 +1,4 @@
-"""What every result writes down of itself: the pictures it compared with, the features it looked through, its place
+"""What every result writes down of itself: the images it compared with, the features it looked through, its place
 in the paper's table."""
 
 import time
@@ -23,14 +23,14 @@ FORMAT_VERSION = 1
 T = TypeVar("T")
 
 
-def reference_record(data: ShardData, split: str, pictures: int) -> dict[str, Any]:
-    """The real pictures of a result, told apart from all others by the hash of their manifest."""
+def reference_record(data: ShardData, split: str, images: int) -> dict[str, Any]:
+    """The real images of a result, told apart from all others by the hash of their manifest."""
     manifest = data.manifest(split, "images")
     return {
         "folder": str(data.folder(split, "images")),
         "split": split,
-        "pictures": pictures,
-        "split_pictures": manifest.total,
+        "images": images,
+        "split_images": manifest.total,
         "manifest_hash": manifest.hash,
         "transform": manifest.transform,
         "image_size": data.image_size,
@@ -41,15 +41,15 @@ def reference_record(data: ShardData, split: str, pictures: int) -> dict[str, An
 
 
 def _resized(stored: int | None, data: ShardData) -> str | None:
-    """What the loader does to pictures that are stored at another size or none; None where they stay as packed."""
-    if stored == data.image_size or data.task is not None:  # a task prepares its pictures itself
+    """What the loader does to images that are stored at another size or none; None where they stay as packed."""
+    if stored == data.image_size or data.task is not None:  # a task prepares its images itself
         return None
-    told = "pictures of any size" if stored is None else f"{stored} px"
+    told = "images of any size" if stored is None else f"{stored} px"
     return f"from {told} to {data.image_size} px while reading, centre square, Pillow's bicubic with antialiasing"
 
 
 def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
-    """The network whose features were compared, how pictures come into it, and the CLIP beside it if there is one."""
+    """The network whose features were compared, how images come into it, and the CLIP beside it if there is one."""
     found = {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
     also = ("preparation", "text_name", "text_weights_hash")
     return found | {name: getattr(extractor, name) for name in also if hasattr(extractor, name)}
@@ -72,18 +72,18 @@ def perceptual_record(lpips: nn.Module | None) -> dict[str, str] | None:
 
 
 def check_reference(protocol: Protocol, data: ShardData) -> None:
-    """Refuse reference pictures that were prepared otherwise than the protocol asks, or are not the ones it pins."""
+    """Refuse reference images that were prepared otherwise than the protocol asks, or are not the ones it pins."""
     folder, manifest = data.folder(protocol.reference, "images"), data.manifest(protocol.reference, "images")
     rule = manifest.transform.get("rule")
     if protocol.reference_rule is not None and rule != protocol.reference_rule:
         raise InputError(
-            f"the reference pictures in {folder} were prepared by the rule {rule}, but "
+            f"the reference images in {folder} were prepared by the rule {rule}, but "
             f"protocol={protocol.name} compares with {protocol.reference_rule}; pack them with "
             f"--crop {protocol.reference_rule}, or set protocol.reference_rule=null for a score that is marked."
         )
     if protocol.reference_hash is not None and manifest.hash != protocol.reference_hash:
         raise InputError(
-            f"the reference pictures in {folder} have the manifest hash {manifest.hash[:12]}..., but "
+            f"the reference images in {folder} have the manifest hash {manifest.hash[:12]}..., but "
             f"protocol.reference_hash={protocol.reference_hash[:12]}...; give the pinned set, or set it to null."
         )
 
@@ -110,11 +110,11 @@ def timed(items: Iterable[T], clock: list[float]) -> Iterator[T]:
         yield item
 
 
-def throughput(pictures: int, clock: Sequence[float]) -> dict[str, Any]:
-    """Pictures a second over all processes while samples were drawn, and what drew them."""
+def throughput(images: int, clock: Sequence[float]) -> dict[str, Any]:
+    """Images a second over all processes while samples were drawn, and what drew them."""
     slowest = max(gathered(sum(clock)))
-    rate = float(f"{pictures / slowest:.4g}") if slowest > 0 else None
-    return {"pictures_per_second": rate, "processes": len(gathered(0)), "hardware": _hardware()}
+    rate = float(f"{images / slowest:.4g}") if slowest > 0 else None
+    return {"images_per_second": rate, "processes": len(gathered(0)), "hardware": _hardware()}
 
 
 def _hardware() -> str:

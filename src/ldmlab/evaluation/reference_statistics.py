@@ -1,6 +1,6 @@
 """Features of a reference set, kept between evaluations under the hash of everything that decides them.
 
-One file DIGEST.safetensors: index (N,) and features (N, D) of every picture, with what else scores asked for (spatial,
+One file DIGEST.safetensors: index (N,) and features (N, D) of every image, with what else scores asked for (spatial,
 clip), or for large sets count (), sum (D,) and outer (D, D) in float64 alone, which the Frechet distance needs. The
 header says whose they are, so a file can be copied to other machines; one that says something else than its name
 promises is refused.
@@ -31,7 +31,7 @@ from ldmlab.metrics.frechet import FrechetDistance
 
 FORMAT_VERSION = 1
 _CHUNK = 4096  # rows given to the scores at once
-_KEPT = ("features", "spatial", "clip")  # what an extractor says of a picture that can be kept
+_KEPT = ("features", "spatial", "clip")  # what an extractor says of an image that can be kept
 _TOLD = frozenset({*_KEPT, "real", "index"})  # what a kept row can tell a score
 
 
@@ -47,7 +47,7 @@ class ReferenceKey:
     manifest_hash: str
     transform: str  # of the shards, as JSON
     image_size: int  # px
-    task: str  # what a task cuts out of each picture; "" without one
+    task: str  # what a task cuts out of each image; "" without one
     limit: int | None
     features: str
     weights_hash: str
@@ -108,19 +108,19 @@ def store(folder: Path, key: ReferenceKey, tensors: dict[str, Tensor]) -> Path:
 def see_reference(
     seen: EvaluationPass,
     key: ReferenceKey,
-    folder: Path | None,  # of kept statistics; None: look at the pictures
-    pictures: Callable[[], Iterable[Numbered]],  # this process's share
+    folder: Path | None,  # of kept statistics; None: look at the images
+    images: Callable[[], Iterable[Numbered]],  # this process's share
     rank: int = 0,
     world: int = 1,
 ) -> bool:
-    """Show the scores the real pictures, from kept features where they suffice; True if they did.
+    """Show the scores the real images, from kept features where they suffice; True if they did.
 
     All processes take the same way: the first one decides.
     """
     folder = None if " at 0x" in key.task else folder  # a task that does not say what it does
     stored = None if folder is None or not _told_by_features(seen) else load(folder, key)
     if not gathered(stored is not None and _suffices(stored, seen))[0]:
-        _look(seen, key, folder, pictures, rank, kept_already=stored or {})
+        _look(seen, key, folder, images, rank, kept_already=stored or {})
         return False
     if stored is None:
         raise InputError(f"reference statistics in {folder} are seen by the first process alone; share the folder.")
@@ -135,14 +135,14 @@ def _look(
     seen: EvaluationPass,
     key: ReferenceKey,
     folder: Path | None,
-    pictures: Callable[[], Iterable[Numbered]],
+    images: Callable[[], Iterable[Numbered]],
     rank: int,
     kept_already: Iterable[str],  # is kept again in the new file
 ) -> None:
     """Through the extractor, and keep what it says."""
     names = gathered([name for name in _KEPT if name in {*_asked(seen), *kept_already}])[0]
     recorder = Recorder(names)
-    for index, batch in pictures():
+    for index, batch in images():
         said = seen.add(batch, True, index)
         if folder is not None:
             recorder.add(said, index)
@@ -157,19 +157,19 @@ def against_other_split(
     seen: EvaluationPass,
     key: ReferenceKey,
     folder: Path | None,
-    pictures: Callable[[], Iterable[Numbered]],
+    images: Callable[[], Iterable[Numbered]],
     rank: int = 0,
     world: int = 1,
 ) -> EvaluationPass:
     """A second Frechet distance of the same samples: from here on they are shown to it too."""
     other = EvaluationPass(seen.extractor, {"fid": FrechetDistance(seen.extractor.width, small_sample=True)})
-    see_reference(other, key, folder, pictures, rank, world)
+    see_reference(other, key, folder, images, rank, world)
     seen.also.append(other)
     return other
 
 
 def _told_by_features(seen: EvaluationPass) -> bool:
-    """Whether no score looks at anything of a real picture but what can be kept."""
+    """Whether no score looks at anything of a real image but what can be kept."""
     return all(_needs(metric) <= _TOLD for metric in seen.metrics.values())
 
 
@@ -180,10 +180,10 @@ def _asked(seen: EvaluationPass) -> list[str]:
 
 
 def _needs(metric: Any) -> frozenset[str]:
-    """What a score must be told of a real picture."""
+    """What a score must be told of a real image."""
     told = inspect.signature(metric.update).parameters
     needed = {name for name, parameter in told.items() if parameter.default is parameter.empty}
-    return frozenset(needed - {"logits"})  # of generated pictures alone
+    return frozenset(needed - {"logits"})  # of generated images alone
 
 
 def _suffices(stored: dict[str, Tensor], seen: EvaluationPass) -> bool:

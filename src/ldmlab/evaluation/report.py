@@ -20,29 +20,29 @@ from ldmlab.evaluation.side_by_side import comparison_tables
 # Name shown, direction, and what the number says.
 MEANING = {
     "fid": ("Fréchet distance", "lower", "distance between the Gaussians of real and drawn features"),
-    "fid_other_split": ("Fréchet distance, other split", "lower", "the same samples beside the other split's pictures"),
+    "fid_other_split": ("Fréchet distance, other split", "lower", "the same samples beside the other split's images"),
     "fid_inf": ("Fréchet distance, infinitely many samples", "lower", "extrapolated by a line over 1 / samples"),
-    "sfid": ("sFID", "lower", "the same distance for features that keep their place in the picture"),
+    "sfid": ("sFID", "lower", "the same distance for features that keep their place in the image"),
     "cmmd": ("CMMD", "lower", "kernel distance of CLIP embeddings, times 1000"),
-    "clip_score": ("CLIP score", "higher", "100 x cosine of drawn pictures and their captions; spread: of the mean"),
-    "density": ("Density", "higher", "real balls that a drawn picture lies in, over k; 1 for two halves of one set"),
-    "coverage": ("Coverage", "higher", "share of real balls that hold a drawn picture"),
+    "clip_score": ("CLIP score", "higher", "100 x cosine of drawn images and their captions; spread: of the mean"),
+    "density": ("Density", "higher", "real balls that a drawn image lies in, over k; 1 for two halves of one set"),
+    "coverage": ("Coverage", "higher", "share of real balls that hold a drawn image"),
     "kid": ("Kernel distance", "lower", "unbiased distance of the features; about 0 for two halves of one set"),
-    "precision": ("Precision", "higher", "share of drawn pictures that lie among real ones: do they look real?"),
-    "recall": ("Recall", "higher", "share of real pictures that lie among drawn ones: is everything covered?"),
-    "psnr": ("PSNR", "higher", "of the rebuilt pictures, dB, mean over pictures"),
+    "precision": ("Precision", "higher", "share of drawn images that lie among real ones: do they look real?"),
+    "recall": ("Recall", "higher", "share of real images that lie among drawn ones: is everything covered?"),
+    "psnr": ("PSNR", "higher", "of the rebuilt images, dB, mean over images"),
     "psnr_object": ("PSNR, objects", "higher", "the same over pixels that are not background, pooled"),
-    "ssim": ("SSIM", "higher", "structural similarity of the rebuilt pictures"),
-    "lpips": ("LPIPS", "lower", "perceptual distance of the rebuilt pictures"),
+    "ssim": ("SSIM", "higher", "structural similarity of the rebuilt images"),
+    "lpips": ("LPIPS", "lower", "perceptual distance of the rebuilt images"),
     "psim": ("PSIM", "lower", "the same network without learned weights"),
     "is": ("Inception Score", "higher", "how sure and how varied the network's labels are"),
-    "held_out_real": ("Judge on real pictures", "info", "held-out real pictures put into their category, balanced"),
+    "held_out_real": ("Judge on real images", "info", "held-out real images put into their category, balanced"),
     "samples": ("Judge, held-out captions", "higher", "samples put into the category they were asked for, balanced"),
-    "seen": ("Judge, training captions", "higher", "the same for captions of training pictures"),
-    "copies": ("Copies", "lower", "samples nearer to a training picture than nearly all held-out pictures are"),
+    "seen": ("Judge, training captions", "higher", "the same for captions of training images"),
+    "copies": ("Copies", "lower", "samples nearer to a training image than nearly all held-out images are"),
 }
 
-CATEGORY_HEAD = ("| category | real pictures right | held-out captions | training captions |", "|---|---|---|---|")
+CATEGORY_HEAD = ("| category | real images right | held-out captions | training captions |", "|---|---|---|---|")
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         rows += [_row("seen", seen["samples"], None, f"{_ratio(seen)} of real; {mark}")]
     if (neighbours := result.get("neighbours")) and neighbours["copies"] is not None:
         expected = neighbours.get("expected", 0.01)
-        note = f"{expected:.1%} expected of pictures never seen in training"
+        note = f"{expected:.1%} expected of images never seen in training"
         rows += [_row("copies", neighbours["copies"], neighbours.get("error"), note)]
     return rows
 
@@ -154,12 +154,12 @@ def _row(name: str, value: float, spread: float | None, note: str) -> dict[str, 
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The report as text: scores, categories, the paper's table, settings; pictures by link."""
+    """The report as text: scores, categories, the paper's table, settings; images by link."""
     lines = [f"# {title(result)}", "", "## Scores", "", "| score | value | better | note |", "|---|---|---|---|"]
     for row in score_rows(result):
         lines.append(f"| {row['shown']} | {row['value']} | {row['direction']} | {row['note']} |")
     lines += ["", "## Samples", ""]
-    lines += [f"![{item['caption']}]({item['file']})" for item in result["pictures"]["samples"]]
+    lines += [f"![{item['caption']}]({item['file']})" for item in result["images"]["samples"]]
     if categories := result.get("categories"):
         lines += ["", "## Categories", "", *CATEGORY_HEAD]
         lines += [
@@ -188,9 +188,9 @@ def _open_lines(leaves_open: Mapping[str, str]) -> list[str]:
 
 
 def _more_networks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How pictures come into the features' network, the CLIP beside it, and the network of LPIPS."""
+    """How images come into the features' network, the CLIP beside it, and the network of LPIPS."""
     features, perceptual = result["features"], result.get("perceptual")
-    rows = [("features: pictures", features["preparation"])] if "preparation" in features else []
+    rows = [("features: images", features["preparation"])] if "preparation" in features else []
     if "text_name" in features:
         rows.append(("features: CLIP", f"{features['text_name']}, weights {features['text_weights_hash']}"))
     if "perceptual" in result:
@@ -210,7 +210,7 @@ def settings_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [(f"model: {name}", str(value)) for name, value in result["model"].items()]
     rows += [("protocol: changed", text) for text in result["protocol"].get("changed") or ()]
     rows += [
-        ("reference", f"{reference['pictures']} pictures of {reference['split']}, {reference['image_size']} px"),
+        ("reference", f"{reference['images']} images of {reference['split']}, {reference['image_size']} px"),
         ("reference: manifest", reference["manifest_hash"]),
         ("reference: preparation", _words(reference["transform"])),
         *([("reference: resized", reference["resized"])] if reference.get("resized") else []),

@@ -1,16 +1,16 @@
-"""The memorisation part of a report: suspected copies beside the training pictures that they resemble."""
+"""The memorisation part of a report: suspected copies beside the training images that they resemble."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.report_pictures import image_tag
+from ldmlab.evaluation.report_images import image_tag
 
 _GROUPS = (  # of pairs; pages of before have `pairs` alone
-    ("closest", "sample", "The samples nearest to a training picture, of all that were drawn."),
-    ("held_out", "held_out", "Held-out real pictures at the threshold: as near as this two different pictures come."),
-    ("pairs", "sample", "Ordinary samples, beside the training pictures nearest to them."),
+    ("closest", "sample", "The samples nearest to a training image, of all that were drawn."),
+    ("held_out", "held_out", "Held-out real images at the threshold: as near as this two different images come."),
+    ("pairs", "sample", "Ordinary samples, beside the training images nearest to them."),
 )
 
 
@@ -19,7 +19,7 @@ def audit_section(result: Mapping[str, Any], folder: Path) -> str:
     found = result.get("neighbours")
     if not found:
         return ""
-    lead = f"Each picture beside the nearest of all {found['training_pictures']:,} training pictures (cosine distance)."
+    lead = f"Each image beside the nearest of all {found['training_images']:,} training images (cosine distance)."
     groups = "".join(
         f"<p>{note}</p>{_cards(found[name], left, found['bar'], folder)}"
         for name, left, note in _GROUPS
@@ -29,16 +29,16 @@ def audit_section(result: Mapping[str, Any], folder: Path) -> str:
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """The share of copies in a sentence; empty without held-out pictures."""
+    """The share of copies in a sentence; empty without held-out images."""
     if found["copies"] is None:
-        return "Without held-out pictures there is no threshold, so nothing is counted."
+        return "Without held-out images there is no threshold, so nothing is counted."
     expected = ""
     if found.get("expected") is not None:
-        expected = f" ({found['expected']:.1%} ± {found['error']:.1%} expected of pictures never seen in training)"
+        expected = f" ({found['expected']:.1%} ± {found['error']:.1%} expected of images never seen in training)"
     return (
-        f"{found['copies']:.1%} of all samples{expected} are nearer to a training picture than {found['bar']:.3g}, the "
-        f"threshold that held-out pictures set; half of the samples are within {found['median_distance_samples']:.3g} "
-        f"of one, half of the held-out pictures within {found['median_distance_held_out']:.3g}."
+        f"{found['copies']:.1%} of all samples{expected} are nearer to a training image than {found['bar']:.3g}, the "
+        f"threshold that held-out images set; half of the samples are within {found['median_distance_samples']:.3g} "
+        f"of one, half of the held-out images within {found['median_distance_held_out']:.3g}."
     )
 
 

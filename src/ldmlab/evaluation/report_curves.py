@@ -42,18 +42,18 @@ def _over_samples(
 ) -> tuple[ReportTable, list[str]]:
     """The distance at each number of samples, and the straight line over 1 / n to where it meets the axis."""
     limit, distance = result["scores"][name], called("fid", "Fréchet distance", result)
-    measured = [(1000 / point["pictures"], point["value"]) for point in points]
+    measured = [(1000 / point["images"], point["value"]) for point in points]
     line = [(0.0, limit["value"]), measured[0]]
     chart = line_chart(
         {"measured": measured, "extrapolated": line},
         title=f"{distance} over the number of samples",
         x_title="1000 / samples",
     )
-    rows = [TableRow("theirs", f"{point['pictures']:,.0f}", (number_text(point["value"]),)) for point in points]
+    rows = [TableRow("theirs", f"{point['images']:,.0f}", (number_text(point["value"]),)) for point in points]
     rows.append(TableRow("ours", "infinitely many", (_value(name, limit),)))
     notes = (
         "At each number the mean over disjoint parts that together hold every sample; extrapolated by a straight line "
-        "over 1 / samples, ± its standard error. The reference's own number of pictures stays as it is.",
+        "over 1 / samples, ± its standard error. The reference's own number of images stays as it is.",
         *(f"{mark}." for mark in limit["marks"]),
     )
     columns = (f"{distance} {ARROW['lower']}",)
@@ -104,8 +104,8 @@ def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> R
     ]
     columns = ("samples", "real", "Kernel distance ↓", "Precision ↑", "Recall ↑")
     notes = [
-        "Each class's samples beside its own real pictures alone, the worst first; the kernel distance is unbiased, "
-        "precision and recall of few pictures are coarse."
+        "Each class's samples beside its own real images alone, the worst first; the kernel distance is unbiased, "
+        "precision and recall of few images are coarse."
     ]
     if len(rows) > _MOST_CLASSES:
         notes.append(f"{_MOST_CLASSES} of {len(rows):,} classes; metrics.json holds all.")

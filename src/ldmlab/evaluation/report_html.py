@@ -9,19 +9,19 @@ from ldmlab.evaluation.curves import charts
 from ldmlab.evaluation.report_audit import audit_section
 from ldmlab.evaluation.report_curves import curve_sections
 from ldmlab.evaluation.report_formats import html_table
-from ldmlab.evaluation.report_pictures import image_tag, thumbnail_tag
+from ldmlab.evaluation.report_images import image_tag, thumbnail_tag
 from ldmlab.evaluation.report_style import STYLE
 from ldmlab.evaluation.report_table import ReportTable
 from ldmlab.evaluation.report_task import task_sections
 from ldmlab.evaluation.score_names import number_text
 
 Rows = Sequence[Mapping[str, str]]
-PICTURES_A_RUN = 16  # in a comparison
+IMAGES_A_RUN = 16  # in a comparison
 _ARROW = {"lower": "↓", "higher": "↑", "info": ""}
 
 
 def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> str:
-    """One evaluation: pictures first, then numbers, then everything that made them."""
+    """One evaluation: images first, then numbers, then everything that made them."""
     from ldmlab.evaluation.report import settings_rows, title
 
     sections = [
@@ -43,13 +43,13 @@ def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> st
 
 
 def _lead(result: Mapping[str, Any]) -> str:
-    """What the pictures of the page are."""
+    """What the images of the page are."""
     sampling = result["sampling"]
-    beside = f"{result['reference']['pictures']} {_split(result)} pictures"
+    beside = f"{result['reference']['images']} {_split(result)} images"
     if "steps" not in sampling:
         return f"{beside} of {sampling['size']} px, encoded and decoded again, beside the originals."
     return (
-        f"{sampling['pictures']} pictures of {sampling['size']} px, {sampling['steps']} {sampling['sampler'].upper()} "
+        f"{sampling['images']} images of {sampling['size']} px, {sampling['steps']} {sampling['sampler'].upper()} "
         f"steps, guidance {sampling['guidance']:g}, eta {sampling['eta']:g}, {result['model'].get('weights', '')} "
         f"weights, set beside {beside}."
     )
@@ -59,9 +59,9 @@ def comparison_page(results: Sequence[Mapping[str, Any]], names: Sequence[str], 
     """Several evaluations: a table for each measurement, then a row of samples of each."""
     sections = [f"<section>{html_table(table)}</section>" for table in tables]
     for name, result in zip(names, results, strict=True):
-        folder, shown = Path(result["folder"]), result["pictures"]["samples"][:PICTURES_A_RUN]
-        pictures = "".join(thumbnail_tag(folder, item["file"], item["caption"]) for item in shown)
-        sections.append(_section(name, f'<div class="thumbnails">{pictures}</div>'))
+        folder, shown = Path(result["folder"]), result["images"]["samples"][:IMAGES_A_RUN]
+        images = "".join(thumbnail_tag(folder, item["file"], item["caption"]) for item in shown)
+        sections.append(_section(name, f'<div class="thumbnails">{images}</div>'))
     return page("Comparison", f"{len(results)} evaluations side by side.", sections)
 
 
@@ -100,17 +100,17 @@ def _tiles(scores: Rows) -> str:
 
 
 def _samples(result: Mapping[str, Any], folder: Path) -> str:
-    pairs = zip(result["pictures"]["samples"], result["pictures"]["real"], strict=True)
-    told = result["sampling"]["conditions"] == "reference" and any(i["caption"] for i in result["pictures"]["samples"])
+    pairs = zip(result["images"]["samples"], result["images"]["real"], strict=True)
+    told = result["sampling"]["conditions"] == "reference" and any(i["caption"] for i in result["images"]["samples"])
     if told:
         cards = [_card(folder, [drawn["file"], real["file"]], drawn["caption"]) for drawn, real in pairs]
         rebuilt = "steps" not in result["sampling"]
-        note = f"Each pair: drawn from the caption, and the {_split(result)} picture whose caption it is."
+        note = f"Each pair: drawn from the caption, and the {_split(result)} image whose caption it is."
         if rebuilt:
             return _section("Rebuilt and real", f'<div class="cards pairs">{"".join(cards)}</div>')
         return _section("Drawn and real", f'<div class="cards pairs">{"".join(cards)}</div>', note)
-    drawn = "".join(image_tag(folder, item["file"]) for item in result["pictures"]["samples"])
-    real = "".join(image_tag(folder, item["file"]) for item in result["pictures"]["real"])
+    drawn = "".join(image_tag(folder, item["file"]) for item in result["images"]["samples"])
+    real = "".join(image_tag(folder, item["file"]) for item in result["images"]["real"])
     halves = f"<div><h3>Drawn</h3>{drawn}</div><div><h3>Real ({_split(result)})</h3>{real}</div>"
     return _section("Drawn and real", f'<div class="halves">{halves}</div>')
 
@@ -139,8 +139,8 @@ def _categories(result: Mapping[str, Any], folder: Path) -> str:
         bars = _bar("drawn", other["samples_right"], other["samples"])
         blocks.append(f"<tr><td class='dim'>training captions</td><td>{bars}</td>{_strip(folder, seen, name)}</tr>")
     note = (
-        "A small network that has seen only real training pictures sorts held-out real pictures and samples. Balanced "
-        f"over categories it is right for {found['held_out_real']:.1%} of real pictures, {found['samples']:.1%} of "
+        "A small network that has seen only real training images sorts held-out real images and samples. Balanced "
+        f"over categories it is right for {found['held_out_real']:.1%} of real images, {found['samples']:.1%} of "
         f"samples for held-out captions and {seen['samples']:.1%} of samples for training captions (chance "
         f"{found['chance']:.1%}). Framed in green: put into the category that was asked for."
     )
@@ -148,8 +148,8 @@ def _categories(result: Mapping[str, Any], folder: Path) -> str:
 
 
 def _strip(folder: Path, found: Mapping[str, Any], category: str) -> str:
-    pictures = "".join(_verdict(folder, item) for item in found["pictures"] if item["category"] == category)
-    return f"<td class='strip'>{pictures}</td>"
+    images = "".join(_verdict(folder, item) for item in found["images"] if item["category"] == category)
+    return f"<td class='strip'>{images}</td>"
 
 
 def _verdict(folder: Path, item: Mapping[str, Any]) -> str:
@@ -166,9 +166,9 @@ def _extras(result: Mapping[str, Any], folder: Path) -> str:
     blocks = "".join(
         f'<figure class="wide"><figcaption>{escape(item["title"])}</figcaption>'
         f"{image_tag(folder, item['file'])}</figure>"
-        for item in result["pictures"].get("extras", [])
+        for item in result["images"].get("extras", [])
     )
-    return _section("More pictures", blocks)
+    return _section("More images", blocks)
 
 
 def _curves(result: Mapping[str, Any], folder: Path) -> str:
@@ -196,14 +196,14 @@ def _buckets(result: Mapping[str, Any]) -> str:
     buckets = result.get("buckets") or {}
     columns = list(dict.fromkeys(name for bucket in buckets.values() for name in bucket["scores"]))
     lines = [
-        f"<tr><td>{bucket['hole'][0]:.0%} to {bucket['hole'][1]:.0%}</td><td>{bucket['pictures']:,}</td>"
+        f"<tr><td>{bucket['hole'][0]:.0%} to {bucket['hole'][1]:.0%}</td><td>{bucket['images']:,}</td>"
         + "".join(f"<td>{_score_of(bucket['scores'].get(column))}</td>" for column in columns)
         + "</tr>"
         for bucket in buckets.values()
     ]
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    table = f'<table class="numbers"><tr><th>hole</th><th>pictures</th>{head}</tr>{"".join(lines)}</table>'
-    note = "Each size is compared with its own originals alone, so its distance rests on fewer pictures."
+    table = f'<table class="numbers"><tr><th>hole</th><th>images</th>{head}</tr>{"".join(lines)}</table>'
+    note = "Each size is compared with its own originals alone, so its distance rests on fewer images."
     return _section("By size of the hole", table if buckets else "", note)
 
 

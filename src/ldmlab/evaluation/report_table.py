@@ -106,7 +106,7 @@ def repeat_line(result: Mapping[str, Any]) -> str:
         f"protocol {result['protocol']['name']}"
         + (f" with {', '.join(altered)}" if (altered := result["protocol"].get("changed")) else ""),
         ", ".join([*model, *drawn]),
-        f"reference {reference['pictures']} pictures of {reference['split']}, {reference['image_size']} px, manifest "
+        f"reference {reference['images']} images of {reference['split']}, {reference['image_size']} px, manifest "
         f"{str(reference.get('manifest_hash'))[:12]}",
         f"features {features['name']}, weights {features['weights_hash']}",
         f"torch {made.get('packages', {}).get('torch', 'version not recorded')}",
@@ -126,10 +126,10 @@ def measurement(result: Mapping[str, Any]) -> tuple[Any, ...]:
         reference["image_size"],
         reference.get("task"),
         reference["split"],
-        reference["pictures"],
+        reference["images"],
         result["features"]["name"],
         result["features"]["weights_hash"],
-        result["sampling"]["pictures"],
+        result["sampling"]["images"],
     )
 
 
@@ -138,7 +138,7 @@ def measurement_line(result: Mapping[str, Any]) -> str:
     reference, features = result["reference"], result["features"]
     known = str(reference.get("manifest_hash") or "not recorded")[:12]
     return (
-        f"{result['sampling']['pictures']:,} samples against {reference['pictures']:,} pictures of "
+        f"{result['sampling']['images']:,} samples against {reference['images']:,} images of "
         f"{reference['split']}, {reference['image_size']} px, manifest {known}, features of {features['name']}"
     )
 

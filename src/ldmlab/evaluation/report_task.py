@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.evaluation.report_formats import as_markdown, html_table
-from ldmlab.evaluation.report_pictures import image_tag
+from ldmlab.evaluation.report_images import image_tag
 from ldmlab.evaluation.report_table import ARROW, DASH, ReportTable, TableRow
 from ldmlab.evaluation.score_names import number_text
 
@@ -14,16 +14,16 @@ _CARDS = 12  # samples shown with what was asked and what others answer
 
 
 def task_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Lines of the table of scores: each judge on samples and on real pictures."""
+    """Lines of the table of scores: each judge on samples and on real images."""
     rows = []
     for name, found in (result.get("judges") or {}).items():
-        real = f"{_share(found['of_real'])} of the judge's score on held-out real pictures"
+        real = f"{_share(found['of_real'])} of the judge's score on held-out real images"
         guess = f"chance {_share(found['chance'])}; " if found["chance"] is not None else ""
         limit = f"its own limit{learned_note(found)}"
         notes = f"{real}; {guess}beside what others asked for {_share(found['shuffled'])}"
         rows += [
             _row(f"judge_{name}", f"Judge: {found['measures']}", found["samples"], "higher", found["how"], notes),
-            _row(f"judge_{name}_real", "Judge on real pictures", found["held_out_real"], "info", "", limit),
+            _row(f"judge_{name}_real", "Judge on real images", found["held_out_real"], "info", "", limit),
         ]
     return rows
 
@@ -63,7 +63,7 @@ def _baselines(result: Mapping[str, Any]) -> ReportTable:
     ]
     rows.append(TableRow("ours", "this model", tuple(_value(result["scores"][name]) for name in names)))
     columns = tuple(f"{shown} {ARROW[direction]}".strip() for shown, direction, _ in arrows)
-    note = "All answer the same requests and are compared with the same real pictures through the same features."
+    note = "All answer the same requests and are compared with the same real images through the same features."
     return ReportTable("Beside answers without a model", columns, tuple(rows), (note,))
 
 
@@ -81,7 +81,7 @@ def _classes(found: Mapping[str, Any]) -> ReportTable:
         *chance,
     ]
     title = found["measures"][:1].upper() + found["measures"][1:]
-    return ReportTable(title, ("held-out real pictures", "samples"), (*rows, total), tuple(notes))
+    return ReportTable(title, ("held-out real images", "samples"), (*rows, total), tuple(notes))
 
 
 def _of(one: Mapping[str, Any], kind: str) -> str:
@@ -106,7 +106,7 @@ def _cards(result: Mapping[str, Any], folder: Path) -> str:
         return ""
     baselines = (result.get("baselines") or {}).values()
     columns: list[tuple[str, Sequence[str]]] = [("asked", given)]
-    columns += [(found["title"], found["pictures"]) for found in baselines]
+    columns += [(found["title"], found["images"]) for found in baselines]
     columns += [("drawn", _files(result, "samples")), ("real", _files(result, "real"))]
     rows = list(zip(*(files for _, files in columns), strict=True))
     stride = max(len(rows) // _CARDS, 1)
@@ -124,7 +124,7 @@ def _card(folder: Path, files: Sequence[str], titles: Sequence[str]) -> str:
 
 
 def _files(result: Mapping[str, Any], kind: str) -> list[str]:
-    return [item["file"] for item in result["pictures"][kind]]
+    return [item["file"] for item in result["images"][kind]]
 
 
 def _value(score: Mapping[str, Any] | None) -> str:

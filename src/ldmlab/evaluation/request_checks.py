@@ -13,10 +13,10 @@ def check_requests(diffusion: LatentDiffusion, requests: Sequence[Mapping[str, A
     """Boxes, classes, label maps and masks that mean nothing to the model; the first one found is named."""
     conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "check")]
     for request in _different(requests):
-        implied_size(request, enlargement)  # pictures that do not fit each other
+        implied_size(request, enlargement)  # images that do not fit each other
         _check_mask(request)
         if LOOKED_AT in request:
-            row(LOOKED_AT, request[LOOKED_AT])  # a file that is no picture
+            row(LOOKED_AT, request[LOOKED_AT])  # a file that is no image
         for conditioner in conditioners:
             if conditioner.reads <= request.keys():  # type: ignore[operator]
                 conditioner.check({name: _as_read(name, request[name]) for name in conditioner.reads})  # type: ignore
@@ -31,14 +31,14 @@ def _as_read(name: str, value: Any) -> Any:
 def _check_mask(request: Mapping[str, Any]) -> None:
     if ("mask" in request) != ("image" in request):
         given, missing = ("mask", "image") if "mask" in request else ("image", "mask")
-        raise InputError(f"{given} goes with {missing}: the picture, and the hole in it; give both.")
+        raise InputError(f"{given} goes with {missing}: the image, and the hole in it; give both.")
     if "mask" in request and not row("mask", request["mask"]).any():
         told = f"mask={request['mask']}" if isinstance(request["mask"], str) else "the mask"
         raise InputError(f"{told} has no hole; paint white what is to be made anew.")
 
 
 def _different(requests: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Without the repetitions that several pictures for one prompt make."""
+    """Without the repetitions that several images for one prompt make."""
     last: Mapping[str, Any] | None = None
     for request in requests:
         if request is not last:

@@ -1,9 +1,9 @@
 """What is asked for, as people hold it, to what a batch holds.
 
-Pictures (image, init_image, low_resolution, reference): a path, a PIL picture or uint8 (H, W, 3) => uint8
+Images (image, init_image, low_resolution, reference): a path, a PIL image or uint8 (H, W, 3) => uint8
 (B, 3, H, W), of `reference` a list of (3, H, W); what is transparent in them lies on white. Masks: a path or PIL
-picture, white in the hole, or (H, W), not zero in the hole, or the `TransparentParts` of a picture => uint8
-(B, 1, H, W). Label maps (segmentation): a path, a PIL picture or (H, W) => int64 (B, H, W). Boxes: a path of JSON, or a
+image, white in the hole, or (H, W), not zero in the hole, or the `TransparentParts` of an image => uint8
+(B, 1, H, W). Label maps (segmentation): a path, a PIL image or (H, W) => int64 (B, H, W). Boxes: a path of JSON, or a
 list. Whole numbers => int64 (B,). Anything else stays a list.
 """
 
@@ -24,10 +24,10 @@ from ldmlab.errors import InputError
 
 SMALL = "low_resolution"
 LOOKED_AT = "reference"  # by an image encoder, so that its size says nothing of the result's
-PICTURES = ("image", "init_image", SMALL, LOOKED_AT)
-ON_THE_PICTURE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
+IMAGES = ("image", "init_image", SMALL, LOOKED_AT)
+ON_THE_IMAGE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
 OPTIONAL = {"boxes": "crop", "caption": "negative"}  # a field that may come with another
-GIVEN = ("init_image", "image", "mask")  # that any model takes: a picture to start from; one with a hole
+GIVEN = ("init_image", "image", "mask")  # that any model takes: an image to start from; one with a hole
 _UNSAID = {"crop": list(WHOLE), "negative": ""}
 _WHITE = 128  # a mask's pixel in a file from here on is hole
 _OPAQUE = 255
@@ -35,33 +35,33 @@ _OPAQUE = 255
 
 @dataclass(frozen=True)
 class TransparentParts:
-    """As a mask: every pixel of a picture that is not opaque is hole."""
+    """As a mask: every pixel of an image that is not opaque is hole."""
 
-    picture: str | Path
+    image: str | Path
 
     def __str__(self) -> str:
-        return f"transparent parts of {self.picture}"
+        return f"transparent parts of {self.image}"
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A picture's largest middle part of the proportions of (height, width), resized to it."""
+    """An image's largest middle part of the proportions of (height, width), resized to it."""
 
-    picture: str | Path
+    image: str | Path
     size: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"{self.picture} fitted to {self.size[0]}x{self.size[1]}"
+        return f"{self.image} fitted to {self.size[0]}x{self.size[1]}"
 
 
 def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
     """One field of a batch."""
-    if field in PICTURES or field in ON_THE_PICTURE:
+    if field in IMAGES or field in ON_THE_IMAGE:
         rows = [row(field, value) for value in values]
         if field == LOOKED_AT:
             return [one.to(device) for one in rows]
         if len({tuple(one.shape) for one in rows}) > 1:
-            raise InputError(f"{field}: the pictures of one batch differ in size; sample them one size at a time.")
+            raise InputError(f"{field}: the images of one batch differ in size; sample them one size at a time.")
         return torch.stack(rows).to(device)
     if field == "boxes":
         return [boxes_of(value) for value in values]
@@ -70,16 +70,16 @@ def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
 
 
 def row(field: str, value: Any) -> Tensor:
-    """One picture's entry: uint8 (3, H, W), uint8 (1, H, W) or int64 (H, W)."""
+    """One image's entry: uint8 (3, H, W), uint8 (1, H, W) or int64 (H, W)."""
     from_file = isinstance(value, str | Path | Image.Image)
     if isinstance(value, TransparentParts):
         value = _transparent(value)
     elif isinstance(value, Fitted):
-        value = np.array(ImageOps.fit(Image.fromarray(_decoded(field, value.picture)), value.size[::-1]))
+        value = np.array(ImageOps.fit(Image.fromarray(_decoded(field, value.image)), value.size[::-1]))
     elif from_file:
         value = _decoded(field, value)
     array = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    if field in PICTURES:
+    if field in IMAGES:
         if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[-1] != 3:
             raise InputError(f"{field} takes uint8 (H, W, 3), not {array.dtype} {tuple(array.shape)}; convert it.")
         return array.permute(2, 0, 1).contiguous()
@@ -102,8 +102,8 @@ def boxes_of(value: Any) -> Any:
 
 
 def as_asked(field: str, value: Any) -> Any:
-    """The inverse of `row` for arrays of the data: pictures (H, W, 3), masks and label maps (H, W)."""
-    if field in PICTURES:
+    """The inverse of `row` for arrays of the data: images (H, W, 3), masks and label maps (H, W)."""
+    if field in IMAGES:
         return value.transpose(1, 2, 0)
     return value[0] if field == "mask" else value
 
@@ -111,7 +111,7 @@ def as_asked(field: str, value: Any) -> Any:
 def _decoded(field: str, value: Any) -> np.ndarray:
     image = _opened(field, value)
     try:
-        if field in PICTURES:
+        if field in IMAGES:
             return np.array(to_rgb(image))
         if field == "segmentation":
             return _numbers(value, image)
@@ -128,29 +128,29 @@ def _opened(field: str, value: Any) -> Image.Image:
 
 
 def _unreadable(field: str, value: Any, error: Exception) -> InputError:
-    return InputError(f"{field}={value} cannot be read as a picture ({error}); give another file.")
+    return InputError(f"{field}={value} cannot be read as an image ({error}); give another file.")
 
 
 def _numbers(value: Any, image: Image.Image) -> np.ndarray:
-    """The class numbers of a grey or palette picture, 8 or 16 bits."""
+    """The class numbers of a grey or palette image, 8 or 16 bits."""
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise InputError(
-            f"segmentation={value} is a picture of mode {image.mode}, not a map of class numbers; "
+            f"segmentation={value} is an image of mode {image.mode}, not a map of class numbers; "
             "save it as a grey or palette PNG with one number a pixel."
         )
     return np.array(image).astype(np.int64)
 
 
 def _transparent(value: TransparentParts) -> np.ndarray:
-    image = _opened("mask", value.picture)
+    image = _opened("mask", value.image)
     if not image.has_transparency_data:
-        raise InputError(f"{value.picture} has no transparent parts to fill; erase some of it, or give a mask.")
+        raise InputError(f"{value.image} has no transparent parts to fill; erase some of it, or give a mask.")
     return np.array(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < _OPAQUE
 
 
 def implied_size(fields: Mapping[str, Any], enlargement: int) -> tuple[int, int] | None:
     """Height and width of the result that rows or columns of fields ask for; None where nothing in them has a size."""
-    sizes = {name: _size(name, fields[name], enlargement) for name in (*ON_THE_PICTURE, SMALL) if name in fields}
+    sizes = {name: _size(name, fields[name], enlargement) for name in (*ON_THE_IMAGE, SMALL) if name in fields}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} for {height}x{width}" for name, (height, width) in sizes.items())
         raise InputError(f"the fields do not fit each other: {told} px (height x width); resize one of them.")
@@ -165,12 +165,12 @@ def _size(field: str, value: Any, enlargement: int) -> tuple[int, int]:
 
 
 def check_size(fields: Mapping[str, Any], size: tuple[int, int], enlargement: int) -> None:
-    """Refuse pictures that do not belong to the size that is sampled."""
+    """Refuse images that do not belong to the size that is sampled."""
     found = implied_size(fields, enlargement)
     if found not in (None, size):
         assert found is not None
         raise InputError(
-            f"the pictures given ask for {found[0]}x{found[1]} px (height x width), but {size[0]}x{size[1]} are "
+            f"the images given ask for {found[0]}x{found[1]} px (height x width), but {size[0]}x{size[1]} are "
             "sampled; resize them, give that size, or sample one size at a time."
         )
 
@@ -178,9 +178,9 @@ def check_size(fields: Mapping[str, Any], size: tuple[int, int], enlargement: in
 def rows_of(
     fields: Mapping[str, Sequence[Any] | Tensor], reads: frozenset[str], count: int | None
 ) -> list[dict[str, Any]]:
-    """One dict a picture from one list a field."""
+    """One dict an image from one list a field."""
     for name in fields.keys() - known_fields(reads):
-        known = ", ".join(sorted(reads)) or "no conditions; say how many pictures with count="
+        known = ", ".join(sorted(reads)) or "no conditions; say how many images with count="
         raise InputError(f"{name}= means nothing to this model, which takes {known}.")
     if not reads and not fields:
         return [{} for _ in range(1 if count is None else count)]
@@ -188,7 +188,7 @@ def rows_of(
     columns = {name: [int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for v in c] for name, c in columns.items()}
     if len({len(values) for values in columns.values()}) != 1:
         raise InputError(
-            f"give {', '.join(sorted(reads | fields.keys()))}, one entry a picture, in lists of one length."
+            f"give {', '.join(sorted(reads | fields.keys()))}, one entry an image, in lists of one length."
         )
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, one, strict=True)) for one in rows]
@@ -200,13 +200,13 @@ def known_fields(reads: frozenset[str]) -> frozenset[str]:
 
 
 def batch_of(requests: Sequence[Mapping[str, Any]], reads: frozenset[str], device: torch.device) -> dict[str, Any]:
-    """The fields that a model reads, of all requests, and the pictures that they bring along."""
+    """The fields that a model reads, of all requests, and the images that they bring along."""
     batch: dict[str, Any] = {}
     brought = {name for name in GIVEN if any(name in request for request in requests)}
     for field in sorted(reads | brought):
         if any(field not in request for request in requests):
             raise InputError(
-                f"this model is told {', '.join(sorted(reads | brought)) or 'nothing'}; give {field} for every picture."
+                f"this model is told {', '.join(sorted(reads | brought)) or 'nothing'}; give {field} for every image."
             )
         batch[field] = column(field, [request[field] for request in requests], device)
         more = OPTIONAL.get(field)

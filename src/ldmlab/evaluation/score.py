@@ -1,4 +1,4 @@
-"""One pass over real and generated pictures with one extractor feeds every score."""
+"""One pass over real and generated images with one extractor feeds every score."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ _EXTRACTOR_WITH = {  # what an extractor may give besides features => one that d
     "clip": "inception_and_clip",
     "text": "inception_and_clip",
 }
-Numbered = tuple[Tensor, Tensor]  # index (B,), pictures uint8 (B, 3, H, W)
+Numbered = tuple[Tensor, Tensor]  # index (B,), images uint8 (B, 3, H, W)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def in_words_of(options: OptionNames) -> Iterator[None]:
 
 
 class EvaluationPass:
-    """Takes pictures in any order and split over processes; keeps features where someone will look at them."""
+    """Takes images in any order and split over processes; keeps features where someone will look at them."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class EvaluationPass:
         metrics: Mapping[str, Metric],
         *,
         keep: bool = False,
-        captions: Callable[[int], str] | None = None,  # of the generated picture of this number
+        captions: Callable[[int], str] | None = None,  # of the generated image of this number
         options: OptionNames = EVALUATE,
     ) -> None:
         needs = {name: _needs(metric) for name, metric in metrics.items()}
@@ -85,14 +85,14 @@ class EvaluationPass:
         self.collection = MetricCollection(dict(metrics)) if metrics else None
         self.options = options
         self.features: dict[bool, list[Tensor]] = {True: [], False: []}  # by real
-        self.numbers: dict[bool, list[Tensor]] = {True: [], False: []}  # of the pictures whose features are kept
+        self.numbers: dict[bool, list[Tensor]] = {True: [], False: []}  # of the images whose features are kept
         self.counts = {True: 0, False: 0}
-        self.also: list[EvaluationPass] = []  # see the same samples beside other real pictures
+        self.also: list[EvaluationPass] = []  # see the same samples beside other real images
 
     def check_counts(self, real: int, generated: int, told: Set[str] = frozenset()) -> None:
-        """Refuses numbers of pictures that a score cannot be made from, before any is drawn or looked at.
+        """Refuses numbers of images that a score cannot be made from, before any is drawn or looked at.
 
-        told: scores that real pictures' statistics were given to, whatever their number.
+        told: scores that real images' statistics were given to, whatever their number.
         """
         with in_words_of(self.options):
             for name, metric in self.metrics.items():
@@ -101,15 +101,15 @@ class EvaluationPass:
                         check(real, "real")
                     check(generated, "generated")
 
-    def add(self, pictures: Tensor, real: bool, index: Tensor) -> Mapping[str, Tensor]:
-        """Pictures uint8 (B, 3, H, W) with their numbers (B,); what the extractor says of them: features (B, D)."""
-        seen = self.extractor(pictures)
+    def add(self, images: Tensor, real: bool, index: Tensor) -> Mapping[str, Tensor]:
+        """Images uint8 (B, 3, H, W) with their numbers (B,); what the extractor says of them: features (B, D)."""
+        seen = self.extractor(images)
         self._take(seen, real, index)
         return seen
 
     def add_said(self, said: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
-        """What was said before, features (B, D) and maybe more, with the numbers of the pictures (B,)."""
-        unread = {"logits": said["features"][:, :0]} if "logits" in self.extractor.gives else {}  # of real pictures
+        """What was said before, features (B, D) and maybe more, with the numbers of the images (B,)."""
+        unread = {"logits": said["features"][:, :0]} if "logits" in self.extractor.gives else {}  # of real images
         self._take({**unread, **said}, real, index)
 
     def _take(self, seen: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
@@ -130,13 +130,13 @@ class EvaluationPass:
         return self.extractor.texts([self._captions(number) for number in index.tolist()])  # type: ignore[attr-defined]
 
     def add_all(self, batches: Iterable[Numbered], real: bool, seen: Callable[[int], object] = lambda n: None) -> None:
-        """A stream of numbered pictures; `seen` is told how many came."""
-        for index, pictures in batches:
-            self.add(pictures, real, index)
-            seen(len(pictures))
+        """A stream of numbered images; `seen` is told how many came."""
+        for index, images in batches:
+            self.add(images, real, index)
+            seen(len(images))
 
     def kept(self, real: bool) -> tuple[Tensor, Tensor]:
-        """Features (N, D) that all processes kept, in the order of their pictures' numbers (N,)."""
+        """Features (N, D) that all processes kept, in the order of their images' numbers (N,)."""
         mine = (torch.cat(self.features[real]), torch.cat(self.numbers[real])) if self.features[real] else None
         shares = [share for share in gathered(mine) if share is not None]
         if not shares:
@@ -146,7 +146,7 @@ class EvaluationPass:
         return features[order], numbers[order]
 
     def for_other_samples(self) -> "EvaluationPass":
-        """A pass that has seen the same real pictures, to be called before the first sample; it keeps no features."""
+        """A pass that has seen the same real images, to be called before the first sample; it keeps no features."""
         assert self.counts[False] == 0
         other = copy.copy(self)
         other.collection, other.keeps, other.also = copy.deepcopy(self.collection), False, []
@@ -159,7 +159,7 @@ class EvaluationPass:
         return {m.score_name: m.points for m in self.metrics.values() if isinstance(m, FrechetLimit)}
 
     def compute(self, counts: tuple[int, int] | None = None) -> dict[str, Score]:
-        """All scores; with several processes, `counts` are the real and generated pictures of all of them."""
+        """All scores; with several processes, `counts` are the real and generated images of all of them."""
         if self.collection is None:
             return {}
         with in_words_of(self.options):
@@ -180,16 +180,16 @@ def _needs(metric: Metric) -> set[str]:
 def marks(name: str, fewest: int, width: int) -> tuple[str, ...]:
     """What a reader must know before comparing the value."""
     if name == "fid_inf" and fewest < ENOUGH_A_FEATURE * width:
-        return (f"fewer than {ENOUGH_A_FEATURE} pictures for each of {width} features: still biased",)
+        return (f"fewer than {ENOUGH_A_FEATURE} images for each of {width} features: still biased",)
     if name not in ("fid", "sfid"):
         return ()
     width = SPATIAL_WIDTH if name == "sfid" else width
-    found = [f"small sample: {fewest} pictures, the distance is biased upwards"] if fewest < SMALL_SAMPLE else []
-    return (*found, f"rank deficient: fewer pictures than {width} features") if fewest <= width else tuple(found)
+    found = [f"small sample: {fewest} images, the distance is biased upwards"] if fewest < SMALL_SAMPLE else []
+    return (*found, f"rank deficient: fewer images than {width} features") if fewest <= width else tuple(found)
 
 
 def numbered(batches: Iterable[Mapping[str, Any]]) -> Iterable[Numbered]:
-    """Batches of a loader as numbered pictures."""
+    """Batches of a loader as numbered images."""
     for batch in batches:
         if len(batch["key"]):
             yield torch.as_tensor(batch["position"]), batch["image"]

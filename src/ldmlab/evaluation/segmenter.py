@@ -1,6 +1,6 @@
-"""A small network that says what each pixel shows, trained on real pictures only.
+"""A small network that says what each pixel shows, trained on real images only.
 
-It looks at 64 x 64 px, whatever the pictures' size; label maps follow by nearest pixels.
+It looks at 64 x 64 px, whatever the images' size; label maps follow by nearest pixels.
 """
 
 import torch
@@ -14,7 +14,7 @@ SIDE = 64  # px
 
 
 class Segmenter(nn.Module):
-    """Float pictures (B, 3, 64, 64) in [-1, 1] => logits (B, classes, 64, 64)."""
+    """Float images (B, 3, 64, 64) in [-1, 1] => logits (B, classes, 64, 64)."""
 
     learned = Learned(0, 0, 0)  # nothing yet
 
@@ -40,10 +40,10 @@ class Segmenter(nn.Module):
         return self.head(self.up_1(torch.cat([_twice(x), full], dim=1)))
 
     @torch.inference_mode()
-    def predict(self, pictures: Tensor, batch_size: int = 128) -> Tensor:
+    def predict(self, images: Tensor, batch_size: int = 128) -> Tensor:
         """uint8 (N, 3, H, W) => class of each pixel, uint8 (N, 64, 64)."""
         self.eval()
-        parts = [self(seen(part)).argmax(dim=1).to(torch.uint8) for part in pictures.split(batch_size)]
+        parts = [self(seen(part)).argmax(dim=1).to(torch.uint8) for part in images.split(batch_size)]
         return torch.cat(parts)
 
 
@@ -56,9 +56,9 @@ def _twice(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def seen(pictures: Tensor) -> Tensor:
+def seen(images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) => float (N, 3, 64, 64) in [-1, 1]."""
-    pixels = to_float(pictures)
+    pixels = to_float(images)
     if pixels.shape[2:] == (SIDE, SIDE):
         return pixels
     return F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
@@ -73,7 +73,7 @@ def seen_labels(labels: Tensor) -> Tensor:
 
 
 def train_segmenter(
-    pictures: Tensor,  # uint8 (N, 3, 64, 64), real
+    images: Tensor,  # uint8 (N, 3, 64, 64), real
     labels: Tensor,  # uint8 or int64 (N, 64, 64)
     classes: int,
     *,
@@ -90,12 +90,12 @@ def train_segmenter(
         weights = weights / (weights * share).sum()
 
         def loss() -> Tensor:
-            chosen = torch.randint(len(pictures), (batch_size,))
-            pixels, asked = _varied(seen(pictures[chosen]), labels[chosen].to(torch.int64))
+            chosen = torch.randint(len(images), (batch_size,))
+            pixels, asked = _varied(seen(images[chosen]), labels[chosen].to(torch.int64))
             return F.cross_entropy(model(pixels.contiguous(memory_format=torch.channels_last)), asked, weights)
 
         descend(model, loss, steps, learning_rate=4e-3, weight_decay=0.02, show=show)
-    model.learned = Learned(len(pictures), steps, batch_size)
+    model.learned = Learned(len(images), steps, batch_size)
     return model.eval()
 
 

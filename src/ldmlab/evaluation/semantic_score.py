@@ -1,7 +1,7 @@
-"""Do samples show the label map that was asked for? A segmenter trained on real pictures draws their maps again.
+"""Do samples show the label map that was asked for? A segmenter trained on real images draws their maps again.
 
 Foreground mIoU: the mean over classes but the background (0) of the intersection over the union of asked and found
-pixels, both counted over all pictures; classes that nobody asked for are left out.
+pixels, both counted over all images; classes that nobody asked for are left out.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ class SemanticJudge:
 
     steps: int = 400  # updates of the segmenter
     batch_size: int = 24
-    pictures: int = 4000  # it learns from at most
+    images: int = 4000  # it learns from at most
     needs: ClassVar[frozenset[str]] = frozenset({"segmentation"})
 
     def __call__(self, evidence: Evidence) -> Verdict:
-        """Learn from the training split, then look at held-out pictures and at samples."""
-        pictures, labels = collected(evidence.real("train", ()), self.pictures)
+        """Learn from the training split, then look at held-out images and at samples."""
+        images, labels = collected(evidence.real("train", ()), self.images)
         judge = train_segmenter(
-            pictures,
+            images,
             labels,
             int(labels.max()) + 1,
             steps=self.steps,
@@ -51,7 +51,7 @@ class SemanticJudge:
         return Verdict(
             measures="foreground mIoU with the asked map",
             how=(
-                f"A segmenter of {judge.classes - 1} classes and background that has seen only real training pictures "
+                f"A segmenter of {judge.classes - 1} classes and background that has seen only real training images "
                 "draws the map of every sample again; intersection over union, mean over classes without background."
             ),
             samples=mean_iou(samples),
@@ -73,7 +73,7 @@ def _name(label: int, labels: int, names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pixels of a class over all pictures."""
+    """Pixels of a class over all images."""
 
     both: int
     asked: int
@@ -89,7 +89,7 @@ def overlaps(found: Tensor, asked: Tensor, classes: int) -> list[Overlap]:
     """Maps (N, h, w) of both kinds; a class that the judge has never seen cannot be judged."""
     if int(asked.max()) >= classes:
         raise InputError(
-            f"label {int(asked.max())} is asked for but in no training picture, so it cannot be judged; "
+            f"label {int(asked.max())} is asked for but in no training image, so it cannot be judged; "
             "pack the data with another split."
         )
     asked, found = asked.flatten().to(torch.int64), found.flatten().to(torch.int64)
@@ -112,18 +112,18 @@ def asked_maps(asked: Sequence[Fields]) -> Tensor:
 
 
 def collected(batches: Batches, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 (N, 3, 64, 64) and label maps uint8 (N, 64, 64)."""
-    pictures: list[Tensor] = []
+    """Images uint8 (N, 3, 64, 64) and label maps uint8 (N, 64, 64)."""
+    images: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in batches:
         if len(batch["key"]):
-            pictures.append(to_bytes(seen(batch["image"])))
+            images.append(to_bytes(seen(batch["image"])))
             labels.append(seen_labels(batch["segmentation"]))
-        if most is not None and sum(map(len, pictures)) >= most:
+        if most is not None and sum(map(len, images)) >= most:
             break
-    if not pictures:
-        raise InputError("no picture with a label map could be read to learn from.")
+    if not images:
+        raise InputError("no image with a label map could be read to learn from.")
     maps = torch.cat(labels)[:most]
     if int(maps.max()) >= _LARGEST:
         raise InputError(f"label {int(maps.max())} is above 255, which this judge does not serve; renumber the maps.")
-    return torch.cat(pictures)[:most], maps.to(torch.uint8)
+    return torch.cat(images)[:most], maps.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Score one set of pictures on disk against another: no model, no protocol."""
+"""Score one set of images on disk against another: no model, no protocol."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -8,7 +8,7 @@ import torch
 from torchmetrics import Metric
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.picture_sets import PictureSet
+from ldmlab.evaluation.image_sets import ImageSet
 from ldmlab.evaluation.record import FORMAT_VERSION, features_record, gathered
 from ldmlab.evaluation.score import EvaluationPass, Numbered, OptionNames
 from ldmlab.metrics.features import FeatureExtractor, Inception2015
@@ -20,8 +20,8 @@ Track = Callable[[Iterable[Numbered], int, str], Iterable[Numbered]]  # the same
 
 
 def score_sets(
-    samples: PictureSet,
-    reference: PictureSet,
+    samples: ImageSet,
+    reference: ImageSet,
     extractor: FeatureExtractor,
     metrics: Mapping[str, Metric],
     *,
@@ -31,14 +31,13 @@ def score_sets(
     world: int = 1,
     track: Track = lambda items, count, title: items,
 ) -> dict[str, Any]:
-    """The scores as plain data, on every process; statistics that the reference's file brings replace its pictures."""
+    """The scores as plain data, on every process; statistics that the reference's file brings replace its images."""
     _check(samples, reference)
     seen = EvaluationPass(extractor, metrics, options=OPTIONS)
     given = _give_statistics(reference, extractor, metrics, first=rank == 0)
     if reference.count == 0 and (lost := sorted(metrics.keys() - given)):
         raise InputError(
-            f"{reference.path} holds statistics and no pictures, which score {lost[0]} needs; leave it out of "
-            "--metrics."
+            f"{reference.path} holds statistics and no images, which score {lost[0]} needs; leave it out of --metrics."
         )
     seen.check_counts(reference.count, samples.count, given)
     for one, real, title in ((reference, True, "reference"), (samples, False, "samples")):
@@ -68,19 +67,19 @@ def statistics_of(metrics: Mapping[str, Metric]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _check(samples: PictureSet, reference: PictureSet) -> None:
+def _check(samples: ImageSet, reference: ImageSet) -> None:
     if samples.count == 0:
-        raise InputError(f"{samples.path} holds no pictures, so there is nothing to score.")
+        raise InputError(f"{samples.path} holds no images, so there is nothing to score.")
     if reference.size is not None and samples.size != reference.size:
         height, width = samples.size or (0, 0)
         raise InputError(
-            f"{samples.path} has pictures of {height}x{width} px and {reference.path} of "
+            f"{samples.path} has images of {height}x{width} px and {reference.path} of "
             f"{reference.size[0]}x{reference.size[1]}; bring both to one size by one rule (`ldmlab pack --size`)."
         )
 
 
 def _give_statistics(
-    reference: PictureSet, extractor: FeatureExtractor, metrics: Mapping[str, Metric], first: bool
+    reference: ImageSet, extractor: FeatureExtractor, metrics: Mapping[str, Metric], first: bool
 ) -> set[str]:
     """Means and covariances of the file to the Frechet distances; the names of the metrics that took one."""
     statistics, took = reference.statistics(), set()

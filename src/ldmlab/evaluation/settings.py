@@ -1,4 +1,4 @@
-"""How a picture is sampled: everything but the model and the conditions."""
+"""How an image is sampled: everything but the model and the conditions."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,7 +10,7 @@ from ldmlab.samplers import sampler_by_name
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Written into every picture and every score."""
+    """Written into every image and every score."""
 
     steps: int | None = None  # None: the sampler's own, 50 for DDIM, every level of the schedule for DDPM
     guidance: float | None = None  # None: 3 if the model was trained for it, else 1 (off)
@@ -28,7 +28,7 @@ class SampleSettings:
     def filled(
         self, *, guidance: float, size: tuple[int, int], levels: int, strength: float | None, repeats: int | None
     ) -> "SampleSettings":
-        """Without any None but what a given picture alone asks for; the sampler's own options are checked."""
+        """Without any None but what a given image alone asks for; the sampler's own options are checked."""
         sampler = self.build_sampler()
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed={self.seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
@@ -47,7 +47,7 @@ class SampleSettings:
         return sampler_by_name(self.sampler, eta=self.eta)
 
     def as_text(self) -> dict[str, Any]:
-        """Plain values for files; the size as height x width; nothing of pictures or parts where there are none."""
+        """Plain values for files; the size as height x width; nothing of images or parts where there are none."""
         values = asdict(self)
         absent = [name for name in ("tile", "window", "strength", "repeats") if not values[name]]
         absent += ["tile_norms"] * (not self.tile)

@@ -1,4 +1,4 @@
-"""The way from noise to picture, decoded while it is walked."""
+"""The way from noise to image, decoded while it is walked."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmlab.evaluation.model import LoadedModel, as_pictures
+from ldmlab.evaluation.model import LoadedModel, as_images
 from ldmlab.evaluation.settings import SampleSettings
 
 FRAMES = 48  # of an animation, at most
@@ -15,7 +15,7 @@ COLUMNS = 10  # of a row
 
 
 class Strip:
-    """An `after_step` that keeps decoded pictures of one batch at a time."""
+    """An `after_step` that keeps decoded images of one batch at a time."""
 
     def __init__(self, model: LoadedModel, settings: SampleSettings) -> None:
         """settings: resolved ones."""
@@ -27,18 +27,18 @@ class Strip:
         self._frames: list[Tensor] = []
 
     def __call__(self, step: int, x: Tensor, clean: Tensor) -> Tensor:
-        """Keep the noisy latent's picture; x goes on unchanged."""
+        """Keep the noisy latent's image; x goes on unchanged."""
         if step in self.kept:
-            self._frames.append(as_pictures(self.model.diffusion.decode(x)))
+            self._frames.append(as_images(self.model.diffusion.decode(x)))
         return x
 
     @torch.inference_mode()
     def take(self, requests: Sequence[Mapping[str, Any]], numbers: list[int]) -> list[list[np.ndarray]]:
-        """Frames per picture of the batch just finished, what it began with first; forgets them."""
+        """Frames per image of the batch just finished, what it began with first; forgets them."""
         assert isinstance(self.settings.size, tuple)
         height, width = self.settings.size
         start = self.model.begin(requests, self.settings, numbers)
-        frames = [as_pictures(self.model.diffusion.decode(start)), *self._frames]
+        frames = [as_images(self.model.diffusion.decode(start)), *self._frames]
         frames = [frame[:, :height, :width] for frame in frames]
         self._frames = []
         return [[frame[i].numpy() for frame in frames] for i in range(len(numbers))]

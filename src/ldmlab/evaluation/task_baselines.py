@@ -1,6 +1,6 @@
 """Answers without a model: what every trained one must beat on its own task.
 
-They see what the model sees: known pixels and the hole, or the small picture.
+They see what the model sees: known pixels and the hole, or the small image.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ldmlab.evaluation.task_evidence import Batches, Fields
 
 @dataclass(frozen=True)
 class Bicubic:
-    """The small picture enlarged by Pillow's bicubic kernel."""
+    """The small image enlarged by Pillow's bicubic kernel."""
 
     factor: int = 4
     needs: ClassVar[frozenset[str]] = frozenset({"low_resolution"})
@@ -58,25 +58,25 @@ class MeanFill:
 
 @dataclass
 class NearestPatch:
-    """The hole copied from the training picture whose pixels around it are nearest, at the same place."""
+    """The hole copied from the training image whose pixels around it are nearest, at the same place."""
 
     border: int = 8  # px around the hole that are compared
-    pictures: int = 3000  # training pictures looked at
+    images: int = 3000  # training images looked at
     needs: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
     title: ClassVar[str] = "nearest training patch"
     _train: Tensor | None = field(default=None, repr=False)  # uint8 (N, 3, H, W)
 
     def learn(self, real: Batches) -> None:
-        """Keep the first pictures."""
+        """Keep the first images."""
         kept: list[Tensor] = []
         for batch in real:
             if len(batch["key"]):
                 kept.append(batch["image"])
-            if sum(map(len, kept)) >= self.pictures:
+            if sum(map(len, kept)) >= self.images:
                 break
         if not kept:
-            raise InputError("no training picture could be read to copy patches from.")
-        self._train = torch.cat(kept)[: self.pictures]
+            raise InputError("no training image could be read to copy patches from.")
+        self._train = torch.cat(kept)[: self.images]
 
     def __call__(self, asked: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""
@@ -105,7 +105,7 @@ class NearestPatch:
 
 
 def given(asked: Sequence[Fields]) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 (B, 3, H, W), black in the hole, and the holes, bool (B, 1, H, W)."""
+    """Images uint8 (B, 3, H, W), black in the hole, and the holes, bool (B, 1, H, W)."""
     images = torch.stack([torch.from_numpy(np.array(one["image"])).permute(2, 0, 1) for one in asked])
     holes = torch.stack([torch.from_numpy(np.asarray(one["mask"]) > 0)[None] for one in asked])
     return torch.where(holes, torch.zeros_like(images), images), holes

@@ -1,6 +1,6 @@
-"""What a task's judges may look at, and what they say: real pictures with their annotations, samples, what was asked.
+"""What a task's judges may look at, and what they say: real images with their annotations, samples, what was asked.
 
-A judge learns from real training pictures alone, is measured on held-out real pictures, and then looks at samples.
+A judge learns from real training images alone, is measured on held-out real images, and then looks at samples.
 The same samples beside what others were asked for say what chance is worth.
 """
 
@@ -20,9 +20,9 @@ Batches = Iterable[Fields]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Pictures are uint8 (3, H, W) each, with what lies on them; fields are those of the model's requests."""
+    """Images are uint8 (3, H, W) each, with what lies on them; fields are those of the model's requests."""
 
-    real: Callable[[str, tuple[str, ...]], Batches]  # split, more fields of KEY.json => its pictures, at sample size
+    real: Callable[[str, tuple[str, ...]], Batches]  # split, more fields of KEY.json => its images, at sample size
     reference: str  # split that samples are compared with: train | val
     asked: Sequence[Fields]  # of each sample, the fields that the judge needs
     samples: Tensor  # uint8 (N, 3, H, W)
@@ -54,7 +54,7 @@ def _same(one: Fields, other: Fields) -> bool:
 
 @dataclass(frozen=True)
 class ClassVerdict:
-    """One class: the score on real pictures and on samples, None where nothing was asked; from how many each."""
+    """One class: the score on real images and on samples, None where nothing was asked; from how many each."""
 
     name: str
     real: float | None
@@ -78,7 +78,7 @@ class Verdict:
 
     @property
     def of_real(self) -> float | None:
-        """Samples over real pictures."""
+        """Samples over real images."""
         return self.samples / self.held_out_real if self.held_out_real else None
 
     @property
@@ -103,7 +103,7 @@ class Baseline(Protocol):
     title: ClassVar[str]
 
     def learn(self, real: Batches) -> None:
-        """Training pictures, for those that copy from them."""
+        """Training images, for those that copy from them."""
 
     def __call__(self, asked: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""

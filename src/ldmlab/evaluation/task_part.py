@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import save_picture
+from ldmlab.evaluation.album import save_image
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.record import all_items, gathered
 from ldmlab.evaluation.score import EvaluationPass, Numbered
 from ldmlab.evaluation.task_evidence import Baseline, Batches, Evidence, Judge
-from ldmlab.evaluation.task_pictures import request_picture
+from ldmlab.evaluation.task_images import request_image
 
 if TYPE_CHECKING:
     from ldmlab.evaluation.evaluate import Evaluation
 
 _SHARED = ("judges", "baselines", "protocol", "data", "lpips", "out", "rank", "world", "track")  # with Evaluation
-_BATCH = 64  # real pictures, or answers of a baseline, at a time
+_BATCH = 64  # real images, or answers of a baseline, at a time
 
 
 @dataclass
 class TaskPart:
-    """Made once the real pictures are seen and before the first sample."""
+    """Made once the real images are seen and before the first sample."""
 
     judges: Mapping[str, Judge]
     baselines: Mapping[str, Baseline]
@@ -35,7 +35,7 @@ class TaskPart:
     asked: Sequence[Mapping[str, Any]]
     known: Any  # as PairedPass takes it
     data: ShardData
-    seen: EvaluationPass  # knows the real pictures
+    seen: EvaluationPass  # knows the real images
     lpips: nn.Module | None
     out: Path
     shown: Sequence[int]  # numbers of samples that the report shows
@@ -57,13 +57,13 @@ class TaskPart:
 
     def watch(self, stream: Iterable[Numbered]) -> Iterator[Numbered]:
         """The same samples, kept for the judges."""
-        for index, pictures in stream:
+        for index, images in stream:
             if self.judges:
-                self._drawn += zip(index.tolist(), pictures, strict=True)
-            yield index, pictures
+                self._drawn += zip(index.tolist(), images, strict=True)
+            yield index, images
 
     def run(self) -> dict[str, Any]:
-        """`judges`, `baselines` and the files of `given` pictures for metrics.json, on every process."""
+        """`judges`, `baselines` and the files of `given` images for metrics.json, on every process."""
         if not self.judges and not self.baselines:
             return {}
         judged = self._judge() if self.judges else {}
@@ -77,7 +77,7 @@ class TaskPart:
 
     def _judge(self) -> dict[str, Any]:
         """By the first process alone: a judge learns for a minute or two."""
-        samples = [picture for _, picture in sorted(all_items(self._drawn), key=lambda item: item[0])]
+        samples = [image for _, image in sorted(all_items(self._drawn), key=lambda item: item[0])]
         found = {name: self._verdict(one, torch.stack(samples)) for name, one in self._mine()}
         return gathered(found)[0]
 
@@ -100,7 +100,7 @@ class TaskPart:
         return asdict(verdict) | {"of_real": verdict.of_real, "times_chance": verdict.times_chance}
 
     def _real(self, split: str, fields: tuple[str, ...]) -> Batches:
-        """All pictures of a split as the task serves held-out ones."""
+        """All images of a split as the task serves held-out ones."""
         data = replace(self.data, fields=tuple(dict.fromkeys((*self.data.fields, *fields)))) if fields else self.data
         limit = self.protocol.reference_limit if split == self.protocol.reference else None
         return data.eval_loader(split, _BATCH, limit=limit, kind="images")
@@ -108,7 +108,7 @@ class TaskPart:
     # ---- baselines
 
     def _answer(self, name: str, baseline: Baseline) -> dict[str, Any]:
-        """Scores of its answers to the same requests, against the same pictures."""
+        """Scores of its answers to the same requests, against the same images."""
         baseline.learn(self._real("train", ()))
         seen, protocol = self._passes[name], self.protocol
         pairs = PairedPass(protocol, self.known, seen.extractor, self.lpips) if protocol.pairs else None
@@ -119,7 +119,7 @@ class TaskPart:
         return {
             "title": baseline.title,
             "scores": {score: asdict(value) for score, value in scores.items()},
-            "pictures": [_file(f"baseline_{name}", number) for number in self.shown],
+            "images": [_file(f"baseline_{name}", number) for number in self.shown],
         }
 
     def _answers(self, name: str, baseline: Baseline) -> Iterator[Numbered]:
@@ -127,30 +127,30 @@ class TaskPart:
         starts = range(0, len(mine), _BATCH)
         for start in self.track(starts, len(starts), baseline.title):
             chunk = list(mine[start : start + _BATCH])
-            pictures = baseline([self.asked[number] for number in chunk])
-            for number, picture in zip(chunk, pictures, strict=True):
+            images = baseline([self.asked[number] for number in chunk])
+            for number, image in zip(chunk, images, strict=True):
                 if number in shown:
-                    save_picture(self.out, f"baseline_{name}", number, picture)
-            yield torch.tensor(chunk), pictures
+                    save_image(self.out, f"baseline_{name}", number, image)
+            yield torch.tensor(chunk), images
 
     def _given(self) -> list[str]:
-        """What the model was told, as pictures, for the samples that are shown; none for words and numbers."""
+        """What the model was told, as images, for the samples that are shown; none for words and numbers."""
         files = []
         for number in self.shown:
-            picture = request_picture(self.asked[number], self.data.image_size)
-            if picture is None:
+            image = request_image(self.asked[number], self.data.image_size)
+            if image is None:
                 return []
-            files.append(save_picture(self.out, "given", number, picture) if self.rank == 0 else "")
+            files.append(save_image(self.out, "given", number, image) if self.rank == 0 else "")
         return files
 
 
 def _file(kind: str, number: int) -> str:
-    return f"pictures/{kind}_{number:05d}.png"
+    return f"images/{kind}_{number:05d}.png"
 
 
 def task_part(
     evaluation: "Evaluation", known: Any, asked: Sequence[Mapping[str, Any]], seen: EvaluationPass, shown: Sequence[int]
 ) -> TaskPart:
-    """The part of an evaluation whose real pictures have been seen."""
+    """The part of an evaluation whose real images have been seen."""
     parts = {name: getattr(evaluation, name) for name in _SHARED}
     return TaskPart(known=known, asked=asked, seen=seen, shown=shown, **parts)

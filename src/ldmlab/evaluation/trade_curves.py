@@ -23,13 +23,13 @@ def trained_seconds(path: Path, step: int | None) -> float | None:
     seconds, before = 0.0, 0.0
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if not row.get("speed/pictures_per_second") or not row.get("pictures"):
+            if not row.get("speed/images_per_second") or not row.get("images"):
                 continue
             if step is not None and int(row["step"]) > step:
                 break
-            pictures = float(row["pictures"])
-            seconds += max(pictures - before, 0.0) / float(row["speed/pictures_per_second"])
-            before = max(pictures, before)
+            images = float(row["images"])
+            seconds += max(images - before, 0.0) / float(row["speed/images_per_second"])
+            before = max(images, before)
     return seconds if before else None
 
 
@@ -50,7 +50,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
-    """Curves of one figure share protocol, features and reference pictures."""
+    """Curves of one figure share protocol, features and reference images."""
 
     def measure(job: Mapping[str, Any]) -> tuple[Any, ...]:
         by = job["points"][0]["scored_by"] if job["points"] else {"features": {}}
@@ -65,7 +65,7 @@ def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
         if measure(job) != measure(jobs[0]) or not same(job["protocol"], jobs[0]["protocol"]):
             raise InputError(
                 f"{job['folder']} and {jobs[0]['folder']} were scored by different protocols, features or reference "
-                "pictures, so one figure cannot hold both; give them to two reports."
+                "images, so one figure cannot hold both; give them to two reports."
             )
 
 
@@ -166,7 +166,7 @@ def by_factor(jobs: Sequence[Mapping[str, Any]]) -> list[FactorJobs]:
     return [FactorJobs(shown[key], groups[key]) for key in keys]
 
 
-_APART = ("downsampling", "first_stage", "parameters", "max_steps", "pictures_per_step")
+_APART = ("downsampling", "first_stage", "parameters", "max_steps", "images_per_step")
 
 
 def _identity(job: Mapping[str, Any]) -> tuple[Any, ...]:

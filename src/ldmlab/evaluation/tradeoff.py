@@ -15,7 +15,7 @@ from ldmlab.evaluation.report import MEANING
 from ldmlab.evaluation.report_html import page
 from ldmlab.evaluation.score_names import number_text
 from ldmlab.evaluation.trade_curves import PETA, Curve, FactorJobs, by_factor, check_one_measure, is_job, read_job
-from ldmlab.evaluation.trade_pictures import picture_rows
+from ldmlab.evaluation.trade_images import image_rows
 
 Axis = tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]]
 TRAINING: dict[str, Axis] = {
@@ -26,11 +26,11 @@ TRAINING: dict[str, Axis] = {
 }
 SAMPLING: dict[str, Axis] = {
     "sampling time": (
-        "seconds a picture",
-        lambda job, point: job["seconds_per_picture"].get(str(point["sampler_steps"])),
+        "seconds an image",
+        lambda job, point: job["seconds_per_image"].get(str(point["sampler_steps"])),
     ),
     "sampling compute": (
-        "1e9 FLOPs a picture",
+        "1e9 FLOPs an image",
         lambda job, point: (job["forward"] * point["sampler_steps"] * _asked(job) + job["decoder"]) / 1e9,
     ),
     "sampler steps": ("steps", lambda _, point: point["sampler_steps"]),
@@ -64,8 +64,8 @@ def write_tradeoff(folders: Sequence[Path], out: Path) -> Path:
     lead = f"{len(jobs)} jobs, each a factor with all its stages, scored by the protocol {jobs[0]['protocol']['name']}."
     if left_out:
         lead += f" Not scored yet, so left out: {', '.join(folder.name for folder in left_out)}."
-    if pictures := picture_rows(jobs):
-        sections.append(_block("Pictures", pictures))
+    if images := image_rows(jobs):
+        sections.append(_block("Images", images))
     _write(out / "report.html", page("Downsampling comparison", lead, sections))
     _write(out / "report.md", "\n".join([*lines[:2], lead, "", *lines[2:]]))
     _write(out / "points.csv", points_csv(jobs))
@@ -222,12 +222,12 @@ def points_csv(jobs: Sequence[Mapping[str, Any]]) -> str:
     scores = sorted({name for job in jobs for point in job["points"] for name in point["scores"]})
     file = io.StringIO()
     writer = csv.writer(file)
-    writer.writerow([*names, "seconds_per_picture", *scores])
+    writer.writerow([*names, "seconds_per_image", *scores])
     for job in jobs:
         for point in job["points"]:
             both = {**job, **point}
             values = [point["scores"][name]["value"] if name in point["scores"] else "" for name in scores]
-            pace = job["seconds_per_picture"].get(str(point["sampler_steps"]), "")
+            pace = job["seconds_per_image"].get(str(point["sampler_steps"]), "")
             writer.writerow([*(both[name] for name in names), pace, *values])
     return file.getvalue()
 

@@ -1,4 +1,4 @@
-"""First stages: pictures to raw latents and back."""
+"""First stages: images to raw latents and back."""
 
 from ldmlab.first_stages.identity import Identity
 from ldmlab.first_stages.kl import KLAutoencoder

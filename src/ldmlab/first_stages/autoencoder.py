@@ -9,7 +9,7 @@ from ldmlab.first_stages.encoder_decoder import Architecture, Decoder, Encoder, 
 
 
 class Autoencoder(nn.Module, ABC):
-    """Pictures to features (C' channels) to latents (C channels) and back; subclasses say how features become latents.
+    """Images to features (C' channels) to latents (C channels) and back; subclasses say how features become latents.
 
     They add `from_latent` after their own way in: the order of parameters is that of optimizer states on disk.
     """

@@ -45,7 +45,7 @@ class Architecture:
 
     @property
     def downsampling(self) -> int:
-        """Picture pixels per latent pixel and axis, f."""
+        """Image pixels per latent pixel and axis, f."""
         return int(2 ** (len(self.channel_mult) - 1))
 
     def has_attention(self, level: int) -> bool:
@@ -86,7 +86,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to feature maps at 1 / f of their size; levels run from the finest to the coarsest."""
+    """Images to feature maps at 1 / f of their size; levels run from the finest to the coarsest."""
 
     def __init__(self, arch: Architecture, out_channels: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Feature maps to pictures at f times their size; levels run from the coarsest to the finest."""
+    """Feature maps to images at f times their size; levels run from the coarsest to the finest."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def initialise(network: nn.Module, rule: str) -> None:
 
 
 def check_image_size(images: Tensor, downsampling: int) -> None:
-    """Refuse pictures whose height or width the downsampling does not divide."""
+    """Refuse images whose height or width the downsampling does not divide."""
     height, width = images.shape[-2:]
     if height % downsampling or width % downsampling:
         fitting = [max(side // downsampling, 1) * downsampling for side in (height, width)]

@@ -1,4 +1,4 @@
-"""The first stage that does nothing (f = 1): the latent is the picture, for the paper's pixel-space rows."""
+"""The first stage that does nothing (f = 1): the latent is the image, for the paper's pixel-space rows."""
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ class Identity(nn.Module):
         return raw_latents
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
-        """The pictures themselves, without penalty."""
+        """The images themselves, without penalty."""
         return Reconstruction(images, {})
 
     @property

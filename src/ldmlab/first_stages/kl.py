@@ -1,4 +1,4 @@
-"""The KL first stage: a Gaussian posterior per picture, pulled slightly towards a standard normal."""
+"""The KL first stage: a Gaussian posterior per image, pulled slightly towards a standard normal."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class KLAutoencoder(Autoencoder):
-    """Pictures to a diagonal Gaussian over latents and back (kl-f4 ... kl-f32 of the paper)."""
+    """Images to a diagonal Gaussian over latents and back (kl-f4 ... kl-f32 of the paper)."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The encoder and the decoder in parts with the group-norm statistics of the whole picture.
+"""The encoder and the decoder in parts with the group-norm statistics of the whole image.
 
 A network is a row of steps (convolution, residual block, attention, resampling). Where the map between two steps is
 small it is kept whole; the steps from one kept map to the next make a stage. A stage runs part by part, each part with
@@ -35,13 +35,13 @@ class Step:
 
 
 def encoder_steps(encoder: Encoder) -> list[Step]:
-    """Pictures to features, (B, 3, H, W) => (B, C, H / f, W / f)."""
+    """Images to features, (B, 3, H, W) => (B, C, H / f, W / f)."""
     levels = [step for level in encoder.levels for step in _level_steps(level)]  # type: ignore[arg-type]
     return [_convolution(encoder.input), *levels, *_middle_steps(encoder.middle), _head(encoder)]
 
 
 def decoder_steps(decoder: Decoder) -> list[Step]:
-    """Features to pictures, (B, C, h, w) => (B, 3, f h, f w)."""
+    """Features to images, (B, C, h, w) => (B, 3, f h, f w)."""
     levels = [step for level in decoder.levels for step in _level_steps(level)]  # type: ignore[arg-type]
     return [_convolution(decoder.input), *_middle_steps(decoder.middle), *levels, _head(decoder)]
 
@@ -178,7 +178,7 @@ def _statistics(
     run: Callable[[_Part], Tensor],
     known: dict[nn.GroupNorm, tuple[Tensor, Tensor]],  # of the norms before it
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each picture's groups over the whole map, (B, G) each."""
+    """Mean and variance of each image's groups over the whole map, (B, G) each."""
     sums: list[Tensor] = []
     count = 0
 

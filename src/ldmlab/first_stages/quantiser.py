@@ -16,7 +16,7 @@ from ldmlab.errors import InputError
 
 _DISTANCES_AT_ONCE = 2**25  # bounds the memory of the search to 128 MiB
 _USES_DECAY = 0.99  # of the running count of uses where codes follow the gradient
-_CANDIDATES = 256  # vectors of a picture from which codes may restart
+_CANDIDATES = 256  # vectors of an image from which codes may restart
 
 
 class Quantised(NamedTuple):
@@ -94,7 +94,7 @@ class Quantiser(nn.Module):
     # ---- codes that are moved by hand, once a step ----
 
     def _watch(self, latents: Tensor, codes: Tensor) -> None:
-        """Remember how often every code was chosen, by which vectors, and some vectors of every picture."""
+        """Remember how often every code was chosen, by which vectors, and some vectors of every image."""
         vectors = latents.flatten(2).transpose(1, 2)  # (B, h w, C)
         uses = torch.bincount(codes.flatten(), minlength=len(self.uses)).to(self.uses.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), vectors.flatten(0, 1))
@@ -118,7 +118,7 @@ class Quantiser(nn.Module):
         return self._restart(torch.cat([candidates for _, _, candidates in seen]))
 
     def _restart(self, candidates: Tensor) -> Tensor:
-        """Codes hardly used begin again at vectors of the step's pictures, drawn by the number of updates."""
+        """Codes hardly used begin again at vectors of the step's images, drawn by the number of updates."""
         average = self.uses.mean()
         rows = (self.uses < (self.restart_below or 0.0) * average).nonzero()[:, 0]
         if len(rows):  # on every process or on none

@@ -1,9 +1,9 @@
-"""Pictures of any size through a first stage in parts, so that memory is bounded by a part and not by the picture.
+"""Images of any size through a first stage in parts, so that memory is bounded by a part and not by the image.
 
 separate: every part is encoded or decoded on its own and neighbours are blended where they overlap. No seam, but each
-    part has its own group-norm statistics, so tones drift from those of the whole picture.
-shared: all parts of a group norm use the statistics of the whole picture, gathered part by part before they are used.
-    The result is that of the whole picture but for rounding; `layered.py` says how.
+    part has its own group-norm statistics, so tones drift from those of the whole image.
+shared: all parts of a group norm use the statistics of the whole image, gathered part by part before they are used.
+    The result is that of the whole image but for rounding; `layered.py` says how.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ class TiledFirstStage:
     def __init__(
         self,
         first_stage: nn.Module,
-        tile: int = 512,  # side of a part, px of the picture
+        tile: int = 512,  # side of a part, px of the image
         norms: str = "shared",  # shared | separate: group-norm statistics
-        kept_mib: int | None = None,  # shared only: larger feature maps of a picture are computed again in every pass;
+        kept_mib: int | None = None,  # shared only: larger feature maps of an image are computed again in every pass;
         # None: twice a part's map at the finest level, 256 MiB for the paper's first stages and parts of 512
     ) -> None:
         self.inner: Any = first_stage
@@ -84,7 +84,7 @@ class TiledFirstStage:
         return blended(lambda i: self.inner.decode(cut[i].of(raw_latents)), put)
 
     def _windows(self, size: tuple[int, int]) -> tuple[list[Any], list[Any]]:
-        """The same windows of a latent of `size` and of its picture; they overlap by a quarter."""
+        """The same windows of a latent of `size` and of its image; they overlap by a quarter."""
         part = self.tile // self.downsampling
         return windows(size, part, part // 4), windows(size, part, part // 4, scale=self.downsampling)
 

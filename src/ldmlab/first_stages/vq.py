@@ -11,7 +11,7 @@ from ldmlab.first_stages.quantiser import Quantiser
 
 
 class VQModel(Autoencoder):
-    """Pictures to latents in front of a quantiser and back (vq-f4 ... vq-f16 of the paper)."""
+    """Images to latents in front of a quantiser and back (vq-f4 ... vq-f16 of the paper)."""
 
     def __init__(
         self,

@@ -81,7 +81,7 @@ def _noise_conditioning(spec: dict[str, Any]) -> Conditioning:
 
 
 def _noise(*shape: int) -> Tensor:
-    """The same every time, one picture."""
+    """The same every time, one image."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -99,7 +99,7 @@ def card(imported: Imported) -> str:
     lines = [
         f"# {Path(imported.source).name}",
         "",
-        f"A {spec['kind'].replace('_', ' ')} for pictures of {spec['image_size']} px, imported from "
+        f"A {spec['kind'].replace('_', ' ')} for images of {spec['image_size']} px, imported from "
         f"`{Path(imported.source).name}` ({imported.weights} weights); the licence of its source applies.",
         "",
     ]

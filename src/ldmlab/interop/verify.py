@@ -68,7 +68,7 @@ def raw_latents(stage: nn.Module) -> LatentSpace:
 
 @torch.no_grad()
 def compare_first_stage(model: LatentSpace, theirs: Any, scaling_factor: float) -> Differences:
-    """Final latents of a picture and pictures of final latents; a codebook is asked for vectors it holds."""
+    """Final latents of an image and images of final latents; a codebook is asked for vectors it holds."""
     stage: Any = model.first_stage
     side = max(4 * stage.downsampling, 16)
     images = noise(1, 3, side, side).clamp(-1, 1)
@@ -136,7 +136,7 @@ def compare_imports(ours: Imported, theirs: Imported) -> Differences:
 
 
 def compare_latent_spaces(ours: LatentSpace, theirs: LatentSpace) -> Differences:
-    """Final latents of a picture, and the picture of those latents."""
+    """Final latents of an image, and the image of those latents."""
     stage: Any = ours.first_stage
     images = noise(1, 3, *[max(4 * stage.downsampling, 16)] * 2).clamp(-1, 1)
     latents = ours.encode(images)

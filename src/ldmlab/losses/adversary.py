@@ -20,7 +20,7 @@ class Adversary(nn.Module):
     def __init__(
         self,
         *,
-        discriminator: nn.Module,  # pictures => logits
+        discriminator: nn.Module,  # images => logits
         weight: float,  # of its term, beside the adaptive factor
         discriminator_start: int,  # updates made before the discriminator's training begins
         adversary_start: int,  # updates made before its term enters the autoencoder's loss

@@ -21,7 +21,7 @@ class AutoencoderLoss(nn.Module):
         *,
         penalty_weights: Mapping[str, float],  # by the first stage's names: kl | codebook
         lpips_weight: float,  # 0: the LPIPS network is not built
-        reduction: Reduction,  # sum_per_picture (official KL models) | mean (official VQ models)
+        reduction: Reduction,  # sum_per_image (official KL models) | mean (official VQ models)
         logvar: Literal["fixed", "learned"] = "fixed",  # scale of the reconstruction error
         adversary: Adversary | None = None,  # None: no discriminator
         lpips: nn.Module | None = None,  # the network, where its weight is not 0

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ldmlab.errors import InputError
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "group": lambda width: nn.GroupNorm(min(32, width // 2), width),  # each picture by itself: any split is the same
+    "group": lambda width: nn.GroupNorm(min(32, width // 2), width),  # each image by itself: any split is the same
     "sync_batch": nn.SyncBatchNorm,  # as released; statistics over all processes
 }
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures to one logit for each patch: `layers` halvings, two more convolutions, leaky ReLU between."""
+    """Images to one logit for each patch: `layers` halvings, two more convolutions, leaky ReLU between."""
 
     def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group") -> None:
         super().__init__()
@@ -32,16 +32,16 @@ class PatchDiscriminator(nn.Module):
                 nn.LeakyReLU(0.2),
             ]
         parts.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
-        self.smallest_picture = 3 * 2**layers
+        self.smallest_image = 3 * 2**layers
         self.network = nn.Sequential(*parts)
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] => logits (B, 1, h, w), high for real."""
-        if min(images.shape[-2:]) < self.smallest_picture:
+        if min(images.shape[-2:]) < self.smallest_image:
             raise InputError(
-                f"pictures of {images.shape[-2]}x{images.shape[-1]} are too small for this discriminator, which needs "
-                f"{self.smallest_picture} pixels a side; choose fewer discriminator.layers or larger pictures."
+                f"images of {images.shape[-2]}x{images.shape[-1]} are too small for this discriminator, which needs "
+                f"{self.smallest_image} pixels a side; choose fewer discriminator.layers or larger images."
             )
         logits: Tensor = self.network(images)
         return logits

@@ -1,4 +1,4 @@
-"""How far a reconstruction is from its picture: absolute error, and LPIPS if asked."""
+"""How far a reconstruction is from its image: absolute error, and LPIPS if asked."""
 
 import math
 from typing import Literal
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ldmlab.errors import InputError
 
-Reduction = Literal["sum_per_picture", "mean"]
+Reduction = Literal["sum_per_image", "mean"]
 
 
 class ReconstructionLoss(nn.Module):
-    """|x - y| + lpips_weight LPIPS(x, y), divided by exp(logvar) and with logvar added, at every value of a picture.
+    """|x - y| + lpips_weight LPIPS(x, y), divided by exp(logvar) and with logvar added, at every value of an image.
 
-    `sum_per_picture` adds over the 3 H W values of a picture and averages over pictures (the official KL models);
-    `mean` averages over everything (the official VQ models). LPIPS is one number a picture, given to each value.
+    `sum_per_image` adds over the 3 H W values of an image and averages over images (the official KL models);
+    `mean` averages over everything (the official VQ models). LPIPS is one number an image, given to each value.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ReconstructionLoss(nn.Module):
                 f"loss.lpips_weight={lpips_weight} needs the LPIPS network; "
                 "run `ldmlab fetch lpips`, or set loss.lpips_weight=0."
             )
-        _one_of("reduction", reduction, ("sum_per_picture", "mean"))
+        _one_of("reduction", reduction, ("sum_per_image", "mean"))
         _one_of("logvar", logvar, ("fixed", "learned"))
         self.lpips_weight = lpips_weight
         self.reduction = reduction
@@ -52,7 +52,7 @@ class ReconstructionLoss(nn.Module):
             terms["lpips"] = self.lpips(images, reconstructed).mean()
             error = error + self.lpips_weight * terms["lpips"]
         loss = error * torch.exp(-self.logvar) + self.logvar  # mean over values
-        if self.reduction == "sum_per_picture":
+        if self.reduction == "sum_per_image":
             loss = loss * math.prod(images.shape[1:])
         return loss, terms
 

@@ -1,6 +1,6 @@
-"""What the scores see: features of real and generated pictures, gathered over batches and processes.
+"""What the scores see: features of real and generated images, gathered over batches and processes.
 
-Shapes: B batch, N pictures in all, D feature width, K logits.
+Shapes: B batch, N images in all, D feature width, K logits.
 """
 
 import torch
@@ -14,18 +14,18 @@ from ldmlab.errors import InputError
 def check_features(features: Tensor, what: str) -> Tensor:
     """Features (B, D) as float32 on their device; an InputError when they have another shape or are not finite."""
     if features.ndim != 2:
-        raise InputError(f"{what} has the shape {tuple(features.shape)} where (pictures, width) is needed.")
+        raise InputError(f"{what} has the shape {tuple(features.shape)} where (images, width) is needed.")
     if not torch.isfinite(features).all():
         bad = int((~torch.isfinite(features)).any(dim=1).sum())
         raise InputError(
-            f"{what}: {bad} of {len(features)} rows are not finite, so no score can be computed; look at the pictures "
+            f"{what}: {bad} of {len(features)} rows are not finite, so no score can be computed; look at the images "
             "and the weights they came from."
         )
     return features.detach().float()
 
 
 class FeatureSets(Metric):
-    """Base of the metrics that need every feature: both sets in the order of the pictures' index.
+    """Base of the metrics that need every feature: both sets in the order of the images' index.
 
     Metrics of this kind in one `MetricCollection` share one copy of the features.
     """
@@ -69,7 +69,7 @@ def next_index(indices: list[Tensor], count: int) -> Tensor:
 def in_order(values: list[Tensor] | Tensor, index: list[Tensor] | Tensor, what: str) -> Tensor:
     """A fresh copy of the rows (N, ...), by index; equal rows of one index (a loader's padding) count once."""
     if len(values) == 0:
-        raise InputError(f"no {what} pictures were given, so there is nothing to score.")
+        raise InputError(f"no {what} images were given, so there is nothing to score.")
     rows, order = torch.cat([*values]) if isinstance(values, list) else values, dim_zero_cat(index)
     sorted_order, permutation = torch.sort(order, stable=True)
     if rows is values or not torch.equal(sorted_order, order):

@@ -19,7 +19,7 @@ _FACTOR = 1000.0  # of the published values
 
 
 class ClipDistance(FeatureSets):
-    """CMMD of generated to real pictures; the memory beyond the features is one tile."""
+    """CMMD of generated to real images; the memory beyond the features is one tile."""
 
     higher_is_better = False
 

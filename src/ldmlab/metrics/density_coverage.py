@@ -51,8 +51,8 @@ class DensityCoverage(FeatureSets):
         }
 
     def check_count(self, count: int, name: str) -> None:
-        """Refuses too few `name` pictures; generated ones may be any number."""
+        """Refuses too few `name` images; generated ones may be any number."""
         if name == "real" and count <= self.neighbours:
             raise InputError(
-                f"metric.density_coverage.neighbours={self.neighbours} needs more than {count} real pictures."
+                f"metric.density_coverage.neighbours={self.neighbours} needs more than {count} real images."
             )

@@ -1,6 +1,6 @@
-"""Feature extractors: 8-bit pictures to the features (and logits) that scores compare.
+"""Feature extractors: 8-bit images to the features (and logits) that scores compare.
 
-Shapes: B batch, D feature width, K logits; pictures are uint8 (B, 3, H, W).
+Shapes: B batch, D feature width, K logits; images are uint8 (B, 3, H, W).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from ldmlab.nn.openclip import OpenClip, build_clip
 from ldmlab.nn.pixels import to_float
 
 SPATIAL_CHANNELS = 7
-SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17  # 2023, whatever the pictures' size
+SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17  # 2023, whatever the images' size
 
 
 class FeatureExtractor(Protocol):
@@ -28,14 +28,14 @@ class FeatureExtractor(Protocol):
     width: int
     gives: frozenset[str]  # of features | logits | spatial | clip | text
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]: ...  # features (B, D) and the rest but text, by name
+    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...  # features (B, D) and the rest but text, by name
 
 
-def check_pictures(pictures: Tensor) -> None:
+def check_images(images: Tensor) -> None:
     """Refuse anything but uint8 (B, 3, H, W)."""
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != torch.uint8:
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise InputError(
-            f"pictures of shape {tuple(pictures.shape)} and type {pictures.dtype} cannot be scored; "
+            f"images of shape {tuple(images.shape)} and type {images.dtype} cannot be scored; "
             "give (batch, 3, height, width) of uint8."
         )
 
@@ -44,7 +44,7 @@ class Inception2015(nn.Module):
     """The Inception network of 2015-12-05, the one of published FID and IS (torch-fidelity's port of the graph).
 
     Pooled features of 2048, the 1008 logits without bias and the spatial features of sFID (ADM's script: the first 7
-    channels of mixed_6/conv, 17 x 17 positions); any picture size, resized inside as TensorFlow 1 did.
+    channels of mixed_6/conv, 17 x 17 positions); any image size, resized inside as TensorFlow 1 did.
     """
 
     name = "inception-2015-12-05"
@@ -68,7 +68,7 @@ class Inception2015(nn.Module):
             )
         except (RuntimeError, TypeError) as error:
             raise InputError(f"features.weights={path} is not the Inception network's file; fetch it again.") from error
-        self._map: Tensor | None = None  # (B, 192, 17, 17), of the last pictures
+        self._map: Tensor | None = None  # (B, 192, 17, 17), of the last images
         # TensorFlow counts its mixed blocks from 0 at Mixed_5b, so mixed_6 is Mixed_6d.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._remember)
 
@@ -76,10 +76,10 @@ class Inception2015(nn.Module):
         self._map = output
 
     @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """features (B, 2048), logits (B, 1008), spatial (B, 2023) with the channel as the fastest axis."""
-        check_pictures(pictures)
-        features, logits = self.network(pictures.to(next(self.network.parameters()).device))
+        check_images(images)
+        features, logits = self.network(images.to(next(self.network.parameters()).device))
         assert self._map is not None
         spatial, self._map = self._map[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1), None
         return {"features": features, "logits": logits, "spatial": spatial}
@@ -96,7 +96,7 @@ def safe_file(path: Path) -> str:
 
 
 class OpenClipFeatures(nn.Module):
-    """An open_clip model: its embeddings of pictures, and of captions, before they are brought to unit length."""
+    """An open_clip model: its embeddings of images, and of captions, before they are brought to unit length."""
 
     gives = frozenset({"features", "clip", "text"})
 
@@ -112,17 +112,17 @@ class OpenClipFeatures(nn.Module):
         self.width = int(self(blank)["features"].shape[1])
 
     @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """features and clip, both (B, D); pictures are resized to the tower's size, bicubic with antialiasing."""
-        check_pictures(pictures)
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """features and clip, both (B, D); images are resized to the tower's size, bicubic with antialiasing."""
+        check_images(images)
         encode = self.model.encode_image
         assert callable(encode)
-        found = encode(self._pixels(to_float(pictures.to(next(self.model.parameters()).device))))
+        found = encode(self._pixels(to_float(images.to(next(self.model.parameters()).device))))
         return {"features": found, "clip": found}
 
     @torch.inference_mode()
     def texts(self, captions: Sequence[str]) -> Tensor:
-        """Captions => (B, D), in the space of the pictures' features."""
+        """Captions => (B, D), in the space of the images' features."""
         encode = self.model.encode_text
         assert callable(encode)
         return torch.as_tensor(encode(self._ids(captions).to(next(self.model.parameters()).device)))

@@ -3,7 +3,7 @@
     |mu_r - mu_f|^2 + tr(S_r) + tr(S_f) - 2 tr((S_r S_f)^(1/2)),   S with n - 1
 
 The trace of the root is taken from symmetric eigenvalues in float64: with S_r = R R, the eigenvalues of S_r S_f are
-those of the symmetric R S_f R. Nothing but sums is kept, so memory does not grow with the number of pictures.
+those of the symmetric R S_f R. Nothing but sums is kept, so memory does not grow with the number of images.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ldmlab.errors import InputError
 from ldmlab.metrics.accumulate import check_features
 from ldmlab.metrics.features import SPATIAL_WIDTH
 
-SMALL_SAMPLE = 2048  # below this many pictures the estimate is biased and marked as such
+SMALL_SAMPLE = 2048  # below this many images the estimate is biased and marked as such
 _BLOCK = 512  # features whose products are added together; 2048 of them make 10 of 16 blocks
 Sums = tuple[Tensor, ...]  # count (), sum (D,) and outer (D, D) of some features
 Distance = Callable[[Tensor, Tensor], Tensor]  # mean (D,), covariance (D, D) => distance to a fixed Gaussian
@@ -25,9 +25,9 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # mean (D,), covariance (D, D) =>
 class FrechetDistance(Metric):
     """Frechet distance of generated to real features, streaming and exact over processes.
 
-    `small_sample`: also below as many pictures as features are wide, where the covariance is singular by construction.
-    `spread_groups`: the standard error of the distance over draws of the generated pictures, by the delete-a-group
-    jackknife, sqrt((G - 1) / G sum_g (d_g - mean d)^2), with picture i in group i mod G; 0 for none.
+    `small_sample`: also below as many images as features are wide, where the covariance is singular by construction.
+    `spread_groups`: the standard error of the distance over draws of the generated images, by the delete-a-group
+    jackknife, sqrt((G - 1) / G sum_g (d_g - mean d)^2), with image i in group i mod G; 0 for none.
     """
 
     score_name = "fid"
@@ -56,7 +56,7 @@ class FrechetDistance(Metric):
             )
 
     def update(self, features: Tensor, real: bool, index: Tensor | None = None) -> None:
-        """Features (B, D); `index` (B,) numbers the pictures over all processes (default: as they come)."""
+        """Features (B, D); `index` (B,) numbers the images over all processes (default: as they come)."""
         if real and self._real_is_given:
             return
         side = "real" if real else "fake"
@@ -79,7 +79,7 @@ class FrechetDistance(Metric):
             raise InputError(f"the given statistics are {len(mean)} wide where this metric was built for {self.width}.")
         self._real_is_given = True
         if first:
-            count = self.width + 1  # the number of pictures is not told, and enters nothing but the check of it
+            count = self.width + 1  # the number of images is not told, and enters nothing but the check of it
             device, mean, covariance = self.real_sum.device, mean.double(), covariance.double()
             self.real_count[0] = count
             self.real_sum[0] = (mean * count).to(device)
@@ -109,24 +109,24 @@ class FrechetDistance(Metric):
         return found
 
     def _jackknife(self, distance: Distance, whole: Sums) -> Tensor:
-        """Standard error of the distance over the groups that hold a picture, float64 scalar."""
+        """Standard error of the distance over the groups that hold an image, float64 scalar."""
         states = (self.fake_count, self.fake_sum, self.fake_outer)
         held = [group for group in range(self.spread_groups) if self.fake_count[group]]
         without = [[all_ - part[group] for all_, part in zip(whole, states, strict=True)] for group in held]
         if len(held) < 2 or min(int(count) for count, _, _ in without) < 2:
             raise InputError(
                 f"metric.{self.score_name}.spread_groups={self.spread_groups} is too many for {int(whole[0])} "
-                "pictures; choose 0."
+                "images; choose 0."
             )
         distances = torch.stack([distance(*gaussian(*parts)) for parts in without])
         return ((len(held) - 1) * distances.var(correction=0)).sqrt()
 
     def check_count(self, count: int, name: str) -> None:
         if count < 2:
-            raise InputError(f"{count} {name} pictures were given; the Frechet distance needs at least 2.")
+            raise InputError(f"{count} {name} images were given; the Frechet distance needs at least 2.")
         if count < self.width and not self.small_sample:
             raise InputError(
-                f"{count} {name} pictures are fewer than the {self.width} features, so the covariance is singular and "
+                f"{count} {name} images are fewer than the {self.width} features, so the covariance is singular and "
                 f"the distance means little; give at least {self.width}, choose kid, or set "
                 f"metric.{self.score_name}.small_sample=true."
             )

@@ -1,10 +1,10 @@
 """The Frechet distance without the bias of few samples: FID_inf (Chong and Forsyth, CVPR 2020), from one pass.
 
-    d(n) = d_inf + b / n + O(1 / n^2),   n generated pictures against a fixed reference
+    d(n) = d_inf + b / n + O(1 / n^2),   n generated images against a fixed reference
 
-The generated pictures fall into groups, and at each size N / parts, parts = 1 .. 4, the mean over disjoint parts that
-together hold every picture gives a point. A straight line over 1 / n, weighted with n^2 since what it leaves out grows
-with 1 / n^2, meets the axis at d_inf. The bias of the reference's own number of pictures stays.
+The generated images fall into groups, and at each size N / parts, parts = 1 .. 4, the mean over disjoint parts that
+together hold every image gives a point. A straight line over 1 / n, weighted with n^2 since what it leaves out grows
+with 1 / n^2, meets the axis at d_inf. The bias of the reference's own number of images stays.
 """
 
 import torch
@@ -15,7 +15,7 @@ from ldmlab.metrics.frechet import Distance, FrechetDistance, Sums, gaussian
 
 PARTS = (1, 2, 3, 4)
 _GROUPS = 12  # every number of parts divides it
-ENOUGH_A_FEATURE = 8  # pictures; below that, fits of known Gaussians were seen to miss by more than their error
+ENOUGH_A_FEATURE = 8  # images; below that, fits of known Gaussians were seen to miss by more than their error
 
 
 class FrechetLimit(FrechetDistance):
@@ -26,18 +26,18 @@ class FrechetLimit(FrechetDistance):
     def __init__(self, width: int, small_sample: bool = False, spread: bool = True) -> None:
         super().__init__(width, small_sample, spread_groups=_GROUPS)
         self.spread = spread
-        self.points: list[dict[str, float]] = []  # pictures, value; the largest number first
+        self.points: list[dict[str, float]] = []  # images, value; the largest number first
 
     def _found(self, distance: Distance, whole: Sums) -> dict[str, Tensor]:
         fewest = int(self.fake_count.min())
         if fewest < 2:
             raise InputError(
-                f"metric.fid_inf cuts the generated pictures into {_GROUPS} groups, and {int(whole[0])} are too few; "
+                f"metric.fid_inf cuts the generated images into {_GROUPS} groups, and {int(whole[0])} are too few; "
                 f"give at least {2 * _GROUPS}, or leave that score out."
             )
         members = {parts: [range(part, _GROUPS, parts) for part in range(parts)] for parts in PARTS}
         rows = {parts: [self._row(distance, groups) for groups in members[parts]] for parts in PARTS}
-        self.points = [{"pictures": float(whole[0]) / parts, "value": _mean(rows[parts], 1)} for parts in PARTS]
+        self.points = [{"images": float(whole[0]) / parts, "value": _mean(rows[parts], 1)} for parts in PARTS]
         found = {self.score_name: torch.tensor(_intercept(rows), dtype=torch.float64)}
         if self.spread:
             values = torch.tensor([self._without(group, distance, members, rows) for group in range(_GROUPS)])
@@ -45,7 +45,7 @@ class FrechetLimit(FrechetDistance):
         return found
 
     def _row(self, distance: Distance, groups: list[int] | range) -> tuple[float, float]:
-        """1 / n and the distance of the pictures of some groups."""
+        """1 / n and the distance of the images of some groups."""
         chosen = list(groups)
         sums = [part[chosen].sum(dim=0) for part in (self.fake_count, self.fake_sum, self.fake_outer)]
         return 1 / float(sums[0]), float(distance(*gaussian(*sums)))

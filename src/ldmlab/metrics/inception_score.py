@@ -16,7 +16,7 @@ from ldmlab.metrics.accumulate import check_features, in_order, next_index
 
 
 class InceptionScore(Metric):
-    """Inception Score of the generated pictures; the same whatever the batches and processes."""
+    """Inception Score of the generated images; the same whatever the batches and processes."""
 
     full_state_update = False
     higher_is_better = True
@@ -30,7 +30,7 @@ class InceptionScore(Metric):
         self.add_state("logits_index", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, real: bool = False, index: Tensor | None = None) -> None:
-        """Logits (B, K); those of real pictures are not looked at."""
+        """Logits (B, K); those of real images are not looked at."""
         if real:
             return
         self.logits.append(check_features(logits, "logits").cpu())
@@ -49,10 +49,10 @@ class InceptionScore(Metric):
         return {"is": scores.mean(), "is_std": scores.std(correction=0)}
 
     def check_count(self, count: int, name: str) -> None:
-        """Refuses too few generated pictures; real ones enter nothing."""
+        """Refuses too few generated images; real ones enter nothing."""
         if name == "generated" and count < self.splits:
             raise InputError(
-                f"{count} {name} pictures cannot be cut into metric.is.splits={self.splits} parts; choose fewer."
+                f"{count} {name} images cannot be cut into metric.is.splits={self.splits} parts; choose fewer."
             )
 
 

@@ -38,10 +38,10 @@ class KernelDistance(FeatureSets):
         return {"kid": scores.mean(), "kid_std": scores.std(correction=0)}
 
     def check_count(self, count: int, name: str) -> None:
-        """Refuses too few `name` pictures."""
+        """Refuses too few `name` images."""
         if count < self.subset_size:
             raise InputError(
-                f"metric.kid.subset_size={self.subset_size} is more than the {count} {name} pictures at hand; "
+                f"metric.kid.subset_size={self.subset_size} is more than the {count} {name} images at hand; "
                 f"choose at most {count}."
             )
 

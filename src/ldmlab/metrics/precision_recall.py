@@ -18,7 +18,7 @@ class PrecisionRecall(FeatureSets):
     """Precision and recall of generated features; the memory beyond the features is one tile.
 
     `screening`: 8-bit products rule most pairs out before float32 decides (`screening.py`), with the same answers; it
-    takes a quarter of the features' memory more. The spread is the standard error of a share of so many pictures.
+    takes a quarter of the features' memory more. The spread is the standard error of a share of so many images.
     """
 
     higher_is_better = True
@@ -44,15 +44,15 @@ class PrecisionRecall(FeatureSets):
         }
 
     def check_count(self, count: int, name: str) -> None:
-        """Refuses too few `name` pictures."""
+        """Refuses too few `name` images."""
         if count <= self.neighbours:
             raise InputError(
-                f"metric.precision_recall.neighbours={self.neighbours} needs more than {count} {name} pictures."
+                f"metric.precision_recall.neighbours={self.neighbours} needs more than {count} {name} images."
             )
 
 
 def share_error(share: Tensor, count: int) -> Tensor:
-    """Standard error sqrt(p (1 - p) / n) of a share of independent pictures, the balls taken as they are."""
+    """Standard error sqrt(p (1 - p) / n) of a share of independent images, the balls taken as they are."""
     return (share * (1 - share) / count).sqrt()
 
 

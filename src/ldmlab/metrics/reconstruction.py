@@ -1,6 +1,6 @@
 """Measures of a first stage: how true its reconstructions are, what its latents look like, how it uses its codes.
 
-All are sums over pictures, so that any split over batches and processes gives the same numbers.
+All are sums over images, so that any split over batches and processes gives the same numbers.
 """
 
 import math
@@ -13,7 +13,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldmlab.contracts import Posterior
 
-_SMALLEST_ERROR = 1e-10  # a perfect picture counts as 100 dB
+_SMALLEST_ERROR = 1e-10  # a perfect image counts as 100 dB
 _FAINT = 8  # levels of 255 that a background pixel may be off
 
 
@@ -21,13 +21,13 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # two batches in [-1, 1] => (B,)
 
 
 class ReconstructionMeasures(Metric):
-    """PSNR, PSNR over object pixels, SSIM and, with a network, LPIPS and PSIM of 8-bit pictures.
+    """PSNR, PSNR over object pixels, SSIM and, with a network, LPIPS and PSIM of 8-bit images.
 
-    `psnr`: 10 log10(255^2 / squared error), per picture, averaged over pictures.
+    `psnr`: 10 log10(255^2 / squared error), per image, averaged over images.
     `psnr_object`: the same over the pixels whose original differs from the background colour by more than 8 of 255 in
-    any channel (lossy shards leave fainter traces around objects); their squared error is pooled over all pictures
-    before the logarithm, so that nearly empty pictures do not dominate.
-    `ssim`: 11 x 11 Gaussian window of deviation 1.5, data range 255, averaged over pictures.
+    any channel (lossy shards leave fainter traces around objects); their squared error is pooled over all images
+    before the logarithm, so that nearly empty images do not dominate.
+    `ssim`: 11 x 11 Gaussian window of deviation 1.5, data range 255, averaged over images.
     `psim`: LPIPS' distance in VGG's features without its learned channel weights. The paper prints a PSIM and does not
     define it; its values around 1 are of this size, ten times LPIPS', so this is our choice.
     """
@@ -43,7 +43,7 @@ class ReconstructionMeasures(Metric):
     psim_square_sum: Tensor
     object_error_sum: Tensor
     object_values: Tensor
-    pictures: Tensor
+    images: Tensor
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class ReconstructionMeasures(Metric):
             for part in ("sum", "square_sum"):
                 self.add_state(f"{name}_{part}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("object_error_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("object_values", "pictures"):
+        for name in ("object_values", "images"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, original: Tensor, reconstructed: Tensor) -> None:
-        """Two batches of uint8 pictures (B, 3, H, W)."""
+        """Two batches of uint8 images (B, 3, H, W)."""
         x, y = original.float(), reconstructed.float()
         error = (x - y).square() / 255.0**2  # (B, 3, H, W)
         self._add("psnr", -10 * torch.log10(error.mean(dim=(1, 2, 3)).clamp_min(_SMALLEST_ERROR)))
@@ -75,17 +75,17 @@ class ReconstructionMeasures(Metric):
         for name, distance in (("lpips", self.lpips), ("psim", self.psim)):
             if distance is not None:
                 self._add(name, distance(x / 127.5 - 1, y / 127.5 - 1))
-        self.pictures += len(original)
+        self.images += len(original)
 
     def _add(self, name: str, values: Tensor) -> None:
-        """One number a picture (B,)."""
+        """One number an image (B,)."""
         values = values.double()
         getattr(self, f"{name}_sum").add_(values.sum())
         getattr(self, f"{name}_square_sum").add_(values.square().sum())
 
     def compute(self) -> dict[str, float]:
-        """Numbers by name, and with `_std` their deviation over pictures."""
-        count = max(int(self.pictures), 1)
+        """Numbers by name, and with `_std` their deviation over images."""
+        count = max(int(self.images), 1)
         found: dict[str, float] = {}
         for name in ("psnr", "ssim", *(n for n in ("lpips", "psim") if getattr(self, n) is not None)):
             mean = float(getattr(self, f"{name}_sum")) / count
@@ -98,7 +98,7 @@ class ReconstructionMeasures(Metric):
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    """One number a picture, (B,)."""
+    """One number an image, (B,)."""
     values = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none")
     assert isinstance(values, Tensor)
     return values.reshape(len(x))
@@ -127,7 +127,7 @@ class LatentStatistics(Metric):
         self.add_state("values", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, posterior: Posterior) -> None:
-        """The posteriors of a batch of pictures."""
+        """The posteriors of a batch of images."""
         mean = posterior.mean.float()
         variance = torch.exp(posterior.logvar.float()) if posterior.logvar is not None else torch.zeros_like(mean)
         self.value_sum += mean.double().sum(dim=(0, 2, 3))

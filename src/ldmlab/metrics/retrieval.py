@@ -1,4 +1,4 @@
-"""Can a picture find its caption, and a caption its picture, among a number of pairs?"""
+"""Can an image find its caption, and a caption its image, among a number of pairs?"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ _SEED = 0  # of the shuffles, the same in every run
 def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str], candidates: int = 50) -> dict[str, float]:
     """Recall at 1 and 5 in both directions, among `candidates` pairs and among all, beside what chance would give.
 
-    images, texts: (N, D) of unit length, row i of both belonging to captions[i]. A picture whose caption is the same
+    images, texts: (N, D) of unit length, row i of both belonging to captions[i]. An image whose caption is the same
     counts as found too. Also the mean similarity of matched and of mismatched pairs.
     """
     names = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     kinds = torch.tensor([names[caption] for caption in captions])
-    similarity = images.double().cpu() @ texts.double().cpu().T  # (N, N) picture by caption
+    similarity = images.double().cpu() @ texts.double().cpu().T  # (N, N) image by caption
     same = kinds[:, None] == kinds[None, :]
     result = {"similarity_matched": similarity[same].mean().item()}
     if not same.all():
@@ -47,7 +47,7 @@ def _groups(count: int, candidates: int) -> Iterator[Tensor]:
 
 
 def _recall(similarity: Tensor, same: Tensor, k: int) -> tuple[float, float, float]:
-    """Picture to caption, caption to picture, and chance."""
+    """Image to caption, caption to image, and chance."""
     n = len(same)
     k = min(k, n)
     to_text = same.gather(1, similarity.topk(k, dim=1).indices).any(1).double().mean().item()

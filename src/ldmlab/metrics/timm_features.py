@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError
-from ldmlab.metrics.features import check_pictures, safe_file
+from ldmlab.metrics.features import check_images, safe_file
 
 
 class TimmFeatures(nn.Module):
@@ -22,7 +22,7 @@ class TimmFeatures(nn.Module):
         self,
         model: str,  # timm's name
         weights: Path | str,  # file of its weights: .safetensors, or .pth of tensors only
-        image_size: int | None = None,  # px the pictures are resized to; None: the network's own
+        image_size: int | None = None,  # px the images are resized to; None: the network's own
     ) -> None:
         super().__init__()
         if not timm.is_model(model):
@@ -43,10 +43,10 @@ class TimmFeatures(nn.Module):
         self.width = int(self.network.num_features)
 
     @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """features (B, D); pictures are resized to the network's size, bicubic with antialiasing."""
-        check_pictures(pictures)
-        x = pictures.to(self.get_buffer("mean").device).float() / 255
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """features (B, D); images are resized to the network's size, bicubic with antialiasing."""
+        check_images(images)
+        x = images.to(self.get_buffer("mean").device).float() / 255
         size = (self.image_size, self.image_size)
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)

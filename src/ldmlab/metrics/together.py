@@ -20,9 +20,9 @@ class InceptionAndClip(nn.Module):
         self.preparation = f"{inception.preparation}; for {clip.name}: {clip.preparation}"
         self.text_name, self.text_weights_hash = clip.name, clip.weights_hash
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """features (B, 2048), logits (B, 1008), spatial (B, 2023), clip (B, D)."""
-        return {**self.inception(pictures), "clip": self.clip(pictures)["clip"]}
+        return {**self.inception(images), "clip": self.clip(images)["clip"]}
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions => (B, D), in the space of `clip`."""

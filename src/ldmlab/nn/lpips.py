@@ -1,4 +1,4 @@
-"""LPIPS v0.1 with VGG16: a distance between pictures in the features of a classifier.
+"""LPIPS v0.1 with VGG16: a distance between images in the features of a classifier.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018.
 """
@@ -14,13 +14,13 @@ from ldmlab.errors import InputError
 
 # Positions of VGG16's convolutions in torchvision's `features`; features are read after the last of each group.
 _GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-_SMALLEST = 16  # px; the deepest features of smaller pictures are empty
+_SMALLEST = 16  # px; the deepest features of smaller images are empty
 _MEAN = (-0.030, -0.088, -0.188)  # of ImageNet's pixels in [-1, 1]
 _DEVIATION = (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of pictures; its weights are constants: never trained, never in a state dict."""
+    """Perceptual distance of images; its weights are constants: never trained, never in a state dict."""
 
     def __init__(self, vgg_weights: Path, head_weights: Path | None = None) -> None:
         """`vgg_weights`: torchvision's VGG16; `head_weights`: the published channel weights (torchmetrics has them)."""
@@ -48,7 +48,7 @@ class LPIPS(nn.Module):
     def _distance(self, first: Tensor, second: Tensor, weighted: bool) -> Tensor:
         if min(first.shape[2:]) < _SMALLEST:
             raise InputError(
-                f"LPIPS compares pictures of {_SMALLEST} px and more, not {first.shape[2]}x{first.shape[3]}; "
+                f"LPIPS compares images of {_SMALLEST} px and more, not {first.shape[2]}x{first.shape[3]}; "
                 "use larger ones, or the squared error."
             )
         distance = torch.zeros(len(first), device=first.device)
@@ -61,7 +61,7 @@ class LPIPS(nn.Module):
         return distance
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """VGG's activations at five depths; each picture batch by itself, so that constants keep no graph."""
+        """VGG's activations at five depths; each image batch by itself, so that constants keep no graph."""
         x = (images - self.get_buffer("mean")) / self.get_buffer("deviation")
         found = []
         for number, group in enumerate(_GROUPS):

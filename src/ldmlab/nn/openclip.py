@@ -74,7 +74,7 @@ def build_clip(
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     if height != width:
-        raise InputError(f"the CLIP image tower wants {height} x {width} pictures; choose one with square pictures.")
+        raise InputError(f"the CLIP image tower wants {height} x {width} images; choose one with square images.")
     mean, std = tuple(full["mean"]), tuple(full["std"])
     full |= {"mean": list(mean), "std": list(std)}
     return OpenClip(model, make_tokenizer(full), full, height, mean, std)

@@ -15,7 +15,7 @@ _NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "laye
 
 
 class ImageTower(nn.Module):
-    """Pictures to what a CLIP image tower says of them; tensor names as in open_clip's CLIP class (`visual.*`)."""
+    """Images to what a CLIP image tower says of them; tensor names as in open_clip's CLIP class (`visual.*`)."""
 
     def __init__(self, clip: OpenClip, layer: str = "embedding") -> None:
         """layer: embedding, in the space shared with captions, not normalised | patches, the final states."""

@@ -16,12 +16,12 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return pixels.detach().float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def numbers_only(pictures: Tensor) -> Tensor:
-    """The same pictures (B, ...), or an InputError: as bytes, what is no number would pass for black."""
-    bad = int((~torch.isfinite(pictures)).flatten(1).any(dim=1).sum())
+def numbers_only(images: Tensor) -> Tensor:
+    """The same images (B, ...), or an InputError: as bytes, what is no number would pass for black."""
+    bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
     if bad:
         raise InputError(
-            f"{bad} of {len(pictures)} pictures from the model hold values that are no numbers (NaN or infinite); its "
+            f"{bad} of {len(images)} images from the model hold values that are no numbers (NaN or infinite); its "
             "weights have diverged or its precision is too low: take an earlier checkpoint or precision=float32."
         )
-    return pictures
+    return images

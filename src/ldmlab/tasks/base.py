@@ -9,7 +9,7 @@ Sample = dict[str, Any]
 
 
 class BaseTask:
-    """Keeps every picture, serves held-out pictures like others and leaves what was generated as it is."""
+    """Keeps every image, serves held-out images like others and leaves what was generated as it is."""
 
     adds: ClassVar[frozenset[str]] = frozenset()
 
@@ -20,12 +20,12 @@ class BaseTask:
 
     @property
     def held_out(self) -> "BaseTask":
-        """The task for pictures that are compared."""
+        """The task for images that are compared."""
         return self
 
     @property
     def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None:
-        """Which pictures take part, told from their KEY.json; None: all of them, without a look."""
+        """Which images take part, told from their KEY.json; None: all of them, without a look."""
         return None
 
     def give(self, sample: Sample, random: Any) -> Sample:

@@ -1,4 +1,4 @@
-"""The square of a stored picture that training sees, and everything that lies on the picture cut alike.
+"""The square of a stored image that training sees, and everything that lies on the image cut alike.
 
 Origins: `window` and `random` as the loaders of taming-transformers cut (sides of fixed or of drawn length), `centre`
 their held-out rule; `area` averages the pixels that a target pixel covers, as SR3 asks.
@@ -24,12 +24,12 @@ FILTERS = ("bicubic", "area")
 class Crop:
     """One square, resized to the size asked for.
 
-    centre, window: the picture's short side is brought to `short_side` and the square has the size asked for; it lies
+    centre, window: the image's short side is brought to `short_side` and the square has the size asked for; it lies
     in the middle or anywhere. random: a side drawn between `smallest` and the short side, anywhere.
     """
 
     rule: str = "centre"  # centre | window | random
-    short_side: int | None = None  # centre, window: of the resized picture, px; None: the size asked for
+    short_side: int | None = None  # centre, window: of the resized image, px; None: the size asked for
     smallest: float | None = None  # random: share of the short side; None: the size asked for, px
     filter: str = "bicubic"  # bicubic (antialiased) | area
 
@@ -46,11 +46,11 @@ class Crop:
 
     @property
     def held_out(self) -> "Crop":
-        """The same for pictures that are compared: in the middle."""
+        """The same for images that are compared: in the middle."""
         return replace(self, rule="centre", smallest=None)
 
     def box(self, width: int, height: int, size: int, random: Any) -> tuple[float, float, float]:
-        """Left, top and side in pixels of the stored picture."""
+        """Left, top and side in pixels of the stored image."""
         short = min(width, height)
         if self.rule != "random":
             side = short * size / (self.short_side or size)
@@ -83,13 +83,13 @@ class Crop:
 def _check_lies_on(values: NDArray[Any], name: str, width: int, height: int) -> None:
     if values.shape[-2:] != (height, width):
         high, wide = values.shape[-2:]
-        raise ValueError(f"its {name} has {wide} x {high} pixels, the picture {width} x {height}")
+        raise ValueError(f"its {name} has {wide} x {high} pixels, the image {width} x {height}")
 
 
 def resized(
     image: NDArray[np.uint8], size: int, region: tuple[float, float, float, float], filter: str
 ) -> NDArray[np.uint8]:
-    """The region (left, top, right, bottom in px) of a picture (3, H, W) at size x size."""
+    """The region (left, top, right, bottom in px) of an image (3, H, W) at size x size."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0))  # (H, W, 3)
     if filter == "area":
         left, top, right, bottom = (round(edge) for edge in region)
@@ -97,6 +97,6 @@ def resized(
     elif region == (0, 0, size, size) == (0, 0, *pixels.shape[1::-1]):
         return image
     else:
-        picture = Image.fromarray(pixels)
-        result = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=region))
+        whole = Image.fromarray(pixels)
+        result = np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC, box=region))
     return np.ascontiguousarray(result.transpose(2, 0, 1))

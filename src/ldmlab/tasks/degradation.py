@@ -1,7 +1,7 @@
-"""Small pictures as if badly taken and stored: blur, shrinking, noise and JPEG in a drawn order.
+"""Small images as if badly taken and stored: blur, shrinking, noise and JPEG in a drawn order.
 
 BSRGAN (Zhang et al., "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", ICCV 2021) as the
-official super-resolution loader runs it: without the camera's model. Between steps a picture is float32 (H, W, 3) in
+official super-resolution loader runs it: without the camera's model. Between steps an image is float32 (H, W, 3) in
 [0, 1]; a step holds what was drawn for it.
 """
 
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Picture = NDArray[Any]
-Step = Callable[[Picture], Picture]
+Array = NDArray[Any]
+Step = Callable[[Array], Array]
 _JPEG_RATE = 0.9  # of the JPEG among the shuffled steps; another one always ends the list
-_HALVED_RATE = 0.25  # of pictures that are halved before all steps, for factor 4 only
+_HALVED_RATE = 0.25  # of images that are halved before all steps, for factor 4 only
 _LARGE_KERNEL = 25  # px, of the blur before every n-th pixel is taken
 _INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA)
 ANTIALIASED = -1  # bicubic, the kernel widened by the factor
@@ -32,7 +32,7 @@ class Blur:
     variances: tuple[float, float]  # px^2
     angle: float = 0.0  # radians
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: Array) -> Array:
         """Same size; edges are mirrored."""
         if self.variances[0] == self.variances[1]:
             return _filtered_by_axis(image, _gaussian(self.size, self.variances[0]))
@@ -55,7 +55,7 @@ class Resize:
     side: int  # px
     interpolation: int  # of OpenCV | ANTIALIASED
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: Array) -> Array:
         """(side, side, 3)."""
         if self.interpolation != ANTIALIASED:
             resized = cv2.resize(image, (self.side, self.side), interpolation=self.interpolation)
@@ -72,7 +72,7 @@ class Decimate:
     factor: int
     deviation: float  # of the blur, px
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: Array) -> Array:
         """(H / factor, W / factor, 3)."""
         place = np.arange(_LARGE_KERNEL, dtype=np.float64)
         curve = np.exp(-0.5 * ((place - _LARGE_KERNEL // 2) / self.deviation) ** 2)
@@ -90,7 +90,7 @@ class Noise:
     level: int  # standard deviation in units of 1 / 255; correlated: the largest
     seed: int
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: Array) -> Array:
         """Same size."""
         drawn, height, width = np.random.default_rng(self.seed), *image.shape[:2]
         if self.kind == "correlated":
@@ -110,7 +110,7 @@ class Jpeg:
 
     quality: int
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: Array) -> Array:
         """Same size."""
         pixels = _to_bytes(image)[..., ::-1]  # blue first
         data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1]
@@ -131,7 +131,7 @@ class Bsr:
     quality: tuple[int, int] = (30, 95)  # of JPEG
 
     def steps(self, size: int, factor: int, random: Any) -> list[Step]:
-        """What is done to a square picture of `size` px; the result has size / factor."""
+        """What is done to a square image of `size` px; the result has size / factor."""
         first: list[Step] = []
         small = size // factor
         if factor == 4 and random.random() < _HALVED_RATE:
@@ -150,10 +150,10 @@ class Bsr:
 
     def __call__(self, image: NDArray[np.uint8], factor: int, random: Any) -> NDArray[np.uint8]:
         """(3, S, S) => (3, S / factor, S / factor)."""
-        picture = np.ascontiguousarray(image.transpose(1, 2, 0)).astype(np.float32) / 255
-        for step in self.steps(len(picture), factor, random):
-            picture = step(picture)
-        return np.ascontiguousarray(_to_bytes(picture).transpose(2, 0, 1))
+        pixels = np.ascontiguousarray(image.transpose(1, 2, 0)).astype(np.float32) / 255
+        for step in self.steps(len(pixels), factor, random):
+            pixels = step(pixels)
+        return np.ascontiguousarray(_to_bytes(pixels).transpose(2, 0, 1))
 
     def _blur(self, factor: int, random: Any) -> Blur:
         if random.random() < 0.5:
@@ -189,14 +189,14 @@ LIGHT = Bsr(
 )
 
 
-def _filtered(image: Picture, kernel: NDArray[np.float64]) -> Picture:
-    """Correlation; the picture is mirrored at its outermost pixels."""
+def _filtered(image: Array, kernel: NDArray[np.float64]) -> Array:
+    """Correlation; the image is mirrored at its outermost pixels."""
     middle = (len(kernel) - 1) // 2
     filtered = cv2.filter2D(image, -1, kernel, anchor=(middle, middle), borderType=cv2.BORDER_REFLECT_101)
     return np.asarray(filtered, np.float32)
 
 
-def _filtered_by_axis(image: Picture, curve: NDArray[np.float64]) -> Picture:
+def _filtered_by_axis(image: Array, curve: NDArray[np.float64]) -> Array:
     """As by the kernel outer(curve, curve), in far fewer products."""
     middle = (len(curve) - 1) // 2
     filtered = cv2.sepFilter2D(image, -1, curve, curve, anchor=(middle, middle), borderType=cv2.BORDER_REFLECT_101)
@@ -210,5 +210,5 @@ def _gaussian(size: int, variance: float) -> NDArray[np.float64]:
     return np.asarray(curve / curve.sum())
 
 
-def _to_bytes(image: Picture) -> NDArray[np.uint8]:
+def _to_bytes(image: Array) -> NDArray[np.uint8]:
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Inpainting: a picture with a hole is given, the hole is asked for and the rest stays bit for bit."""
+"""Inpainting: an image with a hole is given, the hole is asked for and the rest stays bit for bit."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ class _Pasted(BaseTask):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The picture, and its mask where that is stored."""
+        """The image, and its mask where that is stored."""
         return frozenset({"image", "mask"} if self.masks == STORED else {"image"})
 
     def _checked(self, sample: Sample) -> Sample:
@@ -41,7 +41,7 @@ class _Pasted(BaseTask):
 
 @dataclass(frozen=True)
 class Inpainting(_Pasted):
-    """Training: a crop, then a mask drawn on it, or the mask that is stored with the picture."""
+    """Training: a crop, then a mask drawn on it, or the mask that is stored with the image."""
 
     image_size: int  # px
     masks: str = "lama_training"  # a preset of lama_masks.py | stored: KEY.mask.png, white in the hole
@@ -68,9 +68,9 @@ class Inpainting(_Pasted):
 
 @dataclass(frozen=True)
 class LamaTest(_Pasted):
-    """LaMa's test pictures: the mask is drawn on the whole picture, then both are cut to a square that has the hole.
+    """LaMa's test images: the mask is drawn on the whole image, then both are cut to a square that has the hole.
 
-    Of `candidates` masks those with too large a hole are dropped and one of the rest is drawn; a picture with none
+    Of `candidates` masks those with too large a hole are dropped and one of the rest is drawn; an image with none
     left is left out.
     """
 
@@ -103,7 +103,7 @@ class LamaTest(_Pasted):
             if square.mean() <= self.largest_hole:
                 found.append((square, left, top))
         if not found:
-            raise ValueError(f"none of {self.candidates} masks leaves {1 - self.largest_hole:.0%} of the picture")
+            raise ValueError(f"none of {self.candidates} masks leaves {1 - self.largest_hole:.0%} of the image")
         square, left, top = random.choice(found)
         region = (left / scale, top / scale, (left + self.image_size) / scale, (top + self.image_size) / scale)
         inside = (region[0], region[1], min(region[2], width), min(region[3], height))
@@ -111,7 +111,7 @@ class LamaTest(_Pasted):
 
 
 def draw(name: str, height: int, width: int, size: int, random: Any) -> Mask:
-    """A preset's mask (height, width); for pictures of another size than the preset's it is drawn at that and resized.
+    """A preset's mask (height, width); for images of another size than the preset's it is drawn at that and resized.
 
     size: the short side, which the preset's number stands for.
     """

@@ -54,7 +54,7 @@ class Rectangles:
     most: int
     smallest: int  # side, px
     largest: int  # side, px, not reached
-    margin: int = 0  # px to the picture's edge
+    margin: int = 0  # px to the image's edge
 
     def draw(self, height: int, width: int, random: Any) -> Mask:
         """One mask."""
@@ -62,7 +62,7 @@ class Rectangles:
         if largest <= self.smallest:
             raise InputError(
                 f"task.masks: boxes of {self.smallest} px and more do not fit into {width} x {height} px; "
-                "choose the preset of a smaller size, or larger pictures."
+                "choose the preset of a smaller size, or larger images."
             )
         mask = np.zeros((height, width), np.uint8)
         for _ in range(random.randint(self.least, self.most)):
@@ -77,7 +77,7 @@ class Rectangles:
 class MaskKind:
     """One kind per mask, boxes at `box_rate` per stroke mask."""
 
-    size: int  # of the pictures it is made for, px
+    size: int  # of the images it is made for, px
     strokes: Strokes
     rectangles: Rectangles | None = None
     box_rate: float = 0.0  # 0.3: three box masks for ten of strokes

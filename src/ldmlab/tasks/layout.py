@@ -13,12 +13,12 @@ from ldmlab.tasks.crop import Crop
 
 @dataclass(frozen=True)
 class Layout(BaseTask):
-    """Boxes above a smallest area, pictures with a number of them in a range; the order of objects says nothing."""
+    """Boxes above a smallest area, images with a number of them in a range; the order of objects says nothing."""
 
     image_size: int  # px
-    least: int = 2  # objects a picture
-    most: int = 30  # objects a picture
-    smallest_area: float = 0.0001  # of a box, as a share of the stored picture
+    least: int = 2  # objects an image
+    most: int = 30  # objects an image
+    smallest_area: float = 0.0001  # of a box, as a share of the stored image
     shuffle: bool = True  # a new order of the objects at each access
     crop: Crop | None = None  # None: the middle square, so that latents serve
     classes: int | None = None  # of boxes, numbered from 0; None: any number
@@ -30,21 +30,21 @@ class Layout(BaseTask):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Boxes, and the picture where it is cropped."""
+        """Boxes, and the image where it is cropped."""
         return frozenset({"boxes"} if self.crop is None else {"boxes", "image"})
 
     @property
     def held_out(self) -> "Layout":
-        """With the middle of the picture."""
+        """With the middle of the image."""
         return self if self.crop is None else replace(self, crop=self.crop.held_out)
 
     @property
     def keeps(self) -> Callable[[Mapping[str, Any]], bool]:
-        """Pictures with enough objects, and not too many."""
+        """Images with enough objects, and not too many."""
         return lambda fields: self.least <= len(self._large(checked(fields.get("boxes", [])))) <= self.most
 
     def give(self, sample: Sample, random: Any) -> Sample:
-        """boxes relative to the crop, and the crop in the stored picture; ValueError for a box of no known class."""
+        """boxes relative to the crop, and the crop in the stored image; ValueError for a box of no known class."""
         self._check_classes(sample["boxes"])
         given = {**sample, "boxes": self._large(sample["boxes"])}
         cut = self.crop(given, self.image_size, random) if self.crop else {"boxes": given["boxes"]}

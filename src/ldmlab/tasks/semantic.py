@@ -11,7 +11,7 @@ from ldmlab.tasks.crop import Crop
 
 @dataclass(frozen=True)
 class Semantic(BaseTask):
-    """Picture and label map cut alike; labels outside the classes make a bad sample."""
+    """Image and label map cut alike; labels outside the classes make a bad sample."""
 
     image_size: int  # px
     classes: int = 182  # class numbers are 0 .. classes - 1
@@ -21,12 +21,12 @@ class Semantic(BaseTask):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Label maps, and the picture where it is cropped."""
+        """Label maps, and the image where it is cropped."""
         return frozenset({"segmentation"} if self.crop is None else {"segmentation", "image"})
 
     @property
     def held_out(self) -> "Semantic":
-        """With the middle of the picture."""
+        """With the middle of the image."""
         return self if self.crop is None else replace(self, crop=self.crop.held_out)
 
     def give(self, sample: Sample, random: Any) -> Sample:

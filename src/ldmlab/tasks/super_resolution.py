@@ -1,4 +1,4 @@
-"""Super-resolution: a small picture is given, the large one is asked for."""
+"""Super-resolution: a small image is given, the large one is asked for."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ class SuperResolution(BaseTask):
     With a blind degradation it is blurred, noised and compressed too, anew at each access.
     """
 
-    image_size: int  # of the large picture, px
+    image_size: int  # of the large image, px
     factor: int = 4  # large side / small side
     degradation: str = "bicubic"  # bicubic | bsr | bsr_light, as the paper's released model
     crop: Crop = field(default_factory=lambda: Crop("centre", filter="area"))  # as SR3: largest square, area means
@@ -41,7 +41,7 @@ class SuperResolution(BaseTask):
 
     @property
     def held_out(self) -> "SuperResolution":
-        """With the middle of the picture."""
+        """With the middle of the image."""
         return replace(self, crop=self.crop.held_out)
 
     def give(self, sample: Sample, random: Any) -> Sample:

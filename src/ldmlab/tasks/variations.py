@@ -1,4 +1,4 @@
-"""Variations: a picture is given to look at, another one that says the same is asked for."""
+"""Variations: an image is given to look at, another one that says the same is asked for."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from ldmlab.tasks.crop import Crop
 
 @dataclass(frozen=True)
 class Variations(BaseTask):
-    """In training the picture to look at is the picture itself, as cropped."""
+    """In training the image to look at is the image itself, as cropped."""
 
     image_size: int  # px
     crop: Crop | None = None  # None: the middle square
@@ -18,19 +18,19 @@ class Variations(BaseTask):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The picture as stored where it is cropped; else as it is read."""
+        """The image as stored where it is cropped; else as it is read."""
         return frozenset() if self.crop is None else frozenset({"image"})
 
     @property
     def held_out(self) -> "Variations":
-        """With the middle of the picture."""
+        """With the middle of the image."""
         return self if self.crop is None else replace(self, crop=self.crop.held_out)
 
     def give(self, sample: Sample, random: Any) -> Sample:
         """reference: the same uint8 (3, H, W) as the image."""
         if "image" not in sample:
             raise InputError(
-                "task=variations looks at pictures, which data.latents does not hold; encode them with "
+                "task=variations looks at images, which data.latents does not hold; encode them with "
                 "conditioner=image, or set data.latents=null and give the first stage as from_run=RUN."
             )
         cut = self.crop(sample, self.image_size, random) if self.crop else {}

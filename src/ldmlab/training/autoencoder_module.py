@@ -18,7 +18,7 @@ from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.stage import Batch, Losses, Stage
 
 _log = logging.getLogger(__name__)
-_PANEL_PICTURES = 8
+_PANEL_IMAGES = 8
 
 
 class AutoencoderStage(Stage):
@@ -33,7 +33,7 @@ class AutoencoderStage(Stage):
         first_stage: FirstStage,
         loss: AutoencoderLoss,
         background: Sequence[int] | None = (255, 255, 255),  # colour left out of psnr_object
-        codebook_window: int = 10_000,  # pictures over which codebook use is counted; an epoch is a good choice
+        codebook_window: int = 10_000,  # images over which codebook use is counted; an epoch is a good choice
         codebook_alert: float = 0.5,  # warn when a smaller share of the codebook was used
         **options: Any,  # of Stage
     ) -> None:
@@ -50,7 +50,7 @@ class AutoencoderStage(Stage):
         with_lpips = loss.reconstruction.lpips is not None
         self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
         self._players = self._assign()
-        self._seen: tuple[Tensor, Tensor] | None = None  # pictures and reconstructions of this micro-batch
+        self._seen: tuple[Tensor, Tensor] | None = None  # images and reconstructions of this micro-batch
 
     def _assign(self) -> dict[str, list[nn.Parameter]]:
         trained = [*self.first_stage.parameters(), *self.loss.reconstruction.parameters()]
@@ -83,7 +83,7 @@ class AutoencoderStage(Stage):
         return {"first_stage": self.first_stage, "loss": self.loss}
 
     def losses(self, player: str, batch: Batch) -> Losses:
-        """The autoencoder's loss; then the adversary's on the same pictures and reconstructions."""
+        """The autoencoder's loss; then the adversary's on the same images and reconstructions."""
         if player == "autoencoder":
             return self._autoencoder(batch)
         assert self._seen is not None
@@ -91,14 +91,14 @@ class AutoencoderStage(Stage):
         return Losses(*self.loss.discriminator(images, reconstructed))
 
     def _autoencoder(self, batch: Batch) -> Losses:
-        images = self._pictures_of(batch)
+        images = self._images_of(batch)
         given = self.first_stage.reconstruct(images, self._noise(batch["position"], images))
         total, terms = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
         self._seen = (images, given.images.detach())
         self._watch(terms["l1"])
         return Losses(total, terms | self._codebook_terms(given.codes))
 
-    def _pictures_of(self, batch: Batch) -> Tensor:
+    def _images_of(self, batch: Batch) -> Tensor:
         """(B, 3, H, W) in [-1, 1]."""
         return to_float(batch["image"].to(self.device)).contiguous(memory_format=self._memory_format)
 
@@ -130,7 +130,7 @@ class AutoencoderStage(Stage):
     def _update(self, playing: dict[str, list[nn.Parameter]]) -> None:
         self.updating = True
         if self.codebook is not None:
-            self.codebook.end_step(self.step + 1, self._pictures * self.accumulate * processes.world_size())
+            self.codebook.end_step(self.step + 1, self._images * self.accumulate * processes.world_size())
             self._update_codebook()
         super()._update(playing)
 
@@ -156,9 +156,9 @@ class AutoencoderStage(Stage):
         elif processes.rank() == 0:
             _log.warning(
                 "the checkpoint of step %d holds no count of used codes (an older ldmlab wrote it); counting starts "
-                "anew, so codebook_use comes after the next %d pictures",
+                "anew, so codebook_use comes after the next %d images",
                 self.step,
-                self.codebook.pictures,
+                self.codebook.images,
             )
 
     def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -166,19 +166,19 @@ class AutoencoderStage(Stage):
         measures = ReconstructionMeasures(self.background, self.loss.reconstruction.lpips).to(self.device)
         latents = LatentStatistics(self.first_stage.latent_channels).to(self.device)
         for batch in batches:
-            posterior = self.first_stage.encode(self._pictures_of(batch))
+            posterior = self.first_stage.encode(self._images_of(batch))
             latents.update(posterior)
             measures.update(batch["image"].to(self.device), to_bytes(self.first_stage.decode(posterior.mean)))
         return measures.compute() | latents.compute()
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Rows of input | reconstruction | difference (grey where equal); never decoded noise, which means nothing."""
-        pictures: list[Tensor] = []
+        chosen: list[Tensor] = []
         for batch in batches:
-            pictures.extend(batch["image"][: _PANEL_PICTURES - len(pictures)])
-            if len(pictures) == _PANEL_PICTURES:
+            chosen.extend(batch["image"][: _PANEL_IMAGES - len(chosen)])
+            if len(chosen) == _PANEL_IMAGES:
                 break
-        images = self._pictures_of({"image": torch.stack(pictures)})
+        images = self._images_of({"image": torch.stack(chosen)})
         rebuilt = self.first_stage.decode(self.first_stage.encode(images).mean).float().clamp(-1, 1)
         row = torch.cat([images, rebuilt, (rebuilt - images) / 2], dim=3)  # (N, 3, H, 3 W)
         return {"reconstructions": to_bytes(row).permute(0, 2, 3, 1).contiguous().cpu()}

@@ -31,7 +31,7 @@ class ClassifierStage(Stage):
         space: LatentSpace,
         schedule: Schedule,
         classifier: nn.Module,  # x (B, C, h, w), t (B,) => logits (B, classes)
-        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out picture
+        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out image
         noise_bins: int = 10,  # equal parts of the diffusion times, each with an accuracy of its own
         **options: Any,  # of Stage
     ) -> None:
@@ -66,7 +66,7 @@ class ClassifierStage(Stage):
         return Losses(total, {"loss": total, "accuracy": right.mean()}, {"loss": loss, "level": level})
 
     def _judged(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Per picture: cross-entropy, 1 where the class is right, noise level in [0, 1); each (B,) float32."""
+        """Per image: cross-entropy, 1 where the class is right, noise level in [0, 1); each (B,) float32."""
         position, wanted = batch["position"], batch["class_id"]
         clean = self.space.latents(batch, seed)  # (B, C, h, w)
         t = integers(seed, "time", position, self.schedule.steps)  # (B,)
@@ -77,7 +77,7 @@ class ClassifierStage(Stage):
         return F.cross_entropy(logits, wanted, reduction="none"), right, t / self.schedule.steps
 
     def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss and accuracy over held-out pictures with fixed times and noises, accuracy also by noise level."""
+        """Loss and accuracy over held-out images with fixed times and noises, accuracy also by noise level."""
         sums = torch.zeros(3, self.noise_bins, dtype=torch.float64, device=self.device)  # loss, right, count
         for batch in batches:
             for draw in range(self.held_out_draws):
@@ -89,8 +89,8 @@ class ClassifierStage(Stage):
         if not count:
             return {}
         by_noise = {
-            f"accuracy_by_noise/{index / self.noise_bins:.2f}": float(right / pictures)
-            for index, (_, right, pictures) in enumerate(bins.T)
-            if pictures
+            f"accuracy_by_noise/{index / self.noise_bins:.2f}": float(right / images)
+            for index, (_, right, images) in enumerate(bins.T)
+            if images
         }
         return {"loss": loss_sum / count, "accuracy": right_sum / count, **by_noise}

@@ -1,4 +1,4 @@
-"""Contrastive training of a text and an image encoder: a picture and its caption become similar, others dissimilar."""
+"""Contrastive training of a text and an image encoder: an image and its caption become similar, others dissimilar."""
 
 import math
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from ldmlab.metrics.retrieval import retrieval
 from ldmlab.nn.openclip import OpenClip
 from ldmlab.nn.pixels import to_float
 from ldmlab.training import processes
-from ldmlab.training.diffusion_module import first_pictures
+from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.stage import Batch, Losses, Stage
 
 _LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP
-_PANEL_PICTURES, _PANEL_FOUND = 8, 4
+_PANEL_IMAGES, _PANEL_FOUND = 8, 4
 
 
 class ClipStage(Stage):
@@ -62,7 +62,7 @@ class ClipStage(Stage):
         return Losses(total, {"loss": total, "logit_scale": scale})
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of pictures and captions, unit length, float32, (B, D) each."""
+        """Of images and captions, unit length, float32, (B, D) each."""
         images = self.open_clip.pixels(to_float(batch["image"].to(self.device)))
         ids = self.open_clip.ids(batch["caption"]).to(self.device)
         image = self.clip.encode_image(images, normalize=True)  # type: ignore[operator]
@@ -82,13 +82,13 @@ class ClipStage(Stage):
         return retrieval(torch.stack(images), torch.stack(texts), captions)
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Rows of a held-out picture | the pictures its caption finds first; and similarities, picture by caption."""
-        batch = first_pictures(batches, 64)
+        """Rows of a held-out image | the images its caption finds first; and similarities, image by caption."""
+        batch = first_images(batches, 64)
         image, text = (f.cpu() for f in self._features(batch))
-        pictures = batch["image"].cpu().permute(0, 2, 3, 1)  # (N, H, W, 3)
+        images = batch["image"].cpu().permute(0, 2, 3, 1)  # (N, H, W, 3)
         similarity = image @ text.T  # (N, N)
-        found = similarity.T.topk(min(_PANEL_FOUND, len(image)), dim=1).indices[:_PANEL_PICTURES]  # (P, found)
-        rows = [torch.cat([pictures[i], *pictures[best]], dim=1) for i, best in enumerate(found)]
+        found = similarity.T.topk(min(_PANEL_FOUND, len(image)), dim=1).indices[:_PANEL_IMAGES]  # (P, found)
+        rows = [torch.cat([images[i], *images[best]], dim=1) for i, best in enumerate(found)]
         shade = ((similarity + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         cells = shade.repeat_interleave(8, 0).repeat_interleave(8, 1)
         return {"found_by_caption": torch.stack(rows), "similarities": cells[None, :, :, None].repeat(1, 1, 1, 3)}

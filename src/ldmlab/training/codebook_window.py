@@ -15,10 +15,10 @@ _log = logging.getLogger(__name__)
 class CodebookWindow:
     """Counts codes over all processes; the numbers are those of the last full window and survive a restart."""
 
-    def __init__(self, codebook_size: int, pictures: int, alert: float) -> None:
-        self.pictures, self.alert = pictures, alert  # length of a window; share below which it warns
+    def __init__(self, codebook_size: int, images: int, alert: float) -> None:
+        self.images, self.alert = images, alert  # length of a window; share below which it warns
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
-        self.counted = 0  # pictures of the window that is open
+        self.counted = 0  # images of the window that is open
         self.numbers: dict[str, float] = {}  # codebook_use and codebook_perplexity
         self._step = torch.zeros_like(self.counts)  # this process's codes since the last step ended
 
@@ -26,17 +26,17 @@ class CodebookWindow:
         """The codes of a micro-batch, (B, h, w)."""
         self._step = self._step.to(codes.device) + torch.bincount(codes.flatten(), minlength=len(self.counts))
 
-    def end_step(self, step: int, pictures: int) -> None:
-        """A step on so many pictures of all processes has ended; a full window is read and a new one begins."""
+    def end_step(self, step: int, images: int) -> None:
+        """A step on so many images of all processes has ended; a full window is read and a new one begins."""
         self.counts += processes.sum_(self._step).cpu()
         self._step = torch.zeros_like(self._step)
-        self.counted += pictures
-        if self.counted < self.pictures:
+        self.counted += images
+        if self.counted < self.images:
             return
         self.numbers = codebook_use(self.counts)
         if self.numbers["codebook_use"] < self.alert and processes.rank() == 0:
             _log.warning(
-                "step %d: only %.1f %% of the codebook was used over the last %d pictures; "
+                "step %d: only %.1f %% of the codebook was used over the last %d images; "
                 "first_stage.restart_below=0.01, fewer codes or a lower learning rate keep more of it alive",
                 step,
                 100 * self.numbers["codebook_use"],

@@ -29,8 +29,8 @@ class DiffusionStage(Stage):
         sampler: Sampler,  # for the panels
         grid: list[Level],  # its noise levels
         guidance: float = 3.0,  # of the panels; 1 where conditions are never dropped
-        panel_count: int = 16,  # pictures in a panel
-        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out picture
+        panel_count: int = 16,  # images in a panel
+        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out image
         **options: Any,  # of Stage
     ) -> None:
         super().__init__(**options)
@@ -53,7 +53,7 @@ class DiffusionStage(Stage):
         return modules
 
     def losses(self, player: str, batch: Batch) -> Losses:
-        """Mean of the pictures' losses; their noise levels as a share of the schedule, 0 the cleanest."""
+        """Mean of the images' losses; their noise levels as a share of the schedule, 0 the cleanest."""
         seen, cut = self._captions()
         loss, t = self.diffusion.loss(batch, self.seed)
         total = loss.mean()
@@ -69,7 +69,7 @@ class DiffusionStage(Stage):
         return sum(c.seen for c in counting), sum(c.cut for c in counting)
 
     def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss over held-out pictures with fixed times and noises."""
+        """Mean loss over held-out images with fixed times and noises."""
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in batches:
             for draw in range(self.held_out_draws):
@@ -78,8 +78,8 @@ class DiffusionStage(Stage):
         return self.mean_over_processes({"loss": total}, count)
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Samples for the first held-out conditions and, of the same order, the real pictures as decoded latents."""
-        batch = first_pictures(batches, self.panel_count)
+        """Samples for the first held-out conditions and, of the same order, the real images as decoded latents."""
+        batch = first_images(batches, self.panel_count)
         index = torch.arange(len(batch["position"]), device=self.device)
         real = self.diffusion.latents(batch, _HELD_OUT_SEED)
         factor = int(self.diffusion.first_stage.downsampling)  # type: ignore[arg-type]
@@ -89,12 +89,12 @@ class DiffusionStage(Stage):
             conditions, sampler=self.sampler, grid=self.grid, index=index, size=size,
             guidance=self.guidance, seed=self.seed,
         )  # fmt: skip
-        pictures = {"samples": samples, "held_out": self.diffusion.decode(real)}
-        return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in pictures.items()}
+        images = {"samples": samples, "held_out": self.diffusion.decode(real)}
+        return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in images.items()}
 
 
-def first_pictures(batches: Iterable[Batch], count: int) -> Batch:
-    """The first `count` pictures of the batches as one batch."""
+def first_images(batches: Iterable[Batch], count: int) -> Batch:
+    """The first `count` images of the batches as one batch."""
     parts: list[Batch] = []
     for batch in batches:
         parts.append(batch)

@@ -85,9 +85,9 @@ def summary(stage: Stage, settings: TrainerSettings) -> str:
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in stage.saved().items()}
     parts = ", ".join(f"{name} {size / 1e6:.3g}M parameters" for name, size in sizes.items() if size)
     world = processes.world_size()
-    pictures = settings.micro_batch * settings.accumulate * world
+    images = settings.micro_batch * settings.accumulate * world
     how = f"micro_batch {settings.micro_batch} x accumulate {settings.accumulate} x {world} processes"
-    return f"{stage.kind}: {parts}; {pictures} pictures a step ({how}), {stage.max_steps} steps, {settings.precision}"
+    return f"{stage.kind}: {parts}; {images} images a step ({how}), {stage.max_steps} steps, {settings.precision}"
 
 
 def rates_line(stage: Stage) -> str:

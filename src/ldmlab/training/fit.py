@@ -26,7 +26,7 @@ def fit(
     stage: Stage,
     *,
     train_batches: Callable[[int], Iterable[Batch]],  # position to start from => endless micro-batches
-    held_out_batches: Callable[[], Iterable[Batch]],  # this process's share, from the start at every call
+    val_batches: Callable[[], Iterable[Batch]],  # this process's share, from the start at every call
     run: RunFolder,
     settings: TrainerSettings,
     callbacks: Sequence[StepCallback] = (),
@@ -42,7 +42,7 @@ def fit(
     found = _take_up(stage, checkpoints, manifest_hash)
     if found is not None and stage.step >= stage.max_steps:
         return found[0]
-    session = Session(stage, run, Loggers(loggers, first), held_out_batches, **_from_notes(found))
+    session = Session(stage, run, Loggers(loggers, first), val_batches, **_from_notes(found))
     with StopRequest() as stop, StepProgress(first) as progress:
         states = found[1]["rng"] if found else []
         loop = Loop(session, settings, callbacks, checkpoints, progress, stop, states, manifest_hash)

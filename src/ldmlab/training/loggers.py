@@ -1,4 +1,4 @@
-"""Numbers and pictures to metrics.csv and samples/ always, and to TensorBoard or W&B by choice."""
+"""Numbers and images to metrics.csv and samples/ always, and to TensorBoard or W&B by choice."""
 
 import csv
 import io
@@ -17,13 +17,13 @@ from ldmlab.training.run_folder import RunFolder
 
 
 class Logger(Protocol):
-    """A place that numbers and pictures go to, opened by the first process of a run."""
+    """A place that numbers and images go to, opened by the first process of a run."""
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None: ...  # step: resumed from
 
     def numbers(self, values: dict[str, float], step: int) -> None: ...
 
-    def picture(self, name: str, grid: np.ndarray, step: int) -> None: ...  # uint8 (H, W, 3)
+    def image(self, name: str, grid: np.ndarray, step: int) -> None: ...  # uint8 (H, W, 3)
 
     def close(self, success: bool) -> None: ...
 
@@ -56,7 +56,7 @@ class Files:
         writer.writerows(rows)
         write_atomically(self._path, lambda temporary: _write_text(temporary, text.getvalue()))
 
-    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
+    def image(self, name: str, grid: np.ndarray, step: int) -> None:
         """A PNG."""
         path = self._samples / name / f"step_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ class TensorBoard:
         for name, value in values.items():
             self._logger.add_scalar(name, value, step)
 
-    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
-        """One picture."""
+    def image(self, name: str, grid: np.ndarray, step: int) -> None:
+        """One image."""
         self._logger.add_image(name, grid, step, dataformats="HWC")
 
     def close(self, success: bool) -> None:
@@ -127,11 +127,11 @@ class Loggers:
             logger.numbers(values, step)
 
     def log_images(self, name: str, images: Tensor, step: int) -> None:
-        """Pictures uint8 (N, H, W, 3) as one grid to every logger."""
+        """Images uint8 (N, H, W, 3) as one grid to every logger."""
         if self._open:
-            grid = picture_grid(images)
+            grid = image_grid(images)
             for logger in self._open:
-                logger.picture(name, grid, step)
+                logger.image(name, grid, step)
 
     def close(self, success: bool) -> None:
         """Finish all, also when one of them fails."""
@@ -140,13 +140,13 @@ class Loggers:
                 stack.callback(self._open.pop().close, success)
 
 
-def picture_grid(images: Tensor, gap: int = 2) -> np.ndarray:
-    """Pictures uint8 (N, H, W, 3) in rows of about sqrt(N), white between them: uint8 (H', W', 3)."""
+def image_grid(images: Tensor, gap: int = 2) -> np.ndarray:
+    """Images uint8 (N, H, W, 3) in rows of about sqrt(N), white between them: uint8 (H', W', 3)."""
     count, height, width, _ = images.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = int(np.ceil(count / columns))
     grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for index, picture in enumerate(images.cpu().numpy()):
+    for index, image in enumerate(images.cpu().numpy()):
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = picture
+        grid[top : top + height, left : left + width] = image
     return grid

@@ -1,4 +1,4 @@
-"""What happens at the border of two steps: numbers, pictures, checkpoint, stop; every count is `Stage.step`."""
+"""What happens at the border of two steps: numbers, images, checkpoint, stop; every count is `Stage.step`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +88,7 @@ class Loop(pl.Callback):
             row = stage.terms.read()
             self.progress.numbers(row)
             row |= {f"learning_rate/{player}": rate for player, rate in stage.rates().items()}
-            row["pictures"] = float(stage.position)
+            row["images"] = float(stage.position)
             for callback in self.callbacks:
                 row |= callback.metrics(self.session)
         row |= self.validate.metrics(self.session)

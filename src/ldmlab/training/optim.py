@@ -20,8 +20,8 @@ class AdamW:
     epsilon: float = 1e-8
     weight_decay: float = 0.01
     decay_vectors: bool = True  # False: gains and biases are not decayed
-    lr_scaling: Literal["none", "official"] = "none"  # official: learning_rate is per picture of the global batch
-    global_batch: int = 1  # pictures a step over all processes; wiring fills it in
+    lr_scaling: Literal["none", "official"] = "none"  # official: learning_rate is per image of the global batch
+    global_batch: int = 1  # images a step over all processes; wiring fills it in
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -48,7 +48,7 @@ class AdamW:
     def __str__(self) -> str:
         rule = "as configured"
         if self.lr_scaling == "official":
-            rule = f"{self.learning_rate:g} x {self.global_batch} pictures a step"
+            rule = f"{self.learning_rate:g} x {self.global_batch} images a step"
         return f"AdamW, learning rate {self.rate:g} ({rule})"
 
 

@@ -15,7 +15,7 @@ _WINDOW = 200  # steps over which speed is taken
 
 
 class StepProgress:
-    """Step, loss, pictures a second and time left; silent unless `shown`."""
+    """Step, loss, images a second and time left; silent unless `shown`."""
 
     def __init__(self, shown: bool, console: Console | None = None) -> None:
         self._shown = shown
@@ -71,7 +71,7 @@ class StepProgress:
         (start, first_step, first), (end, last_step, last) = self._marks[0], self._marks[-1]
         seconds = max(end - start, 1e-9)
         left = (stage.max_steps - stage.step) * seconds / max(last_step - first_step, 1)
-        parts = [self._numbers, f"{(last - first) / seconds:.1f} pictures/s", f"{duration(left)} left"]
+        parts = [self._numbers, f"{(last - first) / seconds:.1f} images/s", f"{duration(left)} left"]
         return "  ".join(part for part in parts if part)
 
 

@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """Where pictures drawn while training lie."""
+        """Where images drawn while training lie."""
         return self.path / "samples"
 
     def write_config(self, text: str) -> None:

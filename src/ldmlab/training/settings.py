@@ -11,7 +11,7 @@ class TrainerSettings:
     """The choices of conf/trainer; steps are optimizer updates of the main network."""
 
     max_steps: int  # where training ends
-    micro_batch: int  # pictures a process takes at a time
+    micro_batch: int  # images a process takes at a time
     accumulate: int = 1  # micro-batches a step
     gradient_clip: float | None = None  # largest norm of the gradient
     averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
@@ -20,7 +20,7 @@ class TrainerSettings:
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
     compile: bool = False  # torch.compile the main network
     log_every: int = 50  # steps between two rows of metrics.csv
-    validate_every: int = 1000  # steps between two evaluations on held-out pictures
+    validate_every: int = 1000  # steps between two evaluations on held-out images
     checkpoint_every: int = 1000  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep; the best one is kept beside them
 

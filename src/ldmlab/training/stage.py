@@ -40,7 +40,7 @@ class Losses:
 
     total: Tensor  # scalar, mean over the micro-batch
     terms: dict[str, Tensor] = field(default_factory=dict)  # scalars to log; each must stay finite
-    extras: dict[str, Tensor] = field(default_factory=dict)  # per picture, for callbacks
+    extras: dict[str, Tensor] = field(default_factory=dict)  # per image, for callbacks
 
 
 class Stage(pl.LightningModule):
@@ -68,7 +68,7 @@ class Stage(pl.LightningModule):
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.gradient_clip, self.averaging_decay = gradient_clip, averaging_decay
         self.step = 0  # updates of the main player
-        self.position = 0  # pictures consumed over all processes
+        self.position = 0  # images consumed over all processes
         self.average: AveragedWeights | None = None  # made once the weights are on their device
         self.extras: dict[str, dict[str, Tensor]] = {}  # by player, of the latest micro-batch
         self.at_border = True  # between two steps
@@ -101,7 +101,7 @@ class Stage(pl.LightningModule):
         raise NotImplementedError
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Pictures to look at by name, uint8 (N, H, W, 3), called like `held_out` on the first process only."""
+        """Images to look at by name, uint8 (N, H, W, 3), called like `held_out` on the first process only."""
         return {}
 
     # -- one step ----------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Stage(pl.LightningModule):
         for player in playing:
             self._backward(player, batch, last)
         self._micro_batches += 1
-        self._pictures = len(batch["position"])
+        self._images = len(batch["position"])
         if last:
             self._update(playing)
 
@@ -149,7 +149,7 @@ class Stage(pl.LightningModule):
         if self.average is not None:
             self.average.update()
         self.step += 1
-        self.position += self._pictures * self.accumulate * processes.world_size()
+        self.position += self._images * self.accumulate * processes.world_size()
         self.terms.close(self.step)
         self._micro_batches, self.at_border, self.updating = 0, True, False
 
@@ -177,7 +177,7 @@ class Stage(pl.LightningModule):
     # -- looking ---------------------------------------------------------------------------------------------------
 
     def mean_over_processes(self, sums: dict[str, Tensor | float], count: int | float) -> dict[str, float]:
-        """Sums over this process's pictures and their count => means over the pictures of all; {} without any."""
+        """Sums over this process's images and their count => means over the images of all; {} without any."""
         values = torch.tensor([*(float(v) for v in sums.values()), float(count)], dtype=torch.float64)
         *totals, number = processes.sum_(values).tolist()
         return {name: total / number for name, total in zip(sums, totals, strict=True)} if number else {}

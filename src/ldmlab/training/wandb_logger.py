@@ -21,7 +21,7 @@ _STEP = "trainer/global_step"
 
 @dataclass
 class WandB:
-    """Through Lightning's logger; the W&B id is the run's id, and nothing but numbers and small pictures goes up."""
+    """Through Lightning's logger; the W&B id is the run's id, and nothing but numbers and small images goes up."""
 
     project: str = "ldmlab"
     mode: str = "offline"  # offline | online | disabled; offline runs go up later with `wandb sync`
@@ -82,13 +82,13 @@ class WandB:
         """One row at W&B's own step too, so that a resumed run goes on where it was."""
         self._logger.experiment.log({**values, _STEP: step}, step=step)
 
-    def picture(self, name: str, grid: np.ndarray, step: int) -> None:
-        """One picture, made small."""
+    def image(self, name: str, grid: np.ndarray, step: int) -> None:
+        """One image, made small."""
         import wandb
 
-        image = Image.fromarray(grid)
-        image.thumbnail((self.panel_px, self.panel_px))  # never larger than it was
-        self._logger.experiment.log({name: wandb.Image(image), _STEP: step}, step=step)
+        shown = Image.fromarray(grid)
+        shown.thumbnail((self.panel_px, self.panel_px))  # never larger than it was
+        self._logger.experiment.log({name: wandb.Image(shown), _STEP: step}, step=step)
 
     def close(self, success: bool) -> None:
         """Tell W&B how it ended, on every way out; what may go up goes up now, when no better one can follow."""

@@ -1,4 +1,4 @@
-"""`ldmlab demo`: every step of the flow, with the commands a user would type, on the pictures of the repository."""
+"""`ldmlab demo`: every step of the flow, with the commands a user would type, on the images of the repository."""
 
 import argparse
 import resource
@@ -64,33 +64,33 @@ def run(args: argparse.Namespace) -> int:
 
 def flow(out: Path, recipe: str) -> list[Step]:
     """The demo's commands in order; `recipe` is cpu or gpu."""
-    return [*_to_latents(out, recipe), *_model(out, recipe), *_pictures(out, recipe)]
+    return [*_to_latents(out, recipe), *_model(out, recipe), *_images(out, recipe)]
 
 
 def _to_latents(out: Path, recipe: str) -> list[Step]:
-    """The networks that pictures and captions go through, and the pictures as latents."""
+    """The networks that images and captions go through, and the images as latents."""
     first_stage, clip, latents, minutes = out / "first_stage", out / "clip", out / "latents", MINUTES[recipe]
     return [
         Step(
-            "Train the first stage: pictures to latents and back",
+            "Train the first stage: images to latents and back",
             [*_TRAIN, f"experiment=demo/{recipe}_first_stage", f"run.dir={first_stage}"],
             first_stage / "finished.json",
             minutes["first_stage"],
         ),
         Step(
-            "Train a small CLIP: captions and pictures in one space",
+            "Train a small CLIP: captions and images in one space",
             [*_TRAIN, f"experiment=demo/{recipe}_clip", f"run.dir={clip}"],
             clip / "finished.json",
             minutes["clip"],
         ),
         Step(
-            "Score the first stage: held-out pictures there and back",
+            "Score the first stage: held-out images there and back",
             [*_EVALUATE, f"model={first_stage}", f"features.run={clip}", *REBUILDING],
             first_stage / "evaluation" / "reconstruction" / "report.html",
             minutes["latents"],
         ),
         Step(
-            "Encode: every picture to the moments of its latent, once",
+            "Encode: every image to the moments of its latent, once",
             [*_LDMLAB, "encode", "data=emoji", f"from_run={first_stage}", f"out={latents}"],
             latents / "train" / "manifest.json",
             minutes["latents"],
@@ -111,12 +111,12 @@ def _model(out: Path, recipe: str) -> list[Step]:
     ]
 
 
-def _pictures(out: Path, recipe: str) -> list[Step]:
+def _images(out: Path, recipe: str) -> list[Step]:
     """What the model makes, and what it is worth."""
     model, scores, minutes = out / "text_to_image", out / "evaluation", MINUTES[recipe]
     return [
         Step(
-            "Sample: from noise to pictures, and the way they come",
+            "Sample: from noise to images, and the way they come",
             [*_LDMLAB, "sample", str(model), *CAPTIONS, *SAMPLING, "--strip", "--out", str(out / "samples")],
             out / "samples" / "grid.png",
             minutes["samples"],
@@ -137,9 +137,9 @@ def _pictures(out: Path, recipe: str) -> list[Step]:
 
 
 def _sheets(out: Path) -> str:
-    """Pictures made by the sampling steps, for the report."""
+    """Images made by the sampling steps, for the report."""
     strip, sweep = out / "samples" / "000000_strip.png", out / "sweep" / "sweep_steps.png"
-    return f"pictures=[['From noise to picture','{strip}'],['Fewer and more steps','{sweep}']]"
+    return f"images=[['From noise to image','{strip}'],['Fewer and more steps','{sweep}']]"
 
 
 _TRAIN, _EVALUATE, _LDMLAB = ([sys.executable, *words] for words in (["train.py"], ["evaluate.py"], ["-m", "ldmlab"]))
@@ -173,7 +173,7 @@ def _shown(word: str) -> str:
 def _closing(out: Path, seconds: float) -> None:
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # kilobytes on Linux
     print(f"\nFinished in {_duration(seconds)}; the largest step held {memory:.1f} GiB.")
-    print(f"Pictures:  {out / 'samples' / 'grid.png'}")
+    print(f"Images:  {out / 'samples' / 'grid.png'}")
     print(f"Report:    {out / 'evaluation' / 'report.html'}")
     print(f'Try:       .venv/bin/ldmlab sample {out / "text_to_image"} "sleepy owl" --guidance 3')
 

@@ -1,4 +1,4 @@
-"""`ldmlab encode`: Hydra options like train.py's, since the pictures and their size come from `data=`."""
+"""`ldmlab encode`: Hydra options like train.py's, since the images and their size come from `data=`."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,8 @@ def encode_splits(config: dict[str, Any]) -> None:
     from ldmlab.instantiate import instantiate
 
     loaded = load_first_stage(config["from_run"], config["weights"])
-    pictures = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
-    data: ShardData = instantiate(pictures, where="data", seed=config["seed"])
+    images = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
+    data: ShardData = instantiate(images, where="data", seed=config["seed"])
     if not loaded.module.state_dict():
         raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")
     check_divides(data.image_size, loaded.module.downsampling)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def _encode_split(
     from ldmlab.build import moments_of
     from ldmlab.data.encode import encode
 
-    with bar(f"encoding {split}", "pictures", Console(stderr=True, quiet=rank > 0)) as advance:
+    with bar(f"encoding {split}", "images", Console(stderr=True, quiet=rank > 0)) as advance:
         result = encode(
             data.folder(split, "images"),
             out,
@@ -103,7 +103,7 @@ def _summary(manifest: "Manifest", latents: dict[str, Any], told: dict[str, Any]
     cut = sum(getattr(module, "cut", 0) for module in told.values())
     note += f" ({cut} captions cut)" if cut else ""
     std = latents["statistics"]["overall_std"]
-    return f"{manifest.total} pictures{note}, standard deviation of the latents {std:.3f}"
+    return f"{manifest.total} images{note}, standard deviation of the latents {std:.3f}"
 
 
 def _settings(

@@ -69,7 +69,7 @@ def card(files: "ModelFiles", written: "Written") -> str:
     lines = [
         f"# {files.folder.resolve().name}",
         "",
-        f"A {spec['kind'].replace('_', ' ')} for pictures of {spec['image_size']} px, exported by ldmlab: "
+        f"A {spec['kind'].replace('_', ' ')} for images of {spec['image_size']} px, exported by ldmlab: "
         f"{_weights(files)}; {written.what}.",
         "",
     ]

@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tars, and what the manifest should say of them."""
     add = parser.add_argument
     add("tars", metavar="TARS", type=Path, nargs="+", help="tars of one folder, or that folder")
-    add("--split", metavar="NAME", default="train", help="what these pictures are called (train)")
+    add("--split", metavar="NAME", default="train", help="what these images are called (train)")
     add("--workers", metavar="N", type=int, default=processors(), help="processes (all cores)")
-    add("--origin", metavar="TEXT", help="where the pictures come from, for the manifest (the folder's name)")
-    add("--licence", metavar="TEXT", default="", help="of the pictures, for the manifest")
+    add("--origin", metavar="TEXT", help="where the images come from, for the manifest (the folder's name)")
+    add("--licence", metavar="TEXT", default="", help="of the images, for the manifest")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`ldmlab noise MODEL PICTURE`: what noise leaves of a picture's latents, with and without their rescaling."""
+"""`ldmlab noise MODEL IMAGE`: what noise leaves of an image's latents, with and without their rescaling."""
 
 import argparse
 from pathlib import Path
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = EPILOG
     add("model", type=Path, help="model folder, run folder or checkpoint")
-    add("picture", type=Path, help="a picture; its size is cut to what the model divides")
+    add("image", type=Path, help="an image; its size is cut to what the model divides")
     add("--scale", nargs="+", default=["none"], help="other scales: none (latents as they are) or a factor (none)")
     add("--times", default="0,200,400,600,800,999", help="of the schedule (0,200,400,600,800,999)")
     add("--seed", type=int, default=0, help="of the noise (0)")
@@ -38,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
     """Encode, add noise at each time and scale, decode, draw."""
     from ldmlab.build import load
     from ldmlab.diffusion.latent_scale import LatentScale
-    from ldmlab.evaluation.pictures import table
+    from ldmlab.evaluation.images import table
 
     scales = [(name, LatentScale.fixed(_factor(name))) for name in args.scale]
     model = load(args.model, device=args.device)
     times = _times(args.times, model.diffusion.schedule.steps)
-    picture = _picture(args.picture, model.diffusion.size_step)
-    raw = model.diffusion.posterior(picture.to(model.device)).mean
+    image = _image(args.image, model.diffusion.size_step)
+    raw = model.diffusion.posterior(image.to(model.device)).mean
     rows, titles = [], []
     for name, scale in [("as trained", model.diffusion.latent_scale), *scales]:
         frames, told = noised_row(model, raw, scale.to(model.device), times, args.seed)
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
 def noised_row(
     model: "LoadedModel", raw: "Tensor", scale: "LatentScale", times: list[int], seed: int
 ) -> "tuple[list[np.ndarray], str]":
-    """One picture per time from raw latents (1, C, h, w), and the signal-to-noise ratios in words."""
+    """One image per time from raw latents (1, C, h, w), and the signal-to-noise ratios in words."""
     import torch
 
     from ldmlab.diffusion.signal import decibels, even_time, signal_to_noise
-    from ldmlab.evaluation.model import as_pictures
+    from ldmlab.evaluation.model import as_images
     from ldmlab.randomness import normal
 
     schedule = model.diffusion.schedule
@@ -78,7 +78,7 @@ def noised_row(
         x = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
         with torch.no_grad():
             pixels = model.diffusion.first_stage.decode(scale.denormalise(x))  # type: ignore[operator]
-        frames.append(as_pictures(pixels)[0].numpy())
+        frames.append(as_images(pixels)[0].numpy())
     ratios = signal_to_noise(schedule, variance)
     told = ", ".join(f"{decibels(float(ratios[t])):.0f}" for t in times)
     even = even_time(schedule, variance)
@@ -103,16 +103,14 @@ def _times(text: str, steps: int) -> list[int]:
     return [int(word) for word in words]
 
 
-def _picture(path: Path, step: int) -> "Tensor":
+def _image(path: Path, step: int) -> "Tensor":
     """(1, 3, H, W) in [-1, 1], the middle as far as `step` divides it."""
     from ldmlab.evaluation.request_fields import row
     from ldmlab.nn.pixels import to_float
 
-    picture = row("image", path)  # uint8 (3, H, W)
-    height, width = (side // step * step for side in picture.shape[1:])
+    image = row("image", path)  # uint8 (3, H, W)
+    height, width = (side // step * step for side in image.shape[1:])
     if not height or not width:
-        raise InputError(
-            f"{path} is smaller than the {step} px that this model divides pictures by; take a larger one."
-        )
-    top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
-    return to_float(picture[None, :, top : top + height, left : left + width])
+        raise InputError(f"{path} is smaller than the {step} px that this model divides images by; take a larger one.")
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return to_float(image[None, :, top : top + height, left : left + width])

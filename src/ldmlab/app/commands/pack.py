@@ -1,4 +1,4 @@
-"""`ldmlab pack SOURCE OUT`: pictures and captions to image shards."""
+"""`ldmlab pack SOURCE OUT`: images and captions to image shards."""
 
 import argparse
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from ldmlab.app.progress import bar
-from ldmlab.data.annotated_source import annotated, picture_names, with_maps
+from ldmlab.data.annotated_source import annotated, image_names, with_maps
 from ldmlab.data.annotation_files import read_annotations
-from ldmlab.data.encode_pictures import FORMATS, Encoding
+from ldmlab.data.encode_images import FORMATS, Encoding
 from ldmlab.data.pack import BAD, PackOptions, PackResult, pack
 from ldmlab.data.parts import MAPS
 from ldmlab.data.sources import LAYOUTS, Source, list_source
@@ -19,7 +19,7 @@ from ldmlab.data.transforms import RULES, Transform, parse_colour
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
-_SHOWN = 10  # unreadable pictures named on the screen; the file names all
+_SHOWN = 10  # unreadable images named on the screen; the file names all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,22 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _find(add: Callable[..., Any]) -> None:
-    add("source", metavar="SOURCE", type=Path, help="folder of pictures or tars, or a .jsonl, .csv, .tsv or .tar file")
+    add("source", metavar="SOURCE", type=Path, help="folder of images or tars, or a .jsonl, .csv, .tsv or .tar file")
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and, with --val, val/")
     add(
         "--layout",
         choices=LAYOUTS,
         default="auto",
-        help="what SOURCE is: a table (metadata.jsonl, .csv) beside pictures,\n"
-        "captions (.txt) beside pictures, a folder per class, plain (nested) folders, tars",
+        help="what SOURCE is: a table (metadata.jsonl, .csv) beside images,\n"
+        "captions (.txt) beside images, a folder per class, plain (nested) folders, tars",
     )
     add("--file-field", metavar="NAME", help="column with the file names (default: file_name, file, image, path ...)")
     add(
         "--caption-field", metavar="NAME", help="column with the captions (default: caption or text; none: no captions)"
     )
     add("--class-field", metavar="NAME", help="field whose sorted distinct values become class_id")
-    add("--list", metavar="FILE", type=Path, help="take only the pictures this text file names, one a line")
-    add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out pictures with a shorter short side")
+    add("--list", metavar="FILE", type=Path, help="take only the images this text file names, one a line")
+    add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out images with a shorter short side")
 
 
 def _annotate(add: Callable[..., Any]) -> None:
@@ -59,12 +59,12 @@ def _annotate(add: Callable[..., Any]) -> None:
         help="boxes or captions by file name: COCO's JSON, OpenImages' CSV; may be given again",
     )
     add("--classes", metavar="FILE", type=Path, help="of boxes: a class a line, its ids and its name")
-    add("--label-maps", metavar="FOLDER", type=Path, help="label maps: a PNG of each picture's name")
-    add("--masks", metavar="FOLDER", type=Path, help="masks, white in the hole: a PNG of each picture's name")
+    add("--label-maps", metavar="FOLDER", type=Path, help="label maps: a PNG of each image's name")
+    add("--masks", metavar="FOLDER", type=Path, help="masks, white in the hole: a PNG of each image's name")
 
 
 def _hold_out(add: Callable[..., Any]) -> None:
-    add("--split", metavar="NAME", default="train", help="what the pictures that are not held out are called (train)")
+    add("--split", metavar="NAME", default="train", help="what the images that are not held out are called (train)")
     add("--val", metavar="SHARE", type=float, default=0.0, help="share of groups held out in val/ (0)")
     add(
         "--val-least",
@@ -73,14 +73,14 @@ def _hold_out(add: Callable[..., Any]) -> None:
         default=1,
         help="groups held out of each value of --stratify, at least (1)",
     )
-    add("--group", metavar="FIELD", help="pictures with one value of this field stay on one side")
+    add("--group", metavar="FIELD", help="images with one value of this field stay on one side")
     add("--group-strip", metavar="REGEX", help="cut this out of the value of --group first: what variants differ in")
     add("--stratify", metavar="FIELD", help="hold out the same share of each value of this field")
     add("--seed", type=int, default=0, help="which groups are held out (0)")
 
 
 def _write(add: Callable[..., Any]) -> None:
-    add("--size", metavar="PIXELS", type=int, help="side of the packed pictures (256)")
+    add("--size", metavar="PIXELS", type=int, help="side of the packed images (256)")
     add("--crop", choices=RULES, default="centre", help="crop and resize rule (centre); see data/README.md")
     add(
         "--background",
@@ -92,16 +92,14 @@ def _write(add: Callable[..., Any]) -> None:
         "--format",
         choices=FORMATS,
         default="webp",
-        help="of packed pictures (webp: lossless unless --quality is given)",
+        help="of packed images (webp: lossless unless --quality is given)",
     )
     add("--quality", type=int, help="1 .. 100, for webp and jpg")
-    add("--shard-size", metavar="N", type=int, default=1000, help="pictures a shard (1000)")
+    add("--shard-size", metavar="N", type=int, default=1000, help="images a shard (1000)")
     add("--workers", metavar="N", type=int, default=processors(), help="processes (all cores)")
-    add(
-        "--max-bad", metavar="SHARE", type=float, default=0.1, help="fail above this share of unreadable pictures (0.1)"
-    )
-    add("--origin", metavar="TEXT", help="where the pictures come from, for the manifest (the name of SOURCE)")
-    add("--licence", metavar="TEXT", default="", help="of the pictures, for the manifest")
+    add("--max-bad", metavar="SHARE", type=float, default=0.1, help="fail above this share of unreadable images (0.1)")
+    add("--origin", metavar="TEXT", help="where the images come from, for the manifest (the name of SOURCE)")
+    add("--licence", metavar="TEXT", default="", help="of the images, for the manifest")
 
 
 def options_of(args: argparse.Namespace) -> PackOptions:
@@ -128,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)
     _say_found(console, args.source, source)
     source = with_more(source, args, console)
-    with bar("packing", "pictures", console) as progress:
+    with bar("packing", "images", console) as progress:
         result = pack(
             source,
             args.out,
@@ -144,16 +142,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_more(source: Source, args: argparse.Namespace, console: Console) -> Source:
-    """The pictures with what other files say of them."""
+    """The images with what other files say of them."""
     if args.classes is not None and not args.annotations:
         raise InputError(f"classes={args.classes} numbers the boxes of --annotations FILE; give that too.")
     if args.annotations:
         with console.status("reading annotations"):
-            found = read_annotations(args.annotations, args.classes, picture_names(source))
+            found = read_annotations(args.annotations, args.classes, image_names(source))
         source = annotated(source, found)
         if found.classes is not None:
             counts = [len(item.fields["boxes"]) for item in source.items]
-            console.print(f"{sum(counts)} boxes of {len(found.classes)} classes; {counts.count(0)} pictures have none")
+            console.print(f"{sum(counts)} boxes of {len(found.classes)} classes; {counts.count(0)} images have none")
     for option, part in (("label-maps", "segmentation"), ("masks", "mask")):
         folder = getattr(args, option.replace("-", "_"))
         if folder is not None:
@@ -163,20 +161,20 @@ def with_more(source: Source, args: argparse.Namespace, console: Console) -> Sou
 
 def _say_found(console: Console, path: Path, source: Source) -> None:
     what = {"table": "in a table", "classes": "in a folder per class", "tars": "in tars", "plain": "without captions"}
-    console.print(f"{path}: {len(source.items)} pictures {what.get(source.layout, 'with captions beside them')}")
+    console.print(f"{path}: {len(source.items)} images {what.get(source.layout, 'with captions beside them')}")
     if source.left_out:
-        console.print(f"{source.left_out} more pictures have no row in the table and are left out")
+        console.print(f"{source.left_out} more images have no row in the table and are left out")
 
 
 def _say_done(console: Console, out: Path, result: PackResult) -> None:
     if result.complete_before:
         console.print(f"{out} is complete already; nothing to do")
     if result.bad:
-        console.print(f"{len(result.bad)} pictures left out because they cannot be read (all in {out}/*/{BAD}):")
+        console.print(f"{len(result.bad)} images left out because they cannot be read (all in {out}/*/{BAD}):")
         for name, reason in result.bad[:_SHOWN]:
             console.print(f"  {name}: {reason}", markup=False)
     if result.small:
-        console.print(f"{result.small} pictures left out by --min-side")
+        console.print(f"{result.small} images left out by --min-side")
     for split, manifest in result.manifests.items():
         mebibytes = sum(shard.bytes for shard in manifest.shards) / 2**20
-        console.print(f"{out / split}: {manifest.total} pictures, {len(manifest.shards)} shards, {mebibytes:.1f} MiB")
+        console.print(f"{out / split}: {manifest.total} images, {len(manifest.shards)} shards, {mebibytes:.1f} MiB")

@@ -1,4 +1,4 @@
-"""`ldmlab sample MODEL "a prompt" ...`: pictures with their settings inside, a grid, strips, sweeps."""
+"""`ldmlab sample MODEL "a prompt" ...`: images with their settings inside, a grid, strips, sweeps."""
 
 import argparse
 from pathlib import Path
@@ -39,23 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add("model", type=Path, help="model folder, run folder or checkpoint")
     add_request_options(parser)
-    add("--count", type=int, default=1, help="pictures per prompt (1)")
+    add("--count", type=int, default=1, help="images per prompt (1)")
     add("--steps", type=int, help="sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)")
     add("--guidance", type=float, help="1 is off (3 if the model was trained for it, else 1)")
     add_guide_options(parser)
     add("--eta", type=float, help="fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)")
-    add("--seed", type=int, default=0, help="with a picture's number it decides the noise (0)")
-    add("--first-index", type=int, default=0, help="number of the first picture, to make one of many again (0)")
+    add("--seed", type=int, default=0, help="with an image's number it decides the noise (0)")
+    add("--first-index", type=int, default=0, help="number of the first image, to make one of many again (0)")
     add("--size", help="HEIGHTxWIDTH or one side, px (as trained)")
     add("--tile", type=int, help="decode in parts of this side, px; 0: at once (512 above 1024x1024)")
     add("--tile-norms", default="shared", help="shared: as decoded whole | separate: faster, tones may differ (shared)")
-    add("--window", type=int, help="denoise in windows of this side, px; 0: at once (docs/large_pictures.md)")
+    add("--window", type=int, help="denoise in windows of this side, px; 0: at once (docs/large_images.md)")
     add("--sampler", default="ddim", help=f"{' | '.join(_samplers())} (ddim)")
     add("--spacing", help="steps of the schedule: official | linspace | trailing | karras | log_snr (its own)")
-    add("--sweep", help=f"one picture per setting, such as steps=1,2,5,10,25,50; of {', '.join(SWEEPS)}")
-    add("--strip", action="store_true", help="also the way from noise to picture, as a row and as an animation")
+    add("--sweep", help=f"one image per setting, such as steps=1,2,5,10,25,50; of {', '.join(SWEEPS)}")
+    add("--strip", action="store_true", help="also the way from noise to image, as a row and as an animation")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")
-    add("--batch-size", type=int, default=16, help="pictures at once; changes the speed only (16)")
+    add("--batch-size", type=int, default=16, help="images at once; changes the speed only (16)")
     add("--weights", default="averaged", help="averaged | raw, for runs (averaged)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
     add("--precision", default="float32", help="float32 | bfloat16 | float16 (float32)")
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         processes.barrier()
         if rank == 0:
             job.draw_sheet(sweep[0] if sweep else None)
-            print(f"{len(requests) * len(resolved)} pictures in {folder}")
+            print(f"{len(requests) * len(resolved)} images in {folder}")
     finally:
         processes.leave()
     return 0

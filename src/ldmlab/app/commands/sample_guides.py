@@ -16,13 +16,13 @@ def add_guide_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--classifier", type=Path, help="guide by this stage=classifier run to the classes asked for")
     add("--classifier-scale", type=float, help="how strongly (10, the paper's)")
-    add("--guide", help="squared | lpips: guide the decoded estimate to the low-resolution picture, or --guide-image")
+    add("--guide", help="squared | lpips: guide the decoded estimate to the low-resolution image, or --guide-image")
     add("--guide-weight", type=float, help="how strongly (1)")
-    add("--guide-image", type=Path, help="a picture for all samples to be guided to, no larger than they are")
+    add("--guide-image", type=Path, help="an image for all samples to be guided to, no larger than they are")
 
 
 def asked_guides(args: argparse.Namespace, model: "LoadedModel") -> "list[Guide]":
-    """The classifier's guide before the picture's, whose gradient goes through the network."""
+    """The classifier's guide before the image's, whose gradient goes through the network."""
     from ldmlab.app.guidance import classifier_guide, image_guide
 
     found: list[Guide] = []
@@ -31,7 +31,7 @@ def asked_guides(args: argparse.Namespace, model: "LoadedModel") -> "list[Guide]
         found.append(classifier_guide(args.classifier, model, **scale))
     if args.guide is not None:
         weight = {} if args.guide_weight is None else {"weight": args.guide_weight}
-        found.append(image_guide(args.guide, model, picture=args.guide_image, **weight))
+        found.append(image_guide(args.guide, model, image=args.guide_image, **weight))
     return found
 
 

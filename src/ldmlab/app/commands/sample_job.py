@@ -1,4 +1,4 @@
-"""The work of `ldmlab sample`: pictures, strips and sheets into one folder, shared between processes."""
+"""The work of `ldmlab sample`: images, strips and sheets into one folder, shared between processes."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from ldmlab.evaluation.model import LoadedModel
     from ldmlab.evaluation.settings import SampleSettings
 
-MOST = 144  # pictures on one sheet
+MOST = 144  # images on one sheet
 
 
 def label(request: dict[str, Any]) -> str:
-    """What a picture was asked to show, in few words."""
+    """What an image was asked to show, in few words."""
     return ", ".join(text for name, value in request.items() if (text := _shown(name, value)))
 
 
@@ -24,7 +24,7 @@ def _shown(name: str, value: Any) -> str:
     if name == "boxes" and not isinstance(value, str):
         return f"{len(value)} objects"
     if name in ("image", "init_image", "low_resolution", "reference", "segmentation", "boxes"):
-        file = Path(str(getattr(value, "picture", value))).name
+        file = Path(str(getattr(value, "image", value))).name
         return f"from {file}" if name == "init_image" else file
     return f"not {value}" if name == "negative" else str(value)
 
@@ -46,9 +46,9 @@ class Job:
         self.args, self.rank, self.world = args, rank, world
 
     def sample(self) -> None:
-        """This process's pictures to files."""
+        """This process's images to files."""
         from ldmlab.evaluation.generate import generate
-        from ldmlab.evaluation.pictures import save_png
+        from ldmlab.evaluation.images import save_png
         from ldmlab.evaluation.strip import Strip
 
         first = self.args.first_index
@@ -61,11 +61,11 @@ class Job:
                     return x if strip is None else strip(step, x, clean)
 
                 split = {"rank": self.rank, "world": self.world, "batch_size": self.args.batch_size}
-                for numbers, pictures in generate(
+                for numbers, images in generate(
                     self.model, self.requests, settings, first_index=first, after_step=after_step, **split
                 ):
-                    for number, picture in zip(numbers, pictures.numpy(), strict=True):
-                        save_png(self.path(number, name), picture, self._record(number, settings))
+                    for number, image in zip(numbers, images.numpy(), strict=True):
+                        save_png(self.path(number, name), image, self._record(number, settings))
                     if strip is not None:
                         self._save_strips(strip, numbers)
 
@@ -74,7 +74,7 @@ class Job:
         return self.folder / (f"{number:06d}.png" if name is None else f"{number:06d}_{name}.png")
 
     def _record(self, number: int, settings: "SampleSettings") -> dict[str, Any]:
-        """What it takes to make the picture again."""
+        """What it takes to make the image again."""
         from importlib.metadata import version
 
         info = self.model.info
@@ -86,7 +86,7 @@ class Job:
         return {**told, "index": number, **settings.as_text(), **guides, **known, **more}
 
     def _save_strips(self, strip: Any, numbers: list[int]) -> None:
-        from ldmlab.evaluation.pictures import save_animation, table
+        from ldmlab.evaluation.images import save_animation, table
 
         columns, titles = strip.columns(), strip.titles()
         requests = [self.requests[number - self.args.first_index] for number in numbers]
@@ -97,11 +97,11 @@ class Job:
             save_animation(self.folder / f"{number:06d}_strip.webp", frames)
 
     def draw_sheet(self, swept: str | None) -> None:
-        """grid.png, or sweep_NAME.png with a row per picture; of at most MOST pictures."""
+        """grid.png, or sweep_NAME.png with a row per image; of at most MOST images."""
         import numpy as np
         from PIL import Image
 
-        from ldmlab.evaluation.pictures import grid, table
+        from ldmlab.evaluation.images import grid, table
 
         shown = self.requests[: max(MOST // len(self.variants), 1)]
         numbers = range(self.args.first_index, self.args.first_index + len(shown))
@@ -116,7 +116,7 @@ class Job:
 
     @contextmanager
     def _progress(self) -> Iterator[Any]:
-        """Counts steps of pictures, on the first process only."""
+        """Counts steps of images, on the first process only."""
         from rich.console import Console
 
         from ldmlab.app.progress import bar
@@ -126,9 +126,9 @@ class Job:
         with bar("sampling", "steps", Console(stderr=True, quiet=self.rank > 0)) as show:
             show(0, total)
 
-            def count(pictures: int) -> None:
+            def count(images: int) -> None:
                 nonlocal done
-                done += pictures
+                done += images
                 show(done, total)
 
             yield count

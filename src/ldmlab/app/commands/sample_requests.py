@@ -1,4 +1,4 @@
-"""What `ldmlab sample` is asked to show: words, files and a given picture to the fields that a model takes."""
+"""What `ldmlab sample` is asked to show: words, files and a given image to the fields that a model takes."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ TASKS = {  # what the words of the command line are files of
     "layout": "boxes",
     "variations": "reference",
 }
-ALPHA = "alpha"  # as a mask: the transparent parts of the picture itself
+ALPHA = "alpha"  # as a mask: the transparent parts of the image itself
 _FILES = frozenset({"low_resolution", "segmentation", "boxes", "reference"})
 _PAIR = frozenset({"image", "mask"})
 _OF_ANY = frozenset({"init_image", "image", "mask"})  # fields that any model takes
@@ -33,24 +33,24 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         dest="file",
         type=Path,
-        help="file with a prompt a line, or .jsonl with an object of fields a line (pictures and masks as files)",
+        help="file with a prompt a line, or .jsonl with an object of fields a line (images and masks as files)",
     )
     add("--negative", help="a caption to be led away from, by guidance above 1")
     add(
         "--task",
         choices=TASKS,
-        help="the words are files: super_resolution: small pictures; inpainting: pictures with holes (any model);\n"
-        "semantic: label maps; layout: JSON lists of boxes; variations: pictures to vary (conditioner=image)",
+        help="the words are files: super_resolution: small images; inpainting: images with holes (any model);\n"
+        "semantic: label maps; layout: JSON lists of boxes; variations: images to vary (conditioner=image)",
     )
     add(
         "--from",
         dest="source",
         type=Path,
         metavar="IMAGE",
-        help="start from this picture (--size resizes it), or with --mask keep its rest",
+        help="start from this image (--size resizes it), or with --mask keep its rest",
     )
-    add("--mask", help="FILE, white where the picture is to be made anew; or alpha: where it is transparent")
-    add("--strength", type=float, help="with --from: 0 leaves the picture, 1 forgets it (0.6; with --mask 1)")
+    add("--mask", help="FILE, white where the image is to be made anew; or alpha: where it is transparent")
+    add("--strength", type=float, help="with --from: 0 leaves the image, 1 forgets it (0.6; with --mask 1)")
     add("--repeats", type=int, help="of each step where a model fills holes without having learned it; 1: fastest (5)")
 
 
@@ -58,11 +58,11 @@ def check_request_options(args: argparse.Namespace) -> None:
     """Options that do nothing without another are mistakes."""
     inpainting = args.task == "inpainting"
     if args.strength is not None and args.source is None:
-        raise InputError(f"--strength {args.strength} needs a picture to start from; add --from IMAGE.")
+        raise InputError(f"--strength {args.strength} needs an image to start from; add --from IMAGE.")
     if args.mask is not None and args.source is None and not inpainting:
-        raise InputError(f"--mask {args.mask} needs a picture; add --from IMAGE, or --task inpainting IMAGE.")
+        raise InputError(f"--mask {args.mask} needs an image; add --from IMAGE, or --task inpainting IMAGE.")
     if args.source is not None and inpainting:
-        raise InputError("--task inpainting names the pictures itself; leave out --task or --from.")
+        raise InputError("--task inpainting names the images itself; leave out --task or --from.")
     if args.task is not None and not args.prompts and args.file is None:
         raise InputError(f"--task {args.task} needs files to work on; name them after the model.")
 
@@ -116,7 +116,7 @@ def requests_of(
 
 
 def _given(args: argparse.Namespace, size: tuple[int, int] | None) -> Fields:
-    """What the options say about every prompt; a picture that is only a start is brought to the size asked for."""
+    """What the options say about every prompt; an image that is only a start is brought to the size asked for."""
     from ldmlab.evaluation.request_fields import Fitted
 
     given: Fields = {} if args.negative is None else {"negative": args.negative}
@@ -131,7 +131,7 @@ def _given(args: argparse.Namespace, size: tuple[int, int] | None) -> Fields:
 def _told_fields(
     reads: frozenset[str], lines: list[str | Fields], args: argparse.Namespace, given: Fields
 ) -> list[Fields]:
-    """One dict a prompt; without a prompt a single one where the given picture says enough."""
+    """One dict a prompt; without a prompt a single one where the given image says enough."""
     if args.task is not None:
         return [line if isinstance(line, dict) else _file_of(args, line, reads) for line in lines]
     if not lines and (reads <= _PAIR or (reads - _PAIR == {"caption"} and given.keys() - {"negative"})):
@@ -141,7 +141,7 @@ def _told_fields(
     if not lines:
         raise InputError(f"this model is told {_names(reads)}; give at least one prompt or --prompts FILE.")
     if not reads and not all(isinstance(line, dict) and line.keys() & _OF_ANY for line in lines):
-        raise InputError("this model takes no prompts; leave them out and say how many pictures with --count.")
+        raise InputError("this model takes no prompts; leave them out and say how many images with --count.")
     return [line if isinstance(line, dict) else _told(line, reads) for line in lines]
 
 

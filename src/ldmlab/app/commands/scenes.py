@@ -1,4 +1,4 @@
-"""`ldmlab scenes OUT`: made-up pictures whose boxes and label maps are known, for layouts and semantic synthesis."""
+"""`ldmlab scenes OUT`: made-up images whose boxes and label maps are known, for layouts and semantic synthesis."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ldmlab.app.progress import bar
-from ldmlab.data.encode_pictures import FORMATS, Encoding
+from ldmlab.data.encode_images import FORMATS, Encoding
 from ldmlab.data.scene_objects import CLASSES
 from ldmlab.data.scenes import MOST, SceneSettings, write_scenes
 from ldmlab.data.workers import processors
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and val/")
     add("--count", metavar="N", type=int, default=3000, help="scenes in train/ (3000)")
     add("--val", metavar="N", type=int, default=500, help="scenes in val/, other ones (500)")
-    add("--size", metavar="PIXELS", type=int, default=64, help="side of the pictures (64)")
+    add("--size", metavar="PIXELS", type=int, default=64, help="side of the images (64)")
     add("--seed", type=int, default=0, help="which scenes (0)")
     add(
         "--classes",
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--objects", metavar="LEAST-MOST", default=f"1-{MOST}", help=f"objects a scene (1-{MOST})")
     add("--emoji", metavar="FOLDER", type=Path, default=Path("data/emoji-256/train"), help="shards of the objects")
-    add("--format", choices=FORMATS, default="webp", help="of the pictures (webp: lossless unless --quality is given)")
+    add("--format", choices=FORMATS, default="webp", help="of the images (webp: lossless unless --quality is given)")
     add("--quality", type=int, help="1 .. 100, for webp and jpg")
     add("--shard-size", metavar="N", type=int, default=1000, help="scenes a shard (1000)")
     add("--workers", metavar="N", type=int, default=processors(), help="processes (all cores)")

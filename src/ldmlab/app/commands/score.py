@@ -1,4 +1,4 @@
-"""`ldmlab score SAMPLES REFERENCE`: one set of pictures on disk against another, without a model."""
+"""`ldmlab score SAMPLES REFERENCE`: one set of images on disk against another, without a model."""
 
 import argparse
 import json
@@ -20,15 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ldmlab score`; nothing heavy is imported."""
     add = parser.add_argument
     parser.epilog = EPILOG
-    add("samples", type=Path, metavar="SAMPLES", help="folder of pictures or of shards, or .npz of ADM's script")
+    add("samples", type=Path, metavar="SAMPLES", help="folder of images or of shards, or .npz of ADM's script")
     add("reference", type=Path, metavar="REFERENCE", help="the same; an .npz may hold statistics alone")
     add("options", nargs="*", metavar="KEY=VALUE", help="such as features.run=RUN or metrics.kid.subset_size=50")
     add("--features", default="inception", help="a file of conf/features (inception)")
     add("--metrics", default="fid,kid,precision_recall", help="files of conf/metric (fid,kid,precision_recall)")
     add("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
     add("--npz", type=Path, metavar="FILE", help="also write SAMPLES as a batch for ADM's script, with its statistics")
-    add("--batch-size", type=int, default=64, help="pictures at once; changes the speed only (64)")
-    add("--workers", type=int, default=2, help="processes that decode pictures (2)")
+    add("--batch-size", type=int, default=64, help="images at once; changes the speed only (64)")
+    add("--workers", type=int, default=2, help="processes that decode images (2)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ldmlab.app.evaluate import build_extractor, build_metric, track
     from ldmlab.build import pick_device
     from ldmlab.evaluation import processes
-    from ldmlab.evaluation.picture_sets import picture_set
+    from ldmlab.evaluation.image_sets import image_set
     from ldmlab.evaluation.set_score import score_sets
 
     if args.batch_size < 1 or args.workers < 0:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.npz is not None and world > 1:
         raise InputError("--npz is written by one process; run the command without torchrun.")
     config: Mapping[str, Any] = plain(compose("score", overrides(args)))
-    samples, reference = picture_set(args.samples), picture_set(args.reference)
+    samples, reference = image_set(args.samples), image_set(args.reference)
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
     metrics = {name: build_metric(name, node, extractor.width, "metrics") for name, node in config["metrics"].items()}
     options: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "rank": rank, "world": world}
@@ -78,13 +78,13 @@ def overrides(args: argparse.Namespace) -> list[str]:
 def as_text(result: Mapping[str, Any]) -> str:
     """A line a score."""
     sides = [result[side] for side in ("samples", "reference")]
-    lines = [f"{side['path']}: {side['pictures'] or 'statistics of'} pictures ({side['kind']})" for side in sides]
+    lines = [f"{side['path']}: {side['images'] or 'statistics of'} images ({side['kind']})" for side in sides]
     lines.append(f"features: {result['features']['name']}")
     for name, score in result["scores"].items():
         spread = "" if score["spread"] is None else f" +- {score['spread']:.3g}"
         lines.append(f"{name:<12} {score['value']:.6g}{spread}{''.join(f'  ({mark})' for mark in score['marks'])}")
         points = result["sample_curves"].get(name, ())
-        lines += [f"{'':<12} {point['value']:.6g} at {point['pictures']:,.0f} samples" for point in points]
+        lines += [f"{'':<12} {point['value']:.6g} at {point['images']:,.0f} samples" for point in points]
     return "\n".join(lines)
 
 
@@ -93,7 +93,7 @@ def _write_npz(args: argparse.Namespace, samples: Any, metrics: Mapping[str, Any
     from ldmlab.evaluation.set_score import statistics_of
 
     batches = samples.batches(args.batch_size, workers=args.workers)
-    pictures = (part.permute(0, 2, 3, 1).numpy() for _, part in batches)
+    images = (part.permute(0, 2, 3, 1).numpy() for _, part in batches)
     statistics = statistics_of(metrics) if args.features.startswith("inception") else None
-    write_npz(args.npz, (samples.count, *samples.size), pictures, statistics)
+    write_npz(args.npz, (samples.count, *samples.size), images, statistics)
     print(args.npz)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("sweep.yaml"), help="the file (default: sweep.yaml)")
     parser.add_argument("--name", help="of the sweep, and group of its runs (default: the file's)")
     parser.add_argument("--method", choices=METHODS, default="grid", help="default: grid, every combination")
-    parser.add_argument("--metric", default="held_out/loss", help="a column of metrics.csv (default: held_out/loss)")
+    parser.add_argument("--metric", default="val/loss", help="a column of metrics.csv (default: val/loss)")
     parser.add_argument("--goal", choices=("minimize", "maximize"), default="minimize", help="default: minimize")
     parser.add_argument("--processes", type=int, default=1, help="GPUs of each run, by torchrun (default: 1)")
     parser.add_argument("--runs", type=int, help="random and bayes: how many")

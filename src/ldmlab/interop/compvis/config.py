@@ -27,7 +27,7 @@ LDM_MASK = {"keep": -1.0, "hole": 1.0}
 LDM_HOLE = -1.0
 _REFUSED = {
     "given_betas": "betas of its own",
-    "low_scale_config": "an upscaler of noised pictures",
+    "low_scale_config": "an upscaler of noised images",
     "depth_stage_config": "depth maps",
     "embedder_config": "an image embedder",
 }

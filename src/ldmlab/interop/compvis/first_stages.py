@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ldmlab.errors import InputError
 from ldmlab.interop.ours_alone import only_ours, refuse_cosine
 
-# The official `resolution` is the picture size at which `attn_resolutions` are counted.
+# The official `resolution` is the image size at which `attn_resolutions` are counted.
 _RESOLUTION = 256  # of the official files
 _CLASSES = {"AutoencoderKL": "kl.KLAutoencoder", "VQModel": "vq.VQModel", "VQModelInterface": "vq.VQModel"}
 _PLAIN = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 
-_RESOLUTION = 256  # picture size at which the official configurations count `attn_resolutions`
+_RESOLUTION = 256  # image size at which the official configurations count `attn_resolutions`
 State = Mapping[str, Tensor]
 
 

@@ -112,7 +112,7 @@ class Export:
         return self.ours.conditioners[str(self.text)]
 
     def _absent(self) -> dict[str, Any]:
-        """Parts of Stable Diffusion's pipelines that judge pictures; we have none."""
+        """Parts of Stable Diffusion's pipelines that judge images; we have none."""
         if not str(self.plan.pipeline).startswith("StableDiffusion"):
             return {}
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -60,7 +60,7 @@ def _ldm_text(spec: Spec, text: Spec, folders: tuple[str | None, str | None]) ->
 
 
 def _is_sd_inpainting(nodes: list[Spec], spec: Spec) -> bool:
-    """Mask as 0 and 1, then the latent of the picture with grey holes: 9 channels with the noisy latent."""
+    """Mask as 0 and 1, then the latent of the image with grey holes: 9 channels with the noisy latent."""
     if [kind(node) for node in nodes] != ["Mask", "MaskedLatent"] or spec["backbone"]["in_channels"] != 9:
         return False
     mask, masked = nodes

@@ -33,7 +33,7 @@ def _low_resolution(f: int) -> dict[str, Spec]:
 
 
 def _inpainting(f: int) -> dict[str, Spec]:
-    """Stable Diffusion's order and numbers: mask 0 or 1, then the latent of the picture with grey holes."""
+    """Stable Diffusion's order and numbers: mask 0 or 1, then the latent of the image with grey holes."""
     mask = {"_target_": f"{_HOME}mask.Mask", "downsampling": f, "keep": 0.0, "hole": 1.0}
     return {"mask": mask, "masked_latent": {"_target_": f"{_HOME}masked_latent.MaskedLatent", "hole": 0.0}}
 
@@ -174,7 +174,7 @@ def _scale_node(folder: Path, pipeline: str, config: Spec) -> Spec:
 
 
 def _side(size: Any, factor: int) -> int | list[int] | None:
-    """A picture's side, or height and width, in pixels."""
+    """An image's side, or height and width, in pixels."""
     if isinstance(size, list | tuple):
         return int(size[0]) * factor if len(set(size)) == 1 else [int(side) * factor for side in size]
     return None if size is None else int(size) * factor

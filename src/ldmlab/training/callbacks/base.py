@@ -17,13 +17,13 @@ class Session:
     stage: Stage
     run: RunFolder
     loggers: Loggers
-    held_out_batches: Callable[[], Iterable[Batch]]  # this process's share, from the start at every call
-    skipped: int = 0  # pictures that could not be read, over all processes
+    val_batches: Callable[[], Iterable[Batch]]  # this process's share, from the start at every call
+    skipped: int = 0  # images that could not be read, over all processes
     notes: dict[str, Any] = field(default_factory=dict)  # what a checkpoint keeps for callbacks, plain types only
 
     def batches(self) -> Iterator[Batch]:
         """Held-out batches on the stage's device."""
-        for index, batch in enumerate(self.held_out_batches()):
+        for index, batch in enumerate(self.val_batches()):
             yield self.stage.transfer_batch_to_device(batch, self.stage.device, index)
 
     def evaluate(self) -> dict[str, float]:
@@ -32,11 +32,11 @@ class Session:
             return self.stage.held_out(self.batches())
 
     def draw_panels(self) -> None:
-        """The stage's pictures to every logger, drawn by the first process while the others wait."""
+        """The stage's images to every logger, drawn by the first process while the others wait."""
         if processes.rank() == 0:
             with self.stage.evaluating():
-                pictures = self.stage.panels(self.batches())
-            for name, images in pictures.items():
+                panels = self.stage.panels(self.batches())
+            for name, images in panels.items():
                 self.loggers.log_images(name, images, self.stage.step)
         processes.barrier()
 

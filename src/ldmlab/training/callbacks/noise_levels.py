@@ -18,7 +18,7 @@ class NoiseLevels(StepCallback):
     _sums: Tensor | None = field(default=None, init=False)  # (2, bins): loss and count, on the device
 
     def after_batch(self, session: Session, batch: Batch) -> None:
-        """Add the micro-batch's pictures to their bins."""
+        """Add the micro-batch's images to their bins."""
         extras = next((e for e in session.stage.extras.values() if {"loss", "level"} <= e.keys()), None)
         if extras is None:
             return
@@ -29,7 +29,7 @@ class NoiseLevels(StepCallback):
         self._sums.index_add_(1, place, torch.stack([loss, torch.ones_like(loss)]))
 
     def metrics(self, session: Session) -> dict[str, float]:
-        """Mean loss of each bin that saw pictures since the last row."""
+        """Mean loss of each bin that saw images since the last row."""
         if self._sums is None:
             return {}
         sums, counts = processes.sum_(self._sums.clone()).tolist()

@@ -1,4 +1,4 @@
-"""Pictures drawn while training."""
+"""Images drawn while training."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from ldmlab.training.callbacks.base import Session, StepCallback
 
 @dataclass
 class Panels(StepCallback):
-    """The stage's panels (samples, reconstructions) from the same held-out pictures and seed every time."""
+    """The stage's panels (samples, reconstructions) from the same held-out images and seed every time."""
 
     every: int  # steps
     first: bool = False  # also at the first step, to see early that they work

@@ -1,4 +1,4 @@
-"""Scores while training: what evaluate.py would say of the averaged weights, on few pictures."""
+"""Scores while training: what evaluate.py would say of the averaged weights, on few images."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.callbacks.best import improves
 
 FOLDER = "in_training"  # in a run folder: step_XXXXXXXX/metrics.json
-DISTANCES = ("fid", "sfid", "kid", "cmmd")  # between features of drawn and real pictures, the smaller the better
+DISTANCES = ("fid", "sfid", "kid", "cmmd")  # between features of drawn and real images, the smaller the better
 
 
 class Scorer(Protocol):
@@ -41,7 +41,7 @@ class Scores(StepCallback):
             raise InputError(f"callbacks.scores.every={self.every} must be at least 1 step.")
         if self.monitor is not None and self.monitor not in DISTANCES:
             raise InputError(
-                f"callbacks.scores.monitor={self.monitor} is no distance to real pictures; choose "
+                f"callbacks.scores.monitor={self.monitor} is no distance to real images; choose "
                 f"{', '.join(DISTANCES)}, or null."
             )
 
@@ -73,7 +73,7 @@ class Scores(StepCallback):
         return {f"{FOLDER}/{name}": value for name, value in values.items()}
 
     def _full_precision(self, session: Session) -> torch.autocast:
-        """Features are compared in float32; what draws the pictures says its own precision."""
+        """Features are compared in float32; what draws the images says its own precision."""
         return torch.autocast(session.stage.device.type, enabled=False)
 
 

@@ -1,4 +1,4 @@
-"""Pictures that could not be read: counted, named, and the end of the run above a share."""
+"""Images that could not be read: counted, named, and the end of the run above a share."""
 
 from dataclasses import dataclass, field
 
@@ -9,14 +9,14 @@ from ldmlab.training import processes
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.stage import Batch
 
-_BEFORE_JUDGING = 1000  # pictures: a share of fewer says little
+_BEFORE_JUDGING = 1000  # images: a share of fewer says little
 
 
 @dataclass
 class Skipped(StepCallback):
     """Counts `skipped` of the batches and stops the run above `max_fraction`."""
 
-    max_fraction: float = 0.01  # of the pictures asked for
+    max_fraction: float = 0.01  # of the images asked for
     _here: int = field(default=0, init=False)  # since the last row, on this process
     _example: str = field(default="", init=False)
     _start: int = field(default=0, init=False)
@@ -41,7 +41,7 @@ class Skipped(StepCallback):
         if session.skipped > self.max_fraction * max(seen, _BEFORE_JUDGING):
             example = f" (such as {self._example})" if self._example else ""
             raise InputError(
-                f"{session.skipped} of {seen} pictures could not be read{example}, more than "
+                f"{session.skipped} of {seen} images could not be read{example}, more than "
                 f"callbacks.skipped.max_fraction={self.max_fraction}; mend the shards or raise it."
             )
         return {"data/skipped": float(session.skipped)}

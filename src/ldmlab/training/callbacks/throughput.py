@@ -13,7 +13,7 @@ from ldmlab.training.callbacks.base import Session, StepCallback
 
 @dataclass
 class Throughput(StepCallback):
-    """Pictures a second over all processes, over the last `window` rows of the log, and peak memory of this one."""
+    """Images a second over all processes, over the last `window` rows of the log, and peak memory of this one."""
 
     window: int = 5  # rows of the log
     _marks: deque[tuple[float, int]] = field(default_factory=deque, init=False)
@@ -27,7 +27,7 @@ class Throughput(StepCallback):
         self._marks.append((time.perf_counter(), session.stage.position))
         (start, first), (end, last) = self._marks[0], self._marks[-1]
         numbers = {
-            "speed/pictures_per_second": (last - first) / max(end - start, 1e-9),
+            "speed/images_per_second": (last - first) / max(end - start, 1e-9),
             "memory/peak_gib": peak_memory_bytes() / 2**30,
         }
         if torch.cuda.is_available():

@@ -19,7 +19,7 @@ class Validate(StepCallback):
         return session.stage.step % self.every == 0 or session.stage.step == session.stage.max_steps
 
     def metrics(self, session: Session) -> dict[str, float]:
-        """held_out/ numbers when due."""
+        """val/ numbers when due."""
         self.improved = False
         if not self.due(session):
             return {}
@@ -28,4 +28,4 @@ class Validate(StepCallback):
             stage = session.stage
             self.improved = improves(session, stage.monitor, numbers[stage.monitor], stage.monitor_mode)
         session.notes["held_out"] = {"step": session.stage.step, **numbers}
-        return {f"held_out/{name}": value for name, value in numbers.items()}
+        return {f"val/{name}": value for name, value in numbers.items()}

@@ -15,7 +15,7 @@ from ldmlab.annotations import checked
 from ldmlab.data.packed_maps import packed_map
 from ldmlab.data.parts import MAPS, centre_cropped, upright_size
 from ldmlab.data.sources import Item
-from ldmlab.data.tar_samples import picture_ending, read_range, sample_fields, tar_bytes
+from ldmlab.data.tar_samples import image_ending, read_range, sample_fields, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 
@@ -26,7 +26,7 @@ FORMATS = ("webp", "png", "jpg")
 
 @dataclass(frozen=True)
 class Encoding:
-    """File format of packed pictures; webp without a quality is lossless."""
+    """File format of packed images; webp without a quality is lossless."""
 
     format: str = "webp"
     quality: int | None = None  # 1 .. 100
@@ -38,7 +38,7 @@ class Encoding:
             raise InputError(f"quality={self.quality} with format={self.format}; give 1 .. 100 to webp or jpg only.")
 
     def __call__(self, image: Image.Image) -> bytes:
-        """RGB picture => file content."""
+        """RGB image => file content."""
         file = io.BytesIO()
         if self.format == "png":
             image.save(file, "PNG")
@@ -61,16 +61,16 @@ class Part:
     offsets: list[int]  # of each sample within `data`
     fields: list[str]
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
-    small: list[str] = field(default_factory=list)  # names of pictures below the least side
+    small: list[str] = field(default_factory=list)  # names of images below the least side
 
 
 def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding, min_side: int) -> Part:
-    """Decodes, transforms and encodes each picture; a fault in one is noted and the next one is taken."""
+    """Decodes, transforms and encodes each image; a fault in one is noted and the next one is taken."""
     data, offsets, names = bytearray(), [], dict[str, None]()
     bad, small = [], []
     for item in items:
         try:
-            with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata and large pictures
+            with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata and large images
                 image, fields, maps = _open(item)
                 if min(image.size) < min_side:
                     small.append(item.name)
@@ -81,21 +81,21 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
                     fields = centre_cropped(fields, *shape)
                 packed = transform(image)
                 maps = {e: packed_map(c, e, shape, packed.size, transform.square) for e, c in maps.items()}
-                picture = encoding(packed)
+                content = encoding(packed)
         except Exception as error:  # whatever a decoder raises on broken bytes
             bad.append((item.name, _reason(error)))
             continue
         offsets.append(len(data))
         names.update(dict.fromkeys(fields))
-        data += tar_bytes(f"{item.key}.{encoding.format}", picture)
+        data += tar_bytes(f"{item.key}.{encoding.format}", content)
         data += tar_bytes(f"{item.key}.json", json.dumps(fields, ensure_ascii=False).encode())
-        for ending, content in sorted(maps.items()):
-            data += tar_bytes(f"{item.key}.{ending}", content)
+        for ending, stored in sorted(maps.items()):
+            data += tar_bytes(f"{item.key}.{ending}", stored)
     return Part(bytes(data), offsets, list(names), bad, small)
 
 
 def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
-    """The picture, not yet decoded, its fields, and the files of its maps by ending."""
+    """The image, not yet decoded, its fields, and the files of its maps by ending."""
     if item.fault:
         raise ValueError(item.fault)
     fields = item.fields
@@ -104,10 +104,10 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
         maps = {ending: _read_map(path) for ending, path in item.maps.items()}
     else:
         sample = read_range(item.path, *item.span)
-        picture = picture_ending(sample)
-        if picture is None:
-            raise ValueError("holds no picture")
-        content, fields = sample[picture], item.fields or sample_fields(sample)
+        image = image_ending(sample)
+        if image is None:
+            raise ValueError("holds no image")
+        content, fields = sample[image], item.fields or sample_fields(sample)
         maps = {ending: sample[ending] for ending in MAPS.values() if ending in sample}
     if not content:
         raise ValueError("is empty")
@@ -137,5 +137,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "is not a picture"
+        return "is not an image"
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Sampling that starts from a picture, or keeps a part of one: for models that were trained for neither.
+"""Sampling that starts from an image, or keeps a part of one: for models that were trained for neither.
 
 Image to image (Meng et al. 2022, "SDEdit"): the walk begins at a middle level with alpha clean + sigma noise.
 Known parts (Lugmayr et al. 2022, "RePaint"): after every step what is known is put back at the level reached (eq. 8),
@@ -19,7 +19,7 @@ from ldmlab.contracts import AfterStep, Denoise, Level, Sampler
 
 
 @dataclass(frozen=True)
-class GivenPicture:
+class GivenImage:
     """Final latents (B, C, h, w) that sampling starts from or keeps; at least one of `source` and `known`."""
 
     source: Tensor | None = None  # where the walk begins; None: in noise
@@ -45,9 +45,9 @@ class GivenPicture:
 
 @dataclass(frozen=True)
 class _Around:
-    """A sampler for pictures that are given in part."""
+    """A sampler for images that are given in part."""
 
-    given: GivenPicture
+    given: GivenImage
     sampler: Sampler
     fresh: Callable[[int], Tensor]
 

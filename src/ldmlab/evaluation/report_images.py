@@ -1,4 +1,4 @@
-"""Pictures inside a page: as they are, or small ones where many runs share it."""
+"""Images inside a page: as they are, or small ones where many runs share it."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ def image_tag(folder: Path, name: str, title: str = "") -> str:
 
 
 def thumbnail_tag(folder: Path, name: str, title: str = "") -> str:
-    """A few kilobytes: 40 runs of 16 pictures stay far below 5 MB."""
+    """A few kilobytes: 40 runs of 16 images stay far below 5 MB."""
     content = io.BytesIO()
     with Image.open(folder / name) as image:
         small = image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Low-resolution pictures beside latents of their own size, and enlarged beside pixels."""
+"""Low-resolution images beside latents of their own size, and enlarged beside pixels."""
 
 import pytest
 import torch
@@ -9,16 +9,16 @@ from ldmlab.errors import InputError
 
 
 def encode(images: Tensor) -> Tensor:
-    raise AssertionError("a low-resolution picture is not encoded")
+    raise AssertionError("a low-resolution image is not encoded")
 
 
-def test_a_small_picture_is_enlarged_for_a_model_of_pixels() -> None:
+def test_a_small_image_is_enlarged_for_a_model_of_pixels() -> None:
     small = torch.arange(0, 2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
     as_it_is, large = LowResolution(), LowResolution(enlarge=4)
     assert as_it_is({"low_resolution": small}, encode).shape == (2, 3, 4, 4)
-    picture = large({"low_resolution": small}, encode)
-    assert picture.shape == (2, 3, 16, 16)
-    assert picture.min() >= -1
+    image = large({"low_resolution": small}, encode)
+    assert image.shape == (2, 3, 16, 16)
+    assert image.min() >= -1
     flat = torch.full((1, 3, 4, 4), 51, dtype=torch.uint8)
     assert torch.allclose(large({"low_resolution": flat}, encode), torch.full((1, 3, 16, 16), 51 / 127.5 - 1))
     assert torch.equal(large.null({"low_resolution": flat}, encode), torch.zeros(1, 3, 16, 16))

@@ -1,4 +1,4 @@
-"""Sampling from a picture and around a hole, with models that were trained for neither."""
+"""Sampling from an image and around a hole, with models that were trained for neither."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from PIL import Image
 from sampling_models import sample_command, tiny_model
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.given_picture import GivenPicture, hole_of_latents, painted_over
+from ldmlab.diffusion.given_image import GivenImage, hole_of_latents, painted_over
 from ldmlab.errors import InputError
+from ldmlab.evaluation.images import read_settings
 from ldmlab.evaluation.model import LoadedModel
-from ldmlab.evaluation.pictures import read_settings
 from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.samplers import sampler_by_name, sampler_names
 
@@ -26,7 +26,7 @@ def model() -> LoadedModel:
     return tiny_model()
 
 
-def picture(height: int = 16, width: int = 16, seed: int = 0) -> np.ndarray:
+def image(height: int = 16, width: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -44,7 +44,7 @@ def distance(first: Any, second: Any) -> float:
 
 
 def test_less_strength_stays_nearer(model: LoadedModel) -> None:
-    source = picture()
+    source = image()
     seen = model.decode(model.encode(torch.from_numpy(source)[None]))[0]
     made = {
         strength: model.sample(class_id=[1], init_image=[source], strength=strength, steps=50, guidance=1)[0]
@@ -65,14 +65,14 @@ def test_strength_is_the_same_noise_for_any_spacing(model: LoadedModel) -> None:
 
 def test_variations_differ_and_do_not_depend_on_company(model: LoadedModel) -> None:
     options: dict[str, Any] = {"strength": 0.5, "steps": 4, "sampler": "euler_ancestral"}
-    both = model.sample(class_id=[1, 1], init_image=[picture()] * 2, **options)
-    one = model.sample(class_id=[1], init_image=[picture()], **options)
+    both = model.sample(class_id=[1, 1], init_image=[image()] * 2, **options)
+    one = model.sample(class_id=[1], init_image=[image()], **options)
     assert distance(both[0], both[1]) > 1
     assert torch.equal(both[0], one[0])
 
 
 def test_strength_unsaid_is_written_down(model: LoadedModel) -> None:
-    assert model.resolved(SampleSettings(), [{"class_id": 1, "init_image": picture()}]).strength == 0.6
+    assert model.resolved(SampleSettings(), [{"class_id": 1, "init_image": image()}]).strength == 0.6
     assert "strength" not in model.resolved(SampleSettings(), [{"class_id": 1}]).as_text()
 
 
@@ -95,7 +95,7 @@ def test_known_latents_are_put_back_at_every_level(sampler: str, repeats: int) -
         return x
 
     kept = ~anew.expand_as(known)
-    given = GivenPicture(known=known, hole=anew, repeats=repeats)
+    given = GivenImage(known=known, hole=anew, repeats=repeats)
     walk = given.around(sampler_by_name(sampler), fresh=lambda number: torch.randn_like(noise))
     end = walk(lambda x, level: x * 0.3, noise, grid, noise=lambda step: noise, after_step=look)
     assert shown == [0, 1, 2]
@@ -117,7 +117,7 @@ def test_repeated_steps_make_the_hole_fit_what_is_known() -> None:
 
     slopes = []
     for repeats in (1, 10):
-        given = GivenPicture(known=known, hole=torch.tensor([True, False]).expand(4000, 1, 1, 2), repeats=repeats)
+        given = GivenImage(known=known, hole=torch.tensor([True, False]).expand(4000, 1, 1, 2), repeats=repeats)
         generator = torch.Generator().manual_seed(2)
         walk = given.around(sampler_by_name("ddim"), lambda _, g=generator: torch.randn(noise.shape, generator=g))
         made, told = walk(denoise, noise, grid, noise=lambda step: noise)[..., 0, :].flatten(0, 1).T
@@ -128,8 +128,8 @@ def test_repeated_steps_make_the_hole_fit_what_is_known() -> None:
 
 @pytest.mark.parametrize("size", [(16, 16), ODD])
 @pytest.mark.parametrize("told", ["class_id", None])
-def test_the_rest_of_a_picture_stays_bit_for_bit(told: str | None, size: tuple[int, int]) -> None:
-    source, mask = picture(*size), hole(*size)
+def test_the_rest_of_a_image_stays_bit_for_bit(told: str | None, size: tuple[int, int]) -> None:
+    source, mask = image(*size), hole(*size)
     fields = {} if told is None else {"class_id": [3]}
     made = tiny_model(told).sample(image=[source], mask=[mask], steps=2, **fields)[0].numpy()
     assert made.shape == (*size, 3)
@@ -138,7 +138,7 @@ def test_the_rest_of_a_picture_stays_bit_for_bit(told: str | None, size: tuple[i
 
 
 def test_what_is_removed_leaves_no_trace(model: LoadedModel) -> None:
-    first, mask = picture(), hole()
+    first, mask = image(), hole()
     second = first.copy()
     second[mask] = 255 - second[mask]
     made = [model.sample(class_id=[1], image=[p], mask=[mask], steps=4) for p in (first, second)]
@@ -146,8 +146,8 @@ def test_what_is_removed_leaves_no_trace(model: LoadedModel) -> None:
     assert not torch.equal(made[0], model.sample(class_id=[2], image=[first], mask=[mask], steps=4))
 
 
-def test_a_hole_can_start_from_the_picture(model: LoadedModel) -> None:
-    first, mask = picture(), hole()
+def test_a_hole_can_start_from_the_image(model: LoadedModel) -> None:
+    first, mask = image(), hole()
     fields: dict[str, Any] = {"class_id": [1], "image": [first], "mask": [mask], "steps": 50, "guidance": 1}
     seen = model.decode(model.encode(torch.from_numpy(first)[None]))[0].numpy()
     near = model.sample(**fields, init_image=[first], strength=0.02)[0].numpy()
@@ -178,13 +178,13 @@ def test_a_latent_that_a_hole_touches_is_made_anew() -> None:
 # ---- sizes
 
 
-def test_a_small_picture_of_any_size_and_a_start_of_any_size(model: LoadedModel) -> None:
-    made = model.sample(class_id=[1], init_image=[picture(*ODD)], strength=0.5, steps=4)
+def test_a_small_image_of_any_size_and_a_start_of_any_size(model: LoadedModel) -> None:
+    made = model.sample(class_id=[1], init_image=[image(*ODD)], strength=0.5, steps=4)
     assert made.shape == (1, *ODD, 3)
     with pytest.raises(InputError, match=r"size=13x11 .* is not a multiple of 2"):
         model.sample(class_id=[1], size=ODD, steps=2)
     with pytest.raises(InputError, match="image for 16x16, mask for 13x11"):
-        model.sample(class_id=[1], image=[picture()], mask=[hole(*ODD)])
+        model.sample(class_id=[1], image=[image()], mask=[hole(*ODD)])
 
 
 # ---- captions
@@ -216,9 +216,9 @@ def test_the_end_of_a_long_caption_is_warned_of() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A picture, a mask, the picture with a transparent hole, and broken ones, in the working folder."""
+    """An image, a mask, the image with a transparent hole, and broken ones, in the working folder."""
     monkeypatch.chdir(tmp_path)
-    source, mask = picture(*ODD), hole(*ODD)
+    source, mask = image(*ODD), hole(*ODD)
     Image.fromarray(source).save("photo.png")
     Image.fromarray(mask).save("mask.png")
     strokes = np.dstack([np.full((*ODD, 3), 255, np.uint8), mask * np.uint8(255)])
@@ -226,7 +226,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(np.dstack([source, 255 - 200 * mask.astype(np.uint8)]), "RGBA").save("erased.png")
     Image.new("L", ODD[::-1]).save("nothing.png")
     Image.new("L", (16, 16), 255).save("other.png")
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("no image")
     return tmp_path
 
 
@@ -244,14 +244,14 @@ def test_holes_from_files(files: Path, words: list[str]) -> None:
     Path("asked.jsonl").write_text(json.dumps(asked))
     assert sample_command(["runs/tiny", *words, "--steps", "4", "--out", "out"]) == 0
     made, mask = np.asarray(Image.open("out/000000.png")), hole(*ODD)
-    assert np.array_equal(made[~mask], picture(*ODD)[~mask])
-    assert distance(made[mask], picture(*ODD)[mask]) > 10
+    assert np.array_equal(made[~mask], image(*ODD)[~mask])
+    assert distance(made[mask], image(*ODD)[mask]) > 10
     told = read_settings(Path("out/000000.png"))
     assert (told["size"], told["repeats"]) == ("13x11", "5")
     assert "mask" in told
 
 
-def test_holes_of_many_pictures_for_a_model_without_prompts(files: Path) -> None:
+def test_holes_of_many_images_for_a_model_without_prompts(files: Path) -> None:
     words = ["--task", "inpainting", "photo.png", "erased.png", "--mask", "mask.png", "--count", "2", "--steps", "2"]
     assert sample_command(["runs/tiny", *words, "--out", "out"], None) == 0
     assert len(list(Path("out").glob("0*.png"))) == 4
@@ -289,13 +289,13 @@ def test_a_negative_prompt(files: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["3", "--strength", "0.5"], "--strength 0.5 needs a picture"),
+        (["3", "--strength", "0.5"], "--strength 0.5 needs an image"),
         (["3", "--from", "photo.png", "--strength", "0"], "strength=0.0 is not within 0 .. 1"),
         (
             ["3", "--from", "photo.png", "--strength", "0.1", "--steps", "2", "--spacing", "trailing"],
             "strength=0.1 leaves none of 2",
         ),
-        (["3", "--mask", "mask.png"], "--mask mask.png needs a picture"),
+        (["3", "--mask", "mask.png"], "--mask mask.png needs an image"),
         (["3", "--repeats", "3"], "repeats=3 is for holes filled by a model that was not trained for it"),
         (["3", "--from", "photo.png", "--mask", "mask.png", "--repeats", "0"], "repeats=0 makes no step"),
         (["3", "--from", "photo.png", "--mask", "nothing.png"], "mask=nothing.png has no hole"),
@@ -308,7 +308,7 @@ def test_a_negative_prompt(files: Path) -> None:
         (["12"], "class_id 12 is unknown to this model, which knows 0 .. 9"),
         (["--task", "super_resolution", "photo.png"], "is told class_id, not low_resolution; give one trained for it"),
         (["--task", "inpainting", "photo.png", "--mask", "mask.png"], "this model also reads class_id"),
-        (["--task", "inpainting", "photo.png", "--from", "photo.png"], "--task inpainting names the pictures itself"),
+        (["--task", "inpainting", "photo.png", "--from", "photo.png"], "--task inpainting names the images itself"),
         (["--task", "layout"], "--task layout needs files"),
         (["--task", "painting", "photo.png"], "--task"),
         (["--prompts", "half.jsonl"], "mask goes with image"),

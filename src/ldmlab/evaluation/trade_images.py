@@ -5,13 +5,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.report_pictures import thumbnail_tag
+from ldmlab.evaluation.report_images import thumbnail_tag
 
-_SHOWN = 8  # pictures a row
+_SHOWN = 8  # images a row
 
 
-def picture_rows(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """For each first stage pictures there and back, for each job its last samples; nothing where none were kept."""
+def image_rows(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """For each first stage images there and back, for each job its last samples; nothing where none were kept."""
     rows, seen = [], set()
     for job in sorted(jobs, key=lambda found: (found["downsampling"], found["max_steps"], found["seed"])):
         name, first_stage = f"f{job['downsampling']}", Path(job["first_stage"])
@@ -25,13 +25,13 @@ def picture_rows(jobs: Sequence[Mapping[str, Any]]) -> str:
     return "".join(rows)
 
 
-def _newest(run: Path, evaluation: str, pictures: str) -> list[Path]:
-    """The pictures of the latest of a run's evaluations of that name."""
+def _newest(run: Path, evaluation: str, images: str) -> list[Path]:
+    """The images of the latest of a run's evaluations of that name."""
     found = sorted(run.glob(f"evaluation/{evaluation}"), key=lambda folder: folder.stat().st_mtime)
-    kept = sorted(found[-1].glob(f"pictures/{pictures}")) if found else []
+    kept = sorted(found[-1].glob(f"images/{images}")) if found else []
     return kept[:: max(len(kept) // _SHOWN, 1)][:_SHOWN]  # neighbours in the set look alike
 
 
-def _row(label: str, pictures: Sequence[Path]) -> str:
-    tags = "".join(thumbnail_tag(path.parent, path.name) for path in pictures)
+def _row(label: str, images: Sequence[Path]) -> str:
+    tags = "".join(thumbnail_tag(path.parent, path.name) for path in images)
     return f'<h3>{escape(label)}</h3><div class="thumbnails">{tags}</div>'

@@ -12,7 +12,7 @@ from sampling_models import tiny_model
 from ldmlab.errors import InputError
 from ldmlab.evaluation import sheet_font
 from ldmlab.evaluation.generate import generate
-from ldmlab.evaluation.pictures import grid, read_settings, save_animation, save_png, table, wrap
+from ldmlab.evaluation.images import grid, read_settings, save_animation, save_png, table, wrap
 from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.evaluation.sheet_font import SheetFont
 from ldmlab.evaluation.strip import Strip
@@ -25,18 +25,18 @@ def plain(colour: int, height: int = 32, width: int = 32) -> np.ndarray:
 
 
 def test_settings_travel_in_the_png(tmp_path: Path) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     settings = {"prompt": "猫 🙂 “quoted”\nsecond line", "seed": 3, "eta": 0.5, "size": "32x48"}
-    save_png(tmp_path / "a.png", picture, settings)
+    save_png(tmp_path / "a.png", image, settings)
     assert read_settings(tmp_path / "a.png") == {key: str(value) for key, value in settings.items()}
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), image)
 
 
-def test_grid_holds_every_picture_in_order() -> None:
+def test_grid_holds_every_image_in_order() -> None:
     sheet = np.asarray(grid([plain(20 * i) for i in range(7)], CAPTIONS[:7], columns=3))
     cell = 128  # 32 px enlarged four times
     rows = {y for y in range(sheet.shape[0]) if (sheet[y, 8] == 0).all()}
-    assert len(rows) == cell  # the first picture's height; the others of its column are grey
+    assert len(rows) == cell  # the first image's height; the others of its column are grey
     top = min(rows)
     for i in range(3):
         assert (sheet[top + 5, 8 + i * (cell + 8) + 5] == 20 * i).all()
@@ -50,7 +50,7 @@ def test_captions_of_any_language_and_length(shape: tuple[int, int]) -> None:
     assert table([[plain(0, *shape)] * 2] * 2, ["steps 1", "steps 2"], CAPTIONS[:2]).size[0] > shape[1]
 
 
-def test_labels_stay_within_their_picture() -> None:
+def test_labels_stay_within_their_image() -> None:
     font = ImageFont.load_default(13)
     for caption in CAPTIONS:
         lines = wrap(caption, 128, font)
@@ -60,8 +60,8 @@ def test_labels_stay_within_their_picture() -> None:
     assert wrap("w" * 400, 128, font)[0].endswith("...")
 
 
-def test_no_pictures_no_grid() -> None:
-    with pytest.raises(InputError, match="no pictures"):
+def test_no_images_no_grid() -> None:
+    with pytest.raises(InputError, match="no images"):
         grid([])
 
 
@@ -74,14 +74,14 @@ def test_animation(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize(("steps", "frames"), [(1, 2), (5, 6), (100, 49)])
-def test_strip_goes_from_noise_to_the_picture(steps: int, frames: int) -> None:
+def test_strip_goes_from_noise_to_the_image(steps: int, frames: int) -> None:
     model, settings = tiny_model(), SampleSettings(steps=steps, seed=2)
     strip = Strip(model, model.resolved(settings))
-    [(numbers, pictures)] = generate(model, [{"class_id": 1}, {"class_id": 2}], settings, after_step=strip)
+    [(numbers, images)] = generate(model, [{"class_id": 1}, {"class_id": 2}], settings, after_step=strip)
     rows = strip.take([{"class_id": 1}, {"class_id": 2}], numbers)
     assert [len(row) for row in rows] == [frames] * 2
-    for row, picture in zip(rows, pictures.numpy(), strict=True):
-        assert int(np.abs(row[-1].astype(int) - picture).max()) <= 1
+    for row, image in zip(rows, images.numpy(), strict=True):
+        assert int(np.abs(row[-1].astype(int) - image).max()) <= 1
     start = model.decode(model.diffusion.start(torch.tensor([0, 1]), (16, 16), 2))
     assert np.array_equal(rows[1][0], start[1].numpy())
     assert strip.titles()[0] == "noise"

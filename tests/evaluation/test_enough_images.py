@@ -1,4 +1,4 @@
-"""A score that so few pictures cannot give is refused before any sample is drawn."""
+"""A score that so few images cannot give is refused before any sample is drawn."""
 
 import pytest
 from torchmetrics import Metric
@@ -20,14 +20,14 @@ class Extractor:
     ("name", "metric", "counts", "told"),
     [
         ("kid", KernelDistance(subset_size=50), (100, 49), r"metrics\.kid\.subset_size=50 .* 49 generated"),
-        ("fid", FrechetDistance(8), (100, 7), r"7 generated pictures are fewer than the 8 features"),
-        ("fid", FrechetDistance(8), (7, 100), r"7 real pictures are fewer than the 8 features"),
-        ("is", InceptionScore(splits=10), (0, 9), r"9 generated pictures cannot be cut into .*metrics\.is\.splits=10"),
-        ("precision_recall", PrecisionRecall(neighbours=3), (100, 3), r"needs more than 3 generated pictures"),
-        ("density_coverage", DensityCoverage(neighbours=5), (5, 100), r"needs more than 5 real pictures"),
+        ("fid", FrechetDistance(8), (100, 7), r"7 generated images are fewer than the 8 features"),
+        ("fid", FrechetDistance(8), (7, 100), r"7 real images are fewer than the 8 features"),
+        ("is", InceptionScore(splits=10), (0, 9), r"9 generated images cannot be cut into .*metrics\.is\.splits=10"),
+        ("precision_recall", PrecisionRecall(neighbours=3), (100, 3), r"needs more than 3 generated images"),
+        ("density_coverage", DensityCoverage(neighbours=5), (5, 100), r"needs more than 5 real images"),
     ],
 )
-def test_too_few_pictures(name: str, metric: Metric, counts: tuple[int, int], told: str) -> None:
+def test_too_few_images(name: str, metric: Metric, counts: tuple[int, int], told: str) -> None:
     seen = EvaluationPass(Extractor(), {name: metric})
     with pytest.raises(InputError, match=told):
         seen.check_counts(*counts)

@@ -1,10 +1,10 @@
-"""A first stage on a large picture, at once and in tiles with shared or separate norms: memory, products, difference.
+"""A first stage on a large image, at once and in tiles with shared or separate norms: memory, products, difference.
 
-    python benchmarks/large_pictures.py [--first-stage kl_f8] [--size 1024] [--tile 512] [--run]
+    python benchmarks/large_images.py [--first-stage kl_f8] [--size 1024] [--tile 512] [--run]
 
 Memory and products are counted, not measured: every operation runs without data, and the bytes of all tensors alive
 are added up (weights and what a convolution needs while it runs are not in them). So the paper's sizes take seconds on
-any machine. With --run the variants also run on a picture of soft blobs: seconds, and how far they are from the whole.
+any machine. With --run the variants also run on an image of soft blobs: seconds, and how far they are from the whole.
 """
 
 import argparse

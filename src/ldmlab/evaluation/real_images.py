@@ -1,4 +1,4 @@
-"""The real pictures of an evaluation: what they say of themselves, and their features where those are not kept yet."""
+"""The real images of an evaluation: what they say of themselves, and their features where those are not kept yet."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stream import ShardDataset, Wanted
-from ldmlab.evaluation.album import readable, save_picture
+from ldmlab.evaluation.album import readable, save_image
 from ldmlab.evaluation.by_class import class_of
 from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.drawing import Track
@@ -20,7 +20,7 @@ from ldmlab.metrics.features import FeatureExtractor
 
 
 @dataclass(frozen=True)
-class RealPictures:
+class RealImages:
     """Both splits, shared between processes."""
 
     data: ShardData
@@ -32,11 +32,11 @@ class RealPictures:
     track: Track
 
     def known(self, split: str, fields: Iterable[str], limit: int | None = None) -> Sequence[Mapping[str, Any]]:
-        """Some fields of every picture of a split."""
+        """Some fields of every image of a split."""
         return conditions(self.data, split, sorted(set(fields)), limit)
 
     def labels(self, split: str, field: str, limit: int | None) -> dict[int, str]:
-        """The field's value by the picture's number, of those that can be read."""
+        """The field's value by the image's number, of those that can be read."""
         dataset = ShardDataset(
             self.data.folder(split, "images"), Wanted(self.data.image_size, images=False, fields=(field,))
         )
@@ -44,27 +44,27 @@ class RealPictures:
         for number in range(min(len(dataset), limit or len(dataset))):
             sample = dataset[number]
             if "key" in sample:
-                why = f"picture {sample['key']} of {split} has no such field; choose one that every KEY.json holds"
+                why = f"image {sample['key']} of {split} has no such field; choose one that every KEY.json holds"
                 found[number] = class_of(sample, field, f"{why}, or null.")
         return found
 
     def loader(self, split: str, limit: int | None = None) -> Iterable[dict[str, Any]]:
-        """This process's share of a split's pictures."""
+        """This process's share of a split's images."""
         total = self.data.manifest(split, "images").total
         batches = -(-min(total, limit or total) // (self.batch_size * self.world))
         loader = self.data.eval_loader(split, self.batch_size, self.world, self.rank, limit, kind="images")
-        return self.track(loader, batches, f"real pictures ({split})")
+        return self.track(loader, batches, f"real images ({split})")
 
     def features(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (B, D) of this process's share of a split, with their pictures' numbers (B,)."""
-        for index, pictures in numbered(self.loader(split)):
-            yield self.extractor(pictures)["features"].float().cpu(), index
+        """Features (B, D) of this process's share of a split, with their images' numbers (B,)."""
+        for index, images in numbered(self.loader(split)):
+            yield self.extractor(images)["features"].float().cpu(), index
 
     def show_to(self, seen: EvaluationPass, split: str, limit: int | None) -> bool:
         """To the scores, by kept features where they suffice: True if they did."""
         key = ReferenceKey.of(self.data, split, limit, self.extractor)
-        pictures = lambda: numbered(self.loader(split, limit))  # noqa: E731
-        return see_reference(seen, key, self.folder, pictures, self.rank, self.world)
+        images = lambda: numbered(self.loader(split, limit))  # noqa: E731
+        return see_reference(seen, key, self.folder, images, self.rank, self.world)
 
     def beside(self, seen: EvaluationPass, split: str) -> EvaluationPass:
         """A second distance of the same samples, to another split."""
@@ -76,9 +76,9 @@ class RealPictures:
         if self.rank == 0:
             dataset = self.data.held_out_dataset("images", split)
             for item in album:
-                save_picture(out, "real", item["number"], readable(dataset, len(dataset), item["number"]))
+                save_image(out, "real", item["number"], readable(dataset, len(dataset), item["number"]))
 
-    def picture(self, split: str, number: int) -> Mapping[str, Any]:
-        """One picture with its fields."""
+    def image(self, split: str, number: int) -> Mapping[str, Any]:
+        """One image with its fields."""
         sample = self.data.held_out_dataset("images", split)[number]
         return {**sample, "image": torch.as_tensor(sample["image"])}

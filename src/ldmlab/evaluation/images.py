@@ -1,6 +1,6 @@
-"""Pictures to files and sheets: PNG with settings inside, grids with labels, rows, animations.
+"""Images to files and sheets: PNG with settings inside, grids with labels, rows, animations.
 
-A picture is a uint8 array (H, W, 3).
+An image is a uint8 array (H, W, 3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,58 +14,56 @@ from PIL.PngImagePlugin import PngInfo
 from ldmlab.errors import InputError
 from ldmlab.evaluation.sheet_font import SheetFont
 
-GAP, FONT_SIZE, LABEL_LINES = 8, 13, 2  # px, px, lines under a picture at most
-CELL = 128  # small pictures are enlarged by a whole number to about this side, px
+GAP, FONT_SIZE, LABEL_LINES = 8, 13, 2  # px, px, lines under an image at most
+CELL = 128  # small images are enlarged by a whole number to about this side, px
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 FRAME_MS, LAST_FRAME_MS = 60, 1500
 
 
-def save_png(path: Path, picture: np.ndarray, settings: Mapping[str, Any]) -> None:
-    """One picture with its settings as PNG text, one entry each."""
+def save_png(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:
+    """One image with its settings as PNG text, one entry each."""
     info = PngInfo()
     for key, value in settings.items():
         info.add_itxt(key, str(value))  # UTF-8, so captions of any language
-    Image.fromarray(picture).save(path, pnginfo=info)
+    Image.fromarray(image).save(path, pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """The settings that `save_png` wrote; empty for other pictures."""
+    """The settings that `save_png` wrote; empty for other images."""
     with Image.open(path) as image:
         image.load()
         return {key: str(value) for key, value in getattr(image, "text", {}).items()}
 
 
-def grid(
-    pictures: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int | None = None
-) -> Image.Image:
-    """Pictures of one size in rows, each with its label below."""
-    if not len(pictures):
-        raise InputError("a grid of no pictures cannot be drawn; ask for at least one picture.")
-    columns = columns or max(round(len(pictures) ** 0.5), 1)
-    rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
-    texts = [list(labels[i : i + columns]) for i in range(0, len(pictures), columns)] if labels else None
+def grid(images: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int | None = None) -> Image.Image:
+    """Images of one size in rows, each with its label below."""
+    if not len(images):
+        raise InputError("a grid of no images cannot be drawn; ask for at least one image.")
+    columns = columns or max(round(len(images) ** 0.5), 1)
+    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
+    texts = [list(labels[i : i + columns]) for i in range(0, len(images), columns)] if labels else None
     return _sheet(rows, texts)
 
 
 def table(
     rows: Sequence[Sequence[np.ndarray]], column_titles: Sequence[str], row_titles: Sequence[str] | None = None
 ) -> Image.Image:
-    """One row of pictures per row title, which stands above it; column titles below the pictures."""
+    """One row of images per row title, which stands above it; column titles below the images."""
     return _sheet(rows, [list(column_titles)] * len(rows), row_titles)
 
 
-def save_animation(path: Path, pictures: Sequence[np.ndarray]) -> None:
+def save_animation(path: Path, images: Sequence[np.ndarray]) -> None:
     """Frames in order, the last one held; .webp or .gif, endless."""
-    scale = enlargement(pictures[0])
-    frames = [_enlarged(picture, scale) for picture in pictures]
+    scale = enlargement(images[0])
+    frames = [_enlarged(image, scale) for image in images]
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
 
 
-def enlargement(picture: np.ndarray) -> int:
-    """How many times a picture is enlarged on sheets, so that small ones can be seen."""
-    return max(round(CELL / min(picture.shape[:2])), 1)
+def enlargement(image: np.ndarray) -> int:
+    """How many times an image is enlarged on sheets, so that small ones can be seen."""
+    return max(round(CELL / min(image.shape[:2])), 1)
 
 
 def _sheet(
@@ -92,9 +90,9 @@ def _sheet(
         if row_titles:
             title = wrap(sheet_font.label(row_titles[i]), sheet.width - 2 * GAP, font, 1)[0]
             draw.text((GAP, top), title, INK, font)
-        for j, picture in enumerate(row):
+        for j, image in enumerate(row):
             left = GAP + j * (width + GAP)
-            sheet.paste(_enlarged(picture, scale), (left, top + title_height))
+            sheet.paste(_enlarged(image, scale), (left, top + title_height))
             for k, text in enumerate(wrapped[i][j] if wrapped else []):
                 draw.text((left, top + title_height + height + 2 + k * line), text, INK, font)
     return sheet
@@ -124,6 +122,6 @@ def _shortened(text: str, width: int, font: Any) -> str:
     return text + "..."
 
 
-def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
-    image = Image.fromarray(picture)
+def _enlarged(pixels: np.ndarray, scale: int) -> Image.Image:
+    image = Image.fromarray(pixels)
     return image if scale == 1 else image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""What a request tells a model, as a picture for people: boxes, a label map, a small picture, a picture with a hole."""
+"""What a request tells a model, as an image for people: boxes, a label map, a small image, an image with a hole."""
 
 import colorsys
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _GREY = 128  # of a hole
 _GROUND = (244, 244, 244)
 
 
-def request_picture(request: Mapping[str, Any], size: int) -> Tensor | None:
+def request_image(request: Mapping[str, Any], size: int) -> Tensor | None:
     """uint8 (3, H, W); None where there is nothing to see."""
     if "mask" in request and "image" in request:
         known = np.where(np.asarray(request["mask"])[..., None] > 0, _GREY, np.asarray(request["image"]))

@@ -1,22 +1,22 @@
-"""Pictures in folders, and the maps that lie beside them."""
+"""Images in folders, and the maps that lie beside them."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ldmlab.data.parts import MAPS
-from ldmlab.data.tar_samples import PICTURE_ENDINGS
+from ldmlab.data.tar_samples import IMAGE_ENDINGS
 
 
-def walk_pictures(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Pictures below `folder`, in order, with the NAME.mask.png and NAME.seg.png beside each, by ending.
+def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Images below `folder`, in order, with the NAME.mask.png and NAME.seg.png beside each, by ending.
 
-    Names are relative; hidden files and folders are left out. A map without picture comes as a picture.
+    Names are relative; hidden files and folders are left out. A map without image comes as an image.
     """
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(where, folder)
-        shown = [n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in PICTURE_ENDINGS]
+        shown = [n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS]
         stems, present = {name.rpartition(".")[0] for name in shown}, set(shown)
         for name in sorted(shown):
             if (ending := map_ending(name)) and name.removesuffix(f".{ending}") in stems:

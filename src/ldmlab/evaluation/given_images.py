@@ -1,4 +1,4 @@
-"""Pictures that a request brings along: the sizes that a model can take, a start from one, parts that stay.
+"""Images that a request brings along: the sizes that a model can take, a start from one, parts that stay.
 
 Fields of a batch: init_image (B, 3, H, W), where sampling starts; image (B, 3, H, W) with mask (B, 1, H, W), not zero
 in the hole: the rest stays, also for a model that reads neither.
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.given_picture import GivenPicture, hole_of_latents, painted_over
+from ldmlab.diffusion.given_image import GivenImage, hole_of_latents, painted_over
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.errors import InputError
-from ldmlab.evaluation.request_fields import ON_THE_PICTURE, SMALL
+from ldmlab.evaluation.request_fields import ON_THE_IMAGE, SMALL
 from ldmlab.nn.pixels import to_float
 
 STRENGTH = 0.6  # of image to image, where nobody says
@@ -23,14 +23,14 @@ REPEATS = 5  # of each step, where a model fills holes without having learned it
 
 
 def resolved_strength(strength: float | None, requests: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of the schedule that is walked from a given picture; None where none is given."""
+    """The share of the schedule that is walked from a given image; None where none is given."""
     started = [request.get("init_image") is not None for request in requests[:1]]
     if strength is None:
         return STRENGTH if any(started) else None
     if not 0 < strength <= 1:
         raise InputError(f"strength={strength} is not within 0 .. 1; choose 0.3 for small changes, 0.8 for large ones.")
     if started == [False]:
-        raise InputError(f"strength={strength} needs a picture to start from; give init_image (--from IMAGE).")
+        raise InputError(f"strength={strength} needs an image to start from; give init_image (--from IMAGE).")
     return strength
 
 
@@ -62,8 +62,8 @@ def canvas_of(batch: Mapping[str, Any], size: tuple[int, int], step: int, enlarg
 
 
 def on_canvas(batch: Mapping[str, Any], canvas: tuple[int, int], enlargement: int) -> dict[str, Any]:
-    """The batch's pictures, masks and maps carried on to the canvas: the last row and column repeated."""
-    wider = {name: _repeated(batch[name], canvas) for name in ON_THE_PICTURE if name in batch}
+    """The batch's images, masks and maps carried on to the canvas: the last row and column repeated."""
+    wider = {name: _repeated(batch[name], canvas) for name in ON_THE_IMAGE if name in batch}
     if SMALL in batch:
         wider[SMALL] = _repeated(batch[SMALL], (canvas[0] // enlargement, canvas[1] // enlargement))
     return {**batch, **wider}
@@ -77,22 +77,22 @@ def _repeated(values: Tensor, canvas: tuple[int, int]) -> Tensor:
     return values[..., rows[:, None], columns]
 
 
-def given_picture(
+def given_image(
     space: LatentSpace, batch: Mapping[str, Any], reads: frozenset[str], repeats: int | None
-) -> GivenPicture | None:
+) -> GivenImage | None:
     """What a batch on its canvas asks to start from and to keep; a model that reads masks keeps by itself."""
     source = space.encode(to_float(batch["init_image"])) if "init_image" in batch else None
     if "mask" not in batch or "mask" in reads:
-        return None if source is None else GivenPicture(source)
+        return None if source is None else GivenImage(source)
     known = space.encode(painted_over(to_float(batch["image"]), batch["mask"]))
     hole = hole_of_latents(batch["mask"], int(space.first_stage.downsampling))  # type: ignore[arg-type]
-    return GivenPicture(source, known, hole, repeats or 1)
+    return GivenImage(source, known, hole, repeats or 1)
 
 
-def finished(pictures: Tensor, batch: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
+def finished(images: Tensor, batch: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
     """Generated uint8 (B, H, W, 3) without what the canvas added; known pixels of uint8 `image` bit for bit."""
-    pictures = pictures[:, : size[0], : size[1]]
+    images = images[:, : size[0], : size[1]]
     if "mask" not in batch or "image" not in batch:
-        return pictures.contiguous()
+        return images.contiguous()
     hole, image = (batch[name].cpu().permute(0, 2, 3, 1) for name in ("mask", "image"))
-    return torch.where(hole != 0, pictures, image)
+    return torch.where(hole != 0, images, image)

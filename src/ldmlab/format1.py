@@ -1,0 +1,47 @@
+"""Reader of format 1: names in files written by ldmlab 0.1, translated to today's.
+
+Run folders, checkpoints, model folders, shards and scores of that version load unchanged; nothing else knows old names.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+TARGETS: dict[str, str] = {}  # `_target_` then => now
+
+OPTIONS: dict[str, dict[str, str]] = {}  # `_target_` now => {argument then: argument now}
+
+VALUES: dict[tuple[str, str], dict[Any, Any]] = {  # (`_target_` now, argument now) => {value then: value now}
+    ("ldmlab.losses.reconstruction.ReconstructionLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
+}
+
+METRICS: dict[str, str] = {  # prefix of a column of metrics.csv or of a checkpoint's notes then => now
+    "held_out/": "val/",
+    "speed/pictures_per_second": "speed/images_per_second",
+    "pictures": "images",
+}
+
+
+def node(value: Any) -> Any:
+    """A configuration node, or anything that holds nodes, with today's targets, arguments and values."""
+    if isinstance(value, list):
+        return [node(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    target = TARGETS.get(str(value.get("_target_")), value.get("_target_"))
+    names = OPTIONS.get(str(target), {})
+    result = {names.get(key, key): node(part) for key, part in value.items()}
+    if "_target_" in value:
+        result["_target_"] = target
+    for name, part in result.items():
+        known = VALUES.get((str(target), name), {})
+        if isinstance(part, str) and part in known:
+            result[name] = known[part]
+    return result
+
+
+def metric(name: str) -> str:
+    """A metric's name in metrics.csv and in checkpoints."""
+    for then, now in METRICS.items():
+        if name == then or (then.endswith("/") and name.startswith(then)):
+            return now + name[len(then) :]
+    return name
