@@ -17,6 +17,7 @@ GROUND = {
     "instantiate",
     "annotations",
     "fetched",
+    "files",
     "format1",
 }
 MAY_USE = {  # room => rooms it may import

@@ -1,0 +1,260 @@
+"""Files written completely or not at all, and locks that work on every file system.
+
+`write_atomically`, `write_text` and `write_json` replace a file by rename after fsync, so that neither a kill nor a
+power cut leaves half of one. `FileLock` is held by one process on one machine at a time.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from ldmlab.errors import InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+_HELD: set[str] = set()  # paths of the locks that this process holds: POSIX locks do not exclude their own process
+_WAIT_SECONDS = 1.0
+_TAKEOVER_SECONDS = 60.0  # after that the removal of a dead process's lock was itself interrupted
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills a temporary file beside `path`, which then replaces it; on failure the old file stays."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, whole or not at all."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with one key a line, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; None where the file is missing, damaged or no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+@contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """A full or read-only disk and missing permissions become one sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if (sentence := disk_sentence(error, path)) is None:
+            raise
+        raise InputError(sentence) from error
+
+
+def disk_sentence(error: OSError, path: Path | str) -> str | None:
+    """What went wrong with the disk and what helps; None for any other fault."""
+    if error.errno in FULL:
+        return f"no space left for {path}; free some disk space and run the command again."
+    if error.errno == errno.EROFS:
+        return f"{path} cannot be written because its disk is read-only; choose a folder on another disk."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{path} cannot be written (permission denied); allow it or choose another folder."
+    return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` survive a power cut, where its file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, busy: str, *, wait: bool = False, remove: bool = False) -> Iterator[None]:
+    """Hold the lock file `path`; while another process has it, wait or refuse with "BUSY (process 7 on HOST); ...".
+
+    remove: delete the lock file at the end.
+    """
+    lock, said = FileLock(path), False
+    while not lock.take():
+        if not wait:
+            raise InputError(f"{busy} ({lock.holder()}); wait for it or choose another folder.")
+        if not said:
+            print(f"{busy} ({lock.holder()}); waiting for it.", file=sys.stderr, flush=True)
+        said = True
+        time.sleep(_WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release(remove=remove)
+
+
+class FileLock:
+    """A lock file that one process holds until `release` or its end, also after a kill.
+
+    A POSIX record lock (forked loader workers do not inherit it). Where the file system has none, a file made
+    exclusively, `PATH.held`, with host and process id; one whose process is dead is taken over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+        self._exclusive = False
+
+    @property
+    def _held_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".held")
+
+    def take(self) -> bool:
+        """Whether this process holds the lock now."""
+        name = os.path.realpath(self.path)
+        if name in _HELD:
+            return False
+        with disk_errors(self.path):
+            file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115  held until `release`
+        try:
+            taken = self._lock(file)
+            if taken and os.fstat(file.fileno()).st_ino != os.stat(self.path).st_ino:  # its last holder removed it
+                taken = False
+        except FileNotFoundError:
+            taken = False
+        if not taken:
+            file.close()
+            return False
+        self._file = file
+        _HELD.add(name)
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(_signature())
+            file.flush()
+        return True
+
+    def _lock(self, file: IO[str]) -> bool:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                self._exclusive = self._make_held()
+                return self._exclusive
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+
+    def _make_held(self) -> bool:
+        """Create `PATH.held`, after removing the one of a dead process."""
+        for _ in range(2):
+            try:
+                handle = os.open(self._held_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                if not self._remove_dead():
+                    return False
+                continue
+            with os.fdopen(handle, "w", encoding="utf-8") as held:
+                held.write(_signature())
+            return True
+        return False
+
+    def _remove_dead(self) -> bool:
+        """Remove `PATH.held` if its process has ended; one process at a time decides that."""
+        guard = self._held_path.with_suffix(".takeover")
+        try:
+            guard.mkdir()
+        except FileExistsError:
+            with suppress(OSError):
+                if time.time() - guard.stat().st_mtime > _TAKEOVER_SECONDS:
+                    guard.rmdir()
+            return False
+        try:
+            if _alive(self._held_path):
+                return False
+            self._held_path.unlink(missing_ok=True)
+            return True
+        finally:
+            guard.rmdir()
+
+    def holder(self) -> str:
+        """Who holds the lock, as far as its file names it."""
+        if os.path.realpath(self.path) in _HELD:  # reading the file would release a POSIX lock of this process
+            return "this process"
+        found = _read_signature(self._held_path) or _read_signature(self.path)
+        return f"process {found['pid']} on {found['host']}" if found else "its process is unknown"
+
+    def release(self, *, remove: bool = False) -> None:
+        """Let others have it; safe to call twice."""
+        if self._file is None:
+            return
+        with suppress(OSError):
+            if remove:
+                self.path.unlink(missing_ok=True)
+            else:
+                self._file.truncate(0)
+        if self._exclusive:
+            self._held_path.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
+        _HELD.discard(os.path.realpath(self.path))
+
+
+def _signature() -> str:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
+
+
+def _read_signature(path: Path) -> dict[str, Any] | None:
+    found = read_json(path)
+    return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks, so that a process id used again is told apart."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _alive(held: Path) -> bool:
+    """Whether the process of a lock may still run; on another machine nobody can know, so it counts as alive."""
+    signature = _read_signature(held)
+    try:
+        if signature is None:  # being written at this moment, or left so by a crash
+            return time.time() - held.stat().st_mtime < _TAKEOVER_SECONDS
+        if signature["host"] != socket.gethostname():
+            return True
+        os.kill(int(signature["pid"]), 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except (OSError, TypeError, ValueError, OverflowError):
+        return True
+    return signature.get("started") in (None, _started(int(signature["pid"])))
