@@ -33,10 +33,11 @@ MAY_USE = {  # room => rooms it may import
         )
     },
 }
+MAY_USE["inference"] = set(MAY_USE)
 LOW = set(MAY_USE)
 for middle in ("training", "evaluation", "interop"):
     MAY_USE[middle] = LOW | {middle}
-MAY_USE["interop"] |= {"build", "evaluation"}  # whole models come in and go out
+MAY_USE["interop"] |= {"build"}  # whole models come in and go out
 ONLY_IN = {"pytorch_lightning": {"training"}, "hydra": {"app"}, "omegaconf": {"app"}, "wandb": {"training", "app"}}
 
 

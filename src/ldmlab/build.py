@@ -23,7 +23,7 @@ from ldmlab.nn.pixels import to_float
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
     from ldmlab.nn.openclip import OpenClip
 
 
@@ -43,7 +43,7 @@ def load(path: Path | str, *, weights: str = "averaged", device: str = "auto", t
 
     weights: averaged | raw, for runs. Targets outside ldmlab are refused unless `trust`.
     """
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
     files = _of_kind(read_model(path, _checked(weights)), "latent_diffusion")
     with nullcontext() if trust else without_weights():  # a stranger's constructor may compute with its weights

@@ -14,7 +14,7 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.app.guidance import build_guides
 from ldmlab.app.wiring import train
 from ldmlab.build import load_classifier
-from ldmlab.evaluation.images import read_settings
+from ldmlab.inference.grids import read_settings
 from refusals import refusal
 
 SMALL = ["trainer.max_steps=3", "trainer.validate_every=3", "trainer.checkpoint_every=3", "trainer.log_every=1"]

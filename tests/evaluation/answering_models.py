@@ -13,7 +13,7 @@ from torch import Tensor
 from ldmlab.data.shard_data import ShardData
 from ldmlab.evaluation.evaluate import Evaluation
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall

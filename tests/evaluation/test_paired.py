@@ -20,7 +20,7 @@ from ldmlab.evaluation.evaluate import Evaluation
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.report_table import paper_report
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.tasks.inpainting import Inpainting
 

@@ -14,7 +14,7 @@ import ldmlab
 from ldmlab.app.cli import dispatch
 from ldmlab.checkpoints import load_tensors
 from ldmlab.errors import InputError
-from ldmlab.evaluation.model import LoadedModel
+from ldmlab.inference.model import LoadedModel
 from ldmlab.interop import compvis
 from ldmlab.samplers.ddim import Ddim
 
@@ -58,7 +58,7 @@ def images(model: LoadedModel) -> Tensor:
         "image": image,
         "mask": (image[:, :1] > 100).to(torch.uint8),
     }
-    settings = model.resolved(ldmlab.evaluation.settings.SampleSettings(steps=5))
+    settings = model.resolved(ldmlab.inference.sample_settings.SampleSettings(steps=5))
     batch = {name: value for name, value in fields.items() if name in model.reads}
     return model.diffusion.sample(
         batch, sampler=Ddim(), grid=model.grid(settings), index=torch.arange(2), size=(32, 32), seed=3

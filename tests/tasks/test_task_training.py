@@ -16,9 +16,8 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.app.wiring import train
 from ldmlab.errors import InputError
 from ldmlab.evaluation.conditions import conditions
-from ldmlab.evaluation.generate import generate
-from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.protocol import Protocol, requests
+from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
 from scenes import CLASSES, Scene, write_scenes

@@ -152,8 +152,8 @@ class FactorScores:
 
         from ldmlab.build import load
         from ldmlab.evaluation.conditions import conditions
-        from ldmlab.evaluation.generate import generate
         from ldmlab.evaluation.protocol import Protocol, requests
+        from ldmlab.inference.model import generate
         from ldmlab.instantiate import instantiate
 
         protocol: Protocol = instantiate(self.options["protocol"], where="protocol")

@@ -15,7 +15,7 @@ from ldmlab.instantiate import instantiate
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
 DISTANCES = ("squared", "lpips")
 _SAME_SCALE = 0.01  # relative; a classifier does not notice less, and two measurements of one scale may differ so

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import save_image
 from ldmlab.evaluation.drawing import Drawing, Requests
 from ldmlab.evaluation.neighbours import Nearest, copies
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.record import gathered
 from ldmlab.evaluation.score import EvaluationPass
+from ldmlab.inference.image_files import save_image
 
 _AT_THE_BAR = 6  # held-out images shown
 

@@ -6,7 +6,7 @@ from typing import Any, overload
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stream import ShardDataset, Wanted
-from ldmlab.evaluation.request_fields import OPTIONAL, as_asked
+from ldmlab.inference.inputs import OPTIONAL, as_asked
 
 Fields = Mapping[str, Any]
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.evaluation.generate import generate
-from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.record import all_items
 from ldmlab.evaluation.score import Numbered
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.model import LoadedModel, generate
+from ldmlab.inference.sample_settings import SampleSettings
 
 Requests = Sequence[Mapping[str, Any]]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, title) => the same items, shown

@@ -15,13 +15,11 @@ from torchmetrics import Metric
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import copy_curves, copy_images, planned, save_image
 from ldmlab.evaluation.audit import Audit
 from ldmlab.evaluation.by_class import asked_classes, by_class
 from ldmlab.evaluation.category_score import CategoryScore
 from ldmlab.evaluation.drawing import Drawing, Requests, Track
 from ldmlab.evaluation.guidance_curve import GuidanceCurve
-from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol, requests
 from ldmlab.evaluation.real_images import RealImages
@@ -39,9 +37,11 @@ from ldmlab.evaluation.record import (
 )
 from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Numbered
-from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.evaluation.task_evidence import Baseline, Judge
 from ldmlab.evaluation.task_part import task_part
+from ldmlab.inference.image_files import copy_curves, copy_images, planned, save_image
+from ldmlab.inference.model import LoadedModel
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.provenance import provenance
 

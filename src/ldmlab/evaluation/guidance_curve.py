@@ -7,7 +7,7 @@ from typing import Any
 from ldmlab.evaluation.drawing import Drawing, Requests
 from ldmlab.evaluation.record import gathered
 from ldmlab.evaluation.score import EvaluationPass, Score
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.sample_settings import SampleSettings
 
 
 class GuidanceCurve:

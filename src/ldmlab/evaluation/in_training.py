@@ -17,13 +17,12 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.evaluation.conditions import conditions
-from ldmlab.evaluation.generate import generate
-from ldmlab.evaluation.model import LoadedModel
 from ldmlab.evaluation.protocol import Protocol as ScoreProtocol
 from ldmlab.evaluation.protocol import requests
 from ldmlab.evaluation.record import FORMAT_VERSION, check_reference, features_record, gathered, reference_record
 from ldmlab.evaluation.reference_statistics import ReferenceKey, see_reference
 from ldmlab.evaluation.score import EvaluationPass, Numbered, OptionNames, numbered
+from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.provenance import provenance

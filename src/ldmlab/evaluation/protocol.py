@@ -6,7 +6,7 @@ from typing import Any
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.conditions import Repeated
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.sample_settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
 _OF_THE_DATA = frozenset({"masks", "captions", "labels", "posterior", "psim", "psnr", "epoch"})  # open too

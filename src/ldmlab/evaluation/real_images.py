@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stream import ShardDataset, Wanted
-from ldmlab.evaluation.album import readable, save_image
 from ldmlab.evaluation.by_class import class_of
 from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.drawing import Track
 from ldmlab.evaluation.reference_statistics import ReferenceKey, against_other_split, see_reference
 from ldmlab.evaluation.score import EvaluationPass, numbered
+from ldmlab.inference.image_files import readable, save_image
 from ldmlab.metrics.features import FeatureExtractor
 
 

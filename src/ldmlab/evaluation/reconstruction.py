@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ldmlab.data.shard_data import ShardData
-from ldmlab.evaluation.album import save_image
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.record import (
     FORMAT_VERSION,
@@ -26,6 +25,7 @@ from ldmlab.evaluation.record import (
 )
 from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Score
+from ldmlab.inference.image_files import save_image
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.reconstruction import ReconstructionMeasures
 from ldmlab.nn.lpips import LPIPS

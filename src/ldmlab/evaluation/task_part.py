@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.album import save_image
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.record import all_items, gathered
 from ldmlab.evaluation.score import EvaluationPass, Numbered
 from ldmlab.evaluation.task_evidence import Baseline, Batches, Evidence, Judge
 from ldmlab.evaluation.task_images import request_image
+from ldmlab.inference.image_files import save_image
 
 if TYPE_CHECKING:
     from ldmlab.evaluation.evaluate import Evaluation

@@ -13,7 +13,7 @@ from ldmlab.interop.mismatch import compare, refuse_mismatch
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def assembled_first_stage(imported: Imported) -> nn.Module:
 
 def loaded_model(imported: Imported, device: str = "auto") -> "LoadedModel":
     """Ready to sample, as `ldmlab.load` gives it."""
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
     if imported.spec["kind"] != "latent_diffusion":
         raise InputError(f"{imported.source} is a {imported.spec['kind']}, which samples nothing; use `ldmlab import`.")

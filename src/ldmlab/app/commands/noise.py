@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldmlab.diffusion.latent_scale import LatentScale
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
 EPILOG = """The sheet has a row for the latent scale of the model and one for each --scale, columns for times. It
 decodes alpha latent + sigma noise; numbers are signal-to-noise ratios in dB, 10 log10(alpha^2 Var / sigma^2).
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Encode, add noise at each time and scale, decode, draw."""
     from ldmlab.build import load
     from ldmlab.diffusion.latent_scale import LatentScale
-    from ldmlab.evaluation.images import table
+    from ldmlab.inference.grids import table
 
     scales = [(name, LatentScale.fixed(_factor(name))) for name in args.scale]
     model = load(args.model, device=args.device)
@@ -64,7 +64,7 @@ def noised_row(
     import torch
 
     from ldmlab.diffusion.signal import decibels, even_time, signal_to_noise
-    from ldmlab.evaluation.model import as_images
+    from ldmlab.inference.model import as_images
     from ldmlab.randomness import normal
 
     schedule = model.diffusion.schedule
@@ -105,7 +105,7 @@ def _times(text: str, steps: int) -> list[int]:
 
 def _image(path: Path, step: int) -> "Tensor":
     """(1, 3, H, W) in [-1, 1], the middle as far as `step` divides it."""
-    from ldmlab.evaluation.request_fields import row
+    from ldmlab.inference.inputs import row
     from ldmlab.nn.pixels import to_float
 
     image = row("image", path)  # uint8 (3, H, W)

@@ -10,7 +10,7 @@ from ldmlab.app.commands.sample_requests import add_request_options, check_reque
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    from ldmlab.evaluation.settings import SampleSettings
+    from ldmlab.inference.sample_settings import SampleSettings
 
 SWEEPS = {
     **{"steps": int, "guidance": float, "eta": float, "seed": int, "sampler": str, "spacing": str},
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ldmlab.build import load
     from ldmlab.evaluation import processes
-    from ldmlab.evaluation.request_fields import check_size
+    from ldmlab.inference.inputs import check_size
 
     rank, world = processes.join()
     try:
@@ -130,7 +130,7 @@ def _sweep(text: str | None) -> tuple[str, list[Any]] | None:
 
 
 def _settings(args: argparse.Namespace, size: tuple[int, int] | None) -> "SampleSettings":
-    from ldmlab.evaluation.settings import SampleSettings
+    from ldmlab.inference.sample_settings import SampleSettings
 
     names = (
         "steps",

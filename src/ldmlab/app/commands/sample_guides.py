@@ -8,7 +8,7 @@ from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.guidance import Guide
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
 
 def add_guide_options(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldmlab.evaluation.model import LoadedModel
-    from ldmlab.evaluation.settings import SampleSettings
+    from ldmlab.inference.model import LoadedModel
+    from ldmlab.inference.sample_settings import SampleSettings
 
 MOST = 144  # images on one sheet
 
@@ -47,9 +47,9 @@ class Job:
 
     def sample(self) -> None:
         """This process's images to files."""
-        from ldmlab.evaluation.generate import generate
-        from ldmlab.evaluation.images import save_png
-        from ldmlab.evaluation.strip import Strip
+        from ldmlab.inference.grids import save_png
+        from ldmlab.inference.model import generate
+        from ldmlab.inference.trajectory import Strip
 
         first = self.args.first_index
         with self._progress() as count:
@@ -86,7 +86,7 @@ class Job:
         return {**told, "index": number, **settings.as_text(), **guides, **known, **more}
 
     def _save_strips(self, strip: Any, numbers: list[int]) -> None:
-        from ldmlab.evaluation.images import save_animation, table
+        from ldmlab.inference.grids import save_animation, table
 
         columns, titles = strip.columns(), strip.titles()
         requests = [self.requests[number - self.args.first_index] for number in numbers]
@@ -101,7 +101,7 @@ class Job:
         import numpy as np
         from PIL import Image
 
-        from ldmlab.evaluation.images import grid, table
+        from ldmlab.inference.grids import grid, table
 
         shown = self.requests[: max(MOST // len(self.variants), 1)]
         numbers = range(self.args.first_index, self.args.first_index + len(shown))

@@ -9,7 +9,7 @@ from ldmlab.app.commands.sample_job import label
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
 Fields = dict[str, Any]
 TASKS = {  # what the words of the command line are files of
@@ -96,7 +96,7 @@ def requests_of(
     model: "LoadedModel", lines: list[str | Fields], args: argparse.Namespace, size: tuple[int, int] | None
 ) -> list[Fields]:
     """Every prompt `count` times as the fields that the model reads; warns of ends that it cannot read."""
-    from ldmlab.evaluation.request_fields import TransparentParts, known_fields
+    from ldmlab.inference.inputs import TransparentParts, known_fields
 
     given = _given(args, size)
     if args.negative is not None and "caption" not in model.reads:
@@ -117,7 +117,7 @@ def requests_of(
 
 def _given(args: argparse.Namespace, size: tuple[int, int] | None) -> Fields:
     """What the options say about every prompt; an image that is only a start is brought to the size asked for."""
-    from ldmlab.evaluation.request_fields import Fitted
+    from ldmlab.inference.inputs import Fitted
 
     given: Fields = {} if args.negative is None else {"negative": args.negative}
     if args.source is not None and (args.mask is None or args.strength is not None):

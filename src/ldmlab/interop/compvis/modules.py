@@ -31,7 +31,7 @@ from ldmlab.interop.compvis.unets import CLASS_TABLE
 from ldmlab.interop.mismatch import compare, refuse_mismatch
 
 if TYPE_CHECKING:
-    from ldmlab.evaluation.model import LoadedModel
+    from ldmlab.inference.model import LoadedModel
 
 State = Mapping[str, Tensor]
 

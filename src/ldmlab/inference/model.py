@@ -4,7 +4,7 @@ Images are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,12 +17,10 @@ from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.guidance import Guide
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
-from ldmlab.evaluation import given_images
-from ldmlab.evaluation.given_images import canvas_of, finished, given_image, on_canvas
-from ldmlab.evaluation.parts import chosen_tile, in_parts, with_parts
-from ldmlab.evaluation.request_checks import check_requests, lost, warn_of_lost
-from ldmlab.evaluation.request_fields import batch_of, check_size, implied_size, rows_of
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference import input_images as given_images
+from ldmlab.inference.input_images import canvas_of, finished, given_image, on_canvas
+from ldmlab.inference.inputs import batch_of, check_requests, check_size, implied_size, lost, rows_of, warn_of_lost
+from ldmlab.inference.sample_settings import SampleSettings, chosen_tile, in_parts, with_parts
 from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,8 +99,6 @@ class LoadedModel:
 
         Any model takes init_image, where sampling starts, and image with mask, of which only the hole is made anew.
         """
-        from ldmlab.evaluation.generate import generate
-
         settings = SampleSettings(
             steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing,
             strength=strength, repeats=repeats, tile=tile, tile_norms=tile_norms, window=window,
@@ -141,7 +137,7 @@ class LoadedModel:
         with self.autocast():
             return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level).float()
 
-    # ---- for generate.py
+    # ---- for `generate`
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Mapping[str, Any]] = ()) -> SampleSettings:
         """The settings with every default filled in; what the model cannot do is refused before any work.
@@ -243,6 +239,31 @@ class LoadedModel:
         """The precision in which the denoiser and the decoder run."""
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+
+def generate(
+    model: LoadedModel,
+    requests: Sequence[Mapping[str, Any]],  # per image the fields that the model reads; {} without conditions
+    settings: SampleSettings,
+    *,
+    batch_size: int = 16,
+    rank: int = 0,
+    world: int = 1,
+    first_index: int = 0,
+    after_step: AfterStep | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yields (numbers, uint8 (b, H, W, 3)); request i has number first_index + i and belongs to rank i % world.
+
+    Noise is a function of (seed, number, step): neither the batch size nor the processes change an image.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} holds no image; choose 1 or more.")
+    settings = model.resolved(settings, requests)
+    mine = range(rank, len(requests), world)
+    for start in range(0, len(mine), batch_size):
+        chunk = mine[start : start + batch_size]
+        numbers = [first_index + i for i in chunk]
+        yield numbers, model.sample_batch([requests[i] for i in chunk], settings, numbers, after_step)
 
 
 def as_images(pixels: Tensor) -> Tensor:

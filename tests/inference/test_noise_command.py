@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sampling_models import tiny_model
 
 from ldmlab import build
 from ldmlab.app.cli import Parser
 from ldmlab.app.commands import noise
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.errors import InputError
+from sampling_models import tiny_model
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
-from ldmlab.evaluation.model import LoadedModel
-from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.first_stages.vq import VQModel
+from ldmlab.inference.model import LoadedModel
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.interop import fetch
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.nn.pixels import to_float

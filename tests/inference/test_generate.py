@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from sampling_models import tiny_model
 from torch import Tensor
 
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
-from ldmlab.evaluation.generate import generate
-from ldmlab.evaluation.model import LoadedModel
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.model import LoadedModel, generate
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.samplers.ddim import Ddim
+from sampling_models import tiny_model
 
 REQUESTS = [{"class_id": i % 10} for i in range(7)]
 SETTINGS = SampleSettings(steps=5, guidance=2.0, eta=1.0, seed=3)
@@ -66,7 +65,7 @@ def test_noise_is_bit_identical(model: LoadedModel, monkeypatch: pytest.MonkeyPa
             )
             return super().__call__(denoise, x, grid, noise=noise, after_step=after_step)
 
-    monkeypatch.setattr("ldmlab.evaluation.settings.sampler_by_name", lambda name, **options: Watching(**options))
+    monkeypatch.setattr("ldmlab.inference.sample_settings.sampler_by_name", lambda name, **options: Watching(**options))
     for batch_size in (1, 3, 7):
         queue = iter([list(range(7))[i : i + batch_size] for i in range(0, 7, batch_size)])
         seen.append({})

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmlab.evaluation.model import LoadedModel, as_images
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.model import LoadedModel, as_images
+from ldmlab.inference.sample_settings import SampleSettings
 
 FRAMES = 48  # of an animation, at most
 COLUMNS = 10  # of a row

@@ -15,8 +15,8 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
-from ldmlab.evaluation.model import LoadedModel
 from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.inference.model import LoadedModel
 
 CLIP = {
     "embed_dim": 16,

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
-from sampling_models import tiny_model
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation import sheet_font
-from ldmlab.evaluation.generate import generate
-from ldmlab.evaluation.images import grid, read_settings, save_animation, save_png, table, wrap
-from ldmlab.evaluation.settings import SampleSettings
-from ldmlab.evaluation.sheet_font import SheetFont
-from ldmlab.evaluation.strip import Strip
+from ldmlab.inference import grids as sheet_font
+from ldmlab.inference.grids import SheetFont, grid, read_settings, save_animation, save_png, table, wrap
+from ldmlab.inference.model import generate
+from ldmlab.inference.sample_settings import SampleSettings
+from ldmlab.inference.trajectory import Strip
+from sampling_models import tiny_model
 
 CAPTIONS = ["a red apple", "猫と犬がいる", "قطة حمراء", "🙂🙃 emoji", "", "line\nbreak", "w" * 400, "a " * 200]
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sampling_models import sample_command, tiny_model
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.images import read_settings
 from ldmlab.evaluation.task_images import request_image
+from ldmlab.inference.grids import read_settings
+from sampling_models import sample_command, tiny_model
 
 
 def image(folder: Path, name: str, width: int, height: int) -> Path:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sampling_models import sample_as_rank, sample_command
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.images import read_settings
+from ldmlab.inference.grids import read_settings
+from sampling_models import sample_as_rank, sample_command
 
 
 def names(folder: Path) -> list[str]:

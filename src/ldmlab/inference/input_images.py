@@ -15,7 +15,7 @@ from ldmlab.contracts import Level
 from ldmlab.diffusion.given_image import GivenImage, hole_of_latents, painted_over
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.errors import InputError
-from ldmlab.evaluation.request_fields import ON_THE_IMAGE, SMALL
+from ldmlab.inference.inputs import ON_THE_IMAGE, SMALL
 from ldmlab.nn.pixels import to_float
 
 STRENGTH = 0.6  # of image to image, where nobody says

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sampling_models import sample_command, tiny_model
 
 from ldmlab.contracts import Level
 from ldmlab.diffusion.given_image import GivenImage, hole_of_latents, painted_over
 from ldmlab.errors import InputError
-from ldmlab.evaluation.images import read_settings
-from ldmlab.evaluation.model import LoadedModel
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.grids import read_settings
+from ldmlab.inference.model import LoadedModel
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.samplers import sampler_by_name, sampler_names
+from sampling_models import sample_command, tiny_model
 
 ODD = (13, 11)  # height and width that f = 2 does not divide
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from sampling_models import tiny_model
 
-from ldmlab.evaluation.model import LoadedModel
-from ldmlab.evaluation.settings import SampleSettings
+from ldmlab.inference.model import LoadedModel
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.samplers import sampler_by_name, sampler_names
+from sampling_models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sampling_models import sample_command
 from torch import nn
 
 from ldmlab.backbones.unet import UNet
@@ -18,10 +17,11 @@ from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
-from ldmlab.evaluation import parts
-from ldmlab.evaluation.model import LoadedModel
-from ldmlab.evaluation.settings import SampleSettings
 from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.inference import sample_settings as parts
+from ldmlab.inference.model import LoadedModel
+from ldmlab.inference.sample_settings import SampleSettings
+from sampling_models import sample_command
 
 
 def told_model(conditioner: nn.Module) -> LoadedModel:
