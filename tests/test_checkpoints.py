@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 from pathlib import Path
@@ -125,3 +126,41 @@ def test_a_fingerprint_is_of_values_not_of_order_or_layout() -> None:
         {"x": a["x"].reshape(6, 4, 4), "n": a["n"]},
     ]
     assert len({fingerprint(a), *(fingerprint(o) for o in others)}) == 5
+
+
+_REAL = [  # name, content, what the message must say it is
+    ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "Git LFS pointer"),
+    ("a.ckpt", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "Git LFS pointer"),
+    ("a.safetensors", b"\n<!DOCTYPE html><html>404</html>", "web page"),
+    ("a.ckpt", b"<html>sign in</html>", "web page"),
+    ("a.safetensors", pickle.dumps({"a": 1}), "a pickle"),
+    ("a.safetensors", b"PK\x03\x04" + bytes(40), "archive as torch.save"),
+    ("a.ckpt", b"PK\x03\x04" + bytes(40), "archive as torch.save"),
+    ("a.ckpt", b"", "empty"),
+    ("a.safetensors", b"", "empty"),
+    ("a.safetensors", bytes(5000), "zeros"),
+    ("a.ckpt", b"\x1f\x8b\x08\x00" + bytes(30), "gzip"),
+    ("a.ckpt", b"\x89PNG\r\n\x1a\n" + bytes(30), "an image"),
+    ("a.safetensors", (90).to_bytes(8, "little") + b'{"w":{', "within its header"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "kind"), _REAL)
+def test_a_file_under_a_wrong_name_is_called_what_it_is(tmp_path: Path, name: str, content: bytes, kind: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=kind) as refusal:
+        (load_tensors if name.endswith("safetensors") else load_checkpoint)(tmp_path / name)
+    assert "weights_only" not in str(refusal.value)
+    assert str(tmp_path / name) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_safetensors_under_the_name_of_a_checkpoint_and_code_in_either_format(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.ckpt", {"w": torch.ones(3)})
+    with pytest.raises(InputError, match="it is a safetensors file"):
+        load_checkpoint(tmp_path / "a.ckpt")
+    for zipped in (True, False):
+        torch.save({"modules": Payload()}, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(InputError, match=r"refers to \w+\.system, which could run any code") as refusal:
+            load_checkpoint(tmp_path / "evil.ckpt")
+        assert "weights_only" not in str(refusal.value)

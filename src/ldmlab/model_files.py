@@ -2,8 +2,10 @@
 
 Both kinds of folder hold `model.yaml`. A model folder keeps weights as `NAME.safetensors`; a run folder keeps what it
 trains in checkpoints, and what it only uses (a frozen first stage, a frozen text tower) as `NAME.safetensors`.
+`model.yaml` lists the SHA-256 of these files, which are checked when they are read; folders of ldmlab 0.1 have none.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
     """Description and weights of the model at `path`; InputError naming what is missing or damaged."""
     folder, checkpoint = _locate(Path(path))
     spec = read_description(folder)
+    check_hashes(folder, spec)
     parts = {file.stem: load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
     if checkpoint is None:
         _check_complete(folder, spec, parts)
@@ -63,8 +66,12 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
-    """model.yaml, whole or not at all."""
-    text = yaml.safe_dump({"format_version": FORMAT_VERSION, **spec}, sort_keys=False, allow_unicode=True)
+    """model.yaml, whole or not at all, with the hashes of the weights that lie beside it."""
+    if (folder / DESCRIPTION).is_file():
+        check_hashes(folder, read_description(folder))  # else it would vouch for a file that was exchanged
+    hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    content = {"format_version": FORMAT_VERSION, **spec, "sha256": hashes}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")
@@ -78,6 +85,29 @@ def write_model_folder(folder: Path, spec: Mapping[str, Any], parts: Mapping[str
     for name, tensors in parts.items():
         save_tensors(folder / f"{name}.safetensors", tensors)
     write_description(folder, {**spec, "files": sorted(f"{name}.safetensors" for name in parts)})
+
+
+def check_hashes(folder: Path, spec: Mapping[str, Any]) -> None:
+    """Weights must be the files that model.yaml was written for; nothing to check where it lists no hashes."""
+    hashes = spec.get("sha256", {})
+    if not isinstance(hashes, dict):
+        raise InputError(f"{folder / DESCRIPTION}: sha256 must list file names and hashes; export or copy it again.")
+    for name, expected in hashes.items():
+        file = folder / Path(str(name)).name
+        if not file.is_file():
+            raise InputError(f"{file} is missing although {DESCRIPTION} lists it; copy or export it again.")
+        if sha256(file) != expected:
+            load_tensors(file)  # a torn file, a pointer or a web page is named as such
+            raise InputError(
+                f"{file} has another SHA-256 than {DESCRIPTION} lists, so it was damaged or exchanged; "
+                "copy or export it again."
+            )
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
