@@ -35,7 +35,7 @@ MAY_USE = {  # room => rooms it may import
 }
 MAY_USE["inference"] = set(MAY_USE)
 LOW = set(MAY_USE)
-for middle in ("training", "evaluation", "interop"):
+for middle in ("training", "evaluation", "report", "interop"):
     MAY_USE[middle] = LOW | {middle}
 MAY_USE["interop"] |= {"build"}  # whole models come in and go out
 ONLY_IN = {"pytorch_lightning": {"training"}, "hydra": {"app"}, "omegaconf": {"app"}, "wandb": {"training", "app"}}

@@ -17,6 +17,7 @@ from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
+from ldmlab.report.report import write_report
 
 sys.path.append(str(Path(__file__).parents[1]))
 from scenes import write_scenes
@@ -62,4 +63,6 @@ def evaluate(model: Answers, data: ShardData, protocol: Protocol, out: Path, **p
         "kid": KernelDistance(subsets=3, subset_size=5),
         "precision_recall": PrecisionRecall(),
     }
-    return Evaluation(model, data, protocol, Means(), metrics, out, 4, **parts).run()  # type: ignore[arg-type]
+    result = Evaluation(model, data, protocol, Means(), metrics, out, 4, **parts).run()  # type: ignore[arg-type]
+    write_report(out)
+    return result

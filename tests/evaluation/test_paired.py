@@ -19,9 +19,10 @@ from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.evaluate import Evaluation
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.report_table import paper_report
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.report.report import write_report
+from ldmlab.report.report_table import paper_report
 from ldmlab.tasks.inpainting import Inpainting
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -132,6 +133,7 @@ def test_the_other_split_gives_a_second_distance(data: ShardData, tmp_path: Path
 
 def test_the_report_shows_sizes_open_points_and_throughput(data: ShardData, tmp_path: Path) -> None:
     evaluation(data, tmp_path / "out").run()
+    write_report(tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored["sampling"]["images_per_second"] > 0
     assert len(paper_report([stored])) == 1 + (stored["buckets"]["large"]["images"] > 0)

@@ -8,10 +8,10 @@ from torchmetrics import Metric
 
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.evaluation_origin import changed
-from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, conditions_of
-from ldmlab.evaluation.paper_table import paper_tables
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
+from ldmlab.report.paper_conditions import PAPER_FEATURES, conditions_of
+from ldmlab.report.paper_table import paper_tables
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -11,21 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from sampling_models import CLIP, tiny_model
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.curves import charts
 from ldmlab.evaluation.evaluate import Evaluation
-from ldmlab.evaluation.line_chart import line_chart, ticks
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.report import score_rows, write_comparison, write_report
 from ldmlab.metrics.features import OpenClipFeatures
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.frechet_limit import FrechetLimit
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
 from ldmlab.nn.openclip import build_clip
+from ldmlab.report.curves import charts
+from ldmlab.report.line_chart import line_chart, ticks
+from ldmlab.report.paper_table import paper_record
+from ldmlab.report.report import score_rows, write_comparison, write_report
+from sampling_models import CLIP, tiny_model
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from shard_maker import write_shards
@@ -62,8 +63,8 @@ def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evalua
         str(folder / "train"), str(folder / "val"), image_size=16, fields=("caption", "category"), workers=0
     )
     (folder / "metrics.csv").write_text(CURVE)
-    curves = {"Denoiser": folder / "metrics.csv"}
-    return Evaluation(tiny_model("caption"), data, protocol, extractor, metrics, out, 4, rank, world, curves=curves)
+    parts = {"curves": {"Denoiser": folder / "metrics.csv"}, "paper": paper_record}
+    return Evaluation(tiny_model("caption"), data, protocol, extractor, metrics, out, 4, rank, world, **parts)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(shards: Path) -> tuple[Path, dict[str, Any]]:
     out = shards / "evaluation"
-    return out, evaluation(shards, out).run()
+    result = evaluation(shards, out).run()
+    write_report(out)
+    return out, result
 
 
 class Links(HTMLParser):
@@ -210,7 +213,7 @@ def _process(rank: int, shards: str, expected: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_two_processes_score_as_one(shards: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     mp.spawn(_process, args=(str(shards), finished[1]), nprocs=2)
-    assert (shards / "two" / "report.html").exists()
+    assert write_report(shards / "two").exists()
 
 
 def test_curves_share_a_chart_by_stem(tmp_path: Path) -> None:

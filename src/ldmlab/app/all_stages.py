@@ -18,7 +18,7 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.app.conditioning import build_conditioners, context_widths
 from ldmlab.app.plans import backbone_sizes, latent_spec
 from ldmlab.app.sweep_cache import content_key, data_content, once, trainer_content
-from ldmlab.app.wiring import FINISHED, check_names, train
+from ldmlab.app.wiring import check_names, train
 from ldmlab.build import LoadedFirstStage, load_first_stage
 from ldmlab.contracts import LatentSpec
 from ldmlab.data.shard_data import ShardData
@@ -26,6 +26,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import DenoiserCost, denoiser_cost
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.training import processes
+from ldmlab.training.run_folder import FINISHED
 
 Config = Mapping[str, Any]
 OWN = ("optimizer", "lr_schedule", "trainer", "stage")  # of each stage before the denoiser

@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from ldmlab.app.run_records import RunRecord, by_configuration
-from ldmlab.evaluation.line_chart import COLOURS, Points, line_chart
-from ldmlab.evaluation.report_html import page
-from ldmlab.evaluation.score_names import number_text
+from ldmlab.report.line_chart import COLOURS, Points, line_chart
+from ldmlab.report.report_html import page
+from ldmlab.report.score_names import number_text
 
 STAGES = {  # in the order of the flow: title and the numbers that lead
     "autoencoder": ("First stages", ("psnr", "ssim", "lpips", "fid", "rfid")),

@@ -57,6 +57,8 @@ def evaluate(config: Mapping[str, Any]) -> None:
     from ldmlab.evaluation.protocol import Protocol
     from ldmlab.instantiate import instantiate
     from ldmlab.model_files import read_description
+    from ldmlab.report.paper_table import paper_record
+    from ldmlab.report.report import write_report
 
     rank, world = processes.join()
     model = Path(config["model"])
@@ -70,6 +72,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
         "extractor": extractor,
         "metrics": {name: build_metric(name, node, extractor.width) for name, node in protocol.metrics.items()},
         "out": out,
+        "paper": paper_record,
         "batch_size": config["batch_size"],
         "curves": curves(folder),
         "track": track if rank == 0 else _untracked,
@@ -79,6 +82,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
     else:
         _draw(config, parts, rank, world)
     if rank == 0:
+        write_report(out)
         print(f"{out / 'report.html'}\n{(out / 'report.md').read_text(encoding='utf-8')}")
         if config["wandb"]:
             from ldmlab.app.wandb_scores import send_scores

@@ -13,7 +13,7 @@ from ldmlab.app.sweep_cache import content_key, once
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import decoder_flops
-from ldmlab.evaluation.trade_curves import FORMAT_VERSION, RECORD, trained_seconds
+from ldmlab.report.trade_curves import FORMAT_VERSION, RECORD, trained_seconds
 from ldmlab.training import processes
 
 if TYPE_CHECKING:

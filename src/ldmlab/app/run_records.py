@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from ldmlab.app.comparison import comparison_fields
-from ldmlab.app.wiring import FINISHED
 from ldmlab.errors import InputError
-from ldmlab.evaluation.curves import read_curves
-from ldmlab.evaluation.line_chart import Points
-from ldmlab.evaluation.report import read_evaluation
-from ldmlab.evaluation.trade_curves import is_job, read_job
 from ldmlab.model_files import read_description
+from ldmlab.report.curves import read_curves
+from ldmlab.report.line_chart import Points
+from ldmlab.report.report import read_evaluation
+from ldmlab.report.trade_curves import is_job, read_job
+from ldmlab.training.run_folder import FINISHED
 
 _NAMED = {  # how a field reads in a label
     "downsampling": "f{}",

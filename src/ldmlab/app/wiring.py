@@ -19,7 +19,7 @@ from ldmlab.model_files import read_model, write_description
 from ldmlab.training import processes
 from ldmlab.training.fit import fit, load_initial_weights
 from ldmlab.training.random_state import seed_process
-from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.run_folder import FINISHED, RunFolder
 from ldmlab.training.settings import TrainerSettings
 
 Config = Mapping[str, Any]
@@ -28,7 +28,6 @@ NAMES = (
     *("sampler", "task", "optimizer"),
     *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from"),
 )
-FINISHED = "finished.json"  # in a run folder that reached its last step
 
 
 def train(config: Config, resume: str | None = None) -> None:

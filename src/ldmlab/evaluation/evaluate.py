@@ -1,6 +1,6 @@
 """Score a model by a protocol: draw, look once with one extractor, judge, find neighbours, write it all down.
 
-OUT/ metrics.json, report.md, report.html, images/, curves/. Several processes share the drawing and the looking.
+OUT/ metrics.json, images/, curves/. Several processes share the drawing and the looking.
 """
 
 import json
@@ -25,17 +25,16 @@ from ldmlab.evaluation.protocol import Protocol, requests
 from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.record import (
     FORMAT_VERSION,
+    Paper,
     check_reference,
     features_record,
     gathered,
-    paper_record,
     parameters_record,
     perceptual_record,
     reference_record,
     throughput,
     timed,
 )
-from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Numbered
 from ldmlab.evaluation.task_evidence import Baseline, Judge
 from ldmlab.evaluation.task_part import task_part
@@ -77,6 +76,7 @@ class Evaluation:
     lpips: nn.Module | None = None  # for protocol.pairs
     judges: Mapping[str, Judge] = field(default_factory=dict)  # of protocol.judges
     baselines: Mapping[str, Baseline] = field(default_factory=dict)  # of protocol.baselines
+    paper: Paper = lambda result: None
     reference_folder: Path | None = None  # of kept reference statistics; None: none are kept
     track: Track = lambda items, count, title: items
     clock: list[float] = field(default_factory=list)  # seconds that each batch of samples took
@@ -102,7 +102,7 @@ class Evaluation:
             result["categories"] = self._categories(plan.known)
         result["seconds"] = round(time.monotonic() - began, 1)
         result["provenance"] = provenance()
-        result["paper"] = paper_record(result)
+        result["paper"] = self.paper(result)
         if self.rank == 0:
             self._write(result, plan.album)
         return result
@@ -206,7 +206,6 @@ class Evaluation:
         result["images"]["extras"] = copy_images(self.out, self.extras)
         result["curves"] = copy_curves(self.out, self.curves)
         (self.out / "metrics.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-        write_report(self.out)
 
 
 def check_out(out: Path) -> None:

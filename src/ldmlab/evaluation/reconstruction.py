@@ -15,15 +15,14 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.record import (
     FORMAT_VERSION,
+    Paper,
     all_items,
     check_reference,
     features_record,
     gathered,
-    paper_record,
     perceptual_record,
     reference_record,
 )
-from ldmlab.evaluation.report import write_report
 from ldmlab.evaluation.score import EvaluationPass, Score
 from ldmlab.inference.image_files import save_image
 from ldmlab.metrics.features import FeatureExtractor
@@ -51,11 +50,12 @@ class ReconstructionEvaluation:
     rank: int = 0
     world: int = 1
     curves: Mapping[str, Path] = field(default_factory=dict)
+    paper: Paper = lambda result: None
     track: Callable[[Iterable[Any], int, str], Iterable[Any]] = lambda items, count, title: items
 
     @torch.inference_mode()
     def run(self) -> dict[str, Any]:
-        """The content of metrics.json (on every process), which the first process writes with the report."""
+        """The content of metrics.json (on every process), which the first process writes."""
         began = time.monotonic()
         check_reference(self.protocol, self.data)
         measures = ReconstructionMeasures(
@@ -82,11 +82,10 @@ class ReconstructionEvaluation:
         result = self._result(measures.compute(), seen, sum(gathered(seen.counts[True])), _album(mine))
         result["seconds"] = round(time.monotonic() - began, 1)
         result["provenance"] = provenance()
-        result["paper"] = paper_record(result)
+        result["paper"] = self.paper(result)
         if self.rank == 0:
             text = json.dumps(result, indent=1, ensure_ascii=False)
             (self.out / "metrics.json").write_text(text, encoding="utf-8")
-            write_report(self.out)
         return result
 
     def _there_and_back(self, images: Tensor) -> Tensor:

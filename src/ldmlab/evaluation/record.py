@@ -1,9 +1,7 @@
-"""What every result writes down of itself: the images it compared with, the features it looked through, its place
-in the paper's table."""
+"""What every result records of its measurement: reference images, feature network, sizes, speed."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -14,12 +12,11 @@ from torch import nn
 from ldmlab.checkpoints import fingerprint
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_conditions import measured
-from ldmlab.evaluation.paper_table import place
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.metrics.features import FeatureExtractor
 
 FORMAT_VERSION = 1
+Paper = Callable[[Mapping[str, Any]], dict[str, Any] | None]  # a result => its row in the paper's table
 T = TypeVar("T")
 
 
@@ -86,15 +83,6 @@ def check_reference(protocol: Protocol, data: ShardData) -> None:
             f"the reference images in {folder} have the manifest hash {manifest.hash[:12]}..., but "
             f"protocol.reference_hash={protocol.reference_hash[:12]}...; give the pinned set, or set it to null."
         )
-
-
-def paper_record(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The paper's table with our row, and what keeps it from being compared; None for a protocol without a table."""
-    name = result["protocol"].get("paper_table")
-    if name is None:
-        return None
-    table = place(name, measured(result), result["protocol"].get("paper_row"))
-    return asdict(table) | {"comparable": table.comparable}
 
 
 def timed(items: Iterable[T], clock: list[float]) -> Iterator[T]:

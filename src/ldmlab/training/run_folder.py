@@ -13,6 +13,7 @@ from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
 from ldmlab.training import processes
 
+FINISHED = "finished.json"  # in a run folder that reached its last step
 _RECORD = "provenance.json"
 
 

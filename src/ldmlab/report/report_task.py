@@ -5,10 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.report_formats import as_markdown, html_table
-from ldmlab.evaluation.report_images import image_tag
-from ldmlab.evaluation.report_table import ARROW, DASH, ReportTable, TableRow
-from ldmlab.evaluation.score_names import number_text
+from ldmlab.report.report_formats import as_markdown, html_table
+from ldmlab.report.report_images import image_tag
+from ldmlab.report.report_table import ARROW, DASH, ReportTable, TableRow
+from ldmlab.report.score_names import number_text
 
 _CARDS = 12  # samples shown with what was asked and what others answer
 
@@ -53,7 +53,7 @@ def task_tables(result: Mapping[str, Any]) -> list[ReportTable]:
 
 
 def _baselines(result: Mapping[str, Any]) -> ReportTable:
-    from ldmlab.evaluation.report import MEANING
+    from ldmlab.report.report import MEANING
 
     names = list(result["scores"])
     arrows = [MEANING.get(name, (name, "info", "")) for name in names]

@@ -7,15 +7,15 @@ from typing import Any
 
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_table import paper_tables
-from ldmlab.evaluation.report_audit import verdict
-from ldmlab.evaluation.report_curves import curve_markdown
-from ldmlab.evaluation.report_formats import FORMATS, as_markdown
-from ldmlab.evaluation.report_html import comparison_page, evaluation_page
-from ldmlab.evaluation.report_table import bare_table, folder_name, paper_report
-from ldmlab.evaluation.report_task import learned_note, task_markdown, task_rows
-from ldmlab.evaluation.score_names import called, score_text
-from ldmlab.evaluation.side_by_side import comparison_tables
+from ldmlab.report.paper_table import paper_tables
+from ldmlab.report.report_audit import verdict
+from ldmlab.report.report_curves import curve_markdown
+from ldmlab.report.report_formats import FORMATS, as_markdown
+from ldmlab.report.report_html import comparison_page, evaluation_page
+from ldmlab.report.report_table import bare_table, folder_name, paper_report
+from ldmlab.report.report_task import learned_note, task_markdown, task_rows
+from ldmlab.report.score_names import called, score_text
+from ldmlab.report.side_by_side import comparison_tables
 
 # Name shown, direction, and what the number says.
 MEANING = {

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_columns import PARAMETERS, amount, columns_of, disagreements, methods, our_name, remarks
-from ldmlab.evaluation.paper_conditions import Measured, barred, reasons
+from ldmlab.report.paper_columns import PARAMETERS, amount, columns_of, disagreements, methods, our_name, remarks
+from ldmlab.report.paper_conditions import Measured, barred, measured, reasons
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PaperTable:
 
 @cache
 def _content() -> dict[str, Any]:
-    return yaml.safe_load((files("ldmlab.evaluation") / "paper_tables.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((files("ldmlab.report") / "paper_tables.yaml").read_text(encoding="utf-8"))
 
 
 @cache
@@ -131,3 +131,12 @@ def _printed(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, str]
             spread = metrics.get(f"{column}_std")
             shown[column] = text if spread is None else f"{text} ± {spread}"
     return shown
+
+
+def paper_record(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The paper's table with our row, and what keeps it from being compared; None for a protocol without a table."""
+    name = result["protocol"].get("paper_table")
+    if name is None:
+        return None
+    table = place(name, measured(result), result["protocol"].get("paper_row"))
+    return asdict(table) | {"comparable": table.comparable}

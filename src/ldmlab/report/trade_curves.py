@@ -10,8 +10,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.score_names import number_text
 from ldmlab.instantiate import completed
+from ldmlab.report.score_names import number_text
 
 FORMAT_VERSION = 1
 RECORD = "tradeoff.json"

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldmlab.evaluation.line_chart import Points, line_chart
-from ldmlab.evaluation.report_formats import as_markdown, html_table
-from ldmlab.evaluation.report_table import ARROW, DASH, ReportTable, TableRow
-from ldmlab.evaluation.score_names import called, number_text, score_text
+from ldmlab.report.line_chart import Points, line_chart
+from ldmlab.report.report_formats import as_markdown, html_table
+from ldmlab.report.report_table import ARROW, DASH, ReportTable, TableRow
+from ldmlab.report.score_names import called, number_text, score_text
 
 _MOST_CLASSES = 40  # of a table, the worst first
 _ONE_CHART = {"precision": "precision and recall", "recall": "precision and recall"}
@@ -61,7 +61,7 @@ def _over_samples(
 
 
 def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> tuple[ReportTable, list[str]]:
-    from ldmlab.evaluation.report import MEANING
+    from ldmlab.report.report import MEANING
 
     names = list(dict.fromkeys(name for point in points for name in point["scores"]))
     meanings = {name: MEANING.get(name, (name, "info", "")) for name in names}

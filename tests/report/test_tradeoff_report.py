@@ -11,10 +11,10 @@ from PIL import Image
 
 from ldmlab.app import cli
 from ldmlab.errors import InputError
-from ldmlab.evaluation.equal_budgets import equal_budget, merged, score_after
-from ldmlab.evaluation.line_chart import COLOURS, line_chart, log_ticks
-from ldmlab.evaluation.trade_curves import RECORD, Value, by_factor, read_job, trained_seconds
-from ldmlab.evaluation.tradeoff import SAMPLING, TRAINING, write_tradeoff
+from ldmlab.report.equal_budgets import equal_budget, merged, score_after
+from ldmlab.report.line_chart import COLOURS, line_chart, log_ticks
+from ldmlab.report.trade_curves import RECORD, Value, by_factor, read_job, trained_seconds
+from ldmlab.report.tradeoff import SAMPLING, TRAINING, write_tradeoff
 
 PROTOCOL = {"name": "tradeoff", "guidance": 1.0}
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
-from ldmlab.evaluation.equal_budgets import EqualBudget, equal_budget, merged
-from ldmlab.evaluation.line_chart import COLOURS, line_chart
-from ldmlab.evaluation.report import MEANING
-from ldmlab.evaluation.report_html import page
-from ldmlab.evaluation.score_names import number_text
-from ldmlab.evaluation.trade_curves import PETA, Curve, FactorJobs, by_factor, check_one_measure, is_job, read_job
-from ldmlab.evaluation.trade_images import image_rows
+from ldmlab.report.equal_budgets import EqualBudget, equal_budget, merged
+from ldmlab.report.line_chart import COLOURS, line_chart
+from ldmlab.report.report import MEANING
+from ldmlab.report.report_html import page
+from ldmlab.report.score_names import number_text
+from ldmlab.report.trade_curves import PETA, Curve, FactorJobs, by_factor, check_one_measure, is_job, read_job
+from ldmlab.report.trade_images import image_rows
 
 Axis = tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]]
 TRAINING: dict[str, Axis] = {

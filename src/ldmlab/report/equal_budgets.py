@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from ldmlab.evaluation.trade_curves import Curve, FactorJobs, Value
+from ldmlab.report.trade_curves import Curve, FactorJobs, Value
 
 X = Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
 

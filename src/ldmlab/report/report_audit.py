@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.report_images import image_tag
+from ldmlab.report.report_images import image_tag
 
 _GROUPS = (  # of pairs; pages of before have `pairs` alone
     ("closest", "sample", "The samples nearest to a training image, of all that were drawn."),

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS, Measured
-from ldmlab.evaluation.paper_table import paper_tables, place
 from ldmlab.interop.fetch import WEIGHTS
+from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS, Measured
+from ldmlab.report.paper_table import paper_tables, place
 
 LIKE_THE_PAPER = Measured(
     method="ours",

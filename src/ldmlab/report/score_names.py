@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ldmlab.evaluation.paper_conditions import PAPER_FEATURES
+from ldmlab.report.paper_conditions import PAPER_FEATURES
 
 _SHARES = frozenset({"precision", "recall", "coverage", "held_out_real", "samples", "seen", "copies"})
 _METRIC = {  # file of conf/metric behind a score, where it is called otherwise

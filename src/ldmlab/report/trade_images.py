@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.report_images import thumbnail_tag
+from ldmlab.report.report_images import thumbnail_tag
 
 _SHOWN = 8  # images a row
 

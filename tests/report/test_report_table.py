@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
-from ldmlab.evaluation.report import printed_tables, score_rows, write_comparison
-from ldmlab.evaluation.report_formats import FORMATS, as_latex, latex
-from ldmlab.evaluation.report_table import ReportTable, TableRow, bare_table, comparable_groups, paper_report
-from ldmlab.evaluation.score_names import number_text
-from ldmlab.evaluation.side_by_side import comparison_tables
+from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
+from ldmlab.report.report import printed_tables, score_rows, write_comparison
+from ldmlab.report.report_formats import FORMATS, as_latex, latex
+from ldmlab.report.report_table import ReportTable, TableRow, bare_table, comparable_groups, paper_report
+from ldmlab.report.score_names import number_text
+from ldmlab.report.side_by_side import comparison_tables
 
 
 def result(**change: Any) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.paper_columns import shown
-from ldmlab.evaluation.paper_conditions import Measured, measured
-from ldmlab.evaluation.paper_table import PaperTable, place
+from ldmlab.report.paper_columns import shown
+from ldmlab.report.paper_conditions import Measured, measured
+from ldmlab.report.paper_table import PaperTable, place
 
 ARROW = {"lower": "↓", "higher": "↑", "info": ""}
 DASH = "–"
@@ -75,7 +75,7 @@ def _table(name: str, entries: Sequence[tuple[Mapping[str, Any], str | None]]) -
 
 def _row(name: str, result: Mapping[str, Any]) -> str | None:
     """The protocol's row, in the table that it was chosen for and in the same paper's other tables that have it."""
-    from ldmlab.evaluation.paper_table import paper_tables
+    from ldmlab.report.paper_table import paper_tables
 
     row = result["protocol"].get("paper_row")
     return row if row in {entry["id"] for entry in paper_tables().get(name, {"rows": []})["rows"]} else None

@@ -5,15 +5,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ldmlab.evaluation.curves import charts
-from ldmlab.evaluation.report_audit import audit_section
-from ldmlab.evaluation.report_curves import curve_sections
-from ldmlab.evaluation.report_formats import html_table
-from ldmlab.evaluation.report_images import image_tag, thumbnail_tag
-from ldmlab.evaluation.report_style import STYLE
-from ldmlab.evaluation.report_table import ReportTable
-from ldmlab.evaluation.report_task import task_sections
-from ldmlab.evaluation.score_names import number_text
+from ldmlab.report.curves import charts
+from ldmlab.report.report_audit import audit_section
+from ldmlab.report.report_curves import curve_sections
+from ldmlab.report.report_formats import html_table
+from ldmlab.report.report_images import image_tag, thumbnail_tag
+from ldmlab.report.report_style import STYLE
+from ldmlab.report.report_table import ReportTable
+from ldmlab.report.report_task import task_sections
+from ldmlab.report.score_names import number_text
 
 Rows = Sequence[Mapping[str, str]]
 IMAGES_A_RUN = 16  # in a comparison
@@ -22,7 +22,7 @@ _ARROW = {"lower": "↓", "higher": "↑", "info": ""}
 
 def evaluation_page(result: Mapping[str, Any], folder: Path, scores: Rows) -> str:
     """One evaluation: images first, then numbers, then everything that made them."""
-    from ldmlab.evaluation.report import settings_rows, title
+    from ldmlab.report.report import settings_rows, title
 
     sections = [
         _tiles(scores),
@@ -182,7 +182,7 @@ def _curves(result: Mapping[str, Any], folder: Path) -> str:
 
 
 def _paper(result: Mapping[str, Any]) -> str:
-    from ldmlab.evaluation.report_table import paper_report
+    from ldmlab.report.report_table import paper_report
 
     tables = paper_report([result])
     comparable = bool((result.get("paper") or {}).get("comparable"))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 
-from ldmlab.evaluation.report_table import ReportTable, TableRow
+from ldmlab.report.report_table import ReportTable, TableRow
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "±": r"$\pm$", "–": "--", "†": r"$\dagger$"}
@@ -89,7 +89,7 @@ def latex(text: str) -> str:
 
 def as_html(tables: Sequence[ReportTable]) -> str:
     """One page with everything inside it."""
-    from ldmlab.evaluation.report_html import page
+    from ldmlab.report.report_html import page
 
     return page("Results", f"{len(tables)} tables.", [f"<section>{html_table(table)}</section>" for table in tables])
 

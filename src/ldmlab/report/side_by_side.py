@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from ldmlab.evaluation.report_table import (
+from ldmlab.report.report_table import (
     ARROW,
     DASH,
     ReportTable,
@@ -15,7 +15,7 @@ from ldmlab.evaluation.report_table import (
     measurement_line,
     repeat_line,
 )
-from ldmlab.evaluation.score_names import options_of, score_text
+from ldmlab.report.score_names import options_of, score_text
 
 Lines = Sequence[Mapping[str, str]]  # the printed scores of one evaluation
 

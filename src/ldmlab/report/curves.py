@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from ldmlab.evaluation.line_chart import Points, line_chart
+from ldmlab.report.line_chart import Points, line_chart
 
 _FIRST = ("loss", "psnr", "ssim", "lpips", "recall", "fid", "reconstruction")  # what is looked at first
 _LAST = (
