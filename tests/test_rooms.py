@@ -19,6 +19,7 @@ GROUND = {
     "fetched",
     "files",
     "format1",
+    "distributed",
 }
 MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),

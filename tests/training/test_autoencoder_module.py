@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from toy_stages import image_batch, options, train
 
+from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
 from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
-from ldmlab.training import processes
 from ldmlab.training.autoencoder_module import AutoencoderStage
 
 NETWORK: dict[str, Any] = {
@@ -273,14 +273,14 @@ def gradients(made: AutoencoderStage, positions: range) -> dict[str, Any]:
         with made._only(player):
             losses = made.losses(player, image_batch(positions))
             losses.total.backward()
-        processes.mean_gradients(parameters)
+        distributed.mean_gradients(parameters)
         found[player] = [p.grad for p in parameters]
-        found[f"{player} terms"] = {name: processes.mean_(value.clone()) for name, value in losses.terms.items()}
+        found[f"{player} terms"] = {name: distributed.mean_(value.clone()) for name, value in losses.terms.items()}
     return found
 
 
 def share_of_gradients(rank: int, world: int, vq: int, out: Path) -> None:
-    processes.join()
+    distributed.join()
     made = stage(vq=vq)
     size = 8 // world
     found = gradients(made, range(rank * size, (rank + 1) * size))
@@ -291,7 +291,7 @@ def share_of_gradients(rank: int, world: int, vq: int, out: Path) -> None:
 
 def moved_codes(rank: int, world: int, out: Path) -> None:
     """Codebook and bookkeeping after three steps of eight images."""
-    processes.join()
+    distributed.join()
     made = stage(vq=16, network={"codebook_decay": 0.9, "restart_below": 0.9})
     assert made.codebook is not None
     size, restarted = 8 // world, 0

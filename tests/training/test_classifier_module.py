@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy_stages import Keys, image_batch, options, settings
 
+from ldmlab import distributed
 from ldmlab.backbones.latent_classifier import LatentClassifier
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.contracts import Level
@@ -20,7 +21,6 @@ from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal
-from ldmlab.training import processes
 from ldmlab.training.callbacks.base import StepCallback
 from ldmlab.training.callbacks.noise_levels import NoiseLevels
 from ldmlab.training.classifier_module import ClassifierStage
@@ -163,7 +163,7 @@ def test_labels_without_an_output_are_refused() -> None:
 def member(rank: int, world: int, folder: Path) -> None:
     made = stage()
     made.eval()
-    processes.join()
+    distributed.join()
     with torch.no_grad():
         numbers = made.held_out([toy_batch(range(10 * rank, 10 * rank + 10))])
     (folder / str(rank)).write_text(json.dumps(numbers))

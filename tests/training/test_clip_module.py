@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from toy_stages import options
 
+from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.nn.openclip import build_clip
-from ldmlab.training import processes
 from ldmlab.training.clip_module import ClipStage
 
 CONFIG: dict[str, Any] = {
@@ -64,7 +64,7 @@ class Loss(nn.Module):
 
 def gradients(rank: int, world: int, folder: Path) -> None:
     """What one of `world` processes ends up with."""
-    processes.join()
+    distributed.join()
     stage = make()
     loss = Loss(stage)
     wrapped = nn.parallel.DistributedDataParallel(loss) if world > 1 else loss
@@ -72,7 +72,7 @@ def gradients(rank: int, world: int, folder: Path) -> None:
     held_out = stage.held_out([part(pairs(), rank, world)])
     grads = {name: p.grad for name, p in stage.clip.named_parameters()}
     torch.save({"gradients": grads, "held_out": held_out}, folder / f"{world}_{rank}.pt")
-    processes.leave()
+    distributed.leave()
 
 
 def test_two_processes_of_four_are_one_of_eight(tmp_path: Path) -> None:

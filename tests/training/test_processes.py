@@ -1,6 +1,8 @@
 """Splitting a step over processes or micro-batches changes nothing but its speed."""
 
+import datetime
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ import torch
 from torch import nn
 from toy_stages import TwoPlayers, diffusion_stage, train
 
+from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.training import processes
-from ldmlab.training.engine import make_trainer
+from ldmlab.training.engine import Launched, make_trainer
 from ldmlab.training.loop import Loop
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
@@ -80,7 +82,7 @@ def test_both_at_once(tmp_path: Path) -> None:
 def create(rank: int, world: int, root: Path) -> None:
     run = RunFolder.create(root, "toy")
     (root / f"told.{rank}").write_text(f"{run.path} {run.run_id}")
-    processes.barrier()
+    distributed.barrier()
 
 
 def test_two_processes_make_one_folder(tmp_path: Path) -> None:
@@ -92,10 +94,10 @@ def test_two_processes_make_one_folder(tmp_path: Path) -> None:
 def refused(rank: int, world: int, folder: Path) -> None:
     with pytest.raises(InputError, match="holds other files"):
         RunFolder.at(folder)
-    assert processes.shared(lambda: rank) == 0
-    assert processes.gather(rank) == [0, 1]
-    summed = processes.sum_(torch.tensor([1.0 + rank]))
-    assert (summed.item(), processes.largest_(torch.tensor(rank)).item()) == (3.0, 1)
+    assert distributed.shared(lambda: rank) == 0
+    assert distributed.gather(rank) == [0, 1]
+    summed = distributed.sum_(torch.tensor([1.0 + rank]))
+    assert (summed.item(), distributed.largest_(torch.tensor(rank)).item()) == (3.0, 1)
 
 
 def test_a_refusal_reaches_every_process(tmp_path: Path) -> None:
@@ -104,30 +106,73 @@ def test_a_refusal_reaches_every_process(tmp_path: Path) -> None:
 
 
 def buckets(rank: int, world: int) -> None:
-    processes.join()
+    distributed.join()
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
     parameters[0].grad = torch.full((3, 2), float(rank))
     parameters[1].grad = torch.arange(5.0) * rank
     if rank == 0:  # the last one was reached by one process only
         parameters[2].grad = torch.ones(2)
-    processes.mean_gradients(parameters)
+    distributed.mean_gradients(parameters)
     assert [p.grad.tolist()[-1] for p in parameters] == [[0.5, 0.5], 2.0, 0.5]
 
 
 def test_gradients_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_BUCKET_ELEMENTS", 7)
+    monkeypatch.setattr(distributed, "_BUCKET_ELEMENTS", 7)
     assert forked.finish(*forked.group(2, buckets)) == [0, 0]
 
 
 def test_srun_is_understood_and_a_batch_script_is_not_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert (processes.rank(), processes.world_size()) == (0, 1)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
     for name, value in (("STEP_NUM_TASKS", "8"), ("PROCID", "5"), ("LOCALID", "1"), ("NTASKS_PER_NODE", "4")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert (processes.rank(), processes.world_size()) == (5, 8)
-    assert (processes.local_rank(), processes.local_world_size()) == (1, 4)
-    assert processes.Launched().node_rank() == 1
+    assert (distributed.rank(), distributed.world_size()) == (5, 8)
+    assert (distributed.local_rank(), distributed.local_world_size()) == (1, 4)
+    assert Launched().node_rank() == 1
+
+
+def test_srun_without_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(distributed, "_at_a_terminal", lambda: False)
+    monkeypatch.setattr(distributed, "_MEETING", datetime.timedelta(seconds=1))
+    with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS=2, but not all of these processes came"):
+        distributed.join()
+    assert not distributed.joined()
+
+
+@pytest.mark.parametrize(("name", "value"), [("SLURM_JOB_NAME", "bash"), ("SLURM_PTY_PORT", "4711"), ("", "")])
+def test_an_interactive_shell_is_not_a_group(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setattr(distributed, "_at_a_terminal", lambda: not name)
+    if name:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"interactive shell.*srun -n4"):
+        distributed.join()
+
+
+@pytest.mark.parametrize("value", ["", "four", "-1", "2.0"])
+def test_a_variable_that_is_no_number_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(InputError, match=f"WORLD_SIZE={value} is no number"):
+        distributed.join()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[07-09,12],cpu1", "gpu07"), ("a1,b2", "a1"), ("rack-[3]", "rack-3"), ("r[1-2]n[01-16]", "r1n01"), ("x", "x")],
+)
+def test_srun_meets_on_the_first_machine(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+    assert distributed._first_host() == first
 
 
 def test_devices_that_nobody_started_are_refused() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from toy_stages import TwoPlayers, diffusion_stage, train
 
+from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.training import processes
 from ldmlab.training.callbacks.best import improves
 from ldmlab.training.callbacks.scores import Scores
 
@@ -137,13 +137,13 @@ def test_choices_that_cannot_work_are_refused_before_the_first_step(tmp_path: Pa
 
 def scored_together(rank: int, world: int, folder: Path) -> None:
     """All processes are asked; what one of them says decides nothing alone."""
-    processes.join()
+    distributed.join()
     stage = TwoPlayers(max_steps=4)
     asked = []
 
     class Counting(Rigged):
         def score(self, step: int, model: dict[str, Any]) -> dict[str, Any]:
-            asked.append(processes.gather(rank))
+            asked.append(distributed.gather(rank))
             return {**_RESULT, "scores": {"fid": {"value": VALUES[step]}}}
 
     train(stage, folder, micro=2, world=world, rank=rank, callbacks=[Scores(every=2, scorer=Counting(stage))])

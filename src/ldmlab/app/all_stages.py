@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ldmlab import distributed
 from ldmlab.app.commands.encode import encode_splits
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conditioning import build_conditioners, context_widths
@@ -25,7 +26,6 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import DenoiserCost, denoiser_cost
 from ldmlab.instantiate import accepts, instantiate
-from ldmlab.training import processes
 from ldmlab.training.run_folder import FINISHED
 
 Config = Mapping[str, Any]
@@ -53,7 +53,7 @@ def train_all_stages(config: Config) -> Parts:
             raise InputError(f"{name}={value}: stage=all names its folders by their content; leave {name} out.")
     if config["data"]["latents"] is not None:
         raise InputError("data.latents: stage=all encodes by itself; leave it out, or use stage=diffusion.")
-    processes.join()
+    distributed.join()
     factor = Factor(config)
     parts = factor.train()
     score_factor(factor, parts)
@@ -111,7 +111,7 @@ class Factor:
     def images_per_step(self) -> int:
         """Over all processes."""
         trainer = self.config["trainer"]
-        return int(trainer["micro_batch"] * trainer["accumulate"] * processes.world_size())
+        return int(trainer["micro_batch"] * trainer["accumulate"] * distributed.world_size())
 
     @property
     def max_steps(self) -> int:
@@ -134,7 +134,7 @@ class Factor:
         assert own["stage"]["name"] == stage
         content = {group: self.config[group] for group in groups} | own
         content |= {"trainer": trainer_content(own["trainer"]), "seed": self.options["shared_seed"]}
-        folder = self.shared / f"{name}-{content_key(content, self.content, processes.world_size())}"
+        folder = self.shared / f"{name}-{content_key(content, self.content, distributed.world_size())}"
         changed = {**own, "seed": self.options["shared_seed"], "from_run": None, "task": None}
         once(folder, FINISHED, lambda: self._run(folder, changed))
         return folder
@@ -162,7 +162,7 @@ class Factor:
 
         def encode() -> None:
             encode_splits(content)
-            if processes.rank() == 0:
+            if distributed.rank() == 0:
                 (folder / FINISHED).write_text("{}\n")
 
         once(folder, FINISHED, encode)
@@ -180,7 +180,7 @@ class Factor:
         stage = self.options["denoiser"]["stage"]
         names = ("backbone", "conditioner", "diffusion", "task", "optimizer", "lr_schedule", "seed")
         content = {name: self.config[name] for name in names} | {"stage": stage, "trainer": trainer_content(trainer)}
-        key = content_key(content, self.content, latents and latents.name, processes.world_size())
+        key = content_key(content, self.content, latents and latents.name, distributed.world_size())
         label = f"{self.config['run']['name']}-f{self.latent.downsampling}-seed{self.config['seed']}-{key}"
         folder = Path(self.config["paths"]["runs"]) / label
         data = {**self.config["data"], "latents": latents and str(latents)}

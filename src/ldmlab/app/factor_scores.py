@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldmlab import distributed
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.sweep_cache import content_key, once
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import decoder_flops
 from ldmlab.report.trade_curves import FORMAT_VERSION, RECORD, trained_seconds
-from ldmlab.training import processes
 
 if TYPE_CHECKING:
     from ldmlab.app.all_stages import Factor, Parts
@@ -27,10 +27,10 @@ def score_factor(factor: "Factor", parts: "Parts") -> dict[str, Any]:
     record["points"] = scores.points()
     record["reconstruction"] = scores.reconstruction()
     record["seconds_per_image"] = scores.seconds_per_image()
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         text = json.dumps(record, indent=1, ensure_ascii=False)
         _keep(parts.denoiser, text)
-    processes.barrier()
+    distributed.barrier()
     return record
 
 
@@ -69,7 +69,7 @@ class FactorScores:
             "max_steps": factor.max_steps,
             "budget": "steps" if factor.options["compute_budget"] is None else "compute",
             "images_per_step": factor.images_per_step,
-            "processes": processes.world_size(),
+            "processes": distributed.world_size(),
             **asdict(cost),
             "decoder": 0 if factor.identity else decoder_flops(node, latent),
             "first_stage": str(self.parts.first_stage or "identity"),
@@ -95,7 +95,7 @@ class FactorScores:
 
     def _point(self, step: int, sampler_steps: int) -> dict[str, Any]:
         checkpoint = self.parts.denoiser / "checkpoints" / f"step_{step:08d}.ckpt"
-        if processes.rank() == 0 and not checkpoint.exists():
+        if distributed.rank() == 0 and not checkpoint.exists():
             raise InputError(f"{checkpoint} is gone, so this point cannot be scored; delete the run to train it again.")
         protocol = {**self.options["protocol"], "steps": sampler_steps}
         found = self._evaluated(checkpoint, protocol, f"step_{step:08d}-{sampler_steps}")
@@ -140,10 +140,10 @@ class FactorScores:
         if path.exists() and not self.parts.trained:
             known = json.loads(path.read_text())
         wanted = sorted({*self.options["speed_steps"], self.options["protocol"]["steps"]})
-        if processes.rank() == 0 and any(str(steps) not in known for steps in wanted):
+        if distributed.rank() == 0 and any(str(steps) not in known for steps in wanted):
             known = self._timed(wanted)
             path.write_text(json.dumps(known))
-        return dict(processes.from_first(known))
+        return dict(distributed.from_first(known))
 
     def _timed(self, wanted: list[int]) -> dict[str, float]:
         from dataclasses import replace

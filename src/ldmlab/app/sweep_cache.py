@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
-from ldmlab.training import processes
 
 _WAIT_SECONDS = 5.0
 # How the images are read, not which; where the run is watched, not what it learns.
@@ -49,10 +49,10 @@ def trainer_content(node: Mapping[str, Any]) -> dict[str, Any]:
 def once(folder: Path, mark: str, make: Callable[[], None]) -> bool:
     """Make `folder` unless its `mark` is there; True when it was made. Another job making it is waited for."""
     with _alone(folder):
-        if processes.shared((folder / mark).exists):
+        if distributed.shared((folder / mark).exists):
             return False
         make()
-        processes.barrier()
+        distributed.barrier()
         return True
 
 
@@ -73,8 +73,8 @@ def _alone(folder: Path) -> Iterator[None]:
         return True
 
     told = False
-    while not processes.shared(take):
-        if not told and processes.rank() == 0:
+    while not distributed.shared(take):
+        if not told and distributed.rank() == 0:
             print(f"another job is making {folder}; waiting for it.", file=sys.stderr, flush=True)
         told = True
         time.sleep(_WAIT_SECONDS)

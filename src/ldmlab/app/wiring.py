@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ldmlab import distributed
 from ldmlab.app.agreement import with_classes_of
 from ldmlab.app.comparison import comparison_fields
 from ldmlab.app.plans import PLANS, Plan, task_node
@@ -16,7 +17,6 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.model_files import read_model, write_description
-from ldmlab.training import processes
 from ldmlab.training.fit import fit, load_initial_weights
 from ldmlab.training.random_state import seed_process
 from ldmlab.training.run_folder import FINISHED, RunFolder
@@ -53,7 +53,7 @@ def train(config: Config, resume: str | None = None) -> None:
     try:
         _write_start(run, config, plan)
         _fit(run, config, plan, settings, data, resume or resume_command(run))
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             (run.path / FINISHED).write_text(f'{{"step": {plan.stage.step}}}\n')
     finally:
         run.close()
@@ -64,7 +64,7 @@ def initial_parts(source: str, plan: Plan) -> dict[str, Any]:
     files = read_model(source)
     kinds = [[node["_target_"] for node in spec.get("conditioners", {}).values()] for spec in (files.spec, plan.spec)]
     parts = dict(files.parts)
-    if kinds[0] != kinds[1] and parts.pop("conditioner", None) is not None and processes.rank() == 0:
+    if kinds[0] != kinds[1] and parts.pop("conditioner", None) is not None and distributed.rank() == 0:
         print(f"init_from={source}: its conditioners are of another kind; these start anew", file=sys.stderr)
     return parts
 
@@ -77,7 +77,7 @@ def with_task(config: Config, data: ShardData) -> ShardData:
 
 
 def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str) -> None:
-    rank, world = processes.rank(), processes.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     fit(
         plan.stage,
         train_batches=lambda position: data.train_loader(
@@ -106,7 +106,7 @@ def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[Any]:
     for name, node in config["callbacks"].items():
         where = f"callbacks.{name}"
         if node and accepts(node, "scorer", where=where):
-            made.append(scores_callback(node, plan, data, processes.rank(), processes.world_size()))
+            made.append(scores_callback(node, plan, data, distributed.rank(), distributed.world_size()))
         elif node:
             made.append(instantiate(node, where=where))
     return made
@@ -123,7 +123,7 @@ def check_names(config: Config) -> None:
 
 def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
     """The arguments that every stage takes, and those of conf/stage."""
-    images = settings.micro_batch * settings.accumulate * processes.world_size()
+    images = settings.micro_batch * settings.accumulate * distributed.world_size()
     return {
         "seed": config["seed"],
         "optimizer": instantiate(config["optimizer"], where="optimizer", global_batch=images),
@@ -153,7 +153,7 @@ def resume_command(run: RunFolder) -> str:
 def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
     """What the run folder holds from the first moment: configuration, description, frozen weights."""
     run.write_config(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         plan.write_frozen(run.path)
         write_description(run.path, plan.spec)
-    processes.barrier()
+    distributed.barrier()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldmlab.distributed import joined, sum_, world_size
 from ldmlab.errors import InputError
 
 _DISTANCES_AT_ONCE = 2**25  # bounds the memory of the search to 128 MiB
@@ -107,7 +108,7 @@ class Quantiser(nn.Module):
         seen, self._seen = self._seen, []
         if not seen:
             return torch.empty(0, dtype=torch.int64)
-        uses, sums = (_sum_over_processes(torch.stack(parts).sum(0)) for parts in list(zip(*seen, strict=True))[:2])
+        uses, sums = (sum_(torch.stack(parts).sum(0)) for parts in list(zip(*seen, strict=True))[:2])
         decay = self.decay or _USES_DECAY
         self.uses.lerp_(uses, 1 - decay)
         self.sums.lerp_(sums, 1 - decay)
@@ -136,20 +137,10 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    if _joined():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def _gathered(rows: Tensor) -> Tensor:
     """The rows of all processes in the order of ranks."""
-    if not _joined():
+    if not joined():
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows)
     return torch.cat(parts)

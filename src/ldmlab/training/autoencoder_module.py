@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ldmlab import distributed
 from ldmlab.contracts import FirstStage
 from ldmlab.losses.autoencoder import AutoencoderLoss
 from ldmlab.losses.rise_alarm import RiseAlarm
 from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import normal
-from ldmlab.training import processes
 from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.stage import Batch, Losses, Stage
 
@@ -130,7 +130,7 @@ class AutoencoderStage(Stage):
     def _update(self, playing: dict[str, list[nn.Parameter]]) -> None:
         self.updating = True
         if self.codebook is not None:
-            self.codebook.end_step(self.step + 1, self._images * self.accumulate * processes.world_size())
+            self.codebook.end_step(self.step + 1, self._images * self.accumulate * distributed.world_size())
             self._update_codebook()
         super()._update(playing)
 
@@ -153,7 +153,7 @@ class AutoencoderStage(Stage):
             return
         if "codebook" in state:
             self.codebook.restore(state["codebook"])
-        elif processes.rank() == 0:
+        elif distributed.rank() == 0:
             _log.warning(
                 "the checkpoint of step %d holds no count of used codes (an older ldmlab wrote it); counting starts "
                 "anew, so codebook_use comes after the next %d images",

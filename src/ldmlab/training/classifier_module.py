@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmlab import distributed
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.randomness import integers, normal
-from ldmlab.training import processes
 from ldmlab.training.stage import Batch, Losses, Stage
 
 _HELD_OUT_SEED = 0x5EED  # the held-out noise is the same in every run, so that curves of runs compare
@@ -84,7 +84,7 @@ class ClassifierStage(Stage):
                 loss, right, level = self._judged(batch, _HELD_OUT_SEED + draw)
                 place = (level * self.noise_bins).long().clamp_max(self.noise_bins - 1)
                 sums.index_add_(1, place, torch.stack([loss, right, torch.ones_like(loss)]).double())
-        bins = processes.sum_(sums).cpu()
+        bins = distributed.sum_(sums).cpu()
         loss_sum, right_sum, count = bins.sum(1).tolist()
         if not count:
             return {}

@@ -8,11 +8,11 @@ import torch
 from open_clip import ClipLoss
 from torch import Tensor, nn
 
+from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.metrics.retrieval import retrieval
 from ldmlab.nn.openclip import OpenClip
 from ldmlab.nn.pixels import to_float
-from ldmlab.training import processes
 from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.stage import Batch, Losses, Stage
 
@@ -56,7 +56,9 @@ class ClipStage(Stage):
             self.clip.logit_scale.clamp_(0, _LARGEST_SCALE)  # type: ignore[operator]
         image, text = self._features(batch)
         scale = self.clip.logit_scale.exp()  # type: ignore[operator]
-        loss = ClipLoss(True, True, rank=processes.rank(), world_size=processes.world_size())  # local, with gradients
+        loss = ClipLoss(
+            True, True, rank=distributed.rank(), world_size=distributed.world_size()
+        )  # local, with gradients
         with torch.autocast(self.device.type, enabled=False):
             total = loss(image, text, scale)
         return Losses(total, {"loss": total, "logit_scale": scale})
@@ -75,7 +77,7 @@ class ClipStage(Stage):
         for batch in batches:
             image, text = (f.cpu() for f in self._features(batch))
             rows += zip(batch["key"], batch["caption"], image, text, strict=True)
-        everything = sorted((row for part in processes.gather(rows) for row in part), key=lambda row: row[0])
+        everything = sorted((row for part in distributed.gather(rows) for row in part), key=lambda row: row[0])
         if not everything:
             return {}
         _, captions, images, texts = zip(*everything, strict=True)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmlab import distributed
 from ldmlab.metrics.reconstruction import codebook_use
-from ldmlab.training import processes
 
 _log = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ class CodebookWindow:
 
     def end_step(self, step: int, images: int) -> None:
         """A step on so many images of all processes has ended; a full window is read and a new one begins."""
-        self.counts += processes.sum_(self._step).cpu()
+        self.counts += distributed.sum_(self._step).cpu()
         self._step = torch.zeros_like(self._step)
         self.counted += images
         if self.counted < self.images:
             return
         self.numbers = codebook_use(self.counts)
-        if self.numbers["codebook_use"] < self.alert and processes.rank() == 0:
+        if self.numbers["codebook_use"] < self.alert and distributed.rank() == 0:
             _log.warning(
                 "step %d: only %.1f %% of the codebook was used over the last %d images; "
                 "first_stage.restart_below=0.01, fewer codes or a lower learning rate keep more of it alive",

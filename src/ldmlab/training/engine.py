@@ -1,15 +1,17 @@
 """Lightning as the engine: devices, precision and processes, with everything it would count or print switched off."""
 
 import logging
+import os
 import warnings
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.training import processes
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
@@ -24,13 +26,48 @@ _EXPECTED_WARNINGS = (
 )
 
 
+class Launched(ClusterEnvironment):
+    """The processes exist already; Lightning starts none and asks no scheduler's variables."""
+
+    creates_processes_externally = True
+    main_address = property(lambda self: os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    main_port = property(lambda self: int(os.environ.get("MASTER_PORT", "0")))
+
+    @staticmethod
+    def detect() -> bool:
+        """Always: torchrun, srun or a single process."""
+        return True
+
+    def world_size(self) -> int:
+        """Number of processes."""
+        return distributed.world_size()
+
+    def set_world_size(self, size: int) -> None:
+        """Fixed at launch."""
+
+    def global_rank(self) -> int:
+        """Rank over all machines."""
+        return distributed.rank()
+
+    def set_global_rank(self, rank: int) -> None:
+        """Fixed at launch."""
+
+    def local_rank(self) -> int:
+        """Rank on this machine."""
+        return distributed.local_rank()
+
+    def node_rank(self) -> int:
+        """Number of this machine."""
+        return distributed.rank() // max(distributed.local_world_size(), 1)
+
+
 class SeveralPlayers(DDPStrategy):
     """Processes without DDP's wrapper, which expects every parameter in every backward pass; the stage syncs."""
 
     def configure_ddp(self) -> None:
         """All processes start from the first one's weights."""
         assert self.model is not None
-        if processes.joined():
+        if distributed.joined():
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 torch.distributed.broadcast(tensor.data, 0)
 
@@ -38,7 +75,7 @@ class SeveralPlayers(DDPStrategy):
 def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> pl.Trainer:
     """A Trainer that runs until the loop says stop."""
     _quieten()
-    world, local = processes.world_size(), processes.local_world_size()
+    world, local = distributed.world_size(), distributed.local_world_size()
     if settings.devices not in (None, local):
         raise InputError(
             f"trainer.devices={settings.devices} but {local} process(es) were started here; "
@@ -50,7 +87,7 @@ def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> 
         num_nodes=max(world // local, 1),
         strategy=_strategy(stage) if world > 1 else "auto",
         precision=settings.precision,
-        plugins=[processes.Launched()] if world > 1 else None,
+        plugins=[Launched()],
         callbacks=[loop],
         max_steps=-1,  # the loop stops at Stage.max_steps: Lightning counts the steps of every optimizer
         max_epochs=-1,
@@ -84,7 +121,7 @@ def summary(stage: Stage, settings: TrainerSettings) -> str:
     """One line: who has how many parameters, and how large a step is."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in stage.saved().items()}
     parts = ", ".join(f"{name} {size / 1e6:.3g}M parameters" for name, size in sizes.items() if size)
-    world = processes.world_size()
+    world = distributed.world_size()
     images = settings.micro_batch * settings.accumulate * world
     how = f"micro_batch {settings.micro_batch} x accumulate {settings.accumulate} x {world} processes"
     return f"{stage.kind}: {parts}; {images} images a step ({how}), {stage.max_steps} steps, {settings.precision}"

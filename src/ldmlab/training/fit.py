@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
 from ldmlab.errors import InputError
-from ldmlab.training import processes
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.engine import make_trainer, rates_line, summary
@@ -36,8 +36,8 @@ def fit(
     config: Mapping[str, Any] | None = None,  # resolved settings for the loggers
 ) -> Path:
     """Train to `stage.max_steps`; the path of the last checkpoint. A signal saves and ends in SystemExit(128 + n)."""
-    processes.join()
-    first = processes.rank() == 0
+    distributed.join()
+    first = distributed.rank() == 0
     checkpoints = Checkpoints(run.checkpoints, settings.keep)
     found = _take_up(stage, checkpoints, manifest_hash)
     if found is not None and stage.step >= stage.max_steps:
@@ -57,14 +57,14 @@ def fit(
             session.loggers.close(success)
     if stop.signal is not None:
         _leave(loop, stop, run, resume_command)
-    path = processes.from_first(loop.last_checkpoint)
+    path = distributed.from_first(loop.last_checkpoint)
     assert path is not None
     return path
 
 
 def _take_up(stage: Stage, checkpoints: Checkpoints, manifest_hash: str | None) -> tuple[Path, dict[str, Any]] | None:
     """Load the newest checkpoint into the stage; all processes take the same file."""
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         checkpoints.sweep()
     mine: list[tuple[Path, dict[str, Any]]] = []  # the first process reads while it looks; the others are told where
 
@@ -72,7 +72,7 @@ def _take_up(stage: Stage, checkpoints: Checkpoints, manifest_hash: str | None) 
         mine.extend([found] if (found := checkpoints.newest()) else [])
         return mine[0][0] if mine else None
 
-    path = processes.shared(look)
+    path = distributed.shared(look)
     if path is None:
         return None
     content = mine[0][1] if mine else load_checkpoint(path)
@@ -130,7 +130,7 @@ def _train(
         if (
             stop.signal is None
             or stage.updating
-            or processes.joined()
+            or distributed.joined()
             or isinstance(error, FloatingPointError | InputError)
         ):
             raise
@@ -139,10 +139,10 @@ def _train(
 
 def _leave(loop: Loop, stop: StopRequest, run: RunFolder, resume_command: str) -> None:
     """Say where it stopped and how to go on."""
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         how = f"; go on with: {resume_command}" if resume_command else ""
         print(f"saved step {loop.session.stage.step} in {loop.last_checkpoint}{how}", file=sys.stderr, flush=True)
-    processes.barrier()
+    distributed.barrier()
     run.close()
     raise SystemExit(stop.exit_code)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldmlab.training import processes
+from ldmlab import distributed
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.callbacks.validate import Validate
 from ldmlab.training.checkpointing import Checkpoints
@@ -52,8 +52,8 @@ class Loop(pl.Callback):
         """The first batch is here and nothing draws random numbers any more but the networks."""
         if batch_idx:
             return
-        rank = processes.rank()
-        if len(self._random_states) == processes.world_size():
+        rank = distributed.rank()
+        if len(self._random_states) == distributed.world_size():
             restore_random_state(self._random_states[rank])
         else:  # a new run, or one that goes on with another number of processes
             stage = self.session.stage
@@ -101,9 +101,9 @@ class Loop(pl.Callback):
         """What a checkpoint holds; every process must ask."""
         stage = self.session.stage
         stage.terms.check()  # nothing that is not finite gets into a checkpoint
-        states = processes.gather(random_state())
+        states = distributed.gather(random_state())
         return {
-            **(stage.state() if processes.rank() == 0 else {}),
+            **(stage.state() if distributed.rank() == 0 else {}),
             "rng": states,
             "data": {"manifest_hash": self.manifest_hash},
             "notes": self.session.notes,
@@ -112,12 +112,12 @@ class Loop(pl.Callback):
     def save(self) -> None:
         """A checkpoint of this step."""
         content = self.content()
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             self.last_checkpoint = self.checkpoints.save(content)
-        processes.barrier()
+        distributed.barrier()
 
     def _save_best(self) -> None:
         content = self.content()
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             self.checkpoints.save_best(content)
-        processes.barrier()
+        distributed.barrier()

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
-from ldmlab.training import processes
 
 FINISHED = "finished.json"  # in a run folder that reached its last step
 _RECORD = "provenance.json"
@@ -64,7 +64,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """The resolved configuration of the run, as yaml."""
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             (self.path / "config.yaml").write_text(text)
 
     def lock(self) -> None:
@@ -86,14 +86,14 @@ class RunFolder:
 
 def _decided(choose: Callable[[], RunFolder]) -> RunFolder:
     """The first process chooses and locks; what it found, folder or refusal, reaches every process."""
-    processes.join()
+    distributed.join()
     chosen: list[RunFolder] = []
 
     def names() -> tuple[Path, str]:
         chosen.append(choose())
         return chosen[0].path, chosen[0].run_id
 
-    path, run_id = processes.shared(names)
+    path, run_id = distributed.shared(names)
     return chosen[0] if chosen else RunFolder(path, run_id)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldmlab.training import processes
+from ldmlab import distributed
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _AGREE_EVERY_ON_GPU = 10  # steps between two questions to the other processes, each of which waits for the GPU
@@ -39,11 +39,11 @@ class StopRequest:
 
     def agreed(self, step: int, device: torch.device) -> bool:
         """Whether any process was asked to stop; all processes get the same answer at the same step."""
-        if processes.world_size() == 1:
+        if distributed.world_size() == 1:
             return self.signal is not None
         if device.type != "cpu" and step % _AGREE_EVERY_ON_GPU:
             return False
-        flag = processes.largest_(torch.tensor(self.signal or 0, device=device))
+        flag = distributed.largest_(torch.tensor(self.signal or 0, device=device))
         self.signal = int(flag) or None
         return self.signal is not None
 

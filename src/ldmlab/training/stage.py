@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ldmlab import distributed
 from ldmlab.averaging import AveragedWeights
 from ldmlab.errors import InputError
-from ldmlab.training import processes
 from ldmlab.training.players import (
     OptimizerFactory,
     alone,
@@ -141,7 +141,7 @@ class Stage(pl.LightningModule):
         wrapped = isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel)
         for player, parameters in playing.items():
             if not wrapped:
-                processes.mean_gradients(parameters)
+                distributed.mean_gradients(parameters)
             self.terms.add(f"gradient_norm/{player}", clip_gradients(parameters, self.gradient_clip))
             set_rate(optimizers[player], self.lr_schedule(self.step))
             optimizers[player].step()
@@ -149,7 +149,7 @@ class Stage(pl.LightningModule):
         if self.average is not None:
             self.average.update()
         self.step += 1
-        self.position += self._images * self.accumulate * processes.world_size()
+        self.position += self._images * self.accumulate * distributed.world_size()
         self.terms.close(self.step)
         self._micro_batches, self.at_border, self.updating = 0, True, False
 
@@ -179,7 +179,7 @@ class Stage(pl.LightningModule):
     def mean_over_processes(self, sums: dict[str, Tensor | float], count: int | float) -> dict[str, float]:
         """Sums over this process's images and their count => means over the images of all; {} without any."""
         values = torch.tensor([*(float(v) for v in sums.values()), float(count)], dtype=torch.float64)
-        *totals, number = processes.sum_(values).tolist()
+        *totals, number = distributed.sum_(values).tolist()
         return {name: total / number for name, total in zip(sums, totals, strict=True)} if number else {}
 
     @contextmanager

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldmlab.training import processes
+from ldmlab import distributed
 
 
 class Terms:
@@ -31,7 +31,7 @@ class Terms:
         if not self._unread:
             return
         stacked = torch.stack([value for _, row in self._unread for value in row.values()])
-        values = iter(processes.mean_(stacked).tolist())
+        values = iter(distributed.mean_(stacked).tolist())
         for step, row in self._unread:
             for name in row:
                 value = next(values)

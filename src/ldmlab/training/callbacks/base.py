@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldmlab.training import processes
+from ldmlab import distributed
 from ldmlab.training.loggers import Loggers
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.stage import Batch, Stage
@@ -33,12 +33,12 @@ class Session:
 
     def draw_panels(self) -> None:
         """The stage's images to every logger, drawn by the first process while the others wait."""
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             with self.stage.evaluating():
                 panels = self.stage.panels(self.batches())
             for name, images in panels.items():
                 self.loggers.log_images(name, images, self.stage.step)
-        processes.barrier()
+        distributed.barrier()
 
 
 class StepCallback:

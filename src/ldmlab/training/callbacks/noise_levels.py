@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ldmlab.training import processes
+from ldmlab import distributed
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.stage import Batch
 
@@ -32,7 +32,7 @@ class NoiseLevels(StepCallback):
         """Mean loss of each bin that saw images since the last row."""
         if self._sums is None:
             return {}
-        sums, counts = processes.sum_(self._sums.clone()).tolist()
+        sums, counts = distributed.sum_(self._sums.clone()).tolist()
         self._sums.zero_()
         names = [f"loss_by_noise/{index / self.bins:.2f}" for index in range(self.bins)]
         return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}

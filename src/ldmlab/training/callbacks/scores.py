@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ldmlab import distributed
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
-from ldmlab.training import processes
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.callbacks.best import improves
 
@@ -64,7 +64,7 @@ class Scores(StepCallback):
         weights = "averaged" if session.stage.average is not None else "raw"
         with session.stage.evaluating(), self._full_precision(session):
             result = self.scorer.score(step, {"path": str(session.run.path), "weights": weights})
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             _write(session.run.path / FOLDER / f"step_{step:08d}" / "metrics.json", result)
         values = {name: float(score["value"]) for name, score in result["scores"].items()}
         if self.monitor is not None:

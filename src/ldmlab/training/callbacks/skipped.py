@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.training import processes
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.stage import Batch
 
@@ -35,7 +35,7 @@ class Skipped(StepCallback):
     def metrics(self, session: Session) -> dict[str, float]:
         """data/skipped, the count so far; InputError above the set share."""
         count = torch.tensor(float(self._here), device=session.stage.device)
-        session.skipped += int(processes.sum_(count))
+        session.skipped += int(distributed.sum_(count))
         self._here = 0
         seen = session.stage.position - self._start
         if session.skipped > self.max_fraction * max(seen, _BEFORE_JUDGING):

@@ -1,0 +1,202 @@
+"""The processes of one run, as torchrun or srun starts them; collectives do nothing in a single process."""
+
+import atexit
+import datetime
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmlab.errors import InputError
+
+T = TypeVar("T")
+_BUCKET_ELEMENTS = 6_500_000  # 25 MB of float32 a bucket
+_MEETING = datetime.timedelta(minutes=5)  # how long srun's processes wait for each other at the start
+_SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # SLURM_JOB_NAME of a shell
+
+
+def joined() -> bool:
+    """Whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Rank of this process: in the group, or in the launcher's environment before there is one."""
+    return dist.get_rank() if joined() else _launched("RANK", "SLURM_PROCID", 0)
+
+
+def world_size() -> int:
+    """Number of processes: of the group, or in the launcher's environment before there is one."""
+    return dist.get_world_size() if joined() else _launched("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
+
+
+def local_rank() -> int:
+    """Rank of this process on its machine, which is the number of its GPU."""
+    return _launched("LOCAL_RANK", "SLURM_LOCALID", 0)
+
+
+def local_world_size() -> int:
+    """Number of processes of this run on this machine."""
+    return _launched("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", world_size())
+
+
+def _launched(torchrun_name: str, srun_name: str, default: int) -> int:
+    """A number from torchrun's environment, else from srun's (only srun sets the step variables), else `default`."""
+    name = torchrun_name if "RANK" in os.environ else srun_name if "SLURM_STEP_NUM_TASKS" in os.environ else ""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d+", text):
+        raise InputError(f"the environment variable {name}={text} is no number; start with torchrun or srun.")
+    return int(text)
+
+
+def join(timeout: datetime.timedelta | None = None) -> tuple[int, int]:
+    """Rank and number of processes; opens the group that the launcher prepared: nccl with GPUs, gloo without.
+
+    timeout: of collectives; None: torch's own.
+    """
+    if joined() or world_size() == 1:
+        return rank(), world_size()
+    by_srun = "RANK" not in os.environ
+    if by_srun:
+        _refuse_a_shell()
+        os.environ.setdefault("MASTER_ADDR", _first_host())
+        os.environ.setdefault("MASTER_PORT", str(15_000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:] or 0)))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    store = _meet() if by_srun else None
+    dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, timeout=timeout)
+    atexit.register(leave)
+    return rank(), world_size()
+
+
+def _meet() -> dist.Store:
+    """The store at MASTER_ADDR through which the processes find each other; without all of them, one sentence."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(host, port, world_size(), is_master=rank() == 0, timeout=_MEETING)
+    except (dist.DistStoreError, RuntimeError) as error:
+        raise InputError(
+            f"SLURM_STEP_NUM_TASKS={world_size()}, but not all of these processes came to {host}:{port} within "
+            f"{int(_MEETING.total_seconds())} s; start all with `srun python train.py ...`, or unset it for one."
+        ) from error
+
+
+def _refuse_a_shell() -> None:
+    """`srun -n4 --pty bash` leaves its variables to every command typed in it, each of which is one process."""
+    name = os.environ.get("SLURM_JOB_NAME", "")
+    if name in _SHELLS or "SLURM_PTY_PORT" in os.environ or _at_a_terminal():
+        tasks = os.environ["SLURM_STEP_NUM_TASKS"]
+        raise InputError(
+            f"SLURM_STEP_NUM_TASKS={tasks} comes from an interactive shell, where a command is one process; start "
+            f"{tasks} with `srun -n{tasks} python train.py ...` or torchrun, or one after `unset SLURM_STEP_NUM_TASKS`."
+        )
+
+
+def _at_a_terminal() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+
+
+def _first_host() -> str:
+    """The first machine of SLURM_STEP_NODELIST: `gpu[07-09,12],cpu1` => `gpu07`."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "127.0.0.1"
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def leave() -> None:
+    """Close the process group."""
+    if joined():
+        dist.destroy_process_group()
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over processes, in place."""
+    if joined():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_(tensor: Tensor) -> Tensor:
+    """Mean over processes, in place."""
+    return sum_(tensor).div_(world_size()) if joined() else tensor
+
+
+def largest_(tensor: Tensor) -> Tensor:
+    """Maximum over processes, in place."""
+    if joined():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather(value: T) -> list[T]:
+    """One picklable value of every process, in the order of ranks, on every process."""
+    if not joined():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: T) -> T:
+    """The value that the first process holds."""
+    if not joined():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def shared(find: Callable[[], T]) -> T:
+    """The result of `find` on the first process, on every process; an InputError of it reaches every process too."""
+    found: Any = None
+    refusal = ""
+    if rank() == 0:
+        try:
+            found = find()
+        except InputError as error:
+            refusal = str(error)
+    found, refusal = from_first((found, refusal))
+    if refusal:
+        raise InputError(refusal)
+    return found
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if joined():
+        dist.barrier()
+
+
+def say(sentence: str) -> None:
+    """A line on stderr, from the first process only."""
+    if rank() == 0:
+        print(sentence, file=sys.stderr, flush=True)
+
+
+@torch.no_grad()
+def mean_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its mean over processes, in flat buckets of at most 25 MB."""
+    if not joined():
+        return
+    for parameter in parameters:  # a process whose micro-batches did not reach a parameter must still take part
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    bucket: list[Tensor] = []
+    for gradient in [p.grad for p in parameters if p.grad is not None]:
+        bucket.append(gradient)
+        if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
+            _mean_bucket(bucket)
+            bucket = []
+    if bucket:
+        _mean_bucket(bucket)
+
+
+def _mean_bucket(gradients: list[Tensor]) -> None:
+    flat = mean_(torch.cat([g.reshape(-1) for g in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
