@@ -33,7 +33,7 @@ def our_work(name: str, device: torch.device, args: argparse.Namespace, inputs: 
     noise, given, null = inputs
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
     unet = _versus.compiled(unet_step.ours(4, args.channels).to(dtype), name)
-    stage, schedule = autoencoder.ours(args.channels // 2).to(dtype), Schedule("linear")
+    stage, schedule = autoencoder.ours(args.channels // 2).to(dtype), Schedule("scaled_linear")
     model = LatentDiffusion(stage, LatentScale(SCALE), unet, {}, schedule, EpsPrediction(), guidance_trained=True)
     model.to(device).eval()
     grid = ddim_grid(schedule, args.steps)

@@ -11,6 +11,7 @@ TARGETS: dict[str, str] = {}  # `_target_` then => now
 OPTIONS: dict[str, dict[str, str]] = {}  # `_target_` now => {argument then: argument now}
 
 VALUES: dict[tuple[str, str], dict[Any, Any]] = {  # (`_target_` now, argument now) => {value then: value now}
+    ("ldmlab.diffusion.schedule.Schedule", "name"): {"linear": "scaled_linear", "sqrt_linear": "linear"},
     ("ldmlab.losses.reconstruction.ReconstructionLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
 }
 

@@ -74,7 +74,7 @@ def test_the_settings_are_those_of_the_paper(name: str) -> None:
     assert config["optimizer"]["lr_scaling"] == "none"
     assert trainer["max_steps"] == steps
     assert trainer["averaging_decay"] == 0.9999
-    assert (schedule["name"], schedule["start"], schedule["end"], schedule["steps"]) == ("linear", *betas, 1000)
+    assert (schedule["name"], schedule["start"], schedule["end"], schedule["steps"]) == ("scaled_linear", *betas, 1000)
     assert config["diffusion"]["loss"] == loss
     assert config["stage"]["latent_scale"] == scale
 

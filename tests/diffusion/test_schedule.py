@@ -25,7 +25,7 @@ REFERENCE = Path(__file__).parents[1] / "assets" / "reference"
     ],
 )
 def test_alpha_bar_of_the_papers_schedules(start: float, end: float, first: float, middle: float, last: float) -> None:
-    table = Schedule("linear", start, end).alpha_bar
+    table = Schedule("scaled_linear", start, end).alpha_bar
     assert table.dtype == torch.float64
     assert [float(table[i]) for i in (0, 499, 999)] == pytest.approx([first, middle, last], rel=6e-6)  # as printed
 
@@ -34,7 +34,7 @@ def test_alpha_bar_of_the_papers_schedules(start: float, end: float, first: floa
 def test_alpha_bar_of_the_official_program(start: str, end: str) -> None:
     official = load_file(REFERENCE / "samplers.safetensors")[f"{start}-{end}.alphas_cumprod"]
     torch.testing.assert_close(
-        Schedule("linear", float(start), float(end)).alpha_bar.float(), official, rtol=2e-7, atol=0
+        Schedule("scaled_linear", float(start), float(end)).alpha_bar.float(), official, rtol=2e-7, atol=0
     )
 
 
@@ -48,7 +48,7 @@ def test_every_schedule_falls_from_near_one(name: str) -> None:
 
 
 def test_what_the_other_names_mean() -> None:
-    assert float(Schedule("sqrt_linear", 0.0001, 0.02).betas[500]) == pytest.approx(0.0001 + 0.0199 * 500 / 999)
+    assert float(Schedule("linear", 0.0001, 0.02).betas[500]) == pytest.approx(0.0001 + 0.0199 * 500 / 999)
     assert float(Schedule("sqrt", 0.0004, 0.04).betas[0]) == pytest.approx(0.02)
     cosine = Schedule("cosine")
     expected = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
@@ -75,7 +75,7 @@ def test_what_is_no_schedule_is_refused(options: dict) -> None:
 @pytest.mark.parametrize("steps", [5, 20, 50])
 def test_official_grid(start: str, end: str, steps: int) -> None:
     visited = json.loads((REFERENCE / "samplers.json").read_text())[f"{start}-{end}.ddim_timesteps.{steps}"]
-    schedule = Schedule("linear", float(start), float(end))
+    schedule = Schedule("scaled_linear", float(start), float(end))
     grid = ddim_grid(schedule, steps)
     assert [level.time for level in grid] == [*map(float, reversed(visited)), None]
     assert grid[-1].alpha == pytest.approx(math.sqrt(schedule.alpha_bar[0]))  # not 1

@@ -77,7 +77,7 @@ def describe(
     prediction: str = "EpsPrediction",
     schedule: Spec | None = None,
 ) -> Spec:
-    ends = {"name": "linear", "start": 0.00085, "end": 0.012}
+    ends = {"name": "scaled_linear", "start": 0.00085, "end": 0.012}
     return {
         "kind": "latent_diffusion",
         "image_size": image_size,

@@ -52,7 +52,7 @@ def test_ddim_ends_where_the_official_one_does(name: str) -> None:
     betas, rest = name.split(".ddim.")
     steps, eta = int(rest.split(".")[0]), float(rest.split("eta")[1][:3])
     start, end = map(float, betas.split("-"))
-    grid = ddim_grid(Schedule("linear", start, end), steps)
+    grid = ddim_grid(Schedule("scaled_linear", start, end), steps)
     x = Ddim(eta)(denoiser("cfg3" in name), drawn("x_T"), grid, noise=lambda step: drawn(f"noise.{step + 1}"))
     assert float((x - CASES[name]).abs().max()) < 1e-4
 
@@ -61,7 +61,7 @@ def test_ddim_ends_where_the_official_one_does(name: str) -> None:
 def test_plms_ends_where_the_official_one_does(name: str) -> None:
     betas, steps = name.split(".plms.")
     start, end = map(float, betas.split("-"))
-    grid = ddim_grid(Schedule("linear", start, end), int(steps))
+    grid = ddim_grid(Schedule("scaled_linear", start, end), int(steps))
     x = Plms()(denoiser(False), drawn("x_T"), grid, noise=lambda step: drawn(f"noise.{step + 1}"))
     assert float((x - CASES[name]).abs().max()) < 1e-4
 

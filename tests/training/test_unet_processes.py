@@ -37,7 +37,7 @@ def stage(slot: str, recompute: bool) -> DiffusionStage:
         LatentScale(1.0),
         unet,
         {"class": ClassEmbedder(4, 6, drop=0.2, slot=slot)},
-        Schedule("linear"),
+        Schedule("scaled_linear"),
         EpsPrediction(),
         guidance_trained=True,
     )

@@ -75,7 +75,7 @@ def options(**changes: Any) -> dict[str, Any]:
 def diffusion_stage(dropout: float = 0.0, **changes: Any) -> DiffusionStage:
     """A diffusion stage on 8 x 8 pixels."""
     torch.manual_seed(0)
-    schedule = Schedule("linear", steps=100)
+    schedule = Schedule("scaled_linear", steps=100)
     model = LatentDiffusion(
         Identity(), LatentScale(1.0), ToyBackbone(dropout=dropout), {"class": ToyClass()}, schedule, EpsPrediction(),
         guidance_trained=True,

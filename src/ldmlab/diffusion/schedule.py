@@ -1,7 +1,7 @@
-"""The four beta schedules of the official code, by their official names (T steps, index 0 is the least noisy).
+"""The four beta schedules of the official code under the names of diffusers (T steps, index 0 is the least noisy).
 
 x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = alpha_bar_t = prod(1 - beta) and sigma_t^2 = 1 - alpha_bar_t
-(Ho et al. 2020, eq. 4). Tables are worked out in float64; networks see float32.
+(Ho et al. 2020, eq. 4). Tables are computed in float64; networks see float32.
 """
 
 import math
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 
-NAMES = ("linear", "cosine", "sqrt_linear", "sqrt")
+NAMES = ("scaled_linear", "linear", "cosine", "sqrt")
+_ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scaled_linear
 
 
 class Schedule:
-    """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma on the device that asks."""
+    """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma on the device of the times."""
 
     def __init__(
         self,
-        name: str = "linear",  # linear (equally spaced square roots: the paper's) | cosine | sqrt_linear | sqrt
+        name: str = "scaled_linear",  # scaled_linear (in sqrt(beta): the paper's) | linear (in beta) | cosine | sqrt
         start: float = 0.0015,  # first beta
         end: float = 0.0195,  # last beta
         steps: int = 1000,  # T
@@ -27,6 +28,7 @@ class Schedule:
     ) -> None:
         if steps < 1:
             raise InputError(f"diffusion.schedule.steps={steps} leaves no noise level; choose 1 or more (paper: 1000).")
+        name = _ALIASES.get(name, name)
         if name != "cosine" and not 0 < start <= end < 1:
             raise InputError(
                 f"diffusion.schedule.start={start} and end={end} are not 0 < start <= end < 1; "
@@ -49,9 +51,9 @@ class Schedule:
 
 def _betas(name: str, start: float, end: float, steps: int, cosine_offset: float) -> Tensor:
     """The T betas, float64."""
-    if name == "linear":
+    if name == "scaled_linear":
         return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
-    if name == "sqrt_linear":
+    if name == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if name == "sqrt":
         return torch.linspace(start, end, steps, dtype=torch.float64).sqrt()
@@ -59,4 +61,4 @@ def _betas(name: str, start: float, end: float, steps: int, cosine_offset: float
         position = torch.arange(steps + 1, dtype=torch.float64) / steps
         alpha_bar = torch.cos((position + cosine_offset) / (1 + cosine_offset) * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
-    raise InputError(f"diffusion.schedule.name={name} is no schedule; there are {', '.join(NAMES)}.")
+    raise InputError(f"diffusion.schedule.name={name} is unknown; choose one of {', '.join(NAMES)}.")

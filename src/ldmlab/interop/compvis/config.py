@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.interop.compvis import conditioner_config, first_stages, unets
+from ldmlab.interop.compvis.parts import SCHEDULES
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
@@ -140,7 +141,7 @@ def diffusion_node(params: Params, prediction: str | None) -> Node:
         "prediction": {"_target_": f"ldmlab.diffusion.parameterization.{classes[told]}"},
         "schedule": {
             "_target_": "ldmlab.diffusion.schedule.Schedule",
-            "name": params.get("beta_schedule", "linear"),
+            "name": SCHEDULES.get(name := params.get("beta_schedule", "linear"), name),
             "start": params.get("linear_start", 1e-4),
             "end": params.get("linear_end", 2e-2),
             "steps": params.get("timesteps", 1000),

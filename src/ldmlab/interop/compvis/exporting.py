@@ -17,6 +17,7 @@ from ldmlab.interop.compvis.exporting_conditioners import conditioning_params, w
 from ldmlab.interop.compvis.parts import (
     CONDITIONER,
     FIRST_STAGE,
+    SCHEDULES,
     UNET,
     StateDict,
     conditioner_part,
@@ -100,7 +101,7 @@ def _params(spec: Node, classes: int | None) -> dict[str, Any]:
 
 
 def _diffusion_params(node: Node) -> dict[str, Any]:
-    """Schedule, loss and parameterization; official names of schedules are ours."""
+    """Schedule, loss and parameterization under their official names."""
     schedule: Node = node.get("schedule", {})
     prediction = str(node["prediction"]["_target_"]).rpartition(".")[2]
     official = {"EpsPrediction": "eps", "VPrediction": "v"}
@@ -115,8 +116,9 @@ def _diffusion_params(node: Node) -> dict[str, Any]:
         "loss_type": node.get("loss", "l2"),
         "parameterization": official[prediction],
     }
-    if built.name != "linear":
-        params["beta_schedule"] = built.name
+    name = next(official for official, ours in SCHEDULES.items() if ours == built.name)
+    if name != "linear":
+        params["beta_schedule"] = name
     return params | ({"cosine_s": schedule.get("cosine_offset", 8e-3)} if built.name == "cosine" else {})
 
 

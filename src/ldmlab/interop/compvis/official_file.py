@@ -14,6 +14,7 @@ from ldmlab.interop.compvis.parts import (
     CONDITIONER,
     FIRST_STAGE,
     LOSS,
+    SCHEDULES,
     UNET,
     StateDict,
     is_table,
@@ -92,14 +93,14 @@ def check_schedule(file: OfficialFile, betas: Tensor) -> None:
 
 def schedule_params(file: OfficialFile, default: Mapping[str, Any]) -> dict[str, Any]:
     """The official schedule options that give the stored betas; `default` for a file that stores none."""
-    from ldmlab.diffusion.schedule import NAMES, Schedule
+    from ldmlab.diffusion.schedule import Schedule
 
     stored = file.buffers.get("betas")
     if stored is None:
         return dict(default)
     digits = 6 if stored.dtype == torch.float32 else 3
     start, end = (float(f"{float(beta):.{digits}g}") for beta in (stored[0], stored[-1]))
-    for name in NAMES:
+    for official, name in SCHEDULES.items():
         squared = (start**2, end**2) if name == "sqrt" else (start, end)
         try:
             betas = Schedule(name, *squared, steps=len(stored)).betas
@@ -107,7 +108,7 @@ def schedule_params(file: OfficialFile, default: Mapping[str, Any]) -> dict[str,
         except InputError:
             continue
         params = {"linear_start": squared[0], "linear_end": squared[1], "timesteps": len(stored)}
-        return params if name == "linear" else params | {"beta_schedule": name}
+        return params if official == "linear" else params | {"beta_schedule": official}
     raise InputError("the betas in the file follow no schedule that ldmlab knows; give --config.")
 
 

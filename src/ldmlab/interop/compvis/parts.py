@@ -21,6 +21,7 @@ SCHEDULE = (
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
 )
+SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine", "sqrt": "sqrt"}  # official => ours
 BUFFERS = (*SCHEDULE, "scale_factor", "logvar", "cond_ids", "lvlb_weights")
 StateDict = dict[str, Tensor]
 _TABLES = ("position_ids", "attn_mask")  # counters and masks that libraries stored beside a text encoder's weights

@@ -9,7 +9,7 @@ from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 
 Config = Mapping[str, Any]
-_NAMES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}  # theirs => official
+_NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}  # theirs => ours
 _PREDICTIONS = {"epsilon": "EpsPrediction", "v_prediction": "VPrediction"}
 _HOME = "ldmlab.diffusion."
 _SAME = 1e-6  # float32 of betas below 0.02 is much closer
@@ -46,7 +46,7 @@ def _named(betas: Sequence[float]) -> dict[str, Any]:
     """The schedule of ours that gives these betas."""
     table = torch.tensor(betas, dtype=torch.float64)
     first, last = float(table[0]), float(table[-1])
-    for name in ("linear", "sqrt_linear", "sqrt"):
+    for name in ("scaled_linear", "linear", "sqrt"):
         ends = {"start": first**2, "end": last**2} if name == "sqrt" else {"start": first, "end": last}
         if torch.allclose(Schedule(name, **ends, steps=len(table)).betas, table, atol=_SAME, rtol=0):
             return {"name": name, **ends, "steps": len(table)}
@@ -74,7 +74,7 @@ def configuration(node: Mapping[str, Any]) -> Config:
         "steps_offset": 1,
         "timestep_spacing": "leading",
     }
-    if schedule.name in ("linear", "sqrt_linear"):
+    if schedule.name in ("scaled_linear", "linear"):
         ends = {"beta_start": given.get("start", 0.0015), "beta_end": given.get("end", 0.0195)}
         return config | {"beta_schedule": names[schedule.name], **ends}
     return config | {"trained_betas": schedule.betas.tolist()}
