@@ -23,7 +23,10 @@ METRICS: dict[str, str] = {  # prefix of a column of metrics.csv or of a checkpo
 
 
 def node(value: Any) -> Any:
-    """A configuration node, or anything that holds nodes, with today's targets, arguments and values."""
+    """A configuration node, or anything that holds nodes, with today's targets, arguments and values.
+
+    Only for what format 1 wrote: `linear` of then is not `linear` of today, so translating twice is wrong.
+    """
     if isinstance(value, list):
         return [node(part) for part in value]
     if not isinstance(value, Mapping):

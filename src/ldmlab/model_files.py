@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from ldmlab import format1
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors, write_atomically
 from ldmlab.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
 StateDict = dict[str, Tensor]
 
@@ -52,7 +53,7 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """model.yaml, checked for version."""
+    """model.yaml, checked for version; one of format 1 comes with today's names."""
     try:
         spec = yaml.safe_load((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,6 +61,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{folder / DESCRIPTION} cannot be read ({str(error).splitlines()[0]}).") from None
     version = spec.get("format_version") if isinstance(spec, dict) else None
+    if version == 1:
+        return {**format1.node(spec), "format_version": FORMAT_VERSION}
     if version != FORMAT_VERSION:
         raise InputError(f"{folder / DESCRIPTION} has format_version={version}, this ldmlab reads {FORMAT_VERSION}.")
     return spec

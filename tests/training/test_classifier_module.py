@@ -55,7 +55,11 @@ def stage(dropout: float = 0.0, **changes: Any) -> ClassifierStage:
     )  # fmt: skip
     space = LatentSpace(Stage(), LatentScale(1.6))
     return ClassifierStage(
-        space=space, schedule=Schedule("scaled_linear", steps=100), classifier=classifier, noise_bins=5, **options(**changes)
+        space=space,
+        schedule=Schedule("scaled_linear", steps=100),
+        classifier=classifier,
+        noise_bins=5,
+        **options(**changes),
     )
 
 

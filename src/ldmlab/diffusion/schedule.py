@@ -16,7 +16,7 @@ _ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scale
 
 
 class Schedule:
-    """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma on the device of the times."""
+    """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma for each device."""
 
     def __init__(
         self,
