@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from ldmlab.data.encode import LatentSettings, encode
 from ldmlab.data.manifest import ShardInfo, read_manifest, write_manifest
 from ldmlab.data.order import EpochOrder
-from ldmlab.data.reader import ShardReader
 from ldmlab.data.shard_data import ShardData
+from ldmlab.data.shards import ShardReader
 
 BATCH = 64
 MIB = 2**20

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
-from ldmlab.data.tar_samples import END_MARKER, read_range, tar_bytes
+from ldmlab.data.shards import END_MARKER, read_range, tar_bytes
 
 
 def toy_image(number: int, size: int) -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image
 from ldmlab.app.commands import index as command
 from ldmlab.data.index import index
 from ldmlab.data.manifest import check_shards, read_manifest
-from ldmlab.data.tar_samples import read_range, sample_fields, scan_tar
+from ldmlab.data.shards import read_range, sample_fields, scan_tar
 from ldmlab.errors import InputError
 
 

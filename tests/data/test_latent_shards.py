@@ -10,7 +10,7 @@ import pytest
 from ldmlab.data.decode import decode_moments
 from ldmlab.data.latent_shards import FinishedShard, LatentShardWriter, Statistics, check_fingerprint
 from ldmlab.data.manifest import Manifest
-from ldmlab.data.reader import ShardReader
+from ldmlab.data.shards import ShardReader
 from ldmlab.errors import InputError
 
 

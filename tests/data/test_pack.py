@@ -21,9 +21,9 @@ from PIL import Image
 from shard_maker import stored_samples
 
 from ldmlab.app.commands import pack as command
-from ldmlab.data.encode_images import Encoding
 from ldmlab.data.manifest import check_shards, read_manifest
 from ldmlab.data.pack import PackOptions, PackResult, pack
+from ldmlab.data.pack_images import Encoding
 from ldmlab.data.sources import list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
@@ -253,7 +253,7 @@ def test_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldmlab.data.shard_file.os.fsync", full)
+        patch.setattr("ldmlab.data.shards.os.fsync", full)
         with pytest.raises(InputError, match="no space left on device; mend that, then run the same command"):
             _pack(source, tmp_path / "out")
     assert not list(tmp_path.rglob("*.tmp"))

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ldmlab.annotations import centre_square, cropped, mirrored, within
 from ldmlab.app import cli
-from ldmlab.data.encode import encode
-from ldmlab.data.encode_folder import LatentSettings
-from ldmlab.data.parts import centre_cropped, decode_parts
+from ldmlab.data.decode import centre_cropped, decode_parts
+from ldmlab.data.encode import LatentSettings, encode
+from ldmlab.data.loaders import collate
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.stream import collate
 from ldmlab.errors import InputError
 from ldmlab.tasks.crop import Crop
 from ldmlab.tasks.inpainting import Inpainting

@@ -11,8 +11,7 @@ from PIL import Image, ImageDraw
 from ldmlab.annotations import area
 from ldmlab.app import cli
 from ldmlab.data.manifest import read_manifest
-from ldmlab.data.scene_backgrounds import HUES, PATTERNS
-from ldmlab.data.scene_objects import CLASSES, cut, load_objects
+from ldmlab.data.scene_parts import CLASSES, HUES, PATTERNS, cut, load_objects
 from ldmlab.data.scenes import Scene, SceneSettings, draw_scene, write_scenes
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError

@@ -17,11 +17,11 @@ import torch
 from shard_maker import keys_of, toy_image, write_shards
 from torch.utils.data import DataLoader
 
-from ldmlab.data import reader
+from ldmlab.data import shards
+from ldmlab.data.dataset import ShardDataset, Wanted
+from ldmlab.data.loaders import eval_loader
 from ldmlab.data.manifest import read_manifest, write_manifest
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.skipped import SkipCounter
-from ldmlab.data.stream import ShardDataset, Wanted, eval_loader
 from ldmlab.errors import InputError
 from ldmlab.image_random import image_random
 
@@ -107,20 +107,22 @@ def test_bad_samples_are_replaced_and_listed(tmp_path: Path) -> None:
         skipped = [reason for batch in batches for reason in batch["skipped"]]
         assert len([reason for reason in skipped if reason.startswith("00000.tar[2]")]) >= 2  # once an epoch, at least
         assert "OSError" in skipped[0]
-    held_out = list(data(tmp_path).eval_loader("val", 2))
+    reading = data(tmp_path)
+    held_out = list(reading.eval_loader("val", 2))
     assert keys_of(held_out) == ["00002", "00003", "00004", "00006", "00007"]
     assert held_out[0]["image"].shape == (0, 3, 8, 8)  # a batch of nothing but bad samples keeps its form
     assert [len(batch["skipped"]) for batch in held_out] == [2, 0, 1, 0]
+    list(reading.eval_loader("val", 3))  # a second pass finds the same
+    found = reading.skipped("val")
+    assert (found.count, found.total) == (3, 8)
+    assert [name.partition(":")[0] for name in found.names] == ["00000.tar[0]", "00000.tar[1]", "00001.tar[1]"]
+    assert "OSError" in found.names[0]
+    rank = data(tmp_path, workers=2)
+    list(rank.eval_loader("val", 2, world=2, rank=1))
+    assert (rank.skipped("val").count, rank.skipped("val").total) == (2, 4)
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
-    counter = SkipCounter(limit=0.01)
-    for _ in range(10):
-        counter.add({"key": ["k"] * 32, "skipped": ["00003.tar[1]: OSError: cut"]})
-    assert counter.skipped == 10
-    assert counter.by_shard == {"00003.tar": 10}
-    with pytest.raises(InputError, match=r"11 bad samples among 352 .* 11 of them in 00003.tar"):
-        counter.add({"key": ["k"] * 32, "skipped": ["00003.tar[1]: OSError: cut"]})
     write_shards(tmp_path / "train", [3], bad=(0, 1, 2))
     with pytest.raises(InputError, match="none of the first samples can be read"):
         data(tmp_path).train_dataset()
@@ -225,7 +227,7 @@ def test_data_set_survives_pickling(folder: Path) -> None:
 
 
 def test_open_files_do_not_grow_with_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "OPEN_SHARDS", 4)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 4)
     write_shards(tmp_path / "train", [1] * 30)
     dataset = ShardDataset(tmp_path / "train", Wanted(8))
     before = len(os.listdir("/proc/self/fd"))

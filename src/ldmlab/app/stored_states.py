@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldmlab.data.latent_states import DTYPE, EncodeStates
+from ldmlab.data.latent_shards import DTYPE, EncodeStates
 from ldmlab.data.shard_data import ShardData, stored_states
 from ldmlab.errors import InputError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
-from ldmlab.data.ordered_pool import in_order
 from ldmlab.data.output_folder import readable_error
-from ldmlab.data.tar_samples import IMAGE_ENDINGS, scan_tar
+from ldmlab.data.shards import IMAGE_ENDINGS, scan_tar
+from ldmlab.data.workers import in_order
 from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
 

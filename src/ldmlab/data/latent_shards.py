@@ -2,23 +2,26 @@
 
 KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-variance; view 0 is the image, view 1
 its mirror image if asked. Never a drawn sample, never multiplied by a constant.
+
+States of frozen encoders lie beside the moments: KEY.NAME.states.npy, float16, (views, L, D). NAME is the
+conditioner's; views is 1 where the encoder reads no image (captions), else that of the moments.
 """
 
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ldmlab.data.decode import stored_view
 from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_atomically
-from ldmlab.data.reader import Files
-from ldmlab.data.shard_file import ShardFile
-from ldmlab.data.tar_samples import tar_bytes
+from ldmlab.data.shards import Files, ShardFile, tar_bytes
 from ldmlab.errors import InputError
 
 ENCODE_PLAN = "encode.json"  # beside latent shards: what they were begun with
@@ -143,3 +146,34 @@ def check_fingerprint(folder: Path | str, manifest: Manifest, fingerprint: str) 
             f"data.latents={folder} holds latents of another first stage ({str(made_by)[:12]}, this run has "
             f"{fingerprint[:12]}); encode again with `ldmlab encode`, or give the first stage they were made with."
         )
+
+
+DTYPE = "float16"
+EncodeStates = Callable[[Tensor, Mapping[str, list[Any]]], dict[str, NDArray[np.float32]]]
+# uint8 (B, 3, H, W) and the fields of the samples => by conditioner (B, views, L, D)
+
+
+def state_files(key: str, states: Mapping[str, NDArray[np.float32]]) -> Files:
+    """The files of one sample from its states (views, L, D)."""
+    files = {}
+    for name, values in states.items():
+        with np.errstate(over="ignore"):
+            stored = values.astype(DTYPE)
+        if not np.isfinite(stored).all():
+            raise InputError(
+                f"encode: the states of conditioner.{name} for {key} do not fit {DTYPE} (largest "
+                f"{np.abs(values).max():g}); leave conditioner.{name} out, so that it runs while training."
+            )
+        npy = io.BytesIO()
+        np.save(npy, stored, allow_pickle=False)
+        files[_ending(name)] = npy.getvalue()
+    return files
+
+
+def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:
+    """What conditioner `name` says of one view, float16 (L, D)."""
+    return stored_view(files[_ending(name)], view, axes=3, one_serves=True).copy()
+
+
+def _ending(name: str) -> str:
+    return f"{name.lower()}.states.npy"

@@ -174,3 +174,15 @@ class _Recent(Generic[T]):
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         return self._values[key]
+
+
+class KeptOrder:
+    """Positions to places, with an inner order that counts kept samples only."""
+
+    def __init__(self, inner: Order, kept: list[list[int]]) -> None:
+        self._inner, self._kept, self.total = inner, kept, inner.total
+
+    def locate(self, position: int) -> Place:
+        """The place of a position."""
+        place = self._inner.locate(position)
+        return place._replace(sample=self._kept[place.shard][place.sample])

@@ -9,21 +9,19 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.encode_images import Encoding, Part, encode_part
-from ldmlab.data.manifest import Manifest, read_manifest, write_atomically, write_manifest
-from ldmlab.data.ordered_pool import in_order
+from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_atomically, write_manifest
 from ldmlab.data.output_folder import folder_in_use, open_plan, readable_error
-from ldmlab.data.packed_shard import PackedShard, cut_shards
-from ldmlab.data.shard_file import ShardFile
+from ldmlab.data.pack_images import Encoding, Part, encode_part
+from ldmlab.data.shards import ShardFile
 from ldmlab.data.sources import Item, Source, with_fields
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
-from ldmlab.data.workers import processors
+from ldmlab.data.workers import in_order, processors
 from ldmlab.errors import InputError
 from ldmlab.provenance import provenance
 
@@ -47,6 +45,41 @@ class PackOptions:
     def __post_init__(self) -> None:
         if self.shard_size < 1:
             raise InputError(f"shard-size={self.shard_size}; give at least 1 image a shard.")
+
+
+@dataclass
+class PackedShard:
+    """A shard and what became of it."""
+
+    name: str
+    items: list[Item]
+    info: ShardInfo | None = None  # None while open, or if no image of it could be read
+    fields: list[str] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    small: list[str] = field(default_factory=list)  # names of images below the least side
+
+    def side_file(self, folder: Path) -> Path:
+        """Beside the shard until the manifest is written."""
+        return folder / f"{self.name}.json"
+
+    def save(self, folder: Path) -> None:
+        """Written last, so that a shard with this file is whole."""
+        side = {name: value for name, value in asdict(replace(self, items=[])).items() if name != "items"}
+        write_atomically(self.side_file(folder), json.dumps(side))
+
+    def take_finished(self, folder: Path) -> bool:
+        """Whether an earlier run finished the shard; then what it found is taken over."""
+        try:
+            side = json.loads(self.side_file(folder).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return False
+        info = ShardInfo(**side["info"]) if side["info"] else None
+        path = folder / self.name
+        if info is not None and not (path.is_file() and path.stat().st_size == info.bytes):
+            return False
+        self.info, self.fields, self.small = info, side["fields"], side["small"]
+        self.bad = [(name, reason) for name, reason in side["bad"]]
+        return True
 
 
 @dataclass
@@ -222,3 +255,9 @@ class _Pack:
             provenance=provenance(),
             **self.about,
         )
+
+
+def cut_shards(split: str, items: list[Item], shard_size: int) -> list[PackedShard]:
+    """Shards of equal size, the last one smaller."""
+    starts = range(0, len(items), shard_size)
+    return [PackedShard(f"{split}-{n:06d}.tar", items[start : start + shard_size]) for n, start in enumerate(starts)]

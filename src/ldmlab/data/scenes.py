@@ -15,14 +15,13 @@ from typing import Any
 from PIL import Image
 
 from ldmlab.annotations import Box, Boxes, area
-from ldmlab.data.encode_images import Encoding, Part
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.pack import PackOptions, Progress, pack
-from ldmlab.data.scene_backgrounds import background
-from ldmlab.data.scene_objects import CLASSES, load_objects
+from ldmlab.data.pack_images import Encoding, Part
+from ldmlab.data.scene_parts import CLASSES, background, load_objects
+from ldmlab.data.shards import tar_bytes
 from ldmlab.data.sources import Item, Source
 from ldmlab.data.splits import SplitRule
-from ldmlab.data.tar_samples import tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 from ldmlab.image_random import image_random

@@ -9,14 +9,14 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ldmlab.contracts import Task
-from ldmlab.data import stream
+from ldmlab.data import loaders
+from ldmlab.data.dataset import Batch, ShardDataset, Wanted
 from ldmlab.data.decode import BAD_SAMPLE
 from ldmlab.data.latent_shards import read_shard_manifest
+from ldmlab.data.loaders import Skipped
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder
-from ldmlab.data.reader import ShardReader
-from ldmlab.data.stream import Batch, ShardDataset, Wanted
-from ldmlab.data.tar_samples import sample_fields
+from ldmlab.data.shards import ShardReader, sample_fields
 from ldmlab.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class ShardData:
     states: bool = True  # read states that the latents carry, instead of running the encoder that made them
     task: Task | None = None  # set by `with_task`
     stored: tuple[str, ...] = ()  # conditioners whose states are read; set by `with_states`
-    _held_out: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _val: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _skipped: dict[str, Skipped] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.workers < 0:
@@ -96,10 +97,10 @@ class ShardData:
 
     def held_out_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:
         """A split in stored order, never mirrored; the same object every time, so that its cache serves them all."""
-        asked = split, kind or self.kind
-        if asked not in self._held_out:
-            self._held_out[asked] = self._cached(self._dataset(*asked, train=False))
-        return self._held_out[asked]
+        which = split, kind or self.kind
+        if which not in self._val:
+            self._val[which] = self._cached(self._dataset(*which, train=False))
+        return self._val[which]
 
     def train_loader(
         self,
@@ -110,8 +111,8 @@ class ShardData:
         start_position: int = 0,
         kind: str | None = None,
     ) -> DataLoader[Batch]:
-        """See `stream.train_loader`."""
-        return stream.train_loader(
+        """See `loaders.train_loader`."""
+        return loaders.train_loader(
             self.train_dataset(kind),
             micro_batch=micro_batch,
             accumulate=accumulate,
@@ -130,11 +131,25 @@ class ShardData:
         limit: int | None = None,
         kind: str | None = None,
     ) -> DataLoader[Batch]:
-        """See `stream.eval_loader`."""
+        """See `loaders.eval_loader`."""
         dataset = self.held_out_dataset(kind, split)
-        return stream.eval_loader(
-            dataset, batch_size=batch_size, world=world, rank=rank, limit=limit, workers=self.workers
+        return loaders.eval_loader(
+            dataset,
+            batch_size=batch_size,
+            world=world,
+            rank=rank,
+            limit=limit,
+            workers=self.workers,
+            skipped=self.skipped(split),
         )
+
+    def skipped(self, split: str) -> Skipped:
+        """Images of a split that the evaluation loaders of this object and this process could not read so far.
+
+        "13 of 14 images" is `total - count` of `total`; a run of several processes adds up both over its ranks.
+        Objects made by `replace` or `with_task` count for themselves.
+        """
+        return self._skipped.setdefault(split, Skipped())
 
     def _dataset(self, split: str, kind: str, train: bool) -> ShardDataset:
         images, flip = kind == "images", self.flip and train

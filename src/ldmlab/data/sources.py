@@ -5,15 +5,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.image_files import map_ending, walk_images
-from ldmlab.data.parts import MAPS
+from ldmlab.data.decode import MAPS
+from ldmlab.data.shards import IMAGE_ENDINGS, read_range, sample_fields, scan_tar
 from ldmlab.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, find_table, pick_column, read_table
-from ldmlab.data.tar_samples import IMAGE_ENDINGS, read_range, sample_fields, scan_tar
 from ldmlab.errors import InputError
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
@@ -240,3 +239,27 @@ def unique_keys(names: list[str], origins: list[str] | None = None) -> list[str]
             seen[key] += 1
             keys[index] = f"{key}-{seen[key]}"
     return keys
+
+
+def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Images below `folder`, in order, with the NAME.mask.png and NAME.seg.png beside each, by ending.
+
+    Names are relative; hidden files and folders are left out. A map without image comes as an image.
+    """
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(where, folder)
+        shown = [n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS]
+        stems, present = {name.rpartition(".")[0] for name in shown}, set(shown)
+        for name in sorted(shown):
+            if (ending := map_ending(name)) and name.removesuffix(f".{ending}") in stems:
+                continue
+            stem = name.rpartition(".")[0]
+            beside = {ending: f"{stem}.{ending}" for ending in MAPS.values() if f"{stem}.{ending}" in present}
+            placed = {ending: os.path.normpath(os.path.join(inside, file)) for ending, file in beside.items()}
+            yield os.path.normpath(os.path.join(inside, name)), placed
+
+
+def map_ending(name: str) -> str | None:
+    """seg.png or mask.png, if the file is such a map."""
+    return next((ending for ending in MAPS.values() if name.endswith(f".{ending}")), None)

@@ -1,8 +1,13 @@
-"""How many workers there may be, and workers that leave signals to the main process."""
+"""How many worker processes there may be, and work spread over them whose results come back in order."""
 
+import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeVar
 
 
 def processors() -> int:
@@ -10,20 +15,37 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def quiet_worker(worker: int) -> None:
-    """Worker start: Ctrl-C and a scheduler's signals reach the whole group, but only the main process may act on them.
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_AHEAD = 8  # tasks waiting or under way for each worker
 
-    It needs its workers to finish the step it saves after. SIGTERM still ends a worker when its own parent sends it.
-    """
-    for name in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+
+def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Generator[Result, None, None]:
+    """`map(function, tasks)` by so many processes; one worker is this process."""
+    if workers == 1:
+        yield from map(function, tasks)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(function, task))
+            if len(waiting) > _AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def _start_worker() -> None:
+    """Ctrl-C is the parent's to handle, and a worker ends when its parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

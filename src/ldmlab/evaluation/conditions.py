@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
+from ldmlab.data.dataset import ShardDataset, Wanted
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.stream import ShardDataset, Wanted
 from ldmlab.inference.inputs import OPTIONAL, as_asked
 
 Fields = Mapping[str, Any]

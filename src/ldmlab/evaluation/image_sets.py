@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ldmlab.data.dataset import ShardDataset, Wanted
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
-from ldmlab.data.stream import ShardDataset, eval_loader
-from ldmlab.data.tar_samples import IMAGE_ENDINGS
-from ldmlab.data.wanted import Wanted
-from ldmlab.data.workers import processors, quiet_worker
+from ldmlab.data.loaders import eval_loader, quiet_worker
+from ldmlab.data.shards import IMAGE_ENDINGS
+from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 from ldmlab.evaluation.npz import images_shape, read_images, read_statistics
 from ldmlab.evaluation.score import Numbered, numbered

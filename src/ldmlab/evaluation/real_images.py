@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmlab.data.dataset import ShardDataset, Wanted
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.stream import ShardDataset, Wanted
 from ldmlab.evaluation.by_class import class_of
 from ldmlab.evaluation.conditions import conditions
 from ldmlab.evaluation.drawing import Track

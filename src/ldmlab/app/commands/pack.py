@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from ldmlab.app.progress import bar
-from ldmlab.data.annotated_source import annotated, image_names, with_maps
-from ldmlab.data.annotation_files import read_annotations
-from ldmlab.data.encode_images import FORMATS, Encoding
+from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
+from ldmlab.data.decode import MAPS
 from ldmlab.data.pack import BAD, PackOptions, PackResult, pack
-from ldmlab.data.parts import MAPS
+from ldmlab.data.pack_images import FORMATS, Encoding
 from ldmlab.data.sources import LAYOUTS, Source, list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import RULES, Transform, parse_colour

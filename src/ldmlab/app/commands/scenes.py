@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ldmlab.app.progress import bar
-from ldmlab.data.encode_images import FORMATS, Encoding
-from ldmlab.data.scene_objects import CLASSES
+from ldmlab.data.pack_images import FORMATS, Encoding
+from ldmlab.data.scene_parts import CLASSES
 from ldmlab.data.scenes import MOST, SceneSettings, write_scenes
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError

@@ -4,34 +4,137 @@ The order of samples is ours (`order.py`): a batch sampler hands positions to th
 the batches in that order, whatever the number of workers. The state of a stream is one integer, the next position.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from ldmlab.contracts import states_field
-from ldmlab.data.cache import ImageCache
-from ldmlab.data.decode import BAD_SAMPLE, check_fields, decode_fields, decode_image, decode_moments
-from ldmlab.data.kept import KeptOrder, kept_samples
-from ldmlab.data.latent_shards import read_shard_manifest
-from ldmlab.data.latent_states import decode_states
-from ldmlab.data.loader import QuietLoader
-from ldmlab.data.manifest import check_shards
-from ldmlab.data.order import Order, Place, SequentialOrder, evaluation_batches, training_batches
-from ldmlab.data.parts import check_parts, decode_parts, mirrored_sample
-from ldmlab.data.reader import Files, ShardReader
-from ldmlab.data.wanted import Wanted, check_wanted
+from ldmlab.contracts import Task, states_field
+from ldmlab.data.decode import (
+    BAD_SAMPLE,
+    check_fields,
+    check_parts,
+    decode_fields,
+    decode_image,
+    decode_moments,
+    decode_parts,
+    mirrored_sample,
+)
+from ldmlab.data.latent_shards import decode_states, read_shard_manifest
+from ldmlab.data.manifest import Manifest, check_shards
+from ldmlab.data.order import KeptOrder, Order, Place, SequentialOrder
+from ldmlab.data.shards import Files, ShardReader, sample_fields
 from ldmlab.errors import InputError
 from ldmlab.image_random import image_random
 
 TRIES = 100  # samples in a row that may be bad before the data are given up
 
 Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a batch shall hold beside key, position and skipped."""
+
+    image_size: int  # side of the images, px; also of the images behind moments
+    images: bool = True
+    moments: bool = False
+    flip: bool = False  # half of the images mirrored, drawn per (seed, epoch, key)
+    fields: tuple[str, ...] = ("caption",)
+    states: tuple[str, ...] = ()  # conditioners whose stored states come with the moments
+    task: Task | None = None  # derives more from the image, its maps and its boxes
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What the task starts from: image (as stored, not cropped) | mask | segmentation | boxes."""
+        return self.task.needs if self.task else frozenset()
+
+    @property
+    def decoded_size(self) -> int | None:
+        """Side of decoded images and maps; None: as stored, for the task to crop."""
+        return None if "image" in self.parts else self.image_size
+
+
+def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
+    """Refuse shards that cannot give what is wanted, before any work."""
+    latents = manifest.latents or {}
+    if manifest.total == 0:
+        raise InputError(f"data={folder} holds no samples; pack some images first.")
+    if wanted.moments and manifest.kind != "latents":
+        raise InputError(
+            f"data.latents={folder} holds {manifest.kind}, not latents; encode it with `ldmlab encode`, "
+            "or leave data.latents=null to run the first stage while training."
+        )
+    if wanted.images and manifest.kind == "latents" and not latents.get("carries_images"):
+        raise InputError(
+            f"data={folder} holds latents without their images; give the image shards they were made from, "
+            "or encode again so that images are carried."
+        )
+    if wanted.moments and "image" in wanted.parts:
+        raise InputError(
+            f"data.latents={folder} holds latents, but this task crops or changes images; set data.latents=null "
+            "and give the first stage as from_run=RUN, so that it runs while training."
+        )
+    if wanted.moments and latents["image_size"] != wanted.image_size:
+        raise InputError(
+            f"data.image_size={wanted.image_size}, but the latents in {folder} were encoded at "
+            f"{latents['image_size']}; use that size or encode again."
+        )
+    missing = sorted(set(wanted.states) - (latents.get("states") or {}).keys())
+    if missing:
+        raise InputError(
+            f"data.latents={folder} holds no states of conditioner.{missing[0]}, unlike the training split; encode "
+            "both splits alike, or set data.states=false to run the encoder while training."
+        )
+    if wanted.moments and wanted.flip and not latents["mirrored"]:
+        raise InputError(
+            f"data.flip=true, but the latents in {folder} were encoded without their mirror images; "
+            "encode again with them, or set data.flip=false."
+        )
+
+
+class ImageCache:
+    """Room for `count` uint8 images of one size, filled as they are first read.
+
+    An anonymous map: forked workers fill and read the same pages, nothing is left on disk after a kill. A spawned
+    worker cannot inherit it and fills its own.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self._count, self._size = count, size
+        self._map()
+
+    @staticmethod
+    def bytes_needed(count: int, size: int) -> int:
+        """Pixels and one flag per image."""
+        return count * (3 * size * size + 1)
+
+    def _map(self) -> None:
+        pixels = np.frombuffer(mmap.mmap(-1, self.bytes_needed(self._count, self._size)), np.uint8)
+        self._filled = pixels[: self._count]
+        self._images = pixels[self._count :].reshape(self._count, 3, self._size, self._size)
+
+    def get(self, index: int) -> NDArray[np.uint8] | None:
+        """A copy of image `index`, (3, H, W), once it was put."""
+        return self._images[index].copy() if self._filled[index] else None
+
+    def put(self, index: int, image: NDArray[np.uint8]) -> None:
+        """The flag comes after the pixels, so that another worker never reads half an image."""
+        self._images[index] = image
+        self._filled[index] = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_count": self._count, "_size": self._size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
 
 
 class ShardDataset(Dataset[Batch]):
@@ -153,74 +256,18 @@ class ShardDataset(Dataset[Batch]):
         raise InputError(f"data={self.reader.folder}: none of the first samples can be read ({reason}); pack it again.")
 
 
-class IndexBatches(Sampler[list[Any]]):
-    """What `make` yields, again from the beginning for every iteration of the loader."""
-
-    def __init__(self, make: Callable[[], Iterator[list[Any]]]) -> None:
-        self._make = make
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return self._make()
-
-
-def train_loader(
-    dataset: ShardDataset,
-    *,
-    micro_batch: int,  # images per forward pass of this process
-    accumulate: int = 1,  # micro-batches per optimizer update
-    world: int = 1,  # processes
-    rank: int = 0,  # this process
-    start_position: int = 0,  # images already consumed by all processes
-    workers: int = 0,
-) -> DataLoader[Batch]:
-    """Endless micro-batches; `accumulate` of them on each of `world` processes make one global batch."""
-    for name, value in (("micro_batch", micro_batch), ("accumulate", accumulate), ("world", world)):
-        if value < 1:
-            raise InputError(f"{name}={value} makes no batch; choose 1 or more.")
-    make = partial(training_batches, micro_batch, accumulate, world, rank, start_position)
-    return _loader(dataset, make, workers)
+def kept_samples(reader: ShardReader, keeps: Callable[[Mapping[str, Any]], bool]) -> list[list[int]]:
+    """Per shard the samples whose KEY.json is kept, each read once; unreadable ones stay, to be counted as such."""
+    kept: list[list[int]] = []
+    for shard, count in enumerate(reader.counts):
+        kept.append([sample for sample in range(count) if _keeps(reader, shard, sample, keeps)])
+    if not any(kept):
+        raise InputError(f"task: it leaves out all images of data={reader.folder}; loosen its limits.")
+    return kept
 
 
-def eval_loader(
-    dataset: ShardDataset,
-    *,
-    batch_size: int,
-    world: int = 1,
-    rank: int = 0,
-    limit: int | None = None,  # only the first images
-    workers: int = 0,
-) -> DataLoader[Batch]:
-    """Every image once over all processes, in stored order, never padded; a bad one is left out and listed."""
-    if dataset.train:
-        raise InputError("eval_loader needs a data set in stored order; build it with train=False.")
-    total = len(dataset) if limit is None else min(limit, len(dataset))
-    return _loader(dataset, partial(evaluation_batches, total, batch_size, world, rank), workers)
-
-
-def _loader(dataset: ShardDataset, make: Callable[[], Iterator[list[int]]], workers: int) -> DataLoader[Batch]:
-    return QuietLoader(
-        dataset,
-        workers=workers,
-        batch_sampler=IndexBatches(make),
-        collate_fn=partial(collate, template=dataset.template),
-        prefetch_factor=4 if workers else None,
-    )
-
-
-def collate(samples: Sequence[Batch], template: Batch) -> Batch:
-    """Samples to a batch: arrays stacked, everything else in lists; bad samples leave nothing but `skipped`.
-
-    Where all are bad, `template` gives the arrays' shapes and the batch has no rows.
-    """
-    good = [sample for sample in samples if "key" in sample]
-    batch: Batch = {}
-    for name in template:
-        values = [sample[name] for sample in good or [template]]
-        if isinstance(values[0], np.ndarray):
-            batch[name] = torch.from_numpy(np.stack(values))
-        else:
-            batch[name] = torch.tensor(values, dtype=torch.int64) if name in ("position", "class_id") else values
-    if not good:
-        batch = {name: rows[:0] for name, rows in batch.items()}
-    batch["skipped"] = [reason for sample in samples for reason in sample["skipped"]]
-    return batch
+def _keeps(reader: ShardReader, shard: int, sample: int, keeps: Callable[[Mapping[str, Any]], bool]) -> bool:
+    try:
+        return keeps(sample_fields(reader.read(shard, sample)[1]))
+    except BAD_SAMPLE:
+        return True

@@ -1,15 +1,24 @@
-"""Samples as byte ranges of a tar: found by walking its headers once, read back with webdataset's tar iterators."""
+"""Shards: tars whose samples are byte ranges. Scan one made by anyone, read single samples, write new ones.
+
+Every size that a tar states is checked against the bytes that are there, compression and sparse files are refused, and
+no member is ever extracted to disk.
+"""
 
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
+
+from ldmlab.data.manifest import Manifest, ShardInfo
 from ldmlab.errors import InputError
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic", "pgm", "ppm")
@@ -128,3 +137,92 @@ def tar_bytes(name: str, content: bytes) -> bytes:
 
 
 END_MARKER = bytes(2 * _BLOCK)
+
+
+class ShardFile:
+    """One shard; either `finish` or `abandon` closes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by `finish` or `abandon`
+        self._digest, self._bytes, self._offsets = hashlib.sha256(), 0, list[int]()
+
+    def append(self, samples: bytes, offsets: Sequence[int] = (0,)) -> None:
+        """Tar members of whole samples, and where in them each sample begins."""
+        self._offsets += [self._bytes + offset for offset in offsets]
+        self._write(samples)
+
+    def finish(self) -> ShardInfo | None:
+        """The shard under its own name; None, and no file, if it has no sample."""
+        if not self._offsets:
+            self.abandon()
+            return None
+        self._write(END_MARKER)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        return ShardInfo(self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets)
+
+    def abandon(self) -> None:
+        """Leaves nothing of an unfinished shard."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+
+OPEN_SHARDS = 32  # file handles kept per process
+
+Files = dict[str, bytes]  # a sample's files by ending: {"webp": ..., "json": ...}
+
+
+class ShardReader:
+    """The samples of a folder of shards; safe to hand to forked and spawned workers."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.names = [shard.name for shard in manifest.shards]
+        self.counts = [shard.samples for shard in manifest.shards]
+        self._first = np.cumsum([0, *self.counts])  # where a shard's offsets begin
+        self._offsets = np.fromiter((o for s in manifest.shards for o in s.offsets), np.int64, int(self._first[-1]))
+        self._sizes = np.array([shard.bytes for shard in manifest.shards], np.int64)
+        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
+
+    def read(self, shard: int, sample: int) -> tuple[str, Files]:
+        """Key and files of a sample; OSError or tarfile's errors where the shard is damaged."""
+        begin = int(self._offsets[self._first[shard] + sample])
+        last = sample + 1 == self.counts[shard]
+        end = int(self._sizes[shard] if last else self._offsets[self._first[shard] + sample + 1])
+        data = os.pread(self._file(shard).fileno(), end - begin, begin)
+        if len(data) < end - begin:
+            raise OSError("the shard ends inside this sample")
+        files = parse_sample(data, self.names[shard])
+        return files.pop("__key__"), {name: value for name, value in files.items() if not name.startswith("__")}
+
+    def index(self, shard: int, sample: int) -> int:
+        """Number of a sample, counted over all shards."""
+        return int(self._first[shard]) + sample
+
+    def label(self, shard: int, sample: int) -> str:
+        """How messages name a sample whose key may be unreadable."""
+        return f"{self.names[shard]}[{sample}]"
+
+    def _file(self, shard: int) -> io.FileIO:
+        """The open file of a shard; reads give their own offset, so processes may share it."""
+        if shard not in self._open:
+            self._open[shard] = io.FileIO(self.folder / self.names[shard])
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_open", {}).values():
+            file.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}

@@ -1,0 +1,184 @@
+"""Loaders over a data set keyed by position.
+
+The order of samples is ours (`order.py`): a batch sampler hands positions to the workers and torch's loader returns
+the batches in that order, whatever the number of workers. The state of a stream is one integer, the next position.
+Workers keep to the processors there are and leave signals to the main process.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldmlab.data.dataset import Batch, ShardDataset
+from ldmlab.data.order import evaluation_batches, training_batches
+from ldmlab.data.workers import processors
+from ldmlab.errors import InputError
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class QuietLoader(DataLoader[T_co]):
+    """torch's loader; its order of batches does not depend on the number of workers."""
+
+    def __init__(
+        self, dataset: Dataset[Any], *, workers: int, on_batch: Callable[[Any], None] | None = None, **options: Any
+    ) -> None:
+        workers = min(workers, processors())
+        self._on_batch = on_batch  # called with every batch, in the process that reads the loader
+        init = quiet_worker if workers else None
+        super().__init__(dataset, num_workers=workers, worker_init_fn=init, **options)
+
+    def __iter__(self) -> Any:
+        """Start the workers with SIGTERM blocked: some packages start threads of their own in every forked process,
+        before `quiet_worker` runs, and a thread that does not block a signal may be the one to get it."""
+        if not hasattr(signal, "sigwaitinfo"):
+            return self._watched(super().__iter__())
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return self._watched(super().__iter__())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _watched(self, batches: Iterator[T_co]) -> Iterator[T_co]:
+        if self._on_batch is None:
+            return batches
+        return map(self._passed_on, batches)
+
+    def _passed_on(self, batch: Any) -> Any:
+        if self._on_batch is not None:
+            self._on_batch(batch)
+        return batch
+
+
+def quiet_worker(worker: int) -> None:
+    """Worker start: Ctrl-C and a scheduler's signals reach the whole group, but only the main process may act on them.
+
+    It needs its workers to finish the step it saves after. SIGTERM still ends a worker when its own parent sends it.
+    """
+    for name in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@dataclass
+class Skipped:
+    """Images of a split that this process could not read, found by its evaluation loaders so far."""
+
+    total: int = 0  # images of one pass over this process's part of the split
+    reasons: dict[str, str] = field(default_factory=dict)  # "SHARD[SAMPLE]" => reason
+
+    @property
+    def count(self) -> int:
+        """Images that could not be read, each counted once however often it was tried."""
+        return len(self.reasons)
+
+    @property
+    def names(self) -> list[str]:
+        """ "SHARD[SAMPLE]: reason" of each of them, in stored order."""
+        return [f"{label}: {reason}" for label, reason in sorted(self.reasons.items())]
+
+    def add(self, batch: Batch) -> None:
+        """Take note of what a batch left out."""
+        for entry in batch["skipped"]:
+            label, _, reason = entry.partition(": ")
+            self.reasons[label] = reason
+
+
+class IndexBatches(Sampler[list[Any]]):
+    """What `make` yields, again from the beginning for every iteration of the loader."""
+
+    def __init__(self, make: Callable[[], Iterator[list[Any]]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self._make()
+
+
+def train_loader(
+    dataset: ShardDataset,
+    *,
+    micro_batch: int,  # images per forward pass of this process
+    accumulate: int = 1,  # micro-batches per optimizer update
+    world: int = 1,  # processes
+    rank: int = 0,  # this process
+    start_position: int = 0,  # images already consumed by all processes
+    workers: int = 0,
+) -> DataLoader[Batch]:
+    """Endless micro-batches; `accumulate` of them on each of `world` processes make one global batch."""
+    for name, value in (("micro_batch", micro_batch), ("accumulate", accumulate), ("world", world)):
+        if value < 1:
+            raise InputError(f"{name}={value} makes no batch; choose 1 or more.")
+    make = partial(training_batches, micro_batch, accumulate, world, rank, start_position)
+    return _loader(dataset, make, workers)
+
+
+def eval_loader(
+    dataset: ShardDataset,
+    *,
+    batch_size: int,
+    world: int = 1,
+    rank: int = 0,
+    limit: int | None = None,  # only the first images
+    workers: int = 0,
+    skipped: Skipped | None = None,  # takes note of the images that cannot be read
+) -> DataLoader[Batch]:
+    """Every image once over all processes, in stored order, never padded; a bad one is left out and listed."""
+    if dataset.train:
+        raise InputError("eval_loader needs a data set in stored order; build it with train=False.")
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    if skipped is not None:
+        skipped.total = max(skipped.total, len(range(rank, total, world)))
+    make = partial(evaluation_batches, total, batch_size, world, rank)
+    return _loader(dataset, make, workers, skipped.add if skipped is not None else None)
+
+
+def _loader(
+    dataset: ShardDataset,
+    make: Callable[[], Iterator[list[int]]],
+    workers: int,
+    on_batch: Callable[[Batch], None] | None = None,
+) -> DataLoader[Batch]:
+    return QuietLoader(
+        dataset,
+        workers=workers,
+        on_batch=on_batch,
+        batch_sampler=IndexBatches(make),
+        collate_fn=partial(collate, template=dataset.template),
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def collate(samples: Sequence[Batch], template: Batch) -> Batch:
+    """Samples to a batch: arrays stacked, everything else in lists; bad samples leave nothing but `skipped`.
+
+    Where all are bad, `template` gives the arrays' shapes and the batch has no rows.
+    """
+    good = [sample for sample in samples if "key" in sample]
+    batch: Batch = {}
+    for name in template:
+        values = [sample[name] for sample in good or [template]]
+        if isinstance(values[0], np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(values))
+        else:
+            batch[name] = torch.tensor(values, dtype=torch.int64) if name in ("position", "class_id") else values
+    if not good:
+        batch = {name: rows[:0] for name, rows in batch.items()}
+    batch["skipped"] = [reason for sample in samples for reason in sample["skipped"]]
+    return batch
