@@ -6,7 +6,12 @@ Run folders, checkpoints, model folders, shards and scores of that version load 
 from collections.abc import Mapping
 from typing import Any
 
-TARGETS: dict[str, str] = {}  # `_target_` then => now
+TARGETS: dict[str, str] = {  # `_target_` then => now
+    "ldmlab.metrics.clip_score.ClipScore": "ldmlab.metrics.clip_scores.ClipScore",
+    "ldmlab.metrics.clip_distance.ClipDistance": "ldmlab.metrics.clip_scores.ClipDistance",
+    "ldmlab.metrics.density_coverage.DensityCoverage": "ldmlab.metrics.precision_recall.DensityCoverage",
+    "ldmlab.metrics.together.inception_and_clip": "ldmlab.metrics.features.inception_and_clip",
+}
 
 OPTIONS: dict[str, dict[str, str]] = {}  # `_target_` now => {argument then: argument now}
 

@@ -5,11 +5,10 @@ from torchmetrics import Metric
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.score import EvaluationPass
-from ldmlab.metrics.density_coverage import DensityCoverage
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance
-from ldmlab.metrics.precision_recall import PrecisionRecall
+from ldmlab.metrics.precision_recall import DensityCoverage, PrecisionRecall
 
 
 class Extractor:

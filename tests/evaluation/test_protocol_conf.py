@@ -87,7 +87,7 @@ def test_what_was_changed_in_a_protocol_is_found() -> None:
     assert set(changed(node)) == {
         "metrics.precision_recall.neighbours=5 (file: 3)",
         "metrics.kid.subsets=100 (file: none)",
-        "metrics.kid.subset_size=1000 (file: none)",
+        "metrics.kid.at_most=1000 (file: none)",
         "metrics.kid.seed=2020 (file: none)",
         "eta=0 (file: 1.0)",
     }

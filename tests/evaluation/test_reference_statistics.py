@@ -14,7 +14,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation import feature_recorder
 from ldmlab.evaluation.reference_statistics import ReferenceKey, load, see_reference
 from ldmlab.evaluation.score import EvaluationPass, Numbered
-from ldmlab.metrics.clip_distance import ClipDistance
+from ldmlab.metrics.clip_scores import ClipDistance
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall

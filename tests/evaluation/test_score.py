@@ -10,7 +10,7 @@ from torch import Tensor
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol, requests
 from ldmlab.evaluation.score import EvaluationPass, numbered
-from ldmlab.metrics.clip_score import ClipScore
+from ldmlab.metrics.clip_scores import ClipScore
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance

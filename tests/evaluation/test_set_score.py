@@ -142,7 +142,7 @@ def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", drawn(5, 0))
     few = image_set(tmp_path / "set.npz")
     for metrics, message in (
-        ({"kid": KernelDistance()}, r"metrics\.kid\.subset_size=1000 is more than the 5 real images"),
+        ({"kid": KernelDistance(subset_size=1000)}, r"metrics\.kid\.subset_size=1000 is more than the 5 real images"),
         ({"is": InceptionScore()}, r"metrics\.is needs logits, which --features .* choose --features inception"),
         ({"fid": FrechetDistance(6)}, r"5 real images are fewer .* set metrics\.fid\.small_sample=true"),
     ):
@@ -271,4 +271,4 @@ def test_too_few_images_are_refused_before_any_is_looked_at(tmp_path: Path) -> N
     with pytest.raises(InputError, match="4 generated images are fewer than the 6 features"):
         score_sets(few, many, Blind(), {"fid": FrechetDistance(6)}, workers=0)
     with pytest.raises(InputError, match=r"metrics\.kid\.subset_size=6 is more than the 4 real images"):
-        score_sets(many, few, Blind(), {"kid": KernelDistance(5, 6)}, workers=0)
+        score_sets(many, few, Blind(), {"kid": KernelDistance(5, subset_size=6)}, workers=0)

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
 from ldmlab.errors import InputError
-from ldmlab.metrics.features import Inception2015, clip_of_run
+from ldmlab.metrics.features import Inception2015, InceptionAndClip, clip_of_run
 from ldmlab.metrics.timm_features import TimmFeatures
-from ldmlab.metrics.together import InceptionAndClip
 from ldmlab.nn.openclip import build_clip
 
 CLIP = {

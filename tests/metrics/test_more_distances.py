@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.metrics import features
-from ldmlab.metrics.clip_distance import ClipDistance
-from ldmlab.metrics.clip_score import ClipScore
-from ldmlab.metrics.density_coverage import DensityCoverage
+from ldmlab.metrics.clip_scores import ClipDistance, ClipScore
 from ldmlab.metrics.frechet import FrechetDistance, SpatialFrechetDistance, add_outer, whole
+from ldmlab.metrics.precision_recall import DensityCoverage
 
 
 def normal(count: int, width: int, seed: int) -> Tensor:

@@ -12,13 +12,11 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from ldmlab.errors import InputError
-from ldmlab.metrics.clip_distance import ClipDistance
-from ldmlab.metrics.clip_score import ClipScore
-from ldmlab.metrics.density_coverage import DensityCoverage
+from ldmlab.metrics.clip_scores import ClipDistance, ClipScore
 from ldmlab.metrics.frechet import FrechetDistance, frechet_distance
 from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance
-from ldmlab.metrics.precision_recall import PrecisionRecall, nearest
+from ldmlab.metrics.precision_recall import DensityCoverage, PrecisionRecall, nearest
 
 
 def normal(count: int, width: int, seed: int) -> Tensor:
@@ -124,6 +122,18 @@ def test_memory_is_the_features_and_one_tile() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < all_distances_kib / 4
 
 
+@pytest.mark.parametrize(("real", "fake", "size"), [(30, 40, 30), (2, 900, 2), (150, 120, 100)])
+def test_kernel_distance_takes_the_subsets_that_a_small_set_allows(real: int, fake: int, size: int) -> None:
+    small, explicit = KernelDistance(at_most=100), KernelDistance(subset_size=size)
+    for metric in (small, explicit):
+        metric.update(normal(real, 4, 0), real=True)
+        metric.update(normal(fake, 4, 1), real=False)
+    assert small.compute() == explicit.compute()
+    assert small.resolved == {"subset_size": size}
+    assert bool(small.remarks) == (size < 100)
+    assert not explicit.remarks
+
+
 def test_bad_input_is_one_sentence() -> None:
     broken = normal(10, 12, 0)
     broken[3, 4] = torch.nan
@@ -140,7 +150,7 @@ def test_bad_input_is_one_sentence() -> None:
     allowed.update(normal(11, 12, 0), real=True)
     allowed.update(normal(11, 12, 1), real=False)
     assert torch.isfinite(allowed.compute()["fid"])
-    kernel = KernelDistance()
+    kernel = KernelDistance(subset_size=1000)
     kernel.update(normal(30, 4, 0), real=True)
     kernel.update(normal(40, 4, 0), real=False)
     with pytest.raises(InputError, match="subset_size=1000 is more than the 30 real images"):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.score import EvaluationPass
-from ldmlab.metrics.balls import ball_sizes, shares_inside
 from ldmlab.metrics.kernel import squared_mmd
+from ldmlab.metrics.knn_balls import shares_inside, squared_radii
 
 _NEIGHBOURS = 3  # of precision and recall, as over all classes
 _MOST = 4000  # images of one class that its kernel distance looks at, so that memory is bounded
@@ -52,7 +52,7 @@ def _scores(real: Tensor | None, samples: Tensor) -> dict[str, Any]:
     if min(len(real), len(samples)) > _NEIGHBOURS:
         centre = real.mean(dim=0)
         real, samples = real - centre, samples - centre
-        balls = [ball_sizes(part, _NEIGHBOURS) for part in (samples, real)]
+        balls = [squared_radii(part, _NEIGHBOURS) for part in (samples, real)]
         precision, recall = shares_inside(samples, balls[0], real, balls[1])
         row |= {"precision": float(precision), "recall": float(recall)}
     return row

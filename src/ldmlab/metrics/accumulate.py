@@ -1,4 +1,4 @@
-"""What the scores see: features of real and generated images, gathered over batches and processes.
+"""Features of real and generated images, accumulated over batches and processes.
 
 Shapes: B batch, N images in all, D feature width, K logits.
 """
@@ -60,7 +60,7 @@ class FeatureSets(Metric):
 
 
 def next_index(indices: list[Tensor], count: int) -> Tensor:
-    """The `count` positions after those already seen."""
+    """The `count` positions after the last one."""
     last = next((seen for seen in reversed(indices) if len(seen)), None)
     start = 0 if last is None else int(last[-1]) + 1
     return torch.arange(start, start + count)

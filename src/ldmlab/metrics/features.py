@@ -21,7 +21,7 @@ SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17  # 2023, whatever the images' size
 
 
 class FeatureExtractor(Protocol):
-    """What a score needs to know about a network."""
+    """A network whose features the scores compare."""
 
     name: str
     weights_hash: str
@@ -66,7 +66,7 @@ class Inception2015(nn.Module):
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"features.weights={path} is not the Inception network's file; fetch it again.") from error
         self._map: Tensor | None = None  # (B, 192, 17, 17), of the last images
         # TensorFlow counts its mixed blocks from 0 at Mixed_5b, so mixed_6 is Mixed_6d.
@@ -134,5 +134,31 @@ def published_clip(name: str, pretrained: str) -> OpenClipFeatures:
 
 
 def clip_of_run(run: str, clip: OpenClip) -> OpenClipFeatures:
-    """A CLIP that this laboratory trained; wiring reads it from the run folder."""
+    """The CLIP of a run of `stage=clip`, read from its folder by the caller."""
     return OpenClipFeatures(clip, f"clip run {Path(run).name}")
+
+
+class InceptionAndClip(nn.Module):
+    """The features that are compared are Inception's, so name, hash and width are too; CLIP adds clip and text."""
+
+    gives = Inception2015.gives | {"clip", "text"}
+
+    def __init__(self, inception: Inception2015, clip: OpenClipFeatures) -> None:
+        super().__init__()
+        self.inception, self.clip = inception, clip
+        self.name, self.width, self.weights_hash = inception.name, inception.width, inception.weights_hash
+        self.preparation = f"{inception.preparation}; for {clip.name}: {clip.preparation}"
+        self.text_name, self.text_weights_hash = clip.name, clip.weights_hash
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """features (B, 2048), logits (B, 1008), spatial (B, 2023), clip (B, D)."""
+        return {**self.inception(images), "clip": self.clip(images)["clip"]}
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Captions => (B, D), in the space of `clip`."""
+        return self.clip.texts(captions)
+
+
+def inception_and_clip(weights: Path | str, name: str, pretrained: str) -> InceptionAndClip:
+    """The Inception network's file, and a published open_clip model by architecture and tag."""
+    return InceptionAndClip(Inception2015(weights), published_clip(name, pretrained))

@@ -31,6 +31,8 @@ class FrechetDistance(Metric):
     """
 
     score_name = "fid"
+    title = "Fréchet distance"
+    meaning = "distance between the Gaussians of real and generated features"
     statistics_name = "fid"  # of the given statistics that may replace real features
 
     full_state_update = False
@@ -74,12 +76,12 @@ class FrechetDistance(Metric):
             add_outer(outer[number], rows)
 
     def take_real(self, mean: Tensor, covariance: Tensor, first: bool = True) -> None:
-        """Mean (D,) and covariance (D, D) in place of real features, which are not looked at; all processes call it."""
+        """Mean (D,) and covariance (D, D) in place of real features, which are then ignored; all processes call it."""
         if mean.shape != (self.width,):
             raise InputError(f"the given statistics are {len(mean)} wide where this metric was built for {self.width}.")
         self._real_is_given = True
         if first:
-            count = self.width + 1  # the number of images is not told, and enters nothing but the check of it
+            count = self.width + 1  # the number of images is unknown, and used for nothing but its check
             device, mean, covariance = self.real_sum.device, mean.double(), covariance.double()
             self.real_count[0] = count
             self.real_sum[0] = (mean * count).to(device)
@@ -136,6 +138,8 @@ class SpatialFrechetDistance(FrechetDistance):
     """sFID (Nash et al., ICML 2021) as ADM's script has it: the Frechet distance of spatial features, 2023 wide."""
 
     score_name = statistics_name = "sfid"
+    title = "sFID"
+    meaning = "Fréchet distance of spatial features: those that keep their place in the image"
 
     def __init__(self, small_sample: bool = False, spread_groups: int = 0) -> None:
         super().__init__(SPATIAL_WIDTH, small_sample, spread_groups)

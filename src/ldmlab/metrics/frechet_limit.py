@@ -3,7 +3,7 @@
     d(n) = d_inf + b / n + O(1 / n^2),   n generated images against a fixed reference
 
 The generated images fall into groups, and at each size N / parts, parts = 1 .. 4, the mean over disjoint parts that
-together hold every image gives a point. A straight line over 1 / n, weighted with n^2 since what it leaves out grows
+together hold every image gives a point. A straight line over 1 / n, weighted with n^2 since the neglected term grows
 with 1 / n^2, meets the axis at d_inf. The bias of the reference's own number of images stays.
 """
 
@@ -22,6 +22,8 @@ class FrechetLimit(FrechetDistance):
     """`fid_inf` with its standard error by the delete-a-group jackknife; `points` is the curve, after `compute`."""
 
     score_name = "fid_inf"
+    title = "Fréchet distance, infinitely many samples"
+    meaning = "extrapolated by a line over 1 / samples"
 
     def __init__(self, width: int, small_sample: bool = False, spread: bool = True) -> None:
         super().__init__(width, small_sample, spread_groups=_GROUPS)

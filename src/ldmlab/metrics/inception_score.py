@@ -20,6 +20,8 @@ class InceptionScore(Metric):
 
     full_state_update = False
     higher_is_better = True
+    title = "Inception Score"
+    meaning = "confidence and variety of the network's labels"
     logits: list[Tensor]
     logits_index: list[Tensor]
 
@@ -30,7 +32,7 @@ class InceptionScore(Metric):
         self.add_state("logits_index", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, real: bool = False, index: Tensor | None = None) -> None:
-        """Logits (B, K); those of real images are not looked at."""
+        """Logits (B, K); those of real images are ignored."""
         if real:
             return
         self.logits.append(check_features(logits, "logits").cpu())

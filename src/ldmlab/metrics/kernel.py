@@ -18,32 +18,53 @@ class KernelDistance(FeatureSets):
     """Kernel distance of generated to real features; unbiased, so it serves small sets too and may be below 0."""
 
     higher_is_better = False
+    title = "Kernel distance"
+    meaning = "unbiased distance of the features; about 0 for two halves of one set"
 
-    def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> None:
+    def __init__(
+        self,
+        subsets: int = 100,
+        subset_size: int | None = None,  # images in each; None: `at_most`, or the smaller set where it holds fewer
+        seed: int = 2020,
+        at_most: int = 1000,
+    ) -> None:
         super().__init__()
-        self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
+        self.subsets, self.subset_size, self.seed, self.at_most = subsets, subset_size, seed, at_most
+        self.resolved: dict[str, int] = {}  # options as they were used, after `compute`
+        self.remarks: dict[str, str] = {}  # by score, after `compute`
 
     def compute(self) -> dict[str, Tensor]:
         """`kid` and `kid_std`."""
         real, fake = self.sets()
         for name, features in (("real", real), ("generated", fake)):
             self.check_count(len(features), name)
+        size = self._size(min(len(real), len(fake)))
         generator = np.random.RandomState(self.seed)  # torch-fidelity's generator
         values = []
         for _ in range(self.subsets):
-            some_fake = fake[torch.from_numpy(generator.choice(len(fake), self.subset_size, replace=False))]
-            some_real = real[torch.from_numpy(generator.choice(len(real), self.subset_size, replace=False))]
+            some_fake = fake[torch.from_numpy(generator.choice(len(fake), size, replace=False))]
+            some_real = real[torch.from_numpy(generator.choice(len(real), size, replace=False))]
             values.append(squared_mmd(some_fake, some_real))
         scores = torch.stack(values)
         return {"kid": scores.mean(), "kid_std": scores.std(correction=0)}
 
     def check_count(self, count: int, name: str) -> None:
         """Refuses too few `name` images."""
-        if count < self.subset_size:
+        if count < 2:
+            raise InputError(f"metric.kid needs at least 2 {name} images, there are {count}; leave that score out.")
+        if self.subset_size is not None and count < self.subset_size:
             raise InputError(
                 f"metric.kid.subset_size={self.subset_size} is more than the {count} {name} images at hand; "
                 f"choose at most {count}."
             )
+
+    def _size(self, fewest: int) -> int:
+        """Images in each subset."""
+        size = min(self.at_most, fewest) if self.subset_size is None else self.subset_size
+        self.resolved = {"subset_size": size}
+        few = self.subset_size is None and size < self.at_most
+        self.remarks = {"kid": f"subsets of {size} images, all that the smaller set holds"} if few else {}
+        return size
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:

@@ -1,15 +1,23 @@
-"""Improved precision and recall (Kynkaanniemi et al., NeurIPS 2019), with distances in tiles.
+"""Precision and recall, density and coverage: k-NN balls around the points of a set, with distances in tiles.
 
-Each set is described by balls around its points that reach to the k-th other point. Precision: share of generated
-points inside a ball of the real set. Recall: share of real points inside a ball of the generated set.
+A ball around a point reaches to its k-th nearest other point of the same set.
+
+Improved precision and recall (Kynkaanniemi et al., NeurIPS 2019). Precision: fraction of generated points inside a ball
+of the real set. Recall: fraction of real points inside a ball of the generated set.
+
+Density and coverage (Naeem et al., ICML 2020), with balls around the real points. Density: mean number of balls that
+contain a generated point, divided by k; it may exceed 1 and, unlike precision, is not raised by one outlier's large
+ball. Coverage: fraction of real points whose ball contains a generated point.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.metrics.accumulate import FeatureSets
-from ldmlab.metrics.balls import ball_sizes, shares_inside
+from ldmlab.metrics.knn_balls import shares_inside, squared_radii
 
 _TILE = 1024  # rows and columns of one block of distances: 4 MiB in float32
 
@@ -17,11 +25,16 @@ _TILE = 1024  # rows and columns of one block of distances: 4 MiB in float32
 class PrecisionRecall(FeatureSets):
     """Precision and recall of generated features; the memory beyond the features is one tile.
 
-    `screening`: 8-bit products rule most pairs out before float32 decides (`screening.py`), with the same answers; it
-    takes a quarter of the features' memory more. The spread is the standard error of a share of so many images.
+    `screening`: 8-bit products exclude most pairs before float32 decides (`screening.py`), with the same results; it
+    needs a quarter of the features' memory more. The spread is the standard error of a proportion.
     """
 
     higher_is_better = True
+    title: ClassVar = {"precision": "Precision", "recall": "Recall"}
+    meaning: ClassVar = {
+        "precision": "fraction of generated images inside a k-NN ball of the real ones: fidelity",
+        "recall": "fraction of real images inside a k-NN ball of the generated ones: variety",
+    }
 
     def __init__(self, neighbours: int = 3, screening: bool = False) -> None:
         super().__init__()
@@ -34,7 +47,7 @@ class PrecisionRecall(FeatureSets):
             self.check_count(len(features), name)
         centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
         real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
-        balls = [ball_sizes(part, self.neighbours, self.screening) for part in (fake, real)]
+        balls = [squared_radii(part, self.neighbours, self.screening) for part in (fake, real)]
         precision, recall = shares_inside(fake, balls[0], real, balls[1], self.screening)
         return {
             "precision": precision,
@@ -48,6 +61,53 @@ class PrecisionRecall(FeatureSets):
         if count <= self.neighbours:
             raise InputError(
                 f"metric.precision_recall.neighbours={self.neighbours} needs more than {count} {name} images."
+            )
+
+
+class DensityCoverage(FeatureSets):
+    """Density and coverage of generated features; the memory beyond the features is one tile."""
+
+    higher_is_better = True
+    title: ClassVar = {"density": "Density", "coverage": "Coverage"}
+    meaning: ClassVar = {
+        "density": "real k-NN balls that contain a generated image, over k; 1 for two halves of one set",
+        "coverage": "fraction of real k-NN balls containing a generated image",
+    }
+
+    def __init__(self, neighbours: int = 5) -> None:
+        super().__init__()
+        self.neighbours = neighbours
+
+    def compute(self) -> dict[str, Tensor]:
+        """`density`, 0 and up, and `coverage` in [0, 1], float64, each with its standard error `_std`."""
+        real, fake = self.sets()
+        self.check_count(len(real), "real")
+        centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
+        real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
+        balls, covered = squared_radii(real, self.neighbours), []
+        lying_in = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # real balls, of each generated point
+        for top in range(0, len(real), _TILE):
+            rows = slice(top, top + _TILE)
+            held = torch.zeros(len(real[rows]), dtype=torch.int64, device=real.device)  # generated points in each ball
+            for left in range(0, len(fake), _TILE):
+                columns = slice(left, left + _TILE)
+                inside = squared_distances(real[rows], fake[columns]) < balls[rows, None]
+                held += inside.sum(dim=1)
+                lying_in[columns] += inside.sum(dim=0)
+            covered.append(held > 0)
+        density, coverage = lying_in.double() / self.neighbours, torch.cat(covered).double().mean()
+        return {
+            "density": density.mean(),
+            "density_std": density.std(correction=0) / len(fake) ** 0.5,
+            "coverage": coverage,
+            "coverage_std": share_error(coverage, len(real)),
+        }
+
+    def check_count(self, count: int, name: str) -> None:
+        """Refuses too few `name` images; generated ones may be any number."""
+        if name == "real" and count <= self.neighbours:
+            raise InputError(
+                f"metric.density_coverage.neighbours={self.neighbours} needs more than {count} real images."
             )
 
 

@@ -5,6 +5,7 @@ All are sums over images, so that any split over batches and processes gives the
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class ReconstructionMeasures(Metric):
     """
 
     full_state_update = False
+    title: ClassVar = {"psnr": "PSNR", "psnr_object": "PSNR, objects", "ssim": "SSIM", "lpips": "LPIPS", "psim": "PSIM"}
+    meaning: ClassVar = {
+        "psnr": "of reconstructions, dB, mean over images",
+        "psnr_object": "the same over pixels that are not background, pooled",
+        "ssim": "structural similarity of reconstructions",
+        "lpips": "perceptual distance of reconstructions",
+        "psim": "the same network without learned weights",
+    }
     psnr_sum: Tensor
     psnr_square_sum: Tensor
     ssim_sum: Tensor
@@ -107,7 +116,7 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 class LatentStatistics(Metric):
     """Mean, standard deviation and extremes of raw latents, per channel.
 
-    The deviation is that of drawn latents: the posterior's own variance is added to the spread of its means.
+    The deviation is that of sampled latents: the posterior's own variance is added to the spread of its means.
     """
 
     full_state_update = False

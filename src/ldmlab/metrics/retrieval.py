@@ -1,4 +1,4 @@
-"""Can an image find its caption, and a caption its image, among a number of pairs?"""
+"""Retrieval of captions by images and of images by captions, among a number of pairs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ _SEED = 0  # of the shuffles, the same in every run
 def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str], candidates: int = 50) -> dict[str, float]:
     """Recall at 1 and 5 in both directions, among `candidates` pairs and among all, beside what chance would give.
 
-    images, texts: (N, D) of unit length, row i of both belonging to captions[i]. An image whose caption is the same
+    images, texts: (N, D) of unit length, row i of both belonging to captions[i]. An image with the same caption
     counts as found too. Also the mean similarity of matched and of mismatched pairs.
     """
     names = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
@@ -36,7 +36,7 @@ def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str], candidates
 
 
 def _groups(count: int, candidates: int) -> Iterator[Tensor]:
-    """Fixed disjoint groups of indices, several times over; one group of all when there are too few."""
+    """Fixed disjoint groups of indices, repeated for several shuffles; one group of all when there are too few."""
     if count <= candidates:
         yield torch.arange(count)
         return

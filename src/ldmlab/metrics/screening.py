@@ -1,4 +1,4 @@
-"""Low-precision screening of distances: products of 8-bit integers rule most pairs out, float32 decides the rest.
+"""Low-precision screening of distances: products of 8-bit integers exclude most pairs, float32 decides the rest.
 
 With x = x~ + e(x), x~ = s q, q in [-127, 127]^D, the product q_x . q_y is exact in 32-bit integers, and
 
@@ -29,7 +29,7 @@ _ALIGNED = 32  # rows and features of 8-bit products come in multiples: GPUs mul
 
 @dataclass(frozen=True)
 class Low:
-    """What stands for points (N, D) in screening: scale q, with what it lost."""
+    """8-bit approximation of points (N, D), scale q, with a bound on its error."""
 
     q: Tensor  # 8-bit integers, (N, D), D rounded up
     scale: float
@@ -37,7 +37,7 @@ class Low:
 
     @staticmethod
     def of(exact: Tensor, squares: Tensor) -> "Low":
-        """Features beyond the reach of 8 bits are cut, and what that takes away counts as lost."""
+        """Features beyond the range of 8 bits are clipped, and the clipped part counts as error."""
         scale = _best_scale(exact[:_CHUNK])
         q = torch.cat([_rounded(rows, scale).to(torch.int8) for rows in exact.split(_CHUNK)])
         rows = zip(exact.split(_CHUNK), q.split(_CHUNK), strict=True)
@@ -48,14 +48,14 @@ class Low:
 
 
 def _best_scale(rows: Tensor) -> float:
-    """The scale that loses least of some rows."""
+    """The scale with the least error on some rows."""
     size = rows.square().mean().sqrt().clamp_min(_SMALLEST)
     scales = [float(size * reach / _LARGEST) for reach in _REACHES]
     return min(scales, key=lambda scale: float((rows - _rounded(rows, scale) * scale).norm(dim=1).mean()))
 
 
 def _rounded(rows: Tensor, scale: float) -> Tensor:
-    """The nearest of the 255 numbers that there are."""
+    """Rounded to the nearest of 255 levels."""
     return (rows / scale).round_().clamp_(-_LARGEST, _LARGEST)
 
 

@@ -1,6 +1,6 @@
-"""Balls around the points of a set that reach to the k-th other point, and who lies inside: in tiles, each pair once.
+"""k-NN balls: squared radii, and the fraction of one set inside the balls of another; in tiles, each pair once.
 
-With `screening` 8-bit products rule pairs out and float32 decides the rest (`screening.py`): the answers are the same.
+With `screening` 8-bit products exclude pairs and float32 decides the rest (`screening.py`); the results are the same.
 """
 
 import torch
@@ -13,7 +13,7 @@ _STEP = 256  # rows are left out of a block by so many: matrix products of every
 _WORTH = 0.7  # share of a block beneath which leaving rows out pays for gathering the others
 
 
-def ball_sizes(points: Tensor, neighbours: int, screening: bool = False) -> Tensor:
+def squared_radii(points: Tensor, neighbours: int, screening: bool = False) -> Tensor:
     """Squared distance (n,) of each point to its k-th nearest other point."""
     known = Points.of(points, screening)
     parts = [known.part(slice(start, start + _TILE)) for start in range(0, len(points), _TILE)]
@@ -53,9 +53,9 @@ def _merged(best: Tensor, rows: Tensor, found: Tensor) -> Tensor:
 def shares_inside(
     a: Tensor, ball_a: Tensor, b: Tensor, ball_b: Tensor, screening: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Share of the points `a` in at least one ball of `b` (border included), and of `b` in one of `a`; float64.
+    """Fraction of the points `a` in at least one ball of `b` (surface included), and of `b` in one of `a`; float64.
 
-    A pair of which both points are known to be inside is not looked at.
+    Pairs of which both points are known to be inside are skipped.
     """
     known_a, known_b = Points.of(a, screening), Points.of(b, screening)
     a_inside = torch.zeros(len(a), dtype=torch.bool, device=a.device)
@@ -81,10 +81,10 @@ def _open_pairs(rows: Tensor, columns: Tensor, open_rows: Tensor, open_columns: 
     return [(i, j) for i, j in blocks if len(i) and len(j)]
 
 
-def _split(points: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The wanted points, with some others up to a multiple of the step, and the rest."""
-    count = min(-(-int(wanted.sum()) // _STEP) * _STEP, len(points))
-    order = points[wanted.byte().argsort(descending=True)]
+def _split(points: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """The selected points, with some others up to a multiple of the step, and the rest."""
+    count = min(-(-int(selected.sum()) // _STEP) * _STEP, len(points))
+    order = points[selected.byte().argsort(descending=True)]
     return order[:count], order[count:]
 
 

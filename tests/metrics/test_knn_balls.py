@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmlab.metrics import balls
-from ldmlab.metrics.balls import ball_sizes, shares_inside
+from ldmlab.metrics import knn_balls
+from ldmlab.metrics.knn_balls import shares_inside, squared_radii
 from ldmlab.metrics.precision_recall import PrecisionRecall
 from ldmlab.metrics.screening import Block, Points, Space
 
@@ -18,8 +18,8 @@ def normal(count: int, seed: int, width: int = 40) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(balls, "_TILE", 32)
-    monkeypatch.setattr(balls, "_STEP", 8)
+    monkeypatch.setattr(knn_balls, "_TILE", 32)
+    monkeypatch.setattr(knn_balls, "_STEP", 8)
 
 
 @pytest.mark.parametrize("screening", [False, True])
@@ -27,7 +27,7 @@ def test_ball_sizes(screening: bool) -> None:
     points = normal(150, 0)
     exact = torch.cdist(points.double(), points.double()).fill_diagonal_(torch.inf).square().sort(dim=1).values
     for neighbours in (1, 3, 40):  # more than a tile holds
-        found = ball_sizes(points, neighbours, screening)
+        found = squared_radii(points, neighbours, screening)
         assert torch.allclose(found.double(), exact[:, neighbours - 1], rtol=1e-5)
 
 
@@ -36,7 +36,7 @@ def test_ball_sizes(screening: bool) -> None:
 def test_shares_inside(screening: bool, shift: float) -> None:
     a, b = normal(170, 1) + shift, normal(130, 2)
     distances = torch.cdist(a.double(), b.double()).square()
-    ball_a, ball_b = ball_sizes(a, 3), ball_sizes(b, 3)
+    ball_a, ball_b = squared_radii(a, 3), squared_radii(b, 3)
     precision, recall = shares_inside(a, ball_a, b, ball_b, screening)
     assert precision == (distances <= ball_b.double()).any(dim=1).double().mean()
     assert recall == (distances <= ball_a.double()[:, None]).any(dim=0).double().mean()
@@ -65,14 +65,14 @@ def test_screening_holds_where_features_are_beyond_the_reach_of_8_bits() -> None
     exact = torch.cdist(points.double(), points.double()).square()
     assert (block.bounds().double() <= exact).all()
     assert (block.upper_bounds(block.bounds()).double() >= exact).all()
-    assert torch.allclose(ball_sizes(points, 3, screening=True), ball_sizes(points, 3), rtol=1e-4)
+    assert torch.allclose(squared_radii(points, 3, screening=True), squared_radii(points, 3), rtol=1e-4)
 
 
 def test_twins_are_at_no_distance() -> None:
     points = normal(70, 6).repeat(2, 1)
     for screening in (False, True):
-        assert ball_sizes(points, 1, screening).abs().max() < 1e-4
-        assert ball_sizes(0 * points, 1, screening).abs().max() == 0
+        assert squared_radii(points, 1, screening).abs().max() < 1e-4
+        assert squared_radii(0 * points, 1, screening).abs().max() == 0
 
 
 def test_both_ways_score_alike() -> None:
