@@ -13,7 +13,7 @@ from torch import nn
 from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import backbone_sizes, latent_spec
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.compvis.conditioner_config import arguments
+from ldmlab.interop.compvis.compvis_conditioners import arguments
 
 COUNTS = json.loads((Path(__file__).parents[1] / "assets" / "official_counts.json").read_text())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
-from ldmlab.interop.compvis import unets as compvis
+from ldmlab.interop.compvis import compvis_unets as compvis
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "tests/assets/reference/compvis"

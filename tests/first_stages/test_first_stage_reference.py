@@ -13,7 +13,7 @@ from torch import Tensor
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.first_stages import KLAutoencoder, VQModel
 from ldmlab.first_stages.kl import kl_to_standard_normal
-from ldmlab.interop.compvis import first_stages as compvis
+from ldmlab.interop.compvis import compvis_first_stages as compvis
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "tests/assets/reference/compvis"

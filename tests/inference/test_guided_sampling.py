@@ -19,7 +19,7 @@ from ldmlab.errors import InputError
 from ldmlab.first_stages.vq import VQModel
 from ldmlab.inference.model import LoadedModel
 from ldmlab.inference.sample_settings import SampleSettings
-from ldmlab.interop import fetch
+from ldmlab.interop import published_weights
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.nn.pixels import to_float
 
@@ -51,7 +51,7 @@ def lpips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     network = torchvision.models.vgg16(weights=None, init_weights=False)
-    torch.save(network.features.state_dict(), folder / fetch.WEIGHTS["lpips"].file)
+    torch.save(network.features.state_dict(), folder / published_weights.WEIGHTS["lpips"].file)
     return folder
 
 
@@ -70,9 +70,9 @@ def drawn(made: LoadedModel, **options: object) -> Tensor:
 def test_guided_samples_are_nearer_to_their_own_images(
     name: str, weight: float, lpips_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "weights_folder", lambda: lpips_folder)
+    monkeypatch.setattr(published_weights, "weights_folder", lambda: lpips_folder)
     made, aim = model(), to_float(low_resolution().permute(0, 3, 1, 2))
-    measure = squared_error if name == "squared" else LPIPS(lpips_folder / fetch.WEIGHTS["lpips"].file)
+    measure = squared_error if name == "squared" else LPIPS(lpips_folder / published_weights.WEIGHTS["lpips"].file)
     free = drawn(made)
     made.with_guides(image_guide(name, made, weight))
     assert made.reads == {"low_resolution"}
@@ -101,7 +101,7 @@ def test_half_precision_and_inference_leave_the_guide_its_gradient() -> None:
 
 
 def test_images_too_small_for_lpips(lpips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "weights_folder", lambda: lpips_folder)
+    monkeypatch.setattr(published_weights, "weights_folder", lambda: lpips_folder)
     made = model()
     made.with_guides(image_guide("lpips", made))
     settings = made.resolved(SampleSettings(steps=2, size=16))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from drawn_weights import weight_by_rule
 from ldmlab.diffusion.schedule import Schedule
-from ldmlab.interop.compvis.config import latent_diffusion_spec
-from ldmlab.interop.compvis.exporting import schedule_buffers
-from ldmlab.interop.compvis.parts import conditioner_part, first_stage_part, unet_part
+from ldmlab.interop.compvis.compvis_config import latent_diffusion_spec
+from ldmlab.interop.compvis.compvis_export import schedule_buffers
+from ldmlab.interop.compvis.compvis_networks import conditioner_part, first_stage_part, unet_part
 
 ASSETS = Path(__file__).parents[1] / "assets/reference"
 LAYOUTS: dict[str, Any] = json.loads(gzip.decompress((ASSETS / "official_layouts.json.gz").read_bytes()))

@@ -15,10 +15,10 @@ from ldmlab.app.cli import dispatch
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.interop import compvis
-from ldmlab.interop.compvis import unets
-from ldmlab.interop.compvis.reading import describe
-from ldmlab.interop.diffusers import unet_names
-from ldmlab.interop.diffusers.unet_config import configuration
+from ldmlab.interop.compvis import compvis_unets
+from ldmlab.interop.compvis.compvis_read import describe
+from ldmlab.interop.diffusers import diffusers_names
+from ldmlab.interop.diffusers.diffusers_unets import configuration
 
 diffusers = pytest.importorskip("diffusers")
 CLASSES, WIDTH = 5, 128
@@ -53,7 +53,7 @@ def their_network(arguments: dict[str, Any], state: State, table: Tensor) -> Any
     """diffusers' class for an architecture of ours, with our weights and the table inside."""
     kind, config = configuration(arguments, sample_size=8, linear_projection=False, classes=len(table))
     theirs = getattr(diffusers, kind).from_config(config).eval()
-    tensors = unet_names.to_diffusers(state, arguments, linear_projection=False)
+    tensors = diffusers_names.to_diffusers(state, arguments, linear_projection=False)
     theirs.load_state_dict({**tensors, "class_embedding.weight": table})
     return theirs
 
@@ -64,7 +64,7 @@ def test_the_official_network_gives_what_diffusers_gives_with_its_table(config: 
     params = config["model"]["params"]["unet_config"]["params"]
     state = whole_file(config)
     unet = compvis.build_unet(params, state)
-    theirs = their_network(unets.arguments(params), dict(unet.state_dict()), state[TABLE])
+    theirs = their_network(compvis_unets.arguments(params), dict(unet.state_dict()), state[TABLE])
     for network in (unet, theirs):
         network.double()  # group norms of single pixels magnify float32's rounding to 1e-4
     table = state[TABLE].double()
@@ -175,4 +175,4 @@ def test_vectors_of_another_kind_have_no_official_place() -> None:
     imported = describe(whole_file(PLAIN, averages=False), PLAIN)
     projected = imported.spec["backbone"] | {"project_vector": True}
     with pytest.raises(InputError, match=r"as they are \(backbone.project_vector=false\)"):
-        unets.params_of(projected, CLASSES)
+        compvis_unets.params_of(projected, CLASSES)

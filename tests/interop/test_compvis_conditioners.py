@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import clip_names, compvis
-from ldmlab.interop.compvis import conditioner_config, conditioners
+from ldmlab.interop import common_names, compvis
+from ldmlab.interop.compvis import compvis_conditioners, compvis_networks
 
 ASSETS = Path(__file__).parents[1] / "assets/reference"
 CASES = json.loads((ASSETS / "compvis/conditioners.json").read_text())
@@ -53,7 +53,7 @@ def test_outputs_and_round_trip(name: str) -> None:
     case, io = CASES[name], load_file(ASSETS / f"compvis/{name}.safetensors")
     official = drawn(case, PREFIX)
     first = build(TARGETS[name], case["config"], official)
-    exported, config = conditioners.to_official(first), conditioner_config.official_config(first)
+    exported, config = compvis_networks.conditioner_to_official(first), compvis_conditioners.official_config(first)
     assert_equal(exported, official)
     assert sum(p.numel() for p in first.parameters()) == case["params"]
     for conditioner in (first, build(config["target"], config["params"], exported)):
@@ -66,21 +66,21 @@ def test_outputs_and_round_trip(name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_released_layouts(name: str) -> None:
     layout = LAYOUTS[name]
-    node = conditioner_config.arguments(layout["config"]["target"], layout["config"]["params"])
+    node = compvis_conditioners.arguments(layout["config"]["target"], layout["config"]["params"])
     with torch.device("meta"):
         conditioner = instantiate(node, where="conditioner")
-    official = conditioners.to_official(conditioner)
+    official = compvis_networks.conditioner_to_official(conditioner)
     text = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in sorted(official.items()))
     assert len(official) == layout["tensors"]
     assert hashlib.sha256(text.encode()).hexdigest() == layout["sha256"]
     assert sum(p.numel() for p in conditioner.parameters()) == layout["params"]
-    again = conditioner_config.official_config(conditioner)
-    assert conditioner_config.arguments(again["target"], again["params"]) == node
+    again = compvis_conditioners.official_config(conditioner)
+    assert compvis_conditioners.arguments(again["target"], again["params"]) == node
 
 
 def test_only_the_table_of_1001_means_no_class() -> None:
     def node(**params: Any) -> dict[str, Any]:
-        return conditioner_config.arguments(TARGET + "ClassEmbedder", {"embed_dim": 8, **params})
+        return compvis_conditioners.arguments(TARGET + "ClassEmbedder", {"embed_dim": 8, **params})
 
     assert (node()["classes"], node()["null_row"]) == (1000, False)
     assert (node(n_classes=1001)["classes"], node(n_classes=1001)["null_row"]) == (1000, True)
@@ -95,9 +95,9 @@ def test_only_the_table_of_1001_means_no_class() -> None:
 )
 def test_hugging_faces_text_encoder(layer: str, expected: str) -> None:
     official = drawn(CLIP)
-    node = clip_names.node(CLIP["config"], layer=layer) | {"trainable": True, "unused": layer == "penultimate"}
+    node = common_names.clip_node(CLIP["config"], layer=layer) | {"trainable": True, "unused": layer == "penultimate"}
     text = instantiate(node, where="conditioner")
-    ours = {f"tower.{name}": tensor for name, tensor in clip_names.from_hugging_face(official).items()}
+    ours = {f"tower.{name}": tensor for name, tensor in common_names.from_hugging_face(official).items()}
     if layer == "penultimate":  # the last block is there and idle; so is what Hugging Face does not have
         ours = {n.replace("tower.transformer.resblocks.2.", "tower.unused.blocks.0."): t for n, t in ours.items()}
         ours |= {n: t for n, t in text.state_dict().items() if n.endswith(("text_projection", "logit_scale"))}
@@ -114,7 +114,7 @@ def test_hugging_faces_names_there_and_back(prefix: str) -> None:
     official = drawn(CLIP)
     named = {prefix + key: tensor for key, tensor in official.items()}
     named[prefix + "embeddings.position_ids"] = torch.arange(9)[None]  # a counter of older releases
-    assert_equal(clip_names.to_hugging_face(clip_names.from_hugging_face(named)), official)
+    assert_equal(common_names.to_hugging_face(common_names.from_hugging_face(named)), official)
 
 
 def stable_diffusion_1() -> dict[str, Tensor]:
@@ -125,16 +125,16 @@ def test_stable_diffusion_1() -> None:
     """Quick GELU, the last layer, padded with the end token: a small tower is told from the tensors."""
     official, target = stable_diffusion_1(), TARGET + "FrozenCLIPEmbedder"
     text: Any = build(target, {}, official)
-    assert_equal(conditioners.to_official(text), official)
+    assert_equal(compvis_networks.conditioner_to_official(text), official)
     assert not any(p.requires_grad for p in text.parameters())
     assert text.padding == "end"
     # the reference has four heads of 8 channels, which no tensor shows: CLIP's own have 64
     assert text.node["config"]["text_cfg"] == {
         "context_length": 9, "vocab_size": 101, "width": 32, "heads": 1, "layers": 3,
     }  # fmt: skip
-    config = conditioner_config.official_config(text)
+    config = compvis_conditioners.official_config(text)
     assert config == {"target": target, "params": {"version": None, "layer": "last"}}
-    assert conditioner_config.arguments(target, {}) == {
+    assert compvis_conditioners.arguments(target, {}) == {
         "_target_": "ldmlab.conditioners.text.open_clip_text",
         "config": {
             "embed_dim": 768,
@@ -162,14 +162,14 @@ def test_stable_diffusion_2() -> None:
     clip, official = stable_diffusion_2(layers=3)
     old = official | {"model.attn_mask": torch.zeros(12, 12)}  # which older files carry
     text: Any = build(TARGET + "FrozenOpenCLIPEmbedder", {"freeze": True, "layer": "penultimate"}, old)
-    assert_equal(conditioners.to_official(text), official)
+    assert_equal(compvis_networks.conditioner_to_official(text), official)
     seen: list[Tensor] = []
     hook = clip.transformer.resblocks[1].register_forward_hook(lambda module, given, out: seen.append(out))
     clip.encode_text(text.ids(["a red apple"]))
     hook.remove()
     states = text({"caption": ["a red apple"]}, None)
     torch.testing.assert_close(states, clip.ln_final(seen[0]), atol=TOLERANCE, rtol=0)
-    config = conditioner_config.official_config(text)
+    config = compvis_conditioners.official_config(text)
     assert config["params"] == {"arch": None, "layer": "penultimate"}
     assert_equal(build(config["target"], config["params"], official).state_dict(), text.state_dict())
 
@@ -180,9 +180,9 @@ def test_published_text_towers_are_named() -> None:
         ("FrozenOpenCLIPEmbedder", {"arch": "ViT-H-14", "layer": "penultimate"}),
     ):
         with torch.device("meta"):
-            text = instantiate(conditioner_config.arguments(TARGET + name, params), where="conditioner")
-        assert conditioner_config.official_config(text) == {"target": TARGET + name, "params": params}
-        blocks = {key for key in conditioners.to_official(text) if "23." in key}
+            text = instantiate(compvis_conditioners.arguments(TARGET + name, params), where="conditioner")
+        assert compvis_conditioners.official_config(text) == {"target": TARGET + name, "params": params}
+        blocks = {key for key in compvis_networks.conditioner_to_official(text) if "23." in key}
         assert len(blocks) == (12 if "Open" in name else 0)  # the block that is not run is carried
 
 
@@ -192,9 +192,9 @@ def test_a_tower_without_its_idle_block() -> None:
     node = {"config": {"embed_dim": 1024, "text_cfg": text}, "layer": "last"}
     with torch.device("meta"):
         module = instantiate({"_target_": "ldmlab.conditioners.text.open_clip_text", **node}, where="conditioner")
-    official, config = conditioners.to_official(module), conditioner_config.official_config(module)
+    official, config = compvis_networks.conditioner_to_official(module), compvis_conditioners.official_config(module)
     assert config["params"] == {"arch": "ViT-H-14", "layer": "penultimate"}
-    again = conditioner_config.arguments(config["target"], config["params"], official)
+    again = compvis_conditioners.arguments(config["target"], config["params"], official)
     assert (again["layer"], again["unused"], again["config"]["text_cfg"]) == ("last", False, text)
 
 
@@ -232,7 +232,7 @@ def test_a_projection_that_misses_a_part_is_missing() -> None:
 )
 def test_unknown_classes(target: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        conditioner_config.arguments(target, params)
+        compvis_conditioners.arguments(target, params)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +244,4 @@ def test_unknown_classes(target: str, params: dict[str, Any], message: str) -> N
 )
 def test_what_has_no_official_class_is_refused(node: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="export with --format ldmlab"):
-        conditioner_config.official_config(instantiate(node, where="conditioner"))
+        compvis_conditioners.official_config(instantiate(node, where="conditioner"))

@@ -236,7 +236,7 @@ def test_notes_of_old_trainers_are_passed_over(tmp_path: Path, monkeypatch: pyte
     import sys
     import types
 
-    from ldmlab.interop.weights_file import read_weights
+    from ldmlab.interop.imported import read_weights
 
     name = "pytorch_lightning.old_callbacks"
     module = types.ModuleType(name)

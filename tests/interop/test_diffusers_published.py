@@ -8,9 +8,9 @@ from torch import nn
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.diffusers import first_stages, unets
-from ldmlab.interop.diffusers import unet_names as names
-from ldmlab.interop.diffusers.unet_config import configuration
+from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_unets
+from ldmlab.interop.diffusers import diffusers_names as names
+from ldmlab.interop.diffusers.diffusers_unets import configuration
 
 peer = pytest.importorskip("diffusers")
 
@@ -88,7 +88,7 @@ def test_unet(name: str) -> None:
     kind, config, millions = UNETS[name]
     with torch.device("meta"):
         theirs = getattr(peer, kind)(**config)
-        arguments = unets.arguments(dict(theirs.config))
+        arguments = diffusers_unets.arguments(dict(theirs.config))
         ours = UNet(**arguments)
     linear = bool(config.get("use_linear_projection"))
     mine = names.to_diffusers(ours.state_dict(), arguments, linear_projection=linear)
@@ -106,10 +106,10 @@ def test_first_stage(name: str) -> None:
     kind, config = STAGES[name]
     with torch.device("meta"):
         theirs = getattr(peer, kind)(**config)
-        node = first_stages.arguments(dict(theirs.config))
+        node = diffusers_first_stages.arguments(dict(theirs.config))
         ours: nn.Module = instantiate(node, where="first_stage")
-    assert shapes(first_stages.to_diffusers(ours.state_dict(), node)) == shapes(theirs.state_dict())
-    back_kind, back = first_stages.configuration(node, image_size=256, scaling_factor=1.0)
+    assert shapes(diffusers_first_stages.to_diffusers(ours.state_dict(), node)) == shapes(theirs.state_dict())
+    back_kind, back = diffusers_first_stages.configuration(node, image_size=256, scaling_factor=1.0)
     with torch.device("meta"):
         again = getattr(peer, back_kind)(**back)
     assert shapes(again.state_dict()) == shapes(theirs.state_dict())

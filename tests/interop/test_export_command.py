@@ -13,8 +13,8 @@ from ldmlab.app import cli
 from ldmlab.build import load
 from ldmlab.errors import InputError
 from ldmlab.interop import verify
-from ldmlab.interop.diffusers import theirs
-from ldmlab.interop.diffusers.plan import plan
+from ldmlab.interop.diffusers import diffusers_build
+from ldmlab.interop.diffusers.diffusers_export import plan
 from ldmlab.model_files import write_model_folder
 
 
@@ -96,12 +96,12 @@ def test_cosine_codes_are_ours_alone(form: str, tmp_path: Path) -> None:
 
 
 def test_a_difference_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = theirs._filled
+    fill = diffusers_build._filled
 
     def spoiled(module: Any, state: Any) -> Any:
         return fill(module, {key: t * 1.01 if key.startswith("conv_out") else t for key, t in state.items()})
 
-    monkeypatch.setattr(theirs, "_filled", spoiled)
+    monkeypatch.setattr(diffusers_build, "_filled", spoiled)
     message = refused(folder, tmp_path / "out", "--format", "diffusers")
     assert "the U-Net differs by" in message
     assert "nothing was written" in message

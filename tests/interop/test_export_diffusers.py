@@ -16,8 +16,8 @@ from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.interop import diffusers, verify
-from ldmlab.interop.assembly import Imported, assembled
-from ldmlab.interop.diffusers.exporting import export_folder
+from ldmlab.interop.diffusers.diffusers_export import export_folder
+from ldmlab.interop.imported import Imported, assembled
 from ldmlab.samplers.ddim import Ddim
 
 peer = pytest.importorskip("diffusers")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldmlab.errors import InputError
-from ldmlab.interop.fetch import WEIGHTS, Weights, fetch, weights_path
+from ldmlab.interop.published_weights import WEIGHTS, Weights, fetch, weights_path
 from ldmlab.nn.wordpiece import WordPiece
 
 CONTENT = bytes(range(256)) * 9000

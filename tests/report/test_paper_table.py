@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ldmlab.errors import InputError
-from ldmlab.interop.fetch import WEIGHTS
+from ldmlab.interop.published_weights import WEIGHTS
 from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS, Measured
 from ldmlab.report.paper_table import paper_tables, place
 

@@ -157,7 +157,7 @@ def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world:
 
 def _lpips() -> "LPIPS | None":
     """The perceptual distance, or a word that its weights are not here."""
-    from ldmlab.interop.fetch import WEIGHTS, weights_folder
+    from ldmlab.interop.published_weights import WEIGHTS, weights_folder
     from ldmlab.nn.lpips import LPIPS
 
     vgg = weights_folder() / WEIGHTS["lpips"].file
@@ -171,7 +171,7 @@ def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":
     """The network whose features are compared; a CLIP run is read here."""
     from ldmlab.build import load_clip
     from ldmlab.instantiate import accepts, instantiate
-    from ldmlab.interop.fetch import weights_path
+    from ldmlab.interop.published_weights import weights_path
 
     if accepts(node, "clip", where="features"):
         return instantiate(node, where="features", clip=load_clip(node["run"]))

@@ -77,7 +77,7 @@ def _distance(name: str, model: "LoadedModel") -> Callable[[Tensor, Tensor], Ten
     if name == "squared":
         return squared_error
     if name == "lpips":
-        from ldmlab.interop.fetch import weights_path
+        from ldmlab.interop.published_weights import weights_path
         from ldmlab.nn.lpips import LPIPS
 
         return LPIPS(weights_path("lpips")).to(model.device)

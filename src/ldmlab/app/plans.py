@@ -61,7 +61,7 @@ def _lpips(loss: Config) -> dict[str, Any]:
     """The LPIPS network where the loss gives it a weight."""
     if not loss.get("lpips_weight"):
         return {}
-    from ldmlab.interop.fetch import weights_path
+    from ldmlab.interop.published_weights import weights_path
     from ldmlab.nn.lpips import LPIPS
 
     return {"lpips": LPIPS(weights_path("lpips"))}

@@ -16,7 +16,7 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.errors import InputError
-from ldmlab.interop.assembly import Imported, assembled, assembled_first_stage
+from ldmlab.interop.imported import Imported, assembled, assembled_first_stage
 
 LIMIT = 1e-4  # float32 runs of one network differ by about 1e-5
 CAPTIONS = ("", "a red apple", "Grüße aus Köln: 2 CATS & one dog, it's 5 o'clock!", "one of many words " * 40)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    from ldmlab.interop.export_formats import Written
+    from ldmlab.interop.model_folders import Written
     from ldmlab.model_files import ModelFiles
 
 FORMATS = """ldmlab       our model folder: model.yaml, NAME.safetensors, README.md (default)
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, write beside, compare, and only then put in place."""
-    from ldmlab.interop.export_formats import FORMATS as WRITERS
-    from ldmlab.interop.import_folder import check_new
+    from ldmlab.interop.model_folders import FORMATS as WRITERS
+    from ldmlab.interop.model_folders import check_new
     from ldmlab.model_files import read_model
 
     check_new(args.out)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch each name, or list what there is."""
-    from ldmlab.interop.fetch import CLIP, fetch, fetch_clip, known
+    from ldmlab.interop.published_weights import CLIP, fetch, fetch_clip, known
 
     if args.list or not args.names:
         print(listing())
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def listing() -> str:
     """One block a file."""
-    from ldmlab.interop.fetch import CLIP, WEIGHTS, weights_folder
+    from ldmlab.interop.published_weights import CLIP, WEIGHTS, weights_folder
 
     lines = [f"folder: {weights_folder()} (LDMLAB_WEIGHTS chooses another)", ""]
     for name, weights in WEIGHTS.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    from ldmlab.interop.assembly import Imported
+    from ldmlab.interop.imported import Imported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, write."""
-    from ldmlab.interop.import_folder import check_new, write_import
+    from ldmlab.interop.model_folders import check_new, write_import
 
     check_new(args.out)
     imported = _from_folder(args) if args.source.is_dir() else _from_file(args)
@@ -56,7 +56,7 @@ def _from_folder(args: argparse.Namespace) -> "Imported":
         if getattr(args, option) is not None:
             raise InputError(f"--{option}={getattr(args, option)}: a diffusers folder says that itself; leave it out.")
     from ldmlab.interop import diffusers
-    from ldmlab.interop.assembly import Imported
+    from ldmlab.interop.imported import Imported
 
     spec, parts = diffusers.read_folder(args.source)
     return Imported(str(args.source), dict(spec), {name: dict(part) for name, part in parts.items()}, "raw")

@@ -1,7 +1,6 @@
 """Official configurations and weights in and out: CompVis/latent-diffusion and Stable Diffusion 1.x and 2.x."""
 
-from ldmlab.interop.compvis.exporting import export
-from ldmlab.interop.compvis.modules import build_conditioner, build_first_stage, build_unet, load
-from ldmlab.interop.compvis.reading import read
+from ldmlab.interop.compvis.compvis_export import export
+from ldmlab.interop.compvis.compvis_read import build_conditioner, build_first_stage, build_unet, load, read
 
 __all__ = ["build_conditioner", "build_first_stage", "build_unet", "export", "load", "read"]

@@ -1,16 +1,56 @@
-"""Tensor names of Hugging Face's CLIPTextModel and of open_clip's text tower, both ways.
+"""Tensor names that foreign formats have in common: spatial transformers, first stages, CLIP's text tower.
 
 Hugging Face keeps query, key and value apart, open_clip stacks them in this order in one matrix.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
+
+Pairs = Iterator[tuple[str, str]]  # (their module, our module)
+
+_TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}
+_TRANSFORMER_BLOCK = {
+    "norm1": "norm_self",
+    "norm2": "norm_cross",
+    "norm3": "norm_mlp",
+    "ff.net.0.proj": "mlp.expand",
+    "ff.net.2": "mlp.out",
+    **{
+        f"{theirs}.{product}": f"{ours}.{name}"
+        for theirs, ours in (("attn1", "self_attention"), ("attn2", "cross_attention"))
+        for product, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out"))
+    },
+}
+
+
+def under(theirs: str, ours: str, names: Mapping[str, str]) -> Pairs:
+    """The names (theirs => ours) of what is inside a module."""
+    return ((f"{theirs}.{name}", f"{ours}.{own}") for name, own in names.items())
+
+
+def spatial_transformer(theirs: str, ours: str, depth: int) -> Pairs:
+    """Attention over pixels and to tokens, at one place of a U-Net."""
+    yield from under(theirs, ours, _TRANSFORMER)
+    for i in range(depth):
+        yield from under(f"{theirs}.transformer_blocks.{i}", f"{ours}.blocks.{i}", _TRANSFORMER_BLOCK)
+
+
+def refuse_cosine(node: Mapping[str, Any]) -> None:
+    """Codes of unit length are ours alone: other programs would decode with other vectors."""
+    if node.get("cosine"):
+        raise InputError("first_stage.cosine=true exists only in ldmlab; export it with --format ldmlab.")
+
+
+def only_ours(name: str) -> bool:
+    """Counters of codebook options that no official first stage has."""
+    return name.startswith("quantiser.") and name != "quantiser.codebook.weight"
+
 
 State = Mapping[str, Tensor]
 
@@ -32,7 +72,7 @@ _PREFIXES = ("transformer.", "text_model.")  # inside SD 1.x files, and of older
 _IGNORED = "embeddings.position_ids"  # a counter that older releases stored
 
 
-def node(config: Mapping[str, Any], *, layer: str = "last", padding: str = "end") -> dict[str, Any]:
+def clip_node(config: Mapping[str, Any], *, layer: str = "last", padding: str = "end") -> dict[str, Any]:
     """Our conditioner's node for a CLIPTextModel's `config.json`; padding: zero where its pad token is number 0."""
     activations = {"quick_gelu": True, "gelu": False}
     if config.get("hidden_act", "quick_gelu") not in activations:

@@ -1,13 +1,19 @@
-"""Text encoders of diffusers' pipelines and ours: CLIPTextModel, and LDMBertModel, the paper's own transformer."""
+"""Text encoders of diffusers' pipelines and ours, with their tokenizers: CLIPTextModel and LDMBertModel."""
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop import clip_names
+from ldmlab.interop.common_names import clip_node, from_hugging_face, to_hugging_face
+from ldmlab.interop.diffusers.diffusers_config import read_json
+from ldmlab.interop.published_weights import WEIGHTS
 
 CLIP, BERT = "CLIPTextModel", "LDMBertModel"
 Config = Mapping[str, Any]
@@ -69,7 +75,7 @@ def node(config: Config, *, padding: str = "end", vocabulary: str | None = None)
         given = _CLIP_DEFAULTS | {key: config[key] for key in _CLIP_DEFAULTS if key in config}
         if given["layer_norm_eps"] != 1e-5:
             raise InputError(f"{CLIP} with layer_norm_eps={given['layer_norm_eps']}: only 1e-5 can be represented.")
-        return clip_names.node(given, padding=padding)
+        return clip_node(given, padding=padding)
     given = _BERT_DEFAULTS | {key: config[key] for key in _BERT_DEFAULTS if key in config}
     width = given["d_model"]
     fixed = {"encoder_ffn_dim": 4 * width, "head_dim": 64, "activation_function": "gelu", "scale_embedding": False}
@@ -126,7 +132,7 @@ def configuration(ours: Mapping[str, Any]) -> tuple[str, Config]:
 def to_ours(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
     """A text encoder's tensors under our conditioner's names; unknown ones keep theirs."""
     if ours["_target_"] == CLIP_TARGET:
-        return {f"tower.{key}": tensor for key, tensor in clip_names.from_hugging_face(state).items()}
+        return {f"tower.{key}": tensor for key, tensor in from_hugging_face(state).items()}
     names = {theirs: name for name, theirs in _bert_names(ours).items()}
     result = {}
     for key, tensor in state.items():
@@ -138,7 +144,7 @@ def to_ours(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, T
 def to_diffusers(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
     """Our conditioner's tensors under the text encoder's names, with an idle output layer where BERT wants one."""
     if ours["_target_"] == CLIP_TARGET:
-        return clip_names.to_hugging_face({key.removeprefix("tower."): tensor for key, tensor in state.items()})
+        return to_hugging_face({key.removeprefix("tower."): tensor for key, tensor in state.items()})
     names = _bert_names(ours)
     result = {}
     for key, tensor in state.items():
@@ -155,3 +161,58 @@ def _bert_names(ours: Mapping[str, Any]) -> dict[str, str]:
     for k in range(ours.get("depth", 32)):
         names |= {f"transformer.blocks.{k}.{mine}": f"model.layers.{k}.{theirs}" for mine, theirs in _BLOCK.items()}
     return names
+
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_PADDINGS = {_END: "end", "!": "zero"}  # "!" has the number 0
+
+
+def clip_padding(folder: Path) -> str:
+    """zero | end, by the pad token; a vocabulary that is not CLIP's is refused."""
+    if _vocabulary(folder) != clip_vocabulary():
+        raise InputError(f"{folder} has another vocabulary than CLIP's, which ldmlab does not read; use another model.")
+    settings: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            settings |= read_json(folder / file)
+    token = settings.get("pad_token", _END)
+    content = token["content"] if isinstance(token, dict) else token
+    if content not in _PADDINGS:
+        raise InputError(f"{folder} pads with {content!r}, which is not known; known are {_END} and !.")
+    return _PADDINGS[content]
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    if (folder / "vocab.json").is_file():
+        return read_json(folder / "vocab.json")
+    return dict(read_json(folder / "tokenizer.json")["model"]["vocab"])
+
+
+def clip_vocabulary() -> dict[str, int]:
+    """CLIP's tokens and their numbers, with the marks that transformers uses for start and end."""
+    table: dict[str, int] = dict(SimpleTokenizer().encoder)
+    marks = {"<start_of_text>": _START, "<end_of_text>": _END}
+    return {marks.get(token) or token: number for token, number in table.items()}
+
+
+def pad_token(padding: str) -> str:
+    """The token that fills up after a caption's end."""
+    return next(token for token, name in _PADDINGS.items() if name == padding)
+
+
+def write_clip_files(folder: Path) -> None:
+    """vocab.json and merges.txt, from which transformers' CLIPTokenizer is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(), ensure_ascii=False), encoding="utf-8")
+    ranks = SimpleTokenizer().bpe_ranks
+    merges = [" ".join(pair) for pair in sorted(ranks, key=ranks.__getitem__)]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def bert_vocabulary(folder: Path) -> str | None:
+    """Path of the vocabulary, or None for the published one, which `ldmlab fetch wordpiece` brings."""
+    file = folder / "vocab.txt"
+    if not file.is_file():
+        raise InputError(f"{file} is missing; copy the vocabulary of the model's tokenizer there, one token a line.")
+    published = hashlib.sha256(file.read_bytes()).hexdigest().startswith(WEIGHTS["wordpiece"].sha256)
+    return None if published else str(file.resolve())

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
-from ldmlab.interop.ours_alone import only_ours, refuse_cosine
+from ldmlab.interop.common_names import only_ours, refuse_cosine
 
 # The official `resolution` is the image size at which `attn_resolutions` are counted.
 _RESOLUTION = 256  # of the official files

@@ -1,6 +1,7 @@
-"""Official configurations read off the shapes of official weights, for files that come without one.
+"""Official configurations for single files that come without one, derived from the shapes of their weights.
 
-Keys carry no prefix. Shapes tell all of a first stage and, of a U-Net, all but how its attention splits into heads.
+Keys carry no prefix. Shapes determine all of a first stage and, of a U-Net, all but the number of attention heads; that
+follows from the family: Stable Diffusion 1.x and 2.x, and the paper's large text model.
 """
 
 import re
@@ -10,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ldmlab.errors import InputError
+from ldmlab.interop.compvis.compvis_file import OfficialFile, schedule_params
+from ldmlab.interop.compvis.compvis_first_stages import target_of
 
 _RESOLUTION = 256  # image size at which the official configurations count `attn_resolutions`
 State = Mapping[str, Tensor]
@@ -94,3 +97,74 @@ def _multiples(widths: list[int], base: int, part: str) -> list[int]:
     if any(width % base for width in widths):
         raise InputError(f"the {part}'s widths {widths} are no multiples of {base}; give --config.")
     return [width // base for width in widths]
+
+
+Node = dict[str, Any]
+_MODULES = "ldm.modules.encoders.modules."
+_SD_BETAS = {"linear_start": 0.00085, "linear_end": 0.0120, "timesteps": 1000}
+_SD_SCALE = 0.18215
+_LARGE_TEXT = (320, 1280)  # width of the finest level and of the tokens: the 1.45 billion parameter model
+
+
+def config_of(file: OfficialFile, prediction: str | None) -> Node:
+    """`{target, params}` as an official YAML file would say it; InputError where the file cannot tell."""
+    if file.is_first_stage:
+        params = first_stage_params(file.first_stage)
+        return {"target": target_of(params), "params": params}
+    unet = unet_params(file.unet)
+    first_stage = first_stage_params(file.first_stage)
+    family = _family(file, unet, prediction)
+    hybrid = unet["in_channels"] == 2 * unet["out_channels"] + 1  # mask and masked latent: the inpainting models
+    if unet["in_channels"] != unet["out_channels"] and not hybrid:
+        raise InputError(f"a U-Net of {unet['in_channels']} input channels needs --config to tell what they are.")
+    params = {
+        "channels": unet["out_channels"],
+        "conditioning_key": "hybrid" if hybrid else "crossattn",
+        "cond_stage_key": "txt",
+        **schedule_params(file, _SD_BETAS),
+        **{name: value for name, value in family.items() if name != "heads"},
+        "scale_factor": _SD_SCALE,
+        "unet_config": {"params": unet | family["heads"]},
+        "first_stage_config": {"target": target_of(first_stage), "params": first_stage},
+    }
+    return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+
+
+def _family(file: OfficialFile, unet: Mapping[str, Any], prediction: str | None) -> Node:
+    """Heads, conditioner, prediction and size of latents, told by the names of the conditioner's tensors."""
+    names = file.conditioner.keys()
+    if any(name.startswith("transformer.text_model.") for name in names):
+        return {
+            "heads": {"num_heads": 8},
+            "cond_stage_config": {"target": _MODULES + "FrozenCLIPEmbedder", "params": {}},
+            "parameterization": prediction or "eps",
+            "image_size": 64,
+        }
+    if "model.positional_embedding" in names and linear_projections(file.unet):
+        if prediction is None:
+            raise InputError(
+                "Stable Diffusion 2.x files do not tell what the network predicts; give --prediction eps (the 512 px "
+                "base models) or --prediction v (768 px), or --config."
+            )
+        return {
+            "heads": {"num_head_channels": 64},
+            "cond_stage_config": {
+                "target": _MODULES + "FrozenOpenCLIPEmbedder",
+                "params": {"layer": "penultimate"},
+            },
+            "parameterization": prediction,
+            "image_size": 96 if prediction == "v" else 64,
+        }
+    if "transformer.token_emb.weight" in names and (unet["model_channels"], unet.get("context_dim")) == _LARGE_TEXT:
+        depth = len([name for name in names if re.fullmatch(r"transformer\.attn_layers\.layers\.\d+\.1\.to_q.*", name)])
+        params = {"n_embed": _LARGE_TEXT[1], "n_layer": depth}
+        return {
+            "heads": {"num_heads": 8},
+            "cond_stage_config": {"target": _MODULES + "BERTEmbedder", "params": params},
+            "parameterization": prediction or "eps",
+            "image_size": 32,
+        }
+    raise InputError(
+        "the weights alone do not tell this model's attention heads, schedule and conditions; give its official YAML "
+        "file with --config."
+    )

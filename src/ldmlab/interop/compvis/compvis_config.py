@@ -8,8 +8,8 @@ import yaml
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.compvis import conditioner_config, first_stages, unets
-from ldmlab.interop.compvis.parts import SCHEDULES
+from ldmlab.interop.compvis import compvis_conditioners, compvis_first_stages, compvis_unets
+from ldmlab.interop.compvis.compvis_networks import SCHEDULES
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
@@ -64,8 +64,8 @@ def is_first_stage(config: Params) -> bool:
 def first_stage_spec(config: Params) -> Node:
     """model.yaml of a first stage alone."""
     params = config["params"]
-    target = config["target"] or first_stages.target_of(params)
-    node = first_stages.arguments(target, params)
+    target = config["target"] or compvis_first_stages.target_of(params)
+    node = compvis_first_stages.arguments(target, params)
     return {"kind": "first_stage", "image_size": params["ddconfig"]["resolution"], "first_stage": node}
 
 
@@ -89,7 +89,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
         "image_size": size,
         "first_stage": first_stage,
         "latent_scale": scale_node(params.get("scale_factor", 1.0)),
-        "backbone": {"_target_": UNET_TARGET, **unets.arguments(params["unet_config"]["params"])},
+        "backbone": {"_target_": UNET_TARGET, **compvis_unets.arguments(params["unet_config"]["params"])},
         "conditioners": conditioners,
         "diffusion": diffusion_node(params, prediction),
         "guidance_trained": None if _nullable(conditioners) else False,
@@ -101,7 +101,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
 def _first_stage(node: Params) -> Node:
     if node["target"].endswith("IdentityFirstStage"):
         return {"_target_": "ldmlab.first_stages.identity.Identity"}
-    return first_stages.arguments(node["target"], node["params"])
+    return compvis_first_stages.arguments(node["target"], node["params"])
 
 
 def _sides(latent: Any, factor: int) -> Any:
@@ -235,8 +235,8 @@ def conditioner_node(target: str, params: Params, tensors: Mapping[str, Tensor] 
     `tensors` (official names, no prefix) tell the size of a text encoder that has no published one.
     """
     if "hidden_size" in params and target.endswith(("FrozenCLIPEmbedder", "CLIPTextModel")):
-        from ldmlab.interop import clip_names
+        from ldmlab.interop.common_names import clip_node
 
         fields = {"intermediate_size": 4 * params["hidden_size"], **params}
-        return clip_names.node(fields, layer=params.get("layer", "last"), padding=params.get("padding", "end"))
-    return conditioner_config.arguments(target, params, tensors)
+        return clip_node(fields, layer=params.get("layer", "last"), padding=params.get("padding", "end"))
+    return compvis_conditioners.arguments(target, params, tensors)

@@ -1,20 +1,29 @@
 """Our model as an official file: tensors under official names and the configuration that official code builds it from.
 
-What the official classes cannot hold is refused; settings that are training's alone keep their official defaults.
+What the official classes cannot hold is refused; settings of training alone keep their official defaults.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldmlab.conditioners.class_label import ClassEmbedder
+from ldmlab.conditioners.layout import LayoutTokens
+from ldmlab.conditioners.low_resolution import LowResolution
+from ldmlab.conditioners.mask import Mask
+from ldmlab.conditioners.masked_latent import MaskedLatent
+from ldmlab.conditioners.semantic import SpatialRescaler
+from ldmlab.conditioners.text import OpenClipText
+from ldmlab.conditioners.transformer_text import TransformerText
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.compvis import first_stages, unets
-from ldmlab.interop.compvis.exporting_conditioners import conditioning_params, with_idle_head
-from ldmlab.interop.compvis.parts import (
+from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
+from ldmlab.interop.compvis.compvis_conditioners import arguments, official_config
+from ldmlab.interop.compvis.compvis_config import LDM_HOLE, LDM_MASK, SD_HOLE, SD_MASK
+from ldmlab.interop.compvis.compvis_networks import (
     CONDITIONER,
     FIRST_STAGE,
     SCHEDULES,
@@ -38,7 +47,7 @@ def export(spec: Node, parts: Parts) -> tuple[StateDict, dict[str, Any]]:
     `spec` is model.yaml, `parts` its tensors: first_stage, denoiser, conditioner.
     """
     if spec["kind"] == "first_stage":
-        target, params = first_stages.params_of(spec["first_stage"])
+        target, params = compvis_first_stages.params_of(spec["first_stage"])
         part = first_stage_part(spec["first_stage"])
         return part.to_official(parts["first_stage"]), {"model": {"target": target, "params": params}}
     if spec["kind"] != "latent_diffusion":
@@ -47,11 +56,11 @@ def export(spec: Node, parts: Parts) -> tuple[StateDict, dict[str, Any]]:
     told: StateDict = {}
     for name, part in conditioners.items():
         told |= with_idle_head(part.to_official(_own(parts.get("conditioner", {}), name)))
-    table = told.pop(unets.CLASS_TABLE, None)
+    table = told.pop(compvis_unets.CLASS_TABLE, None)
     params = _params(spec, None if table is None else len(table))
     params |= conditioning_params({name: part.module for name, part in conditioners.items()}, told)
     state = {f"{UNET}{name}": tensor for name, tensor in _unet(spec, parts["denoiser"]).items()}
-    state |= {f"{UNET}{unets.CLASS_TABLE}": table} if table is not None else {}
+    state |= {f"{UNET}{compvis_unets.CLASS_TABLE}": table} if table is not None else {}
     if spec["first_stage"]["_target_"] != _IDENTITY:
         first_stage = first_stage_part(spec["first_stage"]).to_official(parts["first_stage"])
         state |= {f"{FIRST_STAGE}{name}": tensor for name, tensor in first_stage.items()}
@@ -83,11 +92,13 @@ def _params(spec: Node, classes: int | None) -> dict[str, Any]:
         stage = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {}}
         factor, channels = 1, 3
     else:
-        target, stage_params = first_stages.params_of(first_stage)
+        target, stage_params = compvis_first_stages.params_of(first_stage)
         stage = {"target": target, "params": stage_params}
         factor, channels = 2 ** (len(first_stage["channel_mult"]) - 1), first_stage["latent_channels"]
     size = spec["image_size"]
-    unet = unets.params_of(spec["backbone"], classes) | ({"use_linear_in_transformer": True} if _linear(spec) else {})
+    unet = compvis_unets.params_of(spec["backbone"], classes) | (
+        {"use_linear_in_transformer": True} if _linear(spec) else {}
+    )
     return {
         **_diffusion_params(spec["diffusion"]),
         "scale_factor": _factor(spec["latent_scale"]),
@@ -157,3 +168,106 @@ def schedule_buffers(schedule: Schedule) -> StateDict:
         "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - bar),
     }
     return {name: table.float() for name, table in tables.items()}
+
+
+_USUAL_RATE = 0.1  # of Stability's ClassEmbedder
+_READS = {  # class of ours => conditioning_key, cond_stage_key
+    ClassEmbedder: ("crossattn", "class_label"),
+    TransformerText: ("crossattn", "caption"),
+    OpenClipText: ("crossattn", "txt"),
+    LayoutTokens: ("crossattn", "coordinates_bbox"),
+    SpatialRescaler: ("concat", "segmentation"),
+}
+Modules = Mapping[str, Any]
+Params = dict[str, Any]
+
+
+def conditioning_params(modules: Modules, official: Mapping[str, Tensor]) -> Params:
+    """How the model is told, for conditioners in their order and the one's tensors under their official names.
+
+    A class table of the U-Net adds `adm` to the key; alone, the official class hands class numbers to the U-Net.
+    """
+    vectors = [name for name, module in modules.items() if module.slot == "vector"]
+    if len(vectors) == 1 and isinstance(modules[vectors[0]], ClassEmbedder):
+        rest = conditioning_params({name: m for name, m in modules.items() if name not in vectors}, official)
+        return _with_classes(rest)
+    kinds = [type(module) for module in modules.values()]
+    if not kinds:
+        return {"conditioning_key": None, "concat_mode": False, "cond_stage_config": "__is_unconditional__"}
+    if kinds == [MaskedLatent, Mask]:
+        _check_inpainting(modules, LDM_MASK, LDM_HOLE)
+        return _way("concat", "masked_image", "__is_first_stage__")
+    if kinds[:2] == [Mask, MaskedLatent] and len(kinds) == 3 and _READS.get(kinds[2], ("",))[0] == "crossattn":
+        _check_inpainting(modules, SD_MASK, SD_HOLE)
+        rest = conditioning_params(dict(list(modules.items())[2:]), official)
+        return rest | {"conditioning_key": "hybrid", "concat_keys": ["mask", "masked_image"]}
+    if kinds == [LowResolution]:
+        return _way("concat", "LR_image", {"target": "torch.nn.Identity"})
+    if len(kinds) != 1 or kinds[0] not in _READS:
+        raise InputError(
+            f"conditioners {', '.join(modules)} in this order have no official counterpart; use --format ldmlab."
+        )
+    return _way(*_READS[kinds[0]], _config(next(iter(modules.values())), official))
+
+
+def _way(key: str, reads: str, stage: Any) -> Params:
+    params = {"conditioning_key": key, "cond_stage_key": reads, "cond_stage_config": stage}
+    return params | {"concat_mode": key == "concat", "cond_stage_trainable": False}
+
+
+def _with_classes(rest: Params) -> Params:
+    """The same with the U-Net's class table beside it."""
+    ways = {None: "adm", "crossattn": "crossattn-adm"}
+    way = rest["conditioning_key"]
+    if way not in ways:
+        raise InputError(
+            f"classes as a vector beside inputs of the kind {way} have no official counterpart; use --format ldmlab."
+        )
+    alone = _way("adm", "class_label", {"target": "torch.nn.Identity"}) if way is None else {}
+    return rest | alone | {"conditioning_key": ways[way]}
+
+
+def _check_inpainting(modules: Modules, mask: Mapping[str, float], hole: float) -> None:
+    """The numbers that official code writes into masks and holes."""
+    masks = next(module for module in modules.values() if isinstance(module, Mask))
+    latents = next(module for module in modules.values() if isinstance(module, MaskedLatent))
+    values, wanted = (masks.keep, masks.hole, latents.hole), (mask["keep"], mask["hole"], hole)
+    if values != wanted:
+        raise InputError(
+            f"mask.keep, mask.hole and masked_latent.hole = {values}: official models with these inputs have {wanted}; "
+            "export with --format ldmlab."
+        )
+
+
+def _config(module: nn.Module, official: Mapping[str, Tensor]) -> Params:
+    """`cond_stage_config`; refused where reading it again would give another conditioner."""
+    if getattr(module, "slot", None) == "vector":
+        raise InputError(
+            "a vector that is not one class embedder's has no place in an official file; export with --format ldmlab."
+        )
+    config = official_config(module)
+    if isinstance(module, ClassEmbedder) and config["params"]["n_classes"] != module.classes:
+        read = arguments(config["target"], config["params"])
+        config["params"] |= {} if read["null_row"] else {"ucg_rate": module.drop or _USUAL_RATE}
+    again = arguments(config["target"], config["params"], official)
+    told: dict[str, Any] = {}
+    if isinstance(module, OpenClipText):
+        own, read_text = module.node["config"]["text_cfg"], again["config"]["text_cfg"]
+        told = {"padding": (module.node["padding"], again["padding"]), "heads": (own["heads"], read_text["heads"])}
+    elif isinstance(module, ClassEmbedder):
+        told = {"classes": (module.classes, again["classes"])}
+    for name, (ours, theirs) in told.items():
+        if ours != theirs:
+            raise InputError(
+                f"conditioner {name}={ours}: the official class has {theirs} here; export with --format ldmlab."
+            )
+    return config
+
+
+def with_idle_head(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official text transformers carry an output layer that nothing runs: zeros where the model has none."""
+    table = official.get("transformer.token_emb.weight")
+    if table is None or "transformer.to_logits.weight" in official:
+        return dict(official)
+    head = {"weight": torch.zeros_like(table), "bias": table.new_zeros(len(table))}
+    return {**official, **{f"transformer.to_logits.{name}": tensor for name, tensor in head.items()}}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.compvis.parts import (
+from ldmlab.interop.compvis.compvis_networks import (
     AVERAGED,
     BUFFERS,
     CONDITIONER,

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,93 @@ from torch import Tensor
 from ldmlab.checkpoints import save_tensors
 from ldmlab.errors import InputError
 from ldmlab.interop import verify
-from ldmlab.interop.assembly import Imported, assembled, assembled_first_stage
-from ldmlab.interop.diffusers import schedule, texts, theirs
-from ldmlab.interop.diffusers.plan import downsampling, plan, text_length
-from ldmlab.interop.diffusers.scale import folded, scale_of, single_factor
+from ldmlab.interop.diffusers import diffusers_build, diffusers_config
+from ldmlab.interop.diffusers.diffusers_first_stages import folded, scale_of, single_factor
+from ldmlab.interop.diffusers.diffusers_texts import BERT_TARGET, CLIP_TARGET
+from ldmlab.interop.imported import Imported, assembled, assembled_first_stage
+
+Spec = Mapping[str, Any]
+_LENGTH, _FACTOR = 77, 8  # fixed in LDMTextToImagePipeline
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of folders; `why` says what keeps the model from a pipeline."""
+
+    pipeline: str | None
+    first_stage: str | None  # folder of the first stage; None: there are only pixels
+    text: str | None = None  # folder of the text encoder
+    why: str = ""
+    unscaled: bool = False  # the pipeline hands latents to the first stage as they are
+
+
+def plan(spec: Spec) -> Plan:
+    """For a latent diffusion model's description."""
+    stage = kind(spec["first_stage"])
+    nodes = list(spec["conditioners"].values())
+    told = [kind(node) for node in nodes]
+    text = next((node for node in nodes if node["_target_"] in (CLIP_TARGET, BERT_TARGET)), None)
+    names = {"KLAutoencoder": "vae", "Identity": None}
+    folders = names.get(stage, "vqvae"), None if text is None else "text_encoder"
+    if stage == "Identity":
+        return Plan(None if told else "DDIMPipeline", *folders, why=_because(told) if told else "")
+    if not told:
+        return Plan("LDMPipeline", "vqvae")
+    if told == ["LowResolution"]:
+        if spec["backbone"]["out_channels"] == 3:
+            return Plan("LDMSuperResolutionPipeline", "vqvae", unscaled=True)
+        return Plan(None, *folders, why="LDMSuperResolutionPipeline wants latents of 3 channels")
+    if text is None:
+        return Plan(None, *folders, why=_because(told))
+    others = [node for node in nodes if node is not text]
+    if not others and stage == "KLAutoencoder" and text["_target_"] == CLIP_TARGET:
+        return Plan("StableDiffusionPipeline", "vae", "text_encoder")
+    if not others:
+        return _ldm_text(spec, text, folders)
+    if _is_sd_inpainting(others, spec) and stage == "KLAutoencoder" and text["_target_"] == CLIP_TARGET:
+        return Plan("StableDiffusionInpaintPipeline", "vae", "text_encoder")
+    return Plan(None, *folders, why=_because(told))
+
+
+def _ldm_text(spec: Spec, text: Spec, folders: tuple[str | None, str | None]) -> Plan:
+    """The paper's text-to-image pipeline has its factor and its number of tokens written into it."""
+    factor, length = downsampling(spec["first_stage"]), text_length(text)
+    if factor == _FACTOR and length == _LENGTH:
+        return Plan("LDMTextToImagePipeline", "vqvae", "bert")
+    why = f"LDMTextToImagePipeline wants a first stage of f={_FACTOR} and {_LENGTH} tokens, not f={factor} and {length}"
+    return Plan(None, *folders, why=why)
+
+
+def _is_sd_inpainting(nodes: list[Spec], spec: Spec) -> bool:
+    """Mask as 0 and 1, then the latent of the image with grey holes: 9 channels with the noisy latent."""
+    if [kind(node) for node in nodes] != ["Mask", "MaskedLatent"] or spec["backbone"]["in_channels"] != 9:
+        return False
+    mask, masked = nodes
+    return (mask.get("keep", -1.0), mask.get("hole", 1.0), masked.get("hole", -1.0)) == (0.0, 1.0, 0.0)
+
+
+def _because(told: list[str]) -> str:
+    return f"no pipeline of diffusers is told {', '.join(told)}"
+
+
+def kind(node: Spec) -> str:
+    """The last part of a node's target."""
+    return str(node["_target_"]).rpartition(".")[2]
+
+
+def downsampling(node: Spec) -> int:
+    """f of a first stage's node."""
+    return int(2 ** (len(node["channel_mult"]) - 1)) if "channel_mult" in node else 1
+
+
+def text_length(node: Spec) -> int:
+    """Tokens of a text conditioner's node."""
+    if node["_target_"] == BERT_TARGET:
+        return int(node.get("length", _LENGTH))
+    if not node.get("config"):
+        raise InputError(f"conditioner {node.get('name')} does not carry its configuration; export the run again.")
+    return int(node["config"]["text_cfg"].get("context_length", _LENGTH))
+
 
 Spec = Mapping[str, Any]
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -25,7 +109,7 @@ def export_folder(spec: Spec, parts: Parts, folder: Path) -> Exported:
 
     InputError for what diffusers cannot hold and for a difference of 1e-4 or more; the caller then drops the folder.
     """
-    with theirs.quiet_diffusers() as diffusers:
+    with diffusers_build.quiet_diffusers() as diffusers:
         if spec["kind"] == "first_stage":
             return _export_first_stage(diffusers, spec, parts, folder)
         if spec["kind"] != "latent_diffusion":
@@ -36,7 +120,7 @@ def export_folder(spec: Spec, parts: Parts, folder: Path) -> Exported:
 def _export_first_stage(diffusers: Any, spec: Spec, parts: Parts, folder: Path) -> Exported:
     """An autoencoder alone: its latents are raw."""
     node = spec["first_stage"]
-    module = theirs.first_stage(diffusers, node, parts["first_stage"], spec["image_size"], 1.0)
+    module = diffusers_build.diffusers_first_stage(diffusers, node, parts["first_stage"], spec["image_size"], 1.0)
     module.save_pretrained(folder)
     stage = assembled_first_stage(_imported(spec, parts))
     found = type(module).from_pretrained(folder)
@@ -57,7 +141,7 @@ class Export:
         factor = single_factor(self.std, self.shift)
         self.fold = factor is None or (self.plan.unscaled and factor != 1)
         self.factor = 1.0 if factor is None or self.fold else factor
-        self.rows = theirs.class_rows(spec, parts)
+        self.rows = diffusers_build.class_rows(spec, parts)
         self.text = next((name for name, node in spec["conditioners"].items() if node["_target_"] in _TEXTS), None)
         self.ours = assembled(_imported(spec, parts))
 
@@ -91,20 +175,24 @@ class Export:
         size = _side(spec["image_size"])
         f = downsampling(spec["first_stage"])
         modules = {
-            "unet": theirs.unet(self.diffusers, spec, self.parts, size // f, self.rows),
-            "scheduler": self.diffusers.DDIMScheduler(**schedule.configuration(spec["diffusion"])),
+            "unet": diffusers_build.diffusers_unet(self.diffusers, spec, self.parts, size // f, self.rows),
+            "scheduler": self.diffusers.DDIMScheduler(**diffusers_config.scheduler_options(spec["diffusion"])),
         }
         if self.plan.first_stage is not None:
             node, state = spec["first_stage"], self.parts["first_stage"]
             if self.fold:
                 state = folded(state, self.std, self.shift, node["latent_channels"])
-            modules[self.plan.first_stage] = theirs.first_stage(self.diffusers, node, state, size, self.factor)
+            modules[self.plan.first_stage] = diffusers_build.diffusers_first_stage(
+                self.diffusers, node, state, size, self.factor
+            )
         if self.plan.text is not None and self.text is not None:
             node, prefix = spec["conditioners"][self.text], f"{self.text}."
             state = {k.removeprefix(prefix): t for k, t in self.parts["conditioner"].items() if k.startswith(prefix)}
-            modules[self.plan.text] = theirs.text_encoder(node, state)
+            modules[self.plan.text] = diffusers_build.diffusers_text_encoder(node, state)
             path = getattr(self._conditioner.tokenizer, "path", None)
-            modules["tokenizer"] = theirs.tokenizer(node, path, text_length(node), self.folder / _SCRATCH)
+            modules["tokenizer"] = diffusers_build.diffusers_tokenizer(
+                node, path, text_length(node), self.folder / _SCRATCH
+            )
         return modules
 
     @property
@@ -153,7 +241,7 @@ class Export:
 
 
 _SCRATCH = "vocabulary"
-_TEXTS = (texts.CLIP_TARGET, texts.BERT_TARGET)
+_TEXTS = (CLIP_TARGET, BERT_TARGET)
 
 
 def _side(size: int | list[int]) -> int:

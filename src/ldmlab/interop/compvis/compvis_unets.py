@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.shared_names import Pairs, spatial_transformer, under
+from ldmlab.interop.common_names import Pairs, spatial_transformer, under
 
 _RES = {
     "in_layers.0": "norm_in",

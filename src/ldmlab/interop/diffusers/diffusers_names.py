@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.interop.shared_names import Pairs, spatial_transformer, under
+from ldmlab.interop.common_names import Pairs, spatial_transformer, under
 
 _RES = {
     "norm1": "norm_in",

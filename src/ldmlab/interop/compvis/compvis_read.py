@@ -1,17 +1,24 @@
-"""A whole official file as model.yaml and tensors under our names: nothing is built for good, nothing is written."""
+"""Official files and configurations as model.yaml and tensors under our names, or as single modules of ours.
+
+State dicts have the official file's keys: with their prefix (a whole file will do) or without. Tensors that are float32
+are used in place, not copied; others become float32.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.assembly import Imported
-from ldmlab.interop.compvis.config import (
+from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
+from ldmlab.interop.compvis.compvis_config import (
+    UNET_TARGET,
+    conditioner_node,
     first_stage_spec,
     is_first_stage,
     latent_diffusion_spec,
@@ -19,13 +26,27 @@ from ldmlab.interop.compvis.config import (
     read_config,
     scale_node,
 )
-from ldmlab.interop.compvis.families import config_of
-from ldmlab.interop.compvis.official_file import OfficialFile, check_schedule, scale_factor, take_apart
-from ldmlab.interop.compvis.parts import UNET, Part, StateDict, conditioner_part, first_stage_part, unet_part
-from ldmlab.interop.compvis.shapes import linear_projections
-from ldmlab.interop.compvis.unets import CLASS_TABLE
-from ldmlab.interop.mismatch import Mismatch, refuse_mismatch
-from ldmlab.interop.weights_file import read_weights
+from ldmlab.interop.compvis.compvis_file import OfficialFile, check_schedule, scale_factor, take_apart
+from ldmlab.interop.compvis.compvis_networks import (
+    CONDITIONER,
+    FIRST_STAGE,
+    LOSS,
+    UNET,
+    Part,
+    StateDict,
+    build,
+    conditioner_part,
+    first_stage_part,
+    is_table,
+    of_part,
+    unet_part,
+)
+from ldmlab.interop.compvis.compvis_shapes import config_of, linear_projections
+from ldmlab.interop.compvis.compvis_unets import CLASS_TABLE
+from ldmlab.interop.imported import Imported, Mismatch, compare, read_weights, refuse_mismatch
+
+if TYPE_CHECKING:
+    from ldmlab.inference.model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -191,3 +212,57 @@ def _parts(taken: Mapping[str, _Taken]) -> dict[str, StateDict]:
         else:
             parts["first_stage"] = network.ours()
     return {name: part for name, part in parts.items() if part}
+
+
+State = Mapping[str, Tensor]
+
+
+def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
+    """Our U-Net for `unet_config.params`; with fresh weights unless a state dict is given.
+
+    A table of classes (`num_classes`) is no part of ours: `label_emb.weight[class_id]` is its `vector` conditioning,
+    added to the time vector as it is. Of a whole file `read` and `load` make a ClassEmbedder of it.
+    """
+    node = {"_target_": UNET_TARGET, **compvis_unets.arguments(config_params)}
+    if state_dict is None:
+        return instantiate(node, where="backbone")
+    given = of_part(state_dict, UNET)
+    if (width := node.get("vector_width")) and (table := given.pop(CLASS_TABLE, None)) is not None:
+        expected = torch.empty(config_params["num_classes"], width, device="meta")
+        refuse_mismatch({"U-Net": compare({CLASS_TABLE: table}, {CLASS_TABLE: expected})})
+    return build(unet_part(node), given)
+
+
+def build_first_stage(
+    config_params: Mapping[str, Any],
+    state_dict: State | None = None,
+    target: str | None = None,  # official class; None: VQ if the params name a codebook, else KL
+) -> nn.Module:
+    """Our first stage for `first_stage_config.params`; networks of its loss in the state dict are left aside."""
+    node = compvis_first_stages.arguments(target or compvis_first_stages.target_of(config_params), config_params)
+    if state_dict is None:
+        return instantiate(node, where="first_stage")
+    given = {key: tensor for key, tensor in of_part(state_dict, FIRST_STAGE).items() if not key.startswith(LOSS)}
+    return build(first_stage_part(node), given)
+
+
+def build_conditioner(target: str, config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
+    """Our conditioner for `cond_stage_config`; a text encoder may have the fields of `CLIPTextConfig` as params."""
+    if state_dict is None:
+        return instantiate(conditioner_node(target, config_params), where="conditioner")
+    given = {key: tensor for key, tensor in of_part(state_dict, CONDITIONER).items() if not is_table(key)}
+    return build(conditioner_part(conditioner_node(target, config_params, given)), given)
+
+
+def load(
+    checkpoint_path: Path | str,
+    config_path: Path | str | None = None,  # official YAML; None: told by the weights, for Stable Diffusion
+    weights: str = "averaged",  # averaged, where the file has them | raw
+    *,
+    prediction: str | None = None,  # eps | v, where neither configuration nor weights tell
+    device: str = "auto",
+) -> "LoadedModel":
+    """A whole official model, ready to sample, as `ldmlab.load` gives it; nothing is written."""
+    from ldmlab.interop.imported import loaded_model
+
+    return loaded_model(read(checkpoint_path, config_path, weights=weights, prediction=prediction), device)

@@ -9,15 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers import first_stages, texts, unets
-from ldmlab.interop.diffusers.files import read_json, read_weights
-from ldmlab.interop.diffusers.modules import CLASS_TABLE, build_first_stage, build_text, build_unet
-from ldmlab.interop.diffusers.schedule import diffusion_node
-from ldmlab.interop.diffusers.tokenizers import bert_vocabulary, clip_padding
+from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_texts, diffusers_unets
+from ldmlab.interop.diffusers.diffusers_build import CLASS_TABLE, build_first_stage, build_text, build_unet
+from ldmlab.interop.diffusers.diffusers_config import diffusion_node, read_json, read_weights
+from ldmlab.interop.diffusers.diffusers_texts import bert_vocabulary, clip_padding
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]
-_HOME = texts.HOME
+_HOME = diffusers_texts.HOME
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ def read_folder(path: Path | str) -> tuple[Spec, Parts]:
     if (folder / "model_index.json").is_file():
         return _read_pipeline(folder, read_json(folder / "model_index.json"))
     config = read_json(folder / "config.json")
-    if config.get("_class_name") not in (first_stages.KL, first_stages.VQ):
+    if config.get("_class_name") not in (diffusers_first_stages.KL, diffusers_first_stages.VQ):
         raise InputError(
             f"{folder} holds a {config.get('_class_name')} alone, which is no model; give the pipeline's folder "
             "(model_index.json) or a first stage's."
         )
-    node = first_stages.arguments(config)
+    node = diffusers_first_stages.arguments(config)
     stage = build_first_stage(config, read_weights(folder))
     spec = {"kind": "first_stage", "image_size": _side(config.get("sample_size"), 1) or 256, "first_stage": node}
     return spec, {"first_stage": stage.state_dict()}
@@ -94,7 +93,7 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
         "image_size": side,
         "first_stage": stage_node,
         "latent_scale": _scale_node(folder, name, stage_config),
-        "backbone": {"_target_": "ldmlab.backbones.unet.UNet", **unets.arguments(unet_config)},
+        "backbone": {"_target_": "ldmlab.backbones.unet.UNet", **diffusers_unets.arguments(unet_config)},
         "conditioners": conditioners,
         "diffusion": diffusion_node(read_json(folder / "scheduler" / "scheduler_config.json")),
         "guidance_trained": None if conditioners else False,
@@ -110,18 +109,22 @@ def _read_first_stage(folder: Path | None) -> tuple[Spec, Spec, dict[str, Tensor
     if folder is None:
         return {"scaling_factor": 1.0}, {"_target_": "ldmlab.first_stages.identity.Identity"}, {}
     config = read_json(folder / "config.json")
-    return config, first_stages.arguments(config), build_first_stage(config, read_weights(folder)).state_dict()
+    return (
+        config,
+        diffusers_first_stages.arguments(config),
+        build_first_stage(config, read_weights(folder)).state_dict(),
+    )
 
 
 def _components(folder: Path, index: Spec) -> dict[str, Path]:
     """Folders of the U-Net, the first stage and the text encoder, whatever the pipeline calls them."""
     kinds = {
-        unets.CONDITION: "unet",
-        unets.PLAIN: "unet",
-        first_stages.KL: "first_stage",
-        first_stages.VQ: "first_stage",
+        diffusers_unets.CONDITION: "unet",
+        diffusers_unets.PLAIN: "unet",
+        diffusers_first_stages.KL: "first_stage",
+        diffusers_first_stages.VQ: "first_stage",
     }
-    kinds |= {texts.CLIP: "text", texts.BERT: "text"}
+    kinds |= {diffusers_texts.CLIP: "text", diffusers_texts.BERT: "text"}
     found = {}
     for name, value in index.items():
         if name.startswith("_") or name in _IGNORED or not isinstance(value, list) or value[1] is None:
@@ -151,10 +154,10 @@ def _read_text(folder: Path, encoder: Path | None) -> tuple[dict[str, Spec], dic
         return {}, {}
     config = read_json(encoder / "config.json")
     tokenizer = folder / "tokenizer"
-    if texts.kind_of(config) == texts.CLIP:
-        node = texts.node(config, padding=clip_padding(tokenizer))
+    if diffusers_texts.kind_of(config) == diffusers_texts.CLIP:
+        node = diffusers_texts.node(config, padding=clip_padding(tokenizer))
     else:
-        node = texts.node(config, vocabulary=bert_vocabulary(tokenizer))
+        node = diffusers_texts.node(config, vocabulary=bert_vocabulary(tokenizer))
     text = build_text(config, read_weights(encoder), padding=node.get("padding", "end"))
     return {"text": node}, {f"text.{key}": tensor for key, tensor in text.state_dict().items()}
 
@@ -164,7 +167,7 @@ def _scale_node(folder: Path, pipeline: str, config: Spec) -> Spec:
     factor = config.get("scaling_factor")
     if pipeline == "LDMSuperResolutionPipeline":
         factor = 1.0
-    elif factor is None and first_stages.kind_of(config) == first_stages.VQ:
+    elif factor is None and diffusers_first_stages.kind_of(config) == diffusers_first_stages.VQ:
         warnings.warn(
             f"{folder}: its VQModel has no scaling_factor; taken as 1, as in the paper's models.", stacklevel=2
         )

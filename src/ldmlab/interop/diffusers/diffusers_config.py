@@ -1,0 +1,182 @@
+"""Files of diffusers' folders: settings with defaults filled in, weights, and noise schedules."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.errors import InputError
+from ldmlab.interop import imported
+
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_VARIANTS = ("", ".non_ema", ".fp16")  # of the same weights, in the order of preference
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of settings; InputError when it is missing or no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; copy the folder again, or give one that diffusers wrote.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); copy the folder again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no settings; copy the folder again.")
+    return content
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a module's folder: one file or several with an index, safetensors first, else a safe pickle."""
+    for variant in _VARIANTS:
+        for stem in _STEMS:
+            for ending in ("safetensors", "bin"):
+                file = folder / f"{stem}{variant}.{ending}"
+                if file.is_file():
+                    return _tensors(file)
+                index = folder / f"{stem}.{ending}.index{variant}.json"
+                if index.is_file():
+                    files = sorted(set(read_json(index)["weight_map"].values()))
+                    return {key: tensor for name in files for key, tensor in _tensors(folder / Path(name).name).items()}
+    raise InputError(f"{folder} has no weights (diffusion_pytorch_model.safetensors or the like); copy it again.")
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    return imported.read_weights(file)[0]
+
+
+# Keys that describe the file or the hardware and change no output.
+_NEUTRAL = frozenset(
+    ("sample_size", "upcast_attention", "force_upcast", "addition_embed_type_num_heads", "num_train_timesteps")
+)
+
+
+def resolved(
+    config: Mapping[str, Any],
+    kind: str,  # diffusers' class, for messages
+    defaults: Mapping[str, Any],  # every option we read, with the value of diffusers' signature
+    required: Mapping[str, tuple[Any, ...]],  # options we have no choice in: the values we can do, diffusers' first
+) -> dict[str, Any]:
+    """The options we read; InputError for one that asks for something we do not have, known to us or not."""
+    for key, value in config.items():
+        if key.startswith("_") or key in _NEUTRAL or key in defaults:
+            continue
+        allowed = required.get(key, (None, False))
+        if _plain(value) not in allowed:
+            can = " or ".join(map(str, allowed))
+            raise InputError(f"{kind} with {key}={value} cannot be represented here; only {key}={can} can.")
+    return {key: _plain(config.get(key, default)) for key, default in defaults.items()}
+
+
+def named_class(config: Mapping[str, Any], known: Iterable[str], part: str) -> str | None:
+    """The class that a configuration names, None where it names none; InputError for one that is not known."""
+    named = config.get("_class_name")
+    if named is not None and named not in known:
+        raise InputError(f"{part}'s class {named} is not known; known are {', '.join(known)}.")
+    return named
+
+
+def multiples(kind: str, widths: Sequence[int]) -> list[int]:
+    """Widths of levels as multiples of the first."""
+    if any(width % widths[0] for width in widths):
+        raise InputError(f"{kind} with block_out_channels={widths}: not multiples of the first width; use another one.")
+    return [width // widths[0] for width in widths]
+
+
+def levels_with_attention(
+    kind: str,
+    given: Mapping[str, Any],
+    attention: str,  # how the names of levels with attention begin
+    known: Iterable[str],  # names of levels that we have
+) -> list[bool]:
+    """Which levels have attention, from the finest; the way up must mirror the way down."""
+    types = given["down_block_types"], given["up_block_types"]
+    for name in [*types[0], *types[1]]:
+        if name not in known:
+            raise InputError(
+                f"{kind} with a {name} cannot be represented here; levels can be {', '.join(sorted(known))}."
+            )
+    down, up = ([name.startswith(attention) for name in way] for way in types)
+    if down != up[::-1]:
+        raise InputError(f"{kind} with other attention on the way up ({types[1]}) than down; use a symmetric one.")
+    return down
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as they come from a file."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+Config = Mapping[str, Any]
+_NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}  # diffusers => ours
+_PREDICTIONS = {"epsilon": "EpsPrediction", "v_prediction": "VPrediction"}
+_HOME = "ldmlab.diffusion."
+_SAME = 1e-6  # float32 of betas below 0.02 is much closer
+
+
+def diffusion_node(config: Config) -> dict[str, Any]:
+    """Our diffusion node for a `scheduler_config.json`: the noise levels and what is predicted, not the steps taken."""
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise InputError(f"scheduler prediction_type={prediction} is not known; known are {', '.join(_PREDICTIONS)}.")
+    if config.get("rescale_betas_zero_snr"):
+        raise InputError("scheduler rescale_betas_zero_snr=true cannot be represented here; use a model without it.")
+    return {
+        "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
+        "prediction": {"_target_": f"{_HOME}parameterization.{_PREDICTIONS[prediction]}"},
+        "schedule": {"_target_": f"{_HOME}schedule.Schedule", **_schedule(config)},
+    }
+
+
+def _schedule(config: Config) -> dict[str, Any]:
+    trained = config.get("trained_betas")
+    if trained is not None:
+        return _named(trained)
+    name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    if name not in _NAMES:
+        raise InputError(f"scheduler beta_schedule={name} is not known; known are {', '.join(_NAMES)}.")
+    if name == "squaredcos_cap_v2":
+        return {"name": "cosine", "steps": steps}
+    ends = {"start": config.get("beta_start", 0.0001), "end": config.get("beta_end", 0.02)}
+    return {"name": _NAMES[name], **ends, "steps": steps}
+
+
+def _named(betas: Sequence[float]) -> dict[str, Any]:
+    """The schedule of ours that gives these betas."""
+    table = torch.tensor(betas, dtype=torch.float64)
+    first, last = float(table[0]), float(table[-1])
+    for name in ("scaled_linear", "linear", "sqrt"):
+        ends = {"start": first**2, "end": last**2} if name == "sqrt" else {"start": first, "end": last}
+        if torch.allclose(Schedule(name, **ends, steps=len(table)).betas, table, atol=_SAME, rtol=0):
+            return {"name": name, **ends, "steps": len(table)}
+    if torch.allclose(Schedule("cosine", steps=len(table)).betas, table, atol=_SAME, rtol=0):
+        return {"name": "cosine", "steps": len(table)}
+    raise InputError(
+        f"scheduler trained_betas={first} .. {last} follow no schedule that ldmlab has; use another model."
+    )
+
+
+def scheduler_options(node: Mapping[str, Any]) -> Config:
+    """Options of a DDIMScheduler that steps as the official DDIM sampler does, for a diffusion node of ours."""
+    prediction = str(node["prediction"]["_target_"]).rpartition(".")[2]
+    theirs = {ours: name for name, ours in _PREDICTIONS.items()}
+    if prediction not in theirs:
+        raise InputError(f"diffusion.prediction={prediction} has no scheduler in diffusers; use --format ldmlab.")
+    given = {key: value for key, value in node["schedule"].items() if key != "_target_"}
+    schedule = Schedule(**given)
+    names = {ours: name for name, ours in _NAMES.items()}
+    config: dict[str, Any] = {
+        "num_train_timesteps": schedule.steps,
+        "prediction_type": theirs[prediction],
+        "clip_sample": False,
+        "set_alpha_to_one": False,  # the last step goes to the first level of the schedule
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
+    if schedule.name in ("scaled_linear", "linear"):
+        ends = {"beta_start": given.get("start", 0.0015), "beta_end": given.get("end", 0.0195)}
+        return config | {"beta_schedule": names[schedule.name], **ends}
+    return config | {"trained_betas": schedule.betas.tolist()}
