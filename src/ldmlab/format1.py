@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, str]] = {}  # `_target_` now => {argument then: arg
 
 VALUES: dict[tuple[str, str], dict[Any, Any]] = {  # (`_target_` now, argument now) => {value then: value now}
     ("ldmlab.diffusion.schedule.Schedule", "name"): {"linear": "scaled_linear", "sqrt_linear": "linear"},
+    ("ldmlab.losses.autoencoder.AutoencoderLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
     ("ldmlab.losses.reconstruction.ReconstructionLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
 }
 

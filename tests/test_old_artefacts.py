@@ -1,0 +1,84 @@
+"""What the version before wrote loads, resumes, samples and trains as it did then."""
+
+import csv
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ldmlab
+from format1_artefacts import EXPECTED, config_of, unpack
+from ldmlab import format1
+from ldmlab.app.wiring import train
+from ldmlab.checkpoints import load_checkpoint
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(unpack(tmp_path))
+    return tmp_path
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def resumed(run: str) -> list[dict[str, str]]:
+    config = config_of(Path(run))
+    config["trainer"]["max_steps"] = 6
+    train(config)
+    return rows(Path(run))
+
+
+@pytest.mark.parametrize("run", ["first_stage", "model"])
+def test_a_run_goes_on_as_it_would_have_then(run: str, old: Path) -> None:
+    table = {row["step"]: row for row in resumed(run)}
+    compared = 0
+    for row in EXPECTED[run]["rows"]:
+        for name, text in row.items():
+            if text:
+                assert float(table[row["step"]][format1.metric(name)]) == pytest.approx(float(text), rel=1e-4), name
+                compared += 1
+    assert compared > 15
+    content = load_checkpoint(old / run / "checkpoints" / "step_00000006.ckpt")
+    if torch.__version__ == EXPECTED[run]["torch"]:  # the same kernels: the same bits
+        digest = hashlib.sha256()
+        for module in content["modules"].values():
+            for name in sorted(module):
+                digest.update(module[name].contiguous().numpy().tobytes())
+        assert digest.hexdigest() == EXPECTED[run]["modules_sha256"]
+
+
+@pytest.mark.parametrize("run", ["first_stage", "model"])
+def test_the_table_goes_on_under_one_name_a_column(run: str, old: Path) -> None:
+    before = rows(Path(run))
+    after = resumed(run)
+    assert [row["step"] for row in after] == ["1", "2", "3", "4", "5", "6"]
+    assert not [name for name in after[0] if name != format1.metric(name)]
+    for was, now in zip(before, after, strict=False):
+        assert {format1.metric(name): text for name, text in was.items() if text} == {k: v for k, v in now.items() if v}
+
+
+def test_a_model_folder_gives_the_same_images(old: Path) -> None:
+    model = ldmlab.load("exported")
+    images = torch.as_tensor(model.sample(class_id=[0, 1], steps=4, guidance=2.0, seed=1))
+    expected = EXPECTED["sample"]
+    assert list(images.shape) == expected["shape"]
+    torch.testing.assert_close(images.double().mean((1, 2)), torch.tensor(expected["mean"], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("source", ["first_stage", "model", "exported"])
+def test_runs_and_model_folders_load(source: str, old: Path) -> None:
+    model: Any = ldmlab.load(source)
+    assert model is not None
+
+
+def test_latent_shards_train_a_new_run(old: Path) -> None:
+    config = config_of(Path("model"))
+    config["run"] = {**config["run"], "dir": "new"}
+    config["trainer"]["max_steps"] = 2
+    train(config)
+    assert [row["step"] for row in rows(Path("new"))] == ["1", "2"]
