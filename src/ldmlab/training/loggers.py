@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ldmlab import format1
 from ldmlab.checkpoints import write_atomically
 from ldmlab.training.run_folder import RunFolder
 
@@ -77,8 +78,9 @@ def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     with open(path, newline="") as file:
         lines = [line for line in file.read().splitlines(keepends=True) if line.endswith("\n")]
     reader = csv.DictReader(lines)
+    reader.fieldnames = [format1.metric(name) for name in reader.fieldnames or []]
     rows = [row for row in reader if None not in row.values() and row["step"].isdigit()]
-    return list(reader.fieldnames or []), rows
+    return list(reader.fieldnames), rows
 
 
 @dataclass
