@@ -60,7 +60,7 @@ def evaluation(folder: Path, seed: int) -> Path:
         "images": {"samples": drawn, "real": real},
         "protocol": {"name": "benchmark", "reference": "val", "samples": 1000, "metrics": {}},
         "sampling": {
-            **{"steps": 50, "guidance": 1.0, "eta": 0.0, "seed": 0, "size": "256x256", "sampler": "ddim"},
+            **{"steps": 50, "guidance_scale": 1.0, "eta": 0.0, "seed": 0, "size": "256x256", "sampler": "ddim"},
             **{
                 "spacing": "official",
                 "images": 1000,
@@ -75,7 +75,7 @@ def evaluation(folder: Path, seed: int) -> Path:
             "weights": "averaged",
             "step": 1000,
             "fingerprint": f"{seed:016x}",
-            "guides": {},
+            "guiders": {},
         },
         "reference": {
             **{"folder": "data/val", "split": "val", "images": 1000, "manifest_hash": "0" * 64, "image_size": 256},
@@ -106,7 +106,7 @@ def job(folder: Path, seed: int) -> Path:
         **{"format_version": 1, "downsampling": factor, "latent": [4, 256 // factor, 256 // factor], "seed": seed // 6},
         **{"max_steps": steps, "budget": "steps", "images_per_step": 64, "processes": 1, "parameters": 26_000_000},
         **{"forward": 10**10 // factor, "training": 3 * 10**10 // factor, "decoder": 10**10},
-        **{"first_stage": str(first_stage), "protocol": {"name": "benchmark", "guidance": 1.0}},
+        **{"first_stage": str(first_stage), "protocol": {"name": "benchmark", "guidance_scale": 1.0}},
         "points": training + [point(steps, sampler_steps) for sampler_steps in (10, 20, 50, 200)],
         "reconstruction": scores(factor) | {"psnr": {"value": 25.0}},
         "seconds_per_image": {str(sampler_steps): 0.01 * sampler_steps for sampler_steps in (10, 20, 50, 100, 200)},

@@ -28,6 +28,41 @@ METRICS: dict[str, str] = {  # prefix of a column of metrics.csv or of a checkpo
 }
 
 
+CONFIG: dict[str, str] = {  # dotted key of a run's config.yaml then => last part of it now
+    "stage.guidance": "guidance_scale",
+}
+
+RECORD: dict[str, str] = {  # dotted key of metrics.json then, through lists => last part of it now
+    "sampling.guidance": "guidance_scale",
+    "protocol.guidance": "guidance_scale",
+    "protocol.category_guidance": "category_guidance_scale",
+    "protocol.guidance_curve": "guidance_scale_curve",
+    "guidance_curve": "guidance_scale_curve",
+    "guidance_curve.guidance": "guidance_scale",
+    "categories.guidance": "guidance_scale",
+    "model.guides": "guiders",
+}
+
+
+def config(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a run's config.yaml with today's keys."""
+    return dict(_renamed(value, CONFIG))
+
+
+def record(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a metrics.json with today's keys."""
+    return dict(_renamed(value, RECORD))
+
+
+def _renamed(value: Any, names: Mapping[str, str], path: str = "") -> Any:
+    if isinstance(value, list):
+        return [_renamed(part, names, path) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    keys = {key: f"{path}.{key}" if path else str(key) for key in value}
+    return {names.get(keys[key], key): _renamed(part, names, keys[key]) for key, part in value.items()}
+
+
 def node(value: Any) -> Any:
     """A configuration node, or anything that holds nodes, with today's targets, arguments and values.
 

@@ -94,4 +94,4 @@ def settings(config: dict[str, Any]) -> str:
     sampler, stage = config["sampler"], config["stage"]
     name = sampler["_target_"].rpartition(".")[2].upper()
     told[-1] += f"; {name} {stage['panel_steps']} steps"
-    return ", ".join([*told, f"eta {sampler['eta']:g}", f"guidance {stage['guidance']:g}"])
+    return ", ".join([*told, f"eta {sampler['eta']:g}", f"guidance {stage['guidance_scale']:g}"])

@@ -50,7 +50,7 @@ def test_an_image_size_that_f_does_not_divide(flow: Flow) -> None:
 def test_guidance_on_a_model_trained_without_dropout(flow: Flow, tmp_path: Path) -> None:
     if not (flow.root / "undropped" / "finished.json").exists():
         flow.denoiser("conditioner.text.drop=0", out="undropped")
-    words = ["red circle", "--steps", "2", "--guidance", "3", "--out", str(tmp_path / "s"), "--device", "cpu"]
+    words = ["red circle", "--steps", "2", "--guidance-scale", "3", "--out", str(tmp_path / "s"), "--device", "cpu"]
     assert "guidance" in refusal(lambda: cli.dispatch(["sample", str(flow.root / "undropped"), *words]))
     assert not (tmp_path / "s").exists()
 

@@ -57,7 +57,7 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_unknown_flag_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="did you mean --guidance"):
+    with pytest.raises(InputError, match="did you mean --guidance-scale"):
         cli.dispatch(["sample", "model", "a cat", "--guidence", "3"])
 
 

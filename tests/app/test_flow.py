@@ -48,7 +48,18 @@ def test_noise_levels_and_speed_are_logged(flow: Flow) -> None:
 
 def test_sample_writes_images_with_their_settings(flow: Flow) -> None:
     out = flow.root / "samples"
-    words = ["red circle", "синий квадрат", "--steps", "2", "--guidance", "2", "--size", "16x32", "--out", str(out)]
+    words = [
+        "red circle",
+        "синий квадрат",
+        "--steps",
+        "2",
+        "--guidance-scale",
+        "2",
+        "--size",
+        "16x32",
+        "--out",
+        str(out),
+    ]
     assert cli.dispatch(["sample", str(flow.root / "model"), *words, "--device", "cpu"]) == 0
     image = Image.open(out / "000001.png")
     assert image.size == (32, 16)

@@ -11,7 +11,7 @@ from PIL import Image
 import ldmlab
 from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.guidance import build_guides
+from ldmlab.app.guiders import build_guiders
 from ldmlab.app.wiring import train
 from ldmlab.build import load_classifier
 from ldmlab.inference.grids import read_settings
@@ -70,7 +70,7 @@ def test_samples_of_a_model_that_is_told_nothing_follow_the_classes(runs: Runs, 
     runs.sample(tmp_path / "guided", "0", "1", "--classifier", classifier, "--classifier-scale", "30")
     runs.sample(tmp_path / "swapped", "1", "0", "--classifier", classifier, "--classifier-scale", "30")
     told = read_settings(tmp_path / "guided" / "000001.png")
-    assert {"class_id": "1", "classifier": classifier, "classifier_scale": "30.0", "guidance": "1.0"}.items() <= (
+    assert {"class_id": "1", "classifier": classifier, "classifier_scale": "30.0", "guidance_scale": "1.0"}.items() <= (
         told.items()
     )
     guided, swapped = images(tmp_path / "guided"), images(tmp_path / "swapped")
@@ -90,26 +90,26 @@ def test_samples_are_pulled_to_a_image(runs: Runs, tmp_path: Path) -> None:
     small = tmp_path / "small.png"
     Image.new("RGB", (4, 4), (20, 220, 20)).save(small)
     runs.sample(tmp_path / "free", "--count", "2")
-    words = ["--guide", "squared", "--guide-weight", "0.1", "--guide-image", str(small)]
+    words = ["--guider", "squared", "--guider-weight", "0.1", "--guider-image", str(small)]
     runs.sample(tmp_path / "guided", "--count", "2", *words)
     free, guided = (np.abs(images(tmp_path / name).mean(axis=(1, 2)) - (20, 220, 20)) for name in ("free", "guided"))
     assert guided.sum() < free.sum()
     told = read_settings(tmp_path / "guided" / "000000.png")
-    assert (told["guide"], told["guide_weight"]) == (f"squared to {small}", "0.1")
+    assert (told["guider"], told["guider_weight"]) == (f"squared to {small}", "0.1")
 
 
 def test_scores_take_the_same_guides(runs: Runs) -> None:
     image = runs.root / "images" / "red" / "0.png"
-    given = ["protocol=images", "model=somewhere", "guidance=[classifier,squared]"]
-    paths = [f"guidance.classifier.run={runs.root}/classifier", f"guidance.squared.image={image}"]
+    given = ["protocol=images", "model=somewhere", "guiders=[classifier,squared]"]
+    paths = [f"guiders.classifier.run={runs.root}/classifier", f"guiders.squared.image={image}"]
     config = plain(compose("evaluate", [*given, *paths]))
     model = ldmlab.load(runs.root / "denoiser", device="cpu")
     assert model.reads == frozenset()
-    model.with_guides(*build_guides(config["guidance"], model))
+    model.with_guiders(*build_guiders(config["guiders"], model))
     assert model.reads == {"class_id"}
-    assert model.info["guides"]["classifier_scale"] == 10
+    assert model.info["guiders"]["classifier_scale"] == 10
     assert model.sample(class_id=[1, 0], steps=2).shape == (2, 16, 16, 3)
-    assert plain(compose("evaluate", given[:2]))["guidance"] == {}
+    assert plain(compose("evaluate", given[:2]))["guiders"] == {}
 
 
 def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
@@ -126,12 +126,12 @@ def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
         (["0", "--classifier", "CLASSIFIER", "--classifier-scale", "-1"], "classifier scale=-1.0 is no strength"),
         (["0", "--classifier", "DENOISER"], "is a model of kind latent_diffusion, not classifier"),
         (["0", "--classifier-scale", "3"], "--classifier-scale 3.0 does nothing without --classifier"),
-        (["--guide", "squared"], "guide=squared needs an image to go by"),
-        (["--guide", "squared", "--guide-image", "nowhere.png"], "nowhere.png cannot be read"),
-        (["--guide", "cubic", "--guide-image", "IMAGE"], "guide=cubic is no distance; choose squared or lpips."),
-        (["--guide-image", "IMAGE"], "does nothing without --guide"),
+        (["--guider", "squared"], "guider=squared needs an image to go by"),
+        (["--guider", "squared", "--guider-image", "nowhere.png"], "nowhere.png cannot be read"),
+        (["--guider", "cubic", "--guider-image", "IMAGE"], "guider=cubic is no distance; choose squared or lpips."),
+        (["--guider-image", "IMAGE"], "does nothing without --guider"),
         (["--classifier", "CLASSIFIER"], "this model is told class_id"),
-        (["0", "--classifier", "CLASSIFIER", "--guidance", "3"], "guidance=3.0 needs conditions"),
+        (["0", "--classifier", "CLASSIFIER", "--guidance-scale", "3"], "guidance_scale=3.0 needs conditions"),
     ],
 )
 def test_bad_choices_are_refused_before_any_work(runs: Runs, tmp_path: Path, words: list[str], message: str) -> None:

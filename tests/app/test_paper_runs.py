@@ -150,7 +150,7 @@ def test_an_experiment_trains_and_serves(name: str, root: Path) -> None:
         assert load_classifier(run).spec["kind"] == "classifier"
     else:
         model = ldmlab.load(run)
-        trained = config["stage"]["guidance"] > 1 and model.diffusion.guidance_trained
+        trained = config["stage"]["guidance_scale"] > 1 and model.diffusion.guidance_trained
         fields = asked(model.reads, size) or {"count": 1}
-        images = model.sample(**fields, steps=2, guidance=config["stage"]["guidance"] if trained else 1.0)
+        images = model.sample(**fields, steps=2, guidance_scale=config["stage"]["guidance_scale"] if trained else 1.0)
         assert images.shape == (1, size, size, 3)

@@ -86,7 +86,7 @@ def test_it_trains_is_saved_and_samples(spec: dict[str, Any], tmp_path: Path) ->
     parts = {"denoiser": model.backbone.state_dict(), "conditioner": model.conditioners.state_dict()}
     write_model_folder(tmp_path / "model", spec, parts)
     loaded = ldmlab.load(tmp_path / "model", device="cpu")
-    samples = loaded.sample(weather=[[0.0, 1.0], [5.0, -5.0]], steps=2, guidance=2.0)
+    samples = loaded.sample(weather=[[0.0, 1.0], [5.0, -5.0]], steps=2, guidance_scale=2.0)
     assert samples.shape == (2, 8, 8, 3)
     with pytest.raises(InputError, match="takes weather"):
         loaded.sample(wether=[[0.0, 1.0]], steps=2)

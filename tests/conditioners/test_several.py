@@ -125,7 +125,9 @@ def test_guidance_drops_what_training_dropped() -> None:
     assert torch.equal(null.vector, style + century)
     fields = {name: value for name, value in batch.items() if name != "position"}
     grid = ddim_grid(model.schedule, 2)
-    images = model.sample(fields, sampler=Ddim(), grid=grid, index=torch.arange(4), size=(SIDE, SIDE), guidance=3.0)
+    images = model.sample(
+        fields, sampler=Ddim(), grid=grid, index=torch.arange(4), size=(SIDE, SIDE), guidance_scale=3.0
+    )
     assert images.shape == (4, 3, SIDE, SIDE)
     assert images.isfinite().all()
 

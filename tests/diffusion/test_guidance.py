@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Denoise, Level
 from ldmlab.diffusion.grid import ddim_grid
-from ldmlab.diffusion.guidance import ClassifierGuide, ImageGuide, guided_by_noisy, shrunk, squared_error
+from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, guided_by_noisy, shrunk, squared_error
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
@@ -73,10 +73,10 @@ def test_an_exact_classifier_gives_the_exact_conditional_and_tilted_denoiser(lev
     x, wanted = points(level), torch.arange(200) % 3
     for number in range(3):
         chosen = x[wanted == number]
-        guide = ClassifierGuide(ExactClassifier(), scale)
-        found = guide(of_any, {"class_id": torch.full((len(chosen),), number)})(chosen, level)
+        guider = ClassifierGuider(ExactClassifier(), scale)
+        found = guider(of_any, {"class_id": torch.full((len(chosen),), number)})(chosen, level)
         plain, told = of_any(chosen, level), of_class(number)(chosen, level)
-        # the guide's gradient is float32: x is rounded to it before the classifier
+        # the guider's gradient is float32: x is rounded to it before the classifier
         torch.testing.assert_close(found, plain + scale * (told - plain), atol=3e-5 * (1 + scale), rtol=0)
         assert not scale or (found - plain).abs().max() > 0.005
 
@@ -88,8 +88,8 @@ def test_it_adds_to_classifier_free_guidance() -> None:
     def classifier_free(x: Tensor, level: Level) -> Tensor:
         return torch.lerp(of_any(x, level), of_class(2)(x, level), 2.5)
 
-    guide = ClassifierGuide(ExactClassifier(), 1.5)
-    found = guide(classifier_free, {"class_id": torch.full((200,), 2)})(x, level)
+    guider = ClassifierGuider(ExactClassifier(), 1.5)
+    found = guider(classifier_free, {"class_id": torch.full((200,), 2)})(x, level)
     plain, told = of_any(x, level), of_class(2)(x, level)
     torch.testing.assert_close(found, plain + 4.0 * (told - plain), atol=2e-4, rtol=0)
 
@@ -113,7 +113,7 @@ def gaussian(x: Tensor, level: Level) -> Tensor:
 
 
 def pulled(x: Tensor, level: Level, weight: float) -> Tensor:
-    """`gaussian` with the image guide on linear pixels; x (B, 4, 1, 1)."""
+    """`gaussian` with the image guider on linear pixels; x (B, 4, 1, 1)."""
     from ldmlab.diffusion.guidance import guided_by_clean
 
     def log_likelihood(clean: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def test_a_linear_image_pulls_by_the_posterior_variance(level: Level) -> None:
 
 
 def test_it_is_the_posterior_mean_where_little_is_left_to_guess() -> None:
-    """Exact: clean + v A^T (I / w + v A A^T)^-1 (y - A clean); the guide leaves out v A A^T, which falls as v."""
+    """Exact: clean + v A^T (I / w + v A A^T)^-1 (y - A clean); the guider leaves out v A A^T, which falls as v."""
     errors = []
     for sigma in (0.2, 0.1, 0.05):
         level = Level(math.sqrt(1 - sigma**2), sigma, 0.0)
@@ -193,14 +193,14 @@ def sample(batch: dict[str, Any], count: int = 4, first: int = 0, **options: Any
 
 def test_samples_follow_the_classifier_and_do_not_depend_on_their_company() -> None:
     batch = {"class_id": torch.tensor([0, 1, 0, 1])}
-    guide = ClassifierGuide(MeanClassifier(), 300.0)
-    guided, free = sample(batch, guides=[guide]), sample(batch)
+    guider = ClassifierGuider(MeanClassifier(), 300.0)
+    guided, free = sample(batch, guiders=[guider]), sample(batch)
     change = (guided - free).mean(dim=(1, 2, 3))
     assert (change[0::2] < -0.05).all()
     assert (change[1::2] > 0.05).all()
-    alone = sample({"class_id": torch.tensor([1])}, count=1, first=3, guides=[guide])
+    alone = sample({"class_id": torch.tensor([1])}, count=1, first=3, guiders=[guider])
     torch.testing.assert_close(alone, guided[3:])
-    torch.testing.assert_close(sample(batch, guides=[ClassifierGuide(MeanClassifier(), 0.0)]), free)
+    torch.testing.assert_close(sample(batch, guiders=[ClassifierGuider(MeanClassifier(), 0.0)]), free)
 
 
 def test_samples_come_near_to_a_smaller_image_and_both_guides_work_together() -> None:
@@ -211,24 +211,24 @@ def test_samples_come_near_to_a_smaller_image_and_both_guides_work_together() ->
     def away(images: Tensor) -> Tensor:
         return (shrunk(images, (4, 4)) - aim).square().mean(dim=(1, 2, 3))
 
-    pull = ImageGuide(model().pixels, squared_error, 100.0)
-    push = ClassifierGuide(MeanClassifier(), 300.0)
-    free, guided, both = sample(batch), sample(batch, guides=[pull]), sample(batch, guides=[push, pull])
+    pull = ImageGuider(model().pixels, squared_error, 100.0)
+    push = ClassifierGuider(MeanClassifier(), 300.0)
+    free, guided, both = sample(batch), sample(batch, guiders=[pull]), sample(batch, guiders=[push, pull])
     assert (away(guided) < 0.3 * away(free)).all()
     assert (both - guided).abs().max() > 1e-3
     assert (away(both) < 0.4 * away(free)).all()
-    one = ImageGuide(model().pixels, squared_error, 100.0, target=target[2])
+    one = ImageGuider(model().pixels, squared_error, 100.0, target=target[2])
     assert one.reads == frozenset()
-    torch.testing.assert_close(sample({}, count=1, first=2, guides=[one]), guided[2:3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample({}, count=1, first=2, guiders=[one]), guided[2:3], atol=1e-5, rtol=0)
 
 
 def test_the_guides_say_what_they_did() -> None:
-    assert ClassifierGuide(MeanClassifier(), 10.0, "runs/c").as_text() == {
+    assert ClassifierGuider(MeanClassifier(), 10.0, "runs/c").as_text() == {
         "classifier": "runs/c", "classifier_scale": 10.0
     }  # fmt: skip
-    guide = ImageGuide(model().pixels, squared_error, 0.5, name="squared")
-    assert guide.as_text() == {"guide": "squared", "guide_weight": 0.5}
-    assert guide.reads == {"low_resolution"}
+    guider = ImageGuider(model().pixels, squared_error, 0.5, name="squared")
+    assert guider.as_text() == {"guider": "squared", "guider_weight": 0.5}
+    assert guider.reads == {"low_resolution"}
 
 
 def test_shrinking_is_that_of_the_super_resolution_task() -> None:
@@ -244,19 +244,19 @@ def test_shrinking_is_that_of_the_super_resolution_task() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    guide = ClassifierGuide(MeanClassifier(), 10.0)
+    guider = ClassifierGuider(MeanClassifier(), 10.0)
     with pytest.raises(InputError, match=r"class_id 0 \.\. 2 is unknown to the classifier, which knows 0 \.\. 1"):
-        sample({"class_id": torch.tensor([0, 2])}, count=2, guides=[guide])
+        sample({"class_id": torch.tensor([0, 2])}, count=2, guiders=[guider])
     for strength in (-1.0, math.nan, math.inf):
         with pytest.raises(InputError, match="is no strength"):
-            ClassifierGuide(MeanClassifier(), strength)
+            ClassifierGuider(MeanClassifier(), strength)
         with pytest.raises(InputError, match="is no strength"):
-            ImageGuide(model().pixels, squared_error, strength)
+            ImageGuider(model().pixels, squared_error, strength)
     with pytest.raises(InputError, match="no signal is left"):
-        guide(of_any, {"class_id": torch.tensor([0])})(torch.zeros(1, 1, 1, 1), Level(0.0, 1.0, 999.0))
-    large = ImageGuide(model().pixels, squared_error, 1.0, target=torch.zeros(3, 32, 16, dtype=torch.uint8))
+        guider(of_any, {"class_id": torch.tensor([0])})(torch.zeros(1, 1, 1, 1), Level(0.0, 1.0, 999.0))
+    large = ImageGuider(model().pixels, squared_error, 1.0, target=torch.zeros(3, 32, 16, dtype=torch.uint8))
     with pytest.raises(InputError, match="32x16 is larger than the sample of 16x16"):
-        sample({}, count=1, guides=[large])
+        sample({}, count=1, guiders=[large])
 
 
 class LinearClassifier(nn.Module):
@@ -276,7 +276,7 @@ def test_half_precision_around_a_guide_keeps_its_gradient() -> None:
     torch.manual_seed(0)
     level, batch = LEVELS[1], {"class_id": torch.tensor([1, 0])}
     x = normal(0, "x", torch.arange(2), (3, 4, 4))
-    guided = ClassifierGuide(LinearClassifier(), 2.0)(lambda x, level: x, batch)
+    guided = ClassifierGuider(LinearClassifier(), 2.0)(lambda x, level: x, batch)
     with torch.autocast("cpu", torch.bfloat16):
         found = guided(x, level)
     assert torch.equal(found, guided(x, level))

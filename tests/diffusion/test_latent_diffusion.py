@@ -243,10 +243,10 @@ def test_a_backbone_that_is_not_told_refuses_the_conditioner() -> None:
 def test_guidance_is_one_doubled_pass_prepared_once() -> None:
     model, batch = make(guidance_trained=True).eval(), {"told": torch.tensor([3, 4])}
     options = {"sampler": Ddim(), "grid": ddim_grid(model.schedule, 5), "size": (8, 8), "index": torch.arange(2)}
-    model.sample(batch, guidance=1, **options)
+    model.sample(batch, guidance_scale=1, **options)
     assert model.backbone.batches == [2] * 5
     model.backbone.batches.clear()
-    model.sample(batch, guidance=3, **options)
+    model.sample(batch, guidance_scale=3, **options)
     assert model.backbone.batches == [4] * 5
     assert model.backbone.prepared == 2
 
@@ -265,17 +265,17 @@ def test_guidance_formula() -> None:
 def test_guidance_that_the_model_cannot_know() -> None:
     batch = {"told": torch.tensor([3, 4])}
 
-    def sample(model: LatentDiffusion, guidance: float, batch: dict[str, Any] = batch) -> Tensor:
+    def sample(model: LatentDiffusion, guidance_scale: float, batch: dict[str, Any] = batch) -> Tensor:
         grid = ddim_grid(model.schedule, 2)
         return model.eval().sample(
-            batch, sampler=Ddim(), grid=grid, size=(8, 8), index=torch.arange(2), guidance=guidance
+            batch, sampler=Ddim(), grid=grid, size=(8, 8), index=torch.arange(2), guidance_scale=guidance_scale
         )
 
-    with pytest.raises(InputError, match="guidance=3 needs a model trained with dropped conditions"):
+    with pytest.raises(InputError, match="guidance_scale=3 needs a model trained with dropped conditions"):
         sample(make(guidance_trained=False), 3)
-    with pytest.raises(InputError, match="guidance=3 needs conditions"):
+    with pytest.raises(InputError, match="guidance_scale=3 needs conditions"):
         sample(make({}, guidance_trained=True), 3, {})
-    with pytest.raises(InputError, match="guidance=nan is no number"):
+    with pytest.raises(InputError, match="guidance_scale=nan is no number"):
         sample(make(guidance_trained=True), float("nan"))
     with pytest.warns(UserWarning, match="nothing is known about dropped conditions"):
         sample(make(guidance_trained=None), 3)

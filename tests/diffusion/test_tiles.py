@@ -70,9 +70,9 @@ def sampled(kernel: int, window: int | None, size: int = 96, **options: Any) -> 
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_network_of_single_pixels_does_not_notice(guidance: float) -> None:
-    whole, _ = sampled(1, None, guidance=guidance)
-    parts, network = sampled(1, 32, guidance=guidance)
+def test_a_network_of_single_pixels_does_not_notice(guidance_scale: float) -> None:
+    whole, _ = sampled(1, None, guidance_scale=guidance_scale)
+    parts, network = sampled(1, 32, guidance_scale=guidance_scale)
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
     assert network.largest == 32 * 32
 

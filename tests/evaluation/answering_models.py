@@ -37,7 +37,7 @@ class Answers:
         self.reads, self.answer = frozenset(reads), answer
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
-        return replace(settings, guidance=1.0, size=self.image_size)
+        return replace(settings, guidance_scale=1.0, size=self.image_size)
 
     def sample_batch(
         self, requests: Sequence[Mapping[str, Any]], settings: Any, numbers: list[int], *rest: Any

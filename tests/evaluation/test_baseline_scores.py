@@ -16,7 +16,7 @@ from ldmlab.evaluation.task_baselines import Bicubic, MeanFill, NearestPatch
 from ldmlab.tasks.inpainting import Inpainting
 from ldmlab.tasks.super_resolution import SuperResolution
 
-PROTOCOL = Protocol(name="holes", reference="val", metrics={}, steps=1, guidance=1.0, shown=4, pairs=True)
+PROTOCOL = Protocol(name="holes", reference="val", metrics={}, steps=1, guidance_scale=1.0, shown=4, pairs=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from ldmlab.evaluation.task_evidence import Evidence
 from ldmlab.tasks.layout import Layout
 from scenes import CLASSES
 
-PROTOCOL = Protocol(name="boxes", reference="val", metrics={}, steps=1, guidance=1.0, shown=6)
+PROTOCOL = Protocol(name="boxes", reference="val", metrics={}, steps=1, guidance_scale=1.0, shown=6)
 JUDGE = LayoutJudge(steps=60, batch_size=32)
 
 

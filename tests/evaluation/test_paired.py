@@ -35,7 +35,7 @@ PROTOCOL = Protocol(
     metrics={},
     samples=IMAGES,
     steps=1,
-    guidance=1.0,
+    guidance_scale=1.0,
     pairs=True,
     mask_buckets={"small": [0.0, 0.2], "large": [0.2, 0.5], "none": [0.9, 1.0]},
     bucket_tables={"large": "inpaint/places-40-50", "none": "inpaint/places-40-50"},
@@ -54,7 +54,7 @@ class Darkener:
     precision, diffusion = "float32", torch.nn.Identity()
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
-        return settings.filled(guidance=1.0, size=(SIZE, SIZE), levels=10, strength=None, repeats=None)
+        return settings.filled(guidance_scale=1.0, size=(SIZE, SIZE), levels=10, strength=None, repeats=None)
 
     def sample_batch(self, requests: Sequence[Mapping[str, Any]], *rest: Any) -> Tensor:
         return torch.stack([torch.from_numpy(darkened(one["image"], one["mask"])) for one in requests])

@@ -43,12 +43,12 @@ def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evalua
         reference="val",
         metrics={},
         steps=2,
-        guidance=2.0,
+        guidance_scale=2.0,
         category_field="category",
         captions_per_category=2,
         classifier_steps=4,
         neighbours=3,
-        guidance_curve=(1.0, 2.0),
+        guidance_scale_curve=(1.0, 2.0),
         class_field="category",
         shown=6,
         paper_table="text2img/coco-256",
@@ -113,8 +113,8 @@ def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> Non
 
 def test_the_curve_over_guidance_passes_through_the_score(finished: tuple[Path, dict[str, Any]]) -> None:
     _, result = finished
-    first, own = result["guidance_curve"]
-    assert (first["guidance"], own["guidance"]) == (1.0, 2.0)
+    first, own = result["guidance_scale_curve"]
+    assert (first["guidance_scale"], own["guidance_scale"]) == (1.0, 2.0)
     assert own["scores"] == {name: result["scores"][name] for name in own["scores"]}
     assert first["scores"].keys() == own["scores"].keys()
     assert first["scores"]["fid"]["value"] != own["scores"]["fid"]["value"]
@@ -127,10 +127,10 @@ def test_other_scales_score_as_evaluations_of_their_own(
 ) -> None:
     alone = evaluation(shards, tmp_path / "alone")
     alone.protocol = replace(
-        alone.protocol, guidance=1.0, guidance_curve=(), category_field=None, class_field=None, neighbours=0
+        alone.protocol, guidance_scale=1.0, guidance_scale_curve=(), category_field=None, class_field=None, neighbours=0
     )
     scores = alone.run()["scores"]
-    for name, score in finished[1]["guidance_curve"][0]["scores"].items():
+    for name, score in finished[1]["guidance_scale_curve"][0]["scores"].items():
         assert score["value"] == pytest.approx(scores[name]["value"], rel=1e-4, abs=1e-6), name
 
 
@@ -167,7 +167,7 @@ def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dic
     stored = json.loads((out / "metrics.json").read_text())
     assert stored["scores"] == json.loads(json.dumps(result["scores"]))
     assert (
-        stored["sampling"] | {"seed": 0, "steps": 2, "guidance": 2.0, "eta": 0.0, "sampler": "ddim"}
+        stored["sampling"] | {"seed": 0, "steps": 2, "guidance_scale": 2.0, "eta": 0.0, "sampler": "ddim"}
         == stored["sampling"]
     )
     assert stored["sampling"]["images"] == 26

@@ -16,7 +16,7 @@ def model() -> LoadedModel:
 
 @pytest.mark.parametrize("name", sampler_names())
 def test_a_image_is_the_same_in_any_company(model: LoadedModel, name: str) -> None:
-    options = {"steps": 5, "guidance": 2.0, "sampler": name}
+    options = {"steps": 5, "guidance_scale": 2.0, "sampler": name}
     together = model.sample(class_id=[1, 2, 3], batch_size=3, **options)  # type: ignore[arg-type]
     apart = model.sample(class_id=[1, 2, 3], batch_size=1, **options)  # type: ignore[arg-type]
     assert together.shape == (3, 16, 16, 3)

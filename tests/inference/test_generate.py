@@ -12,7 +12,7 @@ from ldmlab.samplers.ddim import Ddim
 from sampling_models import tiny_model
 
 REQUESTS = [{"class_id": i % 10} for i in range(7)]
-SETTINGS = SampleSettings(steps=5, guidance=2.0, eta=1.0, seed=3)
+SETTINGS = SampleSettings(steps=5, guidance_scale=2.0, eta=1.0, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_half_precision_samples_look_alike(model: LoadedModel) -> None:
 
 def test_defaults(model: LoadedModel) -> None:
     settings = model.resolved(SampleSettings())
-    assert (settings.steps, settings.guidance, settings.size, settings.spacing) == (50, 3.0, (16, 16), "official")
+    assert (settings.steps, settings.guidance_scale, settings.size, settings.spacing) == (50, 3.0, (16, 16), "official")
     assert model.resolved(SampleSettings(sampler="ddpm")).steps == 1000
-    assert tiny_model(guidance_trained=False).resolved(SampleSettings()).guidance == 1
+    assert tiny_model(guidance_trained=False).resolved(SampleSettings()).guidance_scale == 1
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_less_strength_stays_nearer(model: LoadedModel) -> None:
     source = image()
     seen = model.decode(model.encode(torch.from_numpy(source)[None]))[0]
     made = {
-        strength: model.sample(class_id=[1], init_image=[source], strength=strength, steps=50, guidance=1)[0]
+        strength: model.sample(class_id=[1], init_image=[source], strength=strength, steps=50, guidance_scale=1)[0]
         for strength in (0.02, 0.5, 1.0)
     }
     distances = [distance(made[strength], seen) for strength in (0.02, 0.5, 1.0)]
@@ -148,7 +148,7 @@ def test_what_is_removed_leaves_no_trace(model: LoadedModel) -> None:
 
 def test_a_hole_can_start_from_the_image(model: LoadedModel) -> None:
     first, mask = image(), hole()
-    fields: dict[str, Any] = {"class_id": [1], "image": [first], "mask": [mask], "steps": 50, "guidance": 1}
+    fields: dict[str, Any] = {"class_id": [1], "image": [first], "mask": [mask], "steps": 50, "guidance_scale": 1}
     seen = model.decode(model.encode(torch.from_numpy(first)[None]))[0].numpy()
     near = model.sample(**fields, init_image=[first], strength=0.02)[0].numpy()
     far = model.sample(**fields)[0].numpy()
@@ -194,13 +194,13 @@ def test_a_negative_caption_stands_for_the_empty_one() -> None:
     model = tiny_model("caption")
 
     def sample(**options: Any) -> torch.Tensor:
-        return model.sample(caption=["a red apple"], steps=4, **{"guidance": 3, **options})
+        return model.sample(caption=["a red apple"], steps=4, **{"guidance_scale": 3, **options})
 
-    assert torch.equal(sample(negative=[""]), sample())
-    assert not torch.equal(sample(negative=["a cat"]), sample())
-    assert distance(sample(negative=["a red apple"]), sample(guidance=1)) < 0.1
+    assert torch.equal(sample(negative_prompt=[""]), sample())
+    assert not torch.equal(sample(negative_prompt=["a cat"]), sample())
+    assert distance(sample(negative_prompt=["a red apple"]), sample(guidance_scale=1)) < 0.1
     with pytest.raises(InputError, match=r"a negative caption .* guidance above 1"):
-        sample(negative=["a cat"], guidance=1)
+        sample(negative_prompt=["a cat"], guidance_scale=1)
 
 
 def test_the_end_of_a_long_caption_is_warned_of() -> None:
@@ -208,7 +208,7 @@ def test_the_end_of_a_long_caption_is_warned_of() -> None:
     with pytest.warns(UserWarning, match='does not see the end .* "eleven twelve"'):
         tiny_model("caption").sample(caption=[long], steps=1)
     with pytest.warns(UserWarning, match="eleven twelve"):
-        tiny_model("caption").sample(caption=["a"], negative=[long], steps=1)
+        tiny_model("caption").sample(caption=["a"], negative_prompt=[long], steps=1)
 
 
 # ---- the command
@@ -258,16 +258,28 @@ def test_holes_of_many_images_for_a_model_without_prompts(files: Path) -> None:
 
 
 def test_variations_without_a_prompt(files: Path) -> None:
-    words = ["--from", "photo.png", "--strength", "0.5", "--count", "2", "--steps", "4", "--strip", "--out", "out"]
+    words = ["--from", "photo.png", "--strength", "0.5", "--count", "2", "--steps", "4", "--trajectory", "--out", "out"]
     assert sample_command(["runs/tiny", *words], "caption") == 0
     told = read_settings(Path("out/000001.png"))
     assert (told["init_image"], told["strength"], told["prompt"]) == ("photo.png", "0.5", "")
-    with Image.open("out/000001_strip.webp") as animation:
+    with Image.open("out/000001_trajectory.webp") as animation:
         assert animation.n_frames == 3  # the start and two of four steps
 
 
 def test_a_start_is_brought_to_the_size_asked_for(files: Path) -> None:
-    words = ["2", "--from", "photo.png", "--size", "8x16", "--strength", "0.02", "--guidance", "1", "--out", "out"]
+    words = [
+        "2",
+        "--from",
+        "photo.png",
+        "--size",
+        "8x16",
+        "--strength",
+        "0.02",
+        "--guidance-scale",
+        "1",
+        "--out",
+        "out",
+    ]
     assert sample_command(["runs/tiny", *words]) == 0
     made = np.asarray(Image.open("out/000000.png"))
     assert made.shape == (8, 16, 3)
@@ -281,9 +293,9 @@ def test_a_sweep_of_strengths(files: Path) -> None:
 
 
 def test_a_negative_prompt(files: Path) -> None:
-    words = ["a red apple", "--negative", "a cat", "--steps", "2", "--out", "out"]
+    words = ["a red apple", "--negative-prompt", "a cat", "--steps", "2", "--out", "out"]
     assert sample_command(["runs/tiny", *words], "caption") == 0
-    assert read_settings(Path("out/000000.png"))["negative"] == "a cat"
+    assert read_settings(Path("out/000000.png"))["negative_prompt"] == "a cat"
 
 
 @pytest.mark.parametrize(
@@ -304,7 +316,7 @@ def test_a_negative_prompt(files: Path) -> None:
         (["3", "--from", "nowhere.png"], "init_image=nowhere.png cannot be read"),
         (["3", "--from", "text.png"], "init_image=text.png cannot be read"),
         (["3", "--from", "photo.png", "--mask", "mask.png", "--size", "16"], "ask for 13x11 px .* 16x16 are sampled"),
-        (["3", "--negative", "a cat"], "--negative is a caption, and this model is told class_id"),
+        (["3", "--negative-prompt", "a cat"], "--negative-prompt is a caption, and this model is told class_id"),
         (["12"], "class_id 12 is unknown to this model, which knows 0 .. 9"),
         (["--task", "super_resolution", "photo.png"], "is told class_id, not low_resolution; give one trained for it"),
         (["--task", "inpainting", "photo.png", "--mask", "mask.png"], "this model also reads class_id"),

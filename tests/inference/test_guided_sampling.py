@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ldmlab.app.guidance import image_guide
+from ldmlab.app.guiders import image_guider
 from ldmlab.backbones.unet import UNet
 from ldmlab.conditioners.low_resolution import LowResolution
 from ldmlab.diffusion.guidance import shrunk, squared_error
@@ -74,7 +74,7 @@ def test_guided_samples_are_nearer_to_their_own_images(
     made, aim = model(), to_float(low_resolution().permute(0, 3, 1, 2))
     measure = squared_error if name == "squared" else LPIPS(lpips_folder / published_weights.WEIGHTS["lpips"].file)
     free = drawn(made)
-    made.with_guides(image_guide(name, made, weight))
+    made.with_guiders(image_guider(name, made, weight))
     assert made.reads == {"low_resolution"}
     guided = drawn(made)
     before, after = (measure(shrunk(images, (16, 16)), aim) for images in (free, guided))
@@ -95,7 +95,7 @@ def test_decoding_has_gradients_through_the_quantiser() -> None:
 def test_half_precision_and_inference_leave_the_guide_its_gradient() -> None:
     made = model()
     free = drawn(made)
-    made.with_guides(image_guide("squared", made, 0.01)).in_precision("bfloat16")
+    made.with_guiders(image_guider("squared", made, 0.01)).in_precision("bfloat16")
     assert (drawn(made) - free).abs().max() > 0.02
     assert not made.diffusion.backbone.conv_in.weight.requires_grad
 
@@ -103,7 +103,7 @@ def test_half_precision_and_inference_leave_the_guide_its_gradient() -> None:
 def test_images_too_small_for_lpips(lpips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published_weights, "weights_folder", lambda: lpips_folder)
     made = model()
-    made.with_guides(image_guide("lpips", made))
+    made.with_guiders(image_guider("lpips", made))
     settings = made.resolved(SampleSettings(steps=2, size=16))
     rows = [{"low_resolution": image} for image in low_resolution(8)]
     with pytest.raises(InputError, match="LPIPS compares images of 16 px and more, not 8x8"):

@@ -27,8 +27,8 @@ def test_images_grid_and_settings(tmp_path: Path) -> None:
     assert names(out) == ["000000.png", "000001.png", "000002.png", "000003.png", "grid.png"]
     told = read_settings(out / "000002.png")
     expected = {
-        "class_id": "7", "index": "2", "seed": "9", "steps": "5", "guidance": "3.0", "eta": "0.0", "sampler": "ddim",
-        "spacing": "official", "size": "12x16", "precision": "float32", "model path": "runs/tiny",
+        "class_id": "7", "index": "2", "seed": "9", "steps": "5", "guidance_scale": "3.0", "eta": "0.0",
+        "sampler": "ddim", "spacing": "official", "size": "12x16", "precision": "float32", "model path": "runs/tiny",
         "model fingerprint": "0123456789abcdef", "model weights": "averaged", "model step": "7",
     }  # fmt: skip
     assert expected.items() <= told.items()
@@ -58,14 +58,14 @@ def test_fields_from_a_json_lines_file(tmp_path: Path) -> None:
 
 def test_strip(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    sample_command(["runs/tiny", "1", "2", "--steps", "5", "--strip", "--batch-size", "1", "--out", str(out)])
-    expected = [f"00000{i}{end}" for i in (0, 1) for end in (".png", "_strip.png", "_strip.webp")]
+    sample_command(["runs/tiny", "1", "2", "--steps", "5", "--trajectory", "--batch-size", "1", "--out", str(out)])
+    expected = [f"00000{i}{end}" for i in (0, 1) for end in (".png", "_trajectory.png", "_trajectory.webp")]
     assert names(out) == [*expected, "grid.png"]
-    with Image.open(out / "000001_strip.webp") as animation:
+    with Image.open(out / "000001_trajectory.webp") as animation:
         assert animation.n_frames == 6
 
 
-@pytest.mark.parametrize("sweep", ["steps=1,2,5", "guidance=1,3", "eta=0,0.5,1", "sampler=ddim,ddpm"])
+@pytest.mark.parametrize("sweep", ["steps=1,2,5", "guidance_scale=1,3", "eta=0,0.5,1", "sampler=ddim,ddpm"])
 def test_sweep(tmp_path: Path, sweep: str) -> None:
     out = tmp_path / "out"
     assert sample_command(["runs/tiny", "1", "2", "--steps", "2", "--sweep", sweep, "--out", str(out)]) == 0
@@ -103,9 +103,9 @@ def test_default_folders_never_collide(tmp_path: Path, monkeypatch: pytest.Monke
         (["1", "--sweep", "steps=1,400"], "steps=400"),
         (["1", "--sweep", "stepz=1"], "--sweep stepz=1 is no sweep"),
         (["1", "--sweep", "steps=1,a"], "--sweep steps=1,a is no sweep"),
-        (["1", "--sweep", "steps=1,2", "--strip"], "one at a time"),
+        (["1", "--sweep", "steps=1,2", "--trajectory"], "one at a time"),
         (["1", "--count", "0"], "--count"),
-        (["1", "--guidance", "x"], "--guidance"),
+        (["1", "--guidance-scale", "x"], "--guidance-scale"),
         (["1", "--precision", "int8"], "precision=int8"),
         (["1", "--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["1", "--out", "."], "is in use"),

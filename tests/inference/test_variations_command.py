@@ -43,7 +43,7 @@ def test_several_of_images_of_any_size(tmp_path: Path, wide: Path, small: Path) 
     made = sampled(tmp_path / "out", "--task", "variations", str(wide), str(small), "--count", "2")
     assert [p.shape for p in made] == [(16, 16, 3)] * 4  # as trained: an image looked at says nothing of the size
     told = read_settings(tmp_path / "out" / "000002.png")
-    assert (told["reference"], told["guidance"]) == (str(small), "3.0")
+    assert (told["reference"], told["guidance_scale"]) == (str(small), "3.0")
     assert all((made[i] != made[j]).any() for i in range(4) for j in range(i))
     plain = sampled(tmp_path / "plain", str(wide), str(small), "--count", "2", "--batch-size", "1")
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(made, plain, strict=True))

@@ -86,7 +86,7 @@ def test_only_the_table_of_1001_means_no_class() -> None:
     assert (node(n_classes=1001)["classes"], node(n_classes=1001)["null_row"]) == (1000, True)
     assert (node(n_classes=11, ucg_rate=0.1)["classes"], node(n_classes=11)["classes"]) == (10, 11)
     without = instantiate(node(n_classes=11), where="conditioner")
-    with pytest.raises(InputError, match="use guidance=1"):
+    with pytest.raises(InputError, match="use guidance_scale=1"):
         without.null({"class_id": torch.zeros(2)}, None)
 
 

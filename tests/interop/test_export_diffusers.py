@@ -72,13 +72,13 @@ def test_every_part_is_the_same_function(name: str, exported: Callable[[str], Ex
     assert max(found.differences.values()) < 2e-5, found.differences
 
 
-def drawn(given: Exported, noise: Tensor, batch: dict[str, Any], guidance: float = 1.0) -> Tensor:
+def drawn(given: Exported, noise: Tensor, batch: dict[str, Any], guidance_scale: float = 1.0) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] by our DDIM from this noise."""
     found = given.ours
     found.start = lambda *_: noise  # type: ignore[method-assign, assignment]
     size, index = (given.spec["image_size"],) * 2, torch.arange(len(noise))
     grid = ddim_grid(found.schedule, STEPS)
-    images = found.sample(batch, sampler=Ddim(), grid=grid, index=index, size=size, guidance=guidance)
+    images = found.sample(batch, sampler=Ddim(), grid=grid, index=index, size=size, guidance_scale=guidance_scale)
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -93,12 +93,12 @@ def generator() -> torch.Generator:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("name", marked(["sd1", "sd2", "ldm_text"]))
-def test_captions(name: str, guidance: float, exported: Callable[[str], Exported]) -> None:
+def test_captions(name: str, guidance_scale: float, exported: Callable[[str], Exported]) -> None:
     found = exported(name)
     noise = torch.randn(2, 4, 8, 8, generator=generator())
-    options = {"num_inference_steps": STEPS, "guidance_scale": guidance, "output_type": "pt"}
+    options = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale, "output_type": "pt"}
     theirs = found.pipeline(list(CAPTIONS), latents=noise, height=64, width=64, **options).images
-    same(drawn(found, noise, {"caption": list(CAPTIONS)}, guidance), theirs)
+    same(drawn(found, noise, {"caption": list(CAPTIONS)}, guidance_scale), theirs)
 
 
 @pytest.mark.parametrize("name", ["unconditional", "unconditional_kl_per_channel", "churches_like", "cosine", "pixels"])

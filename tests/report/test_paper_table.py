@@ -21,7 +21,7 @@ LIKE_THE_PAPER = Measured(
     reference_rule="short_side_bilinear_no_antialias",
     reference_hash="a" * 64,
     current_hash="a" * 64,
-    sampling={"steps": 500, "eta": 0.0, "guidance": 1.0, "sampler": "ddim"},
+    sampling={"steps": 500, "eta": 0.0, "guidance_scale": 1.0, "sampler": "ddim"},
     weights_hash=PAPER_WEIGHTS + "0" * 8,
     reference_of=25_000,
     metrics={"precision_recall": {"neighbours": 3}},
@@ -49,8 +49,8 @@ def test_a_measurement_like_the_papers_is_comparable() -> None:
         ({"reference_images": 30_000}, "30,000 reference images"),
         ({"sampling": {"steps": 200}}, "steps 200, the paper's row has 500"),
         ({"sampling": {"steps": 500, "sampler": "dpm"}}, "sampler dpm, the paper's row has ddim"),
-        ({"sampling": {"steps": 500, "guidance": 3.0}}, "guidance 3, the paper's row has 1"),
-        ({"guides": {"classifier": "runs/c"}}, "guided by classifier"),
+        ({"sampling": {"steps": 500, "guidance_scale": 3.0}}, "guidance_scale 3, the paper's row has 1"),
+        ({"guiders": {"classifier": "runs/c"}}, "guided by classifier"),
         ({"weights_hash": "0123456789abcdef"}, "features by the weights 0123456789abcdef"),
         ({"weights_hash": None}, "features by the weights None"),
         ({"reference_of": 30_000}, "25,000 of 30,000 images"),
@@ -83,13 +83,13 @@ def test_guidance_is_compared_with_what_the_row_says() -> None:
         LIKE_THE_PAPER,
         dataset="imagenet",
         values={"fid": 4.0, "is": 200.0},
-        sampling={"steps": 250, "eta": 0.0, "guidance": 1.5},
+        sampling={"steps": 250, "eta": 0.0, "guidance_scale": 1.5},
         reference_of=1_281_167,
         reference_images=1_281_167,
     )
     by_row = {row: place("class-cond/imagenet-256", ours, row).reasons for row in ("ldm-4-g-1.5", "ldm-4")}
-    assert by_row == {"ldm-4-g-1.5": (), "ldm-4": ("guidance 1.5, the paper's row has 1",)}
-    sampling = {"steps": 200, "guidance": 1.0}
+    assert by_row == {"ldm-4-g-1.5": (), "ldm-4": ("guidance_scale 1.5, the paper's row has 1",)}
+    sampling = {"steps": 200, "guidance_scale": 1.0}
     (reason,) = place("class-cond/imagenet-256", replace(ours, sampling=sampling), "ldm-8-g-4.8m").reasons
     assert reason == "no guidance but classifier-free, the paper's row has classifier"
     (reason,) = place("class-cond/imagenet-256", replace(ours, metrics={"is": {"splits": 1}}), "ldm-4-g-1.5").reasons

@@ -16,7 +16,7 @@ from ldmlab.report.line_chart import COLOURS, line_chart, log_ticks
 from ldmlab.report.trade_curves import RECORD, Value, by_factor, read_job, trained_seconds
 from ldmlab.report.tradeoff import SAMPLING, TRAINING, write_tradeoff
 
-PROTOCOL = {"name": "tradeoff", "guidance": 1.0}
+PROTOCOL = {"name": "tradeoff", "guidance_scale": 1.0}
 
 
 def _job(folder: Path, f: int, seed: int, fid: float, **more: Any) -> Path:
@@ -83,7 +83,7 @@ def test_a_curve_is_of_the_same_seeds_throughout(tmp_path: Path) -> None:
 
 
 def test_guided_sampling_counts_the_network_twice(tmp_path: Path) -> None:
-    job = _job(tmp_path / "a", 1, 0, 3.0, protocol={"name": "tradeoff", "guidance": 3.0})
+    job = _job(tmp_path / "a", 1, 0, 3.0, protocol={"name": "tradeoff", "guidance_scale": 3.0})
     (factor,) = by_factor([read_job(job)])
     assert factor.sampling_curve("fid", SAMPLING["sampling compute"][1])[0][0] == 2 * 20 + 1
 
@@ -123,7 +123,7 @@ def test_jobs_measured_otherwise_are_refused(tmp_path: Path) -> None:
     write_tradeoff([one, told], tmp_path / "fine")
     for name, more in (
         ("b", {"reference": "another"}),
-        ("c", {"protocol": {"name": "tradeoff", "guidance": 2.0}}),
+        ("c", {"protocol": {"name": "tradeoff", "guidance_scale": 2.0}}),
         ("d", {"features": {"weights_hash": "1"}}),
     ):
         with pytest.raises(InputError, match="different protocols, features or reference"):
@@ -234,7 +234,7 @@ def test_options_that_came_later_part_nobody(tmp_path: Path) -> None:
     old = {"_target_": "ldmlab.evaluation.protocol.Protocol", "name": "tradeoff", "samples": 8}
     kid = {"_target_": "ldmlab.metrics.kernel.KernelDistance", "subset_size": 100}
     old |= {"metrics": {"kid": kid}}
-    new = {**old, "guidance_curve": [], "metrics": {"kid": {**kid, "subsets": 100, "seed": 2020}}}
+    new = {**old, "guidance_scale_curve": [], "metrics": {"kid": {**kid, "subsets": 100, "seed": 2020}}}
     folders = [_job(tmp_path / "old", 4, 0, 3.0, protocol=old), _job(tmp_path / "new", 8, 0, 3.0, protocol=new)]
     write_tradeoff(folders, tmp_path / "fine")
     new["metrics"]["kid"]["subsets"] = 50

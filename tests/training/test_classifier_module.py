@@ -14,7 +14,7 @@ from ldmlab import distributed
 from ldmlab.backbones.latent_classifier import LatentClassifier
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.contracts import Level
-from ldmlab.diffusion.guidance import ClassifierGuide
+from ldmlab.diffusion.guidance import ClassifierGuider
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.schedule import Schedule
@@ -129,7 +129,7 @@ def test_it_guides_to_its_classes(learned: tuple[ClassifierStage, dict[str, floa
     level = Level(alpha, sigma, 60.0)
     x = alpha * clean + sigma * normal(0, "x", torch.arange(40), (2, 4, 4))
     for wanted in range(CLASSES):
-        guide = ClassifierGuide(made.classifier, 1.0)
+        guide = ClassifierGuider(made.classifier, 1.0)
         shift = guide(lambda x, level: clean, {"class_id": torch.full((40,), wanted)})(x, level) - clean
         assert float((shift * (means[wanted] - clean)).sum()) > 0
 

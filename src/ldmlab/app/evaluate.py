@@ -18,7 +18,7 @@ Draws samples, compares them with real images in one pass, writes metrics.json, 
 EXAMPLES = """examples:
   python evaluate.py model=runs/demo/text_to_image protocol=demo_emoji features=clip_run features.run=runs/demo/clip
   python evaluate.py model=runs/ffhq-1a2b protocol=paper_ffhq            after `ldmlab fetch inception`
-  python evaluate.py model=RUN "protocol.guidance_curve=[1,1.5,2,3,5]"   scores over the guidance scale
+  python evaluate.py model=RUN "protocol.guidance_scale_curve=[1,1.5,2,3,5]"   scores over the guidance scale
   python evaluate.py model=RUN +metric@protocol.metrics.fid_inf=fid_inf  FID extrapolated to infinitely many samples
   torchrun --nproc-per-node=8 evaluate.py ...                            the GPUs share the work"""
 T = TypeVar("T")
@@ -104,7 +104,7 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
     """Samples of a diffusion model."""
     from ldmlab.app.agreement import scored_task
     from ldmlab.app.evaluation_origin import run_record
-    from ldmlab.app.guidance import build_guides
+    from ldmlab.app.guiders import build_guiders
     from ldmlab.build import load
     from ldmlab.evaluation.evaluate import Evaluation
     from ldmlab.evaluation.reference_statistics import statistics_folder
@@ -112,7 +112,7 @@ def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: in
     model = load(config["model"], weights=config["weights"], device=config["device"])
     model.info |= run_record(run_folder(Path(config["model"])))
     model.in_precision(config["precision"])
-    model.with_guides(*build_guides(config["guidance"], model))
+    model.with_guiders(*build_guiders(config["guiders"], model))
     extras = [(title, Path(path)) for title, path in config["images"]]
     size = parts["protocol"].image_size or max(model.image_size)
     data = reference_data(config, size).with_task(scored_task(model.diffusion.task, parts["protocol"], size))

@@ -118,7 +118,7 @@ class FactorScores:
         content = {
             **plain(compose("evaluate", ["model=given"])),  # options that the sweep leaves as they are
             **{"model": str(model), "weights": "averaged", "out": str(out), "protocol": protocol},
-            **{"features": self.features, "guidance": {}, "data": self.factor.config["data"], "images": []},
+            **{"features": self.features, "guiders": {}, "data": self.factor.config["data"], "images": []},
             **{"batch_size": self.options["batch_size"], "device": self.factor.device},
             **{"precision": self.options["precision"], "seed": 0, "wandb": False},
         }

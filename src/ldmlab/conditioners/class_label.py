@@ -55,7 +55,7 @@ class ClassEmbedder(nn.Module):
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The last row, once for each image."""
         if self.embedding.num_embeddings == self.classes:
-            raise InputError("conditioner.null_row=false: this model has no vector for no class; use guidance=1.")
+            raise InputError("conditioner.null_row=false: this model has no vector for no class; use guidance_scale=1.")
         return self._rows(torch.full((len(batch["class_id"]),), self.classes))
 
     def _rows(self, ids: Tensor) -> Tensor:

@@ -57,18 +57,20 @@ def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
     return Conditioning(**slots)
 
 
-def check_guidance(guidance: float, trained: bool | None, conditioned: bool) -> None:
+def check_guidance(guidance_scale: float, trained: bool | None, conditioned: bool) -> None:
     """Refuse guidance that the model cannot know, warn where nobody knows."""
-    if not math.isfinite(guidance):
-        raise InputError(f"guidance={guidance} is no number; choose 1 (off) or for instance 3.")
-    if guidance == 1:
+    if not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale={guidance_scale} is no number; choose 1 (off) or for instance 3.")
+    if guidance_scale == 1:
         return
     if not conditioned:
-        raise InputError(f"guidance={guidance} needs conditions and this model has none; use guidance=1.")
+        raise InputError(
+            f"guidance_scale={guidance_scale} needs conditions and this model has none; use guidance_scale=1."
+        )
     if trained is False:
         raise InputError(
-            f"guidance={guidance} needs a model trained with dropped conditions, unlike this one; "
-            "use guidance=1, or train with conditioner drop rates above 0."
+            f"guidance_scale={guidance_scale} needs a model trained with dropped conditions, unlike this one; "
+            "use guidance_scale=1, or train with conditioner drop rates above 0."
         )
     if trained is None:
         warnings.warn(

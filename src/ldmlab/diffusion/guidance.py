@@ -3,7 +3,7 @@
 A log-likelihood l(x) of the wish adds its gradient to the score of x = alpha clean + sigma eps, and with a scale s
     eps' = eps - s sigma grad_x l(x)      (Dhariwal & Nichol 2021, algorithm 2; paper appendix C)
     clean' = clean + s (sigma^2 / alpha) grad_x l(x)
-which are the same shift. Where a guide wraps another one, the inner shift counts as constant.
+which are the same shift. Where a guider wraps another one, the inner shift counts as constant.
 """
 
 import math
@@ -19,7 +19,7 @@ from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
 
 
-class Guide(Protocol):
+class Guider(Protocol):
     """Wraps the denoiser of one batch."""
 
     @property
@@ -67,12 +67,12 @@ def _shifted(clean: Tensor, gradient: Tensor, level: Level, scale: float) -> Ten
     if level.alpha == 0:
         raise InputError(
             f"guidance by gradients says nothing at time {level.time} where no signal is left (alpha = 0); "
-            "use a schedule that keeps some signal, or no guide."
+            "use a schedule that keeps some signal, or no guider."
         )
     return clean + scale * level.sigma**2 / level.alpha * gradient
 
 
-class ClassifierGuide:
+class ClassifierGuider:
     """The paper's LDM-8-G: s grad_x log p(class | x, t) of a classifier that has seen the noise level."""
 
     reads = frozenset({"class_id"})
@@ -114,7 +114,7 @@ class ClassifierGuide:
         return ids
 
 
-class ImageGuide:
+class ImageGuider:
     """Pulls the decoded clean estimate towards an image, usually a smaller one (paper appendix C).
 
     l(x) = -distance(shrink(decode(clean(x))), target); the squared error is that of a Gaussian of variance 1.
@@ -128,7 +128,7 @@ class ImageGuide:
         target: Tensor | None = None,  # one image for all, uint8 (3, h, w); None: low_resolution of the batch
         name: str = "",  # of distance and image, for the record
     ) -> None:
-        _check("guide weight", weight)
+        _check("guider weight", weight)
         self.decode, self.distance, self.weight = decode, distance, weight
         self.target, self.name = target, name
 
@@ -150,7 +150,7 @@ class ImageGuide:
 
     def as_text(self) -> dict[str, Any]:
         """Name and weight."""
-        return {"guide": self.name, "guide_weight": self.weight}
+        return {"guider": self.name, "guider_weight": self.weight}
 
 
 def squared_error(images: Tensor, target: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def shrunk(images: Tensor, size: tuple[int, int]) -> Tensor:
         return images
     if size[0] > images.shape[2] or size[1] > images.shape[3]:
         raise InputError(
-            f"the guide's image of {size[0]}x{size[1]} is larger than the sample of {images.shape[2]}x"
+            f"the guider's image of {size[0]}x{size[1]} is larger than the sample of {images.shape[2]}x"
             f"{images.shape[3]} (height x width); give a smaller image or sample at a larger size."
         )
     return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)

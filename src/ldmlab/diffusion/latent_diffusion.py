@@ -23,7 +23,7 @@ from ldmlab.contracts import (
 )
 from ldmlab.diffusion.conditioning import check_guidance, check_size, check_slots, joined, stacked
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.guidance import Guide
+from ldmlab.diffusion.guidance import Guider
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.parameterization import Prediction
@@ -75,12 +75,12 @@ class LatentDiffusion(LatentSpace):
     def null(self, batch: dict[str, Any]) -> Conditioning:
         """The conditioning of the pass without guidance: what training dropped is null, the rest stays given.
 
-        Captions `negative` stand in the place of the empty caption.
+        Captions `negative_prompt` stand in the place of the empty caption.
         """
         values: dict[str, list[Tensor]] = {}
         for name, conditioner in self._each_conditioner():
-            if "negative" in batch and "caption" in conditioner.reads:
-                value = conditioner({**batch, "caption": batch["negative"]}, self.encode)
+            if "negative_prompt" in batch and "caption" in conditioner.reads:
+                value = conditioner({**batch, "caption": batch["negative_prompt"]}, self.encode)
             elif self._droppable(conditioner):
                 value = conditioner.null(batch, self.encode)
             else:
@@ -127,10 +127,12 @@ class LatentDiffusion(LatentSpace):
 
     # ---- sampling
 
-    def denoiser(self, conditioning: Conditioning, null: Conditioning | None = None, guidance: float = 1.0) -> Denoise:
+    def denoiser(
+        self, conditioning: Conditioning, null: Conditioning | None = None, guidance_scale: float = 1.0
+    ) -> Denoise:
         """eps_null + guidance (eps_given - eps_null) as one doubled pass; what is constant over steps is done here."""
-        guided = null is not None and guidance != 1
-        both = stacked(conditioning, null) if null is not None and guidance != 1 else conditioning
+        guided = null is not None and guidance_scale != 1
+        both = stacked(conditioning, null) if null is not None and guidance_scale != 1 else conditioning
         prepared = self.backbone.prepare(both)  # type: ignore[operator]
 
         def denoise(x: Tensor, level: Level) -> Tensor:
@@ -140,7 +142,7 @@ class LatentDiffusion(LatentSpace):
             output = self.backbone(copies, time, prepared).float()
             if guided:
                 given, nothing = output.chunk(2)
-                output = torch.lerp(nothing, given, guidance)
+                output = torch.lerp(nothing, given, guidance_scale)
             return self.prediction.clean(x, output, level)
 
         return denoise
@@ -154,25 +156,25 @@ class LatentDiffusion(LatentSpace):
         grid: list[Level],
         index: Tensor,  # (B,) int64, the image's number: with the seed it decides the noise
         size: tuple[int, int],  # height and width in pixels
-        guidance: float = 1.0,
-        guides: Sequence[Guide] = (),  # besides classifier-free guidance; each wraps those before it
+        guidance_scale: float = 1.0,
+        guiders: Sequence[Guider] = (),  # besides classifier-free guidance; each wraps those before it
         seed: int = 0,
         after_step: AfterStep | None = None,
         given: GivenImage | None = None,  # an image to start from or to keep in part
         window: int | None = None,  # side of windows that are denoised one by one, px; None: the whole at once
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same image in any batch."""
-        check_guidance(guidance, self.guidance_trained, conditioned=bool(self.conditioners))
+        check_guidance(guidance_scale, self.guidance_trained, conditioned=bool(self.conditioners))
         batch = {"position": index, **batch}
         conditioning = self.conditioning(batch)
         x = self.start(index, size, seed)
         check_size(conditioning, x)
-        bind: Bind = partial(self.denoiser, guidance=guidance)
+        bind: Bind = partial(self.denoiser, guidance_scale=guidance_scale)
         if window is not None:
             bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
-        denoise = bind(conditioning, self.null(batch) if guidance != 1 else None)
-        for guide in guides:
-            denoise = guide(denoise, batch)
+        denoise = bind(conditioning, self.null(batch) if guidance_scale != 1 else None)
+        for guider in guiders:
+            denoise = guider(denoise, batch)
         shape = tuple(x.shape[1:])
 
         def noise(step: int, purpose: str = "sample") -> Tensor:

@@ -42,7 +42,7 @@ class CategoryScore:
         kept = ("samples", "ratio", "by_category", "images")
         return found | {
             "learned": asdict(judge.learned),
-            "guidance": self.protocol.category_guidance,
+            "guidance_scale": self.protocol.category_guidance_scale,
             "training_captions": {name: seen[name] for name in kept},
         }
 

@@ -110,7 +110,7 @@ class Evaluation:
     def _plan(self) -> Plan:
         """What can be refused is refused here."""
         protocol = self.protocol
-        for scale in (None, *protocol.guidance_curve):  # refused before anything is read
+        for scale in (None, *protocol.guidance_scale_curve):  # refused before anything is read
             self.model.resolved(protocol.settings(scale))
         known = self.real.known(protocol.reference, self._fields(), protocol.reference_limit)
         asked = requests(protocol, self.model.reads, known)
@@ -135,7 +135,7 @@ class Evaluation:
         self.real.save(self.out, protocol.reference, plan.album["real"])
         kept = self.real.show_to(seen, protocol.reference, protocol.reference_limit)
         other = self.real.beside(seen, protocol.also_against) if protocol.also_against else None
-        curve = GuidanceCurve(protocol.guidance_curve, seen, plan.settings)
+        curve = GuidanceCurve(protocol.guidance_scale_curve, seen, plan.settings)
         task = task_part(self, plan.known, plan.asked, seen, [item["number"] for item in plan.album["samples"]])
         drawn = task.watch(self._drawn(plan))
         seen.add_all(pairs.watch(drawn) if pairs else drawn, real=False)
@@ -148,7 +148,7 @@ class Evaluation:
             **self._head(plan, counts, kept),
             "scores": {name: asdict(score) for name, score in scores.items()},
             "sample_curves": seen.curves(),
-            "guidance_curve": curve.run(self.drawing, plan.asked, own),
+            "guidance_scale_curve": curve.run(self.drawing, plan.asked, own),
             "buckets": pairs.buckets() if pairs else {},
             **task.run(),
         }
@@ -188,7 +188,7 @@ class Evaluation:
         return part.run(known, self.real.known("train", self._fields()))
 
     def _drawn_whole(self, asked: Requests, first: int) -> Tensor:
-        settings = self.protocol.settings(self.protocol.category_guidance)
+        settings = self.protocol.settings(self.protocol.category_guidance_scale)
         return self.drawing.whole(asked, settings, "by category", first)
 
     def _saved(self, name: str, number: int, image: Tensor) -> str:

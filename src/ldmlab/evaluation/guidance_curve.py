@@ -20,13 +20,13 @@ class GuidanceCurve:
     def run(self, drawing: Drawing, asked: Requests, own: Mapping[str, Score]) -> list[dict[str, Any]]:
         """A point for each scale, in rising order; the evaluation's own scale takes its scores."""
         return [
-            {"guidance": scale, "scores": {name: asdict(score) for name, score in scores.items()}}
+            {"guidance_scale": scale, "scores": {name: asdict(score) for name, score in scores.items()}}
             for scale in self.scales
-            for scores in [own if scale == self.settings.guidance else self._at(scale, drawing, asked)]
+            for scores in [own if scale == self.settings.guidance_scale else self._at(scale, drawing, asked)]
         ]
 
     def _at(self, scale: float, drawing: Drawing, asked: Requests) -> dict[str, Score]:
         seen = self._fresh.for_other_samples()
-        settings = replace(self.settings, guidance=scale)
+        settings = replace(self.settings, guidance_scale=scale)
         seen.add_all(drawing.share(asked, settings, f"guidance {scale:g}"), real=False)
         return seen.compute((sum(gathered(seen.counts[True])), sum(gathered(seen.counts[False]))))

@@ -233,4 +233,4 @@ def _refuse_what_only_evaluate_does(protocol: ScoreProtocol) -> None:
 
 def _means_more(protocol: ScoreProtocol, name: str) -> bool:
     """Settings of the category judge say nothing without one."""
-    return name not in ("captions_per_category", "category_guidance", "classifier_steps")
+    return name not in ("captions_per_category", "category_guidance_scale", "classifier_steps")

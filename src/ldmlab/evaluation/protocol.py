@@ -27,17 +27,17 @@ class Protocol:
     task: Mapping[str, Any] = field(default_factory=dict)  # options of the model's task, such as held_out_masks
     steps: int | None = 50
     eta: float = 0.0
-    guidance: float | None = None  # null: 3 if the model was trained for it, else 1 (off)
+    guidance_scale: float | None = None  # null: 3 if the model was trained for it, else 1 (off)
     sampler: str = "ddim"
     spacing: str | None = None  # null: the sampler's own
     seed: int = 0
     category_field: str | None = None  # of KEY.json: judged by a classifier of its own
     captions_per_category: int = 10
-    category_guidance: float = 3.0
+    category_guidance_scale: float = 3.0
     classifier_steps: int = 700
     neighbours: int = 0  # samples shown beside their nearest training images; 0: no search for copies
     copy_quantile: float = 0.01  # share of held-out images that the threshold calls copies
-    guidance_curve: Sequence[float] = ()  # scales at which all scores are taken too, with the same noise
+    guidance_scale_curve: Sequence[float] = ()  # scales at which all scores are taken too, with the same noise
     class_field: str | None = None  # field of KEY.json by which scores are broken down
     shown: int = 40  # samples in the report's grid
     paper_table: str | None = None  # of the paper's tables
@@ -88,11 +88,11 @@ class Protocol:
         if (self.conditions == "balanced_classes") != (self.classes is not None):
             raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
 
-    def settings(self, guidance: float | None = None) -> SampleSettings:
+    def settings(self, guidance_scale: float | None = None) -> SampleSettings:
         """How its samples are drawn; `guidance` replaces the protocol's own."""
         return SampleSettings(
             steps=self.steps,
-            guidance=self.guidance if guidance is None else guidance,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             eta=self.eta,
             seed=self.seed,
             size=self.image_size,
@@ -102,7 +102,7 @@ class Protocol:
 
     def as_plain(self) -> dict[str, Any]:
         """For metrics.json."""
-        return asdict(self) | {"guidance_curve": list(self.guidance_curve), "changed": list(self.changed)}
+        return asdict(self) | {"guidance_scale_curve": list(self.guidance_scale_curve), "changed": list(self.changed)}
 
 
 def requests(

@@ -28,9 +28,9 @@ SMALL = "low_resolution"
 LOOKED_AT = "reference"  # by an image encoder, so that its size says nothing of the result's
 IMAGES = ("image", "init_image", SMALL, LOOKED_AT)
 ON_THE_IMAGE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
-OPTIONAL = {"boxes": "crop", "caption": "negative"}  # a field that may come with another
+OPTIONAL = {"boxes": "crop", "caption": "negative_prompt"}  # a field that may come with another
 GIVEN = ("init_image", "image", "mask")  # that any model takes: an image to start from; one with a hole
-_UNSAID = {"crop": list(WHOLE), "negative": ""}
+_UNSAID = {"crop": list(WHOLE), "negative_prompt": ""}
 _WHITE = 128  # a mask's pixel in a file from here on is hole
 _OPAQUE = 255
 
@@ -257,7 +257,7 @@ def _different(requests: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, A
 def lost(diffusion: LatentDiffusion, request: Mapping[str, Any]) -> list[str]:
     """The ends of its captions that the model cannot read because they are too long."""
     conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "lost")]
-    captions = [request[name] for name in ("caption", "negative") if request.get(name)]
+    captions = [request[name] for name in ("caption", "negative_prompt") if request.get(name)]
     ends = [c.lost(caption) for c in conditioners for caption in captions]  # type: ignore[operator]
     return [end for end in ends if end]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldmlab.contracts import AfterStep, Conditioning, Level
 from ldmlab.diffusion.conditioning import check_guidance
 from ldmlab.diffusion.grid import ddim_grid
-from ldmlab.diffusion.guidance import Guide
+from ldmlab.diffusion.guidance import Guider
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.inference import input_images as given_images
@@ -41,13 +41,13 @@ class LoadedModel:
             self.diffusion.to(memory_format=torch.channels_last)
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.info = dict(info)
-        self.guides: tuple[Guide, ...] = ()
+        self.guiders: tuple[Guider, ...] = ()
         self.in_precision(precision)
 
-    def with_guides(self, *guides: Guide) -> "LoadedModel":
+    def with_guiders(self, *guiders: Guider) -> "LoadedModel":
         """The same model; these guide every sample from now on, besides classifier-free guidance."""
-        self.guides = guides
-        self.info["guides"] = {name: value for guide in guides for name, value in guide.as_text().items()}
+        self.guiders = guiders
+        self.info["guiders"] = {name: value for guider in guiders for name, value in guider.as_text().items()}
         return self
 
     def in_precision(self, precision: str) -> "LoadedModel":
@@ -72,7 +72,7 @@ class LoadedModel:
     def reads(self) -> frozenset[str]:
         """Fields that a request may hold: caption, class_id, ...; empty for a model without conditions."""
         told = (c.reads for _, c in self.diffusion.conditioners.items())
-        return frozenset().union(*told, *(guide.reads for guide in self.guides))  # type: ignore[arg-type]
+        return frozenset().union(*told, *(guider.reads for guider in self.guiders))  # type: ignore[arg-type]
 
     # ---- the public face
 
@@ -81,7 +81,7 @@ class LoadedModel:
         *,
         count: int | None = None,  # images of a model without conditions
         steps: int | None = None,  # None: the sampler's own; 50 for DDIM
-        guidance: float | None = None,  # None: 3 if the model was trained for it, else 1 (off)
+        guidance_scale: float | None = None,  # None: 3 if the model was trained for it, else 1 (off)
         eta: float | None = None,  # None: the sampler's own; 0 for DDIM
         seed: int = 0,
         size: int | tuple[int, int] | None = None,  # side, or height and width, px; None: as trained
@@ -93,14 +93,15 @@ class LoadedModel:
         tile: int | None = None,  # first stage in parts of this side, px; 0: at once; None: 512 above 1024x1024
         tile_norms: str = "shared",  # shared: as the whole image; separate: faster, tones may differ
         window: int | None = None,  # denoise windows of this side, px; 0: at once; None: super-resolution of large ones
-        **fields: Sequence[Any] | Tensor,  # caption=[...], negative=[...], image=[...], mask=[...]: one entry an image
+        **fields: Sequence[Any]
+        | Tensor,  # caption=[...], negative_prompt=[...], image=[...], mask=[...]: one entry an image
     ) -> Tensor:
         """uint8 (B, H, W, 3) on the CPU; image i is the same in any company.
 
         Any model takes init_image, where sampling starts, and image with mask, of which only the hole is made anew.
         """
         settings = SampleSettings(
-            steps=steps, guidance=guidance, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing,
+            steps=steps, guidance_scale=guidance_scale, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing,
             strength=strength, repeats=repeats, tile=tile, tile_norms=tile_norms, window=window,
         )  # fmt: skip
         requests = rows_of(fields, self.reads, count)
@@ -144,11 +145,11 @@ class LoadedModel:
 
         Without a size that of the first request's image counts, if it has one.
         """
-        guidance, conditioned = settings.guidance, bool(self.diffusion.conditioners)
+        guidance, conditioned = settings.guidance_scale, bool(self.diffusion.conditioners)
         if guidance is None:
             guidance = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
         check_guidance(guidance, self.diffusion.guidance_trained, conditioned=conditioned)
-        if guidance == 1 and any(request.get("negative") for request in requests[:1]):
+        if guidance == 1 and any(request.get("negative_prompt") for request in requests[:1]):
             raise InputError("a negative caption says where guidance leads away from; set guidance above 1.")
         asked = implied_size(requests[0], self.enlargement) if len(requests) else None
         size = asked or self.image_size if settings.size is None else settings.size
@@ -156,7 +157,7 @@ class LoadedModel:
         if size != asked:  # a given image's size is carried on to what fits
             self.diffusion.latent_shape(size)
         known = settings.filled(
-            guidance=guidance,
+            guidance_scale=guidance,
             size=size,
             levels=self.diffusion.schedule.steps,
             strength=given_images.resolved_strength(settings.strength, requests),
@@ -174,7 +175,7 @@ class LoadedModel:
         grid = ddim_grid(schedule, settings.steps, settings.spacing)
         return grid if settings.strength is None else given_images.started_at(grid, settings.strength, schedule.steps)
 
-    @torch.no_grad()  # not inference_mode: guides need gradients
+    @torch.no_grad()  # not inference_mode: guiders need gradients
     def sample_batch(
         self,
         requests: Sequence[Mapping[str, Any]],
@@ -183,7 +184,7 @@ class LoadedModel:
         after_step: AfterStep | None = None,
     ) -> Tensor:
         """One batch of images, uint8 (B, H, W, 3) on the CPU."""
-        assert settings.guidance is not None
+        assert settings.guidance_scale is not None
         assert isinstance(settings.size, tuple)
         batch = self.batch(requests, first_index)
         check_size(batch, settings.size, self.enlargement)
@@ -198,8 +199,8 @@ class LoadedModel:
                 grid=self.grid(settings),
                 index=batch["position"],
                 size=canvas,
-                guidance=settings.guidance,
-                guides=self.guides,
+                guidance_scale=settings.guidance_scale,
+                guiders=self.guiders,
                 seed=settings.seed,
                 after_step=after_step,
                 given=given_image(self.diffusion, told, self.reads, settings.repeats),

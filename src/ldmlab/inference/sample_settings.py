@@ -18,7 +18,7 @@ class SampleSettings:
     """Written into every image and every score."""
 
     steps: int | None = None  # None: the sampler's own, 50 for DDIM, every level of the schedule for DDPM
-    guidance: float | None = None  # None: 3 if the model was trained for it, else 1 (off)
+    guidance_scale: float | None = None  # None: 3 if the model was trained for it, else 1 (off)
     eta: float | None = None  # fresh noise per step: 0 none, 1 as DDPM; None: the sampler's own
     seed: int = 0
     size: int | tuple[int, int] | None = None  # side, or height and width, px; None: as trained
@@ -31,7 +31,7 @@ class SampleSettings:
     window: int | None = None  # side of windows that are denoised one by one, px; 0: the whole; None: see parts.py
 
     def filled(
-        self, *, guidance: float, size: tuple[int, int], levels: int, strength: float | None, repeats: int | None
+        self, *, guidance_scale: float, size: tuple[int, int], levels: int, strength: float | None, repeats: int | None
     ) -> "SampleSettings":
         """Without any None but what a given image alone asks for; the sampler's own options are checked."""
         sampler = self.build_sampler()
@@ -41,7 +41,13 @@ class SampleSettings:
         steps = usual if self.steps is None else self.steps
         spacing = self.spacing or getattr(sampler, "spacing", "linspace")
         eta = getattr(sampler, "eta", 0.0)
-        known: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "spacing": spacing, "eta": eta}
+        known: dict[str, Any] = {
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "size": size,
+            "spacing": spacing,
+            "eta": eta,
+        }
         return replace(self, strength=strength, repeats=repeats, **known)
 
     def build_sampler(self) -> Sampler:

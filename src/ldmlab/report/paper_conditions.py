@@ -65,7 +65,7 @@ class Measured:
     reference_of: int | None = None  # images that the split holds; None: the result does not say
     reference_limit: int | None = None  # of the protocol
     metrics: Mapping[str, Any] = field(default_factory=dict)  # the protocol's scores with their options
-    guides: Mapping[str, Any] = field(default_factory=dict)  # what guided besides classifier-free guidance
+    guiders: Mapping[str, Any] = field(default_factory=dict)  # what guided besides classifier-free guidance
 
 
 def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
@@ -97,7 +97,7 @@ def measured(result: Mapping[str, Any], bucket: str | None = None) -> Measured:
         reference_of=reference.get("split_images"),
         reference_limit=result["protocol"].get("reference_limit"),
         metrics=result["protocol"].get("metrics") or {},
-        guides=result["model"].get("guides") or {},
+        guiders=result["model"].get("guiders") or {},
     )
 
 
@@ -179,7 +179,7 @@ def _sampling(ours: Measured, against: Mapping[str, Any] | None) -> list[str]:
     found = []
     if "steps" in theirs and ours.sampling.get("sampler", "ddim") != theirs.get("sampler", "ddim"):
         found.append(f"sampler {ours.sampling['sampler']}, the paper's row has {theirs.get('sampler', 'ddim')}")
-    told = {"steps": theirs.get("steps"), "eta": theirs.get("eta"), "guidance": _scale(theirs)}
+    told = {"steps": theirs.get("steps"), "eta": theirs.get("eta"), "guidance_scale": _scale(theirs)}
     found += [
         f"{name} {ours.sampling[name]:g}, the paper's row has {value:g}"
         for name, value in told.items()
@@ -187,10 +187,10 @@ def _sampling(ours: Measured, against: Mapping[str, Any] | None) -> list[str]:
         if float(ours.sampling[name]) != float(value)
     ]
     other = theirs.get("guidance") not in (None, "cfg")  # by a classifier, or by an image
-    if other and not ours.guides:
+    if other and not ours.guiders:
         found.append(f"no guidance but classifier-free, the paper's row has {theirs['guidance']}")
-    if ours.guides and not other:
-        found.append(f"guided by {', '.join(ours.guides)} besides, the paper's row is not")
+    if ours.guiders and not other:
+        found.append(f"guided by {', '.join(ours.guiders)} besides, the paper's row is not")
     return found
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldmlab import format1
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.report.paper_table import paper_tables
@@ -56,7 +57,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
             raise InputError(f"{place / 'metrics.json'} cannot be read ({error}); run the evaluation again.") from None
         if not isinstance(result, dict) or result.get("format_version") != 1:
             raise InputError(f"{place / 'metrics.json'} is of another version; run the evaluation again.")
-        return result | {"folder": str(place)}
+        return format1.record(result) | {"folder": str(place)}
     raise InputError(f"{folder} holds no metrics.json; give a folder that `python evaluate.py` wrote.")
 
 
@@ -130,7 +131,7 @@ def score_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         rows.append(row | {"shown": called(name, row["shown"], result)})
     rows += task_rows(result)
     if categories := result.get("categories"):
-        mark = f"chance is {categories['chance']:.0%}; guidance {categories['guidance']:g}"
+        mark = f"chance is {categories['chance']:.0%}; guidance {categories['guidance_scale']:g}"
         limit = f"the judge's own limit{learned_note(categories)}"
         rows += [_row("held_out_real", categories["held_out_real"], None, limit)]
         rows += [_row("samples", categories["samples"], None, f"{_ratio(categories)} of real; {mark}")]

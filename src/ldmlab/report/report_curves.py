@@ -30,7 +30,7 @@ def _figures(charts: Sequence[str]) -> str:
 def _blocks(result: Mapping[str, Any]) -> list[tuple[ReportTable, list[str]]]:
     """Tables with their charts."""
     blocks = [_over_samples(name, points, result) for name, points in (result.get("sample_curves") or {}).items()]
-    if points := result.get("guidance_curve"):
+    if points := result.get("guidance_scale_curve"):
         blocks.append(_over_guidance(points, result))
     if rows := result.get("by_class"):
         blocks.append((_by_class(rows, result), []))
@@ -68,18 +68,20 @@ def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any
     meanings = {name: (called(name, told[0], result), *told[1:]) for name, told in meanings.items()}
     charts: dict[str, dict[str, Points]] = {}
     for name in names:
-        line = [(point["guidance"], point["scores"][name]["value"]) for point in points if name in point["scores"]]
+        line = [
+            (point["guidance_scale"], point["scores"][name]["value"]) for point in points if name in point["scores"]
+        ]
         shown = meanings[name][0]
         charts.setdefault(_ONE_CHART.get(name) or shown, {})[shown] = line
     figures = [line_chart(lines, title=f"{title} over guidance", x_title="guidance") for title, lines in charts.items()]
     if {"fid", "recall"} <= set(names):
         line = [(point["scores"]["recall"]["value"], point["scores"]["fid"]["value"]) for point in points]
         figures.append(line_chart({"": line}, title=f"{meanings['fid'][0]} against recall", x_title="recall"))
-    own = result["sampling"].get("guidance")
+    own = result["sampling"].get("guidance_scale")
     rows = [
         TableRow(
-            "ours" if point["guidance"] == own else "theirs",
-            f"{point['guidance']:g}",
+            "ours" if point["guidance_scale"] == own else "theirs",
+            f"{point['guidance_scale']:g}",
             tuple(_value(name, point["scores"].get(name)) for name in names),
         )
         for point in points

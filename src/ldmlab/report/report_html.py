@@ -50,8 +50,8 @@ def _lead(result: Mapping[str, Any]) -> str:
         return f"{beside} of {sampling['size']} px, encoded and decoded again, beside the originals."
     return (
         f"{sampling['images']} images of {sampling['size']} px, {sampling['steps']} {sampling['sampler'].upper()} "
-        f"steps, guidance {sampling['guidance']:g}, eta {sampling['eta']:g}, {result['model'].get('weights', '')} "
-        f"weights, set beside {beside}."
+        f"steps, guidance scale {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
+        f"{result['model'].get('weights', '')} weights, set beside {beside}."
     )
 
 

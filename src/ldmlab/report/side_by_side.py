@@ -78,7 +78,7 @@ def _by_configuration(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping
         model = result["model"]
         if model.get("configuration") is not None:
             alike = [model[name] for name in ("configuration", "step", "weights")]
-            key = json.dumps([alike, model.get("guides"), result["protocol"]], sort_keys=True, default=str)
+            key = json.dumps([alike, model.get("guiders"), result["protocol"]], sort_keys=True, default=str)
             groups.setdefault(key, []).append(result)
     return [found for found in groups.values() if len(found) > 1 and _different_seeds(found)]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ldmlab import format1
 from ldmlab.errors import InputError
 from ldmlab.instantiate import completed
 from ldmlab.report.score_names import number_text
@@ -46,7 +47,7 @@ def read_job(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / RECORD} cannot be read ({error}); run the job of the sweep again.") from None
     if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder / RECORD} is of another version; run the job of the sweep again.")
-    return found | {"folder": str(folder)}
+    return format1.record(found) | {"folder": str(folder)}
 
 
 def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:

@@ -40,7 +40,7 @@ _COLOURS = {f"f{2**n}": COLOURS[n] for n in range(6)}  # a factor looks the same
 
 def _asked(job: Mapping[str, Any]) -> int:
     """Evaluations of the network a step: two with guidance."""
-    return 1 if job["protocol"].get("guidance") in (None, 1, 1.0) else 2
+    return 1 if job["protocol"].get("guidance_scale") in (None, 1, 1.0) else 2
 
 
 def write_tradeoff(folders: Sequence[Path], out: Path) -> Path:

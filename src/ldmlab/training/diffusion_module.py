@@ -28,7 +28,7 @@ class DiffusionStage(Stage):
         diffusion: LatentDiffusion,
         sampler: Sampler,  # for the panels
         grid: list[Level],  # its noise levels
-        guidance: float = 3.0,  # of the panels; 1 where conditions are never dropped
+        guidance_scale: float = 3.0,  # of the panels; 1 where conditions are never dropped
         panel_count: int = 16,  # images in a panel
         held_out_draws: int = 4,  # fixed noise levels and noises for each held-out image
         **options: Any,  # of Stage
@@ -38,7 +38,7 @@ class DiffusionStage(Stage):
             raise InputError(f"held_out_draws={held_out_draws} and panel_count={panel_count} must be at least 1.")
         self.diffusion = diffusion
         self.sampler, self.grid = sampler, grid
-        self.guidance = guidance if diffusion.guidance_trained and len(diffusion.conditioners) else 1.0
+        self.guidance_scale = guidance_scale if diffusion.guidance_trained and len(diffusion.conditioners) else 1.0
         self.panel_count, self.held_out_draws = panel_count, held_out_draws
 
     def players(self) -> dict[str, list[nn.Parameter]]:
@@ -87,7 +87,7 @@ class DiffusionStage(Stage):
         conditions = {name: value for name, value in batch.items() if name not in ("moments", "position")}
         samples = self.diffusion.sample(
             conditions, sampler=self.sampler, grid=self.grid, index=index, size=size,
-            guidance=self.guidance, seed=self.seed,
+            guidance_scale=self.guidance_scale, seed=self.seed,
         )  # fmt: skip
         images = {"samples": samples, "held_out": self.diffusion.decode(real)}
         return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in images.items()}

@@ -22,7 +22,7 @@ CAPTIONS = (
     "woman with red hair",
     "blue heart",
 )
-SAMPLING = ("--guidance", "3", "--seed", "7")
+SAMPLING = ("--guidance-scale", "3", "--seed", "7")
 SCORING = ("protocol=demo_emoji", "features=clip_run")
 REBUILDING = ("protocol=reconstruction", "features=clip_run")
 SWEEP = "steps=1,2,5,10,25,50"
@@ -117,7 +117,7 @@ def _images(out: Path, recipe: str) -> list[Step]:
     return [
         Step(
             "Sample: from noise to images, and the way they come",
-            [*_LDMLAB, "sample", str(model), *CAPTIONS, *SAMPLING, "--strip", "--out", str(out / "samples")],
+            [*_LDMLAB, "sample", str(model), *CAPTIONS, *SAMPLING, "--trajectory", "--out", str(out / "samples")],
             out / "samples" / "grid.png",
             minutes["samples"],
         ),
@@ -138,7 +138,7 @@ def _images(out: Path, recipe: str) -> list[Step]:
 
 def _sheets(out: Path) -> str:
     """Images made by the sampling steps, for the report."""
-    strip, sweep = out / "samples" / "000000_strip.png", out / "sweep" / "sweep_steps.png"
+    strip, sweep = out / "samples" / "000000_trajectory.png", out / "sweep" / "sweep_steps.png"
     return f"images=[['From noise to image','{strip}'],['Fewer and more steps','{sweep}']]"
 
 
@@ -175,7 +175,7 @@ def _closing(out: Path, seconds: float) -> None:
     print(f"\nFinished in {_duration(seconds)}; the largest step held {memory:.1f} GiB.")
     print(f"Images:  {out / 'samples' / 'grid.png'}")
     print(f"Report:    {out / 'evaluation' / 'report.html'}")
-    print(f'Try:       .venv/bin/ldmlab sample {out / "text_to_image"} "sleepy owl" --guidance 3')
+    print(f'Try:       .venv/bin/ldmlab sample {out / "text_to_image"} "sleepy owl" --guidance-scale 3')
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldmlab.app.commands.sample_guides import add_guide_options, asked_guides, check_guide_options
+from ldmlab.app.commands.sample_guiders import add_guider_options, check_guider_options, guiders_of
 from ldmlab.app.commands.sample_job import Job
 from ldmlab.app.commands.sample_requests import add_request_options, check_request_options, read_lines, requests_of
 from ldmlab.errors import InputError
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from ldmlab.inference.sample_settings import SampleSettings
 
 SWEEPS = {
-    **{"steps": int, "guidance": float, "eta": float, "seed": int, "sampler": str, "spacing": str},
+    **{"steps": int, "guidance_scale": float, "eta": float, "seed": int, "sampler": str, "spacing": str},
     **{"strength": float, "repeats": int},
 }
 
 EPILOG = """examples:
-  ldmlab sample runs/emoji-1a2b "a red apple" "a clock" --guidance 3
+  ldmlab sample runs/emoji-1a2b "a red apple" "a clock" --guidance-scale 3
   ldmlab sample runs/emoji-1a2b --prompts prompts.txt --count 4 --size 64x96
-  ldmlab sample runs/emoji-1a2b "a red apple" --strip
+  ldmlab sample runs/emoji-1a2b "a red apple" --trajectory
   ldmlab sample runs/emoji-1a2b "a red apple" --sweep steps=1,2,5,10,25,50
-  ldmlab sample runs/emoji-1a2b "a red apple" --negative "a face" --guidance 3
+  ldmlab sample runs/emoji-1a2b "a red apple" --negative-prompt "a face" --guidance-scale 3
   ldmlab sample runs/emoji-1a2b "a red apple" --from sketch.png --strength 0.6
   ldmlab sample runs/emoji-1a2b --from photo.png --strength 0.3 --count 8        variations
   ldmlab sample runs/emoji-1a2b "a table" --from photo.png --mask hole.png       the rest stays as it is
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_options(parser)
     add("--count", type=int, default=1, help="images per prompt (1)")
     add("--steps", type=int, help="sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)")
-    add("--guidance", type=float, help="1 is off (3 if the model was trained for it, else 1)")
-    add_guide_options(parser)
+    add("--guidance-scale", type=float, help="1 is off (3 if the model was trained for it, else 1)")
+    add_guider_options(parser)
     add("--eta", type=float, help="fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)")
     add("--seed", type=int, default=0, help="with an image's number it decides the noise (0)")
     add("--first-index", type=int, default=0, help="number of the first image, to make one of many again (0)")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", default="ddim", help=f"{' | '.join(_samplers())} (ddim)")
     add("--spacing", help="steps of the schedule: official | linspace | trailing | karras | log_snr (its own)")
     add("--sweep", help=f"one image per setting, such as steps=1,2,5,10,25,50; of {', '.join(SWEEPS)}")
-    add("--strip", action="store_true", help="also the way from noise to image, as a row and as an animation")
+    add("--trajectory", action="store_true", help="also the way from noise to image, as a row and as an animation")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")
     add("--batch-size", type=int, default=16, help="images at once; changes the speed only (16)")
     add("--weights", default="averaged", help="averaged | raw, for runs (averaged)")
@@ -72,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
     size, sweep = _size(args.size), _sweep(args.sweep)
     if args.count < 1 or args.batch_size < 1 or args.first_index < 0:
         raise InputError("--count and --batch-size start at 1 and --first-index at 0; choose larger values.")
-    if args.strip and sweep:
-        raise InputError("--strip and --sweep draw different sheets; use one at a time.")
+    if args.trajectory and sweep:
+        raise InputError("--trajectory and --sweep draw different sheets; use one at a time.")
     _check_folder(args.out)
-    check_guide_options(args)
+    check_guider_options(args)
     check_request_options(args)
 
     from ldmlab.build import load
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     rank, world = processes.join()
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
-        model.with_guides(*asked_guides(args, model))
+        model.with_guiders(*guiders_of(args, model))
         requests = requests_of(model, lines, args, size)
         model.check(requests)
         settings = _settings(args, size)

@@ -26,7 +26,7 @@ def _shown(name: str, value: Any) -> str:
     if name in ("image", "init_image", "low_resolution", "reference", "segmentation", "boxes"):
         file = Path(str(getattr(value, "image", value))).name
         return f"from {file}" if name == "init_image" else file
-    return f"not {value}" if name == "negative" else str(value)
+    return f"not {value}" if name == "negative_prompt" else str(value)
 
 
 class Job:
@@ -54,7 +54,7 @@ class Job:
         first = self.args.first_index
         with self._progress() as count:
             for name, settings in self.variants:
-                strip = Strip(self.model, settings) if self.args.strip else None
+                strip = Strip(self.model, settings) if self.args.trajectory else None
 
                 def after_step(step: int, x: Any, clean: Any, strip: Strip | None = strip) -> Any:
                     count(len(x))
@@ -82,8 +82,8 @@ class Job:
         told = {"prompt" if field == "caption" else field: value for field, value in request.items()}
         known = {f"model {key}": info[key] for key in ("path", "fingerprint", "weights", "step") if key in info}
         more = {"precision": self.model.precision, "ldmlab": version("ldmlab")}
-        guides = info.get("guides", {})
-        return {**told, "index": number, **settings.as_text(), **guides, **known, **more}
+        guiders = info.get("guiders", {})
+        return {**told, "index": number, **settings.as_text(), **guiders, **known, **more}
 
     def _save_strips(self, strip: Any, numbers: list[int]) -> None:
         from ldmlab.inference.grids import save_animation, table
@@ -93,8 +93,8 @@ class Job:
         for number, request, frames in zip(numbers, requests, strip.take(requests, numbers), strict=True):
             title = [label(request)]
             row = table([[frames[c] for c in columns]], [titles[c] for c in columns], title)
-            row.save(self.folder / f"{number:06d}_strip.png")
-            save_animation(self.folder / f"{number:06d}_strip.webp", frames)
+            row.save(self.folder / f"{number:06d}_trajectory.png")
+            save_animation(self.folder / f"{number:06d}_trajectory.webp", frames)
 
     def draw_sheet(self, swept: str | None) -> None:
         """grid.png, or sweep_NAME.png with a row per image; of at most MOST images."""

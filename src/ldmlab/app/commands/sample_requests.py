@@ -35,7 +35,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="file with a prompt a line, or .jsonl with an object of fields a line (images and masks as files)",
     )
-    add("--negative", help="a caption to be led away from, by guidance above 1")
+    add("--negative-prompt", help="a caption to be led away from, by guidance above 1")
     add(
         "--task",
         choices=TASKS,
@@ -99,8 +99,8 @@ def requests_of(
     from ldmlab.inference.inputs import TransparentParts, known_fields
 
     given = _given(args, size)
-    if args.negative is not None and "caption" not in model.reads:
-        raise InputError(f"--negative is a caption, and this model is told {_names(model.reads)}; leave it out.")
+    if args.negative_prompt is not None and "caption" not in model.reads:
+        raise InputError(f"--negative-prompt is a caption, and this model is told {_names(model.reads)}; leave it out.")
     told = [{**given, **fields} for fields in _told_fields(model.reads, lines, args, given)]
     for fields in told:
         if fields.get("mask") == ALPHA and "image" in fields:
@@ -119,7 +119,7 @@ def _given(args: argparse.Namespace, size: tuple[int, int] | None) -> Fields:
     """What the options say about every prompt; an image that is only a start is brought to the size asked for."""
     from ldmlab.inference.inputs import Fitted
 
-    given: Fields = {} if args.negative is None else {"negative": args.negative}
+    given: Fields = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     if args.source is not None and (args.mask is None or args.strength is not None):
         file = str(args.source)
         given["init_image"] = Fitted(file, size) if size is not None and args.mask is None else file
@@ -134,7 +134,7 @@ def _told_fields(
     """One dict a prompt; without a prompt a single one where the given image says enough."""
     if args.task is not None:
         return [line if isinstance(line, dict) else _file_of(args, line, reads) for line in lines]
-    if not lines and (reads <= _PAIR or (reads - _PAIR == {"caption"} and given.keys() - {"negative"})):
+    if not lines and (reads <= _PAIR or (reads - _PAIR == {"caption"} and given.keys() - {"negative_prompt"})):
         return [{"caption": ""} if "caption" in reads else {}]
     if not lines and reads == {"reference"} and args.source is not None:
         return [{"reference": str(args.source)}]

@@ -1,4 +1,4 @@
-"""Guides from choices (conf/guidance, `ldmlab sample`), checked against the model that they are to guide."""
+"""Guiders from choices (conf/guiders, `ldmlab sample`), checked against the model that they are to guide."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldmlab.build import load_classifier
 from ldmlab.checkpoints import fingerprint
-from ldmlab.diffusion.guidance import ClassifierGuide, Guide, ImageGuide, squared_error
+from ldmlab.diffusion.guidance import ClassifierGuider, Guider, ImageGuider, squared_error
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 
@@ -21,16 +21,16 @@ DISTANCES = ("squared", "lpips")
 _SAME_SCALE = 0.01  # relative; a classifier does not notice less, and two measurements of one scale may differ so
 
 
-def build_guides(config: Mapping[str, Mapping[str, Any]], model: "LoadedModel") -> list[Guide]:
-    """The guides of conf/guidance, in their order."""
+def build_guiders(config: Mapping[str, Mapping[str, Any]], model: "LoadedModel") -> list[Guider]:
+    """The guiders of conf/guiders, in their order."""
     return [instantiate(node, where=f"guidance.{name}", model=model) for name, node in config.items()]
 
 
-def classifier_guide(run: Path | str, model: "LoadedModel", scale: float = 10.0) -> ClassifierGuide:
+def classifier_guider(run: Path | str, model: "LoadedModel", scale: float = 10.0) -> ClassifierGuider:
     """By the classifier of a stage=classifier run; one of other latents or another schedule is refused."""
     loaded = load_classifier(run)
     _check_same_latents(str(run), loaded.spec, model.diffusion)
-    return ClassifierGuide(loaded.module.to(model.device), scale, name=str(run))
+    return ClassifierGuider(loaded.module.to(model.device), scale, name=str(run))
 
 
 def _check_same_latents(run: str, spec: Mapping[str, Any], diffusion: "LatentDiffusion") -> None:
@@ -56,21 +56,21 @@ def _near(first: Tensor, second: Tensor, unit: Tensor | None = None) -> bool:
     return bool(((first - second).abs() <= _SAME_SCALE * (second if unit is None else unit.cpu()).abs()).all())
 
 
-def image_guide(
+def image_guider(
     distance: str,  # squared | lpips
     model: "LoadedModel",
     weight: float = 1.0,
     image: Path | str | None = None,  # one for all samples; None: each sample's low-resolution image
-) -> ImageGuide:
+) -> ImageGuider:
     """By the distance of the decoded clean estimate, shrunk where need be, to an image."""
     if image is None and "low_resolution" not in model.reads:
         raise InputError(
-            f"guide={distance} needs an image to go by, and this model is given no low-resolution ones; name a file "
-            "(--guide-image FILE, or guidance.NAME.image=FILE)."
+            f"guider={distance} needs an image to go by, and this model is given no low-resolution ones; name a file "
+            "(--guider-image FILE, or guiders.NAME.image=FILE)."
         )
     target = None if image is None else _read(Path(image))
     name = distance if image is None else f"{distance} to {image}"
-    return ImageGuide(model.diffusion.pixels, _distance(distance, model), weight, target, name)
+    return ImageGuider(model.diffusion.pixels, _distance(distance, model), weight, target, name)
 
 
 def _distance(name: str, model: "LoadedModel") -> Callable[[Tensor, Tensor], Tensor]:
@@ -81,7 +81,7 @@ def _distance(name: str, model: "LoadedModel") -> Callable[[Tensor, Tensor], Ten
         from ldmlab.nn.lpips import LPIPS
 
         return LPIPS(weights_path("lpips")).to(model.device)
-    raise InputError(f"guide={name} is no distance; choose {' or '.join(DISTANCES)}.")
+    raise InputError(f"guider={name} is no distance; choose {' or '.join(DISTANCES)}.")
 
 
 def _read(path: Path) -> Tensor:
@@ -93,4 +93,4 @@ def _read(path: Path) -> Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except OSError as error:
-        raise InputError(f"the guide's image {path} cannot be read ({error}); give a PNG, JPEG or WebP.") from None
+        raise InputError(f"the guider's image {path} cannot be read ({error}); give a PNG, JPEG or WebP.") from None
