@@ -69,7 +69,7 @@ def sampled(kernel: int, window: int | None, size: int = 96, **options: Any) -> 
     return model.sample(batch, index=torch.arange(2), size=(size, size), **options), network
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_a_network_of_single_pixels_does_not_notice(guidance_scale: float) -> None:
     whole, _ = sampled(1, None, guidance_scale=guidance_scale)
     parts, network = sampled(1, 32, guidance_scale=guidance_scale)

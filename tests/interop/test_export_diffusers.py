@@ -91,7 +91,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(SEED)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("name", marked(["sd1", "sd2", "ldm_text"]))
 def test_captions(name: str, guidance_scale: float, exported: Callable[[str], Exported]) -> None:
     found = exported(name)

@@ -134,7 +134,7 @@ def _settings(args: argparse.Namespace, size: tuple[int, int] | None) -> "Sample
 
     names = (
         "steps",
-        "guidance",
+        "guidance_scale",
         "eta",
         "seed",
         "sampler",
