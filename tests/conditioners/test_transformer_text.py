@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from ldmlab.conditioners.transformer_text import TransformerText
+from ldmlab.conditioners.transformer_text import VOCABULARY_FILE, TransformerText
 from ldmlab.errors import InputError
-from ldmlab.nn.wordpiece import VOCABULARY_FILE
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 WORDS = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]

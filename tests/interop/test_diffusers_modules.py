@@ -37,8 +37,14 @@ CONDITION = {
     "class_table": {"num_class_embeds": 5},
     "projected_vector": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 12},
     "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "sines_first": {"flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "downsample_padding": 0},
 }
+PUBLISHED_DDPM = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6}
 PLAIN = {
+    "published_ddpm": {**PUBLISHED_DDPM, "attention_head_dim": None, "sample_size": 32},
+    "right_and_bottom": {"downsample_padding": 0},
+    "epsilon": {"norm_eps": 1e-4},
+    "frequencies": {"freq_shift": 1},
     "width_of_heads": {},
     "one_head": {"attention_head_dim": None},
     "two_layers": {"layers_per_block": 2, "in_channels": 6},
@@ -151,7 +157,8 @@ def test_autoencoder(name: str) -> None:
 
 REFUSED = [
     ({"norm_num_groups": 16}, "norm_num_groups=16"),
-    ({"flip_sin_to_cos": False}, "flip_sin_to_cos=False"),
+    ({"downsample_padding": 2}, "downsample_padding=2"),
+    ({"time_embedding_type": "fourier"}, "time_embedding_type=fourier"),
     ({"addition_embed_type": "text_time"}, "addition_embed_type=text_time"),
     ({"a_new_option": 3}, "a_new_option=3"),
     ({"down_block_types": ["SimpleCrossAttnDownBlock2D", "DownBlock2D"]}, "SimpleCrossAttnDownBlock2D"),

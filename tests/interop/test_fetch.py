@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ldmlab.conditioners.transformer_text import WordPiece
 from ldmlab.errors import InputError
 from ldmlab.interop.published_weights import WEIGHTS, Weights, fetch, weights_path
-from ldmlab.nn.wordpiece import WordPiece
 
 CONTENT = bytes(range(256)) * 9000
 

@@ -72,6 +72,9 @@ class UNet(nn.Module):
         scale_shift: bool = False,  # the time vector scales and shifts norms instead of being added
         residual_resampling: bool = False,  # resample inside residual blocks (BigGAN) instead of by convolution
         coordinates: bool = False,  # tell each cell where it is; not official, but boxes are learned much sooner
+        asymmetric_downsampling: bool = False,  # pad right and bottom only where a convolution halves, as DDPM does
+        norm_eps: float = 1e-5,  # of the group norms outside spatial transformers; DDPM: 1e-6
+        frequency_shift: int = 0,  # of the time embedding's frequencies; DDPM: 1
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
@@ -84,8 +87,9 @@ class UNet(nn.Module):
         self._attention_at = set(attention_downsampling)
         self._heads, self._head_channels, self._depth = heads, head_channels, transformer_depth
         self._dropout, self._scale_shift, self._residual_resampling = dropout, scale_shift, residual_resampling
+        self._asymmetric = asymmetric_downsampling
 
-        self.time = TimeMLP(model_channels)
+        self.time = TimeMLP(model_channels, frequency_shift)
         self.vector = self._vector_projection(vector_width, project_vector)
         widths = [model_channels * m for m in channel_mult]
         self.conv_in = conv3(in_channels + COORDINATES * coordinates, model_channels)
@@ -95,6 +99,9 @@ class UNet(nn.Module):
         self.up = self._build_up(widths, num_res_blocks, skips)
         self.norm_out = group_norm(widths[0])
         self.conv_out = zero(conv3(widths[0], out_channels))
+        for norm in self.modules():
+            if isinstance(norm, nn.GroupNorm) and norm.eps == 1e-5:  # those of spatial transformers have 1e-6
+                norm.eps = norm_eps
 
     @property
     def accepts(self) -> frozenset[str]:
@@ -158,7 +165,7 @@ class UNet(nn.Module):
     def _resampler(self, width: int, direction: str) -> nn.Module:
         if self._residual_resampling:
             return self._res_block(width, width, halve if direction == "down" else double)
-        return Shrink(width) if direction == "down" else Grow(width)
+        return Shrink(width, asymmetric=self._asymmetric) if direction == "down" else Grow(width)
 
     # ---- running ----
 

@@ -46,6 +46,8 @@ def _levels(alpha_bar: Tensor, steps: int, spacing: str) -> list[Level]:
         return [_level(alpha_bar, round(total - k * total / steps) - 1) for k in range(steps)]
     if spacing not in SPACINGS:
         raise InputError(f"spacing={spacing} is no step rule; there are {', '.join(SPACINGS)}.")
+    if alpha_bar[-1] == 0:
+        raise InputError(f"spacing={spacing} is undefined for a schedule without signal at its end; use trailing.")
     known = 0.5 * torch.logit(alpha_bar)  # (T,) log(alpha / sigma), falling
     top, bottom = known[-1], known[0]
     share = torch.linspace(0, 1, steps, dtype=torch.float64)

@@ -25,6 +25,7 @@ class Schedule:
         end: float = 0.0195,  # last beta
         steps: int = 1000,  # T
         cosine_offset: float = 0.008,  # keeps the first betas of the cosine schedule from vanishing
+        zero_terminal_snr: bool = False,  # no signal at the last level (Lin et al. 2024, algorithm 1)
     ) -> None:
         if steps < 1:
             raise InputError(f"diffusion.schedule.steps={steps} leaves no noise level; choose 1 or more (paper: 1000).")
@@ -36,7 +37,10 @@ class Schedule:
             )
         self.name = name
         self.steps = steps
+        self.zero_terminal_snr = zero_terminal_snr
         self.betas = _betas(name, start, end, steps, cosine_offset)  # (T,)
+        if zero_terminal_snr:
+            self.betas = _without_terminal_signal(self.betas)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)  # (T,)
         self._tables: dict[torch.device, Tensor] = {}
 
@@ -47,6 +51,14 @@ class Schedule:
             self._tables[t.device] = both.float().to(t.device)
         alpha, sigma = self._tables[t.device][:, t, None, None, None]
         return alpha, sigma
+
+
+def _without_terminal_signal(betas: Tensor) -> Tensor:
+    """Betas of the schedule whose alphas are shifted so that the last is 0 and scaled so that the first stays."""
+    alpha = torch.cumprod(1 - betas, dim=0).sqrt()
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    alpha_bar = torch.cat([torch.ones(1, dtype=alpha.dtype), alpha**2])
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
 def _betas(name: str, start: float, end: float, steps: int, cosine_offset: float) -> Tensor:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldmlab.checkpoints import write_atomically
+from ldmlab.conditioners.transformer_text import VOCABULARY_FILE
 from ldmlab.errors import InputError
 from ldmlab.fetched import weights_folder
-from ldmlab.nn.wordpiece import VOCABULARY_FILE
 
 Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: not told)
 _CHUNK_BYTES = 1 << 20

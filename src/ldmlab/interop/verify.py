@@ -112,7 +112,8 @@ def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
     steps = next((count for count in (50, 20, 10, 5, 2, 1) if total % count == 0 and count < total), None)
     if steps is not None:
         scheduler.set_timesteps(steps)
-        visited = [level.time for level in ddim_grid(model.schedule, steps)[:-1]]
+        spacing = "trailing" if model.schedule.zero_terminal_snr else "official"
+        visited = [level.time for level in ddim_grid(model.schedule, steps, spacing)[:-1]]
         if visited != scheduler.timesteps.tolist():
             raise InputError(f"export: DDIM visits other levels there than {visited[:3]} ...; use --format ldmlab.")
     return check_close("schedule", model.schedule.alpha_bar, scheduler.alphas_cumprod)

@@ -61,14 +61,19 @@ def grow(x: Tensor, weight: Tensor, bias: Tensor | None, size: Size | None = Non
 
 
 class Shrink(nn.Module):
-    """Stride-2 convolution with symmetric padding: (B, C, h, w) => (B, C, ceil(h / 2), ceil(w / 2))."""
+    """Stride-2 convolution: (B, C, h, w) => (B, C, ceil(h / 2), ceil(w / 2)).
 
-    def __init__(self, channels: int) -> None:
+    Padding is one zero on every side, or, with `asymmetric`, on the right and at the bottom only.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
         super().__init__()
-        self.conv = conv3(channels, channels, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.asymmetric = asymmetric
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.conv(x)
+        height, width = x.shape[2:]
+        return self.conv(F.pad(x, (0, 1 + width % 2, 0, 1 + height % 2)) if self.asymmetric else x)
 
 
 class Grow(nn.Module):

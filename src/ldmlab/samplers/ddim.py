@@ -12,11 +12,11 @@ from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, first_order, 
 class Ddim(Stepwise):
     """eta 0: deterministic; eta 1: as much fresh noise per step as ancestral sampling."""
 
-    spacing = "official"  # the step rule this sampler is used with in the paper
     steps = 50
 
-    def __init__(self, eta: float = 0.0) -> None:
-        self.eta = checked_eta(eta)
+    def __init__(self, eta: float = 0.0, spacing: str = "official") -> None:
+        """spacing: the step rule where none is chosen; official is the paper's."""
+        self.eta, self.spacing = checked_eta(eta), spacing
         self.order = None if eta > 0 else 1
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:

@@ -116,6 +116,10 @@ def _diffusion_params(node: Node) -> dict[str, Any]:
     schedule: Node = node.get("schedule", {})
     prediction = str(node["prediction"]["_target_"]).rpartition(".")[2]
     official = {"EpsPrediction": "eps", "VPrediction": "v"}
+    if schedule.get("zero_terminal_snr"):
+        raise InputError(
+            "diffusion.schedule.zero_terminal_snr=true has no official counterpart; use --format diffusers."
+        )
     if prediction not in official or not str(schedule.get("_target_")).endswith(".Schedule"):
         raise InputError(f"diffusion.prediction={prediction} has no official counterpart; export with --format ldmlab.")
     built: Schedule = instantiate(schedule, where="diffusion.schedule")

@@ -164,8 +164,12 @@ def params_of(node: Mapping[str, Any], classes: int | None = None) -> dict[str, 
             "the official U-Net of CompVis takes no vector conditioning but the rows of a class table, as they are "
             "(backbone.project_vector=false); export another format."
         )
-    if node.get("coordinates"):
-        raise InputError("backbone.coordinates=true is no option of the official U-Net; export another format.")
+    usual = {"coordinates": False, "asymmetric_downsampling": False, "norm_eps": 1e-5, "frequency_shift": 0}
+    for option, value in usual.items():
+        if node.get(option, value) != value:
+            raise InputError(
+                f"backbone.{option}={node[option]} is no option of the official U-Net; use --format ldmlab."
+            )
     params: dict[str, Any] = {
         "image_size": 32,  # read by nothing
         "in_channels": node["in_channels"],

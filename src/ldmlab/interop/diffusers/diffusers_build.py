@@ -33,6 +33,8 @@ def build_unet(config: Mapping[str, Any], state_dict: StateDict | None = None) -
     with without_weights():
         unet = UNet(**arguments)
     given = diffusers_names.modern_names(state_dict)
+    if not config.get("flip_sin_to_cos", True):
+        given = diffusers_names.cosines_first(given)
     if config.get("num_class_embeds") is not None:
         given.pop(CLASS_TABLE, None)
     linear = bool(config.get("use_linear_projection", False))
@@ -67,6 +69,11 @@ def build_text(
     node = diffusers_texts.node(config, padding=padding)
     if state_dict is None:
         return instantiate(node, where="conditioner")
+    return filled_text(node, config, state_dict)
+
+
+def filled_text(node: Mapping[str, Any], config: Mapping[str, Any], state_dict: StateDict) -> nn.Module:
+    """The text conditioner of a node with the tensors of the text encoder that has this configuration."""
     with without_weights():
         text: nn.Module = instantiate(node, where="conditioner")
     given = diffusers_texts.to_ours(state_dict, node)

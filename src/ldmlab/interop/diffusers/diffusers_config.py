@@ -1,6 +1,7 @@
 """Files of diffusers' folders: settings with defaults filled in, weights, and noise schedules."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ldmlab.errors import InputError
 from ldmlab.interop import imported
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_VARIANTS = ("", ".non_ema", ".fp16")  # of the same weights, in the order of preference
+_VARIANTS = ("", ".non_ema", ".fp32", ".bf16", ".fp16")  # of the same weights, in the order of preference
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; copy the folder again, or give one that diffusers wrote.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); copy the folder again.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings; copy the folder again.")
@@ -30,18 +31,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a module's folder: one file or several with an index, safetensors first, else a safe pickle."""
+    """The tensors of a module's folder: one file or several, safetensors first, else torch files of plain data."""
     for variant in _VARIANTS:
         for stem in _STEMS:
             for ending in ("safetensors", "bin"):
-                file = folder / f"{stem}{variant}.{ending}"
-                if file.is_file():
-                    return _tensors(file)
-                index = folder / f"{stem}.{ending}.index{variant}.json"
-                if index.is_file():
-                    files = sorted(set(read_json(index)["weight_map"].values()))
-                    return {key: tensor for name in files for key, tensor in _tensors(folder / Path(name).name).items()}
-    raise InputError(f"{folder} has no weights (diffusion_pytorch_model.safetensors or the like); copy it again.")
+                if files := _files(folder, stem, variant, ending):
+                    return {key: tensor for file in files for key, tensor in _tensors(file).items()}
+    here = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")))
+    why = f"only {here}, of an unknown variant" if here else "diffusion_pytorch_model.safetensors or the like"
+    raise InputError(f"{folder} has no weights that can be read ({why}); copy it again.")
+
+
+def _files(folder: Path, stem: str, variant: str, ending: str) -> list[Path]:
+    """One file, or the parts of one: by an index, whose name depends on the release, or by their numbers."""
+    if (whole := folder / f"{stem}{variant}.{ending}").is_file():
+        return [whole]
+    names = (f"{stem}.{ending}.index{variant}", f"{stem}{variant}.{ending}.index", f"{stem}.{ending}{variant}.index")
+    for index in (folder / f"{name}.json" for name in names):
+        if index.is_file():
+            table = read_json(index).get("weight_map")
+            if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+                raise InputError(f"{index} has no weight_map of file names; copy the folder again.")
+            return [folder / Path(name).name for name in sorted(set(table.values()))]
+    stem, variant, number = re.escape(stem), re.escape(variant), r"-(\d+)-of-(\d+)"
+    pattern = re.compile(rf"{stem}(?:{variant}{number}|{number}{variant})\.{ending}")
+    parts = {path: match for path in sorted(folder.glob("*")) if (match := pattern.fullmatch(path.name))}
+    counts = {int(match[2] or match[4]) for match in parts.values()}
+    if parts and counts != {len(parts)}:
+        raise InputError(f"{folder} has {len(parts)} of {max(counts)} parts of its weights; copy it again.")
+    return list(parts)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -122,12 +140,10 @@ def diffusion_node(config: Config) -> dict[str, Any]:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise InputError(f"scheduler prediction_type={prediction} is not known; known are {', '.join(_PREDICTIONS)}.")
-    if config.get("rescale_betas_zero_snr"):
-        raise InputError("scheduler rescale_betas_zero_snr=true cannot be represented here; use a model without it.")
     return {
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
         "prediction": {"_target_": f"{_HOME}parameterization.{_PREDICTIONS[prediction]}"},
-        "schedule": {"_target_": f"{_HOME}schedule.Schedule", **_schedule(config)},
+        "schedule": {"_target_": f"{_HOME}schedule.Schedule", **_schedule(config), **_rescaled(config)},
     }
 
 
@@ -144,13 +160,24 @@ def _schedule(config: Config) -> dict[str, Any]:
     return {"name": _NAMES[name], **ends, "steps": steps}
 
 
+def _rescaled(config: Config) -> dict[str, Any]:
+    return {"zero_terminal_snr": True} if config.get("rescale_betas_zero_snr") else {}
+
+
+def sampler_node(config: Config) -> dict[str, Any]:
+    """DDIM with the scheduler's step rule where it is `trailing`, as models without a terminal signal need."""
+    node = {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0}
+    return node | ({"spacing": "trailing"} if config.get("timestep_spacing") == "trailing" else {})
+
+
 def _named(betas: Sequence[float]) -> dict[str, Any]:
     """The schedule of ours that gives these betas."""
     table = torch.tensor(betas, dtype=torch.float64)
     first, last = float(table[0]), float(table[-1])
     for name in ("scaled_linear", "linear", "sqrt"):
-        ends = {"start": first**2, "end": last**2} if name == "sqrt" else {"start": first, "end": last}
-        if torch.allclose(Schedule(name, **ends, steps=len(table)).betas, table, atol=_SAME, rtol=0):
+        start, end = (first**2, last**2) if name == "sqrt" else (first, last)
+        ends = {"start": start, "end": end}
+        if torch.allclose(Schedule(name, start, end, steps=len(table)).betas, table, atol=_SAME, rtol=0):
             return {"name": name, **ends, "steps": len(table)}
     if torch.allclose(Schedule("cosine", steps=len(table)).betas, table, atol=_SAME, rtol=0):
         return {"name": "cosine", "steps": len(table)}
@@ -176,7 +203,12 @@ def scheduler_options(node: Mapping[str, Any]) -> Config:
         "steps_offset": 1,
         "timestep_spacing": "leading",
     }
+    if schedule.zero_terminal_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        config.pop("steps_offset")
     if schedule.name in ("scaled_linear", "linear"):
         ends = {"beta_start": given.get("start", 0.0015), "beta_end": given.get("end", 0.0195)}
         return config | {"beta_schedule": names[schedule.name], **ends}
+    if schedule.zero_terminal_snr:
+        schedule = Schedule(**given | {"zero_terminal_snr": False})  # which the scheduler rescales itself
     return config | {"trained_betas": schedule.betas.tolist()}

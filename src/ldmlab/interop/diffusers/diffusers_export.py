@@ -99,7 +99,6 @@ def text_length(node: Spec) -> int:
     return int(node["config"]["text_cfg"].get("context_length", _LENGTH))
 
 
-Spec = Mapping[str, Any]
 Parts = Mapping[str, Mapping[str, Tensor]]
 Exported = tuple[str, verify.Differences]  # what it is, and the largest difference of each part
 

@@ -106,6 +106,15 @@ def to_ours(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[s
     return result
 
 
+def cosines_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network with `flip_sin_to_cos=false` for a time embedding whose cosines come first."""
+    key = "time_embedding.linear_1.weight"
+    if key not in state:
+        return dict(state)
+    sines, cosines = state[key].chunk(2, dim=1)
+    return {**state, key: torch.cat([cosines, sines], dim=1)}
+
+
 def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of files written before diffusers 0.15, whose attention over pixels had other names."""
     result = {}

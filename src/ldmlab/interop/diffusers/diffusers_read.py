@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_texts, diffusers_unets
-from ldmlab.interop.diffusers.diffusers_build import CLASS_TABLE, build_first_stage, build_text, build_unet
-from ldmlab.interop.diffusers.diffusers_config import diffusion_node, read_json, read_weights
-from ldmlab.interop.diffusers.diffusers_texts import bert_vocabulary, clip_padding
+from ldmlab.interop.diffusers.diffusers_build import CLASS_TABLE, build_first_stage, build_unet, filled_text
+from ldmlab.interop.diffusers.diffusers_config import diffusion_node, read_json, read_weights, sampler_node
+from ldmlab.interop.diffusers.diffusers_texts import bert_vocabulary, clip_length, clip_padding
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]
@@ -48,6 +48,7 @@ PIPELINES = {
     "DDIMPipeline": _PLAIN,
     "DDPMPipeline": _PLAIN,
 }
+_ALONE = (diffusers_first_stages.KL, diffusers_first_stages.VQ)
 _IGNORED = ("scheduler", "tokenizer", "safety_checker", "feature_extractor")  # or read beside their module
 
 
@@ -57,11 +58,10 @@ def read_folder(path: Path | str) -> tuple[Spec, Parts]:
     if (folder / "model_index.json").is_file():
         return _read_pipeline(folder, read_json(folder / "model_index.json"))
     config = read_json(folder / "config.json")
-    if config.get("_class_name") not in (diffusers_first_stages.KL, diffusers_first_stages.VQ):
-        raise InputError(
-            f"{folder} holds a {config.get('_class_name')} alone, which is no model; give the pipeline's folder "
-            "(model_index.json) or a first stage's."
-        )
+    name = config.get("_class_name") or (config.get("architectures") or ["module without a class"])[0]
+    if name not in _ALONE:
+        supported = f"supported: {', '.join(_ALONE)} alone, or the folder of a whole pipeline (with model_index.json)"
+        raise InputError(f"{folder} holds a {name} alone, which is not supported; {supported}.")
     node = diffusers_first_stages.arguments(config)
     stage = build_first_stage(config, read_weights(folder))
     spec = {"kind": "first_stage", "image_size": _side(config.get("sample_size"), 1) or 256, "first_stage": node}
@@ -71,7 +71,7 @@ def read_folder(path: Path | str) -> tuple[Spec, Parts]:
 def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
     name = index.get("_class_name")
     if name not in PIPELINES:
-        raise InputError(f"{folder} is a {name}, which is not known; known are {', '.join(PIPELINES)}.")
+        raise InputError(f"{folder} is a {name}, which is not supported; supported: {', '.join(PIPELINES)}.")
     found = _components(folder, index)
     stage_config, stage_node, stage_weights = _read_first_stage(found.get("first_stage"))
     unet_config = read_json(found["unet"] / "config.json")
@@ -87,6 +87,7 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
         conditioners["class_label"] = {"_target_": target, **given}
         weights["class_label.embedding.weight"] = unet_weights[CLASS_TABLE].float()
     conditioners |= PIPELINES[name].conditioners(f)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     side = _side(unet_config.get("sample_size"), f) or _side(stage_config.get("sample_size"), 1) or 256
     spec = {
         "kind": "latent_diffusion",
@@ -95,9 +96,9 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
         "latent_scale": _scale_node(folder, name, stage_config),
         "backbone": {"_target_": "ldmlab.backbones.unet.UNet", **diffusers_unets.arguments(unet_config)},
         "conditioners": conditioners,
-        "diffusion": diffusion_node(read_json(folder / "scheduler" / "scheduler_config.json")),
+        "diffusion": diffusion_node(scheduler),
         "guidance_trained": None if conditioners else False,
-        "sampler": {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0},
+        "sampler": sampler_node(scheduler),
         "origin": {"format": "diffusers", "linear_projection": bool(unet_config.get("use_linear_projection", False))},
     }
     parts = {"first_stage": stage_weights, "denoiser": unet.state_dict(), "conditioner": weights}
@@ -130,7 +131,9 @@ def _components(folder: Path, index: Spec) -> dict[str, Path]:
         if name.startswith("_") or name in _IGNORED or not isinstance(value, list) or value[1] is None:
             continue
         if value[1] not in kinds:
-            raise InputError(f"{folder} has a {value[1]} ({name}), which is not known; known are {', '.join(kinds)}.")
+            raise InputError(
+                f"{folder} has a {value[1]} ({name}), which is not supported; supported: {', '.join(kinds)}."
+            )
         found[kinds[value[1]]] = folder / name
     pixels = index["_class_name"] in ("DDIMPipeline", "DDPMPipeline")
     for part in ("unet",) if pixels else ("unet", "first_stage"):
@@ -155,10 +158,10 @@ def _read_text(folder: Path, encoder: Path | None) -> tuple[dict[str, Spec], dic
     config = read_json(encoder / "config.json")
     tokenizer = folder / "tokenizer"
     if diffusers_texts.kind_of(config) == diffusers_texts.CLIP:
-        node = diffusers_texts.node(config, padding=clip_padding(tokenizer))
+        node = diffusers_texts.node(config, padding=clip_padding(tokenizer), length=clip_length(tokenizer))
     else:
         node = diffusers_texts.node(config, vocabulary=bert_vocabulary(tokenizer))
-    text = build_text(config, read_weights(encoder), padding=node.get("padding", "end"))
+    text = filled_text(node, config, read_weights(encoder))
     return {"text": node}, {f"text.{key}": tensor for key, tensor in text.state_dict().items()}
 
 

@@ -16,6 +16,8 @@ from ldmlab.interop.diffusers.diffusers_config import read_json
 from ldmlab.interop.published_weights import WEIGHTS
 
 CLIP, BERT = "CLIPTextModel", "LDMBertModel"
+_NO_LENGTH = 1_000_000  # from here on, transformers' tokenizers mean none
+_LDM_LENGTH = 77  # fixed in LDMTextToImagePipeline
 Config = Mapping[str, Any]
 _CLIP_DEFAULTS: dict[str, Any] = {  # of transformers' CLIPTextConfig
     "vocab_size": 49408,
@@ -69,12 +71,19 @@ def kind_of(config: Config) -> str:
     raise InputError(f"the text encoder {named[0]} is not known; known are {CLIP} and {BERT}.")
 
 
-def node(config: Config, *, padding: str = "end", vocabulary: str | None = None) -> dict[str, Any]:
-    """The node of our conditioner; `padding` is for CLIP, `vocabulary` the path of BERT's tokens."""
+def node(
+    config: Config,
+    *,
+    padding: str = "end",  # CLIP's
+    length: int | None = None,  # to which CLIP's tokenizer pads; None: to the encoder's positions
+    vocabulary: str | None = None,  # path of BERT's tokens
+) -> dict[str, Any]:
+    """The node of our conditioner. Its length is that of the tokens diffusers' pipelines pass to the encoder."""
     if kind_of(config) == CLIP:
         given = _CLIP_DEFAULTS | {key: config[key] for key in _CLIP_DEFAULTS if key in config}
         if given["layer_norm_eps"] != 1e-5:
-            raise InputError(f"{CLIP} with layer_norm_eps={given['layer_norm_eps']}: only 1e-5 can be represented.")
+            raise InputError(f"{CLIP} with layer_norm_eps={given['layer_norm_eps']} is not supported; supported: 1e-5.")
+        given["max_position_embeddings"] = min(given["max_position_embeddings"], length or _NO_LENGTH)
         return clip_node(given, padding=padding)
     given = _BERT_DEFAULTS | {key: config[key] for key in _BERT_DEFAULTS if key in config}
     width = given["d_model"]
@@ -86,7 +95,7 @@ def node(config: Config, *, padding: str = "end", vocabulary: str | None = None)
         "_target_": BERT_TARGET,
         "width": width,
         "depth": given["encoder_layers"],
-        "length": given["max_position_embeddings"],
+        "length": min(given["max_position_embeddings"], _LDM_LENGTH),
         "vocab_size": given["vocab_size"],
         "vocab": vocabulary,
         "heads": given["encoder_attention_heads"],
@@ -132,13 +141,19 @@ def configuration(ours: Mapping[str, Any]) -> tuple[str, Config]:
 def to_ours(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
     """A text encoder's tensors under our conditioner's names; unknown ones keep theirs."""
     if ours["_target_"] == CLIP_TARGET:
-        return {f"tower.{key}": tensor for key, tensor in from_hugging_face(state).items()}
+        named = {f"tower.{key}": tensor for key, tensor in from_hugging_face(state).items()}
+        return _cut(named, "tower.positional_embedding", ours["config"]["text_cfg"]["context_length"])
     names = {theirs: name for name, theirs in _bert_names(ours).items()}
     result = {}
     for key, tensor in state.items():
         module, _, leaf = key.rpartition(".")
         result[f"{names[module]}.{leaf}" if module in names else key] = tensor
-    return result
+    return _cut(result, "transformer.positions.weight", ours.get("length", 77))
+
+
+def _cut(state: dict[str, Tensor], positions: str, length: int) -> dict[str, Tensor]:
+    """The same without the positions behind `length`, which no token of ours has."""
+    return {**state, positions: state[positions][:length]} if positions in state else state
 
 
 def to_diffusers(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -170,11 +185,8 @@ _PADDINGS = {_END: "end", "!": "zero"}  # "!" has the number 0
 def clip_padding(folder: Path) -> str:
     """zero | end, by the pad token; a vocabulary that is not CLIP's is refused."""
     if _vocabulary(folder) != clip_vocabulary():
-        raise InputError(f"{folder} has another vocabulary than CLIP's, which ldmlab does not read; use another model.")
-    settings: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).is_file():
-            settings |= read_json(folder / file)
+        raise InputError(f"{folder} has another vocabulary than CLIP's, which is not supported; use another model.")
+    settings = _settings(folder)
     token = settings.get("pad_token", _END)
     content = token["content"] if isinstance(token, dict) else token
     if content not in _PADDINGS:
@@ -182,10 +194,36 @@ def clip_padding(folder: Path) -> str:
     return _PADDINGS[content]
 
 
+def clip_length(folder: Path) -> int | None:
+    """To how many tokens diffusers' pipelines pad; None where the tokenizer's settings name no number."""
+    length = _settings(folder).get("model_max_length")
+    if length is None or (isinstance(length, (int, float)) and length >= _NO_LENGTH):
+        return None
+    if not isinstance(length, int) or isinstance(length, bool) or length < 2:
+        raise InputError(f"{folder}: model_max_length={length} is no number of tokens; copy the folder again.")
+    return length
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What a tokenizer's own files say."""
+    files = (folder / name for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    return {key: value for file in files if file.is_file() for key, value in read_json(file).items()}
+
+
 def _vocabulary(folder: Path) -> dict[str, int]:
+    """Tokens and their numbers, as older and newer releases of transformers keep them."""
     if (folder / "vocab.json").is_file():
         return read_json(folder / "vocab.json")
-    return dict(read_json(folder / "tokenizer.json")["model"]["vocab"])
+    return _fast_tokenizer(folder / "tokenizer.json")["model"]["vocab"]
+
+
+def _fast_tokenizer(file: Path) -> dict[str, Any]:
+    """The content of tokenizer.json, with a vocabulary in it."""
+    content = read_json(file)
+    model = content.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        raise InputError(f"{file} has no vocabulary; copy the folder again.")
+    return content
 
 
 def clip_vocabulary() -> dict[str, int]:
@@ -211,8 +249,21 @@ def write_clip_files(folder: Path) -> None:
 
 def bert_vocabulary(folder: Path) -> str | None:
     """Path of the vocabulary, or None for the published one, which `ldmlab fetch wordpiece` brings."""
-    file = folder / "vocab.txt"
-    if not file.is_file():
-        raise InputError(f"{file} is missing; copy the vocabulary of the model's tokenizer there, one token a line.")
-    published = hashlib.sha256(file.read_bytes()).hexdigest().startswith(WEIGHTS["wordpiece"].sha256)
+    file, fast = folder / "vocab.txt", folder / "tokenizer.json"
+    lower = _settings(folder).get("do_lower_case", True)
+    if file.is_file():
+        content = file.read_bytes()
+    elif fast.is_file():
+        file, settings = fast, _fast_tokenizer(fast)
+        tokens = sorted(settings["model"]["vocab"], key=settings["model"]["vocab"].__getitem__)
+        content = "".join(f"{token}\n" for token in tokens).encode()
+        normalizer = settings.get("normalizer") or {}
+        if settings["model"].get("type", "WordPiece") != "WordPiece" or normalizer.get("type") != "BertNormalizer":
+            raise InputError(f"{fast} is not supported; supported: WordPiece with BERT's normalizer.")
+        lower = lower and normalizer.get("lowercase", True)
+    else:
+        raise InputError(f"{folder} has neither vocab.txt nor tokenizer.json; copy the model's tokenizer there.")
+    if not lower:
+        raise InputError(f"{folder}: a tokenizer that keeps capitals (do_lower_case=false) is not supported.")
+    published = hashlib.sha256(content).hexdigest().startswith(WEIGHTS["wordpiece"].sha256)
     return None if published else str(file.resolve())

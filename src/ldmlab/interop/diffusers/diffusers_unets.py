@@ -22,6 +22,10 @@ _SHARED = {
     "num_class_embeds": None,
     "downsample_type": "conv",
     "upsample_type": "conv",
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     CONDITION: _SHARED
@@ -50,12 +54,8 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default",),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "downsample_padding": (1,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
-    "norm_eps": (1e-5,),
     "norm_num_groups": (32,),
     "resnet_out_scale_factor": (1,),
     "time_embedding_type": ("positional",),
@@ -90,6 +90,9 @@ def arguments(config: Config) -> dict[str, Any]:
         "dropout": given["dropout"],
         "scale_shift": _scale_shift(kind, given),
         "residual_resampling": _residual_resampling(kind, given),
+        "asymmetric_downsampling": _asymmetric(kind, given),
+        "norm_eps": given["norm_eps"],
+        "frequency_shift": given["freq_shift"],
         **_vector(kind, given),
     }
 
@@ -156,6 +159,14 @@ def _scale_shift(kind: str, given: Config) -> bool:
     return bool(rule == "scale_shift")
 
 
+def _asymmetric(kind: str, given: Config) -> bool:
+    """Whether convolutions that halve pad the right and the bottom only (padding 0, as published DDPM models have)."""
+    padding = given["downsample_padding"]
+    if padding not in (0, 1):
+        raise InputError(f"{kind} with downsample_padding={padding} is not supported; supported: 0, 1.")
+    return bool(padding == 0)
+
+
 def _residual_resampling(kind: str, given: Config) -> bool:
     """Whether levels are joined by residual blocks instead of convolutions; all levels must agree."""
     found = set()
@@ -198,10 +209,10 @@ def configuration(
         "dropout": arguments.get("dropout", 0.0),
         "resnet_time_scale_shift": "scale_shift" if arguments.get("scale_shift") else "default",
         "norm_num_groups": 32,
-        "norm_eps": 1e-5,
+        "norm_eps": arguments.get("norm_eps", 1e-5),
         "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
+        "freq_shift": arguments.get("frequency_shift", 0),
+        "downsample_padding": 0 if arguments.get("asymmetric_downsampling") else 1,
         **_class_embedding(kind, arguments, classes),
     }
     return kind, config | _attention(kind, arguments, widths, attention, linear_projection=linear_projection)
