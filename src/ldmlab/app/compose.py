@@ -21,9 +21,9 @@ def conf_dir() -> Path:
 
 
 def group_choices(group: str) -> list[str]:
-    """The names that `group=` accepts, folders inside the group included."""
+    """The names that `group=` accepts, folders inside the group included; `_NAME.yaml` is for others to inherit."""
     folder = conf_dir() / group
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml") if p.name[0] != "_")
 
 
 def groups() -> list[str]:
