@@ -3,6 +3,7 @@
 Run folders, checkpoints, model folders, shards and scores of that version load unchanged; nothing else knows old names.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ CONFIG: dict[str, str] = {  # dotted key of a run's config.yaml then => last par
     "stage.guidance": "guidance_scale",
 }
 
+_PICTURE = re.compile(r"(?<![^_])picture(s?)(?![^_])")
+
 RECORD: dict[str, str] = {  # dotted key of metrics.json then, through lists => last part of it now
     "sampling.guidance": "guidance_scale",
     "protocol.guidance": "guidance_scale",
@@ -51,7 +54,7 @@ def config(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(value: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a metrics.json with today's keys."""
-    return dict(_renamed(value, RECORD))
+    return dict(_images(_renamed(value, RECORD)))
 
 
 def _renamed(value: Any, names: Mapping[str, str], path: str = "") -> Any:
@@ -61,6 +64,16 @@ def _renamed(value: Any, names: Mapping[str, str], path: str = "") -> Any:
         return value
     keys = {key: f"{path}.{key}" if path else str(key) for key in value}
     return {names.get(keys[key], key): _renamed(part, names, keys[key]) for key, part in value.items()}
+
+
+def _images(value: Any) -> Any:
+    """Keys that named images pictures; files keep the names they have on disk. Parts get today's names too."""
+    if isinstance(value, list):
+        return [_images(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    result = {_PICTURE.sub(r"image\1", str(key)): _images(part) for key, part in value.items()}
+    return node(result) if "_target_" in result else result
 
 
 def node(value: Any) -> Any:

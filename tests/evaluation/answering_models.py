@@ -17,7 +17,7 @@ from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
-from ldmlab.report.report import write_report
+from ldmlab.report.pages import write_report
 
 sys.path.append(str(Path(__file__).parents[1]))
 from scenes import write_scenes

@@ -52,7 +52,7 @@ def test_a_baseline_is_scored_as_a_model_that_answers_the_same(data: ShardData, 
     assert beside["scores"]["psnr"]["value"] == pytest.approx(100)
     assert len(beside["given"]) == 4
     page, text = ((tmp_path / "perfect" / name).read_text() for name in ("report.html", "report.md"))
-    assert "From left to right: asked, mean fill, nearest training patch, drawn, real." in page
+    assert "From left to right: input, mean fill, nearest training patch, generated, real." in page
     assert "**this model**" in text
     assert "| nearest training patch |" in text
 

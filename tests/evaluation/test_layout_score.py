@@ -36,9 +36,9 @@ def test_real_images_as_samples_reach_the_real_score(data: ShardData, tmp_path: 
     boxes = len(JUDGE.collected(data.eval_loader("train", 50, kind="images"))[1])
     assert found["learned"] == {"examples": boxes, "updates": 60, "batch_size": 32}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert f"its own limit; learned from {boxes:,} real examples in 60 updates of 32" in page
-    assert "Judge: asked class found in the asked box" in page
-    assert "Asked and drawn" in page
+    assert f"trained on {boxes:,} real examples in 60 updates of 32" in page
+    assert "Conditioning accuracy: asked class found in the asked box" in page
+    assert "Inputs and samples" in page
     assert "Asked class found in the asked box" in (tmp_path / "out" / "report.md").read_text()
 
 

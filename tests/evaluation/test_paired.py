@@ -21,8 +21,8 @@ from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance
-from ldmlab.report.report import write_report
-from ldmlab.report.report_table import paper_report
+from ldmlab.report.pages import write_report
+from ldmlab.report.paper_table import paper_report
 from ldmlab.tasks.inpainting import Inpainting
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))

@@ -22,10 +22,11 @@ from ldmlab.metrics.frechet_limit import FrechetLimit
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
 from ldmlab.nn.openclip import build_clip
-from ldmlab.report.curves import charts
-from ldmlab.report.line_chart import line_chart, ticks
+from ldmlab.report.evaluation_page import score_lines
+from ldmlab.report.line_chart import Chart, ticks
+from ldmlab.report.pages import write_comparison, write_report
 from ldmlab.report.paper_table import paper_record
-from ldmlab.report.report import score_rows, write_comparison, write_report
+from ldmlab.report.run_curves import run_charts
 from sampling_models import CLIP, tiny_model
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -105,7 +106,7 @@ def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> Non
     assert links.images == 6 * 2 + 3 * 2 * 2 + 3 * 2 + 6 * 2 + 3 * 2
     assert all(address.startswith("data:image/") for address in links.loaded)
     assert "http" not in page.replace("http-equiv", "")
-    for words in ("not comparable", "image 0", "Learned by heart?", "<svg", "loss_by_noise", "infinitely many"):
+    for words in ("not comparable", "image 0", "Memorisation", "<svg", "loss_by_noise", "infinitely many"):
         assert words in page
     for words in ("precision and recall over guidance", "By category", "Held-out real images at the threshold"):
         assert words in page
@@ -135,7 +136,7 @@ def test_other_scales_score_as_evaluations_of_their_own(
 
 
 def test_a_share_and_its_error_are_printed_alike(finished: tuple[Path, dict[str, Any]]) -> None:
-    rows = {row["name"]: row["value"] for row in score_rows(finished[1])}
+    rows = {line.name: line.value for line in score_lines(finished[1])}
     score = finished[1]["scores"]["precision"]
     assert rows["precision"] == f"{score['value']:.1%} ± {score['spread']:.1%}"
     assert rows["copies"].count("%") == 2
@@ -176,7 +177,7 @@ def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dic
     assert len(stored["features"]["weights_hash"]) == 16
     assert stored["categories"]["chance"] == pytest.approx(1 / 3)
     assert stored["categories"]["learned"] == {"examples": 33, "updates": 4, "batch_size": 64}
-    assert "learned from 33 real examples in 4 updates of 64" in (out / "report.md").read_text()
+    assert "trained on 33 real examples in 4 updates of 64" in (out / "report.md").read_text()
     assert stored["provenance"]["packages"]["torch"]
     assert "300" not in (out / "report.md").read_text().split("##")[1]
 
@@ -218,15 +219,15 @@ def test_two_processes_score_as_one(shards: Path, finished: tuple[Path, dict[str
 
 def test_curves_share_a_chart_by_stem(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(CURVE)
-    found = charts(tmp_path / "metrics.csv")
+    found = run_charts(tmp_path / "metrics.csv")
     assert len(found) == 3
-    assert found[0].count("<path") == 1
-    assert sum("0.20" in chart for chart in found) == 1
+    assert found[0].svg.count("<path") == 1
+    assert sum("0.20" in chart.svg for chart in found) == 1
 
 
 def test_charts_survive_odd_numbers() -> None:
-    assert line_chart({"a": [(0.0, float("nan"))]}, title="x") == ""
-    assert "circle" in line_chart({"a": [(5.0, 3.0)]}, title="x")
-    assert "&lt;b&gt;" in line_chart({"a": [(0.0, 1.0), (1.0, 1.0)]}, title="<b>")
-    assert line_chart({"a": [(float(i), 1.0 / (i + 1)) for i in range(5000)]}, title="x").count(" L") < 1000
+    assert Chart("x", {"a": [(0.0, float("nan"))]}).svg == ""
+    assert "circle" in Chart("x", {"a": [(5.0, 3.0)]}).svg
+    assert "&lt;b&gt;" in Chart("<b>", {"a": [(0.0, 1.0), (1.0, 1.0)]}).svg
+    assert Chart("x", {"a": [(float(i), 1.0 / (i + 1)) for i in range(5000)]}).svg.count(" L") < 1000
     assert ticks(0.0, 1.0) == [0.0, 0.5, 1.0] or len(ticks(0.0, 1.0)) >= 3

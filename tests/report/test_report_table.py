@@ -11,12 +11,15 @@ import pytest
 from PIL import Image
 
 from ldmlab.errors import InputError
+from ldmlab.report.comparison import comparison_tables
+from ldmlab.report.evaluation_page import score_lines
+from ldmlab.report.metrics_json import comparable_groups
+from ldmlab.report.pages import printed_tables, write_comparison
 from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
-from ldmlab.report.report import printed_tables, score_rows, write_comparison
-from ldmlab.report.report_formats import FORMATS, as_latex, latex
-from ldmlab.report.report_table import ReportTable, TableRow, bare_table, comparable_groups, paper_report
-from ldmlab.report.score_names import number_text
-from ldmlab.report.side_by_side import comparison_tables
+from ldmlab.report.paper_table import bare_table, paper_report
+from ldmlab.report.render import FORMATS, as_latex, latex
+from ldmlab.report.rows import Row, Table
+from ldmlab.report.score_lines import ScoreLine, number_text
 
 
 def result(**change: Any) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def result(**change: Any) -> dict[str, Any]:
 def test_ours_stands_below_theirs_with_its_distance() -> None:
     (table,) = paper_report([result()])
     ours = table.rows[-1]
-    assert (ours.method, ours.mark) == ("my_50%_run", "")
+    assert (ours.label, ours.mark) == ("my_50%_run", "")
     assert ours.cells == ("4.50 (-0.48)", "0.75 ± 0.01 (+0.02)", "–")
     assert table.columns == ("FID ↓", "Precision ↑", "Recall ↑")
     notes = " ".join(table.notes)
@@ -80,7 +83,7 @@ def test_a_result_of_another_reference_is_marked(change: dict[str, Any], reason:
 )
 def test_a_result_without_the_right_hash_enters_no_table(change: dict[str, Any], reason: str) -> None:
     (table,) = paper_report([result(**change, model__path="runs/wrong"), result()])
-    assert [row.method for row in table.rows if row.kind == "ours"] == ["my_50%_run"]
+    assert [row.label for row in table.rows if row.kind == "ours"] == ["my_50%_run"]
     assert any(note.startswith("wrong is left out: ") and reason in note for note in table.notes)
 
 
@@ -123,7 +126,7 @@ def test_a_size_of_hole_stands_in_its_own_table() -> None:
     }
     whole, part = paper_report([given])
     assert "all samples" in whole.title
-    assert part.rows[-1].method == "my_50%_run, hole_40_50"
+    assert part.rows[-1].label == "my_50%_run, hole_40_50"
     assert part.rows[-1].cells == ("12.00", "0.250 ± 0.020")
 
 
@@ -179,16 +182,16 @@ def test_only_equal_measurements_share_a_table() -> None:
         result(features__weights_hash="e" * 16),
     ]
     assert comparable_groups(results) == [[0, 2], [1], [3], [4], [5]]
-    rows = [{"name": "fid", "shown": "FID", "direction": "lower", "value": "4.5"}]
+    rows = [ScoreLine("fid", "FID", "4.5", "lower", "")]
     tables = comparison_tables(results, list("abcdef"), [rows] * 6)
-    assert [[row.method for row in table.rows] for table in tables] == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
+    assert [[row.label for row in table.rows] for table in tables] == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
     assert "not recorded" in tables[2].title
 
 
 def test_scores_made_by_other_options_stand_in_columns_of_their_own() -> None:
     metrics = [{"precision_recall": {"neighbours": k, "screening": k > 3}} for k in (3, 5)]
     results = [result(protocol__metrics=node) for node in metrics]
-    (table,) = comparison_tables(results, ["a", "b"], [score_rows(one) for one in results])
+    (table,) = comparison_tables(results, ["a", "b"], [score_lines(one) for one in results])
     assert table.columns == ("FID ↓", "Precision ↑ (neighbours=3)", "Precision ↑ (neighbours=5)")
     assert [row.cells for row in table.rows] == [("4.500", "75.0% ± 1.0%", "–"), ("4.500", "–", "75.0% ± 1.0%")]
 
@@ -202,12 +205,12 @@ def test_seeds_of_one_configuration_get_a_mean_and_a_deviation() -> None:
         }
 
     results = [of_seed(0), of_seed(1), of_seed(2), of_seed(3, "other")]
-    (table,) = comparison_tables(results, list("abcd"), [score_rows(one) for one in results])
-    assert [row.method for row in table.rows] == [*"abcd", "ffhq, mean ± deviation over 3 seeds"]
+    (table,) = comparison_tables(results, list("abcd"), [score_lines(one) for one in results])
+    assert [row.label for row in table.rows] == [*"abcd", "ffhq, mean ± deviation over 3 seeds"]
     assert table.rows[-1].cells == ("5.000 ± 1.0", "75.0% ± 0.0%")
     twice = [of_seed(0), of_seed(0)]  # one model scored twice says nothing about training
-    (table,) = comparison_tables(twice, list("ab"), [score_rows(one) for one in twice])
-    assert [row.method for row in table.rows] == ["a", "b"]
+    (table,) = comparison_tables(twice, list("ab"), [score_lines(one) for one in twice])
+    assert [row.label for row in table.rows] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -220,12 +223,12 @@ def test_seeds_of_one_configuration_get_a_mean_and_a_deviation() -> None:
     ],
 )
 def test_a_distance_is_called_by_its_network(features: str, called: str) -> None:
-    assert score_rows(result(features__name=features))[0]["shown"] == called
+    assert score_lines(result(features__name=features))[0].title == called
 
 
 def test_rows_of_one_name_are_told_apart_and_sources_are_heard() -> None:
     table = bare_table("class-cond/imagenet-256")
-    names = [row.method for row in table.rows]
+    names = [row.label for row in table.rows]
     assert len(set(names)) == len(names)
     assert any(name.startswith("LDM-4-G") and "guidance 1.5" in name for name in names)
     place = table.columns.index("Parameters")
@@ -257,10 +260,12 @@ def test_a_comparison_of_forty_runs_stays_small(tmp_path: Any) -> None:
     for number in range(16):
         pixels = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "shared" / f"{number}.png")
-    shown = [{"file": f"../shared/{number}.png", "caption": "noise"} for number in range(16)]
+    shown = [{"file": f"{number}.png", "caption": "noise"} for number in range(16)]
     for run in range(40):
         content = result(model__path=f"runs/{run}") | {"format_version": 1, "images": {"samples": shown}}
         (tmp_path / str(run)).mkdir()
+        for number in range(16):
+            (tmp_path / str(run) / f"{number}.png").hardlink_to(tmp_path / "shared" / f"{number}.png")
         (tmp_path / str(run) / "metrics.json").write_text(json.dumps(content))
     page = write_comparison([tmp_path / str(run) for run in range(40)], tmp_path / "out")
     assert page.stat().st_size < 5_000_000
@@ -285,7 +290,7 @@ def test_numbers_keep_their_zeros_and_never_get_an_exponent(value: float, spread
 
 def test_latex_has_one_rule_above_ours_and_none_too_many() -> None:
     alone, beside = (
-        ReportTable("T", ("FID",), (*theirs, TableRow("ours", "mine", ("1.000",))), ())
-        for theirs in ((), (TableRow("theirs", "LDM-4", ("2.00",)),))
+        Table("T", ("FID",), (*theirs, Row("ours", "mine", ("1.000",))), ())
+        for theirs in ((), (Row("theirs", "LDM-4", ("2.00",)),))
     )
     assert [as_latex([table]).count("midrule") for table in (alone, beside)] == [1, 2]

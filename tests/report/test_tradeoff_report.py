@@ -11,10 +11,18 @@ from PIL import Image
 
 from ldmlab.app import cli
 from ldmlab.errors import InputError
-from ldmlab.report.equal_budgets import equal_budget, merged, score_after
-from ldmlab.report.line_chart import COLOURS, line_chart, log_ticks
-from ldmlab.report.trade_curves import RECORD, Value, by_factor, read_job, trained_seconds
-from ldmlab.report.tradeoff import SAMPLING, TRAINING, write_tradeoff
+from ldmlab.report.line_chart import COLOURS, Chart, log_ticks
+from ldmlab.report.tradeoff_jobs import (
+    RECORD,
+    Value,
+    by_factor,
+    equal_budget,
+    merged,
+    read_job,
+    score_after,
+    trained_seconds,
+)
+from ldmlab.report.tradeoff_page import SAMPLING, TRAINING, write_tradeoff
 
 PROTOCOL = {"name": "tradeoff", "guidance_scale": 1.0}
 
@@ -198,7 +206,7 @@ def test_a_factor_has_one_colour_on_every_chart() -> None:
     line = [(1.0, 2.0), (2.0, 1.0)]
     reserved = {"f1": COLOURS[0], "f8": COLOURS[3]}
     for names in (["f1", "other", "f8"], ["f8", "f1"], ["other", "f8"]):
-        chart = line_chart(dict.fromkeys(names, line), title="", reserved=reserved)
+        chart = Chart("", dict.fromkeys(names, line), reserved=reserved).svg
         shown = dict(re.findall(r'background:(#\w+)"></i>(\w+)<', chart))
         found = {name: colour for colour, name in shown.items()}
         assert len(found) == len(names)
@@ -206,7 +214,7 @@ def test_a_factor_has_one_colour_on_every_chart() -> None:
 
 
 def test_a_logarithmic_axis_gives_equal_ratios_equal_room() -> None:
-    chart = line_chart({"f1": [(1e-5, 1.0), (1e-4, 2.0), (1e-3, 3.0)]}, title="", log_x=True)
+    chart = Chart("", {"f1": [(1e-5, 1.0), (1e-4, 2.0), (1e-3, 3.0)]}, log_x=True).svg
     places = [float(part.split('"')[0]) for part in chart.split('cx="')[1:]]
     assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.2)
     assert log_ticks(1e-5, 1e-3) == pytest.approx([1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
@@ -225,8 +233,8 @@ def test_the_page_shows_what_each_job_draws_and_rebuilds(tmp_path: Path) -> None
         (folder / "images").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "images" / name)
     page = write_tradeoff([job], tmp_path / "out").read_text()
-    assert "f4: there and back" in page
-    assert "f4: drawn after 10 steps" in page
+    assert "f4: reconstructions" in page
+    assert "f4: samples after 10 steps" in page
     assert page.count("<img") == 2
 
 

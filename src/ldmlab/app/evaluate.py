@@ -57,8 +57,8 @@ def evaluate(config: Mapping[str, Any]) -> None:
     from ldmlab.evaluation.protocol import Protocol
     from ldmlab.instantiate import instantiate
     from ldmlab.model_files import read_description
+    from ldmlab.report.pages import write_report
     from ldmlab.report.paper_table import paper_record
-    from ldmlab.report.report import write_report
 
     rank, world = processes.join()
     model = Path(config["model"])

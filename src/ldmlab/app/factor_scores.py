@@ -14,7 +14,7 @@ from ldmlab.app.sweep_cache import content_key, once
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import decoder_flops
-from ldmlab.report.trade_curves import FORMAT_VERSION, RECORD, trained_seconds
+from ldmlab.report.tradeoff_jobs import FORMAT_VERSION, RECORD, trained_seconds
 
 if TYPE_CHECKING:
     from ldmlab.app.all_stages import Factor, Parts

@@ -11,10 +11,10 @@ import yaml
 from ldmlab.app.comparison import comparison_fields
 from ldmlab.errors import InputError
 from ldmlab.model_files import read_description
-from ldmlab.report.curves import read_curves
 from ldmlab.report.line_chart import Points
-from ldmlab.report.report import read_evaluation
-from ldmlab.report.trade_curves import is_job, read_job
+from ldmlab.report.pages import read_evaluation
+from ldmlab.report.run_curves import read_curves
+from ldmlab.report.tradeoff_jobs import is_job, read_job
 from ldmlab.training.run_folder import FINISHED
 
 _NAMED = {  # how a field reads in a label

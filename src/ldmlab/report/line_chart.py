@@ -1,14 +1,19 @@
 """Line charts as SVG text: no library, no address, a few kilobytes each."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from markupsafe import Markup
 
 Points = Sequence[tuple[float, float]]
+GAP = (math.nan, math.nan)  # a point that is no number ends a stretch of its line
 COLOURS = ("#2f6fde", "#e0662f", "#2f9e6e", "#b0478f", "#8a6d1f", "#5b5fc7", "#c23b3b", "#3a8fa3", "#7a7a7a", "#9acb3c")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 340, 204, 46, 12, 10, 30
+_WIDTH, _HEIGHT, _RIGHT, _TOP, _BOTTOM = 340, 204, 14, 10, 30
+_LETTER = 5.8  # width of a figure at the size of tick labels
 _MOST_POINTS = 300
+_LARGEST, _SMALLEST = 1e30, 1e-30
 _DOTTED = 12  # lines of at most so many points show each of them
 
 
@@ -21,6 +26,7 @@ class _Span:
     start: float
     end: float
     log: bool = False  # equal ratios take equal room
+    fixed: tuple[float, ...] = ()  # ticks
 
     def at(self, value: float) -> float:
         """Units of the paper; values outside stay at the edge."""
@@ -31,43 +37,71 @@ class _Span:
     def _scaled(self, value: float) -> float:
         return math.log10(max(value, 1e-300)) if self.log else value
 
-    def ticks(self) -> list[float]:
-        """Round numbers that are written beside the axis."""
-        return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round numbers and how they are written; labels are all different."""
+        values = list(self.fixed) or (log_ticks if self.log else ticks)(self.low, self.high)
+        for digits in range(4, 13):
+            labels = [short(value, digits) for value in values]
+            if len(set(labels)) == len(values):
+                break
+        return list(zip(values, labels, strict=True))
 
 
-def line_chart(
-    series: Mapping[str, Points],
-    *,
-    title: str,
-    x_title: str = "step",
-    log_x: bool = False,
-    reserved: Mapping[str, str] | None = None,
-) -> str:
-    """One chart with a line a name; a long noisy line is drawn pale with its running mean on top.
+@dataclass(frozen=True)
+class Chart:
+    """A line a name. A long noisy line is pale with its running mean on top.
 
-    `reserved`: colours of names that look the same on every chart of a page.
+    `reserved`: colours of names that look the same on every chart of a page. `x_ticks`: where x has few values.
     """
-    lines = {name: [point for point in points if all(map(math.isfinite, point))] for name, points in series.items()}
-    lines = {name: points for name, points in lines.items() if points}
-    if not lines:
-        return ""
-    xs, ys = [x for p in lines.values() for x, _ in p], [y for p in lines.values() for _, y in p]
-    across = _Span(min(xs), max(max(xs), min(xs) * (1 + 1e-9) + 1e-9), _LEFT, _WIDTH - _RIGHT, log_x and min(xs) > 0)
-    up = _Span(*_range(ys), _HEIGHT - _BOTTOM, _TOP)
-    parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}" class="chart">',
-        *_axis(across, up, x_title),
-    ]
-    colours = _colours(list(lines), reserved or {})
-    for name, points in lines.items():
-        colour, smooth = colours[name], _smoothed(points)
-        for line, opacity, width in ((points, 0.25 if smooth else 1.0, 1.0 if smooth else 1.8), (smooth, 1.0, 1.8)):
-            place = [(across.at(x), up.at(y)) for x, y in _thinned(line)]
-            parts.append(_path(place, colour, opacity, width) if len(place) > 1 else "")
-            parts.append(_dots(place, colour) if len(place) <= _DOTTED else "")
-    parts.append("</svg>")
-    return f"<figure><figcaption>{escape(title)}{_legend(colours)}</figcaption>{''.join(parts)}</figure>"
+
+    title: str
+    series: Mapping[str, Points]
+    x_title: str = "step"
+    log_x: bool = False
+    reserved: Mapping[str, str] = field(default_factory=dict)
+    x_ticks: tuple[float, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether it has a point."""
+        return any(_stretches(points) for points in self.series.values())
+
+    @cached_property
+    def svg(self) -> Markup:
+        """A figure with a legend; empty without a point."""
+        lines = {name: found for name, points in self.series.items() if (found := _stretches(points))}
+        if not lines:
+            return Markup("")
+        every = [point for stretches in lines.values() for stretch in stretches for point in stretch]
+        up = _Span(*_range([y for _, y in every]), _HEIGHT - _BOTTOM, _TOP)
+        left = 10 + _LETTER * max((len(text) for _, text in up.ticks()), default=1)
+        across = _across([x for x, _ in every], left, self.log_x, self.x_ticks)
+        colours = _colours(list(lines), self.reserved)
+        marks = [_line(stretch, across, up, colours[name]) for name, found in lines.items() for stretch in found]
+        head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="chart">').format(
+            _WIDTH, _HEIGHT, self.title
+        )
+        drawing = Markup("").join([head, *_axes(across, up, left, self.x_title), *marks, Markup("</svg>")])
+        return Markup("<figure><figcaption>{}{}</figcaption>{}</figure>").format(self.title, _legend(colours), drawing)
+
+
+def _stretches(points: Points) -> list[Points]:
+    """Runs of points that can be drawn."""
+    found: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if all(abs(number) < _LARGEST for number in point):  # false of NaN too
+            found[-1].append(point)
+        elif found[-1]:
+            found.append([])
+    return [stretch for stretch in found if stretch]
+
+
+def _across(xs: Sequence[float], left: float, log: bool, fixed: tuple[float, ...]) -> _Span:
+    low, high = min(xs), max(xs)
+    inside = tuple(x for x in fixed if low <= x <= high)
+    if high - low <= max(1e-9 * abs(high), _SMALLEST):  # one place: in the middle, with its own tick
+        pad = 0.5 * abs(low) if abs(low) > _SMALLEST else 0.5
+        return _Span(low - pad, high + pad, left, _WIDTH - _RIGHT, False, (low,))
+    return _Span(low, high, left, _WIDTH - _RIGHT, log and low > 0, inside)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -77,7 +111,9 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     usual = ordered[min(int(0.98 * len(ordered)), len(ordered) - 1)]
     if high - low > 4 * (usual - low) > 0:
         high = usual + 0.15 * (usual - low)
-    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    wide = high - low > max(1e-9 * abs(high), _SMALLEST)
+    pad = 0.05 * (high - low if wide else max(abs(low), abs(high)))
+    pad = pad if pad > _SMALLEST else 1.0
     return low - pad, high + pad
 
 
@@ -87,7 +123,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     first = math.ceil(low / step)
-    return [round(k * step, 10) for k in range(first, math.floor(high / step) + 1)]
+    found = [float(f"{k * step:.12g}") for k in range(first, math.floor(high / step) + 1)]
+    return list(dict.fromkeys(found))
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -96,40 +133,57 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     for digits in ((1, 2, 5), (1, 3), (1,)):
         found = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k * (1 + 1e-9) <= high * (1 + 2e-9)]
         if len(found) <= most:
-            return found or [low, high]
+            return found if len(found) > 1 else [low, high]
     return found[:: -(-len(found) // most)]
 
 
-def _axis(across: _Span, up: _Span, x_title: str) -> list[str]:
-    parts = []
-    for value in up.ticks():
+def short(value: float, digits: int = 4) -> str:
+    """A tick's number in few characters: 12k, 0.25, 3.42e-4."""
+    size = abs(value)
+    if size >= 1e12 or 0 < size < 1e-3:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if size >= least:
+            return f"{value / unit:.{digits}g}{letter}"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e" in text else text
+
+
+def _axes(across: _Span, up: _Span, left: float, x_title: str) -> Iterator[Markup]:
+    for value, text in up.ticks():
         y = up.at(value)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}" class="rule"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5}" text-anchor="end">{_short(value)}</text>')
-    for value in across.ticks():
-        x = across.at(value)
-        parts.append(f'<text x="{x}" y="{_HEIGHT - 15}" text-anchor="middle">{_short(value)}</text>')
-    parts.append(
-        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 2}" text-anchor="end" class="dim">{escape(x_title)}</text>'
-    )
-    return parts
+        rule = '<line x1="{}" x2="{}" y1="{}" y2="{}" class="rule"/><text x="{}" y="{}" text-anchor="end">{}</text>'
+        yield Markup(rule).format(round(left, 1), _WIDTH - _RIGHT, y, y, round(left - 6, 1), y + 3.5, text)
+    before = -math.inf
+    for value, text in across.ticks():
+        x, half = across.at(value), _LETTER * len(text) / 2
+        if x - half < before:  # would run into the label before
+            continue
+        before = x + half + 3
+        anchor = "end" if x + half > _WIDTH else "middle"
+        place = _WIDTH if anchor == "end" else x
+        yield Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(place, _HEIGHT - 15, anchor, text)
+    name = '<text x="{}" y="{}" text-anchor="end" class="dim">{}</text>'
+    yield Markup(name).format(_WIDTH - _RIGHT, _HEIGHT - 2, x_title)
 
 
-def _short(value: float) -> str:
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:g}"
-
-
-def _path(points: Sequence[Sequence[float]], colour: str, opacity: float, width: float) -> str:
-    line = "M" + " L".join(f"{x} {y}" for x, y in points)
-    return f'<path d="{line}" fill="none" stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
-
-
-def _dots(points: Sequence[Sequence[float]], colour: str) -> str:
-    return "".join(
-        f'<circle cx="{x}" cy="{y}" r="{2.4 if len(points) > 1 else 3}" fill="{colour}"/>' for x, y in points
-    )
+def _line(points: Points, across: _Span, up: _Span, colour: str) -> Markup:
+    """One stretch: the line, pale beneath its running mean where it is long, and its points where they are few."""
+    smooth = _smoothed(points)
+    parts = []
+    for line, opacity, width in ((points, 0.25 if smooth else 1.0, 1.0 if smooth else 1.8), (smooth, 1.0, 1.8)):
+        place = [(across.at(x), up.at(y)) for x, y in _thinned(line)]
+        if len(place) > 1:
+            path = "M" + " L".join(f"{x} {y}" for x, y in place)
+            stroke = '<path d="{}" fill="none" stroke="{}" stroke-width="{}" opacity="{}"/>'
+            parts.append(Markup(stroke).format(path, colour, width, opacity))
+        if len(place) <= _DOTTED:
+            radius = 2.4 if len(place) > 1 else 3
+            parts += [
+                Markup('<circle cx="{}" cy="{}" r="{}" fill="{}"/>').format(x, y, radius, colour) for x, y in place
+            ]
+    return Markup("").join(parts)
 
 
 def _thinned(points: Points) -> Points:
@@ -161,8 +215,9 @@ def _colours(names: Sequence[str], reserved: Mapping[str, str]) -> dict[str, str
     return {name: reserved[name] if name in reserved else own[name] for name in names}
 
 
-def _legend(colours: Mapping[str, str]) -> str:
+def _legend(colours: Mapping[str, str]) -> Markup:
     if len(colours) < 2:
-        return ""
-    entries = (f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in colours.items())
-    return f'<span class="legend">{"".join(entries)}</span>'
+        return Markup("")
+    entry = Markup('<span><i style="background:{}"></i>{}</span>')
+    entries = Markup("").join(entry.format(colour, name) for name, colour in colours.items())
+    return Markup('<span class="legend">{}</span>').format(entries)

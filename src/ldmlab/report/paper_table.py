@@ -1,7 +1,7 @@
 """The paper's tables as data, and our row in one of them with everything that keeps it from being compared."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -10,8 +10,12 @@ from typing import Any
 import yaml
 
 from ldmlab.errors import InputError
-from ldmlab.report.paper_columns import PARAMETERS, amount, columns_of, disagreements, methods, our_name, remarks
+from ldmlab.report.metrics_json import repeat_line
+from ldmlab.report.paper_columns import PARAMETERS, amount, columns_of, disagreements, methods, our_name, remarks, shown
 from ldmlab.report.paper_conditions import Measured, barred, measured, reasons
+from ldmlab.report.rows import ARROW, DASH, Row, Table
+
+_NOTHING = Measured("", {}, None, 0, 0, "", "", 0, None)  # for a table without a row of ours
 
 
 @dataclass(frozen=True)
@@ -140,3 +144,64 @@ def paper_record(result: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     table = place(name, measured(result), result["protocol"].get("paper_row"))
     return asdict(table) | {"comparable": table.comparable}
+
+
+# ---- for the report
+
+
+def paper_report(results: Sequence[Mapping[str, Any]], table: str | None = None) -> list[Table]:
+    """The tables that the evaluations' protocols name (or the one given), each with all rows of ours."""
+    named: dict[str, list[tuple[Mapping[str, Any], str | None]]] = {}
+    for result in results:
+        protocol = result["protocol"]
+        if name := table or protocol.get("paper_table"):
+            named.setdefault(name, []).append((result, None))
+        for bucket, name in (protocol.get("bucket_tables") or {}).items() if table is None else ():
+            if result.get("buckets", {}).get(bucket, {}).get("scores"):
+                named.setdefault(name, []).append((result, bucket))
+    return [_table(name, entries) for name, entries in named.items()]
+
+
+def bare_table(name: str) -> Table:
+    """A table of the paper without a row of ours."""
+    return _table(name, [])
+
+
+def _table(name: str, entries: Sequence[tuple[Mapping[str, Any], str | None]]) -> Table:
+    placed = [place(name, measured(result, bucket), _row_of(name, result)) for result, bucket in entries]
+    first = placed[0] if placed else place(name, _NOTHING)
+    rows = [
+        Row("paper" if is_ldm else "theirs", method, tuple(values.get(c, DASH) for c in first.columns))
+        for method, is_ldm, values in first.rows
+    ]
+    notes = [f"Source: {first.origin}", *(f"Source's note: {remark}." for remark in first.remarks)]
+    for number, (one, (result, bucket)) in enumerate(zip(placed, entries, strict=True), 1):
+        method = one.ours[0] if bucket is None else f"{one.ours[0]}, {bucket}"
+        if one.barred:
+            notes.append(f"{method} is left out: {'; '.join(one.barred)}.")
+            continue
+        mark = "" if one.comparable else f"†{number}"
+        rows.append(Row("ours", method, tuple(_cell(one, column) for column in one.columns), mark))
+        notes += _notes(one, method, mark, result)
+    columns = tuple(f"{shown(column)} {ARROW[first.directions[column]]}".strip() for column in first.columns)
+    return Table(first.title, columns, tuple(rows), tuple(notes))
+
+
+def _row_of(name: str, result: Mapping[str, Any]) -> str | None:
+    """The protocol's row, in the table that it was chosen for and in the same paper's other tables that have it."""
+    row = result["protocol"].get("paper_row")
+    return row if row in {entry["id"] for entry in paper_tables().get(name, {"rows": []})["rows"]} else None
+
+
+def _cell(table: PaperTable, column: str) -> str:
+    """Our number and how far it is from the paper's."""
+    value = table.ours[1].get(column)
+    delta = table.deltas.get(column)
+    return DASH if value is None else value if delta is None else f"{value} ({delta})"
+
+
+def _notes(table: PaperTable, method: str, mark: str, result: Mapping[str, Any]) -> list[str]:
+    notes = [f"{mark} {method} cannot be compared: {'; '.join(table.reasons)}."] if mark else []
+    if table.deltas:
+        notes.append(f"{method}: in brackets, ours minus {table.against} of the paper.")
+    return [*notes, f"To repeat {method}: {repeat_line(result)}"]

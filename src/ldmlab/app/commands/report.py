@@ -18,23 +18,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One folder: its report is written again; several: one page for all."""
-    from ldmlab.report.trade_curves import is_job
+    from ldmlab.report.tradeoff_jobs import is_job
 
     if args.table is not None and args.format is None:
         raise InputError(f"--table {args.table} is for printing; say how with --format text|md|latex|html.")
     if args.format is not None:
-        from ldmlab.report.report import printed_tables
+        from ldmlab.report.pages import printed_tables
 
         print(printed_tables(args.folders, args.format, args.table), end="")
         return 0
     if not args.folders:
         raise InputError("FOLDER is missing: name what evaluate.py wrote; --format alone prints the paper's tables.")
     if any(map(is_job, args.folders)):  # jobs of the downsampling comparison
-        from ldmlab.report.tradeoff import write_tradeoff
+        from ldmlab.report.tradeoff_page import write_tradeoff
 
         print(write_tradeoff(args.folders, args.out or args.folders[0].parent / "comparison"))
         return 0
-    from ldmlab.report.report import write_comparison, write_report
+    from ldmlab.report.pages import write_comparison, write_report
 
     if len(args.folders) == 1 and args.out is None:
         print(write_report(args.folders[0]))

@@ -1,0 +1,149 @@
+"""metrics.json of an evaluation: the one place that reads it, and what identifies a measurement."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldmlab import format1
+from ldmlab.errors import InputError
+
+VERSIONS = (1, 2)
+_MOST_BYTES = 1 << 28
+_AGAIN = "run the evaluation again."
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError)
+
+
+def read_record(path: Path, way_out: str, versions: Sequence[int] = VERSIONS) -> dict[str, Any]:
+    """A JSON object of a known version with today's names; anything else is refused in a sentence."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB, which no evaluation writes; {way_out}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path} cannot be read ({reason}); {way_out}") from None
+    version = found.get("format_version") if isinstance(found, dict) else None
+    if version not in versions or isinstance(version, bool):
+        what = f"has format_version={str(version)[:40]}" if isinstance(found, dict) else "is not a JSON object"
+        raise InputError(f"{path} {what}, and format {versions[-1]} can be read; {way_out}")
+    return dict(format1.record(found))
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The record of an evaluation folder, or of the `evaluation` folder inside a run; its scores are complete."""
+    for place in (folder, folder / "evaluation"):
+        try:
+            result = read_record(place / "metrics.json", _AGAIN)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        with reading(place / "metrics.json", "scores"):
+            result["scores"] = {str(name): _score(score) for name, score in result["scores"].items()}
+        return result | {"folder": str(place)}
+    raise InputError(f"{folder} holds no metrics.json; give a folder that `python evaluate.py` wrote.")
+
+
+def _score(score: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers where numbers belong; spread and marks may be missing."""
+    spread = score.get("spread")
+    marks = [str(mark) for mark in score.get("marks") or ()]
+    return {**score, "value": _number(score["value"]), "spread": spread and _number(spread), "marks": marks}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{str(value)[:40]!r} is not a number")
+    return float(value)
+
+
+@contextmanager
+def reading(path: Path, part: str, way_out: str = _AGAIN) -> Iterator[None]:
+    """Damage met while `part` of the record `path` is read is one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+        raise InputError(f"{path}: {part} cannot be read ({reason}); {way_out}") from None
+
+
+def full_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The records that may stand side by side, each once; scores of a few samples taken in training may not."""
+    results = list({result["folder"]: result for result in map(read_evaluation, folders)}.values())
+    for result in results:
+        if tag := result.get("in_training"):
+            raise InputError(
+                f"{result['folder']} was scored while training, on {dict(tag).get('samples')} samples, which compare "
+                "within their run alone; score the checkpoint with evaluate.py and give that folder."
+            )
+    return results
+
+
+# ---- what a measurement is
+
+
+def folder_name(result: Mapping[str, Any]) -> str:
+    """Of the model."""
+    return Path(str(result["model"].get("path", "model"))).name
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """The model's folder name and the protocol."""
+    return f"{folder_name(result)} by {result['protocol']['name']}"
+
+
+def measurement(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Must be equal for scores to stand in one table; a result that names no manifest stands alone."""
+    reference = result["reference"]
+    known = reference.get("manifest_hash") or f"unknown, {result.get('folder', id(result))}"
+    return (
+        known,
+        reference["image_size"],
+        reference.get("task"),
+        reference["split"],
+        reference["images"],
+        result["features"]["name"],
+        result["features"]["weights_hash"],
+        result["sampling"]["images"],
+    )
+
+
+def measurement_line(result: Mapping[str, Any]) -> str:
+    """The same for people."""
+    reference, features = result["reference"], result["features"]
+    known = str(reference.get("manifest_hash") or "not recorded")[:12]
+    return (
+        f"{result['sampling']['images']:,} samples against {reference['images']:,} images of "
+        f"{reference['split']}, {reference['image_size']} px, manifest {known}, features of {features['name']}"
+    )
+
+
+def comparable_groups(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Numbers of the evaluations that may share a table, in order of their first."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, result in enumerate(results):
+        groups.setdefault(measurement(result), []).append(number)
+    return list(groups.values())
+
+
+def repeat_line(result: Mapping[str, Any]) -> str:
+    """Everything that decides the numbers, in one line."""
+    sampling, reference, features = result["sampling"], result["reference"], result["features"]
+    made = result.get("provenance") or {}
+    settings = [f"{name}={value}" for name, value in sampling.items() if value is not None and name != "hardware"]
+    model = [f"{name}={result['model'][name]}" for name in ("weights", "step") if name in result["model"]]
+    altered = result["protocol"].get("changed")
+    parts = [
+        f"`{made.get('command', 'command not recorded')}` at commit {made.get('commit')}",
+        f"protocol {result['protocol']['name']}" + (f" with {', '.join(altered)}" if altered else ""),
+        ", ".join([*model, *settings]),
+        f"reference {reference['images']} images of {reference['split']}, {reference['image_size']} px, manifest "
+        f"{str(reference.get('manifest_hash'))[:12]}",
+        f"features {features['name']}, weights {features['weights_hash']}",
+        f"torch {made.get('packages', {}).get('torch', 'version not recorded')}",
+    ]
+    return "; ".join(part for part in parts if part) + "."

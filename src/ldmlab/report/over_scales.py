@@ -1,0 +1,100 @@
+"""Scores over the number of samples and over the guidance scale, and class by class."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldmlab.report.line_chart import Chart, Points
+from ldmlab.report.rows import DASH, Charts, Row, Section, Table
+from ldmlab.report.score_lines import called, number_text, score_line, score_text
+
+_MOST_CLASSES = 40  # of a table, the worst first
+_ONE_CHART = {"precision": "precision and recall", "recall": "precision and recall"}
+
+
+def over_scales(result: Mapping[str, Any]) -> list[Section]:
+    """Sections: charts above their tables."""
+    sections = [_over_samples(name, points, result) for name, points in (result.get("sample_curves") or {}).items()]
+    if points := result.get("guidance_scale_curve"):
+        sections.append(_over_guidance(points, result))
+    if rows := result.get("by_class"):
+        sections.append(_by_class(rows, result))
+    return sections
+
+
+def _over_samples(name: str, points: Sequence[Mapping[str, float]], result: Mapping[str, Any]) -> Section:
+    """The distance at each number of samples, and the straight line over 1 / n to where it meets the axis."""
+    limit, distance = result["scores"][name], called("Fréchet distance", result)
+    measured = [(1000 / point["images"], point["value"]) for point in points]
+    line = [(0.0, limit["value"]), measured[0]]
+    heading = f"{distance} over the number of samples"
+    chart = Chart(heading, {"measured": measured, "extrapolated": line}, "1000 / samples")
+    rows = [Row("theirs", f"{point['images']:,.0f}", (number_text(point["value"]),)) for point in points]
+    rows.append(Row("ours", "infinitely many", (_value(name, limit),)))
+    notes = (
+        "At each number the mean over disjoint parts that together hold every sample; extrapolated by a straight line "
+        "over 1 / samples, ± its standard error. The number of reference images does not change.",
+        *(f"{mark}." for mark in limit["marks"]),
+    )
+    table = Table("", (f"{distance} ↓",), tuple(rows), notes, "samples")
+    return Section("Over the number of samples", [Charts([chart]), table])
+
+
+def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Section:
+    names = list(dict.fromkeys(name for point in points for name in point["scores"]))
+    first = {name: next(p["scores"][name] for p in points if name in p["scores"]) for name in names}
+    lines = {name: score_line(name, score, result) for name, score in first.items()}
+    curves: dict[str, dict[str, Points]] = {}
+    for name, line in lines.items():
+        curve = [(_scale(point), point["scores"][name]["value"]) for point in points if name in point["scores"]]
+        curves.setdefault(_ONE_CHART.get(name) or line.title, {})[line.title] = curve
+    charts = [Chart(f"{what} over guidance scale", series, "guidance scale") for what, series in curves.items()]
+    if {"fid", "recall"} <= set(names):
+        curve = [(point["scores"]["recall"]["value"], point["scores"]["fid"]["value"]) for point in points]
+        charts.append(Chart(f"{lines['fid'].title} against recall", {"": curve}, "recall"))
+    own = _scale(result["sampling"])
+    rows = tuple(
+        Row(
+            "ours" if _scale(point) == own else "theirs",
+            f"{_scale(point):g}",
+            tuple(_value(name, point["scores"].get(name)) for name in names),
+        )
+        for point in points
+    )
+    note = "The same conditions, noise and number of samples at every scale."
+    table = Table("", tuple(line.head for line in lines.values()), rows, (note,), "guidance scale")
+    return Section("Over the guidance scale", [Charts(charts), table])
+
+
+def _scale(point: Mapping[str, Any]) -> Any:
+    return point.get("guidance_scale")
+
+
+def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Section:
+    shown = tuple(
+        Row(
+            "theirs",
+            str(row["class"]),
+            (
+                f"{row['samples']:,}",
+                f"{row['real']:,}",
+                *(_value(name, None if row[name] is None else row) for name in ("kid", "precision", "recall")),
+            ),
+        )
+        for row in rows[:_MOST_CLASSES]
+    )
+    heads = tuple(score_line(name, {"value": 0.0}, result).head for name in ("kid", "precision", "recall"))
+    notes = [
+        "Each class's samples beside its own real images alone, the worst first; the kernel distance is unbiased, "
+        "precision and recall of few images are coarse."
+    ]
+    if len(rows) > _MOST_CLASSES:
+        notes.append(f"{_MOST_CLASSES} of {len(rows):,} classes; metrics.json holds all.")
+    field = str(result["protocol"].get("class_field"))
+    return Section(f"By {field}", [Table("", ("samples", "real", *heads), shown, tuple(notes), field)])
+
+
+def _value(name: str, found: Mapping[str, Any] | None) -> str:
+    """A score with its spread; `found`: a score, or a row that holds it by name."""
+    if found is None:
+        return DASH
+    return score_text(name, found.get("value", found.get(name)), found.get("spread"))

@@ -1,0 +1,182 @@
+"""Pages as HTML and Markdown, tables for a terminal, Markdown, LaTeX and HTML: templates filled with rows."""
+
+import base64
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+from PIL import Image
+
+from ldmlab.files import write_text
+from ldmlab.report.line_chart import Chart
+from ldmlab.report.rows import Page, Row, Section, Table
+
+THUMBNAIL = 96  # px, of the longer side
+_MOST_PIXELS = 64_000_000  # of an image that is embedded
+_FORMATS = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "JPEG": "jpeg"}
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "±": r"$\pm$", "–": "--", "†": r"$\dagger$"}
+_LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+def write_page(path: Path, page: Page, points: str = "points.csv") -> Path:
+    """`path` (HTML, everything inside it) and, where it has charts, their numbers in `points` beside it."""
+    charts = page.charts()
+    write_text(path, html(page, points if charts else ""))
+    if charts:
+        write_text(path.with_name(points), points_csv(charts))
+    return path
+
+
+def html(page: Page, points: str = "") -> str:
+    """One HTML file; `points`: name of the file with the numbers of its charts."""
+    style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    return _template("page.html.j2").render(page=page, style=Markup(style), points=points)
+
+
+def markdown(page: Page, folder: Path | None = None) -> str:
+    """The page without its charts; images of `folder` by link."""
+    text = _template("page.md.j2").render(page=page, folder=folder)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def points_csv(charts: Sequence[tuple[str, Chart]]) -> str:
+    """Every point of every chart: the heading above it, chart, line, name of the x axis, x, y."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(["section", "chart", "line", "x_title", "x", "y"])
+    for section, chart in charts:
+        for line, points in chart.series.items():
+            writer.writerows([section, chart.title, line, chart.x_title, x, y] for x, y in points)
+    return file.getvalue()
+
+
+# ---- tables alone
+
+
+def as_text(tables: Sequence[Table]) -> str:
+    """Aligned columns; our rows begin with >, the paper's own with *."""
+    return "\n\n".join(map(_text, tables)) + "\n"
+
+
+def _text(table: Table) -> str:
+    lead = {"ours": "> ", "paper": "* ", "theirs": "  "}
+    lines = [(f"  {table.head}", *table.columns)]
+    lines += [(lead[row.kind] + _marked(row), *row.cells) for row in table.rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    printed = [
+        "  ".join(
+            cell.rjust(width) if place and not table.text else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    rule = "-" * max(map(len, printed))
+    body = [printed[0].rstrip(), rule, *(line.rstrip() for line in printed[1:]), rule]
+    return "\n".join([table.title, rule, *body, *table.notes])
+
+
+def _marked(row: Row) -> str:
+    return f"{row.label} {row.mark}".strip()
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    """Our rows in bold."""
+    page = Page("", "", [Section("", [table]) for table in tables])
+    text = _template("page.md.j2").render(page=page, folder=None)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"^#{1,2} *$", "", text, flags=re.MULTILINE)).strip() + "\n"
+
+
+def as_latex(tables: Sequence[Table]) -> str:
+    """`table` environments for booktabs, notes without a mark as comments."""
+    return _template("tables.tex.j2").render(tables=tables) + "\n"
+
+
+def as_html(tables: Sequence[Table]) -> str:
+    """One page."""
+    return html(Page("Results", f"{len(tables)} tables.", [Section(table.title, [table]) for table in tables]))
+
+
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
+    "text": as_text,
+    "md": as_markdown,
+    "latex": as_latex,
+    "html": as_html,
+}
+
+
+# ---- templates
+
+
+@cache
+def _template(name: str) -> jinja2.Template:
+    """HTML is escaped by itself; Markdown and LaTeX through the filters `md`, `cell`, `link` and `latex`."""
+    tex = {"variable_start_string": "<<", "variable_end_string": ">>"} if name.endswith(".tex.j2") else {}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ldmlab.report"),
+        autoescape=name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        **tex,  # type: ignore[arg-type]
+    )
+    environment.filters |= {"code": _code, "md": _md, "note": _note, "cell": _cell, "link": _link, "latex": latex}
+    environment.filters["image"] = _image
+    environment.tests["marked"] = lambda note: note.startswith("†")
+    return environment.get_template(name)
+
+
+def latex(text: str) -> str:
+    """With every character that LaTeX reads otherwise escaped."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _code(text: str) -> Markup:
+    """`x` as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _md(text: str) -> str:
+    """One line of Markdown without HTML, links or images of its own."""
+    return re.sub(r"([\\`\[\]<])", r"\\\1", " ".join(text.split()))
+
+
+def _note(text: str) -> str:
+    """The same, but `code` stays."""
+    return re.sub(r"([\\\[\]<])", r"\\\1", " ".join(text.split()))
+
+
+def _cell(text: str) -> str:
+    return _note(text).replace("|", "\\|")
+
+
+def _link(file: str) -> str:
+    return re.sub(r"[<>\n]", "", file)
+
+
+def _image(folder: Path, file: str, style: str) -> str:
+    """A data address: the file itself, or a small WebP in a strip of thumbnails; empty where it is no image there."""
+    path = folder / file
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            return ""
+        with Image.open(path, formats=tuple(_FORMATS)) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                return ""
+            if style != "thumbnails":
+                image.load()
+                return _data(_FORMATS[str(image.format)], path.read_bytes())
+            small = image.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+    content = io.BytesIO()
+    small.save(content, "WEBP", quality=70)
+    return _data("webp", content.getvalue())
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

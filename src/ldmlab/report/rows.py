@@ -1,0 +1,120 @@
+"""What a page holds, independent of its format: texts, tables, charts and images, in sections."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ldmlab.report.line_chart import Chart
+
+ARROW = {"lower": "↓", "higher": "↑", "info": ""}
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; `kind` is theirs | paper (the paper's own systems) | ours."""
+
+    kind: str
+    label: str
+    cells: tuple[str, ...]
+    mark: str = ""  # of the note that says why it cannot be compared
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads, rows and the notes below."""
+
+    kind: ClassVar[str] = "table"
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    head: str = "method"  # of the first column
+    text: bool = False  # cells are words, which may wrap
+
+    @staticmethod
+    def of_pairs(pairs: Sequence[tuple[str, str]], head: str = "setting") -> "Table":
+        """Names and their values."""
+        return Table("", ("value",), tuple(Row("theirs", name, (value,)) for name, value in pairs), (), head, True)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+    stamp: bool = False  # a label in colour
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Charts side by side, those of `more` folded away."""
+
+    kind: ClassVar[str] = "charts"
+    charts: Sequence[Chart]
+    more: Sequence[Chart] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Images that belong together, and what they show."""
+
+    images: tuple[tuple[str, str], ...]  # file in the folder, title
+    caption: str = ""
+    mark: str = ""  # right | wrong | copy
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards of images of one folder; `style`: cards | pairs | rows | thumbnails | wide | small."""
+
+    kind: ClassVar[str] = "gallery"
+    folder: Path
+    cards: tuple[Card, ...]
+    style: str = "cards"
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks behind a line that opens them."""
+
+    kind: ClassVar[str] = "fold"
+    title: str
+    blocks: "Sequence[Block]"
+
+
+Block = Text | Table | Charts | Gallery | Fold
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A title, a sentence, the numbers that lead, and the sections; sections without a block are left out."""
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+    tiles: Sequence[tuple[str, str, str]] = ()  # name, value, meaning
+
+    def charts(self) -> list[tuple[str, Chart]]:
+        """Every chart and the heading above it, in reading order."""
+        return [
+            found for section in self.sections for block in section.blocks for found in _charts(block, section.title)
+        ]
+
+
+def _charts(block: Block, heading: str) -> list[tuple[str, Chart]]:
+    if isinstance(block, Charts):
+        return [(block.title or heading, chart) for chart in (*block.charts, *block.more)]
+    return [found for inner in block.blocks for found in _charts(inner, heading)] if isinstance(block, Fold) else []

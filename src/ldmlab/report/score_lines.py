@@ -1,0 +1,128 @@
+"""Scores as they are printed: name, number, direction, meaning and marks, the same on pages and in tables."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldmlab.report.paper_conditions import PAPER_FEATURES
+from ldmlab.report.rows import ARROW
+
+# Title, direction and meaning of our own scores; a record's own `title`, `meaning`, `higher_is_better` come first.
+MEANING = {
+    "fid": ("Fréchet distance", "lower", "distance between the Gaussians of real and generated features"),
+    "fid_other_split": ("Fréchet distance, other split", "lower", "the same samples against the other split's images"),
+    "fid_inf": ("Fréchet distance, infinitely many samples", "lower", "extrapolated by a line over 1 / samples"),
+    "sfid": ("sFID", "lower", "Fréchet distance of features that keep their place in the image"),
+    "cmmd": ("CMMD", "lower", "kernel distance of CLIP embeddings, times 1000"),
+    "clip_score": ("CLIP score", "higher", "100 x cosine of generated images and their captions; spread: of the mean"),
+    "density": (
+        "Density",
+        "higher",
+        "real k-NN balls that a generated image lies in, over k; 1 for equal distributions",
+    ),
+    "coverage": ("Coverage", "higher", "fraction of real k-NN balls containing a generated image"),
+    "kid": ("Kernel distance", "lower", "unbiased distance of the features; about 0 for equal distributions"),
+    "precision": ("Precision", "higher", "fraction of generated images inside a real image's k-NN ball (fidelity)"),
+    "recall": ("Recall", "higher", "fraction of real images inside a generated image's k-NN ball (diversity)"),
+    "is": ("Inception Score", "higher", "confidence and variety of the network's labels"),
+    "psnr": ("PSNR", "higher", "of the reconstructions, dB, mean over images"),
+    "psnr_object": ("PSNR, objects", "higher", "of the reconstructions, over pixels that are not background, pooled"),
+    "ssim": ("SSIM", "higher", "structural similarity of the reconstructions"),
+    "lpips": ("LPIPS", "lower", "perceptual distance of the reconstructions"),
+    "psim": ("PSIM", "lower", "the network of LPIPS without learned weights"),
+    "copies": ("Copies", "lower", "samples nearer to a training image than nearly all held-out images are"),
+}
+FEW_IMAGES = 1000  # below, k-NN balls are too wide for precision and recall to tell images from noise
+_SHARES = frozenset({"precision", "recall", "coverage", "copies"})
+_BY_BALLS = frozenset({"precision", "recall", "density", "coverage"})
+_METRIC = {  # file of conf/metric behind a score, where it is called otherwise
+    "precision": "precision_recall",
+    "recall": "precision_recall",
+    "density": "density_coverage",
+    "coverage": "density_coverage",
+}
+_SAME_VALUE = frozenset({"_target_", "small_sample", "spread_groups", "spread", "screening"})
+
+
+@dataclass(frozen=True)
+class ScoreLine:
+    """One printed score."""
+
+    name: str
+    title: str
+    value: str
+    direction: str  # lower | higher | info
+    meaning: str
+    note: str = ""
+
+    @property
+    def head(self) -> str:
+        """The title with its arrow."""
+        return f"{self.title} {ARROW[self.direction]}".strip()
+
+
+def described(name: str, score: Mapping[str, Any] | None = None) -> tuple[str, str, str]:
+    """Title, direction (lower | higher | info) and meaning of a score."""
+    title, direction, meaning = MEANING.get(name, (name, "info", ""))
+    own = score or {}
+    if isinstance(better := own.get("higher_is_better"), bool):
+        direction = "higher" if better else "lower"
+    return str(own.get("title") or title), direction, str(own.get("meaning") or meaning)
+
+
+def called(title: str, result: Mapping[str, Any]) -> str:
+    """FID, rFID and KID are distances of Inception's features alone; other networks have names of their own."""
+    return by_features(title, str(result["features"]["name"]), "steps" not in result["sampling"])
+
+
+def by_features(title: str, features: str, reconstructions: bool = False) -> str:
+    """A distance's title by the network whose features are compared."""
+    if features == PAPER_FEATURES:
+        name = "rFID" if reconstructions else "FID"
+        return title.replace("Fréchet distance", name).replace("Kernel distance", "KID")
+    if "dinov2" in features:
+        return title.replace("Fréchet distance", "FD-DINOv2")
+    return title.replace("Fréchet distance", "FD-CLIP") if features.startswith("open_clip") else title
+
+
+def score_line(name: str, score: Mapping[str, Any], result: Mapping[str, Any]) -> ScoreLine:
+    """A score of a record; precision and its kin are marked where they rest on few images."""
+    title, direction, meaning = described(name, score)
+    marks = list(score.get("marks") or ())
+    count = min(result["sampling"]["images"], result["reference"]["images"])
+    if name in _BY_BALLS and count < FEW_IMAGES and not any("images" in mark for mark in marks):
+        marks.append(f"of {count:,} images: below {FEW_IMAGES:,}, noise reaches high values too")
+    text = score_text(name, score["value"], score.get("spread"))
+    return ScoreLine(name, called(title, result), text, direction, meaning, "; ".join(marks))
+
+
+def score_text(name: str, value: float, spread: float | None = None) -> str:
+    """Shares in percent, the rest in significant digits."""
+    if name not in _SHARES:
+        return number_text(value, spread)
+    return share_text(value) if spread is None else f"{share_text(value)} ± {share_text(spread)}"
+
+
+def share_text(value: float | None) -> str:
+    """0.25 as 25.0%."""
+    return "none" if value is None else f"{value:.1%}"
+
+
+def number_text(value: float, spread: float | None = None) -> str:
+    """Four significant digits, three below 1; zeros at the end stay, so that numbers of a column line up."""
+    if not math.isfinite(value):
+        text = str(value)
+    elif abs(value) >= 1000:
+        text = f"{value:.0f}"
+    else:
+        text = f"{value:#.{4 if abs(value) >= 1 else 3}g}"
+    if spread is None:
+        return text
+    return f"{text} ± " + f"{spread:#.2g}".rstrip(".")
+
+
+def options_of(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide a score's value, such as the neighbours of precision."""
+    node = (result["protocol"].get("metrics") or {}).get(_METRIC.get(name, name)) or {}
+    return {option: value for option, value in node.items() if option not in _SAME_VALUE}

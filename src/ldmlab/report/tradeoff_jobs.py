@@ -1,0 +1,287 @@
+"""Jobs of the downsampling comparison: read from their folders, put together over seeds, compared at equal budgets."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from ldmlab.errors import InputError
+from ldmlab.instantiate import completed
+from ldmlab.report.line_chart import GAP, Points
+from ldmlab.report.metrics_json import read_record, reading
+from ldmlab.report.run_curves import metric_rows
+from ldmlab.report.score_lines import number_text
+
+FORMAT_VERSION = 1
+RECORD = "tradeoff.json"
+PETA = 1e15
+_NUMBERS = ("downsampling", "seed", "max_steps", "images_per_step", "processes", "parameters", "forward", "decoder")
+_AGAIN = "run the job of the sweep again."
+
+
+def trained_seconds(path: Path, step: int | None) -> float | None:
+    """Wall-clock seconds until `step` (None: the last) by a run's metrics.csv; None where speed was not logged."""
+    seconds, before = 0.0, 0.0
+    for row in metric_rows(path):
+        if not row.get("speed/images_per_second") or not row.get("images"):
+            continue
+        if step is not None and int(row["step"]) > step:
+            break
+        images = float(row["images"])
+        seconds += max(images - before, 0.0) / float(row["speed/images_per_second"])
+        before = max(images, before)
+    return seconds if before else None
+
+
+def is_job(folder: Path) -> bool:
+    """Whether a job of the comparison has been scored here."""
+    return (folder / RECORD).exists()
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    """tradeoff.json of a denoiser's folder; its points are complete."""
+    try:
+        found = read_record(folder / RECORD, _AGAIN, (FORMAT_VERSION,))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no {RECORD}; {_AGAIN}") from None
+    with reading(folder / RECORD, "points", _AGAIN):
+        for point in found["points"]:
+            point["scores"] = {
+                name: {**score, "value": float(score["value"])} for name, score in point["scores"].items()
+            }
+    return found | {"folder": str(folder)}
+
+
+def check_complete(job: Mapping[str, Any]) -> None:
+    """Everything that a page is made from is there and of its type."""
+    with reading(Path(job["folder"]) / RECORD, "the job", _AGAIN):
+        for name in _NUMBERS:
+            int(job[name])
+        dict(job["protocol"]), dict(job["seconds_per_image"])
+        Path(job["first_stage"]), list(job["latent"]), dict(job["reconstruction"] or {})
+        if not job["points"]:
+            raise ValueError("no points")
+        for point in job["points"]:
+            int(point["step"]), int(point["sampler_steps"]), float(point["flops"]), float(point["seconds"] or 0)
+            dict(point["scored_by"]["features"])
+
+
+def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Curves of one figure share protocol, features and reference images."""
+
+    def measure(job: Mapping[str, Any]) -> tuple[Any, ...]:
+        by = job["points"][0]["scored_by"] if job["points"] else {"features": {}}
+        network = [by["features"].get(name) for name in ("name", "weights_hash")]  # older records say no more
+        return network, by.get("reference")
+
+    def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        """Options that came later were at their defaults before."""
+        return a == b or completed(a, where="protocol") == completed(b, where="protocol")
+
+    for job in jobs[1:]:
+        if measure(job) != measure(jobs[0]) or not same(job["protocol"], jobs[0]["protocol"]):
+            raise InputError(
+                f"{job['folder']} and {jobs[0]['folder']} were scored by different protocols, features or reference "
+                "images, so one figure cannot hold both; give them to two reports."
+            )
+
+
+@dataclass(frozen=True)
+class Value:
+    """Mean and deviation over seeds; no deviation of a single one."""
+
+    mean: float
+    deviation: float | None
+    seeds: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Value":
+        """Sample mean and sample standard deviation."""
+        return Value(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def __str__(self) -> str:
+        return number_text(self.mean, self.deviation)
+
+
+Curve = list[tuple[float, Value]]  # x, score
+X = Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]  # of (job, point)
+
+
+@dataclass(frozen=True)
+class FactorJobs:
+    """The seeds of one factor, which share everything else."""
+
+    label: str
+    jobs: Sequence[Mapping[str, Any]]
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """What all of them share."""
+        return self.jobs[0]
+
+    def training_curve(self, score: str, x: X) -> Curve:
+        """Over the points of the training, at the protocol's own sampler steps; x: of (job, point)."""
+        usual = self.jobs[0]["points"][0]["sampler_steps"]
+        return self._curve(score, x, lambda point: point["sampler_steps"] == usual, "step")
+
+    def sampling_curve(self, score: str, x: X) -> Curve:
+        """Over sampler steps, of the last checkpoint."""
+        return self._curve(score, x, lambda point: point["step"] == self.first["max_steps"], "sampler_steps")
+
+    def _curve(
+        self,
+        score: str,
+        x: X,
+        wanted: Callable[[Mapping[str, Any]], bool],
+        order: str,
+    ) -> Curve:
+        """Means over the seeds that have every point of the curve; over those at hand where none has."""
+        runs = [
+            {
+                p[order]: (x(job, p), p["scores"][score]["value"])
+                for p in job["points"]
+                if wanted(p) and score in p["scores"]
+            }
+            for job in self.jobs
+        ]
+        everywhere = sorted(set().union(*runs))
+        whole = [run for run in runs if len(run) == len(everywhere)] or runs
+        curve = []
+        for at in everywhere:
+            seen = [run[at] for run in whole if at in run]
+            places = [place for place, _ in seen if place is not None]
+            if places:
+                curve.append((mean(places), Value.of([value for _, value in seen])))
+        return curve
+
+    def final(self, score: str) -> Value | None:
+        """At the end of the training."""
+        curve = self.training_curve(score, lambda _, point: point["step"])
+        return curve[-1][1] if curve else None
+
+    def reconstruction(self, score: str) -> float | None:
+        """Of the first stage; f = 1 has no distance to itself."""
+        scores = self.first["reconstruction"]
+        if scores is None:
+            return 0.0 if score in ("fid", "kid", "lpips") else None
+        return float(scores[score]["value"]) if score in scores else None
+
+
+def by_factor(jobs: Sequence[Mapping[str, Any]]) -> list[FactorJobs]:
+    """Groups that differ in their seed alone, finest latents first; a label says what tells groups of one f apart."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for job in jobs:
+        groups[_identity(job)].append(job)
+    for found in groups.values():
+        seeds = [job["seed"] for job in found]
+        if len(set(seeds)) < len(seeds):
+            raise InputError(
+                f"{found[0]['folder']} and {found[-1]['folder']} are alike down to the seed, or differ in an option "
+                "that the comparison does not hold apart; give one of them."
+            )
+    keys = sorted(groups, key=lambda key: (key[0], *map(str, key[1:])))
+    shown = {key: _label(key, keys) for key in keys}
+    return [FactorJobs(shown[key], groups[key]) for key in keys]
+
+
+_APART = ("downsampling", "first_stage", "parameters", "max_steps", "images_per_step")
+
+
+def _identity(job: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(job[name] for name in _APART)
+
+
+def _label(key: tuple[Any, ...], keys: Sequence[tuple[Any, ...]]) -> str:
+    """f4, and what differs among the groups of f = 4."""
+    same = [other for other in keys if other[0] == key[0]]
+    notes = []
+    for place, name in enumerate(_APART[1:], 1):
+        if len({other[place] for other in same}) > 1:
+            value = Path(key[place]).name if name == "first_stage" else f"{name.replace('_', ' ')} {key[place]:,}"
+            notes.append(value)
+    return f"f{key[0]}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+# ---- factors compared at one budget, read off their curves
+
+
+@dataclass(frozen=True)
+class EqualBudget:
+    """Scores of every factor after the same spending: the most that all of them have a score for."""
+
+    spent: float
+    scores: Mapping[str, float]  # by the factor's label
+
+    def best_first(self, direction: str) -> list[str]:
+        """Labels in the order of their scores; direction: lower | higher is better."""
+        return sorted(self.scores, key=lambda label: self.scores[label], reverse=direction == "higher")
+
+
+def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
+    """One curve of means a factor, or a first stage of it where there are several, from runs of every length.
+
+    Where runs of several lengths have a score each seed of each of them counts once.
+    """
+    points: dict[str, dict[float, list[Value]]] = defaultdict(lambda: defaultdict(list))
+    for label, runs in _labelled(factors):
+        for at, value in runs.training_curve(score, x):
+            points[label][at].append(value)
+    return {
+        label: [(at, _together(seen)) for at, seen in found]
+        for label, found in ((label, sorted(places.items())) for label, places in points.items())
+    }
+
+
+def by_length(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Points]:
+    """The same runs as lines to look at: runs of different lengths are not joined."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for label, runs in _labelled(factors):
+        if curve := runs.training_curve(score, x):
+            before = [*lines[label], GAP] if label in lines else []
+            lines[label] = [*before, *((at, value.mean) for at, value in curve)]
+    return dict(lines)
+
+
+def _labelled(factors: Sequence[FactorJobs]) -> list[tuple[str, FactorJobs]]:
+    """Runs by factor, or by its first stage where it has several."""
+    stages: dict[int, set[str]] = defaultdict(set)
+    for runs in factors:
+        stages[runs.first["downsampling"]].add(runs.first["first_stage"])
+    found = []
+    for runs in sorted(factors, key=lambda one: int(one.first["downsampling"])):
+        f, first_stage = runs.first["downsampling"], runs.first["first_stage"]
+        found.append((f"f{f}" if len(stages[f]) == 1 else f"f{f} ({str(first_stage).rsplit('/', 1)[-1]})", runs))
+    return found
+
+
+def _together(values: Sequence[Value]) -> Value:
+    """The mean; its deviation would mix seeds with lengths, so there is none."""
+    seeds = sum(value.seeds for value in values)
+    return Value(sum(value.mean * value.seeds for value in values) / seeds, None, seeds)
+
+
+def equal_budget(factors: Sequence[FactorJobs], score: str, x: X) -> EqualBudget | None:
+    """None of a single factor, and where no budget lies within the curves of all."""
+    curves = merged(factors, score, x)
+    if len(curves) < 2:
+        return None
+    for spent in sorted({curve[-1][0] for curve in curves.values()}, reverse=True):  # the longest training says most
+        scores = {label: score_after(curve, spent) for label, curve in curves.items()}
+        if all(value is not None for value in scores.values()):
+            return EqualBudget(spent, {label: value for label, value in scores.items() if value is not None})
+    return None
+
+
+def score_after(curve: Curve, spent: float) -> float | None:
+    """Between two points linear in the logarithm of what was spent; None outside the curve, with 2 % of grace."""
+    if not curve[0][0] <= spent * 1.02 or not curve[-1][0] >= spent / 1.02:
+        return None
+    before = [point for point in curve if point[0] <= spent] or [curve[0]]
+    after = [point for point in curve if point[0] >= spent] or [curve[-1]]
+    (low, start), (high, end) = before[-1], after[0]
+    if high <= low:
+        return mean((start.mean, end.mean))
+    return start.mean + math.log(spent / low) / math.log(high / low) * (end.mean - start.mean)
