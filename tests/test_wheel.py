@@ -1,4 +1,4 @@
-"""The built wheel holds all it needs: configuration, the paper's tables, commands."""
+"""The built wheel holds all it needs: configuration, the paper's tables, templates, commands."""
 
 import os
 import subprocess
@@ -22,10 +22,10 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "site"
 
 
-def test_every_yaml_and_module_travels(unpacked: Path) -> None:
+def test_every_file_travels(unpacked: Path) -> None:
     for folder, inside in (("src/ldmlab", "ldmlab"), ("conf", "ldmlab/conf")):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml"):
+            if path.is_file() and "__pycache__" not in path.parts:  # templates and tables too
                 assert (unpacked / inside / path.relative_to(ROOT / folder)).exists(), path
 
 
@@ -42,3 +42,11 @@ def test_it_composes_a_run_away_from_the_checkout(unpacked: Path, tmp_path: Path
     folder, stage = result.stdout.split()
     assert Path(folder) == unpacked / "ldmlab" / "conf"
     assert stage == "clip"
+
+
+def test_it_prints_a_table_of_the_paper_as_a_page(unpacked: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    command = [sys.executable, "-m", "ldmlab", "report", "--format", "html", "--table", "layout/coco-256"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "<td>40.91</td>" in result.stdout

@@ -14,12 +14,12 @@ from PIL import Image
 from walk import SMALL, TINY_STAGE, Flow
 
 from ldmlab.app.cli import dispatch
-from ldmlab.app.comparison import comparison_fields
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.dashboard import dashboard, mean_curve
-from ldmlab.app.run_records import by_configuration, read_runs
+from ldmlab.app.run_records import by_configuration, comparison_fields, read_runs
 from ldmlab.app.wiring import train
 from ldmlab.errors import InputError
+from ldmlab.report.render import html
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.wandb_logger import WandB
 
@@ -94,8 +94,9 @@ def test_the_page_has_every_configuration_chart_and_image(sweep: Path, tmp_path:
         values = [PSNR[factor] + seed + 2 for seed in (0, 1)]
         assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2g}" in page
     assert "<td>12.50</td>" in page
-    assert "<th>fid in training</th>" in page
-    assert "<th>fid</th>" in page  # of evaluate.py, apart from it
+    assert "<th>Fréchet distance in training</th>" in page
+    assert "<th>Fréchet distance</th>" in page  # of evaluate.py, apart from it
+    assert (out.parent / "dashboard_points.csv").read_text().count("\n") > 8
     assert "Factors &lt;4&gt;" in page
     assert "Over the downsampling factor" in page
     assert page.count("data:image/webp;base64,") == 4
@@ -110,7 +111,7 @@ def test_forty_runs_stay_under_five_megabytes(tmp_path: Path) -> None:
             more = tmp_path / f"sweep-f{factor}-{seed}" / "samples" / "more"
             more.mkdir()
             Image.open(more.parent / "held_out" / "step_00000020.png").save(more / "step_00000020.png")
-    page = dashboard(read_runs([tmp_path]))
+    page = html(dashboard(read_runs([tmp_path])))
     assert page.count("data:image/webp;base64,") == 80
     assert len(page.encode()) < 5_000_000
 
@@ -183,13 +184,13 @@ def test_a_run_tells_wandb_what_it_is_compared_by_and_the_page_shows_it(
     (record,) = read_runs([tmp_path / "run"])
     assert (record.group, record.step, record.finished) == ("factors", 2, True)
     assert record.fields.items() <= settings.items()
-    assert "val/psnr" in dashboard([record])
+    assert "val/psnr" in html(dashboard([record]))
 
 
 def test_a_folder_without_runs_and_a_damaged_one_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run"):
         dispatch(["dashboard", str(tmp_path), "--out", str(tmp_path / "page.html")])
     (make_run(tmp_path, 4, 0) / "config.yaml").write_text("stage: {}")
-    with pytest.raises(InputError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(InputError, match=r"config\.yaml cannot be read as a run's"):
         dispatch(["dashboard", str(tmp_path), "--out", str(tmp_path / "page.html")])
     assert not (tmp_path / "page.html").exists()

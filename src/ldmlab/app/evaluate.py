@@ -85,7 +85,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
         write_report(out)
         print(f"{out / 'report.html'}\n{(out / 'report.md').read_text(encoding='utf-8')}")
         if config["wandb"]:
-            from ldmlab.app.wandb_scores import send_scores
+            from ldmlab.app.wandb_runs import send_scores
 
             send_scores(folder, out)
 

@@ -36,7 +36,7 @@ def score_factor(factor: "Factor", parts: "Parts") -> dict[str, Any]:
 
 def _keep(run: Path, text: str) -> None:
     """Write the record; what is new in it goes to the run at W&B too."""
-    from ldmlab.app.wandb_scores import send_scores
+    from ldmlab.app.wandb_runs import send_scores
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")

@@ -1,22 +1,28 @@
-"""Runs as they lie on disk, for comparing them: settings, curves, scores, newest images."""
+"""Runs as they lie on disk, for comparing them: settings, sizes, curves, scores, newest images."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
-from ldmlab.app.comparison import comparison_fields
+from ldmlab import format1
 from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
 from ldmlab.model_files import read_description
 from ldmlab.report.line_chart import Points
-from ldmlab.report.pages import read_evaluation
+from ldmlab.report.metrics_json import read_evaluation
+from ldmlab.report.paper_conditions import PAPER_FEATURES
 from ldmlab.report.run_curves import read_curves
+from ldmlab.report.score_lines import by_features, described
 from ldmlab.report.tradeoff_jobs import is_job, read_job
 from ldmlab.training.run_folder import FINISHED
 
+_MAIN = {"first_stage": "first_stage", "clip": "clip", "latent_diffusion": "backbone", "classifier": "classifier"}
 _NAMED = {  # how a field reads in a label
     "downsampling": "f{}",
     "first_stage_kind": "{}",
@@ -41,6 +47,7 @@ class RunRecord:
     scores: dict[str, float]  # of its evaluations
     max_steps: int
     finished: bool
+    titles: dict[str, str] = field(default_factory=dict)  # how scores and curves are called in a table
 
     @property
     def step(self) -> int:
@@ -55,18 +62,31 @@ class RunRecord:
     def images(self) -> dict[str, Path]:
         """The newest grid of each panel."""
         folders = sorted(path for path in (self.path / "samples").glob("*") if path.is_dir())
-        return {folder.name: newest[-1] for folder in folders if (newest := sorted(folder.glob("step_*.png")))}
+        return {folder.name: newest[-1] for folder in folders if (newest := sorted(folder.glob("step_*[0-9].png")))}
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunRecord]:
-    """Run folders, and folders of run folders; every run once."""
+    """Run folders, and folders of run folders; every run that trained once."""
     found: dict[Path, RunRecord] = {}
+    left_out = []
     for folder in folders:
         inside = [folder] if (folder / "config.yaml").exists() else sorted(p.parent for p in _configs(folder))
         if not inside:
             raise InputError(f"{folder} holds no run (a folder with config.yaml); give folders made by train.py.")
-        found |= {path.resolve(): _read(path) for path in inside if path.resolve() not in found}
+        left_out += [path for path in inside if not has_trained(path)]
+        new = [path for path in inside if has_trained(path) and path.resolve() not in found]
+        found |= {path.resolve(): _read(path) for path in new}
+    if not found:
+        raise InputError(f"{left_out[0]} holds no run that trained a step; give folders of runs with metrics.csv.")
     return list(found.values())
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a run got as far as a checkpoint or a row of numbers; a refused start did not."""
+    metrics = folder / "metrics.csv"
+    if (folder / FINISHED).exists() or any((folder / "checkpoints").glob("*.ckpt")):
+        return True
+    return metrics.is_file() and metrics.read_bytes()[: 1 << 20].strip().count(b"\n") > 0
 
 
 def _configs(folder: Path) -> list[Path]:
@@ -75,25 +95,41 @@ def _configs(folder: Path) -> list[Path]:
 
 def _read(folder: Path) -> RunRecord:
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        stage, run, seed = config["stage"]["name"], config["run"], config["seed"]
-        max_steps = config["trainer"]["max_steps"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        config = format1.config(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        stage, run, seed = str(config["stage"]["name"]), config["run"], int(config["seed"])
+        group, max_steps = str(run.get("group") or run["name"]), int(config["trainer"]["max_steps"])
+        scores_in_training = (config.get("callbacks") or {}).get("scores") or {}
+        features = _network(scores_in_training.get("features") or {})
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise InputError(
-            f"{folder / 'config.yaml'} cannot be read as a run's ({error!r}); leave this run out."
+            f"{folder / 'config.yaml'} cannot be read as a run's ({reason}); leave this run out."
         ) from None
     metrics = folder / "metrics.csv"
+    curves = read_curves(metrics) if metrics.exists() else {}
+    scores, titles = _scores(folder)
+    for name in curves:
+        if name.startswith("in_training/"):
+            titles[name] = f"{by_features(described(name.partition('/')[2])[0], features)} in training"
     return RunRecord(
         path=folder,
         stage=stage,
-        group=run.get("group") or run["name"],
+        group=group,
         seed=seed,
         fields=comparison_fields(read_description(folder)),
-        curves=read_curves(metrics) if metrics.exists() else {},
-        scores=scores_of(folder),
+        curves=curves,
+        scores=scores,
         max_steps=max_steps,
         finished=(folder / FINISHED).exists(),
+        titles=titles,
     )
+
+
+def _network(features: Mapping[str, Any]) -> str:
+    """Name of the network that a node of conf/features builds, as far as it decides what a distance is called."""
+    target = str(features.get("_target_")).rpartition(".")[2]
+    known = {"Inception2015": PAPER_FEATURES, "inception_and_clip": PAPER_FEATURES, "published_clip": "open_clip"}
+    return known.get(target, " ".join(str(value) for name, value in features.items() if name != "run"))
 
 
 def scores_of(folder: Path) -> dict[str, float]:
@@ -101,23 +137,41 @@ def scores_of(folder: Path) -> dict[str, float]:
 
     A job of the downsampling comparison has a folder for each point of its curves: here are those of the last step.
     """
-    found = _last_points(folder) if is_job(folder) else {}
+    return _scores(folder)[0]
+
+
+def _scores(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Numbers and titles of the run's evaluations."""
+    values, titles = _last_points(folder) if is_job(folder) else ({}, {})
+    scored = bool(values)
     places = [folder / "evaluation", *sorted((folder / "evaluation").glob("*"))]
     for place in places:
-        if (place / "metrics.json").exists() and not (found and place.name.startswith("step_")):
-            prefix = "" if place == places[0] else f"{place.name}/"
-            found |= {prefix + name: score["value"] for name, score in read_evaluation(place)["scores"].items()}
-    return found
+        if (place / "metrics.json").exists() and not (scored and place.name.startswith("step_")):
+            result = read_evaluation(place)
+            features = str((result.get("features") or {}).get("name"))
+            for name, score in result["scores"].items():
+                key = name if place == places[0] else f"{place.name}/{name}"
+                values[key] = score["value"]
+                titles[key] = _title(name, score, features, "" if place == places[0] else place.name)
+    return values, titles
 
 
-def _last_points(folder: Path) -> dict[str, float]:
+def _title(name: str, score: Mapping[str, Any], features: str, where: str) -> str:
+    title = by_features(described(name, score)[0], features)
+    return f"{title}, {where}" if where else title
+
+
+def _last_points(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     record = read_job(folder)
-    return {
-        f"tradeoff_{point['sampler_steps']}_steps/{name}": score["value"]
-        for point in record["points"]
-        if point["step"] == record["max_steps"]
-        for name, score in point["scores"].items()
-    }
+    values, titles = {}, {}
+    for point in record["points"]:
+        if point["step"] == record["max_steps"]:
+            features = str(((point.get("scored_by") or {}).get("features") or {}).get("name"))
+            for name, score in point["scores"].items():
+                key = f"tradeoff_{point['sampler_steps']}_steps/{name}"
+                values[key] = score["value"]
+                titles[key] = _title(name, score, features, f"{point['sampler_steps']} sampler steps")
+    return values, titles
 
 
 def by_configuration(runs: Sequence[RunRecord], without: str | None = None) -> dict[str, list[RunRecord]]:
@@ -132,3 +186,25 @@ def by_configuration(runs: Sequence[RunRecord], without: str | None = None) -> d
         parts = [_NAMED[name].format(value) for name, value in zip(names, values, strict=True) if value is not None]
         labels[", ".join([*([group] if several or not parts else []), *parts])] = members
     return labels
+
+
+def comparison_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model.yaml by which runs are grouped and plotted; None where a model has no such thing."""
+    with torch.device("meta"):  # sizes only: nothing is allocated
+        main = _module(spec, _MAIN[spec["kind"]])
+        first_stage = _module(spec, "first_stage") if "first_stage" in spec else None
+    node = spec.get("first_stage", {})
+    return {
+        "downsampling": getattr(first_stage, "downsampling", None),
+        "first_stage_kind": node["_target_"].split(".")[-2] if node else None,  # kl | vq | identity
+        "latent_channels": getattr(first_stage, "latent_channels", None),
+        "codebook_size": node.get("codebook_size"),
+        "image_size": spec.get("image_size"),
+        "conditioned_on": "+".join(spec.get("conditioners") or {}) or None,
+        "parameters": sum(p.numel() for p in main.parameters()),  # of the network that the stage trains
+    }
+
+
+def _module(spec: Mapping[str, Any], name: str) -> nn.Module:
+    built = instantiate(spec[name], where=name)
+    return built if isinstance(built, nn.Module) else built.model  # a CLIP comes with its tokenizer

@@ -10,8 +10,8 @@ import yaml
 
 from ldmlab import distributed
 from ldmlab.app.agreement import with_classes_of
-from ldmlab.app.comparison import comparison_fields
 from ldmlab.app.plans import PLANS, Plan, task_node
+from ldmlab.app.run_records import comparison_fields
 from ldmlab.app.stored_states import check_states
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError

@@ -18,7 +18,7 @@ from ldmlab.report.metrics_json import (
     title,
 )
 from ldmlab.report.paper_table import paper_report
-from ldmlab.report.rows import DASH, Card, Gallery, Page, Row, Section, Table
+from ldmlab.report.rows import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
 from ldmlab.report.score_lines import ScoreLine, options_of, score_text
 
 IMAGES_A_RUN = 16
@@ -116,7 +116,7 @@ def comparison_page(folders: Sequence[Path]) -> Page:
     sections = [Section(table.title, [table]) for table in tables]
     for name, result in zip(names, results, strict=True):
         cards = _checked(result, _cards)
-        gallery = [Gallery(Path(result["folder"]), cards, "thumbnails")] if cards else []
+        gallery = [Gallery(Path(result["folder"]), cards, "thumbnails", pixels=THUMBNAIL)] if cards else []
         sections.append(Section(name, gallery))
     return Page("Comparison", f"{len(results)} evaluations side by side.", sections)
 

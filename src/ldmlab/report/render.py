@@ -16,7 +16,6 @@ from ldmlab.files import write_text
 from ldmlab.report.line_chart import Chart
 from ldmlab.report.rows import Page, Row, Section, Table
 
-THUMBNAIL = 96  # px, of the longer side
 _MOST_PIXELS = 64_000_000  # of an image that is embedded
 _FORMATS = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "JPEG": "jpeg"}
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -157,8 +156,8 @@ def _link(file: str) -> str:
     return re.sub(r"[<>\n]", "", file)
 
 
-def _image(folder: Path, file: str, style: str) -> str:
-    """A data address: the file itself, or a small WebP in a strip of thumbnails; empty where it is no image there."""
+def _image(folder: Path, file: str, pixels: int | None) -> str:
+    """A data address: the file itself, or a WebP of `pixels`; empty where the folder holds no such image."""
     path = folder / file
     try:
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
@@ -166,15 +165,15 @@ def _image(folder: Path, file: str, style: str) -> str:
         with Image.open(path, formats=tuple(_FORMATS)) as image:
             if image.width * image.height > _MOST_PIXELS:
                 return ""
-            if style != "thumbnails":
+            if pixels is None:
                 image.load()
                 return _data(_FORMATS[str(image.format)], path.read_bytes())
             small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
+    small.thumbnail((pixels, pixels), Image.Resampling.BICUBIC)
     content = io.BytesIO()
-    small.save(content, "WEBP", quality=70)
+    small.save(content, "WEBP", quality=75)
     return _data("webp", content.getvalue())
 
 

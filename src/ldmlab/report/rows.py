@@ -9,6 +9,7 @@ from ldmlab.report.line_chart import Chart
 
 ARROW = {"lower": "↓", "higher": "↑", "info": ""}
 DASH = "–"
+THUMBNAIL = 96  # px, of the longer side: 40 runs of 16 images stay far below 5 MB
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,19 @@ class Card:
     images: tuple[tuple[str, str], ...]  # file in the folder, title
     caption: str = ""
     mark: str = ""  # right | wrong | copy
+    folder: Path | None = None  # of these images, if not the gallery's
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards of images of one folder; `style`: cards | pairs | rows | thumbnails | wide | small."""
+    """Cards of images; `style`: cards | pairs | rows | thumbnails | wide | small."""
 
     kind: ClassVar[str] = "gallery"
     folder: Path
     cards: tuple[Card, ...]
     style: str = "cards"
     title: str = ""
+    pixels: int | None = None  # longer side of small copies in the page; None: the files themselves
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ldmlab.errors import InputError
 from ldmlab.files import write_text
 from ldmlab.report.line_chart import COLOURS, Chart
 from ldmlab.report.render import markdown, write_page
-from ldmlab.report.rows import Block, Card, Charts, Fold, Gallery, Page, Row, Section, Table, Text
+from ldmlab.report.rows import THUMBNAIL, Block, Card, Charts, Fold, Gallery, Page, Row, Section, Table, Text
 from ldmlab.report.score_lines import by_features, described, number_text
 from ldmlab.report.tradeoff_jobs import (
     PETA,
@@ -257,4 +257,4 @@ def _newest(run: Path, evaluation: str, patterns: Sequence[str], label: str) -> 
     kept = sorted(path for pattern in patterns for path in found[-1].glob(f"*s/{pattern}"))
     shown = kept[:: max(len(kept) // _SHOWN_IMAGES, 1)][:_SHOWN_IMAGES]  # neighbours in the set look alike
     cards = tuple(Card(((str(path.relative_to(found[-1])), ""),)) for path in shown)
-    return [Gallery(found[-1], cards, "thumbnails", label)] if cards else []
+    return [Gallery(found[-1], cards, "thumbnails", label, THUMBNAIL)] if cards else []

@@ -22,19 +22,12 @@ def run(args: argparse.Namespace) -> int:
         entity, slash, project = args.wandb.partition("/")
         if not (entity and slash and project) or "/" in project:
             raise InputError(f"--wandb {args.wandb} must be ENTITY/PROJECT, as in the address of the project's page.")
-        from ldmlab.app.wandb_dashboard import save_view, workspace
+        from ldmlab.app.wandb_runs import save_view, workspace
 
         print(save_view(workspace(read_runs(args.runs), entity, project, args.title)))
         return 0
     from ldmlab.app.dashboard import dashboard
-    from ldmlab.checkpoints import write_atomically
+    from ldmlab.report.render import write_page
 
-    text = dashboard(read_runs(args.runs), args.title)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    write_atomically(args.out, write)
-    print(args.out)
+    print(write_page(args.out, dashboard(read_runs(args.runs), args.title), f"{args.out.stem}_points.csv"))
     return 0

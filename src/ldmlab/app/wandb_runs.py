@@ -1,13 +1,75 @@
-"""The page of dashboard.py as a saved view at W&B: the same sections and charts over the runs of the same groups."""
+"""Runs at W&B: scores of evaluate.py in the run of their model, and the page of dashboard.py as a saved view."""
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ldmlab.app.dashboard import STAGES, by_stage, is_seen, metrics_of
-from ldmlab.app.run_records import RunRecord
+import yaml
+
+from ldmlab.app.dashboard import STAGES, by_stage, is_unseen, metrics_of
+from ldmlab.app.run_records import RunRecord, comparison_fields, scores_of
 from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.model_files import read_description
+from ldmlab.report.metrics_json import read_evaluation
+from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.wandb_logger import WandB
 
 _COLUMNS = ("downsampling", "first_stage_kind", "latent_channels", "codebook_size", "parameters")
+
+
+def send_scores(run_folder: Path, out: Path | None = None) -> None:
+    """All evaluations of the run, and one elsewhere, to its W&B run if it has one; never an error: files hold them.
+
+    Names are evaluation/FOLDER/SCORE, where FOLDER is that of the evaluation: its protocol unless chosen otherwise.
+    """
+    try:
+        _send(run_folder, out)
+    except Exception as error:  # no network, no account, no wandb: the score is not lost for that
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        _say(f"W&B did not take the scores ({reason}); they are in {out or run_folder}, and go with the next ones.")
+
+
+def _send(run_folder: Path, out: Path | None) -> None:
+    logger, settings = _logger_of(run_folder)
+    if logger is None:
+        return
+    values = scores_of(run_folder)
+    if out is not None and not out.resolve().is_relative_to((run_folder / "evaluation").resolve()):
+        found = read_evaluation(out)["scores"]
+        values |= {f"{out.name}/{name}": score["value"] for name, score in found.items()}
+    run = RunFolder(run_folder, json.loads((run_folder / "provenance.json").read_text())["run_id"])
+    try:
+        run.lock()
+    except InputError:  # two processes in one W&B run would overwrite each other
+        _say(f"{run_folder} is still training; its W&B run gets these scores with those of the next evaluation.")
+        return
+    try:
+        logger.send_scores(run, settings, {f"evaluation/{name}": value for name, value in values.items()})
+    finally:
+        run.close()
+
+
+def _logger_of(run_folder: Path) -> tuple[WandB | None, dict[str, Any]]:
+    """The W&B logger that the run was trained with, if any, and the settings that it was told."""
+    if not (run_folder / "config.yaml").exists() or not (run_folder / "provenance.json").exists():
+        return None, {}
+    config: Mapping[str, Any] = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
+    target = f"{WandB.__module__}.{WandB.__qualname__}"
+    for name, node in (config.get("logger") or {}).items():
+        if node and node.get("_target_") == target and node.get("mode") != "disabled":
+            logger = instantiate(node, where=f"logger.{name}")
+            return logger, {**config, **comparison_fields(read_description(run_folder))}
+    return None, {}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# ---- a saved view
 
 
 def workspace(runs: Sequence[RunRecord], entity: str, project: str, title: str) -> Any:
@@ -45,7 +107,7 @@ def _section(stage: str, members: Sequence[RunRecord]) -> Any:
                 y=wr.SummaryMetric(name),
                 log_x=True,
             )
-            for name in [*filter(is_seen, metrics), *scores]
+            for name in [*filter(is_unseen, metrics), *scores]
         ]
     return ws.Section(name=STAGES[stage][0], panels=panels, is_open=True)
 
