@@ -26,12 +26,13 @@ ENDS = {"start": 0.0015, "end": 0.0195, "steps": 40}
     ],
 )
 def test_a_schedule_keeps_its_betas(tmp_path: Path, then: dict[str, Any], first_third_last: tuple[float, ...]) -> None:
-    spec = {"format_version": 1, "kind": "classifier", "schedule": {"_target_": SCHEDULE, **ENDS, **then}}
+    others = {"kind": "classifier", "image_size": 16, "classifier": {}, "latent_scale": {}}
+    spec = {"format_version": 1, **others, "schedule": {"_target_": SCHEDULE, **ENDS, **then}}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(spec))
     node = read_description(tmp_path)["schedule"]
     schedule: Schedule = instantiate(node, where="schedule")
     assert schedule.betas[[0, 13, 39]].tolist() == pytest.approx(first_third_last, rel=1e-5)
-    write_description(tmp_path, {"kind": "classifier", "schedule": node})
+    write_description(tmp_path, {**others, "schedule": node})
     assert read_description(tmp_path)["schedule"] == node  # not translated a second time
     assert read_description(tmp_path)["format_version"] == FORMAT_VERSION
 

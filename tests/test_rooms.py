@@ -15,6 +15,8 @@ GROUND = {
     "averaging",
     "provenance",
     "instantiate",
+    "argument_types",
+    "plugins",
     "annotations",
     "fetched",
     "files",

@@ -3,28 +3,33 @@
 `model.yaml` has a `kind`, an `image_size` and a node per part (`_target_` and finished arguments):
 first_stage: first_stage; clip: clip; latent_diffusion: first_stage, latent_scale, backbone, conditioners, diffusion,
 guidance_trained, sampler, task where there is one; classifier: classifier, first_stage_fingerprint, latent_scale,
-schedule.
+schedule. A description comes with a folder, maybe a stranger's: see `instantiate` for what it may name.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as registration
 
 from ldmlab.checkpoints import fingerprint, load_exactly, without_weights
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, shown
 from ldmlab.instantiate import instantiate
-from ldmlab.model_files import ModelFiles, read_model
+from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
 from ldmlab.nn.pixels import to_float
+from ldmlab.plugins import allow
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
     from ldmlab.inference.model import LoadedModel
     from ldmlab.nn.openclip import OpenClip
+
+_SPARE_VALUES = 50_000_000  # built beside what is stored: the half of a CLIP that is not kept, tables
+_SPARE_MODULES = 3_000
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,24 @@ class LoadedFirstStage:
     files: ModelFiles
 
 
-def load(path: Path | str, *, weights: str = "averaged", device: str = "auto", trust: bool = False) -> "LoadedModel":
+def load(
+    path: Path | str,
+    *,
+    weights: str = "averaged",
+    device: str = "auto",
+    plugins: list[str] | str = (),  # type: ignore[assignment]
+    trust: bool = False,
+) -> "LoadedModel":
     """The latent diffusion model of a run folder, checkpoint or model folder, ready to sample.
 
-    weights: averaged | raw, for runs. Targets outside ldmlab are refused unless `trust`.
+    weights: averaged | raw, for runs. plugins: packages from outside whose classes the folder may name. trust: it may
+    name anything at all, which can run any code.
     """
     from ldmlab.inference.model import LoadedModel
 
+    allow(plugins)
     files = _of_kind(read_model(path, _checked(weights)), "latent_diffusion")
-    with nullcontext() if trust else without_weights():  # a stranger's constructor may compute with its weights
+    with building(files, trust=trust):
         model = build_latent_diffusion(files.spec, trust=trust)
     fill_latent_diffusion(model, files)
     model.eval().requires_grad_(False)
@@ -64,6 +78,60 @@ def load(path: Path | str, *, weights: str = "averaged", device: str = "auto", t
     )
 
 
+@contextmanager
+def building(files: ModelFiles, *, trust: bool = False) -> Iterator[None]:
+    """Inside, parts of `files` are built without memory for weights, and no larger than the weights that lie there.
+
+    Whatever its options make a constructor raise is a fault of the file, named as such.
+    """
+    with ExitStack() as stack:
+        if not trust:  # a trusted constructor may compute with its weights
+            stack.enter_context(without_weights())
+            stack.enter_context(_no_larger_than(files))
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{files.folder / DESCRIPTION}: {error}") from error
+        except (Exception, RecursionError) as error:
+            if trust:
+                raise
+            reason = f"{type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}"
+            raise InputError(
+                f"{files.folder / DESCRIPTION} describes a model that cannot be built ({reason}); "
+                "export or copy it again."
+            ) from error
+
+
+@contextmanager
+def _no_larger_than(files: ModelFiles) -> Iterator[None]:
+    """Refuse a description of far more than the stored weights, as soon as it shows."""
+    tensors = [tensor for part in files.parts.values() for tensor in part.values()]
+    values, modules = 4 * sum(t.numel() for t in tensors) + _SPARE_VALUES, 4 * len(tensors) + _SPARE_MODULES
+    count = {"values": 0, "modules": 0}
+
+    def add(kind: str, number: int, largest: int) -> None:
+        count[kind] += number
+        if count[kind] > largest:
+            raise InputError(f"the model described is far larger than its weights (over {largest:,} {kind}).")
+
+    def tensor_added(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        add("values", 0 if tensor is None else tensor.numel(), values)
+
+    def module_added(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        add("modules", 1, modules)
+
+    handles = [
+        registration.register_module_parameter_registration_hook(tensor_added),
+        registration.register_module_buffer_registration_hook(tensor_added),
+        registration.register_module_module_registration_hook(module_added),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def build_latent_diffusion(spec: Mapping[str, Any], *, trust: bool = False) -> "LatentDiffusion":
     """The model that `model.yaml` describes, with fresh weights."""
     parts = {
@@ -74,7 +142,7 @@ def build_latent_diffusion(spec: Mapping[str, Any], *, trust: bool = False) -> "
             name: instantiate(node, where=f"conditioner.{name}", trust=trust)
             for name, node in spec["conditioners"].items()
         },
-        "guidance_trained": spec["guidance_trained"],
+        "guidance_trained": spec.get("guidance_trained"),
         "task": instantiate(spec["task"], where="task", trust=trust) if spec.get("task") else None,
     }
     return instantiate(spec["diffusion"], where="diffusion", trust=trust, **parts)
@@ -95,8 +163,8 @@ def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirst
         path = path / "first_stage"
     files = read_model(path, _checked(weights))
     if "first_stage" not in files.spec:
-        raise InputError(f"{path} is of kind {files.spec.get('kind')} and has no first stage; give another run.")
-    with without_weights():
+        raise InputError(f"{path} is of kind {files.spec['kind']} and has no first stage; give another run.")
+    with building(files):
         module = instantiate(files.spec["first_stage"], where="first_stage")
     if module.state_dict():
         load_exactly(module, _part(files, "first_stage"), f"{path} (first_stage)")
@@ -121,7 +189,8 @@ def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:
 def load_clip(path: Path | str, weights: str = "averaged") -> "OpenClip":
     """A CLIP run with its weights, frozen."""
     files = read_clip(path, weights)
-    clip: OpenClip = instantiate(files.spec["clip"], where="clip")
+    with building(files):
+        clip: OpenClip = instantiate(files.spec["clip"], where="clip")
     load_exactly(clip.model, _part(files, "clip"), f"{path} (clip)")
     clip.model.eval().requires_grad_(False)
     return clip
@@ -129,7 +198,7 @@ def load_clip(path: Path | str, weights: str = "averaged") -> "OpenClip":
 
 @dataclass(frozen=True)
 class LoadedClassifier:
-    """A trained classifier of noisy latents, frozen, and the description of the latents it knows."""
+    """A trained classifier of noisy latents, frozen, and the description of the latents it was trained on."""
 
     module: nn.Module
     spec: dict[str, Any]  # model.yaml
@@ -138,7 +207,8 @@ class LoadedClassifier:
 def load_classifier(path: Path | str, weights: str = "averaged") -> LoadedClassifier:
     """The classifier of a stage=classifier run; float32, on the CPU."""
     files = _of_kind(read_model(path, _checked(weights)), "classifier")
-    module = instantiate(files.spec["classifier"], where="classifier")
+    with building(files):
+        module = instantiate(files.spec["classifier"], where="classifier")
     load_exactly(module, _part(files, "classifier"), f"{path} (classifier)")
     return LoadedClassifier(module.eval().requires_grad_(False), files.spec)
 
@@ -147,7 +217,10 @@ def pick_device(name: str) -> torch.device:
     """auto: the GPU if there is one; cpu | cuda | cuda:N."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device={shown(name)} is no device of torch; use auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={name}: torch finds no GPU here; use device=cpu.")
     return device
@@ -155,13 +228,13 @@ def pick_device(name: str) -> torch.device:
 
 def _checked(weights: str) -> str:
     if weights not in ("averaged", "raw"):
-        raise InputError(f"weights={weights} is unknown; choose averaged or raw.")
+        raise InputError(f"weights={shown(weights)} is unknown; choose averaged or raw.")
     return weights
 
 
 def _of_kind(files: ModelFiles, kind: str) -> ModelFiles:
-    if files.spec.get("kind") != kind:
-        raise InputError(f"{files.folder} is a model of kind {files.spec.get('kind')}, not {kind}; give another run.")
+    if files.spec["kind"] != kind:
+        raise InputError(f"{files.folder} is a model of kind {files.spec['kind']}, not {kind}; give another run.")
     return files
 
 

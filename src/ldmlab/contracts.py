@@ -1,19 +1,24 @@
-"""What the parts of ldmlab promise each other: the only types that cross from one room to another.
+"""What parts offer each other: the only types that several packages share, and what a class from outside must have.
 
+A part is any class with the attributes and methods of its contract below; it inherits from nothing of ldmlab.
+`CONTRACTS` lists the contract of each configuration group, and `check_part` holds what was built to it.
 Shapes: B batch, C latent channels, h w latent height and width, H W image height and width, L tokens, D width.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ldmlab.errors import InputError
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told beside the noisy latent; a backbone says which slots it accepts."""
+    """Inputs of the denoiser beside the noisy latent; a backbone lists the slots it accepts."""
 
     tokens: Tensor | None = None  # (B, L, D)     text, class, boxes: cross-attention
     spatial: Tensor | None = None  # (B, C, h, w)  mask, low resolution, semantic map: concatenated to x
@@ -48,7 +53,7 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a first stage gives back for a batch of images."""
+    """Output of a first stage for a batch of images."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     penalties: dict[str, Tensor]  # by name (kl | codebook): scalar, mean over the batch
@@ -73,25 +78,33 @@ class FirstStage(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conditioning with everything computed from it that does not change between the steps of one sample."""
+    """A conditioning with everything derived from it that is the same at every step of one sample."""
 
     conditioning: Conditioning
     cache: Any  # the backbone's own: text keys and values, projections
 
 
 class Backbone(Protocol):
-    """The denoising network; a `torch.nn.Module`."""
+    """The denoising network; a `torch.nn.Module`.
+
+    Its constructor receives, where it has arguments of these names: `in_channels` (latent and spatial conditioning),
+    `out_channels`, `context_width` (D of tokens, or None), `vector_width` (D of the vector, or None).
+    Optional: `size_step`, an int; latent heights and widths must be multiples of it (a patch size, a product of
+    strides), and other sizes are refused in one sentence. Without it every size is passed on.
+    """
 
     accepts: frozenset[str]  # slots of Conditioning
 
     def prepare(self, conditioning: Conditioning) -> Prepared: ...  # once per sample
 
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor: ...  # t: (B,) float
+    # x: (B, in_channels, h, w); t: (B,) float32, the schedule's time in 0 .. steps - 1, between two of them with a
+    # fraction, not divided by steps => (B, out_channels, h, w)
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The size of a final latent, from which conditioners and wiring add up channels."""
+    """The size of a final latent."""
 
     channels: int
     height: int
@@ -103,26 +116,30 @@ Encode = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in [-1, 1] => final l
 
 
 class Conditioner(Protocol):
-    """Batch fields to one slot of the conditioning; a `torch.nn.Module`."""
+    """Batch fields to one slot of the conditioning; a `torch.nn.Module`.
+
+    Its constructor receives `downsampling` (the first stage's factor) where it has an argument of this name.
+    """
 
     reads: frozenset[str]  # batch fields
     slot: str  # tokens | spatial | vector
-    drop: float  # rate at which training replaces it by `null`, for guidance
+    drop: float  # in [0, 1]: rate at which training replaces it by `null`, for classifier-free guidance
 
     def width(self, latent: LatentSpec) -> int: ...  # D of tokens and vectors, channels of spatial
 
     def __call__(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
 
-    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...  # "nothing given", same shape
+    # the value without this condition, of the same shape; it may hold learned parameters
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
 
 
 def states_field(name: str) -> str:
-    """Batch field with what conditioner `name` said when the latents were encoded: it is not run again."""
+    """Batch field with the output of conditioner `name`, stored when the latents were encoded."""
     return f"states.{name}"
 
 
 class Level(NamedTuple):
-    """A noise level: x = alpha clean + sigma noise; `time` is what the network is told, None at the end."""
+    """A noise level: x = alpha clean + sigma noise; `time` is the network's input t, None at the end."""
 
     alpha: float
     sigma: float
@@ -133,8 +150,29 @@ Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => 
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, x, clean estimate) => x
 
 
+class Schedule(Protocol):
+    """Discrete noise levels; time 0 is the least noisy.
+
+    `betas` (T,) float64 is needed only by `ldmlab export --format compvis` and diffusers' formats.
+    """
+
+    steps: int  # T; a backbone's t lies in 0 .. T - 1
+    alpha_bar: Tensor  # (T,) float64, falling: the squared alpha of each time
+
+    # alpha and sigma, float32 (B, 1, 1, 1), of times t (B,) int64; sampling uses these levels too
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Prediction(Protocol):
+    """Prediction type: training target, and network output => estimate of the clean latent."""
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...  # alpha: (B, 1, 1, 1)
+
+    def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor: ...  # float64
+
+
 class Sampler(Protocol):
-    """Walks down a grid of noise levels, noisiest first, to the last level of the grid."""
+    """From the first, noisiest level of a grid to its last."""
 
     def __call__(
         self,
@@ -147,8 +185,26 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
+class NamedSampler(Sampler, Protocol):
+    """A sampler of the group `sampler`, with the grid that it is used with unless the command line names another."""
+
+    spacing: str  # official | linspace | trailing | karras | log_snr
+    steps: int
+
+
+class Guider(Protocol):
+    """Wraps the denoiser of one batch, to guide it beyond the classifier-free scale."""
+
+    @property
+    def reads(self) -> frozenset[str]: ...  # batch fields that it needs beside the model's own
+
+    def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise: ...
+
+    def as_text(self) -> dict[str, Any]: ...  # plain values for records
+
+
 class Task(Protocol):
-    """What is given and what is asked, derived from an image."""
+    """Conditioning inputs and target derived from an image."""
 
     adds: ClassVar[frozenset[str]]  # batch fields it derives
 
@@ -164,3 +220,139 @@ class Task(Protocol):
     def give(self, sample: dict[str, Any], random: Any) -> dict[str, Any]: ...  # per image, in loader workers
 
     def finish(self, images: Tensor, batch: dict[str, Any]) -> Tensor: ...  # after decoding
+
+
+class AutoencoderLoss(Protocol):
+    """Loss of a first stage (stage=autoencoder); a `torch.nn.Module`."""
+
+    adversary: Any  # None, or ldmlab.losses.adversary.Adversary
+
+    # total of the autoencoder after `step` updates, and scalars to log
+    def autoencoder(
+        self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def discriminator(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class OptimizerFactory(Protocol):
+    """Parameters => optimizer; the learning rate of its groups is the rate used (times the lr schedule's factor).
+
+    A class of torch.optim serves with `_partial_: true`. `global_batch` (images a step) is handed over where taken.
+    """
+
+    def __call__(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer: ...
+
+
+class LrSchedule(Protocol):
+    """Factor of the learning rate for the update that follows `step` updates.
+
+    `max_steps` (of the run) is handed to the constructor where it has an argument of this name.
+    """
+
+    def __call__(self, step: int) -> float: ...
+
+
+class Data(Protocol):
+    """Image or latent shards of a training and a validation set (conf/data)."""
+
+    def manifest(self, split: str) -> Any: ...
+
+    def train_loader(self, micro_batch: int, accumulate: int, world: int, rank: int, position: int) -> Any: ...
+
+    def eval_loader(self, split: str, batch_size: int) -> Any: ...
+
+
+class FeatureExtractor(Protocol):
+    """Images => features that metrics compare."""
+
+    name: str  # of the network and its version, for records
+    weights_hash: str
+    width: int  # D
+    gives: frozenset[str]  # of features | logits | spatial | clip | text
+
+    # uint8 (B, 3, H, W) => features (B, D) and the rest but text, by name
+    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
+
+
+class Metric(Protocol):
+    """A `torchmetrics.Metric`; `compute` returns values by name, NAME_std being the spread of NAME.
+
+    Optional class attributes for reports: `higher_is_better`, `title`, `meaning`. `width` (of the features) is handed
+    to the constructor where it has an argument of this name.
+    """
+
+    def update(self, features: Any, real: bool) -> None: ...
+
+    def compute(self) -> dict[str, Tensor]: ...
+
+    def reset(self) -> None: ...
+
+
+class Callback(Protocol):
+    """Hooks of a training run, in the same order on every process; Lightning's callbacks are taken too.
+
+    `ldmlab.training.callbacks.base.StepCallback` has them all, empty.
+    """
+
+    def start(self, session: Any) -> None: ...
+
+    def after_batch(self, session: Any, batch: dict[str, Any]) -> None: ...
+
+    def metrics(self, session: Any) -> dict[str, float]: ...  # for a row of the log
+
+    def evaluate(self, session: Any) -> dict[str, float]: ...  # for this step's row, where it has any
+
+    def after_step(self, session: Any) -> None: ...
+
+
+CONTRACTS: dict[str, type] = {  # configuration group => what its parts must have
+    "first_stage": FirstStage,
+    "data": Data,
+    "backbone": Backbone,
+    "conditioner": Conditioner,
+    "schedule": Schedule,
+    "prediction": Prediction,
+    "sampler": NamedSampler,
+    "guider": Guider,
+    "task": Task,
+    "loss": AutoencoderLoss,
+    "metric": Metric,
+    "features": FeatureExtractor,
+    "optimizer": OptimizerFactory,
+    "lr_schedule": LrSchedule,
+}
+
+
+class Members(NamedTuple):
+    """Names that a contract demands."""
+
+    methods: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+@cache
+def members(contract: type) -> Members:
+    """Methods, and attributes or properties, of a Protocol."""
+    bases = [base for base in contract.__mro__ if getattr(base, "_is_protocol", False) and base is not Protocol]
+    own = {name: value for base in bases for name, value in vars(base).items()}
+    public = {name: value for name, value in own.items() if not name.startswith("_") or name == "__call__"}
+    methods = tuple(name for name, value in public.items() if callable(value))
+    properties = tuple(name for name, value in public.items() if isinstance(value, property))
+    return Members(methods, (*(name for base in bases for name in base.__annotations__), *properties))
+
+
+def check_part(part: Any, contract: type, where: str, name: str) -> None:
+    """InputError naming what the part lacks of its contract."""
+    demanded = members(contract)
+    lacking = [f"{method}()" for method in demanded.methods if not callable(getattr(part, method, None))]
+    lacking += [
+        attribute
+        for attribute in demanded.attributes
+        if not (hasattr(type(part), attribute) or hasattr(part, attribute))
+    ]
+    if lacking:
+        raise InputError(
+            f"{where}: {name} has no {', '.join(lacking)}, which every {contract.__name__} needs "
+            "(see ldmlab.contracts and docs/extending.md)."
+        )

@@ -1,9 +1,30 @@
-"""The one exception for people."""
+"""The one exception for people, and how their values appear in it."""
+
+import reprlib
+from typing import Any
+
+_LONGEST_MESSAGE = 1500  # characters
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = 120
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one sentence: option, value, why, way out.
+    """An input that cannot be used; the message is one sentence: option, value, why, way out.
 
     Commands print the message and end with exit code 2; any other exception is a fault of ours and keeps its
-    traceback.
+    traceback. Very long messages are cut.
     """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-90:]}"
+        super().__init__(message)
+
+
+def shown(value: Any) -> str:
+    """A value of any size or depth as text of bounded length; text as it was typed."""
+    if isinstance(value, str):
+        return value if len(value) <= 120 else f"{value[:80]}...{value[-20:]}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return _VALUES.repr(value)

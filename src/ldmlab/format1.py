@@ -91,7 +91,7 @@ def node(value: Any) -> Any:
     if "_target_" in value:
         result["_target_"] = target
     for name, part in result.items():
-        known = VALUES.get((str(target), name), {})
+        known = VALUES.get((str(target), str(name)), {})
         if isinstance(part, str) and part in known:
             result[name] = known[part]
     return result

@@ -1,48 +1,221 @@
-"""Configuration nodes to objects: `_target_` names a callable, the other keys are its arguments. No Hydra."""
+"""Configuration nodes to objects: `_target_` names a callable, the other keys are its arguments. No Hydra.
+
+What a person typed, or keeps in her own yaml for a command, is trusted: `trust_typed` remembers its targets, and then
+any callable may stand there, with Hydra's `_partial_` too. A description that arrives in a file (model.yaml, a run's
+config.yaml) names only classes of the room that holds such parts (`ROOMS`), or classes of allowed plugin packages; it
+gives them neither paths nor commands.
+"""
 
 import difflib
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ldmlab.errors import InputError
+from ldmlab import plugins
+from ldmlab.argument_types import check_types
+from ldmlab.contracts import CONTRACTS, check_part, members
+from ldmlab.errors import InputError, shown
+
+ROOMS = {  # group => the package that holds its classes
+    "first_stage": "ldmlab.first_stages",
+    "backbone": "ldmlab.backbones",
+    "classifier": "ldmlab.backbones",
+    "conditioner": "ldmlab.conditioners",
+    "diffusion": "ldmlab.diffusion",
+    "latent_scale": "ldmlab.diffusion",
+    "schedule": "ldmlab.diffusion",
+    "prediction": "ldmlab.diffusion",
+    "sampler": "ldmlab.samplers",
+    "task": "ldmlab.tasks",
+    "loss": "ldmlab.losses",
+    "data": "ldmlab.data",
+    "metric": "ldmlab.metrics",
+    "features": "ldmlab.metrics",
+    "optimizer": "ldmlab.training",
+    "lr_schedule": "ldmlab.training",
+    "trainer": "ldmlab.training",
+    "callback": "ldmlab.training",
+    "logger": "ldmlab.training",
+    "protocol": "ldmlab.evaluation",
+    "evaluator": "ldmlab.evaluation",
+    "judge": "ldmlab.evaluation",
+    "baseline": "ldmlab.evaluation",
+}
+FACTORIES = {  # functions that descriptions of CLIP towers name => the arguments that a file may give them
+    "ldmlab.nn.openclip.build_clip": {"config", "image_size"},
+    "ldmlab.conditioners.text.open_clip_text": {
+        *("config", "layer", "padding", "unused", "drop", "trainable", "cache_mib"),
+    },
+    "ldmlab.conditioners.image_embedding.open_clip_image": {"config", "layer", "drop"},
+}
+_PLURALS = {  # part of an option's name => its group, where one more part names the entry
+    "conditioner": "conditioner",
+    "conditioners": "conditioner",
+    "callbacks": "callback",
+    "logger": "logger",
+    "metrics": "metric",
+    "evaluators": "evaluator",
+    "judges": "evaluator",
+    "baselines": "baseline",
+    "guiders": "guider",
+    "guidance": "guider",
+}
+_REACHING_OUT = {  # arguments by which a class would read, write or run something
+    *("trust", "command", "cmd", "args", "path", "file", "folder", "dir", "directory", "filename", "root", "url"),
+    *("run", "from_run", "weights", "pretrained", "vocab", "checkpoint", "save_dir", "module", "code"),
+}
+_LARGEST = 2**31  # of whole numbers in a file
+_OURS = "_target_", "_partial_"
+_TYPED: set[tuple[str, str]] = set()  # (group, target) of this process's own configuration
 
 
 def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **derived: Any) -> Any:
     """Call the node's target with its keys and the `derived` arguments, which win over nothing: a clash is an error.
 
-    `where` names the configuration group in messages. A mapping with a `_target_` among the keys is built first.
-    Targets outside ldmlab are refused unless `trust`. Raises InputError for unknown, missing or doubled arguments.
+    `where` is the option's full name in messages, such as conditioner.text. A mapping with a `_target_` among the keys
+    is built first. Arguments are checked against the target's signature and annotations, and what is built against
+    the contract of its group. `trust`: as if a person had typed it. Raises InputError.
     """
-    target = locate(node, where=where, trust=trust)
-    given = {
+    target, partial = locate(node, where=where, trust=trust), node.get("_partial_", False)
+    if not isinstance(partial, bool):
+        raise InputError(f"{where}._partial_={shown(partial)} must be true or false.")
+    trusted = trust or _is_typed(node, where)
+    if not trusted:
+        _check_reach(target, node, where)
+    arguments = {
         str(key): instantiate(value, where=f"{where}.{key}", trust=trust) if _is_node(value) else value
         for key, value in node.items()
-        if key != "_target_"
+        if key not in _OURS
     }
-    if doubled := given.keys() & derived.keys():
+    if doubled := arguments.keys() & derived.keys():
         names = ", ".join(sorted(doubled))
-        raise InputError(f"{where}.{names} is worked out from other options; leave it out.")
-    arguments = given | derived
-    _check_arguments(target, arguments, where)
-    return target(**arguments)
+        raise InputError(f"{where}.{names} is derived from other options; remove it.")
+    check_arguments(target, arguments | derived, where, complete=not partial)
+    check_types(target, arguments, where)
+    built = functools.partial(target, **arguments, **derived) if partial else target(**arguments, **derived)
+    group, whole = group_of(where)
+    if whole and group in CONTRACTS:
+        check_part(built, CONTRACTS[group], where, str(node["_target_"]))
+    return built
+
+
+def trust_typed(config: Any, where: str = "") -> None:
+    """Remember the targets of a configuration that a person composed: each may stand in its group in this process."""
+    if isinstance(config, Mapping):
+        if isinstance(config.get("_target_"), str):
+            _TYPED.add((group_of(where)[0], config["_target_"]))
+        for key, value in config.items():
+            trust_typed(value, f"{where}.{key}" if where else str(key))
+
+
+def group_of(where: str) -> tuple[str, bool]:
+    """The group of an option such as callbacks.scores.protocol, and whether it names a whole part of the group."""
+    group, whole = "", False
+    names = iter(where.split("."))
+    for name in names:
+        if name in _PLURALS:
+            group, whole = _PLURALS[name], True
+            next(names, None)  # the entry's own name
+        elif name in ROOMS or name in CONTRACTS or not group:
+            group, whole = name, True
+        else:
+            whole = False
+    return group, whole
 
 
 def locate(node: Mapping[str, Any], *, where: str, trust: bool = False) -> Callable[..., Any]:
     """The callable that the node's `_target_` names."""
-    path = node.get("_target_")
+    path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or "." not in path:
-        raise InputError(f"{where}._target_={path!r} names nothing to build; choose a file of conf/{where}/.")
-    if not trust and path.split(".")[0] != "ldmlab":
-        raise InputError(f"{where}._target_={path} is outside ldmlab and could run any code; load it with trust=True.")
+        raise InputError(f"{where}._target_={shown(path)} names nothing to build; choose a file of conf/{where}/.")
+    if unknown := [key for key in node if str(key).startswith("_") and key not in _OURS]:
+        raise InputError(f"{where}.{unknown[0]} is not supported; beside _target_ there is _partial_.")
+    trusted = trust or _is_typed(node, where)
+    if not trusted:
+        _check_package(path, where)
+    target = _found(path, where)
+    if not trusted:
+        _check_kind(target, path, where)
+    if (package := path.partition(".")[0]) != "ldmlab":
+        plugins.used(package)
+    return target
+
+
+def _found(path: str, where: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        target = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name != module:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
             raise  # the module exists but lacks one of its own dependencies
-        raise InputError(f"{where}._target_={path} does not exist; choose a file of conf/{where}/.") from error
+        package = path.partition(".")[0]
+        hint = (
+            f"choose a file of conf/{where}/."
+            if package == "ldmlab"
+            else f"is {package} installed, and the name right?"
+        )
+        raise InputError(f"{where}._target_={shown(path)} does not exist; {hint}") from error
+    if not callable(target):
+        raise InputError(f"{where}._target_={shown(path)} is no class or function; choose a file of conf/{where}/.")
+    return target
+
+
+def _is_typed(node: Mapping[str, Any], where: str) -> bool:
+    return (group_of(where)[0], node.get("_target_")) in _TYPED
+
+
+def _check_package(path: str, where: str) -> None:
+    """Before anything is imported: ours of the right room, or a package that the caller allowed."""
+    package = path.partition(".")[0]
+    if package == "ldmlab":
+        room = ROOMS.get(group_of(where)[0])
+        if path not in FACTORIES and (room is None or not path.startswith(f"{room}.")):
+            raise InputError(f"{where}._target_={shown(path)} is no part of this kind, so a file may not name it.")
+    elif not plugins.is_allowed(package):
+        raise InputError(
+            f"{where}._target_={shown(path)} is outside ldmlab and could run any code; {plugins.how_to_allow(package)}"
+        )
+
+
+def _check_kind(target: Any, path: str, where: str) -> None:
+    """A class that belongs to the package it is named in and has the methods of its contract; no function."""
+    if path in FACTORIES:
+        return
+    group, whole = group_of(where)
+    home = ROOMS.get(group, "ldmlab") if path.startswith("ldmlab.") else path.partition(".")[0]
+    if not inspect.isclass(target) or not f"{target.__module__}.".startswith(f"{home}."):
+        raise InputError(f"{where}._target_={shown(path)} is no class of {home}, so a file may not name it.")
+    methods = members(CONTRACTS[group]).methods if whole and group in CONTRACTS else ()
+    if missing := [method for method in methods if not hasattr(target, method)]:
+        raise InputError(f"{where}._target_={shown(path)} has no {missing[0]}(), so it is no {group}.")
+
+
+def _check_reach(target: Callable[..., Any], node: Mapping[str, Any], where: str) -> None:
+    """A file gives its parts numbers, words and other parts: no path, no command, nothing absurd."""
+    path = str(node["_target_"])
+    annotated = {name: str(p.annotation) for name, p in inspect.signature(target).parameters.items()}
+    for name, value in node.items():
+        option = f"{where}.{name}"
+        allowed = name in FACTORIES[path] if path in FACTORIES else name not in _REACHING_OUT
+        if value is not None and name not in _OURS and (not allowed or "Path" in annotated.get(name, "")):
+            raise InputError(
+                f"{option}={shown(value)} would reach outside the model; a file may not give it: leave it out."
+            )
+        if any(isinstance(n, int) and abs(n) > _LARGEST for n in _scalars(value)):
+            raise InputError(f"{option}={shown(value)} is beyond any network's size; the file is damaged.")
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _scalars(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _scalars(part)
+    else:
+        yield value
 
 
 def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:
@@ -65,17 +238,20 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, Mapping) and "_target_" in value
 
 
-def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
+def check_arguments(
+    target: Callable[..., Any], arguments: Mapping[str, Any], where: str, *, complete: bool = True
+) -> None:
+    """Refuse names that the target does not take, and with `complete` those that are missing."""
     parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for name in arguments:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(parameters)}."
+        if name not in known and not open_ended:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known) or 'none'}."
             raise InputError(f"{where}.{name}: there is no such option; {hint}")
-    required = [name for name, p in parameters.items() if p.default is p.empty and name not in arguments]
-    if required:
+    required = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
+    if required and complete:
         raise InputError(
             f"{where}.{required[0]} has no value; give it on the command line as {where}.{required[0]}=VALUE."
         )

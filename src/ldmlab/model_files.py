@@ -14,12 +14,23 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from ldmlab import format1
-from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors, write_atomically
-from ldmlab.errors import InputError
+from ldmlab import format1, plugins
+from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
+from ldmlab.errors import InputError, shown
+from ldmlab.files import write_text
 
 FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
+CONFIG = "config.yaml"
+_KINDS = {  # kind => what its description must hold beside image_size
+    "first_stage": ("first_stage",),
+    "clip": ("clip",),
+    "classifier": ("classifier", "latent_scale", "schedule"),
+    "latent_diffusion": ("first_stage", "latent_scale", "backbone", "conditioners", "diffusion", "sampler"),
+}
+_LARGEST_BYTES = 4 * 2**20  # of a yaml file that describes a run or a model
+_LARGEST_NODES = 200_000  # values in it, counted as often as aliases repeat them
+_DEEPEST = 60
 StateDict = dict[str, Tensor]
 
 
@@ -42,7 +53,7 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
     parts = {file.stem: load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
     if checkpoint is None:
         _check_complete(folder, spec, parts)
-        return ModelFiles(folder, spec, parts, spec.get("weights", "averaged"), spec.get("step"))
+        return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), _step(spec))
     content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
     modules = {name: dict(state) for name, state in content["modules"].items()}
     averages = content.get("averaged", {}) if weights == "averaged" else {}
@@ -53,19 +64,95 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """model.yaml, checked for version; one of format 1 comes with today's names."""
-    try:
-        spec = yaml.safe_load((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no {DESCRIPTION}, so it is no model; give a run or model folder.") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / DESCRIPTION} cannot be read ({str(error).splitlines()[0]}).") from None
-    version = spec.get("format_version") if isinstance(spec, dict) else None
+    """model.yaml in today's words, checked for version and for the parts of its kind."""
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise InputError(f"{folder} has no {DESCRIPTION}, so it is no model; give a run or model folder.")
+    spec = read_yaml(path)
+    version = spec.get("format_version")
+    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+        raise InputError(
+            f"{path} has format_version={shown(version)}, this ldmlab reads 1 and {FORMAT_VERSION}; use the version of "
+            "ldmlab that wrote it."
+        )
     if version == 1:
-        return {**format1.node(spec), "format_version": FORMAT_VERSION}
-    if version != FORMAT_VERSION:
-        raise InputError(f"{folder / DESCRIPTION} has format_version={version}, this ldmlab reads {FORMAT_VERSION}.")
+        spec = {**format1.node(spec), "format_version": FORMAT_VERSION}
+    _check_kind(path, spec)
     return spec
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config.yaml in today's words; model.yaml beside it tells its format."""
+    config = read_yaml(folder / CONFIG)
+    description = folder / DESCRIPTION
+    new = description.exists() and read_yaml(description).get("format_version") == FORMAT_VERSION
+    return config if new else format1.node(config)
+
+
+def _check_kind(path: Path, spec: Mapping[str, Any]) -> None:
+    kind, size = spec.get("kind"), spec.get("image_size")
+    needed = _KINDS.get(kind) if isinstance(kind, str) else None
+    if needed is None:
+        raise InputError(
+            f"{path} has kind={shown(kind)}; there are {', '.join(_KINDS)}. Export or copy the model again."
+        )
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(_is_size(side) for side in sides):
+        raise InputError(
+            f"{path} has image_size={shown(size)}, which is no size in px; export or copy the model again."
+        )
+    for name in needed:
+        if not isinstance(spec.get(name), dict):
+            raise InputError(
+                f"{path} has {name}={shown(spec.get(name))}, no description; export or copy the model again."
+            )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**16
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe yaml without merge keys, whose repetition grows without limit."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """`<<` is refused."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not supported", node.start_mark)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a file that may come from anyone; InputError, soon, for anything else."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is missing or no file; copy or make its folder again.")
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise InputError(f"{path} is larger than {_LARGEST_BYTES // 2**20} MiB, so it describes no run or model.")
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} cannot be read ({shown(reason)}); copy or make its folder again.") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path} holds no options by name; copy or make its folder again.")
+    if _count(content, {}, 0) > _LARGEST_NODES:
+        raise InputError(f"{path} repeats its values more than {_LARGEST_NODES:,} times; it describes no run or model.")
+    return content
+
+
+def _count(value: Any, known: dict[int, int], depth: int) -> int:
+    """Values inside, aliases counted as often as they stand; a value that holds itself counts as too many."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in known:
+        return known[id(value)]
+    if depth > _DEEPEST:
+        return _LARGEST_NODES + 1
+    known[id(value)] = _LARGEST_NODES + 1  # while its inside is counted
+    inside = value.values() if isinstance(value, dict) else value
+    known[id(value)] = 1 + sum(_count(part, known, depth + 1) for part in inside)
+    return known[id(value)]
 
 
 def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
@@ -73,13 +160,14 @@ def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
     if (folder / DESCRIPTION).is_file():
         check_hashes(folder, read_description(folder))  # else it would vouch for a file that was exchanged
     hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    content = {"format_version": FORMAT_VERSION, **spec, "sha256": hashes}
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    write_atomically(folder / DESCRIPTION, write)
+    packages = plugins.versions(plugins.named_in(spec))
+    content = {
+        **spec,
+        "format_version": FORMAT_VERSION,
+        **({"plugins": packages} if packages else {}),
+        "sha256": hashes,
+    }
+    write_text(folder / DESCRIPTION, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def write_model_folder(folder: Path, spec: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -134,9 +222,17 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def _check_complete(folder: Path, spec: Mapping[str, Any], parts: Mapping[str, StateDict]) -> None:
-    for file in spec.get("files", []):
+    files = spec.get("files") or []
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise InputError(f"{folder / DESCRIPTION} has files={shown(files)}, no list of names; export or copy it again.")
+    for file in files:
         if Path(file).stem not in parts:
             raise InputError(f"{folder / file} is missing although model.yaml lists it; copy or export it again.")
+
+
+def _step(spec: Mapping[str, Any]) -> int | None:
+    step = spec.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _like(average: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> StateDict:

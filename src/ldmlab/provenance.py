@@ -1,4 +1,4 @@
-"""Where an artefact comes from: the command, the code's commit and the versions that made it."""
+"""Origin of an artefact: the command, the code's commit and the versions that made it."""
 
 import importlib.metadata
 import platform
@@ -7,6 +7,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from ldmlab import plugins
 
 _PACKAGES = (
     "ldmlab",
@@ -21,12 +23,16 @@ _PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """The command line, commit (with `-dirty`), versions and time, plain types only."""
+    """The command line, commit (with `-dirty`), versions and time, plain types only.
+
+    `plugins`: packages from outside of which this process has built parts so far.
+    """
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        **({"plugins": versions} if (versions := plugins.versions()) else {}),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

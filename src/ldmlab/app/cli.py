@@ -67,7 +67,15 @@ def dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(name, name)}")
     parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
     module.add_arguments(parser)
-    return int(module.run(parser.parse_intermixed_args(rest)) or 0)
+    parser.add_argument(
+        "--plugins", metavar="NAMES", help="packages of yours whose classes folders may name: mylab,other"
+    )
+    args = parser.parse_intermixed_args(rest)
+    if args.plugins is not None:
+        from ldmlab.plugins import allow
+
+        allow(args.plugins, "--plugins")
+    return int(module.run(args) or 0)
 
 
 def _help() -> str:

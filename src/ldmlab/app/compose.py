@@ -21,9 +21,9 @@ def conf_dir() -> Path:
 
 
 def group_choices(group: str) -> list[str]:
-    """The names that `group=` accepts, folders inside the group included; `_NAME.yaml` is for others to inherit."""
+    """The names that `group=` accepts, folders inside the group included."""
     folder = conf_dir() / group
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml") if p.name[0] != "_")
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
 
 
 def groups() -> list[str]:
@@ -137,13 +137,21 @@ def _nearest(name: str, choices: list[str]) -> str:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """The whole configuration as dicts, lists and numbers; a value that is still missing is an InputError."""
+    """The whole configuration as dicts, lists and numbers; a value that is still missing is an InputError.
+
+    A person composed it, so what it names is trusted, and the packages of `plugins` are allowed.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue
+
+    from ldmlab.instantiate import trust_typed
+    from ldmlab.plugins import allow
 
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise explained(error, "", []) from error
     assert isinstance(content, dict)
+    allow(content.get("plugins"))
+    trust_typed(content)
     return {str(key): value for key, value in content.items()}

@@ -26,7 +26,7 @@ Config = Mapping[str, Any]
 NAMES = (
     *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
     *("sampler", "task", "optimizer"),
-    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from"),
+    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from", "plugins"),
 )
 
 

@@ -27,8 +27,8 @@ class Schedule:
         cosine_offset: float = 0.008,  # keeps the first betas of the cosine schedule from vanishing
         zero_terminal_snr: bool = False,  # no signal at the last level (Lin et al. 2024, algorithm 1)
     ) -> None:
-        if steps < 1:
-            raise InputError(f"diffusion.schedule.steps={steps} leaves no noise level; choose 1 or more (paper: 1000).")
+        if not 1 <= steps <= 100_000:
+            raise InputError(f"diffusion.schedule.steps={steps} must lie in 1 .. 100000 (paper: 1000).")
         name = _ALIASES.get(name, name)
         if name != "cosine" and not 0 < start <= end < 1:
             raise InputError(

@@ -1,0 +1,124 @@
+"""Arguments from yaml and from the command line against the annotations of what they are given to."""
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from ldmlab.errors import InputError, shown
+
+_PLAIN = bool | int | float | str | list | tuple | dict
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def check_types(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
+    """InputError for an argument of another type than annotated; whole numbers are numbers, lists are tuples."""
+    for name, annotation in _annotations(target).items():
+        if name in arguments:
+            check_type(arguments[name], annotation, f"{where}.{name}" if where else name)
+
+
+def check_type(value: Any, annotation: Any, option: str) -> None:
+    """One value against one annotation."""
+    if not _fits(value, annotation):
+        raise InputError(f"{option}={shown(value)} {_fault(value, annotation, option)}")
+
+
+def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """By parameter; {} where the annotations cannot be resolved."""
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function)
+    except Exception:  # names that exist for type checkers only
+        return {}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin is typing.Annotated:
+        return _fits(value, inner[0])
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in inner)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation in (bool, int, float, str):
+        return _scalar_fits(value, annotation)
+    if isinstance(origin or annotation, type):
+        return _object_fits(value, origin or annotation, inner)
+    return True
+
+
+def _scalar_fits(value: Any, annotation: type) -> bool:
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+
+
+def _object_fits(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
+    if issubclass(kind, Path):
+        return isinstance(value, str | Path)
+    if issubclass(kind, Mapping):
+        return isinstance(value, Mapping) and (len(inner) != 2 or all(_fits(v, inner[1]) for v in value.values()))
+    if issubclass(kind, Sequence | Set) or kind is typing.Iterable:
+        if not isinstance(value, list | tuple | set | frozenset):
+            return not isinstance(value, _PLAIN) and value is not None
+        if kind is tuple and inner and inner[-1] is not Ellipsis:
+            return len(value) == len(inner) and all(map(_fits, value, inner))
+        return not inner or all(_fits(part, inner[0]) for part in value)
+    if kind is object or getattr(kind, "_is_protocol", False) or not isinstance(value, _PLAIN | None):
+        return True
+    return isinstance(value, kind)
+
+
+def _fault(value: Any, annotation: Any, option: str) -> str:
+    """The end of the sentence: what was expected, and how to write it."""
+    expected = _expected(annotation)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is not finite; give {expected}."
+    if isinstance(value, str) and _reads_as_number(value) and ("number" in expected):
+        return f"is text; give {expected}, without quotes: {option}={value.strip()}."
+    if isinstance(value, float) and value.is_integer() and "whole number" in expected:
+        return f"is no whole number as it is written; give {option}={int(value)}."
+    if not isinstance(value, str) and expected.startswith("text"):
+        text = shown(value)
+        return f"is not text; quote it twice, once for your shell: '{option}=\"{text}\"'."
+    return f"does not fit; give {expected}."
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _expected(annotation: Any) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_expected(choice) for choice in inner))
+    if origin is Literal:
+        return " or ".join(shown(choice) for choice in inner)
+    if annotation in _NAMES:
+        return _NAMES[annotation]
+    kind = origin or annotation
+    if isinstance(kind, type) and issubclass(kind, Path):
+        return "a path"
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return f"a mapping of {_several(inner[1])}" if len(inner) == 2 else "a mapping"
+    if isinstance(kind, type) and issubclass(kind, Sequence | Set):
+        if kind is tuple and inner and inner[-1] is not Ellipsis:
+            return f"a list of {len(inner)}: [{', '.join(_expected(part) for part in inner)}]"
+        return f"a list of {_several(inner[0])}" if inner else "a list"
+    return "a part with a _target_"
+
+
+def _several(annotation: Any) -> str:
+    return {int: "whole numbers", float: "numbers", str: "texts"}.get(annotation, "values")

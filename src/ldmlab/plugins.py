@@ -1,0 +1,120 @@
+"""Packages from outside whose classes a file may name; the caller allows them, never the file.
+
+Three ways: `plugins=[mylab]` or `--plugins mylab`, the environment variable LDMLAB_PLUGINS=mylab,other, and an
+installed distribution that declares the entry point group `ldmlab.plugins`.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from ldmlab.errors import InputError, shown
+
+ENTRY_POINTS = "ldmlab.plugins"
+VARIABLE = "LDMLAB_PLUGINS"
+_ALLOWED: set[str] = set()  # by the command at hand
+_USED: set[str] = set()  # packages of which something was built in this process
+
+
+def allow(names: Any, option: str = "plugins") -> None:
+    """Allow the packages of a list, or of text with commas; each must be importable."""
+    for name in _listed(names, option):
+        if not name.isidentifier():
+            raise InputError(
+                f"{option}={name} is no package's name; write the name that Python imports, such as mylab."
+            )
+        if name in sys.stdlib_module_names:
+            raise InputError(f"{option}={name} is a module of Python itself, no package of parts; leave it out.")
+        _import(name, option)
+        _ALLOWED.add(name)
+
+
+def _listed(names: Any, option: str) -> list[str]:
+    if isinstance(names, str):
+        return [name.strip() for name in names.split(",") if name.strip()]
+    if names is None:
+        return []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{option}={shown(names)} must list packages; write {option}=[mylab].")
+    return list(names)
+
+
+def _import(name: str, option: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise InputError(f"{option}={name} cannot be imported: it needs {error.name}; install that.") from error
+        raise InputError(
+            f"{option}={name} is not installed; run `pip install {name.replace('_', '-')}`, or put its folder on "
+            "PYTHONPATH."
+        ) from error
+
+
+def is_allowed(package: str) -> bool:
+    """Whether classes of this top-level package may be named by files."""
+    return package in _ALLOWED or package in _by_environment() or package in _by_entry_point()
+
+
+def _by_environment() -> list[str]:
+    return _listed(os.environ.get(VARIABLE, ""), VARIABLE)
+
+
+@cache
+def _by_entry_point() -> frozenset[str]:
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return frozenset(point.module.partition(".")[0] for point in points)
+
+
+def how_to_allow(package: str) -> str:
+    """The end of a sentence that refuses a package."""
+    if package in sys.stdlib_module_names:
+        return "no file may name it."
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        found = False
+    allowing = f"plugins=[{package}] (--plugins {package} after `ldmlab sample` and the like, or {VARIABLE}={package})"
+    if found:
+        return f"if you trust that package, allow it with {allowing}."
+    return f"that package is not installed: `pip install {package.replace('_', '-')}`, then allow it with {allowing}."
+
+
+def used(package: str) -> None:
+    """Remember that a part of the package was built."""
+    _USED.add(package)
+
+
+def versions(packages: Iterable[str] | None = None) -> dict[str, str]:
+    """Version by package, of those used in this process unless some are given."""
+    return {package: _version(package) for package in sorted(_USED if packages is None else packages)}
+
+
+def _version(package: str) -> str:
+    for distribution in importlib.metadata.packages_distributions().get(package, [package]):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return str(getattr(importlib.import_module(package), "__version__", "unknown"))
+
+
+def named_in(value: Any) -> set[str]:
+    """Packages other than ldmlab that the `_target_`s inside a description name."""
+    return {target.partition(".")[0] for target in _targets(value)} - {"ldmlab"}
+
+
+def _targets(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_target_"), str):
+            yield value["_target_"]
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for part in value:
+        yield from _targets(part)
