@@ -20,6 +20,7 @@ GROUND = {
     "annotations",
     "fetched",
     "files",
+    "open_image",
     "format1",
     "distributed",
 }

@@ -15,21 +15,51 @@ Boxes = list[dict[str, Any]]
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
-def checked(boxes: Any) -> Boxes:
-    """The boxes as they came; ValueError where one is none."""
+def checked(boxes: Any, classes: int | None = None) -> Boxes:
+    """The boxes, each with a whole class_id; ValueError where one is none or its class is not below `classes`."""
     if not isinstance(boxes, list):
         raise ValueError(f"boxes are a {type(boxes).__name__}, not a list")
-    for entry in boxes:
-        box = entry.get("box") if isinstance(entry, dict) else None
-        if not _four_numbers(box) or not isinstance(entry.get("class_id"), int):
-            raise ValueError(f'{entry!r} is no box; write {{"class_id": 3, "box": [x0, y0, x1, y1]}}')
-        if not 0 <= box[0] < box[2] <= 1 or not 0 <= box[1] < box[3] <= 1:
-            raise ValueError(f"box {box} does not lie in [0, 1] with x0 < x1 and y0 < y1")
-    return boxes
+    return [_checked_box(entry, classes) for entry in boxes]
+
+
+def checked_crop(crop: Any) -> Box:
+    """A crop as it came; ValueError where it is none."""
+    if not _four_numbers(crop) or not crop[0] < crop[2] or not crop[1] < crop[3]:
+        raise ValueError(f"crop {str(crop)[:80]} is not [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
+    return list(crop)
+
+
+def _checked_box(entry: Any, classes: int | None) -> dict[str, Any]:
+    box = entry.get("box") if isinstance(entry, dict) else None
+    if not _four_numbers(box) or "class_id" not in entry:
+        raise ValueError(f'{str(entry)[:80]} is no box; write {{"class_id": 3, "box": [x0, y0, x1, y1]}}')
+    if not 0 <= box[0] < box[2] <= 1 or not 0 <= box[1] < box[3] <= 1:
+        raise ValueError(f"box {box} does not lie in [0, 1] with x0 < x1 and y0 < y1")
+    return {**entry, "class_id": whole_class(entry["class_id"], classes)}
+
+
+def whole_class(value: Any, classes: int | None = None) -> int:
+    """A class_id: a whole number 0 .. `classes` - 1 (2^31 - 1 where unknown), also as 3.0 or "3"; else ValueError."""
+    limit = 1 << 31 if classes is None else classes
+    number: int | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif (isinstance(value, float) and value.is_integer() and abs(value) < 1 << 31) or (
+        isinstance(value, str) and len(value) < 20 and value.strip().isascii() and value.strip().isdigit()
+    ):
+        number = int(value)
+    if number is None or not 0 <= number < limit:
+        raise ValueError(f"class_id {str(value)[:40]!r} is no whole number in 0 .. {limit - 1}")
+    return number
 
 
 def _four_numbers(box: Any) -> TypeGuard[Sequence[float]]:
-    return isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
+    """Four finite numbers; true and false are none."""
+    return (
+        isinstance(box, list | tuple)
+        and len(box) == 4
+        and all(isinstance(value, int | float) and not isinstance(value, bool) for value in box)
+    )
 
 
 def area(box: Sequence[float]) -> float:

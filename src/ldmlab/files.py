@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ from ldmlab.errors import InputError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _HELD: set[str] = set()  # paths of the locks that this process holds: POSIX locks do not exclude their own process
-_WAIT_SECONDS = 1.0
+_WAIT_SECONDS = 0.2
 _TAKEOVER_SECONDS = 60.0  # after that the removal of a dead process's lock was itself interrupted
 
 
@@ -56,6 +57,15 @@ def _write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """JSON with one key a line, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A file opened for reading, unbuffered; OSError for pipes, devices, sockets and folders, which could block."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb", buffering=0)
 
 
 def read_json(path: Path) -> Any:
@@ -101,12 +111,12 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str, *, wait: bool = False, remove: bool = False) -> Iterator[None]:
+def locked(path: Path, busy: str, *, wait: bool = False, quiet: bool = False, remove: bool = False) -> Iterator[None]:
     """Hold the lock file `path`; while another process has it, wait or refuse with "BUSY (process 7 on HOST); ...".
 
-    remove: delete the lock file at the end.
+    quiet: wait without a message; remove: delete the lock file at the end.
     """
-    lock, said = FileLock(path), False
+    lock, said = FileLock(path), quiet
     while not lock.take():
         if not wait:
             raise InputError(f"{busy} ({lock.holder()}); wait for it or choose another folder.")

@@ -3,6 +3,8 @@
 Run folders, checkpoints, model folders, shards and scores of that version load unchanged; nothing else knows old names.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -103,3 +105,25 @@ def metric(name: str) -> str:
         if name == then or (then.endswith("/") and name.startswith(then)):
             return now + name[len(then) :]
     return name
+
+
+def manifest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of shards of format 1 with today's keys."""
+    renamed = {("image_size" if key == "picture_size" else key): value for key, value in content.items()}
+    latents = renamed.get("latents")
+    if isinstance(latents, Mapping):
+        statistics = latents.get("statistics")
+        if isinstance(statistics, Mapping):
+            statistics = {("images" if key == "pictures" else key): value for key, value in statistics.items()}
+        renamed["latents"] = {**node(latents), "statistics": statistics}
+    return renamed
+
+
+def manifest_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest as format 1 hashed it, for one of either format; checkpoints hold it."""
+    own = {key: value for key, value in content.items() if key not in ("provenance", "crc32c")}
+    if "image_size" in own:
+        own["picture_size"] = own.pop("image_size")
+    own["shards"] = [{key: value for key, value in shard.items() if key != "crc32c"} for shard in own["shards"]]
+    own["format_version"] = 1
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

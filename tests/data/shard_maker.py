@@ -49,7 +49,7 @@ def write_shards(
         split=split,
         shards=shards,
         fields=["caption", "category", "class_id"],
-        picture_size=size,
+        image_size=size,
         transform={"background": [255, 255, 255]},
         source="made by a test",
         licence="none",

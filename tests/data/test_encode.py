@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(images: Path, tmp_path: Path) -> None:
     run(images, out)
     with pytest.raises(InputError, match="latents of another first stage"):
         run(images, out, settings=replace(SETTINGS, fingerprint="0"))
-    with pytest.raises(InputError, match="dtype=float32 there, float16 now"):
+    with pytest.raises(InputError, match=r"dtype=float32 \(now float16\)"):
         run(images, out, settings=replace(SETTINGS, dtype="float16"))
     with pytest.raises(InputError, match="holds latents, not images"):
         encode(out / "train", tmp_path / "again", toy_moments, SETTINGS)

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import fcntl
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from ldmlab.data.sources import list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
+from ldmlab.files import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,7 +137,7 @@ def test_too_many_bad_images_fail_and_a_higher_share_continues(tmp_path: Path) -
     for number in range(4):
         (source / f"{number:04d}.png").write_bytes(b"broken")
     (source / "0004.png").unlink()
-    with pytest.raises(InputError, match=r"max-bad=0\.1: .* of 20 images cannot be read \(0000\.png is not an image"):
+    with pytest.raises(InputError, match=r"max-bad=0\.1: .* of 20 images cannot be used \(0000\.png is not an image"):
         _pack(source, tmp_path / "out")
     assert not list(tmp_path.rglob("manifest.json"))
     result = _pack(source, tmp_path / "out", max_bad=0.25)
@@ -238,10 +238,11 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         _pack(source, tmp_path / "file")
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out/.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="in use by another process"):
-            _pack(source, tmp_path / "out")
+    lock = FileLock(tmp_path / "out/.lock")
+    assert lock.take()
+    with pytest.raises(InputError, match="in use by another process"):
+        _pack(source, tmp_path / "out")
+    lock.release()
     _pack(source, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train"]
 
@@ -254,7 +255,7 @@ def test_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr("ldmlab.data.shards.os.fsync", full)
-        with pytest.raises(InputError, match="no space left on device; mend that, then run the same command"):
+        with pytest.raises(InputError, match=r"no space left for .*out/train/.*; free some disk space"):
             _pack(source, tmp_path / "out")
     assert not list(tmp_path.rglob("*.tmp"))
     assert _pack(source, tmp_path / "out").manifests["train"].total == 4

@@ -52,12 +52,12 @@ def test_crops_compose_and_mirror() -> None:
 
 
 def test_boxes_and_maps_follow_the_centre_square(root: Path) -> None:
-    sample = data(root).with_task(Layout(image_size=16)).held_out_dataset()[0]
+    sample = data(root).with_task(Layout(image_size=16)).val_dataset()[0]
     scene = Scene(0, *WIDE, objects=2)
     assert np.allclose(sample["crop"], [4 / 24, 0, 20 / 24, 1])
     boxes = cropped(scene.boxes, centre_square(*WIDE))
     assert sorted(b["box"] for b in sample["boxes"]) == sorted(b["box"] for b in boxes)
-    labels = data(root).with_task(Semantic(image_size=16, classes=CLASSES + 1)).held_out_dataset()[0]
+    labels = data(root).with_task(Semantic(image_size=16, classes=CLASSES + 1)).val_dataset()[0]
     assert np.array_equal(labels["segmentation"], np.asarray(scene.labels)[:, 4:20])
     assert np.array_equal(labels["image"], scene.pixels[:, :, 4:20])
 
@@ -107,7 +107,7 @@ def test_draws_belong_to_seed_epoch_and_key(root: Path) -> None:
 
 
 def test_held_out_images_are_the_middle_and_stay(root: Path) -> None:
-    held_out = data(root, flip=True).with_task(Semantic(16, CLASSES + 1, crop=Crop("random"))).held_out_dataset()
+    held_out = data(root, flip=True).with_task(Semantic(16, CLASSES + 1, crop=Crop("random"))).val_dataset()
     assert np.array_equal(held_out[3]["image"], Scene(3, *WIDE, objects=2).pixels[:, :, 4:20])
     assert np.array_equal(held_out[3]["segmentation"], np.asarray(Scene(3, *WIDE, objects=2).labels)[:, 4:20])
 
@@ -116,7 +116,7 @@ def test_held_out_images_are_the_middle_and_stay(root: Path) -> None:
 def test_images_that_a_task_leaves_out_never_come(root: Path, balance: str | None) -> None:
     layout = data(root, balance=balance, mix=2).with_task(Layout(16, least=2, most=3))
     kept = ["00000", "00002", "00003", "00006", "00007"]
-    held_out, stream = layout.held_out_dataset(), layout.train_dataset()
+    held_out, stream = layout.val_dataset(), layout.train_dataset()
     assert [held_out[position]["key"] for position in range(len(held_out))] == kept
     assert len(stream) == 5
     drawn = [stream[position]["key"] for position in range(10)]
@@ -124,7 +124,7 @@ def test_images_that_a_task_leaves_out_never_come(root: Path, balance: str | Non
     if balance is None:
         assert sorted(drawn[:5]) == sorted(drawn[5:]) == kept
     with pytest.raises(InputError, match="leaves out all images"):
-        data(root).with_task(Layout(16, least=20)).held_out_dataset()
+        data(root).with_task(Layout(16, least=20)).val_dataset()
 
 
 def test_decoded_images_are_cached_as_the_task_needs_them(root: Path, tmp_path: Path) -> None:
@@ -147,13 +147,13 @@ def test_missing_parts_are_named_before_any_work(root: Path, tmp_path: Path) -> 
         write_shards(tmp_path / split, [2], split=split)
     bare = data(tmp_path, image_size=8, fields=())
     with pytest.raises(InputError, match=r"starts from segmentation, but sample 00000.tar.0. has no file KEY.seg.png"):
-        bare.with_task(Semantic(8)).held_out_dataset()
+        bare.with_task(Semantic(8)).val_dataset()
     with pytest.raises(InputError, match=r"starts from boxes, but sample .* has no field boxes"):
-        bare.with_task(Layout(8, least=0)).held_out_dataset()
+        bare.with_task(Layout(8, least=0)).val_dataset()
 
 
 def test_a_batch_holds_arrays_and_lists(root: Path) -> None:
-    dataset = data(root).with_task(Layout(16, crop=Crop("random"))).held_out_dataset()
+    dataset = data(root).with_task(Layout(16, crop=Crop("random"))).val_dataset()
     batch = collate([dataset[0], dataset[1], {"skipped": ["bad"]}], dataset.template)
     assert batch["image"].shape == (2, 3, 16, 16)
     assert batch["image"].dtype == torch.uint8
@@ -179,7 +179,7 @@ def test_latents_keep_boxes_and_maps(root: Path, tmp_path: Path, carry: bool) ->
     for task in (Layout(16, least=1), Semantic(16, CLASSES + 1)):
         for train in (False, True):
             cached, online = latents.with_task(task), replace(latents, latents=None).with_task(task)
-            left, right = (d.train_dataset() if train else d.held_out_dataset() for d in (cached, online))
+            left, right = (d.train_dataset() if train else d.val_dataset() for d in (cached, online))
             for position in range(8):
                 one, other = left[position], right[position]
                 assert np.allclose(one["moments"], moments(torch.as_tensor(other["image"])[None])[0], atol=1e-3)
@@ -188,7 +188,7 @@ def test_latents_keep_boxes_and_maps(root: Path, tmp_path: Path, carry: bool) ->
                 if "segmentation" in one:
                     assert np.array_equal(one["segmentation"], other["segmentation"])
     with pytest.raises(InputError, match=r"set data.latents=null and give the first stage as from_run"):
-        latents.with_task(Inpainting(16)).held_out_dataset()
+        latents.with_task(Inpainting(16)).val_dataset()
 
 
 def test_broken_parts_are_bad_samples() -> None:
@@ -218,7 +218,7 @@ def test_packed_boxes_lie_on_the_packed_image(tmp_path: Path, crop: str) -> None
     assert cli.dispatch(words) == 0
     folder = next((tmp_path / "out").glob("**/manifest.json")).parent
     packed = data(tmp_path, train=str(folder), val=str(folder), fields=())
-    dataset = packed.with_task(Layout(16, least=0, shuffle=False)).held_out_dataset()
+    dataset = packed.with_task(Layout(16, least=0, shuffle=False)).val_dataset()
     assert len(dataset) == 3
     for sample in (dataset[position] for position in range(3)):
         number = int(re.findall(r"\d+", sample["key"])[-1])

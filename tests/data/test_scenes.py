@@ -112,7 +112,7 @@ def test_the_command_writes_what_the_tasks_read(tmp_path: Path, capsys: pytest.C
     )
     assert cli.dispatch(words.split()) == 0
     assert "9 scenes of 24 classes" in capsys.readouterr().out
-    assert read_manifest(tmp_path / "out" / "train").picture_size == 32
+    assert read_manifest(tmp_path / "out" / "train").image_size == 32
     data = ShardData(str(tmp_path / "out/train"), str(tmp_path / "out/val"), 32, workers=0, fields=())
     (batch,) = data.with_task(Layout(32)).eval_loader("val", 3)
     assert all(2 <= len(boxes) <= 3 for boxes in batch["boxes"])

@@ -2,14 +2,16 @@
 
 import io
 import json
+import os
 import tarfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from ldmlab.data.sources import Item, list_source, unique_keys, with_fields
+from ldmlab.data.sources import Item, Source, list_source, unique_keys, with_fields
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.errors import InputError
 
@@ -221,3 +223,105 @@ def test_class_ids_are_sorted_distinct_values() -> None:
     assert classes == ["a", "b"]
     assert [item.fields.get("class_id") for item in items] == [1, 0, None, 1]
     assert items[2].fault == "has no value in field c"
+
+
+def listed(folder: Path, **options: Any) -> Source:
+    return list_source(folder, **options)
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, "PNG")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "in/a"])
+def test_every_real_folder_comes_once(tmp_path: Path, target: str) -> None:
+    source = tmp_path / "x" / "in"
+    put(source, "a/1.png", "a/2.png", "b/c/3.png")
+    (source / "loop").symlink_to(os.path.normpath(source / ".." / target) if target == "in/a" else target)
+    (source / "b" / "up").symlink_to(source)
+    assert [item.name for item in listed(source).items] == ["a/1.png", "a/2.png", "b/c/3.png"]
+
+
+def test_a_linked_folder_from_elsewhere_is_read(tmp_path: Path) -> None:
+    put(tmp_path / "far", "1.png", "deep/2.png")
+    put(tmp_path / "in", "0.png")
+    (tmp_path / "in" / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "in" / "same").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "in")
+    assert [item.name for item in listed(tmp_path / "in").items] == ["0.png", "far/1.png", "far/deep/2.png"]
+
+
+def test_what_systems_leave_in_folders_is_no_image(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "._a.png", "__MACOSX/a.png", "__MACOSX/._a.png", ".hidden/b.png")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [item.name for item in listed(tmp_path).items] == ["a.png"]
+
+
+def test_an_image_beside_class_folders(tmp_path: Path) -> None:
+    put(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png", "cover.jpg")
+    found = listed(tmp_path)
+    assert (found.layout, found.classes, len(found.items)) == ("classes", ["cat", "dog"], 3)
+    assert any("cover.jpg" in note and "--layout plain" in note for note in found.notes)
+    assert len(listed(tmp_path, layout="plain").items) == 4
+    put(tmp_path, *(f"{number}.png" for number in range(5)))
+    with pytest.raises(InputError, match=r"--layout classes .* --layout plain"):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["{}.txt", "{}.TXT", "{}.caption", "{}.CAPTION", "{}.png.txt"])
+def test_captions_beside_images_by_any_ending(tmp_path: Path, ending: str) -> None:
+    put(tmp_path, "a.png", "B.PNG")
+    (tmp_path / ending.format("a")).write_text("first", encoding="utf-8-sig")
+    (tmp_path / (ending.format("B") if ".png" not in ending else "B.PNG.txt")).write_text("second")
+    found = listed(tmp_path)
+    assert found.layout == "captions"
+    assert {item.name: item.fields["caption"] for item in found.items} == {"a.png": "first", "B.PNG": "second"}
+
+
+def test_captions_txt_is_a_table_or_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png")
+    (tmp_path / "captions.txt").write_text("image,caption\na.png,first\nb.png,second\n")
+    assert [item.fields["caption"] for item in listed(tmp_path).items] == ["first", "second"]
+    (tmp_path / "captions.txt").write_text("a.png first\nb.png second\n")
+    found = listed(tmp_path)
+    assert found.layout == "plain"
+    assert "captions.txt is not read" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "caption"),
+    [
+        ('{"file_name": "a.png", "caption": NaN}', None),
+        ('{"file_name": "a.png", "caption": null}', None),
+        ('{"file_name": "a.png", "caption": []}', None),
+        ('{"file_name": "a.png", "caption": {"en": "x"}}', None),
+        ('{"file_name": "a.png"}', None),
+        ('{"file_name": "a.png", "caption": 7}', "7"),
+        ('{"file_name": "a.png", "caption": ["x", "y"]}', "x"),
+        ('{"file_name": "a.png", "caption": "half \\ud83d"}', "half \ufffd"),
+    ],
+)
+def test_captions_of_a_table_follow_the_rule(tmp_path: Path, row: str, caption: str | None) -> None:
+    put(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.jsonl").write_text(row + '\n{"file_name": "b.png", "caption": "fine"}\n')
+    first, second = listed(tmp_path).items
+    assert (first.fields["caption"], second.fields["caption"]) == (caption, "fine")
+    assert (first.fault is None) is (caption is not None)
+    json.dumps([first.fields, first.fault]).encode()
+
+
+@pytest.mark.parametrize("spelling", ["{}.png", "./{}.png"])
+def test_rows_of_one_image_stay_on_one_side(tmp_path: Path, spelling: str) -> None:
+    put(tmp_path, *(f"{number}.png" for number in range(20)))
+    rows = [(f"{n}.png" if k % 2 else spelling.format(n), f"{n} {k}") for n in range(20) for k in range(5)]
+    lines = [f"{name},{caption}" for name, caption in rows]
+    (tmp_path / "metadata.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
+    sides = split_items(listed(tmp_path).items, SplitRule(val=0.25))
+    images = {side: {item.fields["caption"].split()[0] for item in items} for side, items in sides.items()}
+    assert not images["train"] & images["val"]
+    assert (len(images["train"]), len(images["val"])) == (15, 5)
+    assert {side: len(items) for side, items in sides.items()} == {"train": 75, "val": 25}

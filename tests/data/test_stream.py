@@ -18,7 +18,7 @@ from shard_maker import keys_of, toy_image, write_shards
 from torch.utils.data import DataLoader
 
 from ldmlab.data import shards
-from ldmlab.data.dataset import ShardDataset, Wanted
+from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.loaders import eval_loader
 from ldmlab.data.manifest import read_manifest, write_manifest
 from ldmlab.data.shard_data import ShardData
@@ -181,7 +181,7 @@ def test_wrong_folders_are_named(folder: Path) -> None:
 
 def test_images_are_resized_and_cropped(tmp_path: Path) -> None:
     write_shards(tmp_path / "train", [2], size=32)
-    image = data(tmp_path, image_size=8).held_out_dataset(split="train")[1]["image"]
+    image = data(tmp_path, image_size=8).val_dataset(split="train")[1]["image"]
     wanted = toy_image(1, 32).resize((8, 8), 3)  # bicubic, antialiased
     assert np.array_equal(image, np.asarray(wanted).transpose(2, 0, 1))
 
@@ -197,7 +197,7 @@ def test_cache_gives_the_same_images(folder: Path, workers: int) -> None:
 
 
 def test_cache_is_filled_by_workers_for_all(folder: Path) -> None:
-    dataset = data(folder, cache=True).held_out_dataset(split="train")
+    dataset = data(folder, cache=True).val_dataset(split="train")
     list(eval_loader(dataset, batch_size=4, workers=2))
     assert dataset._cache is not None
     assert all(dataset._cache.get(index) is not None for index in range(18))
@@ -206,7 +206,7 @@ def test_cache_is_filled_by_workers_for_all(folder: Path) -> None:
 def test_held_out_images_are_decoded_once(folder: Path) -> None:
     reading = data(folder, cache=True, workers=1, image_size=4)
     first, second = list(reading.eval_loader("val", 3)), list(reading.eval_loader("val", 3))
-    cache = reading.held_out_dataset()._cache
+    cache = reading.val_dataset()._cache
     assert cache is not None
     assert all(cache.get(index) is not None for index in range(7))
     assert torch.equal(first[0]["image"], second[0]["image"])
@@ -229,7 +229,7 @@ def test_data_set_survives_pickling(folder: Path) -> None:
 def test_open_files_do_not_grow_with_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "OPEN_SHARDS", 4)
     write_shards(tmp_path / "train", [1] * 30)
-    dataset = ShardDataset(tmp_path / "train", Wanted(8))
+    dataset = ShardDataset(tmp_path / "train", BatchSpec(8))
     before = len(os.listdir("/proc/self/fd"))
     assert [dataset[position]["key"] for position in range(30)] == [f"{n:05}" for n in range(30)]
     assert len(os.listdir("/proc/self/fd")) <= before + 4

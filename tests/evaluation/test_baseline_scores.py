@@ -33,7 +33,7 @@ def requests(data: ShardData) -> list[dict[str, Any]]:
 
 
 def held_out(data: ShardData) -> list[dict[str, Any]]:
-    dataset = data.held_out_dataset("images", "val")
+    dataset = data.val_dataset("images", "val")
     return [sample for sample in (dataset[i] for i in range(len(dataset))) if "key" in sample]
 
 

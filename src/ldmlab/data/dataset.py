@@ -1,13 +1,8 @@
-"""Shards as a data set keyed by position, and the loaders over it.
-
-The order of samples is ours (`order.py`): a batch sampler hands positions to the workers and torch's loader returns
-the batches in that order, whatever the number of workers. The state of a stream is one integer, the next position.
-"""
+"""Shards as a data set keyed by position, in the order that `order.py` gives them."""
 
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +13,29 @@ from torch.utils.data import Dataset
 from ldmlab.contracts import Task, states_field
 from ldmlab.data.decode import (
     BAD_SAMPLE,
-    check_fields,
-    check_parts,
-    decode_fields,
     decode_image,
     decode_moments,
     decode_parts,
     mirrored_sample,
+    missing_part,
+    reason,
 )
-from ldmlab.data.latent_shards import decode_states, read_shard_manifest
+from ldmlab.data.fields import BOXES, checked_fields, required_fields, sample_fields
+from ldmlab.data.latent_shards import decode_states, moment_shape, read_shard_manifest
 from ldmlab.data.manifest import Manifest, check_shards
 from ldmlab.data.order import KeptOrder, Order, Place, SequentialOrder
-from ldmlab.data.shards import Files, ShardReader, sample_fields
+from ldmlab.data.shards import Files, ShardReader
 from ldmlab.errors import InputError
 from ldmlab.image_random import image_random
 
-TRIES = 100  # samples in a row that may be bad before the data are given up
+TRIES = 100  # samples in a row that may be bad before the data are given up, and samples looked at at the start
 
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a batch shall hold beside key, position and skipped."""
+class BatchSpec:
+    """What a batch holds beside key, position and skipped."""
 
     image_size: int  # side of the images, px; also of the images behind moments
     images: bool = True
@@ -49,6 +44,7 @@ class Wanted:
     fields: tuple[str, ...] = ("caption",)
     states: tuple[str, ...] = ()  # conditioners whose stored states come with the moments
     task: Task | None = None  # derives more from the image, its maps and its boxes
+    classes: int | None = None  # bound of class_id; None: the classes that the manifest names, if any
 
     @property
     def parts(self) -> frozenset[str]:
@@ -61,40 +57,40 @@ class Wanted:
         return None if "image" in self.parts else self.image_size
 
 
-def check_wanted(folder: Path, manifest: Manifest, wanted: Wanted) -> None:
-    """Refuse shards that cannot give what is wanted, before any work."""
+def check_spec(named: str, manifest: Manifest, spec: BatchSpec) -> None:
+    """Refuse shards that cannot serve `spec`, before any work; named: "OPTION=FOLDER"."""
     latents = manifest.latents or {}
     if manifest.total == 0:
-        raise InputError(f"data={folder} holds no samples; pack some images first.")
-    if wanted.moments and manifest.kind != "latents":
+        raise InputError(f"{named} holds no samples; pack some images first.")
+    if spec.moments and manifest.kind != "latents":
         raise InputError(
-            f"data.latents={folder} holds {manifest.kind}, not latents; encode it with `ldmlab encode`, "
+            f"{named} holds {manifest.kind}, not latents; encode it with `ldmlab encode`, "
             "or leave data.latents=null to run the first stage while training."
         )
-    if wanted.images and manifest.kind == "latents" and not latents.get("carries_images"):
+    if spec.images and manifest.kind == "latents" and not latents.get("carries_images"):
         raise InputError(
-            f"data={folder} holds latents without their images; give the image shards they were made from, "
+            f"{named} holds latents without their images; give the image shards they were made from, "
             "or encode again so that images are carried."
         )
-    if wanted.moments and "image" in wanted.parts:
+    if spec.moments and "image" in spec.parts:
         raise InputError(
-            f"data.latents={folder} holds latents, but this task crops or changes images; set data.latents=null "
+            f"{named} holds latents, but this task crops or changes images; set data.latents=null "
             "and give the first stage as from_run=RUN, so that it runs while training."
         )
-    if wanted.moments and latents["image_size"] != wanted.image_size:
+    if spec.moments and latents["image_size"] != spec.image_size:
         raise InputError(
-            f"data.image_size={wanted.image_size}, but the latents in {folder} were encoded at "
+            f"data.image_size={spec.image_size}, but the latents of {named} were encoded at "
             f"{latents['image_size']}; use that size or encode again."
         )
-    missing = sorted(set(wanted.states) - (latents.get("states") or {}).keys())
+    missing = sorted(set(spec.states) - (latents.get("states") or {}).keys())
     if missing:
         raise InputError(
-            f"data.latents={folder} holds no states of conditioner.{missing[0]}, unlike the training split; encode "
+            f"{named} holds no states of conditioner.{missing[0]}, unlike the training split; encode "
             "both splits alike, or set data.states=false to run the encoder while training."
         )
-    if wanted.moments and wanted.flip and not latents["mirrored"]:
+    if spec.moments and spec.flip and not latents["mirrored"]:
         raise InputError(
-            f"data.flip=true, but the latents in {folder} were encoded without their mirror images; "
+            f"data.flip=true, but the latents of {named} were encoded without their mirror images; "
             "encode again with them, or set data.flip=false."
         )
 
@@ -141,21 +137,32 @@ class ShardDataset(Dataset[Batch]):
     """The sample at any position of the stream; in training a bad one is replaced by the next good one in order."""
 
     def __init__(
-        self, folder: Path | str, wanted: Wanted, *, seed: int = 0, train: bool = False, sha256: bool = False
+        self,
+        folder: Path | str,
+        spec: BatchSpec,
+        *,
+        seed: int = 0,
+        train: bool = False,
+        sha256: bool = False,
+        option: str = "data",  # what messages call the folder
     ) -> None:
-        manifest = read_shard_manifest(folder)
-        check_wanted(Path(folder), manifest, wanted)
+        manifest = read_shard_manifest(folder, option)
+        self.named = f"{option}={folder}"
+        check_spec(self.named, manifest, spec)
         check_shards(folder, manifest, sha256)
         self.reader = ShardReader(Path(folder), manifest)
-        self.wanted, self.train, self._seed = wanted, train, seed
-        self.kind, self.latents = manifest.kind, manifest.latents
-        red, green, blue = manifest.transform.get("background") or (255, 255, 255)
-        self.background = (red, green, blue)  # laid under transparent pixels of tars made by others
-        self._stored_size = manifest.picture_size
-        self._kept = kept_samples(self.reader, wanted.task.keeps) if wanted.task and wanted.task.keeps else None
+        self.spec, self.train, self._seed = spec, train, seed
+        self.kind, self.latents, self.background = manifest.kind, manifest.latents, manifest.background
+        self.manifest_hash = manifest.hash  # for checkpoints: which data a position counts in
+        named_classes = len(manifest.classes) if manifest.classes and BOXES not in manifest.fields else None
+        self._classes = spec.classes or named_classes
+        self._moment_shape = moment_shape(manifest.latents) if spec.moments else None
+        self._stored_size = manifest.image_size
+        self._kept = self._kept_samples(spec.task.keeps) if spec.task and spec.task.keeps else None
         self.order: Order = SequentialOrder(self.counts)
         self.put_in_order(self.order)
         self._cache: ImageCache | None = None
+        self._check_samples()
         self.template = self._first_sample()
 
     def __len__(self) -> int:
@@ -177,17 +184,12 @@ class ShardDataset(Dataset[Batch]):
         """`order` counts the samples that take part."""
         self.order = order if self._kept is None else KeptOrder(order, self._kept)
 
-    @cached_property
-    def manifest_hash(self) -> str:
-        """For checkpoints: which data a position counts in."""
-        return read_shard_manifest(self.reader.folder).hash
-
     def keep_decoded(self, limit_gib: float) -> None:
         """Decode every image once and keep it in memory."""
-        size, count = self.wanted.decoded_size or self._stored_size, sum(self.reader.counts)
+        size, count = self.spec.decoded_size or self._stored_size, sum(self.reader.counts)
         if size is None:
             raise InputError(
-                f"data.cache=true with a task that crops: the images of data={self.reader.folder} differ in size; "
+                f"data.cache=true with a task that crops: the images of {self.named} differ in size; "
                 "set data.cache=false, or pack them at one size."
             )
         needed = ImageCache.bytes_needed(count, size)
@@ -205,28 +207,27 @@ class ShardDataset(Dataset[Batch]):
             try:
                 return {**self._sample(place), "position": position, "skipped": skipped}
             except BAD_SAMPLE as error:
-                reason = f"{type(error).__name__}: {error}"
-                skipped.append(f"{self.reader.label(place.shard, place.sample)}: {reason}")
+                skipped.append(f"{self.reader.label(place.shard, place.sample)}: {reason(error)}")
         if self.train:
-            raise InputError(f"data={self.reader.folder}: {TRIES} samples in a row cannot be read ({skipped[-1]}).")
+            raise InputError(f"{self.named}: {TRIES} samples in a row cannot be read ({skipped[-1]}); pack them again.")
         return {"skipped": skipped}
 
     def _sample(self, place: Place) -> Batch:
         """One decoded sample; `flip` picks the same side for the image, its moments and all that lies on it."""
         key, files = self.reader.read(place.shard, place.sample)
-        sample: Batch = {"key": key, **decode_fields(files, self.wanted.fields)}
-        flipped = self.wanted.flip and image_random(self._seed, place.epoch, key).random() < 0.5
-        if self.wanted.moments:
-            sample["moments"] = decode_moments(files, view=int(flipped))
-        for name in self.wanted.states:
+        sample: Batch = {"key": key, **required_fields(files, self.spec.fields, self._classes)}
+        flipped = self.spec.flip and image_random(self._seed, place.epoch, key).random() < 0.5
+        if self.spec.moments:
+            sample["moments"] = decode_moments(files, int(flipped), self._moment_shape)
+        for name in self.spec.states:
             sample[states_field(name)] = decode_states(files, name, view=int(flipped))  # (L, D)
-        if self.wanted.images:
+        if self.spec.images:
             sample["image"] = self._image(place, files)  # (3, H, W)
-        sample |= decode_parts(files, self.wanted.parts - {"image"}, self.wanted.decoded_size)
+        sample |= decode_parts(files, self.spec.parts - {"image"}, self.spec.decoded_size)
         if flipped:
             sample = mirrored_sample(sample)
-        if self.wanted.task:
-            sample |= self.wanted.task.give(sample, image_random(self._seed, place.epoch, f"{key}#task"))
+        if self.spec.task:
+            sample |= self.spec.task.give(sample, image_random(self._seed, place.epoch, f"{key}#task"))
         return sample
 
     def _image(self, place: Place, files: Files) -> NDArray[np.uint8]:
@@ -234,40 +235,69 @@ class ShardDataset(Dataset[Batch]):
         index = self.reader.index(place.shard, place.sample)
         image = self._cache.get(index) if self._cache else None
         if image is None:
-            image = decode_image(files, self.wanted.decoded_size, self.background)
+            image = decode_image(files, self.spec.decoded_size, self.background)
             if self._cache:
                 self._cache.put(index, image)
         return image
 
-    def _first_sample(self) -> Batch:
-        """The first sample that can be read; a field that it lacks is a wrong option, not a bad sample."""
-        for position in range(min(len(self), TRIES)):
+    def _check_samples(self) -> None:
+        """Refuse fields and parts that most samples lack: that is a wrong option, not a bad sample.
+
+        Looks at samples all over the set, as many as TRIES; unreadable ones say nothing.
+        """
+        count = min(len(self), TRIES)
+        readable, unfit, partless = 0, dict[str, str](), dict[str, tuple[str, str]]()
+        for position in (number * len(self) // count for number in range(count)):
             place = self.order.locate(position)
             label = self.reader.label(place.shard, place.sample)
             try:
                 files = self.reader.read(place.shard, place.sample)[1]
-                check_fields(label, files, self.wanted.fields)
-                check_parts(label, files, self.wanted.parts - {"image"})
+                if missing := missing_part(files, self.spec.parts - {"image"}):
+                    partless[label] = missing
+            except BAD_SAMPLE:
+                continue
+            readable += 1
+            try:
+                required_fields(files, self.spec.fields, self._classes)
+            except (KeyError, ValueError) as error:
+                unfit[label] = str(error)
+        if 2 * len(unfit) > readable:
+            label, why = next(iter(unfit.items()))
+            raise InputError(
+                f"data.fields={list(self.spec.fields)}: {len(unfit)} of {readable} samples of {self.named} have none "
+                f"that can be used: sample {label} has {why}; name fields the data carry, or pack them with "
+                "`ldmlab pack`."
+            )
+        if 2 * len(partless) > readable:
+            label, (part, stored) = next(iter(partless.items()))
+            raise InputError(
+                f"task: it starts from {part}, but sample {label} has no {stored}, nor have {len(partless)} of "
+                f"{readable} that were looked at; add it to the shards, or choose another task."
+            )
+
+    def _first_sample(self) -> Batch:
+        """The first sample that can be read: the form of batches in which none can."""
+        why = ""
+        for position in range(min(len(self), TRIES)):
+            place = self.order.locate(position)
+            try:
                 return {**self._sample(place), "position": position, "skipped": []}
-            except InputError:
-                raise
             except BAD_SAMPLE as error:
-                reason = f"{label}: {error}"
-        raise InputError(f"data={self.reader.folder}: none of the first samples can be read ({reason}); pack it again.")
+                why = f"{self.reader.label(place.shard, place.sample)}: {reason(error)}"
+        raise InputError(f"{self.named}: none of the first samples can be read ({why}); pack it again.")
 
+    def _kept_samples(self, keeps: Callable[[Mapping[str, Any]], bool]) -> list[list[int]]:
+        """Per shard the samples whose KEY.json is kept, each read once; unreadable ones stay, to be counted as such."""
+        kept = [
+            [sample for sample in range(count) if self._keeps(shard, sample, keeps)]
+            for shard, count in enumerate(self.reader.counts)
+        ]
+        if not any(kept):
+            raise InputError(f"task: it leaves out all images of {self.named}; loosen its limits.")
+        return kept
 
-def kept_samples(reader: ShardReader, keeps: Callable[[Mapping[str, Any]], bool]) -> list[list[int]]:
-    """Per shard the samples whose KEY.json is kept, each read once; unreadable ones stay, to be counted as such."""
-    kept: list[list[int]] = []
-    for shard, count in enumerate(reader.counts):
-        kept.append([sample for sample in range(count) if _keeps(reader, shard, sample, keeps)])
-    if not any(kept):
-        raise InputError(f"task: it leaves out all images of data={reader.folder}; loosen its limits.")
-    return kept
-
-
-def _keeps(reader: ShardReader, shard: int, sample: int, keeps: Callable[[Mapping[str, Any]], bool]) -> bool:
-    try:
-        return keeps(sample_fields(reader.read(shard, sample)[1]))
-    except BAD_SAMPLE:
-        return True
+    def _keeps(self, shard: int, sample: int, keeps: Callable[[Mapping[str, Any]], bool]) -> bool:
+        try:
+            return keeps(checked_fields(sample_fields(self.reader.read(shard, sample)[1]), (BOXES,)))
+        except BAD_SAMPLE:
+            return True

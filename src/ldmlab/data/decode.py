@@ -3,12 +3,12 @@
 No decoder named here unpickles or starts a program.
 """
 
-import io
 import json
 import math
+import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -16,16 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldmlab.annotations import WHOLE, centre_square, checked, cropped, mirrored, mirrored_box, nearest, within
-from ldmlab.data.shards import Files, image_ending, sample_fields
+from ldmlab.annotations import WHOLE, centre_square, checked_crop, cropped, mirrored, mirrored_box, nearest, within
+from ldmlab.data.fields import checked_fields, required_fields, sample_fields
+from ldmlab.data.shards import Files, image_ending
 from ldmlab.data.transforms import to_rgb
-from ldmlab.errors import InputError
+from ldmlab.open_image import open_image
 
 # what reading and decoding raise on a damaged sample; everything else is a fault of ours
-BAD_SAMPLE: tuple[type[Exception], ...] = (
-    *(OSError, ValueError, KeyError, EOFError, SyntaxError),
-    *(tarfile.TarError, zlib.error, Image.DecompressionBombError),
+BAD_SAMPLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, EOFError, tarfile.TarError, zlib.error)
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '<(f[248])', 'fortran_order': False, 'shape': \(((?:[1-9]\d{0,8}, )*[1-9]\d{0,8},?)\), \} *\n"
 )
+_NPY_START = b"\x93NUMPY\x01\x00"
+MAPS = {"segmentation": "seg.png", "mask": "mask.png"}
+_TURNED = (5, 6, 7, 8)  # values of the orientation tag that exchange width and height
+_ORIENTATION = 0x0112
+_WHITE = 128  # a mask's pixel from here on is hole
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a sample, in a few words."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def decode_image(files: Files, size: int | None, background: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -33,8 +44,7 @@ def decode_image(files: Files, size: int | None, background: tuple[int, int, int
     ending = image_ending(files)
     if ending is None:
         raise KeyError(f"no image among its files ({', '.join(sorted(files))})")
-    with Image.open(io.BytesIO(files[ending])) as opened:
-        image = to_rgb(opened, background)
+    image = _decoded(open_image(files[ending]), lambda opened: to_rgb(opened, background))
     if size is not None and image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -43,17 +53,38 @@ def decode_image(files: Files, size: int | None, background: tuple[int, int, int
     return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
 
 
-def decode_moments(files: Files, view: int) -> NDArray[np.float32]:
-    """Moments of one view, float32 (2C or C, h, w), from a .npy of (views, 2C or C, h, w)."""
-    return stored_view(files["npy"], view, axes=4).astype(np.float32)
+def _decoded(opened: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`change` of an opened image; whatever a decoder raises on broken bytes becomes a ValueError."""
+    with opened:
+        try:
+            return change(opened)
+        except BAD_SAMPLE:
+            raise
+        except Exception as error:
+            raise ValueError(f"the image cannot be decoded ({reason(error)})") from error
+
+
+def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None) -> NDArray[np.float32]:
+    """Moments of one view, finite, float32 (2C or C, h, w), from a .npy of (views, 2C or C, h, w).
+
+    shape: of one view, as the manifest has it; a sample of another one is a bad one.
+    """
+    moments = stored_view(files["npy"], view, axes=4)
+    if shape is not None and moments.shape != shape:
+        raise ValueError(f"moments of shape {moments.shape} instead of {shape}")
+    if not np.isfinite(moments).all():
+        raise ValueError("moments that are not finite")
+    return moments.astype(np.float32)
 
 
 def stored_view(data: bytes, view: int, axes: int, one_serves: bool = False) -> NDArray[Any]:
     """One entry along the first axis of a .npy with that many axes, as stored; `one_serves`: a single one for all."""
     begin = 10 + int.from_bytes(data[8:10], "little")  # magic, version, length of the header, header
     shape, dtype = _npy_header(data[:begin])
+    if len(data) != begin + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"moments or states of {len(data) - begin} bytes, which shape {shape} does not fill")
     view = 0 if one_serves and shape[:1] == (1,) else view
-    if len(shape) != axes or view >= shape[0]:
+    if len(shape) != axes or view >= shape[0] or 0 in shape:
         raise ValueError(f"moments or states of shape {shape} have no view {view}")
     size = math.prod(shape[1:])
     return np.frombuffer(data, dtype, size, offset=begin + view * size * dtype.itemsize).reshape(shape[1:])
@@ -61,40 +92,12 @@ def stored_view(data: bytes, view: int, axes: int, one_serves: bool = False) -> 
 
 @lru_cache(maxsize=16)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type in the header of a .npy; numpy's parser takes half as long as all the rest of a read."""
-    file = io.BytesIO(header)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("moments or states in another version of .npy than 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran_order or dtype.kind != "f":
-        raise ValueError(f"moments or states stored as {dtype}, fortran_order={fortran_order}")
-    return shape, dtype
-
-
-def decode_fields(files: Files, fields: Sequence[str]) -> dict[str, Any]:
-    """The fields asked for, from KEY.json, KEY.txt (caption) and KEY.cls (class_id)."""
-    known = sample_fields(files)
-    missing = [name for name in fields if name not in known]
-    if missing:
-        raise KeyError(f"no field {', '.join(missing)} (it has {', '.join(sorted(known)) or 'none'})")
-    return {name: known[name] for name in fields}
-
-
-def check_fields(label: str, files: Files, fields: Sequence[str]) -> None:
-    """Refuse fields that the first sample of a data set lacks."""
-    try:
-        decode_fields(files, fields)
-    except KeyError as missing:
-        raise InputError(
-            f"data.fields={list(fields)}: sample {label} has {missing.args[0]}; "
-            "ask only for fields the data carry, or pack them with `ldmlab pack`."
-        ) from None
-
-
-MAPS = {"segmentation": "seg.png", "mask": "mask.png"}
-_TURNED = (5, 6, 7, 8)  # values of the orientation tag that exchange width and height
-_ORIENTATION = 0x0112
-_WHITE = 128  # a mask's pixel from here on is hole
+    """Shape and type in the header of a .npy, byte for byte as numpy writes it; its own parser evaluates the text."""
+    found = _NPY_HEADER.fullmatch(header, 10)
+    if not header.startswith(_NPY_START) or len(header) % 64 or found is None:
+        raise ValueError("moments or states in another form than .npy 1.0 of little-endian floats")
+    shape = tuple(int(number) for number in found[2].replace(b" ", b"").split(b",") if number)
+    return shape, np.dtype("<" + found[1].decode())
 
 
 def decode_parts(files: Files, parts: Iterable[str], size: int | None) -> dict[str, Any]:
@@ -106,10 +109,9 @@ def decode_parts(files: Files, parts: Iterable[str], size: int | None) -> dict[s
         elif name == "mask":
             found[name] = (_map(files, MAPS[name], size) >= _WHITE).astype(np.uint8)[None]
         elif name == "boxes":
-            fields = sample_fields(files)
-            if "boxes" not in fields:
-                raise KeyError("no field boxes")
-            found |= {"boxes": checked(fields["boxes"]), "crop": fields.get("crop", list(WHOLE))}
+            fields = required_fields(files, ("boxes",))
+            crop = sample_fields(files).get("crop", list(WHOLE))
+            found |= {"boxes": fields["boxes"], "crop": checked_crop(crop)}
             shape = image_shape(files) if size is not None else None
             if shape is not None:
                 found |= centre_cropped(found, *shape)
@@ -127,7 +129,7 @@ def centre_cropped(fields: dict[str, Any], width: int, height: int) -> dict[str,
 
 def boxes_following(files: Files) -> Files:
     """For an image that is about to be cropped to its centre square and left behind: boxes that follow it."""
-    fields = sample_fields(files)
+    fields = checked_fields(sample_fields(files), ("boxes",))
     shape = image_shape(files)
     if "boxes" not in fields or shape is None or shape[0] == shape[1]:
         return files
@@ -138,8 +140,8 @@ def _map(files: Files, ending: str, size: int | None) -> NDArray[Any]:
     """Numbers (H, W) of a greyscale or palette image."""
     if ending not in files:
         raise KeyError(f"no file KEY.{ending}")
-    with Image.open(io.BytesIO(files[ending]), formats=("PNG",)) as image:
-        values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    opened = open_image(files[ending], ("PNG",))
+    values = np.asarray(_decoded(opened, lambda image: image.convert("L") if image.mode == "1" else image.copy()))
     if values.ndim != 2:
         raise ValueError(f"KEY.{ending} has several channels; store one number a pixel")
     values = values if values.dtype == np.uint8 else values.astype(np.int64)
@@ -151,7 +153,7 @@ def image_shape(files: Files) -> tuple[int, int] | None:
     ending = image_ending(files)
     if ending is None:
         return None
-    with Image.open(io.BytesIO(files[ending])) as image:
+    with open_image(files[ending]) as image:
         return upright_size(image)
 
 
@@ -173,12 +175,11 @@ def mirrored_sample(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, **turned}
 
 
-def check_parts(label: str, files: Files, parts: Iterable[str]) -> None:
-    """Refuse a task for which the first sample of a data set has nothing."""
+def missing_part(files: Files, parts: Iterable[str]) -> tuple[str, str] | None:
+    """What a sample lacks of what a task starts from: the part, and how it is stored; None where it has all."""
     for part in sorted(parts):
-        stored = f"file KEY.{MAPS[part]}" if part in MAPS else f"field {part} in KEY.json"
-        if (part in MAPS and MAPS[part] not in files) or (part == "boxes" and part not in sample_fields(files)):
-            raise InputError(
-                f"task: it starts from {part}, but sample {label} has no {stored}; add it to the shards, "
-                "or choose another task."
-            )
+        if part in MAPS and MAPS[part] not in files:
+            return part, f"file KEY.{MAPS[part]}"
+        if part == "boxes" and part not in sample_fields(files):
+            return part, f"field {part} in KEY.json"
+    return None

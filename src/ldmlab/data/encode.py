@@ -3,10 +3,8 @@
 A finished shard has a small file in `.encoded/`; whoever finds all of them writes the manifest.
 """
 
-import fcntl
-import json
-import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldmlab.data.decode import BAD_SAMPLE, boxes_following, decode_fields, decode_image
+from ldmlab.data.decode import BAD_SAMPLE, boxes_following, decode_image, reason
+from ldmlab.data.fields import required_fields
 from ldmlab.data.latent_shards import (
     ENCODE_PLAN,
     EncodeStates,
@@ -28,12 +27,14 @@ from ldmlab.data.latent_shards import (
 )
 from ldmlab.data.loaders import IndexBatches, QuietLoader
 from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, check_shards, read_manifest, write_manifest
+from ldmlab.data.output_folder import open_plan
 from ldmlab.data.shards import Files, ShardReader, image_ending
 from ldmlab.errors import InputError
+from ldmlab.files import FileLock, disk_errors, locked
 from ldmlab.provenance import provenance
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
-_Encoders = tuple[EncodeMoments, EncodeStates | None]
+Progress = Callable[[int, int], None]
 _Image = tuple[str, NDArray[np.uint8], Files, dict[str, Any]]  # key, uint8 (3, H, W), travelling files, fields
 
 
@@ -61,7 +62,7 @@ class LatentSettings:
             )
 
     @property
-    def told(self) -> tuple[str, ...]:
+    def read_fields(self) -> tuple[str, ...]:
         """Fields of KEY.json that the stored states are made from."""
         reads = {field for made in (self.states or {}).values() for field in made["reads"]}
         return tuple(sorted(reads - {"reference"}))  # that is the image itself
@@ -87,65 +88,45 @@ def encode(
     batch_size: int = 32,
     workers: int = 0,
     max_bad: float = 0.01,  # share of unreadable images above which no manifest is written
-    progress: Callable[[int, int], None] | None = None,  # (done, total) images of this process
+    sha256: bool = False,  # check the shards' checksums first, not only their sizes
+    progress: Progress | None = None,  # (done, total) images of this process
     encode_states: EncodeStates | None = None,  # with settings.states
+    option: str = "data.train",  # what messages call `source`
 ) -> EncodeResult:
     """Encode shards rank, rank + world, ... of `source`; the same call again continues where it stopped."""
     source, out = Path(source), Path(out)
-    manifest = _source_manifest(source, settings)
-    open_plan(out, {"source": manifest.hash, **asdict(settings)})
+    manifest = _source_manifest(source, settings, sha256, option)
+    _begin(out, {"source": manifest.hash, **asdict(settings)})
     if (out / MANIFEST).exists():
         return EncodeResult(0, manifest.total, read_manifest(out))
-    mine = range(rank, len(manifest.shards), world)
-    todo = [shard for shard in mine if finished_shard(out, manifest, shard) is None]
-    total = sum(manifest.shards[shard].samples for shard in mine)
-    kept = done = total - sum(manifest.shards[shard].samples for shard in todo)
-    batches = iter(_loader(_Images(source, manifest, settings), todo, batch_size, workers))
-    encoders = encode_moments, encode_states
-    for shard in todo:
-        samples = manifest.shards[shard].samples
-        for encoded in _encode_shard(out, manifest.shards[shard], encoders, settings, batches, batch_size):
-            if progress:
-                progress(done + encoded, total)
-        done += samples
-    return EncodeResult(done - kept, kept, complete(out, manifest, settings, max_bad))
+    with locked(out / FINISHED / f"{_writer(rank)}.lock", f"OUT={out} is being encoded by another process"):
+        _remove_leftovers(out, rank)
+        mine = range(rank, len(manifest.shards), world)
+        todo = [shard for shard in mine if finished_shard(out, manifest, shard) is None]
+        batches = iter(_loader(_Images(source, manifest, settings), todo, batch_size, workers))
+        work = _Work(out, settings, encode_moments, encode_states, batches, batch_size, _writer(rank))
+        total = sum(manifest.shards[shard].samples for shard in mine)
+        kept = done = total - sum(manifest.shards[shard].samples for shard in todo)
+        for shard in todo:
+            for encoded in work.encode_shard(manifest.shards[shard]):
+                if progress:
+                    progress(done + encoded, total)
+            done += manifest.shards[shard].samples
+        return EncodeResult(done - kept, kept, complete(out, manifest, settings, max_bad, rank))
 
 
-def _source_manifest(source: Path, settings: LatentSettings) -> Manifest:
-    """Of images that carry all that is asked for; InputError otherwise."""
-    manifest = read_manifest(source)
+def _source_manifest(source: Path, settings: LatentSettings, sha256: bool, option: str) -> Manifest:
+    """Of images that carry all the fields that states are made from; InputError otherwise."""
+    manifest = read_manifest(source, option)
     if manifest.kind != "images":
-        raise InputError(f"data={source} holds {manifest.kind}, not images; give the image shards to encode.")
-    if missing := sorted(set(settings.told) - set(manifest.fields)):
+        raise InputError(f"{option}={source} holds {manifest.kind}, not images; give the image shards to encode.")
+    if missing := sorted(set(settings.read_fields) - set(manifest.fields)):
         raise InputError(
-            f"conditioner: its states are made from {missing[0]}, which data={source} does not carry (it has "
+            f"conditioner: its states are made from {missing[0]}, which {option}={source} does not carry (it has "
             f"{', '.join(manifest.fields) or 'no fields'}); leave the conditioner out, or pack the images with it."
         )
-    check_shards(source, manifest)
+    check_shards(source, manifest, sha256)
     return manifest
-
-
-def _encode_shard(
-    out: Path,
-    info: ShardInfo,
-    encoders: _Encoders,
-    settings: LatentSettings,
-    batches: Iterator["_Batch"],
-    batch_size: int,
-) -> Iterator[int]:
-    """Write one latent shard and its side file; yields the images seen after every batch."""
-    writer, skipped = LatentShardWriter(out / info.name, settings.latent_channels, settings.dtype), list[str]()
-    try:
-        for begin in range(0, info.samples, batch_size):
-            batch = next(batches)
-            _encode_batch(batch, *encoders, settings, writer)
-            skipped += batch.skipped
-            yield min(begin + batch_size, info.samples)
-        writer.finish(skipped).save(side_file(out, info.name))
-    except OSError as error:
-        raise InputError(f"OUT={out}: {info.name} cannot be written ({error}); run the same again to go on.") from error
-    finally:
-        writer.abandon()
 
 
 @dataclass
@@ -162,19 +143,18 @@ class _Images(Dataset[Any]):
 
     def __init__(self, folder: Path, manifest: Manifest, settings: LatentSettings) -> None:
         self.reader, self._settings = ShardReader(folder, manifest), settings
-        red, green, blue = manifest.transform.get("background") or (255, 255, 255)
-        self._background = (red, green, blue)
+        self._background = manifest.background
 
     def __getitem__(self, place: tuple[int, int]) -> "_Image | str":
         try:
             key, files = self.reader.read(*place)
             image = decode_image(files, self._settings.image_size, self._background)
-            fields = decode_fields(files, self._settings.told)
+            fields = required_fields(files, self._settings.read_fields)
+            if not self._settings.carries_images:
+                files = boxes_following(files)
+                files.pop(image_ending(files) or "")
         except BAD_SAMPLE as error:
-            return f"{self.reader.label(*place)}: {type(error).__name__}: {error}"
-        if not self._settings.carries_images:
-            files = boxes_following(files)
-            files.pop(image_ending(files) or "")
+            return f"{self.reader.label(*place)}: {reason(error)}"
         files.pop("npy", None)
         return key, image, files, fields
 
@@ -195,56 +175,70 @@ def _collate(items: list[_Image | str]) -> _Batch:
     good = [item for item in items if not isinstance(item, str)]
     images = torch.from_numpy(np.stack([image for _, image, _, _ in good])) if good else torch.empty(0)
     reasons = [item for item in items if isinstance(item, str)]
-    fields = {name: [told[name] for _, _, _, told in good] for name in (good[0][3] if good else ())}
+    fields = {name: [known[name] for _, _, _, known in good] for name in (good[0][3] if good else ())}
     return _Batch([key for key, _, _, _ in good], images, [files for _, _, files, _ in good], fields, reasons)
 
 
-def _encode_batch(
-    batch: _Batch,
-    encode_moments: EncodeMoments,
-    encode_states: EncodeStates | None,
-    settings: LatentSettings,
-    writer: LatentShardWriter,
-) -> None:
-    if not batch.keys:
-        return
-    views = [encode_moments(batch.images)]
-    if settings.mirrored:
-        views.append(encode_moments(batch.images.flip(-1)))
-    moments = torch.stack(views, dim=1).float().cpu().numpy()  # (B, views, 2C or C, h, w)
-    side = settings.image_size // settings.downsampling
-    if moments.shape[2] not in (settings.latent_channels, 2 * settings.latent_channels) or moments.shape[3] != side:
-        raise ValueError(f"moments of shape {moments.shape[2:]} do not fit {settings}")
-    states = encode_states(batch.images, batch.fields) if encode_states else {}
-    for index, (key, files) in enumerate(zip(batch.keys, batch.travelling, strict=True)):
-        stored = state_files(key, {name: values[index] for name, values in states.items()})
-        writer.write(key, moments[index], {**files, **stored})
+@dataclass(frozen=True)
+class _Work:
+    """The part of one process."""
+
+    out: Path
+    settings: LatentSettings
+    encode_moments: EncodeMoments
+    encode_states: EncodeStates | None
+    batches: Iterator[_Batch]
+    batch_size: int
+    writer: str  # part of the names of unfinished shards
+
+    def encode_shard(self, info: ShardInfo) -> Iterator[int]:
+        """Write one latent shard and its side file; yields the images seen after every batch."""
+        path, skipped = self.out / info.name, list[str]()
+        try:
+            with disk_errors(path):
+                writer = LatentShardWriter(path, self.settings.latent_channels, self.settings.dtype, self.writer)
+                try:
+                    for begin in range(0, info.samples, self.batch_size):
+                        batch = next(self.batches)
+                        self._encode_batch(batch, writer)
+                        skipped += batch.skipped
+                        yield min(begin + self.batch_size, info.samples)
+                    writer.finish(skipped).save(side_file(self.out, info.name))
+                finally:
+                    writer.abandon()
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error}); run the same command again to go on.") from error
+
+    def _encode_batch(self, batch: _Batch, writer: LatentShardWriter) -> None:
+        if not batch.keys:
+            return
+        views = [self.encode_moments(batch.images)]
+        if self.settings.mirrored:
+            views.append(self.encode_moments(batch.images.flip(-1)))
+        moments = torch.stack(views, dim=1).float().cpu().numpy()  # (B, views, 2C or C, h, w)
+        side, channels = self.settings.image_size // self.settings.downsampling, self.settings.latent_channels
+        if moments.shape[2] not in (channels, 2 * channels) or moments.shape[3] != side:
+            raise ValueError(f"moments of shape {moments.shape[2:]} do not fit {self.settings}")
+        states = self.encode_states(batch.images, batch.fields) if self.encode_states else {}
+        for index, (key, files) in enumerate(zip(batch.keys, batch.travelling, strict=True)):
+            stored = state_files(key, {name: values[index] for name, values in states.items()})
+            writer.write(key, moments[index], {**files, **stored})
 
 
 FINISHED = ".encoded"  # one file per finished shard
 _PLAN_TEMPORARY = "encode.tmp"
 
 
-def open_plan(out: Path, plan: dict[str, Any]) -> None:
+def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Make `out` ours, or refuse what other settings began; every process may come first."""
-    plan = json.loads(json.dumps(plan))  # tuples as lists, as they come back from the file
-    ours = {FINISHED, ENCODE_PLAN, _PLAN_TEMPORARY}  # another process may be just as far
-    if out.exists() and not (out / ENCODE_PLAN).exists() and {path.name for path in out.iterdir()} - ours:
+    ours = (FINISHED, ENCODE_PLAN)  # another process may be just as far
+    strange = [path.name for path in out.iterdir() if path.name not in ours] if out.is_dir() else []
+    if [name for name in strange if not name.startswith(f".{ENCODE_PLAN}.")] and not (out / ENCODE_PLAN).exists():
         raise InputError(f"OUT={out} holds something else than latents; choose a new folder.")
-    (out / FINISHED).mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        path = out / ENCODE_PLAN
-        if not path.exists():
-            temporary = out / _PLAN_TEMPORARY
-            temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-            os.replace(temporary, path)
-        before = json.loads(path.read_text(encoding="utf-8"))
-    if before.get("fingerprint") != plan["fingerprint"]:
-        raise InputError(f"OUT={out} holds latents of another first stage; choose a new folder.")
-    differing = [name for name in plan if before.get(name) != plan[name]]
-    if differing:
-        values = ", ".join(f"{name}={before.get(name)} there, {plan[name]} now" for name in differing)
-        raise InputError(f"OUT={out} was begun with other settings ({values}); use the same or choose a new folder.")
+    with disk_errors(out):
+        (out / FINISHED).mkdir(parents=True, exist_ok=True)
+    with _manifest_lock(out):
+        open_plan(out / ENCODE_PLAN, plan, f"OUT={out}", {"fingerprint": "latents of another first stage"})
 
 
 def side_file(out: Path, name: str) -> Path:
@@ -261,7 +255,7 @@ def finished_shard(out: Path, manifest: Manifest, shard: int) -> FinishedShard |
     return known
 
 
-def complete(out: Path, source: Manifest, settings: LatentSettings, max_bad: float) -> Manifest | None:
+def complete(out: Path, source: Manifest, settings: LatentSettings, max_bad: float, rank: int) -> Manifest | None:
     """Write the manifest if all shards of all processes are finished."""
     shards = [finished_shard(out, source, shard) for shard in range(len(source.shards))]
     done = [shard for shard in shards if shard is not None]
@@ -273,11 +267,10 @@ def complete(out: Path, source: Manifest, settings: LatentSettings, max_bad: flo
             f"encode: {len(skipped)} of {source.total} images cannot be read ({skipped[0]}), more than the allowed "
             f"share of {max_bad:g}; repair the shards, or allow a larger share and run the same command again."
         )
-    with _locked(out):
+    with _manifest_lock(out):
         if not (out / MANIFEST).exists():
             write_manifest(out, _manifest(source, settings, done, skipped))
-            for leftover in out.glob("*.tmp"):  # of killed processes
-                leftover.unlink(missing_ok=True)
+            _remove_leftovers(out, rank)
     return read_manifest(out)
 
 
@@ -291,7 +284,7 @@ def _manifest(source: Manifest, settings: LatentSettings, done: list[FinishedSha
         split=source.split,
         shards=[shard.info for shard in done if shard.info],
         fields=source.fields,
-        picture_size=source.picture_size if settings.carries_images else settings.image_size,
+        image_size=source.image_size if settings.carries_images else settings.image_size,
         transform=source.transform,
         source=source.source,
         licence=source.licence,
@@ -307,15 +300,20 @@ def _manifest(source: Manifest, settings: LatentSettings, done: list[FinishedSha
     )
 
 
-class _locked:
-    """One process at a time; the system frees the lock of a killed one."""
+def _manifest_lock(out: Path) -> AbstractContextManager[None]:
+    """Held for a moment by one process at a time; the others wait."""
+    return locked(out / FINISHED / "lock", f"OUT={out} is being written", wait=True, quiet=True)
 
-    def __init__(self, out: Path) -> None:
-        self._path = out / FINISHED / "lock"
 
-    def __enter__(self) -> None:
-        self._lock = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+def _remove_leftovers(out: Path, rank: int) -> None:
+    """Delete unfinished shards of processes that have ended, this rank's earlier ones included."""
+    for path in out.glob("*.tmp"):
+        writer = path.name.split(".")[-2]
+        lock = FileLock(out / FINISHED / f"{writer}.lock")
+        if writer == _writer(rank) or lock.take():
+            path.unlink(missing_ok=True)
+        lock.release()
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+
+def _writer(rank: int) -> str:
+    return f"rank-{rank}"

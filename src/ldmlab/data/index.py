@@ -1,18 +1,17 @@
 """The manifest of tars made by others, for instance by img2dataset: each is read once, none is changed."""
 
-import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
+from ldmlab.data.fields import CAPTION, stored_fields
 from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
-from ldmlab.data.output_folder import readable_error
-from ldmlab.data.shards import IMAGE_ENDINGS, scan_tar
+from ldmlab.data.output_folder import BAD
+from ldmlab.data.shards import IMAGE_ENDINGS, Files, image_ending, scan_tar
 from ldmlab.data.workers import in_order
 from ldmlab.errors import InputError
+from ldmlab.files import write_json
+from ldmlab.open_image import open_image
 from ldmlab.provenance import provenance
 
 
@@ -24,7 +23,18 @@ class _Seen:
     fields: dict[str, None] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
     images: int = 0
+    with_caption: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)  # "SHARD: KEY", reason
     fault: str | None = None  # why the tar cannot be used
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The manifest, and what the loaders will find in its samples."""
+
+    manifest: Manifest
+    bad: list[tuple[str, str]]  # samples that will be skipped: name, reason
+    without_caption: int  # 0 where no sample has one
 
 
 def index(
@@ -36,7 +46,20 @@ def index(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,  # tars done, of how many
 ) -> Manifest:
-    """Writes `manifest.json` beside the tars."""
+    """Writes `manifest.json` beside the tars; see `index_tars`."""
+    return index_tars(tars, split=split, origin=origin, licence=licence, workers=workers, progress=progress).manifest
+
+
+def index_tars(
+    tars: list[Path],
+    *,
+    split: str = "train",
+    origin: str = "",
+    licence: str = "",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,  # tars done, of how many
+) -> Indexed:
+    """Writes `manifest.json` beside the tars, and `bad.json` if some samples cannot be used."""
     paths = _paths(tars)
     seen: list[_Seen] = []
     for one in in_order(_look, paths, min(workers, len(paths))):
@@ -53,17 +76,18 @@ def index(
         split=split,
         shards=[one.info for one in seen if one.info],
         fields=list(dict.fromkeys(name for one in seen for name in one.fields)),
-        picture_size=width if width == height else None,
+        image_size=width if width == height else None,
         transform={},
         source=origin,
         licence=licence,
         provenance=provenance(),
     )
-    try:
-        write_manifest(paths[0].parent, manifest)
-    except OSError as error:
-        raise InputError(f"TARS={paths[0].parent}: the manifest cannot be written ({readable_error(error)}).") from None
-    return manifest
+    bad = [entry for one in seen for entry in one.bad]
+    if bad:
+        write_json(paths[0].parent / BAD, [{"name": name, "reason": reason} for name, reason in bad])
+    write_manifest(paths[0].parent, manifest)
+    captions = sum(one.with_caption for one in seen)
+    return Indexed(manifest, bad, manifest.total - captions if captions else 0)
 
 
 def _paths(tars: list[Path]) -> list[Path]:
@@ -83,27 +107,45 @@ def _paths(tars: list[Path]) -> list[Path]:
 def _look(path: Path) -> _Seen:
     """Scans one tar; a fault comes back as its sentence."""
     seen = _Seen()
+    samples: dict[str, Files] = {}  # the one being scanned
 
     def visit(key: str, ending: str, content: bytes) -> None:
-        if ending in IMAGE_ENDINGS:
-            seen.images += 1
-            try:
-                seen.sizes.add(Image.open(io.BytesIO(content)).size)
-            except Exception:  # a broken image is the loader's to skip and count
-                seen.sizes.add((0, 0))
-        elif ending == "json" and not seen.fields:
-            fields = json.loads(content)
-            seen.fields.update(dict.fromkeys(fields if isinstance(fields, dict) else {}))
-        elif ending in ("txt", "cls"):
-            seen.fields.setdefault("caption" if ending == "txt" else "class_id")
+        if key not in samples:
+            _take(seen, path, samples)
+            samples.clear()
+        samples.setdefault(key, {})[ending] = content
 
     try:
         scan = scan_tar(path, visit)
+        _take(seen, path, samples)
         if not seen.images:
             raise InputError(f"shard {path} holds no images ({', '.join(IMAGE_ENDINGS)}); leave it out.")
-        seen.info = ShardInfo(path.name, len(scan.keys), scan.bytes, scan.sha256, scan.offsets)
+        seen.info = scan.info(path.name)
     except InputError as error:
         seen.fault = str(error)
-    except ValueError as error:
-        seen.fault = f"shard {path} holds a .json that is none ({error}); mend it or leave it out."
     return seen
+
+
+def _take(seen: _Seen, path: Path, samples: dict[str, Files]) -> None:
+    """Counts a sample in, and notes why the loaders will skip it if they will."""
+    for key, files in samples.items():
+        try:
+            ending = image_ending(files)
+            if ending is None:
+                raise ValueError(f"no image among its files ({', '.join(sorted(files))})")
+            seen.images += 1
+            seen.sizes.add(_size(ending, files[ending]))
+            fields = stored_fields(files)
+        except Exception as error:  # whatever a decoder raises on broken bytes
+            seen.bad.append((f"{path.name}: {key}", str(error) or type(error).__name__))
+            continue
+        seen.fields.update(dict.fromkeys(fields))
+        seen.with_caption += CAPTION in fields
+
+
+def _size(ending: str, content: bytes) -> tuple[int, int]:
+    """Width and height, from the image's header."""
+    if ending in ("jpg", "jpeg", "png") and not content[-16:].strip(b"\0"):
+        raise ValueError("its image ends in zeros, as an unfinished download does")
+    with open_image(content) as image:
+        return image.size

@@ -8,7 +8,6 @@ conditioner's; views is 1 where the encoder reads no image (captions), else that
 """
 
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldmlab.data.decode import stored_view
-from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_atomically
+from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
 from ldmlab.data.shards import Files, ShardFile, tar_bytes
 from ldmlab.errors import InputError
+from ldmlab.files import read_json, write_json
 
 ENCODE_PLAN = "encode.json"  # beside latent shards: what they were begun with
 LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it
@@ -86,24 +86,26 @@ class FinishedShard:
 
     def save(self, path: Path) -> None:
         """Written last, so that a shard with this file is whole."""
-        write_atomically(path, json.dumps(asdict(self)))
+        write_json(path, asdict(self))
 
     @staticmethod
     def load(path: Path) -> "FinishedShard | None":
         """None where the shard is not finished."""
-        if not path.exists():
+        try:
+            content = read_json(path)
+            info = ShardInfo(**content["info"]) if content["info"] else None
+            sums = Statistics(**content["statistics"])
+            return FinishedShard(info, sums, content["moment_channels"], content["skipped"])
+        except (KeyError, TypeError):
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-        info = ShardInfo(**content["info"]) if content["info"] else None
-        return FinishedShard(info, Statistics(**content["statistics"]), content["moment_channels"], content["skipped"])
 
 
 class LatentShardWriter:
     """One latent shard, under a temporary name until it is complete."""
 
-    def __init__(self, path: Path, channels: int, dtype: str) -> None:
+    def __init__(self, path: Path, channels: int, dtype: str, writer: str = "") -> None:
         self._channels, self._dtype = channels, np.dtype(dtype)
-        self._file = ShardFile(path)
+        self._file = ShardFile(path, writer)
         self.statistics, self._moment_channels = Statistics(), 0
 
     def write(self, key: str, moments: NDArray[np.float32], travelling: Files) -> None:
@@ -131,11 +133,19 @@ class LatentShardWriter:
         self._file.abandon()
 
 
-def read_shard_manifest(folder: Path | str) -> Manifest:
+def read_shard_manifest(folder: Path | str, option: str = "data") -> Manifest:
     """The manifest of image or latent shards; an interrupted encode is named as such."""
     if (Path(folder) / ENCODE_PLAN).exists() and not (Path(folder) / MANIFEST).exists():
-        raise InputError(f"data={folder} is an unfinished encode; run the same `ldmlab encode` again to finish it.")
-    return read_manifest(folder)
+        raise InputError(f"{option}={folder} is an unfinished encode; run the same `ldmlab encode` again to finish it.")
+    return read_manifest(folder, option)
+
+
+def moment_shape(latents: Mapping[str, Any] | None) -> tuple[int, int, int]:
+    """Shape of the moments of one view, (2C or C, h, w), by the manifest of their shards."""
+    found = latents or {}
+    channels = found["latent_channels"] * (2 if found["has_logvar"] else 1)
+    side = found["image_size"] // found["downsampling"]
+    return channels, side, side
 
 
 def check_fingerprint(folder: Path | str, manifest: Manifest, fingerprint: str) -> None:
@@ -172,7 +182,10 @@ def state_files(key: str, states: Mapping[str, NDArray[np.float32]]) -> Files:
 
 def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:
     """What conditioner `name` says of one view, float16 (L, D)."""
-    return stored_view(files[_ending(name)], view, axes=3, one_serves=True).copy()
+    states = stored_view(files[_ending(name)], view, axes=3, one_serves=True)
+    if not np.isfinite(states).all():
+        raise ValueError(f"states of conditioner.{name} that are not finite")
+    return states.copy()
 
 
 def _ending(name: str) -> str:

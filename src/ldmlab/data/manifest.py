@@ -2,17 +2,24 @@
 
 import hashlib
 import json
-import os
+import math
+import re
+import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ldmlab import format1
 from ldmlab.errors import InputError
+from ldmlab.files import open_regular, write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without checksums of samples
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # beside shards of a pack; without a manifest it marks an interrupted one
+LARGEST_SIDE = 1 << 16  # px
 _BLOCK_BYTES = 1 << 20
+_SHARD_NAME = re.compile(r"[^/\\\0]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class ShardInfo:
     bytes: int
     sha256: str
     offsets: list[int]  # byte offset of each sample's first tar header
+    crc32c: str = ""  # 8 hexadecimal digits a sample, of its bytes; empty in format 1
 
     def byte_range(self, sample: int) -> tuple[int, int]:
         """First byte and end of a sample; the last one's end takes in the end marker, which tar readers stop at."""
@@ -39,7 +47,7 @@ class Manifest:
     split: str  # train | val | ...
     shards: list[ShardInfo]
     fields: list[str]  # names in KEY.json
-    picture_size: int | None  # side of the square images, None if they differ
+    image_size: int | None  # side of the square images, None if they differ
     transform: dict[str, Any]  # size, rule, background, format, quality
     source: str
     licence: str
@@ -48,6 +56,7 @@ class Manifest:
     latents: dict[str, Any] | None = None  # fingerprint, statistics, views
     extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    hash_as_read: str | None = field(default=None, compare=False, repr=False)  # of a file of format 1
 
     @property
     def total(self) -> int:
@@ -56,78 +65,187 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the content; where and when it was made is left out."""
-        content = {name: value for name, value in asdict(self).items() if name != "provenance"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the content; where and when it was made is left out.
+
+        It is the one of format 1, so that the same shards with and without checksums of samples are the same data.
+        """
+        return self.hash_as_read or format1.manifest_hash(_content(self))
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """Colour to lay under transparent pixels of tars made by others."""
+        red, green, blue = self.transform.get("background") or (255, 255, 255)
+        return red, green, blue
 
 
-def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of `folder`, checked for shape and version."""
-    folder = Path(folder)
+def _content(manifest: Manifest) -> dict[str, Any]:
+    """As it is written, shards included."""
+    content = {item.name: getattr(manifest, item.name) for item in fields(manifest) if item.name != "hash_as_read"}
+    return {**content, "shards": [asdict(shard) for shard in manifest.shards]}
+
+
+def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
+    """The manifest of `folder`, checked for shape, version and against itself; `option`: what messages call it."""
+    path = Path(folder) / MANIFEST
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
     except FileNotFoundError:
-        raise InputError(_missing(folder)) from None
+        raise InputError(_missing(str(folder), option)) from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply to be a manifest; pack or index the folder again.") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / MANIFEST} cannot be read ({error}); pack or index the folder again.") from None
+        raise InputError(f"{path} cannot be read ({error}); pack or index the folder again.") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{folder / MANIFEST} has format_version={version}, this ldmlab reads {FORMAT_VERSION}.")
+    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+        raise InputError(
+            f"{path} has format_version={str(version)[:40]}, this ldmlab reads 1 and {FORMAT_VERSION}; "
+            "pack or index the folder again, or use the ldmlab that wrote it."
+        )
     try:
-        shards = [ShardInfo(**shard) for shard in content.pop("shards")]
-        return Manifest(shards=shards, **content)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST} is not a manifest of ours ({error}); pack or index again.") from None
+        hash_as_read = format1.manifest_hash(content) if version == 1 else None
+        content = format1.manifest(content) if version == 1 else content
+        shards = [_checked_shard(shard) for shard in _listed(content.pop("shards", None), "shards", dict)]
+        if len({shard.name for shard in shards}) < len(shards):
+            raise ValueError("it lists a shard twice")
+        manifest = Manifest(shards=shards, **content, hash_as_read=hash_as_read)
+        _check(manifest)
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise InputError(f"{path} is not a manifest of ours ({reason}); pack or index again.") from None
+    return manifest
 
 
-def _missing(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"data={folder} is not a folder; give a folder of shards as `ldmlab pack` writes it."
-    if (folder / PLAN).exists():
-        return f"data={folder} has no {MANIFEST} because its pack was interrupted; run the same `ldmlab pack` again."
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+def _is_count(value: Any, least: int = 0, most: int = 1 << 62) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _listed(value: Any, name: str, kind: type) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+        raise ValueError(f"{name} is no list of {kind.__name__}")
+    return value
+
+
+def _checked_shard(shard: dict[str, Any]) -> ShardInfo:
+    info = ShardInfo(**shard)
+    if not isinstance(info.name, str) or not _SHARD_NAME.fullmatch(info.name) or info.name in (".", ".."):
+        raise ValueError(f"shard {str(info.name)[:80]!r} has no name of a file in its folder")
+    if not _is_count(info.samples, 1) or not _is_count(info.bytes, 1):
+        raise ValueError(f"shard {info.name} has samples={info.samples!r:.40} and bytes={info.bytes!r:.40}")
+    offsets = _listed(info.offsets, f"offsets of shard {info.name}", int)
+    if len(offsets) != info.samples:
+        raise ValueError(f"shard {info.name} has samples={info.samples} and {len(offsets)} offsets")
+    if not offsets[0] >= 0 or not all(a < b for a, b in zip(offsets, [*offsets[1:], info.bytes], strict=True)):
+        raise ValueError(f"the offsets of shard {info.name} do not rise from 0 to its {info.bytes} bytes")
+    if not isinstance(info.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", info.sha256):
+        raise ValueError(f"shard {info.name} has no SHA-256")
+    sums = info.crc32c
+    if not isinstance(sums, str) or len(sums) not in (0, 8 * info.samples) or not re.fullmatch("[0-9a-f]*", sums):
+        raise ValueError(f"shard {info.name} has not one CRC32C a sample")
+    return info
+
+
+def _check(manifest: Manifest) -> None:
+    """Types and ranges of everything that is read from a manifest."""
+    texts = {name: getattr(manifest, name) for name in ("split", "source", "licence")}
+    if wrong := [name for name, value in texts.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong[0]} is no text")
+    if manifest.kind not in ("images", "latents"):
+        raise ValueError(f"kind={manifest.kind!r:.40} is neither images nor latents")
+    _listed(manifest.fields, "fields", str)
+    if manifest.image_size is not None and not _is_count(manifest.image_size, 1, LARGEST_SIDE):
+        raise ValueError(f"image_size={manifest.image_size!r:.40} is no side of an image in pixels")
+    for name in ("transform", "provenance", "extra"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name} is no object")
+    colour = manifest.transform.get("background")
+    if colour is not None and not (
+        isinstance(colour, list) and len(colour) == 3 and all(_is_count(part, 0, 255) for part in colour)
+    ):
+        raise ValueError(f"transform.background={colour!r:.40} is no colour of three numbers 0 .. 255")
+    if manifest.classes is not None:
+        _listed(manifest.classes, "classes", str)
+    if manifest.latents is not None or manifest.kind == "latents":
+        _check_latents(manifest.latents)
+
+
+_LATENT_KEYS: dict[str, Callable[[Any], bool]] = {
+    "fingerprint": lambda value: isinstance(value, str),
+    "latent_channels": lambda value: _is_count(value, 1, 1 << 16),
+    "downsampling": lambda value: _is_count(value, 1, LARGEST_SIDE),
+    "image_size": lambda value: _is_count(value, 1, LARGEST_SIDE),
+    "mirrored": lambda value: isinstance(value, bool),
+    "has_logvar": lambda value: isinstance(value, bool),
+    "states": lambda value: value is None or (isinstance(value, dict) and all(map(_is_state, value.values()))),
+    "statistics": lambda value: isinstance(value, dict) and _are_statistics(value),
+}
+
+
+def _is_state(made: Any) -> bool:
+    reads = made.get("reads") if isinstance(made, dict) else None
+    return isinstance(reads, list) and all(isinstance(name, str) for name in reads)
+
+
+def _are_statistics(found: dict[str, Any]) -> bool:
+    lists = [found["mean"], found["std"]]
+    if not all(isinstance(values, list) and values for values in lists):
+        return False
+    numbers = [*lists[0], *lists[1], found["overall_mean"], found["overall_std"]]
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
+
+
+def _check_latents(latents: Any) -> None:
+    if not isinstance(latents, dict):
+        raise ValueError("latents is no object")
+    for name, fits in _LATENT_KEYS.items():
+        if name not in latents and name == "states":
+            continue
+        if not fits(latents[name]):
+            raise ValueError(f"latents.{name}={str(latents[name])[:60]} cannot be used")
+
+
+def _missing(folder: str, option: str) -> str:
+    named = f"{option}={folder}"
+    if "://" in folder:
+        return f"{named} is an address; ldmlab reads shards from folders: copy them to a disk or mount the store."
+    where = Path(folder)
+    if not where.is_dir():
+        return f"{named} is not a folder; give a folder of shards as `ldmlab pack` writes it."
+    if (where / PLAN).exists():
+        return f"{named} has no {MANIFEST} because its pack was interrupted; run the same `ldmlab pack` again."
+    inside = sorted(path.parent.name for path in where.glob(f"*/{MANIFEST}"))
     if inside:
-        return f"data={folder} has no {MANIFEST}, but its folders {', '.join(inside)} have; name one of them."
-    if any(folder.glob("*.tar")):
-        return f"data={folder} holds shards without {MANIFEST}; write it with `ldmlab index {folder}`."
-    return f"data={folder} holds neither shards nor {MANIFEST}; make them with `ldmlab pack SOURCE {folder}`."
+        return f"{named} has no {MANIFEST}, but its folders {', '.join(inside)} have; name one of them."
+    if any(where.glob("*.tar")):
+        return f"{named} holds shards without {MANIFEST}; write it with `ldmlab index {folder}`."
+    return f"{named} holds neither shards nor {MANIFEST}; make them with `ldmlab pack SOURCE {folder}`."
 
 
 def write_manifest(folder: Path | str, manifest: Manifest) -> None:
     """Writes by atomic rename; one line a shard, so that a person can read the rest."""
-    content = {item.name: getattr(manifest, item.name) for item in fields(manifest) if item.name != "shards"}
+    content = _content(manifest)
+    shards = ",\n".join("  " + json.dumps(shard, separators=(",", ":")) for shard in content.pop("shards"))
     head = json.dumps(content, ensure_ascii=False, indent=1).removesuffix("\n}")
-    shards = ",\n".join("  " + json.dumps(asdict(shard), separators=(",", ":")) for shard in manifest.shards)
-    write_atomically(Path(folder) / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n')
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(Path(folder) / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n')
 
 
 def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -> None:
-    """Every shard is there with the size (and, if asked, the checksum) its manifest says."""
+    """Every shard is there with the size (and, with `sha256`, the checksum) its manifest says."""
     for shard in manifest.shards:
         path = Path(folder) / shard.name
         try:
-            size = path.stat().st_size
+            found = path.stat()
         except OSError:
             raise InputError(
                 f"shard {path} is missing although its manifest lists it; copy or pack it again."
             ) from None
-        if size != shard.bytes:
-            how = "shorter" if size < shard.bytes else "longer"
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"shard {path} is no regular file; copy or pack it again.")
+        if found.st_size != shard.bytes:
+            how = "shorter" if found.st_size < shard.bytes else "longer"
             raise InputError(
-                f"shard {path} has {size} bytes, {how} than its manifest says ({shard.bytes}); copy or pack it again."
+                f"shard {path} has {found.st_size} bytes, {how} than its manifest says ({shard.bytes}); "
+                "copy or pack it again."
             )
         if sha256 and file_sha256(path) != shard.sha256:
             raise InputError(f"shard {path} has another checksum than its manifest says; copy or pack it again.")
@@ -136,7 +254,7 @@ def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -
 def file_sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -1,45 +1,32 @@
-"""The folder a command writes shards to: used by one process at a time, and never mixed with something else."""
+"""The folder a command writes shards to: never mixed with something else, and continued only with the same options."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.manifest import MANIFEST, PLAN, write_atomically
+from ldmlab.data.manifest import MANIFEST, PLAN
 from ldmlab.errors import InputError
+from ldmlab.files import disk_errors, locked, read_json, write_json
 
+BAD = "bad.json"  # beside a manifest: samples or images that cannot be used, with the reasons
 _LOCK = ".lock"
-_WELCOME = (_LOCK, "README.md", "LICENSE")  # may lie beside the splits
-
-
-def readable_error(error: OSError) -> str:
-    """The system's words, without its number."""
-    return (error.strerror or str(error)).lower()
+_SHOWN = 3  # changed options named
+_WELCOME = (_LOCK, f"{_LOCK}.held", "README.md", "LICENSE")  # may lie beside the splits
 
 
 @contextmanager
 def folder_in_use(out: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock; the system frees it even after a kill."""
+    """Makes the folder and holds its lock."""
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT={out} is a file; give a folder.")
     if out.is_dir():
         _refuse_strangers(out)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_ino != os.stat(out / _LOCK).st_ino:  # its last holder has just removed it
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise InputError(f"OUT={out} is in use by another process; wait for it or choose another folder.") from None
-        yield
-        (out / _LOCK).unlink(missing_ok=True)
-    finally:
-        os.close(lock)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / _LOCK, f"OUT={out} is in use by another process", remove=True):
+            yield
 
 
 def _refuse_strangers(out: Path) -> None:
@@ -49,29 +36,33 @@ def _refuse_strangers(out: Path) -> None:
             raise InputError(f"OUT={out} holds something else ({path.name}); choose a new folder.")
 
 
-def open_plan(out: Path, split: str, plan: dict[str, Any]) -> bool:
-    """Stores the plan of a split or compares it with the one there; True if the split is complete."""
-    folder = out / split
-    folder.mkdir(exist_ok=True)
-    path = folder / PLAN
+def open_plan(path: Path, plan: dict[str, Any], named: str, special: Mapping[str, str] | None = None) -> None:
+    """Store what a folder is begun with, or compare it with what is there; the caller holds its lock.
+
+    named: what messages call the folder; special: keys of `plan` whose values are hashes => what differs, in words.
+    """
+    plan = json.loads(json.dumps(plan))  # tuples as lists, as they come back from the file
     if not path.exists():
-        if (folder / MANIFEST).exists():
-            raise InputError(f"OUT={out} already holds a {split} split made otherwise; choose a new folder.")
-        write_atomically(path, json.dumps(plan, indent=1) + "\n")
-        return False
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before != plan:
-        raise InputError(f"OUT={out} was begun {_difference(before, plan)}; use the same again or choose a new folder.")
-    return (folder / MANIFEST).exists()
+        write_json(path, plan)
+        return
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise InputError(f"{named} cannot be continued because its {path.name} is damaged; choose a new folder.")
+    if before == plan:
+        return
+    for key, words in (special or {}).items():
+        if before.get(key) != plan[key]:
+            raise InputError(f"{named} was begun with {words}; use the same again or choose a new folder.")
+    changes = difference(before, plan) or ["options of another version of ldmlab"]
+    raise InputError(f"{named} was begun with {', '.join(changes)}; use the same again or choose a new folder.")
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What changed, in words."""
-    if before["options"] == now["options"]:
-        return "with other images or captions in SOURCE"
-    flat, new = _flat(before["options"]), _flat(now["options"])
-    changed = [f"{name}={flat.get(name)} (now {new.get(name)})" for name in new if flat.get(name) != new.get(name)]
-    return "with " + ", ".join(changed)
+def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changed, as "NAME=before (now VALUE)" for each option."""
+    flat, new = _flat(before), _flat(now)
+    names = [name for name in {**flat, **new} if flat.get(name) != new.get(name)]
+    shown = [f"{name}={flat.get(name)} (now {new.get(name)})" for name in names[:_SHOWN]]
+    return shown + ([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_atomically, write_manifest
-from ldmlab.data.output_folder import folder_in_use, open_plan, readable_error
+from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, ShardInfo, read_manifest, write_manifest
+from ldmlab.data.output_folder import BAD, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
 from ldmlab.data.shards import ShardFile
 from ldmlab.data.sources import Item, Source, with_fields
@@ -23,9 +23,9 @@ from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
 from ldmlab.data.workers import in_order, processors
 from ldmlab.errors import InputError
+from ldmlab.files import read_json, write_json
 from ldmlab.provenance import provenance
 
-BAD = "bad.json"
 _PART = 8  # images a worker takes at once
 Progress = Callable[[int, int], None]  # images done, of how many
 Encode = Callable[[list[Item]], Part]  # a part of a shard; runs in workers
@@ -65,15 +65,15 @@ class PackedShard:
     def save(self, folder: Path) -> None:
         """Written last, so that a shard with this file is whole."""
         side = {name: value for name, value in asdict(replace(self, items=[])).items() if name != "items"}
-        write_atomically(self.side_file(folder), json.dumps(side))
+        write_json(self.side_file(folder), side)
 
     def take_finished(self, folder: Path) -> bool:
         """Whether an earlier run finished the shard; then what it found is taken over."""
+        side = read_json(self.side_file(folder))
         try:
-            side = json.loads(self.side_file(folder).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            info = ShardInfo(**side["info"]) if side["info"] else None
+        except (KeyError, TypeError):
             return False
-        info = ShardInfo(**side["info"]) if side["info"] else None
         path = folder / self.name
         if info is not None and not (path.is_file() and path.stat().st_size == info.bytes):
             return False
@@ -117,8 +117,10 @@ def pack(
         with folder_in_use(out):
             return _Pack(out, options, splits, about, max_bad, progress, encode).run(workers or processors())
     except OSError as error:
-        reason = f"{readable_error(error)}; mend that, then run the same command to continue"
-        raise InputError(f"OUT={out} cannot be written: {reason}.") from None
+        why = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"OUT={out} cannot be written: {why}; mend that and run the same command to continue."
+        ) from None
     except BrokenProcessPool:
         raise InputError(
             f"workers={workers}: a worker process was killed, perhaps out of memory; "
@@ -149,7 +151,7 @@ class _Pack:
 
     def run(self, workers: int) -> PackResult:
         """Plans, packs what is missing, writes the manifests."""
-        finished = [open_plan(self.out, split, self._plan(shards)) for split, shards in self.shards.items()]
+        finished = [self._open(split, shards) for split, shards in self.shards.items()]
         if all(finished):
             manifests = {split: read_manifest(self.out / split) for split in self.shards}
             return PackResult(manifests, complete_before=True)
@@ -160,6 +162,20 @@ class _Pack:
         self._check_bad(final=True)
         return self._finish()
 
+    def _open(self, split: str, shards: list[PackedShard]) -> bool:
+        """Stores the plan of a split or compares it with the one there; True if the split is complete."""
+        folder = self.out / split
+        folder.mkdir(exist_ok=True)
+        done = (folder / MANIFEST).exists()
+        if done and not (folder / PLAN).exists():
+            raise InputError(f"OUT={self.out} already holds a {split} split made otherwise; choose a new folder.")
+        content = {"images": "other images or captions in SOURCE"}
+        plan = self._plan(shards)
+        before = read_json(folder / PLAN)
+        same_options = isinstance(before, dict) and before.get("options") == plan["options"]
+        open_plan(folder / PLAN, plan, f"OUT={self.out}", content if same_options else None)
+        return done
+
     def _all(self) -> Iterator[tuple[str, PackedShard]]:
         return ((split, shard) for split, shards in self.shards.items() for shard in shards)
 
@@ -168,8 +184,8 @@ class _Pack:
         digest = hashlib.sha256()
         for shard in shards:
             for item in shard.items:
-                told = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
-                digest.update(json.dumps(told).encode())
+                known = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
+                digest.update(json.dumps(known).encode())
         return {"options": json.loads(json.dumps(asdict(self.options))), "images": digest.hexdigest()}
 
     def _take_finished(self, split: str, shard: PackedShard) -> bool:
@@ -219,7 +235,7 @@ class _Pack:
         few = "; ".join(f"{name} {reason}" for name, reason in self.bad[:3])
         count = f"{len(self.bad)}{'' if final else ' or more'}"
         raise InputError(
-            f"max-bad={self.max_bad}: {count} of {self.total} images cannot be read "
+            f"max-bad={self.max_bad}: {count} of {self.total} images cannot be used "
             f"({few}); mend them, or raise --max-bad and run the same command to continue."
         )
 
@@ -232,7 +248,7 @@ class _Pack:
             bad = [entry for shard in shards for entry in shard.bad]
             rows = [{"name": name, "reason": reason} for name, reason in bad]
             if rows:
-                write_atomically(self.out / split / BAD, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+                write_json(self.out / split / BAD, rows)
             result.manifests[split] = self._manifest(split, shards)
             write_manifest(self.out / split, result.manifests[split])
             for shard in shards:
@@ -250,7 +266,7 @@ class _Pack:
             split=split,
             shards=[shard.info for shard in shards if shard.info],
             fields=list(dict.fromkeys(name for shard in shards for name in shard.fields)),
-            picture_size=o.transform.size if o.transform.square else None,
+            image_size=o.transform.size if o.transform.square else None,
             transform={**o.transform.record(), **asdict(o.encoding)},
             provenance=provenance(),
             **self.about,

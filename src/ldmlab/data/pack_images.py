@@ -1,27 +1,27 @@
 """The workers of a pack: a part of a shard in, its tar bytes out; nothing here knows of other parts."""
 
-import functools
 import io
 import json
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ldmlab.annotations import checked
 from ldmlab.data.decode import MAPS, centre_cropped, upright_size
-from ldmlab.data.shards import image_ending, read_range, sample_fields, tar_bytes
+from ldmlab.data.fields import BOXES, checked_fields, clean_fields, stored_fields
+from ldmlab.data.shards import image_ending, read_range, tar_bytes
 from ldmlab.data.sources import Item
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
+from ldmlab.files import open_regular
+from ldmlab.open_image import MAX_BYTES, open_image
 
-# Formats that Pillow decodes itself; others may start programs
-_READABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS = ("webp", "png", "jpg")
 
 
@@ -78,7 +78,7 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
                     continue
                 fields = {**fields, "original_width": image.width, "original_height": image.height}
                 shape = upright_size(image)
-                if "boxes" in fields and checked(fields["boxes"]) and transform.square:
+                if fields.get(BOXES) and transform.square:
                     fields = centre_cropped(fields, *shape)
                 packed = transform(image)
                 maps = {e: packed_map(c, e, shape, packed.size, transform.square) for e, c in maps.items()}
@@ -99,7 +99,7 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
     """The image, not yet decoded, its fields, and the files of its maps by ending."""
     if item.fault:
         raise ValueError(item.fault)
-    fields = item.fields
+    fields = clean_fields(item.fields)
     if item.span is None:
         content = _read(item.path)
         maps = {ending: _read_map(path) for ending, path in item.maps.items()}
@@ -108,15 +108,18 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
         image = image_ending(sample)
         if image is None:
             raise ValueError("holds no image")
-        content, fields = sample[image], item.fields or sample_fields(sample)
+        content, fields = sample[image], fields or stored_fields(sample)
         maps = {ending: sample[ending] for ending in MAPS.values() if ending in sample}
     if not content:
         raise ValueError("is empty")
-    return Image.open(io.BytesIO(content), formats=_readable()), fields, maps
+    return open_image(content), checked_fields(fields), maps
 
 
 def _read(path: str) -> bytes:
-    with open(path, "rb") as opened:
+    with open_regular(Path(path)) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"has {size} bytes; at most {MAX_BYTES} are read")
         return opened.read()
 
 
@@ -125,13 +128,6 @@ def _read_map(path: str) -> bytes:
         return _read(path)
     except FileNotFoundError:
         raise ValueError(f"its {os.path.basename(path)} is missing") from None
-
-
-@functools.cache
-def _readable() -> list[str]:
-    """Of the safe formats those this build of Pillow knows."""
-    Image.init()
-    return [name for name in _READABLE if name in Image.OPEN]
 
 
 def _reason(error: Exception) -> str:
@@ -153,7 +149,7 @@ def packed_map(content: bytes, ending: str, shape: tuple[int, int], target: tupl
     """
     name = _NAMES[ending]
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:
+        with open_image(content, ("PNG",)) as opened:
             image = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError) as error:
         reason = "no PNG" if isinstance(error, UnidentifiedImageError) else str(error)

@@ -2,7 +2,6 @@
 
 import colorsys
 import functools
-import io
 import json
 import random
 from collections import defaultdict
@@ -17,6 +16,7 @@ from PIL import Image, ImageFilter
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shards import IMAGE_ENDINGS, scan_tar
 from ldmlab.errors import InputError
+from ldmlab.open_image import open_image
 
 _CLOCKS = tuple(f"clock face {hour}" for hour in ("three oclock", "five oclock", "eight oclock", "ten-thirty"))
 CLASSES: dict[str, tuple[str, ...]] = {  # name => captions of its images; class_id is the place in this list
@@ -110,7 +110,7 @@ def _images(folder: Path, captions: set[str]) -> dict[str, Image.Image]:
             caption = json.loads(sample.get("json", b"{}")).get("caption")
             ending = next((name for name in IMAGE_ENDINGS if name in sample), None)
             if caption in captions and caption not in found and ending:
-                found[caption] = cut(Image.open(io.BytesIO(sample[ending])))
+                found[caption] = cut(open_image(sample[ending]))
     return found
 
 

@@ -10,13 +10,14 @@ from torch.utils.data import DataLoader
 
 from ldmlab.contracts import Task
 from ldmlab.data import loaders
-from ldmlab.data.dataset import Batch, ShardDataset, Wanted
+from ldmlab.data.dataset import Batch, BatchSpec, ShardDataset
 from ldmlab.data.decode import BAD_SAMPLE
+from ldmlab.data.fields import sample_fields
 from ldmlab.data.latent_shards import read_shard_manifest
 from ldmlab.data.loaders import Skipped
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder
-from ldmlab.data.shards import ShardReader, sample_fields
+from ldmlab.data.shards import ShardReader
 from ldmlab.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class ShardData:
     states: bool = True  # read states that the latents carry, instead of running the encoder that made them
     task: Task | None = None  # set by `with_task`
     stored: tuple[str, ...] = ()  # conditioners whose states are read; set by `with_states`
+    classes: int | None = None  # bound of class_id; set by `with_classes`
     _val: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
     _skipped: dict[str, Skipped] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -52,7 +54,7 @@ class ShardData:
             raise InputError(f"data.image_size={self.image_size} and data.workers={self.workers} must be 1 and 0 up.")
 
     def with_task(self, task: Task | None) -> "ShardData":
-        """The same data, from which the task derives what is given and what is asked."""
+        """The same data, from which the task derives inputs and targets."""
         return replace(self, task=task)
 
     def with_states(self, conditioners: Iterable[str]) -> "ShardData":
@@ -62,9 +64,13 @@ class ShardData:
         there = stored_states(self.manifest("train", "latents"))
         return replace(self, stored=tuple(name for name in conditioners if name in there))
 
+    def with_classes(self, classes: int | None) -> "ShardData":
+        """The same data, where samples whose class_id is not below `classes` are bad ones."""
+        return replace(self, classes=classes)
+
     @property
     def kind(self) -> str:
-        """What a run reads unless it asks otherwise: latents where there are any, else images."""
+        """What a run reads by default: latents where there are any, else images."""
         return "latents" if self.latents else "images"
 
     def folder(self, split: str, kind: str | None = None) -> Path:
@@ -72,16 +78,20 @@ class ShardData:
         if split not in ("train", "val"):
             raise InputError(f"split={split} is unknown; choose train or val.")
         if (kind or self.kind) == "images":
-            return Path(self.train if split == "train" else self.val)
+            return _folder(self.train if split == "train" else self.val, f"data.{split}")
         if self.latents is None:
             raise InputError(
                 "data.latents is not set, but this run reads latents; give the folder `ldmlab encode` wrote."
             )
-        return Path(self.latents) / split
+        return _folder(self.latents, "data.latents") / split
 
     def manifest(self, split: str = "train", kind: str | None = None) -> Manifest:
         """The manifest of a split."""
-        return read_shard_manifest(self.folder(split, kind))
+        return read_shard_manifest(self.folder(split, kind), self._option(split, kind or self.kind))
+
+    def _option(self, split: str, kind: str) -> str:
+        """What messages call the folder of a split."""
+        return "data.latents" if kind == "latents" else f"data.{split}"
 
     def train_dataset(self, kind: str | None = None) -> ShardDataset:
         """The endless shuffled stream of the training split."""
@@ -95,7 +105,7 @@ class ShardData:
             dataset.put_in_order(order)
         return self._cached(dataset)
 
-    def held_out_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:
+    def val_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:
         """A split in stored order, never mirrored; the same object every time, so that its cache serves them all."""
         which = split, kind or self.kind
         if which not in self._val:
@@ -132,7 +142,7 @@ class ShardData:
         kind: str | None = None,
     ) -> DataLoader[Batch]:
         """See `loaders.eval_loader`."""
-        dataset = self.held_out_dataset(kind, split)
+        dataset = self.val_dataset(kind, split)
         return loaders.eval_loader(
             dataset,
             batch_size=batch_size,
@@ -159,13 +169,28 @@ class ShardData:
             told = stored_states(self.manifest("train", "latents"))
             known = {field for name in states for field in told[name]["reads"]}
             task = None if task.adds and task.adds <= known else task
-        wanted = Wanted(self.image_size, images, not images, flip, tuple(self.fields), states, task)
-        return ShardDataset(self.folder(split, kind), wanted, seed=self.seed, train=train, sha256=self.sha256)
+        spec = BatchSpec(self.image_size, images, not images, flip, tuple(self.fields), states, task, self.classes)
+        return ShardDataset(
+            self.folder(split, kind),
+            spec,
+            seed=self.seed,
+            train=train,
+            sha256=self.sha256,
+            option=self._option(split, kind),
+        )
 
     def _cached(self, dataset: ShardDataset) -> ShardDataset:
-        if self.cache and dataset.wanted.images:
+        if self.cache and dataset.spec.images:
             dataset.keep_decoded(self.cache_limit_gib)
         return dataset
+
+
+def _folder(given: str, option: str) -> Path:
+    if "://" in given:
+        raise InputError(
+            f"{option}={given} is an address; ldmlab reads shards from folders: copy them to a disk or mount the store."
+        )
+    return Path(given)
 
 
 def stored_states(manifest: Manifest) -> dict[str, Any]:
@@ -187,7 +212,7 @@ def read_labels(reader: ShardReader, field: str) -> list[str]:
             if field not in known:
                 raise InputError(
                     f"data.balance={field}: sample {reader.label(shard, sample)} has no such field "
-                    f"(it has {', '.join(sorted(known))}); name one of them."
+                    f"(it has {', '.join(sorted(known)) or 'none'}); name one of them."
                 )
             labels.append(str(known[field]))
     return labels

@@ -1,31 +1,130 @@
 """Shards: tars whose samples are byte ranges. Scan one made by anyone, read single samples, write new ones.
 
-Every size that a tar states is checked against the bytes that are there, compression and sparse files are refused, and
-no member is ever extracted to disk.
+Every size that a tar states is checked against the bytes that are there, compressed and sparse tars are refused, and no
+member is ever extracted to disk.
 """
 
 import hashlib
-import io
-import json
 import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 
 from ldmlab.data.manifest import Manifest, ShardInfo
 from ldmlab.errors import InputError
+from ldmlab.files import open_regular
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic", "pgm", "ppm")
+OPEN_SHARDS = 32  # file handles kept per process
+MAX_SAMPLE_BYTES = 1 << 28
 _BLOCK = 512  # tar pads headers and contents to this
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and ending, as webdataset splits them
-_SKIPPED = re.compile(r"__[^/]*__($|/)")  # names webdataset's reader leaves out
+END_MARKER = bytes(2 * _BLOCK)
+_LONGEST_TAIL = 10240 + 2 * _BLOCK  # zeros after the last member: the end marker, padded to tar's usual record
 _READ_BYTES = 1 << 20
+_LONGEST_HEADER = 1 << 20  # of a long name or of extended attributes
+_WITHOUT_CONTENT = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
+_PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=]+)=")
+_INTERNAL = re.compile("__.*__|__MACOSX")  # names that webdataset leaves out, and what macOS adds
+_JUNK = ("thumbs.db", "desktop.ini")
+_LAST_DOT = re.compile(r"(.*)\.((?:seg|mask)\.png|[a-z0-9]+\.states\.npy|[^.]*)", re.IGNORECASE | re.DOTALL)
+
+Files = dict[str, bytes]  # a sample's files by ending: {"webp": ..., "json": ...}
+Read = Callable[[int, int], bytes]  # offset, size => bytes, fewer at the end
+Visit = Callable[[str, str, bytes], None]  # key, ending, content
+
+
+class Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    offset: int  # of its first header, long names included
+    data: int  # offset of the content
+    size: int
+
+
+class TarFault(ValueError):
+    """A tar that contradicts itself."""
+
+
+def tar_members(read: Read, end: int) -> Iterator[Member]:
+    """The regular files of a tar of `end` bytes up to its end marker; sparse ones, links and folders are left out."""
+    offset, first, long_name, attributes = 0, 0, "", dict[bytes, bytes]()
+    while offset + _BLOCK <= end and (header := read(offset, _BLOCK)).strip(b"\0"):
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        size = int(attributes.get(b"size", info.size))
+        stored = 0 if info.type in _WITHOUT_CONTENT else size
+        data = offset + _BLOCK
+        if not 0 <= stored <= end - data:
+            raise TarFault(f"{info.name!r} has {size} bytes by its header, and {end - data} are left")
+        offset = data + -(-stored // _BLOCK) * _BLOCK
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            if stored > _LONGEST_HEADER:
+                raise TarFault(f"a name or its attributes take {stored} bytes")
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = read(data, stored).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif info.type == tarfile.XHDTYPE:
+                attributes = _pax_attributes(read(data, stored))
+            continue
+        name = attributes.get(b"path", b"").decode("utf-8", "surrogateescape") or long_name or info.name
+        sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(b"GNU.sparse") for key in attributes)
+        if info.isreg() and not sparse:
+            yield Member(name, first, data, size)
+        first, long_name, attributes = offset, "", {}
+
+
+def _pax_attributes(data: bytes) -> dict[bytes, bytes]:
+    """Records "LENGTH NAME=VALUE\\n" of an extended header."""
+    found, place = dict[bytes, bytes](), 0
+    while record := _PAX_RECORD.match(data, place):
+        length = int(record[1])
+        if length <= record.end() - place:
+            break
+        found[record[2]] = data[record.end() : place + length - 1]
+        place += length
+    return found
+
+
+def _split_name(name: str) -> tuple[str, str] | None:
+    """Key and ending at the first dot of the file's name, as webdataset splits it; None for no file of a sample."""
+    folder, slash, base = name.rpartition("/")
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    if any(part.startswith(".") or _INTERNAL.fullmatch(part) for part in parts) or base.lower() in _JUNK:
+        return None
+    stem, dot, ending = base.partition(".")
+    return (f"{folder}{slash}{stem}", ending) if dot and stem else None
+
+
+def _named(members: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:
+    """Key, ending and member of every file of a sample.
+
+    Files that share a first-dot key without an image of that name ("photo 2.0.jpg", "IMG.2020.0001.jpg") are split at
+    their last dot instead.
+    """
+    split = ((parts, member) for member in members if (parts := _split_name(member.name)))
+    for key, group in groupby(split, lambda entry: entry[0][0]):
+        files = [(ending, member) for (_, ending), member in group]
+        dotted = not any(ending.lower() in (*IMAGE_ENDINGS, "npy") for ending, _ in files) and any(
+            ending.lower().rpartition(".")[2] in IMAGE_ENDINGS and ending.lower() not in ("seg.png", "mask.png")
+            for ending, _ in files
+        )
+        for ending, member in files:
+            last = _LAST_DOT.fullmatch(member.name) if dotted else None
+            yield (last[1], last[2].lower(), member) if last else (key, ending.lower(), member)
 
 
 @dataclass
@@ -36,97 +135,117 @@ class TarScan:
     offsets: list[int] = field(default_factory=list)  # first header of each sample
     bytes: int = 0
     sha256: str = ""
+    crc32c: str = ""  # 8 hexadecimal digits a sample
 
-
-class _Hashed:
-    """A file read once from start to end, with its checksum and length."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.bytes, self.tail = file, hashlib.sha256(), 0, b""
-
-    def read(self, size: int = _READ_BYTES) -> bytes:
-        data = self.file.read(size)
-        self.digest.update(data)
-        self.bytes += len(data)
-        self.tail = (self.tail + data)[-2 * _BLOCK :]
-        return data
-
-
-Visit = Callable[[str, str, bytes], None]  # key, ending, content
+    def info(self, name: str) -> ShardInfo:
+        """For a manifest."""
+        return ShardInfo(name, len(self.keys), self.bytes, self.sha256, self.offsets, self.crc32c)
 
 
 def scan_tar(path: Path, visit: Visit | None = None) -> TarScan:
-    """Keys, offsets, size and checksum of a tar made by anyone, in one sequential read."""
+    """Keys, offsets, size and checksums of a tar made by anyone, whose headers are read first and then all of it."""
     try:
-        with open(path, "rb") as raw:
-            if raw.read(2) == b"\x1f\x8b":
+        with open_regular(path) as file:
+            if file.read(2) == b"\x1f\x8b":
                 raise InputError(
                     f"shard {path} is compressed, so samples cannot be found in it; unpack it with gunzip."
                 )
-            raw.seek(0)
-            return _scan(path, _Hashed(raw), visit)
-    except (OSError, tarfile.TarError) as error:
+            return _scan(path, file, os.fstat(file.fileno()).st_size, visit)
+    except InputError:
+        raise
+    except (OSError, tarfile.TarError, ValueError) as error:
         raise InputError(f"shard {path} cannot be read ({error}); fetch it again or leave it out.") from None
 
 
-def _scan(path: Path, file: _Hashed, visit: Visit | None) -> TarScan:
-    scan, seen, end = TarScan(), set[str](), 0
-    with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|", bufsize=_READ_BYTES) as tar:
-        for member in tar:
-            cast(Any, tar).members = []  # or the list of all headers grows with the tar
-            end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-            parts = _NAME.fullmatch(member.name)
-            if not member.isreg() or parts is None or _SKIPPED.match(member.name):
-                continue
-            key, ending = parts.groups()
-            if not scan.keys or key != scan.keys[-1]:
-                if key in seen:
-                    raise InputError(f"shard {path}: the files of key {key} are not next to each other; sort the tar.")
-                seen.add(key)
-                scan.keys.append(key)
-                scan.offsets.append(member.offset)
-            if visit is not None and (content := tar.extractfile(member)) is not None:
-                visit(key, ending.lower(), content.read())
-    while file.read():
-        pass
-    if end + 2 * _BLOCK > file.bytes or file.tail.strip(b"\0"):
-        raise InputError(f"shard {path} is cut off: it has {file.bytes} bytes and no end marker; fetch it again.")
-    scan.bytes, scan.sha256 = file.bytes, file.digest.hexdigest()
+def _scan(path: Path, file: IO[bytes], size: int, visit: Visit | None) -> TarScan:
+    def read(offset: int, count: int) -> bytes:
+        return os.pread(file.fileno(), count, offset)
+
+    scan, seen, end = TarScan(bytes=size), set[str](), 0
+
+    def watched() -> Iterator[Member]:
+        nonlocal end
+        for member in tar_members(read, size):
+            end = member.data + -(-member.size // _BLOCK) * _BLOCK
+            yield member
+
+    for key, ending, member in _named(watched()):
+        if not scan.keys or key != scan.keys[-1]:
+            if key in seen:
+                raise InputError(f"shard {path}: the files of key {key} are not next to each other; sort the tar.")
+            seen.add(key)
+            scan.keys.append(key)
+            scan.offsets.append(member.offset)
+        if visit is not None and member.size <= MAX_SAMPLE_BYTES:
+            visit(key, ending, read(member.data, member.size))
+    _check_end(path, read, end, size, len(scan.keys))
+    _add_checksums(scan, read)
     return scan
+
+
+def _check_end(path: Path, read: Read, end: int, size: int, samples: int) -> None:
+    """Refuse a tar that was cut off, also one whose missing rest is zeros, as unfinished downloads leave it."""
+    last = read(max(end, size - 2 * _BLOCK), 2 * _BLOCK)
+    if end + 2 * _BLOCK > size or last.strip(b"\0"):
+        raise InputError(f"shard {path} is cut off: it has {size} bytes and no end marker; fetch it again.")
+    if size - end > _LONGEST_TAIL and not read(end, _BLOCK).strip(b"\0"):
+        raise InputError(
+            f"shard {path} ends in {size - end} bytes of zeros after its sample {samples}, as an unfinished download "
+            f"does; fetch it again, or if it is whole, cut them off with `truncate -s {end + 2 * _BLOCK} {path}`."
+        )
+
+
+def _add_checksums(scan: TarScan, read: Read) -> None:
+    """One sequential read: SHA-256 of the file and CRC32C of each sample."""
+    digest, sums = hashlib.sha256(), []
+    edges = [*scan.offsets, scan.bytes]
+    _hash_range(digest, read, 0, edges[0])
+    for start, end in pairwise(edges):
+        sums.append(_hash_range(digest, read, start, end))
+    scan.sha256, scan.crc32c = digest.hexdigest(), "".join(f"{value:08x}" for value in sums)
+
+
+def _hash_range(digest: Any, read: Read, start: int, end: int) -> int:
+    checksum = 0
+    for begin in range(start, end, _READ_BYTES):
+        data = read(begin, min(_READ_BYTES, end - begin))
+        digest.update(data)
+        checksum = google_crc32c.extend(checksum, data)
+    return checksum
 
 
 def read_range(path: Path | str, start: int, end: int) -> dict[str, Any]:
     """The one sample in bytes [start, end) of a tar: `__key__` and ending => bytes."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        return parse_sample(file.read(end - start), str(path))
+    with open_regular(Path(path)) as file:
+        return parse_sample(_range(file.fileno(), start, end), str(path))
+
+
+def _range(descriptor: int, start: int, end: int) -> bytes:
+    if end - start > MAX_SAMPLE_BYTES:
+        raise OSError(f"the sample has {end - start} bytes; at most {MAX_SAMPLE_BYTES} are read")
+    data = os.pread(descriptor, end - start, start)
+    if len(data) < end - start:
+        raise OSError("the shard ends inside this sample")
+    return data
 
 
 def parse_sample(data: bytes, url: str) -> dict[str, Any]:
     """Tar bytes of one sample => `__key__` and ending => bytes, undecoded."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator  # here: it imports torch, which takes seconds
-
-    files = ({**file, "__url__": url} for file in tar_file_iterator(io.BytesIO(data)))
-    for sample in group_by_keys(files):
-        return sample
-    raise ValueError(f"no sample in the given bytes of {url}")
+    sample: dict[str, Any] = {}
+    for key, ending, member in _named(tar_members(lambda offset, size: data[offset : offset + size], len(data))):
+        if sample.setdefault("__key__", key) != key:
+            break
+        if ending in sample:
+            raise TarFault(f"two files {key}.{ending} in one sample")
+        sample[ending] = data[member.data : member.data + member.size]
+    if not sample:
+        raise TarFault(f"no sample in the given bytes of {url}")
+    return sample
 
 
 def image_ending(sample: dict[str, Any]) -> str | None:
     """The ending of the sample's image; maps such as `seg.png` are not it."""
     return next((ending for ending in sample if ending in IMAGE_ENDINGS), None)
-
-
-def sample_fields(sample: dict[str, Any]) -> dict[str, Any]:
-    """`KEY.json`, with the caption of `KEY.txt` and the class of `KEY.cls` where it has none."""
-    fields: dict[str, Any] = json.loads(sample["json"]) if "json" in sample else {}
-    if not isinstance(fields, dict):
-        raise ValueError("KEY.json is not an object")
-    if "txt" in sample and "caption" not in fields:
-        fields["caption"] = sample["txt"].decode("utf-8-sig").strip()
-    if "cls" in sample and "class_id" not in fields:
-        fields["class_id"] = int(sample["cls"])
-    return fields
 
 
 def tar_bytes(name: str, content: bytes) -> bytes:
@@ -136,20 +255,20 @@ def tar_bytes(name: str, content: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % _BLOCK)
 
 
-END_MARKER = bytes(2 * _BLOCK)
-
-
 class ShardFile:
-    """One shard; either `finish` or `abandon` closes it."""
+    """A shard being written, under a temporary name until it is whole; either `finish` or `abandon` closes it."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    def __init__(self, path: Path, writer: str = "") -> None:
+        self._path, self._temporary = path, path.with_name(f"{path.name}.{writer or os.getpid()}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by `finish` or `abandon`
         self._digest, self._bytes, self._offsets = hashlib.sha256(), 0, list[int]()
+        self._sums = list[int]()
 
     def append(self, samples: bytes, offsets: Sequence[int] = (0,)) -> None:
         """Tar members of whole samples, and where in them each sample begins."""
         self._offsets += [self._bytes + offset for offset in offsets]
+        for start, end in pairwise([*offsets, len(samples)]):
+            self._sums.append(google_crc32c.value(samples[start:end]))
         self._write(samples)
 
     def finish(self) -> ShardInfo | None:
@@ -158,14 +277,18 @@ class ShardFile:
             self.abandon()
             return None
         self._write(END_MARKER)
+        self._sums[-1] = google_crc32c.extend(self._sums[-1], END_MARKER)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self._path)
-        return ShardInfo(self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets)
+        sums = "".join(f"{value:08x}" for value in self._sums)
+        return ShardInfo(
+            self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets, sums
+        )
 
     def abandon(self) -> None:
-        """Leaves nothing of an unfinished shard."""
+        """Leave nothing of an unfinished shard."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -175,13 +298,12 @@ class ShardFile:
         self._bytes += len(data)
 
 
-OPEN_SHARDS = 32  # file handles kept per process
-
-Files = dict[str, bytes]  # a sample's files by ending: {"webp": ..., "json": ...}
-
-
 class ShardReader:
-    """The samples of a folder of shards; safe to hand to forked and spawned workers."""
+    """The samples of a folder of shards, each one read of a byte range; safe to hand to forked and spawned workers.
+
+    Offsets and checksums are compact arrays and only the files used last stay open, so that memory and open files do
+    not grow with the number of shards. A sample whose bytes differ from the manifest's checksum is refused.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -190,18 +312,22 @@ class ShardReader:
         self._first = np.cumsum([0, *self.counts])  # where a shard's offsets begin
         self._offsets = np.fromiter((o for s in manifest.shards for o in s.offsets), np.int64, int(self._first[-1]))
         self._sizes = np.array([shard.bytes for shard in manifest.shards], np.int64)
-        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
+        sums = [bytes.fromhex(shard.crc32c or "00000000" * shard.samples) for shard in manifest.shards]
+        self._sums = np.frombuffer(b"".join(sums), ">u4")
+        self._summed = [bool(shard.crc32c) for shard in manifest.shards]
+        self._open: OrderedDict[int, IO[bytes]] = OrderedDict()
 
     def read(self, shard: int, sample: int) -> tuple[str, Files]:
-        """Key and files of a sample; OSError or tarfile's errors where the shard is damaged."""
-        begin = int(self._offsets[self._first[shard] + sample])
+        """Key and files of a sample; OSError, ValueError or tarfile's errors where the shard is damaged."""
+        index = self._first[shard] + sample
+        begin = int(self._offsets[index])
         last = sample + 1 == self.counts[shard]
-        end = int(self._sizes[shard] if last else self._offsets[self._first[shard] + sample + 1])
-        data = os.pread(self._file(shard).fileno(), end - begin, begin)
-        if len(data) < end - begin:
-            raise OSError("the shard ends inside this sample")
+        end = int(self._sizes[shard] if last else self._offsets[index + 1])
+        data = _range(self._file(shard).fileno(), begin, end)
+        if self._summed[shard] and google_crc32c.value(data) != self._sums[index]:
+            raise OSError("its bytes differ from the manifest's checksum")
         files = parse_sample(data, self.names[shard])
-        return files.pop("__key__"), {name: value for name, value in files.items() if not name.startswith("__")}
+        return files.pop("__key__"), files
 
     def index(self, shard: int, sample: int) -> int:
         """Number of a sample, counted over all shards."""
@@ -211,10 +337,10 @@ class ShardReader:
         """How messages name a sample whose key may be unreadable."""
         return f"{self.names[shard]}[{sample}]"
 
-    def _file(self, shard: int) -> io.FileIO:
+    def _file(self, shard: int) -> IO[bytes]:
         """The open file of a shard; reads give their own offset, so processes may share it."""
         if shard not in self._open:
-            self._open[shard] = io.FileIO(self.folder / self.names[shard])
+            self._open[shard] = open_regular(self.folder / self.names[shard])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)

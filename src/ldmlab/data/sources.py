@@ -6,18 +6,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.decode import MAPS
-from ldmlab.data.shards import IMAGE_ENDINGS, read_range, sample_fields, scan_tar
-from ldmlab.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, find_table, pick_column, read_table
+from ldmlab.data.decode import BAD_SAMPLE, MAPS
+from ldmlab.data.fields import checked_fields, clean_fields, is_missing, sample_fields
+from ldmlab.data.shards import IMAGE_ENDINGS, read_range, scan_tar
+from ldmlab.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, LISTS, find_table, pick_column, read_table
 from ldmlab.errors import InputError
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
 LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
 _ORPHAN = "has no image beside it"
+_CAPTION_ENDINGS = (".txt", ".caption", ".TXT", ".CAPTION", ".Txt")
 _KEY_LENGTH = 80  # tar names of the plain format end at 100 bytes
 
 
@@ -42,6 +44,7 @@ class Source:
     items: list[Item]
     classes: list[str] | None = None  # names by class_id
     left_out: int = 0  # images without a row
+    notes: tuple[str, ...] = ()  # what a person should know of the listing
 
 
 def list_source(
@@ -80,19 +83,29 @@ def _detect(source: Path) -> str:
     if any(source.glob("*.tar")):
         return "tars"
     images = [name for name, _ in walk_images(source)]
-    if any((source / name).with_suffix(".txt").is_file() for name in images):
+    if any(_caption_file(source / name) for name in images):
         return "captions"
-    parents = {Path(name).parent for name in images}
-    return "classes" if len(parents) > 1 and all(len(parent.parts) == 1 for parent in parents) else "plain"
+    depths = [len(Path(name).parts) - 1 for name in images]
+    folders = {Path(name).parts[0] for name, depth in zip(images, depths, strict=True) if depth == 1}
+    if len(folders) > 1 and max(depths) == 1:
+        if 2 * depths.count(0) > len(depths):
+            raise InputError(
+                f"SOURCE={source} holds folders like classes ({', '.join(sorted(folders)[:3])}) and more images beside "
+                "them; give --layout classes to leave those out, or --layout plain for images without classes."
+            )
+        return "classes"
+    return "plain"
 
 
 def _folders(source: Path, layout: str) -> Source:
     found = dict(walk_images(source))
     names = sorted(found)
-    classes = None
+    classes, notes = None, _unread_lists(source)
     if layout == "classes":
+        beside = [name for name in names if len(Path(name).parts) == 1]
         names = [name for name in names if len(Path(name).parts) > 1]
         classes = sorted({Path(name).parts[0] for name in names})
+        notes += [_beside_classes(beside)] if beside else []
     number = {name: index for index, name in enumerate(classes or [])}
     items = []
     for key, name in zip(unique_keys(names), names, strict=True):
@@ -107,17 +120,46 @@ def _folders(source: Path, layout: str) -> Source:
         fault = _ORPHAN if map_ending(name) else fault
         maps = {ending: str(source / beside) for ending, beside in found[name].items()}
         items.append(Item(key, shown, str(source / name), fields, fault=fault, maps=maps))
-    return Source(layout, items, classes)
+    return Source(layout, items, classes, notes=tuple(notes))
+
+
+def _beside_classes(names: list[str]) -> str:
+    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(names)} images beside the class folders are left out ({few}); move them into a folder, or give "
+        "--layout plain to pack all images without classes"
+    )
+
+
+def _unread_lists(source: Path) -> list[str]:
+    """Notes on text files that look like lists of captions."""
+    lists = sorted(path.name for path in source.iterdir() if path.name.lower() in LISTS) if source.is_dir() else []
+    return [
+        f"{name} is not read because it has no header; write file_name,caption as its first line, or save it as "
+        "metadata.csv"
+        for name in lists
+    ]
+
+
+def _caption_file(image: Path) -> Path | None:
+    """NAME.txt, NAME.caption or NAME.jpg.txt beside an image, in small or capital letters."""
+    for path in (*(image.with_suffix(ending) for ending in _CAPTION_ENDINGS), Path(f"{image}.txt")):
+        if path.is_file():
+            return path
+    return None
 
 
 def _caption_beside(image: Path) -> tuple[str | None, str | None]:
     """The caption, or what is wrong with it."""
-    try:
-        return image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip(), None
-    except FileNotFoundError:
+    path = _caption_file(image)
+    if path is None:
         return None, "has no caption file beside it"
+    try:
+        return path.read_text(encoding="utf-8-sig").strip(), None
     except UnicodeDecodeError:
         return None, "its caption file is not UTF-8"
+    except OSError as error:
+        return None, f"its caption file cannot be read ({(error.strerror or str(error)).lower()})"
 
 
 def _table(source: Path, file_column: str | None, caption: str | None) -> Source:
@@ -128,6 +170,7 @@ def _table(source: Path, file_column: str | None, caption: str | None) -> Source
     file_column = pick_column(rows, file_column, FILE_COLUMNS, "--file-field", path)
     if caption != "none":
         caption = pick_column(rows, caption, CAPTION_COLUMNS, "--caption-field (none: no captions)", path)
+    rows = [clean_fields(row) for row in rows]
     names = [str(row.get(file_column) or "") for row in rows]
     items: list[Item] = []
     found = dict(walk_images(path.parent))
@@ -137,8 +180,8 @@ def _table(source: Path, file_column: str | None, caption: str | None) -> Source
         fields = {"file_name": name} | {c: value for c, value in row.items() if c != file_column and c not in own}
         fault = None if name else "its row names no file"
         if caption not in (None, "none"):
-            fields |= _captions(row.get(caption or ""))
-            fault = fault or ("its row has no caption" if fields["caption"] is None else None)
+            captions, problem = _captions(row.get(caption or ""))
+            fields, fault = fields | captions, fault or problem
         if isinstance(fields.get("boxes"), str):
             fields["boxes"] = _parsed(fields["boxes"])
         beside = _beside(path.parent, name, found) | {MAP_COLUMNS[column]: str(file) for column, file in own.items()}
@@ -166,11 +209,14 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _captions(value: Any) -> dict[str, Any]:
-    """One caption, and all of them where a row holds a list."""
-    if isinstance(value, list):
-        return {"caption": str(value[0]) if value else None, "captions": value}
-    return {"caption": value if value is None else str(value)}
+def _captions(value: Any) -> tuple[dict[str, Any], str | None]:
+    """One caption, and all of them where a row holds a list; what is wrong with it."""
+    if is_missing(value):
+        return {"caption": None}, "its row has no caption"
+    try:
+        return checked_fields({"caption": value}), None
+    except ValueError as error:
+        return {"caption": None}, str(error)
 
 
 def _tars(source: Path) -> Source:
@@ -193,7 +239,7 @@ def with_fields(item: Item) -> Item:
         return item
     try:
         fields = sample_fields(read_range(item.path, *item.span))
-    except (ValueError, OSError) as error:
+    except BAD_SAMPLE as error:
         return Item(item.key, item.name, item.path, {}, item.span, f"its fields cannot be read ({error})")
     return Item(item.key, item.name, item.path, fields, item.span)
 
@@ -214,7 +260,7 @@ def _restrict(source: Source, only: Path) -> Source:
     if missing := sorted(wanted - met):
         few = ", ".join(missing[:3])
         raise InputError(f"list={only} names {len(missing)} images that SOURCE does not hold ({few}); mend the list.")
-    return Source(source.layout, items, source.classes, source.left_out)
+    return replace(source, items=items)
 
 
 def unique_keys(names: list[str], origins: list[str] | None = None) -> list[str]:
@@ -244,10 +290,12 @@ def unique_keys(names: list[str], origins: list[str] | None = None) -> list[str]
 def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Images below `folder`, in order, with the NAME.mask.png and NAME.seg.png beside each, by ending.
 
-    Names are relative; hidden files and folders are left out. A map without image comes as an image.
+    Names are relative; hidden files and folders and __MACOSX are left out, and every real folder comes once: links into
+    `folder` and to what contains it are not followed. A map without image comes as an image.
     """
+    seen = {os.path.realpath(folder)}
     for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in sorted(folders) if _is_new_folder(folder, os.path.join(where, name), seen)]
         inside = os.path.relpath(where, folder)
         shown = [n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS]
         stems, present = {name.rpartition(".")[0] for name in shown}, set(shown)
@@ -258,6 +306,17 @@ def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
             beside = {ending: f"{stem}.{ending}" for ending in MAPS.values() if f"{stem}.{ending}" in present}
             placed = {ending: os.path.normpath(os.path.join(inside, file)) for ending, file in beside.items()}
             yield os.path.normpath(os.path.join(inside, name)), placed
+
+
+def _is_new_folder(root: Path, path: str, seen: set[str]) -> bool:
+    """Whether a folder is to be entered; it is noted in `seen`."""
+    name, real, top = os.path.basename(path), os.path.realpath(path), os.path.realpath(root)
+    if name.startswith(".") or name == "__MACOSX" or real in seen:
+        return False
+    if os.path.islink(path) and os.path.commonpath([real, top]) in (real, top):
+        return False
+    seen.add(real)
+    return True
 
 
 def map_ending(name: str) -> str | None:

@@ -1,6 +1,7 @@
 """Which images are held out: whole groups, evenly over the values of a field, by hash and not by order."""
 
 import hashlib
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ class SplitRule:
     """How images are held out; the default holds out none."""
 
     val: float = 0.0  # share of groups
-    group: str | None = None  # images with one value of this field stay on one side; None: each by itself
+    group: str | None = None  # images with one value of this field stay on one side; None: all rows of an image
     group_strip: str | None = None  # pattern cut out of that value first: what variants differ in
     stratify: str | None = None  # the share holds within each value of this field
     val_least: int = 1  # groups held out of each value, at least
@@ -48,10 +49,11 @@ def split_items(items: list[Item], rule: SplitRule) -> dict[str, list[Item]]:
     """Split name => items in their order."""
     if not rule.val:
         return {rule.name: items}
+    own = {} if rule.group else _one_group_an_image(items)
     strata: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     home: dict[str, str] = {}  # group => stratum of its first image
     for index, item in enumerate(items):
-        group = _group(item, rule)
+        group = own.get(item.key) or _group(item, rule)
         stratum = home.setdefault(group, str(_value(item, rule.stratify)) if rule.stratify else "")
         strata[stratum][group].append(index)
     held: set[int] = set()
@@ -63,6 +65,12 @@ def split_items(items: list[Item], rule: SplitRule) -> dict[str, list[Item]]:
     if not val:
         raise InputError(f"val={rule.val} holds out none of {len(items)} images; raise it or drop --group.")
     return {rule.name: [item for index, item in enumerate(items) if index not in held], "val": val}
+
+
+def _one_group_an_image(items: list[Item]) -> dict[str, str]:
+    """Key => the key of the first row of the same image: a table may hold several rows an image."""
+    first: dict[tuple[str, tuple[int, int] | None], str] = {}
+    return {item.key: first.setdefault((os.path.normpath(item.path), item.span), item.key) for item in items}
 
 
 def _group(item: Item, rule: SplitRule) -> str:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ from ldmlab.errors import InputError
 FILE_COLUMNS = ("file_name", "file", "filename", "image", "path", "image_path")
 CAPTION_COLUMNS = ("caption", "text")
 _ENDINGS = (".jsonl", ".csv", ".tsv")
+LISTS = ("captions.txt", "labels.txt", "metadata.txt")  # tables by another ending, if they begin with a header
 Row = dict[str, Any]
 
 
 def find_table(source: Path) -> Path | None:
     """SOURCE itself, its `metadata.*`, or the only table beside its images."""
     if source.is_file():
-        return source if source.suffix.lower() in _ENDINGS else None
+        return source if source.suffix.lower() in _ENDINGS or _has_header(source) else None
     for ending in _ENDINGS:
         if (source / f"metadata{ending}").is_file():
             return source / f"metadata{ending}"
+    for path in sorted(source.iterdir()):
+        if _has_header(path):
+            return path
     tables = sorted(path for path in source.iterdir() if path.suffix.lower() in _ENDINGS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
@@ -28,10 +33,21 @@ def find_table(source: Path) -> Path | None:
     return tables[0] if tables else None
 
 
+def _has_header(path: Path) -> bool:
+    """Whether a list begins with the name of a column of files."""
+    if path.name.lower() not in LISTS or not path.is_file():
+        return False
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline(10_000).strip().lower()
+    return any(cell.strip('" ') in FILE_COLUMNS for cell in re.split("[,;\t]", first))
+
+
 def read_table(path: Path) -> list[Row]:
     """All rows, a byte order mark left out; values of a CSV stay text, empty ones become None."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}); mend that.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
@@ -47,7 +63,7 @@ def _json_rows(path: Path, text: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}, is not JSON ({error}); mend or remove the line.") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}, is not an object; write one {{...}} a line.")

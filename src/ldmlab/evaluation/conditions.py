@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
-from ldmlab.data.dataset import ShardDataset, Wanted
+from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.shard_data import ShardData
 from ldmlab.inference.inputs import OPTIONAL, as_asked
 
@@ -15,7 +15,7 @@ def conditions(data: ShardData, split: str, fields: Sequence[str], limit: int | 
     """What every image of a split says; what a task derives from it is derived when it is looked at."""
     if data.task is not None:
         return Derived(data, split, fields, limit)
-    dataset = ShardDataset(data.folder(split, "images"), Wanted(data.image_size, images=False, fields=tuple(fields)))
+    dataset = ShardDataset(data.folder(split, "images"), BatchSpec(data.image_size, images=False, fields=tuple(fields)))
     samples = (dataset[i] for i in range(min(len(dataset), limit or len(dataset))))
     return [{name: sample[name] for name in fields} for sample in samples if "key" in sample]
 
@@ -44,7 +44,7 @@ class Derived(_Lazy):
         assert data.task is not None
         derived = data.task.held_out.adds | data.task.held_out.needs
         stored = tuple(name for name in fields if name not in derived)
-        self._dataset = replace(data, fields=stored).held_out_dataset("images", split)
+        self._dataset = replace(data, fields=stored).val_dataset("images", split)
         self._fields = [*fields, *(OPTIONAL[name] for name in fields if name in OPTIONAL)]
         count = min(len(self._dataset), limit or len(self._dataset))
         self._places = [place for place in range(count) if "key" in self._dataset[place]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldmlab.data.dataset import ShardDataset, Wanted
+from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
 from ldmlab.data.loaders import eval_loader, quiet_worker
 from ldmlab.data.shards import IMAGE_ENDINGS
@@ -39,7 +39,7 @@ class ImageSet:
             yield from self._of_npz(batch_size, rank, world)
         elif self.kind == "shards":
             assert self.size is not None
-            dataset = ShardDataset(self.path, Wanted(self.size[0], fields=()))
+            dataset = ShardDataset(self.path, BatchSpec(self.size[0], fields=()))
             loader = eval_loader(dataset, batch_size=batch_size, world=world, rank=rank, workers=workers)
             yield from numbered(_complete(loader))
         else:
@@ -146,7 +146,7 @@ def _shards(path: Path) -> ImageSet:
     from ldmlab.data.latent_shards import read_shard_manifest
 
     manifest = read_shard_manifest(path)
-    side = manifest.picture_size
+    side = manifest.image_size
     if manifest.kind != "images" or side is None:
         raise InputError(f"{path} holds no square images of one size; write such shards with `ldmlab pack --size`.")
     return ImageSet(path, "shards", manifest.total, (side, side), manifest_hash=manifest.hash)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.data.dataset import ShardDataset, Wanted
+from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.shard_data import ShardData
 from ldmlab.evaluation.by_class import class_of
 from ldmlab.evaluation.conditions import conditions
@@ -38,7 +38,7 @@ class RealImages:
     def labels(self, split: str, field: str, limit: int | None) -> dict[int, str]:
         """The field's value by the image's number, of those that can be read."""
         dataset = ShardDataset(
-            self.data.folder(split, "images"), Wanted(self.data.image_size, images=False, fields=(field,))
+            self.data.folder(split, "images"), BatchSpec(self.data.image_size, images=False, fields=(field,))
         )
         found = {}
         for number in range(min(len(dataset), limit or len(dataset))):
@@ -74,11 +74,11 @@ class RealImages:
     def save(self, out: Path, split: str, album: Sequence[Mapping[str, Any]]) -> None:
         """Those of the report, by the first process."""
         if self.rank == 0:
-            dataset = self.data.held_out_dataset("images", split)
+            dataset = self.data.val_dataset("images", split)
             for item in album:
                 save_image(out, "real", item["number"], readable(dataset, len(dataset), item["number"]))
 
     def image(self, split: str, number: int) -> Mapping[str, Any]:
         """One image with its fields."""
-        sample = self.data.held_out_dataset("images", split)[number]
+        sample = self.data.val_dataset("images", split)[number]
         return {**sample, "image": torch.as_tensor(sample["image"])}

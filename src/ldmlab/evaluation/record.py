@@ -31,7 +31,7 @@ def reference_record(data: ShardData, split: str, images: int) -> dict[str, Any]
         "manifest_hash": manifest.hash,
         "transform": manifest.transform,
         "image_size": data.image_size,
-        "resized": _resized(manifest.picture_size, data),
+        "resized": _resized(manifest.image_size, data),
         "task": None if data.task is None else repr(data.task.held_out),
         "source": manifest.source,
     }

@@ -48,13 +48,13 @@ def encode_splits(config: dict[str, Any]) -> None:
     if not loaded.module.state_dict():
         raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")
     check_divides(data.image_size, loaded.module.downsampling)  # type: ignore[arg-type]
-    told = build_conditioners(config["conditioner"], latent_spec(loaded.module, data.image_size)).modules
-    for module in (loaded.module, *told.values()):
+    conditioners = build_conditioners(config["conditioner"], latent_spec(loaded.module, data.image_size)).modules
+    for module in (loaded.module, *conditioners.values()):
         module.to(pick_device(config["device"]))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     out = Path(config["out"])
     for split in config["splits"]:
-        _encode_split(config, data, loaded, told, split, out / split, rank, world)
+        _encode_split(config, data, loaded, conditioners, split, out / split, rank, world)
     if rank == 0:
         _put_first_stage(loaded, out / "first_stage")
 
@@ -63,7 +63,7 @@ def _encode_split(
     config: dict[str, Any],
     data: "ShardData",
     loaded: "LoadedFirstStage",
-    told: dict[str, Any],
+    conditioners: dict[str, Any],
     split: str,
     out: Any,
     rank: int,
@@ -82,32 +82,34 @@ def _encode_split(
             data.folder(split, "images"),
             out,
             lambda images: moments_of(loaded.module, images),
-            _settings(config, data, loaded, told),
+            _settings(config, data, loaded, conditioners),
             rank=rank,
             world=world,
             batch_size=config["batch_size"],
             workers=data.workers,
             max_bad=config["max_bad"],
+            sha256=data.sha256,
+            option=f"data.{split}",
             progress=advance,
-            encode_states=states_encoder(told, config["mirror"]) if told else None,
+            encode_states=states_encoder(conditioners, config["mirror"]) if conditioners else None,
         )
     if rank == 0 and result.manifest and result.manifest.latents:
-        print(f"{out}: {_summary(result.manifest, result.manifest.latents, told)}")
+        print(f"{out}: {_summary(result.manifest, result.manifest.latents, conditioners)}")
 
 
-def _summary(manifest: "Manifest", latents: dict[str, Any], told: dict[str, Any]) -> str:
+def _summary(manifest: "Manifest", latents: dict[str, Any], conditioners: dict[str, Any]) -> str:
     """What was encoded, and what of it was lost."""
     skipped = len(manifest.extra.get("skipped", []))
     note = f", {skipped} unreadable" if skipped else ""
-    note += "".join(f", states of {name}" for name in told)
-    cut = sum(getattr(module, "cut", 0) for module in told.values())
+    note += "".join(f", states of {name}" for name in conditioners)
+    cut = sum(getattr(module, "cut", 0) for module in conditioners.values())
     note += f" ({cut} captions cut)" if cut else ""
     std = latents["statistics"]["overall_std"]
     return f"{manifest.total} images{note}, standard deviation of the latents {std:.3f}"
 
 
 def _settings(
-    config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstStage", told: dict[str, Any]
+    config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstStage", conditioners: dict[str, Any]
 ) -> "LatentSettings":
     """What the manifest will tell of the latents."""
     from ldmlab.app.stored_states import states_record
@@ -123,7 +125,7 @@ def _settings(
         dtype=config["dtype"],
         carries_images=config["carry_images"],
         first_stage=loaded.spec,
-        states=states_record(told),
+        states=states_record(conditioners),
     )
 
 

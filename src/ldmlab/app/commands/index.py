@@ -6,9 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ldmlab.app.progress import bar
-from ldmlab.data.index import index
+from ldmlab.data.index import index_tars
+from ldmlab.data.output_folder import BAD
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
+
+_SHOWN = 10  # samples named on the screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     first: Path = args.tars[0]
     folder = first if first.is_dir() else first.parent
     with bar("reading", "tars", console) as progress:
-        manifest = index(
+        found = index_tars(
             args.tars,
             split=args.split,
             origin=args.origin or folder.resolve().name,
@@ -37,6 +40,13 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             progress=progress,
         )
+    for name, reason in found.bad[:_SHOWN]:
+        console.print(f"  {name}: {reason}", markup=False)
+    if found.bad:
+        console.print(f"{len(found.bad)} samples will be skipped; all are listed in {folder / BAD}", markup=False)
+    if found.without_caption:
+        console.print(f"{found.without_caption} samples have no caption; runs that read captions skip them")
+    manifest = found.manifest
     console.print(
         f"{folder}: {manifest.total} samples, {len(manifest.shards)} shards, fields {', '.join(manifest.fields)}"
     )

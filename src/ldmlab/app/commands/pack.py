@@ -10,7 +10,8 @@ from rich.console import Console
 from ldmlab.app.progress import bar
 from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
 from ldmlab.data.decode import MAPS
-from ldmlab.data.pack import BAD, PackOptions, PackResult, pack
+from ldmlab.data.output_folder import BAD
+from ldmlab.data.pack import PackOptions, PackResult, pack
 from ldmlab.data.pack_images import FORMATS, Encoding
 from ldmlab.data.sources import LAYOUTS, Source, list_source
 from ldmlab.data.splits import SplitRule
@@ -161,6 +162,8 @@ def with_more(source: Source, args: argparse.Namespace, console: Console) -> Sou
 def _say_found(console: Console, path: Path, source: Source) -> None:
     what = {"table": "in a table", "classes": "in a folder per class", "tars": "in tars", "plain": "without captions"}
     console.print(f"{path}: {len(source.items)} images {what.get(source.layout, 'with captions beside them')}")
+    for note in source.notes:
+        console.print(note, markup=False)
     if source.left_out:
         console.print(f"{source.left_out} more images have no row in the table and are left out")
 
@@ -169,7 +172,7 @@ def _say_done(console: Console, out: Path, result: PackResult) -> None:
     if result.complete_before:
         console.print(f"{out} is complete already; nothing to do")
     if result.bad:
-        console.print(f"{len(result.bad)} images left out because they cannot be read (all in {out}/*/{BAD}):")
+        console.print(f"{len(result.bad)} images are left out; all are listed with the reason in {out}/*/{BAD}:")
         for name, reason in result.bad[:_SHOWN]:
             console.print(f"  {name}: {reason}", markup=False)
     if result.small:

@@ -1,0 +1,48 @@
+"""The one way to open an image that came from outside: formats that Pillow decodes itself, and bounded sizes.
+
+Other formats of Pillow start programs (PostScript runs Ghostscript), whatever the file's ending says.
+"""
+
+import functools
+import io
+import os
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from ldmlab.files import open_regular
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+MAX_PIXELS = 178_956_970  # 2^29 / 3: half a gigabyte as RGB
+MAX_BYTES = 1 << 28
+
+
+def open_image(source: bytes | Path | str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The image of a file or of its bytes, not yet decoded; OSError or ValueError where it cannot be one."""
+    content = source if isinstance(source, bytes) else _content(Path(source))
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and odd metadata
+        try:
+            image = Image.open(io.BytesIO(content), formats=readable(formats))
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # whatever a decoder raises on broken bytes, too many pixels included
+            raise ValueError(str(error) or type(error).__name__) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
+    return image
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"has {size} bytes; at most {MAX_BYTES} are read")
+        return file.readall() if isinstance(file, io.RawIOBase) else file.read()
+
+
+@functools.cache
+def readable(formats: tuple[str, ...] = FORMATS) -> list[str]:
+    """Of the formats those that this build of Pillow knows."""
+    Image.init()
+    return [name for name in formats if name in Image.OPEN]
