@@ -35,11 +35,11 @@ def small_config(name: str) -> dict[str, Any]:
     if "n_embed" in stage:
         stage["n_embed"] = 16
     params["image_size"] = 32 // 2 ** (len(network["ch_mult"]) - 1)
-    told = params["cond_stage_config"]
-    if isinstance(told, dict) and "params" in told:
-        told["params"] |= {key: value for key, value in SMALL.items() if key in told["params"]}
-        if told["target"].endswith("BERTEmbedder"):
-            told["params"]["vocab_size"] = 70
+    stage = params["cond_stage_config"]
+    if isinstance(stage, dict) and "params" in stage:
+        stage["params"] |= {key: value for key, value in SMALL.items() if key in stage["params"]}
+        if stage["target"].endswith("BERTEmbedder"):
+            stage["params"]["vocab_size"] = 70
     return {"model": {"target": LAYOUTS[name]["target"], "params": params}}
 
 
@@ -51,16 +51,16 @@ def stable_diffusion(version: int, *, inpainting: bool = False, **more: Any) -> 
     """The configuration of Stable Diffusion 1.x or 2.x with narrow U-Net and first stage."""
     params = small_config("txt2img-1p4B-eval")["model"]["params"]
     unet = params["unet_config"]["params"] | {"context_dim": 64}
-    kind, told = "FrozenCLIPEmbedder", {}
+    kind, stage = "FrozenCLIPEmbedder", {}
     if version == 2:
         unet |= {"num_head_channels": 32, "use_linear_in_transformer": True}
         del unet["num_heads"]
-        kind, told = "FrozenOpenCLIPEmbedder", {"layer": "penultimate"}
+        kind, stage = "FrozenOpenCLIPEmbedder", {"layer": "penultimate"}
     if inpainting:
         params |= {"conditioning_key": "hybrid", "finetune_keys": None}
         unet["in_channels"] = 9
     params |= {"unet_config": {"params": unet}, "cond_stage_key": "txt", **more}
-    params["cond_stage_config"] = {"target": _MODULES + kind, "params": told}
+    params["cond_stage_config"] = {"target": _MODULES + kind, "params": stage}
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 
 
@@ -96,14 +96,14 @@ def text_tower(version: int) -> dict[str, list[int]]:
 def official_state(config: Mapping[str, Any], *, averages: bool = True, tower: int | None = None) -> State:
     """Every tensor of the file; `tower` is Stable Diffusion's version, for its text encoder."""
     params = config["model"]["params"]
-    told = None if tower is None else {key: torch.empty(shape) for key, shape in text_tower(tower).items()}
-    spec = latent_diffusion_spec(params, None, told)
+    stage = None if tower is None else {key: torch.empty(shape) for key, shape in text_tower(tower).items()}
+    spec = latent_diffusion_spec(params, None, stage)
     shapes = {f"first_stage_model.{key}": t.shape for key, t in first_stage_part(spec["first_stage"]).expected.items()}
     unet = unet_part(spec["backbone"]).expected
     shapes |= {f"model.diffusion_model.{key}": tensor.shape for key, tensor in unet.items()}
     for node in spec["conditioners"].values():
         expected = conditioner_part(node).expected
-        shapes |= {f"cond_stage_model.{key}": tensor.shape for key, tensor in (told or expected).items() if expected}
+        shapes |= {f"cond_stage_model.{key}": tensor.shape for key, tensor in (stage or expected).items() if expected}
     state = {key: weight_by_rule(key, shape) for key, shape in shapes.items()}
     if tower == 1:
         state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]

@@ -122,7 +122,7 @@ def stable_diffusion_1() -> dict[str, Tensor]:
 
 
 def test_stable_diffusion_1() -> None:
-    """Quick GELU, the last layer, padded with the end token: a small tower is told from the tensors."""
+    """Quick GELU, the last layer, padded with the end token: a small tower is recognised by its tensors."""
     official, target = stable_diffusion_1(), TARGET + "FrozenCLIPEmbedder"
     text: Any = build(target, {}, official)
     assert_equal(compvis_networks.conditioner_to_official(text), official)
@@ -217,17 +217,17 @@ def test_weights_that_do_not_fit_are_listed(change: Any, message: str) -> None:
 def test_a_projection_that_misses_a_part_is_missing() -> None:
     official = stable_diffusion_1()
     del official["transformer.text_model.encoder.layers.1.self_attn.k_proj.weight"]
-    told = r"1 missing \(transformer\.text_model\.encoder\.layers\.1\.self_attn\.k_proj\.weight\)"
-    with pytest.raises(InputError, match=told):
+    message = r"1 missing \(transformer\.text_model\.encoder\.layers\.1\.self_attn\.k_proj\.weight\)"
+    with pytest.raises(InputError, match=message):
         build(TARGET + "FrozenCLIPEmbedder", {}, official)
 
 
 @pytest.mark.parametrize(
     ("target", "params", "message"),
     [
-        ("ldm.modules.encoders.modules.FrozenT5Embedder", {}, "FrozenT5Embedder is not known"),
-        (TARGET + "FrozenCLIPEmbedder", {"version": "someone/else"}, "version=someone/else is not known"),
-        (TARGET + "FrozenCLIPEmbedder", {"layer": "hidden"}, "layer=hidden is not known"),
+        ("ldm.modules.encoders.modules.FrozenT5Embedder", {}, "FrozenT5Embedder is not supported"),
+        (TARGET + "FrozenCLIPEmbedder", {"version": "someone/else"}, "version=someone/else is not supported"),
+        (TARGET + "FrozenCLIPEmbedder", {"layer": "hidden"}, "layer=hidden is not supported"),
     ],
 )
 def test_unknown_classes(target: str, params: dict[str, Any], message: str) -> None:

@@ -47,7 +47,7 @@ def write(folder: Path, config: dict[str, Any], state: dict[str, Tensor], ending
 
 
 def images(model: LoadedModel) -> Tensor:
-    """Two images in three steps, told something in every field."""
+    """Two images in three steps, with something in every field."""
     image = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).remainder(256).to(torch.uint8)
     fields: dict[str, Any] = {
         "class_id": torch.tensor([1, 2]),
@@ -123,10 +123,12 @@ def test_stable_diffusion_1_needs_no_configuration(inpainting: bool, tmp_path: P
     config = stable_diffusion(1, inpainting=inpainting)
     state = official_state(config, averages=False, tower=1)
     arguments = write(tmp_path, config, state, ".safetensors")
-    told, alone = compvis.read(arguments[1], arguments[4]), compvis.read(arguments[1])
-    backbone = told.spec["backbone"] | {"attention_downsampling": [1, 2, 4]}  # from coarse to fine in the YAML file
-    task = {"task": told.spec["task"] | {"image_size": 512}} if inpainting else {}
-    assert alone.spec == told.spec | {"image_size": 512, "backbone": backbone} | task
+    described, alone = compvis.read(arguments[1], arguments[4]), compvis.read(arguments[1])
+    backbone = described.spec["backbone"] | {
+        "attention_downsampling": [1, 2, 4]
+    }  # from coarse to fine in the YAML file
+    task = {"task": described.spec["task"] | {"image_size": 512}} if inpainting else {}
+    assert alone.spec == described.spec | {"image_size": 512, "backbone": backbone} | task
     assert alone.weights == "raw"
     assert "one set of weights" in alone.notes[0]
 
@@ -161,7 +163,7 @@ def test_a_first_stage_alone(name: str, tmp_path: Path) -> None:
     } | {"loss.discriminator.main.0.weight": torch.ones(2)}
     arguments = write(tmp_path, {"model": stage}, state)
     assert dispatch(arguments) == 0
-    assert compvis.read(arguments[1]).spec == compvis.read(arguments[1], arguments[4]).spec  # told by shapes
+    assert compvis.read(arguments[1]).spec == compvis.read(arguments[1], arguments[4]).spec  # from shapes
     from ldmlab.build import load_first_stage
 
     stage_module = load_first_stage(tmp_path / "model").module
@@ -197,7 +199,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "shape": ({f"{UNET}out.2.bias": torch.ones(5)}, {}, r"out.2.bias \[5\] instead of \[4\]"),
     "betas": ({}, {"linear_end": 0.0195}, "trained with 1000 betas 0.0015 .. 0.0155"),
     "scale": ({"scale_factor": None}, {}, "scale_by_std"),
-    "conditioner": ({"cond_stage_model.x": torch.ones(2)}, {}, "the configuration names none"),
+    "conditioner": ({"cond_stage_model.x": torch.ones(2)}, {}, "the configuration has none"),
     "not a number": ({"first_stage_model.quant_conv.bias": torch.full((8,), torch.nan)}, {}, "not a number"),
     "infinite": ({"first_stage_model.quant_conv.bias": torch.full((8,), torch.inf)}, {}, "no numbers"),
     "prediction": ({}, {"parameterization": "x0"}, "parameterization: x0"),
@@ -210,9 +212,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_refused_and_nothing_written(name: str, tmp_path: Path) -> None:
     tensors, params, message = REFUSALS[name]
     state = {key: t for key, t in (STATE | tensors).items() if t is not None}
-    told = {key: v for key, v in (CONFIG["model"]["params"] | params).items() if v is not None}
+    described = {key: v for key, v in (CONFIG["model"]["params"] | params).items() if v is not None}
     weights = "raw" if name in ("missing", "inside", "shape") else "averaged"
-    arguments = write(tmp_path, {"model": CONFIG["model"] | {"params": told}}, state)
+    arguments = write(tmp_path, {"model": CONFIG["model"] | {"params": described}}, state)
     before = set(tmp_path.iterdir())
     with pytest.raises(InputError, match=message):
         dispatch([*arguments, "--weights", weights])

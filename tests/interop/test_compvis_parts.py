@@ -160,7 +160,7 @@ def test_released_networks_through_the_builders(name: str) -> None:
     stage = compvis.build_first_stage(first["params"], state, first["target"])
     for module, part in ((unet, "unet"), (stage, "first_stage")):
         assert sum(p.numel() for p in module.parameters()) == layout["params"][part]
-    told = config["cond_stage_config"]
-    if isinstance(told, dict) and "params" in told:
-        conditioner = compvis.build_conditioner(told["target"], told["params"], state)
+    stage = config["cond_stage_config"]
+    if isinstance(stage, dict) and "params" in stage:
+        conditioner = compvis.build_conditioner(stage["target"], stage["params"], state)
         assert sum(p.numel() for p in conditioner.parameters()) == layout["params"]["conditioner"]

@@ -100,17 +100,17 @@ def run_both(kind: str, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     ours = diffusers.build_unet(dict(theirs.config), theirs.state_dict())
     torch.manual_seed(1)
     x, t = torch.randn(2, theirs.config.in_channels, 8, 8), torch.tensor([3.0, 700.0])
-    told: dict[str, Tensor] = {}
+    slots: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     if "cross_attention_dim" in config:
-        told["tokens"] = given["encoder_hidden_states"] = torch.randn(2, 5, config["cross_attention_dim"])
+        slots["tokens"] = given["encoder_hidden_states"] = torch.randn(2, 5, config["cross_attention_dim"])
     if "num_class_embeds" in config:
         given["class_labels"] = torch.tensor([4, 0])
-        told["vector"] = theirs.class_embedding(given["class_labels"])
+        slots["vector"] = theirs.class_embedding(given["class_labels"])
     elif "class_embed_type" in config:
-        told["vector"] = given["class_labels"] = torch.randn(2, 12)
+        slots["vector"] = given["class_labels"] = torch.randn(2, 12)
     with torch.no_grad():
-        return ours(x, t, Conditioning(**told)), theirs(x, t, **given).sample
+        return ours(x, t, Conditioning(**slots)), theirs(x, t, **given).sample
 
 
 @pytest.mark.parametrize("name", CONDITION)
@@ -166,13 +166,13 @@ REFUSED = [
     ({"block_out_channels": [64, 96]}, "multiples of the first"),
     ({"transformer_layers_per_block": [1, 2]}, "differs between levels"),
     ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
-    ({"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel is not known"),
+    ({"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel is not supported"),
 ]
 
 
-@pytest.mark.parametrize(("more", "told"), REFUSED)
-def test_what_we_cannot_be_is_refused(more: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=told):
+@pytest.mark.parametrize(("more", "message"), REFUSED)
+def test_what_we_cannot_be_is_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         diffusers.build_unet(SMALL | CROSS | more)
 
 
@@ -187,16 +187,16 @@ def test_uneven_heads_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({"norm_type": "spatial"}, "norm_type=spatial"),
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "other attention on the way up"),
         ({"latents_mean": [0.1] * 4}, "latents_mean"),
-        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny is not known"),
+        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny is not supported"),
     ],
 )
-def test_autoencoders_we_cannot_be_are_refused(more: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_autoencoders_we_cannot_be_are_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         diffusers.build_first_stage(STAGE | more)
 
 

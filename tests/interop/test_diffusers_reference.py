@@ -51,6 +51,6 @@ def test_faulty_weights_are_listed(name: str) -> None:
     state.pop("conv_in.bias")
     state["more.weight"] = state["conv_out.weight"]
     state["conv_out.bias"] = torch.zeros(5)
-    told = r"1 missing \(conv_in.bias\).*1 unexpected \(more.weight\).*conv_out.bias \[5\]"
-    with pytest.raises(InputError, match=told):
+    message = r"1 missing \(conv_in.bias\).*1 unexpected \(more.weight\).*conv_out.bias \[5\]"
+    with pytest.raises(InputError, match=message):
         diffusers.build_unet(CASES[name]["config"], state)

@@ -10,8 +10,10 @@ import yaml
 from exported_models import Spec, clip_text, describe, kl, model, spatial, unet, vq, weights
 
 from ldmlab.app import cli
+from ldmlab.app.cli import dispatch
 from ldmlab.build import load
 from ldmlab.errors import InputError
+from ldmlab.files import locked
 from ldmlab.interop import verify
 from ldmlab.interop.diffusers import diffusers_build
 from ldmlab.interop.diffusers.diffusers_export import plan
@@ -91,8 +93,8 @@ def test_a_first_stage_alone(form: str, node: Spec, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["compvis", "diffusers"])
 def test_cosine_codes_are_ours_alone(form: str, tmp_path: Path) -> None:
-    told = refused(first_stage(vq(2, cosine=True), tmp_path), tmp_path / "out", "--format", form)
-    assert "cosine=true exists only in ldmlab" in told
+    message = refused(first_stage(vq(2, cosine=True), tmp_path), tmp_path / "out", "--format", form)
+    assert "cosine=true exists only in ldmlab" in message
 
 
 def test_a_difference_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,11 +143,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "told"), WRONG, ids=[told for _, told in WRONG])
-def test_what_diffusers_cannot_hold(spec: Spec, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spec", "why"), WRONG, ids=[why for _, why in WRONG])
+def test_what_diffusers_cannot_hold(spec: Spec, why: str, tmp_path: Path) -> None:
     write_model_folder(tmp_path / "model", {**spec, "weights": "raw", "step": 1}, weights(spec))
     message = refused(tmp_path / "model", tmp_path / "out", "--format", "diffusers")
-    assert told in message
+    assert why in message
     assert "--format" in message
 
 
@@ -154,10 +156,31 @@ def test_why_there_is_no_pipeline(tmp_path: Path) -> None:
     assert "not f=4" in plan(describe(kl(3), unet(4, context_width=32), text)).why
     low = {"low": spatial("low_resolution", "LowResolution")}
     assert "3 channels" in plan(describe(kl(3), unet(4, 3), low)).why
-    assert "is told ClassEmbedder" in plan(model("class_tokens", tmp_path)).why
+    assert "takes ClassEmbedder" in plan(model("class_tokens", tmp_path)).why
 
 
 def test_numbers_that_are_none_are_a_difference() -> None:
     bad = torch.tensor([float("nan")])
     with pytest.raises(InputError, match="differs by nan"):
         verify.check_close("network", bad, bad)
+
+
+def test_an_export_beside_another_into_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / ".out.lock", "busy"),
+        pytest.raises(InputError, match=r"out=\S+out is being written by another command"),
+    ):
+        dispatch(["export", str(folder), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    assert dispatch(["export", str(folder), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".out")) == []
+
+
+@pytest.mark.parametrize("out", ["a file/out", "a file", "x" * 300, "full"])
+def test_places_that_no_folder_can_be_made_at(folder: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "a file").write_text("text")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").write_text("text")
+    with pytest.raises(InputError, match="out="):
+        dispatch(["export", str(folder), str(tmp_path / out)])
+    assert (tmp_path / "full" / "kept").read_text() == "text"

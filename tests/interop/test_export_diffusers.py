@@ -150,8 +150,8 @@ def test_there_and_back(name: str, exported: Callable[[str], Exported]) -> None:
     assert max(differences.values()) < 2e-5, differences
     assert all(torch.equal(tensor, found["denoiser"][key]) for key, tensor in given.parts["denoiser"].items())
     assert back["image_size"] == given.spec["image_size"]
-    told = [[node["_target_"] for node in spec["conditioners"].values()] for spec in (back, given.spec)]
-    assert told[0] == told[1]
+    message = [[node["_target_"] for node in spec["conditioners"].values()] for spec in (back, given.spec)]
+    assert message[0] == message[1]
 
 
 def copied(folder: Path, out: Path, file: str, **changes: Any) -> Path:
@@ -170,7 +170,7 @@ def test_a_codebook_without_a_factor_is_not_rescaled(exported: Callable[[str], E
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "told"),
+    ("file", "changes", "message"),
     [
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline, which is not"),
         ("model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "has a ControlNetModel"),
@@ -181,8 +181,8 @@ def test_a_codebook_without_a_factor_is_not_rescaled(exported: Callable[[str], E
     ],
 )
 def test_folders_that_are_no_model_of_ours(
-    file: str, changes: dict[str, Any], told: str, exported: Callable[[str], Exported], tmp_path: Path
+    file: str, changes: dict[str, Any], message: str, exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
     out = copied(exported("unconditional").folder, tmp_path / "out", file, **changes)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         diffusers.read_folder(out)

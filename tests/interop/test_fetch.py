@@ -49,11 +49,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_fetched_once_and_found_again(server: str) -> None:
     with pytest.raises(InputError, match="run `ldmlab fetch some`"):
         weights_path("some")
-    told: list[tuple[int, int]] = []
-    path = fetch("some", advance=lambda done, total: told.append((done, total)))
+    message: list[tuple[int, int]] = []
+    path = fetch("some", advance=lambda done, total: message.append((done, total)))
     assert path == weights_path("some")
     assert path.read_bytes() == CONTENT
-    assert told[-1] == (len(CONTENT), len(CONTENT))
+    assert message[-1] == (len(CONTENT), len(CONTENT))
     assert fetch("some", url=f"{server}/missing") == path  # it is here: nothing is fetched
     path.write_bytes(b"damaged")
     assert fetch("some").read_bytes() == CONTENT

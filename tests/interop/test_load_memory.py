@@ -55,11 +55,11 @@ def test_weights_are_in_memory_once(folders: tuple[Path, Path, float], kind: str
     write_model_folder(tmp_path / "small", small, weights(small))
     folder = folders[kind == "run"]
     program = [sys.executable, "-c", PROGRAM, str(tmp_path / "small"), str(folder)]
-    told = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    message = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     # a run's averages are read from the file's pages and kept: those pages count until the file is closed
     limit = 1.4 if kind == "model folder" else 2.4
-    assert float(told.split()[-1]) < limit * folders[2], f"{told.strip()} of {folders[2]:.0f} MiB"
-    assert float(told.split()[-1]) > 0.8 * folders[2]
+    assert float(message.split()[-1]) < limit * folders[2], f"{message.strip()} of {folders[2]:.0f} MiB"
+    assert float(message.split()[-1]) > 0.8 * folders[2]
 
 
 def test_both_give_the_weights(folders: tuple[Path, Path, float]) -> None:

@@ -22,23 +22,23 @@ _TRANSFORMER_BLOCK = {
     "ff.net.0.proj": "mlp.expand",
     "ff.net.2": "mlp.out",
     **{
-        f"{theirs}.{product}": f"{ours}.{name}"
-        for theirs, ours in (("attn1", "self_attention"), ("attn2", "cross_attention"))
+        f"{foreign}.{product}": f"{ours}.{name}"
+        for foreign, ours in (("attn1", "self_attention"), ("attn2", "cross_attention"))
         for product, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out"))
     },
 }
 
 
-def under(theirs: str, ours: str, names: Mapping[str, str]) -> Pairs:
-    """The names (theirs => ours) of what is inside a module."""
-    return ((f"{theirs}.{name}", f"{ours}.{own}") for name, own in names.items())
+def under(foreign: str, ours: str, names: Mapping[str, str]) -> Pairs:
+    """The names (foreign => ours) of what is inside a module."""
+    return ((f"{foreign}.{name}", f"{ours}.{own}") for name, own in names.items())
 
 
-def spatial_transformer(theirs: str, ours: str, depth: int) -> Pairs:
+def spatial_transformer(foreign: str, ours: str, depth: int) -> Pairs:
     """Attention over pixels and to tokens, at one place of a U-Net."""
-    yield from under(theirs, ours, _TRANSFORMER)
+    yield from under(foreign, ours, _TRANSFORMER)
     for i in range(depth):
-        yield from under(f"{theirs}.transformer_blocks.{i}", f"{ours}.blocks.{i}", _TRANSFORMER_BLOCK)
+        yield from under(f"{foreign}.transformer_blocks.{i}", f"{ours}.blocks.{i}", _TRANSFORMER_BLOCK)
 
 
 def refuse_cosine(node: Mapping[str, Any]) -> None:
@@ -76,7 +76,9 @@ def clip_node(config: Mapping[str, Any], *, layer: str = "last", padding: str = 
     """Our conditioner's node for a CLIPTextModel's `config.json`; padding: zero where its pad token is number 0."""
     activations = {"quick_gelu": True, "gelu": False}
     if config.get("hidden_act", "quick_gelu") not in activations:
-        raise InputError(f"text encoder hidden_act={config['hidden_act']} is not known; known are quick_gelu and gelu.")
+        raise InputError(
+            f"text encoder hidden_act={config['hidden_act']} is not supported; supported: quick_gelu and gelu."
+        )
     width = config["hidden_size"]
     text = {
         "context_length": config["max_position_embeddings"],
@@ -101,7 +103,7 @@ def clip_node(config: Mapping[str, Any], *, layer: str = "last", padding: str = 
 
 
 def from_hugging_face(official: State) -> dict[str, Tensor]:
-    """CLIPTextModel's tensors under open_clip's names; unknown ones keep theirs."""
+    """CLIPTextModel's tensors under open_clip's names; unknown ones keep foreign."""
     result: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
     for key, tensor in official.items():
@@ -121,15 +123,15 @@ def from_hugging_face(official: State) -> dict[str, Tensor]:
         else:
             result[f"{block}.{_BLOCK[module]}.{leaf}" if module in _BLOCK else key] = tensor
     for name, parts in fused.items():
-        if len(parts) == len(_PARTS):  # else it is missing, which loading tells
+        if len(parts) == len(_PARTS):  # else it is missing, which loading reports
             result[name] = torch.cat([parts[part] for part in _PARTS])
     return result
 
 
 def to_hugging_face(tower: State) -> dict[str, Tensor]:
     """The inverse of `from_hugging_face`, without a prefix; weights that are not run are left out."""
-    ends = {ours: theirs for theirs, ours in _ENDS.items()}
-    blocks = {ours: theirs for theirs, ours in _BLOCK.items()}
+    ends = {ours: foreign for foreign, ours in _ENDS.items()}
+    blocks = {ours: foreign for foreign, ours in _BLOCK.items()}
     result = {}
     for key, tensor in tower.items():
         if key.startswith("unused."):

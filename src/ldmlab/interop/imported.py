@@ -4,7 +4,6 @@ Files are read lazily: .safetensors, or torch files of which nothing but data is
 """
 
 import pickle
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldmlab.build import build_latent_diffusion, pick_device
-from ldmlab.checkpoints import fill, fingerprint, load_tensors, without_weights
+from ldmlab.checkpoints import fill, fingerprint, load_tensors, unreadable, without_weights
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 
@@ -36,7 +35,7 @@ class Imported:
     parts: dict[str, dict[str, Tensor]]  # first_stage | denoiser | conditioner, in the dtype of the source
     weights: str  # averaged | raw
     step: int | None = None
-    notes: tuple[str, ...] = ()  # what the user should know
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def assembled(imported: Imported) -> "LatentDiffusion":
@@ -44,10 +43,10 @@ def assembled(imported: Imported) -> "LatentDiffusion":
     with without_weights():
         model = build_latent_diffusion(imported.spec)
     modules = {"first_stage": model.first_stage, "denoiser": model.backbone, "conditioner": model.conditioners}
-    given = {name: imported.parts.get(name, {}) for name in modules}
-    refuse_mismatch({name: compare(given[name], module.state_dict()) for name, module in modules.items()})
+    tensors = {name: imported.parts.get(name, {}) for name in modules}
+    refuse_mismatch({name: compare(tensors[name], module.state_dict()) for name, module in modules.items()})
     for name, module in modules.items():
-        fill(module, given[name])
+        fill(module, tensors[name])
     return model.eval().requires_grad_(False)
 
 
@@ -55,9 +54,9 @@ def assembled_first_stage(imported: Imported) -> nn.Module:
     """The first stage of a model, or alone, in float32."""
     with without_weights():
         module: nn.Module = instantiate(imported.spec["first_stage"], where="first_stage")
-    given = imported.parts["first_stage"]
-    refuse_mismatch({"first stage": compare(given, module.state_dict())})
-    fill(module, given)
+    tensors = imported.parts["first_stage"]
+    refuse_mismatch({"first stage": compare(tensors, module.state_dict())})
+    fill(module, tensors)
     return module.eval().requires_grad_(False)
 
 
@@ -82,7 +81,7 @@ _LISTED = 30  # names of one sort in a message
 
 
 class Mismatch(NamedTuple):
-    """How given tensors differ from the ones a network has."""
+    """How tensors of a file differ from those of a network."""
 
     missing: list[str]
     unexpected: list[str]
@@ -100,21 +99,21 @@ class Mismatch(NamedTuple):
         return ", ".join(sorts)
 
 
-def compare(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], either_rank: Iterable[str] = ()) -> Mismatch:
+def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], either_rank: Iterable[str] = ()) -> Mismatch:
     """Names and shapes against those expected; for `either_rank` 1 x 1 convolutions and linear layers are the same."""
     loose = set(either_rank)
 
     def same(name: str) -> bool:
-        shape, wanted = tuple(given[name].shape), tuple(expected[name].shape)
-        short, long = sorted((shape, wanted), key=len)
-        return shape == wanted or (name in loose and long[: len(short)] == short and prod(long[len(short) :]) == 1)
+        shape, full = tuple(tensors[name].shape), tuple(expected[name].shape)
+        short, long = sorted((shape, full), key=len)
+        return shape == full or (name in loose and long[: len(short)] == short and prod(long[len(short) :]) == 1)
 
-    shared = expected.keys() & given.keys()
+    shared = expected.keys() & tensors.keys()
     wrong = sorted(name for name in shared if not same(name))
     return Mismatch(
-        missing=sorted(expected.keys() - given.keys()),
-        unexpected=sorted(given.keys() - expected.keys()),
-        misshapen=[f"{name} {list(given[name].shape)} instead of {list(expected[name].shape)}" for name in wrong],
+        missing=sorted(expected.keys() - tensors.keys()),
+        unexpected=sorted(tensors.keys() - expected.keys()),
+        misshapen=[f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}" for name in wrong],
     )
 
 
@@ -131,7 +130,7 @@ _NOTES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.",
 
 
 class Note:
-    """Stands for an object that is no tensor and of no use here: whatever it is given is dropped."""
+    """Stands for an object that is no tensor and of no use here; its content is dropped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -139,7 +138,7 @@ class Note:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], int | None]:
-    """The tensors by name, left on disk until used, and the step of the trainer if the file tells it."""
+    """The tensors by name, left on disk until used, and the step of the trainer if the file has it."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a {', '.join(ENDINGS)} file or a diffusers folder.")
     if path.suffix == ".safetensors":
@@ -164,7 +163,7 @@ def _without_copy(path: Path) -> dict[str, Tensor]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError, ValueError):
-        return load_tensors(path)  # says what is wrong with it
+        return load_tensors(path)  # explains what is wrong with it
 
 
 def _unpickled(path: Path) -> Any:
@@ -189,12 +188,12 @@ def _lazily(path: Path) -> Any:
 
 
 def _notes_in(path: Path) -> list[tuple[type, str]]:
-    """What else the file asks for, all of it mere notes; InputError naming what is not."""
+    """The classes that the file refers to, all of them mere notes; InputError naming those that are not."""
     needs = _tried(path, lambda: get_unsafe_globals_in_checkpoint(path))
     refused = sorted(name for name in needs if not name.startswith(_NOTES))
     if refused:
         raise InputError(
-            f"{path} holds more than data and was not opened: it asks for {', '.join(refused[:5])}, which could "
+            f"{path} holds more than data and was not opened: it refers to {', '.join(refused[:5])}, which could "
             "run any code; convert it to .safetensors where you trust it."
         )
     return [(Note, name) for name in needs]
@@ -208,11 +207,4 @@ def _tried(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    """Why, in a line."""
-    asked = re.search(r"GLOBAL (\S+)", str(error))  # what a file of torch's old format asks for
-    first_line = (str(error).strip().splitlines() or [""])[0][:200]
-    reason = f"it asks for {asked[1]}, which could run any code" if asked else f"{type(error).__name__} {first_line}"
-    return InputError(
-        f"{path} cannot be read as plain tensors ({reason}); give a whole file, or convert it to .safetensors "
-        "where you trust it."
-    )
+    return InputError(f"{path} cannot be read as plain tensors ({unreadable(path, error)}); use another file.")

@@ -5,7 +5,8 @@ Every import is run once, every export is compared with what was written.
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ldmlab.checkpoints import save_checkpoint
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
+from ldmlab.files import disk_errors, locked
 from ldmlab.interop import compvis, verify
 from ldmlab.interop.imported import Imported, assembled, assembled_first_stage
 from ldmlab.model_files import ModelFiles, read_model, write_model_folder
@@ -29,22 +31,42 @@ def write_import(imported: Imported, out: Path) -> None:
     """The model folder at `out`, which must be new; nothing is there unless every check passed."""
     check_new(out)
     check_runs(imported)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        (temporary / "README.md").write_text(card(imported), encoding="utf-8")
-        write_model_folder(temporary, imported.spec, imported.parts)
+    with new_folder(out) as folder:
+        (folder / "README.md").write_text(card(imported), encoding="utf-8")
+        write_model_folder(folder, imported.spec, imported.parts)
         for name, part in imported.parts.items():
-            _check_written(temporary / f"{name}.safetensors", part)
-        temporary.chmod(0o755)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _check_written(folder / f"{name}.safetensors", part)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder, which becomes `out` at the end of a block without an error; one process at a time."""
+    check_new(out)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={out} cannot be made ({error.strerror}); choose another folder.") from error
+    lock = out.parent / f".{out.name}.lock"
+    with disk_errors(out), locked(lock, f"out={out} is being written by another command", remove=True):
+        check_new(out)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        try:
+            yield temporary
+            for path in [temporary, *temporary.rglob("*")]:  # usual rights, whatever writers of temporary files chose
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            temporary.replace(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new(out: Path) -> None:
     """Refuse to mix with something that is there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        full = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise InputError(f"out={out} cannot be used ({error.strerror}); choose another folder.") from error
+    if full:
         raise InputError(f"out={out} is not empty; choose a new folder.")
 
 
@@ -111,9 +133,9 @@ def card(imported: Imported) -> str:
         "",
     ]
     if spec["kind"] == "latent_diffusion":
-        told = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
+        inputs = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
         lines += [
-            f"- told: {told}",
+            f"- takes as input: {inputs}",
             "",
             "```python",
             "import ldmlab",

@@ -16,7 +16,7 @@ from ldmlab.conditioners.transformer_text import VOCABULARY_FILE
 from ldmlab.errors import InputError
 from ldmlab.fetched import weights_folder
 
-Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: not told)
+Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: unknown)
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
 
@@ -64,13 +64,13 @@ CLIP = "clip"  # any open_clip model, `ldmlab fetch clip --model ViT-B-32 --pret
 
 def weights_path(name: str) -> Path:
     """The fetched file; InputError naming the command when it is missing."""
-    path = weights_folder() / known(name).file
+    path = weights_folder() / entry_of(name).file
     if not path.is_file():
         raise InputError(f"{name} weights are not at {path}; run `ldmlab fetch {name}` on a machine with internet.")
     return path
 
 
-def known(name: str) -> Weights:
+def entry_of(name: str) -> Weights:
     """The entry of a name."""
     if name not in WEIGHTS:
         raise InputError(f"{name}: there are no such weights; there are {', '.join([*WEIGHTS, CLIP])}.")
@@ -79,7 +79,7 @@ def known(name: str) -> Weights:
 
 def fetch(name: str, *, url: str | None = None, advance: Advance = lambda done, total: None) -> Path:
     """Download, check and put in place; a file that is there and whole is kept. `url` names a mirror."""
-    weights = known(name)
+    weights = entry_of(name)
     path = weights_folder() / weights.file
     if path.is_file() and sha256(path).startswith(weights.sha256):
         return path

@@ -23,13 +23,13 @@ CAPTIONS = ("", "a red apple", "Grüße aus Köln: 2 CATS & one dog, it's 5 o'cl
 Differences = dict[str, float]
 
 
-def check_close(part: str, mine: Tensor, theirs: Tensor) -> float:
+def check_close(part: str, mine: Tensor, foreign: Tensor) -> float:
     """The largest absolute difference; InputError from 1e-4 on, or where either side is not finite."""
-    if mine.shape != theirs.shape:
+    if mine.shape != foreign.shape:
         raise InputError(
-            f"export: the {part} gives {list(theirs.shape)} there, {list(mine.shape)} here; use --format ldmlab."
+            f"export: the {part} gives {list(foreign.shape)} there, {list(mine.shape)} here; use --format ldmlab."
         )
-    difference = float((mine.double() - theirs.double()).abs().max())
+    difference = float((mine.double() - foreign.double()).abs().max())
     if not difference < LIMIT:  # also for nan
         raise InputError(
             f"export: the {part} differs by {difference:.1e} between the two programs, more than {LIMIT:.0e}; "
@@ -44,21 +44,21 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def compare_unet(unet: nn.Module, theirs: Callable[..., Any], rows: Tensor | None = None) -> float:
-    """eps of random latents at two times; `rows` of classes are told to ours, theirs holds them and is told numbers."""
+def compare_unet(unet: nn.Module, foreign: Callable[..., Any], rows: Tensor | None = None) -> float:
+    """Outputs for random latents at two times; ours takes `rows` of the class table that is inside the other one."""
     levels = len(unet.down)  # type: ignore[arg-type]
     side = max(2**levels, 8)
     x, t = noise(2, int(unet.in_channels), side, side), torch.tensor([1.0, 500.0])  # type: ignore[arg-type]
-    told: dict[str, Tensor] = {}
-    given: dict[str, Tensor] = {}
+    slots: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     if unet.context_width is not None:
-        told["tokens"] = given["encoder_hidden_states"] = noise(2, 7, int(unet.context_width), seed=1)  # type: ignore[arg-type]
+        slots["tokens"] = inputs["encoder_hidden_states"] = noise(2, 7, int(unet.context_width), seed=1)  # type: ignore[arg-type]
     if rows is not None:
-        given["class_labels"] = torch.tensor([0, len(rows) - 1])
-        told["vector"] = rows[given["class_labels"]]
+        inputs["class_labels"] = torch.tensor([0, len(rows) - 1])
+        slots["vector"] = rows[inputs["class_labels"]]
     elif unet.vector_width is not None:
-        told["vector"] = given["class_labels"] = noise(2, int(unet.vector_width), seed=2)  # type: ignore[arg-type]
-    return check_close("U-Net", unet(x, t, Conditioning(**told)), theirs(x, t, **given).sample)
+        slots["vector"] = inputs["class_labels"] = noise(2, int(unet.vector_width), seed=2)  # type: ignore[arg-type]
+    return check_close("U-Net", unet(x, t, Conditioning(**slots)), foreign(x, t, **inputs).sample)
 
 
 def raw_latents(stage: nn.Module) -> LatentSpace:
@@ -67,13 +67,13 @@ def raw_latents(stage: nn.Module) -> LatentSpace:
 
 
 @torch.no_grad()
-def compare_first_stage(model: LatentSpace, theirs: Any, scaling_factor: float) -> Differences:
-    """Final latents of an image and images of final latents; a codebook is asked for vectors it holds."""
+def compare_first_stage(model: LatentSpace, foreign: Any, scaling_factor: float) -> Differences:
+    """Final latents of an image and images of final latents; of a codebook, the vectors are its own."""
     stage: Any = model.first_stage
     side = max(4 * stage.downsampling, 16)
     images = noise(1, 3, side, side).clamp(-1, 1)
     posterior, scale = model.posterior(images), model.latent_scale
-    found = theirs.encode(images)
+    found = foreign.encode(images)
     mine = scale.normalise(posterior.mean)
     if posterior.logvar is None:
         encoded = found.latents * scaling_factor
@@ -85,7 +85,7 @@ def compare_first_stage(model: LatentSpace, theirs: Any, scaling_factor: float) 
         check_close("encoder's spread", spread, found.latent_dist.std * scaling_factor)
     return {
         "encoder": check_close("encoder", mine, encoded),
-        "decoder": check_close("decoder", model.decode(latents), theirs.decode(latents / scaling_factor).sample),
+        "decoder": check_close("decoder", model.decode(latents), foreign.decode(latents / scaling_factor).sample),
     }
 
 
@@ -94,16 +94,16 @@ def compare_text(text: Any, tokenizer: Any, encoder: Any, length: int) -> float:
     """Token numbers, which must be equal, and states of captions: empty, short, strange, too long."""
     captions = list(CAPTIONS)
     mine = text.ids(captions) if hasattr(text, "ids") else text.tokenizer(captions)
-    theirs = tokenizer(
+    foreign = tokenizer(
         captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    for caption, row, other in zip(captions, mine.cpu(), theirs, strict=True):
+    for caption, row, other in zip(captions, mine.cpu(), foreign, strict=True):
         if not torch.equal(row, other):
             raise InputError(
                 f"export: the tokens of the caption {caption[:40]!r} differ between the two programs; "
                 "nothing was written, use --format ldmlab."
             )
-    return check_close("text encoder", text({"caption": captions}, None), encoder(theirs)[0])
+    return check_close("text encoder", text({"caption": captions}, None), encoder(foreign)[0])
 
 
 def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
@@ -120,12 +120,12 @@ def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
 
 
 @torch.no_grad()
-def compare_imports(ours: Imported, theirs: Imported) -> Differences:
+def compare_imports(ours: Imported, foreign: Imported) -> Differences:
     """Two descriptions with weights, run on the same noise; tensors of conditioners must be equal."""
     if ours.spec["kind"] == "first_stage":
-        stages = [raw_latents(assembled_first_stage(side)) for side in (ours, theirs)]
+        stages = [raw_latents(assembled_first_stage(side)) for side in (ours, foreign)]
         return compare_latent_spaces(stages[0], stages[1])
-    mine, other = assembled(ours), assembled(theirs)
+    mine, other = assembled(ours), assembled(foreign)
     result = {"U-Net": compare_unet(mine.backbone, _as_diffusers(other.backbone))}
     result |= compare_latent_spaces(mine, other)
     result["schedule"] = check_close("schedule", mine.schedule.alpha_bar, other.schedule.alpha_bar)
@@ -136,23 +136,23 @@ def compare_imports(ours: Imported, theirs: Imported) -> Differences:
     return result
 
 
-def compare_latent_spaces(ours: LatentSpace, theirs: LatentSpace) -> Differences:
+def compare_latent_spaces(ours: LatentSpace, foreign: LatentSpace) -> Differences:
     """Final latents of an image, and the image of those latents."""
     stage: Any = ours.first_stage
     images = noise(1, 3, *[max(4 * stage.downsampling, 16)] * 2).clamp(-1, 1)
     latents = ours.encode(images)
     return {
-        "encoder": check_close("encoder", latents, theirs.encode(images)),
-        "decoder": check_close("decoder", ours.decode(latents), theirs.decode(latents)),
+        "encoder": check_close("encoder", latents, foreign.encode(images)),
+        "decoder": check_close("decoder", ours.decode(latents), foreign.decode(latents)),
     }
 
 
 def _as_diffusers(unet: nn.Module) -> Callable[..., Any]:
     """A U-Net of ours with the face of diffusers' ones."""
 
-    def run(x: Tensor, t: Tensor, **given: Tensor) -> SimpleNamespace:
-        told = Conditioning(tokens=given.get("encoder_hidden_states"), vector=given.get("class_labels"))
-        return SimpleNamespace(sample=unet(x, t, told))
+    def run(x: Tensor, t: Tensor, **inputs: Tensor) -> SimpleNamespace:
+        conditioning = Conditioning(tokens=inputs.get("encoder_hidden_states"), vector=inputs.get("class_labels"))
+        return SimpleNamespace(sample=unet(x, t, conditioning))
 
     return run
 

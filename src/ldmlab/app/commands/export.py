@@ -1,8 +1,6 @@
 """`ldmlab export`: the weights of a run, alone and complete, as a folder that ldmlab or others can load."""
 
 import argparse
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, write beside, compare, and only then put in place."""
     from ldmlab.interop.model_folders import FORMATS as WRITERS
-    from ldmlab.interop.model_folders import check_new
+    from ldmlab.interop.model_folders import check_new, new_folder
     from ldmlab.model_files import read_model
 
     check_new(args.out)
@@ -38,25 +36,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--format={args.format} is unknown; choose {', '.join(WRITERS)}.")
     files = read_model(args.model, args.weights)
     out: Path = args.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        written = WRITERS[args.format](files, temporary)
-        (temporary / "README.md").write_text(card(files, written), encoding="utf-8")
-        _open_to_all(temporary)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as folder:
+        written = WRITERS[args.format](files, folder)
+        (folder / "README.md").write_text(card(files, written), encoding="utf-8")
     print(f"{out}: {written.what} ({_weights(files)})")
     for part, difference in written.differences.items():
         print(f"  {part}: largest difference {difference:.1e}")
     return 0
-
-
-def _open_to_all(folder: Path) -> None:
-    """Usual rights, whatever the writers of temporary files chose."""
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _weights(files: "ModelFiles") -> str:
@@ -74,10 +60,10 @@ def card(files: "ModelFiles", written: "Written") -> str:
         "",
     ]
     if spec["kind"] == "latent_diffusion":
-        told = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
+        inputs = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
         guided = {True: "trained", False: "not trained", None: "unknown"}[spec["guidance_trained"]]
         lines += [
-            f"- told: {told}; classifier-free guidance: {guided}",
+            f"- takes as input: {inputs}; classifier-free guidance: {guided}",
             f"- first stage: `{spec['first_stage']['_target_']}`, denoiser: `{spec['backbone']['_target_']}`",
             "",
         ]

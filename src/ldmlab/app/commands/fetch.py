@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch each name, or list what there is."""
-    from ldmlab.interop.published_weights import CLIP, fetch, fetch_clip, known
+    from ldmlab.interop.published_weights import CLIP, entry_of, fetch, fetch_clip
 
     if args.list or not args.names:
         print(listing())
         return 0
     for name in args.names:
         if name != CLIP:
-            known(name)  # a wrong name is refused before anything is fetched
+            entry_of(name)  # a wrong name is refused before anything is fetched
     for name in args.names:
         if name == CLIP:
             print(fetch_clip(args.model, args.pretrained))

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", choices=("averaged", "raw"), help="averaged | raw (averaged, where there are any)")
     parser.add_argument(
-        "--prediction", choices=("eps", "v"), help="what the network predicts, where file and config do not say"
+        "--prediction",
+        choices=("eps", "v"),
+        help="what the network predicts, where neither file nor config determines it",
     )
 
 
@@ -39,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     for note in imported.notes:
         print(f"note: {note}")
     sizes = {name: sum(t.numel() for t in part.values()) / 1e6 for name, part in imported.parts.items()}
-    told = ", ".join(f"{name} {millions:.2f} M" for name, millions in sizes.items())
-    print(f"{args.out}: {told} ({imported.weights} weights)")
+    parts = ", ".join(f"{name} {millions:.2f} M" for name, millions in sizes.items())
+    print(f"{args.out}: {parts} ({imported.weights} weights)")
     return 0
 
 
@@ -54,7 +56,7 @@ def _from_folder(args: argparse.Namespace) -> "Imported":
     """A diffusers folder describes itself."""
     for option in ("config", "weights", "prediction"):
         if getattr(args, option) is not None:
-            raise InputError(f"--{option}={getattr(args, option)}: a diffusers folder says that itself; leave it out.")
+            raise InputError(f"--{option}={getattr(args, option)}: a diffusers folder contains that; leave it out.")
     from ldmlab.interop import diffusers
     from ldmlab.interop.imported import Imported
 

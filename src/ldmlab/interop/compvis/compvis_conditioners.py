@@ -31,11 +31,11 @@ _TEXT = {  # official `version` or `arch` => open_clip's text configuration
 def arguments(target: str, params: Params, official: State | None = None) -> Node:
     """An official `target` and `params` as the node of our conditioner (`_target_` and arguments).
 
-    With the file's tensors (`official`, no prefix) text towers of any size are told from their shapes, and what a file
-    left out because nothing runs it is not asked for.
+    With the file's tensors (`official`, no prefix) text towers of any size are recognised by their shapes, and what a
+    file left out because nothing runs it is not required.
     """
     name = target.rpartition(".")[2]
-    known: dict[str, Callable[[Params, State | None], Node]] = {
+    readers: dict[str, Callable[[Params, State | None], Node]] = {
         "ClassEmbedder": _class_embedder,
         "TransformerEmbedder": _transformer,
         "BERTEmbedder": _transformer,
@@ -43,9 +43,9 @@ def arguments(target: str, params: Params, official: State | None = None) -> Nod
         "FrozenCLIPEmbedder": _clip,
         "FrozenOpenCLIPEmbedder": _open_clip,
     }
-    if name not in known:
-        raise InputError(f"conditioner target={target} is not known; known are {', '.join(known)}.")
-    return known[name](params, official)
+    if name not in readers:
+        raise InputError(f"conditioner target={target} is not supported; supported: {', '.join(readers)}.")
+    return readers[name](params, official)
 
 
 def _class_embedder(params: Params, official: State | None) -> Node:
@@ -108,10 +108,10 @@ def _text(option: str, version: Any, params: Params, layers: tuple[str, ...], of
     """open_clip's text configuration: from the tensors, else by name."""
     layer = params.get("layer", "last")
     if layer not in layers:
-        raise InputError(f"conditioner layer={layer} is not known; known are {', '.join(layers)}.")
+        raise InputError(f"conditioner layer={layer} is not supported; supported: {', '.join(layers)}.")
     text = None if official is None else _text_of(official)
     if text is None and version not in _TEXT:
-        raise InputError(f"conditioner {option}={version} is not known; known are {', '.join(_TEXT)}.")
+        raise InputError(f"conditioner {option}={version} is not supported; supported: {', '.join(_TEXT)}.")
     return _TEXT[version] if text is None else text
 
 
@@ -134,8 +134,8 @@ def _text_of(official: State) -> Node | None:
 
 def _is(text: Node, version: str, fewer_layers: int = 0) -> bool:
     """Whether a text configuration is a published one, or that without its last layers."""
-    wanted = _TEXT[version]
-    return text == wanted | {"layers": wanted["layers"] - fewer_layers}
+    expected = _TEXT[version]
+    return text == expected | {"layers": expected["layers"] - fewer_layers}
 
 
 def _text_node(text: Node, params: Params, layer: str, *, padding: str, quick_gelu: bool) -> Node:

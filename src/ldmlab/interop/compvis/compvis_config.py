@@ -76,7 +76,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
     """
     for name, what in _REFUSED.items():
         if params.get(name):
-            raise InputError(f"the configuration asks for {what} ({name}), which ldmlab does not import.")
+            raise InputError(f"{name} ({what}) cannot be imported.")
     for name in ("unet_config", "first_stage_config", "cond_stage_config"):
         if name not in params:
             raise InputError(f"the configuration has no {name}; give the whole official file.")
@@ -118,7 +118,7 @@ def _inpainting(size: Any) -> Node:
 
 
 def _nullable(conditioners: Params) -> bool:
-    """Whether any conditioner can say "nothing given"."""
+    """Whether any conditioner has a null input."""
     return any(node.get("null_row", True) for node in conditioners.values())
 
 
@@ -129,16 +129,16 @@ def scale_node(factor: float) -> Node:
 
 def diffusion_node(params: Params, prediction: str | None) -> Node:
     """Loss, prediction and schedule, with the defaults of the official code."""
-    told = params.get("parameterization", prediction or "eps")
-    if prediction is not None and prediction != told:
-        raise InputError(f"prediction={prediction} contradicts the configuration's parameterization: {told}.")
+    named = params.get("parameterization", prediction or "eps")
+    if prediction is not None and prediction != named:
+        raise InputError(f"prediction={prediction} contradicts the configuration's parameterization: {named}.")
     classes = {"eps": "EpsPrediction", "v": "VPrediction"}
-    if told not in classes:
-        raise InputError(f"parameterization: {told} is no prediction that ldmlab has; there are eps and v.")
+    if named not in classes:
+        raise InputError(f"parameterization: {named} is not supported; supported: eps, v.")
     return {
         "_target_": "ldmlab.diffusion.latent_diffusion.LatentDiffusion",
         "loss": params.get("loss_type", "l2"),
-        "prediction": {"_target_": f"ldmlab.diffusion.parameterization.{classes[told]}"},
+        "prediction": {"_target_": f"ldmlab.diffusion.parameterization.{classes[named]}"},
         "schedule": {
             "_target_": "ldmlab.diffusion.schedule.Schedule",
             "name": SCHEDULES.get(name := params.get("beta_schedule", "linear"), name),
@@ -166,10 +166,16 @@ def conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor]
         return _conditioner_nodes(params, factor, tensors)
     others = _conditioner_nodes({**params, **_without_classes(way, params)}, factor, tensors)
     if CLASS_NAMES["ClassEmbedder"] in others:
-        raise InputError(f"conditioning_key: {way} with two tables of classes is no conditioning that ldmlab imports.")
-    given = {"classes": classes, "width": 4 * unet["model_channels"], "slot": "vector", "drop": 0.0, "null_row": False}
+        raise InputError(f"conditioning_key: {way} with two tables of classes cannot be imported.")
+    options = {
+        "classes": classes,
+        "width": 4 * unet["model_channels"],
+        "slot": "vector",
+        "drop": 0.0,
+        "null_row": False,
+    }
     target = "ldmlab.conditioners.class_label.ClassEmbedder"
-    return {**others, CLASS_NAMES["ClassEmbedder"]: {"_target_": target, **given}}
+    return {**others, CLASS_NAMES["ClassEmbedder"]: {"_target_": target, **options}}
 
 
 def _without_classes(way: str, params: Params) -> Node:
@@ -177,7 +183,7 @@ def _without_classes(way: str, params: Params) -> Node:
     if way == "crossattn-adm":
         return {"conditioning_key": "crossattn"}
     if way != "adm":
-        raise InputError(f"conditioning_key: {way} is no conditioning that ldmlab imports.")
+        raise InputError(f"conditioning_key: {way} cannot be imported.")
     stage = params["cond_stage_config"]
     target = stage["target"] if isinstance(stage, Mapping) else stage
     if str(target).rpartition(".")[2] not in ("Identity", "IdentityEncoder", "__is_unconditional__"):
@@ -196,20 +202,20 @@ def _conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor
     if stage == "__is_first_stage__":
         if (way, key) == ("concat", "masked_image"):
             return {"masked_latent": _masked_latent(LDM_HOLE), "mask": _mask(factor, LDM_MASK)}
-        raise InputError(f"cond_stage_key: {key} through the first stage is no conditioning that ldmlab imports.")
+        raise InputError(f"cond_stage_key: {key} through the first stage cannot be imported.")
     if not isinstance(stage, Mapping):
         raise InputError(f"cond_stage_config: {stage} is not known; give the official file.")
     target = str(stage["target"])
     if target.rpartition(".")[2] in ("Identity", "IdentityEncoder"):
         if way == "concat" and key.lower() in ("lr_image", "low_resolution"):
             return {"low_resolution": {"_target_": "ldmlab.conditioners.low_resolution.LowResolution"}}
-        raise InputError(f"cond_stage_key: {key} as it is ({way}) is no conditioning that ldmlab imports.")
+        raise InputError(f"cond_stage_key: {key} as it is ({way}) cannot be imported.")
     node = conditioner_node(target, stage.get("params") or {}, tensors)
     name = CLASS_NAMES[node["_target_"].rpartition(".")[2]]
     if way == "hybrid":
         return _hybrid(params, factor) | {name: node}
     if way != ("concat" if name == "semantic" else "crossattn"):
-        raise InputError(f"conditioning_key: {way} with {target} is no conditioning that ldmlab imports.")
+        raise InputError(f"conditioning_key: {way} with {target} cannot be imported.")
     return {name: node}
 
 
@@ -217,7 +223,7 @@ def _hybrid(params: Params, factor: int) -> dict[str, Node]:
     """What Stable Diffusion's inpainting models concatenate beside the text."""
     keys = tuple(params.get("concat_keys", ("mask", "masked_image")))
     if keys != ("mask", "masked_image"):
-        raise InputError(f"conditioning_key: hybrid with {', '.join(keys)} is no conditioning that ldmlab imports.")
+        raise InputError(f"conditioning_key: hybrid with {', '.join(keys)} cannot be imported.")
     return {"mask": _mask(factor, SD_MASK), "masked_latent": _masked_latent(SD_HOLE)}
 
 
@@ -232,7 +238,7 @@ def _masked_latent(hole: float) -> Node:
 def conditioner_node(target: str, params: Params, tensors: Mapping[str, Tensor] | None = None) -> Node:
     """One network conditioner; a text encoder may be described by the fields of transformers' `CLIPTextConfig`.
 
-    `tensors` (official names, no prefix) tell the size of a text encoder that has no published one.
+    `tensors` (official names, no prefix) determine the size of a text encoder that has no published one.
     """
     if "hidden_size" in params and target.endswith(("FrozenCLIPEmbedder", "CLIPTextModel")):
         from ldmlab.interop.common_names import clip_node

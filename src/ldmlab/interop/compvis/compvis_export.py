@@ -53,18 +53,18 @@ def export(spec: Node, parts: Parts) -> tuple[StateDict, dict[str, Any]]:
     if spec["kind"] != "latent_diffusion":
         raise InputError(f"a model of kind {spec['kind']} has no official format; export with --format ldmlab.")
     conditioners = {name: conditioner_part(node) for name, node in spec["conditioners"].items()}
-    told: StateDict = {}
+    states: StateDict = {}
     for name, part in conditioners.items():
-        told |= with_idle_head(part.to_official(_own(parts.get("conditioner", {}), name)))
-    table = told.pop(compvis_unets.CLASS_TABLE, None)
+        states |= with_idle_head(part.to_official(_own(parts.get("conditioner", {}), name)))
+    table = states.pop(compvis_unets.CLASS_TABLE, None)
     params = _params(spec, None if table is None else len(table))
-    params |= conditioning_params({name: part.module for name, part in conditioners.items()}, told)
+    params |= conditioning_params({name: part.module for name, part in conditioners.items()}, states)
     state = {f"{UNET}{name}": tensor for name, tensor in _unet(spec, parts["denoiser"]).items()}
     state |= {f"{UNET}{compvis_unets.CLASS_TABLE}": table} if table is not None else {}
     if spec["first_stage"]["_target_"] != _IDENTITY:
         first_stage = first_stage_part(spec["first_stage"]).to_official(parts["first_stage"])
         state |= {f"{FIRST_STAGE}{name}": tensor for name, tensor in first_stage.items()}
-    state |= {f"{CONDITIONER}{name}": tensor for name, tensor in told.items()}
+    state |= {f"{CONDITIONER}{name}": tensor for name, tensor in states.items()}
     state |= schedule_buffers(instantiate(spec["diffusion"]["schedule"], where="diffusion.schedule"))
     target = _INPAINTING if params["conditioning_key"] == "hybrid" else _MODEL
     return state, {"model": {"target": target, "params": params}}
@@ -138,7 +138,7 @@ def _diffusion_params(node: Node) -> dict[str, Any]:
 
 
 def _factor(node: Node) -> float:
-    """One over the latent scale; the official code knows one factor and no shift."""
+    """One over the latent scale; the official code has one factor and no shift."""
     scale = instantiate(node, where="latent_scale")
     if scale.std.numel() > 1 or bool((scale.shift != 0).any()):
         raise InputError("a latent scale per channel has no place in an official file; export with --format ldmlab.")
@@ -187,7 +187,7 @@ Params = dict[str, Any]
 
 
 def conditioning_params(modules: Modules, official: Mapping[str, Tensor]) -> Params:
-    """How the model is told, for conditioners in their order and the one's tensors under their official names.
+    """How the model is conditioned, for conditioners in their order and the one's tensors under their official names.
 
     A class table of the U-Net adds `adm` to the key; alone, the official class hands class numbers to the U-Net.
     """
@@ -235,10 +235,10 @@ def _check_inpainting(modules: Modules, mask: Mapping[str, float], hole: float) 
     """The numbers that official code writes into masks and holes."""
     masks = next(module for module in modules.values() if isinstance(module, Mask))
     latents = next(module for module in modules.values() if isinstance(module, MaskedLatent))
-    values, wanted = (masks.keep, masks.hole, latents.hole), (mask["keep"], mask["hole"], hole)
-    if values != wanted:
+    values, expected = (masks.keep, masks.hole, latents.hole), (mask["keep"], mask["hole"], hole)
+    if values != expected:
         raise InputError(
-            f"mask.keep, mask.hole and masked_latent.hole = {values}: official models with these inputs have {wanted}; "
+            f"mask.keep, mask.hole and masked_latent.hole = {values}: the official values are {expected}; "
             "export with --format ldmlab."
         )
 
@@ -254,16 +254,16 @@ def _config(module: nn.Module, official: Mapping[str, Tensor]) -> Params:
         read = arguments(config["target"], config["params"])
         config["params"] |= {} if read["null_row"] else {"ucg_rate": module.drop or _USUAL_RATE}
     again = arguments(config["target"], config["params"], official)
-    told: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     if isinstance(module, OpenClipText):
         own, read_text = module.node["config"]["text_cfg"], again["config"]["text_cfg"]
-        told = {"padding": (module.node["padding"], again["padding"]), "heads": (own["heads"], read_text["heads"])}
+        pairs = {"padding": (module.node["padding"], again["padding"]), "heads": (own["heads"], read_text["heads"])}
     elif isinstance(module, ClassEmbedder):
-        told = {"classes": (module.classes, again["classes"])}
-    for name, (ours, theirs) in told.items():
-        if ours != theirs:
+        pairs = {"classes": (module.classes, again["classes"])}
+    for name, (ours, official) in pairs.items():
+        if ours != official:
             raise InputError(
-                f"conditioner {name}={ours}: the official class has {theirs} here; export with --format ldmlab."
+                f"conditioner {name}={ours}: the official class has {official} here; export with --format ldmlab."
             )
     return config
 

@@ -84,10 +84,10 @@ def check_schedule(file: OfficialFile, betas: Tensor) -> None:
         return
     tolerance = 1e-5 if stored.dtype in (torch.float32, torch.float64) else 1e-2
     if stored.shape != betas.shape or not torch.allclose(stored.double(), betas, rtol=tolerance, atol=0):
-        told = f"{len(betas)} betas {float(betas[0]):.3g} .. {float(betas[-1]):.3g}"
+        configured = f"{len(betas)} betas {float(betas[0]):.3g} .. {float(betas[-1]):.3g}"
         raise InputError(
             f"the file was trained with {len(stored)} betas {float(stored[0]):.3g} .. {float(stored[-1]):.3g}, the "
-            f"configuration says {told}; give the configuration that belongs to these weights."
+            f"configuration has {configured}; give the configuration that belongs to these weights."
         )
 
 
@@ -109,7 +109,7 @@ def schedule_params(file: OfficialFile, default: Mapping[str, Any]) -> dict[str,
             continue
         params = {"linear_start": squared[0], "linear_end": squared[1], "timesteps": len(stored)}
         return params if official == "linear" else params | {"beta_schedule": official}
-    raise InputError("the betas in the file follow no schedule that ldmlab knows; give --config.")
+    raise InputError("the betas in the file belong to none of the supported schedules; give --config.")
 
 
 def scale_factor(file: OfficialFile, params: Mapping[str, Any]) -> float:

@@ -36,7 +36,7 @@ def arguments(target: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """An official configuration's `target` and `params` as `_target_` and arguments of our class."""
     name = target.rpartition(".")[2]
     if name not in _CLASSES:
-        raise InputError(f"first stage target={target} is not known; known are {', '.join(_CLASSES)}.")
+        raise InputError(f"first stage target={target} is not supported; supported: {', '.join(_CLASSES)}.")
     _check(params, vq=name != "AutoencoderKL")
     network = params["ddconfig"]
     plain = {
@@ -70,13 +70,13 @@ def _check(params: Mapping[str, Any], *, vq: bool) -> None:
         raise InputError(f"first_stage_config.params.{name} is no option of the official first stages; check the file.")
     for name, value in network.items():
         if name in _ONLY and value != _ONLY[name]:
-            raise InputError(f"ddconfig.{name}={value} is a network that ldmlab has not (only {_ONLY[name]}).")
+            raise InputError(f"ddconfig.{name}={value} is not supported; supported: {_ONLY[name]}.")
         if name not in _READ | _ONLY.keys() | {"double_z"}:
             raise InputError(f"ddconfig.{name}={value} is no option of the official first stages; check the file.")
     if network.get("double_z", not vq) == vq:
         raise InputError(f"ddconfig.double_z={network['double_z']} fits no first stage; true is for KL, false for VQ.")
     if network.get("attn_type", "vanilla") not in ("vanilla", "vanilla-xformers", "none"):
-        raise InputError(f"ddconfig.attn_type={network['attn_type']} is not known; there are vanilla and none.")
+        raise InputError(f"ddconfig.attn_type={network['attn_type']} is not supported; supported: vanilla and none.")
 
 
 def _attention_factors(network: Mapping[str, Any]) -> list[int]:

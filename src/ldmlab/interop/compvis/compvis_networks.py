@@ -52,13 +52,13 @@ class Part:
     to_official: Rename
     either_rank: frozenset[str] = frozenset()  # tensors that files hold as 1 x 1 convolution or as linear layer
 
-    def mismatch(self, given: Mapping[str, Tensor]) -> Mismatch:
+    def mismatch(self, tensors: Mapping[str, Tensor]) -> Mismatch:
         """How official tensors (no prefix) differ from the network's."""
-        return compare(given, self.expected, self.either_rank)
+        return compare(tensors, self.expected, self.either_rank)
 
-    def filled(self, given: Mapping[str, Tensor]) -> nn.Module:
+    def filled(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The module with official tensors that fit it."""
-        fill(self.module, self.to_ours(given))
+        fill(self.module, self.to_ours(tensors))
         return self.module
 
 
@@ -114,7 +114,7 @@ def of_part(state: Mapping[str, Tensor], prefix: str) -> StateDict:
     """The tensors of one network without its prefix, out of its own state dict, with or without it, or a whole file.
 
     Of a state dict with prefixes, other networks and buffers that official files hold are left aside; any other tensor
-    stays, under its name, to be told as unexpected.
+    stays, under its name, and is then reported as unexpected.
     """
     if not any(key.startswith(prefix) for key in state):
         return dict(state)
@@ -131,10 +131,10 @@ def is_table(key: str) -> bool:
     return key.rpartition(".")[2] in _TABLES
 
 
-def build(part: Part, given: Mapping[str, Tensor]) -> nn.Module:
+def build(part: Part, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The filled module, or one InputError that lists every tensor that is missing, unexpected or misshapen."""
-    refuse_mismatch({part.title: part.mismatch(given)})
-    return part.filled(given)
+    refuse_mismatch({part.title: part.mismatch(tensors)})
+    return part.filled(tensors)
 
 
 State = Mapping[str, Tensor]
@@ -156,7 +156,7 @@ def conditioner_to_ours(conditioner: nn.Module, official: State) -> dict[str, Te
     """Official tensors (no prefix) under our names; what our module has no place for keeps its official name."""
     if isinstance(conditioner, OpenClipText):
         return _clip_to_ours(conditioner, official)
-    names = {theirs: ours for ours, theirs in conditioner_names(conditioner).items()}
+    names = {official: ours for ours, official in conditioner_names(conditioner).items()}
     return {names.get(key, key): tensor for key, tensor in official.items()}
 
 
@@ -197,7 +197,7 @@ def _clip_to_ours(conditioner: OpenClipText, official: State) -> dict[str, Tenso
     """Hugging Face names (SD 1.x) or open_clip names (SD 2.x) under the tower's."""
     if not any(key.startswith("model.") for key in official):
         return {f"tower.{key}": tensor for key, tensor in from_hugging_face(official).items()}
-    names = {theirs: ours for ours, theirs in conditioner.tower.clip_names().items()}
+    names = {official: ours for ours, official in conditioner.tower.clip_names().items()}
     plain = {key.removeprefix("model."): tensor for key, tensor in official.items()}
     return {f"tower.{names.get(key, key)}": tensor for key, tensor in plain.items()}
 

@@ -54,17 +54,17 @@ class _Taken:
     """A network with the tensors of the file that are its own."""
 
     part: Part
-    given: StateDict
+    tensors: StateDict
 
     def ours(self) -> StateDict:
         """Under our names; back under the official ones they must be the file's, bit for bit."""
-        ours = self.part.to_ours(self.given)
+        ours = self.part.to_ours(self.tensors)
         back = self.part.to_official(ours)
-        for name, tensor in self.given.items():
+        for name, tensor in self.tensors.items():
             again = back[name]
             if not tensor.is_meta and not bool((again.reshape(tensor.shape) == tensor).all()):
                 raise InputError(
-                    f"the {self.part.title}'s {name} did not survive the way there and back (not a number?)."
+                    f"the {self.part.title}'s {name} is not the same after conversion and back (is it not a number?)."
                 )
         return ours
 
@@ -76,14 +76,14 @@ def read(
     weights: str = "averaged",
     prediction: str | None = None,
 ) -> Imported:
-    """An official checkpoint with its YAML file (or the file's content); every misfit is told in one InputError."""
+    """An official checkpoint with its YAML file (or the file's content); one InputError names all that does not fit."""
     if weights not in ("averaged", "raw"):
         raise InputError(f"weights={weights} is unknown; choose averaged or raw.")
     if prediction not in (None, "eps", "v"):
         raise InputError(f"prediction={prediction} is unknown; choose eps or v.")
     state, step = read_weights(Path(path))
-    given = read_config(Path(config)) if isinstance(config, (str, Path)) else config
-    return describe(state, given, source=str(path), weights=weights, prediction=prediction, step=step)
+    tensors = read_config(Path(config)) if isinstance(config, (str, Path)) else config
+    return describe(state, tensors, source=str(path), weights=weights, prediction=prediction, step=step)
 
 
 def describe(
@@ -100,11 +100,13 @@ def describe(
     official = model_config(config) if config is not None else config_of(file, prediction)
     alone = is_first_stage(official)
     if alone != file.is_first_stage:
-        has, says = ("whole model", "first stage")[:: -1 if file.is_first_stage else 1]
-        raise InputError(f"{source} holds a {has} but the configuration describes a {says}; give the matching one.")
+        has, described = ("whole model", "first stage")[:: -1 if file.is_first_stage else 1]
+        raise InputError(
+            f"{source} holds a {has} but the configuration describes a {described}; give the matching one."
+        )
     spec = first_stage_spec(official) if alone else _model_spec(official["params"], file, prediction)
     taken, used, notes = _networks(spec, file, weights)
-    mismatches = {name: t.part.mismatch(t.given) for name, t in taken.items()}
+    mismatches = {name: t.part.mismatch(t.tensors) for name, t in taken.items()}
     refuse_mismatch({**mismatches, "file": Mismatch([], sorted(file.unknown), [])})
     _check_channels(spec, taken)
     spec |= {"weights": used, "origin": {"format": "compvis", "linear_projection": linear_projections(file.unet)}}
@@ -113,7 +115,7 @@ def describe(
 
 
 def _model_spec(params: Mapping[str, Any], file: OfficialFile, prediction: str | None) -> dict[str, Any]:
-    """model.yaml, with what only the file knows."""
+    """model.yaml, with what only the file holds."""
     spec = latent_diffusion_spec(params, prediction, file.conditioner)
     spec["latent_scale"] = scale_node(scale_factor(file, params))
     check_schedule(file, instantiate(spec["diffusion"]["schedule"], where="schedule").betas)
@@ -123,7 +125,7 @@ def _model_spec(params: Mapping[str, Any], file: OfficialFile, prediction: str |
 def _networks(
     spec: Mapping[str, Any], file: OfficialFile, weights: str
 ) -> tuple[dict[str, _Taken], str, tuple[str, ...]]:
-    """The networks by name, which of their weights are taken, and what to say about it."""
+    """The networks by name, which of their weights are used, and notes for the user."""
     taken = {}
     trained = part = first_stage_part(spec["first_stage"])
     prefix, raw = "", file.first_stage
@@ -137,7 +139,7 @@ def _networks(
     use_averaged = averaged is not None and weights == "averaged"
     notes: tuple[str, ...] = ()
     if averaged is None and weights == "averaged":
-        notes = ("the file holds one set of weights and does not say if they are averaged; they are kept as raw",)
+        notes = ("the file holds one set of weights and does not mark them as averaged; they are kept as raw",)
     if averaged is None and file.averages:
         raise InputError("the averaged weights in the file belong to another network; give its own configuration.")
     if not raw and not use_averaged:
@@ -158,25 +160,25 @@ def _conditioners(nodes: Mapping[str, Any], file: OfficialFile, tables: StateDic
     """
     every = {name: conditioner_part(node) for name, node in nodes.items()}
     parts = {name: part for name, part in every.items() if CLASS_TABLE not in part.expected}
-    given = file.conditioner
-    if not any(part.expected for part in parts.values()) and _is_copy(given, file.first_stage):
-        given = {}
+    tensors = file.conditioner
+    if not any(part.expected for part in parts.values()) and _is_copy(tensors, file.first_stage):
+        tensors = {}
     holder = next((name for name, part in parts.items() if part.expected), next(iter(parts), None))
-    own = {name: tables if name not in parts else given if name == holder else {} for name in every}
+    own = {name: tables if name not in parts else tensors if name == holder else {} for name in every}
     taken = {f"conditioner {name}": _Taken(part, own[name]) for name, part in every.items()}
-    if not parts and given:
+    if not parts and tensors:
         raise InputError(
-            f"the file holds {len(given)} tensors of a conditioner, the configuration names none; give the "
+            f"the file holds {len(tensors)} tensors of a conditioner, the configuration has none; give the "
             "configuration that belongs to these weights."
         )
     return taken
 
 
-def _is_copy(given: StateDict, first_stage: StateDict) -> bool:
+def _is_copy(tensors: StateDict, first_stage: StateDict) -> bool:
     """Whether the conditioner's tensors are the first stage's."""
-    return given.keys() == first_stage.keys() and all(
-        given[name].shape == first_stage[name].shape and bool((given[name] == first_stage[name]).all())
-        for name in given
+    return tensors.keys() == first_stage.keys() and all(
+        tensors[name].shape == first_stage[name].shape and bool((tensors[name] == first_stage[name]).all())
+        for name in tensors
     )
 
 
@@ -190,12 +192,12 @@ def _check_channels(spec: Mapping[str, Any], taken: Mapping[str, _Taken]) -> Non
     latent = LatentSpec(stage.latent_channels, size, size, stage.downsampling)
     modules: list[Any] = [t.part.module for name, t in taken.items() if name.startswith("conditioner ")]
     extra = sum(module.width(latent) for module in modules if module.slot == "spatial")
-    wanted = (latent.channels + extra, latent.channels)
+    expected = (latent.channels + extra, latent.channels)
     has = (spec["backbone"]["in_channels"], spec["backbone"]["out_channels"])
-    if has != wanted:
+    if has != expected:
         raise InputError(
-            f"the U-Net has {has[0]} input and {has[1]} output channels, first stage and conditions make {wanted[0]} "
-            f"and {wanted[1]}; give the configuration that belongs to these weights."
+            f"the U-Net has {has[0]} input and {has[1]} output channels, first stage and conditions make {expected[0]} "
+            f"and {expected[1]}; give the configuration that belongs to these weights."
         )
 
 
@@ -218,7 +220,7 @@ State = Mapping[str, Tensor]
 
 
 def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
-    """Our U-Net for `unet_config.params`; with fresh weights unless a state dict is given.
+    """Our U-Net for `unet_config.params`; with fresh weights unless a state dict is tensors.
 
     A table of classes (`num_classes`) is no part of ours: `label_emb.weight[class_id]` is its `vector` conditioning,
     added to the time vector as it is. Of a whole file `read` and `load` make a ClassEmbedder of it.
@@ -226,11 +228,11 @@ def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None
     node = {"_target_": UNET_TARGET, **compvis_unets.arguments(config_params)}
     if state_dict is None:
         return instantiate(node, where="backbone")
-    given = of_part(state_dict, UNET)
-    if (width := node.get("vector_width")) and (table := given.pop(CLASS_TABLE, None)) is not None:
+    tensors = of_part(state_dict, UNET)
+    if (width := node.get("vector_width")) and (table := tensors.pop(CLASS_TABLE, None)) is not None:
         expected = torch.empty(config_params["num_classes"], width, device="meta")
         refuse_mismatch({"U-Net": compare({CLASS_TABLE: table}, {CLASS_TABLE: expected})})
-    return build(unet_part(node), given)
+    return build(unet_part(node), tensors)
 
 
 def build_first_stage(
@@ -242,24 +244,24 @@ def build_first_stage(
     node = compvis_first_stages.arguments(target or compvis_first_stages.target_of(config_params), config_params)
     if state_dict is None:
         return instantiate(node, where="first_stage")
-    given = {key: tensor for key, tensor in of_part(state_dict, FIRST_STAGE).items() if not key.startswith(LOSS)}
-    return build(first_stage_part(node), given)
+    tensors = {key: tensor for key, tensor in of_part(state_dict, FIRST_STAGE).items() if not key.startswith(LOSS)}
+    return build(first_stage_part(node), tensors)
 
 
 def build_conditioner(target: str, config_params: Mapping[str, Any], state_dict: State | None = None) -> nn.Module:
     """Our conditioner for `cond_stage_config`; a text encoder may have the fields of `CLIPTextConfig` as params."""
     if state_dict is None:
         return instantiate(conditioner_node(target, config_params), where="conditioner")
-    given = {key: tensor for key, tensor in of_part(state_dict, CONDITIONER).items() if not is_table(key)}
-    return build(conditioner_part(conditioner_node(target, config_params, given)), given)
+    tensors = {key: tensor for key, tensor in of_part(state_dict, CONDITIONER).items() if not is_table(key)}
+    return build(conditioner_part(conditioner_node(target, config_params, tensors)), tensors)
 
 
 def load(
     checkpoint_path: Path | str,
-    config_path: Path | str | None = None,  # official YAML; None: told by the weights, for Stable Diffusion
+    config_path: Path | str | None = None,  # official YAML; None: derived from the weights of Stable Diffusion
     weights: str = "averaged",  # averaged, where the file has them | raw
     *,
-    prediction: str | None = None,  # eps | v, where neither configuration nor weights tell
+    prediction: str | None = None,  # eps | v, where neither configuration nor weights determine it
     device: str = "auto",
 ) -> "LoadedModel":
     """A whole official model, ready to sample, as `ldmlab.load` gives it; nothing is written."""

@@ -89,7 +89,7 @@ def _matches(pattern: str, state: State) -> set[str]:
 
 def _rows(state: State, key: str) -> int:
     if key not in state:
-        raise InputError(f"{key} is missing, so the network cannot be told from its shapes; give --config.")
+        raise InputError(f"{key} is missing, so the network cannot be derived from shapes; give --config.")
     return state[key].shape[0]
 
 
@@ -107,7 +107,7 @@ _LARGE_TEXT = (320, 1280)  # width of the finest level and of the tokens: the 1.
 
 
 def config_of(file: OfficialFile, prediction: str | None) -> Node:
-    """`{target, params}` as an official YAML file would say it; InputError where the file cannot tell."""
+    """`{target, params}` as in an official YAML file; InputError where the weights do not determine it."""
     if file.is_first_stage:
         params = first_stage_params(file.first_stage)
         return {"target": target_of(params), "params": params}
@@ -116,7 +116,7 @@ def config_of(file: OfficialFile, prediction: str | None) -> Node:
     family = _family(file, unet, prediction)
     hybrid = unet["in_channels"] == 2 * unet["out_channels"] + 1  # mask and masked latent: the inpainting models
     if unet["in_channels"] != unet["out_channels"] and not hybrid:
-        raise InputError(f"a U-Net of {unet['in_channels']} input channels needs --config to tell what they are.")
+        raise InputError(f"a U-Net of {unet['in_channels']} input channels needs --config to name them.")
     params = {
         "channels": unet["out_channels"],
         "conditioning_key": "hybrid" if hybrid else "crossattn",
@@ -131,7 +131,7 @@ def config_of(file: OfficialFile, prediction: str | None) -> Node:
 
 
 def _family(file: OfficialFile, unet: Mapping[str, Any], prediction: str | None) -> Node:
-    """Heads, conditioner, prediction and size of latents, told by the names of the conditioner's tensors."""
+    """Heads, conditioner, prediction and size of latents, by the names of the conditioner's tensors."""
     names = file.conditioner.keys()
     if any(name.startswith("transformer.text_model.") for name in names):
         return {
@@ -143,7 +143,7 @@ def _family(file: OfficialFile, unet: Mapping[str, Any], prediction: str | None)
     if "model.positional_embedding" in names and linear_projections(file.unet):
         if prediction is None:
             raise InputError(
-                "Stable Diffusion 2.x files do not tell what the network predicts; give --prediction eps (the 512 px "
+                "Stable Diffusion 2.x files do not contain the kind of prediction; give --prediction eps (the 512 px "
                 "base models) or --prediction v (768 px), or --config."
             )
         return {
@@ -165,6 +165,6 @@ def _family(file: OfficialFile, unet: Mapping[str, Any], prediction: str | None)
             "image_size": 32,
         }
     raise InputError(
-        "the weights alone do not tell this model's attention heads, schedule and conditions; give its official YAML "
+        "weights alone do not determine this model's attention heads, schedule and conditions; give its YAML "
         "file with --config."
     )

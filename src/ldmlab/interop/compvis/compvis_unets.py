@@ -102,9 +102,9 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
     """Our U-Net's arguments for the `params` of an official `unet_config`."""
     _check(params)
     context = _one(params, "context_dim") if params.get("use_spatial_transformer") else None
-    given = {"heads": params.get("num_heads", -1), "head_channels": params.get("num_head_channels", -1)}
-    if given["head_channels"] != -1:  # wins over num_heads in the official code
-        given["heads"] = -1
+    sizes = {"heads": params.get("num_heads", -1), "head_channels": params.get("num_head_channels", -1)}
+    if sizes["head_channels"] != -1:  # wins over num_heads in the official code
+        sizes["heads"] = -1
     return {
         "in_channels": params["in_channels"],
         "out_channels": params["out_channels"],
@@ -112,7 +112,7 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
         "channel_mult": list(params.get("channel_mult", (1, 2, 4, 8))),
         "num_res_blocks": _one(params, "num_res_blocks"),
         "attention_downsampling": list(params["attention_resolutions"]),
-        **{name: None if value == -1 else value for name, value in given.items()},
+        **{name: None if value == -1 else value for name, value in sizes.items()},
         "transformer_depth": _one(params, "transformer_depth") if "transformer_depth" in params else 1,
         "context_width": context,
         "dropout": params.get("dropout", 0.0),
@@ -128,7 +128,7 @@ def _vector(params: Mapping[str, Any]) -> dict[str, Any]:
     if classes is None:
         return {}
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
-        raise InputError(f"unet_config.params.num_classes={classes} is no table of classes, the only kind ldmlab has.")
+        raise InputError(f"unet_config.params.num_classes={classes} is not supported; supported: a number of classes.")
     return {"vector_width": 4 * params["model_channels"], "project_vector": False}
 
 
@@ -141,11 +141,13 @@ def _check(params: Mapping[str, Any]) -> None:
         raise InputError(f"unet_config.params has no {', '.join(missing)}; give the whole official configuration.")
     for name, value in params.items():
         if name in _ONLY and value != _ONLY[name]:
-            raise InputError(f"unet_config.params.{name}={value} is a U-Net that ldmlab has not (only {_ONLY[name]}).")
+            raise InputError(f"unet_config.params.{name}={value} is not supported; supported: {_ONLY[name]}.")
         if name not in _WITHOUT_EFFECT | _ONLY.keys() | _READ:
             raise InputError(f"unet_config.params.{name}={value} is no option of the official U-Net; check the file.")
     if params.get("num_heads_upsample", -1) not in (-1, params.get("num_heads", -1)):
-        raise InputError("unet_config.params.num_heads_upsample differs from num_heads, which ldmlab's U-Net cannot.")
+        raise InputError(
+            "unet_config.params.num_heads_upsample differs from num_heads, but ldmlab's U-Net needs one value."
+        )
 
 
 def _one(params: Mapping[str, Any], name: str) -> int:
@@ -153,7 +155,9 @@ def _one(params: Mapping[str, Any], name: str) -> int:
     value = params[name]
     numbers = {value} if isinstance(value, int) else set(value)
     if len(numbers) != 1:
-        raise InputError(f"unet_config.params.{name}={value} differs between levels, which ldmlab's U-Net cannot.")
+        raise InputError(
+            f"unet_config.params.{name}={value} differs between levels, but ldmlab's U-Net needs one value."
+        )
     return int(numbers.pop())
 
 
@@ -187,11 +191,11 @@ def params_of(node: Mapping[str, Any], classes: int | None = None) -> dict[str, 
         params |= {"use_spatial_transformer": True, "transformer_depth": depth, "context_dim": width, "legacy": False}
     params |= {"num_classes": classes} if classes is not None else {}
     flags = {"use_scale_shift_norm": "scale_shift", "resblock_updown": "residual_resampling"}
-    return params | {theirs: True for theirs, ours in flags.items() if node.get(ours)}
+    return params | {official: True for official, ours in flags.items() if node.get(ours)}
 
 
 def to_ours(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Official tensors (no prefix) under our names; a tensor no module asks for is an error (KeyError)."""
+    """Official tensors (no prefix) under our names; a tensor of no module is an error (KeyError)."""
     result = {}
     for key, tensor in state.items():
         module, leaf = key.rsplit(".", 1)
@@ -204,7 +208,7 @@ def to_official(
     state: Mapping[str, Tensor], names: Mapping[str, str], linear_projection: bool = False
 ) -> dict[str, Tensor]:
     """The inverse of `to_ours`; with `linear_projection` as in Stable Diffusion 2.x (2-d proj_in and proj_out)."""
-    official = {ours: theirs for theirs, ours in names.items()}
+    official = {ours: official for official, ours in names.items()}
     result = {}
     for key, tensor in state.items():
         module, leaf = key.rsplit(".", 1)

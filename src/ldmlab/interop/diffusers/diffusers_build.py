@@ -25,23 +25,23 @@ CLASS_TABLE = "class_embedding.weight"  # with num_class_embeds: rows are the U-
 def build_unet(config: Mapping[str, Any], state_dict: StateDict | None = None) -> UNet:
     """Our U-Net for a UNet2DConditionModel or UNet2DModel; without weights it is initialised afresh.
 
-    A table of classes inside the network is no part of ours: its rows are given to it as `vector` conditioning.
+    A table of classes inside the network is no part of ours: its rows are tensors to it as `vector` conditioning.
     """
     arguments = diffusers_unets.arguments(config)
     if state_dict is None:
         return UNet(**arguments)
     with without_weights():
         unet = UNet(**arguments)
-    given = diffusers_names.modern_names(state_dict)
+    tensors = diffusers_names.modern_names(state_dict)
     if not config.get("flip_sin_to_cos", True):
-        given = diffusers_names.cosines_first(given)
+        tensors = diffusers_names.cosines_first(tensors)
     if config.get("num_class_embeds") is not None:
-        given.pop(CLASS_TABLE, None)
+        tensors.pop(CLASS_TABLE, None)
     linear = bool(config.get("use_linear_projection", False))
     expected = diffusers_names.to_diffusers(unet.state_dict(), arguments, linear_projection=linear)
     projections = [name for name in expected if name.endswith((".proj_in.weight", ".proj_out.weight"))]
-    refuse_mismatch({diffusers_unets.kind_of(config): compare(given, expected, projections)})
-    fill(unet, diffusers_names.to_ours(given, arguments))
+    refuse_mismatch({diffusers_unets.kind_of(config): compare(tensors, expected, projections)})
+    fill(unet, diffusers_names.to_ours(tensors, arguments))
     return unet
 
 
@@ -52,11 +52,11 @@ def build_first_stage(config: Mapping[str, Any], state_dict: StateDict | None = 
         return instantiate(node, where="first_stage")
     with without_weights():
         stage: nn.Module = instantiate(node, where="first_stage")
-    given = diffusers_first_stages.with_quant_convs(diffusers_names.modern_names(state_dict), config)
+    tensors = diffusers_first_stages.with_quant_convs(diffusers_names.modern_names(state_dict), config)
     expected = diffusers_first_stages.to_diffusers(stage.state_dict(), node)
     linear = [name for name in expected if ".attentions." in name]
-    refuse_mismatch({diffusers_first_stages.kind_of(config): compare(given, expected, linear)})
-    fill(stage, diffusers_first_stages.to_ours(given, node))
+    refuse_mismatch({diffusers_first_stages.kind_of(config): compare(tensors, expected, linear)})
+    fill(stage, diffusers_first_stages.to_ours(tensors, node))
     return stage
 
 
@@ -76,10 +76,10 @@ def filled_text(node: Mapping[str, Any], config: Mapping[str, Any], state_dict: 
     """The text conditioner of a node with the tensors of the text encoder that has this configuration."""
     with without_weights():
         text: nn.Module = instantiate(node, where="conditioner")
-    given = diffusers_texts.to_ours(state_dict, node)
-    wanted = {name: tensor.to("meta") for name, tensor in text.state_dict().items()}
-    refuse_mismatch({f"text encoder {diffusers_texts.kind_of(config)}": compare(given, wanted)})
-    fill(text, given)
+    tensors = diffusers_texts.to_ours(state_dict, node)
+    expected = {name: tensor.to("meta") for name, tensor in text.state_dict().items()}
+    refuse_mismatch({f"text encoder {diffusers_texts.kind_of(config)}": compare(tensors, expected)})
+    fill(text, tensors)
     return text
 
 
@@ -134,18 +134,18 @@ def diffusers_unet(
     node = spec["backbone"]
     if not node["_target_"].endswith(".UNet"):
         raise InputError(f"backbone={node['_target_']} has no class in diffusers; use --format ldmlab.")
-    told = [other["_target_"] for other in spec["conditioners"].values()]
-    usual = node.get("head_channels") is not None and diffusers_texts.CLIP_TARGET in told
+    targets = [other["_target_"] for other in spec["conditioners"].values()]
+    usual = node.get("head_channels") is not None and diffusers_texts.CLIP_TARGET in targets
     linear = bool(spec.get("origin", {}).get("linear_projection", usual))
     classes = None if rows is None else len(rows)
     kind, config = diffusers_unets.configuration(
         node, sample_size=sample_size, linear_projection=linear, classes=classes
     )
     state = {key: tensor for key, tensor in parts["denoiser"].items() if rows is None or not key.startswith("vector.")}
-    theirs = diffusers_names.to_diffusers(state, node, linear_projection=linear)
+    foreign = diffusers_names.to_diffusers(state, node, linear_projection=linear)
     if rows is not None:
-        theirs[CLASS_TABLE] = _added_rows(rows, parts["denoiser"])
-    return _filled(getattr(diffusers, kind)(**config), theirs)
+        foreign[CLASS_TABLE] = _added_rows(rows, parts["denoiser"])
+    return _filled(getattr(diffusers, kind)(**config), foreign)
 
 
 def diffusers_first_stage(diffusers: Any, node: Spec, state: State, image_size: int, factor: float) -> Any:
@@ -157,16 +157,16 @@ def diffusers_first_stage(diffusers: Any, node: Spec, state: State, image_size: 
 def diffusers_text_encoder(node: Spec, state: State) -> Any:
     """CLIPTextModel or LDMBertModel."""
     kind, config = diffusers_texts.configuration(node)
-    theirs = diffusers_texts.to_diffusers(state, node)
+    foreign = diffusers_texts.to_diffusers(state, node)
     if kind == diffusers_texts.CLIP:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         module = CLIPTextModel(CLIPTextConfig(**config))
         prefix = "text_model." if any(key.startswith("text_model.") for key in module.state_dict()) else ""
-        return _filled(module, {prefix + key: tensor for key, tensor in theirs.items()})
+        return _filled(module, {prefix + key: tensor for key, tensor in foreign.items()})
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-    return _filled(LDMBertModel(LDMBertConfig(**config)), theirs)
+    return _filled(LDMBertModel(LDMBertConfig(**config)), foreign)
 
 
 def diffusers_tokenizer(node: Spec, vocabulary: Path | None, length: int, scratch: Path) -> Any:

@@ -78,22 +78,22 @@ def resolved(
     defaults: Mapping[str, Any],  # every option we read, with the value of diffusers' signature
     required: Mapping[str, tuple[Any, ...]],  # options we have no choice in: the values we can do, diffusers' first
 ) -> dict[str, Any]:
-    """The options we read; InputError for one that asks for something we do not have, known to us or not."""
+    """The options that are read; InputError for an unsupported value, of other options too."""
     for key, value in config.items():
         if key.startswith("_") or key in _NEUTRAL or key in defaults:
             continue
         allowed = required.get(key, (None, False))
         if _plain(value) not in allowed:
             can = " or ".join(map(str, allowed))
-            raise InputError(f"{kind} with {key}={value} cannot be represented here; only {key}={can} can.")
+            raise InputError(f"{kind} with {key}={value} is not supported; supported: {can}.")
     return {key: _plain(config.get(key, default)) for key, default in defaults.items()}
 
 
-def named_class(config: Mapping[str, Any], known: Iterable[str], part: str) -> str | None:
-    """The class that a configuration names, None where it names none; InputError for one that is not known."""
+def named_class(config: Mapping[str, Any], supported: Iterable[str], part: str) -> str | None:
+    """The class that a configuration names, None where it names none; InputError for another one."""
     named = config.get("_class_name")
-    if named is not None and named not in known:
-        raise InputError(f"{part}'s class {named} is not known; known are {', '.join(known)}.")
+    if named is not None and named not in supported:
+        raise InputError(f"{part}'s class {named} is not supported; supported: {', '.join(supported)}.")
     return named
 
 
@@ -106,17 +106,15 @@ def multiples(kind: str, widths: Sequence[int]) -> list[int]:
 
 def levels_with_attention(
     kind: str,
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     attention: str,  # how the names of levels with attention begin
-    known: Iterable[str],  # names of levels that we have
+    supported: Iterable[str],  # supported names of levels
 ) -> list[bool]:
     """Which levels have attention, from the finest; the way up must mirror the way down."""
-    types = given["down_block_types"], given["up_block_types"]
+    types = options["down_block_types"], options["up_block_types"]
     for name in [*types[0], *types[1]]:
-        if name not in known:
-            raise InputError(
-                f"{kind} with a {name} cannot be represented here; levels can be {', '.join(sorted(known))}."
-            )
+        if name not in supported:
+            raise InputError(f"{kind} with a {name} is not supported; supported: {', '.join(sorted(supported))}.")
     down, up = ([name.startswith(attention) for name in way] for way in types)
     if down != up[::-1]:
         raise InputError(f"{kind} with other attention on the way up ({types[1]}) than down; use a symmetric one.")
@@ -139,7 +137,9 @@ def diffusion_node(config: Config) -> dict[str, Any]:
     """Our diffusion node for a `scheduler_config.json`: the noise levels and what is predicted, not the steps taken."""
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
-        raise InputError(f"scheduler prediction_type={prediction} is not known; known are {', '.join(_PREDICTIONS)}.")
+        raise InputError(
+            f"scheduler prediction_type={prediction} is not supported; supported: {', '.join(_PREDICTIONS)}."
+        )
     return {
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
         "prediction": {"_target_": f"{_HOME}parameterization.{_PREDICTIONS[prediction]}"},
@@ -153,7 +153,7 @@ def _schedule(config: Config) -> dict[str, Any]:
         return _named(trained)
     name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     if name not in _NAMES:
-        raise InputError(f"scheduler beta_schedule={name} is not known; known are {', '.join(_NAMES)}.")
+        raise InputError(f"scheduler beta_schedule={name} is not supported; supported: {', '.join(_NAMES)}.")
     if name == "squaredcos_cap_v2":
         return {"name": "cosine", "steps": steps}
     ends = {"start": config.get("beta_start", 0.0001), "end": config.get("beta_end", 0.02)}
@@ -182,22 +182,22 @@ def _named(betas: Sequence[float]) -> dict[str, Any]:
     if torch.allclose(Schedule("cosine", steps=len(table)).betas, table, atol=_SAME, rtol=0):
         return {"name": "cosine", "steps": len(table)}
     raise InputError(
-        f"scheduler trained_betas={first} .. {last} follow no schedule that ldmlab has; use another model."
+        f"scheduler trained_betas={first} .. {last} belong to none of the supported schedules; use another model."
     )
 
 
 def scheduler_options(node: Mapping[str, Any]) -> Config:
     """Options of a DDIMScheduler that steps as the official DDIM sampler does, for a diffusion node of ours."""
     prediction = str(node["prediction"]["_target_"]).rpartition(".")[2]
-    theirs = {ours: name for name, ours in _PREDICTIONS.items()}
-    if prediction not in theirs:
+    foreign = {ours: name for name, ours in _PREDICTIONS.items()}
+    if prediction not in foreign:
         raise InputError(f"diffusion.prediction={prediction} has no scheduler in diffusers; use --format ldmlab.")
-    given = {key: value for key, value in node["schedule"].items() if key != "_target_"}
-    schedule = Schedule(**given)
+    options = {key: value for key, value in node["schedule"].items() if key != "_target_"}
+    schedule = Schedule(**options)
     names = {ours: name for name, ours in _NAMES.items()}
     config: dict[str, Any] = {
         "num_train_timesteps": schedule.steps,
-        "prediction_type": theirs[prediction],
+        "prediction_type": foreign[prediction],
         "clip_sample": False,
         "set_alpha_to_one": False,  # the last step goes to the first level of the schedule
         "steps_offset": 1,
@@ -207,8 +207,8 @@ def scheduler_options(node: Mapping[str, Any]) -> Config:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         config.pop("steps_offset")
     if schedule.name in ("scaled_linear", "linear"):
-        ends = {"beta_start": given.get("start", 0.0015), "beta_end": given.get("end", 0.0195)}
+        ends = {"beta_start": options.get("start", 0.0015), "beta_end": options.get("end", 0.0195)}
         return config | {"beta_schedule": names[schedule.name], **ends}
     if schedule.zero_terminal_snr:
-        schedule = Schedule(**given | {"zero_terminal_snr": False})  # which the scheduler rescales itself
+        schedule = Schedule(**options | {"zero_terminal_snr": False})  # which the scheduler rescales itself
     return config | {"trained_betas": schedule.betas.tolist()}

@@ -22,7 +22,7 @@ _LENGTH, _FACTOR = 77, 8  # fixed in LDMTextToImagePipeline
 
 @dataclass(frozen=True)
 class Plan:
-    """Names of folders; `why` says what keeps the model from a pipeline."""
+    """Names of folders; `why`: the reason why there is no pipeline."""
 
     pipeline: str | None
     first_stage: str | None  # folder of the first stage; None: there are only pixels
@@ -35,20 +35,20 @@ def plan(spec: Spec) -> Plan:
     """For a latent diffusion model's description."""
     stage = kind(spec["first_stage"])
     nodes = list(spec["conditioners"].values())
-    told = [kind(node) for node in nodes]
+    kinds = [kind(node) for node in nodes]
     text = next((node for node in nodes if node["_target_"] in (CLIP_TARGET, BERT_TARGET)), None)
     names = {"KLAutoencoder": "vae", "Identity": None}
     folders = names.get(stage, "vqvae"), None if text is None else "text_encoder"
     if stage == "Identity":
-        return Plan(None if told else "DDIMPipeline", *folders, why=_because(told) if told else "")
-    if not told:
+        return Plan(None if kinds else "DDIMPipeline", *folders, why=_because(kinds) if kinds else "")
+    if not kinds:
         return Plan("LDMPipeline", "vqvae")
-    if told == ["LowResolution"]:
+    if kinds == ["LowResolution"]:
         if spec["backbone"]["out_channels"] == 3:
             return Plan("LDMSuperResolutionPipeline", "vqvae", unscaled=True)
         return Plan(None, *folders, why="LDMSuperResolutionPipeline wants latents of 3 channels")
     if text is None:
-        return Plan(None, *folders, why=_because(told))
+        return Plan(None, *folders, why=_because(kinds))
     others = [node for node in nodes if node is not text]
     if not others and stage == "KLAutoencoder" and text["_target_"] == CLIP_TARGET:
         return Plan("StableDiffusionPipeline", "vae", "text_encoder")
@@ -56,7 +56,7 @@ def plan(spec: Spec) -> Plan:
         return _ldm_text(spec, text, folders)
     if _is_sd_inpainting(others, spec) and stage == "KLAutoencoder" and text["_target_"] == CLIP_TARGET:
         return Plan("StableDiffusionInpaintPipeline", "vae", "text_encoder")
-    return Plan(None, *folders, why=_because(told))
+    return Plan(None, *folders, why=_because(kinds))
 
 
 def _ldm_text(spec: Spec, text: Spec, folders: tuple[str | None, str | None]) -> Plan:
@@ -76,8 +76,8 @@ def _is_sd_inpainting(nodes: list[Spec], spec: Spec) -> bool:
     return (mask.get("keep", -1.0), mask.get("hole", 1.0), masked.get("hole", -1.0)) == (0.0, 1.0, 0.0)
 
 
-def _because(told: list[str]) -> str:
-    return f"no pipeline of diffusers is told {', '.join(told)}"
+def _because(kinds: list[str]) -> str:
+    return f"no pipeline of diffusers takes {', '.join(kinds)}"
 
 
 def kind(node: Spec) -> str:
@@ -169,7 +169,7 @@ class Export:
         return getattr(self.diffusers, str(self.plan.pipeline))
 
     def _modules(self) -> dict[str, Any]:
-        """Folder name => module of theirs."""
+        """Folder name => module of diffusers."""
         spec = self.spec
         size = _side(spec["image_size"])
         f = downsampling(spec["first_stage"])
@@ -199,7 +199,7 @@ class Export:
         return self.ours.conditioners[str(self.text)]
 
     def _absent(self) -> dict[str, Any]:
-        """Parts of Stable Diffusion's pipelines that judge images; we have none."""
+        """Parts of Stable Diffusion's pipelines that check images; ldmlab has none."""
         if not str(self.plan.pipeline).startswith("StableDiffusion"):
             return {}
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -37,7 +37,7 @@ _ENDS = {"conv_in": "input", "conv_norm_out": "output_norm", "conv_out": "output
 
 
 def kind_of(config: Config) -> str:
-    """The class a configuration belongs to, also where the file does not say."""
+    """The class a configuration belongs to, also where the file does not name it."""
     if named := named_class(config, _DEFAULTS, "the first stage"):
         return named
     return VQ if "num_vq_embeddings" in config else KL
@@ -46,28 +46,28 @@ def kind_of(config: Config) -> str:
 def arguments(config: Config) -> dict[str, Any]:
     """`_target_` and arguments of our first stage for a diffusers configuration."""
     kind = kind_of(config)
-    given = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
-    inner = given["latent_channels"]
+    options = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
+    inner = options["latent_channels"]
     ours = {
-        "channels": given["block_out_channels"][0],
-        "channel_mult": multiples(kind, given["block_out_channels"]),
-        "num_res_blocks": given["layers_per_block"],
-        "attention_downsampling": _attention_factors(kind, given),
-        "mid_attention": given["mid_block_add_attention"],
+        "channels": options["block_out_channels"][0],
+        "channel_mult": multiples(kind, options["block_out_channels"]),
+        "num_res_blocks": options["layers_per_block"],
+        "attention_downsampling": _attention_factors(kind, options),
+        "mid_attention": options["mid_block_add_attention"],
         "latent_channels": inner,
         "bottleneck_channels": inner,
-        "norm_groups": given["norm_num_groups"],
+        "norm_groups": options["norm_num_groups"],
     }
     if kind == KL:
         return {"_target_": "ldmlab.first_stages.kl.KLAutoencoder", **ours}
-    ours |= {"latent_channels": given["vq_embed_dim"] or inner, "codebook_size": given["num_vq_embeddings"]}
+    ours |= {"latent_channels": options["vq_embed_dim"] or inner, "codebook_size": options["num_vq_embeddings"]}
     return {"_target_": "ldmlab.first_stages.vq.VQModel", **ours}
 
 
-def _attention_factors(kind: str, given: Config) -> list[int]:
+def _attention_factors(kind: str, options: Config) -> list[int]:
     """Levels with attention, by downsampling factor."""
     known = {f"{prefix}{way}coderBlock2D" for prefix in ("", "Attn") for way in ("DownEn", "UpDe")}
-    present = levels_with_attention(kind, given, "Attn", known)
+    present = levels_with_attention(kind, options, "Attn", known)
     return [2**level for level, attends in enumerate(present) if attends]
 
 
@@ -114,23 +114,23 @@ def module_names(node: Mapping[str, Any]) -> dict[str, str]:
         names |= under(f"{half}.mid_block.attentions.0", f"{half}.middle.attention", _ATTENTION)
         names |= under(f"{half}.mid_block.resnets.1", f"{half}.middle.second", _BLOCK)
         for i in range(len(node["channel_mult"])):  # both count decoder levels as they run, coarsest first
-            theirs, ours = f"{half}.{way}_blocks.{i}", f"{half}.levels.{i}"
-            names[f"{theirs}.{way}samplers.0.conv"] = f"{ours}.resample.conv"
+            foreign, ours = f"{half}.{way}_blocks.{i}", f"{half}.levels.{i}"
+            names[f"{foreign}.{way}samplers.0.conv"] = f"{ours}.resample.conv"
             for j in range(node.get("num_res_blocks", 2) + extra):
-                names |= under(f"{theirs}.resnets.{j}", f"{ours}.blocks.{j}", _BLOCK)
-                names |= under(f"{theirs}.attentions.{j}", f"{ours}.attentions.{j}", _ATTENTION)
+                names |= under(f"{foreign}.resnets.{j}", f"{ours}.blocks.{j}", _BLOCK)
+                names |= under(f"{foreign}.attentions.{j}", f"{ours}.attentions.{j}", _ATTENTION)
     return names
 
 
 def to_diffusers(state: Mapping[str, Tensor], node: Mapping[str, Any]) -> dict[str, Tensor]:
     """Our tensors under diffusers' names; its attention has linear layers where we have 1 x 1 convolutions."""
-    theirs = {ours: name for name, ours in module_names(node).items()}
+    foreign = {ours: name for name, ours in module_names(node).items()}
     result = {}
     for key, tensor in state.items():
         if only_ours(key):
             continue
         module, leaf = key.rsplit(".", 1)
-        name = theirs[module]
+        name = foreign[module]
         result[f"{name}.{leaf}"] = tensor.flatten(1) if ".attentions." in name and tensor.ndim > 1 else tensor
     return result
 

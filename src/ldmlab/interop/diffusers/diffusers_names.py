@@ -1,7 +1,7 @@
 """Tensor names of diffusers' U-Nets and ours, both ways: a pure function of the architecture.
 
 Our attention over pixels keeps q, k, v of every head in one product (rows: head, then q | k | v, then its width), and
-our 1 x 1 projections are linear layers; diffusers has three products, and convolutions unless told otherwise.
+our 1 x 1 projections are linear layers; diffusers has three products, and convolutions unless `use_linear_projection`.
 """
 
 from collections.abc import Mapping
@@ -39,19 +39,19 @@ def module_names(arguments: Mapping[str, Any]) -> dict[str, str]:
     if arguments.get("vector_width") is not None and arguments.get("project_vector", True):
         names["class_embedding"] = "vector"
 
-    def block(theirs: str, ours: str, number: int, *, attention: bool) -> Pairs:
-        yield from under(f"{theirs}.resnets.{number}", f"{ours}.res", _RES)
+    def block(foreign: str, ours: str, number: int, *, attention: bool) -> Pairs:
+        yield from under(f"{foreign}.resnets.{number}", f"{ours}.res", _RES)
         if attention:
-            yield from _attention(f"{theirs}.attentions.{number}", f"{ours}.attention", arguments)
+            yield from _attention(f"{foreign}.attentions.{number}", f"{ours}.attention", arguments)
 
     for way, level_blocks in (("down", blocks), ("up", blocks + 1)):
         for i in range(levels):
             factor = 2 ** (i if way == "down" else levels - 1 - i)
-            theirs, ours = f"{way}_blocks.{i}", f"{way}.{i}"
+            foreign, ours = f"{way}_blocks.{i}", f"{way}.{i}"
             for j in range(level_blocks):
                 present = factor in arguments["attention_downsampling"]
-                names |= block(theirs, f"{ours}.blocks.{j}", j, attention=present)
-            resampler = f"{theirs}.{way}samplers.0", f"{ours}.resample"
+                names |= block(foreign, f"{ours}.blocks.{j}", j, attention=present)
+            resampler = f"{foreign}.{way}samplers.0", f"{ours}.resample"
             residual = arguments.get("residual_resampling")
             names |= under(*resampler, _RES if residual else {"conv": "conv"})
     names |= block("mid_block", "middle.0", 0, attention=True)
@@ -59,29 +59,29 @@ def module_names(arguments: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _attention(theirs: str, ours: str, arguments: Mapping[str, Any]) -> Pairs:
+def _attention(foreign: str, ours: str, arguments: Mapping[str, Any]) -> Pairs:
     if arguments.get("context_width") is None:
-        return under(theirs, ours, _PIXEL_ATTENTION)
-    return spatial_transformer(theirs, ours, arguments.get("transformer_depth", 1))
+        return under(foreign, ours, _PIXEL_ATTENTION)
+    return spatial_transformer(foreign, ours, arguments.get("transformer_depth", 1))
 
 
 def to_diffusers(
     state: Mapping[str, Tensor], arguments: Mapping[str, Any], *, linear_projection: bool
 ) -> dict[str, Tensor]:
     """Our tensors under diffusers' names."""
-    theirs = {ours: name for name, ours in module_names(arguments).items()}
+    foreign = {ours: name for name, ours in module_names(arguments).items()}
     result = {}
     for key, tensor in state.items():
         module, leaf = key.rsplit(".", 1)
         if module.endswith(".attention.qkv"):
-            inside = theirs[module.replace(".qkv", ".out")].removesuffix(".to_out.0")
+            inside = foreign[module.replace(".qkv", ".out")].removesuffix(".to_out.0")
             heads = _heads(arguments, tensor.shape[0] // 3)
             for name, part in zip(_FUSED, tensor.unflatten(0, (heads, 3, -1)).unbind(1), strict=True):
                 result[f"{inside}.{name}.{leaf}"] = part.flatten(0, 1)
             continue
         if leaf == "weight" and module.endswith((".proj_in", ".proj_out")) and not linear_projection:
             tensor = tensor[:, :, None, None]
-        result[f"{theirs[module]}.{leaf}"] = tensor
+        result[f"{foreign[module]}.{leaf}"] = tensor
     return result
 
 

@@ -53,7 +53,7 @@ _IGNORED = ("scheduler", "tokenizer", "safety_checker", "feature_extractor")  # 
 
 
 def read_folder(path: Path | str) -> tuple[Spec, Parts]:
-    """What `model.yaml` says and the weights by part; a lone AutoencoderKL or VQModel is of kind first_stage."""
+    """The content of `model.yaml` and the weights by part; a lone AutoencoderKL or VQModel is of kind first_stage."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return _read_pipeline(folder, read_json(folder / "model_index.json"))
@@ -83,8 +83,8 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
     if CLASS_TABLE in unet_weights and unet_config.get("num_class_embeds") is not None:
         rows, width = unet_weights[CLASS_TABLE].shape
         target = f"{_HOME}class_label.ClassEmbedder"
-        given = {"classes": rows, "width": width, "slot": "vector", "drop": 0.0, "null_row": False}
-        conditioners["class_label"] = {"_target_": target, **given}
+        options = {"classes": rows, "width": width, "slot": "vector", "drop": 0.0, "null_row": False}
+        conditioners["class_label"] = {"_target_": target, **options}
         weights["class_label.embedding.weight"] = unet_weights[CLASS_TABLE].float()
     conditioners |= PIPELINES[name].conditioners(f)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -142,11 +142,11 @@ def _components(folder: Path, index: Spec) -> dict[str, Path]:
     return found
 
 
-def _check_channels(folder: Path, pipeline: str, given: int, latent_channels: int) -> None:
+def _check_channels(folder: Path, pipeline: str, channels: int, latent_channels: int) -> None:
     expected = latent_channels + PIPELINES[pipeline].extra_channels(latent_channels)
-    if given != expected:
+    if channels != expected:
         raise InputError(
-            f"{folder}: the U-Net of a {pipeline} takes {expected} channels, but this one {given}; "
+            f"{folder}: the U-Net of a {pipeline} takes {expected} channels, but this one {channels}; "
             "check _class_name in model_index.json."
         )
 

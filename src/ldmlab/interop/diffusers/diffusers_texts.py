@@ -68,7 +68,7 @@ def kind_of(config: Config) -> str:
         return BERT
     if CLIP in named or "clip_text_model" in named or not any(named):
         return CLIP
-    raise InputError(f"the text encoder {named[0]} is not known; known are {CLIP} and {BERT}.")
+    raise InputError(f"the text encoder {named[0]} is not supported; supported: {CLIP} and {BERT}.")
 
 
 def node(
@@ -80,25 +80,27 @@ def node(
 ) -> dict[str, Any]:
     """The node of our conditioner. Its length is that of the tokens diffusers' pipelines pass to the encoder."""
     if kind_of(config) == CLIP:
-        given = _CLIP_DEFAULTS | {key: config[key] for key in _CLIP_DEFAULTS if key in config}
-        if given["layer_norm_eps"] != 1e-5:
-            raise InputError(f"{CLIP} with layer_norm_eps={given['layer_norm_eps']} is not supported; supported: 1e-5.")
-        given["max_position_embeddings"] = min(given["max_position_embeddings"], length or _NO_LENGTH)
-        return clip_node(given, padding=padding)
-    given = _BERT_DEFAULTS | {key: config[key] for key in _BERT_DEFAULTS if key in config}
-    width = given["d_model"]
+        options = _CLIP_DEFAULTS | {key: config[key] for key in _CLIP_DEFAULTS if key in config}
+        if options["layer_norm_eps"] != 1e-5:
+            raise InputError(
+                f"{CLIP} with layer_norm_eps={options['layer_norm_eps']} is not supported; supported: 1e-5."
+            )
+        options["max_position_embeddings"] = min(options["max_position_embeddings"], length or _NO_LENGTH)
+        return clip_node(options, padding=padding)
+    options = _BERT_DEFAULTS | {key: config[key] for key in _BERT_DEFAULTS if key in config}
+    width = options["d_model"]
     fixed = {"encoder_ffn_dim": 4 * width, "head_dim": 64, "activation_function": "gelu", "scale_embedding": False}
     for key, value in fixed.items():
-        if given[key] != value:
-            raise InputError(f"{BERT} with {key}={given[key]} cannot be represented here; only {key}={value} can.")
+        if options[key] != value:
+            raise InputError(f"{BERT} with {key}={options[key]} is not supported; supported: {value}.")
     return {
         "_target_": BERT_TARGET,
         "width": width,
-        "depth": given["encoder_layers"],
-        "length": min(given["max_position_embeddings"], _LDM_LENGTH),
-        "vocab_size": given["vocab_size"],
+        "depth": options["encoder_layers"],
+        "length": min(options["max_position_embeddings"], _LDM_LENGTH),
+        "vocab_size": options["vocab_size"],
         "vocab": vocabulary,
-        "heads": given["encoder_attention_heads"],
+        "heads": options["encoder_attention_heads"],
         "drop": 0.0,
         "unused_head": True,
     }
@@ -139,11 +141,11 @@ def configuration(ours: Mapping[str, Any]) -> tuple[str, Config]:
 
 
 def to_ours(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A text encoder's tensors under our conditioner's names; unknown ones keep theirs."""
+    """A text encoder's tensors under our conditioner's names; unknown ones keep foreign."""
     if ours["_target_"] == CLIP_TARGET:
         named = {f"tower.{key}": tensor for key, tensor in from_hugging_face(state).items()}
         return _cut(named, "tower.positional_embedding", ours["config"]["text_cfg"]["context_length"])
-    names = {theirs: name for name, theirs in _bert_names(ours).items()}
+    names = {foreign: name for name, foreign in _bert_names(ours).items()}
     result = {}
     for key, tensor in state.items():
         module, _, leaf = key.rpartition(".")
@@ -172,9 +174,9 @@ def to_diffusers(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[s
 
 def _bert_names(ours: Mapping[str, Any]) -> dict[str, str]:
     """Our module name => LDMBertModel's."""
-    names = {f"transformer.{mine}": theirs for mine, theirs in _ENDS.items()}
+    names = {f"transformer.{mine}": foreign for mine, foreign in _ENDS.items()}
     for k in range(ours.get("depth", 32)):
-        names |= {f"transformer.blocks.{k}.{mine}": f"model.layers.{k}.{theirs}" for mine, theirs in _BLOCK.items()}
+        names |= {f"transformer.blocks.{k}.{mine}": f"model.layers.{k}.{foreign}" for mine, foreign in _BLOCK.items()}
     return names
 
 
@@ -190,7 +192,7 @@ def clip_padding(folder: Path) -> str:
     token = settings.get("pad_token", _END)
     content = token["content"] if isinstance(token, dict) else token
     if content not in _PADDINGS:
-        raise InputError(f"{folder} pads with {content!r}, which is not known; known are {_END} and !.")
+        raise InputError(f"{folder} pads with {content!r}, which is not supported; supported: {_END} and !.")
     return _PADDINGS[content]
 
 
@@ -205,7 +207,7 @@ def clip_length(folder: Path) -> int | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What a tokenizer's own files say."""
+    """The settings in a tokenizer's own files."""
     files = (folder / name for name in ("special_tokens_map.json", "tokenizer_config.json"))
     return {key: value for file in files if file.is_file() for key, value in read_json(file).items()}
 

@@ -64,7 +64,7 @@ WITH_ATTENTION = {CONDITION: "CrossAttn", PLAIN: "Attn"}
 
 
 def kind_of(config: Config) -> str:
-    """The class a configuration belongs to, also where the file does not say."""
+    """The class a configuration belongs to, also where the file does not name it."""
     if named := named_class(config, _DEFAULTS, "the U-Net"):
         return named
     types = [*config.get("down_block_types", ()), config.get("mid_block_type") or ""]
@@ -75,58 +75,60 @@ def kind_of(config: Config) -> str:
 def arguments(config: Config) -> dict[str, Any]:
     """Our U-Net's arguments for a diffusers configuration."""
     kind = kind_of(config)
-    given = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
-    attention = _attention_levels(kind, given)
+    options = resolved(config, kind, _DEFAULTS[kind], _REQUIRED)
+    attention = _attention_levels(kind, options)
     return {
-        "in_channels": given["in_channels"],
-        "out_channels": given["out_channels"],
-        "model_channels": given["block_out_channels"][0],
-        "channel_mult": multiples(kind, given["block_out_channels"]),
-        "num_res_blocks": _one(kind, given, "layers_per_block"),
+        "in_channels": options["in_channels"],
+        "out_channels": options["out_channels"],
+        "model_channels": options["block_out_channels"][0],
+        "channel_mult": multiples(kind, options["block_out_channels"]),
+        "num_res_blocks": _one(kind, options, "layers_per_block"),
         "attention_downsampling": [2**level for level, present in enumerate(attention) if present],
-        **_heads(kind, given, attention),
-        "transformer_depth": _one(kind, given, "transformer_layers_per_block") if kind == CONDITION else 1,
-        "context_width": _one(kind, given, "cross_attention_dim") if kind == CONDITION else None,
-        "dropout": given["dropout"],
-        "scale_shift": _scale_shift(kind, given),
-        "residual_resampling": _residual_resampling(kind, given),
-        "asymmetric_downsampling": _asymmetric(kind, given),
-        "norm_eps": given["norm_eps"],
-        "frequency_shift": given["freq_shift"],
-        **_vector(kind, given),
+        **_heads(kind, options, attention),
+        "transformer_depth": _one(kind, options, "transformer_layers_per_block") if kind == CONDITION else 1,
+        "context_width": _one(kind, options, "cross_attention_dim") if kind == CONDITION else None,
+        "dropout": options["dropout"],
+        "scale_shift": _scale_shift(kind, options),
+        "residual_resampling": _residual_resampling(kind, options),
+        "asymmetric_downsampling": _asymmetric(kind, options),
+        "norm_eps": options["norm_eps"],
+        "frequency_shift": options["freq_shift"],
+        **_vector(kind, options),
     }
 
 
-def _vector(kind: str, given: Config) -> dict[str, Any]:
+def _vector(kind: str, options: Config) -> dict[str, Any]:
     """The class embedding: a table (a conditioner here, its rows added as they are) or one linear layer."""
-    embedding, classes = given["class_embed_type"], given["num_class_embeds"]
+    embedding, classes = options["class_embed_type"], options["num_class_embeds"]
     if embedding is None:
-        return {} if classes is None else {"vector_width": 4 * given["block_out_channels"][0], "project_vector": False}
+        return (
+            {} if classes is None else {"vector_width": 4 * options["block_out_channels"][0], "project_vector": False}
+        )
     if embedding == "simple_projection" and kind == CONDITION:
-        return {"vector_width": given["projection_class_embeddings_input_dim"]}
+        return {"vector_width": options["projection_class_embeddings_input_dim"]}
     raise InputError(
-        f"{kind} with class_embed_type={embedding} cannot be represented here; only a table "
-        "(num_class_embeds) or simple_projection can."
+        f"{kind} with class_embed_type={embedding} is not supported; supported: a table "
+        "(num_class_embeds) or simple_projection."
     )
 
 
-def _one(kind: str, given: Config, key: str) -> int:
+def _one(kind: str, options: Config, key: str) -> int:
     """An option that diffusers lets differ between levels and we do not."""
-    values = given[key] if isinstance(given[key], list) else [given[key]]
+    values = options[key] if isinstance(options[key], list) else [options[key]]
     if len(set(map(str, values))) != 1:
-        raise InputError(f"{kind} with {key}={values} differs between levels, which our U-Net cannot; use another one.")
+        raise InputError(f"{kind} with {key}={values} differs between levels; ldmlab's U-Net needs one value.")
     return int(values[0])
 
 
-def _attention_levels(kind: str, given: Config) -> list[bool]:
+def _attention_levels(kind: str, options: Config) -> list[bool]:
     mark = WITH_ATTENTION[kind]
     known = {f"{prefix}{way}2D" for prefix in ("", mark) for way in ("DownBlock", "UpBlock")}
-    return levels_with_attention(kind, given, mark, known | {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"})
+    return levels_with_attention(kind, options, mark, known | {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"})
 
 
-def _heads(kind: str, given: Config, attention: Sequence[bool]) -> dict[str, int | None]:
+def _heads(kind: str, options: Config, attention: Sequence[bool]) -> dict[str, int | None]:
     """Number of heads or width of a head, whichever is the same at every place with attention."""
-    size, widths = given["attention_head_dim"], given["block_out_channels"]
+    size, widths = options["attention_head_dim"], options["block_out_channels"]
     if kind == PLAIN:
         return {"heads": 1 if size is None else None, "head_channels": size}
     heads = size if isinstance(size, list) else [size] * len(widths)
@@ -146,36 +148,38 @@ def _heads(kind: str, given: Config, attention: Sequence[bool]) -> dict[str, int
     )
 
 
-def _scale_shift(kind: str, given: Config) -> bool:
-    """Whether time scales and shifts norms; the middle of UNet2DModel then has a norm only if asked."""
-    rule = given["resnet_time_scale_shift"]
+def _scale_shift(kind: str, options: Config) -> bool:
+    """Whether time scales and shifts norms; the middle of UNet2DModel then has a norm only by option."""
+    rule = options["resnet_time_scale_shift"]
     if rule not in ("default", "scale_shift"):
         raise InputError(
-            f"{kind} with resnet_time_scale_shift={rule} cannot be represented; use default or scale_shift."
+            f"{kind} with resnet_time_scale_shift={rule} is not supported; supported: default, scale_shift."
         )
-    groups = given.get("attn_norm_num_groups")
+    groups = options.get("attn_norm_num_groups")
     if kind == PLAIN and groups != 32 and (groups is not None or rule == "scale_shift"):
-        raise InputError(f"{kind} with attn_norm_num_groups={groups} cannot be represented here; only 32 can.")
+        raise InputError(f"{kind} with attn_norm_num_groups={groups} is not supported; supported: 32.")
     return bool(rule == "scale_shift")
 
 
-def _asymmetric(kind: str, given: Config) -> bool:
+def _asymmetric(kind: str, options: Config) -> bool:
     """Whether convolutions that halve pad the right and the bottom only (padding 0, as published DDPM models have)."""
-    padding = given["downsample_padding"]
+    padding = options["downsample_padding"]
     if padding not in (0, 1):
         raise InputError(f"{kind} with downsample_padding={padding} is not supported; supported: 0, 1.")
     return bool(padding == 0)
 
 
-def _residual_resampling(kind: str, given: Config) -> bool:
+def _residual_resampling(kind: str, options: Config) -> bool:
     """Whether levels are joined by residual blocks instead of convolutions; all levels must agree."""
     found = set()
     for way, option in (("down_block_types", "downsample_type"), ("up_block_types", "upsample_type")):
-        for name in given[way][:-1]:
-            by_option = name.startswith("Attn") and given[option] == "resnet"
+        for name in options[way][:-1]:
+            by_option = name.startswith("Attn") and options[option] == "resnet"
             found.add(name.startswith("Resnet") or by_option)
     if len(found) > 1:
-        raise InputError(f"{kind} mixes residual and plain resampling ({given['down_block_types']}); use another one.")
+        raise InputError(
+            f"{kind} mixes residual and plain resampling ({options['down_block_types']}); use another one."
+        )
     return found == {True}
 
 
@@ -226,7 +230,7 @@ def _attention(
     *,
     linear_projection: bool,
 ) -> dict[str, Any]:
-    """Options of attention and of what else the two classes tell differently."""
+    """Options of attention and of what else differs between the two classes."""
     heads = {level: _heads_at(arguments, width) for level, width in enumerate(widths)}
     if kind == CONDITION:
         return {
