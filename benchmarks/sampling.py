@@ -18,11 +18,10 @@ import unet_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldmlab.contracts import Conditioning
-from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.samplers.ddim import Ddim
 
 GUIDANCE, SCALE, TOKENS = 3.0, 0.18215, 77

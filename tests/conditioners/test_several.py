@@ -13,11 +13,10 @@ from ldmlab.conditioners.low_resolution import LowResolution
 from ldmlab.conditioners.mask import Mask
 from ldmlab.conditioners.masked_latent import MaskedLatent
 from ldmlab.conditioners.semantic import SpatialRescaler
-from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.samplers.ddim import Ddim

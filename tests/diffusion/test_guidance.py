@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Denoise, Level
-from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, guided_by_noisy, shrunk, squared_error
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal

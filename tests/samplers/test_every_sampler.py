@@ -11,8 +11,7 @@ from exact_mixture import MEAN, STD, denoise, exact_end
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.grid import ddim_grid
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.randomness import normal
 from ldmlab.samplers import sampler_by_name, sampler_names

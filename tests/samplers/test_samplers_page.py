@@ -9,8 +9,7 @@ import torch
 from exact_mixture import denoise, exact_end
 
 from ldmlab.contracts import Sampler
-from ldmlab.diffusion.grid import SPACINGS, ddim_grid
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.samplers import sampler_by_name, sampler_names
 

@@ -10,11 +10,10 @@ from toy_stages import options, train
 from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.conditioners.class_label import ClassEmbedder
-from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.first_stages.identity import Identity
 from ldmlab.samplers.ddim import Ddim
 from ldmlab.training.diffusion_module import DiffusionStage

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldmlab.build import load_classifier
 from ldmlab.checkpoints import fingerprint
 from ldmlab.diffusion.guidance import ClassifierGuider, Guider, ImageGuider, squared_error
+from ldmlab.diffusion.schedule import levels_of
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 
@@ -37,11 +38,11 @@ def _check_same_latents(run: str, spec: Mapping[str, Any], diffusion: "LatentDif
     """The classifier must have learned on what the sampler shows it."""
     scale = instantiate(spec["latent_scale"], where="latent_scale")
     ours = diffusion.latent_scale
-    table = instantiate(spec["schedule"], where="schedule").alpha_bar
+    theirs, levels = (levels_of(s) for s in (instantiate(spec["schedule"], where="schedule"), diffusion.schedule))
     differs = {
         "first stage": spec["first_stage_fingerprint"] != fingerprint(diffusion.first_stage.state_dict()),
         "latent scale": not (_near(scale.std, ours.std) and _near(scale.shift, ours.shift, ours.std)),
-        "noise schedule": not torch.equal(table, diffusion.schedule.alpha_bar),
+        "noise schedule": not all(map(torch.equal, theirs, levels)),
     }
     if found := [name for name, yes in differs.items() if yes]:
         raise InputError(

@@ -80,7 +80,7 @@ def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
 
 def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     """A denoiser on latent shards, or on image shards with the first stage run on the fly."""
-    from ldmlab.diffusion.grid import ddim_grid
+    from ldmlab.diffusion.schedule import ddim_grid
     from ldmlab.training.diffusion_module import DiffusionStage
 
     first_stage, first_node, manifest = first_stage_of(config, data)

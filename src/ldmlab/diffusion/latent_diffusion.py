@@ -27,7 +27,7 @@ from ldmlab.diffusion.guidance import Guider
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.parameterization import Prediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import levels_of
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
 from ldmlab.errors import InputError
 from ldmlab.randomness import integers, normal, uniform
@@ -42,7 +42,7 @@ class LatentDiffusion(LatentSpace):
         latent_scale: LatentScale,
         backbone: nn.Module,
         conditioners: Mapping[str, nn.Module],  # in the order in which one slot is filled
-        schedule: Schedule,
+        schedule: Any,  # contracts.Schedule
         prediction: Prediction,
         task: Task | None = None,
         guidance_trained: bool | None = None,  # was conditioning dropped in training? None: unknown, an imported model
@@ -53,6 +53,7 @@ class LatentDiffusion(LatentSpace):
         if loss not in ("l1", "l2"):
             raise InputError(f"diffusion.loss={loss} is no loss; there are l1 and l2.")
         check_slots(conditioners, backbone)
+        levels_of(schedule)  # refused here if it lacks any
         self.backbone = backbone
         self.conditioners = nn.ModuleDict(dict(conditioners))
         self.schedule, self.prediction, self.task = schedule, prediction, task
@@ -122,8 +123,19 @@ class LatentDiffusion(LatentSpace):
         x = alpha * clean + sigma * noise
         conditioning = self.conditioning(batch, self.drops(batch, seed) if self.training else None)
         check_size(conditioning, x)
-        error = self.backbone(x, t.float(), conditioning).float() - self.prediction.target(clean, noise, alpha, sigma)
+        output = self.checked_output(self.backbone(x, t.float(), conditioning), x)
+        error = output - self.prediction.target(clean, noise, alpha, sigma)
         return (error.square() if self.loss_kind == "l2" else error.abs()).mean(dim=(1, 2, 3)), t
+
+    @staticmethod
+    def checked_output(output: Tensor, x: Tensor) -> Tensor:
+        """The network's output, float32; one value for each of the latent's, so no learned variances beside them."""
+        if output.shape != x.shape:
+            raise InputError(
+                f"the backbone turns latents of {tuple(x.shape[1:])} into {tuple(output.shape[1:])} (channels, height, "
+                "width); it must keep the shape, and learned variances are not supported."
+            )
+        return output.float()
 
     # ---- sampling
 
@@ -139,7 +151,7 @@ class LatentDiffusion(LatentSpace):
             copies = torch.cat([x, x]) if guided else x  # (2B or B, C, h, w)
             assert level.time is not None  # None at the end only, which no network sees
             time = torch.full((len(copies),), level.time, device=x.device)
-            output = self.backbone(copies, time, prepared).float()
+            output = self.checked_output(self.backbone(copies, time, prepared), copies)
             if guided:
                 given, nothing = output.chunk(2)
                 output = torch.lerp(nothing, given, guidance_scale)
@@ -180,6 +192,9 @@ class LatentDiffusion(LatentSpace):
         def noise(step: int, purpose: str = "sample") -> Tensor:
             return normal(seed, purpose, index, shape, step=step + 1)
 
+        if getattr(sampler, "quantize_x0", False):
+            self.quantised(x)  # refused before any step
+            sampler = sampler.with_codebook(self.quantised)  # type: ignore[attr-defined]
         if given is not None:
             sampler = given.around(sampler, partial(noise, purpose="again"))
         images = self.decode(sampler(denoise, x, grid, noise=noise, after_step=after_step))

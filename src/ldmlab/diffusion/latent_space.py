@@ -47,6 +47,14 @@ class LatentSpace(nn.Module):
         """Final latents (B, C, h, w) => pixels (B, 3, H, W) in about [-1, 1]."""
         return self._stage.decode(self.latent_scale.denormalise(latents))
 
+    def quantised(self, latents: Tensor) -> Tensor:
+        """Final latents whose raw ones are the nearest codebook vectors; in the input's dtype."""
+        quantise = getattr(self.first_stage, "quantise", None)
+        if quantise is None:
+            name = type(self.first_stage).__name__
+            raise InputError(f"sampler.quantize_x0=true: the first stage {name} has no codebook; leave it out.")
+        return self.latent_scale.normalise(quantise(self.latent_scale.denormalise(latents))).to(latents.dtype)
+
     def pixels(self, latents: Tensor) -> Tensor:
         """As `decode` with the first stage itself, with gradients for the latents."""
         return self.first_stage.decode(self.latent_scale.denormalise(latents))  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What the network is asked for, and how its answer becomes a clean estimate: the one place that knows."""
+"""Prediction types: training target, and network output => estimate of the clean latent."""
 
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class EpsPrediction:
         """(x - sigma eps) / alpha, in float64: samplers get eps back without loss where alpha is small."""
         if level.alpha == 0:
             raise InputError(
-                f"a network that predicts noise says nothing at time {level.time} where no signal is left (alpha = 0); "
+                f"a noise prediction gives no clean estimate at time {level.time}, where alpha = 0; "
                 "use a schedule that keeps some signal, or a model with another prediction."
             )
         return (x.double() - level.sigma * output.double()) / level.alpha
@@ -41,5 +41,7 @@ class VPrediction:
         return alpha * noise - sigma * clean
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
-        """alpha x - sigma v, exact where alpha^2 + sigma^2 = 1; in float64 as above."""
-        return level.alpha * x.double() - level.sigma * output.double()
+        """(alpha x - sigma v) / (alpha^2 + sigma^2), in float64 as above."""
+        scaled = level.alpha * x.double() - level.sigma * output.double()
+        square = level.alpha**2 + level.sigma**2
+        return scaled if abs(square - 1) < 1e-6 else scaled / square  # 1 but for rounding on most paths

@@ -57,8 +57,12 @@ class VQModel(Autoencoder):
         return Posterior(self.to_latent(features).float())
 
     def features_of(self, raw_latents: Tensor) -> Tensor:
-        """Quantise (B, C, h, w) => what the decoder takes, (B, C', h, w)."""
-        return super().features_of(self.quantiser(raw_latents).latents)
+        """Quantise (B, C, h, w) => features for the decoder, (B, C', h, w)."""
+        return super().features_of(self.quantise(raw_latents))
+
+    def quantise(self, raw_latents: Tensor) -> Tensor:
+        """The nearest codebook vectors, (B, C, h, w), float32."""
+        return self.quantiser(raw_latents).latents
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, quantise, decode (the noise is not used); the penalty is `codebook`."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ldmlab.contracts import AfterStep, Conditioning, Level
 from ldmlab.diffusion.conditioning import check_guidance
-from ldmlab.diffusion.grid import ddim_grid
 from ldmlab.diffusion.guidance import Guider
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.diffusion.schedule import ddim_grid, levels_of
 from ldmlab.errors import InputError
 from ldmlab.inference import input_images as given_images
 from ldmlab.inference.input_images import canvas_of, finished, given_image, on_canvas
@@ -133,8 +133,7 @@ class LoadedModel:
     @torch.inference_mode()
     def denoise(self, x: Tensor, t: int, conditioning: Conditioning | None = None) -> Tensor:
         """Noisy latents at time t (0 .. T - 1) of the schedule => the clean estimate."""
-        alpha_bar = float(self.diffusion.schedule.alpha_bar[t])
-        level = Level(alpha_bar**0.5, (1 - alpha_bar) ** 0.5, float(t))
+        level = levels_of(self.diffusion.schedule).at(t)
         with self.autocast():
             return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level).float()
 

@@ -1,4 +1,4 @@
-"""Samplers by name: one file each, the class named as its file; `_stepwise.py` is what they share."""
+"""Samplers by name: one file each, with a class of the file's name; `_stepwise.py` holds what they share."""
 
 import importlib
 import inspect
@@ -15,9 +15,9 @@ def sampler_names() -> list[str]:
 
 
 def sampler_by_name(name: str, **options: Any) -> Sampler:
-    """Build samplers/NAME.py's class; an option that it does not know is refused."""
+    """Build samplers/NAME.py's class; an option that it does not take is refused."""
     if name not in sampler_names():
-        raise InputError(f"sampler={name} is no sampler; there are {', '.join(sampler_names())}.")
+        raise InputError(f"sampler={name} is unknown; choose one of {', '.join(sampler_names())}.")
     target = getattr(importlib.import_module(f"{__name__}.{name}"), name.title().replace("_", ""))
     for option in options.keys() - inspect.signature(target).parameters.keys():
         raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")

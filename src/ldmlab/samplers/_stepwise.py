@@ -1,11 +1,12 @@
-"""The walk down a grid that all samplers share, and formulas that several of them use; a sampler adds its step."""
+"""The loop over a grid of levels that all samplers share, and formulas that several of them use."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -15,23 +16,28 @@ from ldmlab.errors import InputError
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a walk, beside x and its clean estimate."""
+    """One step from a level to the next, beside x and its clean estimate."""
 
     number: int
     here: Level  # where x is
-    there: Level  # where it goes
-    unrounded: Tensor  # the clean estimate as the network's translation gave it: x's dtype or a wider one
-    denoise: Denoise  # for samplers that ask again within the step
+    there: Level  # where it goes to
+    unrounded: Tensor  # the clean estimate before it was rounded to x's dtype
+    denoise: Denoise  # for samplers that evaluate the network twice a step
     noise: Callable[[int], Tensor]  # of a step, in x's shape
-    past: list[Any]  # of this walk, empty at first: what a sampler keeps from step to step
+    past: list[Any]  # what a sampler keeps from step to step, empty at first
+    nearest: Callable[[Tensor], Tensor]  # of a clean estimate: its codebook vectors with `quantize_x0`, else itself
 
 
 class Stepwise(ABC):
-    """A sampler that asks for a clean estimate, steps to the next level, and so on; it keeps nothing after a walk."""
+    """Evaluates the clean estimate and steps to the next level, down the grid; stateless between calls."""
 
-    order: int | None  # of the error in the length of a step; None: it draws noise, so there is no path to err from
-    spacing: str  # a rule of diffusion/grid.py, where nobody names one
-    steps: int | None  # where nobody says how many; None: all levels of the schedule
+    order: int | None  # of the error in the length of a step; None: it draws noise
+    spacing: str  # default rule of diffusion/schedule.py
+    steps: int | None  # default number; None: all levels of the schedule
+    temperature: float = 1.0  # factor of the noise that steps add
+    quantize_x0: bool = False  # replace each clean estimate by the nearest codebook vectors of a VQ first stage
+    repeats: bool = False  # take the step between equal levels, which grids of the paper's code may hold
+    _nearest: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
@@ -48,17 +54,43 @@ class Stepwise(ABC):
     ) -> Tensor:
         """x at the last level of the grid."""
         past: list[Any] = []
+        nearest = self._nearest if self.quantize_x0 else _same
+        if nearest is None:
+            raise InputError("sampler.quantize_x0=true needs a first stage with a codebook; leave it out.")
+
+        def fresh(step: int) -> Tensor:
+            return self.temperature * noise(step) if self.temperature != 1 else noise(step)
+
         for number, (here, there) in enumerate(pairwise(grid)):
+            if here[:2] == there[:2] and not self.repeats:
+                continue
             unrounded = denoise(x, here)
             clean = unrounded.to(x.dtype)
-            x = self.step(x, clean, Step(number, here, there, unrounded, denoise, noise, past))
+            x = self.step(x, clean, Step(number, here, there, unrounded, denoise, fresh, past, nearest))
             if after_step is not None:
                 x = after_step(number, x, clean)
         return x
 
+    def with_codebook(self, nearest: Callable[[Tensor], Tensor]) -> Self:
+        """The same sampler for `quantize_x0`; `nearest`: clean latents (B, C, h, w) => those of their codes."""
+        other = copy.copy(self)
+        other._nearest = nearest
+        return other
+
+
+def _same(clean: Tensor) -> Tensor:
+    return clean
+
+
+def checked_temperature(temperature: float) -> float:
+    """The factor of the noise that steps add."""
+    if not (0 <= temperature < math.inf):
+        raise InputError(f"temperature={temperature} is not a finite number of 0 or more; 1 leaves the noise as it is.")
+    return temperature
+
 
 def checked_eta(eta: float) -> float:
-    """The share of a step's noise that is drawn afresh."""
+    """The fraction of a step's noise that is drawn afresh."""
     if not 0 <= eta <= 1:
         raise InputError(f"eta={eta} is not within 0 .. 1; 0 draws no noise in sampling, 1 as much as DDPM.")
     return eta

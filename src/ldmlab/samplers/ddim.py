@@ -1,22 +1,38 @@
 """DDIM (Song et al. 2021, "Denoising diffusion implicit models"), for any pair of alpha and sigma."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, first_order, noise_of, posterior_variance
+from ldmlab.samplers._stepwise import (
+    Step,
+    Stepwise,
+    checked_eta,
+    checked_temperature,
+    first_order,
+    noise_of,
+    posterior_variance,
+)
 
 
 class Ddim(Stepwise):
     """eta 0: deterministic; eta 1: as much fresh noise per step as ancestral sampling."""
 
     steps = 50
+    repeats = True
 
-    def __init__(self, eta: float = 0.0, spacing: str = "official") -> None:
-        """spacing: the step rule where none is chosen; official is the paper's."""
+    def __init__(
+        self,
+        eta: float = 0.0,
+        spacing: str = "official",  # the default step rule; official is the paper's
+        temperature: float = 1.0,  # factor of the fresh noise
+        quantize_x0: bool = False,  # clean estimates to the nearest codebook vectors, for VQ first stages
+    ) -> None:
         self.eta, self.spacing = checked_eta(eta), spacing
+        self.temperature, self.quantize_x0 = checked_temperature(temperature), quantize_x0
         self.order = None if eta > 0 else 1
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
@@ -24,16 +40,16 @@ class Ddim(Stepwise):
         fresh = self.eta * math.sqrt(posterior_variance(here, there))  # eq. 16
         quieter = there._replace(sigma=math.sqrt(there.sigma**2 - fresh**2))
         if here.alpha == 0:
-            x = first_order(x, clean, here, quieter)
+            x = first_order(x, step.nearest(clean), here, quieter)
         else:
-            x = transfer(x, noise_of(x, step.unrounded, here), here, quieter)
+            x = transfer(x, noise_of(x, step.unrounded, here), here, quieter, step.nearest)
         return x + fresh * step.noise(step.number) if fresh > 0 else x
 
 
-def transfer(x: Tensor, eps: Tensor, here: Level, there: Level) -> Tensor:
-    """alpha' (x - sigma eps) / alpha + sigma' eps (eq. 12), rounded in the order of the paper's code."""
+def transfer(x: Tensor, eps: Tensor, here: Level, there: Level, nearest: Callable[[Tensor], Tensor]) -> Tensor:
+    """alpha' nearest((x - sigma eps) / alpha) + sigma' eps (eq. 12), rounded in the order of the paper's code."""
     alpha, next_alpha, kept = (_root(v**2, x.dtype) for v in (here.alpha, there.alpha, there.sigma))
-    return next_alpha * ((x - here.sigma * eps) / alpha) + kept * eps
+    return next_alpha * nearest((x - here.sigma * eps) / alpha) + kept * eps
 
 
 def _root(square: float, dtype: torch.dtype) -> float:

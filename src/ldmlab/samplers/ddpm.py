@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ldmlab.samplers._stepwise import Step, Stepwise
+from ldmlab.samplers._stepwise import Step, Stepwise, checked_temperature
 
 
 class Ddpm(Stepwise):
@@ -13,6 +13,11 @@ class Ddpm(Stepwise):
     order = None
     spacing = "linspace"  # all levels when steps is the schedule's length
     steps = None
+    repeats = True
+
+    def __init__(self, temperature: float = 1.0, quantize_x0: bool = False) -> None:
+        """temperature: factor of the noise; quantize_x0: clean estimates to the nearest codebook vectors."""
+        self.temperature, self.quantize_x0 = checked_temperature(temperature), quantize_x0
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         here, there = step.here, step.there
@@ -20,6 +25,6 @@ class Ddpm(Stepwise):
         step_variance = here.sigma**2 - ratio**2 * there.sigma**2  # of q(x_t | x_s); beta_t for neighbours
         from_x = ratio * there.sigma**2 / here.sigma**2  # eq. 7
         from_clean = there.alpha * step_variance / here.sigma**2
-        x = from_x * x + from_clean * clean
+        x = from_x * x + from_clean * step.nearest(clean)
         variance = step_variance * there.sigma**2 / here.sigma**2
         return x + math.sqrt(variance) * step.noise(step.number) if variance > 0 else x

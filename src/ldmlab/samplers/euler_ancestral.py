@@ -1,10 +1,10 @@
-"""Euler steps down to less noise than asked, and fresh noise on top, for any pair of alpha and sigma."""
+"""Euler steps below the next noise level, and fresh noise up to it, for any pair of alpha and sigma."""
 
 import math
 
 from torch import Tensor
 
-from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, first_order, posterior_variance
+from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, checked_temperature, first_order, posterior_variance
 
 
 class EulerAncestral(Stepwise):
@@ -14,8 +14,8 @@ class EulerAncestral(Stepwise):
     spacing = "log_snr"
     steps = 50
 
-    def __init__(self, eta: float = 1.0) -> None:
-        self.eta = checked_eta(eta)
+    def __init__(self, eta: float = 1.0, temperature: float = 1.0) -> None:
+        self.eta, self.temperature = checked_eta(eta), checked_temperature(temperature)
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         here, there = step.here, step.there

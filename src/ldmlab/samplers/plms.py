@@ -15,19 +15,24 @@ class Plms(Stepwise):
     order = 2  # in general; the weights are those of even steps in sigma / alpha, on which it is 3
     spacing = "official"
     steps = 50
+    repeats = True
+
+    def __init__(self, quantize_x0: bool = False) -> None:
+        """quantize_x0: clean estimates to the nearest codebook vectors, for VQ first stages."""
+        self.quantize_x0 = quantize_x0
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         here, there, known = step.here, step.there, step.past  # known: noise estimates, newest first
         if here.alpha == 0:  # no signal to carry an estimate on from
             known.clear()
-            return first_order(x, clean, here, there)
+            return first_order(x, step.nearest(clean), here, there)
         eps = noise_of(x, step.unrounded, here)
         known[:] = [eps, *known][: len(WEIGHTS)]
         mixed = _carried_on(known)
         if step.number == 0 and there.time is not None and there.sigma > 0:  # eq. 13: the mean of both ends
-            ahead = transfer(x, eps, here, there)
+            ahead = transfer(x, eps, here, there, step.nearest)
             mixed = (eps + noise_of(ahead, step.denoise(ahead, there), there)) / 2
-        return transfer(x, mixed, here, there)
+        return transfer(x, mixed, here, there, step.nearest)
 
 
 def _carried_on(known: list[Tensor]) -> Tensor:

@@ -63,7 +63,7 @@ def noised_row(
     """One image per time from raw latents (1, C, h, w), and the signal-to-noise ratios in words."""
     import torch
 
-    from ldmlab.diffusion.signal import decibels, even_time, signal_to_noise
+    from ldmlab.diffusion.schedule import decibels, even_time, levels_of, signal_to_noise
     from ldmlab.inference.model import as_images
     from ldmlab.randomness import normal
 
@@ -72,10 +72,9 @@ def noised_row(
     variance = float(clean.var(correction=0))
     index = torch.zeros(1, dtype=torch.int64, device=raw.device)
     noise = normal(seed, "start", index, tuple(clean.shape[1:]))
-    frames = []
+    levels, frames = levels_of(schedule), []
     for t in times:
-        alpha_bar = float(schedule.alpha_bar[t])
-        x = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
+        x = float(levels.alpha[t]) * clean + float(levels.sigma[t]) * noise
         with torch.no_grad():
             pixels = model.diffusion.first_stage.decode(scale.denormalise(x))  # type: ignore[operator]
         frames.append(as_images(pixels)[0].numpy())
