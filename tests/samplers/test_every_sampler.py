@@ -175,7 +175,7 @@ def test_float32_stays_float32(name: str) -> None:
 
 
 def test_names_and_settings_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(InputError, match="sampler=dimm is no sampler; there are ddim"):
+    with pytest.raises(InputError, match="sampler=dimm is unknown; choose one of ddim"):
         sampler_by_name("dimm")
     with pytest.raises(InputError, match=r"eta=0.5: the sampler ddpm has no such setting"):
         sampler_by_name("ddpm", eta=0.5)
