@@ -11,7 +11,7 @@ from test_reference_statistics import Means
 from torch import Tensor
 
 from ldmlab.data.shard_data import ShardData
-from ldmlab.evaluation.evaluate import Evaluation
+from ldmlab.evaluation.model_evaluation import Evaluation
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.evaluation.by_class import asked_classes, by_class
-from ldmlab.evaluation.score import EvaluationPass
+from ldmlab.evaluation.scoring import EvaluationPass
 from ldmlab.metrics.kernel import squared_mmd
 
 
@@ -30,9 +30,9 @@ def test_the_class_that_is_drawn_badly_comes_first() -> None:
     samples = normal(240, 1)
     samples[1::3] += 2  # dogs
     for numbers in torch.arange(300).split(64):
-        seen.add_said({"features": normal(300, 0)[numbers]}, True, numbers)
+        seen.add_features({"features": normal(300, 0)[numbers]}, True, numbers)
     for numbers in torch.randperm(240, generator=torch.Generator().manual_seed(0)).split(50):
-        seen.add_said({"features": samples[numbers]}, False, numbers)
+        seen.add_features({"features": samples[numbers]}, False, numbers)
     rows = by_class(seen, asked, real)
     assert [row["class"] for row in rows] == ["dog", "cat", "fox"]  # no real fox: last
     found = {row["class"]: row for row in rows}

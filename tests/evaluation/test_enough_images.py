@@ -4,7 +4,7 @@ import pytest
 from torchmetrics import Metric
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.score import EvaluationPass
+from ldmlab.evaluation.scoring import EvaluationPass
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.inception_score import InceptionScore
 from ldmlab.metrics.kernel import KernelDistance

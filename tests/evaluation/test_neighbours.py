@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmlab.evaluation.neighbours import Copies, Nearest, copies
+from ldmlab.evaluation.memorisation import Copies, Nearest, copies
 
 
 def normal(count: int, seed: int) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.conditions import conditions
-from ldmlab.evaluation.evaluate import Evaluation
+from ldmlab.evaluation.model_evaluation import Evaluation
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.real_images import conditions
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.report.pages import write_report

@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation import feature_recorder
+from ldmlab.evaluation import reference_statistics
 from ldmlab.evaluation.reference_statistics import ReferenceKey, load, see_reference
-from ldmlab.evaluation.score import EvaluationPass, Numbered
+from ldmlab.evaluation.scoring import EvaluationPass, Numbered
 from ldmlab.metrics.clip_scores import ClipDistance
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance
@@ -51,7 +51,7 @@ def scores(folder: Path | None, stream: Stream, *, only_frechet: bool = False, k
     if not only_frechet:
         metrics |= {"kid": KernelDistance(subsets=3, subset_size=10), "precision_recall": PrecisionRecall()}
     seen = EvaluationPass(Means(), metrics)
-    see_reference(seen, key, folder, stream)
+    see_reference(seen, key, folder, stream, len(IMAGES))
     seen.add(255 - IMAGES[:24], False, torch.arange(24))
     assert seen.counts == {True: 40, False: 24}
     return {name: score.value for name, score in seen.compute().items()}
@@ -71,7 +71,7 @@ def test_kept_features_give_the_same_scores_without_a_look(tmp_path: Path) -> No
 def test_large_sets_keep_sums_that_serve_the_frechet_distance_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_recorder, "LARGEST_SET", 10)
+    monkeypatch.setattr(reference_statistics, "LARGEST_SET", 10)
     stream = Stream()
     plain = scores(tmp_path, stream, only_frechet=True)
     assert scores(tmp_path, stream, only_frechet=True) == pytest.approx(plain, rel=1e-9)
@@ -113,6 +113,17 @@ def test_a_file_under_a_strange_name_and_a_torn_one_are_refused(tmp_path: Path) 
         load(tmp_path, other)
 
 
+def test_features_of_a_set_with_lost_images_are_neither_kept_nor_used(tmp_path: Path) -> None:
+    stream = Stream()
+    seen = EvaluationPass(Means(), {"fid": FrechetDistance(6, small_sample=True)})
+    assert see_reference(seen, KEY, tmp_path, stream, len(IMAGES) + 1) is False
+    assert not any(tmp_path.iterdir())
+    scores(tmp_path, stream)  # all are there: kept
+    seen = EvaluationPass(Means(), {"fid": FrechetDistance(6, small_sample=True)})
+    assert see_reference(seen, KEY, tmp_path, stream, len(IMAGES) + 1) is False
+    assert stream.looked == 3
+
+
 def test_a_task_that_does_not_say_what_it_does_keeps_nothing(tmp_path: Path) -> None:
     key = replace(KEY, task="<somewhere.Task object at 0x7f00>")
     stream = Stream()
@@ -134,7 +145,7 @@ def test_what_else_scores_look_at_is_kept_too_and_added_to_an_older_file(tmp_pat
     def found(*names: str) -> dict[str, float]:
         metrics = {"fid": FrechetDistance(6, small_sample=True), "cmmd": ClipDistance()}
         seen = EvaluationPass(MeansAndMore(), {name: metrics[name] for name in names})
-        see_reference(seen, KEY, tmp_path, stream)
+        see_reference(seen, KEY, tmp_path, stream, len(IMAGES))
         seen.add(255 - IMAGES[:24], False, torch.arange(24))
         return {name: score.value for name, score in seen.compute().items()}
 
@@ -150,14 +161,14 @@ def test_what_else_scores_look_at_is_kept_too_and_added_to_an_older_file(tmp_pat
 
 def _process(rank: int, folder: str, limit: int) -> None:
     torch.set_num_threads(1)
-    feature_recorder.LARGEST_SET = limit
+    reference_statistics.LARGEST_SET = limit
     where = f"file://{folder}/meet{limit}"
     torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
     for _ in range(2):  # looking, then reading
         seen = EvaluationPass(Means(), {"fid": FrechetDistance(6, small_sample=True)})
         mine = slice(rank, None, 2)
         stream = partial(lambda part: [(torch.arange(40)[part], IMAGES[part])], mine)
-        see_reference(seen, KEY, Path(folder) / str(limit), stream, rank, 2)
+        see_reference(seen, KEY, Path(folder) / str(limit), stream, len(IMAGES))
         seen.add(255 - IMAGES[:24][mine], False, torch.arange(24)[mine])
         found = seen.compute((40, 24))["fid"].value
         torch.save(found, Path(folder) / f"{limit}_{rank}.pt")

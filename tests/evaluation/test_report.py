@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.evaluate import Evaluation
+from ldmlab.evaluation.model_evaluation import Evaluation
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.metrics.features import OpenClipFeatures
 from ldmlab.metrics.frechet import FrechetDistance
@@ -35,7 +35,7 @@ from shard_maker import write_shards
 CURVE = "step,loss,val/psnr,loss_by_noise/0.10,loss_by_noise/0.20\n1,1.0,,0.5,0.7\n2,0.5,12.0,0.4,0.6\n3,0.4,,,\n"
 
 
-def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evaluation:
+def evaluation(folder: Path, out: Path) -> Evaluation:
     torch.manual_seed(0)
     extractor = OpenClipFeatures(build_clip(config=CLIP), "clip run tiny")
     protocol = Protocol(
@@ -65,7 +65,7 @@ def evaluation(folder: Path, out: Path, rank: int = 0, world: int = 1) -> Evalua
     )
     (folder / "metrics.csv").write_text(CURVE)
     parts = {"curves": {"Denoiser": folder / "metrics.csv"}, "paper": paper_record}
-    return Evaluation(tiny_model("caption"), data, protocol, extractor, metrics, out, 4, rank, world, **parts)  # type: ignore[arg-type]
+    return Evaluation(tiny_model("caption"), data, protocol, extractor, metrics, out, 4, **parts)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_reports_again_and_side_by_side(finished: tuple[Path, dict[str, Any]], t
 def _process(rank: int, shards: str, expected: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{shards}/meet", rank=rank, world_size=2)
-    result = evaluation(Path(shards), Path(shards) / "two", rank, 2).run()
+    result = evaluation(Path(shards), Path(shards) / "two").run()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     for name, score in expected["scores"].items():

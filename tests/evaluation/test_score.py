@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.protocol import Protocol, requests
-from ldmlab.evaluation.score import EvaluationPass, numbered
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.scoring import EvaluationPass, numbered
+from ldmlab.evaluation.sources import requests
 from ldmlab.metrics.clip_scores import ClipScore
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.inception_score import InceptionScore

@@ -1,6 +1,7 @@
 """Sets of images against each other: folders, shards and `.npz` give one score; bad ones end in one sentence."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from torchmetrics import Metric
 
 from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, group_choices, plain
-from ldmlab.app.evaluate import build_metric
+from ldmlab.app.evaluation_parts import build_metric
 from ldmlab.errors import InputError
-from ldmlab.evaluation.image_sets import ImageSet, image_set
+from ldmlab.evaluation import image_sets
+from ldmlab.evaluation.image_sets import ImageSet, score_sets, statistics_of
 from ldmlab.evaluation.npz import read_images, read_statistics, write_npz
-from ldmlab.evaluation.set_score import score_sets, statistics_of
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.inception_score import InceptionScore
@@ -27,6 +28,7 @@ from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
 
 NAME = Inception2015.name
+image_set = partial(image_sets.image_set, workers=0)
 
 
 class MeanColours:
@@ -58,7 +60,7 @@ def folder_of(path: Path, images: np.ndarray) -> Path:
 
 def scores(samples: ImageSet, reference: ImageSet, **metrics: Any) -> dict[str, float]:
     metrics = metrics or {"fid": FrechetDistance(6), "kid": KernelDistance(5, 20), "pr": PrecisionRecall()}
-    found = score_sets(samples, reference, MeanColours(), metrics, batch_size=7, workers=0)
+    found = score_sets(samples, reference, MeanColours(), metrics, batch_size=7)
     return {name: score["value"] for name, score in found["scores"].items()}
 
 
@@ -93,7 +95,7 @@ def test_processes_share_a_set(kind: str, tmp_path: Path) -> None:
     path = folder_of(tmp_path / "set", images) if kind == "folder" else tmp_path / "set.npz"
     if kind == "npz":
         np.savez(path, images)
-    parts = [part for rank in range(3) for part in image_set(path).batches(4, rank, 3, workers=0)]
+    parts = [part for rank in range(3) for part in image_set(path).batches(4, rank, 3)]
     index = torch.cat([numbers for numbers, _ in parts])
     together = torch.cat([batch for _, batch in parts])
     assert sorted(index.tolist()) == list(range(23))
@@ -120,7 +122,7 @@ def test_given_statistics_replace_the_images(tmp_path: Path) -> None:
     samples, reference = image_set(tmp_path / "fake.npz"), image_set(tmp_path / "real.npz")
     expected = scores(samples, reference)
     swapped = {"fid": FrechetDistance(6)}
-    score_sets(reference, samples, MeanColours(), swapped, workers=0)
+    score_sets(reference, samples, MeanColours(), swapped)
     mean, covariance = statistics_of(swapped)["fid"]  # of the real images, which were the samples
     np.savez(tmp_path / "statistics.npz", mu=mean, sigma=covariance)
     assert scores(samples, image_set(tmp_path / "statistics.npz"), fid=FrechetDistance(6)) == pytest.approx(
@@ -269,6 +271,6 @@ def test_too_few_images_are_refused_before_any_is_looked_at(tmp_path: Path) -> N
     few = image_set(folder_of(tmp_path / "few", drawn(4, 0)))
     many = image_set(folder_of(tmp_path / "many", drawn(8, 1)))
     with pytest.raises(InputError, match="4 generated images are fewer than the 6 features"):
-        score_sets(few, many, Blind(), {"fid": FrechetDistance(6)}, workers=0)
+        score_sets(few, many, Blind(), {"fid": FrechetDistance(6)})
     with pytest.raises(InputError, match=r"metrics\.kid\.subset_size=6 is more than the 4 real images"):
-        score_sets(many, few, Blind(), {"kid": KernelDistance(5, subset_size=6)}, workers=0)
+        score_sets(many, few, Blind(), {"kid": KernelDistance(5, subset_size=6)})

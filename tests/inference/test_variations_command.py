@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.task_images import request_image
+from ldmlab.evaluation.task_part import request_image
 from ldmlab.inference.grids import read_settings
 from sampling_models import sample_command, tiny_model
 

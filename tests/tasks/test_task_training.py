@@ -15,8 +15,9 @@ from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.wiring import train
 from ldmlab.errors import InputError
-from ldmlab.evaluation.conditions import conditions
-from ldmlab.evaluation.protocol import Protocol, requests
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.real_images import conditions
+from ldmlab.evaluation.sources import requests
 from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder

@@ -1,20 +1,15 @@
-"""The door of evaluation: compose, load the model, score it by a protocol, write the report."""
+"""The evaluation command: compose, load the model, score it by a protocol, write the report."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ldmlab.app.doors import run_door
 
-if TYPE_CHECKING:
-    from ldmlab.data.shard_data import ShardData
-    from ldmlab.metrics.features import FeatureExtractor
-    from ldmlab.nn.lpips import LPIPS
-
 OPENING = """usage: python evaluate.py model=RUN [protocol=name] [features=name] [key=value ...]
 
-Draws samples, compares them with real images in one pass, writes metrics.json, report.md and report.html."""
+Generates samples, compares them with real images in one pass, writes metrics.json, report.md and report.html."""
 EXAMPLES = """examples:
   python evaluate.py model=runs/demo/text_to_image protocol=demo_emoji features=clip_run features.run=runs/demo/clip
   python evaluate.py model=runs/ffhq-1a2b protocol=paper_ffhq            after `ldmlab fetch inception`
@@ -50,20 +45,22 @@ def job(config: Any) -> None:
 
 def evaluate(config: Mapping[str, Any]) -> None:
     """Score config["model"]; everything that can be refused is refused before the first image."""
-    from ldmlab.app.evaluation_origin import changed
+    from ldmlab import distributed
+    from ldmlab.app.evaluation_parts import build_extractor, build_metric, changed, curves, run_folder
     from ldmlab.build import pick_device
-    from ldmlab.evaluation import processes
-    from ldmlab.evaluation.evaluate import check_out
+    from ldmlab.evaluation.model_evaluation import check_out
     from ldmlab.evaluation.protocol import Protocol
+    from ldmlab.evaluation.reference_statistics import statistics_folder
     from ldmlab.instantiate import instantiate
     from ldmlab.model_files import read_description
-    from ldmlab.report.pages import write_report
     from ldmlab.report.paper_table import paper_record
 
-    rank, world = processes.join()
-    model = Path(config["model"])
+    rank, _ = distributed.join()
+    model = Path(str(config["model"]))
     folder = run_folder(model)
     out = Path(config["out"] or folder / "evaluation" / default_name(model, config["protocol"]["name"]))
+    if _only_report_missing(out):
+        return _report(config, folder, out, "holds the scores of an evaluation whose report was not written")
     check_out(out)
     protocol: Protocol = instantiate({**config["protocol"], "changed": changed(config["protocol"])}, where="protocol")
     extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
@@ -72,27 +69,67 @@ def evaluate(config: Mapping[str, Any]) -> None:
         "extractor": extractor,
         "metrics": {name: build_metric(name, node, extractor.width) for name, node in protocol.metrics.items()},
         "out": out,
-        "paper": paper_record,
         "batch_size": config["batch_size"],
         "curves": curves(folder),
         "track": track if rank == 0 else _untracked,
+        "paper": paper_record,
+        "reference_folder": statistics_folder() if config["keep_reference"] else None,
     }
     if read_description(folder).get("kind") == "first_stage":
-        _rebuild(config, parts, rank, world)
+        _reconstructions(config, parts)
     else:
-        _draw(config, parts, rank, world)
-    if rank == 0:
+        _samples(config, parts)
+    _report(config, folder, out)
+
+
+def _only_report_missing(out: Path) -> bool:
+    """Whether a full disk or a kill left the scores of an evaluation without their pages."""
+    return (out / "metrics.json").exists() and not (out / "report.html").exists()
+
+
+def _report(config: Mapping[str, Any], folder: Path, out: Path, reason: str = "") -> None:
+    """The pages of a finished evaluation, its scores on the terminal, and at W&B if the run has a run there."""
+    from ldmlab import distributed
+    from ldmlab.files import disk_errors
+    from ldmlab.report.metrics_json import read_evaluation
+    from ldmlab.report.pages import write_report
+
+    if distributed.rank() != 0:
+        return
+    if reason:
+        distributed.say(f"{out} {reason}; writing it. Delete the folder to evaluate anew.")
+    with disk_errors(out):
         write_report(out)
-        print(f"{out / 'report.html'}\n{(out / 'report.md').read_text(encoding='utf-8')}")
-        if config["wandb"]:
-            from ldmlab.app.wandb_runs import send_scores
+    result = read_evaluation(out)
+    print(f"{scores_text(result)}\n{out / 'report.html'}")
+    if config["wandb"]:
+        from ldmlab.app.wandb_runs import send_scores
 
-            send_scores(folder, out)
+        send_scores(folder, out)
 
 
-def run_folder(model: Path) -> Path:
-    """The folder that a checkpoint belongs to; of a run or a model folder, itself."""
-    return model.parents[1] if model.suffix == ".ckpt" else model
+def scores_text(result: Mapping[str, Any]) -> str:
+    """A line for each score with its spread and caveats, and how many images it rests on."""
+    reference, lines = result["reference"], []
+    lost = reference.get("unreadable")
+    total = f" of {lost['of']:,}" if lost else ""
+    if "sampling" in result:
+        lines.append(f"{result['sampling']['images']:,} images against {reference['images']:,}{total} real ones")
+    lines.append(f"features: {result['features']['name']}{_quality(result['features'].get('quality'))}")
+    for name, score in result["scores"].items():
+        spread = "" if score.get("spread") is None else f" +- {score['spread']:.3g}"
+        lines.append(f"{name:<16} {score['value']:.6g}{spread}{''.join(f'  ({mark})' for mark in score['marks'])}")
+        points = (result.get("sample_curves") or {}).get(name, ())
+        lines += [f"{'':<16} {point['value']:.6g} at {point['images']:,.0f} samples" for point in points]
+    return "\n".join(lines)
+
+
+def _quality(found: Mapping[str, float] | None) -> str:
+    """How well the CLIP behind the features finds captions."""
+    if not found or "recall_1_of_50" not in found:
+        return ""
+    chance = f", by chance {found['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in found else ""
+    return f" (finds the caption among 50 for {found['recall_1_of_50']:.0%} of validation images{chance})"
 
 
 def default_name(model: Path, protocol: str) -> str:
@@ -100,139 +137,48 @@ def default_name(model: Path, protocol: str) -> str:
     return f"{protocol}-{model.stem}" if model.suffix == ".ckpt" else protocol
 
 
-def _draw(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
+def _samples(config: Mapping[str, Any], parts: dict[str, Any]) -> None:
     """Samples of a diffusion model."""
     from ldmlab.app.agreement import scored_task
-    from ldmlab.app.evaluation_origin import run_record
+    from ldmlab.app.evaluation_parts import build_all, lpips, reference_data, run_folder, run_record
     from ldmlab.app.guiders import build_guiders
     from ldmlab.build import load
-    from ldmlab.evaluation.evaluate import Evaluation
-    from ldmlab.evaluation.reference_statistics import statistics_folder
+    from ldmlab.evaluation.model_evaluation import Evaluation
 
     model = load(config["model"], weights=config["weights"], device=config["device"])
     model.info |= run_record(run_folder(Path(config["model"])))
     model.in_precision(config["precision"])
     model.with_guiders(*build_guiders(config["guiders"], model))
-    extras = [(title, Path(path)) for title, path in config["images"]]
-    size = parts["protocol"].image_size or max(model.image_size)
-    data = reference_data(config, size).with_task(scored_task(model.diffusion.task, parts["protocol"], size))
-    lpips = _lpips() if parts["protocol"].pairs else None
+    protocol = parts["protocol"]
+    size = protocol.image_size or max(model.image_size)
+    data = reference_data(config, size).with_task(scored_task(model.diffusion.task, protocol, size))
+    distance = lpips() if protocol.pairs else None
     Evaluation(
         model=model,
         data=data,
-        judges=build_all("judges", parts["protocol"].judges),
-        baselines=build_all("baselines", parts["protocol"].baselines),
-        rank=rank,
-        world=world,
-        extras=extras,
-        lpips=lpips and lpips.to(model.device),
-        reference_folder=statistics_folder() if config["keep_reference"] else None,
+        judges=build_all("judges", protocol.judges),
+        baselines=build_all("baselines", protocol.baselines),
+        extras=[(title, Path(path)) for title, path in config["images"]],
+        lpips=distance and distance.to(model.device),
         **parts,
     ).run()
 
 
-def _rebuild(config: Mapping[str, Any], parts: dict[str, Any], rank: int, world: int) -> None:
+def _reconstructions(config: Mapping[str, Any], parts: dict[str, Any]) -> None:
     """Reconstructions of a first stage."""
-    from ldmlab.app.evaluation_origin import run_record
+    from ldmlab.app.evaluation_parts import lpips, reference_data, run_folder, run_record
     from ldmlab.build import load_first_stage, pick_device
-    from ldmlab.evaluation.reconstruction import ReconstructionEvaluation
+    from ldmlab.evaluation.model_evaluation import ReconstructionEvaluation
 
     loaded = load_first_stage(config["model"], config["weights"])
+    record = {"weights": loaded.files.weights, "step": loaded.files.step, "fingerprint": loaded.fingerprint}
     ReconstructionEvaluation(
         first_stage=loaded.module.to(pick_device(config["device"])),
-        info={
-            "path": str(config["model"]),
-            "weights": loaded.files.weights,
-            "step": loaded.files.step,
-            "fingerprint": loaded.fingerprint,
-            **run_record(run_folder(Path(config["model"]))),
-        },
+        info={"path": str(config["model"]), **record, **run_record(run_folder(Path(config["model"])))},
         data=reference_data(config, loaded.image_size),
-        lpips=_lpips(),
-        rank=rank,
-        world=world,
+        lpips=lpips(),
         **parts,
     ).run()
-
-
-def _lpips() -> "LPIPS | None":
-    """The perceptual distance, or a word that its weights are not here."""
-    from ldmlab.interop.published_weights import WEIGHTS, weights_folder
-    from ldmlab.nn.lpips import LPIPS
-
-    vgg = weights_folder() / WEIGHTS["lpips"].file
-    if vgg.exists():
-        return LPIPS(vgg)
-    print("LPIPS is left out: its VGG weights are not here; `ldmlab fetch lpips` brings them.", file=sys.stderr)
-    return None
-
-
-def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":
-    """The network whose features are compared; a CLIP run is read here."""
-    from ldmlab.build import load_clip
-    from ldmlab.instantiate import accepts, instantiate
-    from ldmlab.interop.published_weights import weights_path
-
-    if accepts(node, "clip", where="features"):
-        return instantiate(node, where="features", clip=load_clip(node["run"]))
-    if accepts(node, "weights", where="features") and node.get("weights") is None:
-        node = {**node, "weights": weights_path("inception")}
-    return instantiate(node, where="features")
-
-
-def build_metric(name: str, node: Mapping[str, Any], width: int, group: str = "protocol.metrics") -> Any:
-    """A score; one that must know the width of the features is told. `group`: what its options are called."""
-    from ldmlab.evaluation.score import OptionNames, in_words_of
-    from ldmlab.instantiate import accepts, instantiate
-
-    where = f"{group}.{name}"
-    told: dict[str, Any] = {"width": width} if accepts(node, "width", where=where) else {}
-    with in_words_of(OptionNames(metrics=group)):
-        return instantiate(node, where=where, **told)
-
-
-def build_all(kind: str, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The judges or baselines of a protocol by name."""
-    from ldmlab.instantiate import instantiate
-
-    return {name: instantiate(node, where=f"protocol.{kind}.{name}") for name, node in nodes.items()}
-
-
-def reference_data(config: Mapping[str, Any], image_size: int) -> "ShardData":
-    """The real images at the model's size: those of `data=`, or those the model's run was trained on."""
-    import yaml
-
-    from ldmlab.errors import InputError
-    from ldmlab.instantiate import instantiate
-
-    node = config.get("data")
-    if node is None:
-        path = run_folder(Path(config["model"])) / "config.yaml"
-        if not path.exists():
-            raise InputError(f"model={config['model']} does not say what it was trained on; name the data with data=.")
-        node = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
-    return instantiate({**node, "image_size": image_size}, where="data", seed=config["seed"])
-
-
-def curves(model: Path) -> dict[str, Path]:
-    """metrics.csv of the run, and of the runs its parts come from where they are still there."""
-    import yaml
-
-    found = {}
-    if (model / "config.yaml").exists():
-        config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))
-        for part, run in _parts(config):
-            found[part] = Path(run) / "metrics.csv"
-        found["denoiser"] = model / "metrics.csv"
-    return {title: path for title, path in found.items() if path.exists()}
-
-
-def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if config.get("from_run"):
-        yield "first stage", config["from_run"]
-    for name, node in config.get("conditioner", {}).items():
-        if node.get("from_run"):
-            yield f"conditioner {name}", node["from_run"]
 
 
 def track(items: Iterable[T], count: int, title: str) -> Iterator[T]:

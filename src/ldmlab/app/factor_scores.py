@@ -151,8 +151,9 @@ class FactorScores:
         import torch
 
         from ldmlab.build import load
-        from ldmlab.evaluation.conditions import conditions
-        from ldmlab.evaluation.protocol import Protocol, requests
+        from ldmlab.evaluation.protocol import Protocol
+        from ldmlab.evaluation.real_images import conditions
+        from ldmlab.evaluation.sources import requests
         from ldmlab.inference.model import generate
         from ldmlab.instantiate import instantiate
 

@@ -100,13 +100,13 @@ def _nodes(config: Config, group: str) -> list[Any]:
 
 def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[Any]:
     """What watches the run; one that scores images is given what it scores."""
-    from ldmlab.app.in_training import scores_callback
+    from ldmlab.app.evaluation_parts import scores_callback
 
     made = []
     for name, node in config["callbacks"].items():
         where = f"callbacks.{name}"
         if node and accepts(node, "scorer", where=where):
-            made.append(scores_callback(node, plan, data, distributed.rank(), distributed.world_size()))
+            made.append(scores_callback(node, plan, data))
         elif node:
             made.append(instantiate(node, where=where))
     return made

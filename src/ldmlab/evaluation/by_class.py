@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.score import EvaluationPass
+from ldmlab.evaluation.scoring import EvaluationPass
 from ldmlab.metrics.kernel import squared_mmd
 from ldmlab.metrics.knn_balls import shares_inside, squared_radii
 

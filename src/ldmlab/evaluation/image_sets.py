@@ -1,14 +1,16 @@
-"""Sets of images on disk that can be scored: a folder of files or of shards, an `.npz` batch of ADM's script."""
+"""Sets of images on disk, scored one against another: a folder of files or of shards, an `.npz` of ADM's script."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
 
+from ldmlab import distributed
 from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
 from ldmlab.data.loaders import eval_loader, quiet_worker
@@ -16,15 +18,19 @@ from ldmlab.data.shards import IMAGE_ENDINGS
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 from ldmlab.evaluation.npz import images_shape, read_images, read_statistics
-from ldmlab.evaluation.score import Numbered, numbered
+from ldmlab.evaluation.run import Run
+from ldmlab.evaluation.scoring import EvaluationPass, Numbered, OptionNames, Track, numbered, untracked
+from ldmlab.metrics.features import FeatureExtractor, Inception2015
+from ldmlab.metrics.frechet import FrechetDistance
 
 _WHITE = (255, 255, 255)  # laid under transparent pixels
 _LOSSY = ("jpg", "jpeg")
+OPTIONS = OptionNames(metrics="metrics", features="--features ")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageSet:
-    """Images of one size in a fixed order."""
+    """Images of one size in a fixed order: a source of images, or the samples' reference."""
 
     path: Path
     kind: str  # folder | shards | npz
@@ -32,18 +38,28 @@ class ImageSet:
     size: tuple[int, int] | None  # height, width, px; None: no images
     files: tuple[Path, ...] = ()
     manifest_hash: str | None = None
+    workers: int = 2
+    max_bad: float = 0.0  # share of the images that may be unreadable
+    captions: None = None
+    lost: dict[str, str] = field(default_factory=dict)  # images of this process that cannot be read => why
 
-    def batches(self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 2) -> Iterator[Numbered]:
-        """This process's share with the images' numbers, uint8 (B, 3, H, W); an unreadable one is an InputError."""
+    def images(self, batch_size: int, track: Track = untracked) -> Iterator[Numbered]:
+        """This process's share with the images' numbers, uint8 (B, 3, H, W); unreadable ones are left out."""
+        rank, world = distributed.rank(), distributed.world_size()
+        title = f"images of {self.path.name}, batches of {batch_size}"
+        yield from track(self.batches(batch_size, rank, world), -(-self.count // (batch_size * world)), title)
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Numbered]:
+        """The share of one of several processes."""
         if self.kind == "npz":
             yield from self._of_npz(batch_size, rank, world)
         elif self.kind == "shards":
             assert self.size is not None
             dataset = ShardDataset(self.path, BatchSpec(self.size[0], fields=()))
-            loader = eval_loader(dataset, batch_size=batch_size, world=world, rank=rank, workers=workers)
-            yield from numbered(_complete(loader))
+            loader = eval_loader(dataset, batch_size=batch_size, world=world, rank=rank, workers=self.workers)
+            yield from numbered(self._checked(loader))
         else:
-            yield from self._of_folder(batch_size, rank, world, workers)
+            yield from self._of_folder(batch_size, rank, world)
 
     def statistics(self) -> dict[str, tuple[Any, Any]]:
         """Mean and covariance by score that the file brings along."""
@@ -53,14 +69,30 @@ class ImageSet:
         """For the result."""
         size = None if self.size is None else f"{self.size[0]}x{self.size[1]}"
         lossy = sum(file.suffix[1:].lower() in _LOSSY for file in self.files)
+        lost = {name: why for part in distributed.gather(self.lost) for name, why in part.items()}
+        names = [f"{name}: {why}" for name, why in sorted(lost.items())][:20]
         return {
             "path": str(self.path),
             "kind": self.kind,
-            "images": self.count,
+            "images": self.count - len(lost),
             "size": size,
+            **({"unreadable": {"count": len(lost), "of": self.count, "names": names}} if lost else {}),
             **({"jpeg_files": lossy} if lossy else {}),
             **({"manifest_hash": self.manifest_hash} if self.manifest_hash else {}),
         }
+
+    def marks(self) -> tuple[str, ...]:
+        """Of every score that rests on this set."""
+        lost = sum(len(part) for part in distributed.gather(self.lost))
+        return (f"{self.count - lost:,} of {self.count:,} images of {self.path.name} could be read",) if lost else ()
+
+    def _lose(self, name: str, why: str) -> None:
+        """Count an unreadable image; refused above `max_bad`."""
+        self.lost[name] = why
+        if len(self.lost) > self.max_bad * self.count:
+            raise InputError(
+                f"{name} cannot be read ({why}); mend or remove it, or allow a share of unreadable images by --max-bad."
+            )
 
     def _of_npz(self, batch_size: int, rank: int, world: int) -> Iterator[Numbered]:
         for number, rows in enumerate(read_images(self.path, batch_size)):
@@ -68,27 +100,37 @@ class ImageSet:
                 first = number * batch_size
                 yield torch.arange(first, first + len(rows)), torch.from_numpy(rows.copy()).permute(0, 3, 1, 2)
 
-    def _of_folder(self, batch_size: int, rank: int, world: int, workers: int) -> Iterator[Numbered]:
+    def _of_folder(self, batch_size: int, rank: int, world: int) -> Iterator[Numbered]:
         mine = list(range(rank, self.count, world))
         loader = DataLoader(
             _Files(self.files),
             batch_sampler=[mine[start : start + batch_size] for start in range(0, len(mine), batch_size)],
-            num_workers=min(workers, processors()),
+            num_workers=min(self.workers, processors()),
             collate_fn=list,
-            worker_init_fn=quiet_worker if workers else None,
+            worker_init_fn=quiet_worker if self.workers else None,
         )
         for items in loader:
+            read = {number: image for number, image in items if isinstance(image, Tensor)}
             for number, found in items:
                 if isinstance(found, str):
-                    raise InputError(f"{self.files[number]} cannot be read ({found}); mend or remove it.")
-                if tuple(found.shape[1:]) != self.size:
+                    self._lose(str(self.files[number]), found)
+                elif tuple(found.shape[1:]) != self.size:
                     height, width = found.shape[1:]
                     assert self.size is not None
                     raise InputError(
                         f"{self.files[number]} has {height}x{width} px where {self.files[0].name} has "
                         f"{self.size[0]}x{self.size[1]}; bring them to one size first (`ldmlab pack --size`)."
                     )
-            yield torch.tensor([number for number, _ in items]), torch.stack([image for _, image in items])
+            if read:
+                yield torch.tensor(list(read)), torch.stack(list(read.values()))
+
+    def _checked(self, loader: Any) -> Iterator[Any]:
+        """The loader's batches; samples that were left out count as unreadable."""
+        for batch in loader:
+            for entry in batch["skipped"]:
+                label, _, reason = entry.partition(": ")
+                self._lose(label, reason)
+            yield batch
 
 
 class _Files(Dataset[tuple[int, Tensor | str]]):
@@ -111,16 +153,14 @@ def _image(path: Path) -> Tensor:
     return torch.from_numpy(decode_image({path.suffix[1:].lower(): path.read_bytes()}, None, _WHITE))
 
 
-def _complete(loader: Any) -> Iterator[Any]:
-    """The loader's batches, none of whose samples may be left out."""
-    for batch in loader:
-        if batch["skipped"]:
-            raise InputError(f"{batch['skipped'][0]}; a score needs every image, so write the shards again.")
-        yield batch
+def image_set(path: Path, workers: int = 2, max_bad: float = 0.0) -> ImageSet:
+    """The set at a path, whatever holds it."""
+    found = _found(path)
+    found.workers, found.max_bad = workers, max_bad
+    return found
 
 
-def image_set(path: Path) -> ImageSet:
-    """Find out what a path holds."""
+def _found(path: Path) -> ImageSet:
     if not path.exists():
         raise InputError(f"{path} does not exist; give a folder of images or shards, or an .npz file.")
     if path.is_file():
@@ -136,9 +176,10 @@ def image_set(path: Path) -> ImageSet:
     files = tuple(sorted(file for file in path.rglob("*") if file.suffix.lower() in endings))
     if not files:
         raise InputError(f"{path} holds no images and no shards; give another folder.")
-    _, first = _Files(files)[0]
-    if isinstance(first, str):
-        raise InputError(f"{files[0]} cannot be read ({first}); mend or remove it.")
+    opened = _Files(files)
+    first = next((image for _, image in (opened[i] for i in range(len(files))) if isinstance(image, Tensor)), None)
+    if first is None:
+        raise InputError(f"none of {len(files)} images of {path} can be read ({opened[0][1]}); give another folder.")
     return ImageSet(path, "folder", len(files), (first.shape[1], first.shape[2]), files)
 
 
@@ -150,3 +191,104 @@ def _shards(path: Path) -> ImageSet:
     if manifest.kind != "images" or side is None:
         raise InputError(f"{path} holds no square images of one size; write such shards with `ldmlab pack --size`.")
     return ImageSet(path, "shards", manifest.total, (side, side), manifest_hash=manifest.hash)
+
+
+@dataclass
+class SetReference:
+    """An image set as the reference; statistics that its file brings replace the images."""
+
+    images: ImageSet
+    extractor: FeatureExtractor
+    metrics: Mapping[str, Metric]
+    batch_size: int
+    track: Track = untracked
+    given: frozenset[str] = frozenset()  # metrics that were given statistics
+
+    @property
+    def count(self) -> int:
+        """Images; 0: statistics alone."""
+        return self.images.count
+
+    def check(self) -> None:
+        """Refuses a score that neither images nor statistics serve."""
+        available = _with_statistics(self.images, self.extractor, self.metrics)
+        if self.count == 0 and (lost := sorted(self.metrics.keys() - available)):
+            raise InputError(
+                f"{self.images.path} holds statistics and no images, which score {lost[0]} needs; leave it out of "
+                "--metrics."
+            )
+        self.given = frozenset(available)
+
+    def show_to(self, seen: EvaluationPass) -> None:
+        """Statistics where there are any, and images where a metric needs them."""
+        statistics = self.images.statistics()
+        for name in self.given:
+            metric = self.metrics[name]
+            assert isinstance(metric, FrechetDistance)
+            mean, covariance = (torch.as_tensor(part) for part in statistics[metric.statistics_name])
+            metric.take_real(mean, covariance, distributed.rank() == 0)
+        if self.count and not self.given >= self.metrics.keys():
+            seen.add_all(self.images.images(self.batch_size, self.track), real=True)
+
+    def record(self, images: int) -> dict[str, Any]:
+        """For the result."""
+        return self.images.record() | {"given_statistics": sorted(self.given)}
+
+    def marks(self) -> tuple[str, ...]:
+        """Of every score."""
+        return self.images.marks()
+
+
+def score_sets(
+    samples: ImageSet,
+    reference: ImageSet,
+    extractor: FeatureExtractor,
+    metrics: Mapping[str, Metric],
+    *,
+    batch_size: int = 64,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """The scores of one set against another as plain data, on every process."""
+    _check(samples, reference)
+    other = SetReference(reference, extractor, metrics, batch_size, track)
+    other.check()
+    run = Run(samples, other, extractor, metrics, batch_size, track, OPTIONS)
+    result = run.finish(run.begin())
+    for score in result["scores"].values():
+        score["marks"] = (*samples.marks(), *score["marks"])
+    return {name: value for name, value in result.items() if name != "sampling"} | {"samples": samples.record()}
+
+
+def statistics_of(metrics: Mapping[str, Metric]) -> dict[str, tuple[Any, Any]]:
+    """Mean and covariance of the samples by score, for an `.npz`; after `score_sets`."""
+    found = {}
+    for metric in metrics.values():
+        if isinstance(metric, FrechetDistance):
+            mean, covariance = metric.samples()
+            found[metric.statistics_name] = (mean.cpu().numpy(), covariance.cpu().numpy())
+    return found
+
+
+def _check(samples: ImageSet, reference: ImageSet) -> None:
+    if samples.count == 0:
+        raise InputError(f"{samples.path} holds no images, so there is nothing to score.")
+    if reference.size is not None and samples.size != reference.size:
+        height, width = samples.size or (0, 0)
+        raise InputError(
+            f"{samples.path} has images of {height}x{width} px and {reference.path} of "
+            f"{reference.size[0]}x{reference.size[1]}; bring both to one size by one rule (`ldmlab pack --size`)."
+        )
+
+
+def _with_statistics(reference: ImageSet, extractor: FeatureExtractor, metrics: Mapping[str, Metric]) -> set[str]:
+    """Names of the Frechet distances that the file brings mean and covariance for."""
+    brought, found = reference.statistics(), set()
+    for name, metric in metrics.items():
+        if isinstance(metric, FrechetDistance) and metric.statistics_name in brought:
+            if extractor.name != Inception2015.name:
+                raise InputError(
+                    f"{reference.path} brings statistics of {Inception2015.name}, which --features {extractor.name} "
+                    "cannot be compared with; choose --features inception."
+                )
+            found.add(name)
+    return found

@@ -1,11 +1,11 @@
-"""Samples beside the images whose condition they were given: PSNR, SSIM, LPIPS, and all scores by size of the hole.
+"""Samples against the images that their conditions come from: PSNR, SSIM, LPIPS, and all scores by size of the hole.
 
 As LaMa's evaluation does it: an image belongs to the bucket [low, high) that the mean of its mask lies in, and a
 bucket's Frechet distance rests on that bucket's originals alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.conditions import Derived
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.record import gathered
-from ldmlab.evaluation.score import EvaluationPass, Numbered, Score
+from ldmlab.evaluation.real_images import Derived
+from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Score, described
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.reconstruction import ReconstructionMeasures
 
+_LOWER_IS_BETTER = ("lpips", "psim")
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # LPIPS: two batches in [-1, 1] => (B,)
 
 
@@ -34,17 +34,17 @@ class Bucket:
         self.seen = EvaluationPass(extractor, metrics)
         self.measures = ReconstructionMeasures(None, lpips)
 
-    def add(self, index: Tensor, originals: Tensor, drawn: Tensor, share: Tensor) -> None:
+    def add(self, index: Tensor, originals: Tensor, generated: Tensor, share: Tensor) -> None:
         """A batch, of which those in the bucket count."""
         inside = (share >= self.low) & (share < self.high)
         if inside.any():
             self.seen.add(originals[inside], True, index[inside])
-            self.seen.add(drawn[inside], False, index[inside])
-            self.measures.update(originals[inside], drawn[inside])
+            self.seen.add(generated[inside], False, index[inside])
+            self.measures.update(originals[inside], generated[inside])
 
     def result(self) -> dict[str, Any]:
         """Its images and scores over all processes; no distance of less than two images."""
-        count = sum(gathered(self.seen.counts[True]))
+        count = self.seen.total_counts()[0]
         scores = pair_scores(self.measures) if count else {}
         if count > 1:
             scores |= self.seen.compute((count, count))
@@ -75,25 +75,25 @@ class PairedPass:
 
     def watch(self, stream: Iterable[Numbered]) -> Iterable[Numbered]:
         """The same stream."""
-        for index, drawn in stream:
-            self.add(index, drawn)
-            yield index, drawn
+        for index, generated in stream:
+            self.add(index, generated)
+            yield index, generated
 
-    def add(self, index: Tensor, drawn: Tensor) -> None:
+    def add(self, index: Tensor, generated: Tensor) -> None:
         """Samples uint8 (B, 3, H, W) with their numbers (B,)."""
         originals = [self._known.original(number % len(self._known)) for number in index.tolist()]
         images = torch.stack([torch.as_tensor(original["image"]) for original in originals])
-        if images.shape != drawn.shape:
+        if images.shape != generated.shape:
             raise InputError(
-                f"samples of {tuple(drawn.shape[2:])} px cannot be set beside images of "
+                f"samples of {tuple(generated.shape[2:])} px cannot be set beside images of "
                 f"{tuple(images.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
             )
-        self._measures.update(images, drawn)
+        self._measures.update(images, generated)
         if self._buckets:
             masks = [torch.as_tensor(self._mask(original)) for original in originals]
             share = torch.stack([(mask > 0).float().mean() for mask in masks])
             for bucket in self._buckets.values():
-                bucket.add(index, images, drawn, share)
+                bucket.add(index, images, generated, share)
 
     def scores(self) -> dict[str, Score]:
         """Over all samples of all processes."""
@@ -111,10 +111,13 @@ class PairedPass:
 
 
 def pair_scores(measures: ReconstructionMeasures) -> dict[str, Score]:
-    """Numbers with the deviation over images where it is known."""
+    """Measures of pairs, with the deviation over images where it is known."""
     found = measures.compute()
-    names = [name for name in found if not name.endswith("_std")]
-    return {name: Score(float(found[name]), _number(found.get(f"{name}_std"))) for name in names}
+    scores = {}
+    for name in (name for name in found if not name.endswith("_std")):
+        score = described(Score(float(found[name]), _number(found.get(f"{name}_std"))), name, measures)
+        scores[name] = replace(score, higher_is_better=name not in _LOWER_IS_BETTER)
+    return scores
 
 
 def _on_its_device(lpips: nn.Module) -> Perceptual:

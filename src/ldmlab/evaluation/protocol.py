@@ -1,11 +1,10 @@
-"""What a score is measured on: one object a protocol, written whole into every result."""
+"""Evaluation protocol: samples, conditions, reference and scores, written completely into every record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.conditions import Repeated
 from ldmlab.inference.sample_settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
@@ -20,9 +19,11 @@ class Protocol:
     reference: str  # split compared with: train | val
     metrics: Mapping[str, Any]  # files of conf/metric by name
     samples: int | None = None  # generated images; null: one for each reference image
+    at_most: int | None = None  # where samples is null: no more than these
     conditions: str = "reference"  # none | reference: as the reference images, in order | balanced_classes
     classes: int | None = None  # with balanced_classes: how many there are
     reference_limit: int | None = None  # only the first images of the split; null: all
+    max_bad: float = 0.1  # share of the reference images that may be unreadable
     image_size: int | None = None  # side of the images compared, px; null: as the model was trained
     task: Mapping[str, Any] = field(default_factory=dict)  # options of the model's task, such as held_out_masks
     steps: int | None = 50
@@ -64,11 +65,20 @@ class Protocol:
                 f"{self.reference}; choose train or val, or null."
             )
         if not 0 < self.copy_quantile < 1:
-            raise InputError(f"protocol.copy_quantile={self.copy_quantile} is no share; choose one between 0 and 1.")
+            raise InputError(f"protocol.copy_quantile={self.copy_quantile} is not between 0 and 1; choose 0.01, say.")
         if self.conditions not in CONDITIONS:
             raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
-        if self.samples is not None and self.samples < 2:
-            raise InputError(f"protocol.samples={self.samples} is too few to score; choose at least 2.")
+        for name in ("samples", "at_most"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise InputError(f"protocol.{name}={value} is too few to score; choose at least 2.")
+        if self.samples is not None and self.at_most is not None:
+            raise InputError(
+                f"protocol.at_most={self.at_most} is for protocol.samples=null, but protocol.samples={self.samples}; "
+                "set one of them to null."
+            )
+        if not 0 <= self.max_bad < 1:
+            raise InputError(f"protocol.max_bad={self.max_bad} is not a share; choose 0 or more, below 1.")
         if self.mask_buckets and not self.pairs:
             raise InputError(
                 "protocol.mask_buckets compares samples with their originals; set protocol.pairs=true too."
@@ -89,7 +99,7 @@ class Protocol:
             raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
 
     def settings(self, guidance_scale: float | None = None) -> SampleSettings:
-        """How its samples are drawn; `guidance` replaces the protocol's own."""
+        """How its samples are generated; `guidance_scale` replaces the protocol's own."""
         return SampleSettings(
             steps=self.steps,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
@@ -103,33 +113,3 @@ class Protocol:
     def as_plain(self) -> dict[str, Any]:
         """For metrics.json."""
         return asdict(self) | {"guidance_scale_curve": list(self.guidance_scale_curve), "changed": list(self.changed)}
-
-
-def requests(
-    protocol: Protocol, reads: frozenset[str], reference: Sequence[Mapping[str, Any]]
-) -> Sequence[Mapping[str, Any]]:
-    """What each of the samples is asked to show: the fields the model reads, one dict an image.
-
-    reference: image i takes the conditions of reference image i, from the start again when they run out.
-    balanced_classes: every class the same number of times; a remainder goes to the first classes.
-    """
-    count = len(reference) if protocol.samples is None else protocol.samples
-    if not reads or protocol.conditions == "none":
-        if reads:
-            raise InputError(
-                f"protocol.conditions=none, but the model is told {', '.join(sorted(reads))}; "
-                "choose reference or balanced_classes."
-            )
-        return [{} for _ in range(count)]
-    if protocol.conditions == "balanced_classes":
-        if reads != {"class_id"}:
-            raise InputError(
-                f"protocol.conditions=balanced_classes is for models told class_id alone, this one is told "
-                f"{', '.join(sorted(reads))}; choose protocol.conditions=reference."
-            )
-        assert protocol.classes is not None
-        return [{"class_id": index % protocol.classes} for index in range(count)]
-    missing = [name for name in sorted(reads) if not reference or name not in reference[0]]
-    if missing:
-        raise InputError(f"the reference images carry no {', '.join(missing)}, which the model is told; pack them so.")
-    return Repeated(reference, reads, count)

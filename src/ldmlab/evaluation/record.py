@@ -6,9 +6,9 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from ldmlab import distributed
 from ldmlab.checkpoints import fingerprint
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
@@ -48,8 +48,8 @@ def _resized(stored: int | None, data: ShardData) -> str | None:
 def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
     """The network whose features were compared, how images come into it, and the CLIP beside it if there is one."""
     found = {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
-    also = ("preparation", "text_name", "text_weights_hash")
-    return found | {name: getattr(extractor, name) for name in also if hasattr(extractor, name)}
+    also = ("preparation", "text_name", "text_weights_hash", "quality")
+    return found | {name: getattr(extractor, name) for name in also if getattr(extractor, name, None)}
 
 
 def parameters_record(diffusion: nn.Module) -> dict[str, int]:
@@ -100,24 +100,15 @@ def timed(items: Iterable[T], clock: list[float]) -> Iterator[T]:
 
 def throughput(images: int, clock: Sequence[float]) -> dict[str, Any]:
     """Images a second over all processes while samples were drawn, and what drew them."""
-    slowest = max(gathered(sum(clock)))
+    slowest = max(distributed.gather(sum(clock)))
     rate = float(f"{images / slowest:.4g}") if slowest > 0 else None
-    return {"images_per_second": rate, "processes": len(gathered(0)), "hardware": _hardware()}
+    return {"images_per_second": rate, "processes": distributed.world_size(), "hardware": _hardware()}
 
 
 def _hardware() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def gathered(mine: T) -> list[T]:
-    """The value of every process, in their order."""
-    if not dist.is_initialized():
-        return [mine]
-    everyone: list[T] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
 def all_items(mine: Iterable[T]) -> list[T]:
     """The items of all processes in one list."""
-    return list(chain.from_iterable(gathered(list(mine))))
+    return list(chain.from_iterable(distributed.gather(list(mine))))

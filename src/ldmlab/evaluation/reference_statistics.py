@@ -1,38 +1,38 @@
 """Features of a reference set, kept between evaluations under the hash of everything that decides them.
 
-One file DIGEST.safetensors: index (N,) and features (N, D) of every image, with what else scores asked for (spatial,
-clip), or for large sets count (), sum (D,) and outer (D, D) in float64 alone, which the Frechet distance needs. The
-header says whose they are, so a file can be copied to other machines; one that says something else than its name
-promises is refused.
+One file DIGEST.safetensors: index (N,) and features (N, D) of every image, with other outputs that scores used (spatial,
+clip), or for large sets count (), sum (D,), outer (D, D) in float64 alone, for the Frechet distance. The header
+holds the key, so a file can be copied to other machines; one whose header does not match its name is refused.
 """
 
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldmlab.checkpoints import write_atomically
+from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.feature_recorder import Recorder
-from ldmlab.evaluation.record import gathered
-from ldmlab.evaluation.score import EvaluationPass, Numbered
+from ldmlab.evaluation.scoring import EvaluationPass, Numbered
 from ldmlab.fetched import weights_folder
+from ldmlab.files import write_atomically
 from ldmlab.metrics.features import FeatureExtractor
-from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.metrics.frechet import FrechetDistance, whole
 
 FORMAT_VERSION = 1
+LARGEST_SET = 60_000  # images whose features are kept whole: 0.5 GB at 2048 floats; above it only sums are
 _CHUNK = 4096  # rows given to the scores at once
-_KEPT = ("features", "spatial", "clip")  # what an extractor says of an image that can be kept
-_TOLD = frozenset({*_KEPT, "real", "index"})  # what a kept row can tell a score
+_KEPT = ("features", "spatial", "clip")  # outputs of an extractor that can be kept
+_STORABLE = frozenset({*_KEPT, "real", "index"})  # arguments of a score that a kept row serves
 
 
 def statistics_folder() -> Path:
@@ -88,9 +88,9 @@ def load(folder: Path, key: ReferenceKey) -> dict[str, Tensor] | None:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"reference statistics {path} cannot be read ({error}); delete the file.") from None
-    told, expected = header.get("key", {}), asdict(key)
-    if header.get("format_version") != FORMAT_VERSION or told != expected:
-        wrong = [name for name, value in expected.items() if told.get(name) != value] or ["format_version"]
+    found, expected = header.get("key", {}), asdict(key)
+    if header.get("format_version") != FORMAT_VERSION or found != expected:
+        wrong = [name for name, value in expected.items() if found.get(name) != value] or ["format_version"]
         raise InputError(
             f"reference statistics {path} are of another set ({', '.join(wrong)} differ); delete the file."
         )
@@ -108,49 +108,53 @@ def store(folder: Path, key: ReferenceKey, tensors: dict[str, Tensor]) -> Path:
 def see_reference(
     seen: EvaluationPass,
     key: ReferenceKey,
-    folder: Path | None,  # of kept statistics; None: look at the images
+    folder: Path | None,  # of kept statistics; None: the images are read
     images: Callable[[], Iterable[Numbered]],  # this process's share
-    rank: int = 0,
-    world: int = 1,
+    total: int,  # images of the set; features of fewer are neither kept nor used
 ) -> bool:
-    """Show the scores the real images, from kept features where they suffice; True if they did.
+    """Update the metrics with the real images, from kept features where they suffice; True if they did.
 
     All processes take the same way: the first one decides.
     """
-    folder = None if " at 0x" in key.task else folder  # a task that does not say what it does
-    stored = None if folder is None or not _told_by_features(seen) else load(folder, key)
-    if not gathered(stored is not None and _suffices(stored, seen))[0]:
-        _look(seen, key, folder, images, rank, kept_already=stored or {})
+    folder = None if " at 0x" in key.task else folder  # a task whose representation does not identify it
+    stored = None if folder is None or not _by_features(seen) else load(folder, key)
+    if not distributed.from_first(stored is not None and _suffices(stored, seen) and _count(stored) == total):
+        _read(seen, key, folder, images, total, kept_already=stored or {})
         return False
     if stored is None:
         raise InputError(f"reference statistics in {folder} are seen by the first process alone; share the folder.")
     if "features" in stored:
-        _feed(seen, stored, rank, world)
-    elif rank == 0:
+        _feed(seen, stored)
+    elif distributed.rank() == 0:
         _feed_sums(seen, stored)
     return True
 
 
-def _look(
+def _count(stored: Mapping[str, Tensor]) -> int:
+    """Images behind kept statistics."""
+    return len(stored["index"]) if "index" in stored else int(stored["count"])
+
+
+def _read(
     seen: EvaluationPass,
     key: ReferenceKey,
     folder: Path | None,
     images: Callable[[], Iterable[Numbered]],
-    rank: int,
+    total: int,
     kept_already: Iterable[str],  # is kept again in the new file
 ) -> None:
-    """Through the extractor, and keep what it says."""
-    names = gathered([name for name in _KEPT if name in {*_asked(seen), *kept_already}])[0]
+    """Through the extractor; the output is kept, unless images are missing."""
+    names = distributed.from_first([name for name in _KEPT if name in {*_used(seen), *kept_already}])
     recorder = Recorder(names)
     for index, batch in images():
-        said = seen.add(batch, True, index)
+        found = seen.add(batch, True, index)
         if folder is not None:
-            recorder.add(said, index)
+            recorder.add(found, index)
     if folder is not None:
         tensors = recorder.tensors()
-        if rank == 0 and tensors:
+        if distributed.rank() == 0 and tensors and _count(tensors) == total:
             store(folder, key, tensors)
-        gathered(rank)  # nobody asks for the file before it is there
+        distributed.barrier()  # no process reads the file before it is there
 
 
 def against_other_split(
@@ -158,37 +162,36 @@ def against_other_split(
     key: ReferenceKey,
     folder: Path | None,
     images: Callable[[], Iterable[Numbered]],
-    rank: int = 0,
-    world: int = 1,
+    total: int,
 ) -> EvaluationPass:
-    """A second Frechet distance of the same samples: from here on they are shown to it too."""
+    """A second Frechet distance of the same samples: from here on they update it too."""
     other = EvaluationPass(seen.extractor, {"fid": FrechetDistance(seen.extractor.width, small_sample=True)})
-    see_reference(other, key, folder, images, rank, world)
+    see_reference(other, key, folder, images, total)
     seen.also.append(other)
     return other
 
 
-def _told_by_features(seen: EvaluationPass) -> bool:
-    """Whether no score looks at anything of a real image but what can be kept."""
-    return all(_needs(metric) <= _TOLD for metric in seen.metrics.values())
+def _by_features(seen: EvaluationPass) -> bool:
+    """Whether no score takes anything of a real image but what can be kept."""
+    return all(_needs(metric) <= _STORABLE for metric in seen.metrics.values())
 
 
-def _asked(seen: EvaluationPass) -> list[str]:
-    """The features, and what else of that kind the scores look at."""
+def _used(seen: EvaluationPass) -> list[str]:
+    """The features, and what else of that kind the scores take."""
     needed = frozenset().union(*(_needs(metric) for metric in seen.metrics.values()))
     return [name for name in _KEPT if name == "features" or name in needed & seen.extractor.gives]
 
 
 def _needs(metric: Any) -> frozenset[str]:
-    """What a score must be told of a real image."""
-    told = inspect.signature(metric.update).parameters
-    needed = {name for name, parameter in told.items() if parameter.default is parameter.empty}
+    """What a score must be given of a real image."""
+    parameters = inspect.signature(metric.update).parameters
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     return frozenset(needed - {"logits"})  # of generated images alone
 
 
 def _suffices(stored: dict[str, Tensor], seen: EvaluationPass) -> bool:
     if "features" in stored:
-        return stored.keys() >= set(_asked(seen))
+        return stored.keys() >= set(_used(seen))
     of_sums = all(
         (isinstance(m, FrechetDistance) and "features" in _needs(m)) or "logits" in _parameters(m)
         for m in seen.metrics.values()
@@ -200,12 +203,12 @@ def _parameters(metric: Any) -> Iterable[str]:
     return inspect.signature(metric.update).parameters
 
 
-def _feed(seen: EvaluationPass, stored: dict[str, Tensor], rank: int, world: int) -> None:
-    mine = {name: tensor[rank::world] for name, tensor in stored.items()}
+def _feed(seen: EvaluationPass, stored: dict[str, Tensor]) -> None:
+    mine = {name: tensor[distributed.rank() :: distributed.world_size()] for name, tensor in stored.items()}
     index = mine.pop("index")
     for start in range(0, len(index), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        seen.add_said({name: tensor[rows] for name, tensor in mine.items()}, True, index[rows])
+        seen.add_features({name: tensor[rows] for name, tensor in mine.items()}, True, index[rows])
 
 
 def _feed_sums(seen: EvaluationPass, stored: dict[str, Tensor]) -> None:
@@ -215,3 +218,49 @@ def _feed_sums(seen: EvaluationPass, stored: dict[str, Tensor]) -> None:
             metric.real_sum += stored["sum"].to(metric.real_sum.device)
             metric.real_outer += stored["outer"].to(metric.real_outer.device)
     seen.counts[True] += int(stored["count"])
+
+
+class Recorder:
+    """Features of this process's share; beyond LARGEST_SET images only their sums, so memory is bounded."""
+
+    def __init__(self, names: Iterable[str] = ("features",)) -> None:
+        self.names = tuple(names)  # of what is kept of every image
+        self._rows: list[dict[str, Tensor]] = []
+        self._numbers: list[Tensor] = []
+        self._sums: FrechetDistance | None = None
+
+    def add(self, found: Mapping[str, Tensor], index: Tensor) -> None:
+        """Tensors (B, D) by name with the images' numbers (B,)."""
+        self._rows.append({name: found[name].float().cpu() for name in self.names})
+        self._numbers.append(index.cpu())
+        if self._sums is not None or sum(map(len, self._numbers)) > LARGEST_SET:
+            self._fold()
+
+    def _fold(self) -> None:
+        for rows in self._rows:
+            self._sums = self._sums or FrechetDistance(rows["features"].shape[1])
+            self._sums.update(rows["features"], real=True)
+        self._rows, self._numbers = [], []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of all processes together, what a file holds; empty if there was no image."""
+        counts = distributed.gather((sum(map(len, self._numbers)), self._sums is not None))
+        if any(folded for _, folded in counts) or sum(count for count, _ in counts) > LARGEST_SET:
+            self._fold()
+            shares = [share for share in distributed.gather(_sums(self._sums)) if share]
+            return {name: sum(share[name] for share in shares[1:]) + shares[0][name] for name in shares[0]}
+        mine = {name: torch.cat([rows[name] for rows in self._rows]) for name in self.names} if self._rows else {}
+        found = [
+            share for share in distributed.gather(mine | {"index": torch.cat(self._numbers)} if mine else {}) if share
+        ]
+        if not found:
+            return {}
+        together = {name: torch.cat([share[name] for share in found]) for name in found[0]}
+        order = together["index"].argsort(stable=True)
+        return {name: tensor[order].contiguous() for name, tensor in together.items()}
+
+
+def _sums(metric: FrechetDistance | None) -> dict[str, Tensor]:
+    if metric is None:
+        return {}
+    return {"count": metric.real_count, "sum": metric.real_sum, "outer": whole(metric.real_outer)}

@@ -1,27 +1,28 @@
-"""The task's own part of an evaluation: judges look at the samples, and simple answers are scored beside them."""
+"""The task's own part of an evaluation: classifiers measure the samples, simple baselines are scored beside them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import colorsys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
+from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.evaluation.record import all_items, gathered
-from ldmlab.evaluation.score import EvaluationPass, Numbered
+from ldmlab.evaluation.record import all_items
+from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, untracked
 from ldmlab.evaluation.task_evidence import Baseline, Batches, Evidence, Judge
-from ldmlab.evaluation.task_images import request_image
 from ldmlab.inference.image_files import save_image
 
-if TYPE_CHECKING:
-    from ldmlab.evaluation.evaluate import Evaluation
-
-_SHARED = ("judges", "baselines", "protocol", "data", "lpips", "out", "rank", "world", "track")  # with Evaluation
+_GREY = 128  # of a hole
+_GROUND = (244, 244, 244)
 _BATCH = 64  # real images, or answers of a baseline, at a time
 
 
@@ -39,27 +40,25 @@ class TaskPart:
     lpips: nn.Module | None
     out: Path
     shown: Sequence[int]  # numbers of samples that the report shows
-    rank: int = 0
-    world: int = 1
-    track: Callable[[Iterable[Any], int, str], Iterable[Any]] = lambda items, count, title: items
-    _drawn: list[tuple[int, Tensor]] = field(default_factory=list)
+    track: Track = untracked
+    _samples: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        told = set(self.asked[0]) if len(self.asked) else set()
+        inputs = set(self.asked[0]) if len(self.asked) else set()
         for kind, parts in (("judges", self.judges), ("baselines", self.baselines)):
             for name, part in parts.items():
-                if missing := sorted(part.needs - told):
+                if missing := sorted(part.needs - inputs):
                     raise InputError(
-                        f"protocol.{kind}.{name} works with {missing[0]}, which this model is not told (it is told "
-                        f"{', '.join(sorted(told)) or 'nothing'}); choose the protocol of its own task."
+                        f"protocol.{kind}.{name} works with {missing[0]}, which is no input of this model (its inputs: "
+                        f"{', '.join(sorted(inputs)) or 'none'}); choose the protocol of its own task."
                     )
         self._passes = {name: self.seen.for_other_samples() for name in self.baselines}
 
     def watch(self, stream: Iterable[Numbered]) -> Iterator[Numbered]:
-        """The same samples, kept for the judges."""
+        """The same samples, kept for the classifiers."""
         for index, images in stream:
             if self.judges:
-                self._drawn += zip(index.tolist(), images, strict=True)
+                self._samples += zip(index.tolist(), images, strict=True)
             yield index, images
 
     def run(self) -> dict[str, Any]:
@@ -73,16 +72,16 @@ class TaskPart:
             "given": self._given(),
         }
 
-    # ---- judges
+    # ---- classifiers
 
     def _judge(self) -> dict[str, Any]:
-        """By the first process alone: a judge learns for a minute or two."""
-        samples = [image for _, image in sorted(all_items(self._drawn), key=lambda item: item[0])]
+        """By the first process alone: a classifier is trained in a minute or two."""
+        samples = [image for _, image in sorted(all_items(self._samples), key=lambda item: item[0])]
         found = {name: self._verdict(one, torch.stack(samples)) for name, one in self._mine()}
-        return gathered(found)[0]
+        return distributed.from_first(found)
 
     def _mine(self) -> Iterable[tuple[str, Judge]]:
-        return self.judges.items() if self.rank == 0 else ()
+        return self.judges.items() if distributed.rank() == 0 else ()
 
     def _verdict(self, judge: Judge, samples: Tensor) -> dict[str, Any]:
         asked = [{name: one[name] for name in sorted(judge.needs)} for one in self.asked]
@@ -100,7 +99,7 @@ class TaskPart:
         return asdict(verdict) | {"of_real": verdict.of_real, "times_chance": verdict.times_chance}
 
     def _real(self, split: str, fields: tuple[str, ...]) -> Batches:
-        """All images of a split as the task serves held-out ones."""
+        """All images of a split as the task serves validation images."""
         data = replace(self.data, fields=tuple(dict.fromkeys((*self.data.fields, *fields)))) if fields else self.data
         limit = self.protocol.reference_limit if split == self.protocol.reference else None
         return data.eval_loader(split, _BATCH, limit=limit, kind="images")
@@ -108,14 +107,13 @@ class TaskPart:
     # ---- baselines
 
     def _answer(self, name: str, baseline: Baseline) -> dict[str, Any]:
-        """Scores of its answers to the same requests, against the same images."""
+        """Scores of its answers to the same conditions, against the same images."""
         baseline.learn(self._real("train", ()))
         seen, protocol = self._passes[name], self.protocol
         pairs = PairedPass(protocol, self.known, seen.extractor, self.lpips) if protocol.pairs else None
         answers = self._answers(name, baseline)
         seen.add_all(pairs.watch(answers) if pairs else answers, real=False)
-        counts = (sum(gathered(seen.counts[True])), sum(gathered(seen.counts[False])))
-        scores = seen.compute(counts) | (pairs.scores() if pairs else {})
+        scores = seen.compute() | (pairs.scores() if pairs else {})
         return {
             "title": baseline.title,
             "scores": {score: asdict(value) for score, value in scores.items()},
@@ -123,7 +121,7 @@ class TaskPart:
         }
 
     def _answers(self, name: str, baseline: Baseline) -> Iterator[Numbered]:
-        mine, shown = range(self.rank, len(self.asked), self.world), set(self.shown)
+        mine, shown = range(distributed.rank(), len(self.asked), distributed.world_size()), set(self.shown)
         starts = range(0, len(mine), _BATCH)
         for start in self.track(starts, len(starts), baseline.title):
             chunk = list(mine[start : start + _BATCH])
@@ -134,13 +132,13 @@ class TaskPart:
             yield torch.tensor(chunk), images
 
     def _given(self) -> list[str]:
-        """What the model was told, as images, for the samples that are shown; none for words and numbers."""
+        """The model's input as images, for the samples that are shown; none for words and numbers."""
         files = []
         for number in self.shown:
             image = request_image(self.asked[number], self.data.image_size)
             if image is None:
                 return []
-            files.append(save_image(self.out, "given", number, image) if self.rank == 0 else "")
+            files.append(save_image(self.out, "given", number, image) if distributed.rank() == 0 else "")
         return files
 
 
@@ -148,9 +146,42 @@ def _file(kind: str, number: int) -> str:
     return f"images/{kind}_{number:05d}.png"
 
 
-def task_part(
-    evaluation: "Evaluation", known: Any, asked: Sequence[Mapping[str, Any]], seen: EvaluationPass, shown: Sequence[int]
-) -> TaskPart:
-    """The part of an evaluation whose real images have been seen."""
-    parts = {name: getattr(evaluation, name) for name in _SHARED}
-    return TaskPart(known=known, asked=asked, seen=seen, shown=shown, **parts)
+def request_image(request: Mapping[str, Any], size: int) -> Tensor | None:
+    """The conditions as an image uint8 (3, H, W): boxes, a map, a small image, one with a hole; None for words."""
+    if "mask" in request and "image" in request:
+        known = np.where(np.asarray(request["mask"])[..., None] > 0, _GREY, np.asarray(request["image"]))
+        return _tensor(known.astype(np.uint8))
+    if "low_resolution" in request:
+        small = Image.fromarray(np.asarray(request["low_resolution"]))
+        return _tensor(np.asarray(small.resize((size, size), Image.Resampling.NEAREST)))
+    if "reference" in request:
+        looked_at = Image.fromarray(np.asarray(request["reference"]))
+        return _tensor(np.asarray(ImageOps.fit(looked_at, (size, size))))
+    if "boxes" in request:
+        return _tensor(np.asarray(_boxes(request["boxes"], size)))
+    if "segmentation" in request:
+        labels = np.asarray(request["segmentation"])
+        colours = np.array([_GROUND, *(colour(number) for number in range(int(labels.max(initial=0))))], np.uint8)
+        return _tensor(colours[labels])
+    return None
+
+
+def colour(class_id: int) -> tuple[int, int, int]:
+    """Of a class; neighbours differ most."""
+    red, green, blue = colorsys.hls_to_rgb(class_id * 0.61803 % 1, 0.45 + 0.1 * (class_id % 3), 0.75)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _boxes(boxes: Any, size: int) -> Image.Image:
+    """Each box framed and lightly filled in its class's colour."""
+    canvas = Image.new("RGB", (size, size), _GROUND)
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    for entry in boxes:
+        corners = [edge * (size - 1) for edge in entry["box"]]
+        ink = colour(entry["class_id"])
+        draw.rectangle(corners, fill=(*ink, 70), outline=(*ink, 255))
+    return canvas
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

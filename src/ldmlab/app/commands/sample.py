@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     check_request_options(args)
 
     from ldmlab.build import load
-    from ldmlab.evaluation import processes
+    from ldmlab import distributed
     from ldmlab.inference.inputs import check_size
 
-    rank, world = processes.join()
+    rank, world = distributed.join()
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
         model.with_guiders(*guiders_of(args, model))
@@ -95,15 +95,15 @@ def run(args: argparse.Namespace) -> int:
             assert isinstance(variant.size, tuple)
             for request in requests[:: args.count]:
                 check_size(request, variant.size, model.enlargement)
-        folder = processes.from_first(lambda: _new_folder(args.out, args.model))
+        folder = distributed.shared(lambda: _new_folder(args.out, args.model))
         job = Job(model, requests, resolved, folder, args, rank, world)
         job.sample()
-        processes.barrier()
+        distributed.barrier()
         if rank == 0:
             job.draw_sheet(sweep[0] if sweep else None)
             print(f"{len(requests) * len(resolved)} images in {folder}")
     finally:
-        processes.leave()
+        distributed.leave()
     return 0
 
 

@@ -1,7 +1,6 @@
 """`ldmlab score SAMPLES REFERENCE`: one set of images on disk against another, without a model."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,35 +28,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--npz", type=Path, metavar="FILE", help="also write SAMPLES as a batch for ADM's script, with its statistics")
     add("--batch-size", type=int, default=64, help="images at once; changes the speed only (64)")
     add("--workers", type=int, default=2, help="processes that decode images (2)")
+    add("--max-bad", type=float, default=0.0, metavar="SHARE", help="share of unreadable images that is allowed (0)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Refuses what cannot work, looks, prints and writes."""
+    """Refuses what cannot work, scores, prints and writes."""
+    from ldmlab import distributed
     from ldmlab.app.compose import compose, plain
-    from ldmlab.app.evaluate import build_extractor, build_metric, track
+    from ldmlab.app.evaluate import track
+    from ldmlab.app.evaluation_parts import build_extractor, build_metric
     from ldmlab.build import pick_device
-    from ldmlab.evaluation import processes
-    from ldmlab.evaluation.image_sets import image_set
-    from ldmlab.evaluation.set_score import score_sets
+    from ldmlab.evaluation.image_sets import image_set, score_sets
+    from ldmlab.files import write_json
 
     if args.batch_size < 1 or args.workers < 0:
         raise InputError(f"--batch-size {args.batch_size} and --workers {args.workers} must be at least 1 and 0.")
-    rank, world = processes.join()
+    if not 0 <= args.max_bad < 1:
+        raise InputError(f"--max-bad {args.max_bad} is not a share; choose 0 or more, below 1.")
+    rank, world = distributed.join()
     if args.npz is not None and world > 1:
         raise InputError("--npz is written by one process; run the command without torchrun.")
     config: Mapping[str, Any] = plain(compose("score", overrides(args)))
-    samples, reference = image_set(args.samples), image_set(args.reference)
+    samples, reference = (image_set(path, args.workers, args.max_bad) for path in (args.samples, args.reference))
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
     metrics = {name: build_metric(name, node, extractor.width, "metrics") for name, node in config["metrics"].items()}
-    options: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "rank": rank, "world": world}
-    options |= {"track": track} if rank == 0 else {}
-    result = score_sets(samples, reference, extractor, metrics, **options)
+    options: dict[str, Any] = {"track": track} if rank == 0 else {}
+    result = score_sets(samples, reference, extractor, metrics, batch_size=args.batch_size, **options)
     if rank == 0:
         print(as_text(result))
         if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_json(args.out, result)
     if args.npz is not None:
         _write_npz(args, samples, metrics)
     return 0
@@ -76,24 +77,25 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """A line a score."""
+    """Both sets, and a line for each score."""
+    from ldmlab.app.evaluate import scores_text
+
     sides = [result[side] for side in ("samples", "reference")]
-    lines = [f"{side['path']}: {side['images'] or 'statistics of'} images ({side['kind']})" for side in sides]
-    lines.append(f"features: {result['features']['name']}")
-    for name, score in result["scores"].items():
-        spread = "" if score["spread"] is None else f" +- {score['spread']:.3g}"
-        lines.append(f"{name:<12} {score['value']:.6g}{spread}{''.join(f'  ({mark})' for mark in score['marks'])}")
-        points = result["sample_curves"].get(name, ())
-        lines += [f"{'':<12} {point['value']:.6g} at {point['images']:,.0f} samples" for point in points]
-    return "\n".join(lines)
+    lines = [f"{side['path']}: {_images(side)} ({side['kind']})" for side in sides]
+    return "\n".join([*lines, scores_text(result)])
+
+
+def _images(side: Mapping[str, Any]) -> str:
+    if lost := side.get("unreadable"):
+        return f"{side['images']} of {lost['of']} images could be read"
+    return f"{side['images'] or 'statistics of'} images"
 
 
 def _write_npz(args: argparse.Namespace, samples: Any, metrics: Mapping[str, Any]) -> None:
+    from ldmlab.evaluation.image_sets import statistics_of
     from ldmlab.evaluation.npz import write_npz
-    from ldmlab.evaluation.set_score import statistics_of
 
-    batches = samples.batches(args.batch_size, workers=args.workers)
-    images = (part.permute(0, 2, 3, 1).numpy() for _, part in batches)
+    images = (part.permute(0, 2, 3, 1).numpy() for _, part in samples.images(args.batch_size))
     statistics = statistics_of(metrics) if args.features.startswith("inception") else None
-    write_npz(args.npz, (samples.count, *samples.size), images, statistics)
+    write_npz(args.npz, (samples.count - len(samples.lost), *samples.size), images, statistics)
     print(args.npz)

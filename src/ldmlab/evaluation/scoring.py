@@ -1,19 +1,20 @@
-"""One pass over real and generated images with one extractor feeds every score."""
+"""Scores: one pass over real and generated images with one extractor updates every metric."""
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.evaluation.record import gathered
 from ldmlab.metrics.features import SPATIAL_WIDTH, FeatureExtractor
 from ldmlab.metrics.frechet import SMALL_SAMPLE
 from ldmlab.metrics.frechet_limit import ENOUGH_A_FEATURE, FrechetLimit
@@ -24,21 +25,43 @@ _EXTRACTOR_WITH = {  # what an extractor may give besides features => one that d
     "clip": "inception_and_clip",
     "text": "inception_and_clip",
 }
+_BY_BALLS = ("precision", "recall", "density", "coverage")
+ENOUGH_FOR_BALLS = 1000  # images; k-NN balls of fewer cover wide gaps
 Numbered = tuple[Tensor, Tensor]  # index (B,), images uint8 (B, 3, H, W)
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, title) => the same items, shown
+
+
+def untracked(items: Iterable[Any], count: int, title: str) -> Iterable[Any]:
+    """The items as they are."""
+    return items
 
 
 @dataclass(frozen=True)
 class Score:
-    """A value with its spread (over splits or subsets; None where the score has none) and what speaks against it."""
+    """A value with its spread (over splits or subsets; None where the score has none), its caveats and its reading."""
 
     value: float
     spread: float | None
     marks: tuple[str, ...] = ()
+    title: str = ""  # "": the score's name
+    meaning: str = ""
+    higher_is_better: bool | None = None  # None: not known
+
+
+def described(score: Score, name: str, metric: object) -> Score:
+    """With the title, the meaning and the direction that the metric's class declares, as text or by score."""
+    title, meaning = (getattr(metric, key, None) or "" for key in ("title", "meaning"))
+    return replace(
+        score,
+        title=str(title.get(name, "") if isinstance(title, Mapping) else title),
+        meaning=str(meaning.get(name, "") if isinstance(meaning, Mapping) else meaning),
+        higher_is_better=getattr(metric, "higher_is_better", None),
+    )
 
 
 @dataclass(frozen=True)
 class OptionNames:
-    """How the command at hand calls its options, for errors."""
+    """Names of a command's options, for errors."""
 
     metrics: str = "protocol.metrics"  # before .NAME.OPTION of a score
     features: str = "features="  # before the name of an extractor
@@ -49,7 +72,7 @@ EVALUATE = OptionNames()
 
 @contextmanager
 def in_words_of(options: OptionNames) -> Iterator[None]:
-    """Scores call their options metric.NAME.OPTION; a person is told what the command calls them."""
+    """Rename options metric.NAME.OPTION in error messages to those of the current command."""
     try:
         yield
     except InputError as error:
@@ -57,7 +80,7 @@ def in_words_of(options: OptionNames) -> Iterator[None]:
 
 
 class EvaluationPass:
-    """Takes images in any order and split over processes; keeps features where someone will look at them."""
+    """Updates metrics with images in any order, split over processes; `keep`: also stores the features."""
 
     def __init__(
         self,
@@ -77,7 +100,7 @@ class EvaluationPass:
                 )
             if "text" in needed and captions is None:
                 raise InputError(
-                    f"{options.metrics}.{name} needs the captions of the samples, and these were drawn without; "
+                    f"{options.metrics}.{name} needs the captions of the samples, and these have none; "
                     "leave that score out."
                 )
         self._captions = captions if any("text" in needed for needed in needs.values()) else None
@@ -89,28 +112,28 @@ class EvaluationPass:
         self.counts = {True: 0, False: 0}
         self.also: list[EvaluationPass] = []  # see the same samples beside other real images
 
-    def check_counts(self, real: int, generated: int, told: Set[str] = frozenset()) -> None:
-        """Refuses numbers of images that a score cannot be made from, before any is drawn or looked at.
+    def check_counts(self, real: int, generated: int, given: Set[str] = frozenset()) -> None:
+        """Refuses numbers of images that a score cannot be made from, before any is generated or read.
 
-        told: scores that real images' statistics were given to, whatever their number.
+        given: metrics that were given the statistics of the real images, whatever their number.
         """
         with in_words_of(self.options):
             for name, metric in self.metrics.items():
                 if check := getattr(metric, "check_count", None):
-                    if name not in told:
+                    if name not in given:
                         check(real, "real")
                     check(generated, "generated")
 
     def add(self, images: Tensor, real: bool, index: Tensor) -> Mapping[str, Tensor]:
-        """Images uint8 (B, 3, H, W) with their numbers (B,); what the extractor says of them: features (B, D)."""
+        """Images uint8 (B, 3, H, W) with their numbers (B,) => the extractor's output: features (B, D) and more."""
         seen = self.extractor(images)
         self._take(seen, real, index)
         return seen
 
-    def add_said(self, said: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
-        """What was said before, features (B, D) and maybe more, with the numbers of the images (B,)."""
-        unread = {"logits": said["features"][:, :0]} if "logits" in self.extractor.gives else {}  # of real images
-        self._take({**unread, **said}, real, index)
+    def add_features(self, found: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
+        """Stored output of the extractor, features (B, D) and maybe more, with the numbers of the images (B,)."""
+        unread = {"logits": found["features"][:, :0]} if "logits" in self.extractor.gives else {}  # of real images
+        self._take({**unread, **found}, real, index)
 
     def _take(self, seen: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
         self.counts[real] += len(index)
@@ -129,16 +152,15 @@ class EvaluationPass:
         assert self._captions is not None
         return self.extractor.texts([self._captions(number) for number in index.tolist()])  # type: ignore[attr-defined]
 
-    def add_all(self, batches: Iterable[Numbered], real: bool, seen: Callable[[int], object] = lambda n: None) -> None:
-        """A stream of numbered images; `seen` is told how many came."""
+    def add_all(self, batches: Iterable[Numbered], real: bool) -> None:
+        """A stream of numbered images."""
         for index, images in batches:
             self.add(images, real, index)
-            seen(len(images))
 
     def kept(self, real: bool) -> tuple[Tensor, Tensor]:
         """Features (N, D) that all processes kept, in the order of their images' numbers (N,)."""
         mine = (torch.cat(self.features[real]), torch.cat(self.numbers[real])) if self.features[real] else None
-        shares = [share for share in gathered(mine) if share is not None]
+        shares = [share for share in distributed.gather(mine) if share is not None]
         if not shares:
             return torch.empty(0, self.extractor.width), torch.empty(0, dtype=torch.int64)
         features, numbers = torch.cat([rows for rows, _ in shares]), torch.cat([part for _, part in shares])
@@ -158,29 +180,56 @@ class EvaluationPass:
         """Scores over the number of samples, by name; after `compute`."""
         return {m.score_name: m.points for m in self.metrics.values() if isinstance(m, FrechetLimit)}
 
+    def total_counts(self) -> tuple[int, int]:
+        """Real and generated images of all processes."""
+        both = distributed.gather((self.counts[True], self.counts[False]))
+        return sum(real for real, _ in both), sum(generated for _, generated in both)
+
     def compute(self, counts: tuple[int, int] | None = None) -> dict[str, Score]:
-        """All scores; with several processes, `counts` are the real and generated images of all of them."""
+        """All scores; `counts`: real and generated images of all processes (default: counted here)."""
         if self.collection is None:
             return {}
+        fewest = min(counts or self.total_counts())
+        scores: dict[str, Score] = {}
         with in_words_of(self.options):
-            values = {name: float(value) for name, value in self.collection.compute().items()}
-        fewest = min(counts or (self.counts[True], self.counts[False]))
-        return {
-            name: Score(value, values.get(f"{name}_std"), marks(name, fewest, self.extractor.width))
-            for name, value in values.items()
-            if not name.endswith("_std")
-        }
+            for name, metric in self.collection.items(keep_base=True, copy_state=False):
+                found = metric.compute()
+                values = (
+                    {str(k): float(v) for k, v in found.items()} if isinstance(found, dict) else {name: float(found)}
+                )
+                for key in (key for key in values if not key.endswith("_std")):
+                    caveats = _caveats(key, values[key], fewest, metric, self.extractor.width)
+                    score = Score(values[key], values.get(f"{key}_std"), caveats)
+                    scores[key if key not in scores else f"{name}_{key}"] = described(score, key, metric)
+        return scores
+
+    def used_options(self) -> dict[str, dict[str, Any]]:
+        """Options that a metric derived from the number of images, by metric; after `compute`."""
+        return {name: dict(vars(m)["resolved"]) for name, m in self.metrics.items() if vars(m).get("resolved")}
 
 
 def _needs(metric: Metric) -> set[str]:
-    """What the metric's update asks of an extractor besides features."""
+    """What the metric's update takes from an extractor besides features."""
     return inspect.signature(metric.update).parameters.keys() & _EXTRACTOR_WITH.keys()
+
+
+def _caveats(name: str, value: float, fewest: int, metric: Metric, width: int) -> tuple[str, ...]:
+    """Marks of a score: its sample's, the metric's own, and a value that is no number."""
+    own = getattr(metric, "remarks", {}).get(name)
+    found = [*marks(name, fewest, width), *([own] if own else [])]
+    return (
+        (*found, f"the value is {value}: this metric fails on these images")
+        if not math.isfinite(value)
+        else tuple(found)
+    )
 
 
 def marks(name: str, fewest: int, width: int) -> tuple[str, ...]:
     """What a reader must know before comparing the value."""
     if name == "fid_inf" and fewest < ENOUGH_A_FEATURE * width:
         return (f"fewer than {ENOUGH_A_FEATURE} images for each of {width} features: still biased",)
+    if name in _BY_BALLS and fewest < ENOUGH_FOR_BALLS:
+        return (f"small sample: {fewest} images, and below {ENOUGH_FOR_BALLS} noise can score high",)
     if name not in ("fid", "sfid"):
         return ()
     width = SPATIAL_WIDTH if name == "sfid" else width

@@ -1,0 +1,165 @@
+"""Memorisation: every sample beside the training image nearest to it in feature space.
+
+Distances are cosine distances, 0 .. 2. A sample is called a copy when it is nearer to a training image than all but
+the nearest hundredth of validation images are: near-duplicates that exist in the data (variants of one emoji) set the
+threshold, not a fixed number. The most suspicious pairs are shown, some ordinary ones, and the validation images that
+set the threshold, beside the training images that they are near to.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmlab import distributed
+from ldmlab.errors import InputError
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.real_images import RealImages
+from ldmlab.evaluation.scoring import EvaluationPass
+from ldmlab.evaluation.sources import Samples
+from ldmlab.inference.image_files import save_image
+from ldmlab.metrics.precision_recall import nearest
+
+_AT_THE_BAR = 6  # validation images shown
+
+
+class Nearest:
+    """The nearest training image so far of each point (N, D); no training features are kept."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = F.normalize(points.float(), dim=1)
+        self.distance = torch.full((len(points),), torch.inf)
+        self.number = torch.full((len(points),), -1)
+        self.seen = 0  # training images of this process
+
+    def add(self, train: Tensor, numbers: Tensor) -> None:
+        """Features (B, D) of training images, and their numbers (B,)."""
+        self.seen += len(train)
+        squared, index = nearest(self.points, F.normalize(train.float(), dim=1), 1)
+        distance = squared[:, 0] / 2  # |a - b|^2 = 2 - 2 cos for unit vectors
+        nearer = distance < self.distance
+        self.distance[nearer] = distance[nearer]
+        self.number[nearer] = numbers[index[:, 0][nearer]]
+
+    def together(self) -> tuple[Tensor, Tensor, int]:
+        """Over all processes: distances (N,), numbers (N,) and how many training images there were."""
+        shares = distributed.gather((self.distance, self.number, self.seen))
+        distances, numbers = torch.stack([s[0] for s in shares]), torch.stack([s[1] for s in shares])
+        best, rank = distances.min(dim=0)
+        return best, numbers.gather(0, rank[None])[0], sum(share[2] for share in shares)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How many samples are suspiciously near to a training image."""
+
+    bar: float  # distance that a share `quantile` of validation images falls below
+    share: float  # of samples below it
+    expected: float  # share of samples below it if they were validation images
+    error: float  # standard error of `share - expected` if samples were validation images
+
+
+def copies(samples: Tensor, held_out: Tensor, quantile: float) -> Copies:
+    """From the distances of samples (N,) and of validation images (M,) to the training set."""
+    bar = float(torch.quantile(held_out.double(), quantile))
+    error = math.sqrt(quantile * (1 - quantile) * (1 / len(samples) + 1 / len(held_out)))
+    return Copies(bar, float((samples.double() < bar).double().mean()), quantile, error)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The memorisation part of an evaluation; `seen` has kept the features of samples and reference."""
+
+    protocol: Protocol
+    real: RealImages
+    samples: Samples
+    out: Path
+    known: Sequence[Mapping[str, Any]]  # conditions of the reference images, for captions
+
+    def run(self, seen: EvaluationPass, shown: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """`neighbours` of metrics.json; `shown`: samples of the report, whose images are there already."""
+        generated, _ = seen.kept(real=False)
+        held_out, places = self._held_out(seen)
+        found = Nearest(torch.cat([generated, held_out]))
+        for features, numbers in self.real.features("train"):
+            found.add(features, numbers)
+        distance, twin, trained_on = found.together()
+        if trained_on == 0:
+            raise InputError("protocol.neighbours needs training images, and none could be read; set it to 0.")
+        of_samples, of_held_out = distance[: len(generated)], distance[len(generated) :]
+        result: dict[str, Any] = {
+            "training_images": trained_on,
+            "median_distance_samples": float(of_samples.median()),
+            **self._calibrated(of_samples, of_held_out),
+        }
+        count = self.protocol.neighbours
+        closest = of_samples.argsort(stable=True)[:count].tolist()
+        spread = [int(item["number"]) for item in shown][:: max(len(shown) // count, 1)][:count]
+        at_bar = (of_held_out - (result["bar"] or 0)).abs().argsort(stable=True)[:_AT_THE_BAR].tolist()
+        there = {int(item["number"]): str(item["file"]) for item in shown}
+        if distributed.rank() == 0:
+            there |= self._again([number for number in closest if number not in there])
+            result["closest"] = [self._pair(n, there[n], int(twin[n]), float(distance[n])) for n in closest]
+            result["pairs"] = [self._pair(n, there[n], int(twin[n]), float(distance[n])) for n in spread]
+            result["held_out"] = [self._real_pair(places[n], len(generated) + n, distance, twin) for n in at_bar]
+        return distributed.from_first(result)
+
+    def _held_out(self, seen: EvaluationPass) -> tuple[Tensor, list[int]]:
+        """Features (M, D) of validation images and their numbers; none where the data has none."""
+        if self.protocol.reference == "val":
+            features, numbers = seen.kept(real=True)
+            return features, numbers.tolist()
+        if not (self.real.data.folder("val", "images") / "manifest.json").exists():
+            return torch.empty(0, self.real.extractor.width), []
+        parts = EvaluationPass(self.real.extractor, {}, keep=True)
+        for features, numbers in self.real.features("val"):
+            parts.add_features({"features": features}, True, numbers)
+        features, numbers = parts.kept(real=True)
+        return features, numbers.tolist()
+
+    def _calibrated(self, samples: Tensor, held_out: Tensor) -> dict[str, Any]:
+        """The samples' distances against those of validation images."""
+        names = ("copies", "bar", "expected", "error", "held_out_images", "median_distance_held_out")
+        if len(held_out) == 0:
+            return dict.fromkeys(names)
+        found = copies(samples, held_out, self.protocol.copy_quantile)
+        values = (found.share, found.bar, found.expected, found.error, len(held_out), float(held_out.median()))
+        return dict(zip(names, values, strict=True))
+
+    def _again(self, numbers: Sequence[int]) -> dict[int, str]:
+        """Files of samples that were scored and not kept."""
+        again = self.samples.again(numbers, self.real.batch_size)
+        return {number: save_image(self.out, "sample", number, image) for number, image in again}
+
+    def _pair(self, number: int, file: str, twin: int, distance: float) -> dict[str, Any]:
+        train = self.real.image("train", twin)
+        known = self.known[number % len(self.known)] if len(self.known) else {}
+        conditions = {**known, **self.samples.requests[number]}
+        return {
+            "sample": file,
+            "train": save_image(self.out, "train", twin, train["image"]),
+            "caption": _words(conditions),
+            "train_caption": str(train.get("caption", train["key"])),
+            "distance": distance,
+        }
+
+    def _real_pair(self, number: int, row: int, distance: Tensor, twin: Tensor) -> dict[str, Any]:
+        image, train = self.real.image("val", number), self.real.image("train", int(twin[row]))
+        return {
+            "held_out": save_image(self.out, "held_out", number, image["image"]),
+            "train": save_image(self.out, "train", int(twin[row]), train["image"]),
+            "caption": str(image.get("caption", image["key"])),
+            "train_caption": str(train.get("caption", train["key"])),
+            "distance": float(distance[row]),
+        }
+
+
+def _words(conditions: Mapping[str, Any]) -> str:
+    """The condition of a sample as text; "" for one that is no text."""
+    words: Iterable[Any] = (conditions[name] for name in ("caption", "class_id") if name in conditions)
+    return str(next(iter(words), ""))

@@ -1,0 +1,205 @@
+"""Sources of the images that are scored: samples of a model, and reconstructions of a first stage.
+
+Image sets on disk are the third kind (`image_sets.py`). A source knows how many images it gives before it makes one.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab import distributed
+from ldmlab.data.shard_data import ShardData
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.errors import InputError
+from ldmlab.evaluation import protocol as protocols
+from ldmlab.evaluation.real_images import Fields, Repeated
+from ldmlab.evaluation.record import all_items, throughput, timed
+from ldmlab.evaluation.scoring import Numbered, Track, numbered
+from ldmlab.inference.model import LoadedModel, generate
+from ldmlab.inference.sample_settings import SampleSettings
+from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
+
+Requests = Sequence[Fields]
+_LONG = 10  # sampler steps from which the time is estimated before the start
+
+
+def requests(protocol: protocols.Protocol, reads: frozenset[str], reference: Sequence[Mapping[str, Any]]) -> Requests:
+    """The conditions of each sample: the fields that the model takes, one dict an image.
+
+    reference: image i takes the conditions of reference image i, from the start again when they run out.
+    balanced_classes: every class the same number of times; a remainder goes to the first classes.
+    """
+    count = protocol.samples or min(len(reference), protocol.at_most or len(reference))
+    if not reads or protocol.conditions == "none":
+        if reads:
+            raise InputError(
+                f"protocol.conditions=none, but the model takes {', '.join(sorted(reads))}; "
+                "choose reference or balanced_classes."
+            )
+        return [{} for _ in range(count)]
+    if protocol.conditions == "balanced_classes":
+        if reads != {"class_id"}:
+            raise InputError(
+                f"protocol.conditions=balanced_classes is for models that take class_id alone, and this one "
+                f"takes {', '.join(sorted(reads))}; choose protocol.conditions=reference."
+            )
+        assert protocol.classes is not None
+        return [{"class_id": index % protocol.classes} for index in range(count)]
+    missing = [name for name in sorted(reads) if not reference or name not in reference[0]]
+    if missing:
+        raise InputError(
+            f"the reference images carry no {', '.join(missing)}, which the model takes as input; pack them so."
+        )
+    return Repeated(reference, reads, count)
+
+
+class Source(Protocol):
+    """Images that are compared with real ones."""
+
+    @property
+    def count(self) -> int: ...  # images, of all processes
+
+    @property
+    def captions(self) -> Callable[[int], str] | None: ...  # of the image of a number; None: it shows no caption
+
+    def images(self, batch_size: int, track: Track) -> Iterable[Numbered]: ...  # this process's share
+
+    def record(self) -> dict[str, Any]: ...  # how they are made, for metrics.json
+
+
+class Samples:
+    """Samples of a model for the conditions that a protocol derives from the reference images.
+
+    Number and seed decide an image's noise, whatever the batch size, the process and the time of its sampling.
+    """
+
+    def __init__(self, model: LoadedModel, protocol: protocols.Protocol, known: Requests) -> None:
+        self.model, self.protocol = model, protocol
+        self.requests = requests(protocol, model.reads, known)
+        self.settings = model.resolved(protocol.settings(), self.requests)
+        self.clock: list[float] = []  # seconds that each batch took
+
+    @property
+    def count(self) -> int:
+        """As the protocol says."""
+        return len(self.requests)
+
+    @property
+    def captions(self) -> Callable[[int], str] | None:
+        """Of a model that takes captions."""
+        return (lambda number: str(self.requests[number]["caption"])) if "caption" in self.model.reads else None
+
+    def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
+        """The protocol's samples, timed."""
+        return timed(self.share(self.requests, self.settings, "samples", batch_size, track), self.clock)
+
+    def share(
+        self, requests: Requests, settings: SampleSettings, title: str, batch_size: int, track: Track, first: int = 0
+    ) -> Iterator[Numbered]:
+        """This process's part of other samples, numbered from `first` on."""
+        rank, world = distributed.rank(), distributed.world_size()
+        stream = generate(
+            self.model, requests, settings, batch_size=batch_size, rank=rank, world=world, first_index=first
+        )
+        count = len(range(rank, len(requests), world))
+        for index, images in track(stream, -(-count // batch_size), f"{title}, batches of {batch_size}"):
+            yield torch.tensor(index), images.permute(0, 3, 1, 2)
+
+    def all(
+        self, requests: Requests, settings: SampleSettings, title: str, batch_size: int, track: Track, first: int = 0
+    ) -> Tensor:
+        """Other samples of all processes in order, (N, 3, H, W)."""
+        stream = self.share(requests, settings, title, batch_size, track, first)
+        mine = [(int(number), image) for index, part in stream for number, image in zip(index, part, strict=True)]
+        return torch.stack([image for _, image in sorted(all_items(mine), key=itemgetter(0))])
+
+    def again(self, numbers: Sequence[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
+        """A few of the protocol's samples (3, H, W) once more, by this process alone."""
+        for start in range(0, len(numbers), batch_size):
+            chunk = list(numbers[start : start + batch_size])
+            images = self.model.sample_batch([self.requests[number] for number in chunk], self.settings, chunk)
+            yield from zip(chunk, images.permute(0, 3, 1, 2), strict=True)
+
+    def say_time(self, batch_size: int, passes: int = 1) -> None:
+        """Estimate the time of sampling from two steps of the first batch, where it is long; `passes`: over all."""
+        steps = self.settings.steps or 0
+        if steps < _LONG:
+            return
+        rank, world = distributed.rank(), distributed.world_size()
+        mine = range(rank, self.count, world)
+        numbers = list(mine[:batch_size])
+        began = time.monotonic()
+        with suppress(InputError):  # a sampler that cannot take two steps: no estimate
+            short = self.model.resolved(replace(self.protocol.settings(), steps=2), self.requests)
+            self.model.sample_batch([self.requests[number] for number in numbers], short, numbers)
+            seconds = (time.monotonic() - began) / 2 * steps * -(-len(mine) // batch_size) * passes
+            distributed.say(
+                f"sampling {self.count:,} images in {steps} steps: about {_duration(seconds)} on this machine"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """The sampler's settings, and once sampled the throughput."""
+        made = {"images": self.count, "conditions": self.protocol.conditions, "precision": self.model.precision}
+        return self.settings.as_text() | made | (throughput(self.count, self.clock) if self.clock else {})
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Reconstructions:
+    """Images of a split encoded and decoded by a first stage, KL models by the posterior's mean."""
+
+    captions = None  # they were not made for a caption
+
+    def __init__(self, first_stage: nn.Module, data: ShardData, protocol: protocols.Protocol) -> None:
+        self.first_stage, self.data, self.split = first_stage, data, protocol.reference
+        self.limit = min((n for n in (protocol.samples, protocol.reference_limit) if n is not None), default=None)
+        self.batch: Mapping[str, Any] = {}  # of the loader, behind the last images given
+
+    @property
+    def count(self) -> int:
+        """Images of the split, or of its first ones, readable or not."""
+        total = len(self.data.val_dataset("images", self.split))
+        return min(total, self.limit or total)
+
+    @torch.no_grad()
+    def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
+        """This process's share."""
+        rank, world = distributed.rank(), distributed.world_size()
+        loader = self.data.eval_loader(self.split, batch_size, world, rank, self.limit, kind="images")
+        batches = -(-self.count // (batch_size * world))
+        for batch in track(loader, batches, f"reconstructions, batches of {batch_size}"):
+            self.batch = batch
+            for index, images in numbered([batch]):
+                yield index, self._reconstructed(images)
+
+    def _reconstructed(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) => the same of the reconstruction, on the CPU."""
+        device = next((p.device for p in self.first_stage.parameters()), images.device)
+        mean = self.first_stage.encode(to_float(images.to(device))).mean  # type: ignore[operator]
+        return to_bytes(numbers_only(self.first_stage.decode(mean).float())).cpu()  # type: ignore[operator]
+
+    def record(self) -> dict[str, Any]:
+        """Nothing is sampled."""
+        return {"size": self.data.image_size, "conditions": "reference"}
+
+
+def in_training(model: LatentDiffusion, image_size: int, precision: str) -> LoadedModel:
+    """A latent diffusion model in training, still on the CPU, to sample with; it stays as trainable as it was."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    loaded = LoadedModel(model, image_size, {}, precision)
+    for parameter, flag in trainable:
+        parameter.requires_grad_(flag)
+    for module, mode in modes:
+        module.training = mode
+    return loaded
