@@ -52,7 +52,7 @@ def test_images_of_other_layouts_fall_to_chance(data: ShardData, tmp_path: Path)
 
 def test_a_judge_needs_a_model_of_its_task(data: ShardData, tmp_path: Path) -> None:
     model = Answers({"caption"}, lambda requests, numbers: originals(data)[numbers])
-    with pytest.raises(InputError, match=r"protocol.judges.layout works with boxes, .* told caption"):
+    with pytest.raises(InputError, match=r"protocol.judges.layout works with boxes, .*its inputs: caption"):
         evaluate(model, data.with_task(None), PROTOCOL, tmp_path / "out", judges={"layout": JUDGE})
 
 

@@ -1,6 +1,6 @@
 """Features of a reference set, kept between evaluations under the hash of everything that decides them.
 
-One file DIGEST.safetensors: index (N,) and features (N, D) of every image, with other outputs that scores used (spatial,
+One file DIGEST.safetensors: index (N,) and features (N, D) of all images, with other outputs that scores used (spatial,
 clip), or for large sets count (), sum (D,), outer (D, D) in float64 alone, for the Frechet distance. The header
 holds the key, so a file can be copied to other machines; one whose header does not match its name is refused.
 """
