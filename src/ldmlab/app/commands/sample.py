@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     check_guider_options(args)
     check_request_options(args)
 
-    from ldmlab.build import load
     from ldmlab import distributed
+    from ldmlab.build import load
     from ldmlab.inference.inputs import check_size
 
     rank, world = distributed.join()
