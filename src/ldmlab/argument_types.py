@@ -86,7 +86,7 @@ def _fault(value: Any, annotation: Any, option: str) -> str:
         return f"is text; give {expected}, without quotes: {option}={value.strip()}."
     if isinstance(value, float) and value.is_integer() and "whole number" in expected:
         return f"is no whole number as it is written; give {option}={int(value)}."
-    if not isinstance(value, str) and expected.startswith("text"):
+    if not isinstance(value, str) and expected in ("text", "text or null"):
         text = shown(value)
         return f"is not text; quote it twice, once for your shell: '{option}=\"{text}\"'."
     return f"does not fit; give {expected}."

@@ -10,7 +10,7 @@ from walk import Flow, run_training
 
 import ldmlab
 from ldmlab.app import cli
-from ldmlab.app.doors import run_door
+from ldmlab.app.cli import run_command
 from refusals import refusal
 
 
@@ -83,7 +83,7 @@ def test_no_disk_space(flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         raise OSError(errno.ENOSPC, "No space left on device", "checkpoint")
 
     monkeypatch.setattr("ldmlab.checkpoints._torch_save", full)
-    assert run_door(lambda: flow.clip(out="full")) == 2
+    assert run_command(lambda: flow.clip(out="full")) == 2
     assert "space" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -2,20 +2,24 @@
 
 import argparse
 import difflib
+import errno
 import importlib
+import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
-from ldmlab.app.doors import run_door
 from ldmlab.errors import InputError
 
 COMMANDS = {
     "pack": "images and captions to image shards",
     "scenes": "made-up images with known boxes and label maps, of emoji on textures",
     "index": "write the manifest of tars made by others",
+    "train": "train a first stage, a CLIP or a denoiser (the same as python train.py)",
     "encode": "image shards to latent shards, with a trained first stage",
     "sample": "images from a model",
     "noise": "what noise leaves of an image's latents, with and without their rescaling",
+    "evaluate": "score a model by a protocol (the same as python evaluate.py)",
     "score": "one set of images against another: folders, shards, .npz batches",
     "report": "a page about runs and their scores",
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
@@ -27,12 +31,45 @@ COMMANDS = {
     "demo": "the whole flow on the images shipped in the repository",
 }
 FILES = {"import": "import_model", "sweep-file": "sweep_file"}  # names that Python does not take
+WITH_HYDRA = {"train", "evaluate"}  # verbs whose whole command line is Hydra's
+COMPOSING = {"encode", "score", "config", "sweep-file"}  # commands that take options of conf/
 
-EPILOG = """training and evaluation have doors of their own, with Hydra's options:
-  python train.py experiment=...        train a first stage, a CLIP or a denoiser (python train.py --help)
-  python evaluate.py model=RUN          score a model (python evaluate.py --help)
+EPILOG = """options of train, evaluate and encode are Hydra's: group=file and key=value
+  ldmlab train experiment=...           in a checkout also: python train.py experiment=...
+  ldmlab evaluate model=RUN             in a checkout also: python evaluate.py model=RUN
 
 `ldmlab COMMAND --help` explains one command."""
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_command(lambda: dispatch(sys.argv[1:])))
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """The exit code of `command`: 2 with one sentence on stderr for what the user can mend, 130 for Ctrl-C."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    try:
+        return command() or 0
+    except InputError as error:
+        return _refused(str(error), 2)
+    except KeyboardInterrupt:
+        return _refused("stopped.", 130)
+    except BrokenPipeError:  # `ldmlab ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _refused(f"{error.strerror}{place}; free some disk space and run the command again.", 2)
+        if error.errno in (errno.EACCES, errno.EROFS):
+            return _refused(f"{error.strerror}{place}; choose a folder that you may write to.", 2)
+        raise
+
+
+def _refused(sentence: str, code: int) -> int:
+    print(f"ldmlab: {sentence}", file=sys.stderr)
+    return code
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,11 +81,6 @@ class Parser(argparse.ArgumentParser):
         near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
         hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists the options."
         raise InputError(f"{self.prog}: {message}; {hint}")
-
-
-def main() -> None:
-    """The console script."""
-    sys.exit(run_door(lambda: dispatch(sys.argv[1:])))
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -64,18 +96,34 @@ def dispatch(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
         raise InputError(f"{name}: there is no such command; {hint}")
+    if name in WITH_HYDRA:
+        sys.argv = [f"ldmlab {name}", *rest]  # Hydra reads it
+        return int(importlib.import_module(f"ldmlab.app.{name}").run() or 0)
     module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(name, name)}")
     parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
     module.add_arguments(parser)
-    parser.add_argument(
-        "--plugins", metavar="NAMES", help="packages of yours whose classes folders may name: mylab,other"
-    )
+    _add_own(parser, name)
     args = parser.parse_intermixed_args(rest)
+    _take_up_own(args)
+    return int(module.run(args) or 0)
+
+
+def _add_own(parser: argparse.ArgumentParser, name: str) -> None:
+    """How a user's own packages and files come in, the same for every command."""
+    parser.add_argument("--plugins", metavar="NAMES", help="packages of yours that folders may name: mylab,other")
+    if name in COMPOSING:
+        parser.add_argument("--config-dir", metavar="FOLDER", help="groups of your own: FOLDER/backbone/mine.yaml")
+
+
+def _take_up_own(args: argparse.Namespace) -> None:
     if args.plugins is not None:
         from ldmlab.plugins import allow
 
         allow(args.plugins, "--plugins")
-    return int(module.run(args) or 0)
+    if getattr(args, "config_dir", None) is not None:
+        from ldmlab.app.compose import search_in
+
+        search_in(["--config-dir", args.config_dir])
 
 
 def _help() -> str:

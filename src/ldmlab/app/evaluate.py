@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldmlab.app.doors import run_door
+from ldmlab.app.cli import run_command
 
 OPENING = """usage: python evaluate.py model=RUN [protocol=name] [features=name] [key=value ...]
 
@@ -21,10 +21,11 @@ T = TypeVar("T")
 
 def main() -> None:
     """`python evaluate.py`."""
-    sys.exit(run_door(_main))
+    sys.exit(run_command(run))
 
 
-def _main() -> int:
+def run() -> int:
+    """Hydra's command line, or its help."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         from ldmlab.app.help import hydra_help
 

@@ -1,14 +1,16 @@
 """The help of train.py and evaluate.py, read from conf/ without importing Hydra."""
 
 import re
+import sys
 
-from ldmlab.app.compose import conf_dir, group_choices
+from ldmlab.app.compose import conf_dir, group_choices, search_in
 
 _USES_SHOWN = 12  # names of one group listed before "... and N more"
 
 
 def hydra_help(config_name: str, opening: str, examples: str) -> str:
     """Usage, the groups with their choices and the options with their comments."""
+    search_in(sys.argv[1:])
     text = (conf_dir() / f"{config_name}.yaml").read_text()
     return "\n".join([opening, "", *_groups(text), "", *_options(text), "", *_always(config_name), "", examples])
 
@@ -45,5 +47,6 @@ def _always(config_name: str) -> list[str]:
         "and always:",
         "  --cfg job --resolve          print the whole configuration",
         "  -m, --multirun a=1,2 b=x,y   run every combination",
+        "  --config-dir FOLDER          groups of your own: FOLDER/backbone/mine.yaml, then backbone=mine",
         f"  conf/{config_name}.yaml and the files of the groups explain each option where it stands.",
     ]

@@ -1,11 +1,11 @@
 """Which file, or the command line, gave each option its final value."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
 
-from ldmlab.app.compose import compose, conf_dir, explained, groups
+from ldmlab.app.compose import compose, composing, conf_dir, find_file, groups
 
 COMMAND_LINE = "the command line"
 
@@ -18,7 +18,7 @@ class Origin(NamedTuple):
     file: str  # conf/trainer/default.yaml, or the command line
 
 
-def origins(config_name: str, overrides: list[str]) -> list[Origin]:
+def origins(config_name: str, overrides: Sequence[str]) -> list[Origin]:
     """Every option of `conf/<config_name>.yaml` with `overrides`, in the order of the configuration."""
     from omegaconf import OmegaConf
 
@@ -28,34 +28,32 @@ def origins(config_name: str, overrides: list[str]) -> list[Origin]:
     return [Origin(key, value, _of(key, last_writer)) for key, value in values.items()]
 
 
-def _written(config_name: str, overrides: list[str]) -> Iterator[tuple[str, str]]:
+def _written(config_name: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(option, file) in the order in which Hydra merges the files; what comes later wins."""
     for path, package in _merge_order(config_name, overrides):
-        content = yaml.safe_load((conf_dir() / f"{path}.yaml").read_text(encoding="utf-8")) or {}
+        file = find_file(path)
+        if file is None:
+            continue
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         content.pop("defaults", None)
-        package = "" if package == "_global_" else package
-        for key, _ in _leaves(content, package):
-            yield key, f"conf/{path}.yaml"
+        name = f"conf/{path}.yaml" if file.is_relative_to(conf_dir()) else str(file)
+        for key, _ in _leaves(content, "" if package == "_global_" else package):
+            yield key, name
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key.partition("@")[0].partition("/")[0] not in groups() or "." in key:
             yield key, COMMAND_LINE
 
 
-def _merge_order(config_name: str, overrides: list[str]) -> list[tuple[str, str]]:
+def _merge_order(config_name: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """(file without ending, package) of every file of the composition."""
-    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            found = loader.compute_defaults_list(config_name, overrides, RunMode.RUN).defaults
-    except Exception as error:
-        raise explained(error, config_name, overrides) from error
-    wanted = [(d.config_path or "", d.package or "") for d in found]
-    return [(path, package) for path, package in wanted if (conf_dir() / f"{path}.yaml").is_file()]
+    with composing(config_name, overrides) as words:
+        loader = GlobalHydra.instance().config_loader()
+        found = loader.compute_defaults_list(config_name, words, RunMode.RUN).defaults
+    return [(d.config_path or "", d.package or "") for d in found]
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,9 @@
-"""The door of training: compose, check, wire, run."""
+"""Entry point of training: compose, check, wire, run."""
 
 import sys
 from typing import Any
 
-from ldmlab.app.doors import run_door
+from ldmlab.app.cli import run_command
 
 OPENING = """usage: python train.py experiment=NAME [group=name ...] [key=value ...]
 
@@ -17,10 +17,11 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """`python train.py`."""
-    sys.exit(run_door(_main))
+    sys.exit(run_command(run))
 
 
-def _main() -> int:
+def run() -> int:
+    """Hydra's command line, or its help."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         from ldmlab.app.help import hydra_help
 

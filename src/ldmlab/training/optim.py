@@ -26,6 +26,12 @@ class AdamW:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise InputError(f"optimizer.learning_rate={self.learning_rate} must be above 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas={list(self.betas)} must lie in [0, 1).")
+        if self.epsilon <= 0:
+            raise InputError(f"optimizer.epsilon={self.epsilon} must be above 0.")
+        if self.weight_decay < 0:
+            raise InputError(f"optimizer.weight_decay={self.weight_decay} must not be below 0.")
         if self.lr_scaling not in ("none", "official"):
             raise InputError(f"optimizer.lr_scaling={self.lr_scaling} is unknown; choose none or official.")
 

@@ -4,12 +4,12 @@ import argparse
 
 from ldmlab.errors import InputError
 
-DOORS = ("train", "evaluate", "encode")
+CONFIGURATIONS = ("train", "evaluate", "encode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which configuration, and the options it would be given."""
-    parser.add_argument("door", help="train | evaluate | encode")
+    parser.add_argument("configuration", help="train | evaluate | encode")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the command line of that program")
     parser.add_argument("--only", default="", metavar="KEY", help="options that begin so, such as trainer")
 
@@ -18,9 +18,11 @@ def run(args: argparse.Namespace) -> int:
     """One line an option: key, value, file."""
     from ldmlab.app.origins import origins
 
-    if args.door not in DOORS:
-        raise InputError(f"{args.door}: there is no such configuration; there are {', '.join(DOORS)}.")
-    found = [o for o in origins(args.door, args.overrides) if o.key.startswith(args.only)]
+    if args.configuration not in CONFIGURATIONS:
+        raise InputError(
+            f"{args.configuration}: there is no such configuration; there are {', '.join(CONFIGURATIONS)}."
+        )
+    found = [o for o in origins(args.configuration, args.overrides) if o.key.startswith(args.only)]
     if not found:
         raise InputError(f"--only={args.only}: no option begins so; leave --only out to see all.")
     texts = [f"{o.key} = {o.value}" for o in found]

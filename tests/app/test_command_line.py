@@ -1,0 +1,214 @@
+"""Each kind of slip on a command line of Hydra's is one sentence that names the option in full and the way out."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldmlab.app import cli
+from ldmlab.app.compose import compose, group_choices, groups, plain, search_in
+from ldmlab.app.wiring import train
+from ldmlab.instantiate import instantiate
+from refusals import refusal
+
+ROOT = Path(__file__).parents[2]
+RUN = ["experiment=mine/clip", "data.train=/nowhere", "data.val=/nowhere"]
+
+
+def start(*words: str) -> None:
+    train(plain(compose("train", [*RUN, "paths.runs=/nowhere/runs", *words])))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seed=null"], "seed=null does not fit; give a whole number."),
+        (["seed=1.5"], "seed=1.5 does not fit; give a whole number."),
+        (["seed=1e3"], "give seed=1000."),
+        (["seed=abc"], "seed=abc does not fit"),
+        (["seed=true"], "seed=true does not fit"),
+        (["seed=[1]"], "seed=[1] does not fit"),
+        (["seed='3'"], "seed=3 is text; give a whole number, without quotes: seed=3."),
+        (["seed="], "seed= has no value; write seed=VALUE"),
+        (["run.name=1e3"], "'run.name=\"1000.0\"'"),
+        (["run.name=7"], "'run.name=\"7\"'"),
+        (["run.name=null"], "run.name=null is not text"),
+        (["run.name=[a]"], "run.name=['a'] is not text"),
+        (["init_from=12"], "'init_from=\"12\"'"),
+        (["trainer.max_steps=4.5"], "trainer.max_steps=4.5 does not fit; give a whole number."),
+        (["trainer.max_steps=1e0"], "give trainer.max_steps=1."),
+        (["trainer.max_steps=null"], "trainer.max_steps=null does not fit"),
+        (["trainer.max_steps=many"], "trainer.max_steps=many does not fit"),
+        (["trainer.max_steps="], "trainer.max_steps= has no value"),
+        (["trainer.gradient_clip=nan"], "trainer.gradient_clip=nan is not finite; give a number or null."),
+        (["trainer.precision=16"], "trainer.precision=16 does not fit; give bf16-mixed or 32-true."),
+        (["trainer.compile=1"], "trainer.compile=1 does not fit; give true or false."),
+        (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan is not finite"),
+        (["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf is not finite"),
+        (["optimizer.learning_rate=-inf"], "optimizer.learning_rate=-inf is not finite"),
+        (["optimizer.learning_rate='1e-4'"], "optimizer.learning_rate=1e-4 is text"),
+        (["optimizer.learning_rate=true"], "optimizer.learning_rate=true does not fit"),
+        (["optimizer.betas=[0.9]"], "a list of 2"),
+        (["optimizer.betas=0.9"], "a list of 2"),
+        (["optimizer.betas=[0.9,a]"], "a list of 2"),
+        (["optimizer.betas=[0.9,nan]"], "optimizer.betas"),
+        (["optimizer.weight_decay=nan"], "optimizer.weight_decay=nan is not finite"),
+        (["data.workers=null"], "data.workers=null does not fit"),
+        (["data.workers=two"], "data.workers=two does not fit"),
+        (["data.image_size=a"], "data.image_size=a does not fit"),
+        (["data.fields=caption"], "data.fields=caption does not fit; give a list of texts."),
+        (["data.flip=no"], "data.flip=no does not fit; give true or false."),
+        (["callbacks.throughput.window=2.5"], "callbacks.throughput.window=2.5 does not fit"),
+        (["lr_schedule=cosine", "lr_schedule.warmup_steps=1.5"], "lr_schedule.warmup_steps=1.5 does not fit"),
+        (["sampler=3"], "sampler=3: there is no such file in conf/sampler/"),
+        (["sampler=[1,2]"], "sampler=1: there is no such file in conf/sampler/"),
+        (["trainer=true"], "trainer=true: there is no such file in conf/trainer/"),
+        (["+experiment=2"], "experiment=2: there is no such file in conf/experiment/"),
+        (["+trainer.max_steps=3"], "+trainer.max_steps: the option exists already"),
+        (["trainer.strategy=fsdp"], "trainer.strategy: there is no such option"),
+        (["stage.panel_steps=3"], "stage.panel_steps: there is no such option"),
+        (["data.train=/x/with=equals"], "write 'data.train=\"/x/with=equals\"'"),
+        (
+            ["data.train=/x/a,b"],
+            "start them with --multirun; one value with a comma is written 'data.train=\"/x/a,b\"'",
+        ),
+        (["data.train=/x/(a)"], "'data.train=\"/x/(a)\"'"),
+        (["data.train=/x/[a"], "'data.train=\"/x/[a\"'"),
+        (["data.train=/x/{a"], "'data.train=\"/x/{a\"'"),
+        (["data.train=/x/#1"], "data.train"),
+        (["data.train=/x/it's"], "data.train=/x/it's cannot be read as it stands"),
+        (["max_steps"], "max_steps is no option; write options as key=value."),
+        (["plugins=5"], "plugins=5 does not fit"),
+        (["plugins=[no_such_package_here]"], "plugins=no_such_package_here is not installed"),
+        (["plugins=[a b]"], "plugins=a b is no package's name"),
+    ],
+)
+def test_one_sentence(words: list[str], expected: str) -> None:
+    sentence = refusal(lambda: start(*words))
+    assert expected in sentence
+    key = words[-1].partition("=")[0].lstrip("+")
+    assert f"did you mean {key}?" not in sentence
+    assert "Hydra" not in sentence
+
+
+@pytest.mark.parametrize(
+    "path", ["/x/a=b", "/x/a,b", "/x/(a)", "/x/[a]", "/x/{a}", "/x/a#b", "/x/it's", '/x/"a"', "/x/ a"]
+)
+def test_the_quoted_form_works(path: str) -> None:
+    """What the sentence proposes, typed into a shell, is the path that was meant."""
+    try:
+        assert compose("train", [f"data.train={path}"]).data.train == path
+    except Exception as error:
+        word = shlex.split(str(error).rpartition("writ")[2].partition(" ")[2].removesuffix("."))[0]
+        assert compose("train", [word]).data.train == path
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("betas=[2,3]", "betas=[0.9,1]", "betas=[-0.1,0.9]", "epsilon=0", "epsilon=-1e-8", "weight_decay=-1"),
+        *("learning_rate=0", "learning_rate=-1"),
+    ],
+)
+def test_optimizers_know_their_ranges(word: str) -> None:
+    node = plain(compose("train", [*RUN, f"optimizer.{word}"]))["optimizer"]
+    assert f"optimizer.{word.partition('=')[0]}=" in refusal(lambda: instantiate(node, where="optimizer"))
+
+
+def test_a_missing_option_is_named_in_full() -> None:
+    sentence = refusal(lambda: plain(compose("train", ["experiment=mine/first_stage"])))
+    assert sentence == "data.train has no value; give it on the command line as data.train=VALUE."
+    assert refusal(lambda: plain(compose("evaluate", []))).startswith("model has no value")
+    assert refusal(lambda: plain(compose("encode", []))).startswith("from_run has no value")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model=3"], "'model=\"3\"'"),
+        (["model=x", "batch_size=null"], "batch_size=null"),
+        (["model=x", "batch_size=2.5"], "batch_size=2.5"),
+        (["model=x", "precision=float16"], "give float32 or bfloat16"),
+        (["model=x", "weights=best"], "give averaged or raw"),
+        (["model=x", "guiders=3"], "guiders=3: there is no such file in conf/guiders/"),
+        (["model=x", "protocol=paper_ffh"], "did you mean paper_ffhq?"),
+        (["model=x", "images=5"], "images=5"),
+        (["model=x", "wandb=maybe"], "wandb=maybe"),
+    ],
+)
+def test_evaluation_likewise(words: list[str], expected: str) -> None:
+    assert expected in refusal(lambda: plain(compose("evaluate", words)))
+
+
+def test_a_flag_of_another_program() -> None:
+    command = [sys.executable, "train.py", "--max-steps", "5"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "ldmlab: --max-steps: there is no such flag; options are written key=value, such as max_steps=VALUE.\n"
+    )
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    folder = tmp_path / "my conf, v=1"
+    (folder / "backbone").mkdir(parents=True)
+    (folder / "trainer").mkdir()
+    (folder / "backbone" / "mine.yaml").write_text("defaults: [unet_small]\nmodel_channels: 32\n")
+    (folder / "trainer" / "short.yaml").write_text("defaults: [default]\nmax_steps: 7\n")
+    return folder
+
+
+def test_a_folder_of_ones_own_is_searched(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
+    assert "no such file" in refusal(lambda: compose("train", ["backbone=mine"]))
+    assert cli.dispatch(["config", "train", "--config-dir", str(own), "backbone=mine", "--only", "backbone.model"]) == 0
+    out = capsys.readouterr().out
+    assert "backbone.model_channels = 32" in out
+    assert str(own / "backbone" / "mine.yaml") in out
+    assert "mine" in group_choices("backbone")
+    assert "did you mean mine?" in refusal(lambda: compose("train", ["backbone=mine_"]))
+
+
+@pytest.mark.parametrize("entry", ["file://{}", "{}"])
+def test_hydras_searchpath_is_understood(own: Path, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
+    word = f'hydra.searchpath=["{entry.format(own)}"]'
+    assert compose("train", [word, "backbone=mine", "trainer=short"]).trainer.max_steps == 7
+    assert "backbone" in groups()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config-dir", "/no/such/folder"],
+        ["--config-dir=/no/such/folder"],
+        ["--config-dir"],
+        ["hydra.searchpath=[pkg://no_such_package.conf]"],
+        ["hydra.searchpath=[file:///no/such/folder]"],
+        ["hydra.searchpath=[nowhere]"],
+    ],
+)
+def test_a_search_path_that_is_not_there(words: list[str]) -> None:
+    refusal(lambda: search_in(words))
+
+
+def test_train_py_takes_a_folder_of_ones_own(own: Path) -> None:
+    command = [sys.executable, "train.py", "--config-dir", str(own), "backbone=mine", "--cfg", "job"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "model_channels: 32" in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_the_verbs_are_the_programs(verb: str) -> None:
+    words = ["--cfg", "job", "seed=5"]
+    both = [[sys.executable, f"{verb}.py", *words], [sys.executable, "-m", "ldmlab", verb, *words]]
+    results = [subprocess.run(c, cwd=ROOT, capture_output=True, text=True, check=False) for c in both]
+    assert results[0].returncode == 0, results[0].stderr
+    assert results[0].stdout == results[1].stdout
+    assert "seed: 5" in results[0].stdout
