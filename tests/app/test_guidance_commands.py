@@ -126,12 +126,12 @@ def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
         (["0", "--classifier", "CLASSIFIER", "--classifier-scale", "-1"], "classifier scale=-1.0 is no strength"),
         (["0", "--classifier", "DENOISER"], "is a model of kind latent_diffusion, not classifier"),
         (["0", "--classifier-scale", "3"], "--classifier-scale 3.0 does nothing without --classifier"),
-        (["--guider", "squared"], "guider=squared needs an image to go by"),
+        (["--guider", "squared"], "--guider squared needs an image"),
         (["--guider", "squared", "--guider-image", "nowhere.png"], "nowhere.png cannot be read"),
-        (["--guider", "cubic", "--guider-image", "IMAGE"], "guider=cubic is no distance; choose squared or lpips."),
+        (["--guider", "cubic", "--guider-image", "IMAGE"], "--guider cubic is unknown; choose squared or lpips."),
         (["--guider-image", "IMAGE"], "does nothing without --guider"),
-        (["--classifier", "CLASSIFIER"], "this model is told class_id"),
-        (["0", "--classifier", "CLASSIFIER", "--guidance-scale", "3"], "guidance_scale=3.0 needs conditions"),
+        (["--classifier", "CLASSIFIER"], "this model takes class_id as input"),
+        (["0", "--classifier", "CLASSIFIER", "--guidance-scale", "3"], "--guidance-scale 3.0 needs conditions"),
     ],
 )
 def test_bad_choices_are_refused_before_any_work(runs: Runs, tmp_path: Path, words: list[str], message: str) -> None:

@@ -54,7 +54,7 @@ class Darkener:
     precision, diffusion = "float32", torch.nn.Identity()
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
-        return settings.filled(guidance_scale=1.0, size=(SIZE, SIZE), levels=10, strength=None, repeats=None)
+        return settings.filled(guidance_scale=1.0, size=(SIZE, SIZE), levels=10)
 
     def sample_batch(self, requests: Sequence[Mapping[str, Any]], *rest: Any) -> Tensor:
         return torch.stack([torch.from_numpy(darkened(one["image"], one["mask"])) for one in requests])

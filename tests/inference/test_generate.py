@@ -65,7 +65,7 @@ def test_noise_is_bit_identical(model: LoadedModel, monkeypatch: pytest.MonkeyPa
             )
             return super().__call__(denoise, x, grid, noise=noise, after_step=after_step)
 
-    monkeypatch.setattr("ldmlab.inference.sample_settings.sampler_by_name", lambda name, **options: Watching(**options))
+    monkeypatch.setattr("ldmlab.samplers.sampler_by_name", lambda name, **options: Watching(**options))
     for batch_size in (1, 3, 7):
         queue = iter([list(range(7))[i : i + batch_size] for i in range(0, 7, batch_size)])
         seen.append({})
@@ -109,11 +109,11 @@ def test_defaults(model: LoadedModel) -> None:
     ("options", "message"),
     [
         ({"steps": 3}, r"steps=3: .*steps=2 or 4"),
-        ({"steps": 0}, "steps=0 is not within"),
+        ({"steps": 0}, "steps=0 is outside 1 and above"),
         ({"size": 15}, "size=15x15"),
         ({"sampler": "dpm"}, "there are ddim, ddpm"),
         ({"sampler": "ddpm", "eta": 0.5}, "eta=0.5: the sampler ddpm"),
-        ({"eta": -1.0}, "eta=-1.0 is not within"),
+        ({"eta": -1.0}, "eta=-1.0 is outside"),
         ({"seed": -1}, "seed=-1 is outside"),
         ({"spacing": "even"}, "spacing=even"),
     ],
@@ -124,7 +124,7 @@ def test_settings_that_cannot_be_are_refused_before_any_work(model: LoadedModel,
 
 
 def test_calls_that_cannot_be_are_refused(model: LoadedModel) -> None:
-    with pytest.raises(InputError, match="caption= means nothing to this model, which takes class_id"):
+    with pytest.raises(InputError, match="caption= is no setting and no input of this model, which takes class_id"):
         model.sample(caption=["a cat"])
     with pytest.raises(InputError, match="give class_id, one entry an image"):
         model.sample()

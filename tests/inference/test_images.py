@@ -13,7 +13,7 @@ from ldmlab.inference import grids as sheet_font
 from ldmlab.inference.grids import SheetFont, grid, read_settings, save_animation, save_png, table, wrap
 from ldmlab.inference.model import generate
 from ldmlab.inference.sample_settings import SampleSettings
-from ldmlab.inference.trajectory import Strip
+from ldmlab.inference.trajectory import Trajectory
 from sampling_models import tiny_model
 
 CAPTIONS = ["a red apple", "猫と犬がいる", "قطة حمراء", "🙂🙃 emoji", "", "line\nbreak", "w" * 400, "a " * 200]
@@ -75,7 +75,7 @@ def test_animation(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize(("steps", "frames"), [(1, 2), (5, 6), (100, 49)])
 def test_strip_goes_from_noise_to_the_image(steps: int, frames: int) -> None:
     model, settings = tiny_model(), SampleSettings(steps=steps, seed=2)
-    strip = Strip(model, model.resolved(settings))
+    strip = Trajectory(model, model.resolved(settings))
     [(numbers, images)] = generate(model, [{"class_id": 1}, {"class_id": 2}], settings, after_step=strip)
     rows = strip.take([{"class_id": 1}, {"class_id": 2}], numbers)
     assert [len(row) for row in rows] == [frames] * 2

@@ -18,7 +18,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.first_stages.kl import KLAutoencoder
-from ldmlab.inference import sample_settings as parts
+from ldmlab.inference import model as parts
 from ldmlab.inference.model import LoadedModel
 from ldmlab.inference.sample_settings import SampleSettings
 from sampling_models import sample_command
@@ -133,9 +133,10 @@ def test_refused_before_any_work(settings: dict[str, Any], message: str) -> None
         semantic().resolved(SampleSettings(**settings))
 
 
-def test_boxes_belong_to_the_whole_image() -> None:
-    with pytest.raises(InputError, match="window=32 would draw all boxes in every window"):
-        parts.with_parts(SampleSettings(size=(64, 64), window=32), semantic().diffusion, 32, frozenset({"boxes"}))
+def test_boxes_belong_to_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoadedModel, "reads", frozenset({"boxes"}))
+    with pytest.raises(InputError, match="window=32 would place all boxes in every window"):
+        semantic().resolved(SampleSettings(size=(64, 64), window=32))
 
 
 def test_the_command_takes_parts(tmp_path: Path) -> None:

@@ -89,11 +89,15 @@ def test_a_report_shows_what_was_looked_at(wide: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told", "message"),
     [
-        (["--task", "variations", "SMALL"], "class_id", "told class_id, not reference; give one trained with conditi"),
+        (
+            ["--task", "variations", "SMALL"],
+            "class_id",
+            "takes class_id as input, not reference; give one trained with conditi",
+        ),
         (["--task", "variations"], "reference", "--task variations needs files to work on"),
         (["--task", "variations", "nowhere.png"], "reference", r"reference=nowhere.png cannot be read as an image"),
-        ([], "reference", "this model is told reference; give at least one prompt"),
-        (["--task", "variations", "SMALL", "--repeats", "2"], "reference", "repeats=2 is for holes"),
+        ([], "reference", "this model takes reference as input; give at least one prompt"),
+        (["--task", "variations", "SMALL", "--repeats", "2"], "reference", "--repeats 2 is for holes"),
         (["--task", "variations", "SMALL", "--strength", "0.3"], "reference", "--strength 0.3 needs an image"),
     ],
 )

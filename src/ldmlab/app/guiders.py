@@ -24,7 +24,19 @@ _SAME_SCALE = 0.01  # relative; a classifier does not notice less, and two measu
 
 def build_guiders(config: Mapping[str, Mapping[str, Any]], model: "LoadedModel") -> list[Guider]:
     """The guiders of conf/guiders, in their order."""
-    return [instantiate(node, where=f"guidance.{name}", model=model) for name, node in config.items()]
+    return [instantiate(node, where=f"guiders.{name}", model=model) for name, node in config.items()]
+
+
+def guiders_by_option(options: Mapping[str, Any], model: "LoadedModel") -> list[Guider]:
+    """Those of `ldmlab sample`: the classifier's first, since the image's gradient goes through the network."""
+    found: list[Guider] = []
+    if options["classifier"] is not None:
+        scale = {} if options["classifier_scale"] is None else {"scale": options["classifier_scale"]}
+        found.append(classifier_guider(options["classifier"], model, **scale))
+    if options["guider"] is not None:
+        weight = {} if options["guider_weight"] is None else {"weight": options["guider_weight"]}
+        found.append(image_guider(options["guider"], model, image=options["guider_image"], **weight))
+    return found
 
 
 def classifier_guider(run: Path | str, model: "LoadedModel", scale: float = 10.0) -> ClassifierGuider:
@@ -35,7 +47,7 @@ def classifier_guider(run: Path | str, model: "LoadedModel", scale: float = 10.0
 
 
 def _check_same_latents(run: str, spec: Mapping[str, Any], diffusion: "LatentDiffusion") -> None:
-    """The classifier must have learned on what the sampler shows it."""
+    """The classifier must have been trained on latents like those that are sampled."""
     scale = instantiate(spec["latent_scale"], where="latent_scale")
     ours = diffusion.latent_scale
     theirs, levels = (levels_of(s) for s in (instantiate(spec["schedule"], where="schedule"), diffusion.schedule))
@@ -46,7 +58,7 @@ def _check_same_latents(run: str, spec: Mapping[str, Any], diffusion: "LatentDif
     }
     if found := [name for name, yes in differs.items() if yes]:
         raise InputError(
-            f"classifier={run} has learned with another {' and '.join(found)} than the model; train one with the "
+            f"classifier={run} was trained with another {' and '.join(found)} than the model; train one with the "
             "model's data.latents, stage.latent_scale and diffusion (python train.py stage=classifier)."
         )
 
@@ -66,7 +78,7 @@ def image_guider(
     """By the distance of the decoded clean estimate, shrunk where need be, to an image."""
     if image is None and "low_resolution" not in model.reads:
         raise InputError(
-            f"guider={distance} needs an image to go by, and this model is given no low-resolution ones; name a file "
+            f"guider={distance} needs an image, and low_resolution is no input of this model; name a file "
             "(--guider-image FILE, or guiders.NAME.image=FILE)."
         )
     target = None if image is None else _read(Path(image))
@@ -82,16 +94,11 @@ def _distance(name: str, model: "LoadedModel") -> Callable[[Tensor, Tensor], Ten
         from ldmlab.nn.lpips import LPIPS
 
         return LPIPS(weights_path("lpips")).to(model.device)
-    raise InputError(f"guider={name} is no distance; choose {' or '.join(DISTANCES)}.")
+    raise InputError(f"guider={name} is unknown; choose {' or '.join(DISTANCES)}.")
 
 
 def _read(path: Path) -> Tensor:
     """uint8 (3, h, w)."""
-    import numpy as np
-    from PIL import Image
+    from ldmlab.inference.inputs import row
 
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
-        raise InputError(f"the guider's image {path} cannot be read ({error}); give a PNG, JPEG or WebP.") from None
+    return row("guider_image", path)

@@ -17,7 +17,7 @@ from ldmlab.evaluation.record import reference_record
 from ldmlab.evaluation.reference_statistics import ReferenceKey, against_other_split, see_reference
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, numbered, untracked
 from ldmlab.inference.image_files import readable, save_image
-from ldmlab.inference.inputs import OPTIONAL, as_asked
+from ldmlab.inference.inputs import OPTIONAL, as_input
 from ldmlab.metrics.features import FeatureExtractor
 
 Fields = Mapping[str, Any]
@@ -184,7 +184,7 @@ class Derived(_Lazy):
     def at(self, index: int) -> Fields:
         """In the form that a model takes as input."""
         sample = self._dataset[self._places[index]]
-        return {name: as_asked(name, sample[name]) for name in self._fields if name in sample}
+        return {name: as_input(name, sample[name]) for name in self._fields if name in sample}
 
 
 class Repeated(_Lazy):

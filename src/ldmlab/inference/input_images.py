@@ -1,11 +1,11 @@
-"""Images that a request brings along: the sizes that a model can take, a start from one, parts that stay.
+"""Input images: padding to a size that the model can take, sampling from one, keeping a part of one.
 
 Fields of a batch: init_image (B, 3, H, W), where sampling starts; image (B, 3, H, W) with mask (B, 1, H, W), not zero
 in the hole: the rest stays, also for a model that reads neither.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,36 +18,9 @@ from ldmlab.errors import InputError
 from ldmlab.inference.inputs import ON_THE_IMAGE, SMALL
 from ldmlab.nn.pixels import to_float
 
-STRENGTH = 0.6  # of image to image, where nobody says
-REPEATS = 5  # of each step, where a model fills holes without having learned it
-
-
-def resolved_strength(strength: float | None, requests: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of the schedule that is walked from a given image; None where none is given."""
-    started = [request.get("init_image") is not None for request in requests[:1]]
-    if strength is None:
-        return STRENGTH if any(started) else None
-    if not 0 < strength <= 1:
-        raise InputError(f"strength={strength} is not within 0 .. 1; choose 0.3 for small changes, 0.8 for large ones.")
-    if started == [False]:
-        raise InputError(f"strength={strength} needs an image to start from; give init_image (--from IMAGE).")
-    return strength
-
-
-def resolved_repeats(repeats: int | None, requests: Sequence[Mapping[str, Any]], reads: frozenset[str]) -> int | None:
-    """How often each step is made where a hole is filled by a model that does not read masks; None elsewhere."""
-    fills = ["mask" in request and "mask" not in reads for request in requests[:1]]
-    if repeats is None:
-        return REPEATS if any(fills) else None
-    if repeats < 1:
-        raise InputError(f"repeats={repeats} makes no step; choose 1 (fastest) or {REPEATS} (fits better).")
-    if fills == [False]:
-        raise InputError(f"repeats={repeats} is for holes filled by a model that was not trained for it; leave it out.")
-    return repeats
-
 
 def started_at(grid: list[Level], strength: float, times: int) -> list[Level]:
-    """The levels of a grid up to that share of the schedule's times, and the end."""
+    """The levels of a grid up to that fraction of the schedule's times, and the end."""
     last = strength * (times - 1) + 1e-6
     kept = [level for level in grid if level.time is None or level.time <= last]
     if len(kept) < 2:
@@ -62,7 +35,7 @@ def canvas_of(batch: Mapping[str, Any], size: tuple[int, int], step: int, enlarg
 
 
 def on_canvas(batch: Mapping[str, Any], canvas: tuple[int, int], enlargement: int) -> dict[str, Any]:
-    """The batch's images, masks and maps carried on to the canvas: the last row and column repeated."""
+    """The batch's images, masks and maps padded to the canvas: the last row and column repeated."""
     wider = {name: _repeated(batch[name], canvas) for name in ON_THE_IMAGE if name in batch}
     if SMALL in batch:
         wider[SMALL] = _repeated(batch[SMALL], (canvas[0] // enlargement, canvas[1] // enlargement))
@@ -71,8 +44,8 @@ def on_canvas(batch: Mapping[str, Any], canvas: tuple[int, int], enlargement: in
 
 def _repeated(values: Tensor, canvas: tuple[int, int]) -> Tensor:
     rows, columns = (
-        torch.arange(wanted, device=values.device).clamp(max=side - 1)
-        for wanted, side in zip(canvas, values.shape[-2:], strict=True)
+        torch.arange(length, device=values.device).clamp(max=side - 1)
+        for length, side in zip(canvas, values.shape[-2:], strict=True)
     )
     return values[..., rows[:, None], columns]
 
@@ -80,7 +53,7 @@ def _repeated(values: Tensor, canvas: tuple[int, int]) -> Tensor:
 def given_image(
     space: LatentSpace, batch: Mapping[str, Any], reads: frozenset[str], repeats: int | None
 ) -> GivenImage | None:
-    """What a batch on its canvas asks to start from and to keep; a model that reads masks keeps by itself."""
+    """What a padded batch starts from and keeps; a model that reads masks keeps the known part by itself."""
     source = space.encode(to_float(batch["init_image"])) if "init_image" in batch else None
     if "mask" not in batch or "mask" in reads:
         return None if source is None else GivenImage(source)
@@ -90,7 +63,7 @@ def given_image(
 
 
 def finished(images: Tensor, batch: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
-    """Generated uint8 (B, H, W, 3) without what the canvas added; known pixels of uint8 `image` bit for bit."""
+    """Generated uint8 (B, H, W, 3) without the padding; known pixels of uint8 `image` bit for bit."""
     images = images[:, : size[0], : size[1]]
     if "mask" not in batch or "image" not in batch:
         return images.contiguous()

@@ -1,4 +1,4 @@
-"""What is asked for, as people hold it, to what a batch holds.
+"""Inputs of images as they are given, to fields of a batch; what a model cannot read is refused.
 
 Images (image, init_image, low_resolution, reference): a path, a PIL image or uint8 (H, W, 3) => uint8
 (B, 3, H, W), of `reference` a list of (3, H, W); what is transparent in them lies on white. Masks: a path or PIL
@@ -8,6 +8,8 @@ list. Whole numbers => int64 (B,). Anything else stays a list.
 """
 
 import json
+import operator
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +26,16 @@ from ldmlab.data.transforms import to_rgb
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 
+Inputs = Mapping[str, Any]  # of one image, by name
+
 SMALL = "low_resolution"
 LOOKED_AT = "reference"  # by an image encoder, so that its size says nothing of the result's
-IMAGES = ("image", "init_image", SMALL, LOOKED_AT)
+IMAGES = ("image", "init_image", SMALL, LOOKED_AT, "guider_image")
 ON_THE_IMAGE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
+TEXTS = ("caption", "negative_prompt")
 OPTIONAL = {"boxes": "crop", "caption": "negative_prompt"}  # a field that may come with another
-GIVEN = ("init_image", "image", "mask")  # that any model takes: an image to start from; one with a hole
-_UNSAID = {"crop": list(WHOLE), "negative_prompt": ""}
+OF_ANY = ("init_image", "image", "mask")  # that any model takes: an image to start from; one with a hole
+_DEFAULTS = {"crop": list(WHOLE), "negative_prompt": ""}
 _WHITE = 128  # a mask's pixel in a file from here on is hole
 _OPAQUE = 255
 
@@ -67,8 +72,31 @@ def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
         return torch.stack(rows).to(device)
     if field == "boxes":
         return [boxes_of(value) for value in values]
+    if field == "class_id":
+        values = [class_number(value) for value in values]
     numbers = all(isinstance(value, int) for value in values)
     return torch.tensor(values, dtype=torch.int64, device=device) if numbers else list(values)
+
+
+def class_number(value: Any) -> int:
+    """A whole number, whatever its type; anything else is refused."""
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 2**63:
+        raise InputError(f"class_id={value!r:.60} is not a class number; give an integer of 0 or more.")
+    return number
+
+
+def checked_text(field: str, value: Any) -> None:
+    """Captions are text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise InputError(f"{field}={value!r:.60} is not text; give a caption in quotes.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{field}={value!r:.60} holds half of a character ({error.reason}); type it again.") from None
 
 
 def row(field: str, value: Any) -> Tensor:
@@ -80,7 +108,10 @@ def row(field: str, value: Any) -> Tensor:
         value = np.array(ImageOps.fit(Image.fromarray(_decoded(field, value.image)), value.size[::-1]))
     elif from_file:
         value = _decoded(field, value)
-    array = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    try:
+        array = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError):
+        raise InputError(f"{field}={value!r:.60} is neither an image nor a file of one; give a path.") from None
     if field in IMAGES:
         if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[-1] != 3:
             raise InputError(f"{field} takes uint8 (H, W, 3), not {array.dtype} {tuple(array.shape)}; convert it.")
@@ -98,12 +129,12 @@ def boxes_of(value: Any) -> Any:
         return value
     try:
         found = json.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"boxes={value} cannot be read as JSON ({error}); give another file.") from error
     return found.get("boxes", found) if isinstance(found, dict) else found
 
 
-def as_asked(field: str, value: Any) -> Any:
+def as_input(field: str, value: Any) -> Any:
     """The inverse of `row` for arrays of the data: images (H, W, 3), masks and label maps (H, W)."""
     if field in IMAGES:
         return value.transpose(1, 2, 0)
@@ -118,15 +149,25 @@ def _decoded(field: str, value: Any) -> np.ndarray:
         if field == "segmentation":
             return _numbers(value, image)
         return np.array(to_rgb(image, background=(0, 0, 0)).convert("L"))  # strokes on a transparent sheet are holes
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(field, value, error) from error
 
 
 def _opened(field: str, value: Any) -> Image.Image:
     try:
-        return value if isinstance(value, Image.Image) else Image.open(value)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return value if isinstance(value, Image.Image) else open_image(value)
+    except _UNREADABLE as error:
         raise _unreadable(field, value, error) from error
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """Formats that Pillow decodes itself: others may start programs."""
+    if not Path(path).is_file():
+        raise OSError("it is not a file")
+    return Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"))
+
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
 
 
 def _unreadable(field: str, value: Any, error: Exception) -> InputError:
@@ -147,15 +188,23 @@ def _transparent(value: TransparentParts) -> np.ndarray:
     image = _opened("mask", value.image)
     if not image.has_transparency_data:
         raise InputError(f"{value.image} has no transparent parts to fill; erase some of it, or give a mask.")
-    return np.array(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < _OPAQUE
+    try:
+        return np.array(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < _OPAQUE
+    except _UNREADABLE as error:
+        raise _unreadable("mask", value.image, error) from error
 
 
-def implied_size(fields: Mapping[str, Any], enlargement: int) -> tuple[int, int] | None:
-    """Height and width of the result that rows or columns of fields ask for; None where nothing in them has a size."""
-    sizes = {name: _size(name, fields[name], enlargement) for name in (*ON_THE_IMAGE, SMALL) if name in fields}
+def has_images(batch: Mapping[str, Any]) -> bool:
+    """Whether an image of the batch decides the size of the result."""
+    return any(name in batch for name in (*ON_THE_IMAGE, SMALL))
+
+
+def implied_size(inputs: Inputs, enlargement: int) -> tuple[int, int] | None:
+    """Height and width of the result according to the images of an entry or batch; None where none has a size."""
+    sizes = {name: _size(name, inputs[name], enlargement) for name in (*ON_THE_IMAGE, SMALL) if name in inputs}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} for {height}x{width}" for name, (height, width) in sizes.items())
-        raise InputError(f"the fields do not fit each other: {told} px (height x width); resize one of them.")
+        found = ", ".join(f"{name} for {height}x{width}" for name, (height, width) in sizes.items())
+        raise InputError(f"the images differ in size: {found} px (height x width); resize one of them.")
     return next(iter(sizes.values()), None)
 
 
@@ -166,104 +215,112 @@ def _size(field: str, value: Any, enlargement: int) -> tuple[int, int]:
     return value.shape[-2] * factor, value.shape[-1] * factor
 
 
-def check_size(fields: Mapping[str, Any], size: tuple[int, int], enlargement: int) -> None:
+def check_size(inputs: Inputs, size: tuple[int, int], enlargement: int) -> None:
     """Refuse images that do not belong to the size that is sampled."""
-    found = implied_size(fields, enlargement)
+    found = implied_size(inputs, enlargement)
     if found not in (None, size):
         assert found is not None
         raise InputError(
-            f"the images given ask for {found[0]}x{found[1]} px (height x width), but {size[0]}x{size[1]} are "
+            f"the input images are for {found[0]}x{found[1]} px (height x width), but {size[0]}x{size[1]} are "
             "sampled; resize them, give that size, or sample one size at a time."
         )
 
 
 def rows_of(
-    fields: Mapping[str, Sequence[Any] | Tensor], reads: frozenset[str], count: int | None
+    columns: Mapping[str, Sequence[Any] | Tensor], reads: frozenset[str], count: int | None
 ) -> list[dict[str, Any]]:
     """One dict an image from one list a field."""
-    for name in fields.keys() - known_fields(reads):
-        known = ", ".join(sorted(reads)) or "no conditions; say how many images with count="
-        raise InputError(f"{name}= means nothing to this model, which takes {known}.")
-    if not reads and not fields:
+    for name in columns.keys() - known_fields(reads):
+        known = ", ".join(sorted(reads)) or "no inputs; say how many images with count="
+        raise InputError(f"{name}= is no setting and no input of this model, which takes {known}.")
+    if not reads and not columns:
         return [{} for _ in range(1 if count is None else count)]
-    columns = {name: list(value) for name, value in fields.items()}
-    columns = {name: [int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for v in c] for name, c in columns.items()}
-    if len({len(values) for values in columns.values()}) != 1:
+    for name, values in columns.items():
+        if isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise InputError(f"{name}={values!r:.60} is not a list; give one entry an image: {name}=[...].")
+    lists = {name: list(values) for name, values in columns.items()}
+    lists = {name: [int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for v in c] for name, c in lists.items()}
+    if len({len(values) for values in lists.values()}) != 1:
         raise InputError(
-            f"give {', '.join(sorted(reads | fields.keys()))}, one entry an image, in lists of one length."
+            f"give {', '.join(sorted(reads | columns.keys()))}, one entry an image, in lists of one length."
         )
-    rows = zip(*columns.values(), strict=True)
-    return [dict(zip(columns, one, strict=True)) for one in rows]
+    if count is not None and count != len(next(iter(lists.values()))):
+        raise InputError(f"count={count} is not the length of the lists; leave it out.")
+    rows = zip(*lists.values(), strict=True)
+    return [dict(zip(lists, one, strict=True)) for one in rows]
 
 
 def known_fields(reads: frozenset[str]) -> frozenset[str]:
-    """What a request to a model that reads `reads` may hold."""
-    return reads | {OPTIONAL[name] for name in reads & OPTIONAL.keys()} | set(GIVEN)
+    """Inputs that a model that reads `reads` can be given."""
+    return reads | {OPTIONAL[name] for name in reads & OPTIONAL.keys()} | set(OF_ANY)
 
 
-def batch_of(requests: Sequence[Mapping[str, Any]], reads: frozenset[str], device: torch.device) -> dict[str, Any]:
-    """The fields that a model reads, of all requests, and the images that they bring along."""
+def batch_of(inputs: Sequence[Inputs], reads: frozenset[str], device: torch.device) -> dict[str, Any]:
+    """The fields that a model reads, of all images, and those that any model takes."""
     batch: dict[str, Any] = {}
-    brought = {name for name in GIVEN if any(name in request for request in requests)}
-    for field in sorted(reads | brought):
-        if any(field not in request for request in requests):
+    further = {name for name in OF_ANY if any(name in one for one in inputs)}
+    for field in sorted(reads | further):
+        if any(field not in one for one in inputs):
             raise InputError(
-                f"this model is told {', '.join(sorted(reads | brought)) or 'nothing'}; give {field} for every image."
+                f"this model takes {', '.join(sorted(reads | further))} as input; give {field} for every image."
             )
-        batch[field] = column(field, [request[field] for request in requests], device)
+        batch[field] = column(field, [one[field] for one in inputs], device)
         more = OPTIONAL.get(field)
-        if more and any(more in request for request in requests):
-            batch[more] = [request.get(more, _UNSAID[more]) for request in requests]
+        if more and any(more in one for one in inputs):
+            batch[more] = [one.get(more, _DEFAULTS[more]) for one in inputs]
     return batch
 
 
-def check_requests(diffusion: LatentDiffusion, requests: Sequence[Mapping[str, Any]], enlargement: int) -> None:
-    """Boxes, classes, label maps and masks that mean nothing to the model; the first one found is named."""
+def check_inputs(diffusion: LatentDiffusion, inputs: Sequence[Inputs], enlargement: int) -> None:
+    """Refuse inputs of a wrong type and boxes, classes, label maps and masks that the model does not know."""
     conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "check")]
-    for request in _different(requests):
-        implied_size(request, enlargement)  # images that do not fit each other
-        _check_mask(request)
-        if LOOKED_AT in request:
-            row(LOOKED_AT, request[LOOKED_AT])  # a file that is no image
+    for one in _different(inputs):
+        for name in TEXTS:
+            if name in one:
+                checked_text(name, one[name])
+        implied_size(one, enlargement)  # images that differ in size
+        _check_mask(one)
+        if LOOKED_AT in one:
+            row(LOOKED_AT, one[LOOKED_AT])  # a file that is no image
         for conditioner in conditioners:
-            if conditioner.reads <= request.keys():  # type: ignore[operator]
-                conditioner.check({name: _as_read(name, request[name]) for name in conditioner.reads})  # type: ignore
+            if conditioner.reads <= one.keys():  # type: ignore[operator]
+                conditioner.check({name: _as_read(name, one[name]) for name in conditioner.reads})  # type: ignore
 
 
 def _as_read(name: str, value: Any) -> Any:
-    if name == "boxes":
-        return boxes_of(value)
+    if name in ("boxes", "class_id"):
+        return boxes_of(value) if name == "boxes" else class_number(value)
     return row(name, value) if name == "segmentation" else value
 
 
-def _check_mask(request: Mapping[str, Any]) -> None:
-    if ("mask" in request) != ("image" in request):
-        given, missing = ("mask", "image") if "mask" in request else ("image", "mask")
-        raise InputError(f"{given} goes with {missing}: the image, and the hole in it; give both.")
-    if "mask" in request and not row("mask", request["mask"]).any():
-        told = f"mask={request['mask']}" if isinstance(request["mask"], str) else "the mask"
-        raise InputError(f"{told} has no hole; paint white what is to be made anew.")
+def _check_mask(one: Inputs) -> None:
+    if ("mask" in one) != ("image" in one):
+        here, missing = ("mask", "image") if "mask" in one else ("image", "mask")
+        raise InputError(f"{here} goes with {missing}: the image, and the hole in it; give both.")
+    if "mask" in one and not row("mask", one["mask"]).any():
+        name = f"mask={one['mask']}" if isinstance(one["mask"], str) else "the mask"
+        raise InputError(f"{name} has no hole; paint white what is to be generated.")
 
 
-def _different(requests: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Without the repetitions that several images for one prompt make."""
-    last: Mapping[str, Any] | None = None
-    for request in requests:
-        if request is not last:
-            yield request
-        last = request
+def _different(inputs: Sequence[Inputs]) -> Iterator[Inputs]:
+    """Without the repetitions of several images for one prompt."""
+    last: Inputs | None = None
+    for one in inputs:
+        if one is not last:
+            yield one
+        last = one
 
 
-def lost(diffusion: LatentDiffusion, request: Mapping[str, Any]) -> list[str]:
+def lost(diffusion: LatentDiffusion, one: Inputs) -> list[str]:
     """The ends of its captions that the model cannot read because they are too long."""
     conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "lost")]
-    captions = [request[name] for name in ("caption", "negative_prompt") if request.get(name)]
+    captions = [one[name] for name in TEXTS if one.get(name)]
     ends = [c.lost(caption) for c in conditioners for caption in captions]  # type: ignore[operator]
     return [end for end in ends if end]
 
 
-def warn_of_lost(diffusion: LatentDiffusion, requests: Sequence[Mapping[str, Any]]) -> None:
+def warn_of_lost(diffusion: LatentDiffusion, inputs: Sequence[Inputs]) -> None:
     """A warning for every caption of which the model sees the beginning only."""
-    for request in _different(requests):
-        for end in lost(diffusion, request):
+    for one in _different(inputs):
+        for end in lost(diffusion, one):
             warnings.warn(f'the model does not see the end of a caption that is too long: "{end}"', stacklevel=3)

@@ -1,4 +1,4 @@
-"""A trained latent diffusion model to hold in the hand: what `ldmlab.load` gives. Pure torch.
+"""Inference API: a loaded latent diffusion model (`ldmlab.load`) that samples, encodes, decodes and denoises.
 
 Images are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32.
 """
@@ -13,17 +13,32 @@ from torch import Tensor
 
 from ldmlab.contracts import AfterStep, Conditioning, Level
 from ldmlab.diffusion.conditioning import check_guidance
+from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import Guider
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.schedule import ddim_grid, levels_of
+from ldmlab.diffusion.windowed import latent_windows
 from ldmlab.errors import InputError
-from ldmlab.inference import input_images as given_images
-from ldmlab.inference.input_images import canvas_of, finished, given_image, on_canvas
-from ldmlab.inference.inputs import batch_of, check_requests, check_size, implied_size, lost, rows_of, warn_of_lost
-from ldmlab.inference.sample_settings import SampleSettings, chosen_tile, in_parts, with_parts
+from ldmlab.first_stages.tiled import TiledFirstStage
+from ldmlab.inference.input_images import canvas_of, finished, given_image, on_canvas, started_at
+from ldmlab.inference.inputs import (
+    SMALL,
+    Inputs,
+    batch_of,
+    check_inputs,
+    check_size,
+    has_images,
+    implied_size,
+    lost,
+    rows_of,
+    warn_of_lost,
+)
+from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, split
 from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
+TILE = 512  # px
 
 
 class LoadedModel:
@@ -53,7 +68,7 @@ class LoadedModel:
     def in_precision(self, precision: str) -> "LoadedModel":
         """The same model; its networks compute in float32 | bfloat16 | float16."""
         if precision not in PRECISIONS:
-            raise InputError(f"precision={precision} is no number format; there are {', '.join(PRECISIONS)}.")
+            raise InputError(f"precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
         self.precision = precision
         return self
 
@@ -65,106 +80,77 @@ class LoadedModel:
     @property
     def enlargement(self) -> int:
         """Side of a result over the side of the low-resolution image that it was made from."""
-        told = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
-        return int(self.diffusion.first_stage.downsampling) * max(told, default=1)  # type: ignore[arg-type]
+        factors = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
+        return int(self.diffusion.first_stage.downsampling) * max(factors, default=1)  # type: ignore[arg-type]
 
     @property
     def reads(self) -> frozenset[str]:
-        """Fields that a request may hold: caption, class_id, ...; empty for a model without conditions."""
-        told = (c.reads for _, c in self.diffusion.conditioners.items())
-        return frozenset().union(*told, *(guider.reads for guider in self.guiders))  # type: ignore[arg-type]
+        """Names of the inputs: caption, class_id, ...; empty for a model without conditions."""
+        names = (c.reads for _, c in self.diffusion.conditioners.items())
+        return frozenset().union(*names, *(guider.reads for guider in self.guiders))  # type: ignore[arg-type]
 
-    # ---- the public face
+    # ---- sampling
 
     def sample(
         self,
         *,
         count: int | None = None,  # images of a model without conditions
-        steps: int | None = None,  # None: the sampler's own; 50 for DDIM
-        guidance_scale: float | None = None,  # None: 3 if the model was trained for it, else 1 (off)
-        eta: float | None = None,  # None: the sampler's own; 0 for DDIM
-        seed: int = 0,
-        size: int | tuple[int, int] | None = None,  # side, or height and width, px; None: as trained
         batch_size: int = 16,
-        sampler: str = "ddim",
-        spacing: str | None = None,
-        strength: float | None = None,  # with init_image: 0 keeps it, 1 forgets it; None: 0.6
-        repeats: int | None = None,  # with mask: of each step, if the model was not trained to fill holes; None: 5
-        tile: int | None = None,  # first stage in parts of this side, px; 0: at once; None: 512 above 1024x1024
-        tile_norms: str = "shared",  # shared: as the whole image; separate: faster, tones may differ
-        window: int | None = None,  # denoise windows of this side, px; 0: at once; None: super-resolution of large ones
-        **fields: Sequence[Any]
-        | Tensor,  # caption=[...], negative_prompt=[...], image=[...], mask=[...]: one entry an image
+        **options: Any,  # of `SampleSettings`, and inputs: caption=[...], negative_prompt=[...], image=[...], ...
     ) -> Tensor:
-        """uint8 (B, H, W, 3) on the CPU; image i is the same in any company.
+        """uint8 (B, H, W, 3) on the CPU; image i is the same in any batch.
 
-        Any model takes init_image, where sampling starts, and image with mask, of which only the hole is made anew.
+        Settings are those of `SampleSettings`: steps, guidance_scale, eta, seed, size, sampler, ... Inputs have one
+        entry an image. Any model takes init_image, where sampling starts, and image with mask, of which only the hole
+        is generated.
         """
-        settings = SampleSettings(
-            steps=steps, guidance_scale=guidance_scale, eta=eta, seed=seed, size=size, sampler=sampler, spacing=spacing,
-            strength=strength, repeats=repeats, tile=tile, tile_norms=tile_norms, window=window,
-        )  # fmt: skip
-        requests = rows_of(fields, self.reads, count)
-        self.check(requests)
-        warn_of_lost(self.diffusion, requests)
-        return torch.cat([images for _, images in generate(self, requests, settings, batch_size=batch_size)])
+        settings, columns = split(options)
+        inputs = rows_of(columns, self.reads, count)
+        self.check(inputs)
+        warn_of_lost(self.diffusion, inputs)
+        return torch.cat([images for _, images in generate(self, inputs, settings, batch_size=batch_size)])
 
-    @torch.inference_mode()
-    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
-        """uint8 (B, H, W, 3) => final latents (the posterior's mean)."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise InputError(f"encode takes uint8 (B, H, W, 3), not {images.dtype} {tuple(images.shape)}.")
-        self.diffusion.latent_shape((images.shape[1], images.shape[2]))  # sizes that do not fit are refused
-        with in_parts(self.diffusion, chosen_tile(tile, images.shape[1] * images.shape[2])):
-            return self.diffusion.encode(to_float(images.to(self.device).permute(0, 3, 1, 2)))
-
-    @torch.inference_mode()
-    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Final latents => uint8 (B, H, W, 3) on the CPU; `tile` as for `sample`."""
-        pixels = latents[0, 0].numel() * int(self.diffusion.first_stage.downsampling) ** 2  # type: ignore[arg-type]
-        with in_parts(self.diffusion, chosen_tile(tile, pixels)):
-            return as_images(self.diffusion.decode(latents.to(self.device)))
-
-    @torch.inference_mode()
-    def conditioning(self, **fields: Sequence[Any] | Tensor) -> Conditioning:
-        """caption=[...] and the like => what `denoise` takes."""
-        return self.diffusion.conditioning(self.batch(rows_of(fields, self.reads, None), first_index=0))
-
-    @torch.inference_mode()
-    def denoise(self, x: Tensor, t: int, conditioning: Conditioning | None = None) -> Tensor:
-        """Noisy latents at time t (0 .. T - 1) of the schedule => the clean estimate."""
-        level = levels_of(self.diffusion.schedule).at(t)
-        with self.autocast():
-            return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level).float()
-
-    # ---- for `generate`
-
-    def resolved(self, settings: SampleSettings, requests: Sequence[Mapping[str, Any]] = ()) -> SampleSettings:
+    def resolved(self, settings: SampleSettings, inputs: Sequence[Inputs] = ()) -> ResolvedSettings:
         """The settings with every default filled in; what the model cannot do is refused before any work.
 
-        Without a size that of the first request's image counts, if it has one.
+        Without a size that of the first entry's image counts, if it has one.
         """
-        guidance, conditioned = settings.guidance_scale, bool(self.diffusion.conditioners)
-        if guidance is None:
-            guidance = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
-        check_guidance(guidance, self.diffusion.guidance_trained, conditioned=conditioned)
-        if guidance == 1 and any(request.get("negative_prompt") for request in requests[:1]):
-            raise InputError("a negative caption says where guidance leads away from; set guidance above 1.")
-        asked = implied_size(requests[0], self.enlargement) if len(requests) else None
-        size = asked or self.image_size if settings.size is None else settings.size
+        first, conditioned = (inputs[0] if len(inputs) else None), bool(self.diffusion.conditioners)
+        scale = settings.guidance_scale
+        if scale is None:
+            scale = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
+        check_guidance(scale, self.diffusion.guidance_trained, conditioned=conditioned)
+        if scale == 1 and first and first.get("negative_prompt"):
+            raise InputError("guidance_scale=1 makes no use of negative_prompt; choose a scale above 1.")
+        implied = None if first is None else implied_size(first, self.enlargement)
+        size = implied or self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        if size != asked:  # a given image's size is carried on to what fits
+        if size != implied:  # an input image's size is padded to what fits
             self.diffusion.latent_shape(size)
-        known = settings.filled(
-            guidance_scale=guidance,
-            size=size,
+        resolved = settings.filled(
             levels=self.diffusion.schedule.steps,
-            strength=given_images.resolved_strength(settings.strength, requests),
-            repeats=given_images.resolved_repeats(settings.repeats, requests, self.reads),
+            guidance_scale=scale,
+            size=size,
+            inputs=None if first is None else first.keys() - {n for n in first if first[n] is None},
+            fills_holes="mask" not in self.reads,
+            tile=chosen_tile(settings.tile, size[0] * size[1]),
+            window=self._window(settings.window, size),
         )
-        filled = with_parts(known, self.diffusion, min(self.image_size), self.reads)
-        self.grid(filled)  # steps that the rule cannot take are refused
-        return filled
+        if resolved.tile:
+            TiledFirstStage(self.diffusion.first_stage, resolved.tile, resolved.tile_norms)
+        self.grid(resolved)  # steps that the rule cannot take are refused
+        return resolved
+
+    def _window(self, window: int | None, size: tuple[int, int]) -> int:
+        """Side of the windows, px; 0: the whole image at once."""
+        trained = min(self.image_size)
+        if window is None:
+            window = trained if SMALL in self.reads and max(size) > 2 * trained else 0
+        if window:
+            latent_windows(size, window, int(self.diffusion.first_stage.downsampling))  # type: ignore[arg-type]
+            if "boxes" in self.reads:
+                raise InputError(f"window={window} would place all boxes in every window; leave it out.")
+        return window
 
     def grid(self, settings: SampleSettings) -> list[Level]:
         """The noise levels that resolved settings visit."""
@@ -172,12 +158,12 @@ class LoadedModel:
         assert settings.spacing is not None
         schedule = self.diffusion.schedule
         grid = ddim_grid(schedule, settings.steps, settings.spacing)
-        return grid if settings.strength is None else given_images.started_at(grid, settings.strength, schedule.steps)
+        return grid if settings.strength is None else started_at(grid, settings.strength, schedule.steps)
 
     @torch.no_grad()  # not inference_mode: guiders need gradients
     def sample_batch(
         self,
-        requests: Sequence[Mapping[str, Any]],
+        inputs: Sequence[Inputs],
         settings: SampleSettings,  # resolved
         first_index: int | Sequence[int],
         after_step: AfterStep | None = None,
@@ -185,15 +171,14 @@ class LoadedModel:
         """One batch of images, uint8 (B, H, W, 3) on the CPU."""
         assert settings.guidance_scale is not None
         assert isinstance(settings.size, tuple)
-        batch = self.batch(requests, first_index)
+        batch = self.batch(inputs, first_index)
         check_size(batch, settings.size, self.enlargement)
-        canvas = self.canvas(batch, settings.size)
-        told = on_canvas(batch, canvas, self.enlargement)
-        parts = in_parts(self.diffusion, settings.tile, settings.tile_norms)
-        with self.autocast(), parts, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # `resolved` has said it
+        tiles = self.in_tiles(settings.tile, settings.tile_norms)
+        with self.autocast(), tiles, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # `resolved` has warned already
+            canvas, padded, given = self._started(batch, settings.size, settings.repeats)
             images = self.diffusion.sample(
-                told,
+                padded,
                 sampler=settings.build_sampler(),
                 grid=self.grid(settings),
                 index=batch["position"],
@@ -202,38 +187,78 @@ class LoadedModel:
                 guiders=self.guiders,
                 seed=settings.seed,
                 after_step=after_step,
-                given=given_image(self.diffusion, told, self.reads, settings.repeats),
+                given=given,
                 window=settings.window or None,
             )
-        return finished(as_images(images), batch, settings.size)
+        made = as_images(images)
+        return finished(made, batch, settings.size) if has_images(batch) else made
 
     @torch.no_grad()
-    def begin(self, requests: Sequence[Mapping[str, Any]], settings: SampleSettings, numbers: Sequence[int]) -> Tensor:
-        """The noisy latents (B, C, h, w) that sampling these requests begins with."""
+    def begin(self, inputs: Sequence[Inputs], settings: SampleSettings, numbers: Sequence[int]) -> Tensor:
+        """The noisy latents (B, C, h, w) that sampling these inputs begins with."""
         assert isinstance(settings.size, tuple)
-        batch = self.batch(requests, numbers)
-        canvas = self.canvas(batch, settings.size)
+        batch = self.batch(inputs, numbers)
+        canvas, _, given = self._started(batch, settings.size, None)
         start = self.diffusion.start(batch["position"], canvas, settings.seed)
-        given = given_image(self.diffusion, on_canvas(batch, canvas, self.enlargement), self.reads, None)
         return start if given is None else given.begin(start, self.grid(settings)[0])
 
-    def canvas(self, batch: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of what is sampled and then cut to `size`, px."""
-        return canvas_of(batch, size, self.diffusion.size_step, self.enlargement)
+    def _started(
+        self, batch: dict[str, Any], size: tuple[int, int], repeats: int | None
+    ) -> tuple[tuple[int, int], dict[str, Any], GivenImage | None]:
+        """Height and width that are sampled and then cut to `size`, the batch padded to them, and its start."""
+        if not has_images(batch):
+            return size, batch, None
+        canvas = canvas_of(batch, size, self.diffusion.size_step, self.enlargement)
+        padded = on_canvas(batch, canvas, self.enlargement)
+        return canvas, padded, given_image(self.diffusion, padded, self.reads, repeats)
 
-    def batch(self, requests: Sequence[Mapping[str, Any]], first_index: int | Sequence[int]) -> dict[str, Any]:
-        """Requests, a dict of fields each, as one batch; `position` is the number of the image."""
-        indices = range(first_index, first_index + len(requests)) if isinstance(first_index, int) else first_index
+    def batch(self, inputs: Sequence[Inputs], first_index: int | Sequence[int]) -> dict[str, Any]:
+        """Inputs as one batch; `position` is the number of the image."""
+        indices = range(first_index, first_index + len(inputs)) if isinstance(first_index, int) else first_index
         position = torch.tensor(list(indices), dtype=torch.int64, device=self.device)
-        return {"position": position, **batch_of(requests, self.reads, self.device)}
+        return {"position": position, **batch_of(inputs, self.reads, self.device)}
 
-    def check(self, requests: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse requests that mean nothing to this model."""
-        check_requests(self.diffusion, requests, self.enlargement)
+    def check(self, inputs: Sequence[Inputs]) -> None:
+        """Refuse inputs that mean nothing to this model."""
+        check_inputs(self.diffusion, inputs, self.enlargement)
 
-    def lost(self, request: Mapping[str, Any]) -> list[str]:
+    def lost(self, inputs: Inputs) -> list[str]:
         """The ends of captions that the model cannot read because they are too long."""
-        return lost(self.diffusion, request)
+        return lost(self.diffusion, inputs)
+
+    # ---- latents
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
+        """uint8 (B, H, W, 3) => final latents (the posterior's mean)."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise InputError(f"encode takes uint8 (B, H, W, 3), not {images.dtype} {tuple(images.shape)}.")
+        self.diffusion.latent_shape((images.shape[1], images.shape[2]))  # sizes that do not fit are refused
+        with self.in_tiles(chosen_tile(tile, images.shape[1] * images.shape[2])):
+            return self.diffusion.encode(to_float(images.to(self.device).permute(0, 3, 1, 2)))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Final latents => uint8 (B, H, W, 3) on the CPU; `tile` as for `sample`."""
+        pixels = latents[0, 0].numel() * int(self.diffusion.first_stage.downsampling) ** 2  # type: ignore[arg-type]
+        with self.in_tiles(chosen_tile(tile, pixels)):
+            return as_images(self.diffusion.decode(latents.to(self.device)))
+
+    @torch.inference_mode()
+    def conditioning(self, **columns: Sequence[Any] | Tensor) -> Conditioning:
+        """caption=[...] and the like => what `denoise` takes."""
+        return self.diffusion.conditioning(self.batch(rows_of(columns, self.reads, None), first_index=0))
+
+    @torch.inference_mode()
+    def denoise(self, x: Tensor, t: int, conditioning: Conditioning | None = None) -> Tensor:
+        """Noisy latents at time t (0 .. T - 1) of the schedule => the clean estimate."""
+        level = levels_of(self.diffusion.schedule).at(t)
+        with self.autocast():
+            return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level).float()
+
+    def in_tiles(self, tile: int | None, norms: str = "shared") -> AbstractContextManager[Any]:
+        """Inside, the first stage works in tiles of that side, px; 0 or None: at once."""
+        return self.diffusion.through(TiledFirstStage(self.diffusion.first_stage, tile, norms) if tile else None)
 
     def autocast(self) -> AbstractContextManager:
         """The precision in which the denoiser and the decoder run."""
@@ -243,7 +268,7 @@ class LoadedModel:
 
 def generate(
     model: LoadedModel,
-    requests: Sequence[Mapping[str, Any]],  # per image the fields that the model reads; {} without conditions
+    inputs: Sequence[Inputs],
     settings: SampleSettings,
     *,
     batch_size: int = 16,
@@ -252,18 +277,23 @@ def generate(
     first_index: int = 0,
     after_step: AfterStep | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yields (numbers, uint8 (b, H, W, 3)); request i has number first_index + i and belongs to rank i % world.
+    """Yields (numbers, uint8 (b, H, W, 3)); entry i has number first_index + i and belongs to rank i % world.
 
     Noise is a function of (seed, number, step): neither the batch size nor the processes change an image.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} holds no image; choose 1 or more.")
-    settings = model.resolved(settings, requests)
-    mine = range(rank, len(requests), world)
+    resolved = settings if isinstance(settings, ResolvedSettings) else model.resolved(settings, inputs)
+    mine = range(rank, len(inputs), world)
     for start in range(0, len(mine), batch_size):
         chunk = mine[start : start + batch_size]
         numbers = [first_index + i for i in chunk]
-        yield numbers, model.sample_batch([requests[i] for i in chunk], settings, numbers, after_step)
+        yield numbers, model.sample_batch([inputs[i] for i in chunk], resolved, numbers, after_step)
+
+
+def chosen_tile(tile: int | None, pixels: int) -> int:
+    """The side asked for, or 512 for images above 1024 x 1024; 0: the whole image at once."""
+    return (TILE if pixels > LARGE else 0) if tile is None else tile
 
 
 def as_images(pixels: Tensor) -> Tensor:

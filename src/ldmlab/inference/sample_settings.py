@@ -1,64 +1,101 @@
-"""How an image is sampled: everything but the model and the conditions."""
+"""How an image is sampled: everything but the model and its inputs.
 
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+`SampleSettings` is the one list of these options: `LoadedModel.sample` takes them by name, `ldmlab sample` makes its
+options of them, and every image and score records them. Nothing heavy is imported before a sampler is built.
+"""
 
-from ldmlab.contracts import Sampler
-from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.windowed import latent_windows
+import math
+from collections.abc import Callable, Mapping, Set
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from ldmlab.errors import InputError
-from ldmlab.first_stages.tiled import TiledFirstStage
-from ldmlab.inference.inputs import SMALL
-from ldmlab.samplers import sampler_by_name
+
+if TYPE_CHECKING:
+    from ldmlab.contracts import Sampler
+
+SAMPLERS = sorted(path.stem for path in (Path(__file__).parents[1] / "samplers").glob("[!_]*.py"))
+STRENGTH = 0.6  # default of image to image
+REPEATS = 5  # default where a model fills holes without having been trained for it
+LONGEST = 2**16  # px
+
+
+def _option(default: Any, text: str, least: float | None = None, most: float = math.inf, words: str = "") -> Any:
+    """A field with its help; numbers lie within `least` .. `most`, words are among `words`."""
+    return field(default=default, metadata={"help": text, "least": least, "most": most, "words": words.split()})
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Written into every image and every score."""
+    """None is replaced by the default of the sampler or the model (`LoadedModel.resolved`)."""
 
-    steps: int | None = None  # None: the sampler's own, 50 for DDIM, every level of the schedule for DDPM
-    guidance_scale: float | None = None  # None: 3 if the model was trained for it, else 1 (off)
-    eta: float | None = None  # fresh noise per step: 0 none, 1 as DDPM; None: the sampler's own
-    seed: int = 0
-    size: int | tuple[int, int] | None = None  # side, or height and width, px; None: as trained
-    sampler: str = "ddim"  # a file of ldmlab/samplers/
-    spacing: str | None = None  # official | linspace | trailing | karras | log_snr; None: the sampler's own
-    strength: float | None = None  # share of the schedule walked from init_image; None: 0.6 if there is one
-    repeats: int | None = None  # of each step, to fill a hole by a model not trained for it; None: 5 where it is so
-    tile: int | None = None  # side of the first stage's parts, px; 0: the whole at once; None: 512 above 1024x1024
-    tile_norms: str = "shared"  # shared | separate: group-norm statistics of the parts
-    window: int | None = None  # side of windows that are denoised one by one, px; 0: the whole; None: see parts.py
+    steps: int | None = _option(None, "sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)", 1)
+    guidance_scale: float | None = _option(
+        None, "of classifier-free guidance; 1 is off (3 if the model was trained for it, else 1)"
+    )
+    eta: float | None = _option(None, "fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)", 0)
+    seed: int = _option(0, "with an image's number it decides the noise (0)", 0, 2**64 - 1)
+    size: int | tuple[int, int] | None = _option(None, "HEIGHTxWIDTH or one side, px (as trained)", 1, LONGEST)
+    sampler: str = _option("ddim", f"{' | '.join(SAMPLERS)} (ddim)")
+    spacing: str | None = _option(
+        None, "of the steps: official | linspace | trailing | karras | log_snr (the sampler's own)"
+    )
+    strength: float | None = _option(
+        None, f"with --from: near 0 keeps the image, 1 forgets it ({STRENGTH}; with --mask 1)", 1e-6, 1
+    )
+    repeats: int | None = _option(
+        None, f"of each step where a model fills holes without having been trained for it ({REPEATS}); 1: fastest", 1
+    )
+    tile: int | None = _option(None, "decode in tiles of this side, px; 0: at once (512 above 1024x1024)", 0)
+    tile_norms: str = _option(
+        "shared", "shared: as decoded at once | separate: faster, tones may differ (shared)", words="shared separate"
+    )
+    window: int | None = _option(None, "denoise in windows of this side, px; 0: at once (docs/large_images.md)", 0)
 
-    def filled(
-        self, *, guidance_scale: float, size: tuple[int, int], levels: int, strength: float | None, repeats: int | None
-    ) -> "SampleSettings":
-        """Without any None but what a given image alone asks for; the sampler's own options are checked."""
-        sampler = self.build_sampler()
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"seed={self.seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
-        usual = getattr(sampler, "steps", None) or levels
-        steps = usual if self.steps is None else self.steps
-        spacing = self.spacing or getattr(sampler, "spacing", "linspace")
-        eta = getattr(sampler, "eta", 0.0)
-        known: dict[str, Any] = {
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "size": size,
-            "spacing": spacing,
-            "eta": eta,
-        }
-        return replace(self, strength=strength, repeats=repeats, **known)
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name == "size" and isinstance(value, tuple | list):
+                object.__setattr__(self, "size", tuple(_checked("size", side) for side in _pair(value)))
+            elif value is not None or one.default is not None:
+                object.__setattr__(self, one.name, _checked(one.name, value))
 
-    def build_sampler(self) -> Sampler:
-        """With eta, if it asks for another than the sampler's own; samplers that have none take 0 as said already."""
+    def build_sampler(self) -> "Sampler":
+        """With eta where it differs from the sampler's own; a sampler without eta accepts 0."""
+        from ldmlab.samplers import sampler_by_name
+
         sampler = sampler_by_name(self.sampler)
         if self.eta is None or self.eta == getattr(sampler, "eta", 0.0):
             return sampler
         return sampler_by_name(self.sampler, eta=self.eta)
 
+    def filled(
+        self, *, levels: int, inputs: Set[str] | None = None, fills_holes: bool = True, **known: Any
+    ) -> "ResolvedSettings":
+        """With the sampler's defaults and what is `known` of the model.
+
+        levels: of the schedule. inputs: names of those of an image; None: unknown. fills_holes: by a model that was
+        not trained for it.
+        """
+        sampler = self.build_sampler()
+        known["steps"] = (getattr(sampler, "steps", None) or levels) if self.steps is None else self.steps
+        known["spacing"] = self.spacing or getattr(sampler, "spacing", "linspace")
+        known["eta"] = getattr(sampler, "eta", 0.0)
+        if inputs is not None:
+            starts, fills = "init_image" in inputs, fills_holes and "mask" in inputs
+            if self.strength is not None and not starts:
+                raise InputError(f"strength={self.strength} needs an image to start from; give init_image.")
+            if self.repeats is not None and not fills:
+                raise InputError(
+                    f"repeats={self.repeats} is for holes filled by a model that was not trained for it; leave it out."
+                )
+            known["strength"] = STRENGTH if starts and self.strength is None else self.strength
+            known["repeats"] = REPEATS if fills and self.repeats is None else self.repeats
+        return ResolvedSettings(**{**asdict(self), **known})
+
     def as_text(self) -> dict[str, Any]:
-        """Plain values for files; the size as height x width; nothing of images or parts where there are none."""
+        """Plain values for files, the size as HEIGHTxWIDTH; options of images and tiles only where they are used."""
         values = asdict(self)
         absent = [name for name in ("tile", "window", "strength", "repeats") if not values[name]]
         absent += ["tile_norms"] * (not self.tile)
@@ -68,39 +105,105 @@ class SampleSettings:
         return values
 
 
-LARGE = 1024 * 1024  # pixels; images above go through the first stage in parts
-TILE = 512  # px
+class ResolvedSettings(SampleSettings):
+    """Checked against a model and its inputs, every default filled in."""
 
 
-def with_parts(
-    settings: SampleSettings,  # with a size
-    diffusion: LatentDiffusion,
-    trained: int,  # shorter side of the images it was trained on, px
-    reads: frozenset[str],
-) -> SampleSettings:
-    """Settings with tile and window filled in, 0 where the whole is taken at once; what cannot be is refused."""
-    assert isinstance(settings.size, tuple)
-    size = settings.size
-    tile = chosen_tile(settings.tile, size[0] * size[1])
-    if tile:
-        TiledFirstStage(diffusion.first_stage, tile, settings.tile_norms)
-    window = settings.window
-    if window is None:
-        window = trained if SMALL in reads and max(size) > 2 * trained else 0
-    if window:
-        latent_windows(size, window, int(diffusion.first_stage.downsampling))  # type: ignore[arg-type]
-        if "boxes" in reads:
-            raise InputError(
-                f"window={window} would draw all boxes in every window; leave it out and sample the whole at once."
-            )
-    return replace(settings, tile=tile, window=window)
+def split(options: Mapping[str, Any]) -> tuple[SampleSettings, dict[str, Any]]:
+    """Settings, and what is left: options that are no settings."""
+    names = {one.name for one in fields(SampleSettings)}
+    settings = SampleSettings(**{name: value for name, value in options.items() if name in names})
+    return settings, {name: value for name, value in options.items() if name not in names}
 
 
-def chosen_tile(tile: int | None, pixels: int) -> int:
-    """The side asked for, or 512 for images above 1024 x 1024; 0: the whole at once."""
-    return (TILE if pixels > LARGE else 0) if tile is None else tile
+def parsed(name: str, text: str) -> Any:
+    """The value of a setting typed as text; another type is refused."""
+    if name == "size":
+        sides = text.lower().split("x")
+        if len(sides) > 2 or not all(side.isascii() and side.isdecimal() for side in sides):
+            raise InputError(f"size={text} is not a size; write HEIGHTxWIDTH, for instance 64x96.")
+        return (_checked("size", int(sides[0])), _checked("size", int(sides[-1])))
+    kind = _kind(name)
+    try:
+        value = kind(text)
+    except ValueError:
+        raise InputError(f"{name}={text:.40} is not {_KINDS[kind]}; {_way_out(name)}") from None
+    return _checked(name, value)
 
 
-def in_parts(diffusion: LatentDiffusion, tile: int | None, norms: str = "shared") -> AbstractContextManager[Any]:
-    """Inside, the model encodes and decodes in parts of `tile` pixels; 0 or None: at once."""
-    return diffusion.through(TiledFirstStage(diffusion.first_stage, tile, norms) if tile else None)
+def variants(settings: SampleSettings, sweep: str | None) -> tuple[str | None, dict[str, SampleSettings]]:
+    """`steps=1,2,5` => the name, and settings by the end of their images' file names; without a sweep one of ''."""
+    if sweep is None:
+        return None, {"": settings}
+    name, _, values = sweep.partition("=")
+    names = [one.name for one in fields(SampleSettings)]
+    if name not in names or not values.strip(","):
+        raise InputError(f"sweep={sweep} is not a sweep; write one of {', '.join(names)} with values: steps=1,2,5.")
+    found = [parsed(name, text.strip()) for text in values.split(",")]
+    return name, {f"_{name}-{_written(value)}": replace(settings, **{name: value}) for value in found}
+
+
+def _written(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+_KINDS: dict[Callable[[Any], Any], str] = {int: "a whole number", float: "a finite number", str: "text"}
+
+
+def _kind(name: str) -> Callable[[Any], Any]:
+    """int, float or str: what a setting's annotation begins with."""
+    annotation = SampleSettings.__annotations__[name]
+    return next(kind for kind in _KINDS if kind in getattr(annotation, "__args__", (annotation,)))
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A setting's value of the right type within its limits, or an InputError."""
+    kind, limits = _kind(name), SampleSettings.__dataclass_fields__[name].metadata
+    if kind is not str:
+        value = _number(name, kind, value)
+        least, most = limits["least"], limits["most"]
+        if least is not None and not least <= value <= most:
+            raise InputError(f"{name}={value} is outside {_limits(least, most)}; {_way_out(name)}")
+        return value
+    if not isinstance(value, str):
+        raise InputError(f"{name}={value!r:.40} is not text; {_way_out(name)}")
+    if limits["words"] and value not in limits["words"]:
+        raise InputError(f"{name}={value} is unknown; choose {' or '.join(limits['words'])}.")
+    return value
+
+
+def _number(name: str, kind: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        number = kind(value)
+        fits = not isinstance(value, bool | str) and math.isfinite(number) and (kind is float or number == value)
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise InputError(f"{name}={value!r:.40} is not {_KINDS[kind]}; {_way_out(name)}")
+    return number
+
+
+def _pair(value: Any) -> Any:
+    if len(value) != 2:
+        raise InputError(f"size={value!r:.40} is not a size; give one side, or height and width, px.")
+    return value
+
+
+def _limits(least: float, most: float) -> str:
+    ends = {2**64 - 1: "2^64 - 1"}
+    return f"{least} and above" if most == math.inf else f"{least} .. {ends.get(int(most), most)}"
+
+
+def _way_out(name: str) -> str:
+    ways = {
+        "guidance_scale": "choose 1 (off) or for instance 3.",
+        "strength": "choose 0.3 for small changes, 0.8 for large ones.",
+        "repeats": f"choose 1 (fastest) or {REPEATS} (fits better).",
+        "seed": "choose a non-negative integer.",
+        "size": "write HEIGHTxWIDTH, for instance 64x96.",
+        "steps": "choose for instance 50.",
+        "sampler": f"choose one of {', '.join(SAMPLERS)}.",
+        "spacing": "choose one of those in docs/samplers.md.",
+        "eta": "choose 0 (no fresh noise) or 1 (as DDPM).",
+    }
+    return ways.get(name, "choose 0 (at once) or for instance 512.")

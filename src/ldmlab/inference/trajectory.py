@@ -1,12 +1,14 @@
-"""The way from noise to image, decoded while it is walked."""
+"""Denoising trajectory: the noisy latents of a sampling run as decoded images."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldmlab.inference.grids import save_animation, table
+from ldmlab.inference.inputs import Inputs
 from ldmlab.inference.model import LoadedModel, as_images
 from ldmlab.inference.sample_settings import SampleSettings
 
@@ -14,7 +16,7 @@ FRAMES = 48  # of an animation, at most
 COLUMNS = 10  # of a row
 
 
-class Strip:
+class Trajectory:
     """An `after_step` that keeps decoded images of one batch at a time."""
 
     def __init__(self, model: LoadedModel, settings: SampleSettings) -> None:
@@ -33,15 +35,23 @@ class Strip:
         return x
 
     @torch.inference_mode()
-    def take(self, requests: Sequence[Mapping[str, Any]], numbers: list[int]) -> list[list[np.ndarray]]:
-        """Frames per image of the batch just finished, what it began with first; forgets them."""
+    def take(self, inputs: Sequence[Inputs], numbers: list[int]) -> list[list[np.ndarray]]:
+        """Frames per image of the batch just finished, from its start on; they are not kept."""
         assert isinstance(self.settings.size, tuple)
         height, width = self.settings.size
-        start = self.model.begin(requests, self.settings, numbers)
+        start = self.model.begin(inputs, self.settings, numbers)
         frames = [as_images(self.model.diffusion.decode(start)), *self._frames]
         frames = [frame[:, :height, :width] for frame in frames]
         self._frames = []
         return [[frame[i].numpy() for frame in frames] for i in range(len(numbers))]
+
+    def save(self, folder: Path, inputs: Sequence[Inputs], numbers: list[int], labels: Sequence[str]) -> None:
+        """NUMBER_trajectory.png, a row, and .webp, an animation, of each image of the batch just finished."""
+        columns, titles = self.columns(), self.titles()
+        for number, text, frames in zip(numbers, labels, self.take(inputs, numbers), strict=True):
+            row = table([[frames[c] for c in columns]], [titles[c] for c in columns], [text])
+            row.save(folder / f"{number:06d}_trajectory.png")
+            save_animation(folder / f"{number:06d}_trajectory.webp", frames)
 
     def titles(self) -> list[str]:
         """Of the frames: how many steps have been taken."""
@@ -50,5 +60,5 @@ class Strip:
     def columns(self) -> list[int]:
         """Which frames make the row: evenly spaced, both ends."""
         count = len(self.kept) + 1
-        wanted = min(COLUMNS, count)
-        return [round(k * (count - 1) / (wanted - 1)) for k in range(wanted)]
+        shown = min(COLUMNS, count)
+        return [round(k * (count - 1) / (shown - 1)) for k in range(shown)]

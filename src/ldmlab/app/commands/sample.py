@@ -1,22 +1,24 @@
-"""`ldmlab sample MODEL "a prompt" ...`: images with their settings inside, a grid, strips, sweeps."""
+"""`ldmlab sample MODEL "a prompt" ...`: images with their settings inside, a grid, trajectories, sweeps."""
 
 import argparse
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldmlab.app.commands.sample_guiders import add_guider_options, check_guider_options, guiders_of
-from ldmlab.app.commands.sample_job import Job
-from ldmlab.app.commands.sample_requests import add_request_options, check_request_options, read_lines, requests_of
+from ldmlab.app.commands.sample_prompts import Inputs, Prompts, add_prompt_options, label
 from ldmlab.errors import InputError
+from ldmlab.inference.sample_settings import SampleSettings, parsed, variants
 
 if TYPE_CHECKING:
-    from ldmlab.inference.sample_settings import SampleSettings
+    from ldmlab.inference.model import LoadedModel
+    from ldmlab.inference.sample_settings import ResolvedSettings
 
-SWEEPS = {
-    **{"steps": int, "guidance_scale": float, "eta": float, "seed": int, "sampler": str, "spacing": str},
-    **{"strength": float, "repeats": int},
-}
-
+MOST_SHOWN = 144  # images in one grid
+_OTHERS = ("sweep", "precision", "weights", "device", "guider", "guider_image", "classifier")  # options in errors
 EPILOG = """examples:
   ldmlab sample runs/emoji-1a2b "a red apple" "a clock" --guidance-scale 3
   ldmlab sample runs/emoji-1a2b --prompts prompts.txt --count 4 --size 64x96
@@ -30,7 +32,8 @@ EPILOG = """examples:
   ldmlab sample runs/upscaler-1a2b --task super_resolution small.png
   ldmlab sample runs/landscapes-1a2b map.png --tile 512                          as large as the map
   ldmlab sample runs/imagenet-1a2b 207 980 --classifier runs/classifier-3c4d --classifier-scale 10
-  torchrun --nproc-per-node 2 -m ldmlab sample runs/emoji-1a2b --prompts prompts.txt"""
+  torchrun --nproc-per-node 2 -m ldmlab sample runs/emoji-1a2b --prompts prompts.txt
+  srun -n8 ldmlab sample runs/emoji-1a2b --prompts prompts.txt"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = EPILOG
     add("model", type=Path, help="model folder, run folder or checkpoint")
-    add_request_options(parser)
-    add("--count", type=int, default=1, help="images per prompt (1)")
-    add("--steps", type=int, help="sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)")
-    add("--guidance-scale", type=float, help="1 is off (3 if the model was trained for it, else 1)")
-    add_guider_options(parser)
-    add("--eta", type=float, help="fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)")
-    add("--seed", type=int, default=0, help="with an image's number it decides the noise (0)")
+    add_prompt_options(parser)
+    for setting in fields(SampleSettings):
+        add(f"--{setting.name.replace('_', '-')}", metavar=setting.name.upper(), help=setting.metadata["help"])
+    add("--classifier", type=Path, help="guide by this stage=classifier run to the classes given as prompts")
+    add("--classifier-scale", type=float, help="how strongly (10, the paper's)")
+    add("--guider", help="squared | lpips: guide the decoded estimate to the low-resolution image, or --guider-image")
+    add("--guider-weight", type=float, help="how strongly (1)")
+    add("--guider-image", type=Path, help="an image to guide all samples to, no larger than they are")
     add("--first-index", type=int, default=0, help="number of the first image, to make one of many again (0)")
-    add("--size", help="HEIGHTxWIDTH or one side, px (as trained)")
-    add("--tile", type=int, help="decode in parts of this side, px; 0: at once (512 above 1024x1024)")
-    add("--tile-norms", default="shared", help="shared: as decoded whole | separate: faster, tones may differ (shared)")
-    add("--window", type=int, help="denoise in windows of this side, px; 0: at once (docs/large_images.md)")
-    add("--sampler", default="ddim", help=f"{' | '.join(_samplers())} (ddim)")
-    add("--spacing", help="steps of the schedule: official | linspace | trailing | karras | log_snr (its own)")
-    add("--sweep", help=f"one image per setting, such as steps=1,2,5,10,25,50; of {', '.join(SWEEPS)}")
-    add("--trajectory", action="store_true", help="also the way from noise to image, as a row and as an animation")
+    add("--sweep", help="one image per value of a setting, such as steps=1,2,5,10,25,50")
+    add("--trajectory", action="store_true", help="also the denoising trajectory, as a row and as an animation")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")
     add("--batch-size", type=int, default=16, help="images at once; changes the speed only (16)")
     add("--weights", default="averaged", help="averaged | raw, for runs (averaged)")
@@ -61,98 +59,172 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="float32", help="float32 | bfloat16 | float16 (float32)")
 
 
-def _samplers() -> list[str]:
-    """The files of ldmlab/samplers, which this command does not import for its help."""
-    return sorted(path.stem for path in (Path(__file__).parents[2] / "samplers").glob("[!_]*.py"))
-
-
 def run(args: argparse.Namespace) -> int:
-    """Check everything, load, sample, draw the sheets."""
-    lines = read_lines(args)
-    size, sweep = _size(args.size), _sweep(args.sweep)
-    if args.count < 1 or args.batch_size < 1 or args.first_index < 0:
-        raise InputError("--count and --batch-size start at 1 and --first-index at 0; choose larger values.")
-    if args.trajectory and sweep:
-        raise InputError("--trajectory and --sweep draw different sheets; use one at a time.")
-    _check_folder(args.out)
-    check_guider_options(args)
-    check_request_options(args)
+    """Check everything, load, sample, write images and grids."""
+    with _options_as_typed():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    typed = {one.name: getattr(args, one.name) for one in fields(SampleSettings)}
+    settings = SampleSettings(**{name: parsed(name, text) for name, text in typed.items() if text is not None})
+    swept, by_name = variants(settings, args.sweep)
+    _check_options(args)
+    prompts = Prompts.of(args)
+    lines = prompts.lines()
 
     from ldmlab import distributed
-    from ldmlab.build import load
-    from ldmlab.inference.inputs import check_size
 
-    rank, world = distributed.join()
+    rank, _ = distributed.join(datetime.timedelta(hours=2))  # only short messages pass, some after a long wait
     try:
-        model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
-        model.with_guiders(*guiders_of(args, model))
-        requests = requests_of(model, lines, args, size)
-        model.check(requests)
-        settings = _settings(args, size)
-        variants = [(None, settings)] if sweep is None else _variants(settings, *sweep)
-        resolved = [(name, model.resolved(variant, requests)) for name, variant in variants]
-        for _, variant in resolved:
-            assert isinstance(variant.size, tuple)
-            for request in requests[:: args.count]:
-                check_size(request, variant.size, model.enlargement)
-        folder = distributed.shared(lambda: _new_folder(args.out, args.model))
-        job = Job(model, requests, resolved, folder, args, rank, world)
-        job.sample()
-        distributed.barrier()
-        if rank == 0:
-            job.draw_sheet(sweep[0] if sweep else None)
-            print(f"{len(requests) * len(resolved)} images in {folder}")
+        with _loaded(args, prompts, lines, settings, by_name) as job:
+            job.sample(args.batch_size, trajectory=args.trajectory)
+            distributed.barrier()
+            if rank == 0:
+                job.save_grid(swept, prompts.count)
+                print(f"{len(job.inputs) * len(job.variants)} images in {job.folder}")
     finally:
         distributed.leave()
     return 0
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    """64x96 is 64 high and 96 wide; 64 is square."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise InputError(f"--size {text} is no size; write HEIGHTxWIDTH, for instance 64x96.")
-    return int(sides[0]), int(sides[-1])
+@contextmanager
+def _loaded(
+    args: argparse.Namespace,
+    prompts: Prompts,
+    lines: list[str | Inputs],
+    settings: SampleSettings,
+    by_name: Mapping[str, SampleSettings],
+) -> "Iterator[Job]":
+    """The model and all it is to make, checked before the folder is made."""
+    from ldmlab.build import load
+    from ldmlab.inference.inputs import check_size
+
+    model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
+    if args.classifier or args.guider:
+        from ldmlab.app.guiders import guiders_by_option
+
+        model.with_guiders(*guiders_by_option(vars(args), model))
+    inputs = prompts.inputs(model, lines, settings.size if isinstance(settings.size, tuple) else None)
+    model.check(inputs)
+    resolved = {name: model.resolved(variant, inputs) for name, variant in by_name.items()}
+    for variant in resolved.values():
+        assert isinstance(variant.size, tuple)
+        for one in inputs[:: prompts.count]:
+            check_size(one, variant.size, model.enlargement)
+    with _own_folder(args.out, args.model) as folder, _memory_explained():
+        yield Job(model, inputs, resolved, folder, args.first_index)
 
 
-def _sweep(text: str | None) -> tuple[str, list[Any]] | None:
-    """steps=1,2,5 => ("steps", [1, 2, 5])."""
-    if text is None:
-        return None
-    name, _, values = text.partition("=")
-    try:
-        return name, [SWEEPS[name](value) for value in values.split(",")]
-    except (KeyError, ValueError) as error:
-        known = ", ".join(SWEEPS)
-        raise InputError(f"--sweep {text} is no sweep; write one of {known} with values: steps=1,2,5.") from error
+@dataclass(frozen=True)
+class Job:
+    """The images of one call; number `first + i` is that of entry i."""
+
+    model: "LoadedModel"
+    inputs: list[Inputs]
+    variants: "Mapping[str, ResolvedSettings]"  # by the end of their images' file names
+    folder: Path
+    first: int
+
+    def sample(self, batch_size: int, *, trajectory: bool) -> None:
+        """This process's images to files."""
+        from ldmlab import distributed
+        from ldmlab.inference.grids import save_png
+        from ldmlab.inference.model import generate
+        from ldmlab.inference.trajectory import Trajectory
+
+        rank, world = distributed.rank(), distributed.world_size()
+        mine = len(range(rank, len(self.inputs), world))
+        total = mine * sum(len(self.model.grid(settings)) - 1 for settings in self.variants.values())
+        with _progress(total, quiet=rank > 0) as count:
+            for name, settings in self.variants.items():
+                frames = Trajectory(self.model, settings) if trajectory else None
+
+                def after_step(step: int, x: Any, clean: Any, frames: Trajectory | None = frames) -> Any:
+                    count(len(x))
+                    return x if frames is None else frames(step, x, clean)
+
+                for numbers, images in generate(
+                    self.model,
+                    self.inputs,
+                    settings,
+                    batch_size=batch_size,
+                    rank=rank,
+                    world=world,
+                    first_index=self.first,
+                    after_step=after_step,
+                ):
+                    for number, image in zip(numbers, images.numpy(), strict=True):
+                        save_png(self.path(number, name), image, self._record(number, settings))
+                    if frames is not None:
+                        own = [self.inputs[number - self.first] for number in numbers]
+                        frames.save(self.folder, own, numbers, [label(one) for one in own])
+
+    def path(self, number: int, name: str) -> Path:
+        """000012.png, in a sweep 000012_steps-5.png."""
+        return self.folder / f"{number:06d}{name}.png"
+
+    def _record(self, number: int, settings: "ResolvedSettings") -> dict[str, Any]:
+        """What it takes to make the image again."""
+        from importlib.metadata import version
+
+        info, own = self.model.info, self.inputs[number - self.first]
+        prompt = {"prompt" if field == "caption" else field: value for field, value in own.items()}
+        known = {f"model {key}": info[key] for key in ("path", "fingerprint", "weights", "step") if key in info}
+        more = {"precision": self.model.precision, "ldmlab": version("ldmlab")}
+        return {**prompt, "index": number, **settings.as_text(), **info.get("guiders", {}), **known, **more}
+
+    def save_grid(self, swept: str | None, count: int) -> None:
+        """grid.png, or sweep_NAME.png with a row per image; of at most MOST_SHOWN images."""
+        import numpy as np
+        from PIL import Image
+
+        from ldmlab.inference.grids import grid, table
+
+        shown = self.inputs[: max(MOST_SHOWN // len(self.variants), 1)]
+        numbers = range(self.first, self.first + len(shown))
+        rows = [[np.asarray(Image.open(self.path(n, name))) for name in self.variants] for n in numbers]
+        labels = [label(one) for one in shown]
+        if swept is not None:
+            titles = [name.removeprefix("_").replace("-", " ", 1) for name in self.variants]
+            table(rows, titles, labels).save(self.folder / f"sweep_{swept}.png")
+        else:
+            columns = count if 1 < count <= 16 else None
+            grid([row[0] for row in rows], labels, columns).save(self.folder / "grid.png")
 
 
-def _settings(args: argparse.Namespace, size: tuple[int, int] | None) -> "SampleSettings":
-    from ldmlab.inference.sample_settings import SampleSettings
+@contextmanager
+def _progress(total: int, *, quiet: bool) -> Iterator[Any]:
+    """Counts steps of images."""
+    from rich.console import Console
 
-    names = (
-        "steps",
-        "guidance_scale",
-        "eta",
-        "seed",
-        "sampler",
-        "spacing",
-        "strength",
-        "repeats",
-        "tile",
-        "tile_norms",
-        "window",
-    )
-    return SampleSettings(size=size, **{name: getattr(args, name) for name in names})
+    from ldmlab.app.progress import bar
+
+    done = 0
+    with bar("sampling", "steps", Console(stderr=True, quiet=quiet)) as show:
+        show(0, total)
+
+        def count(images: int) -> None:
+            nonlocal done
+            done += images
+            show(done, total)
+
+        yield count
 
 
-def _variants(settings: "SampleSettings", name: str, values: list[Any]) -> "list[tuple[str | None, SampleSettings]]":
-    from dataclasses import replace
-
-    changes: list[dict[str, Any]] = [{name: value} for value in values]
-    return [(f"{name}-{value}", replace(settings, **change)) for value, change in zip(values, changes, strict=True)]
+def _check_options(args: argparse.Namespace) -> None:
+    """Options that mean nothing, alone or together."""
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size} holds no image; choose 1 or more.")
+    if not 0 <= args.first_index < 2**62:
+        raise InputError(f"--first-index {args.first_index} is outside 0 .. 2^62; choose a smaller number.")
+    if args.trajectory and args.sweep:
+        raise InputError("--trajectory and --sweep make different grids; use one at a time.")
+    for option, needs in (("classifier_scale", "classifier"), ("guider_weight", "guider"), ("guider_image", "guider")):
+        if getattr(args, option) is not None and getattr(args, needs) is None:
+            typed = f"--{option.replace('_', '-')} {getattr(args, option)}"
+            raise InputError(f"{typed} does nothing without --{needs}; add it.")
+    _check_folder(args.out)
 
 
 def _check_folder(out: Path | None) -> None:
@@ -160,18 +232,69 @@ def _check_folder(out: Path | None) -> None:
         raise InputError(f"--out {out} is in use; give a new or empty folder.")
 
 
-def _new_folder(out: Path | None, model: Path) -> Path:
-    """The asked folder, or the first free outputs/MODEL-N."""
-    if out is not None:
+@contextmanager
+def _own_folder(out: Path | None, model: Path) -> Iterator[Path]:
+    """The folder of --out, or the first free outputs/MODEL-N, which no other command uses meanwhile."""
+    from ldmlab import distributed
+    from ldmlab.files import FileLock
+
+    locks: list[FileLock] = []
+
+    def make() -> Path:
         _check_folder(out)
-        out.mkdir(parents=True, exist_ok=True)
-        return out
+        folder = _new_folder(out, model)
+        locks.append(FileLock(folder / ".sampling"))
+        if not locks[0].take():
+            locks.clear()
+            raise InputError(f"--out {folder} is in use by another process; give a new or empty folder.")
+        return folder
+
+    folder = distributed.shared(make)
+    try:
+        yield folder
+    finally:
+        for lock in locks:
+            lock.release(remove=True)
+            with suppress(OSError):
+                folder.rmdir()  # nothing was written
+
+
+def _new_folder(out: Path | None, model: Path) -> Path:
     number = 1
     while True:
-        folder = Path("outputs") / f"{model.resolve().stem}-{number}"
+        folder = out or Path("outputs") / f"{model.resolve().stem}-{number}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=out is not None)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be made ({error.strerror}); give another folder.") from error
         else:
             return folder
+
+
+@contextmanager
+def _options_as_typed() -> Iterator[None]:
+    """Settings are `steps=9` in Python; an error of the command names `--steps 9`."""
+    try:
+        yield
+    except InputError as error:
+        names = [*(one.name for one in fields(SampleSettings)), *_OTHERS]
+        message = re.sub(rf"(?<![\w.-])({'|'.join(names)})=", lambda m: f"--{m[1].replace('_', '-')} ", str(error))
+        raise InputError(message) from error
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """What does not fit into memory becomes one sentence."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise InputError(
+            "the images of one batch do not fit into memory; choose a smaller --batch-size or --size, or --tile 512 "
+            "and --window."
+        ) from error
