@@ -302,7 +302,7 @@ def test_a_negative_prompt(files: Path) -> None:
     ("words", "message"),
     [
         (["3", "--strength", "0.5"], "--strength 0.5 needs an image"),
-        (["3", "--from", "photo.png", "--strength", "0"], "--strength 0.0 is outside 1e-06 .. 1"),
+        (["3", "--from", "photo.png", "--strength", "0"], "--strength 0 is outside 1e-06 .. 1"),
         (
             ["3", "--from", "photo.png", "--strength", "0.1", "--steps", "2", "--spacing", "trailing"],
             "--strength 0.1 leaves none of 2",

@@ -122,13 +122,13 @@ def parsed(name: str, text: str) -> Any:
         sides = text.lower().split("x")
         if len(sides) > 2 or not all(side.isascii() and side.isdecimal() for side in sides):
             raise InputError(f"size={text} is not a size; write HEIGHTxWIDTH, for instance 64x96.")
-        return (_checked("size", int(sides[0])), _checked("size", int(sides[-1])))
+        return (_checked("size", int(sides[0]), text), _checked("size", int(sides[-1]), text))
     kind = _kind(name)
     try:
         value = kind(text)
     except ValueError:
         raise InputError(f"{name}={text:.40} is not {_KINDS[kind]}; {_way_out(name)}") from None
-    return _checked(name, value)
+    return _checked(name, value, text)
 
 
 def variants(settings: SampleSettings, sweep: str | None) -> tuple[str | None, dict[str, SampleSettings]]:
@@ -156,14 +156,15 @@ def _kind(name: str) -> Callable[[Any], Any]:
     return next(kind for kind in _KINDS if kind in getattr(annotation, "__args__", (annotation,)))
 
 
-def _checked(name: str, value: Any) -> Any:
-    """A setting's value of the right type within its limits, or an InputError."""
+def _checked(name: str, value: Any, typed: str | None = None) -> Any:
+    """A setting's value of the right type within its limits, or an InputError that shows it as `typed`."""
     kind, limits = _kind(name), SampleSettings.__dataclass_fields__[name].metadata
     if kind is not str:
-        value = _number(name, kind, value)
+        shown = f"{value!r:.40}" if typed is None else typed[:40]
+        value = _number(name, kind, value, shown)
         least, most = limits["least"], limits["most"]
         if least is not None and not least <= value <= most:
-            raise InputError(f"{name}={value} is outside {_limits(least, most)}; {_way_out(name)}")
+            raise InputError(f"{name}={shown} is outside {_limits(least, most)}; {_way_out(name)}")
         return value
     if not isinstance(value, str):
         raise InputError(f"{name}={value!r:.40} is not text; {_way_out(name)}")
@@ -172,14 +173,14 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def _number(name: str, kind: Callable[[Any], Any], value: Any) -> Any:
+def _number(name: str, kind: Callable[[Any], Any], value: Any, shown: str) -> Any:
     try:
         number = kind(value)
         fits = not isinstance(value, bool | str) and math.isfinite(number) and (kind is float or number == value)
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
-        raise InputError(f"{name}={value!r:.40} is not {_KINDS[kind]}; {_way_out(name)}")
+        raise InputError(f"{name}={shown} is not {_KINDS[kind]}; {_way_out(name)}")
     return number
 
 
