@@ -103,15 +103,13 @@ def _categories(found: Mapping[str, Any], folder: Path) -> list[Block]:
     columns = ("held-out real images", "samples, validation captions", "samples, training captions")
     table = Table("", columns, (*rows, Row("ours", "mean over categories", means)), (note,), "category")
     blocks: list[Block] = [table, Text("Green frame: classified as the category of its caption.")]
-    for row in found["by_category"]:
-        for part, kind in ((found, "validation"), (seen, "training")):
-            cards = tuple(
-                Card(((one["file"], one["caption"]),), "", "right" if one["right"] else "wrong")
-                for one in part["images"]
-                if one["category"] == row["category"]
-            )
-            if cards:
-                blocks.append(Gallery(folder, cards, "small", f"{row['category']}, {kind} captions"))
+    for part, kind in ((found, "Validation"), (seen, "Training")):
+        images = sorted(part["images"], key=lambda one: str(one["category"]))
+        cards = tuple(
+            Card(((one["file"], one["caption"]),), str(one["category"]), "right" if one["right"] else "wrong")
+            for one in images
+        )
+        blocks.append(Gallery(folder, cards, "small", f"{kind} captions"))
     return blocks
 
 

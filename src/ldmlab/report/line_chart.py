@@ -118,13 +118,13 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers within the limits."""
+    """About `count` round numbers within the limits, at least two."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     first = math.ceil(low / step)
     found = [float(f"{k * step:.12g}") for k in range(first, math.floor(high / step) + 1)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)) if len(found) > 1 or count > 16 else ticks(low, high, 2 * count)
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -115,7 +115,7 @@ def _equal_budgets(factors: Sequence[FactorJobs], score: str) -> dict[str, Equal
 
 
 def _amount(value: float) -> str:
-    """A number that stays readable from a test to the paper's runs."""
+    """Without an exponent from 1e-4 to the paper's runs."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -203,7 +203,7 @@ def table(factors: Sequence[FactorJobs]) -> Table:
         lost = [f.reconstruction(name) for name in ("psnr", "fid")]
         cells = (
             *(" x ".join(map(str, job["latent"])), f"{job['parameters'] / 1e6:.1f} M"),
-            *(f"{job['forward'] / 1e9:.3g}", f"{job['max_steps']:,}", f"{last['flops'] / PETA:.3g}", hours),
+            *(f"{job['forward'] / 1e9:.3g}", f"{job['max_steps']:,}", _amount(last["flops"] / PETA), hours),
             *("–" if value is None else number_text(value) for value in lost),
             *(str(f.final(name) or "–") for name in scores),
             str(len(f.jobs)),
