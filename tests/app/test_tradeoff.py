@@ -10,10 +10,11 @@ import pytest
 from strange_images import make_folder
 from walk import TINY_CLIP
 
-import ldmlab.app.all_stages as all_stages
+import ldmlab.app.factor_stages as factor_stages
 from ldmlab.app import cli
+from ldmlab.app.all_stages import train_all_stages
 from ldmlab.app.compose import compose, conf_dir, plain
-from ldmlab.app.sweep_cache import content_key, data_content, once
+from ldmlab.app.factor_stages import content_key, data_content, once
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import denoiser_cost
@@ -57,7 +58,7 @@ def _options(root: Path) -> list[str]:
 def test_two_factors_train_once_each_and_stand_in_one_report(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
     encoded: list[str] = []
-    train, encode = all_stages.train, all_stages.encode_splits
+    train, encode = factor_stages.train, factor_stages.encode_splits
 
     def counted_train(config: dict, resume: str) -> None:
         trained.append(config["stage"]["name"])
@@ -67,19 +68,19 @@ def test_two_factors_train_once_each_and_stand_in_one_report(packed: Path, monke
         encoded.append(config["out"])
         encode(config)
 
-    monkeypatch.setattr(all_stages, "train", counted_train)
-    monkeypatch.setattr(all_stages, "encode_splits", counted_encode)
+    monkeypatch.setattr(factor_stages, "train", counted_train)
+    monkeypatch.setattr(factor_stages, "encode_splits", counted_encode)
     jobs = [_config(*_options(packed), f"first_stage={f}") for f in ("f2", "f4")]
-    parts = [all_stages.train_all_stages(config) for config in jobs]
+    parts = [train_all_stages(config) for config in jobs]
     assert trained == ["autoencoder", "clip", "diffusion", "autoencoder", "diffusion"]  # one CLIP for both
     assert len(encoded) == 2
 
-    again = [all_stages.train_all_stages(config) for config in jobs]
+    again = [train_all_stages(config) for config in jobs]
     assert [p.denoiser for p in again] == [p.denoiser for p in parts]
     assert len(trained) == 5
     assert len(encoded) == 2
 
-    seeded = all_stages.train_all_stages(_config(*_options(packed), "first_stage=f4", "seed=1"))
+    seeded = train_all_stages(_config(*_options(packed), "first_stage=f4", "seed=1"))
     assert trained[5:] == ["diffusion"]  # another seed takes up the first stage and its latents
     assert seeded.latents == parts[1].latents
 
@@ -119,19 +120,19 @@ def test_every_factor_builds_with_equal_parameters(recipe: str, size: str, digit
 def test_a_compute_budget_decides_the_steps() -> None:
     steps = {}
     for name in ("f1", "f16"):
-        factor = all_stages.Factor(_config(f"first_stage={name}", "stage.compute_budget=0.01"))
+        factor = factor_stages.Factor(_config(f"first_stage={name}", "stage.compute_budget=0.01"))
         assert factor.max_steps * factor.images_per_step * factor.cost.training <= 0.01e18
         assert (factor.max_steps + 1) * factor.images_per_step * factor.cost.training > 0.01e18
         steps[name] = factor.max_steps
     assert steps["f16"] > 10 * steps["f1"]
     with pytest.raises(InputError, match=r"stage\.compute_budget=1e-09"):
-        _ = all_stages.Factor(_config("stage.compute_budget=1e-9")).max_steps
+        _ = factor_stages.Factor(_config("stage.compute_budget=1e-9")).max_steps
 
 
 @pytest.mark.parametrize("option", ["run.dir=somewhere", "init_from=somewhere", "data.latents=somewhere"])
 def test_what_names_a_folder_is_refused(option: str) -> None:
     with pytest.raises(InputError, match=option.split("=")[0]):
-        all_stages.train_all_stages(_config(option))
+        train_all_stages(_config(option))
 
 
 def test_a_key_follows_the_images_and_not_their_place() -> None:
@@ -195,6 +196,6 @@ def test_a_part_that_another_job_makes_is_waited_for(
             (tmp_path / "part" / "mark").write_text("")
             other.communicate()
 
-        monkeypatch.setattr("ldmlab.app.sweep_cache.time.sleep", finish_the_other)
+        monkeypatch.setattr("ldmlab.app.factor_stages.time.sleep", finish_the_other)
         assert not once(tmp_path / "part", "mark", lambda: pytest.fail("made a second time"))
     assert "waiting for it" in capsys.readouterr().err

@@ -1,52 +1,28 @@
-"""stage=all: every stage of one downsampling factor in order, with the parts that exist taken as they are.
+"""stage=all: one job of the downsampling comparison, every stage of a factor and its scores.
 
-PATHS.RUNS/shared holds first_stage-KEY, clip-KEY and latents-KEY; the denoiser's run folder is NAME-fF-seedS-KEY. A key
-is a hash of everything that decides the content, so the same command again trains nothing twice and goes on where it
-stopped.
+Scored are the reconstructions, the denoiser over its training, and its last checkpoint over sampler steps.
 """
 
-import shlex
-import sys
+import json
+import os
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ldmlab import distributed
-from ldmlab.app.commands.encode import encode_splits
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.conditioning import build_conditioners, context_widths
-from ldmlab.app.plans import backbone_sizes, latent_spec
-from ldmlab.app.sweep_cache import content_key, data_content, once, trainer_content
-from ldmlab.app.wiring import check_names, train
-from ldmlab.build import LoadedFirstStage, load_first_stage
-from ldmlab.contracts import LatentSpec
-from ldmlab.data.shard_data import ShardData
+from ldmlab.app.factor_stages import Config, Factor, Parts, content_key, once
+from ldmlab.app.wiring import check_names
 from ldmlab.errors import InputError
-from ldmlab.evaluation.flops import DenoiserCost, denoiser_cost
-from ldmlab.instantiate import accepts, instantiate
-from ldmlab.training.run_folder import FINISHED
-
-Config = Mapping[str, Any]
-OWN = ("optimizer", "lr_schedule", "trainer", "stage")  # of each stage before the denoiser
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What one job made or found."""
-
-    first_stage: Path | None  # None: f = 1
-    clip: Path | None  # None: the features that are compared need none
-    latents: Path | None  # None: f = 1
-    denoiser: Path
-    trained: bool  # by this call
+from ldmlab.evaluation.flops import decoder_flops
+from ldmlab.files import write_text
+from ldmlab.report.tradeoff_jobs import FORMAT_VERSION, RECORD, trained_seconds
 
 
 def train_all_stages(config: Config) -> Parts:
     """One job of the comparison: train or take up every part, then score it."""
-    from ldmlab.app.factor_scores import score_factor
-
     check_names(config)
     for name, value in (("run.dir", config["run"]["dir"]), ("init_from", config["init_from"])):
         if value is not None:
@@ -60,139 +36,159 @@ def train_all_stages(config: Config) -> Parts:
     return parts
 
 
-class Factor:
-    """The stages of one factor, each as an ordinary run with its own options."""
+def score_factor(factor: Factor, parts: Parts) -> dict[str, Any]:
+    """Score what has no score yet; tradeoff.json in the denoiser's folder is what `ldmlab report` reads."""
+    scores = FactorScores(factor, parts)
+    record = scores.record()
+    record["points"] = scores.points()
+    record["reconstruction"] = scores.reconstruction()
+    record["seconds_per_image"] = scores.seconds_per_image()
+    if distributed.rank() == 0:
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        _keep(parts.denoiser, text)
+    distributed.barrier()
+    return record
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.options = config["stage"]
-        self.shared = Path(self.options["shared"])
-        self.data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
-        self.content = data_content(config["data"], self.data)
-        self.identity = not instantiate(config["first_stage"], where="first_stage").state_dict()
-        self._first_stage_run = Path(config["from_run"]) if config["from_run"] else None
 
-    def train(self) -> Parts:
-        """All parts in order."""
-        self.widths, self.cost  # noqa: B018 - what cannot be built is refused before hours of training
-        if not self.identity and self._first_stage_run is None:
-            self._first_stage_run = self._shared_run("first_stage", ("first_stage", "loss"), "autoencoder")
-        clip = self._shared_run("clip", ("clip",), "clip") if self._needs_clip() else None
-        latents = None if self.identity else self._encode()
-        return self._denoiser(clip, latents)
+def _keep(run: Path, text: str) -> None:
+    """Write the record; what is new in it goes to the run at W&B too."""
+    from ldmlab.app.wandb_runs import send_scores
 
-    # ---- what a factor is
+    if not (run / RECORD).exists() or (run / RECORD).read_text(encoding="utf-8") != text:
+        write_text(run / RECORD, text)
+        send_scores(run)
 
-    @cached_property
-    def latent(self) -> LatentSpec:
-        """Of the first stage as configured, or of the run that from_run names."""
-        module: Any = instantiate(self.config["first_stage"], where="first_stage")
-        return latent_spec(self.loaded.module if self._first_stage_run else module, self.data.image_size)
 
-    @property
-    def loaded(self) -> LoadedFirstStage:
-        """The trained first stage; not of f = 1."""
-        assert self._first_stage_run is not None
-        return load_first_stage(self._first_stage_run)
+class FactorScores:
+    """One factor's evaluations, each in a folder named by all that decides its numbers."""
 
-    @cached_property
-    def widths(self) -> dict[str, int]:
-        """Of the denoiser's conditioning, by slot."""
-        return context_widths(build_conditioners(self.config["conditioner"], self.latent), self.latent)
+    def __init__(self, factor: Factor, parts: Parts) -> None:
+        self.factor, self.parts = factor, parts
+        self.options = factor.options["evaluation"]
+        self.features = dict(self.options["features"])
+        if parts.clip is not None:
+            self.features["run"] = str(parts.clip)
 
-    @cached_property
-    def cost(self) -> DenoiserCost:
-        """Parameters and FLOPs of the denoiser."""
-        conditioners = build_conditioners(self.config["conditioner"], self.latent)
-        sizes = backbone_sizes(self.latent, conditioners, self.config["backbone"])
-        return denoiser_cost({**self.config["backbone"], **sizes}, self.latent, self.widths)
+    def record(self) -> dict[str, Any]:
+        """What the factor is and costs."""
+        factor, cost = self.factor, self.factor.cost
+        node = factor.config["first_stage"] if factor.identity else factor.loaded.spec
+        latent = factor.latent
+        return {
+            "format_version": FORMAT_VERSION,
+            "downsampling": latent.downsampling,
+            "latent": [latent.channels, latent.height, latent.width],
+            "seed": factor.config["seed"],
+            "max_steps": factor.max_steps,
+            "budget": "steps" if factor.options["compute_budget"] is None else "compute",
+            "images_per_step": factor.images_per_step,
+            "processes": distributed.world_size(),
+            **asdict(cost),
+            "decoder": 0 if factor.identity else decoder_flops(node, latent),
+            "first_stage": str(self.parts.first_stage or "identity"),
+            "first_stage_seconds": _last_seconds(self.parts.first_stage),
+            "latents": str(self.parts.latents or "images"),
+            "protocol": {name: value for name, value in self.options["protocol"].items() if name != "steps"},
+        }
 
-    @property
-    def images_per_step(self) -> int:
-        """Over all processes."""
-        trainer = self.config["trainer"]
-        return int(trainer["micro_batch"] * trainer["accumulate"] * distributed.world_size())
+    # ---- the denoiser
 
-    @property
-    def max_steps(self) -> int:
-        """trainer.max_steps, or as many as the compute budget pays for."""
-        if self.options["compute_budget"] is None:
-            return int(self.config["trainer"]["max_steps"])
-        budget, step = float(self.options["compute_budget"]) * 1e18, self.cost.training * self.images_per_step
-        if budget < step:
-            raise InputError(
-                f"stage.compute_budget={self.options['compute_budget']} (1e18 FLOPs) pays for no step of "
-                f"{step / 1e18:.3g}; give more."
-            )
-        return int(budget // step)
+    def points(self) -> list[dict[str, Any]]:
+        """Scores after equal parts of the training, and of the last checkpoint with other numbers of sampler steps."""
+        usual = self.options["protocol"]["steps"]
+        wanted = [(step, usual) for step in self.steps()]
+        wanted += [(self.factor.max_steps, steps) for steps in self.options["speed_steps"] if steps != usual]
+        return [self._point(step, steps) for step, steps in wanted]
 
-    # ---- the stages
+    def steps(self) -> list[int]:
+        """Of the training, at whose ends there are checkpoints."""
+        last, points = self.factor.max_steps, self.options["points"]
+        every = -(-last // points)
+        return sorted({*range(every, last, every), last})
 
-    def _shared_run(self, name: str, groups: tuple[str, ...], stage: str) -> Path:
-        """A run of an earlier stage, which every job of the same content takes up."""
-        own = {group: self.options[name][group] for group in OWN}
-        assert own["stage"]["name"] == stage
-        content = {group: self.config[group] for group in groups} | own
-        content |= {"trainer": trainer_content(own["trainer"]), "seed": self.options["shared_seed"]}
-        folder = self.shared / f"{name}-{content_key(content, self.content, distributed.world_size())}"
-        changed = {**own, "seed": self.options["shared_seed"], "from_run": None, "task": None}
-        once(folder, FINISHED, lambda: self._run(folder, changed))
-        return folder
+    def _point(self, step: int, sampler_steps: int) -> dict[str, Any]:
+        checkpoint = self.parts.denoiser / "checkpoints" / f"step_{step:08d}.ckpt"
+        if distributed.rank() == 0 and not checkpoint.exists():
+            raise InputError(f"{checkpoint} is gone, so this point cannot be scored; delete the run to train it again.")
+        protocol = {**self.options["protocol"], "steps": sampler_steps}
+        found = self._evaluated(checkpoint, protocol, f"step_{step:08d}-{sampler_steps}")
+        return {
+            "step": step,
+            "sampler_steps": sampler_steps,
+            "seconds": trained_seconds(self.parts.denoiser / "metrics.csv", step),
+            "flops": self.factor.cost.training * self.factor.images_per_step * step,
+            "scores": found["scores"],
+            "scored_by": {"features": found["features"], "reference": found["reference"]["manifest_hash"]},
+        }
 
-    def _run(self, folder: Path, changed: Config) -> None:
-        run = {**self.config["run"], "dir": str(folder)}
-        train({**self.config, **changed, "run": run}, resume=_this_command())
+    def _evaluated(self, model: Path, protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """metrics.json of one evaluation, made unless it is there."""
+        from ldmlab.app.evaluate import evaluate
 
-    def _needs_clip(self) -> bool:
-        features = self.options["evaluation"]["features"]
-        return accepts(features, "clip", where="stage.evaluation.features") and features.get("run") is None
-
-    def _encode(self) -> Path:
-        """Latents of both splits, by the first stage's weights and the images."""
-        told = {name: self.options["encode"][name] for name in ("mirror", "dtype")}
-        images = [self.data.manifest(split, "images").hash for split in ("train", "val")]
-        key = content_key(self.loaded.fingerprint, images, self.data.image_size, told)
-        folder = self.shared / f"latents-{key}"
+        run = model.parents[1] if model.suffix == ".ckpt" else model
+        told = (protocol, self.features, self.options["precision"], self.factor.content)
+        out = run / "evaluation" / f"{name}-{content_key(*told)}"
         content = {
-            **plain(compose("encode", ["from_run=given", "out=given"])),  # options that the sweep leaves as they are
-            **self.options["encode"],
-            **{"data": self.config["data"], "from_run": str(self._first_stage_run), "out": str(folder)},
-            **{"splits": ["train", "val"], "device": self.device, "seed": self.config["seed"]},
+            **plain(compose("evaluate", ["model=given"])),  # options that the sweep leaves as they are
+            **{"model": str(model), "weights": "averaged", "out": str(out), "protocol": protocol},
+            **{"features": self.features, "guiders": {}, "data": self.factor.config["data"], "images": []},
+            **{"batch_size": self.options["batch_size"], "device": self.factor.device},
+            **{"precision": self.options["precision"], "seed": 0, "wandb": False},
         }
+        once(out, "metrics.json", lambda: evaluate(content))
+        return dict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
 
-        def encode() -> None:
-            encode_splits(content)
-            if distributed.rank() == 0:
-                (folder / FINISHED).write_text("{}\n")
+    # ---- the first stage, and time
 
-        once(folder, FINISHED, encode)
-        return folder
+    def reconstruction(self) -> dict[str, Any] | None:
+        """Scores of the first stage; f = 1 loses nothing and has none."""
+        if self.parts.first_stage is None:
+            return None
+        return dict(self._evaluated(self.parts.first_stage, self.options["reconstruction"], "tradeoff")["scores"])
 
-    def _denoiser(self, clip: Path | None, latents: Path | None) -> Parts:
-        """The run that the comparison is about; a checkpoint stays for every point of the curves."""
-        points, steps = int(self.options["evaluation"]["points"]), self.max_steps
-        trainer = {
-            **self.config["trainer"],
-            "max_steps": steps,
-            "checkpoint_every": -(-steps // points),
-            "keep": points + 2,  # and what interruptions may add
-        }
-        stage = self.options["denoiser"]["stage"]
-        names = ("backbone", "conditioner", "diffusion", "task", "optimizer", "lr_schedule", "seed")
-        content = {name: self.config[name] for name in names} | {"stage": stage, "trainer": trainer_content(trainer)}
-        key = content_key(content, self.content, latents and latents.name, distributed.world_size())
-        label = f"{self.config['run']['name']}-f{self.latent.downsampling}-seed{self.config['seed']}-{key}"
-        folder = Path(self.config["paths"]["runs"]) / label
-        data = {**self.config["data"], "latents": latents and str(latents)}
-        changed = {"stage": stage, "trainer": trainer, "data": data, "from_run": None}
-        trained = once(folder, FINISHED, lambda: self._run(folder, changed))
-        return Parts(self._first_stage_run, clip, latents, folder, trained)
+    def seconds_per_image(self) -> dict[str, float]:
+        """Seconds for an image on one device by number of sampler steps, decoding included; kept once measured."""
+        path = self.parts.denoiser / "sampling_seconds.json"
+        known: dict[str, float] = {}
+        if path.exists() and not self.parts.trained:
+            known = json.loads(path.read_text())
+        wanted = sorted({*self.options["speed_steps"], self.options["protocol"]["steps"]})
+        if distributed.rank() == 0 and any(str(steps) not in known for steps in wanted):
+            known = self._timed(wanted)
+            path.write_text(json.dumps(known))
+        return dict(distributed.from_first(known))
 
-    @property
-    def device(self) -> str:
-        """For encoding and scoring."""
-        return {"cpu": "cpu", "gpu": "cuda"}.get(self.config["trainer"]["accelerator"], "auto")
+    def _timed(self, wanted: list[int]) -> dict[str, float]:
+        from dataclasses import replace
+
+        import torch
+
+        from ldmlab.build import load
+        from ldmlab.evaluation.protocol import Protocol
+        from ldmlab.evaluation.real_images import conditions
+        from ldmlab.evaluation.sources import requests
+        from ldmlab.inference.model import generate
+        from ldmlab.instantiate import instantiate
+
+        protocol: Protocol = instantiate(self.options["protocol"], where="protocol")
+        model = load(self.parts.denoiser, device=self.factor.device)
+        model.in_precision(self.options["precision"])
+        data = self.factor.data.with_task(model.diffusion.task)
+        count = self.options["batch_size"]
+        known = conditions(data, protocol.reference, sorted(model.reads), count)
+        asked = requests(replace(protocol, samples=count), model.reads, known)
+        taken = {}
+        for steps in (wanted[0], *wanted):  # the first time warms up
+            began = time.perf_counter()
+            list(generate(model, asked, replace(protocol.settings(), steps=steps), batch_size=count))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken[str(steps)] = (time.perf_counter() - began) / count
+        return taken
 
 
-def _this_command() -> str:
-    return " ".join(["python", "train.py", *map(shlex.quote, sys.argv[1:])])
+def _last_seconds(run: Path | None) -> float | None:
+    """How long a run took; None for one that has no table of numbers."""
+    if run is None or not os.path.exists(run / "metrics.csv"):
+        return None
+    return trained_seconds(run / "metrics.csv", None)

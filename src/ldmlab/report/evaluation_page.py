@@ -168,7 +168,8 @@ def _training(result: Mapping[str, Any], folder: Path) -> list[Block]:
     blocks: list[Block] = []
     for run in result.get("curves") or []:
         path = folder / run["file"]
-        if path.resolve().is_relative_to(folder.resolve()) and (charts := run_charts(path)):
+        inside = path.resolve().is_relative_to(folder.resolve())
+        if inside and path.is_file() and (charts := run_charts(path)):
             blocks.append(Charts(charts[:_FIRST_CHARTS], charts[_FIRST_CHARTS:], run["title"]))
     return blocks
 

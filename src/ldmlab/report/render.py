@@ -35,12 +35,12 @@ def write_page(path: Path, page: Page, points: str = "points.csv") -> Path:
 def html(page: Page, points: str = "") -> str:
     """One HTML file; `points`: name of the file with the numbers of its charts."""
     style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
-    return _template("page.html.j2").render(page=page, style=Markup(style), points=points)
+    return _text_of(_template("page.html.j2").render(page=page, style=Markup(style), points=points))
 
 
 def markdown(page: Page, folder: Path | None = None) -> str:
     """The page without its charts; images of `folder` by link."""
-    text = _template("page.md.j2").render(page=page, folder=folder)
+    text = _text_of(_template("page.md.j2").render(page=page, folder=folder))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -112,6 +112,11 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 # ---- templates
 
 
+def _text_of(rendered: str) -> str:
+    """Half a character, as a damaged caption has it, becomes a question mark: it cannot be written."""
+    return rendered.encode("utf-8", "replace").decode()
+
+
 @cache
 def _template(name: str) -> jinja2.Template:
     """HTML is escaped by itself; Markdown and LaTeX through the filters `md`, `cell`, `link` and `latex`."""
@@ -140,12 +145,12 @@ def _code(text: str) -> Markup:
 
 def _md(text: str) -> str:
     """One line of Markdown without HTML, links or images of its own."""
-    return re.sub(r"([\\`\[\]<])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`\[\]<])", r"\\\1", " ".join(str(text).split()))
 
 
 def _note(text: str) -> str:
     """The same, but `code` stays."""
-    return re.sub(r"([\\\[\]<])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\\[\]<])", r"\\\1", " ".join(str(text).split()))
 
 
 def _cell(text: str) -> str:
@@ -153,13 +158,13 @@ def _cell(text: str) -> str:
 
 
 def _link(file: str) -> str:
-    return re.sub(r"[<>\n]", "", file)
+    return re.sub(r"[<>\n]", "", str(file))
 
 
 def _image(folder: Path, file: str, pixels: int | None) -> str:
     """A data address: the file itself, or a WebP of `pixels`; empty where the folder holds no such image."""
-    path = folder / file
     try:
+        path = folder / file
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             return ""
         with Image.open(path, formats=tuple(_FORMATS)) as image:
@@ -169,7 +174,7 @@ def _image(folder: Path, file: str, pixels: int | None) -> str:
                 image.load()
                 return _data(_FORMATS[str(image.format)], path.read_bytes())
             small = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):
         return ""
     small.thumbnail((pixels, pixels), Image.Resampling.BICUBIC)
     content = io.BytesIO()
