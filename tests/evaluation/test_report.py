@@ -26,7 +26,7 @@ from ldmlab.report.evaluation_page import score_lines
 from ldmlab.report.line_chart import Chart, ticks
 from ldmlab.report.pages import write_comparison, write_report
 from ldmlab.report.paper_table import paper_record
-from ldmlab.report.run_curves import run_charts
+from ldmlab.report.score_curves import run_charts
 from sampling_models import CLIP, tiny_model
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))

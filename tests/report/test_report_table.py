@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from ldmlab.errors import InputError
-from ldmlab.report.comparison import comparison_tables
 from ldmlab.report.evaluation_page import score_lines
 from ldmlab.report.metrics_json import comparable_groups
-from ldmlab.report.pages import printed_tables, write_comparison
+from ldmlab.report.pages import comparison_tables, printed_tables, write_comparison
 from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
 from ldmlab.report.paper_table import bare_table, paper_report
 from ldmlab.report.render import FORMATS, as_latex, latex

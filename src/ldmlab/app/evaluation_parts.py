@@ -40,7 +40,7 @@ def build_extractor(node: Mapping[str, Any]) -> "FeatureExtractor":
 def clip_quality(run: Path) -> dict[str, float]:
     """Validation recall of a CLIP run with its step, from metrics.csv; empty where it has none."""
     from ldmlab import format1
-    from ldmlab.report.run_curves import read_curves
+    from ldmlab.report.score_curves import read_curves
 
     try:
         columns = {format1.metric(name): points for name, points in read_curves(run / "metrics.csv").items()}

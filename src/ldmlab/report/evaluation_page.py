@@ -6,11 +6,10 @@ from typing import Any
 
 from ldmlab.report.conditioning_section import accuracy_lines, conditioning, inputs_and_samples
 from ldmlab.report.metrics_json import reading, title
-from ldmlab.report.over_scales import over_scales
 from ldmlab.report.paper_table import paper_report
 from ldmlab.report.rows import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table, Text
-from ldmlab.report.run_curves import run_charts
-from ldmlab.report.score_lines import ScoreLine, number_text, score_line, share_text
+from ldmlab.report.score_curves import over_scales, run_charts
+from ldmlab.report.score_lines import ScoreLine, number_text, score_line
 
 _FIRST_CHARTS = 6  # of a run; the others are folded away
 _GROUPS = (  # of pairs beside training images; the records of before have `pairs` alone
@@ -65,7 +64,7 @@ def _lead(result: Mapping[str, Any]) -> str:
     """What the images of the page are."""
     sampling, reference = result["sampling"], result["reference"]
     beside = f"{images_of(reference)} {_split(result)} images"
-    features = f"Features: {result['features']['name']}{_quality(result['features'])}."
+    features = f"Features: {result['features']['name']}{_quality(result['features'].get('quality'))}."
     if "steps" not in sampling:
         return f"Reconstructions of {beside} of {sampling['size']} px beside the originals. {features}"
     scale = sampling["guidance_scale"]
@@ -78,16 +77,17 @@ def _lead(result: Mapping[str, Any]) -> str:
 
 def images_of(reference: Mapping[str, Any]) -> str:
     """13, or 13 of 14 where images of the split were left out or cannot be read."""
-    count, total = reference["images"], reference.get("split_images")
+    lost = reference.get("unreadable") or {}
+    count, total = reference["images"], lost.get("of", reference.get("split_images"))
     return f"{count:,}" if total in (None, count) else f"{count:,} of {total:,}"
 
 
-def _quality(features: Mapping[str, Any]) -> str:
-    """How good the encoder is, where its run says so."""
-    found = features.get("quality")
-    if not isinstance(found, Mapping) or not found:
+def _quality(found: Mapping[str, Any] | None) -> str:
+    """How well the CLIP behind the features finds captions, where its run measured it."""
+    if not found or "recall_1_of_50" not in found:
         return ""
-    return f" ({', '.join(f'{name} {share_text(value)}' for name, value in found.items())} on validation data)"
+    chance = f", by chance {found['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in found else ""
+    return f" (finds the caption among 50 for {found['recall_1_of_50']:.0%} of validation images{chance})"
 
 
 def _split(result: Mapping[str, Any]) -> str:
@@ -220,6 +220,7 @@ def settings_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     transform = ", ".join(f"{name} {value}" for name, value in (reference.get("transform") or {}).items())
     rows += [
         ("reference", source),
+        *([("reference: unreadable", _lost(reference["unreadable"]))] if reference.get("unreadable") else []),
         ("reference: manifest", str(reference.get("manifest_hash"))),
         ("reference: preparation", transform or "not recorded"),
         *([("reference: resized", str(reference["resized"]))] if reference.get("resized") else []),
@@ -231,6 +232,11 @@ def settings_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     made = result["provenance"]
     rows += [("command", str(made["command"])), ("commit", str(made["commit"])), ("date", str(made["time_utc"]))]
     return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in made["packages"].items()))]
+
+
+def _lost(unreadable: Mapping[str, Any]) -> str:
+    names = ", ".join(map(str, unreadable.get("names") or ()))
+    return f"{unreadable['count']:,} of {unreadable['of']:,} images{f': {names}' if names else ''}"
 
 
 def _more_networks(result: Mapping[str, Any]) -> list[tuple[str, str]]:

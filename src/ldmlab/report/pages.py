@@ -1,14 +1,162 @@
-"""What `ldmlab report` and evaluate.py write: the page of an evaluation, a comparison, tables for printing."""
+"""What `ldmlab report` and evaluate.py write: the page of an evaluation, a comparison, tables for printing.
 
-from collections.abc import Sequence
+Evaluations beside one another stand in one table for each measurement, with a mean over training seeds.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, TypeVar
 
 from ldmlab.files import write_text
-from ldmlab.report.comparison import comparison_page, evaluation_tables
-from ldmlab.report.evaluation_page import evaluation_page
-from ldmlab.report.metrics_json import read_evaluation
-from ldmlab.report.paper_table import bare_table, paper_tables
+from ldmlab.report.evaluation_page import evaluation_page, score_lines
+from ldmlab.report.metrics_json import (
+    comparable_groups,
+    folder_name,
+    full_evaluations,
+    measurement_line,
+    read_evaluation,
+    reading,
+    repeat_line,
+    title,
+)
+from ldmlab.report.paper_table import bare_table, paper_report, paper_tables
 from ldmlab.report.render import FORMATS, markdown, write_page
+from ldmlab.report.rows import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
+from ldmlab.report.score_lines import ScoreLine, options_of, score_text
+
+IMAGES_A_RUN = 16
+T = TypeVar("T")
+Lines = Sequence[ScoreLine]  # of one evaluation
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Numbers that may stand below one another."""
+
+    name: str
+    shown: str
+    options: str  # of the score, as JSON
+
+    @staticmethod
+    def of(line: ScoreLine, result: Mapping[str, Any]) -> "_Column":
+        return _Column(line.name, line.head, json.dumps(options_of(line.name, result), sort_keys=True))
+
+    def takes(self, result: Mapping[str, Any]) -> bool:
+        """Whether the result's number was made by these options."""
+        return json.loads(self.options) == options_of(self.name, result)
+
+    def title(self, others: Sequence["_Column"]) -> str:
+        """With the options in which it differs from columns of the same score."""
+        twins = [json.loads(other.options) for other in others if other.shown == self.shown]
+        own = json.loads(self.options)
+        apart = [f"{name}={value}" for name, value in own.items() if any(twin.get(name) != value for twin in twins)]
+        return f"{self.shown} ({', '.join(apart)})" if apart else self.shown
+
+
+def comparison_tables(
+    results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Lines]
+) -> list[Table]:
+    """One table for each measurement; `scores`: the printed lines of each evaluation."""
+    return [
+        _table([results[i] for i in group], [names[i] for i in group], [scores[i] for i in group])
+        for group in comparable_groups(results)
+    ]
+
+
+def _table(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Lines]) -> Table:
+    values = [
+        {_Column.of(line, result): line.value for line in lines} for result, lines in zip(results, scores, strict=True)
+    ]
+    columns = list(dict.fromkeys(column for row in values for column in row))
+    rows = [
+        Row("ours", name, tuple(row.get(column, DASH) for column in columns))
+        for name, row in zip(names, values, strict=True)
+    ]
+    rows += [_mean_row(seeds, columns) for seeds in _by_configuration(results)]
+    notes = [f"To repeat {name}: {repeat_line(result)}" for name, result in zip(names, results, strict=True)]
+    titles = tuple(column.title(columns) for column in columns)
+    return Table(measurement_line(results[0]), titles, tuple(rows), tuple(notes))
+
+
+def _by_configuration(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Evaluations of models that were trained alike but for the seed, and are scored alike."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        model = result["model"]
+        if model.get("configuration") is not None:
+            alike = [model[name] for name in ("configuration", "step", "weights")]
+            key = json.dumps([alike, model.get("guiders"), result["protocol"]], sort_keys=True, default=str)
+            groups.setdefault(key, []).append(result)
+    return [found for found in groups.values() if len(found) > 1 and _different_seeds(found)]
+
+
+def _different_seeds(results: Sequence[Mapping[str, Any]]) -> bool:
+    return len({result["model"]["training_seed"] for result in results}) == len(results)
+
+
+def _mean_row(results: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> Row:
+    """Sample mean and sample standard deviation of what every seed has."""
+    cells = []
+    for column in columns:
+        found = [result["scores"].get(column.name) for result in results]
+        numbers = [score["value"] for score in found if score is not None]
+        whole = len(numbers) == len(results) and column.takes(results[0])
+        cells.append(score_text(column.name, mean(numbers), stdev(numbers)) if whole else DASH)
+    group = results[0]["model"].get("group") or "runs alike"
+    return Row("ours", f"{group}, mean ± deviation over {len(results)} seeds", tuple(cells))
+
+
+# ---- from folders
+
+
+def comparison_page(folders: Sequence[Path]) -> Page:
+    """Tables, then a row of samples of each evaluation."""
+    results = full_evaluations(folders)
+    names = [_checked(result, title) for result in results]
+    if len(set(names)) < len(names):
+        names = [result["folder"] for result in results]
+    tables = _tables(results, names)
+    sections = [Section(table.title, [table]) for table in tables]
+    for name, result in zip(names, results, strict=True):
+        cards = _checked(result, _cards)
+        gallery = [Gallery(Path(result["folder"]), cards, "thumbnails", pixels=THUMBNAIL)] if cards else []
+        sections.append(Section(name, gallery))
+    return Page("Comparison", f"{len(results)} evaluations side by side.", sections)
+
+
+def evaluation_tables(folders: Sequence[Path], table: str | None = None) -> list[Table]:
+    """The paper's tables with our rows (or the one given), then the evaluations beside one another."""
+    results = full_evaluations(folders)
+    if table is not None:
+        return _paper(results, table)
+    return _tables(results, [_checked(result, folder_name) for result in results])
+
+
+def _tables(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Table]:
+    scores = [_checked(result, score_lines) for result in results]
+    return [*_paper(results), *comparison_tables(results, names, scores)]
+
+
+def _paper(results: Sequence[Mapping[str, Any]], table: str | None = None) -> list[Table]:
+    for result in results:  # so that damage names its folder
+        _checked(result, lambda one: paper_report([one], table))
+    return paper_report(results, table)
+
+
+def _cards(result: Mapping[str, Any]) -> tuple[Card, ...]:
+    samples = (result.get("images") or {}).get("samples") or []
+    return tuple(Card(((item["file"], str(item["caption"])),)) for item in samples[:IMAGES_A_RUN])
+
+
+def _checked(result: Mapping[str, Any], part: Callable[[Mapping[str, Any]], T]) -> T:
+    with reading(Path(result["folder"]) / "metrics.json", "a part"):
+        return part(result)
+
+
+# ---- files
 
 
 def write_report(folder: Path) -> Path:

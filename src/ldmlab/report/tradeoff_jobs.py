@@ -12,7 +12,7 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import completed
 from ldmlab.report.line_chart import GAP, Points
 from ldmlab.report.metrics_json import read_record, reading
-from ldmlab.report.run_curves import metric_rows
+from ldmlab.report.score_curves import metric_rows
 from ldmlab.report.score_lines import number_text
 
 FORMAT_VERSION = 1
