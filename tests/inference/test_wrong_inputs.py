@@ -13,6 +13,7 @@ from ldmlab.app.cli import Parser
 from ldmlab.app.commands import sample
 from ldmlab.errors import InputError
 from ldmlab.files import FileLock
+from ldmlab.inference.grids import read_settings
 from ldmlab.inference.sample_settings import SampleSettings, parsed
 from sampling_models import sample_command, tiny_model
 
@@ -219,3 +220,25 @@ def test_every_setting_is_an_option() -> None:
     sample.add_arguments(parser)
     options = {action.dest for action in parser._actions}
     assert SampleSettings.__dataclass_fields__.keys() <= options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sampler", "plms", "--temperature", "0.5"], "--temperature 0.5: the sampler plms has no such setting"),
+        (["--temperature", "-1"], "--temperature -1"),
+        (["--quantize-x0"], "--quantize-x0 true"),  # the tiny model's first stage has no codebook
+        (["--quantize-x0", "maybe"], "--quantize-x0 maybe is not true or false"),
+    ],
+)
+def test_options_of_samplers(tmp_path: Path, words: list[str], message: str) -> None:
+    assert message in refused(tmp_path, ["1", "--steps", "2", *words])
+
+
+def test_options_of_samplers_are_recorded(tmp_path: Path) -> None:
+    words = ["runs/tiny", "1", "--steps", "2", "--eta", "1", "--spacing", "quad", "--temperature", "0.5"]
+    sample_command([*words, "--out", str(tmp_path / "cool")])
+    sample_command([*words[:-2], "--temperature", "1", "--out", str(tmp_path / "usual")])
+    told = read_settings(tmp_path / "cool" / "000000.png")
+    assert (told["temperature"], told["spacing"]) == ("0.5", "quad")
+    assert (tmp_path / "cool" / "000000.png").read_bytes() != (tmp_path / "usual" / "000000.png").read_bytes()

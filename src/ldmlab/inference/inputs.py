@@ -25,6 +25,7 @@ from ldmlab.annotations import WHOLE
 from ldmlab.data.transforms import to_rgb
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
+from ldmlab.open_image import open_image
 
 Inputs = Mapping[str, Any]  # of one image, by name
 
@@ -158,13 +159,6 @@ def _opened(field: str, value: Any) -> Image.Image:
         return value if isinstance(value, Image.Image) else open_image(value)
     except _UNREADABLE as error:
         raise _unreadable(field, value, error) from error
-
-
-def open_image(path: Path | str) -> Image.Image:
-    """Formats that Pillow decodes itself: others may start programs."""
-    if not Path(path).is_file():
-        raise OSError("it is not a file")
-    return Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"))
 
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)

@@ -19,6 +19,7 @@ SAMPLERS = sorted(path.stem for path in (Path(__file__).parents[1] / "samplers")
 STRENGTH = 0.6  # default of image to image
 REPEATS = 5  # default where a model fills holes without having been trained for it
 LONGEST = 2**16  # px
+_SOMETIMES = ("temperature", "quantize_x0", "strength", "repeats", "tile", "window")  # recorded where they are used
 
 
 def _option(default: Any, text: str, least: float | None = None, most: float = math.inf, words: str = "") -> Any:
@@ -39,8 +40,10 @@ class SampleSettings:
     size: int | tuple[int, int] | None = _option(None, "HEIGHTxWIDTH or one side, px (as trained)", 1, LONGEST)
     sampler: str = _option("ddim", f"{' | '.join(SAMPLERS)} (ddim)")
     spacing: str | None = _option(
-        None, "of the steps: official | linspace | trailing | karras | log_snr (the sampler's own)"
+        None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's own)"
     )
+    temperature: float | None = _option(None, "factor of the fresh noise, for samplers that draw some (1)", 0)
+    quantize_x0: bool | None = _option(None, "clean estimates to the nearest codebook vectors, for VQ first stages")
     strength: float | None = _option(
         None, f"with --from: near 0 keeps the image, 1 forgets it ({STRENGTH}; with --mask 1)", 1e-6, 1
     )
@@ -62,13 +65,14 @@ class SampleSettings:
                 object.__setattr__(self, one.name, _checked(one.name, value))
 
     def build_sampler(self) -> "Sampler":
-        """With eta where it differs from the sampler's own; a sampler without eta accepts 0."""
+        """With the options that differ from the sampler's own; one that a sampler lacks may have its neutral value."""
         from ldmlab.samplers import sampler_by_name
 
         sampler = sampler_by_name(self.sampler)
-        if self.eta is None or self.eta == getattr(sampler, "eta", 0.0):
-            return sampler
-        return sampler_by_name(self.sampler, eta=self.eta)
+        neutral = {"eta": 0.0, "temperature": 1.0, "quantize_x0": False}
+        chosen = {name: getattr(self, name) for name in neutral if getattr(self, name) is not None}
+        other = {name: value for name, value in chosen.items() if value != getattr(sampler, name, neutral[name])}
+        return sampler_by_name(self.sampler, **other) if other else sampler
 
     def filled(
         self, *, levels: int, inputs: Set[str] | None = None, fills_holes: bool = True, **known: Any
@@ -97,7 +101,7 @@ class SampleSettings:
     def as_text(self) -> dict[str, Any]:
         """Plain values for files, the size as HEIGHTxWIDTH; options of images and tiles only where they are used."""
         values = asdict(self)
-        absent = [name for name in ("tile", "window", "strength", "repeats") if not values[name]]
+        absent = [name for name in _SOMETIMES if values[name] in (None, 0)]
         absent += ["tile_norms"] * (not self.tile)
         values = {name: value for name, value in values.items() if name not in absent}
         if isinstance(self.size, tuple):
@@ -125,7 +129,7 @@ def parsed(name: str, text: str) -> Any:
         return (_checked("size", int(sides[0]), text), _checked("size", int(sides[-1]), text))
     kind = _kind(name)
     try:
-        value = kind(text)
+        value = {"true": True, "false": False}.get(text.lower(), text) if kind is bool else kind(text)
     except ValueError:
         raise InputError(f"{name}={text:.40} is not {_KINDS[kind]}; {_way_out(name)}") from None
     return _checked(name, value, text)
@@ -147,11 +151,16 @@ def _written(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-_KINDS: dict[Callable[[Any], Any], str] = {int: "a whole number", float: "a finite number", str: "text"}
+_KINDS: dict[Callable[[Any], Any], str] = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+}
 
 
 def _kind(name: str) -> Callable[[Any], Any]:
-    """int, float or str: what a setting's annotation begins with."""
+    """int, float, str or bool: what a setting's annotation begins with."""
     annotation = SampleSettings.__annotations__[name]
     return next(kind for kind in _KINDS if kind in getattr(annotation, "__args__", (annotation,)))
 
@@ -159,14 +168,16 @@ def _kind(name: str) -> Callable[[Any], Any]:
 def _checked(name: str, value: Any, typed: str | None = None) -> Any:
     """A setting's value of the right type within its limits, or an InputError that shows it as `typed`."""
     kind, limits = _kind(name), SampleSettings.__dataclass_fields__[name].metadata
-    if kind is not str:
-        shown = f"{value!r:.40}" if typed is None else typed[:40]
+    shown = f"{value!r:.40}" if typed is None else typed[:40]
+    if kind is bool and not isinstance(value, bool):
+        raise InputError(f"{name}={shown} is not {_KINDS[kind]}; choose one of them.")
+    if kind in (int, float):
         value = _number(name, kind, value, shown)
         least, most = limits["least"], limits["most"]
         if least is not None and not least <= value <= most:
             raise InputError(f"{name}={shown} is outside {_limits(least, most)}; {_way_out(name)}")
         return value
-    if not isinstance(value, str):
+    if kind is str and not isinstance(value, str):
         raise InputError(f"{name}={value!r:.40} is not text; {_way_out(name)}")
     if limits["words"] and value not in limits["words"]:
         raise InputError(f"{name}={value} is unknown; choose {' or '.join(limits['words'])}.")
@@ -205,6 +216,7 @@ def _way_out(name: str) -> str:
         "steps": "choose for instance 50.",
         "sampler": f"choose one of {', '.join(SAMPLERS)}.",
         "spacing": "choose one of those in docs/samplers.md.",
+        "temperature": "choose 1 (as drawn) or a smaller factor.",
         "eta": "choose 0 (no fresh noise) or 1 (as DDPM).",
     }
     return ways.get(name, "choose 0 (at once) or for instance 512.")

@@ -42,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add("model", type=Path, help="model folder, run folder or checkpoint")
     add_prompt_options(parser)
-    for setting in fields(SampleSettings):
-        add(f"--{setting.name.replace('_', '-')}", metavar=setting.name.upper(), help=setting.metadata["help"])
+    for setting in fields(SampleSettings):  # as text, so that errors show what was typed; a flag without a value
+        flag = {"nargs": "?", "const": "true"} if setting.type == (bool | None) else {}
+        add(f"--{setting.name.replace('_', '-')}", metavar=setting.name.upper(), help=setting.metadata["help"], **flag)
     add("--classifier", type=Path, help="guide by this stage=classifier run to the classes given as prompts")
     add("--classifier-scale", type=float, help="how strongly (10, the paper's)")
     add("--guider", help="squared | lpips: guide the decoded estimate to the low-resolution image, or --guider-image")
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     prompts = Prompts.of(args)
     lines = prompts.lines()
 
-    from ldmlab import distributed
+    import ldmlab.distributed as distributed
 
     rank, _ = distributed.join(datetime.timedelta(hours=2))  # only short messages pass, some after a long wait
     try:
@@ -128,7 +129,7 @@ class Job:
 
     def sample(self, batch_size: int, *, trajectory: bool) -> None:
         """This process's images to files."""
-        from ldmlab import distributed
+        import ldmlab.distributed as distributed
         from ldmlab.inference.grids import save_png
         from ldmlab.inference.model import generate
         from ldmlab.inference.trajectory import Trajectory
@@ -235,7 +236,7 @@ def _check_folder(out: Path | None) -> None:
 @contextmanager
 def _own_folder(out: Path | None, model: Path) -> Iterator[Path]:
     """The folder of --out, or the first free outputs/MODEL-N, which no other command uses meanwhile."""
-    from ldmlab import distributed
+    import ldmlab.distributed as distributed
     from ldmlab.files import FileLock
 
     locks: list[FileLock] = []
@@ -280,7 +281,9 @@ def _options_as_typed() -> Iterator[None]:
         yield
     except InputError as error:
         names = [*(one.name for one in fields(SampleSettings)), *_OTHERS]
-        message = re.sub(rf"(?<![\w.-])({'|'.join(names)})=", lambda m: f"--{m[1].replace('_', '-')} ", str(error))
+        message = re.sub(
+            rf"(?<![\w.-])(?:sampler\.)?({'|'.join(names)})=", lambda m: f"--{m[1].replace('_', '-')} ", str(error)
+        )
         raise InputError(message) from error
 
 
