@@ -76,7 +76,7 @@ def test_a_model_folder_gives_the_same_images(old: Path) -> None:
 
 @pytest.mark.parametrize("source", ["model", "model/checkpoints/step_00000004.ckpt", "exported"])
 def test_runs_checkpoints_and_model_folders_load(source: str, old: Path) -> None:
-    assert ldmlab.load(source).image_size == 16
+    assert ldmlab.load(source).image_size == (16, 16)
 
 
 @pytest.mark.parametrize("source", ["first_stage", "latents", "model", "exported"])
