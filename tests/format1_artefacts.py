@@ -22,4 +22,4 @@ def unpack(folder: Path) -> Path:
 
 def config_of(run: Path) -> dict[str, Any]:
     """The run's configuration in today's names."""
-    return format1.node(yaml.safe_load((run / "config.yaml").read_text()))
+    return format1.config(yaml.safe_load((run / "config.yaml").read_text()))

@@ -64,7 +64,7 @@ def test_the_table_goes_on_under_one_name_a_column(run: str, old: Path) -> None:
 
 def test_a_model_folder_gives_the_same_images(old: Path) -> None:
     model = ldmlab.load("exported")
-    images = torch.as_tensor(model.sample(class_id=[0, 1], steps=4, guidance=2.0, seed=1))
+    images = torch.as_tensor(model.sample(class_id=[0, 1], steps=4, guidance_scale=2.0, seed=1))
     expected = EXPECTED["sample"]
     assert list(images.shape) == expected["shape"]
     torch.testing.assert_close(

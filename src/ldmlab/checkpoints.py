@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 from ldmlab.errors import InputError
 from ldmlab.files import write_atomically as write_atomically
 
+_CHUNK_BYTES = 2**20
 _BUILDING = threading.RLock()  # torch's class is changed for as long
 
 
@@ -40,16 +42,55 @@ def _torch_save(content: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data.
 
+    Every byte is held against the checksums that torch.save keeps in the file, which torch.load does not look at.
+
     lazily: tensors stay in the file until they are used, which must not be deleted before.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the path of a checkpoint or of a run folder.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+        _check_sums(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except Exception as error:
         raise InputError(
             f"{path} cannot be read as a checkpoint ({unreadable(path, error)}); use another one."
         ) from error
+
+
+def _check_sums(path: Path) -> None:
+    """The CRC-32 of every record of a file that torch.save wrote; ValueError for the first that differs."""
+    if not zipfile.is_zipfile(path):
+        return  # torch.load names what it is instead
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.file_size != record.compress_size:
+                raise ValueError(f"its record {record.filename} is compressed")
+            with archive.open(record) as file:
+                while file.read(_CHUNK_BYTES):
+                    pass
+
+
+def inventory(content: Any) -> str:
+    """A hash of the names, types, shapes and plain values in a checkpoint, by which a missing part is noticed."""
+    digest = hashlib.sha256()
+
+    def add(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for name in value:
+                add(value[name], f"{path}/{name}")
+        elif isinstance(value, list | tuple):
+            for index, part in enumerate(value):
+                add(part, f"{path}/{index}")
+        said = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        if not isinstance(value, Tensor | Mapping | list | tuple):
+            said = repr(value)
+        digest.update(f"{path} {type(value).__name__} {said};".encode())
+
+    add(content, "")
+    return digest.hexdigest()[:16]
 
 
 _KINDS = (  # first bytes of a file => what it is and what to do

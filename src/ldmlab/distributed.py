@@ -114,6 +114,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def forget() -> None:
+    """Leave a group whose other processes are gone, without waiting for them at the end of the program."""
+    atexit.unregister(leave)
+
+
 def sum_(tensor: Tensor) -> Tensor:
     """Sum over processes, in place."""
     if joined():

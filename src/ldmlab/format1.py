@@ -24,15 +24,21 @@ VALUES: dict[tuple[str, str], dict[Any, Any]] = {  # (`_target_` now, argument n
     ("ldmlab.losses.reconstruction.ReconstructionLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
 }
 
+GROUPS = {"autoencoder": "generator", "adversary": "discriminator"}  # optimizer groups of a first stage
+
 METRICS: dict[str, str] = {  # prefix of a column of metrics.csv or of a checkpoint's notes then => now
     "held_out/": "val/",
     "speed/pictures_per_second": "speed/images_per_second",
     "pictures": "images",
+    **{
+        f"{kind}/{then}": f"{kind}/{now}" for kind in ("gradient_norm", "learning_rate") for then, now in GROUPS.items()
+    },
 }
 
 
 CONFIG: dict[str, str] = {  # dotted key of a run's config.yaml then => last part of it now
     "stage.guidance": "guidance_scale",
+    "stage.held_out_draws": "val_draws",
 }
 
 _PICTURE = re.compile(r"(?<![^_])picture(s?)(?![^_])")
@@ -50,8 +56,8 @@ RECORD: dict[str, str] = {  # dotted key of metrics.json then, through lists => 
 
 
 def config(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a run's config.yaml with today's keys."""
-    return dict(_renamed(value, CONFIG))
+    """The content of a run's config.yaml with today's keys, targets and values."""
+    return dict(_renamed(node(value), CONFIG))
 
 
 def record(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +103,18 @@ def node(value: Any) -> Any:
         if isinstance(part, str) and part in known:
             result[name] = known[part]
     return result
+
+
+def checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of training: optimizer groups, metrics since the last row of the log, and notes."""
+    groups = GROUPS if content.get("kind") == "autoencoder" else {}
+    notes = {metric(f"{name}/").rstrip("/"): value for name, value in content["notes"].items()}
+    return {
+        **content,
+        "optimizers": {groups.get(name, name): state for name, state in content["optimizers"].items()},
+        "metrics": {metric(name): values for name, values in content["terms"].items()},
+        "notes": notes,
+    }
 
 
 def metric(name: str) -> str:

@@ -43,4 +43,4 @@ def test_an_experiment_builds(name: str) -> None:
     else:
         plan = PLANS[stage](config, data, options)
         assert plan.spec["image_size"] == data.image_size
-        assert plan.stage.players()
+        assert plan.stage.groups()

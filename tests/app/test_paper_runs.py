@@ -81,7 +81,7 @@ def reduced(name: str, root: Path) -> dict[str, Any]:
         return config
     first_stage = first_stage_experiment(name)
     config["from_run"] = None if first_stage is None else str(drawn_first_stage(root, first_stage))
-    config["stage"]["held_out_draws"] = 1
+    config["stage"]["val_draws"] = 1
     narrow = {"model_channels": 32, "num_res_blocks": 1}
     if config["stage"]["name"] == "classifier":
         config["classifier"] |= narrow

@@ -121,10 +121,12 @@ def test_two_processes_score_as_one_does(flow: Flow, tmp_path: Path) -> None:
     command = [*torchrun, str(ROOT / "train.py"), *options, f"run.dir={tmp_path / 'together'}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    alone, together = (record(run, 1) for run in (flow.root / "scored_alone", tmp_path / "together"))
-    assert together["in_training"] == alone["in_training"]
+    only_trainable, together = (record(run, 1) for run in (flow.root / "scored_alone", tmp_path / "together"))
+    assert together["in_training"] == only_trainable["in_training"]
     for name in ("fid", "kid"):
-        assert together["scores"][name]["value"] == pytest.approx(alone["scores"][name]["value"], rel=1e-3), name
+        assert together["scores"][name]["value"] == pytest.approx(only_trainable["scores"][name]["value"], rel=1e-3), (
+            name
+        )
 
 
 def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_path: Path) -> None:
@@ -140,7 +142,10 @@ def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_pat
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("+PLACE.protocol.neighbours=2", r"callbacks\.scores\.protocol\.neighbours=2 is for evaluate\.py alone"),
+        (
+            "+PLACE.protocol.neighbours=2",
+            r"callbacks\.scores\.protocol\.neighbours=2 is for evaluate\.py only_trainable",
+        ),
         (
             "PLACE.protocol.metrics.kid.subset_size=9",
             r"callbacks\.scores\.protocol\.metrics\.kid\.subset_size=9 is more than the 8 generated images at hand",

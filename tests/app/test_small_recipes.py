@@ -26,7 +26,7 @@ SMALL = [
 ]
 NARROW = [
     *("backbone.model_channels=32", "backbone.channel_mult=[1,2]", "backbone.attention_downsampling=[2]"),
-    *("stage.panel_steps=2", "stage.panel_count=2", "stage.held_out_draws=1"),
+    *("stage.panel_steps=2", "stage.panel_count=2", "stage.val_draws=1"),
 ]
 TINY = {
     "_target_": "ldmlab.first_stages.kl.KLAutoencoder",

@@ -38,7 +38,7 @@ TINY = [
     *("experiment=mine/text_to_image", "backbone.model_channels=32", "backbone.channel_mult=[1]", "data.workers=0"),
     *("backbone.attention_downsampling=[1]", "trainer.max_steps=2", "trainer.validate_every=2", "trainer.log_every=1"),
     *("trainer.checkpoint_every=2", "trainer.micro_batch=4", "trainer.precision=32-true", "logger=csv"),
-    *("stage.panel_steps=2", "stage.panel_count=2", "stage.held_out_draws=1"),
+    *("stage.panel_steps=2", "stage.panel_count=2", "stage.val_draws=1"),
 ]
 ROUNDING = 2**-11  # of float16, relative
 TOLERANCE = 1e-3  # of a loss of about 1, by the rounding of states

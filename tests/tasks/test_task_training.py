@@ -33,7 +33,7 @@ SMALL = [
     *("optimizer.learning_rate=0.01", "trainer.averaging_decay=null"),  # two steps that can be seen
     *("trainer.micro_batch=4", "trainer.precision=32-true", "data=shards", "data.workers=0", f"data.image_size={SIZE}"),
     *("backbone.model_channels=32", "backbone.channel_mult=[1,2]", "backbone.num_res_blocks=1"),
-    *("stage.panel_steps=2", "stage.panel_count=4", "stage.held_out_draws=1"),
+    *("stage.panel_steps=2", "stage.panel_count=4", "stage.val_draws=1"),
 ]
 TASKS = {
     "super_resolution": ["conditioner=low_resolution"],

@@ -11,7 +11,7 @@ from torch import Tensor
 from toy_stages import image_batch, options, train
 
 from ldmlab import distributed
-from ldmlab.checkpoints import load_checkpoint, save_checkpoint
+from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
 from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
@@ -45,20 +45,20 @@ def stage(
     return AutoencoderStage(first_stage=network, loss=loss, **own, **options(**changes))
 
 
-def updates(trained: AutoencoderStage, player: str) -> int:
-    """Updates a player's optimizer has made."""
-    state = trained.optimizers_by_player()[player].state_dict()["state"]
+def updates(trained: AutoencoderStage, group: str) -> int:
+    """Updates a group's optimizer has made."""
+    state = trained.optimizers_by_group()[group].state_dict()["state"]
     return int(state[0]["step"]) if state else 0
 
 
 # -- who plays when --------------------------------------------------------------------------------------------------
 
 
-def test_both_players_are_updated_with_every_batch(tmp_path: Path) -> None:
+def test_both_groups_are_updated_with_every_batch(tmp_path: Path) -> None:
     made = stage(max_steps=10)
     train(made, tmp_path)
     assert (made.step, made.position) == (10, 40)
-    assert (updates(made, "autoencoder"), updates(made, "adversary")) == (10, 10)
+    assert (updates(made, "generator"), updates(made, "discriminator")) == (10, 10)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -67,7 +67,7 @@ def test_discriminator_starts_exactly_at_its_step(tmp_path: Path, accumulate: in
         made = stage(start=4, max_steps=steps, accumulate=accumulate)
         before = {name: value.clone() for name, value in made.loss.state_dict().items()}
         train(made, tmp_path / f"{steps}", micro=2)
-        assert updates(made, "adversary") == expected
+        assert updates(made, "discriminator") == expected
         unchanged = all(torch.equal(before[name], value) for name, value in made.loss.state_dict().items())
         assert unchanged == (expected == 0)
 
@@ -78,13 +78,13 @@ def test_adversary_enters_the_loss_at_its_own_step() -> None:
     made.loss.adversary.adversary_start = 5
     for step in range(8):
         made.step = step
-        assert made.active("adversary") == (step >= 2)
-        terms = made.losses("autoencoder", image_batch(range(4))).terms
+        assert made.active("discriminator") == (step >= 2)
+        terms = made.losses("generator", image_batch(range(4))).metrics
         assert ("adversary/adaptive_weight" in terms) == (step >= 5)
         assert {"l1", "reconstruction", "kl"} <= terms.keys()
     assert {"adversary/logits_real", "adversary/logits_fake"} <= made.losses(
-        "adversary", image_batch(range(4))
-    ).terms.keys()
+        "discriminator", image_batch(range(4))
+    ).metrics.keys()
 
 
 @pytest.mark.parametrize("logvar", ["fixed", "learned"])
@@ -120,7 +120,7 @@ def test_fifty_steps_in_bfloat16_with_and_without_accumulation(tmp_path: Path) -
         made = stage(start=10, max_steps=50, accumulate=accumulate, network={"mid_attention": False, "channels": 4})
         train(made, tmp_path / f"{accumulate}", micro=4 // accumulate, precision="bf16-mixed")
         assert made.step == 50
-        errors[accumulate] = made.held_out([image_batch(range(40))])["psnr"]
+        errors[accumulate] = made.validate([image_batch(range(40))])["psnr"]
     assert errors[1] == pytest.approx(errors[4], abs=0.5)
 
 
@@ -145,8 +145,8 @@ def test_held_out_numbers_and_what_decides() -> None:
     made = stage()
     assert (made.monitor, made.monitor_mode) == ("psnr", "max")
     with torch.no_grad():
-        whole = made.held_out([image_batch(range(8))])
-        parts = made.held_out([image_batch(range(3)), image_batch(range(3, 8))])
+        whole = made.validate([image_batch(range(8))])
+        parts = made.validate([image_batch(range(3)), image_batch(range(3, 8))])
     assert {"psnr", "psnr_object", "ssim", "latent_std"} <= whole.keys()
     assert {f"latent_{kind}/{channel}" for kind in ("mean", "std", "min", "max") for channel in (0, 1)} <= whole.keys()
     assert parts == pytest.approx(whole, rel=1e-4)
@@ -186,7 +186,7 @@ def test_an_unused_codebook_raises_the_alert(tmp_path: Path, caplog: pytest.LogC
         made.first_stage.to_latent.weight.zero_()  # every vector is the same: one code
     for parameter in made.first_stage.encoder.parameters():
         parameter.requires_grad_(False)
-    made._players["autoencoder"] = list(made.first_stage.decoder.parameters())
+    made._assigned["generator"] = list(made.first_stage.decoder.parameters())
     for name in ("to_latent", "from_latent", "quantiser"):
         getattr(made.first_stage, name).requires_grad_(False)
     with caplog.at_level(logging.WARNING, logger="ldmlab"):
@@ -225,7 +225,8 @@ def test_a_checkpoint_without_a_window_is_gone_on_from_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = train(stage(vq=32, codebook_window=16, max_steps=2), tmp_path)
-    save_checkpoint(path, {name: part for name, part in load_checkpoint(path).items() if name != "codebook"})
+    content = {name: part for name, part in load_checkpoint(path).items() if name not in ("codebook", "inventory")}
+    save_checkpoint(path, {**content, "inventory": inventory(content)})
     made = stage(vq=32, codebook_window=16, max_steps=6)
     with caplog.at_level(logging.WARNING, logger="ldmlab"):
         found = codebook_run(made, tmp_path)
@@ -267,15 +268,15 @@ def test_a_rise_after_the_adversary_joined_is_told(caplog: pytest.LogCaptureFixt
 
 
 def gradients(made: AutoencoderStage, positions: range) -> dict[str, Any]:
-    """Gradients of both players for these images, averaged over processes, and what was logged."""
+    """Gradients of both groups for these images, averaged over processes, and what was logged."""
     found: dict[str, Any] = {}
-    for player, parameters in made.players().items():
-        with made._only(player):
-            losses = made.losses(player, image_batch(positions))
+    for group, parameters in made.groups().items():
+        with made._only(group):
+            losses = made.losses(group, image_batch(positions))
             losses.total.backward()
         distributed.mean_gradients(parameters)
-        found[player] = [p.grad for p in parameters]
-        found[f"{player} terms"] = {name: distributed.mean_(value.clone()) for name, value in losses.terms.items()}
+        found[group] = [p.grad for p in parameters]
+        found[f"{group} metrics"] = {name: distributed.mean_(value.clone()) for name, value in losses.metrics.items()}
     return found
 
 
@@ -285,8 +286,8 @@ def share_of_gradients(rank: int, world: int, vq: int, out: Path) -> None:
     size = 8 // world
     found = gradients(made, range(rank * size, (rank + 1) * size))
     with torch.no_grad():
-        held_out = made.held_out([image_batch(range(5) if rank == 0 else range(5, 8))])  # uneven shares
-    torch.save({**found, "held_out": held_out}, out / f"{rank}.pt")
+        held_out = made.validate([image_batch(range(5) if rank == 0 else range(5, 8))])  # uneven shares
+    torch.save({**found, "val": held_out}, out / f"{rank}.pt")
 
 
 def moved_codes(rank: int, world: int, out: Path) -> None:
@@ -298,7 +299,7 @@ def moved_codes(rank: int, world: int, out: Path) -> None:
     for step in range(3):
         for part in range(2):  # two micro-batches
             start = 8 * step + rank * size + part * size // 2
-            made.losses("autoencoder", image_batch(range(start, start + size // 2)))
+            made.losses("generator", image_batch(range(start, start + size // 2)))
         made.codebook.end_step(step, 8)
         restarted += len(made.first_stage.update_codebook().get("quantiser.codebook.weight", ()))
     state = {"quantiser": made.first_stage.quantiser.state_dict(), "counts": made.codebook.counts}
@@ -327,13 +328,13 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, vq: int) -> Non
     made = stage(vq=vq)
     expected = gradients(made, range(8))
     with torch.no_grad():
-        held_out = made.held_out([image_batch(range(8))])
-    scale = max(float(g.abs().max()) for g in expected["autoencoder"])
+        held_out = made.validate([image_batch(range(8))])
+    scale = max(float(g.abs().max()) for g in expected["generator"])
     assert scale > 1e-3
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        for player in ("autoencoder", "adversary"):
-            assert largest_difference(found[player], expected[player]) < 1e-5
-            torch.testing.assert_close(found[f"{player} terms"], expected[f"{player} terms"], atol=1e-5, rtol=1e-4)
-        assert found["held_out"] == pytest.approx(held_out, rel=1e-4)
-    assert float(expected["autoencoder terms"]["adversary/adaptive_weight"]) > 0
+        for group in ("generator", "discriminator"):
+            assert largest_difference(found[group], expected[group]) < 1e-5
+            torch.testing.assert_close(found[f"{group} metrics"], expected[f"{group} metrics"], atol=1e-5, rtol=1e-4)
+        assert found["val"] == pytest.approx(held_out, rel=1e-4)
+    assert float(expected["generator metrics"]["adversary/adaptive_weight"]) > 0

@@ -55,12 +55,12 @@ def batch(*captions: str) -> dict[str, Any]:
 def test_the_share_of_captions_that_were_cut_is_logged() -> None:
     stage = stage_with({"text": open_clip_text(config=CLIP)})
     shares = [
-        stage.losses("denoiser", batch("a cat", LONG, "a dog", text)).terms["captions_cut"] for text in ("a", LONG)
+        stage.losses("denoiser", batch("a cat", LONG, "a dog", text)).metrics["captions_cut"] for text in ("a", LONG)
     ]
     assert [float(share) for share in shares] == [0.25, 0.5]
     trained = stage_with({"text": open_clip_text(config=CLIP, trainable=True)})
-    assert float(trained.losses("denoiser", batch(LONG, "a")).terms["captions_cut"]) == 0.5
+    assert float(trained.losses("denoiser", batch(LONG, "a")).metrics["captions_cut"]) == 0.5
 
 
 def test_models_without_captions_log_nothing_of_them() -> None:
-    assert stage_with({}).losses("denoiser", batch("a")).terms.keys() == {"loss"}
+    assert stage_with({}).losses("denoiser", batch("a")).metrics.keys() == {"loss"}

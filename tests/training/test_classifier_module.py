@@ -89,7 +89,7 @@ class Held(StepCallback):
     """Keeps the numbers of the latest evaluation."""
 
     def after_step(self, session: Any) -> None:
-        self.numbers = session.notes.get("held_out", {})
+        self.numbers = session.notes.get("val", {})
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +138,10 @@ def test_the_held_out_numbers_are_the_same_every_time_and_in_any_batches() -> No
     made = stage()
     made.eval()
     with torch.no_grad():
-        whole = made.held_out([toy_batch(range(20))])
-        parts = made.held_out([toy_batch(range(6)), toy_batch(range(6, 20))])
+        whole = made.validate([toy_batch(range(20))])
+        parts = made.validate([toy_batch(range(6)), toy_batch(range(6, 20))])
     assert whole == pytest.approx(parts, abs=1e-6)
-    assert made.held_out([]) == {}
+    assert made.validate([]) == {}
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path) -> None:
@@ -157,10 +157,10 @@ def test_labels_without_an_output_are_refused() -> None:
     batch = {**toy_batch(range(4)), "class_id": torch.tensor([0, 1, 4, 2])}
     with pytest.raises(InputError, match=r"class_id 0 \.\. 4 does not fit classifier.classes=4"):
         stage().transfer_batch_to_device(batch, torch.device("cpu"), 0)
-    with pytest.raises(InputError, match="held_out_draws=0"):
+    with pytest.raises(InputError, match="val_draws=0"):
         ClassifierStage(
             space=LatentSpace(Stage(), LatentScale()), schedule=Schedule(), classifier=stage().classifier,
-            held_out_draws=0, **options(),
+            val_draws=0, **options(),
         )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def member(rank: int, world: int, folder: Path) -> None:
     made.eval()
     distributed.join()
     with torch.no_grad():
-        numbers = made.held_out([toy_batch(range(10 * rank, 10 * rank + 10))])
+        numbers = made.validate([toy_batch(range(10 * rank, 10 * rank + 10))])
     (folder / str(rank)).write_text(json.dumps(numbers))
 
 
@@ -179,6 +179,6 @@ def test_two_processes_hold_the_same_numbers_as_one(tmp_path: Path) -> None:
     made = stage()
     made.eval()
     with torch.no_grad():
-        alone = made.held_out([toy_batch(range(20))])
+        only_trainable = made.validate([toy_batch(range(20))])
     for rank in "01":
-        assert json.loads((tmp_path / rank).read_text()) == pytest.approx(alone, abs=1e-6)
+        assert json.loads((tmp_path / rank).read_text()) == pytest.approx(only_trainable, abs=1e-6)

@@ -69,9 +69,9 @@ def gradients(rank: int, world: int, folder: Path) -> None:
     loss = Loss(stage)
     wrapped = nn.parallel.DistributedDataParallel(loss) if world > 1 else loss
     wrapped(part(pairs(), rank, world)).backward()
-    held_out = stage.held_out([part(pairs(), rank, world)])
+    held_out = stage.validate([part(pairs(), rank, world)])
     grads = {name: p.grad for name, p in stage.clip.named_parameters()}
-    torch.save({"gradients": grads, "held_out": held_out}, folder / f"{world}_{rank}.pt")
+    torch.save({"gradients": grads, "val": held_out}, folder / f"{world}_{rank}.pt")
     distributed.leave()
 
 
@@ -81,7 +81,7 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path: Path) -> None:
     gradients(0, 1, tmp_path)
     one, *two = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
     for other in two:
-        assert other["held_out"] == pytest.approx(one["held_out"], abs=1e-5)
+        assert other["val"] == pytest.approx(one["val"], abs=1e-5)
         for name, gradient in one["gradients"].items():
             torch.testing.assert_close(other["gradients"][name], gradient, atol=1e-5, rtol=0, msg=name)
     assert max(g.abs().max() for g in one["gradients"].values()) > 1e-2
@@ -89,13 +89,13 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path: Path) -> None:
 
 def test_pairs_become_similar_and_others_do_not() -> None:
     stage, batch = make(), pairs()
-    before = stage.held_out([part(batch, 0, 2), part(batch, 1, 2)])
-    optimizer = torch.optim.Adam(stage.players()["clip"], lr=1e-3)
+    before = stage.validate([part(batch, 0, 2), part(batch, 1, 2)])
+    optimizer = torch.optim.Adam(stage.groups()["clip"], lr=1e-3)
     for _ in range(80):
         optimizer.zero_grad()
         stage.losses("clip", batch).total.backward()
         optimizer.step()
-    after = stage.held_out([part(batch, 0, 2), part(batch, 1, 2)])
+    after = stage.validate([part(batch, 0, 2), part(batch, 1, 2)])
     assert after["recall_1_of_50"] == 1 > before["recall_1_of_50"]
     assert after["similarity_matched"] > after["similarity_mismatched"] + 0.2
     assert stage.monitor in after
@@ -105,12 +105,12 @@ def test_pairs_become_similar_and_others_do_not() -> None:
 def test_the_scale_of_the_logits_is_bounded() -> None:
     stage = make()
     stage.clip.logit_scale.data.fill_(7.0)
-    assert stage.losses("clip", pairs()).terms["logit_scale"].item() == pytest.approx(100)
+    assert stage.losses("clip", pairs()).metrics["logit_scale"].item() == pytest.approx(100)
     assert stage.clip.logit_scale.item() == pytest.approx(math.log(100))
 
 
 def test_nothing_held_out() -> None:
-    assert make().held_out([]) == {}
+    assert make().validate([]) == {}
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ def images() -> torch.Tensor:
 
 def log_some(loggers: Loggers, run: RunFolder, first_step: int) -> None:
     loggers.open(run, {"seed": 0}, first_step - 1)
-    loggers.log_numbers({"loss": 1.5}, first_step)
-    loggers.log_numbers({"loss": 1.25, "val/loss": 2.0}, first_step + 1)
+    loggers.log_metrics({"loss": 1.5}, first_step)
+    loggers.log_metrics({"loss": 1.25, "val/loss": 2.0}, first_step + 1)
     loggers.log_images("samples", images(), first_step + 1)
     loggers.close(True)
 

@@ -11,7 +11,7 @@ import forked
 import pytest
 import torch
 from torch import nn
-from toy_stages import TwoPlayers, diffusion_stage, train
+from toy_stages import TwoGroups, diffusion_stage, train
 
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint
@@ -32,8 +32,8 @@ def diffusion(accumulate: int) -> Stage:
     return diffusion_stage(max_steps=5, accumulate=accumulate, optimizer=descent, gradient_clip=None)
 
 
-def two_players(accumulate: int) -> Stage:
-    return TwoPlayers(max_steps=5, accumulate=accumulate, optimizer=descent, gradient_clip=None)
+def two_groups(accumulate: int) -> Stage:
+    return TwoGroups(max_steps=5, accumulate=accumulate, optimizer=descent, gradient_clip=None)
 
 
 def member(rank: int, world: int, make: Callable[[int], Stage], folder: Path, micro: int, accumulate: int) -> None:
@@ -55,7 +55,7 @@ def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
             torch.testing.assert_close(value, b["averaged"][name]["weights"][key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [diffusion, two_players])
+@pytest.mark.parametrize("make", [diffusion, two_groups])
 def test_two_processes_of_four_are_one_of_eight(make: Callable[[int], Stage], tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert forked.finish(*forked.group(2, member, make, tmp_path / "two", 4, 1, log=log)) == [0, 0], log.read_text()
@@ -66,7 +66,7 @@ def test_two_processes_of_four_are_one_of_eight(make: Callable[[int], Stage], tm
     assert loss_one == pytest.approx(loss_two, abs=1e-5)  # logged numbers are means over processes
 
 
-@pytest.mark.parametrize("make", [diffusion, two_players])
+@pytest.mark.parametrize("make", [diffusion, two_groups])
 def test_four_micro_batches_of_two_are_one_of_eight(make: Callable[[int], Stage], tmp_path: Path) -> None:
     train(make(4), tmp_path / "four", 2)
     train(make(1), tmp_path / "one", 8)
@@ -81,6 +81,7 @@ def test_both_at_once(tmp_path: Path) -> None:
 
 def create(rank: int, world: int, root: Path) -> None:
     run = RunFolder.create(root, "toy")
+    run.begin()
     (root / f"told.{rank}").write_text(f"{run.path} {run.run_id}")
     distributed.barrier()
 
@@ -178,10 +179,10 @@ def test_srun_meets_on_the_first_machine(nodes: str, first: str, monkeypatch: py
 def test_devices_that_nobody_started_are_refused() -> None:
     settings = TrainerSettings(max_steps=1, micro_batch=1, devices=4)
     with pytest.raises(InputError, match=r"trainer.devices=4 but 1 .* torchrun --nproc_per_node=4"):
-        make_trainer(TwoPlayers(), settings, Loop.__new__(Loop))
+        make_trainer(TwoGroups(), settings, Loop.__new__(Loop))
 
 
 def test_provenance_tells_what_a_run_is(tmp_path: Path) -> None:
-    train(TwoPlayers(max_steps=1), tmp_path / "run")
+    train(TwoGroups(max_steps=1), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert {"run_id", "command", "commit", "packages"} <= record.keys()

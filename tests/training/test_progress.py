@@ -4,14 +4,14 @@ import io
 from pathlib import Path
 
 from rich.console import Console
-from toy_stages import TwoPlayers, settings
+from toy_stages import TwoGroups, settings
 
 from ldmlab.training.engine import rates_line, summary
 from ldmlab.training.progress import StepProgress, duration
 
 
 def run(console: Console, shown: bool = True) -> str:
-    stage = TwoPlayers(max_steps=3)
+    stage = TwoGroups(max_steps=3)
     with StepProgress(shown, console) as progress:
         progress.say("hello [not markup]")
         progress.start(stage)
@@ -41,7 +41,7 @@ def test_other_processes_are_silent(tmp_path: Path) -> None:
 
 
 def test_the_start_says_sizes_and_rates() -> None:
-    stage = TwoPlayers(accumulate=2)
+    stage = TwoGroups(accumulate=2)
     line = summary(stage, settings(accumulate=2))
     assert "main 8.4e-05M parameters" in line
     assert "8 images a step (micro_batch 4 x accumulate 2 x 1 processes)" in line

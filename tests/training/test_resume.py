@@ -14,7 +14,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from toy_stages import Keys, TwoPlayers, diffusion_stage, image_batch, options, train
+from toy_stages import Keys, TwoGroups, diffusion_stage, image_batch, options, train
 
 from ldmlab import checkpoints
 from ldmlab.checkpoints import load_checkpoint
@@ -39,8 +39,8 @@ def with_dropout() -> Stage:
     return diffusion_stage(dropout=0.3, accumulate=2)
 
 
-def two_players() -> Stage:
-    return TwoPlayers(accumulate=2)
+def two_groups() -> Stage:
+    return TwoGroups(accumulate=2)
 
 
 def autoencoder() -> Stage:
@@ -75,7 +75,7 @@ def latest_keys(path: Path) -> dict[str, list[str]]:
     return {position: keys[-2:] for position, keys in steps.items()}
 
 
-@pytest.mark.parametrize("make", [with_dropout, two_players, autoencoder])
+@pytest.mark.parametrize("make", [with_dropout, two_groups, autoencoder])
 def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stage], tmp_path: Path) -> None:
     assert forked.finish(forked.start(run, make, tmp_path / "straight", tmp_path / "straight.keys", False)) == [0]
     moments = random.Random(make.__name__)
@@ -113,17 +113,17 @@ def test_the_curve_has_no_duplicates_and_the_seed_belongs_to_the_run(tmp_path: P
     with pytest.raises(InputError, match="seed=4 but"):
         train(diffusion_stage(max_steps=12, seed=4), tmp_path / "run")
     with pytest.raises(InputError, match="is of stage=diffusion"):
-        train(TwoPlayers(), tmp_path / "run")
+        train(TwoGroups(), tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = train(diffusion_stage(max_steps=6), tmp_path / "run")
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2])
     leftover = newest.parent / ".step_00000009.ckpt.x.part"
     leftover.write_bytes(b"half")
-    with pytest.warns(UserWarning, match="cannot be read"):
-        again = train(diffusion_stage(max_steps=6), tmp_path / "run")
+    again = train(diffusion_stage(max_steps=6), tmp_path / "run")
+    assert "cannot be read" in capsys.readouterr().err
     forked.same(load_checkpoint(again)["modules"], torch.load(io.BytesIO(whole), weights_only=True)["modules"])
     assert not leftover.exists()
 
@@ -154,9 +154,9 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
-    path = train(TwoPlayers(max_steps=4), tmp_path / "run")
+    path = train(TwoGroups(max_steps=4), tmp_path / "run")
     written = path.stat().st_mtime_ns
-    assert train(TwoPlayers(max_steps=4), tmp_path / "run") == path
+    assert train(TwoGroups(max_steps=4), tmp_path / "run") == path
     assert path.stat().st_mtime_ns == written
 
 

@@ -11,7 +11,7 @@ from ldmlab.training.run_folder import RunFolder
 
 
 def make(root: Path) -> None:
-    RunFolder.create(root, "toy")
+    RunFolder.create(root, "toy").begin()
 
 
 def test_eight_jobs_of_one_second_get_eight_folders(tmp_path: Path) -> None:
@@ -28,6 +28,7 @@ def intrude(folder: Path) -> None:
 
 def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "toy")
+    run.begin()
     assert forked.finish(forked.start(intrude, run.path)) == [0]
     run.close()
     again = forked.start(RunFolder.open, run.path)
@@ -36,9 +37,11 @@ def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path: Path) -> N
 
 def test_a_folder_opened_again_keeps_its_id_and_tells_of_every_start(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path / "exactly-here")
+    run.begin()
     run.write_config("seed: 0\n")
     run.close()
     again = RunFolder.at(tmp_path / "exactly-here")
+    again.begin()
     again.close()
     assert again.run_id == run.run_id
     record = json.loads((run.path / "provenance.json").read_text())
@@ -50,8 +53,10 @@ def test_a_folder_opened_again_keeps_its_id_and_tells_of_every_start(tmp_path: P
 def test_a_requeued_job_comes_back_to_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     other = RunFolder.create(tmp_path, "toy")
+    other.begin()
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     mine = RunFolder.create(tmp_path, "toy")
+    mine.begin()
     for run in (other, mine):
         run.close()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -68,7 +73,70 @@ def test_names_and_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> No
         RunFolder.at(tmp_path)
     with pytest.raises(InputError, match="is not a run folder"):
         RunFolder.open(tmp_path / "nowhere")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "provenance.json").write_text("{")
-    with pytest.raises(InputError, match="is damaged"):
-        RunFolder.open(tmp_path / "broken")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def test_a_folder_is_made_when_the_run_begins_and_a_failed_start_leaves_none(tmp_path: Path) -> None:
+    for run in (RunFolder.create(tmp_path, "toy"), RunFolder.at(tmp_path / "exact")):
+        assert not run.path.exists()
+        run.begin()
+        run.write_config("seed: 0\n")
+        run.discard()
+        run.close()
+    (tmp_path / "empty").mkdir()
+    run = RunFolder.at(tmp_path / "empty")
+    run.begin()
+    run.discard()
+    run.close()
+    assert contents(tmp_path) == {"empty": None}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_older_run_is_never_removed(begun: bool, tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path / "run")
+    run.begin()
+    run.write_config("seed: 0\n")
+    run.close()
+    (run.path / ".lock").unlink()
+    before = contents(run.path)
+    again = RunFolder.at(run.path)
+    if begun:
+        again.begin()
+    again.discard()
+    again.close()
+    if begun:
+        assert before.keys() | {".lock"} == contents(run.path).keys()
+    else:
+        assert before == contents(run.path)
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "[1]", "null", "7", '"text"', "{}", '{"run_id": 7}', "\udcff", "[" * 9999]
+)
+def test_checkpoints_are_enough_to_go_on(record: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "toy-0123abcd"
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "checkpoints" / "step_00000003.ckpt").touch()
+    (path / "provenance.json").write_bytes(record.encode("utf-8", "surrogateescape"))
+    run = RunFolder.at(path)
+    run.begin()
+    run.close()
+    assert run.run_id == "0123abcd"
+    assert "provenance.json is missing or damaged" in capsys.readouterr().err
+    again = RunFolder.at(path)
+    again.close()
+    assert again.run_id == "0123abcd"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lost_record_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000003.ckpt").touch()
+    (tmp_path / "run" / "wandb" / "offline-run-20260101_000000-feedbeef").mkdir(parents=True)
+    run = RunFolder.open(tmp_path / "run")
+    run.begin()
+    run.close()
+    assert json.loads((run.path / "provenance.json").read_text())["run_id"] == "feedbeef"

@@ -8,7 +8,7 @@ from typing import Any
 
 import forked
 import pytest
-from toy_stages import TwoPlayers, diffusion_stage, endless, settings, train
+from toy_stages import TwoGroups, diffusion_stage, endless, settings, train
 
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.training.callbacks.base import Session, StepCallback
@@ -69,7 +69,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
             (tmp_path / "started").touch()
             time.sleep(60)
 
-    child = forked.start(lambda: train(TwoPlayers(), tmp_path / "run", callbacks=[Stuck()]))
+    child = forked.start(lambda: train(TwoGroups(), tmp_path / "run", callbacks=[Stuck()]))
     wait_for(tmp_path / "started")
     for _ in range(2):
         os.kill(child.pid, signal.SIGINT)
@@ -99,7 +99,7 @@ def test_loader_workers_that_die_of_the_same_signal_lose_no_step(tmp_path: Path)
 
     run = RunFolder.at(tmp_path / "run")
     with pytest.raises(SystemExit) as end:
-        fit(TwoPlayers(), train_batches=batches, val_batches=list, run=run, settings=settings(checkpoint_every=100))
+        fit(TwoGroups(), train_batches=batches, val_batches=list, run=run, settings=settings(checkpoint_every=100))
     assert end.value.code == 128 + signal.SIGTERM
     names = [p.name for p in run.checkpoints.iterdir()]
     assert len(names) == 1

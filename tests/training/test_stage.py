@@ -1,4 +1,4 @@
-"""Counters, players, averaging, rates and the guard against numbers that are not finite."""
+"""Counters, groups, averaging, rates and the guard against numbers that are not finite."""
 
 from pathlib import Path
 from typing import Any
@@ -6,22 +6,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_stages import TwoPlayers, diffusion_stage, image_batch, options, train
+from toy_stages import TwoGroups, diffusion_stage, image_batch, options, train
 
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.optim import AdamW, Constant
-from ldmlab.training.stage import Losses
-from ldmlab.training.terms import Terms
+from ldmlab.training.stage import Losses, StepMetrics
 
 
 def test_every_player_is_updated_with_every_batch_from_its_start(tmp_path: Path) -> None:
-    stage = TwoPlayers(max_steps=10, accumulate=2)
+    stage = TwoGroups(max_steps=10, accumulate=2)
     content = load_checkpoint(train(stage, tmp_path / "run"))
     assert stage.updates == {"main": 20, "opponent": 14}  # micro-batches: 10 steps, and 7 from step 3 on
     assert (content["step"], content["position"]) == (10, 10 * 2 * 4)
-    counts = {player: int(next(iter(o["state"].values()))["step"]) for player, o in content["optimizers"].items()}
+    counts = {group: int(next(iter(o["state"].values()))["step"]) for group, o in content["optimizers"].items()}
     assert counts == {"main": 10, "opponent": 7}
 
 
@@ -29,15 +28,15 @@ def test_a_player_does_not_touch_the_other_ones_gradients(tmp_path: Path) -> Non
     class Watch(StepCallback):
         def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
             if session.stage.step < 3:
-                assert all(p.grad is None for p in session.stage.players()["opponent"])
+                assert all(p.grad is None for p in session.stage.groups()["opponent"])
 
-    train(TwoPlayers(max_steps=4, accumulate=2), tmp_path / "run", callbacks=[Watch()])
+    train(TwoGroups(max_steps=4, accumulate=2), tmp_path / "run", callbacks=[Watch()])
 
 
 def test_every_trainable_parameter_has_exactly_one_optimizer() -> None:
-    stage = TwoPlayers()
+    stage = TwoGroups()
     stage.configure_optimizers()
-    owned = [p for o in stage.optimizers_by_player().values() for g in o.param_groups for p in g["params"]]
+    owned = [p for o in stage.optimizers_by_group().values() for g in o.param_groups for p in g["params"]]
     assert {id(p) for p in owned} == {id(p) for p in stage.parameters()}
     stage.logvar = nn.Parameter(torch.zeros(()))  # declared and forgotten
     with pytest.raises(AssertionError, match="logvar"):
@@ -45,11 +44,11 @@ def test_every_trainable_parameter_has_exactly_one_optimizer() -> None:
 
 
 def test_players_may_have_their_own_optimizers() -> None:
-    stage = TwoPlayers(optimizer={"main": AdamW(1e-3), "opponent": AdamW(2e-3)})
+    stage = TwoGroups(optimizer={"main": AdamW(1e-3), "opponent": AdamW(2e-3)})
     stage.configure_optimizers()
     assert stage.rates() == {"main": 1e-3, "opponent": 2e-3}
     with pytest.raises(InputError, match="none for opponent"):
-        TwoPlayers(optimizer={"main": AdamW(1e-3)}).configure_optimizers()
+        TwoGroups(optimizer={"main": AdamW(1e-3)}).configure_optimizers()
 
 
 def test_averaged_weights_count_steps_not_micro_batches(tmp_path: Path) -> None:
@@ -69,29 +68,29 @@ def test_the_rate_used_is_the_rate_configured(tmp_path: Path) -> None:
             seen[session.stage.step] = session.stage.rates()["main"]
 
     for stop in (5, 12):  # resumed at 5
-        train(TwoPlayers(accumulate=2, max_steps=stop), tmp_path / "run", callbacks=[Watch()])
+        train(TwoGroups(accumulate=2, max_steps=stop), tmp_path / "run", callbacks=[Watch()])
     schedule = options()["lr_schedule"]
     assert seen == {step: pytest.approx(1e-3 * schedule(step - 1)) for step in range(1, 13)}
 
 
-class Poisoned(TwoPlayers):
+class Poisoned(TwoGroups):
     """One term becomes infinite at step 8."""
 
-    def losses(self, player: str, batch: dict[str, Any]) -> Losses:
-        losses = super().losses(player, batch)
-        if self.step == 7 and player == "opponent":
-            losses.terms["opponent"] = losses.terms["opponent"] / 0
+    def losses(self, group: str, batch: dict[str, Any]) -> Losses:
+        losses = super().losses(group, batch)
+        if self.step == 7 and group == "opponent":
+            losses.metrics["opponent"] = losses.metrics["opponent"] / 0
         return losses
 
 
 def test_a_number_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"^opponent became -?inf at step 8"):
+    with pytest.raises(InputError, match=r"^opponent became -?inf at step 8"):
         train(Poisoned(), tmp_path / "run")
     assert max(p.name for p in (tmp_path / "run" / "checkpoints").glob("step*")) == "step_00000006.ckpt"
 
 
 def test_terms_are_means_over_micro_batches_and_steps() -> None:
-    terms = Terms()
+    terms = StepMetrics()
     for step in (1, 2):
         for value in (1.0, 3.0):
             terms.add("loss", torch.tensor(value * step), 0.5)
@@ -137,7 +136,7 @@ def test_precision_is_what_its_name_says(precision: str, tmp_path: Path) -> None
 
 
 def test_a_step_without_averaging_or_clipping(tmp_path: Path) -> None:
-    stage = TwoPlayers(max_steps=2, averaging_decay=None, gradient_clip=None, lr_schedule=Constant())
+    stage = TwoGroups(max_steps=2, averaging_decay=None, gradient_clip=None, lr_schedule=Constant())
     assert load_checkpoint(train(stage, tmp_path / "run"))["averaged"] == {}
 
 
@@ -145,6 +144,6 @@ def test_the_fixed_noise_loss_is_the_same_at_every_call_and_batch_size(tmp_path:
     stage = diffusion_stage(max_steps=1)
     stage.eval()
     with torch.no_grad():
-        whole = stage.held_out([image_batch(range(8))])
-        parts = stage.held_out([image_batch(range(3)), image_batch(range(3, 8))])
+        whole = stage.validate([image_batch(range(8))])
+        parts = stage.validate([image_batch(range(3)), image_batch(range(3, 8))])
     assert whole["loss"] == pytest.approx(parts["loss"], abs=1e-6)

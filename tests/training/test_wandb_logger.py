@@ -34,7 +34,7 @@ def start(run: RunFolder, step: int, **options: Any) -> None:
     loggers = Loggers([WandB(**options)], True)
     loggers.open(run, SETTINGS, step)
     for at in (step + 1, step + 2):
-        loggers.log_numbers({"loss": 1.0 / at}, at)
+        loggers.log_metrics({"loss": 1.0 / at}, at)
     loggers.log_images("samples", torch.zeros(6, 600, 600, 3, dtype=torch.uint8), step + 2)
     loggers.close(True)
     wandb.teardown()

@@ -84,8 +84,8 @@ def diffusion_stage(dropout: float = 0.0, **changes: Any) -> DiffusionStage:
     )
 
 
-class TwoPlayers(Stage):
-    """A toy with a main player and an opponent that joins at step 3."""
+class TwoGroups(Stage):
+    """A toy with a main group and an opponent that joins at step 3."""
 
     kind: ClassVar[str] = "toy"
     averaged: ClassVar[str | None] = "main"
@@ -97,26 +97,26 @@ class TwoPlayers(Stage):
         self.main, self.opponent = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 1, 3)
         self.updates = {"main": 0, "opponent": 0}
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
+    def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"main": list(self.main.parameters()), "opponent": list(self.opponent.parameters())}
 
-    def active(self, player: str) -> bool:
-        return player == "main" or self.step >= 3
+    def active(self, group: str) -> bool:
+        return group == "main" or self.step >= 3
 
     def saved(self) -> dict[str, nn.Module]:
         return {"main": self.main, "adversary": self.opponent}
 
-    def losses(self, player: str, batch: dict[str, Any]) -> Losses:
-        self.updates[player] += 1
+    def losses(self, group: str, batch: dict[str, Any]) -> Losses:
+        self.updates[group] += 1
         x = batch["image"].float() / 127.5 - 1
-        if player == "main":
+        if group == "main":
             self._made = self.main(x)
             error = (self._made - x).square().mean()
             return Losses(error + 0.1 * self.opponent(self._made).mean(), {"error": error})
         total = self.opponent(x).mean() - self.opponent(self._made.detach()).mean()
         return Losses(total + self.opponent.weight.square().sum(), {"opponent": total})
 
-    def held_out(self, batches: Any) -> dict[str, float]:
+    def validate(self, batches: Any) -> dict[str, float]:
         total, count = torch.zeros(()), 0
         for batch in batches:
             x = batch["image"].float() / 127.5 - 1
@@ -128,7 +128,7 @@ class TwoPlayers(Stage):
 
 
 def image_batch(positions: range) -> dict[str, Any]:
-    """The images at these positions: a function of the position alone, 8 x 8 pixels."""
+    """The images at these positions: a function of the position only_trainable, 8 x 8 pixels."""
     index = torch.tensor([p % IMAGES for p in positions])
     image = (normal(0, "toy", index, (3, 8, 8)) * 40 + 127).clamp(0, 255).byte()
     return {

@@ -17,7 +17,7 @@ def classifier_plan(config: Mapping[str, Any], data: ShardData, options: dict[st
     """The classifier sees what a denoiser with the same data, latent_scale and diffusion.schedule sees."""
     from ldmlab.training.classifier_module import ClassifierStage
 
-    first_stage, _, manifest = plans.first_stage_of(config, data)
+    first_stage, first_node, manifest = plans.first_stage_of(config, data)
     if manifest is not None and manifest.latents is not None:  # the latents know the size of their images
         data = replace(data, image_size=manifest.latents["image_size"])
     latent = plans.latent_spec(first_stage, data.image_size)
@@ -40,7 +40,7 @@ def classifier_plan(config: Mapping[str, Any], data: ShardData, options: dict[st
         "latent_scale": scale_node,
         "schedule": schedule_node,
     }
-    return plans.Plan(stage, spec, reads)
+    return plans.Plan(stage, spec, reads, used={"first_stage": first_node})
 
 
 def _check_classes(data: ShardData, manifest: Manifest, classes: int) -> None:

@@ -33,6 +33,7 @@ class Plan:
     spec: dict[str, Any]  # model.yaml
     reads: Literal["images", "latents"]
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # parts that checkpoints leave out
+    used: dict[str, Any] = field(default_factory=dict)  # groups that came with other choices, as they are
 
     def write_frozen(self, folder: Path) -> None:
         """NAME.safetensors of each frozen part, once."""
@@ -111,7 +112,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     frozen: dict[str, nn.Module] = {"first_stage": model.first_stage}
     if "conditioner" not in stage.saved():
         frozen["conditioner"] = model.conditioners
-    return Plan(stage, spec, "latents" if data.latents is not None else "images", frozen)
+    reads: Literal["images", "latents"] = "latents" if data.latents is not None else "images"
+    return Plan(stage, spec, reads, frozen, {"first_stage": first_node})
 
 
 def _latent_diffusion(

@@ -43,6 +43,7 @@ def job(config: Any) -> None:
 
         train_all_stages(content)
     else:
+        from ldmlab.app.choices import chosen_options
         from ldmlab.app.wiring import train
 
-        train(content)
+        train(content, chosen=chosen_options())

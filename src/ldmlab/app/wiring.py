@@ -3,22 +3,26 @@
 import difflib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 import yaml
 
 from ldmlab import distributed
 from ldmlab.app.agreement import with_classes_of
+from ldmlab.app.choices import check_built, check_choices
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_records import comparison_fields
 from ldmlab.app.stored_states import check_states
+from ldmlab.checkpoints import fingerprint
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.model_files import read_model, write_description
 from ldmlab.training.fit import fit, load_initial_weights
 from ldmlab.training.random_state import seed_process
+from ldmlab.training.resume import Record
 from ldmlab.training.run_folder import FINISHED, RunFolder
 from ldmlab.training.settings import TrainerSettings
 
@@ -30,42 +34,75 @@ NAMES = (
 )
 
 
-def train(config: Config, resume: str | None = None) -> None:
-    """One training run from its resolved configuration in plain data; `resume`: what a user types to go on with it."""
+def train(config: Config, resume: str | None = None, chosen: Collection[str] = ()) -> None:
+    """One training run from its resolved configuration in plain data.
+
+    resume: what a user types to go on with it; chosen: the options that were typed, which nothing may override.
+    """
     check_names(config)
     settings: TrainerSettings = instantiate(config["trainer"], where="trainer")
-    data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
+    check_accelerator(settings)
     name = config["stage"]["name"]
     if name not in PLANS:
         raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
+    check_choices(config, chosen)
+    run = open_run(config)
+    plan: Plan | None = None
+    try:
+        data, config = read_data(config)
+        seed_process(config["seed"], 0)  # the same first weights in every process
+        plan = PLANS[name](config, data, stage_options(config, settings))
+        check_built(config, plan, chosen)
+        if config["init_from"] is not None and not run.has_checkpoints():
+            take_initial_weights(config["init_from"], plan, data)
+        _fit(run, {**config, **plan.used}, plan, settings, data, resume or resume_command(run))
+        run.finish(plan.stage.step)
+    except BaseException:
+        if plan is None or plan.stage.step == 0:
+            run.discard()
+        raise
+    finally:
+        run.close()
+
+
+def read_data(config: Config) -> tuple[ShardData, Config]:
+    """The data as the stage reads them, and the configuration with what follows from them."""
+    data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
     config = with_classes_of(config, data)
     if config["task"]:
         data = with_task(config, data)
-    if name == "diffusion":
+    if config["stage"]["name"] == "diffusion":
         data = data.with_states(config["conditioner"])
-    seed_process(config["seed"], 0)  # the same first weights in every process
-    plan = PLANS[name](config, data, stage_options(config, settings))
-    if config["init_from"] is not None:
-        load_initial_weights(plan.stage, initial_parts(config["init_from"], plan), f"init_from={config['init_from']}")
-        if data.stored:  # beside a conditioner that learns, a frozen one came along
-            check_states(plan.stage.diffusion.conditioners, data)  # type: ignore[arg-type, union-attr]
-    run = open_run(config)
-    try:
-        _write_start(run, config, plan)
-        _fit(run, config, plan, settings, data, resume or resume_command(run))
-        if distributed.rank() == 0:
-            (run.path / FINISHED).write_text(f'{{"step": {plan.stage.step}}}\n')
-    finally:
-        run.close()
+    return data, config
+
+
+def take_initial_weights(source: str, plan: Plan, data: ShardData) -> None:
+    """Weights to start from; the scale of the latents stays this run's, as model.yaml describes it."""
+    load_initial_weights(plan.stage, initial_parts(source, plan), f"init_from={source}")
+    if data.stored:  # beside a conditioner that learns, a frozen one came along
+        check_states(plan.stage.diffusion.conditioners, data)  # type: ignore[arg-type, union-attr]
+
+
+def check_accelerator(settings: TrainerSettings) -> None:
+    """A GPU that is asked for must be there before anything is made."""
+    if settings.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError(
+            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or look at the "
+            "driver with nvidia-smi."
+        )
 
 
 def initial_parts(source: str, plan: Plan) -> dict[str, Any]:
     """Weights to start from; conditioners of another kind start anew."""
     files = read_model(source)
     kinds = [[node["_target_"] for node in spec.get("conditioners", {}).values()] for spec in (files.spec, plan.spec)]
-    parts = dict(files.parts)
-    if kinds[0] != kinds[1] and parts.pop("conditioner", None) is not None and distributed.rank() == 0:
-        print(f"init_from={source}: its conditioners are of another kind; these start anew", file=sys.stderr)
+    parts = {name: part for name, part in files.parts.items() if name != "latent_scale"}
+    scales = [spec.get("latent_scale") for spec in (files.spec, plan.spec)]
+    if scales[0] and scales[1] and scales[0] != scales[1]:
+        std, own = (scale["std"] for scale in scales if scale)
+        distributed.say(f"init_from={source}: its latents were divided by {std}, this run's are by {own}")
+    if kinds[0] != kinds[1] and parts.pop("conditioner", None) is not None:
+        distributed.say(f"init_from={source}: its conditioners are of another kind; these start anew")
     return parts
 
 
@@ -90,7 +127,9 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         loggers=_nodes(config, "logger"),
         resume_command=resume,
         manifest_hash=data.manifest("train", plan.reads).hash,
-        config={**config, **comparison_fields(plan.spec)},
+        record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
+        fields=comparison_fields(plan.spec),
+        begin=lambda: _write_start(run, config, plan),
     )
 
 
@@ -154,6 +193,7 @@ def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
     """What the run folder holds from the first moment: configuration, description, frozen weights."""
     run.write_config(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     if distributed.rank() == 0:
+        (run.path / FINISHED).unlink(missing_ok=True)
         plan.write_frozen(run.path)
         write_description(run.path, plan.spec)
     distributed.barrier()

@@ -11,14 +11,56 @@ from ldmlab import distributed
 from ldmlab.contracts import FirstStage
 from ldmlab.losses.autoencoder import AutoencoderLoss
 from ldmlab.losses.rise_alarm import RiseAlarm
-from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures
+from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import normal
-from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.stage import Batch, Losses, Stage
 
 _log = logging.getLogger(__name__)
 _PANEL_IMAGES = 8
+
+
+class CodebookWindow:
+    """Counts codes over all processes; the numbers are those of the last full window and survive a restart."""
+
+    def __init__(self, codebook_size: int, images: int, alert: float) -> None:
+        self.images, self.alert = images, alert  # length of a window; share below which it warns
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.counted = 0  # images of the window that is open
+        self.numbers: dict[str, float] = {}  # codebook_use and codebook_perplexity
+        self._step = torch.zeros_like(self.counts)  # this process's codes since the last step ended
+
+    def add(self, codes: Tensor) -> None:
+        """The codes of a micro-batch, (B, h, w)."""
+        self._step = self._step.to(codes.device) + torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def end_step(self, step: int, images: int) -> None:
+        """A step on so many images of all processes has ended; a full window is read and a new one begins."""
+        self.counts += distributed.sum_(self._step).cpu()
+        self._step = torch.zeros_like(self._step)
+        self.counted += images
+        if self.counted < self.images:
+            return
+        self.numbers = codebook_use(self.counts)
+        if self.numbers["codebook_use"] < self.alert and distributed.rank() == 0:
+            _log.warning(
+                "step %d: only %.1f %% of the codebook was used over the last %d images; "
+                "first_stage.restart_below=0.01, fewer codes or a lower learning rate keep more of it alive",
+                step,
+                100 * self.numbers["codebook_use"],
+                self.counted,
+            )
+        self.counts.zero_()
+        self.counted = 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, between two steps."""
+        return {"counts": self.counts.clone(), "counted": self.counted, "numbers": dict(self.numbers)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.counts.copy_(state["counts"])
+        self.counted, self.numbers = state["counted"], dict(state["numbers"])
 
 
 class AutoencoderStage(Stage):
@@ -49,15 +91,15 @@ class AutoencoderStage(Stage):
         self.rise_alarm = RiseAlarm()
         with_lpips = loss.reconstruction.lpips is not None
         self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
-        self._players = self._assign()
+        self._assigned = self._assign()
         self._seen: tuple[Tensor, Tensor] | None = None  # images and reconstructions of this micro-batch
 
     def _assign(self) -> dict[str, list[nn.Parameter]]:
         trained = [*self.first_stage.parameters(), *self.loss.reconstruction.parameters()]
-        players = {"autoencoder": [p for p in trained if p.requires_grad]}
+        groups = {"generator": [p for p in trained if p.requires_grad]}
         if self.loss.adversary is not None:
-            players["adversary"] = list(self.loss.adversary.parameters())
-        return players
+            groups["discriminator"] = list(self.loss.adversary.parameters())
+        return groups
 
     def on_fit_start(self) -> None:
         """Channels-last convolutions on a GPU; on a CPU they were measured to be slower."""
@@ -70,21 +112,21 @@ class AutoencoderStage(Stage):
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
+    def groups(self) -> dict[str, list[nn.Parameter]]:
         """The autoencoder (with a learned log-variance) and the adversary, if there is one."""
-        return self._players
+        return self._assigned
 
-    def active(self, player: str) -> bool:
+    def active(self, group: str) -> bool:
         """The adversary is updated from its start on."""
-        return player == "autoencoder" or (self.loss.adversary is not None and self.loss.adversary.trains_at(self.step))
+        return group == "generator" or (self.loss.adversary is not None and self.loss.adversary.trains_at(self.step))
 
     def saved(self) -> dict[str, nn.Module]:
         """The first stage, and the loss with its discriminator and log-variance."""
         return {"first_stage": self.first_stage, "loss": self.loss}
 
-    def losses(self, player: str, batch: Batch) -> Losses:
+    def losses(self, group: str, batch: Batch) -> Losses:
         """The autoencoder's loss; then the adversary's on the same images and reconstructions."""
-        if player == "autoencoder":
+        if group == "generator":
             return self._autoencoder(batch)
         assert self._seen is not None
         (images, reconstructed), self._seen = self._seen, None
@@ -93,10 +135,10 @@ class AutoencoderStage(Stage):
     def _autoencoder(self, batch: Batch) -> Losses:
         images = self._images_of(batch)
         given = self.first_stage.reconstruct(images, self._noise(batch["position"], images))
-        total, terms = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
+        total, metrics = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
         self._seen = (images, given.images.detach())
-        self._watch(terms["l1"])
-        return Losses(total, terms | self._codebook_terms(given.codes))
+        self._watch(metrics["l1"])
+        return Losses(total, metrics | self._codebook_metrics(given.codes))
 
     def _images_of(self, batch: Batch) -> Tensor:
         """(B, 3, H, W) in [-1, 1]."""
@@ -120,19 +162,19 @@ class AutoencoderStage(Stage):
                 100 * rise,
             )
 
-    def _codebook_terms(self, codes: Tensor | None) -> dict[str, Tensor]:
+    def _codebook_metrics(self, codes: Tensor | None) -> dict[str, Tensor]:
         """Use and perplexity of the codebook over the last full window, once there is one."""
         if self.codebook is None or codes is None:
             return {}
         self.codebook.add(codes)
         return {name: torch.tensor(value, device=self.device) for name, value in self.codebook.numbers.items()}
 
-    def _update(self, playing: dict[str, list[nn.Parameter]]) -> None:
+    def _update(self, active: dict[str, list[nn.Parameter]]) -> None:
         self.updating = True
         if self.codebook is not None:
             self.codebook.end_step(self.step + 1, self._images * self.accumulate * distributed.world_size())
             self._update_codebook()
-        super()._update(playing)
+        super()._update(active)
 
     @torch.no_grad()
     def _update_codebook(self) -> None:
@@ -161,7 +203,7 @@ class AutoencoderStage(Stage):
                 self.codebook.images,
             )
 
-    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Measures of reconstructions from the posterior's mean, and the latents' statistics per channel."""
         measures = ReconstructionMeasures(self.background, self.loss.reconstruction.lpips).to(self.device)
         latents = LatentStatistics(self.first_stage.latent_channels).to(self.device)

@@ -1,14 +1,19 @@
 """The checkpoints of a run: written whole, the newest few kept, the newest readable one resumed from."""
 
 import re
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldmlab.checkpoints import load_checkpoint, save_checkpoint
+from ldmlab import distributed, format1
+from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_PARTS: dict[str, type] = {  # what every checkpoint holds
+    **{"kind": str, "step": int, "position": int, "seed": int, "modules": dict, "averaged": dict},
+    **{"optimizers": dict, "rng": list, "data": dict, "notes": dict},
+}
 _NAME = re.compile(r"step_(\d{8,})\.ckpt")
 _BEST = "best*.ckpt"
 
@@ -24,7 +29,7 @@ class Checkpoints:
     def save(self, content: dict[str, Any]) -> Path:
         """Write `step_<step>.ckpt` and delete all but the newest `keep`."""
         path = self.folder / f"step_{content['step']:08d}.ckpt"
-        save_checkpoint(path, {"format_version": FORMAT_VERSION, **content})
+        _save(path, content)
         for old in self.by_age()[: -self.keep]:
             old.unlink()
         return path
@@ -33,7 +38,7 @@ class Checkpoints:
         """Write `best_step_<step>_<name>_<value>.ckpt`, by the note on the best, in place of the one before."""
         note = content["notes"]["best"]
         path = self.folder / f"best_step_{note['step']:08d}_{note['name']}_{note['value']:.6g}.ckpt"
-        save_checkpoint(path, {"format_version": FORMAT_VERSION, **content})
+        _save(path, content)
         for old in set(self.folder.glob(_BEST)) - {path}:
             old.unlink()
         return path
@@ -52,9 +57,9 @@ class Checkpoints:
         damaged = 0
         for path in reversed(self.by_age()):
             try:
-                return path, supported(load_checkpoint(path), path)
+                return path, complete(load_checkpoint(path), path)
             except InputError as error:
-                warnings.warn(f"{error} Trying the one before it.", stacklevel=2)
+                distributed.say(f"ldmlab: {error} Trying the one before it.")
                 damaged += 1
         if damaged:
             raise InputError(f"none of the {damaged} checkpoints in {self.folder} can be read; start a new run.")
@@ -66,11 +71,25 @@ class Checkpoints:
             part.unlink(missing_ok=True)
 
 
-def supported(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content itself; InputError for a format of another version."""
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+def _save(path: Path, content: dict[str, Any]) -> None:
+    content = {"format_version": FORMAT_VERSION, **content}
+    save_checkpoint(path, {**content, "inventory": inventory(content)})
+
+
+def complete(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content in today's names; InputError for another format, or where a part is missing."""
+    version = content.get("format_version")
+    if version not in (1, FORMAT_VERSION):
         raise InputError(
             f"{path} has checkpoint format {version}, this ldmlab reads {FORMAT_VERSION}; use another one."
         )
-    return content
+    parts = {**_PARTS, **({"terms": dict} if version == 1 else {"metrics": dict, "run": dict})}
+    if lacking := [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]:
+        raise InputError(f"{path} lacks {', '.join(lacking)}, so it is no complete checkpoint; use another one.")
+    found = content.pop("inventory", None)
+    if version == FORMAT_VERSION and found != inventory(content):
+        raise InputError(f"{path} lacks a part that it was saved with (its inventory differs); use another one.")
+    for name, state in content["optimizers"].items():
+        if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
+            raise InputError(f"{path} lacks the state of the optimizer {name}; use another one.")
+    return format1.checkpoint(content) if version == 1 else content

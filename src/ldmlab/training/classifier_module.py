@@ -14,7 +14,7 @@ from ldmlab.errors import InputError
 from ldmlab.randomness import integers, normal
 from ldmlab.training.stage import Batch, Losses, Stage
 
-_HELD_OUT_SEED = 0x5EED  # the held-out noise is the same in every run, so that curves of runs compare
+_VAL_SEED = 0x5EED  # the validation noise is the same in every run, so that curves of runs compare
 
 
 class ClassifierStage(Stage):
@@ -31,22 +31,22 @@ class ClassifierStage(Stage):
         space: LatentSpace,
         schedule: Schedule,
         classifier: nn.Module,  # x (B, C, h, w), t (B,) => logits (B, classes)
-        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out image
+        val_draws: int = 4,  # fixed noise levels and noises for each validation image
         noise_bins: int = 10,  # equal parts of the diffusion times, each with an accuracy of its own
         **options: Any,  # of Stage
     ) -> None:
         super().__init__(**options)
-        if held_out_draws < 1 or noise_bins < 1:
-            raise InputError(f"held_out_draws={held_out_draws} and noise_bins={noise_bins} must be at least 1.")
+        if val_draws < 1 or noise_bins < 1:
+            raise InputError(f"val_draws={val_draws} and noise_bins={noise_bins} must be at least 1.")
         self.space, self.schedule, self.classifier = space, schedule, classifier
-        self.held_out_draws, self.noise_bins = held_out_draws, noise_bins
+        self.val_draws, self.noise_bins = val_draws, noise_bins
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """The classifier alone."""
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The classifier only_trainable."""
         return {"classifier": list(self.classifier.parameters())}
 
     def saved(self) -> dict[str, nn.Module]:
-        """The classifier alone; the latent space is described, not kept."""
+        """The classifier only_trainable; the latent space is described, not kept."""
         return {"classifier": self.classifier}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -59,29 +59,29 @@ class ClassifierStage(Stage):
             )
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def losses(self, player: str, batch: Batch) -> Losses:
+    def losses(self, group: str, batch: Batch) -> Losses:
         """Mean cross-entropy and accuracy; the noise levels as a share of the schedule, 0 the cleanest."""
-        loss, right, level = self._judged(batch, self.seed)
+        loss, right, level = self._classified(batch, self.seed)
         total = loss.mean()
         return Losses(total, {"loss": total, "accuracy": right.mean()}, {"loss": loss, "level": level})
 
-    def _judged(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _classified(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Per image: cross-entropy, 1 where the class is right, noise level in [0, 1); each (B,) float32."""
-        position, wanted = batch["position"], batch["class_id"]
+        position, labels = batch["position"], batch["class_id"]
         clean = self.space.latents(batch, seed)  # (B, C, h, w)
         t = integers(seed, "time", position, self.schedule.steps)  # (B,)
         alpha, sigma = self.schedule.levels(t)
         x = alpha * clean + sigma * normal(seed, "noise", position, tuple(clean.shape[1:]))
         logits = self.classifier(x, t.float()).float()  # (B, classes)
-        right = (logits.argmax(1) == wanted).float()
-        return F.cross_entropy(logits, wanted, reduction="none"), right, t / self.schedule.steps
+        right = (logits.argmax(1) == labels).float()
+        return F.cross_entropy(logits, labels, reduction="none"), right, t / self.schedule.steps
 
-    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss and accuracy over held-out images with fixed times and noises, accuracy also by noise level."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss and accuracy over validation images with fixed times and noises, accuracy also by noise level."""
         sums = torch.zeros(3, self.noise_bins, dtype=torch.float64, device=self.device)  # loss, right, count
         for batch in batches:
-            for draw in range(self.held_out_draws):
-                loss, right, level = self._judged(batch, _HELD_OUT_SEED + draw)
+            for draw in range(self.val_draws):
+                loss, right, level = self._classified(batch, _VAL_SEED + draw)
                 place = (level * self.noise_bins).long().clamp_max(self.noise_bins - 1)
                 sums.index_add_(1, place, torch.stack([loss, right, torch.ones_like(loss)]).double())
         bins = distributed.sum_(sums).cpu()

@@ -42,15 +42,15 @@ class ClipStage(Stage):
         self.open_clip = model
         self.clip = model.model
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """Both towers and the scale of the logits are one player."""
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Both towers and the scale of the logits are one group."""
         return {"clip": [p for p in self.clip.parameters() if p.requires_grad]}
 
     def saved(self) -> dict[str, nn.Module]:
         """The whole model, names as in open_clip."""
         return {"clip": self.clip}
 
-    def losses(self, player: str, batch: Batch) -> Losses:
+    def losses(self, group: str, batch: Batch) -> Losses:
         """Mean of both directions' cross-entropies; each process has its own pairs against those of all."""
         with torch.no_grad():
             self.clip.logit_scale.clamp_(0, _LARGEST_SCALE)  # type: ignore[operator]
@@ -71,8 +71,8 @@ class ClipStage(Stage):
         text = self.clip.encode_text(ids, normalize=True)  # type: ignore[operator]
         return image.float(), text.float()
 
-    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Retrieval among held-out pairs, the same whatever the number of processes."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Retrieval among validation pairs, the same whatever the number of processes."""
         rows: list[tuple[str, str, Tensor, Tensor]] = []
         for batch in batches:
             image, text = (f.cpu() for f in self._features(batch))
@@ -84,7 +84,7 @@ class ClipStage(Stage):
         return retrieval(torch.stack(images), torch.stack(texts), captions)
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Rows of a held-out image | the images its caption finds first; and similarities, image by caption."""
+        """Rows of a validation image | the images its caption finds first; and similarities, image by caption."""
         batch = first_images(batches, 64)
         image, text = (f.cpu() for f in self._features(batch))
         images = batch["image"].cpu().permute(0, 2, 3, 1)  # (N, H, W, 3)

@@ -12,7 +12,7 @@ from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_bytes
 from ldmlab.training.stage import Batch, Losses, Stage
 
-_HELD_OUT_SEED = 0x5EED  # the held-out noise is the same in every run, so that curves of runs compare
+_VAL_SEED = 0x5EED  # the validation noise is the same in every run, so that curves of runs compare
 
 
 class DiffusionStage(Stage):
@@ -30,19 +30,19 @@ class DiffusionStage(Stage):
         grid: list[Level],  # its noise levels
         guidance_scale: float = 3.0,  # of the panels; 1 where conditions are never dropped
         panel_count: int = 16,  # images in a panel
-        held_out_draws: int = 4,  # fixed noise levels and noises for each held-out image
+        val_draws: int = 4,  # fixed noise levels and noises for each validation image
         **options: Any,  # of Stage
     ) -> None:
         super().__init__(**options)
-        if held_out_draws < 1 or panel_count < 1:
-            raise InputError(f"held_out_draws={held_out_draws} and panel_count={panel_count} must be at least 1.")
+        if val_draws < 1 or panel_count < 1:
+            raise InputError(f"val_draws={val_draws} and panel_count={panel_count} must be at least 1.")
         self.diffusion = diffusion
         self.sampler, self.grid = sampler, grid
         self.guidance_scale = guidance_scale if diffusion.guidance_trained and len(diffusion.conditioners) else 1.0
-        self.panel_count, self.held_out_draws = panel_count, held_out_draws
+        self.panel_count, self.val_draws = panel_count, val_draws
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """The backbone and the trainable conditioners are one player."""
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The backbone and the trainable conditioners are one group."""
         return {"denoiser": [p for p in self.diffusion.parameters() if p.requires_grad]}
 
     def saved(self) -> dict[str, nn.Module]:
@@ -52,36 +52,36 @@ class DiffusionStage(Stage):
             modules["conditioner"] = self.diffusion.conditioners
         return modules
 
-    def losses(self, player: str, batch: Batch) -> Losses:
+    def losses(self, group: str, batch: Batch) -> Losses:
         """Mean of the images' losses; their noise levels as a share of the schedule, 0 the cleanest."""
         seen, cut = self._captions()
         loss, t = self.diffusion.loss(batch, self.seed)
         total = loss.mean()
-        terms = {"loss": total}
+        metrics = {"loss": total}
         now_seen, now_cut = self._captions()
         if now_seen > seen:
-            terms["captions_cut"] = total.new_tensor((now_cut - cut) / (now_seen - seen))
-        return Losses(total, terms, {"loss": loss, "level": t / self.diffusion.schedule.steps})
+            metrics["captions_cut"] = total.new_tensor((now_cut - cut) / (now_seen - seen))
+        return Losses(total, metrics, {"loss": loss, "level": t / self.diffusion.schedule.steps})
 
     def _captions(self) -> tuple[int, int]:
         """Captions that text conditioners have been given so far, and how many were longer than they read."""
         counting: list[Any] = [c for c in self.diffusion.conditioners.values() if hasattr(c, "cut")]
         return sum(c.seen for c in counting), sum(c.cut for c in counting)
 
-    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss over held-out images with fixed times and noises."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss over validation images with fixed times and noises."""
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in batches:
-            for draw in range(self.held_out_draws):
-                total += self.diffusion.loss(batch, _HELD_OUT_SEED + draw)[0].double().sum()
+            for draw in range(self.val_draws):
+                total += self.diffusion.loss(batch, _VAL_SEED + draw)[0].double().sum()
                 count += len(batch["position"])
         return self.mean_over_processes({"loss": total}, count)
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Samples for the first held-out conditions and, of the same order, the real images as decoded latents."""
+        """Samples for the first validation conditions and, of the same order, the real images as decoded latents."""
         batch = first_images(batches, self.panel_count)
         index = torch.arange(len(batch["position"]), device=self.device)
-        real = self.diffusion.latents(batch, _HELD_OUT_SEED)
+        real = self.diffusion.latents(batch, _VAL_SEED)
         factor = int(self.diffusion.first_stage.downsampling)  # type: ignore[arg-type]
         size = (real.shape[2] * factor, real.shape[3] * factor)
         conditions = {name: value for name, value in batch.items() if name not in ("moments", "position")}
@@ -89,7 +89,7 @@ class DiffusionStage(Stage):
             conditions, sampler=self.sampler, grid=self.grid, index=index, size=size,
             guidance_scale=self.guidance_scale, seed=self.seed,
         )  # fmt: skip
-        images = {"samples": samples, "held_out": self.diffusion.decode(real)}
+        images = {"samples": samples, "val": self.diffusion.decode(real)}
         return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in images.items()}
 
 
@@ -102,7 +102,7 @@ def first_images(batches: Iterable[Batch], count: int) -> Batch:
             break
     if not parts:
         raise InputError(
-            "the held-out split is empty, so no panel can be drawn; give data.val or callbacks without panels."
+            "the validation split is empty, so there is nothing to show in panels; give data.val, or callbacks=quiet."
         )
     joined: Batch = {}
     for name, value in parts[0].items():

@@ -61,7 +61,7 @@ class Launched(ClusterEnvironment):
         return distributed.rank() // max(distributed.local_world_size(), 1)
 
 
-class SeveralPlayers(DDPStrategy):
+class SeveralGroups(DDPStrategy):
     """Processes without DDP's wrapper, which expects every parameter in every backward pass; the stage syncs."""
 
     def configure_ddp(self) -> None:
@@ -104,8 +104,8 @@ def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> 
 
 
 def _strategy(stage: Stage) -> DDPStrategy:
-    if len(stage.players()) > 1:
-        return SeveralPlayers()
+    if len(stage.groups()) > 1:
+        return SeveralGroups()
     return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
@@ -129,5 +129,5 @@ def summary(stage: Stage, settings: TrainerSettings) -> str:
 
 def rates_line(stage: Stage) -> str:
     """The learning rates that will be used, before any is."""
-    optimizers: dict[str, Any] = {player: stage.factory(player) for player in stage.players()}
-    return "; ".join(f"{player}: {optimizer}" for player, optimizer in optimizers.items())
+    optimizers: dict[str, Any] = {group: stage.factory(group) for group in stage.groups()}
+    return "; ".join(f"{group}: {optimizer}" for group, optimizer in optimizers.items())

@@ -1,21 +1,24 @@
 """Train a stage in a run folder: from the start, or from the newest checkpoint found there."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
 from ldmlab.errors import InputError
 from ldmlab.training.callbacks.base import Session, StepCallback
-from ldmlab.training.checkpointing import Checkpoints
+from ldmlab.training.checkpointing import Checkpoints, complete
 from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.loggers import Logger, Loggers
 from ldmlab.training.loop import Loop
 from ldmlab.training.progress import StepProgress
+from ldmlab.training.resume import Record, compare
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.signals import StopRequest
@@ -33,24 +36,34 @@ def fit(
     loggers: Sequence[Logger] = (),
     resume_command: str = "",  # what a stopped run tells people to type
     manifest_hash: str | None = None,  # of the training data; a resumed run must have the same
-    config: Mapping[str, Any] | None = None,  # resolved settings for the loggers
+    record: Record | None = None,  # configuration and model, which a resumed run is compared by
+    fields: Mapping[str, Any] | None = None,  # more settings for the loggers
+    begin: Callable[[], None] = lambda: None,  # writes what else a run folder holds from its first step on
 ) -> Path:
-    """Train to `stage.max_steps`; the path of the last checkpoint. A signal saves and ends in SystemExit(128 + n)."""
+    """Train to `stage.max_steps`; the path of the last checkpoint. A signal saves and ends in SystemExit(128 + n).
+
+    Nothing is written before the newest checkpoint was read and compared, nor in a run that is finished.
+    """
     distributed.join()
+    record = record or Record()
     first = distributed.rank() == 0
     checkpoints = Checkpoints(run.checkpoints, settings.keep)
-    found = _take_up(stage, checkpoints, manifest_hash)
+    found, changes = _take_up(stage, checkpoints, settings, manifest_hash, record)
     if found is not None and stage.step >= stage.max_steps:
         return found[0]
+    run.begin()
+    if first:
+        checkpoints.sweep()
+    begin()
     session = Session(stage, run, Loggers(loggers, first), val_batches, **_from_notes(found))
     with StopRequest() as stop, StepProgress(first) as progress:
         states = found[1]["rng"] if found else []
-        loop = Loop(session, settings, callbacks, checkpoints, progress, stop, states, manifest_hash)
-        _introduce(stage, settings, progress, found)
+        loop = Loop(session, settings, callbacks, checkpoints, progress, stop, states, manifest_hash, record)
+        _introduce(stage, settings, progress, found, changes)
         _arrange(stage, settings)
         success = False
         try:
-            session.loggers.open(run, dict(config or {}), stage.step)
+            session.loggers.open(run, {**record.config, **(fields or {})}, stage.step)
             _train(stage, settings, loop, train_batches, stop)
             success = stop.signal is None
         finally:
@@ -62,11 +75,14 @@ def fit(
     return path
 
 
-def _take_up(stage: Stage, checkpoints: Checkpoints, manifest_hash: str | None) -> tuple[Path, dict[str, Any]] | None:
-    """Load the newest checkpoint into the stage; all processes take the same file."""
-    if distributed.rank() == 0:
-        checkpoints.sweep()
-    mine: list[tuple[Path, dict[str, Any]]] = []  # the first process reads while it looks; the others are told where
+Found = tuple[Path, dict[str, Any]] | None  # the newest checkpoint and its content
+
+
+def _take_up(
+    stage: Stage, checkpoints: Checkpoints, settings: TrainerSettings, manifest_hash: str | None, record: Record
+) -> tuple[Found, list[str]]:
+    """Load the newest checkpoint into the stage, the same one in all processes; and the changed options that apply."""
+    mine: list[tuple[Path, dict[str, Any]]] = []  # the first process reads while it looks for the newest
 
     def look() -> Path | None:
         mine.extend([found] if (found := checkpoints.newest()) else [])
@@ -74,34 +90,43 @@ def _take_up(stage: Stage, checkpoints: Checkpoints, manifest_hash: str | None) 
 
     path = distributed.shared(look)
     if path is None:
-        return None
-    content = mine[0][1] if mine else load_checkpoint(path)
-    before = content["data"]["manifest_hash"]
-    if manifest_hash is not None and before is not None and before != manifest_hash:
-        raise InputError(f"{path} was trained on other data (its manifest differs); start a new run with init_from.")
+        return None, []
+    content = mine[0][1] if mine else complete(load_checkpoint(path), path)
+    if content["kind"] != stage.kind:
+        raise InputError(f"{path} is of stage={content['kind']}, this run is stage={stage.kind}; resume its own run.")
     if content["seed"] != stage.seed:
         raise InputError(f"seed={stage.seed} but {path} was made with seed={content['seed']}; resume with that seed.")
+    before = content["data"].get("manifest_hash")
+    if manifest_hash is not None and before is not None and before != manifest_hash:
+        raise InputError(f"{path} was trained on other data (its manifest differs); start a new run with init_from.")
+    images = settings.micro_batch * settings.accumulate * distributed.world_size()
+    changes = compare(content, record, images, checkpoints.folder.parent)
     stage.restore(content)
-    return path, content
+    return (path, content), changes
 
 
-def _from_notes(found: tuple[Path, dict[str, Any]] | None) -> dict[str, Any]:
+def _from_notes(found: Found) -> dict[str, Any]:
     return {"notes": found[1]["notes"]} if found else {}
 
 
 def _introduce(
-    stage: Stage, settings: TrainerSettings, progress: StepProgress, found: tuple[Path, dict[str, Any]] | None
+    stage: Stage, settings: TrainerSettings, progress: StepProgress, found: Found, changes: Sequence[str]
 ) -> None:
     progress.say(summary(stage, settings))
     progress.say(rates_line(stage))
     if found is not None:
         progress.say(f"going on from step {stage.step} in {found[0]}")
+    for change in changes:
+        progress.say(f"changed option: {change}")
 
 
 def _arrange(stage: Stage, settings: TrainerSettings) -> None:
     """Compilation; it changes no name and no value in a checkpoint."""
     if settings.compile:
         next(iter(stage.saved().values())).compile()  # in place: names get no prefix
+
+
+_LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 
 
 class _Endless:
@@ -126,15 +151,29 @@ def _train(
     try:
         trainer.fit(stage, _Endless(train_batches(stage.position)))
     except Exception as error:
-        # the signal may have reached the loader's workers too; the state is still that of the last whole step
-        if (
-            stop.signal is None
-            or stage.updating
-            or distributed.joined()
-            or isinstance(error, FloatingPointError | InputError)
-        ):
-            raise
+        known = explained(error, loop)
+        # the signal may have reached the loader's workers too; the state is still that of the last complete step
+        if stop.signal is None or stage.updating or distributed.joined() or isinstance(error, InputError):
+            if known is None:
+                raise
+            raise known from error
         loop.save()
+
+
+def explained(error: Exception, loop: Loop) -> InputError | None:
+    """A sentence for a dead loader worker or process and for a full memory; None for any other fault."""
+    text = str(error).strip() or type(error).__name__
+    reason = text.splitlines()[0][:200].rstrip(".")
+    kept = f"the newest checkpoint is {loop.newest()}" if loop.newest() else "no checkpoint was written yet"
+    if "DataLoader worker" in text or isinstance(error, EOFError | ConnectionError):
+        advice = "if memory ran out, fewer data.workers or a smaller micro_batch help"
+        return InputError(f"a loader process ended ({reason}); {kept}; run the command again to go on, {advice}.")
+    if distributed.joined() and isinstance(error, RuntimeError) and _LOST.search(text):
+        distributed.forget()
+        return InputError(f"another process of this run ended ({reason}); {kept}; run the command again to go on.")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return InputError(f"memory ran out ({reason}); {kept}; use a smaller trainer.micro_batch, or accumulate more.")
+    return None
 
 
 def _leave(loop: Loop, stop: StopRequest, run: RunFolder, resume_command: str) -> None:

@@ -123,7 +123,7 @@ class Loggers:
             logger.open(run, settings, step)
             self._open.append(logger)
 
-    def log_numbers(self, values: dict[str, float], step: int) -> None:
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
         """Scalars of a step to every logger."""
         for logger in self._open:
             logger.numbers(values, step)

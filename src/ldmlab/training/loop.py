@@ -1,4 +1,4 @@
-"""What happens at the border of two steps: numbers, images, checkpoint, stop; every count is `Stage.step`."""
+"""What happens at the end of a step: metrics, images, checkpoint, stop; every count is `Stage.step`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from ldmlab.training.callbacks.validate import Validate
 from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.progress import StepProgress
 from ldmlab.training.random_state import random_state, restore_random_state, seed_process
+from ldmlab.training.resume import Record
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.signals import StopRequest
 from ldmlab.training.stage import Batch, Stage
@@ -30,13 +31,14 @@ class Loop(pl.Callback):
         stop: StopRequest,
         random_states: list[dict[str, Any]],  # of all processes, from the checkpoint; empty in a new run
         manifest_hash: str | None,
+        record: Record,
     ) -> None:
         self.session, self.settings, self.stop = session, settings, stop
         self.callbacks, self.checkpoints, self.progress = list(callbacks), checkpoints, progress
-        judges = [callback for callback in self.callbacks if callback.judges]
-        self.validate = Validate(settings.validate_every, judges=not judges)
-        self.judge: StepCallback = judges[0] if judges else self.validate  # of which checkpoint is best
-        self.manifest_hash = manifest_hash
+        chooses_best = [callback for callback in self.callbacks if callback.chooses_best]
+        self.validate = Validate(settings.validate_every, chooses_best=not chooses_best)
+        self.chooser: StepCallback = chooses_best[0] if chooses_best else self.validate  # of which checkpoint is best
+        self.manifest_hash, self.record = manifest_hash, record
         self.last_checkpoint: Path | None = None
         self._random_states = random_states
 
@@ -66,7 +68,7 @@ class Loop(pl.Callback):
         for callback in self.callbacks:
             callback.after_batch(self.session, batch)
         stage = self.session.stage
-        if not stage.at_border:
+        if not stage.step_complete:
             return
         stopping, last = self.stop.agreed(stage.step, stage.device), stage.step >= stage.max_steps
         if stopping:  # at once: whoever asked may not wait for an evaluation
@@ -75,19 +77,19 @@ class Loop(pl.Callback):
         for callback in self.callbacks:
             callback.after_step(self.session)
         self.progress.step(stage)
-        if self.judge.improved:  # before the checkpoint, which says that this one is there
+        if self.chooser.improved:  # before the checkpoint, which says that this one is there
             self._save_best()
         if stopping or last or stage.step % self.settings.checkpoint_every == 0:
             self.save()
         trainer.should_stop = stopping or last
 
     def _log(self, stage: Stage) -> None:
-        """One row a step at most: training numbers when due, held-out numbers when due."""
+        """One row a step at most: training metrics when due, validation metrics when due."""
         row: dict[str, float] = {}
         if stage.step % self.settings.log_every == 0 or stage.step in (1, stage.max_steps):
-            row = stage.terms.read()
+            row = stage.metrics.read()
             self.progress.numbers(row)
-            row |= {f"learning_rate/{player}": rate for player, rate in stage.rates().items()}
+            row |= {f"learning_rate/{group}": rate for group, rate in stage.rates().items()}
             row["images"] = float(stage.position)
             for callback in self.callbacks:
                 row |= callback.metrics(self.session)
@@ -95,19 +97,24 @@ class Loop(pl.Callback):
         for callback in self.callbacks:
             row |= callback.evaluate(self.session)
         if row:
-            self.session.loggers.log_numbers(row, stage.step)
+            self.session.loggers.log_metrics(row, stage.step)
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds; every process must ask."""
         stage = self.session.stage
-        stage.terms.check()  # nothing that is not finite gets into a checkpoint
+        stage.metrics.check()  # nothing that is not finite gets into a checkpoint
         states = distributed.gather(random_state())
         return {
             **(stage.state() if distributed.rank() == 0 else {}),
             "rng": states,
             "data": {"manifest_hash": self.manifest_hash},
             "notes": self.session.notes,
+            "run": vars(self.record),
         }
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint of the run, of this process or an earlier one."""
+        return next(iter(self.checkpoints.by_age()[-1:]), None)
 
     def save(self) -> None:
         """A checkpoint of this step."""

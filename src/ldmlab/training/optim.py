@@ -1,14 +1,19 @@
-"""Optimizers and learning rates; the configured rate is the rate used unless `lr_scaling` says otherwise."""
+"""Optimizers, learning rates and optimizer groups; the configured rate is used unless `lr_scaling` changes it."""
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldmlab.errors import InputError
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+Groups = Mapping[str, list[nn.Parameter]]  # by name; each parameter belongs to exactly one group
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class AdamW:
         return self.learning_rate * (self.global_batch if self.lr_scaling == "official" else 1)
 
     def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
-        """The optimizer of one player."""
+        """The optimizer of one group."""
         decayed = [p for p in parameters if self.decay_vectors or p.ndim > 1]
         plain = [p for p in parameters if not (self.decay_vectors or p.ndim > 1)]
         groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": self.weight_decay}]
@@ -105,3 +110,86 @@ def _progress(schedule: Linear | Cosine, step: int) -> float:
     """0 at the end of the warm-up, 1 at the end of the run."""
     length = max(schedule.max_steps - schedule.warmup_steps, 1)
     return min(max((step - schedule.warmup_steps) / length, 0.0), 1.0)
+
+
+def factory_of(given: OptimizerFactory | Mapping[str, OptimizerFactory], group: str) -> OptimizerFactory:
+    """What makes the group's optimizer: its own entry, or the one for all."""
+    if not isinstance(given, Mapping):
+        return given
+    if group not in given:
+        raise InputError(
+            f"optimizer has entries for {', '.join(given)} but none for {group}; add one or give a single one."
+        )
+    return given[group]
+
+
+def made_optimizers(groups: Groups, factory: Callable[[str], OptimizerFactory]) -> dict[str, Optimizer]:
+    """One optimizer a group; `initial_lr` keeps the configured rate."""
+    made = {group: factory(group)(parameters) for group, parameters in groups.items()}
+    for optimizer in made.values():
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return made
+
+
+def set_rate(optimizer: Optimizer, share: float) -> None:
+    """The learning rate of the next update, as a share of the configured one."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * share
+
+
+def restore_optimizer(optimizer: Optimizer, state: Any, name: str) -> None:
+    """The state of a checkpoint, under the configured betas, decay and rate; InputError where it does not fit."""
+    configured = [
+        {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint's optimizer state of {name} is missing or of another network.") from error
+    for group, options in zip(optimizer.param_groups, configured, strict=True):
+        group.update(options)
+    for parameter, moments in optimizer.state.items():
+        for moment in moments.values():
+            if isinstance(moment, Tensor) and moment.ndim and moment.shape != parameter.shape:
+                raise InputError(f"the checkpoint's optimizer state of {name} has another shape than its weights.")
+
+
+def check_owned(module: nn.Module, groups: Groups) -> None:
+    """Every trainable parameter of the module belongs to exactly one group."""
+    owned = [id(p) for parameters in groups.values() for p in parameters]
+    assert len(owned) == len(set(owned)), "a parameter belongs to two groups"
+    stray = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in set(owned)]
+    assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
+
+
+@contextmanager
+def only_trainable(groups: Groups, group: str) -> Iterator[None]:
+    """Inside, only this group's parameters require gradients."""
+    others = [p for name, parameters in groups.items() if name != group for p in parameters]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
+    """Norm of the gradient before clipping; None clips nothing."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if largest is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm.detach()
+
+
+def still_frozen(module: nn.Module) -> None:
+    """Frozen parts (all parameters frozen) go into evaluation mode."""
+    for child in module.children():
+        parameters = list(child.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            child.eval()
+        else:
+            still_frozen(child)

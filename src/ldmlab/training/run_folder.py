@@ -1,34 +1,40 @@
-"""One folder a run, NAME-ID with a random ID, made once and locked while a process works in it."""
+"""One folder a run, NAME-ID with a random ID, made once and locked while a process works in it.
 
-import fcntl
-import json
+Finding a folder writes nothing in it; `begin` makes it, once everything that can be refused has been checked.
+"""
+
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
+from ldmlab.files import FileLock, read_json, write_json, write_text
 from ldmlab.provenance import provenance
 
-FINISHED = "finished.json"  # in a run folder that reached its last step
 _RECORD = "provenance.json"
+FINISHED = "finished.json"  # in the folder of a run that reached its last step
 
 
 class RunFolder:
-    """The place of a run's files; the first process decides and locks, the others are told."""
+    """The place of a run's files; the first process decides and locks, the others follow."""
 
-    def __init__(self, path: Path, run_id: str) -> None:
+    def __init__(self, path: Path, run_id: str, lock: FileLock | None = None, lock_existed: bool = True) -> None:
         self.path = path
         self.run_id = run_id  # also the id of the W&B run
-        self._lock: IO[str] | None = None
+        self._lock = lock  # held; None: by the first process, or nobody's yet
+        self._began = False
+        self._before: Literal["run", "absent", "empty"] = "run"  # what the folder was when `begin` was called
+        self._lock_is_new = lock is not None and not lock_existed
 
     @staticmethod
     def create(root: Path | str, name: str) -> "RunFolder":
         """A new folder `root/NAME-ID`, or the one that this SLURM job made before it was requeued."""
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", str(name)):
             raise InputError(f"run.name={name!r} becomes a folder name; use letters, digits, dots, dashes.")
         return _decided(lambda: _requeued(Path(root), name) or _fresh(Path(root), name))
 
@@ -59,29 +65,69 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """Where images drawn while training lie."""
+        """Where images generated during training lie."""
         return self.path / "samples"
+
+    def begin(self) -> None:
+        """Make the folder if it is new, and record this start; from here on things are written in it."""
+        distributed.shared(self._begin)
+
+    def _begin(self) -> None:
+        if self._lock is None:
+            existed = self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+            if _is_run(self.path):
+                raise InputError(f"{self.path} has become another process's run; run the command again to go on there.")
+            self._before = "empty" if existed else "absent"
+        self._began = True
+        now = {**provenance(), "slurm_job": _slurm_job()}
+        record = _record(self.path)
+        if record:
+            resumed = record.get("resumed")
+            record["resumed"] = [*(resumed if isinstance(resumed, list) else []), now]
+        write_json(self.path / _RECORD, record or {"run_id": self.run_id, **now})
+
+    def discard(self) -> None:
+        """Remove what `begin` made, after a start that failed before its first step; an older run stays."""
+        before, self._before = self._before, "run"
+        if before == "absent":
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif before == "empty":
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def write_config(self, text: str) -> None:
         """The resolved configuration of the run, as yaml."""
         if distributed.rank() == 0:
-            (self.path / "config.yaml").write_text(text)
+            write_text(self.path / "config.yaml", text)
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run goes on here; the same answer in every process."""
+        return distributed.from_first(any(self.checkpoints.glob("step_*.ckpt")))
+
+    def finish(self, step: int) -> None:
+        """Note that the last step was reached; what is noted already stays as it is."""
+        if distributed.rank() == 0 and not (self.path / FINISHED).exists():
+            write_text(self.path / FINISHED, f'{{"step": {step}}}\n')
 
     def lock(self) -> None:
-        """Take the folder for this process; InputError when another one holds it."""
-        file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until `close`
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader workers would inherit that one
-        except OSError as error:
-            file.close()
-            raise InputError(f"{self.path} is in use by another process; wait for it or choose another run.") from error
-        self._lock = file
+        """Take the folder for this process; InputError while another one holds it."""
+        self._lock = _lock(self.path)
 
     def close(self) -> None:
         """Let other processes have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release(remove=self._lock_is_new and not self._began)
             self._lock = None
+
+
+def _lock(path: Path) -> FileLock:
+    """The lock of a folder, taken; InputError while another process holds it."""
+    lock = FileLock(path / ".lock")
+    if not lock.take():
+        raise InputError(f"{path} is in use by another process ({lock.holder()}); wait for it or choose another run.")
+    return lock
 
 
 def _decided(choose: Callable[[], RunFolder]) -> RunFolder:
@@ -98,56 +144,46 @@ def _decided(choose: Callable[[], RunFolder]) -> RunFolder:
 
 
 def _fresh(root: Path, name: str) -> RunFolder:
-    root.mkdir(parents=True, exist_ok=True)
     while True:
         run_id = secrets.token_hex(4)
-        path = root / f"{name}-{run_id}"
-        try:
-            path.mkdir()  # exclusive: two runs of one second cannot meet
-        except FileExistsError:
-            continue
-        return _started(RunFolder(path, run_id))
-
-
-def _started(run: RunFolder) -> RunFolder:
-    """Lock the folder and write down this start."""
-    run.lock()
-    now = {**provenance(), "slurm_job": _slurm_job()}
-    file = run.path / _RECORD
-    if file.exists():
-        record = json.loads(file.read_text())
-        record.setdefault("resumed", []).append(now)
-    else:
-        record = {"run_id": run.run_id, **now}
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, file)
-    return run
+        if not (root / f"{name}-{run_id}").exists():
+            return RunFolder(root / f"{name}-{run_id}", run_id)
 
 
 def _existing(path: Path) -> RunFolder:
-    record = _record(path)
-    if record is None:
+    if not _is_run(path):
         raise InputError(f"{path} is not a run folder (it has no {_RECORD}); give a folder that a training run made.")
-    return _started(RunFolder(path, record["run_id"]))
+    locked_before = (path / ".lock").exists()
+    lock = _lock(path)
+    record = _record(path)
+    return RunFolder(path, record["run_id"] if record else _recovered_id(path), lock, locked_before)
 
 
 def _exactly(path: Path) -> RunFolder:
-    if _record(path) is not None:
+    if _is_run(path):
         return _existing(path)
     if path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir())):
         raise InputError(f"run.dir={path} holds other files and no run; choose an empty or absent folder.")
-    path.mkdir(parents=True, exist_ok=True)
-    return _started(RunFolder(path, secrets.token_hex(4)))
+    return RunFolder(path, secrets.token_hex(4))
+
+
+def _is_run(path: Path) -> bool:
+    """A record, whatever its state, or checkpoints make a run."""
+    return (path / _RECORD).is_file() or any((path / "checkpoints").glob("step_*.ckpt"))
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((path / _RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise InputError(f"{path / _RECORD} is damaged ({error}); start a new run.") from error
+    """The record of earlier starts; None where it is missing or damaged, for checkpoints are enough to go on."""
+    record = read_json(path / _RECORD)
+    return record if isinstance(record, dict) and isinstance(record.get("run_id"), str) else None
+
+
+def _recovered_id(path: Path) -> str:
+    """The id of a run whose record is lost: of its folder's name or its W&B run, else a new one."""
+    distributed.say(f"{path / _RECORD} is missing or damaged; the run goes on from its checkpoints with a new record.")
+    names = [path.name, *(entry.name for entry in path.glob("wandb/*run-*"))]
+    found = [match[1] for name in names if (match := re.search(r"-([0-9a-f]{8})$", name))]
+    return found[0] if found else secrets.token_hex(4)
 
 
 def _slurm_job() -> str | None:
@@ -161,7 +197,6 @@ def _requeued(root: Path, name: str) -> RunFolder | None:
     if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return None
     for path in sorted(root.glob(f"{name}-*")):
-        record = _record(path)
-        if record and record.get("slurm_job") == _slurm_job():
+        if (_record(path) or {}).get("slurm_job") == _slurm_job():
             return _existing(path)
     return None

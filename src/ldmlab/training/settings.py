@@ -20,7 +20,7 @@ class TrainerSettings:
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
     compile: bool = False  # torch.compile the main network
     log_every: int = 50  # steps between two rows of metrics.csv
-    validate_every: int = 1000  # steps between two evaluations on held-out images
+    validate_every: int = 1000  # steps between two evaluations on validation images
     checkpoint_every: int = 1000  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep; the best one is kept beside them
 

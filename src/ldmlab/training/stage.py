@@ -1,9 +1,10 @@
-"""What every trained stage shares: one step is one optimizer update of the main player, and everything counts steps.
+"""Base of all trained stages: one step is one optimizer update of the main group, and everything counts steps.
 
 Lightning is the engine (devices, precision, processes); order, counters, averaging and checkpoints are ours. Each
-micro-batch goes to every active player in turn; the update follows the last micro-batch of the step.
+micro-batch goes to every active group in turn; the update follows the last micro-batch of the step.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,19 +17,20 @@ from torch.optim import Optimizer
 
 from ldmlab import distributed
 from ldmlab.averaging import AveragedWeights
+from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError
-from ldmlab.training.players import (
+from ldmlab.training.optim import (
     OptimizerFactory,
-    alone,
     check_owned,
     clip_gradients,
     factory_of,
     made_optimizers,
+    only_trainable,
+    restore_optimizer,
     set_rate,
     still_frozen,
 )
 from ldmlab.training.random_state import isolated_random
-from ldmlab.training.terms import Terms
 
 Batch = dict[str, Any]
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
@@ -36,30 +38,73 @@ RateSchedule = Callable[[int], float]  # step => factor of the configured learni
 
 @dataclass
 class Losses:
-    """What a player wants to have smaller for one micro-batch."""
+    """Loss of one optimizer group on one micro-batch."""
 
     total: Tensor  # scalar, mean over the micro-batch
-    terms: dict[str, Tensor] = field(default_factory=dict)  # scalars to log; each must stay finite
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars to log; each must stay finite
     extras: dict[str, Tensor] = field(default_factory=dict)  # per image, for callbacks
 
 
+class StepMetrics:
+    """Named scalars by step; reading them is the only moment when the host waits for the device."""
+
+    def __init__(self) -> None:
+        self._row: dict[str, Tensor] = {}  # of the unfinished step
+        self._unread: list[tuple[int, dict[str, Tensor]]] = []  # on the device, by step
+        self.checked: dict[str, list[float]] = {}  # since the last `read`
+
+    def add(self, name: str, value: Tensor, share: float = 1.0) -> None:
+        """A part of the running step's value: micro-batches add 1 / accumulate of theirs."""
+        part = value.detach().float() * share
+        self._row[name] = self._row[name] + part if name in self._row else part
+
+    def close(self, step: int) -> None:
+        """The step is complete."""
+        self._unread.append((step, self._row))
+        self._row = {}
+
+    def check(self) -> None:
+        """Fetch what has not been seen; InputError names the first metric that is not finite, and its step."""
+        if not self._unread:
+            return
+        stacked = torch.stack([value for _, row in self._unread for value in row.values()])
+        values = iter(distributed.mean_(stacked).tolist())
+        for step, row in self._unread:
+            for name in row:
+                value = next(values)
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"{name} became {value} at step {step}; no checkpoint was written since. A lower "
+                        "optimizer.learning_rate or trainer.gradient_clip=1 may help; the command again goes on."
+                    )
+                self.checked.setdefault(name, []).append(value)
+        self._unread = []
+
+    def read(self) -> dict[str, float]:
+        """Mean of every term over the steps since the last call."""
+        self.check()
+        means = {name: sum(values) / len(values) for name, values in self.checked.items()}
+        self.checked = {}
+        return means
+
+
 class Stage(pl.LightningModule):
-    """The base of all trained stages; a subclass says who plays, what the losses are and what is saved."""
+    """The base of all trained stages; a subclass defines optimizer groups, losses and what is saved."""
 
     kind: ClassVar[str]  # name of the stage in checkpoints
     averaged: ClassVar[str | None] = None  # the entry of `saved()` that is averaged
-    monitor: str  # the held-out number that decides which checkpoint is best
+    monitor: str  # the validation metric that decides which checkpoint is best
     monitor_mode: Literal["min", "max"] = "min"
 
     def __init__(
         self,
         *,
         seed: int,
-        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],  # one for all players, or one each
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],  # one for all groups, or one each
         lr_schedule: RateSchedule,
         max_steps: int,
         accumulate: int = 1,  # micro-batches a step
-        gradient_clip: float | None = None,  # largest norm of a player's gradient
+        gradient_clip: float | None = None,  # largest norm of a group's gradient
         averaging_decay: float | None = None,  # None: no averaged weights
     ) -> None:
         super().__init__()
@@ -67,112 +112,112 @@ class Stage(pl.LightningModule):
         self.seed, self.max_steps, self.accumulate = seed, max_steps, accumulate
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.gradient_clip, self.averaging_decay = gradient_clip, averaging_decay
-        self.step = 0  # updates of the main player
+        self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
         self.average: AveragedWeights | None = None  # made once the weights are on their device
-        self.extras: dict[str, dict[str, Tensor]] = {}  # by player, of the latest micro-batch
-        self.at_border = True  # between two steps
-        self.terms = Terms()
-        self._parameters_of: dict[str, list[nn.Parameter]] = {}  # by player, from the moment optimizers are made
+        self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
+        self.step_complete = True  # between two steps
+        self.metrics = StepMetrics()
+        self._groups: dict[str, list[nn.Parameter]] = {}  # by group, from the moment optimizers are made
         self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = 0
         self._waiting: dict[str, Any] | None = None  # checkpoint parts that need the optimizers
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by player, the main one first; each parameter belongs to exactly one."""
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by group, the main one first; each parameter belongs to exactly one."""
         raise NotImplementedError
 
-    def active(self, player: str) -> bool:
-        """Whether the player is updated at this step."""
+    def active(self, group: str) -> bool:
+        """Whether the group is updated at this step."""
         return True
 
-    def losses(self, player: str, batch: Batch) -> Losses:
-        """The player's loss for a micro-batch; only its own parameters require gradients meanwhile."""
+    def losses(self, group: str, batch: Batch) -> Losses:
+        """The group's loss for a micro-batch; only its own parameters require gradients meanwhile."""
         raise NotImplementedError
 
     def saved(self) -> dict[str, nn.Module]:
         """The modules that a checkpoint holds, by name."""
         raise NotImplementedError
 
-    def held_out(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Numbers over held-out batches (this process's share), called with averaged weights in evaluation mode."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Metrics over validation batches (this process's slice), called with averaged weights in evaluation mode."""
         raise NotImplementedError
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Images to look at by name, uint8 (N, H, W, 3), called like `held_out` on the first process only."""
+        """Images to look at by name, uint8 (N, H, W, 3), called like `validate` on the first process only."""
         return {}
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        """One micro-batch; after the last one of a step all active players are updated."""
-        self.at_border = False
+        """One micro-batch; after the last one of a step all active groups are updated."""
+        self.step_complete = False
         last = self._micro_batches + 1 == self.accumulate
-        playing = {name: parameters for name, parameters in self._parameters_of.items() if self.active(name)}
-        for player in playing:
-            self._backward(player, batch, last)
+        active = {name: parameters for name, parameters in self._groups.items() if self.active(name)}
+        for group in active:
+            self._backward(group, batch, last)
         self._micro_batches += 1
         self._images = len(batch["position"])
         if last:
-            self._update(playing)
+            self._update(active)
 
-    def _backward(self, player: str, batch: Batch, last: bool) -> None:
-        with self._only(player), nullcontext() if last else self._no_sync():
-            losses = self.losses(player, batch)
+    def _backward(self, group: str, batch: Batch, last: bool) -> None:
+        with self._only(group), nullcontext() if last else self._no_sync():
+            losses = self.losses(group, batch)
             self.manual_backward(losses.total / self.accumulate)
-        self.extras[player] = {name: value.detach() for name, value in losses.extras.items()}
-        for name, value in (losses.terms or {"loss": losses.total}).items():
-            self.terms.add(name, value, 1 / self.accumulate)
+        self.extras[group] = {name: value.detach() for name, value in losses.extras.items()}
+        for name, value in (losses.metrics or {"loss": losses.total}).items():
+            self.metrics.add(name, value, 1 / self.accumulate)
 
-    def _only(self, player: str) -> AbstractContextManager[None]:
-        """Inside, only this player's parameters require gradients."""
-        return alone(self._parameters_of, player)
+    def _only(self, group: str) -> AbstractContextManager[None]:
+        """Inside, only this group's parameters require gradients."""
+        return only_trainable(self._groups, group)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """Gradients stay with their process inside, for all micro-batches of a step but the last."""
         wrapped = getattr(self.trainer.strategy, "model", None)
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 
-    def _update(self, playing: dict[str, list[nn.Parameter]]) -> None:
+    def _update(self, active: dict[str, list[nn.Parameter]]) -> None:
         self.updating = True
-        optimizers = self.optimizers_by_player()
+        optimizers = self.optimizers_by_group()
         wrapped = isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel)
-        for player, parameters in playing.items():
+        for group, parameters in active.items():
             if not wrapped:
                 distributed.mean_gradients(parameters)
-            self.terms.add(f"gradient_norm/{player}", clip_gradients(parameters, self.gradient_clip))
-            set_rate(optimizers[player], self.lr_schedule(self.step))
-            optimizers[player].step()
-            optimizers[player].zero_grad(set_to_none=True)
+            self.metrics.add(f"gradient_norm/{group}", clip_gradients(parameters, self.gradient_clip))
+            set_rate(optimizers[group], self.lr_schedule(self.step))
+            optimizers[group].step()
+            optimizers[group].zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
         self.step += 1
         self.position += self._images * self.accumulate * distributed.world_size()
-        self.terms.close(self.step)
-        self._micro_batches, self.at_border, self.updating = 0, True, False
+        self.metrics.close(self.step)
+        self._micro_batches, self.step_complete, self.updating = 0, True, False
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """One optimizer a player; `initial_lr` keeps the configured rate."""
-        self._parameters_of = self.players()
-        check_owned(self, self._parameters_of)
-        self._optimizers = made_optimizers(self._parameters_of, self.factory)
+        """One optimizer a group; `initial_lr` keeps the configured rate."""
+        self._groups = self.groups()
+        check_owned(self, self._groups)
+        self._optimizers = made_optimizers(self._groups, self.factory)
         return list(self._optimizers.values())
 
-    def factory(self, player: str) -> OptimizerFactory:
-        """What makes the player's optimizer."""
-        return factory_of(self.optimizer, player)
+    def factory(self, group: str) -> OptimizerFactory:
+        """What makes the group's optimizer."""
+        return factory_of(self.optimizer, group)
 
-    def optimizers_by_player(self) -> dict[str, Optimizer]:
-        """The optimizers under the names of their players."""
+    def optimizers_by_group(self) -> dict[str, Optimizer]:
+        """The optimizers under the names of their groups."""
         return self._optimizers
 
     def rates(self) -> dict[str, float]:
-        """The learning rate of each player's latest update."""
-        return {player: o.param_groups[0]["lr"] for player, o in self.optimizers_by_player().items()}
+        """The learning rate of each group's latest update."""
+        return {group: o.param_groups[0]["lr"] for group, o in self.optimizers_by_group().items()}
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -211,9 +256,11 @@ class Stage(pl.LightningModule):
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return
-        for player, state in waiting["optimizers"].items():
-            self.optimizers_by_player()[player].load_state_dict(state)
-        if self.average is not None and self.averaged in waiting["averaged"]:
+        for name, optimizer in self.optimizers_by_group().items():
+            restore_optimizer(optimizer, waiting["optimizers"].get(name), name)
+        if self.average is not None:
+            if self.averaged not in waiting["averaged"]:
+                raise InputError("the checkpoint holds no averaged weights; go on with trainer.averaging_decay=null.")
             self.average.load_state_dict(waiting["averaged"][self.averaged])
 
     def state(self) -> dict[str, Any]:
@@ -226,17 +273,19 @@ class Stage(pl.LightningModule):
             "seed": self.seed,
             "modules": {name: module.state_dict() for name, module in self.saved().items()},
             "averaged": averages,
-            "terms": self.terms.checked,
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers_by_player().items()},
+            "metrics": self.metrics.checked,
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers_by_group().items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`: weights and counters at once, optimizers and averages when fitting starts."""
-        if state["kind"] != self.kind:
-            raise InputError(
-                f"the checkpoint is of stage={state['kind']}, this run is stage={self.kind}; resume its own run."
-            )
         for name, module in self.saved().items():
-            module.load_state_dict(state["modules"][name])
+            if name not in state["modules"]:
+                raise InputError(f"the checkpoint of step {state['step']} holds no {name}; resume its own run.")
+            load_exactly(module, self.own_weights(name, state["modules"][name]), f"the checkpoint's {name}")
         self.step, self.position, self._waiting = state["step"], state["position"], state
-        self.terms.checked = state["terms"]
+        self.metrics.checked = state["metrics"]
+
+    def own_weights(self, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of a checkpoint's module: the tensors that this stage keeps in checkpoints."""
+        return tensors

@@ -27,11 +27,11 @@ class Session:
             yield self.stage.transfer_batch_to_device(batch, self.stage.device, index)
 
     def evaluate(self) -> dict[str, float]:
-        """The stage's held-out numbers, with averaged weights."""
+        """The stage's validation metrics, with averaged weights."""
         with self.stage.evaluating():
-            return self.stage.held_out(self.batches())
+            return self.stage.validate(self.batches())
 
-    def draw_panels(self) -> None:
+    def log_panels(self) -> None:
         """The stage's images to every logger, drawn by the first process while the others wait."""
         if distributed.rank() == 0:
             with self.stage.evaluating():
@@ -44,8 +44,8 @@ class Session:
 class StepCallback:
     """Hooks of a run, all optional; every process calls them in the same order."""
 
-    judges: bool = False  # whether it, and not the held-out numbers, says which checkpoint is best
-    improved: bool = False  # with `judges`: this step is the best so far
+    chooses_best: bool = False  # whether it, and not validation, decides which checkpoint is best
+    improved: bool = False  # with `chooses_best`: this step is the best so far
 
     def start(self, session: Session) -> None:
         """Once, before the first step of this process."""

@@ -8,7 +8,7 @@ from ldmlab.training.callbacks.base import Session, StepCallback
 
 @dataclass
 class Panels(StepCallback):
-    """The stage's panels (samples, reconstructions) from the same held-out images and seed every time."""
+    """The stage's panels (samples, reconstructions) from the same validation images and seed every time."""
 
     every: int  # steps
     first: bool = False  # also at the first step, to see early that they work
@@ -21,4 +21,4 @@ class Panels(StepCallback):
         """Draw when due, and at the last step."""
         step, last = session.stage.step, session.stage.max_steps
         if step % self.every == 0 or step == last or (self.first and step == 1):
-            session.draw_panels()
+            session.log_panels()

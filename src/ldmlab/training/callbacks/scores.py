@@ -11,7 +11,7 @@ from ldmlab import distributed
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.training.callbacks.base import Session, StepCallback
-from ldmlab.training.callbacks.best import improves
+from ldmlab.training.callbacks.validate import improves
 
 FOLDER = "in_training"  # in a run folder: step_XXXXXXXX/metrics.json
 DISTANCES = ("fid", "sfid", "kid", "cmmd")  # between features of drawn and real images, the smaller the better
@@ -32,11 +32,11 @@ class Scores(StepCallback):
     every: int  # steps
     scorer: Scorer
     monitor: str | None = "fid"  # the distance by which the best checkpoint is chosen; None: not chosen here
-    judges: bool = field(default=True, init=False)
+    chooses_best: bool = field(default=True, init=False)
     improved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.judges = self.monitor is not None
+        self.chooses_best = self.monitor is not None
         if self.every < 1:
             raise InputError(f"callbacks.scores.every={self.every} must be at least 1 step.")
         if self.monitor is not None and self.monitor not in DISTANCES:

@@ -1,9 +1,10 @@
 """Held-out numbers while training, and the checkpoint that has the best of them."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from ldmlab.training.callbacks.base import Session, StepCallback
-from ldmlab.training.callbacks.best import improves
 
 
 @dataclass
@@ -11,7 +12,7 @@ class Validate(StepCallback):
     """Evaluates every `every` steps and at the last one; knows whether the latest numbers are the best so far."""
 
     every: int  # steps
-    judges: bool = True  # False: another callback says which checkpoint is best
+    chooses_best: bool = True  # False: another callback says which checkpoint is best
     improved: bool = False  # the latest evaluation is the best, until the next step
 
     def due(self, session: Session) -> bool:
@@ -24,8 +25,25 @@ class Validate(StepCallback):
         if not self.due(session):
             return {}
         numbers = session.evaluate()
-        if self.judges and numbers:  # none without held-out data
+        if self.chooses_best and numbers:  # none without validation data
             stage = session.stage
             self.improved = improves(session, stage.monitor, numbers[stage.monitor], stage.monitor_mode)
-        session.notes["held_out"] = {"step": session.stage.step, **numbers}
+        session.notes["val"] = {"step": session.stage.step, **numbers}
         return {f"val/{name}": value for name, value in numbers.items()}
+
+
+def improves(session: Session, name: str, value: float, mode: Literal["min", "max"], measured_by: str = "") -> bool:
+    """Whether `value` is the best yet, and if so note it.
+
+    Values of another name, or measured by something else before a restart, do not count against it.
+    """
+    if not math.isfinite(value):
+        return False
+    before = session.notes.get("best")
+    if before is not None and (before["name"], before.get("measured_by", "")) == (name, measured_by):
+        better = value < before["value"] if mode == "min" else value > before["value"]
+        if not better:
+            return False
+    note = {"name": name, "value": value, "step": session.stage.step}
+    session.notes["best"] = {**note, "measured_by": measured_by} if measured_by else note
+    return True

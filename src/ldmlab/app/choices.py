@@ -1,0 +1,93 @@
+"""Options of the command line that another option overrides, or that the stage does not read, are refused."""
+
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ldmlab.errors import InputError
+
+Config = Mapping[str, Any]
+_READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
+    "first_stage": ("autoencoder", "classifier", "diffusion"),
+    "loss": ("autoencoder",),
+    "clip": ("clip",),
+    "classifier": ("classifier",),
+    "backbone": ("diffusion",),
+    "conditioner": ("diffusion",),
+    "diffusion": ("classifier", "diffusion"),
+    "sampler": ("diffusion",),
+    "task": ("diffusion",),
+    "from_run": ("classifier", "diffusion"),
+}
+_NEEDS = {  # option => the one without which nothing reads it
+    "data.balance_temperature": "data.balance",
+    "data.cache_limit_gib": "data.cache",
+}
+
+
+def chosen_options() -> frozenset[str]:
+    """The options that were typed, as dotted names; what Hydra takes from its files by default is no choice."""
+    from hydra.core.hydra_config import HydraConfig
+
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
+    return frozenset(word.partition("=")[0].lstrip("+~").partition("@")[0] for word in words)
+
+
+def check_choices(config: Config, chosen: Collection[str]) -> None:
+    """InputError for the first option of `chosen` that would be passed over in silence."""
+    stage = config["stage"]["name"]
+    for name in sorted(chosen):
+        group = name.split(".")[0].split("/")[-1]
+        if stage not in _READ_BY.get(group, (stage,)) and config.get(group):
+            raise InputError(f"{name}: stage={stage} reads no {group}; leave it out, or choose another stage.")
+        if name in _NEEDS and not _value(config, _NEEDS[name]):
+            raise InputError(f"{name} has no effect without {_NEEDS[name]}; set that too, or leave {name} out.")
+        if stage == "classifier" and group == "diffusion" and "." in name and not name.startswith("diffusion.schedule"):
+            raise InputError(f"{name}: stage=classifier reads diffusion.schedule only; leave {name} out.")
+    if stage in ("classifier", "diffusion"):
+        _check_latents(config, chosen)
+    for name, node in (config["conditioner"] or {}).items():
+        for option in sorted(chosen):
+            head, _, key = option.removeprefix(f"conditioner.{name}.").partition(".")
+            own = option.startswith(f"conditioner.{name}.") and head in ("config", "name", "pretrained")
+            if own and node.get("from_run") and (key or node.get(head) is not None):
+                raise InputError(
+                    f"{option}: the network comes with conditioner.{name}.from_run={node['from_run']}; leave one of "
+                    "the two out."
+                )
+
+
+def _check_latents(config: Config, chosen: Collection[str]) -> None:
+    """What comes with the latents, or with the run that encodes, cannot be chosen beside them."""
+    latents, run = config["data"].get("latents"), config["from_run"]
+    source = f"data.latents={latents}" if latents else f"from_run={run}" if run else None
+    if source is None:
+        return
+    for name in sorted(chosen):
+        if name.split(".")[0] == "first_stage":
+            raise InputError(f"{name}: the first stage comes with {source}; leave one of the two out.")
+
+
+def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
+    """Choices that only the finished parts show to have no effect."""
+    size, latents = config["data"].get("image_size"), config["data"].get("latents")
+    if "data.image_size" in chosen and latents and size != plan.spec["image_size"]:
+        raise InputError(
+            f"data.image_size={size}: data.latents={latents} were made from images of {plan.spec['image_size']} px; "
+            "leave data.image_size out, or encode again."
+        )
+    if "stage.guidance_scale" in chosen and not plan.spec.get("guidance_trained", True):
+        raise InputError(
+            "stage.guidance_scale: this model's conditions are never dropped in training, so it cannot be guided; "
+            "leave it out, or set conditioner.NAME.drop=0.1."
+        )
+    for name in sorted(chosen):
+        if name.startswith("stage.codebook_") and plan.stage.codebook is None:
+            raise InputError(f"{name}: this first stage has no codebook; leave it out, or choose a first_stage=vq_*.")
+
+
+def _value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
