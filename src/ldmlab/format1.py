@@ -10,6 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 TARGETS: dict[str, str] = {  # `_target_` then => now
+    "ldmlab.conditioners.layout.LayoutTokens": "ldmlab.conditioners.layout_tokens.LayoutTokens",
+    "ldmlab.conditioners.masked_latent.MaskedLatent": "ldmlab.conditioners.mask.MaskedLatent",
+    "ldmlab.conditioners.semantic.SpatialRescaler": "ldmlab.conditioners.semantic_map.SpatialRescaler",
+    "ldmlab.conditioners.transformer_text.TransformerText": "ldmlab.conditioners.text.TransformerText",
+    "ldmlab.losses.autoencoder.AutoencoderLoss": "ldmlab.losses.autoencoder_loss.AutoencoderLoss",
+    "ldmlab.losses.reconstruction.ReconstructionLoss": "ldmlab.losses.reconstruction_loss.ReconstructionLoss",
     "ldmlab.metrics.clip_score.ClipScore": "ldmlab.metrics.clip_scores.ClipScore",
     "ldmlab.metrics.clip_distance.ClipDistance": "ldmlab.metrics.clip_scores.ClipDistance",
     "ldmlab.metrics.density_coverage.DensityCoverage": "ldmlab.metrics.precision_recall.DensityCoverage",
@@ -20,8 +26,8 @@ OPTIONS: dict[str, dict[str, str]] = {}  # `_target_` now => {argument then: arg
 
 VALUES: dict[tuple[str, str], dict[Any, Any]] = {  # (`_target_` now, argument now) => {value then: value now}
     ("ldmlab.diffusion.schedule.Schedule", "name"): {"linear": "scaled_linear", "sqrt_linear": "linear"},
-    ("ldmlab.losses.autoencoder.AutoencoderLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
-    ("ldmlab.losses.reconstruction.ReconstructionLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
+    ("ldmlab.losses.autoencoder_loss.AutoencoderLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
+    ("ldmlab.losses.reconstruction_loss.ReconstructionLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
 }
 
 GROUPS = {"autoencoder": "generator", "adversary": "discriminator"}  # optimizer groups of a first stage

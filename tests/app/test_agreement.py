@@ -9,9 +9,9 @@ import pytest
 
 from ldmlab.app.agreement import check_agreement, scored_task, with_classes_of
 from ldmlab.app.compose import compose, plain
-from ldmlab.conditioners.layout import LayoutTokens
+from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.conditioners.low_resolution import LowResolution
-from ldmlab.conditioners.semantic import SpatialRescaler
+from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol

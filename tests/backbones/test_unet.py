@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
-from ldmlab.nn.coordinates import with_coordinates
+from ldmlab.nn.blocks import with_coordinates
 
 
 def randomised(module: nn.Module) -> nn.Module:

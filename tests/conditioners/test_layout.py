@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmlab.annotations import cropped
-from ldmlab.conditioners.layout import LayoutTokens
+from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.errors import InputError
 
 EMPTY = 8191

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.conditioners.class_label import ClassEmbedder
-from ldmlab.conditioners.layout import LayoutTokens
+from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.conditioners.low_resolution import LowResolution
-from ldmlab.conditioners.mask import Mask
-from ldmlab.conditioners.masked_latent import MaskedLatent
-from ldmlab.conditioners.semantic import SpatialRescaler
+from ldmlab.conditioners.mask import Mask, MaskedLatent
+from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction

@@ -6,9 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmlab.conditioners.low_resolution import LowResolution
-from ldmlab.conditioners.mask import Mask
-from ldmlab.conditioners.masked_latent import MaskedLatent
-from ldmlab.conditioners.semantic import SpatialRescaler
+from ldmlab.conditioners.mask import Mask, MaskedLatent
+from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
 

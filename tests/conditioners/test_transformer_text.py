@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from ldmlab.conditioners.transformer_text import VOCABULARY_FILE, TransformerText
+from ldmlab.conditioners.text import VOCABULARY_FILE, TransformerText
 from ldmlab.errors import InputError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"

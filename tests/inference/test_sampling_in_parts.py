@@ -11,7 +11,7 @@ from torch import nn
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.conditioners.low_resolution import LowResolution
-from ldmlab.conditioners.semantic import SpatialRescaler
+from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_scale import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction

@@ -54,7 +54,7 @@ def bert_text(folder: Path, width: int = 32) -> Spec:
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("\n".join([*VOCABULARY, ""]))
     options = {"width": width, "depth": 2, "vocab_size": len(VOCABULARY), "vocab": str(vocabulary)}
-    return {"_target_": f"{HOME}conditioners.transformer_text.TransformerText", **options}
+    return {"_target_": f"{HOME}conditioners.text.TransformerText", **options}
 
 
 def class_label(slot: str = "tokens", width: int = 32) -> Spec:

@@ -239,7 +239,7 @@ def test_unknown_classes(target: str, params: dict[str, Any], message: str) -> N
     "node",
     [
         {"_target_": "ldmlab.conditioners.mask.Mask", "downsampling": 4},
-        {"_target_": "ldmlab.conditioners.layout.LayoutTokens", "width": 8, "depth": 1, "heads": 2},
+        {"_target_": "ldmlab.conditioners.layout_tokens.LayoutTokens", "width": 8, "depth": 1, "heads": 2},
     ],
 )
 def test_what_has_no_official_class_is_refused(node: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmlab.conditioners.transformer_text import WordPiece
+from ldmlab.conditioners.text import WordPiece
 from ldmlab.errors import InputError
 from ldmlab.interop.published_weights import WEIGHTS, Weights, fetch, weights_path
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Reconstruction
 from ldmlab.errors import InputError
 from ldmlab.losses import AutoencoderLoss, ReconstructionLoss
-from ldmlab.losses.rise_alarm import RiseAlarm
+from ldmlab.losses.adversary import RiseAlarm
 
 
 class FakeLPIPS(nn.Module):

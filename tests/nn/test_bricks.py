@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError
-from ldmlab.nn.blocks import double, group_norm, grow, halve
-from ldmlab.nn.embedding import timestep_embedding
+from ldmlab.nn.blocks import double, group_norm, grow, halve, timestep_embedding
 from ldmlab.nn.pixels import to_bytes, to_float
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldmlab.errors import InputError
-from ldmlab.tasks.lama_masks import PRESETS, Rectangles, Strokes, preset, square_with_hole
+from ldmlab.tasks.inpainting import PRESETS, Rectangles, Strokes, preset, square_with_hole
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "assets" / "reference" / "masks.json").read_text())
 

@@ -21,7 +21,7 @@ from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.losses.adversary import Adversary
-from ldmlab.losses.autoencoder import AutoencoderLoss
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.callbacks.base import Session, StepCallback

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import PixelAttention, attend, split_heads, to_tokens
-from ldmlab.nn.blocks import ResBlock, Shrink, group_norm
-from ldmlab.nn.embedding import TimeMLP
+from ldmlab.nn.blocks import ResBlock, Shrink, TimeMLP, group_norm
 
 
 class AttentionPool(nn.Module):
@@ -84,7 +83,7 @@ class LatentClassifier(nn.Module):
         return width // self._head_channels
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, C, h, w), t (B,) as the denoiser is told => logits (B, classes)."""
+        """x (B, C, h, w), t (B,), the time as for a denoiser => logits (B, classes)."""
         emb = F.silu(self.time(t))  # (B, E)
         h = self.conv_in(x)
         for module in [*self.down, *self.middle]:

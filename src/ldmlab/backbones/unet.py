@@ -14,16 +14,27 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
-from ldmlab.nn.attention import PixelAttention, SpatialTransformer, Told
-from ldmlab.nn.blocks import Grow, ResBlock, Shrink, Size, conv3, double, group_norm, halve, zero
-from ldmlab.nn.coordinates import COORDINATES, with_coordinates
-from ldmlab.nn.embedding import TimeMLP
+from ldmlab.nn.attention import CrossKV, PixelAttention, SpatialTransformer
+from ldmlab.nn.blocks import (
+    COORDINATES,
+    Grow,
+    ResBlock,
+    Shrink,
+    Size,
+    TimeMLP,
+    conv3,
+    double,
+    group_norm,
+    halve,
+    with_coordinates,
+    zero,
+)
 
 
 class UNetCache(NamedTuple):
     """What does not change between the steps of one sample."""
 
-    told: list[list[Told]]  # of the tokens, per spatial transformer in the order they run, per block of it
+    kv: list[list[CrossKV]]  # of the tokens, for each spatial transformer in the order they run and each block of it
     vector: Tensor | None  # (B, E) projected vector conditioning
 
 
@@ -35,10 +46,10 @@ class UNetBlock(nn.Module):
         self.res = res
         self.attention = attention
 
-    def forward(self, x: Tensor, emb: Tensor, told: list[Told] | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, kv: list[CrossKV] | None) -> Tensor:
         x = self.res(x, emb)
         if isinstance(self.attention, SpatialTransformer):
-            return self.attention(x, told)
+            return self.attention(x, kv)
         return x if self.attention is None else self.attention(x)
 
 
@@ -198,9 +209,9 @@ class UNet(nn.Module):
                 raise InputError(f"the U-Net {has} {slot} conditioning; change conditioner or backbone.")
         dtype = self.conv_in.weight.dtype
         tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
-        told = [] if tokens is None else [transformer.tell(tokens) for transformer in self.transformers()]
+        kv = [] if tokens is None else [transformer.precompute_kv(tokens) for transformer in self.transformers()]
         projected = None if vector is None or self.vector is None else self.vector(vector)
-        return Prepared(conditioning, UNetCache(told, projected))
+        return Prepared(conditioning, UNetCache(kv, projected))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w); weights may be half precision."""
@@ -212,28 +223,28 @@ class UNet(nn.Module):
             x = with_coordinates(x)
         emb = self.time(t)  # (B, E)
         emb = F.silu(emb if cache.vector is None else emb + cache.vector)
-        told = iter(cache.told)
+        kv = iter(cache.kv)
 
         h = self.conv_in(x.to(self.conv_in.weight.dtype, memory_format=self._layout))
         skips = [h]
         for level in cast(Iterable[UNetLevel], self.down):
             for block in level.blocks:
-                h = self._run(block, h, emb, told)
+                h = self._run(block, h, emb, kv)
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h, emb)
                 skips.append(h)
         for block in self.middle:
-            h = self._run(block, h, emb, told)
+            h = self._run(block, h, emb, kv)
         for level in cast(Iterable[UNetLevel], self.up):
             for block in level.blocks:
-                h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, told)
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, kv)
             if level.resample is not None:
                 h = level.resample(h, emb, _size(skips[-1]))
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, told: Iterator[list[Told]]) -> Tensor:
-        part = next(told) if isinstance(block.attention, SpatialTransformer) else None
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, kv: Iterator[list[CrossKV]]) -> Tensor:
+        part = next(kv) if isinstance(block.attention, SpatialTransformer) else None
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, part, use_reentrant=False)
         return block(h, emb, part)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.checkpoints import fingerprint, load_tensors
-from ldmlab.conditioners.rates import checked_rate
+from ldmlab.conditioners import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.nn.openclip_image import ImageTower, build_image_tower

@@ -1,4 +1,4 @@
-"""Conditionings put together, and what a model may be asked for."""
+"""Conditionings joined by slot, and checks of slots, sizes and guidance against a model."""
 
 import math
 import warnings
@@ -58,7 +58,7 @@ def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
 
 
 def check_guidance(guidance_scale: float, trained: bool | None, conditioned: bool) -> None:
-    """Refuse guidance that the model cannot know, warn where nobody knows."""
+    """Refuse guidance that the model was not trained for; warn where that is not recorded."""
     if not math.isfinite(guidance_scale):
         raise InputError(f"guidance_scale={guidance_scale} is no number; choose 1 (off) or for instance 3.")
     if guidance_scale == 1:

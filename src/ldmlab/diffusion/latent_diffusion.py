@@ -51,7 +51,7 @@ class LatentDiffusion(LatentSpace):
     ) -> None:
         super().__init__(first_stage, latent_scale)
         if loss not in ("l1", "l2"):
-            raise InputError(f"diffusion.loss={loss} is no loss; there are l1 and l2.")
+            raise InputError(f"diffusion.loss={loss} is unknown; choose l1 or l2.")
         check_slots(conditioners, backbone)
         levels_of(schedule)  # refused here if it lacks any
         self.backbone = backbone
@@ -63,10 +63,10 @@ class LatentDiffusion(LatentSpace):
     # ---- conditioning
 
     def conditioning(self, batch: dict[str, Any], null_mask: Mapping[str, Tensor] | None = None) -> Conditioning:
-        """What the denoiser is told; where `null_mask[name]` (B,) is true that conditioner says "nothing given"."""
+        """The denoiser's conditioning; a conditioner's `null` where `null_mask[name]` (B,) is true."""
         values: dict[str, list[Tensor]] = {}
         for name, conditioner in self._each_conditioner():
-            value = self._given(name, conditioner, batch)
+            value = self._output(name, conditioner, batch)
             if null_mask is not None and name in null_mask:
                 mask = null_mask[name].reshape(-1, *[1] * (value.ndim - 1))
                 value = torch.where(mask, conditioner.null(batch, self.encode).to(value.dtype), value)
@@ -74,9 +74,9 @@ class LatentDiffusion(LatentSpace):
         return joined(values)
 
     def null(self, batch: dict[str, Any]) -> Conditioning:
-        """The conditioning of the pass without guidance: what training dropped is null, the rest stays given.
+        """The conditioning of the pass without guidance: what training dropped is null, the rest stays.
 
-        Captions `negative_prompt` stand in the place of the empty caption.
+        `negative_prompt` replaces the empty caption.
         """
         values: dict[str, list[Tensor]] = {}
         for name, conditioner in self._each_conditioner():
@@ -85,7 +85,7 @@ class LatentDiffusion(LatentSpace):
             elif self._droppable(conditioner):
                 value = conditioner.null(batch, self.encode)
             else:
-                value = self._given(name, conditioner, batch)
+                value = self._output(name, conditioner, batch)
             values.setdefault(conditioner.slot, []).append(value)
         return joined(values)
 
@@ -102,13 +102,13 @@ class LatentDiffusion(LatentSpace):
     def _each_conditioner(self) -> list[tuple[str, Conditioner]]:
         return list(self.conditioners.items())  # type: ignore[arg-type]
 
-    def _given(self, name: str, conditioner: Conditioner, batch: dict[str, Any]) -> Tensor:
-        """What the conditioner says, or said when the latents were encoded."""
+    def _output(self, name: str, conditioner: Conditioner, batch: dict[str, Any]) -> Tensor:
+        """The conditioner's output, or its states stored when the latents were encoded."""
         stored = batch.get(states_field(name))
         return conditioner(batch, self.encode) if stored is None else stored.float()
 
     def _droppable(self, conditioner: Conditioner) -> bool:
-        """Of an imported model nobody knows the rates: images it is given stay, the rest is dropped."""
+        """An imported model does not record its rates: spatial inputs are kept, the rest is dropped."""
         return conditioner.slot != "spatial" if self.guidance_trained is None else conditioner.drop > 0
 
     # ---- training
@@ -142,7 +142,7 @@ class LatentDiffusion(LatentSpace):
     def denoiser(
         self, conditioning: Conditioning, null: Conditioning | None = None, guidance_scale: float = 1.0
     ) -> Denoise:
-        """eps_null + guidance (eps_given - eps_null) as one doubled pass; what is constant over steps is done here."""
+        """eps_null + guidance_scale (eps_cond - eps_null) in one doubled pass; constants are computed once."""
         guided = null is not None and guidance_scale != 1
         both = stacked(conditioning, null) if null is not None and guidance_scale != 1 else conditioning
         prepared = self.backbone.prepare(both)  # type: ignore[operator]
@@ -153,8 +153,8 @@ class LatentDiffusion(LatentSpace):
             time = torch.full((len(copies),), level.time, device=x.device)
             output = self.checked_output(self.backbone(copies, time, prepared), copies)
             if guided:
-                given, nothing = output.chunk(2)
-                output = torch.lerp(nothing, given, guidance_scale)
+                conditional, unconditional = output.chunk(2)
+                output = torch.lerp(unconditional, conditional, guidance_scale)
             return self.prediction.clean(x, output, level)
 
         return denoise

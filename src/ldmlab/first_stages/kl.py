@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
-from ldmlab.first_stages.autoencoder import Autoencoder
-from ldmlab.first_stages.encoder_decoder import Architecture, initialise
+from ldmlab.first_stages.encoder_decoder import Architecture, Autoencoder, initialise
 
 _LOGVAR_RANGE = (-30.0, 20.0)
 

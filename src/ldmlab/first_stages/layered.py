@@ -215,12 +215,12 @@ def _using(known: dict[nn.GroupNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
             each = norm.num_channels // norm.num_groups
             scale = spread.repeat_interleave(each, 1) * norm.weight.double()  # (B, C)
             shift = norm.bias.double() - mean.repeat_interleave(each, 1) * scale
-            told = scale.float()[:, :, None, None], shift.float()[:, :, None, None]
+            affine = scale.float()[:, :, None, None], shift.float()[:, :, None, None]
 
             def replace(
-                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, told: tuple[Tensor, Tensor] = told
+                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, affine: tuple[Tensor, Tensor] = affine
             ) -> Tensor:
-                return torch.addcmul(told[1], inputs[0].float(), told[0]).to(output.dtype)
+                return torch.addcmul(affine[1], inputs[0].float(), affine[0]).to(output.dtype)
 
             handles.append(norm.register_forward_hook(replace))
         yield

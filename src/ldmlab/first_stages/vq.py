@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
-from ldmlab.first_stages.autoencoder import Autoencoder
-from ldmlab.first_stages.encoder_decoder import Architecture, initialise
+from ldmlab.first_stages.encoder_decoder import Architecture, Autoencoder, initialise
 from ldmlab.first_stages.quantiser import Quantiser
 
 

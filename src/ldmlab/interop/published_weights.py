@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldmlab.checkpoints import write_atomically
-from ldmlab.conditioners.transformer_text import VOCABULARY_FILE
+from ldmlab.conditioners.text import VOCABULARY_FILE
 from ldmlab.errors import InputError
 from ldmlab.fetched import weights_folder
 

@@ -1,4 +1,4 @@
-"""Attention over the pixels of a feature map and over conditioning tokens.
+"""Attention over the pixels of a feature map and over conditioning tokens; transformers.
 
 Shapes: B batch, C channels, h w feature map, N = h w, L conditioning tokens, H heads, d = width of a head.
 A channels-last feature map is a sequence of tokens without a copy; every product here is a linear layer on tokens.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ldmlab.nn.blocks import group_norm, zero
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, L, d)
-Told = KeysValues | Tensor  # a single token needs no attention: (B, 1, C), what it adds to every pixel
+CrossKV = KeysValues | Tensor  # a single token needs no attention: (B, 1, C), the term it adds to every pixel
 _PRODUCTS_UP_TO = 2**19  # scores per head that are formed at once on a CPU
 
 
@@ -108,20 +108,20 @@ class TransformerBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = GatedMLP(width)
 
-    def tell(self, context: Tensor) -> Told:
-        """Tokens (B, L, D) => what cross-attention needs of them; of a single one (softmax 1) that is its output."""
+    def precompute_kv(self, context: Tensor) -> CrossKV:
+        """Tokens (B, L, D) => their keys and values; of a single one (softmax 1) the output of cross-attention."""
         cross = self.cross_attention
         if context.shape[1] > 1:
             return cross.keys_values(context)
-        told = cross.out(cross.v(context))  # (B, 1, C)
+        output = cross.out(cross.v(context))  # (B, 1, C)
         if torch.is_grad_enabled():  # the other weights have no influence: a gradient of zero, as attention would give
             idle = [cross.q.weight, cross.k.weight, *self.norm_cross.parameters()]
-            told = told + 0 * torch.stack([p.sum() for p in idle]).sum().to(told.dtype)
-        return told
+            output = output + 0 * torch.stack([p.sum() for p in idle]).sum().to(output.dtype)
+        return output
 
-    def forward(self, x: Tensor, told: Told) -> Tensor:
+    def forward(self, x: Tensor, kv: CrossKV) -> Tensor:
         x = x + self.self_attention(self.norm_self(x))
-        x = x + (told if isinstance(told, Tensor) else self.cross_attention(self.norm_cross(x), told))
+        x = x + (kv if isinstance(kv, Tensor) else self.cross_attention(self.norm_cross(x), kv))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -139,12 +139,70 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, head_channels, context_width) for _ in range(depth))
         self.proj_out = zero(nn.Linear(width, channels))
 
-    def tell(self, context: Tensor) -> list[Told]:
-        """Tokens (B, L, D) => what every block needs of them."""
-        return [block.tell(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
+    def precompute_kv(self, context: Tensor) -> list[CrossKV]:
+        """Tokens (B, L, D) => keys and values of every block."""
+        return [block.precompute_kv(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
 
-    def forward(self, x: Tensor, told: list[Told]) -> Tensor:
+    def forward(self, x: Tensor, kv: list[CrossKV]) -> Tensor:
         tokens = self.proj_in(to_tokens(self.norm(x)))  # (B, N, width)
-        for block, part in zip(self.blocks, told, strict=True):
+        for block, part in zip(self.blocks, kv, strict=True):
             tokens = block(tokens, part)
         return x + to_map(self.proj_out(tokens), x)
+
+
+_HEAD_CHANNELS = 64
+
+
+# ---- the encoder that the paper trains jointly with the denoiser (appendix E.2.1); no mask, padding is attended to
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention, then an MLP with exact GELU, each behind a layer norm and with a residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = TokenAttention(width, heads, _HEAD_CHANNELS)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.shrink = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_attention(x))
+        return x + self.shrink(F.gelu(self.expand(self.norm_mlp(x))))
+
+
+class TransformerEncoder(nn.Module):
+    """Token numbers to states: embedding plus learned positions, blocks, final norm."""
+
+    def __init__(
+        self,
+        vocabulary: int,  # number of tokens
+        length: int,  # most tokens at once
+        width: int,  # D
+        depth: int,  # blocks
+        heads: int = 8,  # of 64 channels each, whatever D
+        unused_head: bool = False,  # official files have an output layer to the vocabulary that nothing ever runs
+    ) -> None:
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        for table in (self.tokens, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
+        self.unused_head = nn.Linear(width, vocabulary).requires_grad_(False) if unused_head else None
+
+    @property
+    def length(self) -> int:
+        """Most tokens at once."""
+        return self.positions.num_embeddings
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token numbers (B, L) => states (B, L, D)."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = self.tokens(ids) + self.positions(places)  # (B, L, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

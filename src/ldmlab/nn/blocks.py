@@ -1,12 +1,14 @@
-"""Convolutional bricks shared by the networks: norm, residual block, resampling.
+"""Bricks shared by the networks: norm, residual block, resampling, time embedding, coordinates.
 
 All keep the memory layout they are given, and all work at sizes that two does not divide: shrinking rounds up,
 growing is cropped to the size of the skip connection it will meet.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,3 +130,39 @@ class ResBlock(nn.Module):
         else:
             h = self.norm_out(h + e)
         return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0, shift: int = 0) -> Tensor:
+    """(B,) times => (B, width) float32: cosines first, then sines, of t max_period^(-i / (half - shift))."""
+    half = width // 2
+    rate = -math.log(max_period) / (half - shift)
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * rate)
+    angle = t.float()[:, None] * frequency[None, :]
+    embedding = torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+    return F.pad(embedding, (0, 1)) if width % 2 else embedding
+
+
+class TimeMLP(nn.Module):
+    """(B,) times => (B, 4 channels): sinusoids, linear, SiLU, linear."""
+
+    def __init__(self, channels: int, shift: int = 0) -> None:
+        super().__init__()
+        self.channels, self.shift = channels, shift
+        self.width = 4 * channels
+        self.expand = nn.Linear(channels, self.width)
+        self.mix = nn.Linear(self.width, self.width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = timestep_embedding(t, self.channels, shift=self.shift).to(self.expand.weight.dtype)
+        return self.mix(F.silu(self.expand(embedding)))
+
+
+COORDINATES = 2
+
+
+def with_coordinates(x: Tensor) -> Tensor:
+    """x (B, C, h, w) => (B, C + 2, h, w): after x, row and column of each cell's centre from -1 to 1 at the borders."""
+    height, width = x.shape[2:]
+    centres = [(2 * torch.arange(side, device=x.device) + 1) / side - 1 for side in (height, width)]
+    places = torch.stack(torch.meshgrid(centres, indexing="ij")).to(x.dtype)  # (2, h, w)
+    return torch.cat([x, places.expand(len(x), -1, -1, -1)], dim=1)

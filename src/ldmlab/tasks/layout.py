@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ldmlab.annotations import WHOLE, Boxes, area, checked
 from ldmlab.errors import InputError
-from ldmlab.tasks.base import BaseTask, Sample
+from ldmlab.tasks import BaseTask, Sample
 from ldmlab.tasks.crop import Crop
 
 

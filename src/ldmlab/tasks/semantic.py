@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ldmlab.tasks.base import BaseTask, Sample
+from ldmlab.tasks import BaseTask, Sample
 from ldmlab.tasks.crop import Crop
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ldmlab.errors import InputError
-from ldmlab.tasks.base import BaseTask, Sample
+from ldmlab.tasks import BaseTask, Sample
 from ldmlab.tasks.crop import Crop
 from ldmlab.tasks.degradation import LIGHT, Bsr
 

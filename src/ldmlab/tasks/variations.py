@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ldmlab.errors import InputError
-from ldmlab.tasks.base import BaseTask, Sample
+from ldmlab.tasks import BaseTask, Sample
 from ldmlab.tasks.crop import Crop
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ldmlab import distributed
 from ldmlab.contracts import FirstStage
-from ldmlab.losses.autoencoder import AutoencoderLoss
-from ldmlab.losses.rise_alarm import RiseAlarm
+from ldmlab.losses.adversary import RiseAlarm
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import normal

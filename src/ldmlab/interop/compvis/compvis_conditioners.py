@@ -6,12 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmlab.conditioners.class_label import ClassEmbedder
-from ldmlab.conditioners.layout import LayoutTokens
-from ldmlab.conditioners.semantic import SpatialRescaler
-from ldmlab.conditioners.text import OpenClipText
-from ldmlab.conditioners.transformer_text import TransformerText
+from ldmlab.conditioners.layout_tokens import LayoutTokens
+from ldmlab.conditioners.semantic_map import SpatialRescaler
+from ldmlab.conditioners.text import OpenClipText, TransformerText
 from ldmlab.errors import InputError
-from ldmlab.nn.transformer import TransformerEncoder
+from ldmlab.nn.attention import TransformerEncoder
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]

@@ -232,7 +232,7 @@ def _mask(factor: int, values: Mapping[str, float]) -> Node:
 
 
 def _masked_latent(hole: float) -> Node:
-    return {"_target_": "ldmlab.conditioners.masked_latent.MaskedLatent", "hole": hole}
+    return {"_target_": "ldmlab.conditioners.mask.MaskedLatent", "hole": hole}
 
 
 def conditioner_node(target: str, params: Params, tensors: Mapping[str, Tensor] | None = None) -> Node:

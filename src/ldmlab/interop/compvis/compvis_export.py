@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.conditioners.class_label import ClassEmbedder
-from ldmlab.conditioners.layout import LayoutTokens
+from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.conditioners.low_resolution import LowResolution
-from ldmlab.conditioners.mask import Mask
-from ldmlab.conditioners.masked_latent import MaskedLatent
-from ldmlab.conditioners.semantic import SpatialRescaler
-from ldmlab.conditioners.text import OpenClipText
-from ldmlab.conditioners.transformer_text import TransformerText
+from ldmlab.conditioners.mask import Mask, MaskedLatent
+from ldmlab.conditioners.semantic_map import SpatialRescaler
+from ldmlab.conditioners.text import OpenClipText, TransformerText
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate

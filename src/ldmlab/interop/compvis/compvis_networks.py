@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ldmlab.checkpoints import fill, without_weights
 from ldmlab.conditioners.class_label import ClassEmbedder
-from ldmlab.conditioners.layout import LayoutTokens
-from ldmlab.conditioners.semantic import SpatialRescaler
-from ldmlab.conditioners.text import OpenClipText
-from ldmlab.conditioners.transformer_text import TransformerText
+from ldmlab.conditioners.layout_tokens import LayoutTokens
+from ldmlab.conditioners.semantic_map import SpatialRescaler
+from ldmlab.conditioners.text import OpenClipText, TransformerText
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.common_names import from_hugging_face, to_hugging_face

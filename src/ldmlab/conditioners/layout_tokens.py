@@ -2,7 +2,7 @@
 
 The encoding is that of the taming-transformers data code: three tokens an object, its class and its two corners on a
 grid of floor(sqrt(vocabulary)) cells a side, empty tokens up to `objects`, then the two corners of the crop. As there,
-corners are counted in the whole image if the crop is told (of objects that it cuts, all of them), else in the crop.
+corners are counted in the whole image if the crop has tokens (of objects that it cuts, all of them), else in the crop.
 """
 
 import difflib
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.annotations import checked
-from ldmlab.conditioners.rates import checked_rate
+from ldmlab.conditioners import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
-from ldmlab.nn.transformer import TransformerEncoder
+from ldmlab.nn.attention import TransformerEncoder
 
 _WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop of an uncropped image: x0, y0, x1, y1
 _ROUNDING = 1e-6
@@ -42,7 +42,7 @@ class LayoutTokens(nn.Module):
         unused_head: bool = False,  # carry the output layer of the official files, which nothing runs
         classes: int | None = None,  # of the data, numbered from 0; None: any number that is a token
         names: Sequence[str] | None = None,  # of the classes, by which boxes may name them: {"class": "dog", ...}
-        attributes: Sequence[str] = (),  # of objects, told by the class's token: group_of occluded depiction inside
+        attributes: Sequence[str] = (),  # of objects, in the class's token: group_of occluded depiction inside
     ) -> None:
         super().__init__()
         self.drop = checked_rate(drop)

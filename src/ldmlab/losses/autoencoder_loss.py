@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Reconstruction
 from ldmlab.errors import InputError
 from ldmlab.losses.adversary import Adversary
-from ldmlab.losses.reconstruction import ReconstructionLoss, Reduction
+from ldmlab.losses.reconstruction_loss import ReconstructionLoss, Reduction
 
 Terms = dict[str, Tensor]
 

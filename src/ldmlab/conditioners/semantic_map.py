@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.conditioners.rates import checked_rate
+from ldmlab.conditioners import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
 
@@ -64,9 +64,9 @@ class SpatialRescaler(nn.Module):
         labels = torch.as_tensor(fields["segmentation"])
         unknown = labels[(labels < 0) | (labels >= self.classes)].unique().tolist()
         if unknown:
-            told = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+            listed = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
             raise InputError(
-                f"segmentation holds {told}, but this model knows the classes 0 .. {self.classes - 1}; "
+                f"segmentation holds {listed}, but the classes of this model are 0 .. {self.classes - 1}; "
                 "renumber the map."
             )
 
