@@ -1,4 +1,4 @@
-"""Our row stands in the paper's table, and says why it may not be compared."""
+"""Our row in the paper's table, and the reasons why it may not be compared."""
 
 from dataclasses import replace
 
@@ -67,7 +67,7 @@ def test_every_difference_is_a_reason(change: dict[str, object], reason: str) ->
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"reference_hash": None}, "does not say by hash"),
+        ({"reference_hash": None}, "does not record the hash"),
         ({"pinned_hash": "b" * 64}, "than the protocol pins"),
         ({"current_hash": "b" * 64}, "have changed since"),
     ],

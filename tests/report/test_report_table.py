@@ -76,7 +76,7 @@ def test_a_result_of_another_reference_is_marked(change: dict[str, Any], reason:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"reference__manifest_hash": None}, "does not say by hash"),
+        ({"reference__manifest_hash": None}, "does not record the hash"),
         ({"protocol__reference_hash": "e" * 64}, "than the protocol pins"),
     ],
 )
@@ -94,11 +94,11 @@ def test_shards_that_changed_since_are_noticed(tmp_path: Any) -> None:
     from shard_maker import write_shards
 
     manifest = write_shards(tmp_path / "train", [4], size=8)
-    told = {"reference__folder": str(tmp_path / "train"), "reference__manifest_hash": manifest.hash}
-    assert paper_report([result(**told)])[0].rows[-1].mark == ""
+    change = {"reference__folder": str(tmp_path / "train"), "reference__manifest_hash": manifest.hash}
+    assert paper_report([result(**change)])[0].rows[-1].mark == ""
     write_shards(tmp_path / "other", [5], size=8)
-    told["reference__folder"] = str(tmp_path / "other")
-    table = paper_report([result(**told)])[0]
+    change["reference__folder"] = str(tmp_path / "other")
+    table = paper_report([result(**change)])[0]
     assert not [row for row in table.rows if row.kind == "ours"]
     assert any("have changed since" in note for note in table.notes)
 
@@ -197,10 +197,10 @@ def test_scores_made_by_other_options_stand_in_columns_of_their_own() -> None:
 
 def test_seeds_of_one_configuration_get_a_mean_and_a_deviation() -> None:
     def of_seed(seed: int, configuration: str = "abc") -> dict[str, Any]:
-        told = {"configuration": configuration, "training_seed": seed, "group": "ffhq"}
+        change = {"configuration": configuration, "training_seed": seed, "group": "ffhq"}
         score = {"fid": {"value": 4.0 + seed, "spread": None, "marks": []}}
         return result(model__path=f"runs/{seed}", scores__fid=score["fid"]) | {
-            "model": result()["model"] | {"path": f"runs/{seed}"} | told
+            "model": result()["model"] | {"path": f"runs/{seed}"} | change
         }
 
     results = [of_seed(0), of_seed(1), of_seed(2), of_seed(3, "other")]

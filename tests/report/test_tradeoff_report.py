@@ -16,13 +16,14 @@ from ldmlab.report.tradeoff_jobs import (
     RECORD,
     Value,
     by_factor,
+    by_length,
     equal_budget,
     merged,
     read_job,
     score_after,
     trained_seconds,
 )
-from ldmlab.report.tradeoff_page import SAMPLING, TRAINING, write_tradeoff
+from ldmlab.report.tradeoff_page import SAMPLING, TRAINING, tradeoff_page, write_tradeoff
 
 PROTOCOL = {"name": "tradeoff", "guidance_scale": 1.0}
 
@@ -127,8 +128,8 @@ def test_two_first_stages_of_one_factor_are_told_apart(tmp_path: Path) -> None:
 
 def test_jobs_measured_otherwise_are_refused(tmp_path: Path) -> None:
     one = _job(tmp_path / "a", 4, 0, 3.0)
-    told = _job(tmp_path / "told", 8, 0, 3.0, features={"preparation": "to 32 px"})  # said of later records alone
-    write_tradeoff([one, told], tmp_path / "fine")
+    later = _job(tmp_path / "later", 8, 0, 3.0, features={"preparation": "to 32 px"})  # only in later records
+    write_tradeoff([one, later], tmp_path / "fine")
     for name, more in (
         ("b", {"reference": "another"}),
         ("c", {"protocol": {"name": "tradeoff", "guidance_scale": 2.0}}),
@@ -248,3 +249,49 @@ def test_options_that_came_later_part_nobody(tmp_path: Path) -> None:
     new["metrics"]["kid"]["subsets"] = 50
     with pytest.raises(InputError, match="different protocols"):
         write_tradeoff([folders[0], _job(tmp_path / "other", 8, 0, 3.0, protocol=new)], tmp_path / "none")
+
+
+def test_runs_of_different_lengths_are_not_joined(tmp_path: Path) -> None:
+    """The numbers at equal cost take the points of both runs; the lines of the chart stay apart."""
+    points = read_job(_job(tmp_path / "a", 4, 0, 3.0))["points"]
+    longer = [dict(points[0], step=4), dict(points[1], step=40)]
+    jobs = [tmp_path / "a", _job(tmp_path / "b", 4, 0, 2.0, budget="compute", max_steps=40, points=longer)]
+    jobs += [_job(tmp_path / name, 1, 0, 9.0, budget=budget) for name, budget in (("c", "steps"), ("d", "compute"))]
+    factors = [factor for folder in jobs for factor in by_factor([read_job(folder)])]
+    lines = by_length(factors, "fid", TRAINING["training steps"][1])
+    assert [x for x, _ in lines["f4"] if x == x] == [5, 10, 4, 40]
+    assert len([x for x, _ in lines["f4"] if x != x]) == 1
+    page = tradeoff_page([read_job(folder) for folder in jobs])
+    chart = next(one for head, one in page.charts() if head == "At equal cost")
+    assert str(chart.svg).count("<path") == 4
+    page_file = write_tradeoff(jobs, tmp_path / "out")
+    rows = list(csv.DictReader(page_file.with_name("charts.csv").open()))
+    assert {row["section"] for row in rows} >= {"At equal cost"}
+    assert not [row for row in rows if "nan" in (row["x"], row["y"])]
+
+
+@pytest.mark.parametrize(
+    "value", ["missing", None, -1.5, "x", [1], {"a": 1}, float("inf"), 10**400], ids=lambda v: repr(v)[:9]
+)
+def test_every_part_of_a_job_may_be_damaged(tmp_path: Path, value: Any) -> None:
+    whole = json.loads((_job(tmp_path / "whole", 4, 0, 3.0) / RECORD).read_text())
+    pages = 0
+    for path in [(key,) for key in whole] + [("points", 0, key) for key in whole["points"][0]]:
+        record = json.loads(json.dumps(whole))
+        part: Any = record
+        for key in path[:-1]:
+            part = part[key]
+        if value == "missing":
+            del part[path[-1]]
+        else:
+            part[path[-1]] = value
+        folder = tmp_path / "-".join(map(str, path))
+        folder.mkdir()
+        (folder / RECORD).write_text(json.dumps(record))
+        try:
+            write_tradeoff([tmp_path / "whole", folder], tmp_path / "out")
+            pages += 1
+        except InputError as error:
+            message = str(error)
+            assert message.count("\n") == 0
+    assert pages < len(whole)

@@ -18,6 +18,7 @@ from ldmlab.app.wiring import check_names
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import decoder_flops
 from ldmlab.files import write_text
+from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.report.tradeoff_jobs import FORMAT_VERSION, RECORD, trained_seconds
 
 
@@ -96,9 +97,9 @@ class FactorScores:
     def points(self) -> list[dict[str, Any]]:
         """Scores after equal parts of the training, and of the last checkpoint with other numbers of sampler steps."""
         usual = self.options["protocol"]["steps"]
-        wanted = [(step, usual) for step in self.steps()]
-        wanted += [(self.factor.max_steps, steps) for steps in self.options["speed_steps"] if steps != usual]
-        return [self._point(step, steps) for step, steps in wanted]
+        points = [(step, usual) for step in self.steps()]
+        points += [(self.factor.max_steps, steps) for steps in self.options["speed_steps"] if steps != usual]
+        return [self._point(step, steps) for step, steps in points]
 
     def steps(self) -> list[int]:
         """Of the training, at whose ends there are checkpoints."""
@@ -126,8 +127,8 @@ class FactorScores:
         from ldmlab.app.evaluate import evaluate
 
         run = model.parents[1] if model.suffix == ".ckpt" else model
-        told = (protocol, self.features, self.options["precision"], self.factor.content)
-        out = run / "evaluation" / f"{name}-{content_key(*told)}"
+        identity = (protocol, self.features, self.options["precision"], self.factor.content)
+        out = run / "evaluation" / f"{name}-{content_key(*identity)}"
         content = {
             **plain(compose("evaluate", ["model=given"])),  # options that the sweep leaves as they are
             **{"model": str(model), "weights": "averaged", "out": str(out), "protocol": protocol},
@@ -136,7 +137,7 @@ class FactorScores:
             **{"precision": self.options["precision"], "seed": 0, "wandb": False},
         }
         once(out, "metrics.json", lambda: evaluate(content))
-        return dict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
+        return read_evaluation(out)
 
     # ---- the first stage, and time
 
@@ -152,13 +153,13 @@ class FactorScores:
         known: dict[str, float] = {}
         if path.exists() and not self.parts.trained:
             known = json.loads(path.read_text())
-        wanted = sorted({*self.options["speed_steps"], self.options["protocol"]["steps"]})
-        if distributed.rank() == 0 and any(str(steps) not in known for steps in wanted):
-            known = self._timed(wanted)
+        every = sorted({*self.options["speed_steps"], self.options["protocol"]["steps"]})
+        if distributed.rank() == 0 and any(str(steps) not in known for steps in every):
+            known = self._timed(every)
             path.write_text(json.dumps(known))
         return dict(distributed.from_first(known))
 
-    def _timed(self, wanted: list[int]) -> dict[str, float]:
+    def _timed(self, every: list[int]) -> dict[str, float]:
         from dataclasses import replace
 
         import torch
@@ -176,11 +177,11 @@ class FactorScores:
         data = self.factor.data.with_task(model.diffusion.task)
         count = self.options["batch_size"]
         known = conditions(data, protocol.reference, sorted(model.reads), count)
-        asked = requests(replace(protocol, samples=count), model.reads, known)
+        inputs = requests(replace(protocol, samples=count), model.reads, known)
         taken = {}
-        for steps in (wanted[0], *wanted):  # the first time warms up
+        for steps in (every[0], *every):  # the first time warms up
             began = time.perf_counter()
-            list(generate(model, asked, replace(protocol.settings(), steps=steps), batch_size=count))
+            list(generate(model, inputs, replace(protocol.settings(), steps=steps), batch_size=count))
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             taken[str(steps)] = (time.perf_counter() - began) / count

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ldmlab.app.run_records import RunRecord, by_configuration
 from ldmlab.report.line_chart import COLOURS, Chart, Points
 from ldmlab.report.rows import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table
-from ldmlab.report.score_lines import number_text
+from ldmlab.report.score_lines import score_text
 
 STAGES = {  # in the order of the flow: title and the metrics that lead
     "autoencoder": ("First stages", ("psnr", "ssim", "lpips", "fid", "rfid")),
@@ -75,7 +75,8 @@ def _mean(members: Sequence[RunRecord], name: str) -> str:
     values = [value for run in members if (value := run.last(name)) is not None]
     if not values:
         return DASH
-    return number_text(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return score_text(name.rpartition("/")[2], statistics.fmean(values), spread)
 
 
 def _charts(labels: Mapping[str, list[RunRecord]], metrics: Sequence[str]) -> list[Block]:

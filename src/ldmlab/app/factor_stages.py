@@ -142,9 +142,9 @@ class Factor:
 
     def _encode(self) -> Path:
         """Latents of both splits, by the first stage's weights and the images."""
-        told = {name: self.options["encode"][name] for name in ("mirror", "dtype")}
+        encoding = {name: self.options["encode"][name] for name in ("mirror", "dtype")}
         images = [self.data.manifest(split, "images").hash for split in ("train", "val")]
-        key = content_key(self.loaded.fingerprint, images, self.data.image_size, told)
+        key = content_key(self.loaded.fingerprint, images, self.data.image_size, encoding)
         folder = self.shared / f"latents-{key}"
         content = {
             **plain(compose("encode", ["from_run=given", "out=given"])),  # options that the sweep leaves as they are
@@ -201,9 +201,9 @@ def content_key(*parts: Any) -> str:
 
 
 def data_content(node: Mapping[str, Any], data: ShardData) -> dict[str, Any]:
-    """The images by the hash of their manifest, wherever they lie, and how they are drawn."""
-    drawn = {name: value for name, value in node.items() if name not in _NOT_OF_DATA}
-    return drawn | {"images": data.manifest("train", "images").hash}
+    """The images by the hash of their manifest, wherever they lie, and their order and size."""
+    kept = {name: value for name, value in node.items() if name not in _NOT_OF_DATA}
+    return kept | {"images": data.manifest("train", "images").hash}
 
 
 def trainer_content(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,14 +38,14 @@ def bar(title: str, unit: str = "batches", console: Console | None = None) -> It
 
 
 def _lines(title: str, console: Console) -> Advance:
-    began = said = time.monotonic()
+    began = printed = time.monotonic()
 
     def advance(done: int, total: int) -> None:
-        nonlocal said
+        nonlocal printed
         now = time.monotonic()
-        if now - said < _LINE_EVERY_SECONDS and done < total:
+        if now - printed < _LINE_EVERY_SECONDS and done < total:
             return
-        said = now
+        printed = now
         left = (now - began) / max(done, 1) * (total - done)
         console.print(f"{title}: {done} of {total}, {left:.0f} s left", highlight=False)
 

@@ -175,14 +175,15 @@ def _last_points(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def by_configuration(runs: Sequence[RunRecord], without: str | None = None) -> dict[str, list[RunRecord]]:
-    """Runs of one stage by what tells their configurations apart; seeds of one configuration come together."""
+    """Runs of one stage by configuration; seeds of one configuration come together."""
     names = [name for name in _NAMED if name != without and len({run.fields[name] for run in runs}) > 1]
     groups: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
         groups[(run.group, *(run.fields[name] for name in names))].append(run)
     several = len({run.group for run in runs}) > 1
     labels: dict[str, list[RunRecord]] = {}
-    for (group, *values), members in groups.items():
+    order = sorted(groups, key=lambda key: [(value is None, str(value).rjust(12)) for value in key])
+    for (group, *values), members in ((key, groups[key]) for key in order):
         parts = [_NAMED[name].format(value) for name, value in zip(names, values, strict=True) if value is not None]
         labels[", ".join([*([group] if several or not parts else []), *parts])] = members
     return labels

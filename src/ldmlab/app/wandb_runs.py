@@ -53,7 +53,7 @@ def _send(run_folder: Path, out: Path | None) -> None:
 
 
 def _logger_of(run_folder: Path) -> tuple[WandB | None, dict[str, Any]]:
-    """The W&B logger that the run was trained with, if any, and the settings that it was told."""
+    """The W&B logger that the run was trained with, if any, and its settings."""
     if not (run_folder / "config.yaml").exists() or not (run_folder / "provenance.json").exists():
         return None, {}
     config: Mapping[str, Any] = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))

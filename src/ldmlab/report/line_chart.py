@@ -85,7 +85,7 @@ class Chart:
 
 
 def _stretches(points: Points) -> list[Points]:
-    """Runs of points that can be drawn."""
+    """Runs of finite points."""
     found: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if all(abs(number) < _LARGEST for number in point):  # false of NaN too

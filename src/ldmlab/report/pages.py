@@ -128,7 +128,7 @@ def comparison_page(folders: Sequence[Path]) -> Page:
 
 
 def evaluation_tables(folders: Sequence[Path], table: str | None = None) -> list[Table]:
-    """The paper's tables with our rows (or the one given), then the evaluations beside one another."""
+    """The paper's tables with our rows (or `table` alone), then the evaluations beside one another."""
     results = full_evaluations(folders)
     if table is not None:
         return _paper(results, table)
@@ -178,7 +178,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 def printed_tables(folders: Sequence[Path], form: str, table: str | None = None) -> str:
     """The paper's tables with our rows, then the evaluations beside one another; form: text | md | latex | html.
 
-    Without folders the paper's tables as they are: the one given, or all.
+    Without folders the paper's tables as they are: `table`, or all.
     """
     if folders:
         return FORMATS[form](evaluation_tables(folders, table))

@@ -63,7 +63,7 @@ def amount(parameters: float) -> str:
 
 
 def methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the rows, and in brackets what tells rows of one name apart."""
+    """Names of the rows, with the differences of rows of one name in brackets."""
     facts = [_facts(row) for row in rows]
     names = []
     for row, own in zip(rows, facts, strict=True):
@@ -74,9 +74,9 @@ def methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a row says of its measurement, in words."""
+    """The measurement of a row, in words."""
     sampling, training, first = (row.get(name) or {} for name in ("sampling", "training", "first_stage"))
-    told = {
+    facts = {
         "task": row.get("task"),
         "dataset": row.get("dataset"),
         "codebook": first.get("codebook") and f"{first['codebook']:,} codes",
@@ -85,21 +85,21 @@ def _facts(row: Mapping[str, Any]) -> dict[str, str]:
         "eta": None if sampling.get("eta") is None else f"eta {sampling['eta']:g}",
         "scale": sampling.get("scale") and f"guidance {sampling['scale']:g}",
     }
-    return {name: str(text) for name, text in told.items() if text}
+    return {name: str(text) for name, text in facts.items() if text}
 
 
 def remarks(table: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the source says below its table, and where sources disagree."""
+    """Notes and footnotes of the source."""
     notes = table.get("notes") or []
     found = [notes] if isinstance(notes, str) else list(notes)
     footnotes = table.get("footnotes") or {}
     marks: dict[str, list[str]] = {}
     for row in table["rows"]:
         for name, text in (row.get("marks") or {}).items():
-            said = text if isinstance(text, str) else footnotes.get(name)
-            if said:
-                marks.setdefault(said, []).append(row["method"])
-    found += [f"{', '.join(names)}: {said}" for said, names in marks.items()]
+            footnote = text if isinstance(text, str) else footnotes.get(name)
+            if footnote:
+                marks.setdefault(footnote, []).append(row["method"])
+    found += [f"{', '.join(names)}: {footnote}" for footnote, names in marks.items()]
     return tuple(found)
 
 
@@ -109,10 +109,10 @@ def disagreements(conflicts: Mapping[str, Any], table: str) -> tuple[str, ...]:
     for conflict in conflicts.values():
         if table not in conflict["tables"]:
             continue
-        said = [
+        printed = [
             f"{value['origin']}: {', '.join(f'{name} {text}' for name, text in value.items() if name != 'origin')}"
             for value in conflict["values"]
         ]
         reading = f" ({conflict['reading']})" if "reading" in conflict else ""
-        found.append(f"sources disagree on {conflict['about']}: {'; '.join(said)}{reading}")
+        found.append(f"sources disagree on {conflict['about']}: {'; '.join(printed)}{reading}")
     return tuple(found)

@@ -9,7 +9,7 @@ from ldmlab.data.manifest import read_manifest
 from ldmlab.errors import InputError
 
 PAPER_FEATURES = "inception-2015-12-05"
-PAPER_WEIGHTS = "6726825d"  # the SHA-256 of the published file begins so, as its name says
+PAPER_WEIGHTS = "6726825d"  # the SHA-256 of the published file begins so, as in its name
 PAPER_OPTIONS = {  # by metric: its option, what the paper's tools take, and our scores that it decides
     "precision_recall": ("neighbours", 3, ("precision", "recall")),
     "is": ("splits", 10, ("is",)),
@@ -18,7 +18,7 @@ PAPER_OPTIONS = {  # by metric: its option, what the paper's tools take, and our
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a source says of the measurement behind a table; None where it says nothing."""
+    """Known facts of the measurement behind a table; None where the source is silent."""
 
     samples: int | None = None
     split: str | None = None  # train | val
@@ -58,11 +58,11 @@ class Measured:
     spreads: Mapping[str, float | None] = field(default_factory=dict)
     reference_hash: str | None = None  # of the manifest of the images that were compared with
     current_hash: str | None = None  # of the manifest that now lies there; None: it is not here
-    pinned_hash: str | None = None  # that the protocol asks for
+    pinned_hash: str | None = None  # of the protocol
     sampling: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str | None = None  # of the extractor's file
     resized: str | None = None  # what was done to the reference beside its rule
-    reference_of: int | None = None  # images that the split holds; None: the result does not say
+    reference_of: int | None = None  # images that the split holds; None: not recorded
     reference_limit: int | None = None  # of the protocol
     metrics: Mapping[str, Any] = field(default_factory=dict)  # the protocol's scores with their options
     guiders: Mapping[str, Any] = field(default_factory=dict)  # what guided besides classifier-free guidance
@@ -162,7 +162,7 @@ def _options(ours: Measured) -> list[str]:
 def barred(ours: Measured) -> tuple[str, ...]:
     """Why a result may not enter a table: it must name its reference by hash, the one pinned and the one there."""
     if ours.reference_hash is None:
-        return ("the result does not say by hash which images it was compared with",)
+        return ("the result does not record the hash of its reference images",)
     found = []
     if ours.pinned_hash not in (None, ours.reference_hash):
         found.append("compared with other images than the protocol pins (manifest hash)")
@@ -179,10 +179,10 @@ def _sampling(ours: Measured, against: Mapping[str, Any] | None) -> list[str]:
     found = []
     if "steps" in theirs and ours.sampling.get("sampler", "ddim") != theirs.get("sampler", "ddim"):
         found.append(f"sampler {ours.sampling['sampler']}, the paper's row has {theirs.get('sampler', 'ddim')}")
-    told = {"steps": theirs.get("steps"), "eta": theirs.get("eta"), "guidance_scale": _scale(theirs)}
+    printed = {"steps": theirs.get("steps"), "eta": theirs.get("eta"), "guidance_scale": _scale(theirs)}
     found += [
         f"{name} {ours.sampling[name]:g}, the paper's row has {value:g}"
-        for name, value in told.items()
+        for name, value in printed.items()
         if isinstance(value, int | float) and isinstance(ours.sampling.get(name), int | float)
         if float(ours.sampling[name]) != float(value)
     ]
@@ -195,7 +195,7 @@ def _sampling(ours: Measured, against: Mapping[str, Any] | None) -> list[str]:
 
 
 def _scale(theirs: Mapping[str, Any]) -> float | None:
-    """Of classifier-free guidance in the paper's row; 1 where it is off; None for rows that say nothing of sampling."""
+    """Of classifier-free guidance in the paper's row; 1 where it is off; None for rows without sampling."""
     if not theirs:
         return None
     return theirs.get("scale") if theirs.get("guidance") == "cfg" else 1.0

@@ -104,7 +104,7 @@ def _our_values(name: str, decimals: Mapping[str, int], ours: Measured) -> dict[
 
 
 def _row(name: str, table: Mapping[str, Any], row: str | None) -> Mapping[str, Any] | None:
-    """The row asked for, or the paper's own where there is just one."""
+    """The row with the id `row`, or the paper's own where there is just one."""
     if row is not None:
         by_id = {entry["id"]: entry for entry in table["rows"]}
         if row not in by_id:
@@ -150,7 +150,7 @@ def paper_record(result: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def paper_report(results: Sequence[Mapping[str, Any]], table: str | None = None) -> list[Table]:
-    """The tables that the evaluations' protocols name (or the one given), each with all rows of ours."""
+    """The tables that the evaluations' protocols name (or `table` alone), each with all rows of ours."""
     named: dict[str, list[tuple[Mapping[str, Any], str | None]]] = {}
     for result in results:
         protocol = result["protocol"]

@@ -51,7 +51,7 @@ def points_csv(charts: Sequence[tuple[str, Chart]]) -> str:
     writer.writerow(["section", "chart", "line", "x_title", "x", "y"])
     for section, chart in charts:
         for line, points in chart.series.items():
-            writer.writerows([section, chart.title, line, chart.x_title, x, y] for x, y in points)
+            writer.writerows([section, chart.title, line, chart.x_title, x, y] for x, y in points if x == x)  # no gaps
     return file.getvalue()
 
 

@@ -33,7 +33,7 @@ MEANING = {
     "psim": ("PSIM", "lower", "the network of LPIPS without learned weights"),
     "copies": ("Copies", "lower", "samples nearer to a training image than nearly all held-out images are"),
 }
-FEW_IMAGES = 1000  # below, k-NN balls are too wide for precision and recall to tell images from noise
+FEW_IMAGES = 1000  # below, k-NN balls are too wide for precision and recall to separate images from noise
 _SHARES = frozenset({"precision", "recall", "coverage", "copies"})
 _BY_BALLS = frozenset({"precision", "recall", "density", "coverage"})
 _METRIC = {  # file of conf/metric behind a score, where it is called otherwise

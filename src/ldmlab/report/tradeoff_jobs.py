@@ -18,7 +18,13 @@ from ldmlab.report.score_lines import number_text
 FORMAT_VERSION = 1
 RECORD = "tradeoff.json"
 PETA = 1e15
-_NUMBERS = ("downsampling", "seed", "max_steps", "images_per_step", "processes", "parameters", "forward", "decoder")
+_LARGEST = 1e30
+_OF_JOB: dict[str, type] = dict.fromkeys(
+    ("downsampling", "seed", "max_steps", "images_per_step", "processes", "parameters"), int
+)
+_OF_JOB |= {"forward": float, "decoder": float, "budget": str, "first_stage": str, "latent": list, "points": list}
+_OF_JOB |= {"protocol": dict, "seconds_per_image": dict}
+_OF_POINT: dict[str, type] = {"step": int, "sampler_steps": int, "flops": float, "scores": dict, "scored_by": dict}
 _AGAIN = "run the job of the sweep again."
 
 
@@ -58,15 +64,22 @@ def read_job(folder: Path) -> dict[str, Any]:
 def check_complete(job: Mapping[str, Any]) -> None:
     """Everything that a page is made from is there and of its type."""
     with reading(Path(job["folder"]) / RECORD, "the job", _AGAIN):
-        for name in _NUMBERS:
-            int(job[name])
-        dict(job["protocol"]), dict(job["seconds_per_image"])
-        Path(job["first_stage"]), list(job["latent"]), dict(job["reconstruction"] or {})
-        if not job["points"]:
-            raise ValueError("no points")
-        for point in job["points"]:
-            int(point["step"]), int(point["sampler_steps"]), float(point["flops"]), float(point["seconds"] or 0)
-            dict(point["scored_by"]["features"])
+        _typed(job, _OF_JOB)
+        for point in [*job["points"], job["points"][0]]:  # at least one
+            _typed(point, _OF_POINT)
+            _typed({"seconds": point["seconds"] or 0, **point["scored_by"]}, {"seconds": float, "features": dict})
+        lost = job["reconstruction"]
+        _typed({name: score["value"] for name, score in (lost or {}).items()}, dict.fromkeys(lost or (), float))
+        _typed(job["seconds_per_image"], dict.fromkeys(job["seconds_per_image"], float))
+
+
+def _typed(node: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Refuses values of another type, and numbers that no job has."""
+    for name, kind in types.items():
+        value = node[name]
+        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not fits or (kind in (int, float) and not abs(value) < _LARGEST):
+            raise ValueError(f"{name}={str(value)[:40]}")
 
 
 def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
@@ -74,7 +87,7 @@ def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
 
     def measure(job: Mapping[str, Any]) -> tuple[Any, ...]:
         by = job["points"][0]["scored_by"] if job["points"] else {"features": {}}
-        network = [by["features"].get(name) for name in ("name", "weights_hash")]  # older records say no more
+        network = [by["features"].get(name) for name in ("name", "weights_hash")]  # older records hold no more
         return network, by.get("reference")
 
     def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -135,7 +148,7 @@ class FactorJobs:
         self,
         score: str,
         x: X,
-        wanted: Callable[[Mapping[str, Any]], bool],
+        taken: Callable[[Mapping[str, Any]], bool],
         order: str,
     ) -> Curve:
         """Means over the seeds that have every point of the curve; over those at hand where none has."""
@@ -143,7 +156,7 @@ class FactorJobs:
             {
                 p[order]: (x(job, p), p["scores"][score]["value"])
                 for p in job["points"]
-                if wanted(p) and score in p["scores"]
+                if taken(p) and score in p["scores"]
             }
             for job in self.jobs
         ]
@@ -171,7 +184,7 @@ class FactorJobs:
 
 
 def by_factor(jobs: Sequence[Mapping[str, Any]]) -> list[FactorJobs]:
-    """Groups that differ in their seed alone, finest latents first; a label says what tells groups of one f apart."""
+    """Groups that differ in their seed alone, finest latents first; labels hold what differs at one f."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for job in jobs:
         groups[_identity(job)].append(job)
@@ -268,7 +281,7 @@ def equal_budget(factors: Sequence[FactorJobs], score: str, x: X) -> EqualBudget
     curves = merged(factors, score, x)
     if len(curves) < 2:
         return None
-    for spent in sorted({curve[-1][0] for curve in curves.values()}, reverse=True):  # the longest training says most
+    for spent in sorted({curve[-1][0] for curve in curves.values()}, reverse=True):  # the longest first
         scores = {label: score_after(curve, spent) for label, curve in curves.items()}
         if all(value is not None for value in scores.values()):
             return EqualBudget(spent, {label: value for label, value in scores.items() if value is not None})

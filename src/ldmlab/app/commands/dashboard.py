@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the runs, write the page or save the view, and say where it is."""
+    """Read the runs, write the page or save the view, and print its place."""
     from ldmlab.app.run_records import read_runs
 
     if args.wandb is not None:

@@ -84,7 +84,7 @@ def _to_latents(out: Path, recipe: str) -> list[Step]:
             minutes["clip"],
         ),
         Step(
-            "Score the first stage: held-out images there and back",
+            "Score the first stage: reconstructions of validation images",
             [*_EVALUATE, f"model={first_stage}", f"features.run={clip}", *REBUILDING],
             first_stage / "evaluation" / "reconstruction" / "report.html",
             minutes["latents"],
@@ -103,7 +103,7 @@ def _model(out: Path, recipe: str) -> list[Step]:
     options = [f"data.latents={out / 'latents'}", f"conditioner.text.from_run={out / 'clip'}"]
     return [
         Step(
-            "Train the denoiser on the latents, told the caption",
+            "Train the denoiser on the latents, conditioned on the caption",
             [*_TRAIN, f"experiment=demo/{recipe}_text_to_image", *options, f"run.dir={out / 'text_to_image'}"],
             out / "text_to_image" / "finished.json",
             MINUTES[recipe]["text_to_image"],
@@ -116,7 +116,7 @@ def _images(out: Path, recipe: str) -> list[Step]:
     model, scores, minutes = out / "text_to_image", out / "evaluation", MINUTES[recipe]
     return [
         Step(
-            "Sample: from noise to images, and the way they come",
+            "Sample: images from noise, and the denoising trajectory",
             [*_LDMLAB, "sample", str(model), *CAPTIONS, *SAMPLING, "--trajectory", "--out", str(out / "samples")],
             out / "samples" / "grid.png",
             minutes["samples"],
@@ -138,8 +138,8 @@ def _images(out: Path, recipe: str) -> list[Step]:
 
 def _sheets(out: Path) -> str:
     """Images made by the sampling steps, for the report."""
-    strip, sweep = out / "samples" / "000000_trajectory.png", out / "sweep" / "sweep_steps.png"
-    return f"images=[['From noise to image','{strip}'],['Fewer and more steps','{sweep}']]"
+    trajectory, sweep = out / "samples" / "000000_trajectory.png", out / "sweep" / "sweep_steps.png"
+    return f"images=[['From noise to image','{trajectory}'],['Fewer and more steps','{sweep}']]"
 
 
 _TRAIN, _EVALUATE, _LDMLAB = ([sys.executable, *words] for words in (["train.py"], ["evaluate.py"], ["-m", "ldmlab"]))

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from ldmlab.report.tradeoff_jobs import is_job
 
     if args.table is not None and args.format is None:
-        raise InputError(f"--table {args.table} is for printing; say how with --format text|md|latex|html.")
+        raise InputError(f"--table {args.table} is for printing; add --format text|md|latex|html.")
     if args.format is not None:
         from ldmlab.report.pages import printed_tables
 
@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
         print(write_report(args.folders[0]))
         return 0
     if args.out is None:
-        raise InputError("--out is missing: several evaluations go to one page, so say into which folder.")
+        raise InputError("--out is missing: several evaluations go to one page, so name its folder.")
     print(write_comparison(args.folders, args.out))
     return 0
