@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
-from ldmlab.data.encode import LatentSettings, encode
+from ldmlab.data.encode_shards import LatentSettings, encode
 from ldmlab.data.manifest import ShardInfo, read_manifest, write_manifest
 from ldmlab.data.order import EpochOrder
 from ldmlab.data.shard_data import ShardData

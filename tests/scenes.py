@@ -55,7 +55,7 @@ def write_scenes(
     folder: Path, count: int, size: tuple[int, int] = (24, 16), objects: list[int] | None = None, per_shard: int = 3
 ) -> None:
     """Shards of scenes, (width, height) `size`, with their manifest; objects: how many each image has."""
-    from ldmlab.data.index import index
+    from ldmlab.data.index_tars import index
     from ldmlab.data.shards import END_MARKER, tar_bytes
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def traps(at: Path) -> dict[str, Any]:
         "a function of the room": {"_target_": "ldmlab.first_stages.quantiser.nearest"},
         "a dunder": {"_target_": "ldmlab.first_stages.kl.KLAutoencoder.__init__"},
         "shards": {"_target_": "ldmlab.data.shard_data.ShardData", "train": "/", "val": "/", "image_size": 16},
-        "a scene's writer": {"_target_": "ldmlab.data.scenes.SceneSettings", "emoji": "/etc"},
+        "a scene's writer": {"_target_": "ldmlab.data.scene_shards.SceneSettings", "emoji": "/etc"},
         "a run folder": {"_target_": "ldmlab.training.run_folder.RunFolder", "path": str(at), "run_id": "x"},
         "a logger": {"_target_": "ldmlab.training.loggers.TensorBoard", "folder": str(at)},
         "weights of a path": {"_target_": "ldmlab.nn.lpips.LPIPS", "vgg_weights": str(at)},

@@ -54,6 +54,13 @@ def _launched(torchrun_name: str, srun_name: str, default: int) -> int:
     return int(text)
 
 
+def launched() -> tuple[int, int]:
+    """Rank and number of processes that share work without talking to each other: no group is opened."""
+    if not joined() and world_size() > 1 and "RANK" not in os.environ:
+        _refuse_a_shell()
+    return rank(), world_size()
+
+
 def join(timeout: datetime.timedelta | None = None) -> tuple[int, int]:
     """Rank and number of processes; opens the group that the launcher prepared: nccl with GPUs, gloo without.
 

@@ -8,8 +8,9 @@ import io
 import os
 import warnings
 from pathlib import Path
+from typing import IO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ldmlab.files import open_regular
 
@@ -18,12 +19,17 @@ MAX_PIXELS = 178_956_970  # 2^29 / 3: half a gigabyte as RGB
 MAX_BYTES = 1 << 28
 
 
-def open_image(source: bytes | Path | str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def open_image(source: bytes | Path | str | IO[bytes], formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image of a file or of its bytes, not yet decoded; OSError or ValueError where it cannot be one."""
-    content = source if isinstance(source, bytes) else _content(Path(source))
+    if isinstance(source, bytes):
+        content = source
+    else:
+        content = _content(Path(source)) if isinstance(source, str | Path) else source.read(MAX_BYTES)
     with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and odd metadata
         try:
             image = Image.open(io.BytesIO(content), formats=readable(formats))
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(f"no image in a format that is read: {', '.join(formats)}") from None
         except (OSError, ValueError):
             raise
         except Exception as error:  # whatever a decoder raises on broken bytes, too many pixels included

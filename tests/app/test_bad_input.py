@@ -31,7 +31,7 @@ def test_a_shard_shorter_than_its_manifest_says(flow: Flow, tmp_path: Path) -> N
     train = copied(flow.packed / "train", tmp_path / "train")
     tar = next(train.glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:-2048])
-    assert "shorter than its manifest says" in refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))
+    assert "shorter than its manifest records" in refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))
 
 
 def test_latents_of_another_first_stage(flow: Flow) -> None:

@@ -11,7 +11,7 @@ import ldmlab
 from ldmlab.app import cli
 from ldmlab.app.compose import compose, group_choices, plain
 from ldmlab.app.wiring import train
-from ldmlab.data.scenes import SceneSettings, write_scenes
+from ldmlab.data.scene_shards import SceneSettings, write_scenes
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
 from ldmlab.nn.openclip import build_clip

@@ -1,6 +1,8 @@
 """Encoding: shared by processes, continued after a kill, and the same latents as running the first stage on the fly."""
 
+import errno
 import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -12,7 +14,7 @@ import torch
 from shard_maker import keys_of, write_shards
 from torch import Tensor
 
-from ldmlab.data.encode import LatentSettings, encode
+from ldmlab.data.encode_shards import LatentSettings, encode
 from ldmlab.data.manifest import Manifest, check_shards, read_manifest
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
@@ -186,3 +188,69 @@ def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
         "00001.tar[0]",
         "00001.tar[1]",
     ]
+
+
+def _encode_slowly(images: Path, out: Path, begun: Any, go_on: Any) -> None:
+    def moments(batch: Tensor) -> Tensor:
+        begun.set()
+        go_on.wait(60)
+        return toy_moments(batch)
+
+    torch.set_num_threads(1)
+    encode(images / "train", out / "train", moments, SETTINGS, batch_size=3)
+
+
+def test_a_second_encode_is_refused_and_spoils_nothing(images: Path, tmp_path: Path) -> None:
+    alone = run(images, tmp_path / "alone")
+    context = multiprocessing.get_context("fork")
+    begun, go_on = context.Event(), context.Event()
+    first = context.Process(target=_encode_slowly, args=(images, tmp_path / "out", begun, go_on))
+    first.start()
+    assert begun.wait(60)
+    with pytest.raises(InputError, match=r"is being encoded by another process \(process \d+ on .*\); wait"):
+        run(images, tmp_path / "out")
+    other = tmp_path / "out/train"
+    assert list(other.glob("*.rank-0.tmp"))
+    result = encode(images / "train", other, toy_moments, SETTINGS, batch_size=3, rank=1, world=2)
+    assert result.manifest is None  # another rank beside it: it leaves the first one's unfinished shard alone
+    assert list(other.glob("*.rank-0.tmp"))
+    go_on.set()
+    first.join(60)
+    assert first.exitcode == 0
+    assert read_manifest(other).hash == alone.hash
+    assert contents(other) == contents(tmp_path / "alone" / "train")
+    assert not list(other.glob("*.tmp"))
+
+
+def test_what_a_killed_encode_left_is_removed(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "train"
+    with pytest.raises(KeyboardInterrupt):
+        encode(images / "train", out, killed_after(6), SETTINGS, batch_size=3)
+    for name in ("00001.tar.rank-0.tmp", "00001.tar.rank-7.tmp", "00001.tar.12345.tmp"):  # as a kill -9 leaves them
+        (out / name).write_bytes(b"half")
+    run(images, tmp_path / "out")
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_flip_is_found_by_encode(images: Path, tmp_path: Path) -> None:
+    shard = images / "train" / "00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"image 3") + 6] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"00000\.tar has another checksum"):
+        run(images, tmp_path / "checked", sha256=True)
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "no space left for"), (errno.EROFS, "is read-only")])
+def test_faults_of_the_disk_name_the_path(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldmlab.data.shards.os.replace", fail)
+        with pytest.raises(InputError, match=rf"{tmp_path}/out/train.*|{words}") as caught:
+            run(images, tmp_path / "out")
+    assert words in str(caught.value)
+    assert run(images, tmp_path / "out").total == sum(COUNTS)

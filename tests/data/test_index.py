@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldmlab.app.commands import index as command
 from ldmlab.data.fields import sample_fields
-from ldmlab.data.index import index, index_tars
+from ldmlab.data.index_tars import index, index_tars
 from ldmlab.data.manifest import check_shards, read_manifest
 from ldmlab.data.shards import read_range, scan_tar
 from ldmlab.errors import InputError

@@ -21,8 +21,8 @@ from shard_maker import stored_samples
 
 from ldmlab.app.commands import pack as command
 from ldmlab.data.manifest import check_shards, read_manifest
-from ldmlab.data.pack import PackOptions, PackResult, pack
 from ldmlab.data.pack_images import Encoding
+from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.sources import list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform

@@ -169,7 +169,7 @@ def test_wrong_folders_are_named(folder: Path) -> None:
         data(folder, sha256=True).train_dataset()
     with open(train / "00001.tar", "r+b") as file:
         file.truncate(512)
-    with pytest.raises(InputError, match="shorter than its manifest says"):
+    with pytest.raises(InputError, match="shorter than its manifest records"):
         data(folder).train_dataset()
     write_manifest(train, replace(read_manifest(train), shards=[]))
     with pytest.raises(InputError, match="holds no samples"):

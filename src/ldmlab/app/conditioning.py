@@ -60,6 +60,12 @@ def check_fields_given(modules: Mapping[str, Any], data: ShardData) -> None:
     check_states(modules, data)
 
 
+def class_bound(modules: Mapping[str, Any]) -> int | None:
+    """Number of classes that every conditioner of class_id has a vector for; None where none reads it."""
+    counts = [getattr(module, "classes", None) for module in modules.values() if "class_id" in module.reads]
+    return min((count for count in counts if isinstance(count, int)), default=None)
+
+
 def context_widths(conditioners: Conditioners, latent: LatentSpec) -> dict[str, int]:
     """Width of each slot: spatial channels add up, tokens and vectors must agree."""
     widths = {"tokens": 0, "spatial": 0, "vector": 0}

@@ -12,6 +12,7 @@ import yaml
 from ldmlab import distributed
 from ldmlab.app.agreement import with_classes_of
 from ldmlab.app.choices import check_built, check_choices
+from ldmlab.app.conditioning import class_bound
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_records import comparison_fields
 from ldmlab.app.stored_states import check_states
@@ -53,6 +54,9 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         seed_process(config["seed"], 0)  # the same first weights in every process
         plan = PLANS[name](config, data, stage_options(config, settings))
         check_built(config, plan, chosen)
+        if name == "diffusion":
+            known = plan.stage.diffusion.conditioners  # type: ignore[union-attr]
+            data = data.with_classes(class_bound(known))  # type: ignore[arg-type]
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config["init_from"], plan, data)
         _fit(run, {**config, **plan.used}, plan, settings, data, resume or resume_command(run))

@@ -34,15 +34,15 @@ class Classes:
 
 @dataclass
 class Annotations:
-    """What was found of the wanted images, by file name without ending."""
+    """What was found of the images, by file name without ending."""
 
     classes: list[str] | None = None  # names by class_id of the boxes
     boxes: dict[str, Boxes] = field(default_factory=lambda: defaultdict(list))
     captions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def read_annotations(files: Sequence[Path], classes: Path | None, wanted: set[str]) -> Annotations:
-    """All files together; `wanted`: images by file name without ending, `classes`: their numbers and names."""
+def read_annotations(files: Sequence[Path], classes: Path | None, names: set[str]) -> Annotations:
+    """All files together; names: of images, without ending; classes: a file of their numbers and names."""
     table = read_classes(classes) if classes is not None else None
     found = Annotations()
     coco = [(path, _coco_json(path)) for path in files if path.suffix == ".json"]
@@ -50,7 +50,7 @@ def read_annotations(files: Sequence[Path], classes: Path | None, wanted: set[st
         table = _coco_classes(content for _, content in coco)
     for path, content in coco:
         try:
-            _add_coco(found, path, content, table, wanted)
+            _add_coco(found, path, content, table, names)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             if isinstance(error, InputError):
                 raise
@@ -58,7 +58,7 @@ def read_annotations(files: Sequence[Path], classes: Path | None, wanted: set[st
     for path in (path for path in files if path.suffix != ".json"):
         if table is None:
             raise InputError(f"annotations={path} holds class ids without names; give --classes FILE with both.")
-        _add_open_images(found, path, table, wanted)
+        _add_open_images(found, path, table, names)
     if found.boxes and table is not None:
         found.classes = table.names
     return found
@@ -73,9 +73,9 @@ def read_classes(path: Path) -> Classes:
     rows = [line.split("\t" if "\t" in line else ",") for line in lines if line.strip() and line[0] != "#"]
     numbers: dict[str, int] = {}
     for number, row in enumerate(rows):
-        for told in row:
-            if numbers.setdefault(told.strip(), number) != number:
-                raise InputError(f"classes={path} names {told.strip()} in two lines; leave one of them.")
+        for name in row:
+            if numbers.setdefault(name.strip(), number) != number:
+                raise InputError(f"classes={path} names {name.strip()} in two lines; leave one of them.")
     if not rows:
         raise InputError(f"classes={path} names no class; write one a line, an id and a name.")
     return Classes([row[-1].strip() for row in rows], numbers)
@@ -99,7 +99,7 @@ def _coco_classes(contents: Iterable[Mapping[str, Any]]) -> Classes | None:
 
 
 def _add_coco(
-    found: Annotations, path: Path, content: Mapping[str, Any], table: Classes | None, wanted: set[str]
+    found: Annotations, path: Path, content: Mapping[str, Any], table: Classes | None, names: set[str]
 ) -> None:
     images = {one["id"]: (Path(one["file_name"]).stem, one["width"], one["height"]) for one in content["images"]}
     number = _coco_numbers(content, table)
@@ -107,7 +107,7 @@ def _add_coco(
         if one.get("image_id") not in images:
             raise InputError(f"annotations={path} has one of image {one.get('image_id')}, which it does not list.")
         key, width, height = images[one["image_id"]]
-        if key not in wanted:
+        if key not in names:
             continue
         if "caption" in one:
             found.captions[key].append(" ".join(one["caption"].split()))
@@ -118,13 +118,13 @@ def _add_coco(
 
 
 def _coco_numbers(content: Mapping[str, Any], table: Classes | None) -> dict[Any, int]:
-    """Category id => class_id, of categories that are wanted."""
+    """Category id => class_id, of categories with a class."""
     known: Mapping[str, int] = table.numbers if table else {}
-    told = {one["id"]: known.get(str(one["id"]), known.get(one["name"])) for one in content.get("categories", ())}
-    return {key: number for key, number in told.items() if number is not None}
+    numbers = {one["id"]: known.get(str(one["id"]), known.get(one["name"])) for one in content.get("categories", ())}
+    return {key: number for key, number in numbers.items() if number is not None}
 
 
-def _add_open_images(found: Annotations, path: Path, table: Classes, wanted: set[str]) -> None:
+def _add_open_images(found: Annotations, path: Path, table: Classes, names: set[str]) -> None:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
@@ -133,20 +133,20 @@ def _add_open_images(found: Annotations, path: Path, table: Classes, wanted: set
                 raise InputError(_NEITHER.format(path))
             for row in rows:
                 key, class_id = row[at["ImageID"]], table.numbers.get(row[at["LabelName"]])
-                if class_id is not None and key in wanted:
-                    told = [name for column, name in _FLAGS.items() if column in at and row[at[column]] == "1"]
-                    _add_box(found.boxes[key], class_id, [float(row[at[side]]) for side in _SIDES], told)
+                if class_id is not None and key in names:
+                    flags = [name for column, name in _FLAGS.items() if column in at and row[at[column]] == "1"]
+                    _add_box(found.boxes[key], class_id, [float(row[at[side]]) for side in _SIDES], flags)
     except (OSError, ValueError, IndexError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"annotations={path} cannot be read ({error}); give another file.") from None
 
 
-def _add_box(boxes: Boxes, class_id: int, sides: Sequence[float], told: Sequence[str]) -> None:
+def _add_box(boxes: Boxes, class_id: int, sides: Sequence[float], flags: Sequence[str]) -> None:
     """A box, cut at the image's edges; one without area is left out."""
     box = [round(min(max(side, 0.0), 1.0), 6) for side in sides]
     if box[0] < box[2] and box[1] < box[3]:
-        boxes.append({"class_id": class_id, "box": box, **dict.fromkeys(told, True)})
+        boxes.append({"class_id": class_id, "box": box, **dict.fromkeys(flags, True)})
 
 
 def image_names(source: Source) -> set[str]:

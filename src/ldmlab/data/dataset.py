@@ -28,7 +28,7 @@ from ldmlab.data.shards import Files, ShardReader
 from ldmlab.errors import InputError
 from ldmlab.image_random import image_random
 
-TRIES = 100  # samples in a row that may be bad before the data are given up, and samples looked at at the start
+TRIES = 100  # samples in a row that may be bad before the data are given up, and samples checked at the start
 
 Batch = dict[str, Any]
 
@@ -40,7 +40,7 @@ class BatchSpec:
     image_size: int  # side of the images, px; also of the images behind moments
     images: bool = True
     moments: bool = False
-    flip: bool = False  # half of the images mirrored, drawn per (seed, epoch, key)
+    flip: bool = False  # half of the images mirrored, by (seed, epoch, key)
     fields: tuple[str, ...] = ("caption",)
     states: tuple[str, ...] = ()  # conditioners whose stored states come with the moments
     task: Task | None = None  # derives more from the image, its maps and its boxes
@@ -144,7 +144,7 @@ class ShardDataset(Dataset[Batch]):
         seed: int = 0,
         train: bool = False,
         sha256: bool = False,
-        option: str = "data",  # what messages call the folder
+        option: str = "data",  # its name in messages
     ) -> None:
         manifest = read_shard_manifest(folder, option)
         self.named = f"{option}={folder}"
@@ -243,7 +243,7 @@ class ShardDataset(Dataset[Batch]):
     def _check_samples(self) -> None:
         """Refuse fields and parts that most samples lack: that is a wrong option, not a bad sample.
 
-        Looks at samples all over the set, as many as TRIES; unreadable ones say nothing.
+        Looks at samples all over the set, as many as TRIES; unreadable ones do not count.
         """
         count = min(len(self), TRIES)
         readable, unfit, partless = 0, dict[str, str](), dict[str, tuple[str, str]]()

@@ -18,6 +18,7 @@ from ldmlab.annotations import checked, whole_class
 
 CAPTION, CLASS, BOXES = "caption", "class_id", "boxes"
 _DEEPEST = 40  # levels of lists and objects in KEY.json
+_LONGEST_JSON, _LONGEST_TEXT = 1 << 24, 1 << 20  # bytes
 
 
 class MissingField(KeyError):
@@ -33,15 +34,23 @@ def sample_fields(files: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError("KEY.json is not an object")
     if "txt" in files and is_missing(fields.get(CAPTION)):
-        fields[CAPTION] = files["txt"].decode("utf-8-sig").strip()
+        fields[CAPTION] = _text(files["txt"])
     if "cls" in files and is_missing(fields.get(CLASS)):
-        text = files["cls"].decode("utf-8-sig").strip()
+        text = _text(files["cls"])
         fields[CLASS] = whole_class(text) if text.isdigit() else text
     return clean_fields(fields)
 
 
+def _text(data: bytes) -> str:
+    if len(data) > _LONGEST_TEXT:
+        raise ValueError(f"a text of {len(data)} bytes; at most {_LONGEST_TEXT} are read")
+    return data.decode("utf-8-sig").strip()
+
+
 def parsed(data: bytes) -> Any:
-    """JSON; ValueError also where it is nested too deeply."""
+    """JSON; ValueError also where it is too long or nested too deeply."""
+    if len(data) > _LONGEST_JSON:
+        raise ValueError(f"KEY.json has {len(data)} bytes; at most {_LONGEST_JSON} are read")
     try:
         return json.loads(data)
     except RecursionError:

@@ -1,7 +1,7 @@
-"""Latent shards: what a first stage says about every image, and the statistics of the latents drawn from it.
+"""Latent shards: the moments a first stage gives for every image, and the statistics of their latents.
 
 KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-variance; view 0 is the image, view 1
-its mirror image if asked. Never a drawn sample, never multiplied by a constant.
+its mirror image where that was encoded. Never a sample of the posterior, never multiplied by a constant.
 
 States of frozen encoders lie beside the moments: KEY.NAME.states.npy, float16, (views, L, D). NAME is the
 conditioner's; views is 1 where the encoder reads no image (captions), else that of the moments.
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ldmlab.data.decode import stored_view
 from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
-from ldmlab.data.shards import Files, ShardFile, tar_bytes
+from ldmlab.data.output_folder import ShardFile
+from ldmlab.data.shards import Files, tar_bytes
 from ldmlab.errors import InputError
 from ldmlab.files import read_json, write_json
 
@@ -30,7 +31,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it
 
 @dataclass
 class Statistics:
-    """Sums over latents drawn from the posterior, per channel, in float64; two of them add up.
+    """Sums over samples of the posterior, per channel, in float64; two of them add up.
 
     E[z] = E[mean],  E[z^2] = E[mean^2] + E[exp(logvar)].
     """
@@ -85,7 +86,7 @@ class FinishedShard:
     skipped: list[str]
 
     def save(self, path: Path) -> None:
-        """Written last, so that a shard with this file is whole."""
+        """Written last, so that a shard with this file is complete."""
         write_json(path, asdict(self))
 
     @staticmethod
@@ -181,7 +182,7 @@ def state_files(key: str, states: Mapping[str, NDArray[np.float32]]) -> Files:
 
 
 def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:
-    """What conditioner `name` says of one view, float16 (L, D)."""
+    """States of conditioner `name` for one view, float16 (L, D)."""
     states = stored_view(files[_ending(name)], view, axes=3, one_serves=True)
     if not np.isfinite(states).all():
         raise ValueError(f"states of conditioner.{name} that are not finite")

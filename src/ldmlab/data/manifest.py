@@ -85,7 +85,7 @@ def _content(manifest: Manifest) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
-    """The manifest of `folder`, checked for shape, version and against itself; `option`: what messages call it."""
+    """The manifest of `folder`, checked for shape, version and against itself; `option`: its name in messages."""
     path = Path(folder) / MANIFEST
     try:
         with open_regular(path) as file:
@@ -230,7 +230,7 @@ def write_manifest(folder: Path | str, manifest: Manifest) -> None:
 
 
 def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -> None:
-    """Every shard is there with the size (and, with `sha256`, the checksum) its manifest says."""
+    """Every shard is there with the size (and, with `sha256`, the checksum) its manifest records."""
     for shard in manifest.shards:
         path = Path(folder) / shard.name
         try:
@@ -244,11 +244,11 @@ def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -
         if found.st_size != shard.bytes:
             how = "shorter" if found.st_size < shard.bytes else "longer"
             raise InputError(
-                f"shard {path} has {found.st_size} bytes, {how} than its manifest says ({shard.bytes}); "
+                f"shard {path} has {found.st_size} bytes, {how} than its manifest records ({shard.bytes}); "
                 "copy or pack it again."
             )
         if sha256 and file_sha256(path) != shard.sha256:
-            raise InputError(f"shard {path} has another checksum than its manifest says; copy or pack it again.")
+            raise InputError(f"shard {path} has another checksum than its manifest records; copy or pack it again.")
 
 
 def file_sha256(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Which sample stands at which position of the endless training stream: a pure function of (seed, epoch, manifest).
 
 The stream is one epoch after another; position p counts images consumed by all processes together, so nothing here
-knows how the work is split. Raw Philox words sorted stably give the permutations: that stream is fixed by its paper,
-while numpy may change how its own shuffles draw.
+depends on how the work is split. Raw Philox words sorted stably give the permutations: that stream is fixed by its
+paper, while numpy may change how its own shuffles draw.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ class EpochOrder:
 
 
 class BalancedOrder:
-    """Classes drawn at chosen rates: class c fills a fixed number of an epoch's N places, ~ n_c^temperature.
+    """Classes at chosen rates: class c fills a fixed number of an epoch's N places, ~ n_c^temperature.
 
     Each class runs through its own samples in shuffled cycles that continue over epochs, so within a class no sample is
     ever more than one draw ahead of another. Temperature 1 keeps the rates of the data, 0 makes all classes equal.
@@ -113,13 +113,13 @@ class BalancedOrder:
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """The samples of an epoch, as indices over all shards, in order."""
-        drawn = []
+        chosen = []
         for c, (members, draws) in enumerate(zip(self._members, self.draws.values(), strict=True)):
             first, size = epoch * draws, len(members)
             cycles = range(first // size, (first + draws - 1) // size + 1)
             stream = np.concatenate([members[permutation(size, self._seed, cycle, "class", c)] for cycle in cycles])
-            drawn.append(stream[first % size :][:draws])
-        return np.concatenate(drawn)[permutation(self.total, self._seed, epoch, "balanced")]
+            chosen.append(stream[first % size :][:draws])
+        return np.concatenate(chosen)[permutation(self.total, self._seed, epoch, "balanced")]
 
 
 def shares(weights: NDArray[np.float64], total: int) -> list[int]:
@@ -161,7 +161,7 @@ def evaluation_batches(total: int, batch_size: int, world: int, rank: int) -> It
 
 
 class _Recent(Generic[T]):
-    """The few values used last, made again when they are asked for after that."""
+    """The few values used last, made again when they are needed after that."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,12 +1,21 @@
-"""The folder a command writes shards to: never mixed with something else, and continued only with the same options."""
+"""The folder a command writes shards to, and a shard being written.
 
+A folder is never mixed with something else, and continued only with the same options.
+"""
+
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.manifest import MANIFEST, PLAN
+import google_crc32c
+
+from ldmlab.data.manifest import MANIFEST, PLAN, ShardInfo
+from ldmlab.data.shards import END_MARKER
 from ldmlab.errors import InputError
 from ldmlab.files import disk_errors, locked, read_json, write_json
 
@@ -39,7 +48,7 @@ def _refuse_strangers(out: Path) -> None:
 def open_plan(path: Path, plan: dict[str, Any], named: str, special: Mapping[str, str] | None = None) -> None:
     """Store what a folder is begun with, or compare it with what is there; the caller holds its lock.
 
-    named: what messages call the folder; special: keys of `plan` whose values are hashes => what differs, in words.
+    named: its name in messages; special: keys of `plan` whose values are hashes => what differs, in words.
     """
     plan = json.loads(json.dumps(plan))  # tuples as lists, as they come back from the file
     if not path.exists():
@@ -71,3 +80,46 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in options.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+class ShardFile:
+    """A shard being written, under a temporary name until it is complete; either `finish` or `abandon` closes it."""
+
+    def __init__(self, path: Path, writer: str = "") -> None:
+        self._path, self._temporary = path, path.with_name(f"{path.name}.{writer or os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by `finish` or `abandon`
+        self._digest, self._bytes, self._offsets = hashlib.sha256(), 0, list[int]()
+        self._sums = list[int]()
+
+    def append(self, samples: bytes, offsets: Sequence[int] = (0,)) -> None:
+        """Tar members of complete samples, and where in them each sample begins."""
+        self._offsets += [self._bytes + offset for offset in offsets]
+        for start, end in pairwise([*offsets, len(samples)]):
+            self._sums.append(google_crc32c.value(samples[start:end]))
+        self._write(samples)
+
+    def finish(self) -> ShardInfo | None:
+        """The shard under its own name; None, and no file, if it has no sample."""
+        if not self._offsets:
+            self.abandon()
+            return None
+        self._write(END_MARKER)
+        self._sums[-1] = google_crc32c.extend(self._sums[-1], END_MARKER)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        sums = "".join(f"{value:08x}" for value in self._sums)
+        return ShardInfo(
+            self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets, sums
+        )
+
+    def abandon(self) -> None:
+        """Leave nothing of an unfinished shard."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)

@@ -1,4 +1,4 @@
-"""The workers of a pack: a part of a shard in, its tar bytes out; nothing here knows of other parts."""
+"""The workers of a pack: a part of a shard in, its tar bytes out; parts are independent of each other."""
 
 import io
 import json
@@ -143,7 +143,7 @@ _WHITE = 128  # a mask's pixel from here on is hole
 
 
 def packed_map(content: bytes, ending: str, shape: tuple[int, int], target: tuple[int, int], square: bool) -> bytes:
-    """PNG of a map for its packed image; ValueError says what is wrong with it.
+    """PNG of a map for its packed image; ValueError names what is wrong with it.
 
     shape, target: width and height of the image as it came, upright, and as it is packed; square: of its middle.
     """

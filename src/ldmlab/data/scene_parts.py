@@ -53,8 +53,8 @@ _SOFT = ImageFilter.BoxBlur(1)  # edge of a cut object
 def load_objects(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Image.Image, ...], ...]:
     """By class_id the cut images, RGBA, of the emoji shards in `folder`; a class is of CLASSES or a caption."""
     captions = [CLASSES.get(name, (name,)) for name in classes]
-    wanted = {caption for several in captions for caption in several}
-    found = _images(folder, wanted)
+    captions_needed = {caption for several in captions for caption in several}
+    found = _images(folder, captions_needed)
     for name, several in zip(classes, captions, strict=True):
         missing = [caption for caption in several if caption not in found]
         if missing:
@@ -69,7 +69,7 @@ def load_objects(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Image.Im
 
 
 def cut(image: Image.Image) -> Image.Image:
-    """RGB over white => RGBA of the object alone: white that touches the border is ground."""
+    """RGB over white => RGBA of the object alone: white that touches the edge is ground."""
     pixels = np.asarray(image.convert("RGB"))
     object_pixels = ~_ground(pixels.min(axis=2) >= 255 - _WHITE)
     alpha = Image.fromarray((object_pixels * 255).astype(np.uint8)).filter(ImageFilter.MinFilter(3)).filter(_SOFT)
@@ -79,7 +79,7 @@ def cut(image: Image.Image) -> Image.Image:
 
 
 def _ground(white: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """White pixels (H, W) that a path of white pixels joins with the border."""
+    """White pixels (H, W) that a path of white pixels joins with the edge."""
     inside = np.pad(white, 1, constant_values=True)
     reached = np.zeros_like(inside)
     reached[[0, -1]] = reached[:, [0, -1]] = True
@@ -118,39 +118,39 @@ Share = NDArray[np.floating[Any]]  # (H, W), of the second colour
 HUES = {"red": 0.0, "yellow": 0.14, "green": 0.33, "blue": 0.58, "purple": 0.77, "grey": None}
 
 
-def background(drawn: random.Random, size: int) -> tuple[NDArray[np.uint8], str]:
+def background(rng: random.Random, size: int) -> tuple[NDArray[np.uint8], str]:
     """Pixels (size, size, 3), and what they are called: "blue stripes"."""
-    pattern = drawn.choice(sorted(PATTERNS))
-    colour = drawn.choice(sorted(HUES))
-    light, dark = (np.array(_pale(HUES[colour], value, drawn), np.float32) for value in (0.95, 0.72))
-    share = PATTERNS[pattern](drawn, size)
-    grain = 24 * (_clouds(drawn, size, 8) - 0.5)
+    pattern = rng.choice(sorted(PATTERNS))
+    colour = rng.choice(sorted(HUES))
+    light, dark = (np.array(_pale(HUES[colour], value, rng), np.float32) for value in (0.95, 0.72))
+    share = PATTERNS[pattern](rng, size)
+    grain = 24 * (_clouds(rng, size, 8) - 0.5)
     pixels = np.empty((size, size, 3), np.uint8)
     for channel in range(3):  # a plane at a time: numpy is slow over an innermost axis of three
         pixels[..., channel] = np.clip(light[channel] + (dark - light)[channel] * share + grain, 0, 255)
     return pixels, f"{colour} {pattern}"
 
 
-def _pale(hue: float | None, value: float, drawn: random.Random) -> list[float]:
+def _pale(hue: float | None, value: float, rng: random.Random) -> list[float]:
     """RGB in 0 .. 255."""
-    saturation = 0.0 if hue is None else drawn.uniform(0.2, 0.45)
-    shifted = ((hue or 0.0) + drawn.uniform(-0.03, 0.03)) % 1
+    saturation = 0.0 if hue is None else rng.uniform(0.2, 0.45)
+    shifted = ((hue or 0.0) + rng.uniform(-0.03, 0.03)) % 1
     return [255 * part for part in colorsys.hsv_to_rgb(shifted, saturation, value)]
 
 
-def _clouds(drawn: random.Random, size: int, cells: int) -> Share:
+def _clouds(rng: random.Random, size: int, cells: int) -> Share:
     """Smooth random values in 0 .. 1."""
-    coarse = np.random.default_rng(drawn.getrandbits(64)).integers(0, 256, (cells, cells), dtype=np.uint8)
+    coarse = np.random.default_rng(rng.getrandbits(64)).integers(0, 256, (cells, cells), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(smooth, np.float32) / 255
 
 
-def _waves(drawn: random.Random, size: int) -> tuple[Share, Share]:
+def _waves(rng: random.Random, size: int) -> tuple[Share, Share]:
     """Two waves at right angles, in -1 .. 1, 3 to 7 periods an image."""
-    angle, periods = drawn.uniform(0, np.pi), drawn.uniform(3, 7)
+    angle, periods = rng.uniform(0, np.pi), rng.uniform(3, 7)
     steps = (np.arange(size) + 0.5) / size * (2 * np.pi * periods)
     along, across = np.cos(angle) * steps, np.sin(angle) * steps
-    phases = drawn.uniform(0, 2 * np.pi), drawn.uniform(0, 2 * np.pi)
+    phases = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi)
     return _sine_of_sum(across, along + phases[0]), _sine_of_sum(along, phases[1] - across)
 
 
@@ -160,33 +160,33 @@ def _sine_of_sum(rows: Share, columns: Share) -> Share:
 
 
 def _edge(value: Share) -> Share:
-    """A border between two colours, about one pixel of 64 wide."""
+    """The transition between two colours, about one pixel of 64 wide."""
     return np.clip(0.5 + value * 2.5, 0, 1).astype(np.float32)
 
 
-def _stripes(drawn: random.Random, size: int) -> Share:
-    return _edge(_waves(drawn, size)[0])
+def _stripes(rng: random.Random, size: int) -> Share:
+    return _edge(_waves(rng, size)[0])
 
 
-def _checks(drawn: random.Random, size: int) -> Share:
-    first, second = _waves(drawn, size)
+def _checks(rng: random.Random, size: int) -> Share:
+    first, second = _waves(rng, size)
     return _edge(first * second)
 
 
-def _dots(drawn: random.Random, size: int) -> Share:
-    first, second = _waves(drawn, size)
+def _dots(rng: random.Random, size: int) -> Share:
+    first, second = _waves(rng, size)
     return _edge(first + second - 0.8)
 
 
-def _gradient(drawn: random.Random, size: int) -> Share:
-    angle = drawn.uniform(0, 2 * np.pi)
+def _gradient(rng: random.Random, size: int) -> Share:
+    angle = rng.uniform(0, 2 * np.pi)
     steps = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     slope = np.cos(angle) * steps[None, :] + np.sin(angle) * steps[:, None]
     return np.clip(0.5 + 0.8 * slope, 0, 1).astype(np.float32)
 
 
-def _cloudy(drawn: random.Random, size: int) -> Share:
-    return _clouds(drawn, size, 5)
+def _cloudy(rng: random.Random, size: int) -> Share:
+    return _clouds(rng, size, 5)
 
 
 PATTERNS: dict[str, Callable[[random.Random, int], Share]] = {

@@ -38,7 +38,7 @@ class ShardData:
     seed: int = 0  # of the order and the flips
     cache: bool = False  # keep decoded images in memory
     cache_limit_gib: float = 2.0  # memory `cache` may take
-    balance: str | None = None  # field whose classes are drawn at rates of their own
+    balance: str | None = None  # field whose classes appear at rates of their own
     balance_temperature: float = 0.5  # rate of a class ~ (its size) ^ temperature; 1 as is, 0 all equal
     object_background: tuple[int, int, int] | None = None  # colour left out of PSNR over object pixels
     sha256: bool = False  # check the shards' checksums at the start, not only their sizes
@@ -166,8 +166,8 @@ class ShardData:
         task = self.task if train or self.task is None else self.task.held_out
         states = () if images else self.stored
         if states and task is not None:  # what it would derive may be stored already
-            told = stored_states(self.manifest("train", "latents"))
-            known = {field for name in states for field in told[name]["reads"]}
+            stored = stored_states(self.manifest("train", "latents"))
+            known = {field for name in states for field in stored[name]["reads"]}
             task = None if task.adds and task.adds <= known else task
         spec = BatchSpec(self.image_size, images, not images, flip, tuple(self.fields), states, task, self.classes)
         return ShardDataset(
@@ -185,34 +185,34 @@ class ShardData:
         return dataset
 
 
-def _folder(given: str, option: str) -> Path:
-    if "://" in given:
+def _folder(path: str, option: str) -> Path:
+    if "://" in path:
         raise InputError(
-            f"{option}={given} is an address; ldmlab reads shards from folders: copy them to a disk or mount the store."
+            f"{option}={path} is an address; ldmlab reads shards from folders: copy them to a disk or mount the store."
         )
-    return Path(given)
+    return Path(path)
 
 
 def stored_states(manifest: Manifest) -> dict[str, Any]:
-    """What the manifest of latents says of states stored beside them, by conditioner."""
+    """States stored beside the moments, as the manifest records them, by conditioner."""
     return (manifest.latents or {}).get("states") or {}
 
 
 def read_labels(reader: ShardReader, field: str) -> list[str]:
-    """The value of `field` for every sample, read once from each KEY.json; an unreadable sample counts as ""."""
-    labels = []
+    """The value of `field` for every sample, read once from each KEY.json; "" where it is missing or unreadable."""
+    labels, lacking = [], list[str]()
     for shard, count in enumerate(reader.counts):
         for sample in range(count):
             try:
-                _, files = reader.read(shard, sample)
-                known = sample_fields(files)
+                known = sample_fields(reader.read(shard, sample)[1])
             except BAD_SAMPLE:
                 labels.append("")
                 continue
             if field not in known:
-                raise InputError(
-                    f"data.balance={field}: sample {reader.label(shard, sample)} has no such field "
-                    f"(it has {', '.join(sorted(known)) or 'none'}); name one of them."
-                )
-            labels.append(str(known[field]))
+                lacking.append(f"{reader.label(shard, sample)} has no such field (it has {', '.join(sorted(known))})")
+            labels.append(str(known.get(field, "")))
+    if 2 * len(lacking) > len(labels):
+        raise InputError(
+            f"data.balance={field}: {len(lacking)} of {len(labels)} samples lack it: sample {lacking[0]}; name another."
+        )
     return labels

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -239,7 +239,7 @@ def parse_sample(data: bytes, url: str) -> dict[str, Any]:
             raise TarFault(f"two files {key}.{ending} in one sample")
         sample[ending] = data[member.data : member.data + member.size]
     if not sample:
-        raise TarFault(f"no sample in the given bytes of {url}")
+        raise TarFault(f"no sample in these bytes of {url}")
     return sample
 
 
@@ -253,49 +253,6 @@ def tar_bytes(name: str, content: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(content), 0o644
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % _BLOCK)
-
-
-class ShardFile:
-    """A shard being written, under a temporary name until it is whole; either `finish` or `abandon` closes it."""
-
-    def __init__(self, path: Path, writer: str = "") -> None:
-        self._path, self._temporary = path, path.with_name(f"{path.name}.{writer or os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by `finish` or `abandon`
-        self._digest, self._bytes, self._offsets = hashlib.sha256(), 0, list[int]()
-        self._sums = list[int]()
-
-    def append(self, samples: bytes, offsets: Sequence[int] = (0,)) -> None:
-        """Tar members of whole samples, and where in them each sample begins."""
-        self._offsets += [self._bytes + offset for offset in offsets]
-        for start, end in pairwise([*offsets, len(samples)]):
-            self._sums.append(google_crc32c.value(samples[start:end]))
-        self._write(samples)
-
-    def finish(self) -> ShardInfo | None:
-        """The shard under its own name; None, and no file, if it has no sample."""
-        if not self._offsets:
-            self.abandon()
-            return None
-        self._write(END_MARKER)
-        self._sums[-1] = google_crc32c.extend(self._sums[-1], END_MARKER)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self._path)
-        sums = "".join(f"{value:08x}" for value in self._sums)
-        return ShardInfo(
-            self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets, sums
-        )
-
-    def abandon(self) -> None:
-        """Leave nothing of an unfinished shard."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
 
 
 class ShardReader:

@@ -5,15 +5,24 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ldmlab.data.decode import BAD_SAMPLE, MAPS
 from ldmlab.data.fields import checked_fields, clean_fields, is_missing, sample_fields
+from ldmlab.data.listings import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    LISTS,
+    find_table,
+    map_ending,
+    pick_column,
+    read_table,
+    walk_images,
+)
 from ldmlab.data.shards import IMAGE_ENDINGS, read_range, scan_tar
-from ldmlab.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, LISTS, find_table, pick_column, read_table
 from ldmlab.errors import InputError
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
@@ -28,7 +37,7 @@ class Item:
     """One image to pack: a file, or a byte range of a tar."""
 
     key: str  # unique, letters digits _ -
-    name: str  # as a person knows it
+    name: str  # shown in messages
     path: str
     fields: dict[str, Any] = field(default_factory=dict)
     span: tuple[int, int] | None = None  # bytes of the sample if `path` is a tar
@@ -54,7 +63,9 @@ def list_source(
     caption: str | None = None,  # column; "none" for images without captions
     only: Path | None = None,  # text file of names to take
 ) -> Source:
-    """Finds out the layout, if asked, and lists the images."""
+    """Detects the layout where it is "auto", and lists the images."""
+    if re.match(r"\w+:/", str(source)):
+        raise InputError(f"SOURCE={source} is an address; ldmlab reads from disks: copy it or mount the store.")
     if not source.exists():
         raise InputError(f"SOURCE={source} does not exist; give a folder, a table or a tar.")
     layout = _detect(source) if layout == "auto" else layout
@@ -247,17 +258,17 @@ def with_fields(item: Item) -> Item:
 def _restrict(source: Source, only: Path) -> Source:
     """The images that a list names, by path, file name or key, in the source's order."""
     try:
-        wanted = {line.strip() for line in only.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+        listed_names = {line.strip() for line in only.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"list={only} cannot be read ({error}); give a text file with one name a line.") from None
     met: set[str] = set()
     items = []
     for item in source.items:
-        names = {item.name, os.path.basename(item.name), item.key} & wanted
+        names = {item.name, os.path.basename(item.name), item.key} & listed_names
         if names:
             met |= names
             items.append(item)
-    if missing := sorted(wanted - met):
+    if missing := sorted(listed_names - met):
         few = ", ".join(missing[:3])
         raise InputError(f"list={only} names {len(missing)} images that SOURCE does not hold ({few}); mend the list.")
     return replace(source, items=items)
@@ -285,40 +296,3 @@ def unique_keys(names: list[str], origins: list[str] | None = None) -> list[str]
             seen[key] += 1
             keys[index] = f"{key}-{seen[key]}"
     return keys
-
-
-def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Images below `folder`, in order, with the NAME.mask.png and NAME.seg.png beside each, by ending.
-
-    Names are relative; hidden files and folders and __MACOSX are left out, and every real folder comes once: links into
-    `folder` and to what contains it are not followed. A map without image comes as an image.
-    """
-    seen = {os.path.realpath(folder)}
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if _is_new_folder(folder, os.path.join(where, name), seen)]
-        inside = os.path.relpath(where, folder)
-        shown = [n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS]
-        stems, present = {name.rpartition(".")[0] for name in shown}, set(shown)
-        for name in sorted(shown):
-            if (ending := map_ending(name)) and name.removesuffix(f".{ending}") in stems:
-                continue
-            stem = name.rpartition(".")[0]
-            beside = {ending: f"{stem}.{ending}" for ending in MAPS.values() if f"{stem}.{ending}" in present}
-            placed = {ending: os.path.normpath(os.path.join(inside, file)) for ending, file in beside.items()}
-            yield os.path.normpath(os.path.join(inside, name)), placed
-
-
-def _is_new_folder(root: Path, path: str, seen: set[str]) -> bool:
-    """Whether a folder is to be entered; it is noted in `seen`."""
-    name, real, top = os.path.basename(path), os.path.realpath(path), os.path.realpath(root)
-    if name.startswith(".") or name == "__MACOSX" or real in seen:
-        return False
-    if os.path.islink(path) and os.path.commonpath([real, top]) in (real, top):
-        return False
-    seen.add(real)
-    return True
-
-
-def map_ending(name: str) -> str | None:
-    """seg.png or mask.png, if the file is such a map."""
-    return next((ending for ending in MAPS.values() if name.endswith(f".{ending}")), None)

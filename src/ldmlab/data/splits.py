@@ -1,4 +1,4 @@
-"""Which images are held out: whole groups, evenly over the values of a field, by hash and not by order."""
+"""Which images go to validation: whole groups, evenly over the values of a field, by hash and not by order."""
 
 import hashlib
 import os

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ldmlab.errors import InputError
+from ldmlab.open_image import open_image
 
 UNDRAWABLE = "(caption in the PNG's text)"
 _NO_LETTER = "\uffff"  # no font has it, so it is drawn as the sign of a missing letter
@@ -34,7 +35,7 @@ def save_png(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None
 
 def read_settings(path: Path) -> dict[str, str]:
     """The settings that `save_png` wrote; empty for other images."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.load()
         return {key: str(value) for key, value in getattr(image, "text", {}).items()}
 

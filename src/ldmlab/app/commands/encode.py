@@ -7,13 +7,13 @@ from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
     from ldmlab.build import LoadedFirstStage
-    from ldmlab.data.encode import LatentSettings
+    from ldmlab.data.encode_shards import LatentSettings
     from ldmlab.data.manifest import Manifest
     from ldmlab.data.shard_data import ShardData
 
 USAGE = """options are key=value, as for train.py; from_run and out must be given:
   ldmlab encode data=emoji from_run=runs/first_stage out=data/emoji-latents
-  torchrun --nproc-per-node=8 -m ldmlab encode ...     several processes share the shards
+  torchrun --nproc-per-node=8 -m ldmlab encode ...     several processes share the shards (or srun)
 with conditioner=text conditioner.text.from_run=CLIP the states of captions are stored too, and training reads them;
 conf/encode.yaml explains each option; an interrupted encode continues when the same command is run again."""
 
@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
 def encode_splits(config: dict[str, Any]) -> None:
     """The splits of `config` (conf/encode.yaml, resolved) one after the other, then the first stage."""
-    import os
     from pathlib import Path
 
     from ldmlab.app.conditioning import build_conditioners
     from ldmlab.app.plans import check_divides, latent_spec
     from ldmlab.build import load_first_stage, pick_device
+    from ldmlab.distributed import launched
     from ldmlab.instantiate import instantiate
 
     loaded = load_first_stage(config["from_run"], config["weights"])
@@ -51,7 +51,7 @@ def encode_splits(config: dict[str, Any]) -> None:
     conditioners = build_conditioners(config["conditioner"], latent_spec(loaded.module, data.image_size)).modules
     for module in (loaded.module, *conditioners.values()):
         module.to(pick_device(config["device"]))
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = launched()
     out = Path(config["out"])
     for split in config["splits"]:
         _encode_split(config, data, loaded, conditioners, split, out / split, rank, world)
@@ -75,7 +75,7 @@ def _encode_split(
     from ldmlab.app.progress import bar
     from ldmlab.app.stored_states import states_encoder
     from ldmlab.build import moments_of
-    from ldmlab.data.encode import encode
+    from ldmlab.data.encode_shards import encode
 
     with bar(f"encoding {split}", "images", Console(stderr=True, quiet=rank > 0)) as advance:
         result = encode(
@@ -111,9 +111,9 @@ def _summary(manifest: "Manifest", latents: dict[str, Any], conditioners: dict[s
 def _settings(
     config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstStage", conditioners: dict[str, Any]
 ) -> "LatentSettings":
-    """What the manifest will tell of the latents."""
+    """What the manifest records of the latents."""
     from ldmlab.app.stored_states import states_record
-    from ldmlab.data.encode import LatentSettings
+    from ldmlab.data.encode_shards import LatentSettings
 
     first_stage: Any = loaded.module
     return LatentSettings(

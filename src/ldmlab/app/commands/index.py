@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ldmlab.app.progress import bar
-from ldmlab.data.index import index_tars
+from ldmlab.data.index_tars import index_tars
 from ldmlab.data.output_folder import BAD
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
@@ -15,7 +15,7 @@ _SHOWN = 10  # samples named on the screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The tars, and what the manifest should say of them."""
+    """The tars, and what is recorded in the manifest."""
     add = parser.add_argument
     add("tars", metavar="TARS", type=Path, nargs="+", help="tars of one folder, or that folder")
     add("--split", metavar="NAME", default="train", help="what these images are called (train)")

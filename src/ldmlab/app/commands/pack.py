@@ -11,8 +11,8 @@ from ldmlab.app.progress import bar
 from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
 from ldmlab.data.decode import MAPS
 from ldmlab.data.output_folder import BAD
-from ldmlab.data.pack import PackOptions, PackResult, pack
 from ldmlab.data.pack_images import FORMATS, Encoding
+from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.sources import LAYOUTS, Source, list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import RULES, Transform, parse_colour
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_more(source: Source, args: argparse.Namespace, console: Console) -> Source:
-    """The images with what other files say of them."""
+    """The images with the annotations, label maps and masks of other files."""
     if args.classes is not None and not args.annotations:
         raise InputError(f"classes={args.classes} numbers the boxes of --annotations FILE; give that too.")
     if args.annotations:

@@ -178,13 +178,13 @@ class Job:
     def save_grid(self, swept: str | None, count: int) -> None:
         """grid.png, or sweep_NAME.png with a row per image; of at most MOST_SHOWN images."""
         import numpy as np
-        from PIL import Image
 
         from ldmlab.inference.grids import grid, table
+        from ldmlab.open_image import open_image
 
         shown = self.inputs[: max(MOST_SHOWN // len(self.variants), 1)]
         numbers = range(self.first, self.first + len(shown))
-        rows = [[np.asarray(Image.open(self.path(n, name))) for name in self.variants] for n in numbers]
+        rows = [[np.asarray(open_image(self.path(n, name))) for name in self.variants] for n in numbers]
         labels = [label(one) for one in shown]
         if swept is not None:
             titles = [name.removeprefix("_").replace("-", " ", 1) for name in self.variants]

@@ -8,13 +8,13 @@ from rich.console import Console
 from ldmlab.app.progress import bar
 from ldmlab.data.pack_images import FORMATS, Encoding
 from ldmlab.data.scene_parts import CLASSES
-from ldmlab.data.scenes import MOST, SceneSettings, write_scenes
+from ldmlab.data.scene_shards import MOST, SceneSettings, write_scenes
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is drawn, then how it is written."""
+    """What the scenes hold, then how they are written."""
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and val/")
     add("--count", metavar="N", type=int, default=3000, help="scenes in train/ (3000)")

@@ -1,12 +1,16 @@
-"""Rows about images: `metadata.jsonl`, CSV and TSV, in any language."""
+"""What lies in a folder of images: the images, and tables about them (`metadata.jsonl`, CSV, TSV) in any language."""
 
 import csv
 import io
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ldmlab.data.decode import MAPS
+from ldmlab.data.shards import IMAGE_ENDINGS
 from ldmlab.errors import InputError
 
 FILE_COLUMNS = ("file_name", "file", "filename", "image", "path", "image_path")
@@ -92,13 +96,50 @@ def columns(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def pick_column(rows: list[Row], wanted: str | None, usual: tuple[str, ...], option: str, where: Path) -> str:
-    """The column to use, or a sentence that says which ones there are."""
+def pick_column(rows: list[Row], column: str | None, usual: tuple[str, ...], option: str, where: Path) -> str:
+    """The column to use, or InputError with those there are."""
     found = columns(rows)
-    for name in (wanted,) if wanted else usual:
+    for name in (column,) if column else usual:
         if name in found:
             return name
-    missing = wanted or " or ".join(usual)
+    missing = column or " or ".join(usual)
     raise InputError(
         f"{where} has no column {missing}, it has {', '.join(found)}; name the right one with {option} NAME."
     )
+
+
+def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Images below `folder`, in order, with the NAME.mask.png and NAME.seg.png beside each, by ending.
+
+    Names are relative; hidden files and folders and __MACOSX are left out, and every real folder comes once: links into
+    `folder` and to what contains it are not followed. A map without image comes as an image.
+    """
+    seen = {os.path.realpath(folder)}
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if _is_new_folder(folder, os.path.join(where, name), seen)]
+        inside = os.path.relpath(where, folder)
+        shown = [n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS]
+        stems, present = {name.rpartition(".")[0] for name in shown}, set(shown)
+        for name in sorted(shown):
+            if (ending := map_ending(name)) and name.removesuffix(f".{ending}") in stems:
+                continue
+            stem = name.rpartition(".")[0]
+            beside = {ending: f"{stem}.{ending}" for ending in MAPS.values() if f"{stem}.{ending}" in present}
+            placed = {ending: os.path.normpath(os.path.join(inside, file)) for ending, file in beside.items()}
+            yield os.path.normpath(os.path.join(inside, name)), placed
+
+
+def _is_new_folder(root: Path, path: str, seen: set[str]) -> bool:
+    """Whether a folder is to be entered; it is noted in `seen`."""
+    name, real, top = os.path.basename(path), os.path.realpath(path), os.path.realpath(root)
+    if name.startswith(".") or name == "__MACOSX" or real in seen:
+        return False
+    if os.path.islink(path) and os.path.commonpath([real, top]) in (real, top):
+        return False
+    seen.add(real)
+    return True
+
+
+def map_ending(name: str) -> str | None:
+    """seg.png or mask.png, if the file is such a map."""
+    return next((ending for ending in MAPS.values() if name.endswith(f".{ending}")), None)

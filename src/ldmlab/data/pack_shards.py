@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, ShardInfo, read_manifest, write_manifest
-from ldmlab.data.output_folder import BAD, folder_in_use, open_plan
+from ldmlab.data.output_folder import BAD, ShardFile, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
-from ldmlab.data.shards import ShardFile
 from ldmlab.data.sources import Item, Source, with_fields
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
@@ -63,7 +62,7 @@ class PackedShard:
         return folder / f"{self.name}.json"
 
     def save(self, folder: Path) -> None:
-        """Written last, so that a shard with this file is whole."""
+        """Written last, so that a shard with this file is complete."""
         side = {name: value for name, value in asdict(replace(self, items=[])).items() if name != "items"}
         write_json(self.side_file(folder), side)
 
@@ -102,9 +101,9 @@ def pack(
     workers: int | None = None,  # None: all cores
     max_bad: float = 0.1,  # share of unreadable images above which the pack fails
     progress: Progress | None = None,
-    encode: Encode | None = None,  # for items that are no files, such as drawn scenes; None: read and transform
+    encode: Encode | None = None,  # for items that are no files, such as generated scenes; None: read and transform
 ) -> PackResult:
-    """Writes OUT/train and, if asked, OUT/val."""
+    """Writes OUT/train and, with `split.val`, OUT/val."""
     options = options or PackOptions()
     items, classes = list(source.items), source.classes
     if (options.split.val and options.split.fields) or options.class_field:

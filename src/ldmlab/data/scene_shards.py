@@ -16,8 +16,8 @@ from PIL import Image
 
 from ldmlab.annotations import Box, Boxes, area
 from ldmlab.data.manifest import Manifest
-from ldmlab.data.pack import PackOptions, Progress, pack
 from ldmlab.data.pack_images import Encoding, Part
+from ldmlab.data.pack_shards import PackOptions, Progress, pack
 from ldmlab.data.scene_parts import CLASSES, background, load_objects
 from ldmlab.data.shards import tar_bytes
 from ldmlab.data.sources import Item, Source
@@ -65,17 +65,17 @@ class Scene:
 
 def draw_scene(settings: SceneSettings, key: str) -> Scene:
     """The scene of this key; the boxes are in the order of drawing, later objects over earlier ones."""
-    drawn = image_random(settings.seed, 0, key)
+    rng = image_random(settings.seed, 0, key)
     objects = load_objects(Path(settings.emoji), settings.classes)
-    pixels, ground = background(drawn, settings.size)
+    pixels, ground = background(rng, settings.size)
     image = Image.fromarray(pixels)
     labels = Image.new("L" if len(objects) < 256 else "I;16", image.size, 0)
     boxes: Boxes = []
-    wanted = drawn.randint(settings.least, settings.most)
-    for _ in range(wanted):
-        class_id = drawn.randrange(len(objects))
-        shape = _sized(drawn.choice(objects[class_id]), drawn.uniform(*_SIDES[wanted]) * settings.size)
-        place = _place(drawn, shape.size, settings.size, [entry["box"] for entry in boxes])
+    count = rng.randint(settings.least, settings.most)
+    for _ in range(count):
+        class_id = rng.randrange(len(objects))
+        shape = _sized(rng.choice(objects[class_id]), rng.uniform(*_SIDES[count]) * settings.size)
+        place = _place(rng, shape.size, settings.size, [entry["box"] for entry in boxes])
         if place is None:
             continue
         corner = (round(place[0] * settings.size), round(place[1] * settings.size))
@@ -92,11 +92,11 @@ def _sized(image: Image.Image, side: float) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def _place(drawn: random.Random, shape: tuple[int, int], size: int, taken: Sequence[Box]) -> Box | None:
+def _place(rng: random.Random, shape: tuple[int, int], size: int, taken: Sequence[Box]) -> Box | None:
     """A box for an object of `shape` px that hides little of the others; None if none was found."""
     width, height = shape
     for _ in range(_TRIES):
-        left, top = drawn.randint(0, size - width), drawn.randint(0, size - height)
+        left, top = rng.randint(0, size - width), rng.randint(0, size - height)
         box = [left / size, top / size, (left + width) / size, (top + height) / size]
         if all(_shared(box, other) <= _OVERLAP * min(area(box), area(other)) for other in taken):
             return box
@@ -118,7 +118,7 @@ def _caption(names: list[str], ground: str) -> str:
 
 
 def scene_part(items: Sequence[Item], settings: SceneSettings, encoding: Encoding) -> Part:
-    """Some scenes as tar bytes, drawn where images would be read."""
+    """Some scenes as tar bytes, generated where images would be read."""
     data, offsets = bytearray(), []
     for item in items:
         scene = draw_scene(settings, item.key)
@@ -148,8 +148,8 @@ def write_scenes(
     options = PackOptions(transform, encoding or Encoding(), shard_size=shard_size)
     manifests: dict[str, Manifest] = {}
     for split, count in counts.items():
-        told = {name: value for name, value in asdict(settings).items() if name != "emoji"}
-        items = [Item(f"{split}-{number:07d}", f"scene {number}", "", told) for number in range(count)]
+        fields = {name: value for name, value in asdict(settings).items() if name != "emoji"}
+        items = [Item(f"{split}-{number:07d}", f"scene {number}", "", fields) for number in range(count)]
         result = pack(
             Source("scenes", items, list(settings.classes)),
             out,

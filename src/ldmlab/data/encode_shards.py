@@ -91,7 +91,7 @@ def encode(
     sha256: bool = False,  # check the shards' checksums first, not only their sizes
     progress: Progress | None = None,  # (done, total) images of this process
     encode_states: EncodeStates | None = None,  # with settings.states
-    option: str = "data.train",  # what messages call `source`
+    option: str = "data.train",  # name of `source` in messages
 ) -> EncodeResult:
     """Encode shards rank, rank + world, ... of `source`; the same call again continues where it stopped."""
     source, out = Path(source), Path(out)
@@ -160,7 +160,7 @@ class _Images(Dataset[Any]):
 
 
 def _loader(images: _Images, shards: list[int], batch_size: int, workers: int) -> DataLoader[_Batch]:
-    """Batches in stored order, none over the border of a shard."""
+    """Batches in stored order, none across two shards."""
 
     def places() -> Iterator[list[tuple[int, int]]]:
         for shard in shards:
