@@ -12,6 +12,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
+from ldmlab.training.lightning_parts import LightningCallbacks
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
@@ -72,7 +73,9 @@ class SeveralGroups(DDPStrategy):
                 torch.distributed.broadcast(tensor.data, 0)
 
 
-def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> pl.Trainer:
+def make_trainer(
+    stage: Stage, settings: TrainerSettings, loop: pl.Callback, lightning: LightningCallbacks | None = None
+) -> pl.Trainer:
     """A Trainer that runs until the loop says stop."""
     _quieten()
     world, local = distributed.world_size(), distributed.local_world_size()
@@ -88,7 +91,8 @@ def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> 
         strategy=_strategy(stage) if world > 1 else "auto",
         precision=settings.precision,
         plugins=[Launched()],
-        callbacks=[loop],
+        callbacks=[*(lightning.callbacks if lightning else []), loop],  # theirs first: the loop writes the row
+        log_every_n_steps=settings.log_every,
         max_steps=-1,  # the loop stops at Stage.max_steps: Lightning counts the steps of every optimizer
         max_epochs=-1,
         limit_val_batches=0,
@@ -97,7 +101,7 @@ def make_trainer(stage: Stage, settings: TrainerSettings, loop: pl.Callback) -> 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=False,
+        logger=lightning.logger if lightning else False,
     )
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign] # ours are in place
     return trainer

@@ -15,6 +15,7 @@ from ldmlab.errors import InputError
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.checkpointing import Checkpoints, complete
 from ldmlab.training.engine import make_trainer, rates_line, summary
+from ldmlab.training.lightning_parts import LightningCallbacks
 from ldmlab.training.loggers import Logger, Loggers
 from ldmlab.training.loop import Loop
 from ldmlab.training.progress import StepProgress
@@ -146,7 +147,8 @@ def _train(
     train_batches: Callable[[int], Iterable[Batch]],
     stop: StopRequest,
 ) -> None:
-    trainer = make_trainer(stage, settings, loop)
+    lightning = next((part for part in loop.callbacks if isinstance(part, LightningCallbacks)), None)
+    trainer = make_trainer(stage, settings, loop, lightning)
     stage.train()
     try:
         trainer.fit(stage, _Endless(train_batches(stage.position)))
