@@ -64,6 +64,7 @@ def start(*words: str) -> None:
         (["lr_schedule=cosine", "lr_schedule.warmup_steps=1.5"], "lr_schedule.warmup_steps=1.5 does not fit"),
         (["sampler=3"], "sampler=3: there is no such file in conf/sampler/"),
         (["sampler=[1,2]"], "sampler=1: there is no such file in conf/sampler/"),
+        (["sampler={_target_: os.getcwd}"], "a group takes the name of a file"),
         (["trainer=true"], "trainer=true: there is no such file in conf/trainer/"),
         (["+experiment=2"], "experiment=2: there is no such file in conf/experiment/"),
         (["+trainer.max_steps=3"], "+trainer.max_steps: the option exists already"),

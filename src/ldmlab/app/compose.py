@@ -220,6 +220,11 @@ def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
         if parsed.is_sweep_override() or not equals or group not in groups():
             continue
         choice = parsed.value()
+        if isinstance(choice, dict):
+            raise InputError(
+                f"{key}={shown(choice)}: a group takes the name of a file; write it to FOLDER/{group}/NAME.yaml and give "
+                f"--config-dir FOLDER {group}=NAME."
+            )
         for name in choice if isinstance(choice, list) else [choice]:
             if name is not None and not isinstance(name, str) and type(name).__name__ != "QuotedString":
                 raise _missing_choice(f"{group}/{shown(name)}")

@@ -22,6 +22,7 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.model_files import read_model, write_description
 from ldmlab.training.fit import fit, load_initial_weights
+from ldmlab.training.lightning_parts import run_callbacks, run_loggers
 from ldmlab.training.random_state import seed_process
 from ldmlab.training.resume import Record
 from ldmlab.training.run_folder import FINISHED, RunFolder
@@ -127,8 +128,8 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         val_batches=lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
         run=run,
         settings=settings,
-        callbacks=_callbacks(config, plan, data),
-        loggers=_nodes(config, "logger"),
+        callbacks=run_callbacks(_callbacks(config, plan, data), settings.validate_every),
+        loggers=run_loggers(_named(config, "logger")),
         resume_command=resume,
         manifest_hash=data.manifest("train", plan.reads).hash,
         record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
@@ -137,11 +138,13 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
     )
 
 
-def _nodes(config: Config, group: str) -> list[Any]:
-    return [instantiate(node, where=f"{group}.{name}") for name, node in config[group].items() if node]
+def _named(config: Config, group: str) -> list[tuple[str, Any]]:
+    """The parts of a group of entries, with their full names."""
+    named = [(f"{group}.{name}", node) for name, node in config[group].items() if node]
+    return [(where, instantiate(node, where=where)) for where, node in named]
 
 
-def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[Any]:
+def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[tuple[str, Any]]:
     """What watches the run; one that scores images is given what it scores."""
     from ldmlab.app.evaluation_parts import scores_callback
 
@@ -149,9 +152,9 @@ def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[Any]:
     for name, node in config["callbacks"].items():
         where = f"callbacks.{name}"
         if node and accepts(node, "scorer", where=where):
-            made.append(scores_callback(node, plan, data))
+            made.append((where, scores_callback(node, plan, data)))
         elif node:
-            made.append(instantiate(node, where=where))
+            made.append((where, instantiate(node, where=where)))
     return made
 
 
@@ -169,14 +172,20 @@ def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
     images = settings.micro_batch * settings.accumulate * distributed.world_size()
     return {
         "seed": config["seed"],
-        "optimizer": instantiate(config["optimizer"], where="optimizer", global_batch=images),
-        "lr_schedule": instantiate(config["lr_schedule"], where="lr_schedule", max_steps=settings.max_steps),
+        "optimizer": _derived_where_taken(config, "optimizer", "global_batch", images),
+        "lr_schedule": _derived_where_taken(config, "lr_schedule", "max_steps", settings.max_steps),
         "max_steps": settings.max_steps,
         "accumulate": settings.accumulate,
         "gradient_clip": settings.gradient_clip,
         "averaging_decay": settings.averaging_decay,
         **{name: value for name, value in config["stage"].items() if name != "name"},
     }
+
+
+def _derived_where_taken(config: Config, group: str, name: str, value: int) -> Any:
+    """The part of a group; a class from outside need not take what is derived."""
+    derived: dict[str, Any] = {name: value} if accepts(config[group], name, where=group) else {}
+    return instantiate(config[group], where=group, **derived)
 
 
 def open_run(config: Config) -> RunFolder:
