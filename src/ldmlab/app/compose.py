@@ -222,7 +222,7 @@ def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
         choice = parsed.value()
         if isinstance(choice, dict):
             raise InputError(
-                f"{key}={shown(choice)}: a group takes the name of a file; write it to FOLDER/{group}/NAME.yaml and give "
+                f"{key}={shown(choice)}: a group takes the name of a file; write FOLDER/{group}/NAME.yaml and give "
                 f"--config-dir FOLDER {group}=NAME."
             )
         for name in choice if isinstance(choice, list) else [choice]:
