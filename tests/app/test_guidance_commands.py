@@ -123,7 +123,10 @@ def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["0", "--classifier", "CLASSIFIER", "--classifier-scale", "-1"], "classifier scale=-1.0 is no strength"),
+        (
+            ["0", "--classifier", "CLASSIFIER", "--classifier-scale", "-1"],
+            "scale=-1.0 is not a finite number",
+        ),
         (["0", "--classifier", "DENOISER"], "is a model of kind latent_diffusion, not classifier"),
         (["0", "--classifier-scale", "3"], "--classifier-scale 3.0 does nothing without --classifier"),
         (["--guider", "squared"], "--guider squared needs an image"),
@@ -143,7 +146,7 @@ def test_bad_choices_are_refused_before_any_work(runs: Runs, tmp_path: Path, wor
 
 def test_classes_that_the_classifier_does_not_know(runs: Runs, tmp_path: Path) -> None:
     words = ["0", "2", "--classifier", str(runs.root / "classifier")]
-    assert "is unknown to the classifier, which knows 0 .. 1" in refusal(lambda: runs.sample(tmp_path / "out", *words))
+    assert "is outside the classifier's 0 .. 1" in refusal(lambda: runs.sample(tmp_path / "out", *words))
 
 
 def test_a_classifier_of_other_latents(runs: Runs, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageFont
 
 from ldmlab.errors import InputError
-from ldmlab.inference import grids as sheet_font
-from ldmlab.inference.grids import SheetFont, grid, read_settings, save_animation, save_png, table, wrap
+from ldmlab.inference import grids
+from ldmlab.inference.grids import LabelFont, grid, read_settings, save_animation, save_png, table, wrap
 from ldmlab.inference.model import generate
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.inference.trajectory import Trajectory
@@ -60,7 +60,7 @@ def test_labels_stay_within_their_image() -> None:
 
 
 def test_no_images_no_grid() -> None:
-    with pytest.raises(InputError, match="no images"):
+    with pytest.raises(InputError, match="at least one image"):
         grid([])
 
 
@@ -91,17 +91,17 @@ def test_strip_goes_from_noise_to_the_image(steps: int, frames: int) -> None:
 
 
 def test_a_caption_of_any_script_is_drawn_or_said_to_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = SheetFont(["red apple"], 13)
+    plain = LabelFont(["red apple"], 13)
     assert plain.label("red apple") == "red apple"
-    monkeypatch.setattr(sheet_font, "_matching", lambda letters: None)  # a machine without fonts
-    poor = SheetFont(["red apple", "红苹果"], 13)
+    monkeypatch.setattr(grids, "_matching", lambda letters: None)  # a machine without fonts
+    poor = LabelFont(["red apple", "红苹果"], 13)
     assert poor.label("red apple") == "red apple"
-    assert poor.label("红苹果") == sheet_font.UNDRAWABLE
+    assert poor.label("红苹果") == grids.UNDRAWABLE
 
 
 @pytest.mark.skipif(shutil.which("fc-match") is None, reason="fontconfig is not installed")
 def test_the_machines_fonts_are_asked_where_ours_lacks_a_letter() -> None:
     word = "синий квадрат"
-    machine = SheetFont([word], 13)
-    if sheet_font._matching(frozenset(word) - {" "}) is not None:
+    machine = LabelFont([word], 13)
+    if grids._matching(frozenset(word) - {" "}) is not None:
         assert machine.label(word) == word

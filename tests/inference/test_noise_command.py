@@ -1,4 +1,4 @@
-"""`ldmlab noise` draws a sheet with a row for each scale and refuses what means nothing."""
+"""`ldmlab noise` saves a grid with a row for each scale and refuses values outside."""
 
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,14 @@ def test_a_row_for_each_scale(command: Any, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--scale", "half"], "--scale half is no factor"),
+        (["--scale", "half"], "--scale half is not a factor"),
         (["--scale", "0"], "--scale 0 must be above zero"),
+        (["--scale", "nan"], "--scale nan must be above zero"),
         (["--times", "0,1000"], "times of the schedule, 0 .. 999"),
+        (["--times", "1.5"], "times of the schedule, 0 .. 999"),
+        (["--out", "noise.xyz"], "--out noise.xyz is not an image file"),
+        (["--out", "noise"], "--out noise is not an image file"),
+        (["--seed", "-1"], "seed=-1"),
     ],
 )
 def test_refused(command: Any, words: list[str], message: str) -> None:

@@ -1,9 +1,9 @@
 """Sampling that starts from an image, or keeps a part of one: for models that were trained for neither.
 
-Image to image (Meng et al. 2022, "SDEdit"): the walk begins at a middle level with alpha clean + sigma noise.
+Image to image (Meng et al. 2022, "SDEdit"): sampling begins at a middle level with alpha clean + sigma noise.
 Known parts (Lugmayr et al. 2022, "RePaint"): after every step what is known is put back at the level reached (eq. 8),
-alpha' known + sigma' noise, always with the noise that the walk began with; and each step is made several times, from
-its end noised back to its start (algorithm 1), so that what is made anew comes to fit what is known.
+alpha' known + sigma' noise, always with the noise that sampling began with; and each step is made several times, from
+its end noised back to its start (algorithm 1), so that what is generated fits what is known.
 """
 
 import math
@@ -22,9 +22,9 @@ from ldmlab.contracts import AfterStep, Denoise, Level, Sampler
 class GivenImage:
     """Final latents (B, C, h, w) that sampling starts from or keeps; at least one of `source` and `known`."""
 
-    source: Tensor | None = None  # where the walk begins; None: in noise
+    source: Tensor | None = None  # where sampling begins; None: in noise
     known: Tensor | None = None  # kept outside the hole
-    hole: Tensor | None = None  # (B, 1, h, w) bool; with `known`: what is made anew
+    hole: Tensor | None = None  # (B, 1, h, w) bool; with `known`: what is generated
     repeats: int = 1  # with `known`: how often each step is made
 
     def begin(self, noise: Tensor, level: Level) -> Tensor:
@@ -33,7 +33,7 @@ class GivenImage:
         return self.kept(x, noise, level)
 
     def around(self, sampler: Sampler, fresh: Callable[[int], Tensor]) -> Sampler:
-        """The sampler with all this about it, to be called with noise; `fresh` noise, by number, is for going back."""
+        """A sampler that starts from or keeps these latents; `fresh`: noise by number, for going back."""
         return _Around(self, sampler, fresh)
 
     def kept(self, x: Tensor, noise: Tensor, level: Level) -> Tensor:
@@ -45,7 +45,7 @@ class GivenImage:
 
 @dataclass(frozen=True)
 class _Around:
-    """A sampler for images that are given in part."""
+    """Sampler of images of which a part is known."""
 
     given: GivenImage
     sampler: Sampler
@@ -87,7 +87,7 @@ class _Around:
 
 
 def _numbered(after_step: AfterStep | None, step: int) -> AfterStep | None:
-    """For a walk of one step that is step `step` of a longer one."""
+    """For a run of one step that is step `step` of a longer one."""
     return None if after_step is None else lambda _, x, clean: after_step(step, x, clean)
 
 

@@ -1,6 +1,6 @@
-"""Guidance by the gradient of a wish: wrappers around `denoise` that compose with classifier-free guidance.
+"""Gradient guidance: wrappers around `denoise` that compose with classifier-free guidance.
 
-A log-likelihood l(x) of the wish adds its gradient to the score of x = alpha clean + sigma eps, and with a scale s
+A log-likelihood l(x) adds its gradient to the score of x = alpha clean + sigma eps, and with a scale s
     eps' = eps - s sigma grad_x l(x)      (Dhariwal & Nichol 2021, algorithm 2; paper appendix C)
     clean' = clean + s (sigma^2 / alpha) grad_x l(x)
 which are the same shift. Where a guider wraps another one, the inner shift counts as constant.
@@ -27,11 +27,11 @@ class Guider(Protocol):
 
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise: ...
 
-    def as_text(self) -> dict[str, Any]: ...  # plain values that make the guidance known again
+    def as_text(self) -> dict[str, Any]: ...  # plain values, for records
 
 
 def guided_by_noisy(denoise: Denoise, log_likelihood: Callable[[Tensor, Level], Tensor], scale: float) -> Denoise:
-    """The wish judges the noisy latent: `log_likelihood` gives (B,) for x (B, C, h, w); the network is not entered."""
+    """By a log-likelihood (B,) of the noisy latent (B, C, h, w); no gradient goes through the denoiser."""
 
     def guided(x: Tensor, level: Level) -> Tensor:
         with torch.enable_grad():
@@ -43,7 +43,7 @@ def guided_by_noisy(denoise: Denoise, log_likelihood: Callable[[Tensor, Level], 
 
 
 def guided_by_clean(denoise: Denoise, log_likelihood: Callable[[Tensor], Tensor], scale: float) -> Denoise:
-    """The wish judges the clean estimate, whose gradient goes through the network back to the noisy latent."""
+    """By a log-likelihood of the clean estimate; its gradient goes through the denoiser to the noisy latent."""
 
     def guided(x: Tensor, level: Level) -> Tensor:
         with torch.enable_grad():
@@ -66,14 +66,14 @@ def _shifted(clean: Tensor, gradient: Tensor, level: Level, scale: float) -> Ten
     """clean + s (sigma^2 / alpha) grad."""
     if level.alpha == 0:
         raise InputError(
-            f"guidance by gradients says nothing at time {level.time} where no signal is left (alpha = 0); "
+            f"gradient guidance is undefined at time {level.time} (alpha = 0: no signal is left); "
             "use a schedule that keeps some signal, or no guider."
         )
     return clean + scale * level.sigma**2 / level.alpha * gradient
 
 
 class ClassifierGuider:
-    """The paper's LDM-8-G: s grad_x log p(class | x, t) of a classifier that has seen the noise level."""
+    """The paper's LDM-8-G: s grad_x log p(class | x, t) of a classifier of noisy latents."""
 
     reads = frozenset({"class_id"})
 
@@ -87,29 +87,29 @@ class ClassifierGuider:
         self.classifier, self.scale, self.name = classifier.eval().requires_grad_(False), scale, name
 
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise:
-        wanted = self._wanted(batch)
+        classes = self._classes(batch)
 
         def log_likelihood(x: Tensor, level: Level) -> Tensor:
-            assert level.time is not None  # None at the end only, which nothing judges
+            assert level.time is not None  # None at the end only, where nothing is guided
             time = torch.full((len(x),), level.time, device=x.device)
             with torch.autocast(x.device.type, enabled=False):  # small gradients vanish in half precision
                 logits = self.classifier(x.float(), time)
-            return F.log_softmax(logits.float(), dim=1).gather(1, wanted.to(x.device)[:, None])[:, 0]
+            return F.log_softmax(logits.float(), dim=1).gather(1, classes.to(x.device)[:, None])[:, 0]
 
         return guided_by_noisy(denoise, log_likelihood, self.scale)
 
     def as_text(self) -> dict[str, Any]:
-        """Name and scale."""
+        """For records."""
         return {"classifier": self.name, "classifier_scale": self.scale}
 
-    def _wanted(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B,) int64, all of them known to the classifier."""
+    def _classes(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B,) int64, each in the classifier's range."""
         ids = torch.as_tensor(batch["class_id"])
-        classes = int(self.classifier.classes)  # type: ignore[arg-type]
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < classes:
+        known = int(self.classifier.classes)  # type: ignore[arg-type]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < known:
             raise InputError(
-                f"class_id {int(ids.min())} .. {int(ids.max())} is unknown to the classifier, which knows "
-                f"0 .. {classes - 1}; ask for other classes or guide by another classifier."
+                f"class_id {int(ids.min())} .. {int(ids.max())} is outside the classifier's 0 .. {known - 1}; "
+                "choose other classes or another classifier."
             )
         return ids
 
@@ -149,7 +149,7 @@ class ImageGuider:
         return guided_by_clean(denoise, log_likelihood, self.weight)
 
     def as_text(self) -> dict[str, Any]:
-        """Name and weight."""
+        """For records."""
         return {"guider": self.name, "guider_weight": self.weight}
 
 
@@ -172,4 +172,4 @@ def shrunk(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _check(option: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
-        raise InputError(f"{option}={value} is no strength; choose 0 (off) or more.")
+        raise InputError(f"{option}={value} is not a finite number of 0 or more; choose 0 (off) or more.")

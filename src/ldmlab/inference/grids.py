@@ -1,4 +1,4 @@
-"""Images to files and sheets: PNG with settings inside, grids with labels, rows, animations.
+"""Images to files: PNG with settings inside, grids with labels and titles, animations.
 
 An image is a uint8 array (H, W, 3).
 """
@@ -18,7 +18,7 @@ from ldmlab.errors import InputError
 from ldmlab.open_image import open_image
 
 UNDRAWABLE = "(caption in the PNG's text)"
-_NO_LETTER = "\uffff"  # no font has it, so it is drawn as the sign of a missing letter
+_NO_LETTER = "\uffff"  # in no font, so it is rendered as the sign of a missing letter
 GAP, FONT_SIZE, LABEL_LINES = 8, 13, 2  # px, px, lines under an image at most
 CELL = 128  # small images are enlarged by a whole number to about this side, px
 INK, PAPER = (40, 40, 40), (255, 255, 255)
@@ -40,21 +40,23 @@ def read_settings(path: Path) -> dict[str, str]:
         return {key: str(value) for key, value in getattr(image, "text", {}).items()}
 
 
-def grid(images: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int | None = None) -> Image.Image:
-    """Images of one size in rows, each with its label below."""
+def grid(
+    images: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int | None = None, title: str = ""
+) -> Image.Image:
+    """Images of one size in rows, each with its label below; the title on top."""
     if not len(images):
-        raise InputError("a grid of no images cannot be drawn; ask for at least one image.")
+        raise InputError("a grid needs at least one image.")
     columns = columns or max(round(len(images) ** 0.5), 1)
     rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
     texts = [list(labels[i : i + columns]) for i in range(0, len(images), columns)] if labels else None
-    return _sheet(rows, texts)
+    return _layout(rows, texts, title=title)
 
 
 def table(
     rows: Sequence[Sequence[np.ndarray]], column_titles: Sequence[str], row_titles: Sequence[str] | None = None
 ) -> Image.Image:
-    """One row of images per row title, which stands above it; column titles below the images."""
-    return _sheet(rows, [list(column_titles)] * len(rows), row_titles)
+    """One row of images per row title, which is above it; column titles below the images."""
+    return _layout(rows, [list(column_titles)] * len(rows), row_titles)
 
 
 def save_animation(path: Path, images: Sequence[np.ndarray]) -> None:
@@ -67,44 +69,49 @@ def save_animation(path: Path, images: Sequence[np.ndarray]) -> None:
 
 
 def enlargement(image: np.ndarray) -> int:
-    """How many times an image is enlarged on sheets, so that small ones can be seen."""
+    """Whole factor by which an image is enlarged in grids, so that small ones can be seen."""
     return max(round(CELL / min(image.shape[:2])), 1)
 
 
-def _sheet(
+def _layout(
     rows: Sequence[Sequence[np.ndarray]],
     labels: Sequence[Sequence[str]] | None,
     row_titles: Sequence[str] | None = None,
+    title: str = "",
 ) -> Image.Image:
-    """The one layout of grids and tables."""
+    """The layout that grids and tables share."""
     scale = enlargement(rows[0][0])
     height, width = (side * scale for side in rows[0][0].shape[:2])
     texts = [text for row in labels or [] for text in row]
-    sheet_font = SheetFont([*texts, *(row_titles or [])], FONT_SIZE)
-    font = sheet_font.font
-    wrapped = [[wrap(sheet_font.label(text), width, font) for text in row] for row in labels] if labels else None
+    lettering = LabelFont([*texts, *(row_titles or []), title], FONT_SIZE)
+    font = lettering.font
+    wrapped = [[wrap(lettering.label(text), width, font) for text in row] for row in labels] if labels else None
     line = FONT_SIZE + 4
     label_height = line * max(len(text) for row in wrapped for text in row) if wrapped else 0
     title_height = line if row_titles else 0
     row_height = title_height + height + label_height + GAP
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + len(rows) * row_height), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    head = line + GAP if title else GAP
+    size = (GAP + columns * (width + GAP), head + len(rows) * row_height)
+    canvas = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((GAP, GAP), wrap(lettering.label(title), canvas.width - 2 * GAP, font, 1)[0], INK, font)
     for i, row in enumerate(rows):
-        top = GAP + i * row_height
+        top = head + i * row_height
         if row_titles:
-            title = wrap(sheet_font.label(row_titles[i]), sheet.width - 2 * GAP, font, 1)[0]
-            draw.text((GAP, top), title, INK, font)
+            above = wrap(lettering.label(row_titles[i]), canvas.width - 2 * GAP, font, 1)[0]
+            draw.text((GAP, top), above, INK, font)
         for j, image in enumerate(row):
             left = GAP + j * (width + GAP)
-            sheet.paste(_enlarged(image, scale), (left, top + title_height))
+            canvas.paste(_enlarged(image, scale), (left, top + title_height))
             for k, text in enumerate(wrapped[i][j] if wrapped else []):
                 draw.text((left, top + title_height + height + 2 + k * line), text, INK, font)
-    return sheet
+    return canvas
 
 
 def wrap(text: str, width: int, font: Any, lines: int = LABEL_LINES) -> list[str]:
-    """Words in at most `lines` lines of `width` px, what does not fit is told by dots; at least one line."""
+    """Words in at most `lines` lines of `width` px, dots where it is cut; at least one line."""
     done: list[str] = []
     current = ""
     for word in text.split():
@@ -132,8 +139,8 @@ def _enlarged(pixels: np.ndarray, scale: int) -> Image.Image:
     return image if scale == 1 else image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-class SheetFont:
-    """Pillow's own font, or where it lacks a letter the machine's best one (by fontconfig)."""
+class LabelFont:
+    """A font with the letters of the labels: Pillow's own, or the machine's best match (by fontconfig)."""
 
     def __init__(self, texts: Iterable[str], size: int) -> None:
         letters = frozenset("".join(texts)) - frozenset(" \t\n\u200d\ufe0f")
@@ -145,7 +152,7 @@ class SheetFont:
         self._lacking = _lacks(self.font, letters)
 
     def label(self, text: str) -> str:
-        """The text, or a note where a letter of it cannot be drawn."""
+        """The text, or a note where a letter of it cannot be rendered."""
         return UNDRAWABLE if self._lacking & set(text) else text
 
 
@@ -156,11 +163,11 @@ def _lacks(font: Any, letters: frozenset[str]) -> frozenset[str]:
 
 @cache
 def _matching(letters: frozenset[str]) -> str | None:
-    """Path of the installed font that fontconfig holds for the best one with these letters."""
+    """Path of the installed font that fontconfig rates best for these letters."""
     program = shutil.which("fc-match")
     if program is None:
         return None
-    wanted = " ".join(f"{ord(letter):x}" for letter in sorted(letters))
-    command = [program, "--format=%{file}", f"sans:charset={wanted}"]
+    codes = " ".join(f"{ord(letter):x}" for letter in sorted(letters))
+    command = [program, "--format=%{file}", f"sans:charset={codes}"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     return found.stdout if found.returncode == 0 and found.stdout.endswith((".ttf", ".otf", ".ttc")) else None

@@ -1,4 +1,4 @@
-"""Inputs of images as they are given, to fields of a batch; what a model cannot read is refused.
+"""Inputs of images as a person gives them, to fields of a batch; what a model cannot read is refused.
 
 Images (image, init_image, low_resolution, reference): a path, a PIL image or uint8 (H, W, 3) => uint8
 (B, 3, H, W), of `reference` a list of (3, H, W); what is transparent in them lies on white. Masks: a path or PIL

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ldmlab.diffusion.latent_scale import LatentScale
     from ldmlab.inference.model import LoadedModel
 
-EPILOG = """The sheet has a row for the latent scale of the model and one for each --scale, columns for times. It
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+EPILOG = """The grid has a row for the latent scale of the model and one for each --scale, columns for times. It
 decodes alpha latent + sigma noise; numbers are signal-to-noise ratios in dB, 10 log10(alpha^2 Var / sigma^2).
 
 examples:
@@ -30,16 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", nargs="+", default=["none"], help="other scales: none (latents as they are) or a factor (none)")
     add("--times", default="0,200,400,600,800,999", help="of the schedule (0,200,400,600,800,999)")
     add("--seed", type=int, default=0, help="of the noise (0)")
-    add("--out", type=Path, default=Path("noise.png"), help="the sheet (noise.png)")
+    add("--out", type=Path, default=Path("noise.png"), help="the grid (noise.png)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode, add noise at each time and scale, decode, draw."""
+    """Encode, add noise at each time and scale, decode, save the grid."""
     from ldmlab.build import load
     from ldmlab.diffusion.latent_scale import LatentScale
     from ldmlab.inference.grids import table
 
+    if args.out.suffix.lower() not in _ENDINGS or args.out.is_dir():
+        raise InputError(f"--out {args.out} is not an image file; give a name that ends in {', '.join(_ENDINGS)}.")
     scales = [(name, LatentScale.fixed(_factor(name))) for name in args.scale]
     model = load(args.model, device=args.device)
     times = _times(args.times, model.diffusion.schedule.steps)
@@ -47,11 +50,14 @@ def run(args: argparse.Namespace) -> int:
     raw = model.diffusion.posterior(image.to(model.device)).mean
     rows, titles = [], []
     for name, scale in [("as trained", model.diffusion.latent_scale), *scales]:
-        frames, told = noised_row(model, raw, scale.to(model.device), times, args.seed)
+        frames, ratios = noised_row(model, raw, scale.to(model.device), times, args.seed)
         rows.append(frames)
-        titles.append(f"scale {name}: {told}")
+        titles.append(f"scale {name}: {ratios}")
         print(titles[-1])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--out {args.out}: its folder cannot be made ({error.strerror}); give another.") from error
     table(rows, [f"t = {t}" for t in times], titles).save(args.out)
     print(f"{args.out}")
     return 0
@@ -79,17 +85,17 @@ def noised_row(
             pixels = model.diffusion.first_stage.decode(scale.denormalise(x))  # type: ignore[operator]
         frames.append(as_images(pixels)[0].numpy())
     ratios = signal_to_noise(schedule, variance)
-    told = ", ".join(f"{decibels(float(ratios[t])):.0f}" for t in times)
+    in_decibels = ", ".join(f"{decibels(float(ratios[t])):.0f}" for t in times)
     even = even_time(schedule, variance)
     when = "never" if even is None else f"from t = {even}"
-    return frames, f"variance {variance:.2f}; {told} dB; noise is stronger {when}"
+    return frames, f"variance {variance:.2f}; {in_decibels} dB; noise is stronger {when}"
 
 
 def _factor(name: str) -> float:
     try:
         factor = 1.0 if name == "none" else float(name)
     except ValueError as error:
-        raise InputError(f"--scale {name} is no factor; write none or a number such as 0.18215.") from error
+        raise InputError(f"--scale {name} is not a factor; write none or a number such as 0.18215.") from error
     if not 0 < factor < float("inf"):
         raise InputError(f"--scale {name} must be above zero; write none or a number such as 0.18215.")
     return factor
@@ -97,7 +103,7 @@ def _factor(name: str) -> float:
 
 def _times(text: str, steps: int) -> list[int]:
     words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) < steps for word in words):
+    if not all(word.strip().isascii() and word.strip().isdecimal() and int(word) < steps for word in words):
         raise InputError(f"--times {text}: write times of the schedule, 0 .. {steps - 1}, such as 0,{steps // 2}.")
     return [int(word) for word in words]
 
