@@ -68,7 +68,36 @@ def config(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(value: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a metrics.json with today's keys."""
-    return dict(_images(_renamed(value, RECORD)))
+    return _evaluators(dict(_images(_renamed(value, RECORD))))
+
+
+def _evaluators(result: dict[str, Any]) -> dict[str, Any]:
+    """`judges` and `categories`, which measured conditioning by classes of their own, as `evaluators`."""
+    found = {name: {**one, "real": one["held_out_real"]} for name, one in (result.pop("judges", None) or {}).items()}
+    if categories := result.pop("categories", None):
+        real = categories["held_out_real"]
+        training = {**categories["training_captions"], "chance": categories["chance"], "held_out_real": real}
+        found["category"] = {**_category(categories), "training_captions": _category(training)}
+    return result | {"evaluators": found} if found else result
+
+
+def _category(found: Mapping[str, Any]) -> dict[str, Any]:
+    rows = found["by_category"]
+    share = lambda row, kind: row[f"{kind}_right"] / row[kind] if row[kind] else None  # noqa: E731
+    counts = [{"real_count": row["real"], "samples_count": row["samples"]} for row in rows]
+    shares = [{"real": share(row, "real"), "samples": share(row, "samples")} for row in rows]
+    named = [{"name": row["category"]} for row in rows]
+    kept = ("samples", "chance", "learned", "guidance_scale")
+    return {
+        **{name: found[name] for name in kept if name in found},
+        "measures": "samples classified as the class of their condition",
+        "how": f"A classifier of {len(rows)} classes, trained on real training images alone, classifies every sample.",
+        "real": found["held_out_real"],
+        "shuffled": None,
+        "of_real": found["ratio"],
+        "classes": [name | part | count for name, part, count in zip(named, shares, counts, strict=True)],
+        "images": [{**image, "class": image["category"]} for image in found["images"]],
+    }
 
 
 def _renamed(value: Any, names: Mapping[str, str], path: str = "") -> Any:

@@ -40,7 +40,6 @@ ROOMS = {  # group => the package that holds its classes
     "logger": "ldmlab.training",
     "protocol": "ldmlab.evaluation",
     "evaluator": "ldmlab.evaluation",
-    "judge": "ldmlab.evaluation",
     "baseline": "ldmlab.evaluation",
 }
 FACTORIES = {  # functions that descriptions of CLIP towers name => the arguments that a file may give them
@@ -57,7 +56,6 @@ _PLURALS = {  # part of an option's name => its group, where one more part names
     "logger": "logger",
     "metrics": "metric",
     "evaluators": "evaluator",
-    "judges": "evaluator",
     "baselines": "baseline",
     "guiders": "guider",
     "guidance": "guider",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.by_class import asked_classes, by_class
+from ldmlab.evaluation.breakdowns import by_class, sample_classes
 from ldmlab.evaluation.scoring import EvaluationPass
 from ldmlab.metrics.kernel import squared_mmd
 
@@ -49,12 +49,12 @@ def test_the_kernel_distance_is_unbiased_for_sets_of_two_sizes() -> None:
 
 
 def test_classes_are_those_asked_for_or_those_of_the_images_that_conditions_came_from() -> None:
-    assert asked_classes("class_id", [{"class_id": 3}, {"class_id": 1}], []) == {0: "3", 1: "1"}
+    assert sample_classes("class_id", [{"class_id": 3}, {"class_id": 1}], []) == {0: "3", 1: "1"}
     known = [{"caption": "x", "kind": "a"}, {"caption": "y", "kind": "b"}]
-    assert asked_classes("kind", [{"caption": "x"}, {"caption": "y"}, {"caption": "x"}], known) == {
+    assert sample_classes("kind", [{"caption": "x"}, {"caption": "y"}, {"caption": "x"}], known) == {
         0: "a",
         1: "b",
         2: "a",
     }
     with pytest.raises(InputError, match=r"class_field=kind: samples drawn with protocol\.conditions=none"):
-        asked_classes("kind", [{}], [])
+        sample_classes("kind", [{}], [])

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
+from ldmlab.evaluation.evaluators import ClassAccuracy
 from ldmlab.evaluation.model_evaluation import Evaluation
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.metrics.features import OpenClipFeatures
@@ -45,9 +46,6 @@ def evaluation(folder: Path, out: Path) -> Evaluation:
         metrics={},
         steps=2,
         guidance_scale=2.0,
-        category_field="category",
-        captions_per_category=2,
-        classifier_steps=4,
         neighbours=3,
         guidance_scale_curve=(1.0, 2.0),
         class_field="category",
@@ -64,7 +62,8 @@ def evaluation(folder: Path, out: Path) -> Evaluation:
         str(folder / "train"), str(folder / "val"), image_size=16, fields=("caption", "category"), workers=0
     )
     (folder / "metrics.csv").write_text(CURVE)
-    parts = {"curves": {"Denoiser": folder / "metrics.csv"}, "paper": paper_record}
+    evaluators = {"category": ClassAccuracy("category", captions=2, guidance_scale=3.0, steps=4)}
+    parts = {"curves": {"Denoiser": folder / "metrics.csv"}, "paper": paper_record, "evaluators": evaluators}
     return Evaluation(tiny_model("caption"), data, protocol, extractor, metrics, out, 4, **parts)  # type: ignore[arg-type]
 
 
@@ -128,7 +127,7 @@ def test_other_scales_score_as_evaluations_of_their_own(
 ) -> None:
     alone = evaluation(shards, tmp_path / "alone")
     alone.protocol = replace(
-        alone.protocol, guidance_scale=1.0, guidance_scale_curve=(), category_field=None, class_field=None, neighbours=0
+        alone.protocol, guidance_scale=1.0, guidance_scale_curve=(), class_field=None, neighbours=0
     )
     scores = alone.run()["scores"]
     for name, score in finished[1]["guidance_scale_curve"][0]["scores"].items():
@@ -175,8 +174,8 @@ def test_metrics_json_says_all_that_decides_the_number(finished: tuple[Path, dic
     assert stored["model"]["weights"] == "averaged"
     assert len(stored["reference"]["manifest_hash"]) == 64
     assert len(stored["features"]["weights_hash"]) == 16
-    assert stored["categories"]["chance"] == pytest.approx(1 / 3)
-    assert stored["categories"]["learned"] == {"examples": 33, "updates": 4, "batch_size": 64}
+    assert stored["evaluators"]["category"]["chance"] == pytest.approx(1 / 3)
+    assert stored["evaluators"]["category"]["learned"] == {"examples": 33, "updates": 4, "batch_size": 64}
     assert "trained on 33 real examples in 4 updates of 64" in (out / "report.md").read_text()
     assert stored["provenance"]["packages"]["torch"]
     assert "300" not in (out / "report.md").read_text().split("##")[1]

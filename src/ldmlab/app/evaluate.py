@@ -157,7 +157,7 @@ def _samples(config: Mapping[str, Any], parts: dict[str, Any]) -> None:
     Evaluation(
         model=model,
         data=data,
-        judges=build_all("judges", protocol.judges),
+        evaluators=build_all("evaluators", protocol.evaluators),
         baselines=build_all("baselines", protocol.baselines),
         extras=[(title, Path(path)) for title, path in config["images"]],
         lpips=distance and distance.to(model.device),

@@ -63,7 +63,7 @@ def build_metric(name: str, node: Mapping[str, Any], width: int, group: str = "p
 
 
 def build_all(kind: str, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The classifiers or baselines of a protocol by name."""
+    """The evaluators or baselines of a protocol by name."""
     from ldmlab.instantiate import instantiate
 
     return {name: instantiate(node, where=f"protocol.{kind}.{name}") for name, node in nodes.items()}

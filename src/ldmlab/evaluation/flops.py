@@ -43,14 +43,14 @@ def denoiser_cost(node: Mapping[str, Any], latent: LatentSpec, widths: Mapping[s
         backbone = instantiate(node, where="backbone")
         x = torch.empty(1, latent.channels, latent.height, latent.width)
         t = torch.empty(1)
-        told = Conditioning(
+        conditioning = Conditioning(
             tokens=torch.empty(1, TOKENS, widths["tokens"]) if widths.get("tokens") else None,
             spatial=torch.empty(1, widths["spatial"], latent.height, latent.width) if widths.get("spatial") else None,
             vector=torch.empty(1, widths["vector"]) if widths.get("vector") else None,
         )
 
     def forward() -> Tensor:
-        return backbone(x, t, told)
+        return backbone(x, t, conditioning)
 
     with torch.no_grad():
         once = flops_of(forward)

@@ -64,10 +64,10 @@ class Copies:
     error: float  # standard error of `share - expected` if samples were validation images
 
 
-def copies(samples: Tensor, held_out: Tensor, quantile: float) -> Copies:
+def copies(samples: Tensor, val: Tensor, quantile: float) -> Copies:
     """From the distances of samples (N,) and of validation images (M,) to the training set."""
-    bar = float(torch.quantile(held_out.double(), quantile))
-    error = math.sqrt(quantile * (1 - quantile) * (1 / len(samples) + 1 / len(held_out)))
+    bar = float(torch.quantile(val.double(), quantile))
+    error = math.sqrt(quantile * (1 - quantile) * (1 / len(samples) + 1 / len(val)))
     return Copies(bar, float((samples.double() < bar).double().mean()), quantile, error)
 
 
@@ -84,23 +84,23 @@ class Audit:
     def run(self, seen: EvaluationPass, shown: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`neighbours` of metrics.json; `shown`: samples of the report, whose images are there already."""
         generated, _ = seen.kept(real=False)
-        held_out, places = self._held_out(seen)
-        found = Nearest(torch.cat([generated, held_out]))
+        val, places = self._validation(seen)
+        found = Nearest(torch.cat([generated, val]))
         for features, numbers in self.real.features("train"):
             found.add(features, numbers)
         distance, twin, trained_on = found.together()
         if trained_on == 0:
             raise InputError("protocol.neighbours needs training images, and none could be read; set it to 0.")
-        of_samples, of_held_out = distance[: len(generated)], distance[len(generated) :]
+        of_samples, of_val = distance[: len(generated)], distance[len(generated) :]
         result: dict[str, Any] = {
             "training_images": trained_on,
             "median_distance_samples": float(of_samples.median()),
-            **self._calibrated(of_samples, of_held_out),
+            **self._calibrated(of_samples, of_val),
         }
         count = self.protocol.neighbours
         closest = of_samples.argsort(stable=True)[:count].tolist()
         spread = [int(item["number"]) for item in shown][:: max(len(shown) // count, 1)][:count]
-        at_bar = (of_held_out - (result["bar"] or 0)).abs().argsort(stable=True)[:_AT_THE_BAR].tolist()
+        at_bar = (of_val - (result["bar"] or 0)).abs().argsort(stable=True)[:_AT_THE_BAR].tolist()
         there = {int(item["number"]): str(item["file"]) for item in shown}
         if distributed.rank() == 0:
             there |= self._again([number for number in closest if number not in there])
@@ -109,7 +109,7 @@ class Audit:
             result["held_out"] = [self._real_pair(places[n], len(generated) + n, distance, twin) for n in at_bar]
         return distributed.from_first(result)
 
-    def _held_out(self, seen: EvaluationPass) -> tuple[Tensor, list[int]]:
+    def _validation(self, seen: EvaluationPass) -> tuple[Tensor, list[int]]:
         """Features (M, D) of validation images and their numbers; none where the data has none."""
         if self.protocol.reference == "val":
             features, numbers = seen.kept(real=True)
@@ -122,13 +122,13 @@ class Audit:
         features, numbers = parts.kept(real=True)
         return features, numbers.tolist()
 
-    def _calibrated(self, samples: Tensor, held_out: Tensor) -> dict[str, Any]:
+    def _calibrated(self, samples: Tensor, val: Tensor) -> dict[str, Any]:
         """The samples' distances against those of validation images."""
         names = ("copies", "bar", "expected", "error", "held_out_images", "median_distance_held_out")
-        if len(held_out) == 0:
+        if len(val) == 0:
             return dict.fromkeys(names)
-        found = copies(samples, held_out, self.protocol.copy_quantile)
-        values = (found.share, found.bar, found.expected, found.error, len(held_out), float(held_out.median()))
+        found = copies(samples, val, self.protocol.copy_quantile)
+        values = (found.share, found.bar, found.expected, found.error, len(val), float(val.median()))
         return dict(zip(names, values, strict=True))
 
     def _again(self, numbers: Sequence[int]) -> dict[int, str]:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
 from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.by_class import asked_classes, by_class
-from ldmlab.evaluation.category_score import CategoryScore
-from ldmlab.evaluation.guidance_curve import GuidanceCurve
+from ldmlab.evaluation.breakdowns import GuidanceCurve, by_class, labels, sample_classes
+from ldmlab.evaluation.evaluators import Baseline, Evaluator
 from ldmlab.evaluation.memorisation import Audit
 from ldmlab.evaluation.paired import PairedPass, pair_scores
 from ldmlab.evaluation.protocol import Protocol
@@ -27,8 +26,7 @@ from ldmlab.evaluation.real_images import Fields, RealImages, SplitReference, co
 from ldmlab.evaluation.record import Paper, all_items, check_reference, parameters_record, perceptual_record
 from ldmlab.evaluation.run import Run
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, untracked
-from ldmlab.evaluation.sources import Reconstructions, Requests, Samples
-from ldmlab.evaluation.task_evidence import Baseline, Judge
+from ldmlab.evaluation.sources import Reconstructions, Samples
 from ldmlab.evaluation.task_part import TaskPart
 from ldmlab.files import FileLock, disk_errors, write_json
 from ldmlab.inference.image_files import copy_curves, copy_images, planned, save_image
@@ -58,7 +56,7 @@ class Evaluation:
     curves: Mapping[str, Path] = field(default_factory=dict)  # title => metrics.csv of a run
     extras: Sequence[tuple[str, Path]] = ()  # title, image made elsewhere: sweeps, trajectories
     lpips: nn.Module | None = None  # for protocol.pairs
-    judges: Mapping[str, Judge] = field(default_factory=dict)  # of protocol.judges
+    evaluators: Mapping[str, Evaluator] = field(default_factory=dict)  # of protocol.evaluators
     baselines: Mapping[str, Baseline] = field(default_factory=dict)  # of protocol.baselines
     reference_folder: Path | None = None  # of kept reference statistics; None: none are kept
     track: Track = untracked
@@ -88,8 +86,9 @@ class Evaluation:
 
     def _known(self, split: str, limit: int | None = None) -> Sequence[Fields]:
         """The fields of a split's images that the model or the protocol reads."""
-        also = {self.protocol.category_field, self.protocol.class_field} - {None}
-        return conditions(self.data, split, sorted({*self.model.reads, *also}), limit)  # type: ignore[arg-type]
+        also = {name for one in self.evaluators.values() for name in getattr(one, "reads", ())}
+        also |= {self.protocol.class_field} if self.protocol.class_field else set()
+        return conditions(self.data, split, sorted({*self.model.reads, *also}), limit)
 
     def _scored(self) -> dict[str, Any]:
         """The reference, then the samples, through the metrics and all that watches the stream."""
@@ -123,16 +122,17 @@ class Evaluation:
 
     def _task_part(self) -> TaskPart:
         return TaskPart(
-            judges=self.judges,
+            evaluators=self.evaluators,
             baselines=self.baselines,
             protocol=self.protocol,
-            asked=self.samples.requests,
-            known=self.known,
+            samples=self.samples,
+            known=lambda split: self.known if split == self.protocol.reference else self._known(split),
             data=self.data,
             seen=self.seen,
             lpips=self.lpips,
             out=self.out,
             shown=[item["number"] for item in self.shown["samples"]],
+            batch_size=self.batch_size,
             track=self.track,
         )
 
@@ -148,30 +148,14 @@ class Evaluation:
     # ---- further parts of the record
 
     def _more(self, result: dict[str, Any]) -> None:
-        """Copies, classes and categories."""
+        """Copies and classes."""
         protocol = self.protocol
         if protocol.neighbours:
             audit = Audit(protocol, self.real, self.samples, self.out, self.known)
             result["neighbours"] = audit.run(self.seen, self.shown["samples"])
         if name := protocol.class_field:
-            real = self.real.labels(protocol.reference, name, protocol.reference_limit)
-            result["by_class"] = by_class(self.seen, asked_classes(name, self.samples.requests, self.known), real)
-        if protocol.category_field:
-            show = lambda updates: self.track(updates, len(updates), "training the category classifier")  # noqa: E731
-            part = CategoryScore(protocol, self._by_category, self._saved_one, self._labelled, show)
-            result["categories"] = part.run(self.known, self._known("train"))
-
-    def _by_category(self, requests: Requests, first: int) -> Tensor:
-        settings = self.protocol.settings(self.protocol.category_guidance_scale)
-        return self.samples.all(requests, settings, "samples by category", self.batch_size, self.track, first)
-
-    def _saved_one(self, name: str, number: int, image: Tensor) -> str:
-        return save_image(self.out, name, number, image) if distributed.rank() == 0 else ""
-
-    def _labelled(self, split: str) -> Iterable[dict[str, Any]]:
-        """All images of a split with their category, on every process."""
-        fields = tuple(dict.fromkeys((*self.data.fields, str(self.protocol.category_field))))
-        return replace(self.data, fields=fields).eval_loader(split, 256, kind="images")
+            real = labels(self.data, protocol.reference, name, protocol.reference_limit)
+            result["by_class"] = by_class(self.seen, sample_classes(name, self.samples.requests, self.known), real)
 
     def _write(self, result: dict[str, Any]) -> None:
         result["images"] = {kind: self.shown[kind] for kind in ("samples", "real")}

@@ -32,10 +32,6 @@ class Protocol:
     sampler: str = "ddim"
     spacing: str | None = None  # null: the sampler's own
     seed: int = 0
-    category_field: str | None = None  # of KEY.json: judged by a classifier of its own
-    captions_per_category: int = 10
-    category_guidance_scale: float = 3.0
-    classifier_steps: int = 700
     neighbours: int = 0  # samples shown beside their nearest training images; 0: no search for copies
     copy_quantile: float = 0.01  # share of held-out images that the threshold calls copies
     guidance_scale_curve: Sequence[float] = ()  # scales at which all scores are taken too, with the same noise
@@ -51,7 +47,7 @@ class Protocol:
     pairs: bool = False  # each sample against the image whose condition it was given: PSNR, SSIM, LPIPS
     mask_buckets: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name => share of the hole [low, high)
     bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
-    judges: Mapping[str, Any] = field(default_factory=dict)  # files of conf/judge by name: look at the samples
+    evaluators: Mapping[str, Any] = field(default_factory=dict)  # files of conf/evaluator by name: measure conditioning
     baselines: Mapping[str, Any] = field(default_factory=dict)  # files of conf/baseline by name: scored beside them
     changed: Sequence[str] = ()  # options that are not those of the file of this name; evaluate.py finds them
     leaves_open: Mapping[str, str] = field(default_factory=dict)  # field => what the paper leaves open, what is chosen

@@ -12,7 +12,6 @@ from ldmlab import distributed
 from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.by_class import class_of
 from ldmlab.evaluation.record import reference_record
 from ldmlab.evaluation.reference_statistics import ReferenceKey, against_other_split, see_reference
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, numbered, untracked
@@ -32,19 +31,6 @@ class RealImages:
     folder: Path | None = None  # of kept reference statistics; None: none are kept
     batch_size: int = 64
     track: Track = untracked
-
-    def labels(self, split: str, field: str, limit: int | None) -> dict[int, str]:
-        """The field's value by the image's number, of those that can be read."""
-        dataset = ShardDataset(
-            self.data.folder(split, "images"), BatchSpec(self.data.image_size, images=False, fields=(field,))
-        )
-        found = {}
-        for number in range(min(len(dataset), limit or len(dataset))):
-            sample = dataset[number]
-            if "key" in sample:
-                why = f"image {sample['key']} of {split} has no such field; choose one that every KEY.json holds"
-                found[number] = class_of(sample, field, f"{why}, or null.")
-        return found
 
     def count(self, split: str, limit: int | None = None) -> int:
         """Images of a split, or of its first `limit`, readable or not."""

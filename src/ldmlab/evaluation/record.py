@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def reference_record(data: ShardData, split: str, images: int) -> dict[str, Any]:
-    """The real images of a result, told apart from all others by the hash of their manifest."""
+    """The real images of a result, identified by the hash of their manifest."""
     manifest = data.manifest(split, "images")
     return {
         "folder": str(data.folder(split, "images")),
@@ -41,8 +41,8 @@ def _resized(stored: int | None, data: ShardData) -> str | None:
     """What the loader does to images that are stored at another size or none; None where they stay as packed."""
     if stored == data.image_size or data.task is not None:  # a task prepares its images itself
         return None
-    told = "images of any size" if stored is None else f"{stored} px"
-    return f"from {told} to {data.image_size} px while reading, centre square, Pillow's bicubic with antialiasing"
+    size = "images of any size" if stored is None else f"{stored} px"
+    return f"from {size} to {data.image_size} px while reading, centre square, Pillow's bicubic with antialiasing"
 
 
 def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def timed(items: Iterable[T], clock: list[float]) -> Iterator[T]:
 
 
 def throughput(images: int, clock: Sequence[float]) -> dict[str, Any]:
-    """Images a second over all processes while samples were drawn, and what drew them."""
+    """Images a second over all processes of sampling, and the hardware."""
     slowest = max(distributed.gather(sum(clock)))
     rate = float(f"{images / slowest:.4g}") if slowest > 0 else None
     return {"images_per_second": rate, "processes": distributed.world_size(), "hardware": _hardware()}

@@ -1,6 +1,6 @@
-"""Answers without a model: what every trained one must beat on its own task.
+"""Baselines without a model, which every trained one must beat on its own task.
 
-They see what the model sees: known pixels and the hole, or the small image.
+Their inputs are the model's: known pixels and the hole, or the small image.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.task_evidence import Batches, Fields
+from ldmlab.evaluation.evaluators import Batches, Fields
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Bicubic:
     def learn(self, real: Batches) -> None:
         """Nothing."""
 
-    def __call__(self, asked: Sequence[Fields]) -> Tensor:
+    def __call__(self, conditions: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""
-        return torch.stack([self._one(np.asarray(one["low_resolution"])) for one in asked])
+        return torch.stack([self._one(np.asarray(one["low_resolution"])) for one in conditions])
 
     def _one(self, small: np.ndarray) -> Tensor:
         size = (small.shape[1] * self.factor, small.shape[0] * self.factor)
@@ -48,9 +48,9 @@ class MeanFill:
     def learn(self, real: Batches) -> None:
         """Nothing."""
 
-    def __call__(self, asked: Sequence[Fields]) -> Tensor:
+    def __call__(self, conditions: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""
-        images, holes = given(asked)
+        images, holes = given(conditions)
         known = (~holes).float()
         mean = (images.float() * known).sum((2, 3)) / known.sum((2, 3)).clamp_min(1)
         return torch.where(holes, mean.round().to(torch.uint8)[:, :, None, None], images)
@@ -78,10 +78,10 @@ class NearestPatch:
             raise InputError("no training image could be read to copy patches from.")
         self._train = torch.cat(kept)[: self.images]
 
-    def __call__(self, asked: Sequence[Fields]) -> Tensor:
+    def __call__(self, conditions: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""
         assert self._train is not None
-        images, holes = given(asked)
+        images, holes = given(conditions)
         around = self._around(holes)
         found = self._nearest(images, around)
         return torch.where(holes, self._train[found], images)
@@ -104,8 +104,8 @@ class NearestPatch:
         return torch.from_numpy(np.stack(wide))[:, None].bool() & ~holes
 
 
-def given(asked: Sequence[Fields]) -> tuple[Tensor, Tensor]:
+def given(conditions: Sequence[Fields]) -> tuple[Tensor, Tensor]:
     """Images uint8 (B, 3, H, W), black in the hole, and the holes, bool (B, 1, H, W)."""
-    images = torch.stack([torch.from_numpy(np.array(one["image"])).permute(2, 0, 1) for one in asked])
-    holes = torch.stack([torch.from_numpy(np.asarray(one["mask"]) > 0)[None] for one in asked])
+    images = torch.stack([torch.from_numpy(np.array(one["image"])).permute(2, 0, 1) for one in conditions])
+    holes = torch.stack([torch.from_numpy(np.asarray(one["mask"]) > 0)[None] for one in conditions])
     return torch.where(holes, torch.zeros_like(images), images), holes

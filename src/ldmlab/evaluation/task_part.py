@@ -1,7 +1,7 @@
 """The task's own part of an evaluation: classifiers measure the samples, simple baselines are scored beside them."""
 
 import colorsys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
+from ldmlab.evaluation.evaluators import Accuracy, Baseline, Batches, Evaluator, Evidence
 from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.record import all_items
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, untracked
-from ldmlab.evaluation.task_evidence import Baseline, Batches, Evidence, Judge
+from ldmlab.evaluation.sources import Samples
 from ldmlab.inference.image_files import save_image
 
 _GREY = 128  # of a hole
@@ -30,22 +31,23 @@ _BATCH = 64  # real images, or answers of a baseline, at a time
 class TaskPart:
     """Made once the real images are seen and before the first sample."""
 
-    judges: Mapping[str, Judge]
+    evaluators: Mapping[str, Evaluator]
     baselines: Mapping[str, Baseline]
     protocol: Protocol
-    asked: Sequence[Mapping[str, Any]]
-    known: Any  # as PairedPass takes it
+    samples: Samples
+    known: Callable[[str], Any]  # split => the fields of its images, as PairedPass takes them
     data: ShardData
     seen: EvaluationPass  # knows the real images
     lpips: nn.Module | None
     out: Path
     shown: Sequence[int]  # numbers of samples that the report shows
+    batch_size: int = 64
     track: Track = untracked
     _samples: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        inputs = set(self.asked[0]) if len(self.asked) else set()
-        for kind, parts in (("judges", self.judges), ("baselines", self.baselines)):
+        inputs = set(self.conditions[0]) if len(self.conditions) else set()
+        for kind, parts in (("evaluators", self.evaluators), ("baselines", self.baselines)):
             for name, part in parts.items():
                 if missing := sorted(part.needs - inputs):
                     raise InputError(
@@ -54,49 +56,70 @@ class TaskPart:
                     )
         self._passes = {name: self.seen.for_other_samples() for name in self.baselines}
 
+    @property
+    def conditions(self) -> Sequence[Mapping[str, Any]]:
+        """Of each sample."""
+        return self.samples.requests
+
     def watch(self, stream: Iterable[Numbered]) -> Iterator[Numbered]:
         """The same samples, kept for the classifiers."""
         for index, images in stream:
-            if self.judges:
+            if self.evaluators:
                 self._samples += zip(index.tolist(), images, strict=True)
             yield index, images
 
     def run(self) -> dict[str, Any]:
-        """`judges`, `baselines` and the files of `given` images for metrics.json, on every process."""
-        if not self.judges and not self.baselines:
+        """`evaluators`, `baselines` and the files of `given` images for metrics.json, on every process."""
+        if not self.evaluators and not self.baselines:
             return {}
-        judged = self._judge() if self.judges else {}
         return {
-            "judges": judged,
+            "evaluators": self._evaluated() if self.evaluators else {},
             "baselines": {name: self._answer(name, one) for name, one in self.baselines.items()},
             "given": self._given(),
         }
 
     # ---- classifiers
 
-    def _judge(self) -> dict[str, Any]:
-        """By the first process alone: a classifier is trained in a minute or two."""
+    def _evaluated(self) -> dict[str, Any]:
+        """By the first process alone, once all have generated the further samples: training takes a minute or two."""
         samples = [image for _, image in sorted(all_items(self._samples), key=lambda item: item[0])]
-        found = {name: self._verdict(one, torch.stack(samples)) for name, one in self._mine()}
+        first = self.samples.count  # numbers of noise that the protocol's samples have not taken
+        found = {}
+        for name, evaluator in self.evaluators.items():
+            more, first = self._further(evaluator, first)
+            if distributed.rank() == 0:
+                found[name] = plain(evaluator(self._evidence(evaluator, torch.stack(samples), more)))
+                if more:
+                    scale = getattr(evaluator, "guidance_scale", None)
+                    found[name]["guidance_scale"] = self.samples.settings.guidance_scale if scale is None else scale
         return distributed.from_first(found)
 
-    def _mine(self) -> Iterable[tuple[str, Judge]]:
-        return self.judges.items() if distributed.rank() == 0 else ()
-
-    def _verdict(self, judge: Judge, samples: Tensor) -> dict[str, Any]:
-        asked = [{name: one[name] for name in sorted(judge.needs)} for one in self.asked]
-        verdict = judge(
-            Evidence(
-                real=self._real,
-                reference=self.protocol.reference,
-                asked=asked,
-                samples=samples,
-                seed=self.protocol.seed,
-                class_names=self.data.manifest("train", "images").classes or (),
-                track=self.track,
+    def _further(self, evaluator: Evaluator, first: int) -> tuple[dict[str, tuple[Sequence[Any], Tensor]], int]:
+        """Conditions and images of the samples that an evaluator asks for, and the next free number."""
+        find = getattr(evaluator, "requests", None)
+        further = find(self.known, self.protocol.reference, self.protocol.seed) if find else {}
+        settings, found = self.protocol.settings(getattr(evaluator, "guidance_scale", None)), {}
+        for name, conditions in further.items():
+            title = f"samples for {name} conditions"
+            found[name] = (
+                conditions,
+                self.samples.all(conditions, settings, title, self.batch_size, self.track, first),
             )
+            first += len(conditions)
+        return found, first
+
+    def _evidence(self, evaluator: Evaluator, samples: Tensor, more: Mapping[str, Any]) -> Evidence:
+        return Evidence(
+            real=self._real,
+            reference=self.protocol.reference,
+            conditions=[{name: one[name] for name in sorted(evaluator.needs)} for one in self.conditions],
+            samples=samples,
+            seed=self.protocol.seed,
+            class_names=self.data.manifest("train", "images").classes or (),
+            track=self.track,
+            more=more,
+            save=lambda name, number, image: save_image(self.out, name, number, image),
         )
-        return asdict(verdict) | {"of_real": verdict.of_real, "times_chance": verdict.times_chance}
 
     def _real(self, split: str, fields: tuple[str, ...]) -> Batches:
         """All images of a split as the task serves validation images."""
@@ -110,7 +133,9 @@ class TaskPart:
         """Scores of its answers to the same conditions, against the same images."""
         baseline.learn(self._real("train", ()))
         seen, protocol = self._passes[name], self.protocol
-        pairs = PairedPass(protocol, self.known, seen.extractor, self.lpips) if protocol.pairs else None
+        pairs = (
+            PairedPass(protocol, self.known(protocol.reference), seen.extractor, self.lpips) if protocol.pairs else None
+        )
         answers = self._answers(name, baseline)
         seen.add_all(pairs.watch(answers) if pairs else answers, real=False)
         scores = seen.compute() | (pairs.scores() if pairs else {})
@@ -121,11 +146,11 @@ class TaskPart:
         }
 
     def _answers(self, name: str, baseline: Baseline) -> Iterator[Numbered]:
-        mine, shown = range(distributed.rank(), len(self.asked), distributed.world_size()), set(self.shown)
+        mine, shown = range(distributed.rank(), len(self.conditions), distributed.world_size()), set(self.shown)
         starts = range(0, len(mine), _BATCH)
         for start in self.track(starts, len(starts), baseline.title):
             chunk = list(mine[start : start + _BATCH])
-            images = baseline([self.asked[number] for number in chunk])
+            images = baseline([self.conditions[number] for number in chunk])
             for number, image in zip(chunk, images, strict=True):
                 if number in shown:
                     save_image(self.out, f"baseline_{name}", number, image)
@@ -135,7 +160,7 @@ class TaskPart:
         """The model's input as images, for the samples that are shown; none for words and numbers."""
         files = []
         for number in self.shown:
-            image = request_image(self.asked[number], self.data.image_size)
+            image = request_image(self.conditions[number], self.data.image_size)
             if image is None:
                 return []
             files.append(save_image(self.out, "given", number, image) if distributed.rank() == 0 else "")
@@ -144,6 +169,16 @@ class TaskPart:
 
 def _file(kind: str, number: int) -> str:
     return f"images/{kind}_{number:05d}.png"
+
+
+def plain(found: Accuracy) -> dict[str, Any]:
+    """For metrics.json."""
+    training = None if found.training_captions is None else plain(found.training_captions)
+    return asdict(found) | {
+        "of_real": found.of_real,
+        "times_chance": found.times_chance,
+        "training_captions": training,
+    }
 
 
 def request_image(request: Mapping[str, Any], size: int) -> Tensor | None:

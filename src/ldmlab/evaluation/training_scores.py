@@ -91,13 +91,8 @@ class TrainingScores:
 def _refuse_what_only_evaluate_does(protocol: Protocol) -> None:
     for item in fields(protocol):
         usual = item.default_factory() if item.default_factory is not MISSING else item.default
-        if item.name not in _TAKEN and getattr(protocol, item.name) != usual and _applies(protocol, item.name):
+        if item.name not in _TAKEN and getattr(protocol, item.name) != usual:
             raise InputError(
                 f"callbacks.scores.protocol.{item.name}={getattr(protocol, item.name)} is for evaluate.py alone; "
                 "score with protocol@callbacks.scores.protocol=in_training while training."
             )
-
-
-def _applies(protocol: Protocol, name: str) -> bool:
-    """Settings of the category classifier do nothing without one."""
-    return name not in ("captions_per_category", "category_guidance_scale", "classifier_steps")

@@ -93,7 +93,7 @@ class FrechetDistance(Metric):
         return gaussian(*(part.sum(dim=0) for part in (self.fake_count, self.fake_sum, self.fake_outer)))
 
     def compute(self) -> dict[str, Tensor]:
-        """`fid`, exact within float64 and never below 0 but for rounding, and `fid_std` if asked for."""
+        """`fid`, exact within float64 and never below 0 but for rounding, and `fid_std` with `spread_groups`."""
         real, fake = (
             (self.real_count, self.real_sum, self.real_outer),
             (self.fake_count, self.fake_sum, self.fake_outer),

@@ -89,8 +89,17 @@ def _packaged_heads() -> Path:
 def _read(path: Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"LPIPS weights {path} do not exist; run `ldmlab fetch lpips`, or set loss.lpips_weight=0.")
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _no_weights(path) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise _no_weights(path)
     return weights
+
+
+def _no_weights(path: Path) -> InputError:
+    return InputError(f"LPIPS weights {path} are not a file of tensors; remove it and run `ldmlab fetch lpips`.")
 
 
 def _entry(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:

@@ -11,27 +11,29 @@ _CARDS = 12  # samples shown with their inputs and the answers of baselines
 
 
 def accuracy_lines(result: Mapping[str, Any]) -> list[ScoreLine]:
-    """Lines of the table of scores: each classifier on samples and on real images."""
+    """Lines of the table of scores: each evaluator on samples and on real images."""
     lines = []
-    for name, found in (result.get("judges") or {}).items():
-        chance = f"chance {share_text(found['chance'])}; " if found["chance"] is not None else ""
-        note = f"{share_text(found['of_real'])} of its value on real images; {chance}"
-        note += f"with conditions exchanged between samples {share_text(found['shuffled'])}"
-        value, real = share_text(found["samples"]), share_text(found["held_out_real"])
-        meaning = str(found["how"])
-        lines.append(
-            ScoreLine(f"judge_{name}", f"Conditioning accuracy: {found['measures']}", value, "higher", meaning, note)
-        )
-        lines.append(_limit(f"judge_{name}_real", real, found))
-    if found := result.get("categories"):
-        shared = f"chance is {share_text(found['chance'])}; guidance scale {found['guidance_scale']:g}"
-        meaning = "samples put into the category of their caption, mean over categories"
-        for name, kind, part in (("samples", "validation", found), ("seen", "training", found["training_captions"])):
-            heading = f"Conditioning accuracy, {kind} captions"
-            note = f"{'none' if part['ratio'] is None else format(part['ratio'], '.0%')} of real; {shared}"
-            lines.append(ScoreLine(name, heading, share_text(part["samples"]), "higher", meaning, note))
-        lines.append(_limit("held_out_real", share_text(found["held_out_real"]), found))
+    for name, found in (result.get("evaluators") or {}).items():
+        training = found.get("training_captions")
+        parts = [("", found)] if not training else [(", validation captions", found), (", training captions", training)]
+        for kind, part in parts:
+            title = f"Conditioning accuracy{kind}: {found['measures']}"
+            key = f"accuracy_{name}" + ("_training" if part is training else "")
+            lines.append(
+                ScoreLine(key, title, share_text(part["samples"]), "higher", str(found["how"]), _note(found, part))
+            )
+        lines.append(_limit(f"accuracy_{name}_real", share_text(found["real"]), found))
     return lines
+
+
+def _note(found: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    """How a value is to be read: beside real images, chance and exchanged conditions."""
+    notes = [f"{share_text(part['of_real'])} of its value on real images"]
+    notes += [f"chance {share_text(found['chance'])}"] if found["chance"] is not None else []
+    if part.get("shuffled") is not None:
+        notes.append(f"with conditions exchanged between samples {share_text(part['shuffled'])}")
+    notes += [f"guidance scale {found['guidance_scale']:g}"] if found.get("guidance_scale") is not None else []
+    return "; ".join(notes)
 
 
 def _limit(name: str, value: str, found: Mapping[str, Any]) -> ScoreLine:
@@ -49,11 +51,9 @@ def learned_note(found: Mapping[str, Any]) -> str:
 def conditioning(result: Mapping[str, Any], folder: Path) -> list[Section]:
     """The model among the baselines, each classifier's classes, and images by category."""
     sections = [Section("Beside baselines without a model", [_baselines(result)])] if result.get("baselines") else []
-    for found in (result.get("judges") or {}).values():
+    for found in (result.get("evaluators") or {}).values():
         heading = found["measures"][:1].upper() + found["measures"][1:]
-        sections.append(Section(f"Conditioning accuracy: {heading}", [_classes(found)]))
-    if found := result.get("categories"):
-        sections.append(Section("Conditioning accuracy", _categories(found, folder)))
+        sections.append(Section(f"Conditioning accuracy: {heading}", [_classes(found), *_examples(found, folder)]))
     return sections
 
 
@@ -73,48 +73,46 @@ def _value(score: Mapping[str, Any] | None) -> str:
 
 
 def _classes(found: Mapping[str, Any]) -> Table:
+    training = found.get("training_captions")
+    others = training["classes"] if training else [{}] * len(found["classes"])
     rows = [
-        Row("theirs", str(one["name"]), (_of(one, "real"), _of(one, "samples")))
-        for one in found["classes"]
+        Row("theirs", str(one["name"]), (_of(one, "real"), _of(one, "samples"), *_of_training(other)))
+        for one, other in zip(found["classes"], others, strict=True)
         if one["real_count"] or one["samples_count"]
     ]
-    total = Row("ours", "mean over classes", (share_text(found["held_out_real"]), share_text(found["samples"])))
-    chance = [f"Guessing reaches {share_text(found['chance'])}."] if found["chance"] is not None else []
-    exchanged = f"The same samples with conditions exchanged between them: {share_text(found['shuffled'])}."
-    return Table("", ("held-out real images", "samples"), (*rows, total), (found["how"], exchanged, *chance), "class")
+    means = [share_text(found["real"]), share_text(found["samples"])]
+    columns = ["held-out real images", "samples, validation captions" if training else "samples"]
+    if training:
+        means.append(share_text(training["samples"]))
+        columns.append("samples, training captions")
+    notes = [found["how"]]
+    if found.get("shuffled") is not None:
+        exchanged = share_text(found["shuffled"])
+        notes.append(f"The same samples with conditions exchanged between them: {exchanged}.")
+    notes += [f"Guessing reaches {share_text(found['chance'])}."] if found["chance"] is not None else []
+    total = Row("ours", "mean over classes", tuple(means))
+    return Table("", tuple(columns), (*rows, total), tuple(notes), "class")
+
+
+def _of_training(one: Mapping[str, Any]) -> list[str]:
+    return [_of(one, "samples")] if one else []
 
 
 def _of(one: Mapping[str, Any], kind: str) -> str:
     return DASH if one[kind] is None else f"{share_text(one[kind])} of {one[f'{kind}_count']:,}"
 
 
-def _categories(found: Mapping[str, Any], folder: Path) -> list[Block]:
-    """A table by category, then each category's samples."""
-    seen = found["training_captions"]
-    rows = [
-        Row("theirs", str(row["category"]), (_count(row, "real"), _count(row, "samples"), _count(other, "samples")))
-        for row, other in zip(found["by_category"], seen["by_category"], strict=True)
-    ]
-    means = tuple(share_text(value) for value in (found["held_out_real"], found["samples"], seen["samples"]))
-    note = (
-        f"A classifier trained on real training images alone; means are over categories; chance is "
-        f"{share_text(found['chance'])}."
-    )
-    columns = ("held-out real images", "samples, validation captions", "samples, training captions")
-    table = Table("", columns, (*rows, Row("ours", "mean over categories", means)), (note,), "category")
-    blocks: list[Block] = [table, Text("Green frame: classified as the category of its caption.")]
-    for part, kind in ((found, "Validation"), (seen, "Training")):
-        images = sorted(part["images"], key=lambda one: str(one["category"]))
+def _examples(found: Mapping[str, Any], folder: Path) -> list[Block]:
+    """Each class's samples that were generated for the evaluator; nothing where it took the protocol's."""
+    training = found.get("training_captions") or {}
+    blocks: list[Block] = []
+    for part, kind in ((found, "Validation"), (training, "Training")):
         cards = tuple(
-            Card(((one["file"], one["caption"]),), str(one["category"]), "right" if one["right"] else "wrong")
-            for one in images
+            Card(((one["file"], one["caption"]),), str(one["class"]), "right" if one["right"] else "wrong")
+            for one in sorted(part.get("images") or (), key=lambda one: str(one["class"]))
         )
-        blocks.append(Gallery(folder, cards, "small", f"{kind} captions"))
-    return blocks
-
-
-def _count(row: Mapping[str, Any], kind: str) -> str:
-    return f"{row[f'{kind}_right']} of {row[kind]}"
+        blocks += [Gallery(folder, cards, "small", f"{kind} captions")] if cards else []
+    return [Text("Green frame: classified as the class of its caption."), *blocks] if blocks else []
 
 
 def inputs_and_samples(result: Mapping[str, Any], folder: Path) -> list[Block]:

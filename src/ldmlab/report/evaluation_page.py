@@ -27,7 +27,7 @@ def evaluation_page(result: Mapping[str, Any]) -> Page:
         ("images", lambda result, folder: [Section("Generated and real", _samples(result, folder))]),
         ("scores", lambda result, folder: [_scores(result)]),
         ("given", lambda result, folder: [Section("Inputs and samples", inputs_and_samples(result, folder))]),
-        ("judges", conditioning),
+        ("evaluators", conditioning),
         ("curves over scales", lambda result, folder: over_scales(result)),
         ("neighbours", lambda result, folder: [Section("Memorisation", _memorisation(result, folder))]),
         ("extras", lambda result, folder: [Section("More images", _extras(result, folder))]),

@@ -1,11 +1,11 @@
-"""The judge tells simple things apart, weighs categories equally, and is the same at every run."""
+"""The classifier separates simple things, weighs classes equally, and is the same at every run."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.category_classifier import Agreement, train_classifier
+from ldmlab.evaluation.classifier import Agreement, train_classifier
 
 NAMES = ["dark", "light", "striped"]
 
@@ -23,11 +23,11 @@ def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_it_learns_and_repeats_itself() -> None:
     train, test = toy_images(90, 0), toy_images(60, 1)
     before = torch.random.get_rng_state()
-    judge = train_classifier(*train, NAMES, steps=25, batch_size=24)
+    classifier = train_classifier(*train, NAMES, steps=25, batch_size=24)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert judge.agreement(*test).balanced > 0.8
+    assert classifier.agreement(*test).balanced > 0.8
     again = train_classifier(*train, NAMES, steps=25, batch_size=24)
-    assert torch.equal(judge.predict(test[0]), again.predict(test[0]))
+    assert torch.equal(classifier.predict(test[0]), again.predict(test[0]))
 
 
 def test_balanced_means_every_category_counts_the_same() -> None:
@@ -36,5 +36,5 @@ def test_balanced_means_every_category_counts_the_same() -> None:
 
 def test_a_category_without_images_is_named() -> None:
     images, labels = toy_images(90, 0)
-    with pytest.raises(InputError, match="no training image is of category round"):
+    with pytest.raises(InputError, match="no training image is of class round"):
         train_classifier(images, labels, [*NAMES, "round"], steps=1)

@@ -1,10 +1,11 @@
-"""A small judge of categories, trained on real images only, and how often it puts images where they belong.
+"""A small image classifier trained on real images only, and its accuracy on real images and on samples.
 
-The judge never meets the diffusion model: held-out real images tell how good it is; samples are measured by that.
-All rates are balanced: the mean over categories of the share put into the right one.
+The classifier never sees the diffusion model: its accuracy on validation images is the limit that samples are measured
+by. All accuracies are balanced: the mean over classes of the fraction classified correctly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,34 +13,75 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.judge_training import Learned, Show, descend, own_random_numbers
 
-_SIDE = 32  # px the judge looks at
+_SIDE = 32  # px that the classifier sees
+Show = Callable[[range], Iterable[object]]  # the updates => the same, shown while they are made
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Size of a classifier's training."""
+
+    examples: int  # real training images, or crops of them
+    updates: int
+    batch_size: int  # examples an update
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Random numbers of this seed inside; the generator outside is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators too
+        yield
+
+
+def descend(
+    model: nn.Module,
+    loss: Callable[[], Tensor],  # of a new batch
+    steps: int,
+    *,
+    learning_rate: float,  # the highest of the cycle
+    weight_decay: float,
+    show: Show,
+) -> None:
+    """Train the model in place."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    for _ in show(range(steps)):
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
+        schedule.step()
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often images asked for as a category are put into it."""
+    """Images classified as the class of their condition, by class."""
 
-    categories: tuple[str, ...]
-    right: tuple[int, ...]  # images per category put into the right one
-    asked: tuple[int, ...]  # images per category
+    classes: tuple[str, ...]
+    right: tuple[int, ...]  # of each class, classified correctly
+    total: tuple[int, ...]  # of each class
 
     @property
     def balanced(self) -> float:
-        """Mean over the categories that have images of the share that is right."""
-        shares = [right / asked for right, asked in zip(self.right, self.asked, strict=True) if asked]
+        """Mean over the classes that have images of the fraction classified correctly."""
+        shares = [share for share in self.shares if share is not None]
         return sum(shares) / max(len(shares), 1)
 
+    @property
+    def shares(self) -> list[float | None]:
+        """Fraction classified correctly, by class; None for a class without images."""
+        return [right / total if total else None for right, total in zip(self.right, self.total, strict=True)]
 
-class CategoryClassifier(nn.Module):
-    """A convolutional network on 32 x 32 images: uint8 (B, 3, H, W) => logits (B, categories)."""
 
-    learned = Learned(0, 0, 0)  # nothing yet
+class ImageClassifier(nn.Module):
+    """A convolutional network on 32 x 32 images: uint8 (B, 3, H, W) => logits (B, classes)."""
 
-    def __init__(self, categories: Sequence[str], width: int = 32) -> None:
+    learned = Learned(0, 0, 0)  # not trained yet
+
+    def __init__(self, classes: Sequence[str], width: int = 32) -> None:
         super().__init__()
-        self.categories = tuple(categories)
+        self.classes = tuple(classes)
         self.network = nn.Sequential(
             nn.Conv2d(3, width, 4, stride=2, padding=1, bias=False),  # 16 x 16
             nn.BatchNorm2d(width),
@@ -52,7 +94,7 @@ class CategoryClassifier(nn.Module):
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(4 * width, len(self.categories)),
+            nn.Linear(4 * width, len(self.classes)),
         ).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,17 +103,16 @@ class CategoryClassifier(nn.Module):
 
     @torch.inference_mode()
     def predict(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """Category numbers (N,)."""
+        """Class numbers (N,)."""
         self.eval()
         return torch.cat([self(part).argmax(dim=1) for part in images.split(batch_size)])
 
     def agreement(self, images: Tensor, labels: Tensor) -> Agreement:
-        """Images uint8 (N, 3, H, W) against the categories (N,) they were asked or taken for."""
-        count = len(self.categories)
+        """Images uint8 (N, 3, H, W) against their class numbers (N,)."""
+        count = len(self.classes)
         right = torch.bincount(labels[self.predict(images) == labels], minlength=count)
-        return Agreement(
-            self.categories, tuple(right.tolist()), tuple(torch.bincount(labels, minlength=count).tolist())
-        )
+        total = torch.bincount(labels, minlength=count)
+        return Agreement(self.classes, tuple(right.tolist()), tuple(total.tolist()))
 
 
 def _block(inside: int, outside: int) -> list[nn.Module]:
@@ -86,21 +127,21 @@ def prepared(images: Tensor) -> Tensor:
 
 def train_classifier(
     images: Tensor,  # uint8 (N, 3, H, W), real
-    labels: Tensor,  # (N,) category numbers
-    categories: Sequence[str],
+    labels: Tensor,  # (N,) class numbers
+    classes: Sequence[str],
     *,
     steps: int = 700,
     batch_size: int = 64,
     seed: int = 0,
     show: Show = lambda updates: updates,
-) -> CategoryClassifier:
-    """Train on batches drawn with equal weight per category, moved, mirrored and recoloured a little."""
-    counts = torch.bincount(labels, minlength=len(categories))
+) -> ImageClassifier:
+    """Train on batches sampled with equal weight per class, moved, mirrored and recoloured a little."""
+    counts = torch.bincount(labels, minlength=len(classes))
     if (counts == 0).any():
-        missing = [name for name, count in zip(categories, counts.tolist(), strict=True) if not count]
-        raise InputError(f"protocol.category_field: no training image is of category {', '.join(missing)}.")
+        missing = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+        raise InputError(f"no training image is of class {', '.join(missing)}; pack the data with another split.")
     with own_random_numbers(seed):
-        model = CategoryClassifier(categories).train()
+        model = ImageClassifier(classes).train()
         pixels = prepared(images).contiguous(memory_format=torch.channels_last)
         weights = (1 / counts.double())[labels]
 

@@ -1,4 +1,4 @@
-"""The judge of label maps and the judge of classes, on images whose content is known."""
+"""The accuracy of label maps and of classes, on images whose content is known."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.class_score import ClassJudge
-from ldmlab.evaluation.judge_training import Learned
-from ldmlab.evaluation.segmenter import seen_labels
-from ldmlab.evaluation.semantic_score import SemanticJudge, mean_iou, overlaps
-from ldmlab.evaluation.task_evidence import Evidence
+from ldmlab.evaluation.classifier import Learned
+from ldmlab.evaluation.evaluators import ClassAccuracy, Evidence
+from ldmlab.evaluation.segmentation_accuracy import SegmentationAccuracy, mean_iou, overlaps, resized_labels
 
 COLOURS = torch.tensor([[235, 235, 235], [210, 40, 40], [40, 170, 60], [50, 70, 210]], dtype=torch.uint8)
-JUDGE = SemanticJudge(steps=40, batch_size=8)
+EVALUATOR = SegmentationAccuracy(steps=40, batch_size=8)
 
 
 def scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -44,23 +42,23 @@ def evidence(samples: Tensor, asked: list[dict[str, Any]]) -> Evidence:
 
 def test_real_images_as_samples_reach_the_real_score_and_shuffled_maps_do_not() -> None:
     images, maps = scenes(20, 1)
-    verdict = JUDGE(evidence(images, [{"segmentation": one.numpy()} for one in maps]))
-    assert verdict.samples == verdict.held_out_real
-    assert verdict.held_out_real > 0.7
-    assert verdict.shuffled < 0.3
-    assert verdict.chance is None
-    assert verdict.of_real == 1.0
-    assert [one.name for one in verdict.classes] == ["label 1", "label 2", "label 3"]
-    assert verdict.learned == Learned(examples=60, updates=40, batch_size=8)
+    result = EVALUATOR(evidence(images, [{"segmentation": one.numpy()} for one in maps]))
+    assert result.samples == result.real
+    assert result.real > 0.7
+    assert result.shuffled < 0.3
+    assert result.chance is None
+    assert result.of_real == 1.0
+    assert [one.name for one in result.classes] == ["label 1", "label 2", "label 3"]
+    assert result.learned == Learned(examples=60, updates=40, batch_size=8)
 
 
 def test_intersection_over_union_by_hand() -> None:
     asked = torch.tensor([[[0, 1], [1, 2]], [[0, 0], [0, 2]]])
     found = torch.tensor([[[0, 1], [2, 2]], [[3, 0], [0, 0]]])
     table = overlaps(found, asked, 4)
-    assert [(one.both, one.asked, one.found) for one in table] == [(3, 4, 4), (1, 2, 1), (1, 2, 2), (0, 0, 1)]
+    assert [(one.both, one.given, one.found) for one in table] == [(3, 4, 4), (1, 2, 1), (1, 2, 2), (0, 0, 1)]
     assert mean_iou(table) == pytest.approx((1 / 2 + 1 / 3) / 2)  # nobody asked for class 3
-    with pytest.raises(InputError, match="label 2 is asked for but in no training image"):
+    with pytest.raises(InputError, match="label 2 is in a given map but in no training image"):
         overlaps(found, asked, 2)
     with pytest.raises(InputError, match="anything but background"):
         mean_iou(overlaps(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 3))
@@ -68,21 +66,21 @@ def test_intersection_over_union_by_hand() -> None:
 
 def test_maps_of_another_size_are_read_at_pixel_centres() -> None:
     small = torch.tensor([[[1, 2], [3, 4]]])
-    shown = seen_labels(small)
+    shown = resized_labels(small)
     assert shown.shape == (1, 64, 64)
     assert shown[0, ::32, ::32].tolist() == small[0].tolist()
     assert shown[0, 31::32, 31::32].tolist() == small[0].tolist()
 
 
-def test_the_judge_of_classes() -> None:
+def test_the_accuracy_of_classes() -> None:
     kinds = torch.arange(18) % 3 + 1
     images = COLOURS[kinds][:, :, None, None].expand(-1, -1, 64, 64).contiguous()
     asked = [{"class_id": int(kind)} for kind in kinds]
-    judge = ClassJudge(steps=30, batch_size=16)
-    verdict = judge(evidence(images, asked))
-    assert (verdict.samples, verdict.held_out_real, verdict.shuffled) == (1.0, 1.0, 0.0)
-    assert verdict.chance == pytest.approx(1 / 3)
-    assert [one.name for one in verdict.classes] == ["red", "green", "blue"]
-    assert verdict.learned == Learned(examples=60, updates=30, batch_size=16)
-    wrong = judge(evidence(images, [{"class_id": int(kind) % 3 + 1} for kind in kinds]))
+    classifier = ClassAccuracy(steps=30, batch_size=16)
+    result = classifier(evidence(images, asked))
+    assert (result.samples, result.real, result.shuffled) == (1.0, 1.0, 0.0)
+    assert result.chance == pytest.approx(1 / 3)
+    assert [one.name for one in result.classes] == ["red", "green", "blue"]
+    assert result.learned == Learned(examples=60, updates=30, batch_size=16)
+    wrong = classifier(evidence(images, [{"class_id": int(kind) % 3 + 1} for kind in kinds]))
     assert wrong.samples == 0.0

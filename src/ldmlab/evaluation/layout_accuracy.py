@@ -1,4 +1,4 @@
-"""Does the asked object stand in the asked box? A classifier of crops, trained on real scenes, looks into each box."""
+"""Layout accuracy: a classifier of crops, trained on real scenes, classifies the content of each box."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,39 +9,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.class_score import Labelled, class_verdicts, learned_classifier
-from ldmlab.evaluation.task_evidence import Batches, Evidence, Fields, Verdict
+from ldmlab.evaluation.evaluators import Accuracy, Batches, Evidence, Fields, Labelled, accuracy_of, trained
 
 _SIDE = 32  # px of a crop
 
 
 @dataclass(frozen=True)
-class LayoutJudge:
-    """Balanced over classes: the mean of each class's share of boxes that show it."""
+class LayoutAccuracy:
+    """Fraction of boxes that show their class, balanced over classes."""
 
     steps: int = 600  # updates of the classifier
     batch_size: int = 64
     crops: int = 20_000  # boxes it learns from at most
     margin: float = 0.1  # of a box's sides, seen around it
-    smallest: float = 5.0  # px; a box with a shorter side is not judged
+    smallest: float = 5.0  # px; a box with a shorter side is left out
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
-    def __call__(self, evidence: Evidence) -> Verdict:
-        """Learn from the training split, then look at held-out images and at samples."""
+    def __call__(self, evidence: Evidence) -> Accuracy:
+        """Train on the training split, then classify the boxes of validation images and of samples."""
         examples = self.collected(evidence.real("train", ()), self.crops)
-        judge = learned_classifier(evidence, examples, self.steps, self.batch_size, "the judge of boxes learns")
+        classifier = trained(evidence, examples, self.steps, self.batch_size, "boxes")
         real = self.collected(evidence.real(evidence.reference, ()))
-        samples = self._of_samples(evidence, evidence.asked)
+        samples = self._of_samples(evidence, evidence.conditions)
         exchanged = self._of_samples(evidence, evidence.others())
-        return class_verdicts(
-            judge,
+        return accuracy_of(
+            classifier,
             real,
             samples,
             exchanged,
-            measures="asked class found in the asked box",
+            measures="boxes classified as the class of their condition",
             how=(
-                f"A classifier of crops of {len(judge.categories)} classes that has seen only real training images "
-                "looks into every box that was asked for; shares are balanced over classes."
+                f"A classifier of crops of {len(classifier.classes)} classes, trained on real training images alone, "
+                "classifies the content of every box; fractions are balanced over classes."
             ),
             names=evidence.class_names,
         )
@@ -56,11 +55,11 @@ class LayoutJudge:
             if most is not None and len(labels) >= most:
                 break
         if not found:
-            raise InputError(f"no box has sides of {self.smallest:g} px, so there is nothing to judge layouts by.")
+            raise InputError(f"no box has sides of {self.smallest:g} px, so there is nothing to measure layouts by.")
         return torch.stack(found[:most]), labels[:most]
 
-    def _of_samples(self, evidence: Evidence, asked: Sequence[Fields]) -> Labelled:
-        batch = {"image": evidence.samples, "boxes": [one["boxes"] for one in asked]}
+    def _of_samples(self, evidence: Evidence, conditions: Sequence[Fields]) -> Labelled:
+        batch = {"image": evidence.samples, "boxes": [one["boxes"] for one in conditions]}
         return self.collected([batch])
 
     def _cut(self, image: Tensor, boxes: Sequence[dict[str, Any]], found: list[Tensor], labels: list[str]) -> None:

@@ -1,0 +1,118 @@
+"""The scores of an evaluation broken down: by class, and over the guidance scale.
+
+By class: kernel distance (unbiased, so a few images suffice), precision and recall of a class's samples beside its own
+real images; no Frechet distance, which needs thousands. Over the guidance scale: the same conditions and noise, sampled
+once for each scale.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmlab.data.dataset import BatchSpec, ShardDataset
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.evaluation.scoring import EvaluationPass, Track
+from ldmlab.evaluation.sources import Samples
+from ldmlab.metrics.kernel import squared_mmd
+from ldmlab.metrics.knn_balls import shares_inside, squared_radii
+
+_NEIGHBOURS = 3  # of precision and recall, as over all classes
+_MOST = 4000  # images of one class that its kernel distance looks at, so that memory is bounded
+
+
+def by_class(
+    seen: EvaluationPass,
+    generated: Mapping[int, str],  # class by the sample's number
+    real: Mapping[int, str],  # by the real image's
+) -> list[dict[str, Any]]:
+    """A row a class, the worst first, those without a distance last; `seen` has kept the features."""
+    features = {side: _grouped(*seen.kept(real=side), real if side else generated) for side in (True, False)}
+    rows = [
+        {"class": name, **_scores(features[True].get(name), samples)}
+        for name, samples in sorted(features[False].items())
+    ]
+    return sorted(rows, key=lambda row: torch.inf if row["kid"] is None else -row["kid"])
+
+
+def _grouped(features: Tensor, numbers: Tensor, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """Rows (n, D) by class."""
+    places: dict[str, list[int]] = {}
+    for place, number in enumerate(numbers.tolist()):
+        if number in names:
+            places.setdefault(names[number], []).append(place)
+    return {name: features[chosen] for name, chosen in places.items()}
+
+
+def _scores(real: Tensor | None, samples: Tensor) -> dict[str, Any]:
+    """None for a score that so few images do not allow."""
+    row: dict[str, Any] = {"samples": len(samples), "real": 0 if real is None else len(real)}
+    row |= {"kid": None, "precision": None, "recall": None}
+    if real is None:
+        return row
+    if min(len(real), len(samples)) > 1:
+        row["kid"] = float(squared_mmd(samples[:_MOST], real[:_MOST]))
+    if min(len(real), len(samples)) > _NEIGHBOURS:
+        centre = real.mean(dim=0)
+        real, samples = real - centre, samples - centre
+        balls = [squared_radii(part, _NEIGHBOURS) for part in (samples, real)]
+        precision, recall = shares_inside(samples, balls[0], real, balls[1])
+        row |= {"precision": float(precision), "recall": float(recall)}
+    return row
+
+
+def sample_classes(
+    field: str, conditions: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]
+) -> dict[int, str]:
+    """Class of each sample by its number: of its conditions, or of the image that they come from."""
+    found = {}
+    for number, request in enumerate(conditions):
+        entry = request if field in request else known[number % len(known)] if len(known) else {}
+        why = "samples with protocol.conditions=none belong to no class; leave protocol.class_field null."
+        found[number] = class_of(entry, field, why)
+    return found
+
+
+def labels(data: ShardData, split: str, field: str, limit: int | None) -> dict[int, str]:
+    """The field's value by the image's number, of those that can be read."""
+    dataset = ShardDataset(data.folder(split, "images"), BatchSpec(data.image_size, images=False, fields=(field,)))
+    found = {}
+    for number in range(min(len(dataset), limit or len(dataset))):
+        sample = dataset[number]
+        if "key" in sample:
+            why = f"image {sample['key']} of {split} has no such field; choose one that every KEY.json holds"
+            found[number] = class_of(sample, field, f"{why}, or null.")
+    return found
+
+
+def class_of(entry: Mapping[str, Any], field: str, why: str) -> str:
+    """A sample's or an image's class as text; `why` one may have none, and the way out."""
+    if field not in entry:
+        raise InputError(f"protocol.class_field={field}: {why}")
+    return str(entry[field])
+
+
+class GuidanceCurve:
+    """Made once the real images are seen and before the first sample."""
+
+    def __init__(self, scales: Sequence[float], seen: EvaluationPass, samples: Samples) -> None:
+        self.scales, self.samples = sorted(set(map(float, scales))), samples
+        self._fresh = seen.for_other_samples() if self.scales else seen
+
+    def run(self, own: Mapping[str, Any], batch_size: int, track: Track) -> list[dict[str, Any]]:
+        """A point for each scale, in rising order; the evaluation's own scale takes its scores."""
+        usual = self.samples.settings.guidance_scale
+        return [
+            {"guidance_scale": scale, "scores": dict(own) if scale == usual else self._at(scale, batch_size, track)}
+            for scale in self.scales
+        ]
+
+    def _at(self, scale: float, batch_size: int, track: Track) -> dict[str, Any]:
+        seen = self._fresh.for_other_samples()
+        settings = replace(self.samples.settings, guidance_scale=scale)
+        title = f"samples at guidance scale {scale:g}"
+        seen.add_all(self.samples.share(self.samples.requests, settings, title, batch_size, track), real=False)
+        return {name: asdict(score) for name, score in seen.compute().items()}

@@ -1,0 +1,298 @@
+"""Evaluators: how well samples show their conditions, by networks trained on real images.
+
+An evaluator learns from real training images alone, is measured on validation images, and then sees the samples. The
+same samples with the conditions of others tell what chance is worth. `ClassAccuracy` is the evaluator of classes.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmlab.errors import InputError
+from ldmlab.evaluation.classifier import ImageClassifier, Learned, Show, train_classifier
+
+Fields = Mapping[str, Any]
+Batches = Iterable[Fields]
+Labelled = tuple[Tensor, list[str]]  # uint8 (N, 3, H, W), class of each
+Known = Callable[[str], Sequence[Fields]]  # split => fields of its images
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Images are uint8 (3, H, W) each, with what lies on them; conditions are fields of the model's inputs."""
+
+    real: Callable[[str, tuple[str, ...]], Batches]  # split, more fields of KEY.json => its images, at sample size
+    reference: str  # split that samples are compared with: train | val
+    conditions: Sequence[Fields]  # of each sample, the fields that the evaluator needs
+    samples: Tensor  # uint8 (N, 3, H, W)
+    seed: int = 0
+    class_names: Sequence[str] = ()  # by class_id, where the data have them
+    track: Callable[[range, int, str], Iterable[int]] = lambda steps, count, title: steps
+    more: Mapping[str, tuple[Sequence[Fields], Tensor]] = field(default_factory=dict)  # further samples, see Evaluator
+    save: Callable[[str, int, Tensor], str] = lambda name, number, image: ""  # name, number, image => its file
+
+    def others(self) -> list[Fields]:
+        """For each sample the conditions of another one, at random among those that differ."""
+        return others(self.conditions, self.seed)
+
+    def shown(self, title: str) -> Show:
+        """The updates of a training, to be shown under a title."""
+        return lambda updates: self.track(updates, len(updates), title)
+
+
+def others(conditions: Sequence[Fields], seed: int) -> list[Fields]:
+    """Conditions exchanged between samples: each gets some that differ from its own, where there are any."""
+    order = list(range(len(conditions)))
+    random.Random(seed).shuffle(order)
+    partner = dict(zip(order, order[1:] + order[:1], strict=True))
+
+    def other(place: int) -> Fields:
+        found = partner[place]
+        while found != place and _same(conditions[place], conditions[found]):
+            found = partner[found]
+        return conditions[found]
+
+    return [other(place) for place in range(len(order))]
+
+
+def _same(one: Fields, other: Fields) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class: the score on real images and on samples, None where there is no image; from how many each."""
+
+    name: str
+    real: float | None
+    real_count: int
+    samples: float | None
+    samples_count: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Result of an evaluator; all values are fractions in 0 .. 1, higher is better."""
+
+    measures: str  # in a few words
+    how: str  # in a sentence or two, for the report
+    samples: float
+    real: float  # of validation images: the evaluator's own limit
+    shuffled: float  # the same samples with conditions exchanged between them
+    chance: float | None  # of guessing; None: `shuffled` is the only measure of it
+    classes: Sequence[ClassResult] = field(default_factory=list)
+    learned: Learned | None = None  # None: an evaluator that is not trained
+    images: Sequence[Mapping[str, Any]] = ()  # of further samples: file, class, caption, whether it is right
+    training_captions: "Accuracy | None" = None  # the same for conditions of training images
+
+    @property
+    def of_real(self) -> float | None:
+        """Samples over real images."""
+        return self.samples / self.real if self.real else None
+
+    @property
+    def times_chance(self) -> float | None:
+        """Samples over guessing, or over exchanged conditions where that is not known."""
+        base = self.shuffled if self.chance is None else self.chance
+        return self.samples / base if base else None
+
+
+class Evaluator(Protocol):
+    """Sees real images and samples once. `requests` and `reads` may be left out."""
+
+    needs: ClassVar[frozenset[str]]  # fields of a sample's conditions that it compares with
+    # reads: frozenset[str]            fields of KEY.json of the reference images beyond the model's inputs
+    # requests(known, seed) => {name: conditions of further samples}, which `Evidence.more` then holds
+    # guidance_scale: float | None     of those samples; None: the protocol's
+
+    def __call__(self, evidence: Evidence) -> Accuracy: ...
+
+
+class Baseline(Protocol):
+    """An answer to the same conditions without a model."""
+
+    needs: ClassVar[frozenset[str]]  # fields of the conditions that it starts from
+    title: ClassVar[str]
+
+    def learn(self, real: Batches) -> None:
+        """Training images, for those that copy from them."""
+
+    def __call__(self, conditions: Sequence[Fields]) -> Tensor:
+        """uint8 (B, 3, H, W)."""
+        ...
+
+
+# ---- classes
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """Fraction of samples that a classifier takes for the class of their condition, balanced over classes.
+
+    captions: 0 measures the protocol's own samples. Above, so many conditions of each class are sampled anew, of
+    validation images, whose words training may never have seen, and of training images.
+    """
+
+    field: str = "class_id"  # of KEY.json: the class
+    captions: int = 0  # of each class
+    guidance_scale: float | None = None  # of the further samples; None: the protocol's
+    steps: int = 700  # updates of the classifier
+    batch_size: int = 64
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The class, unless further samples bring it."""
+        return frozenset() if self.captions else frozenset({self.field})
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The class of the reference images."""
+        return frozenset({self.field}) if self.captions else frozenset()
+
+    def requests(self, known: Known, reference: str, seed: int) -> dict[str, Sequence[Fields]]:
+        """Conditions of further samples, of validation and of training images."""
+        if not self.captions:
+            return {}
+        splits = {"validation": reference, "training": "train"}
+        return {
+            name: conditions_by_class(known(split), self.field, self.captions, seed) for name, split in splits.items()
+        }
+
+    def __call__(self, evidence: Evidence) -> Accuracy:
+        """Train on the training split, then classify validation images and samples."""
+        classifier = trained(evidence, self._labelled(evidence, "train"), self.steps, self.batch_size, "classes")
+        real = self._labelled(evidence, evidence.reference)
+        if not self.captions:
+            return self._accuracy(classifier, evidence, real, evidence.conditions, evidence.samples)
+        of_training = self._accuracy(classifier, evidence, real, *evidence.more["training"], "seen")
+        return self._accuracy(classifier, evidence, real, *evidence.more["validation"], "category", of_training)
+
+    def _accuracy(
+        self,
+        classifier: ImageClassifier,
+        evidence: Evidence,
+        real: Labelled,
+        conditions: Sequence[Fields],
+        samples: Tensor,
+        name: str = "",  # before the numbers of saved images; "": none are saved
+        training_captions: Accuracy | None = None,
+    ) -> Accuracy:
+        classes = [{self.field: str(one[self.field])} for one in conditions]
+        labels = [one[self.field] for one in classes]
+        right = classifier.predict(samples) == class_numbers(labels, classifier.classes)
+        images = [
+            {
+                "file": evidence.save(name, number, image),
+                "class": class_name(label, evidence.class_names),
+                "caption": str(one.get("caption", "")),
+                "right": bool(right[number]),
+            }
+            for number, (one, label, image) in enumerate(zip(conditions, labels, samples, strict=True))
+            if name
+        ]
+        return accuracy_of(
+            classifier,
+            real,
+            (samples, labels),
+            (samples, [one[self.field] for one in others(classes, evidence.seed)]),
+            measures="samples classified as the class of their condition",
+            how=(
+                f"A classifier of {len(classifier.classes)} classes, trained on real training images alone, classifies "
+                "every sample; fractions are balanced over classes."
+            ),
+            names=evidence.class_names,
+            images=images,
+            training_captions=training_captions,
+        )
+
+    def _labelled(self, evidence: Evidence, split: str) -> Labelled:
+        images, labels = [], []
+        for batch in evidence.real(split, (self.field,)):
+            if len(batch["key"]):
+                values = batch[self.field]
+                images.append(batch["image"])
+                labels += [str(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+        if not images:
+            raise InputError(f"no image of {split} could be read to learn {self.field} from.")
+        return torch.cat(images), labels
+
+
+def conditions_by_class(known: Sequence[Fields], field: str, count: int, seed: int) -> list[Fields]:
+    """`count` conditions of each class with different captions, in the order of the classes' names."""
+    by_class: dict[str, dict[str, Fields]] = defaultdict(dict)
+    for fields in known:
+        by_class[str(fields[field])].setdefault(str(fields.get("caption")), fields)
+    chosen: list[Fields] = []
+    for name in sorted(by_class):
+        different = list(by_class[name].values())
+        random.Random(f"{seed}/{name}").shuffle(different)
+        chosen += different[:count]
+    return chosen
+
+
+def trained(evidence: Evidence, examples: Labelled, steps: int, batch_size: int, what: str) -> ImageClassifier:
+    """A classifier of the classes that the examples have."""
+    images, labels = examples
+    classes = sorted(set(labels), key=_order)
+    show = evidence.shown(f"training the classifier of {what}")
+    numbers = class_numbers(labels, classes)
+    return train_classifier(images, numbers, classes, steps=steps, batch_size=batch_size, seed=evidence.seed, show=show)
+
+
+def _order(label: str) -> tuple[int, str]:
+    """Class numbers by value, names by letter."""
+    return (int(label), "") if label.isdigit() else (0, label)
+
+
+def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """Places of labels among the classes, (N,)."""
+    place = {name: number for number, name in enumerate(classes)}
+    if unknown := sorted({label for label in labels if label not in place}):
+        raise InputError(f"class {unknown[0]} is in no training image; pack the data with another split.")
+    return torch.tensor([place[label] for label in labels], dtype=torch.int64)
+
+
+def accuracy_of(
+    classifier: ImageClassifier,
+    real: Labelled,
+    samples: Labelled,
+    exchanged: Labelled,
+    *,
+    measures: str,
+    how: str,
+    names: Sequence[str] = (),  # by class number, where the data have them
+    images: Sequence[Mapping[str, Any]] = (),
+    training_captions: Accuracy | None = None,
+) -> Accuracy:
+    """Accuracy on validation images, on samples, and on samples with exchanged conditions."""
+    of_real, of_samples, shuffled = (
+        classifier.agreement(part, class_numbers(labels, classifier.classes))
+        for part, labels in (real, samples, exchanged)
+    )
+    columns = (of_real.shares, of_real.total, of_samples.shares, of_samples.total)
+    rows = zip(classifier.classes, *columns, strict=True)
+    return Accuracy(
+        measures=measures,
+        how=how,
+        samples=of_samples.balanced,
+        real=of_real.balanced,
+        shuffled=shuffled.balanced,
+        chance=1 / len(classifier.classes),
+        classes=[ClassResult(*row) for row in rows],
+        learned=classifier.learned,
+        images=images,
+        training_captions=training_captions,
+    )
+
+
+def class_name(label: str, names: Sequence[str]) -> str:
+    """A class by its name, where it is a number and the data have names."""
+    if not label.isdigit():
+        return label
+    return names[int(label)] if int(label) < len(names) else f"class {label}"
