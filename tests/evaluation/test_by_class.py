@@ -56,5 +56,5 @@ def test_classes_are_those_asked_for_or_those_of_the_images_that_conditions_came
         1: "b",
         2: "a",
     }
-    with pytest.raises(InputError, match=r"class_field=kind: samples drawn with protocol\.conditions=none"):
+    with pytest.raises(InputError, match=r"class_field=kind: samples with protocol\.conditions=none"):
         sample_classes("kind", [{}], [])

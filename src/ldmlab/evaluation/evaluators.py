@@ -271,12 +271,12 @@ def accuracy_of(
     training_captions: Accuracy | None = None,
 ) -> Accuracy:
     """Accuracy on validation images, on samples, and on samples with exchanged conditions."""
+    sets = (real, samples, exchanged)
     of_real, of_samples, shuffled = (
-        classifier.agreement(part, class_numbers(labels, classifier.classes))
-        for part, labels in (real, samples, exchanged)
+        classifier.agreement(part, class_numbers(labels, classifier.classes)) for part, labels in sets
     )
-    columns = (of_real.shares, of_real.total, of_samples.shares, of_samples.total)
-    rows = zip(classifier.classes, *columns, strict=True)
+    named = [class_name(label, names) for label in classifier.classes]
+    rows = zip(named, of_real.shares, of_real.total, of_samples.shares, of_samples.total, strict=True)
     return Accuracy(
         measures=measures,
         how=how,
