@@ -39,8 +39,8 @@ def held_out(data: ShardData) -> list[dict[str, Any]]:
 
 def test_a_baseline_is_scored_as_a_model_that_answers_the_same(data: ShardData, tmp_path: Path) -> None:
     real = torch.stack([torch.as_tensor(sample["image"]) for sample in held_out(data)])
-    perfect = Answers({"image", "mask"}, lambda asked, numbers: real[numbers])
-    filler = Answers({"image", "mask"}, lambda asked, numbers: MeanFill()(asked))
+    perfect = Answers({"image", "mask"}, lambda conditions, numbers: real[numbers])
+    filler = Answers({"image", "mask"}, lambda conditions, numbers: MeanFill()(conditions))
     baselines = {"mean_fill": MeanFill(), "nearest_patch": NearestPatch()}
     beside = evaluate(perfect, data, PROTOCOL, tmp_path / "perfect", baselines=baselines)
     alone = evaluate(filler, data, PROTOCOL, tmp_path / "filler")
@@ -58,16 +58,16 @@ def test_a_baseline_is_scored_as_a_model_that_answers_the_same(data: ShardData, 
 
 
 def test_baselines_do_not_look_into_the_hole(data: ShardData) -> None:
-    asked = requests(data)[:6]
+    conditions = requests(data)[:6]
     spoiled = [
-        {**one, "image": np.where(one["mask"][..., None] > 0, 77, one["image"]).astype(np.uint8)} for one in asked
+        {**one, "image": np.where(one["mask"][..., None] > 0, 77, one["image"]).astype(np.uint8)} for one in conditions
     ]
     for baseline in (MeanFill(), NearestPatch(border=3)):
         baseline.learn(data.eval_loader("train", 8, kind="images"))
-        answers = baseline(asked)
+        answers = baseline(conditions)
         assert torch.equal(answers, baseline(spoiled))
-        holes = torch.stack([torch.from_numpy(one["mask"]) for one in asked])[:, None] > 0
-        known = torch.stack([torch.from_numpy(one["image"].copy()) for one in asked]).permute(0, 3, 1, 2)
+        holes = torch.stack([torch.from_numpy(one["mask"]) for one in conditions])[:, None] > 0
+        known = torch.stack([torch.from_numpy(one["image"].copy()) for one in conditions]).permute(0, 3, 1, 2)
         assert torch.equal(torch.where(holes, 0, answers), torch.where(holes, 0, known))
 
 
@@ -85,11 +85,11 @@ def test_the_nearest_patch_of_a_known_image_is_itself(data: ShardData) -> None:
     baseline.learn(train)
     images = torch.cat([batch["image"] for batch in train])
     masks = torch.cat([batch["mask"] for batch in train])
-    asked = [
+    conditions = [
         {"image": image.permute(1, 2, 0).numpy(), "mask": mask[0].numpy()}
         for image, mask in zip(images, masks, strict=True)
     ]
-    error = (baseline(asked).float() - images.float()).abs().flatten(1).amax(1)
+    error = (baseline(conditions).float() - images.float()).abs().flatten(1).amax(1)
     assert (error == 0).float().mean() > 0.8  # others have a twin around the hole
     with pytest.raises(InputError, match="to copy patches from"):
         NearestPatch().learn([])
@@ -98,7 +98,7 @@ def test_the_nearest_patch_of_a_known_image_is_itself(data: ShardData) -> None:
 def test_bicubic_is_pillows_and_is_set_beside_super_resolution(tmp_path: Path) -> None:
     data = scene_data(tmp_path / "scenes", 6, 10, SuperResolution(SIZE, factor=4))
     real = originals(data)
-    model = Answers({"low_resolution"}, lambda asked, numbers: real[numbers])
+    model = Answers({"low_resolution"}, lambda conditions, numbers: real[numbers])
     found = evaluate(model, data, PROTOCOL, tmp_path / "out", baselines={"bicubic": Bicubic()})
     small = held_out(data)[0]["low_resolution"].transpose(1, 2, 0)
     large = np.asarray(Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BICUBIC))

@@ -11,7 +11,7 @@ from ldmlab.metrics.kernel import squared_mmd
 
 
 class Six:
-    """An extractor that is never asked."""
+    """An extractor that is never called."""
 
     name, weights_hash, width, gives = "six", "0", 6, frozenset({"features"})
 
@@ -26,14 +26,14 @@ def normal(count: int, seed: int) -> Tensor:
 def test_the_class_that_is_drawn_badly_comes_first() -> None:
     seen = EvaluationPass(Six(), {}, keep=True)
     real = {number: ("cat", "dog", "emu")[number % 3] for number in range(300)}
-    asked = {number: ("cat", "dog", "fox")[number % 3] for number in range(240)}
+    classes = {number: ("cat", "dog", "fox")[number % 3] for number in range(240)}
     samples = normal(240, 1)
     samples[1::3] += 2  # dogs
     for numbers in torch.arange(300).split(64):
         seen.add_features({"features": normal(300, 0)[numbers]}, True, numbers)
     for numbers in torch.randperm(240, generator=torch.Generator().manual_seed(0)).split(50):
         seen.add_features({"features": samples[numbers]}, False, numbers)
-    rows = by_class(seen, asked, real)
+    rows = by_class(seen, classes, real)
     assert [row["class"] for row in rows] == ["dog", "cat", "fox"]  # no real fox: last
     found = {row["class"]: row for row in rows}
     assert found["dog"]["kid"] == pytest.approx(float(squared_mmd(samples[1::3], normal(300, 0)[1::3])), rel=1e-5)
@@ -48,7 +48,7 @@ def test_the_kernel_distance_is_unbiased_for_sets_of_two_sizes() -> None:
     assert abs(values.mean()) < 3 * values.std() / 10
 
 
-def test_classes_are_those_asked_for_or_those_of_the_images_that_conditions_came_from() -> None:
+def test_classes_are_those_of_the_conditions_or_of_the_images_that_conditions_came_from() -> None:
     assert sample_classes("class_id", [{"class_id": 3}, {"class_id": 1}], []) == {0: "3", 1: "1"}
     known = [{"caption": "x", "kind": "a"}, {"caption": "y", "kind": "b"}]
     assert sample_classes("kind", [{"caption": "x"}, {"caption": "y"}, {"caption": "x"}], known) == {

@@ -356,7 +356,12 @@ def test_weights_that_are_no_tensors_are_one_sentence(
     kind: str, network: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "weights.pth"
-    content = {"pickle": pickle.dumps(Harmful(), protocol=2), "page": b"<!doctype html><p>404", "empty": b"", "zip": b""}
+    content = {
+        "pickle": pickle.dumps(Harmful(), protocol=2),
+        "page": b"<!doctype html><p>404",
+        "empty": b"",
+        "zip": b"",
+    }
     if kind in content:
         path.write_bytes(content[kind])
     else:

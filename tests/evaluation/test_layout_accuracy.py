@@ -76,11 +76,11 @@ def test_boxes_that_are_too_small_are_left_out() -> None:
         LayoutAccuracy(smallest=20).collected([batch])
 
 
-def test_others_asked_for_something_else() -> None:
-    asked = [{"class_id": number % 3} for number in range(30)]
-    evidence = Evidence(lambda split, fields: [], "val", asked, torch.zeros(30, 3, 4, 4))
+def test_others_have_different_conditions() -> None:
+    conditions = [{"class_id": number % 3} for number in range(30)]
+    evidence = Evidence(lambda split, fields: [], "val", conditions, torch.zeros(30, 3, 4, 4))
     others = evidence.others()
-    assert all(one != other for one, other in zip(asked, others, strict=True))
+    assert all(one != other for one, other in zip(conditions, others, strict=True))
     assert {one["class_id"] for one in others} == {0, 1, 2}
     same = Evidence(lambda split, fields: [], "val", [{"class_id": 1}] * 3, torch.zeros(3, 3, 4, 4))
     assert same.others() == [{"class_id": 1}] * 3

@@ -24,15 +24,15 @@ def audited(samples: Tensor) -> tuple[Copies, Tensor]:
 
 
 def test_copies_are_found() -> None:
-    told, number = audited(TRAIN[:100] * 1.5 + 0.01 * normal(100, 3))  # length does not matter
-    assert told.share > 0.95
-    assert told.share - told.expected > 10 * told.error
+    found, number = audited(TRAIN[:100] * 1.5 + 0.01 * normal(100, 3))  # length does not matter
+    assert found.share > 0.95
+    assert found.share - found.expected > 10 * found.error
     assert torch.equal(number, torch.arange(100))
 
 
 def test_fresh_samples_are_not_accused() -> None:
     shares = [audited(normal(100, seed))[0] for seed in range(10, 20)]
-    mean = sum(told.share for told in shares) / len(shares)
+    mean = sum(found.share for found in shares) / len(shares)
     assert abs(mean - 0.01) < 3 * shares[0].error
     assert shares[0].error == pytest.approx((0.01 * 0.99 * (1 / 100 + 1 / 300)) ** 0.5)
 

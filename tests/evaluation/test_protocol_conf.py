@@ -36,9 +36,11 @@ def test_protocol(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*(CONF / "judge").glob("*.yaml"), *(CONF / "baseline").glob("*.yaml")]), ids=lambda path: path.stem
+    "path",
+    sorted([*(CONF / "evaluator").glob("*.yaml"), *(CONF / "baseline").glob("*.yaml")]),
+    ids=lambda path: path.stem,
 )
-def test_judge_and_baseline(path: Path) -> None:
+def test_evaluator_and_baseline(path: Path) -> None:
     """Each says what it needs of a request, and a protocol uses it."""
     assert instantiate(yaml.safe_load(path.read_text()), where=path.parent.name).needs
     protocols = [protocol.read_text() for protocol in (CONF / "protocol").glob("*.yaml")]
@@ -82,8 +84,8 @@ def test_every_protocol_is_in_the_page() -> None:
 
 
 def test_what_was_changed_in_a_protocol_is_found() -> None:
-    asked = ["protocol=paper_ffhq", "model=x", "protocol.eta=0", "protocol.metrics.precision_recall.neighbours=5"]
-    node = plain(compose("evaluate", [*asked, "+metric@protocol.metrics.kid=kid"]).protocol)
+    options = ["protocol=paper_ffhq", "model=x", "protocol.eta=0", "protocol.metrics.precision_recall.neighbours=5"]
+    node = plain(compose("evaluate", [*options, "+metric@protocol.metrics.kid=kid"]).protocol)
     assert set(changed(node)) == {
         "metrics.precision_recall.neighbours=5 (file: 3)",
         "metrics.kid.subsets=100 (file: none)",

@@ -1,4 +1,4 @@
-"""One pass feeds all scores; protocols decide who is asked for what."""
+"""One pass feeds all scores; protocols decide the conditions of samples."""
 
 from collections import Counter
 from typing import Any
@@ -19,7 +19,7 @@ from ldmlab.metrics.precision_recall import PrecisionRecall
 
 
 class MeanColours:
-    """Six numbers an image; counts how often it was asked."""
+    """Six numbers an image; counts its calls."""
 
     name, weights_hash, width, gives = "mean colours", "0", 6, frozenset({"features"})
 
@@ -112,8 +112,8 @@ def test_balanced_classes_ask_for_every_class_equally_often() -> None:
 
 def test_captions_follow_the_reference() -> None:
     reference = [{"caption": "a"}, {"caption": "b"}]
-    asked = requests(protocol(samples=3), frozenset({"caption"}), reference)
-    assert list(asked) == [{"caption": "a"}, {"caption": "b"}, {"caption": "a"}]
+    conditions = requests(protocol(samples=3), frozenset({"caption"}), reference)
+    assert list(conditions) == [{"caption": "a"}, {"caption": "b"}, {"caption": "a"}]
     assert requests(protocol(samples=2), frozenset(), reference) == [{}, {}]
 
 

@@ -18,13 +18,15 @@ EVALUATOR = SegmentationAccuracy(steps=40, batch_size=8)
 
 def scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images with two coloured squares (N, 3, 64, 64) and their maps (N, 64, 64)."""
-    drawn = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     maps = torch.zeros(count, 64, 64, dtype=torch.uint8)
     for one in maps:
         for _ in range(2):
-            kind, top, left = (int(torch.randint(*span, (), generator=drawn)) for span in ((1, 4), (0, 40), (0, 40)))
+            kind, top, left = (
+                int(torch.randint(*span, (), generator=generator)) for span in ((1, 4), (0, 40), (0, 40))
+            )
             one[top : top + 24, left : left + 24] = kind
-    noise = torch.randint(-20, 21, (count, 3, 64, 64), generator=drawn)
+    noise = torch.randint(-20, 21, (count, 3, 64, 64), generator=generator)
     return (COLOURS[maps.long()].permute(0, 3, 1, 2) + noise).clamp(0, 255).to(torch.uint8), maps
 
 
@@ -36,8 +38,8 @@ def real(split: str, fields: tuple[str, ...]) -> Iterable[dict[str, Any]]:
     yield {"key": list(range(len(maps))), "image": image, "segmentation": maps, "class_id": kinds}
 
 
-def evidence(samples: Tensor, asked: list[dict[str, Any]]) -> Evidence:
-    return Evidence(real, "val", asked, samples, class_names=["none", "red", "green", "blue"])
+def evidence(samples: Tensor, conditions: list[dict[str, Any]]) -> Evidence:
+    return Evidence(real, "val", conditions, samples, class_names=["none", "red", "green", "blue"])
 
 
 def test_real_images_as_samples_reach_the_real_score_and_shuffled_maps_do_not() -> None:
@@ -53,13 +55,13 @@ def test_real_images_as_samples_reach_the_real_score_and_shuffled_maps_do_not() 
 
 
 def test_intersection_over_union_by_hand() -> None:
-    asked = torch.tensor([[[0, 1], [1, 2]], [[0, 0], [0, 2]]])
+    given = torch.tensor([[[0, 1], [1, 2]], [[0, 0], [0, 2]]])
     found = torch.tensor([[[0, 1], [2, 2]], [[3, 0], [0, 0]]])
-    table = overlaps(found, asked, 4)
+    table = overlaps(found, given, 4)
     assert [(one.both, one.given, one.found) for one in table] == [(3, 4, 4), (1, 2, 1), (1, 2, 2), (0, 0, 1)]
-    assert mean_iou(table) == pytest.approx((1 / 2 + 1 / 3) / 2)  # nobody asked for class 3
+    assert mean_iou(table) == pytest.approx((1 / 2 + 1 / 3) / 2)  # no map holds class 3
     with pytest.raises(InputError, match="label 2 is in a given map but in no training image"):
-        overlaps(found, asked, 2)
+        overlaps(found, given, 2)
     with pytest.raises(InputError, match="anything but background"):
         mean_iou(overlaps(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 3))
 
@@ -75,9 +77,9 @@ def test_maps_of_another_size_are_read_at_pixel_centres() -> None:
 def test_the_accuracy_of_classes() -> None:
     kinds = torch.arange(18) % 3 + 1
     images = COLOURS[kinds][:, :, None, None].expand(-1, -1, 64, 64).contiguous()
-    asked = [{"class_id": int(kind)} for kind in kinds]
+    conditions = [{"class_id": int(kind)} for kind in kinds]
     classifier = ClassAccuracy(steps=30, batch_size=16)
-    result = classifier(evidence(images, asked))
+    result = classifier(evidence(images, conditions))
     assert (result.samples, result.real, result.shuffled) == (1.0, 1.0, 0.0)
     assert result.chance == pytest.approx(1 / 3)
     assert [one.name for one in result.classes] == ["red", "green", "blue"]

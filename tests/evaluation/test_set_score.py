@@ -44,7 +44,7 @@ class MeanColours:
         return {"features": torch.cat([pixels.mean(dim=(2, 3)), pixels.std(dim=(2, 3))], dim=1)}
 
 
-def drawn(count: int, seed: int, size: int = 16) -> np.ndarray:
+def noise(count: int, seed: int, size: int = 16) -> np.ndarray:
     """Smooth coloured noise, uint8 (N, H, W, 3)."""
     random = np.random.RandomState(seed)
     coarse = random.randint(0, 256, (count, 4, 4, 3)).astype(np.uint8)
@@ -65,7 +65,7 @@ def scores(samples: ImageSet, reference: ImageSet, **metrics: Any) -> dict[str, 
 
 
 def test_every_kind_of_set_gives_one_score(tmp_path: Path) -> None:
-    fake, real = drawn(50, 0), drawn(60, 1)
+    fake, real = noise(50, 0), noise(60, 1)
     sets = {"folder": (folder_of(tmp_path / "fake", fake), folder_of(tmp_path / "real", real))}
     sets["npz"] = (tmp_path / "fake.npz", tmp_path / "real.npz")
     np.savez(sets["npz"][0], arr_0=fake)
@@ -91,7 +91,7 @@ def test_every_kind_of_set_gives_one_score(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "npz"])
 def test_processes_share_a_set(kind: str, tmp_path: Path) -> None:
-    images = drawn(23, 2)
+    images = noise(23, 2)
     path = folder_of(tmp_path / "set", images) if kind == "folder" else tmp_path / "set.npz"
     if kind == "npz":
         np.savez(path, images)
@@ -103,7 +103,7 @@ def test_processes_share_a_set(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_npz_comes_out_as_it_goes_in(tmp_path: Path) -> None:
-    images, path = drawn(11, 3), tmp_path / "deep" / "set.npz"
+    images, path = noise(11, 3), tmp_path / "deep" / "set.npz"
     mean, covariance = np.arange(6.0), np.eye(6)
     write_npz(path, (11, 16, 16), (images[start : start + 4] for start in (0, 4, 8)), {"fid": (mean, covariance)})
     with np.load(path, allow_pickle=False) as read:  # as ADM's script does
@@ -116,7 +116,7 @@ def test_an_npz_comes_out_as_it_goes_in(tmp_path: Path) -> None:
 
 
 def test_given_statistics_replace_the_images(tmp_path: Path) -> None:
-    fake, real = drawn(50, 0), drawn(60, 1)
+    fake, real = noise(50, 0), noise(60, 1)
     np.savez(tmp_path / "fake.npz", fake)
     np.savez(tmp_path / "real.npz", real)
     samples, reference = image_set(tmp_path / "fake.npz"), image_set(tmp_path / "real.npz")
@@ -141,7 +141,7 @@ def test_given_statistics_replace_the_images(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
-    np.savez(tmp_path / "set.npz", drawn(5, 0))
+    np.savez(tmp_path / "set.npz", noise(5, 0))
     few = image_set(tmp_path / "set.npz")
     for metrics, message in (
         ({"kid": KernelDistance(subset_size=1000)}, r"metrics\.kid\.subset_size=1000 is more than the 5 real images"),
@@ -153,13 +153,13 @@ def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
 
 
 def test_bad_sets_are_one_sentence(tmp_path: Path) -> None:
-    good = folder_of(tmp_path / "good", drawn(5, 0))
+    good = folder_of(tmp_path / "good", noise(5, 0))
     with pytest.raises(InputError, match="does not exist; give a folder"):
         image_set(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no images and no shards"):
         image_set(tmp_path / "empty")
-    larger = image_set(folder_of(tmp_path / "larger", drawn(5, 0, 24)))
+    larger = image_set(folder_of(tmp_path / "larger", noise(5, 0, 24)))
     with pytest.raises(InputError, match=r"16x16 px and .*larger of 24x24"):
         scores(image_set(good), larger)
     Image.new("RGB", (24, 16)).save(good / "00007.png")
@@ -183,7 +183,7 @@ def test_bad_sets_are_one_sentence(tmp_path: Path) -> None:
 
 
 def scaled_inception(path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of drawn weights whose features and logits have a variance of about 1 on these images."""
+    """A file of random weights whose features and logits have a variance of about 1 on these images."""
     with monkeypatch.context() as patch:
         patch.setattr(port, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
@@ -206,7 +206,7 @@ def scaled_inception(path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
 def test_folders_score_as_torch_fidelity_scores_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake, real = drawn(14, 0, 32), drawn(16, 1, 32)
+    fake, real = noise(14, 0, 32), noise(16, 1, 32)
     paths = folder_of(tmp_path / "fake", fake), folder_of(tmp_path / "real", real)
     weights = scaled_inception(tmp_path / "w.pth", torch.from_numpy(real).permute(0, 3, 1, 2), monkeypatch)
     theirs = torch_fidelity.calculate_metrics(
@@ -268,8 +268,8 @@ def test_too_few_images_are_refused_before_any_is_looked_at(tmp_path: Path) -> N
         def __call__(self, images: Tensor) -> dict[str, Tensor]:
             raise AssertionError("looked at images that cannot be scored")
 
-    few = image_set(folder_of(tmp_path / "few", drawn(4, 0)))
-    many = image_set(folder_of(tmp_path / "many", drawn(8, 1)))
+    few = image_set(folder_of(tmp_path / "few", noise(4, 0)))
+    many = image_set(folder_of(tmp_path / "many", noise(8, 1)))
     with pytest.raises(InputError, match="4 generated images are fewer than the 6 features"):
         score_sets(few, many, Blind(), {"fid": FrechetDistance(6)})
     with pytest.raises(InputError, match=r"metrics\.kid\.subset_size=6 is more than the 4 real images"):

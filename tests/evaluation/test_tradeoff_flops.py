@@ -68,9 +68,9 @@ def test_guidance_asks_twice() -> None:
 def test_conditions_cost_something() -> None:
     node = {**NODE, "attention_downsampling": [1]}
     alone = denoiser_cost(node, LatentSpec(3, 8, 8, 4), {})
-    told = denoiser_cost({**node, "context_width": 16}, LatentSpec(3, 8, 8, 4), {"tokens": 16})
+    conditioned = denoiser_cost({**node, "context_width": 16}, LatentSpec(3, 8, 8, 4), {"tokens": 16})
     wider = denoiser_cost({**node, "in_channels": 5}, LatentSpec(3, 8, 8, 4), {"spatial": 2})
-    assert told.forward > alone.forward
+    assert conditioned.forward > alone.forward
     assert wider.forward - alone.forward == 2 * 9 * 2 * 32 * 64  # two more channels into the first convolution
 
 
