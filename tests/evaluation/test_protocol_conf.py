@@ -41,8 +41,9 @@ def test_protocol(path: Path) -> None:
     ids=lambda path: path.stem,
 )
 def test_evaluator_and_baseline(path: Path) -> None:
-    """Each says what it needs of a request, and a protocol uses it."""
-    assert instantiate(yaml.safe_load(path.read_text()), where=path.parent.name).needs
+    """Each names its fields, of the conditions or of the reference images, and a protocol uses it."""
+    part = instantiate(yaml.safe_load(path.read_text()), where=path.parent.name)
+    assert part.needs or part.reads
     protocols = [protocol.read_text() for protocol in (CONF / "protocol").glob("*.yaml")]
     assert any(f"/{path.parent.name}@{path.parent.name}s.{path.stem}: {path.stem}" in text for text in protocols)
 
