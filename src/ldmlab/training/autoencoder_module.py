@@ -89,6 +89,7 @@ class AutoencoderStage(Stage):
         codes: int | None = getattr(first_stage, "codebook_size", None)
         self.codebook = CodebookWindow(codes, codebook_window, codebook_alert) if codes is not None else None
         self.rise_alarm = RiseAlarm()
+        self.one_by_one = loss.adversary is not None and loss.adversary.official_order
         with_lpips = loss.reconstruction.lpips is not None
         self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
         self._assigned = self._assign()
@@ -117,8 +118,9 @@ class AutoencoderStage(Stage):
         return self._assigned
 
     def active(self, group: str) -> bool:
-        """The adversary is updated from its start on."""
-        return group == "generator" or (self.loss.adversary is not None and self.loss.adversary.trains_at(self.step))
+        """The adversary is updated from its start on; in the official order its Adam steps on zeros before."""
+        adversary = self.loss.adversary
+        return group == "generator" or (adversary is not None and (self.one_by_one or adversary.trains_at(self.step)))
 
     def saved(self) -> dict[str, nn.Module]:
         """The first stage, and the loss with its discriminator and log-variance."""
@@ -130,7 +132,14 @@ class AutoencoderStage(Stage):
             return self._autoencoder(batch)
         assert self._seen is not None
         (images, reconstructed), self._seen = self._seen, None
-        return Losses(*self.loss.discriminator(images, reconstructed))
+        if not self.one_by_one:
+            return Losses(*self.loss.discriminator(images, reconstructed))
+        with torch.no_grad():
+            noise = self._noise(batch["position"], images, "posterior of the adversary")
+            reconstructed = self.first_stage.reconstruct(images, noise).images
+        total, metrics = self.loss.discriminator(images, reconstructed)
+        assert self.loss.adversary is not None
+        return Losses(total * self.loss.adversary.trains_at(self.step), metrics)
 
     def _autoencoder(self, batch: Batch) -> Losses:
         images = self._images_of(batch)
@@ -144,11 +153,11 @@ class AutoencoderStage(Stage):
         """(B, 3, H, W) in [-1, 1]."""
         return to_float(batch["image"].to(self.device)).contiguous(memory_format=self._memory_format)
 
-    def _noise(self, position: Tensor, images: Tensor) -> Tensor:
+    def _noise(self, position: Tensor, images: Tensor, purpose: str = "posterior") -> Tensor:
         """Posterior noise that belongs to the training position: (B, C, H / f, W / f)."""
         f = self.first_stage.downsampling
         shape = (self.first_stage.latent_channels, images.shape[2] // f, images.shape[3] // f)
-        return normal(self.seed, "posterior", position.to(self.device), shape)
+        return normal(self.seed, purpose, position.to(self.device), shape)
 
     def _watch(self, error: Tensor) -> None:
         """Warn when reconstruction has become clearly worse since the adversary joined."""

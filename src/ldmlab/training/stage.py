@@ -119,6 +119,7 @@ class Stage(pl.LightningModule):
         self.step_complete = True  # between two steps
         self.metrics = StepMetrics()
         self._groups: dict[str, list[nn.Parameter]] = {}  # by group, from the moment optimizers are made
+        self.one_by_one = False  # update each group before the loss of the next one is computed
         self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = 0
         self._waiting: dict[str, Any] | None = None  # checkpoint parts that need the optimizers
@@ -156,12 +157,14 @@ class Stage(pl.LightningModule):
         self.step_complete = False
         last = self._micro_batches + 1 == self.accumulate
         active = {name: parameters for name, parameters in self._groups.items() if self.active(name)}
-        for group in active:
+        for group, parameters in active.items():
             self._backward(group, batch, last)
+            if last and self.one_by_one:
+                self._update_group(group, parameters)
         self._micro_batches += 1
         self._images = len(batch["position"])
         if last:
-            self._update(active)
+            self._update({} if self.one_by_one else active)
 
     def _backward(self, group: str, batch: Batch, last: bool) -> None:
         with self._only(group), nullcontext() if last else self._no_sync():
@@ -180,17 +183,20 @@ class Stage(pl.LightningModule):
         wrapped = getattr(self.trainer.strategy, "model", None)
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 
+    def _update_group(self, group: str, parameters: list[nn.Parameter]) -> None:
+        self.updating = True
+        optimizer = self.optimizers_by_group()[group]
+        if not isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
+            distributed.mean_gradients(parameters)
+        self.metrics.add(f"gradient_norm/{group}", clip_gradients(parameters, self.gradient_clip))
+        set_rate(optimizer, self.lr_schedule(self.step))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     def _update(self, active: dict[str, list[nn.Parameter]]) -> None:
         self.updating = True
-        optimizers = self.optimizers_by_group()
-        wrapped = isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel)
         for group, parameters in active.items():
-            if not wrapped:
-                distributed.mean_gradients(parameters)
-            self.metrics.add(f"gradient_norm/{group}", clip_gradients(parameters, self.gradient_clip))
-            set_rate(optimizers[group], self.lr_schedule(self.step))
-            optimizers[group].step()
-            optimizers[group].zero_grad(set_to_none=True)
+            self._update_group(group, parameters)
         if self.average is not None:
             self.average.update()
         self.step += 1
