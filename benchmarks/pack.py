@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ldmlab.data.image_sources import Source, list_source
 from ldmlab.data.pack_shards import PackOptions, pack
-from ldmlab.data.sources import Source, list_source
 from ldmlab.data.transforms import Transform
 
 

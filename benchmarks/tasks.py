@@ -14,9 +14,9 @@ from multiprocessing import get_context
 
 import numpy as np
 
+from ldmlab.data.image_sources import Item
 from ldmlab.data.pack_images import Encoding
 from ldmlab.data.scene_shards import SceneSettings, draw_scene, scene_part
-from ldmlab.data.sources import Item
 from ldmlab.tasks.inpainting import Inpainting
 from ldmlab.tasks.super_resolution import SuperResolution
 

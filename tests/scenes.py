@@ -55,7 +55,7 @@ def write_scenes(
     folder: Path, count: int, size: tuple[int, int] = (24, 16), objects: list[int] | None = None, per_shard: int = 3
 ) -> None:
     """Shards of scenes, (width, height) `size`, with their manifest; objects: how many each image has."""
-    from ldmlab.data.index_tars import index
+    from ldmlab.data.index_tars import index_tars
     from ldmlab.data.shards import END_MARKER, tar_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write_scenes(
             files = Scene(number, *size, objects=objects[number] if objects else None).files()
             data += b"".join(tar_bytes(f"{number:05}.{ending}", content) for ending, content in files.items())
         (folder / f"{first // per_shard:05}.tar").write_bytes(data + END_MARKER)
-    index([folder], split=folder.name, origin="drawn by a test", licence="none", workers=1)
+    index_tars([folder], split=folder.name, origin="drawn by a test", licence="none", workers=1)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -17,13 +17,13 @@ from shard_maker import stored_samples, webp
 
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments
 from ldmlab.data.fields import checked_fields, required_fields, sample_fields
+from ldmlab.data.image_sources import list_source
 from ldmlab.data.index_tars import index_tars
 from ldmlab.data.loaders import train_loader
 from ldmlab.data.manifest import Manifest, read_manifest, write_manifest
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.shards import END_MARKER, ShardReader, scan_tar, tar_bytes
-from ldmlab.data.sources import list_source
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 from ldmlab.open_image import open_image

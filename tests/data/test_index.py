@@ -6,16 +6,21 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from ldmlab.app.commands import index as command
 from ldmlab.data.fields import sample_fields
-from ldmlab.data.index_tars import index, index_tars
-from ldmlab.data.manifest import check_shards, read_manifest
+from ldmlab.data.index_tars import index_tars
+from ldmlab.data.manifest import Manifest, check_shards, read_manifest
 from ldmlab.data.shards import read_range, scan_tar
 from ldmlab.errors import InputError
+
+
+def index(tars: list[Path], **options: Any) -> Manifest:
+    return index_tars(tars, **options).manifest
 
 
 def _jpeg(side: int = 8) -> bytes:

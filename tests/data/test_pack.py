@@ -20,10 +20,10 @@ from PIL import Image
 from shard_maker import stored_samples
 
 from ldmlab.app.commands import pack as command
+from ldmlab.data.image_sources import list_source
 from ldmlab.data.manifest import check_shards, read_manifest
 from ldmlab.data.pack_images import Encoding
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
-from ldmlab.data.sources import list_source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError

@@ -14,10 +14,10 @@ from shard_maker import stored_samples
 from ldmlab.annotations import centre_square, cropped
 from ldmlab.app import cli
 from ldmlab.data.decode import decode_image, decode_parts
+from ldmlab.data.image_sources import list_source
 from ldmlab.data.pack_images import packed_map
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.shards import tar_bytes
-from ldmlab.data.sources import list_source
 from ldmlab.data.transforms import Transform
 from scenes import Scene
 

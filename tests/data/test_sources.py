@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ldmlab.data.sources import Item, Source, list_source, unique_keys, with_fields
+from ldmlab.data.image_sources import Item, Source, list_source, unique_keys, with_fields
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.errors import InputError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.annotations import Boxes
-from ldmlab.data.sources import Item, Source
+from ldmlab.data.image_sources import Item, Source
 from ldmlab.errors import InputError
 
 _FLAGS = {"IsGroupOf": "group_of", "IsOccluded": "occluded", "IsDepiction": "depiction", "IsInside": "inside"}

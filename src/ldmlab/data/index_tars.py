@@ -37,19 +37,6 @@ class Indexed:
     without_caption: int  # 0 where no sample has one
 
 
-def index(
-    tars: list[Path],
-    *,
-    split: str = "train",
-    origin: str = "",
-    licence: str = "",
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,  # tars done, of how many
-) -> Manifest:
-    """Writes `manifest.json` beside the tars; see `index_tars`."""
-    return index_tars(tars, split=split, origin=origin, licence=licence, workers=workers, progress=progress).manifest
-
-
 def index_tars(
     tars: list[Path],
     *,

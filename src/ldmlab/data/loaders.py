@@ -113,7 +113,6 @@ class IndexBatches(Sampler[list[Any]]):
 
 def train_loader(
     dataset: ShardDataset,
-    *,
     micro_batch: int,  # images per forward pass of this process
     accumulate: int = 1,  # micro-batches per optimizer update
     world: int = 1,  # processes
@@ -131,7 +130,6 @@ def train_loader(
 
 def eval_loader(
     dataset: ShardDataset,
-    *,
     batch_size: int,
     world: int = 1,
     rank: int = 0,

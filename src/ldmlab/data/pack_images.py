@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldmlab.data.decode import MAPS, centre_cropped, upright_size
 from ldmlab.data.fields import BOXES, checked_fields, clean_fields, stored_fields
+from ldmlab.data.image_sources import Item
 from ldmlab.data.shards import image_ending, read_range, tar_bytes
-from ldmlab.data.sources import Item
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 from ldmlab.files import open_regular

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldmlab.data.image_sources import Item, Source, with_fields
 from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, ShardInfo, read_manifest, write_manifest
 from ldmlab.data.output_folder import BAD, ShardFile, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
-from ldmlab.data.sources import Item, Source, with_fields
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
 from ldmlab.data.workers import in_order, processors

@@ -15,12 +15,12 @@ from typing import Any
 from PIL import Image
 
 from ldmlab.annotations import Box, Boxes, area
+from ldmlab.data.image_sources import Item, Source
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.pack_images import Encoding, Part
 from ldmlab.data.pack_shards import PackOptions, Progress, pack
 from ldmlab.data.scene_parts import CLASSES, background, load_objects
 from ldmlab.data.shards import tar_bytes
-from ldmlab.data.sources import Item, Source
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError

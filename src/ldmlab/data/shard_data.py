@@ -122,15 +122,8 @@ class ShardData:
         kind: str | None = None,
     ) -> DataLoader[Batch]:
         """See `loaders.train_loader`."""
-        return loaders.train_loader(
-            self.train_dataset(kind),
-            micro_batch=micro_batch,
-            accumulate=accumulate,
-            world=world,
-            rank=rank,
-            start_position=start_position,
-            workers=self.workers,
-        )
+        dataset = self.train_dataset(kind)
+        return loaders.train_loader(dataset, micro_batch, accumulate, world, rank, start_position, self.workers)
 
     def eval_loader(
         self,
@@ -143,15 +136,7 @@ class ShardData:
     ) -> DataLoader[Batch]:
         """See `loaders.eval_loader`."""
         dataset = self.val_dataset(kind, split)
-        return loaders.eval_loader(
-            dataset,
-            batch_size=batch_size,
-            world=world,
-            rank=rank,
-            limit=limit,
-            workers=self.workers,
-            skipped=self.skipped(split),
-        )
+        return loaders.eval_loader(dataset, batch_size, world, rank, limit, self.workers, self.skipped(split))
 
     def skipped(self, split: str) -> Skipped:
         """Images of a split that the evaluation loaders of this object and this process could not read so far.

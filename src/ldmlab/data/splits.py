@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ldmlab.data.sources import Item
+from ldmlab.data.image_sources import Item
 from ldmlab.errors import InputError
 
 
