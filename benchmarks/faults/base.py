@@ -1,5 +1,6 @@
 """The flow at sizes of seconds, run once without faults: what every fault is planted into and compared with."""
 
+import csv
 import hashlib
 import json
 import math
@@ -82,7 +83,21 @@ def build(root: Path) -> Base:
             raise SystemExit(f"the flow without faults fails at {name}: {result.text[-2000:]}")
         base.results[name] = result
         base.digests[name] = digest(name, work)
+    _indexed(base, root / "indexed")
     return base
+
+
+def _indexed(base: Base, work: Path) -> None:
+    """The first stage on the same tars as others' tools leave them: with a manifest by `ldmlab index`."""
+    work.mkdir()
+    base.copy(["packed"], work)
+    (work / "packed" / "train" / "manifest.json").unlink()
+    for argv in (["index", "packed/train", "--workers", "1"], COMMANDS["first_stage"]):
+        result = run(argv, work, tag="indexed")
+        if result.code != 0:
+            raise SystemExit(f"the flow without faults fails at {argv[0]} of indexed tars: {result.text[-2000:]}")
+        base.results[argv[0]] = result
+    base.digests["indexed"] = digest("first_stage", work)
 
 
 def draw_images(folder: Path, count: int = 54) -> None:
@@ -109,7 +124,7 @@ def draw_images(folder: Path, count: int = 54) -> None:
 def digest(name: str, work: Path) -> Any:
     """What a command made, so that two runs can be compared; None where it made nothing."""
     if name in ("first_stage", "denoiser"):
-        return newest_state(work / MADE[name])
+        return [newest_state(work / MADE[name]), validation(work / MADE[name])]
     if name in ("pack", "encode"):
         return shard_content(work / MADE[name])
     if name == "sample":
@@ -125,6 +140,13 @@ def newest_state(run_folder: Path) -> str | None:
     content = torch.load(files[-1], map_location="cpu", weights_only=True)
     kept = {key: content[key] for key in ("step", "modules", "averaged", "optimizers", "rng") if key in content}
     return hashlib.sha256(_bytes(kept)).hexdigest()[:16]
+
+
+def validation(run_folder: Path) -> list[dict[str, str]]:
+    """What validation measured, from metrics.csv."""
+    with open(run_folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = [{key: row[key] for key in row if key.startswith("val/")} for row in csv.DictReader(file)]
+    return [row for row in rows if any(row.values())]
 
 
 def _bytes(value: Any) -> bytes:

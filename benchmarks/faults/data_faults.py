@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from faults import plant
-from faults.base import COMMANDS
+from faults.base import COMMANDS, digest, said
 from faults.cases import Case
 
 
@@ -64,13 +64,20 @@ def images_of_others(case: Case) -> None:
         case.judge(indexed, "pack")
         return
     trained = case.run(COMMANDS["first_stage"])
-    if indexed.out.strip() and trained.code == 0 and _lost(case, split, indexed.text):
-        case.set("said", indexed.out.strip().splitlines()[-1])
-    case.judge(trained, "first_stage", same=lambda: _all_there(case, split))
+    if lines := said(indexed, case.base.results["index"]):
+        case.set("said", lines[0])
+    case.judge(trained, "first_stage", same=lambda: _as_indexed(case, split))
 
 
-def _lost(case: Case, split: str, text: str) -> bool:
-    return any(word in text for word in ("left out", "skip", "bad", "without", "cannot", "ignored", "lack"))
+_OTHER_DATA = ("members: sort", "members: dots", "members: twice", "members: hostile")  # same images in another order
+
+
+def _as_indexed(case: Case, split: str) -> bool:
+    """The same first stage as from tars without faults; of the same images in another order, all of them."""
+    if case.outcome.planted.endswith(_OTHER_DATA):
+        return _all_there(case, split)
+    expected = case.base.digests["indexed" if split == "train" else "first_stage"]
+    return bool(digest("first_stage", case.work) == expected)
 
 
 def _all_there(case: Case, split: str) -> bool:

@@ -40,6 +40,8 @@ EPILOG = """options of train, evaluate and encode are Hydra's: group=file and ke
 
 `ldmlab COMMAND --help` explains one command."""
 
+_PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.ENODEV, errno.EIO)
+
 
 def main() -> None:
     """The console script."""
@@ -64,6 +66,8 @@ def run_command(command: Callable[[], int | None]) -> int:
             return _refused(f"{error.strerror}{place}; free some disk space and run the command again.", 2)
         if error.errno in (errno.EACCES, errno.EROFS):
             return _refused(f"{error.strerror}{place}; choose a folder that you may write to.", 2)
+        if error.errno in _PATH_ERRORS and error.filename:
+            return _refused(f"{error.strerror}{place}; choose another path.", 2)
         raise
 
 
