@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from toy_stages import TwoGroups, settings
 
@@ -15,9 +16,11 @@ def run(console: Console, shown: bool = True) -> str:
     with StepProgress(shown, console) as progress:
         progress.say("hello [not markup]")
         progress.start(stage)
-        progress.numbers({"error": 0.25, "opponent": 1.0})
         for step in (1, 2, 3):
             stage.step, stage.position = step, 4 * step
+            stage.metrics.add("error", torch.tensor(1 / (1 + step)))
+            stage.metrics.add("opponent", torch.tensor(9.0))
+            stage.metrics.close(step)
             progress.step(stage)
     return console.file.getvalue()
 

@@ -4,6 +4,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ldmlab.checkpoints import fingerprint
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
-from ldmlab.model_files import read_model, write_description
+from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
 from ldmlab.training.fit import fit, load_initial_weights
 from ldmlab.training.lightning_parts import run_callbacks, run_loggers
 from ldmlab.training.random_state import seed_process
@@ -120,6 +121,7 @@ def with_task(config: Config, data: ShardData) -> ShardData:
 
 def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str) -> None:
     rank, world = distributed.rank(), distributed.world_size()
+    data.manifest("val", plan.reads)  # refused now, not at the first validation
     fit(
         plan.stage,
         train_batches=lambda position: data.train_loader(
@@ -202,11 +204,22 @@ def resume_command(run: RunFolder) -> str:
     return " ".join(["python", "train.py", *map(shlex.quote, given), f"run.dir={shlex.quote(str(run.path))}"])
 
 
+def _set_aside_damaged(path: Path) -> None:
+    """A description that cannot be read makes room for a new one: the checkpoints are enough."""
+    if path.exists():
+        try:
+            read_description(path.parent)
+        except InputError as error:
+            distributed.say(f"{error} It is written anew.")
+            path.unlink()
+
+
 def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
     """What the run folder holds from the first moment: configuration, description, frozen weights."""
     run.write_config(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     if distributed.rank() == 0:
         (run.path / FINISHED).unlink(missing_ok=True)
         plan.write_frozen(run.path)
+        _set_aside_damaged(run.path / DESCRIPTION)
         write_description(run.path, plan.spec)
     distributed.barrier()

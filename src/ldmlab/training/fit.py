@@ -12,7 +12,7 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
 from ldmlab.errors import InputError
-from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.callbacks.base import SKIPPED, Session, StepCallback
 from ldmlab.training.checkpointing import Checkpoints, complete
 from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.lightning_parts import LightningCallbacks
@@ -71,6 +71,8 @@ def fit(
             session.loggers.close(success)
     if stop.signal is not None:
         _leave(loop, stop, run, resume_command)
+    for line in ending(session):
+        distributed.say(line)
     path = distributed.from_first(loop.last_checkpoint)
     assert path is not None
     return path
@@ -127,6 +129,7 @@ def _arrange(stage: Stage, settings: TrainerSettings) -> None:
         next(iter(stage.saved().values())).compile()  # in place: names get no prefix
 
 
+_SHOWN = 6  # metrics, or names of images, in a line
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 
 
@@ -176,6 +179,20 @@ def explained(error: Exception, loop: Loop) -> InputError | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return InputError(f"memory ran out ({reason}); {kept}; use a smaller trainer.micro_batch, or accumulate more.")
     return None
+
+
+def ending(session: Session) -> list[str]:
+    """What a finished run says last: its folder, its validation metrics, and what could not be read."""
+    values = {name: value for name, value in session.notes.get("val", {}).items() if "/" not in name}
+    step = values.pop("step", None)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:_SHOWN])
+    lines = [f"finished: {session.run.path}" + (f"; validation at step {step}: {shown}" if shown else "")]
+    for what, names in (("training", session.skipped), ("validation", session.val_skipped)):
+        if names:
+            examples = "; ".join(f"{name}: {why}" for name, why in sorted(names.items())[:_SHOWN])
+            total = f" of {session.val_seen}" if what == "validation" else ""
+            lines.append(f"{len(names)}{total} {what} images could not be read: {examples}; all in {SKIPPED}")
+    return lines
 
 
 def _leave(loop: Loop, stop: StopRequest, run: RunFolder, resume_command: str) -> None:

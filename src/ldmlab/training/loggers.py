@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ldmlab import format1
+from ldmlab import distributed, format1
 from ldmlab.checkpoints import write_atomically
+from ldmlab.errors import InputError
 from ldmlab.training.run_folder import RunFolder
 
 
@@ -35,8 +36,18 @@ class Files:
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
         """Keep what was logged up to `step`; later rows will be written again."""
         self._path, self._samples = run.metrics, run.samples
-        self._columns, rows = read_metrics(self._path)
+        self._columns, rows = self._read()
         self._rewrite([row for row in rows if int(row["step"]) <= step])
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        """What was logged before; a damaged table is set aside, for the checkpoints are enough to go on."""
+        try:
+            return read_metrics(self._path)
+        except InputError as error:
+            aside = self._path.with_name("metrics.damaged.csv")
+            self._path.rename(aside)
+            distributed.say(f"{error} It is {aside} now; a new table begins.")
+            return [], []
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         """Append a row; new names become new columns."""
@@ -75,11 +86,16 @@ def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of a metrics.csv, without a last row that a killed process left unfinished."""
     if not path.exists():
         return [], []
-    with open(path, newline="") as file:
-        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith("\n")]
-    reader = csv.DictReader(lines)
-    reader.fieldnames = [format1.metric(name) for name in reader.fieldnames or []]
-    rows = [row for row in reader if None not in row.values() and row["step"].isdigit()]
+    try:
+        text = path.read_bytes().decode("utf-8")
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        reader = csv.DictReader(lines)
+        reader.fieldnames = [format1.metric(name) for name in reader.fieldnames or []]
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path} is damaged ({error}).") from error
+    if lines and "step" not in reader.fieldnames:
+        raise InputError(f"{path} is damaged (it has no column step).")
+    rows = [row for row in reader if None not in row.values() and row["step"].isdecimal()]
     return list(reader.fieldnames), rows
 
 

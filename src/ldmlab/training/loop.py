@@ -88,7 +88,6 @@ class Loop(pl.Callback):
         row: dict[str, float] = {}
         if stage.step % self.settings.log_every == 0 or stage.step in (1, stage.max_steps):
             row = stage.metrics.read()
-            self.progress.numbers(row)
             row |= {f"learning_rate/{group}": rate for group, rate in stage.rates().items()}
             row["images"] = float(stage.position)
             for callback in self.callbacks:

@@ -29,8 +29,14 @@ class AdamW:
     global_batch: int = 1  # images a step over all processes; wiring fills it in
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise InputError(f"optimizer.learning_rate={self.learning_rate} must be above 0.")
+        for name, low in (("learning_rate", 0.0), ("epsilon", 0.0)):
+            if not _number(getattr(self, name)) or not low < getattr(self, name) < math.inf:
+                raise InputError(f"optimizer.{name}={getattr(self, name)} must be a number above 0.")
+        if not _number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"optimizer.weight_decay={self.weight_decay} must be a number of 0 or more.")
+        betas = self.betas if isinstance(self.betas, list | tuple) else ()
+        if len(betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise InputError(f"optimizer.betas={self.betas} must be two numbers in [0, 1), such as [0.9,0.999].")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optimizer.betas={list(self.betas)} must lie in [0, 1).")
         if self.epsilon <= 0:
@@ -63,12 +69,19 @@ class AdamW:
         return f"AdamW, learning rate {self.rate:g} ({rule})"
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Constant:
     """A constant rate after a linear rise."""
 
     warmup_steps: int = 0
     max_steps: int | None = None  # given to every schedule; unused here
+
+    def __post_init__(self) -> None:
+        _check_schedule(self)
 
     def __call__(self, step: int) -> float:
         """Factor of the learning rate for the update that follows `step` updates."""
@@ -83,6 +96,9 @@ class Linear:
     warmup_steps: int = 0
     final: float = 0.0  # factor at the end
 
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+
     def __call__(self, step: int) -> float:
         """Factor of the learning rate for the update that follows `step` updates."""
         return _warmup(step, self.warmup_steps) * (1 + (self.final - 1) * _progress(self, step))
@@ -96,10 +112,22 @@ class Cosine:
     warmup_steps: int = 0
     final: float = 0.0  # factor at the end
 
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+
     def __call__(self, step: int) -> float:
         """Factor of the learning rate for the update that follows `step` updates."""
         fall = 0.5 * (1 + math.cos(math.pi * _progress(self, step)))
         return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * fall)
+
+
+def _check_schedule(schedule: Any) -> None:
+    """Refuse numbers that no run can use."""
+    steps, final = schedule.warmup_steps, getattr(schedule, "final", 0.0)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise InputError(f"lr_schedule.warmup_steps={steps} must be a whole number of 0 or more.")
+    if not _number(final) or not 0 <= final < math.inf:
+        raise InputError(f"lr_schedule.final={final} must be a number of 0 or more, a factor of the learning rate.")
 
 
 def _warmup(step: int, warmup_steps: int) -> float:
@@ -145,7 +173,7 @@ def restore_optimizer(optimizer: Optimizer, state: Any, name: str) -> None:
     ]
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the checkpoint's optimizer state of {name} is missing or of another network.") from error
     for group, options in zip(optimizer.param_groups, configured, strict=True):
         group.update(options)

@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from ldmlab.training.stage import Stage
 
 _LINE_EVERY_SECONDS = 10.0
+_READ_EVERY_SECONDS = 1.0
 _WINDOW = 200  # steps over which speed is taken
 
 
@@ -21,7 +21,7 @@ class StepProgress:
         self._shown = shown
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._numbers = ""
+        self._loss, self._read = "", 0.0
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)
         self._last_line = 0.0
 
@@ -53,14 +53,12 @@ class StepProgress:
         if self._bar is not None:
             self._bar.add_task(stage.kind, total=stage.max_steps, completed=stage.step, rest="")
 
-    def numbers(self, row: Mapping[str, float]) -> None:
-        """The latest logged numbers: the first loss is shown."""
-        self._numbers = next((f"{name} {value:.4f}" for name, value in row.items()), "")
-
     def step(self, stage: Stage) -> None:
         """One step is done."""
         now = time.monotonic()
         self._marks.append((now, stage.step, stage.position))
+        if self._shown and (now - self._read >= _READ_EVERY_SECONDS or stage.step == stage.max_steps):
+            self._read, self._loss = now, stage.metrics.latest()  # waits for the device
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=stage.step, rest=self._rest(stage))
         elif self._shown and (now - self._last_line >= _LINE_EVERY_SECONDS or stage.step == stage.max_steps):
@@ -71,7 +69,7 @@ class StepProgress:
         (start, first_step, first), (end, last_step, last) = self._marks[0], self._marks[-1]
         seconds = max(end - start, 1e-9)
         left = (stage.max_steps - stage.step) * seconds / max(last_step - first_step, 1)
-        parts = [self._numbers, f"{(last - first) / seconds:.1f} images/s", f"{duration(left)} left"]
+        parts = [self._loss, f"{(last - first) / seconds:.1f} images/s", f"{duration(left)} left"]
         return "  ".join(part for part in parts if part)
 
 

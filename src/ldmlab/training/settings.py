@@ -1,5 +1,6 @@
 """How a run is trained, apart from what is trained."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +28,17 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         counts = ("max_steps", "micro_batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
         for name in counts:
-            if getattr(self, name) < 1:
-                raise InputError(f"trainer.{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InputError(f"trainer.{name}={value} must be a whole number of at least 1.")
+            if value < 1:
+                raise InputError(f"trainer.{name}={value} must be at least 1.")
         self._one_of("precision", ("bf16-mixed", "32-true"))
         self._one_of("accelerator", ("auto", "cpu", "gpu"))
+        for name in ("gradient_clip", "averaging_decay"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+                raise InputError(f"trainer.{name}={value} must be a finite number, or null for none.")
         if self.gradient_clip is not None and self.gradient_clip <= 0:
             raise InputError(f"trainer.gradient_clip={self.gradient_clip} must be above 0, or null for no clipping.")
         if self.averaging_decay is not None and not 0 <= self.averaging_decay < 1:

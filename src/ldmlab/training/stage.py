@@ -50,6 +50,7 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self._row: dict[str, Tensor] = {}  # of the unfinished step
+        self._last: dict[str, Tensor] = {}  # of the latest finished one
         self._unread: list[tuple[int, dict[str, Tensor]]] = []  # on the device, by step
         self.checked: dict[str, list[float]] = {}  # since the last `read`
 
@@ -61,7 +62,11 @@ class StepMetrics:
     def close(self, step: int) -> None:
         """The step is complete."""
         self._unread.append((step, self._row))
-        self._row = {}
+        self._last, self._row = self._row, {}
+
+    def latest(self) -> str:
+        """The first metric of the latest step, of this process: `loss 0.1234`."""
+        return next((f"{name} {float(value):.4f}" for name, value in self._last.items()), "")
 
     def check(self) -> None:
         """Fetch what has not been seen; InputError names the first metric that is not finite, and its step."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldmlab import distributed
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
 from ldmlab.training.checkpointing import Checkpoints
@@ -19,22 +20,43 @@ _CHOSEN_ID = "wandb_id"  # in a run folder: the id that a W&B sweep gave, where 
 _STEP = "trainer/global_step"
 
 
+MODES = ("offline", "online", "disabled")
+
+
+def chosen_mode(mode: str | None) -> str:
+    """The mode as configured, else as W&B's own variables say; a variable that is overruled is named."""
+    variable = os.environ.get("WANDB_MODE", "").strip().lower()
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on"):
+        variable = "disabled"
+    variable = {"dryrun": "offline", "run": "online", "": ""}.get(variable, variable)
+    if mode is None:
+        if variable and variable not in MODES:
+            raise InputError(f"WANDB_MODE={variable} is unknown; choose {', '.join(MODES)}, or unset it.")
+        return variable or "offline"
+    if variable and variable != mode:
+        distributed.say(f"logger.wandb.mode={mode} is used, not {variable} of WANDB_MODE or WANDB_DISABLED")
+    return mode
+
+
 @dataclass
 class WandB:
     """Through Lightning's logger; the W&B id is the run's id, and nothing but numbers and small images goes up."""
 
     project: str = "ldmlab"
-    mode: str = "offline"  # offline | online | disabled; offline runs go up later with `wandb sync`
+    mode: str | None = None  # offline | online | disabled; None: WANDB_MODE or WANDB_DISABLED, else offline
     entity: str | None = None  # account or team
     group: str | None = None  # name that runs to be compared share
-    tags: Sequence[str] = ()  # beside the stage, the factor and the kind of first stage
+    tags: Sequence[str] | str = ()  # one or several, beside the stage, the factor and the kind of first stage
     panel_px: int = 1024  # longest side of an uploaded grid; samples/ keeps the full size
     upload: str = "none"  # none | best | last: the checkpoint that goes up, once, when the run ends well
     _logger: Any = field(default=None, init=False)
     _run: RunFolder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", ("offline", "online", "disabled")), ("upload", ("none", "best", "last"))):
+        if isinstance(self.tags, str):
+            self.tags = [self.tags]
+        self.mode = chosen_mode(self.mode)
+        for name, choices in (("mode", MODES), ("upload", ("none", "best", "last"))):
             if getattr(self, name) not in choices:
                 raise InputError(f"logger.wandb.{name}={getattr(self, name)} is unknown; choose {', '.join(choices)}.")
         if self.panel_px < 16:

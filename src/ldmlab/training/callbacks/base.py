@@ -9,6 +9,9 @@ from ldmlab.training.loggers import Loggers
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.stage import Batch, Stage
 
+SKIPPED = "skipped.txt"  # in a run folder: a line an image that could not be read
+_NAMED = 10  # of them on the screen at once
+
 
 @dataclass
 class Session:
@@ -18,7 +21,9 @@ class Session:
     run: RunFolder
     loggers: Loggers
     val_batches: Callable[[], Iterable[Batch]]  # this process's share, from the start at every call
-    skipped: int = 0  # images that could not be read, over all processes
+    skipped: dict[str, str] = field(default_factory=dict)  # images that could not be read: name => reason, of all
+    val_skipped: dict[str, str] = field(default_factory=dict)  # the same of validation images
+    val_seen: int = 0  # validation images of the latest evaluation, over all processes
     notes: dict[str, Any] = field(default_factory=dict)  # what a checkpoint keeps for callbacks, plain types only
 
     def batches(self) -> Iterator[Batch]:
@@ -27,9 +32,36 @@ class Session:
             yield self.stage.transfer_batch_to_device(batch, self.stage.device, index)
 
     def evaluate(self) -> dict[str, float]:
-        """The stage's validation metrics, with averaged weights."""
+        """The stage's validation metrics, with averaged weights; what could not be read is noted and counted."""
+        here: dict[str, str] = {}
+        seen = 0
+
+        def noted() -> Iterator[Batch]:
+            nonlocal seen
+            for batch in self.batches():
+                here.update(named(batch))
+                seen += len(batch.get("key", ()))
+                yield batch
+
         with self.stage.evaluating():
-            return self.stage.validate(self.batches())
+            values = self.stage.validate(noted())
+        shares = distributed.gather((here, seen))
+        new = {name: why for part, _ in shares for name, why in part.items() if name not in self.val_skipped}
+        self.val_skipped |= new
+        self.val_seen = sum(count for _, count in shares) + len(self.val_skipped)
+        self.note(new, "validation images")
+        return values
+
+    def note(self, new: dict[str, str], what: str) -> None:
+        """Name images that could not be read on stderr and in skipped.txt of the run folder."""
+        if not new or distributed.rank():
+            return
+        lines = [f"{name}: {why}" for name, why in sorted(new.items())]
+        more = f" and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+        distributed.say(f"{what} that cannot be read, left out: {'; '.join(lines[:_NAMED])}{more}")
+        if self.run is not None and self.run.path.is_dir():
+            with open(self.run.path / SKIPPED, "a", encoding="utf-8", errors="replace") as file:
+                file.writelines(f"{what}: {' '.join(line.split())}\n" for line in lines)
 
     def log_panels(self) -> None:
         """The stage's images to every logger, drawn by the first process while the others wait."""
@@ -39,6 +71,12 @@ class Session:
             for name, images in panels.items():
                 self.loggers.log_images(name, images, self.stage.step)
         distributed.barrier()
+
+
+def named(batch: Batch) -> dict[str, str]:
+    """The images that the loader could not read for a batch: name => reason."""
+    parts = [str(entry).partition(": ") for entry in batch.get("skipped") or []]
+    return {name: reason for name, _, reason in parts}
 
 
 class StepCallback:

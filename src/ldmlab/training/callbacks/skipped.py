@@ -2,23 +2,22 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
 from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.callbacks.base import Session, StepCallback, named
 from ldmlab.training.stage import Batch
 
-_BEFORE_JUDGING = 1000  # images: a share of fewer says little
+_LEAST_IMAGES = 1000  # a share of fewer says little
 
 
 @dataclass
 class Skipped(StepCallback):
     """Counts `skipped` of the batches and stops the run above `max_fraction`."""
 
-    max_fraction: float = 0.01  # of the images asked for
-    _here: int = field(default=0, init=False)  # since the last row, on this process
-    _example: str = field(default="", init=False)
+    max_fraction: float = 0.01  # of the images read
+    _here: dict[str, str] = field(default_factory=dict, init=False)  # since the last row, on this process
+    _count: int = field(default=0, init=False)  # the same image in another epoch counts again
+    _total: int = field(default=0, init=False)  # over all processes
     _start: int = field(default=0, init=False)
 
     def start(self, session: Session) -> None:
@@ -27,21 +26,29 @@ class Skipped(StepCallback):
 
     def after_batch(self, session: Session, batch: Batch) -> None:
         """Note what the loader had to replace."""
-        names = batch.get("skipped") or []
-        self._here += len(names)
-        if names:
-            self._example = str(names[0])
+        names = named(batch)
+        self._here |= names
+        self._count += len(batch.get("skipped") or [])
 
     def metrics(self, session: Session) -> dict[str, float]:
         """data/skipped, the count so far; InputError above the set share."""
-        count = torch.tensor(float(self._here), device=session.stage.device)
-        session.skipped += int(distributed.sum_(count))
-        self._here = 0
-        seen = session.stage.position - self._start
-        if session.skipped > self.max_fraction * max(seen, _BEFORE_JUDGING):
-            example = f" (such as {self._example})" if self._example else ""
+        shares = distributed.gather((self._here, self._count))
+        self._here, self._count = {}, 0
+        self._total += sum(count for _, count in shares)
+        new = {name: why for part, _ in shares for name, why in part.items() if name not in session.skipped}
+        session.skipped |= new
+        session.note(new, "training images")
+        self._check(self._total, session.stage.position - self._start, "images", session.skipped)
+        return {"data/skipped": float(self._total)}
+
+    def after_step(self, session: Session) -> None:
+        """The same share holds for the validation images."""
+        self._check(len(session.val_skipped), session.val_seen, "validation images", session.val_skipped)
+
+    def _check(self, count: int, seen: int, what: str, names: dict[str, str]) -> None:
+        if count > self.max_fraction * max(seen, _LEAST_IMAGES):
+            example = next((f" (such as {name}: {why})" for name, why in names.items()), "")
             raise InputError(
-                f"{session.skipped} of {seen} images could not be read{example}, more than "
+                f"{count} of {seen} {what} could not be read{example}, more than "
                 f"callbacks.skipped.max_fraction={self.max_fraction}; mend the shards or raise it."
             )
-        return {"data/skipped": float(session.skipped)}

@@ -1,15 +1,16 @@
-"""Held-out numbers while training, and the checkpoint that has the best of them."""
+"""Validation while training, and the checkpoint with the best metric."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ldmlab import distributed
 from ldmlab.training.callbacks.base import Session, StepCallback
 
 
 @dataclass
 class Validate(StepCallback):
-    """Evaluates every `every` steps and at the last one; knows whether the latest numbers are the best so far."""
+    """Evaluates every `every` steps and at the last one; knows whether the latest metrics are the best so far."""
 
     every: int  # steps
     chooses_best: bool = True  # False: another callback says which checkpoint is best
@@ -20,16 +21,20 @@ class Validate(StepCallback):
         return session.stage.step % self.every == 0 or session.stage.step == session.stage.max_steps
 
     def metrics(self, session: Session) -> dict[str, float]:
-        """val/ numbers when due."""
+        """val/ metrics when due."""
         self.improved = False
         if not self.due(session):
             return {}
-        numbers = session.evaluate()
-        if self.chooses_best and numbers:  # none without validation data
-            stage = session.stage
-            self.improved = improves(session, stage.monitor, numbers[stage.monitor], stage.monitor_mode)
-        session.notes["val"] = {"step": session.stage.step, **numbers}
-        return {f"val/{name}": value for name, value in numbers.items()}
+        stage, values = session.stage, session.evaluate()
+        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+            best = session.notes.get("best", {}).get("step")
+            kept = f"the best checkpoint stays that of step {best}" if best else "there is no best checkpoint yet"
+            distributed.say(f"step {stage.step}: val/{bad[0]} is {values[bad[0]]}, which is never the best; {kept}")
+        if self.chooses_best and values:  # none without validation data
+            self.improved = improves(session, stage.monitor, values[stage.monitor], stage.monitor_mode)
+        session.notes["val"] = {"step": stage.step, **values}
+        skipped = {"data/val_skipped": float(len(session.val_skipped))} if session.val_skipped else {}
+        return {f"val/{name}": value for name, value in values.items()} | skipped
 
 
 def improves(session: Session, name: str, value: float, mode: Literal["min", "max"], measured_by: str = "") -> bool:
