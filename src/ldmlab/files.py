@@ -93,6 +93,8 @@ def disk_sentence(error: OSError, path: Path | str) -> str | None:
         return f"no space left for {path}; free some disk space and run the command again."
     if error.errno == errno.EROFS:
         return f"{path} cannot be written because its disk is read-only; choose a folder on another disk."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return f"{path} cannot be written because a folder and a file of this path have one name; choose another path."
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{path} cannot be written (permission denied); allow it or choose another folder."
     return None

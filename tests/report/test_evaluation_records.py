@@ -206,3 +206,32 @@ def test_the_command_refuses_in_one_line(folder: Path) -> None:
         dispatch(["report", str(folder)])
     with pytest.raises(InputError, match="is not a JSON object"):
         dispatch(["report", str(folder), "--format", "md"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["FOLDER", "FOLDER", "--out", "FILE"], "have one name; choose another path"),
+        (["FOLDER", "FOLDER", "--out", "FILE/below"], "have one name; choose another path"),
+        (["FILE"], "holds no metrics.json"),
+        (["NONE"], "holds no metrics.json"),
+        (
+            ["FOLDER", "--format", "md", "--table", "text2img/coco"],
+            r"--table text2img/coco is .* did you mean text2img/",
+        ),
+        (["--format", "md", "--table", "x"], "--table x is no table of the paper; there are"),
+        (["FOLDER", "--table", "x"], "--table x is for printing; add --format"),
+        ([], "FOLDER is missing"),
+        (["FOLDER", "OTHER"], "--out is missing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be_met_are_one_sentence(folder: Path, words: list[str], sentence: str) -> None:
+    (folder.parent / "file").write_text("")
+    places = {"FOLDER": folder, "FILE": folder.parent / "file", "NONE": folder.parent / "none", "OTHER": folder / "x"}
+    typed = [
+        str(places.get(word.split("/")[0], word)) + ("/below" if word.endswith("/below") else "") for word in words
+    ]
+    with pytest.raises(InputError, match=sentence):
+        dispatch(["report", *typed])
+    assert (folder.parent / "file").read_text() == ""

@@ -46,7 +46,7 @@ def test_a_refused_start_is_no_run(tmp_path: Path, kind: str) -> None:
     folder = refused(tmp_path, kind)
     assert [record.path for record in read_runs([tmp_path])] == [run]
     assert [record.path for record in read_runs([run, folder])] == [run]
-    assert "1 runs of" in dashboard(read_runs([tmp_path])).lead
+    assert "1 run of" in dashboard(read_runs([tmp_path])).lead
     with pytest.raises(InputError, match="holds no run that trained a step"):
         dispatch(["dashboard", str(folder), "--out", str(tmp_path / "page.html")])
     assert not (tmp_path / "page.html").exists()

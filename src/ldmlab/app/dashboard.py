@@ -52,7 +52,7 @@ def dashboard(runs: Sequence[RunRecord], title: str = "Runs side by side") -> Pa
         sections.append(Section(STAGES[stage][0], blocks))
     sections += [Section("Newest images", _images(runs)), Section("Every run", [_runs(runs)])]
     groups = sorted({run.group for run in runs})
-    return Page(title, f"{len(runs)} runs of {', '.join(groups)}.", sections)
+    return Page(title, f"{len(runs)} run{'s' * (len(runs) > 1)} of {', '.join(groups)}.", sections)
 
 
 def _titles(runs: Sequence[RunRecord]) -> dict[str, str]:

@@ -21,7 +21,7 @@ def read_record(path: Path, way_out: str, versions: Sequence[int] = VERSIONS) ->
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB, which no evaluation writes; {way_out}")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -22,7 +22,7 @@ from ldmlab.report.metrics_json import (
     repeat_line,
     title,
 )
-from ldmlab.report.paper_table import bare_table, paper_report, paper_tables
+from ldmlab.report.paper_table import bare_table, known_table, paper_report, paper_tables
 from ldmlab.report.render import FORMATS, markdown, write_page
 from ldmlab.report.rows import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
 from ldmlab.report.score_lines import ScoreLine, options_of, score_text
@@ -124,7 +124,7 @@ def comparison_page(folders: Sequence[Path]) -> Page:
         cards = _checked(result, _cards)
         gallery = [Gallery(Path(result["folder"]), cards, "thumbnails", pixels=THUMBNAIL)] if cards else []
         sections.append(Section(name, gallery))
-    return Page("Comparison", f"{len(results)} evaluations side by side.", sections)
+    return Page("Comparison", f"{len(results)} evaluation{'s' * (len(results) > 1)} side by side.", sections)
 
 
 def evaluation_tables(folders: Sequence[Path], table: str | None = None) -> list[Table]:
@@ -180,6 +180,8 @@ def printed_tables(folders: Sequence[Path], form: str, table: str | None = None)
 
     Without folders the paper's tables as they are: `table`, or all.
     """
+    if table is not None:
+        known_table(table, "--table ")
     if folders:
         return FORMATS[form](evaluation_tables(folders, table))
     return FORMATS[form]([bare_table(name) for name in ([table] if table else paper_tables())])

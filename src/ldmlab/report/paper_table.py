@@ -52,14 +52,19 @@ def paper_tables() -> dict[str, dict[str, Any]]:
     return _content()["tables"] | _content()["extra"]
 
 
-def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
-    """Our row in the table `name`, counted against its row with the id `row`."""
+def known_table(name: str, option: str = "protocol.paper_table=") -> dict[str, Any]:
+    """The table called `name`; `option`: how it was chosen."""
     known = paper_tables()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-        raise InputError(f"protocol.paper_table={name} is no table of the paper; {hint}")
-    table = known[name]
+        raise InputError(f"{option}{name} is no table of the paper; {hint}")
+    return known[name]
+
+
+def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
+    """Our row in the table `name`, counted against its row with the id `row`."""
+    table = known_table(name)
     columns = columns_of(table["directions"])
     names = methods(table["rows"])
     printed = [_printed(entry, columns) for entry in table["rows"]]

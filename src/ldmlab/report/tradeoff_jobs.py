@@ -51,7 +51,7 @@ def read_job(folder: Path) -> dict[str, Any]:
     """tradeoff.json of a denoiser's folder; its points are complete."""
     try:
         found = read_record(folder / RECORD, _AGAIN, (FORMAT_VERSION,))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} holds no {RECORD}; {_AGAIN}") from None
     with reading(folder / RECORD, "points", _AGAIN):
         for point in found["points"]:
