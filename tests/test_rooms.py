@@ -81,3 +81,26 @@ def test_formats_do_not_import_each_other() -> None:
         others = tuple(f"ldmlab.interop.{other.name}" for other in formats if other != folder)
         for path in folder.rglob("*.py"):
             assert not [name for name in imports(path) if name.startswith(others)], path
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Nor through others: no circle among the files, imports inside functions and for types included."""
+    names = {path: ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts) for path in FILES}
+    known = {name.removesuffix(".__init__") for name in names.values()}
+    edges = {name.removesuffix(".__init__"): set(_files_imported(path, known)) for path, name in names.items()}
+    while free := [name for name, used in edges.items() if not used]:
+        edges = {name: used - set(free) for name, used in edges.items() if name not in free}
+    assert not edges, f"these files import each other in a circle, or are imported by one: {sorted(edges)}"
+
+
+def _files_imported(path: Path, known: set[str]) -> Iterator[str]:
+    own = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            candidates = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            candidates = [name if name in known else str(node.module) for name in inside]
+        else:
+            continue
+        yield from (name for name in candidates if name in known and name != own)

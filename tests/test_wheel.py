@@ -44,6 +44,15 @@ def test_it_composes_a_run_away_from_the_checkout(unpacked: Path, tmp_path: Path
     assert stage == "clip"
 
 
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_the_verbs_are_there_away_from_the_checkout(unpacked: Path, tmp_path: Path, verb: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    command = [sys.executable, "-m", "ldmlab", verb, "--cfg", "job", "--package", "paths"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "runs: runs" in result.stdout
+
+
 def test_it_prints_a_table_of_the_paper_as_a_page(unpacked: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     command = [sys.executable, "-m", "ldmlab", "report", "--format", "html", "--table", "layout/coco-256"]

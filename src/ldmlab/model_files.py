@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_yaml(folder / CONFIG)
     description = folder / DESCRIPTION
     new = description.exists() and read_yaml(description).get("format_version") == FORMAT_VERSION
-    return config if new else format1.node(config)
+    return config if new else format1.config(config)
 
 
 def _check_kind(path: Path, spec: Mapping[str, Any]) -> None:

@@ -167,6 +167,21 @@ def test_an_optimizer_of_torch(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("+stage.colour=red", "stage.colour: there is no such option"),
+        ("stage.panel_steps=many", "stage.panel_steps=many does not fit; give a whole number."),
+        ("stage.panel_count=2.5", "stage.panel_count=2.5 does not fit"),
+        ("stage.guidance_scale=nan", "stage.guidance_scale=nan is not finite"),
+        ("stage.latent_scale=[1]", "stage.latent_scale=[1] does not fit"),
+    ],
+)
+def test_options_of_the_stage(shards: Path, tmp_path: Path, word: str, expected: str) -> None:
+    assert expected in refusal(lambda: run(shards, tmp_path / "run", word))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "lacking"),
     [
         ([f"diffusion.schedule={{_target_: {__name__}.NoAlphaBar}}"], "NoAlphaBar has no levels(), alpha_bar"),

@@ -1,5 +1,6 @@
 """What each stage consists of, worked out from its choices: one function a stage, found by name."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +11,17 @@ from torch import nn
 
 from ldmlab.app.agreement import check_agreement
 from ldmlab.app.conditioning import Conditioners, build_conditioners, check_fields_given, context_widths
+from ldmlab.argument_types import check_type, check_types
 from ldmlab.build import load_first_stage, moments_of
-from ldmlab.checkpoints import save_tensors
+from ldmlab.checkpoints import fingerprint, save_tensors
 from ldmlab.contracts import LatentSpec
 from ldmlab.data.latent_shards import Statistics
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
 from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.errors import InputError
-from ldmlab.instantiate import accepts, instantiate
+from ldmlab.instantiate import accepts, check_arguments, instantiate
 from ldmlab.training.stage import Stage
 
 Config = Mapping[str, Any]
@@ -46,6 +49,7 @@ def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Pla
     """A first stage and its loss."""
     from ldmlab.training.autoencoder_module import AutoencoderStage
 
+    _check_stage_options(AutoencoderStage, config)
     first_stage = instantiate(config["first_stage"], where="first_stage")
     check_divides(data.image_size, first_stage.downsampling)
     stage = AutoencoderStage(
@@ -72,6 +76,7 @@ def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     """Two towers that learn to agree on pairs."""
     from ldmlab.training.clip_module import ClipStage
 
+    _check_stage_options(ClipStage, config)
     model = instantiate(config["clip"], where="clip", image_size=data.image_size)
     stage = ClipStage(model=model, **options)
     node = {"_target_": "ldmlab.nn.openclip.build_clip", "config": model.config}  # rebuilds without a network
@@ -84,6 +89,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     from ldmlab.diffusion.schedule import ddim_grid
     from ldmlab.training.diffusion_module import DiffusionStage
 
+    _check_stage_options(DiffusionStage, config)
     first_stage, first_node, manifest = first_stage_of(config, data)
     if manifest is not None and manifest.latents is not None:  # the latents know the size of their images
         data = replace(data, image_size=manifest.latents["image_size"])
@@ -133,10 +139,48 @@ def _latent_diffusion(
 
 
 def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
-    """A classifier of noisy latents, to guide a denoiser of the same latents."""
-    from ldmlab.app.classifier_plan import classifier_plan
+    """The classifier sees what a denoiser with the same data, latent_scale and diffusion.schedule sees."""
+    from ldmlab.training.classifier_module import ClassifierStage
 
-    return classifier_plan(config, data, options)
+    _check_stage_options(ClassifierStage, config)
+    first_stage, first_node, manifest = first_stage_of(config, data)
+    if manifest is not None and manifest.latents is not None:  # the latents know the size of their images
+        data = replace(data, image_size=manifest.latents["image_size"])
+    latent = latent_spec(first_stage, data.image_size)
+    node = {**config["classifier"], "latent_channels": latent.channels}
+    reads: Literal["images", "latents"] = "latents" if data.latents is not None else "images"
+    _check_classes(data, manifest or data.manifest("train", reads), node["classes"])
+    scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
+    schedule_node = config["diffusion"]["schedule"]
+    stage = ClassifierStage(
+        space=LatentSpace(first_stage, instantiate(scale_node, where="stage.latent_scale")),
+        schedule=instantiate(schedule_node, where="diffusion.schedule"),
+        classifier=instantiate(node, where="classifier"),
+        **options,
+    )
+    spec = {
+        "kind": "classifier",
+        "image_size": data.image_size,
+        "classifier": node,
+        "first_stage_fingerprint": fingerprint(first_stage.state_dict()),
+        "latent_scale": scale_node,
+        "schedule": schedule_node,
+    }
+    return Plan(stage, spec, reads, used={"first_stage": first_node})
+
+
+def _check_classes(data: ShardData, manifest: Manifest, classes: int) -> None:
+    """Labels must be read, and there must be an output for each of them."""
+    if "class_id" not in data.fields:
+        raise InputError(
+            f"data.fields={list(data.fields)} holds no class_id, which stage=classifier learns; "
+            "add it: data.fields=[class_id]."
+        )
+    known = len(manifest.classes or [])
+    if known > classes:
+        raise InputError(
+            f"classifier.classes={classes} but the data have {known} classes; give classifier.classes={known}."
+        )
 
 
 PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {
@@ -145,6 +189,18 @@ PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {
     "clip": clip,
     "diffusion": diffusion,
 }
+
+
+def _check_stage_options(stage: type[Stage], config: Config) -> None:
+    """Options of conf/stage against the names and types of the stage's arguments."""
+    given = {name: value for name, value in config["stage"].items() if name != "name"}
+    for name, annotation in (("panel_steps", int), ("latent_scale", str | float)):  # used up before the stage is built
+        if name in given and name not in inspect.signature(stage).parameters:
+            check_type(given.pop(name), annotation, f"stage.{name}")
+    own = {name: given.pop(name) for name in list(given) if name in inspect.signature(stage).parameters}
+    check_types(stage, own, "stage")
+    check_arguments(Stage, given, "stage", complete=False)  # a stage passes the rest on to the base
+    check_types(Stage, given, "stage")
 
 
 def task_node(config: Config, image_size: int) -> dict[str, Any]:

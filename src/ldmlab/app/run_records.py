@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from ldmlab import format1
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.model_files import read_description
+from ldmlab.model_files import read_config, read_description
 from ldmlab.report.line_chart import Points
 from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.report.paper_conditions import PAPER_FEATURES
@@ -95,12 +93,12 @@ def _configs(folder: Path) -> list[Path]:
 
 def _read(folder: Path) -> RunRecord:
     try:
-        config = format1.config(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        config = read_config(folder)
         stage, run, seed = str(config["stage"]["name"]), config["run"], int(config["seed"])
         group, max_steps = str(run.get("group") or run["name"]), int(config["trainer"]["max_steps"])
         scores_in_training = (config.get("callbacks") or {}).get("scores") or {}
         features = _network(scores_in_training.get("features") or {})
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise InputError(
             f"{folder / 'config.yaml'} cannot be read as a run's ({reason}); leave this run out."

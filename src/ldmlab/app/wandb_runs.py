@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldmlab.app.dashboard import STAGES, by_stage, is_unseen, metrics_of
 from ldmlab.app.run_records import RunRecord, comparison_fields, scores_of
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.model_files import read_description
+from ldmlab.model_files import read_config, read_description
 from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.wandb_logger import WandB
@@ -56,7 +54,7 @@ def _logger_of(run_folder: Path) -> tuple[WandB | None, dict[str, Any]]:
     """The W&B logger that the run was trained with, if any, and its settings."""
     if not (run_folder / "config.yaml").exists() or not (run_folder / "provenance.json").exists():
         return None, {}
-    config: Mapping[str, Any] = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
+    config: Mapping[str, Any] = read_config(run_folder)
     target = f"{WandB.__module__}.{WandB.__qualname__}"
     for name, node in (config.get("logger") or {}).items():
         if node and node.get("_target_") == target and node.get("mode") != "disabled":

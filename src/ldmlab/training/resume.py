@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from ldmlab import distributed, format1
+from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.instantiate import completed
-from ldmlab.model_files import DESCRIPTION, read_description
+from ldmlab.model_files import DESCRIPTION, read_config, read_description
 
 Flat = dict[str, Any]  # dotted option => value
 Fate = Literal["applied", "harmless", "refused"]
@@ -98,12 +96,11 @@ def _recorded(content: Mapping[str, Any], folder: Path) -> Record:
     config: Any = {}
     spec: Mapping[str, Any] = {}
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = read_config(folder)
         spec = read_description(folder)
-    except (InputError, OSError, ValueError, yaml.YAMLError, RecursionError):
+    except InputError:
         missing = "config.yaml" if not config else DESCRIPTION
         distributed.say(f"{folder / missing} is missing or damaged, so the options of before are not compared.")
-    config = format1.config(config) if isinstance(config, Mapping) else {}
     return Record(config, spec, {})
 
 
