@@ -52,11 +52,17 @@ def test_a_row_for_each_scale(command: Any, tmp_path: Path, capsys: pytest.Captu
         (["--scale", "nan"], "--scale nan must be above zero"),
         (["--times", "0,1000"], "times of the schedule, 0 .. 999"),
         (["--times", "1.5"], "times of the schedule, 0 .. 999"),
-        (["--out", "noise.xyz"], "--out noise.xyz is not an image file"),
-        (["--out", "noise"], "--out noise is not an image file"),
         (["--seed", "-1"], "seed=-1"),
     ],
 )
 def test_refused(command: Any, words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         command(*words)
+
+
+def test_a_file_that_is_no_image(tmp_path: Path) -> None:
+    for name in ("noise.xyz", "noise", "."):
+        parser = Parser()
+        noise.add_arguments(parser)
+        with pytest.raises(InputError, match="is not an image file"):
+            noise.run(parser.parse_intermixed_args(["model", "image.png", "--out", str(tmp_path / name)]))

@@ -99,7 +99,9 @@ def test_panels_and_numbers_of_the_callbacks(tmp_path: Path) -> None:
     for name in ("samples", "val"):
         drawn = sorted((tmp_path / "run" / "samples" / name).iterdir())
         assert [p.name for p in drawn] == ["step_00000002.png", "step_00000004.png"]
-        assert Image.open(drawn[0]).size == (18, 18)  # four images of 8 x 8 with a gap of 2
+        shown = Image.open(drawn[0])
+        assert shown.width == 2 * 128 + 3 * 8  # four images of 8 x 8 in two columns, enlarged to hold their class
+        assert shown.height > shown.width
     last = table(tmp_path / "run")[-1]
     assert float(last["speed/images_per_second"]) > 0
     assert float(last["memory/peak_gib"]) > 0

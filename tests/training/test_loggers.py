@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldmlab.training.loggers import Files, Loggers, TensorBoard, image_grid, read_metrics
+from ldmlab.inference.grids import labels_of
+from ldmlab.training.loggers import Files, Loggers, TensorBoard, image_grid, labelled_grid, read_metrics
 from ldmlab.training.run_folder import RunFolder
 
 
@@ -31,6 +32,23 @@ def test_a_grid_keeps_every_image() -> None:
     assert np.array_equal(grid[:4, :6], images()[0].numpy())
     assert np.array_equal(grid[6:, 8:14], images()[4].numpy())
     assert (grid[4:6] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "title"),
+    [(["a red apple", "猫", "", "class 3", "x" * 300], ""), (None, "input | output"), (["a"] * 5, "b")],
+)
+def test_labels_and_titles_are_written_beside_the_images(labels: list[str] | None, title: str) -> None:
+    plain, marked = labelled_grid(images(), [""] * 5, ""), labelled_grid(images(), labels, title)
+    assert marked.shape[1] == plain.shape[1]
+    ink = [int((grid == 40).all(axis=2).sum()) for grid in (plain, marked)]  # the colour of letters
+    assert ink[1] > ink[0]
+
+
+def test_labels_are_captions_or_classes() -> None:
+    assert labels_of({"caption": ["a", "b"], "class_id": torch.tensor([1, 2])}) == ["a", "b"]
+    assert labels_of({"class_id": torch.tensor([1, 2])}) == ["class 1", "class 2"]
+    assert labels_of({"moments": torch.zeros(2)}) == []
 
 
 def test_files_grow_columns_and_are_cut_at_the_checkpoint(tmp_path: Path) -> None:

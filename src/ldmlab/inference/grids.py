@@ -59,6 +59,13 @@ def table(
     return _layout(rows, [list(column_titles)] * len(rows), row_titles)
 
 
+def labels_of(batch: Mapping[str, Any]) -> list[str]:
+    """The caption, or else the class, of each image of a batch; empty where a batch has neither."""
+    if "caption" in batch:
+        return [str(caption) for caption in batch["caption"]]
+    return [f"class {int(number)}" for number in batch.get("class_id", ())]
+
+
 def save_animation(path: Path, images: Sequence[np.ndarray]) -> None:
     """Frames in order, the last one held; .webp or .gif, endless."""
     scale = enlargement(images[0])

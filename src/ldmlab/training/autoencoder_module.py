@@ -1,7 +1,7 @@
 """Training of a first stage: autoencoder and adversary, both updated with every batch."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +68,9 @@ class AutoencoderStage(Stage):
 
     kind: ClassVar[str] = "autoencoder"
     averaged: ClassVar[str | None] = "first_stage"
+    panel_titles: ClassVar[Mapping[str, str]] = {
+        "reconstructions": "input | reconstruction | difference (grey where equal)",
+    }
 
     def __init__(
         self,

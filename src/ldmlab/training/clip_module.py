@@ -1,7 +1,7 @@
 """Contrastive training of a text and an image encoder: an image and its caption become similar, others dissimilar."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,10 @@ class ClipStage(Stage):
     averaged: ClassVar[str | None] = "clip"
     monitor = "recall_5_of_50"
     monitor_mode = "max"
+    panel_titles: ClassVar[Mapping[str, str]] = {
+        "found_by_caption": "validation image | images that its caption finds, best first",
+        "similarities": "similarity of images (rows) and captions (columns)",
+    }
 
     def __init__(self, *, model: OpenClip, **options: Any) -> None:
         super().__init__(**options)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Level, Sampler
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
+from ldmlab.inference.grids import labels_of
 from ldmlab.nn.pixels import to_bytes
 from ldmlab.training.stage import Batch, Losses, Stage
 
@@ -91,6 +92,11 @@ class DiffusionStage(Stage):
         )  # fmt: skip
         images = {"samples": samples, "val": self.diffusion.decode(real)}
         return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in images.items()}
+
+    def panel_labels(self, batches: Iterable[Batch]) -> dict[str, list[str]]:
+        """The captions or classes of the panels' images."""
+        labels = labels_of(first_images(batches, self.panel_count))
+        return {"samples": labels, "val": labels} if labels else {}
 
 
 def first_images(batches: Iterable[Batch], count: int) -> Batch:

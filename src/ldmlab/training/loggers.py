@@ -15,6 +15,7 @@ from torch import Tensor
 from ldmlab import distributed, format1
 from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.inference.grids import grid as label_grid
 from ldmlab.training.run_folder import RunFolder
 
 
@@ -144,10 +145,12 @@ class Loggers:
         for logger in self._open:
             logger.numbers(values, step)
 
-    def log_images(self, name: str, images: Tensor, step: int) -> None:
-        """Images uint8 (N, H, W, 3) as one grid to every logger."""
+    def log_images(
+        self, name: str, images: Tensor, step: int, labels: Sequence[str] | None = None, title: str = ""
+    ) -> None:
+        """Images uint8 (N, H, W, 3) as one grid to every logger, with a label each and a title."""
         if self._open:
-            grid = image_grid(images)
+            grid = labelled_grid(images, labels, title) if labels or title else image_grid(images)
             for logger in self._open:
                 logger.image(name, grid, step)
 
@@ -156,6 +159,12 @@ class Loggers:
         with ExitStack() as stack:
             while self._open:
                 stack.callback(self._open.pop().close, success)
+
+
+def labelled_grid(images: Tensor, labels: Sequence[str] | None, title: str) -> np.ndarray:
+    """As `image_grid`, small images enlarged, each with its label below: uint8 (H', W', 3)."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    return np.asarray(label_grid(list(images.cpu().numpy()), labels, columns, title))
 
 
 def image_grid(images: Tensor, gap: int = 2) -> np.ndarray:

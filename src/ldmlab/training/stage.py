@@ -100,6 +100,7 @@ class Stage(pl.LightningModule):
     averaged: ClassVar[str | None] = None  # the entry of `saved()` that is averaged
     monitor: str  # the validation metric that decides which checkpoint is best
     monitor_mode: Literal["min", "max"] = "min"
+    panel_titles: ClassVar[Mapping[str, str]] = {}  # legend of a panel, by its name
 
     def __init__(
         self,
@@ -153,6 +154,10 @@ class Stage(pl.LightningModule):
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Images to look at by name, uint8 (N, H, W, 3), called like `validate` on the first process only."""
+        return {}
+
+    def panel_labels(self, batches: Iterable[Batch]) -> dict[str, list[str]]:
+        """A label for each image of a panel, by the panel's name: captions, classes."""
         return {}
 
     # -- one step ----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", type=Path, help="model folder, run folder or checkpoint")
     add_prompt_options(parser)
     for setting in fields(SampleSettings):  # as text, so that errors show what was typed; a flag without a value
-        flag = {"nargs": "?", "const": "true"} if setting.type == (bool | None) else {}
+        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.type == (bool | None) else {}
         add(f"--{setting.name.replace('_', '-')}", metavar=setting.name.upper(), help=setting.metadata["help"], **flag)
     add("--classifier", type=Path, help="guide by this stage=classifier run to the classes given as prompts")
     add("--classifier-scale", type=float, help="how strongly (10, the paper's)")

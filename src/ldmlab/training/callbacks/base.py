@@ -68,8 +68,10 @@ class Session:
         if distributed.rank() == 0:
             with self.stage.evaluating():
                 panels = self.stage.panels(self.batches())
+                labels = self.stage.panel_labels(self.batches())
             for name, images in panels.items():
-                self.loggers.log_images(name, images, self.stage.step)
+                title = self.stage.panel_titles.get(name, "")
+                self.loggers.log_images(name, images, self.stage.step, labels.get(name), title)
         distributed.barrier()
 
 
