@@ -42,6 +42,14 @@ DENOISER = [
     *["backbone.model_channels=32", "backbone.channel_mult=[1]", "stage.panel_steps=2", "stage.panel_count=2"],
     *["conditioner.class_label.width=16"],
 ]
+CLIP = [
+    *["experiment=mine/clip", *DATA, *LOOP, "trainer.max_steps=3", "clip.config.vision_cfg.layers=1"],
+    *["clip.config.text_cfg.layers=1", "clip.config.vision_cfg.width=32", "clip.config.text_cfg.width=32"],
+]
+EVALUATION = [
+    *["model=first_stage", "protocol=reconstruction", "features=clip_run", "features.run=clip"],
+    *["~protocol.metrics.fid", "protocol.shown=2", "keep_reference=false", "wandb=false", "out=evaluated"],
+]
 COMMANDS: dict[str, list[str]] = {  # in the order in which they need each other
     "pack": [
         *["pack", "images", "packed", "--size", "16", "--val", "0.2", "--workers", "1"],
@@ -51,6 +59,8 @@ COMMANDS: dict[str, list[str]] = {  # in the order in which they need each other
     "encode": ["encode", "data=shards", *DATA[:2], "from_run=first_stage", "out=latents", "data.workers=0"],
     "denoiser": ["train", *DENOISER, "run.dir=denoiser"],
     "export": ["export", "denoiser", "model"],
+    "clip": ["train", *CLIP, "run.dir=clip"],
+    "evaluate": ["evaluate", *EVALUATION],
     "sample": ["sample", "model", "4", "--steps", "4", "--out", "samples", "--seed", "1"],
 }
 MADE = {"pack": "packed", "first_stage": "first_stage", "encode": "latents", "denoiser": "denoiser", "export": "model"}
@@ -123,6 +133,10 @@ def draw_images(folder: Path, count: int = 54) -> None:
 
 def digest(name: str, work: Path) -> Any:
     """What a command made, so that two runs can be compared; None where it made nothing."""
+    if name == "evaluate":
+        return scores(work / "evaluated" / "metrics.json")
+    if name == "clip":
+        return newest_state(work / name)
     if name in ("first_stage", "denoiser"):
         return [newest_state(work / MADE[name]), validation(work / MADE[name])]
     if name in ("pack", "encode"):
@@ -140,6 +154,14 @@ def newest_state(run_folder: Path) -> str | None:
     content = torch.load(files[-1], map_location="cpu", weights_only=True)
     kept = {key: content[key] for key in ("step", "modules", "averaged", "optimizers", "rng") if key in content}
     return hashlib.sha256(_bytes(kept)).hexdigest()[:16]
+
+
+def scores(path: Path) -> Any:
+    """The numbers of an evaluation's record; times and places are left out."""
+    content = json.loads(path.read_text())
+    return {
+        key: content[key] for key in sorted(content) if key in ("metrics", "scores", "images", "samples", "reference")
+    }
 
 
 def validation(run_folder: Path) -> list[dict[str, str]]:

@@ -100,6 +100,23 @@ def images_encode(case: Case) -> None:
     case.judge(case.run([*COMMANDS["encode"], *checked]), "encode")
 
 
+def images_evaluate(case: Case) -> None:
+    """Damaged images among those that a first stage is scored on."""
+    case.copy("packed", "first_stage", "clip")
+    folder, kind = case.work / "packed" / "val", case.rng.random()
+    if kind < 0.4:
+        case.outcome.planted = _bytes(case, folder)
+    elif kind < 0.6:
+        case.outcome.planted = plant.manifest(folder, case.rng)
+    else:
+        path = case.rng.choice(_shards(folder))
+        content = plant.members(path)
+        case.outcome.planted = plant.sample_image(content, case.rng, case.canary)
+        plant.write_tar(path, content)
+        _checksums(path)
+    case.judge(case.run(COMMANDS["evaluate"]), "evaluate")
+
+
 def images_pack(case: Case) -> None:
     """A folder of images with damaged or hostile files, or a damaged table."""
     case.copy("images")
@@ -242,6 +259,7 @@ KINDS = {
     "data: images, manifest": images_train_manifest,
     "data: tars of others": images_of_others,
     "data: images, encode": images_encode,
+    "data: images, evaluate": images_evaluate,
     "data: images, pack": images_pack,
     "data: latents, train": latents_train_bytes,
     "data: latents, manifest": latents_train_manifest,

@@ -100,7 +100,7 @@ def full_disk(case: Case) -> None:
     needs = {"pack": ["images"], "first_stage": ["packed"], "encode": ["packed", "first_stage"]}
     needs |= {"denoiser": ["packed", "latents"], "export": ["denoiser"], "sample": ["model"]}
     case.copy(*needs[name])
-    size = int(2 ** case.rng.uniform(0, 22))
+    size = int(2 ** case.rng.uniform(12, 22))  # what is printed goes to files too
     case.outcome.planted = f"{name} with files of at most {size} bytes"
     result = case.run(COMMANDS[name], file_bytes=size)
     if case.outcome.how != "harmless":
