@@ -34,7 +34,7 @@ def documented() -> list[str]:
 def check(words: list[str]) -> None:
     """Parse or compose the command without running it."""
     program, *options = words
-    if program == "python":
+    if program == "python" or options[0] in ("train", "evaluate"):  # the same functions by two names
         config = options.pop(0).removesuffix(".py")
         choices = [o for o in options if not o.startswith("-")]
         jobs = product(*map(swept, choices)) if "-m" in options else [choices]
