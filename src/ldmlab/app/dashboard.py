@@ -19,6 +19,7 @@ STAGES = {  # in the order of the flow: title and the metrics that lead
 _IMAGE_PX = (320, 192)  # longest side inside the page; the second where there are many
 _MANY_IMAGES = 24
 _MOST_CHARTS = 12  # of one stage
+_DEVIATIONS = ("psnr_std", "ssim_std", "lpips_std", "psim_std")  # of a mean that is shown
 _UNSEEN = ("val/", "in_training/")  # measured on images that were not trained on
 
 
@@ -26,7 +27,7 @@ def metrics_of(runs: Sequence[RunRecord], stage: str) -> list[str]:
     """Validation metrics and scores in training that are one number a model, the telling ones first."""
     leading = [prefix + name for prefix in _UNSEEN for name in STAGES[stage][1]]
     names = {name for run in runs for name in run.curves if name.startswith(_UNSEEN) and name.count("/") == 1}
-    names = {name for name in names if "chance" not in name}
+    names = {name for name in names if "chance" not in name and not name.endswith(_DEVIATIONS)}
     ordered = [*(name for name in leading if name in names), *sorted(names - set(leading))]
     training = [name for name in ("loss", "reconstruction") if any(name in run.curves for run in runs)]
     return [*ordered[: _MOST_CHARTS - len(training)], *training]

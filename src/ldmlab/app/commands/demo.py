@@ -24,12 +24,12 @@ CAPTIONS = (
 )
 SAMPLING = ("--guidance-scale", "3", "--seed", "7")
 SCORING = ("protocol=demo_emoji", "features=clip_run")
-REBUILDING = ("protocol=reconstruction", "features=clip_run")
+RECONSTRUCTIONS = ("protocol=reconstruction", "features=clip_run")
 SWEEP = "steps=1,2,5,10,25,50"
 
 
 class Step(NamedTuple):
-    """One command of the flow, what it makes, and about how long it takes."""
+    """One command of the flow, its result and its duration."""
 
     title: str
     command: list[str]
@@ -68,7 +68,7 @@ def flow(out: Path, recipe: str) -> list[Step]:
 
 
 def _to_latents(out: Path, recipe: str) -> list[Step]:
-    """The networks that images and captions go through, and the images as latents."""
+    """First stage and CLIP, then the latents."""
     first_stage, clip, latents, minutes = out / "first_stage", out / "clip", out / "latents", MINUTES[recipe]
     return [
         Step(
@@ -85,7 +85,7 @@ def _to_latents(out: Path, recipe: str) -> list[Step]:
         ),
         Step(
             "Score the first stage: reconstructions of validation images",
-            [*_EVALUATE, f"model={first_stage}", f"features.run={clip}", *REBUILDING],
+            [*_EVALUATE, f"model={first_stage}", f"features.run={clip}", *RECONSTRUCTIONS],
             first_stage / "evaluation" / "reconstruction" / "report.html",
             minutes["latents"],
         ),
@@ -112,7 +112,7 @@ def _model(out: Path, recipe: str) -> list[Step]:
 
 
 def _images(out: Path, recipe: str) -> list[Step]:
-    """What the model makes, and what it is worth."""
+    """Samples of the model, and its scores."""
     model, scores, minutes = out / "text_to_image", out / "evaluation", MINUTES[recipe]
     return [
         Step(
@@ -129,14 +129,14 @@ def _images(out: Path, recipe: str) -> list[Step]:
         ),
         Step(
             "Score the model and write the report",
-            [*_EVALUATE, f"model={model}", f"features.run={out / 'clip'}", *SCORING, f"out={scores}", _sheets(out)],
+            [*_EVALUATE, f"model={model}", f"features.run={out / 'clip'}", *SCORING, f"out={scores}", _grids(out)],
             scores / "report.html",
             minutes["evaluation"],
         ),
     ]
 
 
-def _sheets(out: Path) -> str:
+def _grids(out: Path) -> str:
     """Images made by the sampling steps, for the report."""
     trajectory, sweep = out / "samples" / "000000_trajectory.png", out / "sweep" / "sweep_steps.png"
     return f"images=[['From noise to image','{trajectory}'],['Fewer and more steps','{sweep}']]"
