@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ldmlab.app.agreement import check_agreement, scored_task, with_classes_of
 from ldmlab.app.compose import compose, plain
+from ldmlab.app.conditioning import check_agreement, scored_task, with_classes_of
 from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.conditioners.low_resolution import LowResolution
 from ldmlab.conditioners.semantic_map import SpatialRescaler

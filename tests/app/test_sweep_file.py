@@ -101,3 +101,30 @@ def test_what_no_agent_could_run_is_refused_before_a_file_is_written(
     with pytest.raises(InputError, match=sentence):
         dispatch(["sweep-file", *words, "--out", str(tmp_path / "sweep.yaml")])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "goal"),
+    [
+        (["stage=autoencoder"], "val/psnr", "maximize"),
+        (["stage=autoencoder", "loss=kl"], "val/lpips", "minimize"),
+        (["stage=clip"], "val/recall_5_of_50", "maximize"),
+        (["stage=diffusion"], "val/loss", "minimize"),
+        (["stage=classifier"], "val/accuracy", "maximize"),
+        (["stage=diffusion", "callbacks=scores"], "in_training/fid", "minimize"),
+    ],
+)
+def test_the_metric_is_the_one_that_chooses_the_best(words: list[str], name: str, goal: str, tmp_path: Path) -> None:
+    swept = "optimizer.learning_rate=tag(log,interval(1e-5,1e-3))"
+    content = written(tmp_path / "sweep.yaml", *words, swept, "--method", "bayes")
+    assert content["metric"] == {"name": name, "goal": goal}
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric"),
+    [("autoencoder", "val/loss"), ("clip", "val/loss"), ("diffusion", "val/psnr"), ("diffusion", "los")],
+)
+def test_a_metric_that_the_stage_does_not_log_is_refused(stage: str, metric: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"--metric {metric}: stage={stage} logs no such metric; choose among"):
+        written(tmp_path / "sweep.yaml", f"stage={stage}", "seed=0,1", "--metric", metric)
+    assert not (tmp_path / "sweep.yaml").exists()

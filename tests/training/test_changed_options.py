@@ -133,6 +133,13 @@ def test_what_applies_is_used_and_said(
     assert group["weight_decay"] == changes.get("optimizer.weight_decay", 0.01)
 
 
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), True, "half", None])
+def test_a_scale_that_no_latents_can_have_is_refused(scale: Any, there: Path) -> None:
+    with pytest.raises(InputError, match=f"stage.latent_scale={scale}"):
+        train(changed("model", {"run.dir": "new", "stage.latent_scale": scale}))
+    assert not (there / "new").exists()
+
+
 def test_moved_data_and_another_machine_are_no_change(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (there / "latents").rename(there / "moved")
     train(changed("model", {"trainer.max_steps": 6, "data.latents": "moved", "trainer.micro_batch": 2}

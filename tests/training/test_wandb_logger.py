@@ -146,3 +146,37 @@ def test_a_run_of_a_wandb_sweep_has_the_agents_id_also_without_the_agent(
 def test_a_wrong_choice_is_one_sentence(option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"logger.wandb.{next(iter(option))}="):
         WandB(**option)
+
+
+@pytest.mark.parametrize(("tags", "expected"), [("baseline", ["baseline"]), (["a", "b"], ["a", "b"]), ("", [""])])
+def test_one_tag_is_one_tag(tags: Any, expected: list[str]) -> None:
+    assert list(WandB(tags=tags).tags) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables", "expected", "said"),
+    [
+        (None, {}, "offline", False),
+        (None, {"WANDB_MODE": "online"}, "online", False),
+        (None, {"WANDB_MODE": "dryrun"}, "offline", False),
+        (None, {"WANDB_DISABLED": "true"}, "disabled", False),
+        (None, {"WANDB_DISABLED": "false", "WANDB_MODE": "offline"}, "offline", False),
+        ("online", {"WANDB_MODE": "disabled"}, "online", True),
+        ("offline", {"WANDB_DISABLED": "1"}, "offline", True),
+        ("offline", {"WANDB_MODE": "offline"}, "offline", False),
+    ],
+)
+def test_wandbs_variables_are_honoured_or_contradicted_aloud(
+    mode: str | None,
+    variables: dict[str, str],
+    expected: str,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert WandB(mode=mode).mode == expected
+    assert ("is used, not" in capsys.readouterr().err) == said

@@ -1,17 +1,26 @@
-"""Conditioners from configuration: trained text towers are taken up, widths are added."""
+"""Conditioners from configuration, and what task, data, stored states and they must agree on."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from ldmlab.app.stored_states import check_states
 from ldmlab.build import read_clip
 from ldmlab.contracts import LatentSpec
-from ldmlab.data.shard_data import ShardData
+from ldmlab.data.latent_shards import DTYPE, EncodeStates
+from ldmlab.data.shard_data import ShardData, stored_states
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
+
+if TYPE_CHECKING:
+    from ldmlab.evaluation.protocol import Protocol
+
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Conditioners:
 
 
 def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSpec) -> Conditioners:
-    """One module a name; those that scale images down are told by how much."""
+    """One module a name; those that scale images down receive the factor."""
     modules, nodes = {}, {}
     for name, node in config.items():
         modules[name], nodes[name] = _build(name, dict(node), latent)
@@ -81,3 +90,126 @@ def context_widths(conditioners: Conditioners, latent: LatentSpec) -> dict[str, 
         else:
             widths[module.slot] = width
     return widths
+
+
+def with_classes_of(config: Config, data: ShardData) -> Config:
+    """Where a task or a conditioner of boxes leaves `classes` open: those that the data's manifest names."""
+    names = _names_of_boxes(config, data)
+    if names is None:
+        return config
+    nodes = {
+        name: {**node, "classes": len(names), "names": names} if _open(node, f"conditioner.{name}") else node
+        for name, node in config["conditioner"].items()
+    }
+    task = {**config["task"], "classes": len(names)} if _open(config["task"], "task") else config["task"]
+    return {**config, "conditioner": nodes, "task": task}
+
+
+def _names_of_boxes(config: Config, data: ShardData) -> list[str] | None:
+    """Names by class_id of the boxes; those of whole images say nothing of boxes."""
+    if not any(_open(node, "conditioner") for node in config["conditioner"].values()):
+        return None
+    manifest = data.manifest("train")
+    return manifest.classes if "boxes" in manifest.fields and "class_id" not in manifest.fields else None
+
+
+def _open(node: Any, where: str) -> bool:
+    return bool(node) and node.get("classes", 0) is None and accepts(node, "classes", where=where)
+
+
+def check_agreement(task: Any, conditioners: Mapping[str, Any]) -> None:
+    """Refuse, before the first step, a task that gives what a conditioner cannot take."""
+    for name, module in conditioners.items():
+        if task is None or not module.reads & task.adds:
+            continue
+        most, places = getattr(task, "most", None), getattr(module, "objects", None)
+        if most is not None and places is not None and most > places:
+            raise InputError(
+                f"task.most={most} boxes an image are more than conditioner.{name}.objects={places}; "
+                "give both one value."
+            )
+        classes, known = getattr(task, "classes", None), getattr(module, "classes", None)
+        if classes is not None and known is not None and classes > known:
+            raise InputError(
+                f"task.classes={classes}, but conditioner.{name}.classes={known} takes numbers below that; "
+                "give both one value."
+            )
+
+
+def scored_task(task: Any, protocol: "Protocol", image_size: int) -> Any:
+    """The model's task as a protocol asks for it: at its size, with its options."""
+    if not protocol.task and protocol.image_size is None:
+        return task
+    known = [item.name for item in fields(task)] if task is not None else []
+    for name in sorted(protocol.task.keys() - set(known)):
+        raise InputError(
+            f"protocol.task.{name}: the model's task has no such option (it has {', '.join(known) or 'none'}); choose "
+            "the protocol of its own task."
+        )
+    return task if task is None else replace(task, image_size=image_size, **protocol.task)
+
+
+def states_record(modules: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the manifest tells of the states of these conditioners; None without any."""
+    for name, module in modules.items():
+        if _learns(module):
+            raise InputError(
+                f"conditioner.{name} learns with the denoiser, so its states are not known before; leave it out of "
+                "encode, or freeze it (trainable=false)."
+            )
+        if not hasattr(module, "made_by"):
+            raise InputError(
+                f"conditioner={name} has no frozen encoder whose states could be stored; leave it out of encode."
+            )
+    return {name: _record(module) for name, module in modules.items()} or None
+
+
+def states_encoder(modules: Mapping[str, Any], mirrored: bool) -> EncodeStates:
+    """Runs the conditioners on a batch of images and their fields; those that look at images see both views."""
+
+    @torch.no_grad()
+    def encode(images: Tensor, fields: Mapping[str, list[Any]]) -> dict[str, NDArray[np.float32]]:
+        made = {}
+        for name, module in modules.items():
+            views = [images, images.flip(-1)] if mirrored and "reference" in module.reads else [images]
+            states = [module({**fields, "reference": view}, _no_latents) for view in views]
+            made[name] = torch.stack(states, dim=1).float().cpu().numpy()  # (B, views, L, D)
+        return made
+
+    return encode
+
+
+def check_states(modules: Mapping[str, Any], data: ShardData) -> None:
+    """Refuse states that the run's own encoders would not have made."""
+    for name in data.stored:
+        if _learns(modules[name]):
+            raise InputError(
+                f"conditioner.{name} learns, but data.latents={data.latents} holds states of a frozen one; freeze it "
+                "(trainable=false), or set data.states=false."
+            )
+        now = _record(modules[name]) if hasattr(modules[name], "made_by") else {}
+        for split in ("train", "val"):
+            there = stored_states(data.manifest(split, "latents")).get(name, {})
+            if differing := sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
+                raise InputError(
+                    f"data.latents={data.latents} holds states of another conditioner.{name} than this run's "
+                    f"({_pair(differing[0], there, now)}); encode again, or set data.states=false to run the encoder."
+                )
+
+
+def _pair(key: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """layer=last there, penultimate here."""
+    return f"{key}={there.get(key)} there, {now.get(key)} here"
+
+
+def _learns(module: Any) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _record(module: Any) -> dict[str, Any]:
+    record = {"reads": sorted(module.reads), "dtype": DTYPE, **module.made_by()}
+    return json.loads(json.dumps(record))  # tuples as lists, as they come back from the manifest
+
+
+def _no_latents(pixels: Tensor) -> Tensor:
+    raise AssertionError("a frozen encoder reads no latents")

@@ -140,7 +140,7 @@ def default_name(model: Path, protocol: str) -> str:
 
 def _samples(config: Mapping[str, Any], parts: dict[str, Any]) -> None:
     """Samples of a diffusion model."""
-    from ldmlab.app.agreement import scored_task
+    from ldmlab.app.conditioning import scored_task
     from ldmlab.app.evaluation_parts import build_all, lpips, reference_data, run_folder, run_record
     from ldmlab.app.guiders import build_guiders
     from ldmlab.build import load

@@ -9,8 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldmlab.app.agreement import check_agreement
-from ldmlab.app.conditioning import Conditioners, build_conditioners, check_fields_given, context_widths
+from ldmlab.app.conditioning import (
+    Conditioners,
+    build_conditioners,
+    check_agreement,
+    check_fields_given,
+    context_widths,
+)
 from ldmlab.argument_types import check_type, check_types
 from ldmlab.build import load_first_stage, moments_of
 from ldmlab.checkpoints import fingerprint, save_tensors
@@ -139,7 +144,7 @@ def _latent_diffusion(
 
 
 def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
-    """The classifier sees what a denoiser with the same data, latent_scale and diffusion.schedule sees."""
+    """A classifier of noisy latents, to guide a denoiser with the same data, latent_scale and diffusion.schedule."""
     from ldmlab.training.classifier_module import ClassifierStage
 
     _check_stage_options(ClassifierStage, config)
@@ -253,7 +258,9 @@ def latent_scale_node(
     choice: Any, first_stage: nn.Module, data: ShardData, manifest: Manifest | None
 ) -> dict[str, Any]:
     """The node of the latent scale, in numbers, so that model.yaml needs no latents."""
-    if isinstance(choice, int | float):
+    if isinstance(choice, int | float) and not isinstance(choice, bool):
+        if not 0 < choice < float("inf"):
+            raise InputError(f"stage.latent_scale={choice} must be a factor above 0, measured or per_channel.")
         scale = LatentScale.fixed(choice)
     elif choice not in ("measured", "per_channel"):
         raise InputError(f"stage.latent_scale={choice} is unknown; choose measured, per_channel or a factor.")
@@ -278,7 +285,7 @@ def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
 
 
 def backbone_sizes(latent: LatentSpec, conditioners: Conditioners, node: Config) -> dict[str, Any]:
-    """Channels and widths that follow from the latent and what the denoiser is told."""
+    """Channels and widths that follow from the latent and the conditioning."""
     widths = context_widths(conditioners, latent)
     sizes = {
         "in_channels": latent.channels + widths["spatial"],

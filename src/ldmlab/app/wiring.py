@@ -11,12 +11,10 @@ import torch
 import yaml
 
 from ldmlab import distributed
-from ldmlab.app.agreement import with_classes_of
 from ldmlab.app.choices import check_built, check_choices
-from ldmlab.app.conditioning import class_bound
+from ldmlab.app.conditioning import check_states, class_bound, with_classes_of
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_records import comparison_fields
-from ldmlab.app.stored_states import check_states
 from ldmlab.checkpoints import fingerprint
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError

@@ -7,6 +7,7 @@ Workers keep to the processors there are and leave signals to the main process.
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,18 @@ from ldmlab.data.order import evaluation_batches, training_batches
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
+_LONGEST_TEMPORARY = 107 - len("/pymp-abcdefgh/listener-abcdefgh")  # of a unix socket
 T_co = TypeVar("T_co", covariant=True)
+
+
+def check_temporary_folder() -> None:
+    """Loader processes hand over their batches by sockets in TMPDIR, whose paths the system limits."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
+        raise InputError(
+            f"TMPDIR={folder} is longer than the {_LONGEST_TEMPORARY} characters that loader processes can use; set a "
+            "shorter one, or data.workers=0."
+        )
 
 
 class QuietLoader(DataLoader[T_co]):
@@ -32,6 +44,8 @@ class QuietLoader(DataLoader[T_co]):
         self, dataset: Dataset[Any], *, workers: int, on_batch: Callable[[Any], None] | None = None, **options: Any
     ) -> None:
         workers = min(workers, processors())
+        if workers:
+            check_temporary_folder()
         self._on_batch = on_batch  # called with every batch, in the process that reads the loader
         init = quiet_worker if workers else None
         super().__init__(dataset, num_workers=workers, worker_init_fn=init, **options)

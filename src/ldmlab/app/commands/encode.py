@@ -72,8 +72,8 @@ def _encode_split(
     """One split into its folder, with a bar and a closing line."""
     from rich.console import Console
 
+    from ldmlab.app.conditioning import states_encoder
     from ldmlab.app.progress import bar
-    from ldmlab.app.stored_states import states_encoder
     from ldmlab.build import moments_of
     from ldmlab.data.encode_shards import encode
 
@@ -112,7 +112,7 @@ def _settings(
     config: dict[str, Any], data: "ShardData", loaded: "LoadedFirstStage", conditioners: dict[str, Any]
 ) -> "LatentSettings":
     """What the manifest records of the latents."""
-    from ldmlab.app.stored_states import states_record
+    from ldmlab.app.conditioning import states_record
     from ldmlab.data.encode_shards import LatentSettings
 
     first_stage: Any = loaded.module
