@@ -135,7 +135,8 @@ def test_what_applies_is_used_and_said(
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), True, "half", None])
 def test_a_scale_that_no_latents_can_have_is_refused(scale: Any, there: Path) -> None:
-    with pytest.raises(InputError, match=f"stage.latent_scale={scale}"):
+    shown = {"True": "true", "None": "null"}.get(str(scale), scale)
+    with pytest.raises(InputError, match=f"stage.latent_scale={shown}"):
         train(changed("model", {"run.dir": "new", "stage.latent_scale": scale}))
     assert not (there / "new").exists()
 
