@@ -20,9 +20,9 @@ from ldmlab.checkpoints import (
     load_tensors,
     save_checkpoint,
     save_tensors,
-    write_atomically,
 )
 from ldmlab.errors import InputError
+from ldmlab.files import write_atomically
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.files import write_atomically as write_atomically
+from ldmlab.files import write_atomically
 
 _CHUNK_BYTES = 2**20
 _BUILDING = threading.RLock()  # torch's class is changed for as long

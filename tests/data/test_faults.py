@@ -346,6 +346,7 @@ MANIFESTS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("shard twice", lambda m: m["shards"].append(m["shards"][0])),
     ("offsets text", lambda m: m["shards"][0].update(offsets=["a", "b"])),
     ("offsets fall", lambda m: m["shards"][0]["offsets"].reverse()),
+    ("offset off by one", lambda m: m["shards"][0]["offsets"].__setitem__(1, m["shards"][0]["offsets"][1] + 1)),
     ("offset huge", lambda m: m["shards"][0]["offsets"].__setitem__(1, 2**50)),
     ("offset negative", lambda m: m["shards"][0]["offsets"].__setitem__(0, -512)),
     ("checksums short", lambda m: m["shards"][0].update(crc32c="00")),

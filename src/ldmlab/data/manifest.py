@@ -18,6 +18,7 @@ FORMAT_VERSION = 2  # 1: without checksums of samples
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # beside shards of a pack; without a manifest it marks an interrupted one
 LARGEST_SIDE = 1 << 16  # px
+TAR_BLOCK = 512  # headers and contents are padded to this
 _BLOCK_BYTES = 1 << 20
 _SHARD_NAME = re.compile(r"[^/\\\0]{1,200}")
 

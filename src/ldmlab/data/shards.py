@@ -18,16 +18,15 @@ from typing import IO, Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-from ldmlab.data.manifest import Manifest, ShardInfo
+from ldmlab.data.manifest import TAR_BLOCK, Manifest, ShardInfo
 from ldmlab.errors import InputError
 from ldmlab.files import open_regular
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic", "pgm", "ppm")
 OPEN_SHARDS = 32  # file handles kept per process
 MAX_SAMPLE_BYTES = 1 << 28
-_BLOCK = 512  # tar pads headers and contents to this
-END_MARKER = bytes(2 * _BLOCK)
-_LONGEST_TAIL = 10240 + 2 * _BLOCK  # zeros after the last member: the end marker, padded to tar's usual record
+END_MARKER = bytes(2 * TAR_BLOCK)
+_LONGEST_TAIL = 10240 + 2 * TAR_BLOCK  # zeros after the last member: the end marker, padded to tar's usual record
 _READ_BYTES = 1 << 20
 _LONGEST_HEADER = 1 << 20  # of a long name or of extended attributes
 _WITHOUT_CONTENT = (
@@ -64,14 +63,14 @@ class TarFault(ValueError):
 def tar_members(read: Read, end: int) -> Iterator[Member]:
     """The regular files of a tar of `end` bytes up to its end marker; sparse ones, links and folders are left out."""
     offset, first, long_name, attributes = 0, 0, "", dict[bytes, bytes]()
-    while offset + _BLOCK <= end and (header := read(offset, _BLOCK)).strip(b"\0"):
+    while offset + TAR_BLOCK <= end and (header := read(offset, TAR_BLOCK)).strip(b"\0"):
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         size = int(attributes.get(b"size", info.size))
         stored = 0 if info.type in _WITHOUT_CONTENT else size
-        data = offset + _BLOCK
+        data = offset + TAR_BLOCK
         if not 0 <= stored <= end - data:
             raise TarFault(f"{info.name!r} has {size} bytes by its header, and {end - data} are left")
-        offset = data + -(-stored // _BLOCK) * _BLOCK
+        offset = data + -(-stored // TAR_BLOCK) * TAR_BLOCK
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             if stored > _LONGEST_HEADER:
                 raise TarFault(f"a name or its attributes take {stored} bytes")
@@ -166,7 +165,7 @@ def _scan(path: Path, file: IO[bytes], size: int, visit: Visit | None) -> TarSca
     def watched() -> Iterator[Member]:
         nonlocal end
         for member in tar_members(read, size):
-            end = member.data + -(-member.size // _BLOCK) * _BLOCK
+            end = member.data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
             yield member
 
     for key, ending, member in _named(watched()):
@@ -185,13 +184,13 @@ def _scan(path: Path, file: IO[bytes], size: int, visit: Visit | None) -> TarSca
 
 def _check_end(path: Path, read: Read, end: int, size: int, samples: int) -> None:
     """Refuse a tar that was cut off, also one whose missing rest is zeros, as unfinished downloads leave it."""
-    last = read(max(end, size - 2 * _BLOCK), 2 * _BLOCK)
-    if end + 2 * _BLOCK > size or last.strip(b"\0"):
+    last = read(max(end, size - 2 * TAR_BLOCK), 2 * TAR_BLOCK)
+    if end + 2 * TAR_BLOCK > size or last.strip(b"\0"):
         raise InputError(f"shard {path} is cut off: it has {size} bytes and no end marker; fetch it again.")
-    if size - end > _LONGEST_TAIL and not read(end, _BLOCK).strip(b"\0"):
+    if size - end > _LONGEST_TAIL and not read(end, TAR_BLOCK).strip(b"\0"):
         raise InputError(
             f"shard {path} ends in {size - end} bytes of zeros after its sample {samples}, as an unfinished download "
-            f"does; fetch it again, or if it is whole, cut them off with `truncate -s {end + 2 * _BLOCK} {path}`."
+            f"does; fetch it again, or if it is whole, cut them off with `truncate -s {end + 2 * TAR_BLOCK} {path}`."
         )
 
 
@@ -252,7 +251,7 @@ def tar_bytes(name: str, content: bytes) -> bytes:
     """One tar member without owner and time, so that the same content gives the same bytes."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(content), 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % _BLOCK)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % TAR_BLOCK)
 
 
 class ShardReader:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldmlab import distributed, format1
-from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.files import write_text
 from ldmlab.inference.grids import grid as label_grid
 from ldmlab.training.run_folder import RunFolder
 
@@ -67,7 +67,7 @@ class Files:
         writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self._path, lambda temporary: _write_text(temporary, text.getvalue()))
+        write_text(self._path, text.getvalue())
 
     def image(self, name: str, grid: np.ndarray, step: int) -> None:
         """A PNG."""
@@ -77,10 +77,6 @@ class Files:
 
     def close(self, success: bool) -> None:
         """Every row is on disk already."""
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, newline="")
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -3,15 +3,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldmlab import distributed
-from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.files import write_text
 from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.loggers import read_metrics
 from ldmlab.training.run_folder import RunFolder
@@ -165,9 +164,5 @@ def wandb_id(run: RunFolder) -> str:
 
 def _remember_id(run: RunFolder, used: str) -> None:
     """An agent of a W&B sweep overrules our id; a later start without the agent must find that run again."""
-
-    def write(path: Path) -> None:
-        path.write_text(used + "\n")
-
     if used != wandb_id(run):
-        write_atomically(run.path / _CHOSEN_ID, write)
+        write_text(run.path / _CHOSEN_ID, used + "\n")

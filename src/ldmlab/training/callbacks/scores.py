@@ -1,15 +1,13 @@
 """Scores while training: what evaluate.py would say of the averaged weights, on few images."""
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from ldmlab import distributed
-from ldmlab.checkpoints import write_atomically
 from ldmlab.errors import InputError
+from ldmlab.files import write_json
 from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.callbacks.validate import improves
 
@@ -65,7 +63,7 @@ class Scores(StepCallback):
         with session.stage.evaluating(), self._full_precision(session):
             result = self.scorer.score(step, {"path": str(session.run.path), "weights": weights})
         if distributed.rank() == 0:
-            _write(session.run.path / FOLDER / f"step_{step:08d}" / "metrics.json", result)
+            write_json(session.run.path / FOLDER / f"step_{step:08d}" / "metrics.json", result)
         values = {name: float(score["value"]) for name, score in result["scores"].items()}
         if self.monitor is not None:
             how = f"{result['sampling']}, {result['features']}, {result['reference']['manifest_hash']}"
@@ -75,10 +73,3 @@ class Scores(StepCallback):
     def _full_precision(self, session: Session) -> torch.autocast:
         """Features are compared in float32; what draws the images says its own precision."""
         return torch.autocast(session.stage.device.type, enabled=False)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-
-    write_atomically(path, write)
