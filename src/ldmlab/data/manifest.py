@@ -136,7 +136,9 @@ def _checked_shard(shard: dict[str, Any]) -> ShardInfo:
     offsets = _listed(info.offsets, f"offsets of shard {info.name}", int)
     if len(offsets) != info.samples:
         raise ValueError(f"shard {info.name} has samples={info.samples} and {len(offsets)} offsets")
-    if not offsets[0] >= 0 or not all(a < b for a, b in zip(offsets, [*offsets[1:], info.bytes], strict=True)):
+    if any(offset % TAR_BLOCK for offset in offsets):
+        raise ValueError(f"an offset of shard {info.name} is no multiple of {TAR_BLOCK}, where headers of tars begin")
+    if offsets[0] < 0 or not all(a < b for a, b in zip(offsets, [*offsets[1:], info.bytes], strict=True)):
         raise ValueError(f"the offsets of shard {info.name} do not rise from 0 to its {info.bytes} bytes")
     if not isinstance(info.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", info.sha256):
         raise ValueError(f"shard {info.name} has no SHA-256")
