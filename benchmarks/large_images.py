@@ -15,18 +15,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-import yaml
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldmlab.app.compose import compose, plain
 from ldmlab.build import load_first_stage
 from ldmlab.first_stages.tiled import TiledFirstStage
 from ldmlab.instantiate import instantiate
 
 VARIANTS = ("at once", "shared", "separate")
-CONF = Path(__file__).parents[1] / "conf/first_stage"
 
 
 class Alive(TorchDispatchMode):
@@ -62,11 +61,11 @@ class Alive(TorchDispatchMode):
 
 
 def first_stage_of(name: str) -> Any:
-    """A trained one, or a configuration with drawn weights."""
+    """A trained one, or a configuration with random weights."""
     torch.manual_seed(0)
     if Path(name).exists():
         return load_first_stage(name).module
-    return instantiate(yaml.safe_load((CONF / f"{name}.yaml").read_text()), where="first_stage").eval()
+    return instantiate(plain(compose(f"first_stage/{name}", []))["first_stage"], where="first_stage").eval()
 
 
 def worker_of(variant: str, stage: Any, tile: int) -> Any:

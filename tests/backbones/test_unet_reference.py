@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conf_files import conf_node
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
@@ -91,7 +91,7 @@ SIZES = [  # conf/backbone file, in and out channels, width of the tokens, milli
 def test_sizes_of_the_papers_networks(
     name: str, channels_in: int, channels_out: int, width: int | None, millions: float
 ) -> None:
-    node: dict[str, Any] = yaml.safe_load((ROOT / f"conf/backbone/unet_{name}.yaml").read_text())
+    node: dict[str, Any] = conf_node("backbone", f"unet_{name}")
     assert node.pop("_target_") == "ldmlab.backbones.unet.UNet"
     with torch.device("meta"):
         unet = UNet(channels_in, channels_out, context_width=width, **node)

@@ -1,18 +1,17 @@
 """What every choice of conf/conditioner promises, at reduced size; new ones are found by their files."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from conf_files import conf_names, conf_node
+from ldmlab.app.compose import conf_dir
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 
-FILES = [p for p in sorted((Path(__file__).parents[2] / "conf/conditioner").glob("*.yaml")) if p.stem != "none"]
 LATENT = LatentSpec(channels=4, height=4, width=4, downsampling=4)
 REDUCED = {"width": 16, "depth": 1, "heads": 2, "classes": 5, "vocab_size": 200}  # options of one name mean the same
 TOWER = {
@@ -30,12 +29,16 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def node_of(path: Path, vocabulary: str) -> dict[str, Any]:
+def node_of(name: str, vocabulary: str) -> dict[str, Any]:
     """The choice at reduced size, a published network replaced by a small one."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    config = conf_node("conditioner", name)
     node = config | {name: value for name, value in REDUCED.items() if name in config}
     if "pretrained" in node:
         node = {k: v for k, v in node.items() if k not in ("name", "pretrained", "from_run")} | {"config": TOWER}
+    if node.get("enlarge"):
+        node["enlarge"] = 1  # the batch has images of the latent's size
+    if "null_row" in node:
+        node["null_row"] = True  # a file without one says so when it is asked for one
     if "vocab" in node:
         node["vocab"] = vocabulary
     if accepts(node, "downsampling", where="conditioner"):
@@ -43,7 +46,7 @@ def node_of(path: Path, vocabulary: str) -> dict[str, Any]:
     return node
 
 
-@pytest.fixture(params=FILES, ids=lambda p: p.stem)
+@pytest.fixture(params=conf_names("conditioner", "none"))
 def conditioner(request: pytest.FixtureRequest, vocabulary: str) -> nn.Module:
     torch.manual_seed(0)
     return instantiate(node_of(request.param, vocabulary), where="conditioner", trust=True)
@@ -83,11 +86,9 @@ def test_slot_and_shape(conditioner: Any) -> None:
     assert null.isfinite().all()
     width = conditioner.width(LATENT)
     assert isinstance(conditioner.reads, frozenset)
-    if conditioner.slot == "spatial":
-        assert given.shape == (3, width, 4, 4)
-    else:
-        assert conditioner.slot == "tokens"
-        assert (given.ndim, given.shape[0], given.shape[2]) == (3, 3, width)
+    length = given.shape[1] if conditioner.slot == "tokens" else 0
+    shapes = {"spatial": (3, width, 4, 4), "vector": (3, width), "tokens": (3, length, width)}
+    assert given.shape == shapes[conditioner.slot]
 
 
 def test_it_tells_images_apart_and_from_nothing(conditioner: Any) -> None:
@@ -116,14 +117,14 @@ def test_what_can_learn_does(conditioner: Any) -> None:
     batch = make_batch()
     learning = [p for p in conditioner.parameters() if p.requires_grad]
     if learning:
-        weights = torch.randn(conditioner(batch, encode).shape, generator=torch.Generator().manual_seed(2))
-        (weights * conditioner(batch, encode)).sum().backward()
+        outputs = conditioner(batch, encode), conditioner.null(batch, encode)  # a learned null is in the second alone
+        weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(2))
+        sum((weights * output).sum() for output in outputs if output.requires_grad).backward()  # type: ignore[union-attr]
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in learning)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_every_option_is_in_the_file(path: Path, vocabulary: str) -> None:
-    node = node_of(path, vocabulary)
+@pytest.mark.parametrize("name", conf_names("conditioner", "none"))
+def test_every_option_is_in_the_file(name: str, vocabulary: str) -> None:
     with pytest.raises(InputError, match=r"conditioner\.drop=1\.5 is no rate"):
-        instantiate({**node, "drop": 1.5}, where="conditioner", trust=True)
-    assert path.read_text().startswith(f"# @package conditioner.{path.stem.split('_')[0]}")
+        instantiate({**node_of(name, vocabulary), "drop": 1.5}, where="conditioner", trust=True)
+    assert (conf_dir() / "conditioner" / f"{name}.yaml").read_text().startswith("# @package conditioner.")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conf_files import conf_node
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.first_stages import KLAutoencoder, VQModel
 from ldmlab.first_stages.kl import kl_to_standard_normal
@@ -69,7 +69,7 @@ def test_vq_outputs() -> None:
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_sizes_and_names(name: str) -> None:
     released = RELEASED[name]
-    options = yaml.safe_load((ROOT / f"conf/first_stage/{name}.yaml").read_text())
+    options = conf_node("first_stage", name)
     official = compvis.arguments(released["target"], released["config"])
     assert options | {"bottleneck_channels": official["bottleneck_channels"]} == official | {
         key: options[key] for key in options.keys() - official.keys()

@@ -1,18 +1,16 @@
 """Behaviour that every first stage shares, and the gradients of the quantiser."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hydra.utils import instantiate
 from torch import nn
 
+from conf_files import conf_names, conf_node
 from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
 
-CONFIGS = sorted((Path(__file__).parents[2] / "conf/first_stage").glob("*.yaml"))
 TINY: dict[str, Any] = {
     "channels": 8,
     "channel_mult": [1, 2],
@@ -22,15 +20,15 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_first_stage_file_has_the_shapes_it_says(path: Path) -> None:
-    options = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("name", conf_names("first_stage"))
+def test_every_first_stage_file_has_the_shapes_it_says(name: str) -> None:
+    options = conf_node("first_stage", name)
     with torch.device("meta"):
         stage = instantiate(options)
         images = torch.zeros(2, 3, 64, 96)
         f, channels = stage.downsampling, stage.latent_channels
-        if path.stem[0] in "kv":
-            assert f == int(path.stem.split("_")[1].removeprefix("f"))
+        if name[0] in "kv":
+            assert f == int(name.split("_")[1].removeprefix("f"))
             assert stage.last_layer is stage.decoder.output.weight
         posterior = stage.encode(images)
         assert posterior.mean.shape == (2, channels, 64 // f, 96 // f)

@@ -63,9 +63,9 @@ def find_file(path: str) -> Path | None:
 
 
 def group_choices(group: str) -> list[str]:
-    """The names that `group=` accepts, folders inside the group included."""
-    folders = [folder / group for folder in conf_dirs()]
-    return sorted({str(p.relative_to(folder).with_suffix("")) for folder in folders for p in folder.rglob("*.yaml")})
+    """The names that `group=` accepts, folders inside the group included; `_NAME.yaml` is for others to inherit."""
+    files = [(p, folder / group) for folder in conf_dirs() for p in (folder / group).rglob("*.yaml")]
+    return sorted({str(p.relative_to(folder).with_suffix("")) for p, folder in files if p.name[0] != "_"})
 
 
 def groups() -> list[str]:
