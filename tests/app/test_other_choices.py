@@ -1,7 +1,5 @@
 """Options of a backbone, schedule, sampler, conditioner or first stage stand in its file: any other can be chosen."""
 
-from typing import Any
-
 import pytest
 import torch
 import yaml
@@ -33,8 +31,10 @@ def others(number: int) -> dict[str, str]:
     return {group: names[number % len(names)] for group, names in choices.items()}
 
 
-def outside(folder: Any) -> list[str]:
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A folder of conf with a part of each group that has none of the options of ours."""
+    folder = tmp_path_factory.mktemp("conf")
     for group in GROUPS:
         (folder / group).mkdir()
         (folder / group / "theirs.yaml").write_text("_target_: mylab.Part\n")
@@ -62,6 +62,6 @@ def test_another_choice_builds(number: int) -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS[:: len(EXPERIMENTS) // 8])
-def test_a_part_from_outside_needs_none_of_our_options(name: str, tmp_path: Any) -> None:
-    config = compose("train", [f"experiment={name}", *outside(tmp_path)])
+def test_a_part_from_outside_needs_none_of_our_options(name: str, outside: list[str]) -> None:
+    config = compose("train", [f"experiment={name}", *outside])
     assert all(config[group] == {"_target_": "mylab.Part"} for group in ("backbone", "diffusion", "sampler"))

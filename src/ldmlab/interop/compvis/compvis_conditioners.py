@@ -60,9 +60,9 @@ def _transformer(params: Params, official: State | None) -> Node:
     length = params.get("max_seq_len", 77)
     objects, rest = divmod(length, 3)
     if params.get("use_tokenizer", True) or rest == 1:
-        kind = {"_target_": _HOME + "transformer_text.TransformerText", "length": length}
+        kind = {"_target_": _HOME + "text.TransformerText", "length": length}
     else:
-        kind = {"_target_": _HOME + "layout.LayoutTokens", "objects": objects, "crop_tokens": rest == 2}
+        kind = {"_target_": _HOME + "layout_tokens.LayoutTokens", "objects": objects, "crop_tokens": rest == 2}
     return kind | {
         "width": params["n_embed"],
         "depth": params["n_layer"],
@@ -74,7 +74,7 @@ def _transformer(params: Params, official: State | None) -> Node:
 
 def _rescaler(params: Params, official: State | None) -> Node:
     return {
-        "_target_": _HOME + "semantic.SpatialRescaler",
+        "_target_": _HOME + "semantic_map.SpatialRescaler",
         "classes": params.get("in_channels", 3),
         "channels": params.get("out_channels"),
         "stages": params.get("n_stages", 1),

@@ -34,7 +34,7 @@ def _low_resolution(f: int) -> dict[str, Spec]:
 def _inpainting(f: int) -> dict[str, Spec]:
     """Stable Diffusion's order and numbers: mask 0 or 1, then the latent of the image with grey holes."""
     mask = {"_target_": f"{_HOME}mask.Mask", "downsampling": f, "keep": 0.0, "hole": 1.0}
-    return {"mask": mask, "masked_latent": {"_target_": f"{_HOME}masked_latent.MaskedLatent", "hole": 0.0}}
+    return {"mask": mask, "masked_latent": {"_target_": f"{_HOME}mask.MaskedLatent", "hole": 0.0}}
 
 
 _PLAIN = Pipeline(lambda channels: 0, lambda f: {})

@@ -58,7 +58,7 @@ _ENDS = {
     "unused_head": "to_logits",
 }
 HOME = "ldmlab.conditioners."
-CLIP_TARGET, BERT_TARGET = f"{HOME}text.open_clip_text", f"{HOME}transformer_text.TransformerText"
+CLIP_TARGET, BERT_TARGET = f"{HOME}text.open_clip_text", f"{HOME}text.TransformerText"
 
 
 def kind_of(config: Config) -> str:
