@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmlab.app.cli import COMMANDS, FILES, Parser
+from ldmlab.app.cli import COMMANDS, FILES, WITH_HYDRA, Parser, add_own_options
 from ldmlab.app.commands.demo import flow
 from ldmlab.app.compose import compose, conf_dir
 
@@ -34,7 +34,7 @@ def documented() -> list[str]:
 def check(words: list[str]) -> None:
     """Parse or compose the command without running it."""
     program, *options = words
-    if program == "python" or options[0] in ("train", "evaluate"):  # the same functions by two names
+    if program == "python" or options[0] in WITH_HYDRA:
         config = options.pop(0).removesuffix(".py")
         choices = [o for o in options if not o.startswith("-")]
         jobs = product(*map(swept, choices)) if "-m" in options else [choices]
@@ -49,6 +49,7 @@ def check(words: list[str]) -> None:
     module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(command, command)}")
     parser = Parser(prog=command)
     module.add_arguments(parser)
+    add_own_options(parser, command)
     parser.parse_intermixed_args(rest)
 
 
@@ -56,6 +57,13 @@ def swept(option: str) -> list[str]:
     """`seed=0,1` of a sweep as the values of its jobs; a list in brackets is one value."""
     name, _, values = option.partition("=")
     return [option] if values.startswith("[") else [f"{name}={value}" for value in values.split(",")]
+
+
+@pytest.fixture(autouse=True)
+def _my_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/extending.md searches the configuration of the example package."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "my_lab")
+    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
 
 
 @pytest.mark.parametrize("line", documented())

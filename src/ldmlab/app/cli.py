@@ -106,13 +106,13 @@ def dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(name, name)}")
     parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
     module.add_arguments(parser)
-    _add_own(parser, name)
+    add_own_options(parser, name)
     args = parser.parse_intermixed_args(rest)
     _take_up_own(args)
     return int(module.run(args) or 0)
 
 
-def _add_own(parser: argparse.ArgumentParser, name: str) -> None:
+def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
     """How a user's own packages and files come in, the same for every command."""
     parser.add_argument("--plugins", metavar="NAMES", help="packages of yours that folders may name: mylab,other")
     if name in COMPOSING:
