@@ -28,8 +28,8 @@ from ldmlab.evaluation.image_sets import image_set, score_sets
 from ldmlab.evaluation.model_evaluation import Evaluation, ReconstructionEvaluation, output_folder
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
+from ldmlab.evaluation.run import TrainingScores
 from ldmlab.evaluation.sources import Reconstructions
-from ldmlab.evaluation.training_scores import TrainingScores
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance

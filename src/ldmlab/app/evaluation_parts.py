@@ -103,7 +103,7 @@ def scores_callback(node: Mapping[str, Any], plan: "Plan", data: "ShardData") ->
     from ldmlab.evaluation.protocol import Protocol
     from ldmlab.evaluation.real_images import RealImages
     from ldmlab.evaluation.reference_statistics import statistics_folder
-    from ldmlab.evaluation.training_scores import TrainingScores
+    from ldmlab.evaluation.run import TrainingScores
     from ldmlab.instantiate import instantiate
 
     where = "callbacks.scores"

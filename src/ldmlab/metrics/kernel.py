@@ -34,7 +34,7 @@ class KernelDistance(FeatureSets):
         self.remarks: dict[str, str] = {}  # by score, after `compute`
 
     def compute(self) -> dict[str, Tensor]:
-        """`kid` and `kid_std`."""
+        """`kid`, and `kid_std` where subsets differ."""
         real, fake = self.sets()
         for name, features in (("real", real), ("generated", fake)):
             self.check_count(len(features), name)
@@ -46,7 +46,8 @@ class KernelDistance(FeatureSets):
             some_real = real[torch.from_numpy(generator.choice(len(real), size, replace=False))]
             values.append(squared_mmd(some_fake, some_real))
         scores = torch.stack(values)
-        return {"kid": scores.mean(), "kid_std": scores.std(correction=0)}
+        whole = size == len(real) == len(fake)  # every subset is the same: no spread
+        return {"kid": scores.mean()} | ({} if whole else {"kid_std": scores.std(correction=0)})
 
     def check_count(self, count: int, name: str) -> None:
         """Refuses too few `name` images."""
