@@ -60,7 +60,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
     model = Path(str(config["model"]))
     folder = run_folder(model)
     out = Path(config["out"] or folder / "evaluation" / default_name(model, config["protocol"]["name"]))
-    if _only_report_missing(out):
+    if distributed.shared(lambda: _only_report_missing(out)):
         return _report(config, folder, out, "holds the scores of an evaluation whose report was not written")
     check_out(out)
     protocol: Protocol = instantiate({**config["protocol"], "changed": changed(config["protocol"])}, where="protocol")

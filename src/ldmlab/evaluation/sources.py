@@ -83,7 +83,7 @@ class Samples:
         self.model, self.protocol = model, protocol
         self.requests = requests(protocol, model.reads, known)
         self.settings = model.resolved(protocol.settings(), self.requests)
-        self.clock: list[float] = []  # seconds that each batch took
+        self.clock: list[float] | None = None  # seconds that each batch took; None: not sampled yet
 
     @property
     def count(self) -> int:
@@ -97,6 +97,7 @@ class Samples:
 
     def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
         """The protocol's samples, timed."""
+        self.clock = []
         return timed(self.share(self.requests, self.settings, "samples", batch_size, track), self.clock)
 
     def share(
@@ -146,7 +147,7 @@ class Samples:
     def record(self) -> dict[str, Any]:
         """The sampler's settings, and once sampled the throughput."""
         made = {"images": self.count, "conditions": self.protocol.conditions, "precision": self.model.precision}
-        return self.settings.as_text() | made | (throughput(self.count, self.clock) if self.clock else {})
+        return self.settings.as_text() | made | ({} if self.clock is None else throughput(self.count, self.clock))
 
 
 def _duration(seconds: float) -> str:
