@@ -23,7 +23,7 @@ from ldmlab.evaluation.memorisation import Audit
 from ldmlab.evaluation.paired import PairedPass, pair_scores
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import Fields, RealImages, SplitReference, conditions
-from ldmlab.evaluation.record import Paper, all_items, check_reference, parameters_record, perceptual_record
+from ldmlab.evaluation.record import Paper, all_items, check_reference, parameters_record, perceptual_record, throughput
 from ldmlab.evaluation.run import Run
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, untracked
 from ldmlab.evaluation.sources import Reconstructions, Samples
@@ -106,6 +106,7 @@ class Evaluation:
         watched = lambda stream: task.watch(self._saved(stream))  # noqa: E731
         result = run.finish(seen, (lambda stream: pairs.watch(watched(stream))) if pairs else watched)
         own = dict(result["scores"])
+        result["sampling"] |= throughput(result["sampling"]["images"], self.samples.clock)
         if pairs:
             result["scores"] |= {name: asdict(run.marked(score)) for name, score in pairs.scores().items()}
         if other:

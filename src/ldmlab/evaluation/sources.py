@@ -19,7 +19,7 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.evaluation import protocol as protocols
 from ldmlab.evaluation.real_images import Fields, Repeated
-from ldmlab.evaluation.record import all_items, throughput, timed
+from ldmlab.evaluation.record import all_items, timed
 from ldmlab.evaluation.scoring import Numbered, Track, numbered
 from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.inference.sample_settings import SampleSettings
@@ -83,7 +83,7 @@ class Samples:
         self.model, self.protocol = model, protocol
         self.requests = requests(protocol, model.reads, known)
         self.settings = model.resolved(protocol.settings(), self.requests)
-        self.clock: list[float] | None = None  # seconds that each batch took; None: not sampled yet
+        self.clock: list[float] = []  # seconds that each batch took
 
     @property
     def count(self) -> int:
@@ -97,7 +97,7 @@ class Samples:
 
     def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
         """The protocol's samples, timed."""
-        self.clock = []
+        self.clock.clear()
         return timed(self.share(self.requests, self.settings, "samples", batch_size, track), self.clock)
 
     def share(
@@ -145,9 +145,9 @@ class Samples:
             )
 
     def record(self) -> dict[str, Any]:
-        """The sampler's settings, and once sampled the throughput."""
+        """The sampler's settings: equal for equal samples."""
         made = {"images": self.count, "conditions": self.protocol.conditions, "precision": self.model.precision}
-        return self.settings.as_text() | made | ({} if self.clock is None else throughput(self.count, self.clock))
+        return self.settings.as_text() | made
 
 
 def _duration(seconds: float) -> str:
