@@ -144,7 +144,7 @@ def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_pat
     [
         (
             "+PLACE.protocol.neighbours=2",
-            r"callbacks\.scores\.protocol\.neighbours=2 is for evaluate\.py only_trainable",
+            r"callbacks\.scores\.protocol\.neighbours=2 is for evaluate\.py alone",
         ),
         (
             "PLACE.protocol.metrics.kid.subset_size=9",
