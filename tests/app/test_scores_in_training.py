@@ -121,12 +121,10 @@ def test_two_processes_score_as_one_does(flow: Flow, tmp_path: Path) -> None:
     command = [*torchrun, str(ROOT / "train.py"), *options, f"run.dir={tmp_path / 'together'}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    only_trainable, together = (record(run, 1) for run in (flow.root / "scored_alone", tmp_path / "together"))
-    assert together["in_training"] == only_trainable["in_training"]
+    alone, together = (record(run, 1) for run in (flow.root / "scored_alone", tmp_path / "together"))
+    assert together["in_training"] == alone["in_training"]
     for name in ("fid", "kid"):
-        assert together["scores"][name]["value"] == pytest.approx(only_trainable["scores"][name]["value"], rel=1e-3), (
-            name
-        )
+        assert together["scores"][name]["value"] == pytest.approx(alone["scores"][name]["value"], rel=1e-3), name
 
 
 def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_path: Path) -> None:
