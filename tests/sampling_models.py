@@ -1,6 +1,7 @@
 """A small real model that samples in a blink, and `ldmlab sample` on it; weights are drawn, none is zero."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,14 @@ def sample_command(words: list[str], told: str | None = "class_id") -> int:
         build.load = original
 
 
-def sample_as_rank(rank: int, world: int, port: int, words: list[str]) -> None:
-    """One process of a torchrun."""
+def sample_as_rank(launcher: str, rank: int, world: int, port: int, words: list[str]) -> None:
+    """One process of a torchrun or an srun."""
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)})
+    numbers = {
+        "torchrun": {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank},
+        "srun": {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": world, "SLURM_LOCALID": rank, "SLURM_JOB_ID": 7},
+    }
+    os.environ.update(address | {name: str(number) for name, number in numbers[launcher].items()})
+    sys.stdin = open(os.devnull)  # noqa: SIM115  a shell's tasks have a terminal
     sample_command(words)

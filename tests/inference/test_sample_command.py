@@ -134,13 +134,17 @@ def test_bad_prompt_files(tmp_path: Path) -> None:
             sample_command(["runs/tiny", "--prompts", str(tmp_path / name), "--out", str(tmp_path / "out")])
 
 
-def test_two_processes_make_the_same_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_processes_make_the_same_images(tmp_path: Path, launcher: str) -> None:
     words = ["runs/tiny", *map(str, range(5)), "--steps", "2", "--eta", "1", "--batch-size", "2", "--out"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")  # torch is loaded already
-    both = [context.Process(target=sample_as_rank, args=(r, 2, port, [*words, str(tmp_path / "two")])) for r in (0, 1)]
+    both = [
+        context.Process(target=sample_as_rank, args=(launcher, r, 2, port, [*words, str(tmp_path / "two")]))
+        for r in (0, 1)
+    ]
     for process in both:
         process.start()
     sample_command([*words, str(tmp_path / "one")])

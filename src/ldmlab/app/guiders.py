@@ -35,7 +35,12 @@ def guiders_by_option(options: Mapping[str, Any], model: "LoadedModel") -> list[
         found.append(classifier_guider(options["classifier"], model, **scale))
     if options["guider"] is not None:
         weight = {} if options["guider_weight"] is None else {"weight": options["guider_weight"]}
-        found.append(image_guider(options["guider"], model, image=options["guider_image"], **weight))
+        if "." in options["guider"]:
+            image = {} if options["guider_image"] is None else {"image": options["guider_image"]}
+            node = {"_target_": options["guider"], **weight, **image}
+            found.append(instantiate(node, where="guiders.guider", model=model))
+        else:
+            found.append(image_guider(options["guider"], model, image=options["guider_image"], **weight))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ldmlab.contracts import Sampler
 from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
 
 
 def sampler_names() -> list[str]:
@@ -15,7 +16,9 @@ def sampler_names() -> list[str]:
 
 
 def sampler_by_name(name: str, **options: Any) -> Sampler:
-    """Build samplers/NAME.py's class; an option that it does not take is refused."""
+    """Build samplers/NAME.py's class, or a plugin's class by its full name; an option that it lacks is refused."""
+    if "." in name:
+        return instantiate({"_target_": name, **options}, where="sampler")
     if name not in sampler_names():
         raise InputError(f"sampler={name} is unknown; choose one of {', '.join(sampler_names())}.")
     target = getattr(importlib.import_module(f"{__name__}.{name}"), name.title().replace("_", ""))

@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{setting.name.replace('_', '-')}", metavar=setting.name.upper(), help=setting.metadata["help"], **flag)
     add("--classifier", type=Path, help="guide by this stage=classifier run to the classes given as prompts")
     add("--classifier-scale", type=float, help="how strongly (10, the paper's)")
-    add("--guider", help="squared | lpips: guide the decoded estimate to the low-resolution image, or --guider-image")
+    add(
+        "--guider",
+        help="squared | lpips: guide the decoded estimate to low_resolution, or to --guider-image;\n"
+        "a plugin's: package.Class",
+    )
     add("--guider-weight", type=float, help="how strongly (1)")
     add("--guider-image", type=Path, help="an image to guide all samples to, no larger than they are")
     add("--first-index", type=int, default=0, help="number of the first image, to make one of many again (0)")
