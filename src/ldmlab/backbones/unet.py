@@ -82,7 +82,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,  # in the residual blocks
         scale_shift: bool = False,  # the time vector scales and shifts norms instead of being added
         residual_resampling: bool = False,  # resample inside residual blocks (BigGAN) instead of by convolution
-        coordinates: bool = False,  # tell each cell where it is; not official, but boxes are learned much sooner
+        coordinates: bool = False,  # channels with positions; not official, but layouts are learned much sooner
         asymmetric_downsampling: bool = False,  # pad right and bottom only where a convolution halves, as DDPM does
         norm_eps: float = 1e-5,  # of the group norms outside spatial transformers; DDPM: 1e-6
         frequency_shift: int = 0,  # of the time embedding's frequencies; DDPM: 1

@@ -1,7 +1,7 @@
-"""An image to what a frozen CLIP image tower says of it, in the place of a caption's states: variations of images.
+"""An image to its embedding by a frozen CLIP image tower, instead of a caption's states: variations of images.
 
 As in the published "image variations" models the projected embedding, not normalised, is one token of cross-attention,
-and nothing given is zeros. Zeros need no weight of their own, so the whole conditioner stays frozen and outside of
+and the null condition is zeros. Zeros need no weight of their own, so the whole conditioner stays frozen and outside of
 checkpoints, and no embedding lies near them.
 """
 

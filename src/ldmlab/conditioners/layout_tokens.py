@@ -25,7 +25,7 @@ _BITS = {"group_of": 1, "occluded": 2, "depiction": 4, "inside": 8}  # the offic
 
 
 class LayoutTokens(nn.Module):
-    """States of the boxes' tokens, (B, 3 objects + 2, width); nothing given is no box, in the same crop."""
+    """States of the boxes' tokens, (B, 3 objects + 2, width); the null condition is no box, in the same crop."""
 
     reads = frozenset({"boxes"})  # and `crop`, where there is one
     slot = "tokens"
@@ -68,7 +68,7 @@ class LayoutTokens(nn.Module):
         return self.transformer.width
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of the batch's boxes, in the order given; places are shares of the image seen, the crop."""
+        """The states of the batch's boxes, in their order; positions are fractions of the crop."""
         return self._states(batch["boxes"], batch)
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:

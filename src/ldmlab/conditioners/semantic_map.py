@@ -24,7 +24,7 @@ class SpatialRescaler(nn.Module):
     def __init__(
         self,
         classes: int = 182,  # of the label maps, numbered from 0
-        channels: int | None = 3,  # given to the denoiser; None: one a class, without the convolution
+        channels: int | None = 3,  # input channels of the denoiser; None: one a class, without the convolution
         stages: int | None = 2,  # resizes; multiplier^stages is one over the downsampling; None: as many as that takes
         multiplier: float = 0.5,  # of each resize
         method: str = "bilinear",  # nearest | bilinear | bicubic | area
@@ -41,7 +41,7 @@ class SpatialRescaler(nn.Module):
         self.channels = nn.Conv2d(classes, channels, 1, bias=bias) if channels is not None else None
 
     def width(self, latent: LatentSpec) -> int:
-        """Channels given to the denoiser, whatever the latent."""
+        """Input channels of the denoiser, whatever the latent."""
         return self.classes if self.channels is None else self.channels.out_channels
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:

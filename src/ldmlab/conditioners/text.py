@@ -30,7 +30,7 @@ _CHUNK = 64  # captions encoded at once on an accelerator
 
 
 class OpenClipText(nn.Module):
-    """Per-token states of an open_clip text tower; nothing given is the empty caption, as in the paper."""
+    """Per-token states of an open_clip text tower; the null condition is the empty caption, as in the paper."""
 
     reads = frozenset({"caption"})
     slot = "tokens"
@@ -51,7 +51,7 @@ class OpenClipText(nn.Module):
         self.tower, self.tokenizer, self.padding = tower, tokenizer, padding
         self.drop, self.trainable = checked_rate(drop), trainable
         self.node: dict[str, Any] = {}  # for model.yaml: what `open_clip_text` needs to rebuild it without a network
-        self.seen, self.cut = 0, 0  # captions given, and those longer than the context
+        self.seen, self.cut = 0, 0  # captions seen, and those longer than the context
         self._capacity = max(1, cache_mib * 2**20 // (4 * tower.context_length * tower.width))
         self._states: OrderedDict[str, tuple[Tensor, bool]] = OrderedDict()  # caption => (L, D), whether it was cut
         self.register_load_state_dict_post_hook(lambda *_: self._states.clear())
@@ -107,7 +107,7 @@ class OpenClipText(nn.Module):
         return self.tower.positional_embedding.device
 
     def _frozen(self, captions: Sequence[str]) -> Tensor:
-        """States from the cache; new captions are encoded once, in float32, and the longest unused ones make room."""
+        """States from the cache: captions are encoded once, in float32; least recently used entries are evicted."""
         if self._states and next(iter(self._states.values()))[0].device != self._device:
             self._states.clear()
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._states]
@@ -175,7 +175,7 @@ class WordPiece:
     """[CLS] tokens [SEP], cut or padded with [PAD] to `length`; the vocabulary is read when first needed."""
 
     def __init__(self, vocabulary: Path | str | None, length: int, size: int) -> None:
-        """vocabulary: path, or None for the fetched one; size: number of tokens the network knows."""
+        """vocabulary: path, or None for the fetched one; size: of the token table."""
         self.length, self.size = length, size
         self.path = weights_folder() / VOCABULARY_FILE if vocabulary is None else Path(vocabulary)
 
@@ -232,7 +232,7 @@ class WordPiece:
 
 
 class TransformerText(nn.Module):
-    """States of the caption's WordPiece tokens, (B, length, width); nothing given is the empty caption."""
+    """States of the caption's WordPiece tokens, (B, length, width); the null condition is the empty caption."""
 
     reads = frozenset({"caption"})
     slot = "tokens"
@@ -242,7 +242,7 @@ class TransformerText(nn.Module):
         width: int = 1280,  # of the states
         depth: int = 32,  # blocks
         length: int = 77,  # tokens, start and end among them
-        vocab_size: int = 30522,  # tokens the network knows
+        vocab_size: int = 30522,  # size of the token table
         vocab: str | None = None,  # path of the vocabulary (vocab.txt, tokenizer.json); None: `ldmlab fetch wordpiece`
         drop: float = 0.1,  # rate of empty captions in training, for guidance
         heads: int = 8,  # of 64 channels each
@@ -252,7 +252,7 @@ class TransformerText(nn.Module):
         self.drop = checked_rate(drop)
         self.transformer = TransformerEncoder(vocab_size, length, width, depth, heads, unused_head)
         self.tokenizer = WordPiece(vocab, length, vocab_size)
-        self.seen, self.cut = 0, 0  # captions given, and those longer than `length`
+        self.seen, self.cut = 0, 0  # captions seen, and those longer than `length`
 
     def width(self, latent: LatentSpec) -> int:
         """Of the states, whatever the latent."""

@@ -18,7 +18,7 @@ from ldmlab.randomness import normal
 
 
 class LatentSpace(nn.Module):
-    """Where diffusion works, and the way there and back."""
+    """The space in which diffusion works: encode, decode, latents of training batches."""
 
     def __init__(self, first_stage: nn.Module, latent_scale: LatentScale) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class Architecture:
 
 
 class ResolutionLevel(nn.Module):
-    """The blocks of one resolution, each followed by attention if asked, then resampling to the next."""
+    """The blocks of one resolution, each followed by attention where the level has it, then resampling to the next."""
 
     def __init__(self, widths: list[int], attention: bool, resample: nn.Module | None, groups: int, drop: float):
         super().__init__()
@@ -74,7 +74,7 @@ class ResolutionLevel(nn.Module):
 
 
 class Middle(nn.Module):
-    """Two residual blocks at the coarsest level, with attention between them if asked."""
+    """Two residual blocks at the coarsest level, with optional attention between them."""
 
     def __init__(self, width: int, attention: bool, groups: int, drop: float) -> None:
         super().__init__()

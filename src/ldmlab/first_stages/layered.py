@@ -110,7 +110,7 @@ class _Part:
 
 
 class _Gathered(Exception):
-    """A part has come to the norm whose statistics were asked for."""
+    """Raised when a tile reaches the norm whose statistics are needed."""
 
 
 def _run_stage(stage: list[Step], x: Tensor, part: int) -> Tensor:
@@ -207,7 +207,7 @@ def _statistics(
 
 @contextmanager
 def _using(known: dict[nn.GroupNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Inside, these norms take the given statistics instead of those of what they are shown."""
+    """Inside, these norms use the given statistics instead of those of their input."""
     handles = []
     try:
         for norm, (mean, variance) in known.items():

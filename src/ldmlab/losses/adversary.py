@@ -60,7 +60,7 @@ class Adversary(nn.Module):
         return self.weight * min((step - self.adversary_start + 1) / max(self.ramp_steps, 1), 1.0)
 
     def generator_loss(self, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
-        """The autoencoder's side, - mean D(y), and the mean logit; gradients reach `reconstructed` only if asked."""
+        """The autoencoder's side, - mean D(y), and the mean logit."""
         logits = self.discriminator(reconstructed).float()
         return -logits.mean(), logits.mean().detach()
 

@@ -34,22 +34,22 @@ class AutoencoderLoss(nn.Module):
         self.adversary = adversary
 
     def autoencoder(self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int) -> tuple[Tensor, Terms]:
-        """What the autoencoder minimises after `step` updates, and its terms."""
+        """The autoencoder's total loss after `step` updates, and its terms."""
         self._check(given)
-        rebuilt, terms = self.reconstruction(images, given.images)
-        total = rebuilt + sum(self.penalty_weights[name] * value for name, value in given.penalties.items())
-        terms |= {"reconstruction": rebuilt, **given.penalties}
+        error, terms = self.reconstruction(images, given.images)
+        total = error + sum(self.penalty_weights[name] * value for name, value in given.penalties.items())
+        terms |= {"reconstruction": error, **given.penalties}
         weight = self.adversary.weight_at(step) if self.adversary is not None else 0.0
         if self.adversary is not None and weight > 0:
             generator, logit = self.adversary.generator_loss(given.images)
-            adaptive = self.adversary.adaptive_weight(rebuilt, generator, last_layer)
+            adaptive = self.adversary.adaptive_weight(error, generator, last_layer)
             total = total + weight * adaptive * generator
             terms |= {"adversary/adaptive_weight": adaptive, "adversary/generator": generator}
             terms["adversary/logits_generator"] = logit
         return total, {name: value.detach() for name, value in terms.items()}
 
     def discriminator(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Terms]:
-        """What the discriminator minimises, and its terms."""
+        """The discriminator's loss, and its terms."""
         assert self.adversary is not None
         loss, logits = self.adversary.discriminator_loss(images, reconstructed)
         terms = {"adversary/discriminator": loss.detach()}

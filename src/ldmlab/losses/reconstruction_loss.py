@@ -1,4 +1,4 @@
-"""How far a reconstruction is from its image: absolute error, and LPIPS if asked."""
+"""Reconstruction error: absolute error, and LPIPS where it has a weight."""
 
 import math
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The image half of a CLIP model, with the pixels that it wants."""
+"""The image tower of a CLIP model, with its preprocessing."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "laye
 
 
 class ImageTower(nn.Module):
-    """Images to what a CLIP image tower says of them; tensor names as in open_clip's CLIP class (`visual.*`)."""
+    """Images to the states of a CLIP image tower; tensor names as in open_clip's CLIP class (`visual.*`)."""
 
     def __init__(self, clip: OpenClip, layer: str = "embedding") -> None:
         """layer: embedding, in the space shared with captions, not normalised | patches, the final states."""

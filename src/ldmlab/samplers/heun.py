@@ -6,7 +6,7 @@ from ldmlab.samplers._stepwise import Step, Stepwise, first_order, noise_of
 
 
 class Heun(Stepwise):
-    """Two evaluations a step, at its start and at its end; one where the network cannot be asked at the end."""
+    """Two evaluations a step, at its start and at its end; one where the network cannot be evaluated at the end."""
 
     order = 2
     spacing = "log_snr"

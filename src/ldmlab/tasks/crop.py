@@ -1,7 +1,7 @@
 """The square of a stored image that training sees, and everything that lies on the image cut alike.
 
-Origins: `window` and `random` as the loaders of taming-transformers cut (sides of fixed or of drawn length), `centre`
-their held-out rule; `area` averages the pixels that a target pixel covers, as SR3 asks.
+Origins: `window` and `random` as the loaders of taming-transformers cut (sides of fixed or of random length), `centre`
+their validation rule; `area` averages the pixels that a target pixel covers, as SR3 asks.
 """
 
 from dataclasses import dataclass, replace
@@ -22,15 +22,15 @@ FILTERS = ("bicubic", "area")
 
 @dataclass(frozen=True)
 class Crop:
-    """One square, resized to the size asked for.
+    """One square, resized to the target size.
 
-    centre, window: the image's short side is brought to `short_side` and the square has the size asked for; it lies
+    centre, window: the image's short side is brought to `short_side` and the square has the target size; it lies
     in the middle or anywhere. random: a side drawn between `smallest` and the short side, anywhere.
     """
 
     rule: str = "centre"  # centre | window | random
-    short_side: int | None = None  # centre, window: of the resized image, px; None: the size asked for
-    smallest: float | None = None  # random: share of the short side; None: the size asked for, px
+    short_side: int | None = None  # centre, window: of the resized image, px; None: the target size
+    smallest: float | None = None  # random: share of the short side; None: the target size, px
     filter: str = "bicubic"  # bicubic (antialiased) | area
 
     def __post_init__(self) -> None:

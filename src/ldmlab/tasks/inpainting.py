@@ -40,7 +40,7 @@ class _Pasted(BaseTask):
         return sample
 
     def finish(self, images: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Generated inside the hole, given outside."""
+        """Generated inside the hole, the input outside."""
         hole = batch["mask"].to(images.device) > 0  # (B, 1, H, W)
         return torch.where(hole, images.float(), to_float(batch["image"].to(images.device)))
 

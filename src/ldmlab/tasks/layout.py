@@ -1,4 +1,4 @@
-"""Layout to image: objects as boxes with a class are given."""
+"""Layout to image: the inputs are boxes with classes."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from ldmlab.tasks.crop import Crop
 
 @dataclass(frozen=True)
 class Layout(BaseTask):
-    """Boxes above a smallest area, images with a number of them in a range; the order of objects says nothing."""
+    """Boxes above a smallest area, images with a number of them in a range; the order of objects is random."""
 
     image_size: int  # px
     least: int = 2  # objects an image

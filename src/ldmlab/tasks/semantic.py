@@ -1,4 +1,4 @@
-"""Semantic synthesis: a map of class numbers is given."""
+"""Semantic synthesis: the input is a map of class numbers."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -33,7 +33,7 @@ class Semantic(BaseTask):
         """segmentation (H, W) of class numbers, and the image if it is cropped."""
         cut = self.crop(sample, self.image_size, random) if self.crop else {"segmentation": sample["segmentation"]}
         labels = cut["segmentation"]
-        if self.unlabelled is not None:  # others stay as they are, so that stored maps can be asked for
+        if self.unlabelled is not None:  # others stay as they are, so that stored maps can be used
             labels = np.where(labels == self.unlabelled, self.classes - 1, labels.astype(np.int64))
         if labels.max(initial=0) >= self.classes:
             raise ValueError(f"label {labels.max()} in a map of {self.classes} classes (task.classes)")

@@ -1,4 +1,4 @@
-"""Super-resolution: a small image is given, the large one is asked for."""
+"""Super-resolution: from a small image to a large one."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar

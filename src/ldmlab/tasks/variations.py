@@ -1,4 +1,4 @@
-"""Variations: an image is given to look at, another one that says the same is asked for."""
+"""Variations: from an image to another one with the same content."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from ldmlab.tasks.crop import Crop
 
 @dataclass(frozen=True)
 class Variations(BaseTask):
-    """In training the image to look at is the image itself, as cropped."""
+    """In training the reference is the image itself, as cropped."""
 
     image_size: int  # px
     crop: Crop | None = None  # None: the middle square
