@@ -149,7 +149,7 @@ def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_pat
             r"callbacks\.scores\.protocol\.metrics\.kid\.subset_size=9 is more than the 8 generated images at hand",
         ),
         ("PLACE.protocol.steps=3", r"steps=3"),
-        ("PLACE.precision=float8", r"precision=float8 is no number format"),
+        ("PLACE.precision=float8", r"precision=float8 is unknown"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_the_first_step(flow: Flow, option: str, message: str) -> None:
