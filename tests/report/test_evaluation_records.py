@@ -200,6 +200,18 @@ def test_the_page_counts_images_and_marks_scores_of_few(folder: Path) -> None:
     assert "noise reaches high values" not in write_report(folder).read_text()
 
 
+def test_the_page_names_unreadable_images_and_how_good_the_encoder_is(folder: Path) -> None:
+    content = record()
+    content["features"]["quality"] = {"recall_1_of_50": 0.5, "chance_recall_1_of_50": 0.02}
+    content["reference"] |= {"pictures": 11, "unreadable": {"count": 1, "of": 12, "names": ["torn<b>.png"]}}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    page, text = write_report(folder).read_text(), (folder / "report.md").read_text()
+    assert "finds the caption among 50 for 50% of validation images, by chance 2%" in page
+    assert "compared with 11 of 12 validation images" in page
+    assert "1 of 12 images: torn&lt;b&gt;.png" in page
+    assert "1 of 12 images: torn\\<b>.png" in text
+
+
 def test_the_command_refuses_in_one_line(folder: Path) -> None:
     (folder / "metrics.json").write_text("[]")
     with pytest.raises(InputError, match="is not a JSON object"):

@@ -30,7 +30,7 @@ def read_record(path: Path, way_out: str, versions: Sequence[int] = VERSIONS) ->
     if version not in versions or isinstance(version, bool):
         what = f"has format_version={str(version)[:40]}" if isinstance(found, dict) else "is not a JSON object"
         raise InputError(f"{path} {what}, and format {versions[-1]} can be read; {way_out}")
-    with reading(path.parent, "evaluators"):
+    with reading(path, "a part", way_out):
         return dict(format1.record(found))
 
 

@@ -97,7 +97,7 @@ def _described(factors: Sequence[FactorJobs], score: str) -> tuple[str, str]:
     return by_features(title, features), "lower" if direction == "info" else direction
 
 
-def reading(factors: Sequence[FactorJobs]) -> str:
+def ranking(factors: Sequence[FactorJobs]) -> str:
     """One sentence on the order of the factors at the end of training."""
     score = scores_of(factors)[0]
     ends = {f.label: value for f in factors if (value := f.final(score)) is not None}
@@ -150,7 +150,7 @@ def _sections(factors: Sequence[FactorJobs], budget: str) -> list[Section]:
     main, *others = scores_of(factors)
     head = f"Budgets equal in {budget}"
     shown = {score: _described(factors, score)[0] for score in (main, *others)}
-    sections = [Section(head, [Text(reading(factors)), table(factors)])]
+    sections = [Section(head, [Text(ranking(factors)), table(factors)])]
     sections.append(Section(f"{head}: {shown[main]} over training and sampling", _charts(factors, main)))
     for score in others:
         sections.append(Section(f"{head}: {shown[score]}", [Fold("Charts and numbers", _charts(factors, score))]))
