@@ -233,6 +233,6 @@ class AutoencoderStage(Stage):
             if len(chosen) == _PANEL_IMAGES:
                 break
         images = self._images_of({"image": torch.stack(chosen)})
-        rebuilt = self.first_stage.decode(self.first_stage.encode(images).mean).float().clamp(-1, 1)
-        row = torch.cat([images, rebuilt, (rebuilt - images) / 2], dim=3)  # (N, 3, H, 3 W)
+        reconstructed = self.first_stage.decode(self.first_stage.encode(images).mean).float().clamp(-1, 1)
+        row = torch.cat([images, reconstructed, (reconstructed - images) / 2], dim=3)  # (N, 3, H, 3 W)
         return {"reconstructions": to_bytes(row).permute(0, 2, 3, 1).contiguous().cpu()}

@@ -71,7 +71,7 @@ class Loop(pl.Callback):
         if not stage.step_complete:
             return
         stopping, last = self.stop.agreed(stage.step, stage.device), stage.step >= stage.max_steps
-        if stopping:  # at once: whoever asked may not wait for an evaluation
+        if stopping:  # at once: the signal may not wait for an evaluation
             self.save()
         self._log(stage)
         for callback in self.callbacks:

@@ -65,13 +65,13 @@ def compare(content: Mapping[str, Any], now: Record, images: int, folder: Path) 
     if step and position % step == 0 and position // step != images:
         changes["trainer.micro_batch * accumulate * processes"] = (position // step, images)
     fates = {name: fate(name) for name in changes}
-    if refused := [_told(name, changes[name]) for name in sorted(changes) if fates[name] == "refused"]:
+    if refused := [_shown(name, changes[name]) for name in sorted(changes) if fates[name] == "refused"]:
         more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise InputError(
             f"the run in {folder} was trained with other options: {'; '.join(refused[:4])}{more}; give the values of "
             "before to go on, or start a new run, with init_from for its weights."
         )
-    return [_told(name, changes[name]) for name in sorted(changes) if fates[name] == "applied"]
+    return [_shown(name, changes[name]) for name in sorted(changes) if fates[name] == "applied"]
 
 
 def fate(name: str) -> Fate:
@@ -83,7 +83,7 @@ def fate(name: str) -> Fate:
     return "refused"
 
 
-def _told(name: str, values: tuple[Any, Any]) -> str:
+def _shown(name: str, values: tuple[Any, Any]) -> str:
     before, now = (str(value) if len(str(value)) < 80 else f"{str(value)[:77]}..." for value in values)
     return f"{name}={before} before, {now} now"
 

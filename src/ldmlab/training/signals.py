@@ -1,4 +1,4 @@
-"""Being asked to stop: the step is finished, a checkpoint saved, and the exit code tells which signal it was."""
+"""Stop signals: the step is finished, a checkpoint saved, and the exit code tells which signal it was."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ class StopRequest:
             self.signal = number
 
     def agreed(self, step: int, device: torch.device) -> bool:
-        """Whether any process was asked to stop; all processes get the same answer at the same step."""
+        """Whether any process received a signal; all processes get the same answer at the same step."""
         if distributed.world_size() == 1:
             return self.signal is not None
         if device.type != "cpu" and step % _AGREE_EVERY_ON_GPU:

@@ -64,7 +64,7 @@ class Session:
                 file.writelines(f"{what}: {' '.join(line.split())}\n" for line in lines)
 
     def log_panels(self) -> None:
-        """The stage's images to every logger, drawn by the first process while the others wait."""
+        """The stage's images to every logger, made by the first process while the others wait."""
         if distributed.rank() == 0:
             with self.stage.evaluating():
                 panels = self.stage.panels(self.batches())
@@ -94,11 +94,11 @@ class StepCallback:
         """After each micro-batch; must not wait for the device."""
 
     def metrics(self, session: Session) -> dict[str, float]:
-        """Numbers for a row of the log, asked every `log_every` steps."""
+        """Metrics for a row of the log, called every `log_every` steps."""
         return {}
 
     def evaluate(self, session: Session) -> dict[str, float]:
-        """Numbers for this step's row of the log where the callback has any, asked after each step."""
+        """Numbers for this step's row of the log where the callback has any, called after each step."""
         return {}
 
     def after_step(self, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Images drawn while training."""
+"""Images to look at while training."""
 
 from dataclasses import dataclass
 

@@ -12,11 +12,11 @@ from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.callbacks.validate import improves
 
 FOLDER = "in_training"  # in a run folder: step_XXXXXXXX/metrics.json
-DISTANCES = ("fid", "sfid", "kid", "cmmd")  # between features of drawn and real images, the smaller the better
+DISTANCES = ("fid", "sfid", "kid", "cmmd")  # between features of generated and real images, the smaller the better
 
 
 class Scorer(Protocol):
-    """Draws and scores; every process takes part."""
+    """Generates and scores; every process takes part."""
 
     def check(self, device: torch.device) -> frozenset[str]: ...  # names of the scores; refuses what cannot be
 
@@ -71,5 +71,5 @@ class Scores(StepCallback):
         return {f"{FOLDER}/{name}": value for name, value in values.items()}
 
     def _full_precision(self, session: Session) -> torch.autocast:
-        """Features are compared in float32; what draws the images says its own precision."""
+        """Features are compared in float32; the source of the images has its own precision."""
         return torch.autocast(session.stage.device.type, enabled=False)
