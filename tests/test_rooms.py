@@ -18,7 +18,6 @@ GROUND = {
     "argument_types",
     "plugins",
     "annotations",
-    "fetched",
     "files",
     "open_image",
     "format1",

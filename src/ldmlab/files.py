@@ -27,6 +27,11 @@ _WAIT_SECONDS = 0.2
 _TAKEOVER_SECONDS = 60.0  # after that the removal of a dead process's lock was itself interrupted
 
 
+def weights_folder() -> Path:
+    """Where files that others publish lie once they are fetched: LDMLAB_WEIGHTS or ~/.cache/ldmlab."""
+    return Path(os.environ.get("LDMLAB_WEIGHTS") or Path.home() / ".cache" / "ldmlab")
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write` fills a temporary file beside `path`, which then replaces it; on failure the old file stays."""
     with disk_errors(path):

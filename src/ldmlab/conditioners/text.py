@@ -22,7 +22,7 @@ from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners import checked_rate
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
-from ldmlab.fetched import weights_folder
+from ldmlab.files import weights_folder
 from ldmlab.nn.attention import TransformerEncoder
 from ldmlab.nn.openclip import TextTower, build_clip, build_text_tower, make_tokenizer
 

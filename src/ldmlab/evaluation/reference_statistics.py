@@ -23,8 +23,7 @@ from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered
-from ldmlab.fetched import weights_folder
-from ldmlab.files import write_atomically
+from ldmlab.files import weights_folder, write_atomically
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance, whole
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from ldmlab.conditioners.text import VOCABULARY_FILE
 from ldmlab.errors import InputError
-from ldmlab.fetched import weights_folder
-from ldmlab.files import write_atomically
+from ldmlab.files import weights_folder, write_atomically
 
 Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: unknown)
 _CHUNK_BYTES = 1 << 20

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError
-from ldmlab.fetched import weights_folder
+from ldmlab.files import weights_folder
 
 Config = dict[str, Any]
 
