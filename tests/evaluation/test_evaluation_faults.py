@@ -250,8 +250,8 @@ def test_samples_follow_a_small_reference(tmp_path: Path) -> None:
     assert evaluation(shards(tmp_path), tmp_path / "out", protocol).run()["sampling"]["images"] == IMAGES
     few = replace(PROTOCOL, samples=None, at_most=5)
     assert evaluation(shards(tmp_path / "b"), tmp_path / "few", few).run()["sampling"]["images"] == 5
-    with pytest.raises(InputError, match=r"protocol\.at_most=5 is for protocol\.samples=null"):
-        replace(PROTOCOL, at_most=5)
+    explicit = replace(PROTOCOL, samples=12, at_most=5)
+    assert evaluation(shards(tmp_path / "c"), tmp_path / "own", explicit).run()["sampling"]["images"] == 12
 
 
 # ---- the folder

@@ -68,11 +68,6 @@ class Protocol:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise InputError(f"protocol.{name}={value} is too few to score; choose at least 2.")
-        if self.samples is not None and self.at_most is not None:
-            raise InputError(
-                f"protocol.at_most={self.at_most} is for protocol.samples=null, but protocol.samples={self.samples}; "
-                "set one of them to null."
-            )
         if not 0 <= self.max_bad < 1:
             raise InputError(f"protocol.max_bad={self.max_bad} is not a share; choose 0 or more, below 1.")
         if self.mask_buckets and not self.pairs:
