@@ -6,7 +6,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`ldmlab.load`, imported when first asked for: torch takes seconds to load and many commands need none of it."""
+    """`ldmlab.load`, imported on first use: torch takes seconds to load and many commands need none of it."""
     if name == "load":
         from ldmlab.build import load
 

@@ -71,7 +71,7 @@ class LightningCallbacks(StepCallback):
         self.logger = _Rows()
 
     def evaluate(self, session: Session) -> dict[str, float]:
-        """What was logged since the last step, after validation has told them."""
+        """Scalars logged since the last step; the validation hooks are called first."""
         stage = session.stage
         if stage.step % self.validate_every == 0 or stage.step == stage.max_steps:
             for hook in ("on_validation_start", "on_validation_end"):
