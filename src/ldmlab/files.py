@@ -254,7 +254,7 @@ def _read_signature(path: Path) -> dict[str, Any] | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks, so that a process id used again is told apart."""
+    """When a process began, in the kernel's ticks, because process ids are used again."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""Statistics of latents against drawn ones, and shards written and read back."""
+"""Statistics of latents against sampled ones, and shards written and read back."""
 
 import io
 import json
@@ -24,20 +24,20 @@ def moments(number: int, channels: int = 3, with_logvar: bool = True, views: int
 
 @pytest.mark.parametrize("with_logvar", [True, False])
 def test_statistics_are_those_of_drawn_latents(with_logvar: bool) -> None:
-    statistics, drawn = Statistics(), []
+    statistics, samples = Statistics(), []
     noise = np.random.default_rng(0)
     for number in range(400):
         m = moments(number, with_logvar=with_logvar)
         statistics.add_moments(m, channels=3)
         spread = np.exp(m[:, 3:] / 2) if with_logvar else 0.0
-        drawn.append(m[:, :3] + spread * noise.standard_normal((2, 3, 4, 4)))
-    summary, z = statistics.summary(), np.stack(drawn)
+        samples.append(m[:, :3] + spread * noise.standard_normal((2, 3, 4, 4)))
+    summary, z = statistics.summary(), np.stack(samples)
     # 12,800 values per channel: a standard error of 0.03 for the mean of the widest channel
     assert np.allclose(summary["mean"], z.mean((0, 1, 3, 4)), atol=0.1)
     assert np.allclose(summary["std"], z.std((0, 1, 3, 4)), rtol=0.03)
     assert np.isclose(summary["overall_std"], z.std(), rtol=0.02)
     assert summary["images"] == 400
-    if not with_logvar:  # nothing is drawn: exact
+    if not with_logvar:  # nothing is sampled: exact
         assert np.allclose(summary["std"], z.std((0, 1, 3, 4)), rtol=1e-9)
         assert np.isclose(summary["overall_std"], z.std(), rtol=1e-9)
 

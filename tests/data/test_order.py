@@ -71,9 +71,9 @@ def test_balanced_rates_and_even_cycles() -> None:
     seen: Counter[tuple[int, int]] = Counter()
     ends = np.cumsum(UNEVEN)
     for number in range(6):
-        drawn = epoch(order, number)
-        seen.update(drawn)
-        flat = [int(ends[shard] - UNEVEN[shard]) + sample for shard, sample in drawn]
+        places = epoch(order, number)
+        seen.update(places)
+        flat = [int(ends[shard] - UNEVEN[shard]) + sample for shard, sample in places]
         assert Counter(labels[i] for i in flat) == order.draws
     people = [seen[place] for place in seen if int(ends[place[0]] - UNEVEN[place[0]]) + place[1] < 44]
     assert max(people) - min(people) <= 1

@@ -75,10 +75,10 @@ def test_a_mirrored_image_has_mirrored_parts(root: Path) -> None:
         flipped += not same
         for name in ("image", "segmentation"):
             assert np.array_equal(one[name] if same else one[name][..., ::-1], other[name])
-        given, told = whole[position], boxes[position]
-        expected = given["boxes"] if same else mirrored(given["boxes"])
-        assert np.allclose(sorted(b["box"] for b in told["boxes"]), sorted(b["box"] for b in expected))
-        assert np.allclose(told["crop"], [4 / 24, 0, 20 / 24, 1])
+        original, found = whole[position], boxes[position]
+        expected = original["boxes"] if same else mirrored(original["boxes"])
+        assert np.allclose(sorted(b["box"] for b in found["boxes"]), sorted(b["box"] for b in expected))
+        assert np.allclose(found["crop"], [4 / 24, 0, 20 / 24, 1])
     assert 0 < flipped < 8
 
 
@@ -86,7 +86,7 @@ def test_flips_and_masks_are_drawn_apart(root: Path) -> None:
     task = Inpainting(16, masks="thin_256", crop=Crop("centre"))
     one, other = (data(root, flip=flip).with_task(task).train_dataset() for flip in (False, True))
     for position in range(8):
-        assert np.array_equal(one[position]["mask"], other[position]["mask"])  # drawn on what is seen, flipped or not
+        assert np.array_equal(one[position]["mask"], other[position]["mask"])  # made on what is seen, flipped or not
 
 
 def test_draws_belong_to_seed_epoch_and_key(root: Path) -> None:
@@ -119,10 +119,10 @@ def test_images_that_a_task_leaves_out_never_come(root: Path, balance: str | Non
     held_out, stream = layout.val_dataset(), layout.train_dataset()
     assert [held_out[position]["key"] for position in range(len(held_out))] == kept
     assert len(stream) == 5
-    drawn = [stream[position]["key"] for position in range(10)]
-    assert set(drawn) == set(kept)
+    keys = [stream[position]["key"] for position in range(10)]
+    assert set(keys) == set(kept)
     if balance is None:
-        assert sorted(drawn[:5]) == sorted(drawn[5:]) == kept
+        assert sorted(keys[:5]) == sorted(keys[5:]) == kept
     with pytest.raises(InputError, match="leaves out all images"):
         data(root).with_task(Layout(16, least=20)).val_dataset()
 

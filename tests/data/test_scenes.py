@@ -61,9 +61,9 @@ def test_a_lone_object_fills_its_box_in_the_label_map() -> None:
 
 
 def test_objects_hide_little_of_each_other() -> None:
-    drawn = scenes(120)
-    assert {len(scene.boxes) for scene in drawn} == {1, 2, 3, 4, 5}
-    for scene in drawn:
+    made = scenes(120)
+    assert {len(scene.boxes) for scene in made} == {1, 2, 3, 4, 5}
+    for scene in made:
         labels = np.asarray(scene.labels)
         assert set(np.unique(labels)) == {0} | {entry["class_id"] + 1 for entry in scene.boxes}
         for one, other in combinations([entry["box"] for entry in scene.boxes], 2):
@@ -80,10 +80,10 @@ def test_the_labelled_pixels_are_the_objects() -> None:
 
 
 def test_all_classes_come_and_the_caption_names_them() -> None:
-    drawn = scenes(200)
+    made = scenes(200)
     assert len(CLASSES) >= 20
-    assert {entry["class_id"] for scene in drawn for entry in scene.boxes} == set(range(len(CLASSES)))
-    for scene in drawn:
+    assert {entry["class_id"] for scene in made for entry in scene.boxes} == set(range(len(CLASSES)))
+    for scene in made:
         assert all(list(CLASSES)[entry["class_id"]] in scene.caption for entry in scene.boxes)
         _, ground = scene.caption.split(" on ")
         assert ground.split(" ")[0] in HUES

@@ -58,11 +58,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         clip = build_clip(config=CLIP)
         spec = {"kind": "clip", "image_size": SIZE, "clip": clip.node}
         write_model_folder(folder / name, spec, {"clip": clip.model.state_dict()})
-    encode(folder, "latents", "conditioner=[text,image]", *told(folder, "text"), *told(folder, "image"))
+    encode(folder, "latents", "conditioner=[text,image]", *of_run(folder, "text"), *of_run(folder, "image"))
     return folder
 
 
-def told(root: Path, name: str, clip: str = "clip") -> list[str]:
+def of_run(root: Path, name: str, clip: str = "clip") -> list[str]:
     return [f"conditioner.{name}.from_run={root / clip}"]
 
 
@@ -104,7 +104,7 @@ def losses(stage: Any, data: ShardData) -> tuple[list[dict[str, Any]], Tensor]:
 @pytest.mark.parametrize("name", ["text", "image"])
 def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where conditions are dropped, and for mirrored images."""
-    choice = [f"conditioner={name}", f"conditioner.{name}.drop=0.4", *told(root, name)]
+    choice = [f"conditioner={name}", f"conditioner.{name}.drop=0.4", *of_run(root, name)]
     choice += ["task=variations", "task.crop=null"] if name == "image" else []
     stage, data = stage_and_data(root, *choice)
     module = stage.diffusion.conditioners[name]
@@ -120,7 +120,7 @@ def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch
         expected = module(shown, None)
         assert (batch[states_field(name)].float() - expected).abs().max() < 2 * ROUNDING * expected.abs().max()
     torch.testing.assert_close(stored, live, atol=TOLERANCE * float(live.mean()), rtol=0)
-    other, _ = stage_and_data(root, *choice, *told(root, name, "other"), "data.states=false")
+    other, _ = stage_and_data(root, *choice, *of_run(root, name, "other"), "data.states=false")
     other.diffusion.latent_scale.load_state_dict(stage.diffusion.latent_scale.state_dict())
     with torch.no_grad():
         another = torch.cat([other.diffusion.loss(batch, 0)[0] for batch in live_batches])
@@ -151,15 +151,15 @@ def test_states_of_another_encoder_are_refused(root: Path, options: list[str], w
 def test_an_encoder_that_comes_with_first_weights_is_held_against_the_states(root: Path) -> None:
     given = [*TINY, *images(root), f"data.latents={root / 'latents'}", "data.fields=[caption,class_id]"]
     given += ["conditioner=[text,class_label]", "conditioner.class_label.classes=3", "conditioner.class_label.width=16"]
-    first = [*told(root, "text", "other"), "data.states=false", f"run.dir={root / 'first'}"]
+    first = [*of_run(root, "text", "other"), "data.states=false", f"run.dir={root / 'first'}"]
     train(plain(compose("train", [*given, *first])))
-    second = [*told(root, "text"), f"init_from={root / 'first'}", f"run.dir={root / 'second'}"]
+    second = [*of_run(root, "text"), f"init_from={root / 'first'}", f"run.dir={root / 'second'}"]
     with pytest.raises(InputError, match=r"another conditioner.text than this run's \(weights="):
         train(plain(compose("train", [*given, *second])))
 
 
 def test_a_run_reads_only_what_it_is_told(root: Path) -> None:
-    _, data = stage_and_data(root, "conditioner=text", *told(root, "text"))
+    _, data = stage_and_data(root, "conditioner=text", *of_run(root, "text"))
     assert data.stored == ("text",)
     _, data = stage_and_data(root, "conditioner=none")
     assert not any(field.startswith("states.") for field in next(iter(data.train_loader(2))))
@@ -169,18 +169,18 @@ def test_the_manifest_says_what_made_them(root: Path) -> None:
     made = (read_manifest(root / "latents" / "val").latents or {})["states"]
     assert made.keys() == {"text", "image"}
     assert (made["text"]["reads"], made["text"]["dtype"], made["text"]["layer"]) == (["caption"], "float16", "last")
-    stage, _ = stage_and_data(root, "conditioner=text", *told(root, "text"))
+    stage, _ = stage_and_data(root, "conditioner=text", *of_run(root, "text"))
     assert made["text"]["weights"] == fingerprint(stage.diffusion.conditioners["text"].state_dict())
-    encode(root, "latents", "conditioner=[text,image]", *told(root, "text"), *told(root, "image"))  # finished: kept
+    encode(root, "latents", "conditioner=[text,image]", *of_run(root, "text"), *of_run(root, "image"))  # finished: kept
     with pytest.raises(InputError, match=r"begun with states\."):
-        encode(root, "latents", "conditioner=text", *told(root, "text"))
+        encode(root, "latents", "conditioner=text", *of_run(root, "text"))
 
 
 def test_what_cannot_be_stored_is_refused(root: Path) -> None:
     for options, words in (
         (["conditioner=class_label"], "conditioner.class_label learns with the denoiser"),
         (["conditioner=low_resolution"], "no frozen encoder"),
-        (["conditioner=text", *told(root, "text"), "conditioner.text.trainable=true"], "conditioner.text learns"),
+        (["conditioner=text", *of_run(root, "text"), "conditioner.text.trainable=true"], "conditioner.text learns"),
     ):
         with pytest.raises(InputError, match=words):
             encode(root, "never", *options)
@@ -198,7 +198,7 @@ def test_views() -> None:
 
 
 def test_variations_train_and_draw_panels_from_stored_embeddings(root: Path) -> None:
-    choice = ["conditioner=image", *told(root, "image"), "task=variations", "task.crop=null"]
+    choice = ["conditioner=image", *of_run(root, "image"), "task=variations", "task.crop=null"]
     config = [*TINY, *images(root), f"data.latents={root / 'latents'}", *choice, f"run.dir={root / 'run'}"]
     train(plain(compose("train", config)))
     assert (root / "run" / "finished.json").exists()

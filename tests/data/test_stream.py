@@ -182,8 +182,8 @@ def test_wrong_folders_are_named(folder: Path) -> None:
 def test_images_are_resized_and_cropped(tmp_path: Path) -> None:
     write_shards(tmp_path / "train", [2], size=32)
     image = data(tmp_path, image_size=8).val_dataset(split="train")[1]["image"]
-    wanted = toy_image(1, 32).resize((8, 8), 3)  # bicubic, antialiased
-    assert np.array_equal(image, np.asarray(wanted).transpose(2, 0, 1))
+    expected = toy_image(1, 32).resize((8, 8), 3)  # bicubic, antialiased
+    assert np.array_equal(image, np.asarray(expected).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -214,8 +214,8 @@ def test_held_out_images_are_decoded_once(folder: Path) -> None:
 
 def test_balanced_stream(folder: Path) -> None:
     batches = take(data(folder, balance="category", balance_temperature=0, fields=("category",)).train_loader(9), 2)
-    drawn = [name for batch in batches for name in batch["category"]]
-    assert sorted(drawn) == ["c0"] * 6 + ["c1"] * 6 + ["c2"] * 6
+    classes = [name for batch in batches for name in batch["category"]]
+    assert sorted(classes) == ["c0"] * 6 + ["c1"] * 6 + ["c2"] * 6
 
 
 def test_data_set_survives_pickling(folder: Path) -> None:
