@@ -1,6 +1,7 @@
 """What the U-Net promises beside the official numbers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,34 @@ def test_feature_maps_keep_the_layout_of_the_weights(layout: torch.memory_format
 def test_impossible_heads(changes: dict[str, object], words: str) -> None:
     with pytest.raises(InputError, match=words):
         make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"heads": -4}, "backbone.heads=-4 is less than 1"),
+        ({"heads": 0}, "backbone.heads=0 is less than 1"),
+        ({"heads": None, "head_channels": -16}, "backbone.head_channels=-16"),
+        ({"model_channels": -32}, "backbone.model_channels=-32"),
+        ({"channel_mult": []}, "backbone.channel_mult=0"),
+        ({"channel_mult": [1, -2]}, "backbone.channel_mult=-2"),
+        ({"num_res_blocks": -1}, "backbone.num_res_blocks=-1"),
+        ({"transformer_depth": 0}, "backbone.transformer_depth=0"),
+        ({"frequency_shift": 16}, "frequency_shift=16"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan"),
+        ({"dropout": float("nan")}, "dropout=nan"),
+    ],
+)
+def test_impossible_sizes(changes: dict[str, Any], words: str) -> None:
+    sizes = {
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+        "attention_downsampling": [2],
+        "heads": 2,
+    }
+    with pytest.raises(InputError, match=words):
+        UNet(in_channels=4, out_channels=4, context_width=16, **sizes | changes)
 
 
 def test_conditioning_must_fit() -> None:

@@ -91,6 +91,16 @@ class UNet(nn.Module):
         super().__init__()
         if (heads is None) == (head_channels is None):
             raise InputError(f"backbone.heads={heads} and backbone.head_channels={head_channels}: give exactly one.")
+        for multiple in channel_mult or [0]:
+            _at_least(1, channel_mult=multiple)
+        _at_least(1, model_channels=model_channels, heads=heads, head_channels=head_channels)
+        _at_least(1, transformer_depth=transformer_depth)
+        _at_least(0, num_res_blocks=num_res_blocks, frequency_shift=frequency_shift)
+        if not (0 <= dropout < 1 and norm_eps > 0 and frequency_shift < model_channels // 2):
+            raise InputError(
+                f"backbone.dropout={dropout}, norm_eps={norm_eps}, frequency_shift={frequency_shift}: dropout is in "
+                "0 .. 1, norm_eps is above 0, frequency_shift below half of model_channels."
+            )
         self.context_width = context_width
         self.vector_width = vector_width
         self.gradient_checkpointing = gradient_checkpointing
@@ -248,6 +258,13 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, part, use_reentrant=False)
         return block(h, emb, part)
+
+
+def _at_least(least: int, **sizes: int | None) -> None:
+    """InputError for a size below `least`; None is no size."""
+    for name, value in sizes.items():
+        if value is not None and value < least:
+            raise InputError(f"backbone.{name}={value} is less than {least}; give a larger number.")
 
 
 def _size(x: Tensor) -> Size:
