@@ -91,7 +91,7 @@ def _other_content(case: Case, path: Path) -> str:
     elif kind == "tensor":
         state = content["modules"][case.rng.choice(sorted(content["modules"]))]
         name = case.rng.choice(sorted(state))
-        state[name] = state[name] + 1
+        state[name] = case.rng.choice((state[name][..., :1], state[name].double(), state[name][None]))
         key = f"modules {name}"
     elif kind == "nested" and isinstance(content[key], dict) and content[key]:
         inner = case.rng.choice(sorted(content[key], key=str))
