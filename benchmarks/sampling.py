@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.samplers.ddim import Ddim

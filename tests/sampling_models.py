@@ -13,7 +13,7 @@ from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.conditioners.image_embedding import open_clip_image
 from ldmlab.conditioners.text import open_clip_text
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.first_stages.kl import KLAutoencoder

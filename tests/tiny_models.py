@@ -21,7 +21,7 @@ SPEC: dict[str, Any] = {
         "latent_channels": 2,
         "norm_groups": 4,
     },
-    "latent_scale": {"_target_": "ldmlab.diffusion.latent_scale.LatentScale", "std": [1.3], "shift": [0.0]},
+    "latent_scale": {"_target_": "ldmlab.diffusion.latent_space.LatentScale", "std": [1.3], "shift": [0.0]},
     "backbone": {
         "_target_": "ldmlab.backbones.unet.UNet",
         "in_channels": 2,

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-TARGETS: dict[str, str] = {  # `_target_` then => now
+TARGETS: dict[str, str] = {
+    "ldmlab.diffusion.latent_scale.LatentScale": "ldmlab.diffusion.latent_space.LatentScale",  # `_target_` then => now
     "ldmlab.conditioners.layout.LayoutTokens": "ldmlab.conditioners.layout_tokens.LayoutTokens",
     "ldmlab.conditioners.masked_latent.MaskedLatent": "ldmlab.conditioners.mask.MaskedLatent",
     "ldmlab.conditioners.semantic.SpatialRescaler": "ldmlab.conditioners.semantic_map.SpatialRescaler",

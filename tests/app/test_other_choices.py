@@ -8,7 +8,7 @@ from ldmlab.app.compose import compose, conf_dir, group_choices, plain
 from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import backbone_sizes
 from ldmlab.contracts import LatentSpec
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.first_stages import Identity
 from ldmlab.instantiate import instantiate
 

@@ -56,7 +56,7 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "kind": "latent_diffusion",
         "image_size": 8,
         "first_stage": {"_target_": "ldmlab.first_stages.identity.Identity"},
-        "latent_scale": {"_target_": "ldmlab.diffusion.latent_scale.LatentScale"},
+        "latent_scale": {"_target_": "ldmlab.diffusion.latent_space.LatentScale"},
         "backbone": unet,
         "conditioners": conditioners.nodes,
         "diffusion": {

@@ -13,7 +13,7 @@ from ldmlab.conditioners.low_resolution import LowResolution
 from ldmlab.conditioners.mask import Mask, MaskedLatent
 from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError

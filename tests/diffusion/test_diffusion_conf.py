@@ -3,7 +3,7 @@
 import pytest
 
 from conf_files import conf_names, conf_node
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.first_stages.identity import Identity
 from ldmlab.instantiate import instantiate
 from ldmlab.samplers import sampler_by_name, sampler_names

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Denoise, Level
 from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, guided_by_noisy, shrunk, squared_error
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError

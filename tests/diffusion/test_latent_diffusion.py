@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning, Level, Posterior, Prepared
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError

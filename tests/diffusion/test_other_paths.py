@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Level
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
 from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid, levels_of, signal_to_noise
 from ldmlab.errors import InputError

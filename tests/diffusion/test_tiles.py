@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ldmlab.contracts import Conditioning, Level, Posterior
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.diffusion.windowed import latent_windows, windowed

@@ -12,7 +12,7 @@ from ldmlab.backbones.unet import UNet
 from ldmlab.conditioners.low_resolution import LowResolution
 from ldmlab.diffusion.guidance import shrunk, squared_error
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError

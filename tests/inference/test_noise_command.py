@@ -10,7 +10,7 @@ from PIL import Image
 from ldmlab import build
 from ldmlab.app.cli import Parser
 from ldmlab.app.commands import noise
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.errors import InputError
 from sampling_models import tiny_model
 

@@ -82,7 +82,7 @@ def describe(
         "kind": "latent_diffusion",
         "image_size": image_size,
         "first_stage": first_stage,
-        "latent_scale": {"_target_": f"{HOME}diffusion.latent_scale.LatentScale", "std": std, "shift": shift},
+        "latent_scale": {"_target_": f"{HOME}diffusion.latent_space.LatentScale", "std": std, "shift": shift},
         "backbone": backbone,
         "conditioners": conditioners or {},
         "diffusion": {

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.latent_scale import LatentScale
-from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid, ddpm_grid
 from ldmlab.errors import InputError

@@ -7,7 +7,7 @@ from torch import nn
 
 from ldmlab.conditioners.text import open_clip_text
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.first_stages.identity import Identity

@@ -15,8 +15,7 @@ from ldmlab.backbones.latent_classifier import LatentClassifier
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.contracts import Level
 from ldmlab.diffusion.guidance import ClassifierGuider
-from ldmlab.diffusion.latent_scale import LatentScale
-from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity

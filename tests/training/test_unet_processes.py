@@ -11,7 +11,7 @@ from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.first_stages.identity import Identity

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
+from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.first_stages.identity import Identity

@@ -23,8 +23,7 @@ from ldmlab.contracts import LatentSpec
 from ldmlab.data.latent_shards import Statistics
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
-from ldmlab.diffusion.latent_scale import LatentScale
-from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, check_arguments, instantiate
 from ldmlab.training.stage import Stage
@@ -269,7 +268,7 @@ def latent_scale_node(
     else:
         statistics = manifest.latents["statistics"] if manifest and manifest.latents else measure(first_stage, data)
         scale = LatentScale.measured(statistics, per_channel=choice == "per_channel")
-    target = "ldmlab.diffusion.latent_scale.LatentScale"
+    target = "ldmlab.diffusion.latent_space.LatentScale"
     return {"_target_": target, "std": scale.std.tolist(), "shift": scale.shift.tolist()}
 
 

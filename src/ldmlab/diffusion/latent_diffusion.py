@@ -24,8 +24,7 @@ from ldmlab.contracts import (
 from ldmlab.diffusion.conditioning import check_guidance, check_size, check_slots, joined, stacked
 from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import Guider
-from ldmlab.diffusion.latent_scale import LatentScale
-from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.parameterization import Prediction
 from ldmlab.diffusion.schedule import levels_of
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.latent_scale import LatentScale
-from ldmlab.diffusion.latent_space import LatentSpace
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.interop.imported import Imported, assembled, assembled_first_stage

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ldmlab.diffusion.latent_scale import LatentScale
+    from ldmlab.diffusion.latent_space import LatentScale
     from ldmlab.inference.model import LoadedModel
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Encode, add noise at each time and scale, decode, save the grid."""
     from ldmlab.build import load
-    from ldmlab.diffusion.latent_scale import LatentScale
+    from ldmlab.diffusion.latent_space import LatentScale
     from ldmlab.inference.grids import table
 
     if args.out.suffix.lower() not in _ENDINGS or args.out.is_dir():

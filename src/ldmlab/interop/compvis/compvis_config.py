@@ -124,7 +124,7 @@ def _nullable(conditioners: Params) -> bool:
 
 def scale_node(factor: float) -> Node:
     """The official `scale_factor`, by which raw latents are multiplied."""
-    return {"_target_": "ldmlab.diffusion.latent_scale.LatentScale", "std": [1.0 / factor], "shift": [0.0]}
+    return {"_target_": "ldmlab.diffusion.latent_space.LatentScale", "std": [1.0 / factor], "shift": [0.0]}
 
 
 def diffusion_node(params: Params, prediction: str | None) -> Node:

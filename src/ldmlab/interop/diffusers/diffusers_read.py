@@ -176,7 +176,7 @@ def _scale_node(folder: Path, pipeline: str, config: Spec) -> Spec:
         )
         factor = 1.0
     std, shift = 1.0 / (0.18215 if factor is None else factor), config.get("shift_factor") or 0.0
-    return {"_target_": "ldmlab.diffusion.latent_scale.LatentScale", "std": [std], "shift": [shift]}
+    return {"_target_": "ldmlab.diffusion.latent_space.LatentScale", "std": [std], "shift": [shift]}
 
 
 def _side(size: Any, factor: int) -> int | list[int] | None:
