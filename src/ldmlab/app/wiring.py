@@ -88,7 +88,7 @@ def take_initial_weights(source: str, plan: Plan, data: ShardData) -> None:
 
 
 def check_accelerator(settings: TrainerSettings) -> None:
-    """A GPU that is asked for must be there before anything is made."""
+    """Refuse a requested GPU that is not available, before anything is written."""
     if settings.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError(
             "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or look at the "

@@ -28,8 +28,8 @@ class LowResolution(nn.Module):
         super().__init__()
         if enlarge is None and factor % downsampling:
             raise InputError(
-                f"task.factor={factor} is no multiple of the first stage's {downsampling}, at whose size the small one "
-                "is told; choose another first_stage or task.factor."
+                f"task.factor={factor} is no multiple of the first stage's factor {downsampling}, so that the small "
+                "image does not fit the latent; choose another first_stage or task.factor."
             )
         enlarge = factor // downsampling if enlarge is None else enlarge
         if enlarge < 1:

@@ -95,7 +95,7 @@ class LatentSpace(nn.Module):
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Any], seed: int) -> Tensor:
-        """Final latents of a training batch, drawn from the posterior by (seed, position); float32."""
+        """Final latents of a training batch, sampled from the posterior by (seed, position); float32."""
         if "moments" in batch:
             posterior = Posterior.from_moments(batch["moments"].float(), self._stage.latent_channels)
         elif "image" in batch:

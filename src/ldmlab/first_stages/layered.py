@@ -2,7 +2,7 @@
 
 A network is a row of steps (convolution, residual block, attention, resampling). Where the map between two steps is
 small it is kept whole; the steps from one kept map to the next make a stage. A stage runs part by part, each part with
-a border as wide as its convolutions reach, so that its inside is what the whole map would give. For every group norm
+a margin as wide as its convolutions reach, so that its inside is what the whole map would give. For every group norm
 in it the parts run once up to that norm and add up its mean and variance; then they run once more with all statistics
 known. Attention, which is found at small maps only, always sees the whole map: fused, its memory grows with h w.
 """
@@ -29,7 +29,7 @@ class Step:
     run: Callable[[Tensor], Tensor]
     norms: list[nn.GroupNorm]  # in the order in which they run
     channels: int  # of its output
-    reach: int  # pixels of its output that the border of a part spoils
+    reach: int  # pixels of its output that the margin of a part spoils
     grows: Fraction = Fraction(1)  # side of its output / side of its input
     whole: bool = False  # cannot run in parts
 
@@ -106,7 +106,7 @@ class _Part:
     """Where a part lies, in pixels of the coarsest map of its stage."""
 
     inside: tuple[slice, slice]  # what it is for
-    cut: tuple[slice, slice]  # with its border
+    cut: tuple[slice, slice]  # with its margin
 
 
 class _Gathered(Exception):
@@ -119,9 +119,9 @@ def _run_stage(stage: list[Step], x: Tensor, part: int) -> Tensor:
     for step in stage:
         scales.append(scales[-1] * step.grows)
     coarsest = min(scales)
-    border = math.ceil(sum(Fraction(s.reach) * coarsest / scale for s, scale in zip(stage, scales[1:], strict=True)))
+    margin = math.ceil(sum(Fraction(s.reach) * coarsest / scale for s, scale in zip(stage, scales[1:], strict=True)))
     size = (int(x.shape[2] * coarsest), int(x.shape[3] * coarsest))
-    parts = _parts(size, max(int(part * coarsest), 1), border)
+    parts = _parts(size, max(int(part * coarsest), 1), margin)
     fine_in, fine_out = int(1 / coarsest), int(scales[-1] / coarsest)  # pixels of x and of the result per coarsest one
 
     def run(one: _Part) -> Tensor:
@@ -147,14 +147,14 @@ def _run_stage(stage: list[Step], x: Tensor, part: int) -> Tensor:
     return result
 
 
-def _parts(size: tuple[int, int], part: int, border: int) -> list[_Part]:
-    """Parts that tile a map, the last ones smaller, each with its border as far as the map goes."""
+def _parts(size: tuple[int, int], part: int, margin: int) -> list[_Part]:
+    """Parts that tile a map, the last ones smaller, each with its margin as far as the map goes."""
     axes = []
     for side in size:
         count = math.ceil(side / part)
         ends = [side * k // count for k in range(count + 1)]
         insides = [slice(a, b) for a, b in pairwise(ends)]
-        axes.append([(s, slice(max(s.start - border, 0), min(s.stop + border, side))) for s in insides])
+        axes.append([(s, slice(max(s.start - margin, 0), min(s.stop + margin, side))) for s in insides])
     return [_Part((row, column), (rows, columns)) for row, rows in axes[0] for column, columns in axes[1]]
 
 
@@ -163,7 +163,7 @@ def _scaled(pixels: slice, factor: int) -> slice:
 
 
 def _inside(y: Tensor, one: _Part) -> Tensor:
-    """A map of a part without its border, whatever the map's resolution."""
+    """A map of a part without its margin, whatever the map's resolution."""
     factor = y.shape[2] // (one.cut[0].stop - one.cut[0].start)
     rows, columns = (
         slice((inside.start - cut.start) * factor, (inside.stop - cut.start) * factor)

@@ -119,16 +119,16 @@ class Quantiser(nn.Module):
         return self._restart(torch.cat([candidates for _, _, candidates in seen]))
 
     def _restart(self, candidates: Tensor) -> Tensor:
-        """Codes hardly used begin again at vectors of the step's images, drawn by the number of updates."""
+        """Replace rarely used codes by random vectors of the step's images; the number of updates is the seed."""
         average = self.uses.mean()
         rows = (self.uses < (self.restart_below or 0.0) * average).nonzero()[:, 0]
         if len(rows):  # on every process or on none
             candidates = _gathered(candidates)
             generator = torch.Generator().manual_seed(int(self.updates))
-            drawn = torch.randint(len(candidates), (len(rows),), generator=generator).to(candidates.device)
-            self.codebook.weight[rows] = candidates[drawn]
+            chosen = torch.randint(len(candidates), (len(rows),), generator=generator).to(candidates.device)
+            self.codebook.weight[rows] = candidates[chosen]
             self.uses[rows] = average
-            self.sums[rows] = average * candidates[drawn]
+            self.sums[rows] = average * candidates[chosen]
         return rows
 
 

@@ -292,7 +292,7 @@ def generate(
 
 
 def chosen_tile(tile: int | None, pixels: int) -> int:
-    """The side asked for, or 512 for images above 1024 x 1024; 0: the whole image at once."""
+    """Tile side in px: `tile`, or 512 for images above 1024 x 1024; 0: the full image at once."""
     return (TILE if pixels > LARGE else 0) if tile is None else tile
 
 

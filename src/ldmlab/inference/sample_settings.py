@@ -216,7 +216,7 @@ def _way_out(name: str) -> str:
         "steps": "choose for instance 50.",
         "sampler": f"choose one of {', '.join(SAMPLERS)}.",
         "spacing": "choose one of those in docs/samplers.md.",
-        "temperature": "choose 1 (as drawn) or a smaller factor.",
+        "temperature": "choose 1 (the sampler's noise) or a smaller factor.",
         "eta": "choose 0 (no fresh noise) or 1 (as DDPM).",
     }
     return ways.get(name, "choose 0 (at once) or for instance 512.")

@@ -1,4 +1,4 @@
-"""A convolutional critic that judges overlapping patches.
+"""Convolutional discriminator with one output per overlapping patch.
 
 Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017, section 3.2.2.
 """

@@ -33,7 +33,7 @@ def zero(module: M) -> M:
 
 
 def conv3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """3 x 3 convolution with a border of one zero on every side."""
+    """3 x 3 convolution with zero padding of one pixel on every side."""
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1)
 
 

@@ -1,7 +1,7 @@
 """CLIP models of open_clip: published ones by name, our own by configuration; and their text tower alone.
 
 A configuration is open_clip's own (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`, `custom_text`), plus `mean` and
-`std` of the pixels; with it and the weights a model is rebuilt without a network.
+`std` of the pixels. A model is built from it and the weights without network access.
 """
 
 import difflib

@@ -90,7 +90,7 @@ def checked_temperature(temperature: float) -> float:
 
 
 def checked_eta(eta: float) -> float:
-    """The fraction of a step's noise that is drawn afresh."""
+    """Fraction of a step's noise that is new random noise."""
     if not 0 <= eta <= 1:
         raise InputError(f"eta={eta} is not within 0 .. 1; 0 draws no noise in sampling, 1 as much as DDPM.")
     return eta

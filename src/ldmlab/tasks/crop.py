@@ -25,7 +25,7 @@ class Crop:
     """One square, resized to the target size.
 
     centre, window: the image's short side is brought to `short_side` and the square has the target size; it lies
-    in the middle or anywhere. random: a side drawn between `smallest` and the short side, anywhere.
+    in the middle or anywhere. random: a random side between `smallest` and the short side, anywhere.
     """
 
     rule: str = "centre"  # centre | window | random

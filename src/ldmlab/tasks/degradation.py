@@ -2,7 +2,7 @@
 
 BSRGAN (Zhang et al., "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", ICCV 2021) as the
 official super-resolution loader runs it: without the camera's model. Between steps an image is float32 (H, W, 3) in
-[0, 1]; a step holds what was drawn for it.
+[0, 1]; a step holds its random parameters.
 """
 
 import math
@@ -92,15 +92,15 @@ class Noise:
 
     def __call__(self, image: Array) -> Array:
         """Same size."""
-        drawn, height, width = np.random.default_rng(self.seed), *image.shape[:2]
+        rng, height, width = np.random.default_rng(self.seed), *image.shape[:2]
         if self.kind == "correlated":
-            axes = np.linalg.svd(drawn.random((3, 3)))[0]
-            covariance = np.abs(axes.T @ np.diag(drawn.random(3)) @ axes)
+            axes = np.linalg.svd(rng.random((3, 3)))[0]
+            covariance = np.abs(axes.T @ np.diag(rng.random(3)) @ axes)
             values, vectors = np.linalg.eigh(covariance)
             mixed = (np.sqrt(np.abs(values)) * vectors).T.astype(np.float32)
-            noise = drawn.standard_normal((height, width, 3), np.float32) @ mixed
+            noise = rng.standard_normal((height, width, 3), np.float32) @ mixed
         else:
-            noise = drawn.standard_normal((height, width, 3 if self.kind == "colour" else 1), np.float32)
+            noise = rng.standard_normal((height, width, 3 if self.kind == "colour" else 1), np.float32)
         return np.clip(image + np.float32(self.level / 255) * noise, 0, 1)
 
 

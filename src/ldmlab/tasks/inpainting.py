@@ -47,7 +47,7 @@ class _Pasted(BaseTask):
 
 @dataclass(frozen=True)
 class Inpainting(_Pasted):
-    """Training: a crop, then a mask drawn on it, or the mask that is stored with the image."""
+    """Training: a crop, then a random mask, or the mask that is stored with the image."""
 
     image_size: int  # px
     masks: str = "lama_training"  # a preset of lama_masks.py | stored: KEY.mask.png, white in the hole
@@ -74,9 +74,9 @@ class Inpainting(_Pasted):
 
 @dataclass(frozen=True)
 class LamaTest(_Pasted):
-    """LaMa's test images: the mask is drawn on the whole image, then both are cut to a square that has the hole.
+    """LaMa's test images: the mask is made for the full image, then both are cut to a square that contains the hole.
 
-    Of `candidates` masks those with too large a hole are dropped and one of the rest is drawn; an image with none
+    Of `candidates` masks those with too large a hole are dropped and one of the rest is chosen; an image with none
     left is left out.
     """
 
@@ -117,7 +117,7 @@ class LamaTest(_Pasted):
 
 
 def draw(name: str, height: int, width: int, size: int, random: Any) -> Mask:
-    """A preset's mask (height, width); for images of another size than the preset's it is drawn at that and resized.
+    """A preset's mask (height, width); for images of another size it is made at the preset's size and resized.
 
     size: the short side, which the preset's number stands for.
     """
@@ -147,7 +147,7 @@ class Strokes:
     """Bent strokes of OpenCV's thick lines."""
 
     least: int  # strokes
-    most: int  # one more can be drawn: the original adds 1 twice
+    most: int  # one more is possible: the original adds 1 twice
     width: int  # px above the thinnest, not reached
     length: int  # px above the shortest, not reached
     angle: int = 4  # directions 0.01, 1.01, ... radians

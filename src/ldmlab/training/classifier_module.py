@@ -18,7 +18,7 @@ _VAL_SEED = 0x5EED  # the validation noise is the same in every run, so that cur
 
 
 class ClassifierStage(Stage):
-    """Cross-entropy of a class given a noisy latent and its time, at times drawn evenly from the schedule."""
+    """Cross-entropy of a class given a noisy latent and its time, at times sampled uniformly from the schedule."""
 
     kind: ClassVar[str] = "classifier"
     averaged: ClassVar[str | None] = "classifier"

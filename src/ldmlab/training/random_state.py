@@ -42,7 +42,7 @@ def seed_process(seed: int, rank: int) -> None:
 
 @contextmanager
 def isolated_random(seed: int) -> Iterator[None]:
-    """Inside, random numbers start at `seed`; afterwards the streams go on as if nothing had been drawn."""
+    """Inside, random numbers start at `seed`; afterwards the previous state of all streams is restored."""
     before = random_state()
     seed_process(seed, 0)
     try:
