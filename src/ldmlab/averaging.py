@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class AveragedWeights:
-    """An exponential moving average of a module's trainable parameters, float32, beside the raw ones."""
+    """An exponential moving average of a module's trainable parameters, float32, kept in addition to the raw ones."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ldmlab.inference.model import LoadedModel
     from ldmlab.nn.openclip import OpenClip
 
-_SPARE_VALUES = 50_000_000  # built beside what is stored: the half of a CLIP that is not kept, tables
+_SPARE_VALUES = 50_000_000  # built in addition to what is stored: the half of a CLIP model that is not kept, tables
 _SPARE_MODULES = 3_000
 
 
@@ -157,7 +157,7 @@ def fill_latent_diffusion(model: "LatentDiffusion", files: ModelFiles) -> None:
 
 
 def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirstStage:
-    """The first stage of an autoencoder run, of a model, or beside latent shards; float32, frozen, on the CPU."""
+    """The first stage of an autoencoder run, of a model, or next to latent shards; float32, frozen, on the CPU."""
     path = Path(path)
     if (path / "first_stage").is_dir():  # a folder of latent shards carries the first stage that made them
         path = path / "first_stage"

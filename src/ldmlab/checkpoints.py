@@ -42,7 +42,7 @@ def _torch_save(content: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data.
 
-    Every byte is held against the checksums that torch.save keeps in the file, which torch.load does not look at.
+    Every byte is checked against the checksums that torch.save writes into the file; torch.load ignores them.
 
     lazily: tensors stay in the file until they are used, which must not be deleted before.
     """
@@ -115,7 +115,7 @@ _KINDS = (  # first bytes of a file => what it is and what to do
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """Why a file of tensors cannot be read: what it really is, as far as its first bytes tell, else the error."""
+    """Why a file of tensors cannot be read: the kind of file recognised from its first bytes, else the error."""
     try:
         with open(path, "rb") as file:
             start, size = file.read(64), path.stat().st_size
@@ -158,7 +158,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _safetensors_save(tensors: dict[str, Tensor], path: Path, note: dict[str, str]) -> None:
     try:
         safetensors.torch.save_file(tensors, path, note)
-    except safetensors.SafetensorError as error:  # its writer tells the errno in words only
+    except safetensors.SafetensorError as error:  # its writer has the errno only as text
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise

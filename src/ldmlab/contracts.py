@@ -18,7 +18,7 @@ from ldmlab.errors import InputError
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Inputs of the denoiser beside the noisy latent; a backbone lists the slots it accepts."""
+    """Inputs of the denoiser in addition to the noisy latent; a backbone lists the slots it accepts."""
 
     tokens: Tensor | None = None  # (B, L, D)     text, class, boxes: cross-attention
     spatial: Tensor | None = None  # (B, C, h, w)  mask, low resolution, semantic map: concatenated to x
@@ -196,7 +196,7 @@ class Guider(Protocol):
     """Wraps the denoiser of one batch, to guide it beyond the classifier-free scale."""
 
     @property
-    def reads(self) -> frozenset[str]: ...  # batch fields that it needs beside the model's own
+    def reads(self) -> frozenset[str]: ...  # batch fields that it needs in addition to the model's own
 
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise: ...
 
@@ -215,7 +215,7 @@ class Task(Protocol):
     def held_out(self) -> "Task": ...  # the same for images that are compared
 
     @property
-    def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None: ...  # by KEY.json; None: every image takes part
+    def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None: ...  # by KEY.json; None: every image is used
 
     def give(self, sample: dict[str, Any], random: Any) -> dict[str, Any]: ...  # per image, in loader workers
 

@@ -33,7 +33,7 @@ def weights_folder() -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary file beside `path`, which then replaces it; on failure the old file stays."""
+    """`write` fills a temporary file in the folder of `path`, which then replaces it; on failure the old file stays."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -262,7 +262,7 @@ def _started(pid: int) -> str | None:
 
 
 def _alive(held: Path) -> bool:
-    """Whether the process of a lock may still run; on another machine nobody can know, so it counts as alive."""
+    """Whether the process of a lock may still run; one on another machine counts as running."""
     signature = _read_signature(held)
     try:
         if signature is None:  # being written at this moment, or left so by a crash

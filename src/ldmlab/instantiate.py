@@ -1,7 +1,7 @@
 """Configuration nodes to objects: `_target_` names a callable, the other keys are its arguments. No Hydra.
 
 What a person typed, or keeps in her own yaml for a command, is trusted: `trust_typed` remembers its targets, and then
-any callable may stand there, with Hydra's `_partial_` too. A description that arrives in a file (model.yaml, a run's
+any callable is allowed there, with Hydra's `_partial_` too. A description that arrives in a file (model.yaml, a run's
 config.yaml) names only classes of the room that holds such parts (`ROOMS`), or classes of allowed plugin packages; it
 gives them neither paths nor commands.
 """
@@ -100,7 +100,7 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
 
 
 def trust_typed(config: Any, where: str = "") -> None:
-    """Remember the targets of a configuration that a person composed: each may stand in its group in this process."""
+    """Remember the targets of a configuration that a person composed: each is allowed in its group in this process."""
     if isinstance(config, Mapping):
         if isinstance(config.get("_target_"), str):
             _TYPED.add((group_of(where)[0], config["_target_"]))
@@ -129,7 +129,7 @@ def locate(node: Mapping[str, Any], *, where: str, trust: bool = False) -> Calla
     if not isinstance(path, str) or "." not in path:
         raise InputError(f"{where}._target_={shown(path)} names nothing to build; choose a file of conf/{where}/.")
     if unknown := [key for key in node if str(key).startswith("_") and key not in _OURS]:
-        raise InputError(f"{where}.{unknown[0]} is not supported; beside _target_ there is _partial_.")
+        raise InputError(f"{where}.{unknown[0]} is not supported; the only special keys are _target_ and _partial_.")
     trusted = trust or _is_typed(node, where)
     if not trusted:
         _check_package(path, where)
@@ -222,7 +222,7 @@ def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:
 
 
 def completed(value: Any, *, where: str) -> Any:
-    """Nodes with the options they leave out at their defaults, however deep inside `value`: old beside new ones."""
+    """Nodes with the options they leave out at their defaults, at any depth inside `value`."""
     if not isinstance(value, Mapping):
         return list(value) if isinstance(value, tuple) else value
     defaults = {}

@@ -22,7 +22,7 @@ from ldmlab.files import write_text
 FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
 CONFIG = "config.yaml"
-_KINDS = {  # kind => what its description must hold beside image_size
+_KINDS = {  # kind => what its description must hold besides image_size
     "first_stage": ("first_stage",),
     "clip": ("clip",),
     "classifier": ("classifier", "latent_scale", "schedule"),
@@ -42,7 +42,7 @@ class ModelFiles:
     spec: dict[str, Any]  # model.yaml
     parts: dict[str, StateDict]  # first_stage | denoiser | conditioner | clip
     weights: str  # averaged | raw: what the trained part holds
-    step: int | None  # optimizer updates; None for a model folder that does not say
+    step: int | None  # optimizer updates; None for a model folder without it
 
 
 def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
@@ -82,7 +82,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A run's config.yaml in today's words; model.yaml beside it tells its format."""
+    """A run's config.yaml in today's words; model.yaml in the same folder has the format version."""
     config = read_yaml(folder / CONFIG)
     description = folder / DESCRIPTION
     new = description.exists() and read_yaml(description).get("format_version") == FORMAT_VERSION
@@ -142,7 +142,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _count(value: Any, known: dict[int, int], depth: int) -> int:
-    """Values inside, aliases counted as often as they stand; a value that holds itself counts as too many."""
+    """Values inside, aliases counted each time they occur; a value that contains itself counts as too many."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) in known:

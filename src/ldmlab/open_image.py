@@ -1,6 +1,6 @@
 """The one way to open an image that came from outside: formats that Pillow decodes itself, and bounded sizes.
 
-Other formats of Pillow start programs (PostScript runs Ghostscript), whatever the file's ending says.
+Other formats of Pillow start programs (PostScript runs Ghostscript), whatever the file's extension.
 """
 
 import functools
@@ -49,6 +49,6 @@ def _content(path: Path) -> bytes:
 
 @functools.cache
 def readable(formats: tuple[str, ...] = FORMATS) -> list[str]:
-    """Of the formats those that this build of Pillow knows."""
+    """Those of the formats that this build of Pillow supports."""
     Image.init()
     return [name for name in formats if name in Image.OPEN]

@@ -79,7 +79,7 @@ def start(*words: str) -> None:
         (["data.train=/x/[a"], "'data.train=\"/x/[a\"'"),
         (["data.train=/x/{a"], "'data.train=\"/x/{a\"'"),
         (["data.train=/x/#1"], "data.train"),
-        (["data.train=/x/it's"], "data.train=/x/it's cannot be read as it stands"),
+        (["data.train=/x/it's"], "data.train=/x/it's cannot be parsed"),
         (["max_steps"], "max_steps is no option; write options as key=value."),
         (["plugins=5"], "plugins=5 does not fit"),
         (["plugins=[no_such_package_here]"], "plugins=no_such_package_here is not installed"),

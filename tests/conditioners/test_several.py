@@ -135,5 +135,5 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="come at 4 x 4 and 8 x 8"):
         make().conditioning(batch | {"segmentation": batch["segmentation"][:, :4, :4]})
     model = make({"low_resolution": LowResolution()}, extra=3)
-    with pytest.raises(InputError, match="conditions beside the latent are 4 x 4, the latent 8 x 8"):
+    with pytest.raises(InputError, match="spatial conditions are 4 x 4, the latent 8 x 8"):
         model.loss(batch | {"low_resolution": batch["image"][:, :, :4, :4]}, seed=0)

@@ -102,7 +102,7 @@ def test_maps_are_no_images_and_orphans_are_named(tmp_path: Path) -> None:
     (tmp_path / "in" / "2.png").unlink()
     Image.new("RGB", (9, 9)).save(tmp_path / "in" / "a.jpg")
     result = packed(tmp_path / "in", tmp_path / "out", None, "keep", max_bad=0.9)
-    assert sorted(result.bad) == [(f"2.{name}.png", "has no image beside it") for name in ("mask", "seg")]
+    assert sorted(result.bad) == [(f"2.{name}.png", "has no image next to it") for name in ("mask", "seg")]
     assert sorted(stored_samples(tmp_path / "out" / "train")) == ["0", "1", "a"]
     assert "mask.png" not in stored_samples(tmp_path / "out" / "train")["a"]
 

@@ -204,5 +204,5 @@ def test_variations_train_and_draw_panels_from_stored_embeddings(root: Path) -> 
     assert (root / "run" / "finished.json").exists()
     assert list((root / "run" / "samples").iterdir())
     _, data = stage_and_data(root, *choice, "data.states=false")
-    with pytest.raises(InputError, match="task=variations looks at images"):
+    with pytest.raises(InputError, match="task=variations needs images"):
         data.train_dataset()

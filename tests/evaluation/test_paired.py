@@ -157,7 +157,7 @@ def test_reference_images_of_another_kind_are_refused(data: ShardData, tmp_path:
     ("change", "reason"),
     [
         ({"pairs": False}, "set protocol.pairs=true"),
-        ({"conditions": "none"}, "no image to set beside"),
+        ({"conditions": "none"}, "no image to compare with"),
         ({"mask_buckets": {"odd": [0.5, 0.4]}, "bucket_tables": {}}, "is no range"),
         ({"bucket_tables": {"typo": "inpaint/places-40-50"}}, "names typo"),
         ({"leaves_open": {"stepz": "?"}}, "leaves_open names stepz"),

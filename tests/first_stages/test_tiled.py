@@ -148,7 +148,7 @@ def test_first_stages_of_another_make() -> None:
         tiled = TiledFirstStage(stage, 32)
         torch.testing.assert_close(tiled.encode(images).mean, stage.encode(images).mean)
         torch.testing.assert_close(tiled.decode(images), stage.decode(images))
-    with pytest.raises(InputError, match="knows KL and VQ first stages, not Blocks; choose separate"):
+    with pytest.raises(InputError, match="supports KL and VQ first stages, not Blocks; choose separate"):
         TiledFirstStage(Blocks(norm=True), 32)
     assert TiledFirstStage(Blocks(norm=True), 32, norms="separate").encode(images).mean.shape == (2, 3, 16, 24)
 

@@ -128,7 +128,7 @@ def test_calls_that_cannot_be_are_refused(model: LoadedModel) -> None:
         model.sample(caption=["a cat"])
     with pytest.raises(InputError, match="give class_id, one entry an image"):
         model.sample()
-    with pytest.raises(InputError, match=r"class_id 11 is unknown to this model, which knows 0"):
+    with pytest.raises(InputError, match=r"class_id 11 is not a class of this model; classes: 0"):
         model.sample(class_id=[11], steps=2)
     with pytest.raises(InputError, match="batch_size=0"):
         model.sample(class_id=[1], batch_size=0)

@@ -317,7 +317,7 @@ def test_a_negative_prompt(files: Path) -> None:
         (["3", "--from", "text.png"], "init_image=text.png cannot be read"),
         (["3", "--from", "photo.png", "--mask", "mask.png", "--size", "16"], "are for 13x11 px .* 16x16 are sampled"),
         (["3", "--negative-prompt", "a cat"], "--negative-prompt is a caption, and this model takes class_id"),
-        (["12"], "class_id 12 is unknown to this model, which knows 0 .. 9"),
+        (["12"], "class_id 12 is not a class of this model; classes: 0 .. 9"),
         (
             ["--task", "super_resolution", "photo.png"],
             "takes class_id as input, not low_resolution; give one trained for it",

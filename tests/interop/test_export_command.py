@@ -137,7 +137,7 @@ WRONG = [
             unet(4, context_width=32, residual_resampling=True, attention_downsampling=[1]),
             {"text": clip_text()},
         ),
-        "residual_resampling=True beside cross-attention",
+        "residual_resampling=True with cross-attention",
     ),
     (describe(kl(3), unet(4, context_width=32), {"text": clip_text(layer="pooled")}), "layer=pooled"),
 ]

@@ -88,7 +88,7 @@ def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stag
         assert forked.finish(child) == [-signal.SIGKILL], log.read_text()
     last = forked.start(run, make, tmp_path / "killed", keys, False, log=log)
     assert forked.finish(last) == [0], log.read_text()
-    assert "going on from step" in log.read_text()
+    assert "resuming from step" in log.read_text()
     straight, killed = (
         load_checkpoint(tmp_path / d / "checkpoints" / "step_00000012.ckpt") for d in ("straight", "killed")
     )

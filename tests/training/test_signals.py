@@ -1,4 +1,4 @@
-"""Asked to stop, a run finishes its step, saves, says how to go on, and goes on."""
+"""Asked to stop, a run finishes its step, saves, prints how to resume, and resumes."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_code(number: signal.Si
     said = (tmp_path / "log").read_text()
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = load_checkpoint(path)["step"]
-    assert f"saved step {step} in {path}; go on with: python train.py run.dir=here" in said
+    assert f"saved step {step} in {path}; resume with: python train.py run.dir=here" in said
     assert "Traceback" not in said
     stage = diffusion_stage(max_steps=step + 2, accumulate=2)
     train(stage, tmp_path / "run", 2)

@@ -58,7 +58,7 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
 
 
 def _check_latents(config: Config, chosen: Collection[str]) -> None:
-    """What comes with the latents, or with the run that encodes, cannot be chosen beside them."""
+    """Options fixed by the latents, or by the run that encodes, cannot be set too."""
     latents, run = config["data"].get("latents"), config["from_run"]
     source = f"data.latents={latents}" if latents else f"from_run={run}" if run else None
     if source is None:

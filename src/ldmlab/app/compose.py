@@ -242,8 +242,7 @@ def _parsed(word: str) -> Any:
         if not equals or not re.fullmatch(r"[+~]*[\w@./:-]+", key):
             raise InputError(f"{shown(word)} is no option; write options as key=value.") from error
         raise InputError(
-            f"{key}={shown(value)} cannot be read as it stands, because of its special characters; write "
-            f"{_for_shell(key, value)}."
+            f"{key}={shown(value)} cannot be parsed, because of its special characters; write {_for_shell(key, value)}."
         ) from error
 
 

@@ -106,7 +106,7 @@ def with_classes_of(config: Config, data: ShardData) -> Config:
 
 
 def _names_of_boxes(config: Config, data: ShardData) -> list[str] | None:
-    """Names by class_id of the boxes; those of whole images say nothing of boxes."""
+    """Names by class_id of the boxes; the names of image classes do not apply to boxes."""
     if not any(_open(node, "conditioner") for node in config["conditioner"].values()):
         return None
     manifest = data.manifest("train")
@@ -137,7 +137,7 @@ def check_agreement(task: Any, conditioners: Mapping[str, Any]) -> None:
 
 
 def scored_task(task: Any, protocol: "Protocol", image_size: int) -> Any:
-    """The model's task as a protocol asks for it: at its size, with its options."""
+    """The model's task with the protocol's size and options."""
     if not protocol.task and protocol.image_size is None:
         return task
     known = [item.name for item in fields(task)] if task is not None else []
@@ -150,7 +150,7 @@ def scored_task(task: Any, protocol: "Protocol", image_size: int) -> Any:
 
 
 def states_record(modules: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the manifest tells of the states of these conditioners; None without any."""
+    """The manifest's description of the states of these conditioners; None without any."""
     for name, module in modules.items():
         if _learns(module):
             raise InputError(
@@ -165,7 +165,7 @@ def states_record(modules: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def states_encoder(modules: Mapping[str, Any], mirrored: bool) -> EncodeStates:
-    """Runs the conditioners on a batch of images and their fields; those that look at images see both views."""
+    """Runs the conditioners on a batch of images and their fields; image encoders get both views."""
 
     @torch.no_grad()
     def encode(images: Tensor, fields: Mapping[str, list[Any]]) -> dict[str, NDArray[np.float32]]:

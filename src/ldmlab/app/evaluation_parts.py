@@ -78,7 +78,7 @@ def lpips() -> "LPIPS | None":
     vgg = weights_folder() / WEIGHTS["lpips"].file
     if vgg.exists():
         return LPIPS(vgg)
-    distributed.say("LPIPS is left out: its VGG weights are not here; `ldmlab fetch lpips` brings them.")
+    distributed.say("LPIPS is left out: its VGG weights are missing; download them with `ldmlab fetch lpips`.")
     return None
 
 

@@ -48,5 +48,5 @@ def _always(config_name: str) -> list[str]:
         "  --cfg job --resolve          print the whole configuration",
         "  -m, --multirun a=1,2 b=x,y   run every combination",
         "  --config-dir FOLDER          groups of your own: FOLDER/backbone/mine.yaml, then backbone=mine",
-        f"  conf/{config_name}.yaml and the files of the groups explain each option where it stands.",
+        f"  conf/{config_name}.yaml and the files of the groups explain each option next to its value.",
     ]

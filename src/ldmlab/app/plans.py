@@ -1,4 +1,4 @@
-"""What each stage consists of, worked out from its choices: one function a stage, found by name."""
+"""Parts of each stage, derived from its configuration: one function a stage, found by name."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ _STATISTICS_IMAGES = 10_000  # enough for a latent scale that no batch decides
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage ready to fit, and what its run folder says of it."""
+    """A stage ready to fit, and its description in the run folder."""
 
     stage: Stage
     spec: dict[str, Any]  # model.yaml
@@ -95,7 +95,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
 
     _check_stage_options(DiffusionStage, config)
     first_stage, first_node, manifest = first_stage_of(config, data)
-    if manifest is not None and manifest.latents is not None:  # the latents know the size of their images
+    if manifest is not None and manifest.latents is not None:  # the manifest has the size of their images
         data = replace(data, image_size=manifest.latents["image_size"])
     latent = latent_spec(first_stage, data.image_size)
     conditioners = build_conditioners(config["conditioner"], latent)
@@ -148,7 +148,7 @@ def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan
 
     _check_stage_options(ClassifierStage, config)
     first_stage, first_node, manifest = first_stage_of(config, data)
-    if manifest is not None and manifest.latents is not None:  # the latents know the size of their images
+    if manifest is not None and manifest.latents is not None:  # the manifest has the size of their images
         data = replace(data, image_size=manifest.latents["image_size"])
     latent = latent_spec(first_stage, data.image_size)
     node = {**config["classifier"], "latent_channels": latent.channels}

@@ -38,7 +38,7 @@ NAMES = (
 def train(config: Config, resume: str | None = None, chosen: Collection[str] = ()) -> None:
     """One training run from its resolved configuration in plain data.
 
-    resume: what a user types to go on with it; chosen: the options that were typed, which nothing may override.
+    resume: the command that resumes it; chosen: the options that were typed, which take precedence.
     """
     check_names(config)
     settings: TrainerSettings = instantiate(config["trainer"], where="trainer")
@@ -83,7 +83,7 @@ def read_data(config: Config) -> tuple[ShardData, Config]:
 def take_initial_weights(source: str, plan: Plan, data: ShardData) -> None:
     """Weights to start from; the scale of the latents stays this run's, as model.yaml describes it."""
     load_initial_weights(plan.stage, initial_parts(source, plan), f"init_from={source}")
-    if data.stored:  # beside a conditioner that learns, a frozen one came along
+    if data.stored:  # a frozen conditioner with stored states, together with a trainable one
         check_states(plan.stage.diffusion.conditioners, data)  # type: ignore[arg-type, union-attr]
 
 
@@ -91,7 +91,7 @@ def check_accelerator(settings: TrainerSettings) -> None:
     """Refuse a requested GPU that is not available, before anything is written."""
     if settings.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError(
-            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or look at the "
+            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or check the "
             "driver with nvidia-smi."
         )
 
@@ -106,14 +106,14 @@ def initial_parts(source: str, plan: Plan) -> dict[str, Any]:
         std, own = (scale["std"] for scale in scales if scale)
         distributed.say(f"init_from={source}: its latents were divided by {std}, this run's are by {own}")
     if kinds[0] != kinds[1] and parts.pop("conditioner", None) is not None:
-        distributed.say(f"init_from={source}: its conditioners are of another kind; these start anew")
+        distributed.say(f"init_from={source}: its conditioners are of another kind; they start from random weights")
     return parts
 
 
 def with_task(config: Config, data: ShardData) -> ShardData:
     """The data as the task sees them; other stages have no task."""
     if config["stage"]["name"] != "diffusion":
-        raise InputError(f"task: stage={config['stage']['name']} gives nothing and asks nothing; use task=none.")
+        raise InputError(f"task: stage={config['stage']['name']} takes no task; use task=none.")
     return data.with_task(instantiate(task_node(config, data.image_size), where="task"))
 
 
@@ -189,7 +189,7 @@ def _derived_where_taken(config: Config, group: str, name: str, value: int) -> A
 
 
 def open_run(config: Config) -> RunFolder:
-    """The run's folder: new under paths.runs, or exactly run.dir, where a run found goes on."""
+    """The run's folder: new under paths.runs, or exactly run.dir, where an existing run is resumed."""
     run = config["run"]
     if run["dir"] is not None:
         return RunFolder.at(run["dir"])
@@ -197,7 +197,7 @@ def open_run(config: Config) -> RunFolder:
 
 
 def resume_command(run: RunFolder) -> str:
-    """What a user types to go on with this run."""
+    """The command that resumes this run."""
     given = [word for word in sys.argv[1:] if not word.startswith("run.dir=")]
     return " ".join(["python", "train.py", *map(shlex.quote, given), f"run.dir={shlex.quote(str(run.path))}"])
 

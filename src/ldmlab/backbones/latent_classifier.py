@@ -18,7 +18,7 @@ from ldmlab.nn.blocks import ResBlock, Shrink, TimeMLP, group_norm
 
 
 class AttentionPool(nn.Module):
-    """The mean of all positions looks at all of them: (B, C, h, w) => (B, width_out), any h and w."""
+    """Attention from the mean of all positions to all of them: (B, C, h, w) => (B, width_out), any h and w."""
 
     def __init__(self, channels: int, heads: int, width_out: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class LatentClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if classes < 2:
-            raise InputError(f"classifier.classes={classes} leaves nothing to tell apart; give 2 or more.")
+            raise InputError(f"classifier.classes={classes} leaves nothing to distinguish; give 2 or more.")
         self.classes = classes
         self._head_channels, self._dropout, self._scale_shift = head_channels, dropout, scale_shift
         self.time = TimeMLP(model_channels)

@@ -72,7 +72,7 @@ class LayoutTokens(nn.Module):
         return self._states(batch["boxes"], batch)
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of no boxes; crop tokens stay, as they say nothing of the content."""
+        """The states of no boxes; crop tokens stay, as they do not describe the content."""
         return self._states([[] for _ in batch["boxes"]], batch)
 
     def check(self, fields: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ class LayoutTokens(nn.Module):
             near = difflib.get_close_matches(str(name), self.numbers, n=1)
             way = f"did you mean {near[0]}?" if near else "give its class_id." if not self.numbers else "mend it."
             raise InputError(
-                f"boxes: class {name!r} is not one of the {len(self.numbers)} names that this model knows; {way}"
+                f"boxes: class {name!r} is not one of the {len(self.numbers)} class names of this model; {way}"
             )
         return self.numbers[name]
 

@@ -20,7 +20,7 @@ _SIDES = ("XMin", "YMin", "XMax", "YMax")
 _NO_CLASS = "other"  # of COCO's stuff: everything without a name
 _NEITHER = (
     "annotations={} is neither COCO's JSON nor a CSV with ImageID, LabelName, XMin, XMax, YMin and YMax; "
-    "write boxes into a metadata.jsonl beside the images instead (data/README.md)."
+    "write boxes into a metadata.jsonl next to the images instead (data/README.md)."
 )
 
 
@@ -150,7 +150,7 @@ def _add_box(boxes: Boxes, class_id: int, sides: Sequence[float], flags: Sequenc
 
 
 def image_names(source: Source) -> set[str]:
-    """File names without ending, by which annotations know images."""
+    """File names without extension, by which annotations refer to images."""
     return {Path(item.name).stem for item in source.items}
 
 

@@ -35,7 +35,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a batch holds beside key, position and skipped."""
+    """Entries of a batch besides key, position and skipped."""
 
     image_size: int  # side of the images, px; also of the images behind moments
     images: bool = True
@@ -243,7 +243,7 @@ class ShardDataset(Dataset[Batch]):
     def _check_samples(self) -> None:
         """Refuse fields and parts that most samples lack: that is a wrong option, not a bad sample.
 
-        Looks at samples all over the set, as many as TRIES; unreadable ones do not count.
+        Reads up to TRIES samples from all over the set; unreadable ones do not count.
         """
         count = min(len(self), TRIES)
         readable, unfit, partless = 0, dict[str, str](), dict[str, tuple[str, str]]()

@@ -158,7 +158,7 @@ def image_shape(files: Files) -> tuple[int, int] | None:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once the image is turned as its orientation tag says."""
+    """Width and height after rotation by its orientation tag."""
     turned = image.getexif().get(_ORIENTATION) in _TURNED
     return (image.height, image.width) if turned else image.size
 

@@ -48,9 +48,9 @@ class LatentSettings:
     image_size: int  # px; images of another size are resized while reading
     mirrored: bool = True  # also encode the mirror image
     dtype: str = "float16"  # float16 | float32
-    carries_images: bool = False  # keep the image beside its moments
+    carries_images: bool = False  # store the image with its moments
     first_stage: dict[str, Any] | None = None  # how to build it, plain types
-    states: dict[str, Any] | None = None  # by conditioner: what made the states stored beside the moments, plain types
+    states: dict[str, Any] | None = None  # by conditioner: what made the states stored with the moments, plain types
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):
@@ -207,7 +207,7 @@ class _Work:
                 finally:
                     writer.abandon()
         except OSError as error:
-            raise InputError(f"{path} cannot be written ({error}); run the same command again to go on.") from error
+            raise InputError(f"{path} cannot be written ({error}); run the same command again to continue.") from error
 
     def _encode_batch(self, batch: _Batch, writer: LatentShardWriter) -> None:
         if not batch.keys:

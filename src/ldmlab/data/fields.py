@@ -73,7 +73,7 @@ def clean_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def checked_fields(
     fields: Mapping[str, Any], names: Collection[str] = (CAPTION, CLASS, BOXES), classes: int | None = None
 ) -> dict[str, Any]:
-    """Fields whose caption, class_id and boxes, of those in `names`, are what their names say; else ValueError.
+    """Fields whose caption, class_id and boxes, of those in `names`, are valid; else ValueError.
 
     classes: how many there are, where that is known; it bounds class_id.
     """
@@ -94,7 +94,7 @@ def checked_fields(
 
 
 def stored_fields(files: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of a sample, each what its name says; a caption or class that is there but null makes it a bad one."""
+    """All fields of a sample, validated; a null caption or class makes it a bad sample."""
     fields = sample_fields(files)
     for name in (CAPTION, CLASS):
         if name not in fields and "json" in files and name in parsed(files["json"]):
@@ -138,7 +138,7 @@ def required_fields(files: Mapping[str, Any], names: Sequence[str], classes: int
         raise MissingField(f"no field {', '.join(missing)} (it has {', '.join(sorted(known)) or 'none'})")
     known = checked_fields(known, names, classes)
     found = {name: known[name] for name in names}
-    for name, value in found.items():  # of any other field too a list of texts stands for its first entry
+    for name, value in found.items():  # for any other field too, a list of texts is replaced by its first entry
         if isinstance(value, list) and value and isinstance(value[0], str):
             found[name] = value[0]
     return found

@@ -1,4 +1,4 @@
-"""Where images come from: a table, captions beside images, a folder per class, plain folders, or tars."""
+"""Where images come from: a table, caption files, a folder per class, plain folders, or tars."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from ldmlab.errors import InputError
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
 LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
-_ORPHAN = "has no image beside it"
+_ORPHAN = "has no image next to it"
 _CAPTION_ENDINGS = (".txt", ".caption", ".TXT", ".CAPTION", ".Txt")
 _KEY_LENGTH = 80  # tar names of the plain format end at 100 bytes
 
@@ -53,7 +53,7 @@ class Source:
     items: list[Item]
     classes: list[str] | None = None  # names by class_id
     left_out: int = 0  # images without a row
-    notes: tuple[str, ...] = ()  # what a person should know of the listing
+    notes: tuple[str, ...] = ()  # remarks on the listing for the user
 
 
 def list_source(
@@ -101,7 +101,7 @@ def _detect(source: Path) -> str:
     if len(folders) > 1 and max(depths) == 1:
         if 2 * depths.count(0) > len(depths):
             raise InputError(
-                f"SOURCE={source} holds folders like classes ({', '.join(sorted(folders)[:3])}) and more images beside "
+                f"SOURCE={source} holds folders like classes ({', '.join(sorted(folders)[:3])}) and images next to "
                 "them; give --layout classes to leave those out, or --layout plain for images without classes."
             )
         return "classes"
@@ -137,7 +137,7 @@ def _folders(source: Path, layout: str) -> Source:
 def _beside_classes(names: list[str]) -> str:
     few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"{len(names)} images beside the class folders are left out ({few}); move them into a folder, or give "
+        f"{len(names)} images next to the class folders are left out ({few}); move them into a folder, or give "
         "--layout plain to pack all images without classes"
     )
 
@@ -153,7 +153,7 @@ def _unread_lists(source: Path) -> list[str]:
 
 
 def _caption_file(image: Path) -> Path | None:
-    """NAME.txt, NAME.caption or NAME.jpg.txt beside an image, in small or capital letters."""
+    """NAME.txt, NAME.caption or NAME.jpg.txt next to an image, in small or capital letters."""
     for path in (*(image.with_suffix(ending) for ending in _CAPTION_ENDINGS), Path(f"{image}.txt")):
         if path.is_file():
             return path
@@ -164,7 +164,7 @@ def _caption_beside(image: Path) -> tuple[str | None, str | None]:
     """The caption, or what is wrong with it."""
     path = _caption_file(image)
     if path is None:
-        return None, "has no caption file beside it"
+        return None, "has no caption file next to it"
     try:
         return path.read_text(encoding="utf-8-sig").strip(), None
     except UnicodeDecodeError:

@@ -46,7 +46,7 @@ def index_tars(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,  # tars done, of how many
 ) -> Indexed:
-    """Writes `manifest.json` beside the tars, and `bad.json` if some samples cannot be used."""
+    """Writes `manifest.json` next to the tars, and `bad.json` if some samples cannot be used."""
     paths = _paths(tars)
     seen: list[_Seen] = []
     for one in in_order(_look, paths, min(workers, len(paths))):

@@ -3,7 +3,7 @@
 KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-variance; view 0 is the image, view 1
 its mirror image where that was encoded. Never a sample of the posterior, never multiplied by a constant.
 
-States of frozen encoders lie beside the moments: KEY.NAME.states.npy, float16, (views, L, D). NAME is the
+States of frozen encoders are stored with the moments: KEY.NAME.states.npy, float16, (views, L, D). NAME is the
 conditioner's; views is 1 where the encoder reads no image (captions), else that of the moments.
 """
 
@@ -25,7 +25,7 @@ from ldmlab.data.shards import Files, tar_bytes
 from ldmlab.errors import InputError
 from ldmlab.files import read_json, write_json
 
-ENCODE_PLAN = "encode.json"  # beside latent shards: what they were begun with
+ENCODE_PLAN = "encode.json"  # next to latent shards: the settings of the encoding
 LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it
 
 
@@ -78,7 +78,7 @@ def _sum(left: list[float], right: list[float]) -> list[float]:
 
 @dataclass
 class FinishedShard:
-    """What is known of a latent shard once it is complete; kept beside it until the manifest is written."""
+    """Description of a complete latent shard, kept in a side file until the manifest is written."""
 
     info: ShardInfo | None  # None: no image of it could be read
     statistics: Statistics

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def find_table(source: Path) -> Path | None:
-    """SOURCE itself, its `metadata.*`, or the only table beside its images."""
+    """SOURCE itself, its `metadata.*`, or the only table next to its images."""
     if source.is_file():
         return source if source.suffix.lower() in _ENDINGS or _has_header(source) else None
     for ending in _ENDINGS:
@@ -109,7 +109,7 @@ def pick_column(rows: list[Row], column: str | None, usual: tuple[str, ...], opt
 
 
 def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Images below `folder`, in order, with the NAME.mask.png and NAME.seg.png beside each, by ending.
+    """Images below `folder`, in order, with the NAME.mask.png and NAME.seg.png next to each, by ending.
 
     Names are relative; hidden files and folders and __MACOSX are left out, and every real folder comes once: links into
     `folder` and to what contains it are not followed. A map without image comes as an image.

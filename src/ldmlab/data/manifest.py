@@ -16,7 +16,7 @@ from ldmlab.files import open_regular, write_text
 
 FORMAT_VERSION = 2  # 1: without checksums of samples
 MANIFEST = "manifest.json"
-PLAN = "plan.json"  # beside shards of a pack; without a manifest it marks an interrupted one
+PLAN = "plan.json"  # next to shards of a pack; without a manifest it marks an interrupted one
 LARGEST_SIDE = 1 << 16  # px
 TAR_BLOCK = 512  # headers and contents are padded to this
 _BLOCK_BYTES = 1 << 20
@@ -144,7 +144,7 @@ def _checked_shard(shard: dict[str, Any]) -> ShardInfo:
         raise ValueError(f"shard {info.name} has no SHA-256")
     sums = info.crc32c
     if not isinstance(sums, str) or len(sums) not in (0, 8 * info.samples) or not re.fullmatch("[0-9a-f]*", sums):
-        raise ValueError(f"shard {info.name} has not one CRC32C a sample")
+        raise ValueError(f"shard {info.name} does not have one CRC32C per sample")
     return info
 
 

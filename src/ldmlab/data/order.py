@@ -1,4 +1,4 @@
-"""Which sample stands at which position of the endless training stream: a pure function of (seed, epoch, manifest).
+"""Which sample is at which position of the endless training stream: a pure function of (seed, epoch, manifest).
 
 The stream is one epoch after another; position p counts images consumed by all processes together, so nothing here
 depends on how the work is split. Raw Philox words sorted stably give the permutations: that stream is fixed by its

@@ -19,10 +19,10 @@ from ldmlab.data.shards import END_MARKER
 from ldmlab.errors import InputError
 from ldmlab.files import disk_errors, locked, read_json, write_json
 
-BAD = "bad.json"  # beside a manifest: samples or images that cannot be used, with the reasons
+BAD = "bad.json"  # next to a manifest: samples or images that cannot be used, with the reasons
 _LOCK = ".lock"
 _SHOWN = 3  # changed options named
-_WELCOME = (_LOCK, f"{_LOCK}.held", "README.md", "LICENSE")  # may lie beside the splits
+_WELCOME = (_LOCK, f"{_LOCK}.held", "README.md", "LICENSE")  # allowed next to the splits
 
 
 @contextmanager

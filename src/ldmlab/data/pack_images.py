@@ -176,7 +176,7 @@ def _middle(width: int, height: int) -> tuple[int, int, int]:
 
 
 def _holes(image: Image.Image) -> NDArray[np.uint8]:
-    """0 or 255 by what the mask looks like, whatever its mode."""
+    """0 or 255 by the mask's displayed brightness, in any mode."""
     if image.mode.startswith("I"):
         raise ValueError("its mask has 16 bits; store black and white")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min(initial=255) < 255:

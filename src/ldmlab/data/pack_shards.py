@@ -1,7 +1,7 @@
 """Images to image shards: `KEY.webp|png|jpg` and `KEY.json` in tars, the same bytes for any number of workers.
 
 OUT/SPLIT holds `plan.json` (options and a hash of the list of images) from the start, every finished shard with a
-side file `SHARD.json`, and at the end `manifest.json` and `bad.json`; so an interrupted pack goes on where it stopped.
+side file `SHARD.json`, and at the end `manifest.json` and `bad.json`. An interrupted pack continues where it stopped.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Encode = Callable[[list[Item]], Part]  # a part of a shard; runs in workers
 
 @dataclass(frozen=True)
 class PackOptions:
-    """Everything that changes the shards; kept in the plan, so that an interrupted pack goes on with the same."""
+    """Settings that change the shards; kept in the plan for the continuation of an interrupted pack."""
 
     transform: Transform = field(default_factory=Transform)
     encoding: Encoding = field(default_factory=Encoding)

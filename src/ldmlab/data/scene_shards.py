@@ -35,7 +35,7 @@ _SOLID = 128  # alpha from which a pixel is the object's
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """All that decides what the scenes look like, beside the images of the emoji themselves."""
+    """All settings of the scenes except the emoji images themselves."""
 
     emoji: str  # folder of image shards
     size: int = 64  # px

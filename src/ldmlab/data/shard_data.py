@@ -179,7 +179,7 @@ def _folder(path: str, option: str) -> Path:
 
 
 def stored_states(manifest: Manifest) -> dict[str, Any]:
-    """States stored beside the moments, as the manifest records them, by conditioner."""
+    """States stored with the moments, as the manifest records them, by conditioner."""
     return (manifest.latents or {}).get("states") or {}
 
 

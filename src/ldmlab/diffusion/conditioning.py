@@ -27,9 +27,7 @@ def joined(values: Mapping[str, list[Tensor]]) -> Conditioning:
     slots: dict[str, Tensor] = {}
     sizes = {f"{part.shape[2]} x {part.shape[3]}" for part in values.get("spatial", [])}
     if len(sizes) > 1:
-        raise InputError(
-            f"conditions beside the latent come at {' and '.join(sorted(sizes))}; give images of one size."
-        )
+        raise InputError(f"spatial conditions come at {' and '.join(sorted(sizes))}; give images of one size.")
     for slot, parts in values.items():
         if len(parts) == 1:
             slots[slot] = parts[0]
@@ -43,7 +41,7 @@ def check_size(conditioning: Conditioning, x: Tensor) -> None:
     spatial = conditioning.spatial
     if spatial is not None and spatial.shape[2:] != x.shape[2:]:
         raise InputError(
-            f"conditions beside the latent are {spatial.shape[2]} x {spatial.shape[3]}, the latent {x.shape[2]} x "
+            f"spatial conditions are {spatial.shape[2]} x {spatial.shape[3]}, the latent {x.shape[2]} x "
             f"{x.shape[3]}; give images of the size to be made, or a low resolution of the latent's size."
         )
 

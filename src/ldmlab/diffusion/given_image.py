@@ -114,7 +114,7 @@ def hole_of_latents(mask: Tensor, downsampling: int) -> Tensor:
 def painted_over(pixels: Tensor, mask: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) with their holes filled smoothly from around, coarse to fine ("push-pull").
 
-    What is to go would otherwise leave its traces in the latents beside it, since an encoder looks far.
+    What is to go would otherwise leave traces in neighbouring latents, since an encoder's receptive field is large.
     """
     known = (mask == 0).float()
     levels = [(pixels * known, known)]  # sums of what is known, and how much that is

@@ -23,7 +23,7 @@ class Guider(Protocol):
     """Wraps the denoiser of one batch."""
 
     @property
-    def reads(self) -> frozenset[str]: ...  # batch fields that it needs beside the model's own
+    def reads(self) -> frozenset[str]: ...  # batch fields that it needs in addition to the model's own
 
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise: ...
 

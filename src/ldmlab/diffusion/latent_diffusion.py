@@ -128,7 +128,7 @@ class LatentDiffusion(LatentSpace):
 
     @staticmethod
     def checked_output(output: Tensor, x: Tensor) -> Tensor:
-        """The network's output, float32; one value for each of the latent's, so no learned variances beside them."""
+        """The network's output, float32; one value for each of the latent's, so learned variances are not supported."""
         if output.shape != x.shape:
             raise InputError(
                 f"the backbone turns latents of {tuple(x.shape[1:])} into {tuple(output.shape[1:])} (channels, height, "

@@ -1,4 +1,4 @@
-"""Denoising of large latents in overlapping windows of a size that the network knows.
+"""Denoising of large latents in overlapping windows of the training size.
 
 In every step each window is denoised on its own and the clean estimates are averaged where windows overlap (Bar-Tal et
 al., "MultiDiffusion", ICML 2023, eq. 5, with weights that fall towards the borders). The estimate is affine in the

@@ -21,7 +21,7 @@ from ldmlab.metrics.kernel import squared_mmd
 from ldmlab.metrics.knn_balls import shares_inside, squared_radii
 
 _NEIGHBOURS = 3  # of precision and recall, as over all classes
-_MOST = 4000  # images of one class that its kernel distance looks at, so that memory is bounded
+_MOST = 4000  # images of one class in its kernel distance, so that memory is bounded
 
 
 def by_class(

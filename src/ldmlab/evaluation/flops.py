@@ -26,7 +26,7 @@ class DenoiserCost:
     training: int  # FLOPs of a forward and a backward pass
 
     def sampling(self, steps: int, guided: bool = False) -> int:
-        """FLOPs of `steps` steps of a solver that asks the network once a step; guidance asks it twice."""
+        """FLOPs of `steps` steps of a solver with one network evaluation a step; two with guidance."""
         return self.forward * steps * (2 if guided else 1)
 
 

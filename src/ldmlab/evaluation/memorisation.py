@@ -1,9 +1,9 @@
-"""Memorisation: every sample beside the training image nearest to it in feature space.
+"""Memorisation: every sample with the training image nearest to it in feature space.
 
 Distances are cosine distances, 0 .. 2. A sample is called a copy when it is nearer to a training image than all but
 the nearest hundredth of validation images are: near-duplicates that exist in the data (variants of one emoji) set the
 threshold, not a fixed number. The most suspicious pairs are shown, some ordinary ones, and the validation images that
-set the threshold, beside the training images that they are near to.
+set the threshold, with the training images that they are near to.
 """
 
 import math

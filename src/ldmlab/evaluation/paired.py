@@ -56,7 +56,7 @@ class Bucket:
 
 
 class PairedPass:
-    """Watches the stream of samples and looks up the original of each."""
+    """Receives the stream of samples and finds the original of each."""
 
     def __init__(
         self, protocol: Protocol, known: Any, extractor: FeatureExtractor, lpips: nn.Module | None = None
@@ -85,7 +85,7 @@ class PairedPass:
         images = torch.stack([torch.as_tensor(original["image"]) for original in originals])
         if images.shape != generated.shape:
             raise InputError(
-                f"samples of {tuple(generated.shape[2:])} px cannot be set beside images of "
+                f"samples of {tuple(generated.shape[2:])} px cannot be compared with images of "
                 f"{tuple(images.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
             )
         self._measures.update(images, generated)

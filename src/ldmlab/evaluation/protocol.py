@@ -32,7 +32,7 @@ class Protocol:
     sampler: str = "ddim"
     spacing: str | None = None  # null: the sampler's own
     seed: int = 0
-    neighbours: int = 0  # samples shown beside their nearest training images; 0: no search for copies
+    neighbours: int = 0  # samples shown with their nearest training images; 0: no search for copies
     copy_quantile: float = 0.01  # share of held-out images that the threshold calls copies
     guidance_scale_curve: Sequence[float] = ()  # scales at which all scores are taken too, with the same noise
     class_field: str | None = None  # field of KEY.json by which scores are broken down
@@ -40,7 +40,7 @@ class Protocol:
     paper_table: str | None = None  # of the paper's tables
     paper_row: str | None = None  # id of its row that ours is counted against
     dataset: str | None = None  # name of the data set that the reference shards hold
-    feature_network: str | None = None  # name of the extractor it asks for; another one is marked
+    feature_network: str | None = None  # name of the extractor; results of another one are marked
     reference_rule: str | None = None  # crop and resize rule that made the reference shards; another is refused
     reference_hash: str | None = None  # manifest hash of the reference shards, to pin a set; another is refused
     also_against: str | None = None  # another split, whole: a second Frechet distance of the same samples
@@ -48,7 +48,9 @@ class Protocol:
     mask_buckets: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name => share of the hole [low, high)
     bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
     evaluators: Mapping[str, Any] = field(default_factory=dict)  # files of conf/evaluator by name: measure conditioning
-    baselines: Mapping[str, Any] = field(default_factory=dict)  # files of conf/baseline by name: scored beside them
+    baselines: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # files of conf/baseline by name, scored by the same metrics
     changed: Sequence[str] = ()  # options that are not those of the file of this name; evaluate.py finds them
     leaves_open: Mapping[str, str] = field(default_factory=dict)  # field => what the paper leaves open, what is chosen
 
@@ -76,7 +78,7 @@ class Protocol:
             )
         if self.pairs and self.conditions != "reference":
             raise InputError(
-                f"protocol.conditions={self.conditions} has no image to set beside a sample, which protocol.pairs "
+                f"protocol.conditions={self.conditions} has no image to compare with a sample, which protocol.pairs "
                 "needs; choose protocol.conditions=reference."
             )
         if unknown := sorted(self.bucket_tables.keys() - self.mask_buckets.keys()):

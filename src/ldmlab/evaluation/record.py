@@ -46,7 +46,7 @@ def _resized(stored: int | None, data: ShardData) -> str | None:
 
 
 def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
-    """The network whose features were compared, how images come into it, and the CLIP beside it if there is one."""
+    """The network whose features were compared, the preprocessing of images, and the CLIP model if there is one."""
     found = {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
     also = ("preparation", "text_name", "text_weights_hash", "quality")
     return found | {name: getattr(extractor, name) for name in also if getattr(extractor, name, None)}
@@ -69,7 +69,7 @@ def perceptual_record(lpips: nn.Module | None) -> dict[str, str] | None:
 
 
 def check_reference(protocol: Protocol, data: ShardData) -> None:
-    """Refuse reference images that were prepared otherwise than the protocol asks, or are not the ones it pins."""
+    """Refuse reference images with another preparation or hash than the protocol requires."""
     folder, manifest = data.folder(protocol.reference, "images"), data.manifest(protocol.reference, "images")
     rule = manifest.transform.get("rule")
     if protocol.reference_rule is not None and rule != protocol.reference_rule:

@@ -35,7 +35,7 @@ _STORABLE = frozenset({*_KEPT, "real", "index"})  # arguments of a score that a 
 
 
 def statistics_folder() -> Path:
-    """LDMLAB_REFERENCES, or `reference` beside fetched weights."""
+    """LDMLAB_REFERENCES, or `reference` in the folder of fetched weights."""
     return Path(os.environ.get("LDMLAB_REFERENCES") or weights_folder() / "reference")
 
 
@@ -72,7 +72,7 @@ class ReferenceKey:
 
 
 def _second(extractor: FeatureExtractor) -> list[str]:
-    """The weights of the CLIP beside the network whose features are compared, if there is one."""
+    """The weights of the CLIP model that is used besides the feature network, if there is one."""
     return [extractor.text_weights_hash] if hasattr(extractor, "text_weights_hash") else []
 
 

@@ -74,7 +74,7 @@ class Run:
         return seen
 
     def finish(self, seen: EvaluationPass, watch: Watch = lambda stream: stream) -> dict[str, Any]:
-        """The record, on every process; `watch` may look at the images on their way to the metrics."""
+        """The record, on every process; `watch` receives the images before the metrics do."""
         seen.add_all(watch(self.source.images(self.batch_size, self.track)), real=False)
         real, generated = seen.total_counts()
         scores = seen.compute((real or generated, generated))

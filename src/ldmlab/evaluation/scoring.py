@@ -110,7 +110,7 @@ class EvaluationPass:
         self.features: dict[bool, list[Tensor]] = {True: [], False: []}  # by real
         self.numbers: dict[bool, list[Tensor]] = {True: [], False: []}  # of the images whose features are kept
         self.counts = {True: 0, False: 0}
-        self.also: list[EvaluationPass] = []  # see the same samples beside other real images
+        self.also: list[EvaluationPass] = []  # compare the same samples with other real images
 
     def check_counts(self, real: int, generated: int, given: Set[str] = frozenset()) -> None:
         """Refuses numbers of images that a score cannot be made from, before any is generated or read.
@@ -225,7 +225,7 @@ def _caveats(name: str, value: float, fewest: int, metric: Metric, width: int) -
 
 
 def marks(name: str, fewest: int, width: int) -> tuple[str, ...]:
-    """What a reader must know before comparing the value."""
+    """Conditions on which the value can be compared."""
     if name == "fid_inf" and fewest < ENOUGH_A_FEATURE * width:
         return (f"fewer than {ENOUGH_A_FEATURE} images for each of {width} features: still biased",)
     if name in _BY_BALLS and fewest < ENOUGH_FOR_BALLS:

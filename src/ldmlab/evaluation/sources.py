@@ -1,6 +1,6 @@
 """Sources of the images that are scored: samples of a model, and reconstructions of a first stage.
 
-Image sets on disk are the third kind (`image_sets.py`). A source knows how many images it gives before it makes one.
+Image sets on disk are the third kind (`image_sets.py`). The number of images of a source is known before the first one.
 """
 
 import time
@@ -87,7 +87,7 @@ class Samples:
 
     @property
     def count(self) -> int:
-        """As the protocol says."""
+        """As configured in the protocol."""
         return len(self.requests)
 
     @property

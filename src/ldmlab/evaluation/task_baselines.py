@@ -87,7 +87,7 @@ class NearestPatch:
         return torch.where(holes, self._train[found], images)
 
     def _nearest(self, images: Tensor, around: Tensor) -> Tensor:
-        """Training numbers (B,): sum over the compared pixels of (x - t)^2 = w x^2 - 2 (w x) t + w t^2, in two products."""
+        """Training numbers (B,): sum over compared pixels of (x - t)^2 = w x^2 - 2 (w x) t + w t^2, in two products."""
         assert self._train is not None
         weight = around.float().expand_as(images).flatten(1)  # (B, D)
         weighted = (images.float() / 255).flatten(1) * weight

@@ -1,4 +1,4 @@
-"""The task's own part of an evaluation: classifiers measure the samples, simple baselines are scored beside them."""
+"""The task's own part of an evaluation: classifiers measure the samples, simple baselines get the same scores."""
 
 import colorsys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ class TaskPart:
     samples: Samples
     known: Callable[[str], Any]  # split => the fields of its images, as PairedPass takes them
     data: ShardData
-    seen: EvaluationPass  # knows the real images
+    seen: EvaluationPass  # with the real images
     lpips: nn.Module | None
     out: Path
     shown: Sequence[int]  # numbers of samples that the report shows
@@ -83,7 +83,7 @@ class TaskPart:
     def _evaluated(self) -> dict[str, Any]:
         """By the first process alone, once all have generated the further samples: training takes a minute or two."""
         samples = [image for _, image in sorted(all_items(self._samples), key=lambda item: item[0])]
-        first = self.samples.count  # numbers of noise that the protocol's samples have not taken
+        first = self.samples.count  # noise numbers that the protocol's samples do not use
         found = {}
         for name, evaluator in self.evaluators.items():
             more, first = self._further(evaluator, first)
@@ -95,7 +95,7 @@ class TaskPart:
         return distributed.from_first(found)
 
     def _further(self, evaluator: Evaluator, first: int) -> tuple[dict[str, tuple[Sequence[Any], Tensor]], int]:
-        """Conditions and images of the samples that an evaluator asks for, and the next free number."""
+        """Conditions and images of the samples that an evaluator needs, and the next free number."""
         find = getattr(evaluator, "requests", None)
         further = find(self.known, self.protocol.reference, self.protocol.seed) if find else {}
         settings, found = self.protocol.settings(getattr(evaluator, "guidance_scale", None)), {}

@@ -169,7 +169,7 @@ def check_image_size(images: Tensor, downsampling: int) -> None:
 
 
 class Autoencoder(nn.Module, ABC):
-    """Images to features (C' channels) to latents (C channels) and back; subclasses say how features become latents.
+    """Images to features (C' channels) to latents (C channels) and back; subclasses define how features become latents.
 
     They add `from_latent` after their own way in: the order of parameters is that of optimizer states on disk.
     """

@@ -89,7 +89,7 @@ def run_in_parts(steps: list[Step], x: Tensor, part: int, kept_bytes: int) -> Te
 
 
 def _stages(steps: list[Step], x: Tensor, kept_bytes: int) -> list[list[Step]]:
-    """The steps between one kept map and the next; what must see the whole map stands alone."""
+    """The steps between one kept map and the next; a step that needs the full map forms a stage of its own."""
     stages: list[list[Step]] = [[]]
     pixels = Fraction(x.shape[0] * x.shape[2] * x.shape[3])
     for step, following in zip(steps, [*steps[1:], None], strict=True):

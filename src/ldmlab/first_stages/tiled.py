@@ -3,7 +3,7 @@
 separate: every part is encoded or decoded on its own and neighbours are blended where they overlap. No seam, but each
     part has its own group-norm statistics, so tones drift from those of the whole image.
 shared: all parts of a group norm use the statistics of the whole image, gathered part by part before they are used.
-    The result is that of the whole image but for rounding; `layered.py` says how.
+    The result is that of the full image up to rounding; see `layered.py`.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ class TiledFirstStage:
         if norms == "shared" and not isinstance(first_stage, KLAutoencoder | VQModel):
             if any(isinstance(module, nn.GroupNorm) for module in first_stage.modules()):
                 kind = type(first_stage).__name__
-                raise InputError(f"tile_norms=shared knows KL and VQ first stages, not {kind}; choose separate.")
+                raise InputError(f"tile_norms=shared supports KL and VQ first stages, not {kind}; choose separate.")
             norms = "separate"  # there are no statistics to share
         if kept_mib is not None and kept_mib < 1:
             raise InputError(f"kept_mib={kept_mib} keeps nothing between two layers; choose 1 or more.")

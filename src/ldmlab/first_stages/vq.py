@@ -70,6 +70,6 @@ class VQModel(Autoencoder):
         return Reconstruction(images, {"codebook": quantised.penalty}, quantised.codes)
 
     def update_codebook(self) -> dict[str, Tensor]:
-        """Once a training step: what the options above ask for; rows of parameters that were set anew, by name."""
+        """Once a training step: codebook updates as configured; the rows of parameters that were replaced, by name."""
         rows = self.quantiser.update()
         return {"quantiser.codebook.weight": rows} if len(rows) else {}

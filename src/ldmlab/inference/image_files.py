@@ -1,4 +1,4 @@
-"""The images of a report: small PNG files beside metrics.json, named in it by their place."""
+"""The images of a report: small PNG files next to metrics.json, which holds their paths."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def readable(images: Dataset[dict[str, Any]], count: int, number: int) -> Tensor
 
 
 def planned(known: Sequence[Mapping[str, Any]], count: int, size: int) -> dict[str, list[dict[str, Any]]]:
-    """`size` of the first `count`, spread evenly: a sample stands beside the real image whose caption it got."""
+    """`size` of the first `count`, spread evenly, so that samples and the real images of their captions match."""
     numbers = [number * count // size for number in range(size)]
     return {
         kind: [

@@ -30,7 +30,7 @@ from ldmlab.open_image import open_image
 Inputs = Mapping[str, Any]  # of one image, by name
 
 SMALL = "low_resolution"
-LOOKED_AT = "reference"  # by an image encoder, so that its size says nothing of the result's
+LOOKED_AT = "reference"  # read by an image encoder, so that its size does not set the result's
 IMAGES = ("image", "init_image", SMALL, LOOKED_AT, "guider_image")
 ON_THE_IMAGE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
 TEXTS = ("caption", "negative_prompt")
@@ -225,7 +225,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One dict an image from one list a field."""
     for name in columns.keys() - known_fields(reads):
-        known = ", ".join(sorted(reads)) or "no inputs; say how many images with count="
+        known = ", ".join(sorted(reads)) or "no inputs; give the number of images with count="
         raise InputError(f"{name}= is no setting and no input of this model, which takes {known}.")
     if not reads and not columns:
         return [{} for _ in range(1 if count is None else count)]
@@ -266,7 +266,7 @@ def batch_of(inputs: Sequence[Inputs], reads: frozenset[str], device: torch.devi
 
 
 def check_inputs(diffusion: LatentDiffusion, inputs: Sequence[Inputs], enlargement: int) -> None:
-    """Refuse inputs of a wrong type and boxes, classes, label maps and masks that the model does not know."""
+    """Refuse inputs of a wrong type and boxes, classes, label maps and masks that the model does not support."""
     conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "check")]
     for one in _different(inputs):
         for name in TEXTS:

@@ -29,7 +29,7 @@ class Trajectory:
         self._frames: list[Tensor] = []
 
     def __call__(self, step: int, x: Tensor, clean: Tensor) -> Tensor:
-        """Keep the noisy latent's image; x goes on unchanged."""
+        """Keep the noisy latent's image; x is returned unchanged."""
         if step in self.kept:
             self._frames.append(as_images(self.model.diffusion.decode(x)))
         return x

@@ -125,7 +125,7 @@ def refuse_mismatch(mismatches: Mapping[str, Mismatch]) -> None:
 
 
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-# Old trainers left notes of these packages beside the weights; they are read as `Note`, which does nothing.
+# Old trainers stored objects of these packages with the weights; they are read as `Note`, which does nothing.
 _NOTES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "typing.")
 
 

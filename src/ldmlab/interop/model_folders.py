@@ -176,7 +176,7 @@ def write_ldmlab(files: ModelFiles, folder: Path) -> Written:
 
 
 def write_compvis(files: ModelFiles, folder: Path) -> Written:
-    """model.ckpt and config.yaml as the official code reads them; imported again and run beside ours."""
+    """model.ckpt and config.yaml as the official code reads them; imported again and compared with our model."""
     state, config = compvis.export(files.spec, files.parts)
     save_checkpoint(folder / "model.ckpt", {"state_dict": state, "global_step": files.step or 0})
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -188,7 +188,7 @@ def write_compvis(files: ModelFiles, folder: Path) -> Written:
 
 
 def write_diffusers(files: ModelFiles, folder: Path) -> Written:
-    """A pipeline, or modules where none exists; loaded by diffusers and run beside ours."""
+    """A pipeline, or modules where none exists; loaded by diffusers and compared with our model."""
     from ldmlab.interop.diffusers.diffusers_export import export_folder
 
     what, differences = export_folder(files.spec, files.parts, folder)
@@ -200,7 +200,7 @@ def write_diffusers(files: ModelFiles, folder: Path) -> Written:
 
 
 _CAPTIONS = (
-    "Captions with curly quotes, HTML entities or an exclamation mark that stands alone may be cut into other tokens "
+    "Captions with curly quotes, HTML entities or a separate exclamation mark may be cut into other tokens "
     "by transformers' tokenizer than by ldmlab's."
 )
 

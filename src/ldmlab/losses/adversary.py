@@ -28,7 +28,7 @@ class Adversary(nn.Module):
         self,
         *,
         discriminator: nn.Module,  # images => logits
-        weight: float,  # of its term, beside the adaptive factor
+        weight: float,  # of its term, in addition to the adaptive factor
         discriminator_start: int,  # updates made before the discriminator's training begins
         adversary_start: int,  # updates made before its term enters the autoencoder's loss
         ramp_steps: int = 0,  # over which that term grows linearly to its weight

@@ -18,7 +18,7 @@ def check_features(features: Tensor, what: str) -> Tensor:
     if not torch.isfinite(features).all():
         bad = int((~torch.isfinite(features)).any(dim=1).sum())
         raise InputError(
-            f"{what}: {bad} of {len(features)} rows are not finite, so no score can be computed; look at the images "
+            f"{what}: {bad} of {len(features)} rows are not finite, so no score can be computed; inspect the images "
             "and the weights they came from."
         )
     return features.detach().float()

@@ -1,4 +1,4 @@
-"""Measures of a first stage: how true its reconstructions are, what its latents look like, how it uses its codes.
+"""Measures of a first stage: quality of reconstructions, statistics of latents, use of codes.
 
 All are sums over images, so that any split over batches and processes gives the same numbers.
 """

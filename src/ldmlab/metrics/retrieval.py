@@ -11,7 +11,7 @@ _SEED = 0  # of the shuffles, the same in every run
 
 
 def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str], candidates: int = 50) -> dict[str, float]:
-    """Recall at 1 and 5 in both directions, among `candidates` pairs and among all, beside what chance would give.
+    """Recall at 1 and 5 in both directions, among `candidates` pairs and among all, with the values of chance.
 
     images, texts: (N, D) of unit length, row i of both belonging to captions[i]. An image with the same caption
     counts as found too. Also the mean similarity of matched and of mismatched pairs.

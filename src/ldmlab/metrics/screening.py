@@ -61,7 +61,7 @@ def _rounded(rows: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Points:
-    """Points (N, D) in float32, and what stands for them in screening."""
+    """Points (N, D) in float32, and their approximation for screening."""
 
     exact: Tensor
     squares: Tensor  # (N,) |x|^2

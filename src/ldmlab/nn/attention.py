@@ -126,7 +126,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map that also look at tokens: x + out(blocks(in(norm(x)))).
+    """Transformer blocks over the pixels of a feature map, with cross-attention: x + out(blocks(in(norm(x)))).
 
     The official code projects in and out with 1 x 1 convolutions or linear layers; they are the same function.
     """

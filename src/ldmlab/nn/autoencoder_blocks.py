@@ -59,7 +59,7 @@ class PixelAttention(nn.Module):
 
 
 def _as_tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) => (B, 1, h w, C), contiguous as the fused kernels want it; free of a copy for channels-last."""
+    """(B, C, h, w) => (B, 1, h w, C), contiguous as the fused kernels need it; free of a copy for channels-last."""
     return x.flatten(2).transpose(1, 2).contiguous()[:, None]
 
 

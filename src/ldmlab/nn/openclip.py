@@ -74,7 +74,7 @@ def build_clip(
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     if height != width:
-        raise InputError(f"the CLIP image tower wants {height} x {width} images; choose one with square images.")
+        raise InputError(f"the CLIP image tower takes {height} x {width} images; choose one with square images.")
     mean, std = tuple(full["mean"]), tuple(full["std"])
     full |= {"mean": list(mean), "std": list(std)}
     return OpenClip(model, make_tokenizer(full), full, height, mean, std)
@@ -116,7 +116,7 @@ def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:
             name,
             weights,
             require_pretrained=weights is not None,
-            force_quick_gelu=bool(cfg.get("quick_gelu")),  # a file's name does not tell, its tag does
+            force_quick_gelu=bool(cfg.get("quick_gelu")),  # known from the tag, not from a file's name
         )
         config = open_clip.get_model_config(name)
     except Exception as error:
@@ -131,7 +131,7 @@ def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:
 
 
 def published_file(name: str, pretrained: str) -> Path | None:
-    """Where `ldmlab fetch clip` put the weights of a published model; None if it has not."""
+    """Where `ldmlab fetch clip` put the weights of a published model; None if they are missing."""
     return next(weights_folder().glob(f"{published_stem(name, pretrained)}.*"), None)
 
 

@@ -1,4 +1,4 @@
-"""How well samples follow their conditions: classifiers, baselines, and inputs beside samples."""
+"""How well samples follow their conditions: classifiers, baselines, and inputs with samples."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def accuracy_lines(result: Mapping[str, Any]) -> list[ScoreLine]:
 
 
 def _note(found: Mapping[str, Any], part: Mapping[str, Any]) -> str:
-    """How a value is to be read: beside real images, chance and exchanged conditions."""
+    """How to read a value: compared with real images, chance and exchanged conditions."""
     notes = [f"{share_text(part['of_real'])} of its value on real images"]
     notes += [f"chance {share_text(found['chance'])}"] if found["chance"] is not None else []
     if part.get("shuffled") is not None:

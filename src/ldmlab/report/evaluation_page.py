@@ -12,10 +12,10 @@ from ldmlab.report.score_curves import over_scales, run_charts
 from ldmlab.report.score_lines import ScoreLine, number_text, score_line
 
 _FIRST_CHARTS = 6  # of a run; the others are folded away
-_GROUPS = (  # of pairs beside training images; the records of before have `pairs` alone
+_GROUPS = (  # of pairs with training images; older records have only `pairs`
     ("closest", "sample", "The samples nearest to a training image, of all that were generated."),
     ("held_out", "held_out", "Held-out real images at the threshold: as near as these two different images are."),
-    ("pairs", "sample", "Ordinary samples beside the training images nearest to them."),
+    ("pairs", "sample", "Ordinary samples with the training images nearest to them."),
 )
 
 
@@ -66,7 +66,7 @@ def _lead(result: Mapping[str, Any]) -> str:
     beside = f"{images_of(reference)} {_split(result)} images"
     features = f"Features: {result['features']['name']}{_quality(result['features'].get('quality'))}."
     if "steps" not in sampling:
-        return f"Reconstructions of {beside} of {sampling['size']} px beside the originals. {features}"
+        return f"Reconstructions of {beside} of {sampling['size']} px, compared with the originals. {features}"
     scale = sampling["guidance_scale"]
     return (
         f"{sampling['images']:,} images of {sampling['size']} px, {sampling['steps']} {sampling['sampler'].upper()} "
@@ -126,11 +126,11 @@ def _scores(result: Mapping[str, Any]) -> Section:
 
 
 def _memorisation(result: Mapping[str, Any], folder: Path) -> list[Block]:
-    """The fraction of suspected copies, and pairs to look at."""
+    """The fraction of suspected copies, and pairs of images."""
     found = result.get("neighbours")
     if not found:
         return []
-    lead = f"Each image beside the nearest of all {found['training_images']:,} training images (cosine distance). "
+    lead = f"Each image with the nearest of all {found['training_images']:,} training images (cosine distance). "
     blocks: list[Block] = [Text(lead + copies_sentence(found))]
     for name, left, note in _GROUPS:
         if found.get(name):
@@ -240,7 +240,7 @@ def _lost(unreadable: Mapping[str, Any]) -> str:
 
 
 def _more_networks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Preparation of images for the feature network, the CLIP beside it, and the network of LPIPS."""
+    """Preparation of images for the feature network, the CLIP model, and the network of LPIPS."""
     features, perceptual = result["features"], result.get("perceptual")
     rows = [("features: images", str(features["preparation"]))] if "preparation" in features else []
     if "text_name" in features:

@@ -51,7 +51,7 @@ class _Span:
 class Chart:
     """A line a name. A long noisy line is pale with its running mean on top.
 
-    `reserved`: colours of names that look the same on every chart of a page. `x_ticks`: where x has few values.
+    `reserved`: colours of names that are the same on every chart of a page. `x_ticks`: where x has few values.
     """
 
     title: str

@@ -73,7 +73,7 @@ def reading(path: Path, part: str, way_out: str = _AGAIN) -> Iterator[None]:
 
 
 def full_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The records that may stand side by side, each once; scores of a few samples taken in training may not."""
+    """The records that may be compared, each once; scores of few samples taken in training may not."""
     results = list({result["folder"]: result for result in map(read_evaluation, folders)}.values())
     for result in results:
         if tag := result.get("in_training"):
@@ -98,7 +98,7 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def measurement(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Must be equal for scores to stand in one table; a result that names no manifest stands alone."""
+    """Must be equal for scores in one table; a result that names no manifest gets its own."""
     reference = result["reference"]
     known = reference.get("manifest_hash") or f"unknown, {result.get('folder', id(result))}"
     return (

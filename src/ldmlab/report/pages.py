@@ -1,6 +1,6 @@
 """What `ldmlab report` and evaluate.py write: the page of an evaluation, a comparison, tables for printing.
 
-Evaluations beside one another stand in one table for each measurement, with a mean over training seeds.
+Several evaluations share one table for each measurement, with a mean over training seeds.
 """
 
 import json
@@ -34,7 +34,7 @@ Lines = Sequence[ScoreLine]  # of one evaluation
 
 @dataclass(frozen=True)
 class _Column:
-    """Numbers that may stand below one another."""
+    """Values that may share a column."""
 
     name: str
     shown: str
@@ -128,7 +128,7 @@ def comparison_page(folders: Sequence[Path]) -> Page:
 
 
 def evaluation_tables(folders: Sequence[Path], table: str | None = None) -> list[Table]:
-    """The paper's tables with our rows (or `table` alone), then the evaluations beside one another."""
+    """The paper's tables with our rows (or only `table`), then all evaluations in one table."""
     results = full_evaluations(folders)
     if table is not None:
         return _paper(results, table)
@@ -176,7 +176,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
 
 def printed_tables(folders: Sequence[Path], form: str, table: str | None = None) -> str:
-    """The paper's tables with our rows, then the evaluations beside one another; form: text | md | latex | html.
+    """The paper's tables with our rows, then all evaluations in one table; form: text | md | latex | html.
 
     Without folders the paper's tables as they are: `table`, or all.
     """

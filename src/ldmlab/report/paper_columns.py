@@ -40,7 +40,7 @@ _OURS = {
 
 
 def columns_of(directions: Mapping[str, str]) -> tuple[str, ...]:
-    """The columns that are printed: deviations stand in the cell of their mean."""
+    """The columns that are printed; deviations are in the cell of their mean."""
     return tuple(column for column in directions if not column.endswith("_std"))
 
 

@@ -44,7 +44,7 @@ _CONDITIONS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What a comparison needs to know about our own numbers."""
+    """Properties of our own scores that a comparison needs."""
 
     method: str
     values: Mapping[str, float]  # fid, is, precision, recall, ...
@@ -61,7 +61,7 @@ class Measured:
     pinned_hash: str | None = None  # of the protocol
     sampling: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str | None = None  # of the extractor's file
-    resized: str | None = None  # what was done to the reference beside its rule
+    resized: str | None = None  # what was done to the reference in addition to its rule
     reference_of: int | None = None  # images that the split holds; None: not recorded
     reference_limit: int | None = None  # of the protocol
     metrics: Mapping[str, Any] = field(default_factory=dict)  # the protocol's scores with their options

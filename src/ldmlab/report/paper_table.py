@@ -20,7 +20,7 @@ _NOTHING = Measured("", {}, None, 0, 0, "", "", 0, None)  # for a table without 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A published table with our row; `reasons` is empty when the numbers may stand side by side."""
+    """A published table with our row; `reasons` is empty when the values may be compared."""
 
     name: str
     title: str
@@ -32,12 +32,12 @@ class PaperTable:
     against: str | None = None  # method of the paper's own row that deltas count from
     deltas: Mapping[str, str] = field(default_factory=dict)  # ours - theirs, with its sign
     directions: Mapping[str, str] = field(default_factory=dict)  # lower | higher | info
-    barred: tuple[str, ...] = ()  # why our row may not even stand in the table
+    barred: tuple[str, ...] = ()  # why our row may not be in the table at all
     remarks: tuple[str, ...] = ()  # of the sources, on the table
 
     @property
     def comparable(self) -> bool:
-        """Whether every condition that we know of is met."""
+        """Whether every known condition is met."""
         return not self.reasons and not self.barred
 
 

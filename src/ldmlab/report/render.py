@@ -24,7 +24,7 @@ _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
 def write_page(path: Path, page: Page, points: str = "points.csv") -> Path:
-    """`path` (HTML, everything inside it) and, where it has charts, their numbers in `points` beside it."""
+    """`path` (HTML, everything inside it) and, where it has charts, their values in the file `points`."""
     charts = page.charts()
     write_text(path, html(page, points if charts else ""))
     if charts:

@@ -19,7 +19,7 @@ class Row:
     kind: str
     label: str
     cells: tuple[str, ...]
-    mark: str = ""  # of the note that says why it cannot be compared
+    mark: str = ""  # of the note with the reason why it cannot be compared
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ Block = Text | Table | Charts | Gallery | Fold
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and its content."""
 
     title: str
     blocks: Sequence[Block]

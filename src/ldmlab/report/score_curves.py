@@ -158,7 +158,7 @@ def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> S
     )
     heads = tuple(score_line(name, {"value": 0.0}, result).head for name in ("kid", "precision", "recall"))
     notes = [
-        "Each class's samples beside its own real images alone, the worst first; the kernel distance is unbiased, "
+        "Each class's samples compared with its own real images, the worst first; the kernel distance is unbiased, "
         "precision and recall of few images are coarse."
     ]
     if len(rows) > _MOST_CLASSES:

@@ -249,7 +249,7 @@ def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
 
 
 def by_length(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Points]:
-    """The same runs as lines to look at: runs of different lengths are not joined."""
+    """The same runs as lines for charts: runs of different lengths are not joined."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for label, runs in _labelled(factors):
         if curve := runs.training_curve(score, x):

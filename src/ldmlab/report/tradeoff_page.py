@@ -47,7 +47,7 @@ SAMPLING: dict[str, Axis] = {
     ),
     "sampler steps": ("steps", lambda _, point: point["sampler_steps"]),
 }
-_COLOURS = {f"f{2**n}": COLOURS[n] for n in range(6)}  # a factor looks the same on every chart
+_COLOURS = {f"f{2**n}": COLOURS[n] for n in range(6)}  # a factor has the same colour on every chart
 
 
 def _calls(job: Mapping[str, Any]) -> int:
@@ -109,7 +109,7 @@ def ranking(factors: Sequence[FactorJobs]) -> str:
 
 
 def _equal_budgets(factors: Sequence[FactorJobs], score: str) -> dict[str, EqualBudget]:
-    """By the title of the axis; wall-clock of one device is no cost beside device time."""
+    """By the title of the axis; with one device wall-clock time is left out, since it equals device time."""
     axes = {title: x for title, (_, x) in TRAINING.items() if title != "wall-clock"}
     return {title: found for title, x in axes.items() if (found := equal_budget(factors, score, x))}
 
@@ -158,7 +158,7 @@ def _sections(factors: Sequence[FactorJobs], budget: str) -> list[Section]:
 
 
 def _charts(factors: Sequence[FactorJobs], score: str) -> list[Block]:
-    """Every figure of one score; lines are means over seeds, the deviations stand in the table beneath."""
+    """Every figure of one score; lines are means over seeds, the table below has the deviations."""
     shown = _described(factors, score)[0]
     charts, rows = [], []
     for axes, curve_of in ((TRAINING, FactorJobs.training_curve), (SAMPLING, FactorJobs.sampling_curve)):

@@ -16,7 +16,7 @@ from ldmlab.errors import InputError
 
 @dataclass(frozen=True)
 class Step:
-    """One step from a level to the next, beside x and its clean estimate."""
+    """One step from a level to the next, in addition to x and its clean estimate."""
 
     number: int
     here: Level  # where x is

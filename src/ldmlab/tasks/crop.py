@@ -1,7 +1,7 @@
 """The square of a stored image that training sees, and everything that lies on the image cut alike.
 
 Origins: `window` and `random` as the loaders of taming-transformers cut (sides of fixed or of random length), `centre`
-their validation rule; `area` averages the pixels that a target pixel covers, as SR3 asks.
+their validation rule; `area` averages the pixels that a target pixel covers, as in SR3.
 """
 
 from dataclasses import dataclass, replace

@@ -67,7 +67,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Decimate:
-    """Every `factor`-th pixel of a Gaussian blur that is centred on the factor x factor pixels it stands for."""
+    """Every `factor`-th pixel of a Gaussian blur that is centred on the factor x factor pixels that it replaces."""
 
     factor: int
     deviation: float  # of the blur, px

@@ -119,7 +119,7 @@ class LamaTest(_Pasted):
 def draw(name: str, height: int, width: int, size: int, random: Any) -> Mask:
     """A preset's mask (height, width); for images of another size it is made at the preset's size and resized.
 
-    size: the short side, which the preset's number stands for.
+    size: the short side that the preset is made for.
     """
     kind = preset(name)
     if kind.size == size:
@@ -135,7 +135,7 @@ def nearest_to(mask: Mask, height: int, width: int) -> Mask:
     return np.ascontiguousarray(mask[rows.astype(np.int64)[:, None], columns.astype(np.int64)])
 
 
-# ---- holes as LaMa draws them; ranges hold both ends unless said otherwise
+# ---- holes as LaMa draws them; ranges include both ends unless noted
 
 _SEGMENTS = 5  # of a stroke at most
 _THINNEST, _SHORTEST = 5, 10  # px

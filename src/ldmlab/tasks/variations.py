@@ -30,7 +30,7 @@ class Variations(BaseTask):
         """reference: the same uint8 (3, H, W) as the image."""
         if "image" not in sample:
             raise InputError(
-                "task=variations looks at images, which data.latents does not hold; encode them with "
+                "task=variations needs images, which data.latents does not hold; encode them with "
                 "conditioner=image, or set data.latents=null and give the first stage as from_run=RUN."
             )
         cut = self.crop(sample, self.image_size, random) if self.crop else {}

@@ -47,7 +47,7 @@ class DiffusionStage(Stage):
         return {"denoiser": [p for p in self.diffusion.parameters() if p.requires_grad]}
 
     def saved(self) -> dict[str, nn.Module]:
-        """Backbone, latent scale and, unless frozen, conditioners; frozen parts lie beside the checkpoints."""
+        """Backbone, latent scale and, unless frozen, conditioners; frozen parts are stored once, apart from them."""
         modules = {"denoiser": self.diffusion.backbone, "latent_scale": self.diffusion.latent_scale}
         if any(p.requires_grad for p in self.diffusion.conditioners.parameters()):
             modules["conditioner"] = self.diffusion.conditioners

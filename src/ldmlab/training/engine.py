@@ -28,7 +28,7 @@ _EXPECTED_WARNINGS = (
 
 
 class Launched(ClusterEnvironment):
-    """The processes exist already; Lightning starts none and asks no scheduler's variables."""
+    """The processes exist already; Lightning starts none and reads no scheduler's variables."""
 
     creates_processes_externally = True
     main_address = property(lambda self: os.environ.get("MASTER_ADDR", "127.0.0.1"))
@@ -76,7 +76,7 @@ class SeveralGroups(DDPStrategy):
 def make_trainer(
     stage: Stage, settings: TrainerSettings, loop: pl.Callback, lightning: LightningCallbacks | None = None
 ) -> pl.Trainer:
-    """A Trainer that runs until the loop says stop."""
+    """A Trainer that runs until the loop stops it."""
     _quieten()
     world, local = distributed.world_size(), distributed.local_world_size()
     if settings.devices not in (None, local):

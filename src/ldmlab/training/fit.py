@@ -35,7 +35,7 @@ def fit(
     settings: TrainerSettings,
     callbacks: Sequence[StepCallback] = (),
     loggers: Sequence[Logger] = (),
-    resume_command: str = "",  # what a stopped run tells people to type
+    resume_command: str = "",  # printed by a stopped run: how to resume it
     manifest_hash: str | None = None,  # of the training data; a resumed run must have the same
     record: Record | None = None,  # configuration and model, which a resumed run is compared by
     fields: Mapping[str, Any] | None = None,  # more settings for the loggers
@@ -85,7 +85,7 @@ def _take_up(
     stage: Stage, checkpoints: Checkpoints, settings: TrainerSettings, manifest_hash: str | None, record: Record
 ) -> tuple[Found, list[str]]:
     """Load the newest checkpoint into the stage, the same one in all processes; and the changed options that apply."""
-    mine: list[tuple[Path, dict[str, Any]]] = []  # the first process reads while it looks for the newest
+    mine: list[tuple[Path, dict[str, Any]]] = []  # read by the first process while it searches for the newest
 
     def look() -> Path | None:
         mine.extend([found] if (found := checkpoints.newest()) else [])
@@ -118,7 +118,7 @@ def _introduce(
     progress.say(summary(stage, settings))
     progress.say(rates_line(stage))
     if found is not None:
-        progress.say(f"going on from step {stage.step} in {found[0]}")
+        progress.say(f"resuming from step {stage.step} in {found[0]}")
     for change in changes:
         progress.say(f"changed option: {change}")
 
@@ -172,17 +172,17 @@ def explained(error: Exception, loop: Loop) -> InputError | None:
     kept = f"the newest checkpoint is {loop.newest()}" if loop.newest() else "no checkpoint was written yet"
     if "DataLoader worker" in text or isinstance(error, EOFError | ConnectionError):
         advice = "if memory ran out, fewer data.workers or a smaller micro_batch help"
-        return InputError(f"a loader process ended ({reason}); {kept}; run the command again to go on, {advice}.")
+        return InputError(f"a loader process ended ({reason}); {kept}; run the command again to continue, {advice}.")
     if distributed.joined() and isinstance(error, RuntimeError) and _LOST.search(text):
         distributed.forget()
-        return InputError(f"another process of this run ended ({reason}); {kept}; run the command again to go on.")
+        return InputError(f"another process of this run ended ({reason}); {kept}; run the command again to continue.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return InputError(f"memory ran out ({reason}); {kept}; use a smaller trainer.micro_batch, or accumulate more.")
     return None
 
 
 def ending(session: Session) -> list[str]:
-    """What a finished run says last: its folder, its validation metrics, and what could not be read."""
+    """Last lines of a finished run: its folder, its validation metrics, and what could not be read."""
     values = {name: value for name, value in session.notes.get("val", {}).items() if "/" not in name}
     step = values.pop("step", None)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:_SHOWN])
@@ -196,9 +196,9 @@ def ending(session: Session) -> list[str]:
 
 
 def _leave(loop: Loop, stop: StopRequest, run: RunFolder, resume_command: str) -> None:
-    """Say where it stopped and how to go on."""
+    """Print where the run stopped and how to resume it."""
     if distributed.rank() == 0:
-        how = f"; go on with: {resume_command}" if resume_command else ""
+        how = f"; resume with: {resume_command}" if resume_command else ""
         print(f"saved step {loop.session.stage.step} in {loop.last_checkpoint}{how}", file=sys.stderr, flush=True)
     distributed.barrier()
     run.close()

@@ -1,4 +1,4 @@
-"""Lightning's own callbacks and loggers in a run: they see Lightning's Trainer and hear what it can tell them.
+"""Lightning's own callbacks and loggers in a run: they get Lightning's Trainer and the hooks that it can serve.
 
 Validation, checkpoints and optimizer steps are this project's, so callbacks that need Lightning's are refused by name.
 """

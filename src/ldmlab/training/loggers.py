@@ -41,13 +41,13 @@ class Files:
         self._rewrite([row for row in rows if int(row["step"]) <= step])
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        """What was logged before; a damaged table is set aside, for the checkpoints are enough to go on."""
+        """What was logged before; a damaged table is renamed, since the checkpoints are enough to continue."""
         try:
             return read_metrics(self._path)
         except InputError as error:
             aside = self._path.with_name("metrics.damaged.csv")
             self._path.rename(aside)
-            distributed.say(f"{error} It is {aside} now; a new table begins.")
+            distributed.say(f"{error} It is renamed to {aside}; a new table begins.")
             return [], []
 
     def numbers(self, values: dict[str, float], step: int) -> None:
@@ -131,7 +131,7 @@ class Loggers:
         self._open: list[Logger] = []
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
-        """Open all; `step` is where a resumed run goes on."""
+        """Open all; `step` is where a resumed run continues."""
         for logger in self._loggers:
             logger.open(run, settings, step)
             self._open.append(logger)

@@ -57,7 +57,7 @@ class Loop(pl.Callback):
         rank = distributed.rank()
         if len(self._random_states) == distributed.world_size():
             restore_random_state(self._random_states[rank])
-        else:  # a new run, or one that goes on with another number of processes
+        else:  # a new run, or one resumed with another number of processes
             stage = self.session.stage
             seed_process(stage.seed + stage.step, rank)
 
@@ -77,7 +77,7 @@ class Loop(pl.Callback):
         for callback in self.callbacks:
             callback.after_step(self.session)
         self.progress.step(stage)
-        if self.chooser.improved:  # before the checkpoint, which says that this one is there
+        if self.chooser.improved:  # before the checkpoint that refers to this one
             self._save_best()
         if stopping or last or stage.step % self.settings.checkpoint_every == 0:
             self.save()
@@ -99,7 +99,7 @@ class Loop(pl.Callback):
             self.session.loggers.log_metrics(row, stage.step)
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint holds; every process must ask."""
+        """Content of a checkpoint; a collective call: every process must make it."""
         stage = self.session.stage
         stage.metrics.check()  # nothing that is not finite gets into a checkpoint
         states = distributed.gather(random_state())

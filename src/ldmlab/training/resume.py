@@ -16,7 +16,7 @@ Flat = dict[str, Any]  # dotted option => value
 Fate = Literal["applied", "harmless", "refused"]
 
 FATES: dict[str, Fate] = {  # the longest prefix of an option decides; an option that is not listed is refused
-    # read anew at every start, and said when it changed
+    # read at every start; changes are reported
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.lr_scaling", "optimizer.betas"), "applied"),
     **dict.fromkeys(("optimizer.epsilon", "optimizer.weight_decay", "lr_schedule", "sampler"), "applied"),
     **dict.fromkeys(("trainer.max_steps", "trainer.gradient_clip", "trainer.precision"), "applied"),
@@ -47,7 +47,7 @@ _SPEC_KEPT = (
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint tells of its run beside the state: plain types only."""
+    """Description of the run in a checkpoint, without the state: plain types only."""
 
     config: Mapping[str, Any] = field(default_factory=dict)  # the resolved configuration
     spec: Mapping[str, Any] = field(default_factory=dict)  # model.yaml
@@ -69,7 +69,7 @@ def compare(content: Mapping[str, Any], now: Record, images: int, folder: Path) 
         more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise InputError(
             f"the run in {folder} was trained with other options: {'; '.join(refused[:4])}{more}; give the values of "
-            "before to go on, or start a new run, with init_from for its weights."
+            "before to continue, or start a new run, with init_from for its weights."
         )
     return [_shown(name, changes[name]) for name in sorted(changes) if fates[name] == "applied"]
 
@@ -89,7 +89,7 @@ def _shown(name: str, values: tuple[Any, Any]) -> str:
 
 
 def _recorded(content: Mapping[str, Any], folder: Path) -> Record:
-    """What the checkpoint says of its run; a checkpoint of format 1 leaves that to the files of the folder."""
+    """The run's description in the checkpoint; for a checkpoint of format 1 it comes from the files of the folder."""
     run = content.get("run")
     if isinstance(run, Mapping):
         return Record(run["config"], run["spec"], run["frozen"])
@@ -100,12 +100,14 @@ def _recorded(content: Mapping[str, Any], folder: Path) -> Record:
         spec = read_description(folder)
     except InputError:
         missing = "config.yaml" if not config else DESCRIPTION
-        distributed.say(f"{folder / missing} is missing or damaged, so the options of before are not compared.")
+        distributed.say(
+            f"{folder / missing} is missing or damaged, so the options are not compared with the previous ones."
+        )
     return Record(config, spec, {})
 
 
 def _changes(before: Record, now: Record) -> dict[str, tuple[Any, Any]]:
-    """Options with different values then and now; what one side does not know is no change."""
+    """Options whose values changed; options that only one side has are ignored."""
     used = [name for name in now.config if name not in _NETWORKS]
     if now.spec.get("kind") != "first_stage":
         used = [name for name in used if name != "loss"]

@@ -26,7 +26,7 @@ class RunFolder:
     def __init__(self, path: Path, run_id: str, lock: FileLock | None = None, lock_existed: bool = True) -> None:
         self.path = path
         self.run_id = run_id  # also the id of the W&B run
-        self._lock = lock  # held; None: by the first process, or nobody's yet
+        self._lock = lock  # held; None: held by the first process, or not yet taken
         self._began = False
         self._before: Literal["run", "absent", "empty"] = "run"  # what the folder was when `begin` was called
         self._lock_is_new = lock is not None and not lock_existed
@@ -45,7 +45,7 @@ class RunFolder:
 
     @staticmethod
     def at(path: Path | str) -> "RunFolder":
-        """Exactly this folder: a run found in it goes on, an absent or empty one becomes a run."""
+        """Exactly this folder: a run found in it is resumed; an absent or empty folder becomes a new run."""
         return _decided(lambda: _exactly(Path(path)))
 
     @property
@@ -78,7 +78,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
             if _is_run(self.path):
-                raise InputError(f"{self.path} has become another process's run; run the command again to go on there.")
+                raise InputError(
+                    f"{self.path} has become another process's run; run the command again to continue there."
+                )
             self._before = "empty" if existed else "absent"
         self._began = True
         now = {**provenance(), "slurm_job": _slurm_job()}
@@ -103,7 +105,7 @@ class RunFolder:
             write_text(self.path / "config.yaml", text)
 
     def has_checkpoints(self) -> bool:
-        """Whether a run goes on here; the same answer in every process."""
+        """Whether a run is resumed here; equal in every process."""
         return distributed.from_first(any(self.checkpoints.glob("step_*.ckpt")))
 
     def finish(self, step: int) -> None:
@@ -173,14 +175,16 @@ def _is_run(path: Path) -> bool:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """The record of earlier starts; None where it is missing or damaged, for checkpoints are enough to go on."""
+    """The record of earlier starts; None where it is missing or damaged; checkpoints are enough to resume."""
     record = read_json(path / _RECORD)
     return record if isinstance(record, dict) and isinstance(record.get("run_id"), str) else None
 
 
 def _recovered_id(path: Path) -> str:
     """The id of a run whose record is lost: of its folder's name or its W&B run, else a new one."""
-    distributed.say(f"{path / _RECORD} is missing or damaged; the run goes on from its checkpoints with a new record.")
+    distributed.say(
+        f"{path / _RECORD} is missing or damaged; the run continues from its checkpoints with a new record."
+    )
     names = [path.name, *(entry.name for entry in path.glob("wandb/*run-*"))]
     found = [match[1] for name in names if (match := re.search(r"-([0-9a-f]{8})$", name))]
     return found[0] if found else secrets.token_hex(4)

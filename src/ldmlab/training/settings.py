@@ -23,7 +23,7 @@ class TrainerSettings:
     log_every: int = 50  # steps between two rows of metrics.csv
     validate_every: int = 1000  # steps between two evaluations on validation images
     checkpoint_every: int = 1000  # steps between two checkpoints
-    keep: int = 2  # newest checkpoints to keep; the best one is kept beside them
+    keep: int = 2  # newest checkpoints to keep; the best one is kept too
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "micro_batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")

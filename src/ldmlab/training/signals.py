@@ -1,4 +1,4 @@
-"""Stop signals: the step is finished, a checkpoint saved, and the exit code tells which signal it was."""
+"""Stop signals: the step is finished, a checkpoint saved, and the exit code identifies the signal."""
 
 import os
 import signal

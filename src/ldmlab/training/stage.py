@@ -80,7 +80,7 @@ class StepMetrics:
                 if not math.isfinite(value):
                     raise InputError(
                         f"{name} became {value} at step {step}; no checkpoint was written since. A lower "
-                        "optimizer.learning_rate or trainer.gradient_clip=1 may help; the command again goes on."
+                        "optimizer.learning_rate or trainer.gradient_clip=1 may help; the same command resumes the run."
                     )
                 self.checked.setdefault(name, []).append(value)
         self._unread = []
@@ -153,7 +153,7 @@ class Stage(pl.LightningModule):
         raise NotImplementedError
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Images to look at by name, uint8 (N, H, W, 3), called like `validate` on the first process only."""
+        """Images for the grids by name, uint8 (N, H, W, 3), called like `validate` on the first process only."""
         return {}
 
     def panel_labels(self, batches: Iterable[Batch]) -> dict[str, list[str]]:
@@ -276,7 +276,9 @@ class Stage(pl.LightningModule):
             restore_optimizer(optimizer, waiting["optimizers"].get(name), name)
         if self.average is not None:
             if self.averaged not in waiting["averaged"]:
-                raise InputError("the checkpoint holds no averaged weights; go on with trainer.averaging_decay=null.")
+                raise InputError(
+                    "the checkpoint holds no averaged weights; continue with trainer.averaging_decay=null."
+                )
             self.average.load_state_dict(waiting["averaged"][self.averaged])
 
     def state(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ MODES = ("offline", "online", "disabled")
 
 
 def chosen_mode(mode: str | None) -> str:
-    """The mode as configured, else as W&B's own variables say; a variable that is overruled is named."""
+    """The mode as configured, else from W&B's own variables; an overridden variable is reported."""
     variable = os.environ.get("WANDB_MODE", "").strip().lower()
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on"):
         variable = "disabled"
@@ -45,7 +45,7 @@ class WandB:
     mode: str | None = None  # offline | online | disabled; None: WANDB_MODE or WANDB_DISABLED, else offline
     entity: str | None = None  # account or team
     group: str | None = None  # name that runs to be compared share
-    tags: Sequence[str] | str = ()  # one or several, beside the stage, the factor and the kind of first stage
+    tags: Sequence[str] | str = ()  # one or several, in addition to the stage, the factor and the kind of first stage
     panel_px: int = 1024  # longest side of an uploaded grid; samples/ keeps the full size
     upload: str = "none"  # none | best | last: the checkpoint that goes up, once, when the run ends well
     _logger: Any = field(default=None, init=False)
@@ -62,7 +62,7 @@ class WandB:
             raise InputError(f"logger.wandb.panel_px={self.panel_px} shows nothing; use 16 or more.")
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
-        """Start or go on with the W&B run; all its files stay under the run folder."""
+        """Start or resume the W&B run; all its files stay under the run folder."""
         from pytorch_lightning.loggers import WandbLogger
 
         experiment = self._begun(run, settings)
@@ -72,7 +72,7 @@ class WandB:
         experiment.config.update(settings, allow_val_change=True)
 
     def send_scores(self, run: RunFolder, settings: dict[str, Any], values: Mapping[str, float]) -> None:
-        """Scores of finished evaluations to the summary of the run, where its newest numbers stay beside them."""
+        """Scores of finished evaluations to the summary of the run; the newest metrics stay there too."""
         experiment = self._begun(run, settings)
         try:
             experiment.summary.update({**_newest_numbers(run), **values})
@@ -100,7 +100,7 @@ class WandB:
         return list(dict.fromkeys([*self.tags, *(tag for tag in found if tag)]))
 
     def numbers(self, values: dict[str, float], step: int) -> None:
-        """One row at W&B's own step too, so that a resumed run goes on where it was."""
+        """One row at W&B's own step too, so that a resumed run continues where it was."""
         self._logger.experiment.log({**values, _STEP: step}, step=step)
 
     def image(self, name: str, grid: np.ndarray, step: int) -> None:
@@ -112,7 +112,7 @@ class WandB:
         self._logger.experiment.log({name: wandb.Image(shown), _STEP: step}, step=step)
 
     def close(self, success: bool) -> None:
-        """Tell W&B how it ended, on every way out; what may go up goes up now, when no better one can follow."""
+        """Report the exit status to W&B in every case; uploads happen now, when no better checkpoint can follow."""
         if self._logger is None:
             return
         try:

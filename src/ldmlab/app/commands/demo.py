@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the steps that are not done yet, each as its own process."""
     if not (ROOT / "train.py").exists() or not (ROOT / "data/emoji-256").exists():
-        raise InputError("ldmlab demo needs the repository beside it: clone it, then run `make demo` there.")
+        raise InputError("ldmlab demo needs a checkout of the repository: clone it, then run `make demo` there.")
     if args.fresh and args.out.exists():
         shutil.rmtree(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _run_step(number: int, count: int, step: Step) -> None:
     began = time.monotonic()
     code = subprocess.run(step.command, cwd=ROOT, check=False).returncode
     if code:
-        print(f"ldmlab: the demo stopped in step {number}; run it again to go on from there.", file=sys.stderr)
+        print(f"ldmlab: the demo stopped in step {number}; run it again to continue from there.", file=sys.stderr)
         sys.exit(code)
     print(f"      took {_duration(time.monotonic() - began)}.", flush=True)
 

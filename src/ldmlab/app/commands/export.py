@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, write beside, compare, and only then put in place."""
+    """Read, write to a temporary folder, compare, then move into place."""
     from ldmlab.interop.model_folders import FORMATS as WRITERS
     from ldmlab.interop.model_folders import check_new, new_folder
     from ldmlab.model_files import read_model

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="new model folder")
     parser.add_argument(
-        "--config", type=Path, help="official YAML file beside the weights; Stable Diffusion does without"
+        "--config", type=Path, help="official YAML file of the weights; not needed for Stable Diffusion"
     )
     parser.add_argument("--weights", choices=("averaged", "raw"), help="averaged | raw (averaged, where there are any)")
     parser.add_argument(

@@ -37,8 +37,8 @@ def _find(add: Callable[..., Any]) -> None:
         "--layout",
         choices=LAYOUTS,
         default="auto",
-        help="what SOURCE is: a table (metadata.jsonl, .csv) beside images,\n"
-        "captions (.txt) beside images, a folder per class, plain (nested) folders, tars",
+        help="what SOURCE is: a table (metadata.jsonl, .csv) with images,\n"
+        "captions (.txt) next to images, a folder per class, plain (nested) folders, tars",
     )
     add("--file-field", metavar="NAME", help="column with the file names (default: file_name, file, image, path ...)")
     add(
@@ -161,7 +161,7 @@ def with_more(source: Source, args: argparse.Namespace, console: Console) -> Sou
 
 def _say_found(console: Console, path: Path, source: Source) -> None:
     what = {"table": "in a table", "classes": "in a folder per class", "tars": "in tars", "plain": "without captions"}
-    console.print(f"{path}: {len(source.items)} images {what.get(source.layout, 'with captions beside them')}")
+    console.print(f"{path}: {len(source.items)} images {what.get(source.layout, 'with captions next to them')}")
     for note in source.notes:
         console.print(note, markup=False)
     if source.left_out:

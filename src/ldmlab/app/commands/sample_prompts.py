@@ -66,7 +66,7 @@ class Prompts:
     source: Path | None
     mask: str | None
     count: int
-    strength: str | None  # typed; with a mask it asks for a start from the image too
+    strength: str | None  # as typed; with a mask it means that sampling starts from the image
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Prompts":
@@ -115,7 +115,7 @@ class Prompts:
         return found
 
     def inputs(self, model: "LoadedModel", lines: list[str | Inputs], size: tuple[int, int] | None) -> list[Inputs]:
-        """Every prompt `count` times as the inputs that the model reads; says what it cannot read."""
+        """Every prompt `count` times as inputs of the model; prints a note on what it cannot read."""
         from ldmlab.inference.inputs import TransparentParts, checked_text, known_fields
 
         if len(lines) * self.count > MOST:
@@ -173,7 +173,7 @@ class Prompts:
         if not lines:
             raise InputError(f"this model takes {_names(reads)} as input; give at least one prompt or --prompts FILE.")
         if not reads and not all(isinstance(line, dict) and line.keys() & _OF_ANY for line in lines):
-            raise InputError("this model takes no prompts; leave them out and say how many images with --count.")
+            raise InputError("this model takes no prompts; leave them out and give the number of images with --count.")
         return [line if isinstance(line, dict) else _prompt(line, reads) for line in lines]
 
     def _file(self, line: str, reads: frozenset[str]) -> Inputs:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file and say what to type next."""
+    """Write the file and print the next command."""
     import yaml
 
     name = args.name or args.out.stem
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What a W&B sweep knows beside its parameters."""
+    """Options of a W&B sweep besides its parameters."""
 
     name: str
     method: str = "grid"  # grid | random | bayes
@@ -128,7 +128,7 @@ def _values(item: Any, method: str) -> dict[str, Any]:
     if item.input_line.startswith(("+", "~")):
         raise InputError(f"{item.input_line}: a swept option cannot begin with + or ~; W&B passes it as key=value.")
     if isinstance(given, Glob):
-        raise InputError(f"{item.input_line}: W&B knows lists and intervals; write the names out.")
+        raise InputError(f"{item.input_line}: W&B supports lists and intervals; write the names out.")
     if not isinstance(given, IntervalSweep):
         return {"values": [_plain(text, item.key_or_group) for text in item.sweep_string_iterator()]}
     if method == "grid":

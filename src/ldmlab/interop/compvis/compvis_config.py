@@ -51,7 +51,7 @@ def model_config(content: Any, source: str = "config") -> Node:
         node = {"params": node, "target": node.get("target", "")}
     if not isinstance(node, Mapping) or not {"unet_config", "ddconfig"} & node["params"].keys():
         raise InputError(
-            f"{source} describes no model of CompVis or Stable Diffusion; give the file beside its weights."
+            f"{source} describes no model of CompVis or Stable Diffusion; give the file published with its weights."
         )
     return {"target": str(node.get("target") or ""), "params": dict(node["params"])}
 
@@ -179,7 +179,7 @@ def conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor]
 
 
 def _without_classes(way: str, params: Params) -> Node:
-    """The conditioning beside the class table; with none the official class hands class numbers to the U-Net."""
+    """The conditioning besides the class table; without any, the official class passes class numbers to the U-Net."""
     if way == "crossattn-adm":
         return {"conditioning_key": "crossattn"}
     if way != "adm":
@@ -220,7 +220,7 @@ def _conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor
 
 
 def _hybrid(params: Params, factor: int) -> dict[str, Node]:
-    """What Stable Diffusion's inpainting models concatenate beside the text."""
+    """What Stable Diffusion's inpainting models concatenate, in addition to the text."""
     keys = tuple(params.get("concat_keys", ("mask", "masked_image")))
     if keys != ("mask", "masked_image"):
         raise InputError(f"conditioning_key: hybrid with {', '.join(keys)} cannot be imported.")

@@ -218,12 +218,12 @@ def _way(key: str, reads: str, stage: Any) -> Params:
 
 
 def _with_classes(rest: Params) -> Params:
-    """The same with the U-Net's class table beside it."""
+    """The same plus the U-Net's class table."""
     ways = {None: "adm", "crossattn": "crossattn-adm"}
     way = rest["conditioning_key"]
     if way not in ways:
         raise InputError(
-            f"classes as a vector beside inputs of the kind {way} have no official counterpart; use --format ldmlab."
+            f"classes as a vector with inputs of the kind {way} have no official counterpart; use --format ldmlab."
         )
     alone = _way("adm", "class_label", {"target": "torch.nn.Identity"}) if way is None else {}
     return rest | alone | {"conditioning_key": ways[way]}

@@ -1,4 +1,4 @@
-"""A network of an official file beside ours: which tensors the file must hold, and how they become our module.
+"""A network of an official file and ours: which tensors the file must hold, and how they become our module.
 
 Official conditioners (keys after `cond_stage_model.`) are those of `ldm/modules/encoders/modules.py` in
 CompVis/latent-diffusion, CompVis/stable-diffusion and Stability-AI/stablediffusion;
@@ -36,7 +36,7 @@ SCHEDULE = (
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine", "sqrt": "sqrt"}  # official => ours
 BUFFERS = (*SCHEDULE, "scale_factor", "logvar", "cond_ids", "lvlb_weights")
 StateDict = dict[str, Tensor]
-_TABLES = ("position_ids", "attn_mask")  # counters and masks that libraries stored beside a text encoder's weights
+_TABLES = ("position_ids", "attn_mask")  # counters and masks that libraries stored with a text encoder's weights
 Rename = Callable[[Mapping[str, Tensor]], StateDict]
 
 

@@ -46,7 +46,7 @@ def plan(spec: Spec) -> Plan:
     if kinds == ["LowResolution"]:
         if spec["backbone"]["out_channels"] == 3:
             return Plan("LDMSuperResolutionPipeline", "vqvae", unscaled=True)
-        return Plan(None, *folders, why="LDMSuperResolutionPipeline wants latents of 3 channels")
+        return Plan(None, *folders, why="LDMSuperResolutionPipeline requires latents of 3 channels")
     if text is None:
         return Plan(None, *folders, why=_because(kinds))
     others = [node for node in nodes if node is not text]
@@ -64,7 +64,7 @@ def _ldm_text(spec: Spec, text: Spec, folders: tuple[str | None, str | None]) ->
     factor, length = downsampling(spec["first_stage"]), text_length(text)
     if factor == _FACTOR and length == _LENGTH:
         return Plan("LDMTextToImagePipeline", "vqvae", "bert")
-    why = f"LDMTextToImagePipeline wants a first stage of f={_FACTOR} and {_LENGTH} tokens, not f={factor} and {length}"
+    why = f"LDMTextToImagePipeline needs a first stage of f={_FACTOR} and {_LENGTH} tokens, not f={factor} and {length}"
     return Plan(None, *folders, why=why)
 
 
@@ -205,7 +205,7 @@ class Export:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def _keep_vocabulary(self) -> None:
-        """The tokenizer's plain files beside what transformers writes, which older releases want."""
+        """The tokenizer's plain files, which older releases need, in addition to what transformers writes."""
         scratch = self.folder / _SCRATCH
         if scratch.is_dir():
             for file in scratch.iterdir():

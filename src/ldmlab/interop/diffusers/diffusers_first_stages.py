@@ -82,7 +82,7 @@ def configuration(node: Mapping[str, Any], *, image_size: int, scaling_factor: f
     inner = node.get("bottleneck_channels") or width
     if kind == KL and inner != width:
         raise InputError(
-            f"first_stage.bottleneck_channels={inner}: {KL} wants latent_channels={width}; use --format compvis."
+            f"first_stage.bottleneck_channels={inner}: {KL} requires latent_channels={width}; use --format compvis."
         )
     mult = list(node["channel_mult"])
     attention = ["Attn" if 2**i in node.get("attention_downsampling", ()) else "" for i in range(len(mult))]

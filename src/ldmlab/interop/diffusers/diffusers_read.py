@@ -21,7 +21,7 @@ _HOME = diffusers_texts.HOME
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a pipeline's U-Net sees beside the noisy latent and the text."""
+    """Inputs of a pipeline's U-Net besides the noisy latent and the text."""
 
     extra_channels: Callable[[int], int]  # latent channels => channels concatenated to them
     conditioners: Callable[[int], dict[str, Spec]]  # downsampling factor => nodes that give them, in this order
@@ -49,7 +49,7 @@ PIPELINES = {
     "DDPMPipeline": _PLAIN,
 }
 _ALONE = (diffusers_first_stages.KL, diffusers_first_stages.VQ)
-_IGNORED = ("scheduler", "tokenizer", "safety_checker", "feature_extractor")  # or read beside their module
+_IGNORED = ("scheduler", "tokenizer", "safety_checker", "feature_extractor")  # or read with their module
 
 
 def read_folder(path: Path | str) -> tuple[Spec, Parts]:

@@ -159,7 +159,7 @@ def _cut(state: dict[str, Tensor], positions: str, length: int) -> dict[str, Ten
 
 
 def to_diffusers(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Our conditioner's tensors under the text encoder's names, with an idle output layer where BERT wants one."""
+    """Our conditioner's tensors under the text encoder's names, with an unused output layer where BERT requires one."""
     if ours["_target_"] == CLIP_TARGET:
         return to_hugging_face({key.removeprefix("tower."): tensor for key, tensor in state.items()})
     names = _bert_names(ours)

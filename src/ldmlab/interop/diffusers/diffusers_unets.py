@@ -243,7 +243,7 @@ def _attention(
     used = {widths[level] // heads[level] for level in heads if attention[level] or level == last}
     if len(used) > 1:
         raise InputError(
-            f"backbone.heads={arguments['heads']}: {PLAIN} wants heads of one width; use --format compvis."
+            f"backbone.heads={arguments['heads']}: {PLAIN} requires heads of one width; use --format compvis."
         )
     way = "resnet" if arguments.get("residual_resampling") else "conv"
     groups = 32 if arguments.get("scale_shift") else None
@@ -276,7 +276,7 @@ def _types(kind: str, attention: Sequence[bool], residual: bool, way: str) -> li
         joined = residual and level != (len(attention) - 1 if way == "Down" else 0)  # the end of the way has none
         if present and joined and kind == CONDITION:
             raise InputError(
-                f"backbone.residual_resampling=True beside cross-attention: {CONDITION} has no such level; "
+                f"backbone.residual_resampling=True with cross-attention: {CONDITION} has no such level; "
                 "use --format compvis."
             )
         plain = f"Resnet{way}sampleBlock2D" if joined else f"{way}Block2D"

@@ -1,4 +1,4 @@
-"""Images to look at while training."""
+"""Grids of sample images while training."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Scores while training: what evaluate.py would say of the averaged weights, on few images."""
+"""Scores while training: those of evaluate.py for the averaged weights, on few images."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ DISTANCES = ("fid", "sfid", "kid", "cmmd")  # between features of generated and 
 
 
 class Scorer(Protocol):
-    """Generates and scores; every process takes part."""
+    """Generates and scores on all processes."""
 
     def check(self, device: torch.device) -> frozenset[str]: ...  # names of the scores; refuses what cannot be
 

@@ -7,7 +7,7 @@ from ldmlab.errors import InputError
 from ldmlab.training.callbacks.base import Session, StepCallback, named
 from ldmlab.training.stage import Batch
 
-_LEAST_IMAGES = 1000  # a share of fewer says little
+_LEAST_IMAGES = 1000  # a share of fewer images is not informative
 
 
 @dataclass

@@ -10,10 +10,10 @@ from ldmlab.training.callbacks.base import Session, StepCallback
 
 @dataclass
 class Validate(StepCallback):
-    """Evaluates every `every` steps and at the last one; knows whether the latest metrics are the best so far."""
+    """Evaluates every `every` steps and at the last one; records whether the latest metrics are the best so far."""
 
     every: int  # steps
-    chooses_best: bool = True  # False: another callback says which checkpoint is best
+    chooses_best: bool = True  # False: another callback chooses the best checkpoint
     improved: bool = False  # the latest evaluation is the best, until the next step
 
     def due(self, session: Session) -> bool:
