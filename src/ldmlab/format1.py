@@ -1,6 +1,6 @@
 """Reader of format 1: names in files written by ldmlab 0.1, translated to today's.
 
-Run folders, checkpoints, model folders, shards and scores of that version load unchanged. Old names are handled only here.
+Run folders, checkpoints, model folders, shards and scores of that version load unchanged. Only this file has old names.
 """
 
 import hashlib
