@@ -153,6 +153,7 @@ def _placed(case: Case, path: Path, where: str) -> list[str]:
         index = next(i for i, (item, _) in enumerate(content) if item.name.endswith(".npy"))
         content[index] = (content[index][0], path.read_bytes())
         plant.write_tar(shard, content)
+        shutil.rmtree(work / "denoiser")
         return COMMANDS["denoiser"]
     newest = sorted((work / "denoiser" / "checkpoints").glob("step_*.ckpt"))
     for file in newest:

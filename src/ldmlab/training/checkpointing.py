@@ -66,9 +66,13 @@ class Checkpoints:
         return None
 
     def sweep(self) -> None:
-        """Delete what a killed process left half written."""
-        for part in self.folder.glob(".*.part"):
+        """Delete what a killed process left half written, also beside the folder of checkpoints in a run folder."""
+        beside = [part for name in _BESIDE for part in self.folder.parent.glob(f".{name}.*.part")]
+        for part in [*self.folder.glob(".*.part"), *beside]:
             part.unlink(missing_ok=True)
+
+
+_BESIDE = ("metrics.csv", "config.yaml", "model.yaml", "provenance.json", "finished.json")
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
