@@ -77,3 +77,14 @@ def test_check_shards(tmp_path: Path) -> None:
     (tmp_path / "a.tar").unlink()
     with pytest.raises(InputError, match="missing"):
         check_shards(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("name", ["\ud83d", "a\udfff.tar", "\ud83d.tar", "a/b.tar", "..", "", "x\0.tar", "x" * 300])
+def test_shard_names_that_no_file_has(tmp_path: Path, name: str) -> None:
+    write_manifest(tmp_path, _manifest(tmp_path))
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["shards"][0]["name"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is not a manifest of ours"):
+        read_manifest(tmp_path)

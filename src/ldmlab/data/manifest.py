@@ -20,7 +20,9 @@ PLAN = "plan.json"  # next to shards of a pack; without a manifest it marks an i
 LARGEST_SIDE = 1 << 16  # px
 TAR_BLOCK = 512  # headers and contents are padded to this
 _BLOCK_BYTES = 1 << 20
-_SHARD_NAME = re.compile(r"[^/\\\0]{1,200}")
+_SHARD_NAME = re.compile(
+    "[^/\\\\\0\ud800-\udc7f\udd00-\udfff]{1,200}"
+)  # no half characters but those of other encodings
 
 
 @dataclass(frozen=True)
