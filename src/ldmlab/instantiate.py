@@ -64,6 +64,9 @@ _REACHING_OUT = {  # arguments by which a class would read, write or run somethi
     *("trust", "command", "cmd", "args", "path", "file", "folder", "dir", "directory", "filename", "root", "url"),
     *("run", "from_run", "weights", "pretrained", "vocab", "checkpoint", "save_dir", "module", "code"),
 }
+_READ_AS_WORDS = {
+    ("ldmlab.conditioners.text.TransformerText", "vocab")
+}  # paths of files that are a vocabulary or refused
 _LARGEST = 2**31  # of whole numbers in a file
 _OURS = "_target_", "_partial_"
 _TYPED: set[tuple[str, str]] = set()  # (group, target) of this process's own configuration
@@ -197,6 +200,7 @@ def _check_reach(target: Callable[..., Any], node: Mapping[str, Any], where: str
     for name, value in node.items():
         option = f"{where}.{name}"
         allowed = name in FACTORIES[path] if path in FACTORIES else name not in _REACHING_OUT
+        allowed = allowed or (path, name) in _READ_AS_WORDS
         if value is not None and name not in _OURS and (not allowed or "Path" in annotated.get(name, "")):
             raise InputError(
                 f"{option}={shown(value)} would reach outside the model; a file may not give it: leave it out."

@@ -98,7 +98,7 @@ def describe(
 def model(name: str, folder: Path) -> Spec:
     """sd1 | sd2 | unconditional | ldm_text | super_resolution | inpainting | ..., by the names in MODELS."""
     mask = {"mask": spatial("mask", "Mask", downsampling=8, keep=0.0, hole=1.0)}
-    masked = {"masked_latent": spatial("masked_latent", "MaskedLatent", hole=0.0)}
+    masked = {"masked_latent": spatial("mask", "MaskedLatent", hole=0.0)}
     made = {
         "sd1": lambda: describe(
             kl(), unet(4, context_width=32), {"text": clip_text(padding="end")}, std=1 / 0.18215

@@ -171,6 +171,9 @@ VOCABULARY_FILE = "bert-base-uncased-vocab.txt"  # under the folder of fetched f
 _START, _END, _PAD, _UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
 
 
+_LARGEST_VOCABULARY = 1 << 26  # bytes; BERT's have a quarter of one MiB
+
+
 class WordPiece:
     """[CLS] tokens [SEP], cut or padded with [PAD] to `length`; the vocabulary is read when first needed."""
 
@@ -202,9 +205,9 @@ class WordPiece:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        if not self.path.is_file():
+        if not self.path.is_file() or self.path.stat().st_size > _LARGEST_VOCABULARY:
             raise InputError(
-                f"conditioner.vocab={self.path} does not exist; run `ldmlab fetch wordpiece` on a machine with "
+                f"conditioner.vocab={self.path} is no vocabulary file; run `ldmlab fetch wordpiece` on a machine with "
                 "internet, or give the path of a WordPiece vocabulary, one token a line."
             )
         tokenizer = Tokenizer(self._model())
