@@ -119,6 +119,7 @@ def with_task(config: Config, data: ShardData) -> ShardData:
 
 def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str) -> None:
     rank, world = distributed.rank(), distributed.world_size()
+    callbacks = run_callbacks(_callbacks(config, plan, data), settings.validate_every)
     data.manifest("val", plan.reads)  # refused now, not at the first validation
     fit(
         plan.stage,
@@ -128,7 +129,7 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         val_batches=lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
         run=run,
         settings=settings,
-        callbacks=run_callbacks(_callbacks(config, plan, data), settings.validate_every),
+        callbacks=callbacks,
         loggers=run_loggers(_named(config, "logger")),
         resume_command=resume,
         manifest_hash=data.manifest("train", plan.reads).hash,

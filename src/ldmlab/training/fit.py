@@ -1,7 +1,9 @@
 """Train a stage in a run folder: from the start, or from the newest checkpoint found there."""
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,7 @@ def _train(
     try:
         trainer.fit(stage, _Endless(train_batches(stage.position)))
     except Exception as error:
+        _stop_reporting_workers()
         known = explained(error, loop)
         # the signal may have reached the loader's workers too; the state is still that of the last complete step
         if stop.signal is None or stage.updating or distributed.joined() or isinstance(error, InputError):
@@ -163,6 +166,12 @@ def _train(
                 raise
             raise known from error
         loop.save()
+
+
+def _stop_reporting_workers() -> None:
+    """torch raises from a signal handler for every loader worker that dies, also while the first fault is handled."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def explained(error: Exception, loop: Loop) -> InputError | None:
