@@ -81,3 +81,14 @@ def test_hashes_of_a_wrong_type_end_in_a_sentence(tmp_path: Path, value: object)
     description.write_text(yaml.safe_dump(yaml.safe_load(description.read_text()) | {"sha256": value}))
     with pytest.raises(InputError):
         read_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("key", ["averaged", "modules"])
+@pytest.mark.parametrize("value", [None, 3, "text", [1], {"denoiser": None}, {"denoiser": {"w": 3}}])
+def test_a_checkpoint_of_other_content_ends_in_a_sentence(tmp_path: Path, key: str, value: object) -> None:
+    write(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    path = tmp_path / "run" / "checkpoints" / "step_00000001.ckpt"
+    torch.save({"modules": {"denoiser": {"w": torch.ones(2)}}, "averaged": {}, "step": 1, key: value}, path)
+    with pytest.raises(InputError, match=r"step_00000001\.ckpt is not a checkpoint of ours"):
+        read_model(tmp_path / "run")

@@ -55,12 +55,23 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
         _check_complete(folder, spec, parts)
         return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), _step(spec))
     content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
+    try:
+        modules, averaged = _modules(content, weights)
+        return ModelFiles(folder, spec, parts | modules, "averaged" if averaged else "raw", content["step"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint} is not a checkpoint of ours ({type(error).__name__}: {error}); use another one."
+        ) from error
+
+
+def _modules(content: Mapping[str, Any], weights: str) -> tuple[dict[str, StateDict], bool]:
+    """The weights by part in a checkpoint's content, and whether they are averaged ones."""
     modules = {name: dict(state) for name, state in content["modules"].items()}
     averages = content.get("averaged", {}) if weights == "averaged" else {}
     for name, average in averages.items():
         modules[name].update(_like(average["weights"], modules[name]))
-    modules = {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in modules.items()}
-    return ModelFiles(folder, spec, parts | modules, "averaged" if averages else "raw", content["step"])
+    copies = {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in modules.items()}
+    return copies, bool(averages)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
