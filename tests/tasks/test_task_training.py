@@ -108,7 +108,7 @@ def test_the_size_follows_what_is_given(root: Path) -> None:
     model = trained(root, "super_resolution")
     small = np.zeros((4, 8, 3), np.uint8)
     assert model.sample(low_resolution=[small], steps=1).shape == (1, 16, 32, 3)
-    with pytest.raises(InputError, match=r"ask for 16x32 px .* but 16x16 are sampled"):
+    with pytest.raises(InputError, match=r"are for 16x32 px .* but 16x16 are sampled"):
         model.sample(low_resolution=[small], steps=1, size=16)
 
 
