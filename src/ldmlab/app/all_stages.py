@@ -23,7 +23,7 @@ from ldmlab.report.tradeoff_jobs import FORMAT_VERSION, RECORD, trained_seconds
 
 
 def train_all_stages(config: Config) -> Parts:
-    """One job of the comparison: train or take up every part, then score it."""
+    """One job of the comparison: train or reuse every part, then score it."""
     check_names(config)
     for name, value in (("run.dir", config["run"]["dir"]), ("init_from", config["init_from"])):
         if value is not None:
@@ -38,7 +38,7 @@ def train_all_stages(config: Config) -> Parts:
 
 
 def score_factor(factor: Factor, parts: Parts) -> dict[str, Any]:
-    """Score what has no score yet; tradeoff.json in the denoiser's folder is what `ldmlab report` reads."""
+    """Compute missing scores; tradeoff.json in the denoiser's folder is what `ldmlab report` reads."""
     scores = FactorScores(factor, parts)
     record = scores.record()
     record["points"] = scores.points()
@@ -52,7 +52,7 @@ def score_factor(factor: Factor, parts: Parts) -> dict[str, Any]:
 
 
 def _keep(run: Path, text: str) -> None:
-    """Write the record; what is new in it goes to the run at W&B too."""
+    """Write the record; new scores are sent to the run at W&B too."""
     from ldmlab.app.wandb_runs import send_scores
 
     if not (run / RECORD).exists() or (run / RECORD).read_text(encoding="utf-8") != text:
@@ -61,7 +61,7 @@ def _keep(run: Path, text: str) -> None:
 
 
 class FactorScores:
-    """One factor's evaluations, each in a folder named by all that decides its numbers."""
+    """One factor's evaluations, each in a folder named by a hash of all its settings."""
 
     def __init__(self, factor: Factor, parts: Parts) -> None:
         self.factor, self.parts = factor, parts
@@ -71,7 +71,7 @@ class FactorScores:
             self.features["run"] = str(parts.clip)
 
     def record(self) -> dict[str, Any]:
-        """What the factor is and costs."""
+        """Description and cost of the factor."""
         factor, cost = self.factor, self.factor.cost
         node = factor.config["first_stage"] if factor.identity else factor.loaded.spec
         latent = factor.latent
@@ -102,7 +102,7 @@ class FactorScores:
         return [self._point(step, steps) for step, steps in points]
 
     def steps(self) -> list[int]:
-        """Of the training, at whose ends there are checkpoints."""
+        """Steps at the ends of equal parts of the training, where there are checkpoints."""
         last, points = self.factor.max_steps, self.options["points"]
         every = -(-last // points)
         return sorted({*range(every, last, every), last})
@@ -123,7 +123,7 @@ class FactorScores:
         }
 
     def _evaluated(self, model: Path, protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """metrics.json of one evaluation, made unless it is there."""
+        """metrics.json of one evaluation, computed unless it exists."""
         from ldmlab.app.evaluate import evaluate
 
         run = model.parents[1] if model.suffix == ".ckpt" else model
@@ -142,7 +142,7 @@ class FactorScores:
     # ---- the first stage, and time
 
     def reconstruction(self) -> dict[str, Any] | None:
-        """Scores of the first stage; f = 1 loses nothing and has none."""
+        """Scores of the first stage; f = 1 has none."""
         if self.parts.first_stage is None:
             return None
         return dict(self._evaluated(self.parts.first_stage, self.options["reconstruction"], "tradeoff")["scores"])
@@ -189,7 +189,7 @@ class FactorScores:
 
 
 def _last_seconds(run: Path | None) -> float | None:
-    """How long a run took; None for one that has no table of numbers."""
+    """Duration of a run; None for one without metrics.csv."""
     if run is None or not os.path.exists(run / "metrics.csv"):
         return None
     return trained_seconds(run / "metrics.csv", None)

@@ -34,7 +34,7 @@ def chosen_options() -> frozenset[str]:
 
 
 def check_choices(config: Config, chosen: Collection[str]) -> None:
-    """InputError for the first option of `chosen` that would be passed over in silence."""
+    """InputError for the first option of `chosen` that would have no effect."""
     stage = config["stage"]["name"]
     for name in sorted(chosen):
         group = name.split(".")[0].split("/")[-1]
@@ -69,7 +69,7 @@ def _check_latents(config: Config, chosen: Collection[str]) -> None:
 
 
 def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
-    """Choices that only the finished parts show to have no effect."""
+    """Options without effect, which only the finished parts show."""
     size, latents = config["data"].get("image_size"), config["data"].get("latents")
     if "data.image_size" in chosen and latents and size != plan.spec["image_size"]:
         raise InputError(

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """The exit code of `command`: 2 with one sentence on stderr for what the user can mend, 130 for Ctrl-C."""
+    """The exit code of `command`: 2 with one sentence on stderr for user errors, 130 for Ctrl-C."""
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         return command() or 0
@@ -77,7 +77,7 @@ def _refused(sentence: str, code: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with the project's way of refusing: an InputError with the nearest name."""
+    """argparse with the project's errors: an InputError with the nearest name."""
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -113,7 +113,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """How a user's own packages and files come in, the same for every command."""
+    """Options for a user's own packages and files, the same for every command."""
     parser.add_argument("--plugins", metavar="NAMES", help="packages of yours that folders may name: mylab,other")
     if name in COMPOSING:
         parser.add_argument("--config-dir", metavar="FOLDER", help="groups of your own: FOLDER/backbone/mine.yaml")

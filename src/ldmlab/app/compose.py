@@ -63,7 +63,7 @@ def find_file(path: str) -> Path | None:
 
 
 def group_choices(group: str) -> list[str]:
-    """The names that `group=` accepts, folders inside the group included; `_NAME.yaml` is for others to inherit."""
+    """The names that `group=` accepts, with folders inside the group; `_NAME.yaml` are base files."""
     files = [(p, folder / group) for folder in conf_dirs() for p in (folder / group).rglob("*.yaml")]
     return sorted({str(p.relative_to(folder).with_suffix("")) for p, folder in files if p.name[0] != "_"})
 
@@ -75,7 +75,7 @@ def groups() -> list[str]:
 
 
 def search_in(words: Sequence[str]) -> None:
-    """Take up `--config-dir DIR` and `hydra.searchpath=[...]` of a command line; what is not there is an InputError."""
+    """Take up `--config-dir DIR` and `hydra.searchpath=[...]` of a command line; a missing folder is an InputError."""
     entries = [f"file://{Path(folder).absolute()}" for folder in _config_dirs(words)]
     for word in words:
         if word.lstrip("+").startswith("hydra.searchpath="):
@@ -202,7 +202,7 @@ def _overrides(words: Sequence[str]) -> list[str]:
 
 
 def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
-    """Refuse, in one sentence each, what Hydra would misread: special characters, no value, a number for a file.
+    """Refuse arguments that Hydra would misread: special characters, no value, a number for a file.
 
     several: the command line may list values of several runs.
     """
@@ -258,7 +258,7 @@ def _quoted(value: str) -> str:
 
 
 def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> Exception:
-    """An InputError for what the user can mend, any other exception as it is."""
+    """An InputError for user errors, any other exception unchanged."""
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 

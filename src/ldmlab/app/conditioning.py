@@ -1,4 +1,4 @@
-"""Conditioners from configuration, and what task, data, stored states and they must agree on."""
+"""Conditioners from configuration, and their consistency with task, data and stored states."""
 
 import json
 from collections.abc import Mapping
@@ -118,7 +118,7 @@ def _open(node: Any, where: str) -> bool:
 
 
 def check_agreement(task: Any, conditioners: Mapping[str, Any]) -> None:
-    """Refuse, before the first step, a task that gives what a conditioner cannot take."""
+    """Refuse, before the first step, a task whose output a conditioner cannot take."""
     for name, module in conditioners.items():
         if task is None or not module.reads & task.adds:
             continue
@@ -180,7 +180,7 @@ def states_encoder(modules: Mapping[str, Any], mirrored: bool) -> EncodeStates:
 
 
 def check_states(modules: Mapping[str, Any], data: ShardData) -> None:
-    """Refuse states that the run's own encoders would not have made."""
+    """Refuse states that differ from those of the run's own encoders."""
     for name in data.stored:
         if _learns(modules[name]):
             raise InputError(

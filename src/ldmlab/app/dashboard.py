@@ -1,4 +1,4 @@
-"""Runs side by side as one HTML page: configurations, curves, scores over the factor, newest images."""
+"""Comparison of runs as one HTML page: configurations, curves, scores over the factor, newest images."""
 
 import statistics
 from collections import defaultdict
@@ -24,7 +24,7 @@ _UNSEEN = ("val/", "in_training/")  # measured on images that were not trained o
 
 
 def metrics_of(runs: Sequence[RunRecord], stage: str) -> list[str]:
-    """Validation metrics and scores in training that are one number a model, the telling ones first."""
+    """Validation metrics and scores in training that are one number per model, the most informative first."""
     leading = [prefix + name for prefix in _UNSEEN for name in STAGES[stage][1]]
     names = {name for run in runs for name in run.curves if name.startswith(_UNSEEN) and name.count("/") == 1}
     names = {name for name in names if "chance" not in name and not name.endswith(_DEVIATIONS)}

@@ -45,7 +45,7 @@ def job(config: Any) -> None:
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
-    """Score config["model"]; everything that can be refused is refused before the first image."""
+    """Score config["model"]; all checks are made before the first image."""
     from ldmlab import distributed
     from ldmlab.app.evaluation_parts import build_extractor, build_metric, changed, curves, run_folder
     from ldmlab.build import pick_device
@@ -126,7 +126,7 @@ def scores_text(result: Mapping[str, Any]) -> str:
 
 
 def _quality(found: Mapping[str, float] | None) -> str:
-    """How well the CLIP behind the features finds captions."""
+    """Retrieval scores of the CLIP model of the features."""
     if not found or "recall_1_of_50" not in found:
         return ""
     chance = f", by chance {found['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in found else ""

@@ -127,7 +127,7 @@ def scores_callback(node: Mapping[str, Any], plan: "Plan", data: "ShardData") ->
 
 
 def _source(plan: "Plan", protocol: "Protocol", data: "ShardData", precision: str) -> tuple["Source", int | None]:
-    """What a stage makes, and the number of real images it is compared with."""
+    """A stage's images, and the number of real images that they are compared with."""
     from ldmlab.evaluation.real_images import conditions
     from ldmlab.evaluation.sources import Reconstructions, Samples, in_training
 

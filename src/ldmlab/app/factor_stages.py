@@ -1,4 +1,4 @@
-"""The stages of one downsampling factor in order, with the parts that exist taken as they are.
+"""The stages of one downsampling factor in order, reusing the parts that exist.
 
 PATHS.RUNS/shared holds first_stage-KEY, clip-KEY and latents-KEY; the denoiser's run folder is NAME-fF-seedS-KEY. A key
 is a hash of everything that decides the content, so the same command again trains nothing twice and continues where
@@ -44,7 +44,7 @@ _NOT_OF_TRAINER = ("log_every", "validate_every", "checkpoint_every", "keep", "a
 
 @dataclass(frozen=True)
 class Parts:
-    """What one job made or found."""
+    """Parts of one job, new or reused."""
 
     first_stage: Path | None  # None: f = 1
     clip: Path | None  # None: the features that are compared need none
@@ -108,7 +108,7 @@ class Factor:
 
     @property
     def max_steps(self) -> int:
-        """trainer.max_steps, or as many as the compute budget pays for."""
+        """trainer.max_steps, or the number of steps within the compute budget."""
         if self.options["compute_budget"] is None:
             return int(self.config["trainer"]["max_steps"])
         budget, step = float(self.options["compute_budget"]) * 1e18, self.cost.training * self.images_per_step
@@ -122,7 +122,7 @@ class Factor:
     # ---- the stages
 
     def _shared_run(self, name: str, groups: tuple[str, ...], stage: str) -> Path:
-        """A run of an earlier stage, which every job of the same content takes up."""
+        """A run of an earlier stage, reused by every job with the same content."""
         own = {group: self.options[name][group] for group in OWN}
         assert own["stage"]["name"] == stage
         content = {group: self.config[group] for group in groups} | own
@@ -162,7 +162,7 @@ class Factor:
         return folder
 
     def _denoiser(self, clip: Path | None, latents: Path | None) -> Parts:
-        """The run that the comparison is about; a checkpoint stays for every point of the curves."""
+        """The denoiser's run; a checkpoint is kept for every point of the curves."""
         points, steps = int(self.options["evaluation"]["points"]), self.max_steps
         trainer = {
             **self.config["trainer"],
@@ -207,12 +207,12 @@ def data_content(node: Mapping[str, Any], data: ShardData) -> dict[str, Any]:
 
 
 def trainer_content(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the trainer decides the weights."""
+    """Trainer options that determine the weights."""
     return {name: value for name, value in node.items() if name not in _NOT_OF_TRAINER}
 
 
 def once(folder: Path, mark: str, make: Callable[[], None]) -> bool:
-    """Make `folder` unless its `mark` is there; True when it was made. Another job making it is waited for."""
+    """Make `folder` unless its `mark` exists; True if it was made. Waits for another job that makes it."""
     with _alone(folder):
         if distributed.shared((folder / mark).exists):
             return False

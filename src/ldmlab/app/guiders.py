@@ -1,4 +1,4 @@
-"""Guiders from choices (conf/guiders, `ldmlab sample`), checked against the model that they are to guide."""
+"""Guiders from options (conf/guiders, `ldmlab sample`), checked against their model."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

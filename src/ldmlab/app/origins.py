@@ -1,4 +1,4 @@
-"""Which file, or the command line, gave each option its final value."""
+"""The origin of each option's final value: a file or the command line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -77,7 +77,7 @@ def _lpips(loss: Config) -> dict[str, Any]:
 
 
 def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
-    """Two towers that learn to agree on pairs."""
+    """A CLIP model and its contrastive training."""
     from ldmlab.training.clip_module import ClipStage
 
     _check_stage_options(ClipStage, config)

@@ -1,4 +1,4 @@
-"""One progress bar for long commands: live with rate and time left on a terminal, a line now and then elsewhere."""
+"""One progress bar for long commands: with rate and time left on a terminal, occasional lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator

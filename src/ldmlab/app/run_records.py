@@ -1,4 +1,4 @@
-"""Runs as they lie on disk, for comparing them: settings, sizes, curves, scores, newest images."""
+"""Runs on disk, for comparing them: settings, sizes, curves, scores, newest images."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +80,7 @@ def read_runs(folders: Iterable[Path]) -> list[RunRecord]:
 
 
 def has_trained(folder: Path) -> bool:
-    """Whether a run got as far as a checkpoint or a row of numbers; a refused start did not."""
+    """Whether a run got as far as a checkpoint or a row of numbers; a refused start has neither."""
     metrics = folder / "metrics.csv"
     if (folder / FINISHED).exists() or any((folder / "checkpoints").glob("*.ckpt")):
         return True

@@ -1,6 +1,6 @@
 """The scores of an evaluation broken down: by class, and over the guidance scale.
 
-By class: kernel distance (unbiased, so a few images suffice), precision and recall of a class's samples beside its own
+By class: kernel distance (unbiased, so a few images suffice), precision and recall of a class's samples against its own
 real images; no Frechet distance, which needs thousands. Over the guidance scale: the same conditions and noise, sampled
 once for each scale.
 """
@@ -29,7 +29,7 @@ def by_class(
     generated: Mapping[int, str],  # class by the sample's number
     real: Mapping[int, str],  # by the real image's
 ) -> list[dict[str, Any]]:
-    """A row a class, the worst first, those without a distance last; `seen` has kept the features."""
+    """One row per class, the worst first, those without a distance last; `seen` must have kept the features."""
     features = {side: _grouped(*seen.kept(real=side), real if side else generated) for side in (True, False)}
     rows = [
         {"class": name, **_scores(features[True].get(name), samples)}
@@ -67,7 +67,7 @@ def _scores(real: Tensor | None, samples: Tensor) -> dict[str, Any]:
 def sample_classes(
     field: str, conditions: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]
 ) -> dict[int, str]:
-    """Class of each sample by its number: of its conditions, or of the image that they come from."""
+    """Class of each sample by its number: from its conditions, or from the image that they come from."""
     found = {}
     for number, request in enumerate(conditions):
         entry = request if field in request else known[number % len(known)] if len(known) else {}
@@ -89,14 +89,14 @@ def labels(data: ShardData, split: str, field: str, limit: int | None) -> dict[i
 
 
 def class_of(entry: Mapping[str, Any], field: str, why: str) -> str:
-    """A sample's or an image's class as text; `why` one may have none, and the way out."""
+    """A sample's or an image's class as text; `why`: the message for one without a class."""
     if field not in entry:
         raise InputError(f"protocol.class_field={field}: {why}")
     return str(entry[field])
 
 
 class GuidanceCurve:
-    """Made once the real images are seen and before the first sample."""
+    """To be made after the real images are processed and before the first sample."""
 
     def __init__(self, scales: Sequence[float], seen: EvaluationPass, samples: Samples) -> None:
         self.scales, self.samples = sorted(set(map(float, scales))), samples

@@ -1,7 +1,7 @@
 """Evaluators: how well samples show their conditions, by networks trained on real images.
 
-An evaluator learns from real training images alone, is measured on validation images, and then sees the samples. The
-same samples with the conditions of others tell what chance is worth. `ClassAccuracy` is the evaluator of classes.
+An evaluator is trained on real training images only, scored on validation images, and then on the samples. The
+same samples with exchanged conditions give the score of chance. `ClassAccuracy` is the evaluator of classes.
 """
 
 import random
@@ -25,7 +25,7 @@ Known = Callable[[str], Sequence[Fields]]  # split => fields of its images
 
 @dataclass(frozen=True)
 class Evidence:
-    """Images are uint8 (3, H, W) each, with what lies on them; conditions are fields of the model's inputs."""
+    """Images are uint8 (3, H, W) each, with their maps and boxes; conditions are fields of the model's inputs."""
 
     real: Callable[[str, tuple[str, ...]], Batches]  # split, more fields of KEY.json => its images, at sample size
     reference: str  # split that samples are compared with: train | val
@@ -42,12 +42,12 @@ class Evidence:
         return others(self.conditions, self.seed)
 
     def shown(self, title: str) -> Show:
-        """The updates of a training, to be shown under a title."""
+        """The updates of a training, for a note in reports."""
         return lambda updates: self.track(updates, len(updates), title)
 
 
 def others(conditions: Sequence[Fields], seed: int) -> list[Fields]:
-    """Conditions exchanged between samples: each gets some that differ from its own, where there are any."""
+    """Conditions exchanged between samples: each gets different ones, where there are any."""
     order = list(range(len(conditions)))
     random.Random(seed).shuffle(order)
     partner = dict(zip(order, order[1:] + order[:1], strict=True))
@@ -67,7 +67,7 @@ def _same(one: Fields, other: Fields) -> bool:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class: the score on real images and on samples, None where there is no image; from how many each."""
+    """One class: the score on real images and on samples, None where there is no image; with the numbers of images."""
 
     name: str
     real: float | None
@@ -104,7 +104,7 @@ class Accuracy:
 
 
 class Evaluator(Protocol):
-    """Sees real images and samples once. `requests` and `reads` may be left out."""
+    """Gets real images and samples once. `requests` and `reads` are optional."""
 
     needs: ClassVar[frozenset[str]]  # fields of a sample's conditions that it compares with
     # reads: frozenset[str]            fields of KEY.json of the reference images beyond the model's inputs
@@ -115,13 +115,13 @@ class Evaluator(Protocol):
 
 
 class Baseline(Protocol):
-    """An answer to the same conditions without a model."""
+    """Results for the same conditions without a model."""
 
     needs: ClassVar[frozenset[str]]  # fields of the conditions that it starts from
     title: ClassVar[str]
 
     def learn(self, real: Batches) -> None:
-        """Training images, for those that copy from them."""
+        """Training images, for baselines that copy from them."""
 
     def __call__(self, conditions: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""
@@ -133,9 +133,9 @@ class Baseline(Protocol):
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """Fraction of samples that a classifier takes for the class of their condition, balanced over classes.
+    """Fraction of samples classified as the class of their condition, balanced over classes.
 
-    captions: 0 measures the protocol's own samples. Above, so many conditions of each class are sampled anew, of
+    captions: 0 measures the protocol's own samples. Above 0, so many conditions of each class are newly sampled, of
     validation images, whose words training may never have seen, and of training images.
     """
 
@@ -147,7 +147,7 @@ class ClassAccuracy:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The class, unless further samples bring it."""
+        """The class, unless it comes with further samples."""
         return frozenset() if self.captions else frozenset({self.field})
 
     @property

@@ -19,7 +19,7 @@ TOKENS = 77  # length of token conditioning that is counted: a caption
 
 @dataclass(frozen=True)
 class DenoiserCost:
-    """What one image costs, whatever the device."""
+    """Cost of one image, independent of the device."""
 
     parameters: int
     forward: int  # FLOPs of one evaluation of the network

@@ -62,7 +62,7 @@ class ImageSet:
             yield from self._of_folder(batch_size, rank, world)
 
     def statistics(self) -> dict[str, tuple[Any, Any]]:
-        """Mean and covariance by score that the file brings along."""
+        """Mean and covariance by score in the file."""
         return read_statistics(self.path) if self.kind == "npz" else {}
 
     def record(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _image(path: Path) -> Tensor:
 
 
 def image_set(path: Path, workers: int = 2, max_bad: float = 0.0) -> ImageSet:
-    """The set at a path, whatever holds it."""
+    """The image set at a path: folder, shards or `.npz`."""
     found = _found(path)
     found.workers, found.max_bad = workers, max_bad
     return found
@@ -195,7 +195,7 @@ def _shards(path: Path) -> ImageSet:
 
 @dataclass
 class SetReference:
-    """An image set as the reference; statistics that its file brings replace the images."""
+    """An image set as the reference; statistics in its file replace the images."""
 
     images: ImageSet
     extractor: FeatureExtractor
@@ -210,7 +210,7 @@ class SetReference:
         return self.images.count
 
     def check(self) -> None:
-        """Refuses a score that neither images nor statistics serve."""
+        """Refuses a score that needs images or statistics that are missing."""
         available = _with_statistics(self.images, self.extractor, self.metrics)
         if self.count == 0 and (lost := sorted(self.metrics.keys() - available)):
             raise InputError(
@@ -281,7 +281,7 @@ def _check(samples: ImageSet, reference: ImageSet) -> None:
 
 
 def _with_statistics(reference: ImageSet, extractor: FeatureExtractor, metrics: Mapping[str, Metric]) -> set[str]:
-    """Names of the Frechet distances that the file brings mean and covariance for."""
+    """Names of the Frechet distances whose mean and covariance are in the file."""
     brought, found = reference.statistics(), set()
     for name, metric in metrics.items():
         if isinstance(metric, FrechetDistance) and metric.statistics_name in brought:

@@ -73,7 +73,7 @@ class Evaluation:
             return finished(self.out, result, self.protocol, self.paper, began, self._write)
 
     def _prepare(self) -> None:
-        """What can be refused is refused here, before an image is read or sampled."""
+        """All checks that can fail, before an image is read or sampled."""
         protocol = self.protocol
         for scale in (None, *protocol.guidance_scale_curve):
             self.model.resolved(protocol.settings(scale))
@@ -91,7 +91,7 @@ class Evaluation:
         return conditions(self.data, split, sorted({*self.model.reads, *also}), limit)
 
     def _scored(self) -> dict[str, Any]:
-        """The reference, then the samples, through the metrics and all that watches the stream."""
+        """Processes the reference, then the samples: metrics and all observers."""
         protocol = self.protocol
         reference = SplitReference(self.real, protocol.reference, protocol.reference_limit, protocol.max_bad)
         keep = protocol.neighbours > 0 or protocol.class_field is not None
@@ -138,7 +138,7 @@ class Evaluation:
         )
 
     def _saved(self, stream: Iterable[Numbered]) -> Iterator[Numbered]:
-        """The same samples; those that the report shows are written."""
+        """The same samples; those of the report are written to files."""
         shown = {item["number"] for item in self.shown["samples"]}
         for index, images in stream:
             for number, image in zip(index.tolist(), images, strict=True):
@@ -149,7 +149,7 @@ class Evaluation:
     # ---- further parts of the record
 
     def _more(self, result: dict[str, Any]) -> None:
-        """Copies and classes."""
+        """Search for copies and scores by class."""
         protocol = self.protocol
         if protocol.neighbours:
             audit = Audit(protocol, self.real, self.samples, self.out, self.known)
@@ -257,7 +257,7 @@ def finished(
 @contextmanager
 def output_folder(out: Path) -> Iterator[None]:
     """The folder while one evaluation writes it: another one is refused, a full disk is one sentence, and what a
-    refused start has made is removed."""
+    refused start created is removed."""
     lock = FileLock(out / ".lock")
     distributed.shared(lambda: _take(out, lock))
     try:

@@ -1,6 +1,6 @@
 """`.npz` batches of ADM's evaluation script: arr_0 uint8 (N, H, W, 3), and mu, sigma, mu_s, sigma_s if given.
 
-Images stream in and out of the file, so a batch of 50,000 never lies in memory.
+Images are streamed, so a batch of 50,000 is never in memory at once.
 """
 
 import zipfile
@@ -48,7 +48,7 @@ def read_images(path: Path, batch_size: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def read_statistics(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """Mean and covariance by score, fid from mu and sigma, sfid from mu_s and sigma_s; those that are there."""
+    """Mean and covariance by score, fid from mu and sigma, sfid from mu_s and sigma_s, if present."""
     found = {}
     with _opened(path) as file:
         names = {name.removesuffix(".npy") for name in file.namelist()}
@@ -68,7 +68,7 @@ def write_npz(
     batches: Iterable[NDArray[np.uint8]],  # (B, H, W, 3), all of them in order
     statistics: Mapping[str, tuple[NDArray[Any], NDArray[Any]]] | None = None,  # mean and covariance: fid, sfid
 ) -> None:
-    """A file that ADM's evaluation script and numpy read; it appears whole or not at all."""
+    """A file for ADM's evaluation script and numpy; written atomically."""
     temporary = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:

@@ -1,6 +1,6 @@
 """Samples against the images that their conditions come from: PSNR, SSIM, LPIPS, and all scores by size of the hole.
 
-As LaMa's evaluation does it: an image belongs to the bucket [low, high) that the mean of its mask lies in, and a
+As in LaMa's evaluation: the mean of an image's mask decides its bucket [low, high), and a
 bucket's Frechet distance rests on that bucket's originals alone.
 """
 
@@ -26,7 +26,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]  # LPIPS: two batches in [-1, 1]
 
 
 class Bucket:
-    """The images whose hole has a share in [low, high)."""
+    """The images whose hole covers a fraction in [low, high)."""
 
     def __init__(self, bounds: tuple[float, float], extractor: FeatureExtractor, lpips: Perceptual | None) -> None:
         self.low, self.high = bounds
@@ -35,7 +35,7 @@ class Bucket:
         self.measures = ReconstructionMeasures(None, lpips)
 
     def add(self, index: Tensor, originals: Tensor, generated: Tensor, share: Tensor) -> None:
-        """A batch, of which those in the bucket count."""
+        """Add a batch; only images in the bucket are used."""
         inside = (share >= self.low) & (share < self.high)
         if inside.any():
             self.seen.add(originals[inside], True, index[inside])
@@ -121,7 +121,7 @@ def pair_scores(measures: ReconstructionMeasures) -> dict[str, Score]:
 
 
 def _on_its_device(lpips: nn.Module) -> Perceptual:
-    """Takes and gives tensors of the CPU, wherever the network is."""
+    """Input and output are on the CPU, wherever the network is."""
     device = next((tensor.device for tensor in chain(lpips.parameters(), lpips.buffers())), torch.device("cpu"))
     return lambda first, second: lpips(first.to(device), second.to(device)).cpu()
 

@@ -13,7 +13,7 @@ _OF_THE_DATA = frozenset({"masks", "captions", "labels", "posterior", "psim", "p
 
 @dataclass(frozen=True)
 class Protocol:
-    """Samples, conditions, reference and scores; everything that decides the number and is not the model."""
+    """Samples, conditions, reference and scores; everything except the model that determines a score."""
 
     name: str
     reference: str  # split compared with: train | val

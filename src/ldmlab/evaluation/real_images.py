@@ -59,7 +59,7 @@ class RealImages:
         return {**sample, "image": torch.as_tensor(sample["image"])}
 
     def save(self, out: Path, split: str, shown: Sequence[Fields]) -> None:
-        """The images that the report shows, by the first process."""
+        """Write the images of the report, on the first process."""
         if distributed.rank() == 0:
             dataset = self.data.val_dataset("images", split)
             for item in shown:
@@ -84,7 +84,7 @@ class SplitReference:
         return self.real.count(self.split, self.limit)
 
     def show_to(self, seen: EvaluationPass) -> None:
-        """Update the metrics, by kept features where they suffice; refuses a set with too many unreadable images."""
+        """Update the metrics, from cached features if they suffice; refuses a set with too many unreadable images."""
         key = ReferenceKey.of(self.real.data, self.split, self.limit, self.real.extractor)
         images = lambda: self.real.numbered(self.split, self.limit)  # noqa: E731
         self.kept = see_reference(seen, key, self.real.folder, images, self.count)
@@ -107,7 +107,7 @@ class SplitReference:
         return (f"{self.count - self.unreadable['count']:,} of {self.count:,} reference images could be read",)
 
     def _unreadable(self, read: int) -> dict[str, Any] | None:
-        """Number and names of the images that cannot be read; None: there are none."""
+        """Number and names of the unreadable images; None if there are none."""
         lost = self.count - read
         if lost <= 0:
             return None
@@ -123,7 +123,7 @@ class SplitReference:
 
 
 def conditions(data: ShardData, split: str, fields: Sequence[str], limit: int | None = None) -> Sequence[Fields]:
-    """Some fields of every readable image of a split, in stored order; a task derives its fields when one is read."""
+    """Some fields of every readable image of a split, in stored order; a task's fields are derived on access."""
     if data.task is not None:
         return Derived(data, split, fields, limit)
     dataset = ShardDataset(data.folder(split, "images"), BatchSpec(data.image_size, images=False, fields=tuple(fields)))
@@ -132,7 +132,7 @@ def conditions(data: ShardData, split: str, fields: Sequence[str], limit: int | 
 
 
 class _Lazy(Sequence[Fields]):
-    """A sequence whose entries are made when they are read."""
+    """A sequence whose entries are computed on access."""
 
     def at(self, index: int) -> Fields:
         raise NotImplementedError
@@ -168,7 +168,7 @@ class Derived(_Lazy):
         return self._dataset[self._places[index]]
 
     def at(self, index: int) -> Fields:
-        """In the form that a model takes as input."""
+        """In the form of a model's input."""
         sample = self._dataset[self._places[index]]
         return {name: as_input(name, sample[name]) for name in self._fields if name in sample}
 

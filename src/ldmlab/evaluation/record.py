@@ -1,4 +1,4 @@
-"""What every result records of its measurement: reference images, feature network, sizes, speed."""
+"""Description of a measurement in every result: reference images, feature network, sizes, speed."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ def reference_record(data: ShardData, split: str, images: int) -> dict[str, Any]
 
 
 def _resized(stored: int | None, data: ShardData) -> str | None:
-    """What the loader does to images that are stored at another size or none; None where they stay as packed."""
+    """What the loader does to images that are stored at another size or none; None where they are used as packed."""
     if stored == data.image_size or data.task is not None:  # a task prepares its images itself
         return None
     size = "images of any size" if stored is None else f"{stored} px"
@@ -60,7 +60,7 @@ def parameters_record(diffusion: nn.Module) -> dict[str, int]:
 
 
 def perceptual_record(lpips: nn.Module | None) -> dict[str, str] | None:
-    """The network behind LPIPS and PSIM; None where its weights were not here, so that neither was measured."""
+    """The network behind LPIPS and PSIM; None where its weights are missing, so that neither was measured."""
     return (
         None
         if lpips is None
@@ -86,7 +86,7 @@ def check_reference(protocol: Protocol, data: ShardData) -> None:
 
 
 def timed(items: Iterable[T], clock: list[float]) -> Iterator[T]:
-    """The same items; `clock` gets the seconds that each was waited for."""
+    """The same items; the seconds spent waiting for each are added to `clock`."""
     stream = iter(items)
     while True:
         began = time.monotonic()

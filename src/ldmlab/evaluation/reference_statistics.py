@@ -1,4 +1,4 @@
-"""Features of a reference set, kept between evaluations under the hash of everything that decides them.
+"""Cache of the features of a reference set; the key is a hash of everything that determines them.
 
 One file DIGEST.safetensors: index (N,) and features (N, D) of all images, with other outputs that scores used (spatial,
 clip), or for large sets count (), sum (D,), outer (D, D) in float64 alone, for the Frechet distance. The header
@@ -41,7 +41,7 @@ def statistics_folder() -> Path:
 
 @dataclass(frozen=True)
 class ReferenceKey:
-    """Everything that decides the features of a reference set."""
+    """Everything that determines the features of a reference set."""
 
     manifest_hash: str
     transform: str  # of the shards, as JSON
@@ -77,7 +77,7 @@ def _second(extractor: FeatureExtractor) -> list[str]:
 
 
 def load(folder: Path, key: ReferenceKey) -> dict[str, Tensor] | None:
-    """The tensors kept for a set; None where there are none yet."""
+    """The cached tensors of a set; None where there are none yet."""
     path = folder / f"{key.digest}.safetensors"
     if not path.exists():
         return None
@@ -111,7 +111,7 @@ def see_reference(
     images: Callable[[], Iterable[Numbered]],  # this process's share
     total: int,  # images of the set; features of fewer are neither kept nor used
 ) -> bool:
-    """Update the metrics with the real images, from kept features where they suffice; True if they did.
+    """Update the metrics with the real images, from cached features if they suffice; True if they did.
 
     All processes take the same way: the first one decides.
     """
@@ -171,18 +171,18 @@ def against_other_split(
 
 
 def _by_features(seen: EvaluationPass) -> bool:
-    """Whether no score takes anything of a real image but what can be kept."""
+    """Whether all inputs that the scores take from real images can be cached."""
     return all(_needs(metric) <= _STORABLE for metric in seen.metrics.values())
 
 
 def _used(seen: EvaluationPass) -> list[str]:
-    """The features, and what else of that kind the scores take."""
+    """The features, and other cached outputs that the scores take."""
     needed = frozenset().union(*(_needs(metric) for metric in seen.metrics.values()))
     return [name for name in _KEPT if name == "features" or name in needed & seen.extractor.gives]
 
 
 def _needs(metric: Any) -> frozenset[str]:
-    """What a score must be given of a real image."""
+    """Inputs that a score needs from a real image."""
     parameters = inspect.signature(metric.update).parameters
     needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     return frozenset(needed - {"logits"})  # of generated images alone

@@ -51,7 +51,7 @@ class Reference(Protocol):
 
 @dataclass
 class Run:
-    """`begin` reads the reference and refuses what can be refused; `finish` reads the source and returns the record."""
+    """`begin` reads the reference and makes all checks; `finish` reads the source and returns the record."""
 
     source: Source
     reference: Reference
@@ -98,7 +98,7 @@ class TrainingScores:
     """Scores of a model in training: few images, but the run, the metrics and the record of evaluate.py.
 
     `check` before the first step, `score` as often as needed. The record has the tag `in_training` with the step and
-    the number of images, and no comparison takes it in.
+    the number of images, and comparisons leave it out.
     """
 
     protocol: protocols.Protocol
@@ -117,7 +117,7 @@ class TrainingScores:
         self.run = Run(self.source, reference, extractor, self.metrics, batch_size, track, OPTIONS)
 
     def check(self, device: torch.device) -> frozenset[str]:
-        """Names of the scores; all that can be refused is refused now, by a pass with images of noise as samples."""
+        """Names of the scores; all checks are made now, by a pass with noise images as samples."""
         _refuse_what_only_evaluate_does(self.protocol)
         check_reference(self.protocol, self.real.data)
         self.run.extractor.to(device)  # type: ignore[attr-defined]

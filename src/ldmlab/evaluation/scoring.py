@@ -49,7 +49,7 @@ class Score:
 
 
 def described(score: Score, name: str, metric: object) -> Score:
-    """With the title, the meaning and the direction that the metric's class declares, as text or by score."""
+    """With the title, meaning and direction declared by the metric's class, as text or by score."""
     title, meaning = (getattr(metric, key, None) or "" for key in ("title", "meaning"))
     return replace(
         score,
@@ -113,7 +113,7 @@ class EvaluationPass:
         self.also: list[EvaluationPass] = []  # compare the same samples with other real images
 
     def check_counts(self, real: int, generated: int, given: Set[str] = frozenset()) -> None:
-        """Refuses numbers of images that a score cannot be made from, before any is generated or read.
+        """Refuses numbers of images that are too small for a score, before any is generated or read.
 
         given: metrics that were given the statistics of the real images, whatever their number.
         """
@@ -131,7 +131,7 @@ class EvaluationPass:
         return seen
 
     def add_features(self, found: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
-        """Stored output of the extractor, features (B, D) and maybe more, with the numbers of the images (B,)."""
+        """Cached output of the extractor, features (B, D) and optionally more, with the numbers of the images (B,)."""
         unread = {"logits": found["features"][:, :0]} if "logits" in self.extractor.gives else {}  # of real images
         self._take({**unread, **found}, real, index)
 
@@ -168,7 +168,7 @@ class EvaluationPass:
         return features[order], numbers[order]
 
     def for_other_samples(self) -> "EvaluationPass":
-        """A pass that has seen the same real images, to be called before the first sample; it keeps no features."""
+        """A pass with the same real images, to be called before the first sample; it stores no features."""
         assert self.counts[False] == 0
         other = copy.copy(self)
         other.collection, other.keeps, other.also = copy.deepcopy(self.collection), False, []
@@ -214,7 +214,7 @@ def _needs(metric: Metric) -> set[str]:
 
 
 def _caveats(name: str, value: float, fewest: int, metric: Metric, width: int) -> tuple[str, ...]:
-    """Marks of a score: its sample's, the metric's own, and a value that is no number."""
+    """Marks of a score: its sample's, the metric's own, and a value that is not finite."""
     own = getattr(metric, "remarks", {}).get(name)
     found = [*marks(name, fewest, width), *([own] if own else [])]
     return (

@@ -1,7 +1,7 @@
 """Segmentation accuracy: a segmenter trained on real images predicts the label maps of samples.
 
-Foreground mIoU: the mean over classes but the background (0) of the intersection over the union of given and predicted
-pixels, both counted over all images; classes that are in no given map are left out. The segmenter sees 64 x 64 px,
+Foreground mIoU: the mean over classes but the background (0) of the intersection over the union of input and predicted
+pixels, both counted over all images; classes that are in no input map are left out. The segmenter sees 64 x 64 px,
 whatever the images' size; label maps follow by nearest pixels.
 """
 
@@ -40,7 +40,7 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Each level of the way down joins the way up."""
+        """U-Net: each encoder level is concatenated to its decoder level."""
         full = self.level_1(pixels)
         half = self.level_2(full)
         quarter = self.level_4(half)
@@ -178,12 +178,12 @@ class Overlap:
 
     @property
     def iou(self) -> float | None:
-        """None for a class in no given map."""
+        """None for a class in no input map."""
         return self.both / (self.given + self.found - self.both) if self.given else None
 
 
 def overlaps(found: Tensor, given: Tensor, classes: int) -> list[Overlap]:
-    """Predicted and given maps (N, h, w); a class that no training image has cannot be measured."""
+    """Predicted and input maps (N, h, w); a class that no training image has cannot be measured."""
     if int(given.max()) >= classes:
         raise InputError(
             f"label {int(given.max())} is in a given map but in no training image, so it cannot be measured; "
@@ -196,7 +196,7 @@ def overlaps(found: Tensor, given: Tensor, classes: int) -> list[Overlap]:
 
 
 def mean_iou(found: Sequence[Overlap]) -> float:
-    """Over the classes of given maps, without the background."""
+    """Mean over the classes of the input maps, without the background."""
     values = [one.iou for one in found[1:] if one.iou is not None]
     if not values:
         raise InputError("no label map holds anything but background, so there is nothing to measure.")

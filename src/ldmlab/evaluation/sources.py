@@ -92,7 +92,7 @@ class Samples:
 
     @property
     def captions(self) -> Callable[[int], str] | None:
-        """Of a model that takes captions."""
+        """Captions, of a model that takes them."""
         return (lambda number: str(self.requests[number]["caption"])) if "caption" in self.model.reads else None
 
     def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
@@ -121,7 +121,7 @@ class Samples:
         return torch.stack([image for _, image in sorted(all_items(mine), key=itemgetter(0))])
 
     def again(self, numbers: Sequence[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-        """A few of the protocol's samples (3, H, W) once more, by this process alone."""
+        """A few of the protocol's samples (3, H, W) again, by this process only."""
         for start in range(0, len(numbers), batch_size):
             chunk = list(numbers[start : start + batch_size])
             images = self.model.sample_batch([self.requests[number] for number in chunk], self.settings, chunk)
@@ -195,7 +195,7 @@ class Reconstructions:
 
 
 def in_training(model: LatentDiffusion, image_size: int, precision: str) -> LoadedModel:
-    """A latent diffusion model in training, still on the CPU, to sample with; it stays as trainable as it was."""
+    """A latent diffusion model in training, still on the CPU, to sample with; `requires_grad` is unchanged."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     loaded = LoadedModel(model, image_size, {}, precision)

@@ -1,6 +1,6 @@
-"""Baselines without a model, which every trained one must beat on its own task.
+"""Baselines without a model, as a lower bound for trained models of the task.
 
-Their inputs are the model's: known pixels and the hole, or the small image.
+Their inputs are the model's: known pixels and the hole, or the low-resolution image.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ldmlab.evaluation.evaluators import Batches, Fields
 
 @dataclass(frozen=True)
 class Bicubic:
-    """The small image enlarged by Pillow's bicubic kernel."""
+    """The low-resolution image enlarged by Pillow's bicubic kernel."""
 
     factor: int = 4
     needs: ClassVar[frozenset[str]] = frozenset({"low_resolution"})
@@ -40,7 +40,7 @@ class Bicubic:
 
 @dataclass(frozen=True)
 class MeanFill:
-    """The hole in the mean colour of the known pixels."""
+    """The hole filled with the mean colour of the known pixels."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
     title: ClassVar[str] = "mean fill"
@@ -98,7 +98,7 @@ class NearestPatch:
         return torch.cat(distances, dim=1).argmin(dim=1)
 
     def _around(self, holes: Tensor) -> Tensor:
-        """Known pixels within the border of the hole, bool (B, 1, H, W)."""
+        """Known pixels at most `border` px from the hole, bool (B, 1, H, W)."""
         kernel = np.ones((2 * self.border + 1,) * 2, np.uint8)
         wide = [cv2.dilate(hole[0].numpy().astype(np.uint8), kernel) for hole in holes]
         return torch.from_numpy(np.stack(wide))[:, None].bool() & ~holes

@@ -29,7 +29,7 @@ _BATCH = 64  # real images, or answers of a baseline, at a time
 
 @dataclass
 class TaskPart:
-    """Made once the real images are seen and before the first sample."""
+    """To be made after the real images are processed and before the first sample."""
 
     evaluators: Mapping[str, Evaluator]
     baselines: Mapping[str, Baseline]
@@ -81,7 +81,7 @@ class TaskPart:
     # ---- classifiers
 
     def _evaluated(self) -> dict[str, Any]:
-        """By the first process alone, once all have generated the further samples: training takes a minute or two."""
+        """On the first process only, after all have generated the further samples: training takes a minute or two."""
         samples = [image for _, image in sorted(all_items(self._samples), key=lambda item: item[0])]
         first = self.samples.count  # noise numbers that the protocol's samples do not use
         found = {}
@@ -122,7 +122,7 @@ class TaskPart:
         )
 
     def _real(self, split: str, fields: tuple[str, ...]) -> Batches:
-        """All images of a split as the task serves validation images."""
+        """All images of a split, prepared by the task as for validation."""
         data = replace(self.data, fields=tuple(dict.fromkeys((*self.data.fields, *fields)))) if fields else self.data
         limit = self.protocol.reference_limit if split == self.protocol.reference else None
         return data.eval_loader(split, _BATCH, limit=limit, kind="images")
@@ -130,7 +130,7 @@ class TaskPart:
     # ---- baselines
 
     def _answer(self, name: str, baseline: Baseline) -> dict[str, Any]:
-        """Scores of its answers to the same conditions, against the same images."""
+        """A baseline's scores for the same conditions, against the same images."""
         baseline.learn(self._real("train", ()))
         seen, protocol = self._passes[name], self.protocol
         pairs = (
@@ -157,7 +157,7 @@ class TaskPart:
             yield torch.tensor(chunk), images
 
     def _given(self) -> list[str]:
-        """The model's input as images, for the samples that are shown; none for words and numbers."""
+        """The model's input as images, for the samples that are shown; none for text and numbers."""
         files = []
         for number in self.shown:
             image = request_image(self.conditions[number], self.data.image_size)
@@ -182,7 +182,7 @@ def plain(found: Accuracy) -> dict[str, Any]:
 
 
 def request_image(request: Mapping[str, Any], size: int) -> Tensor | None:
-    """The conditions as an image uint8 (3, H, W): boxes, a map, a small image, one with a hole; None for words."""
+    """The conditions as an image uint8 (3, H, W): boxes, a map, a low-resolution or masked image; None for text."""
     if "mask" in request and "image" in request:
         known = np.where(np.asarray(request["mask"])[..., None] > 0, _GREY, np.asarray(request["image"]))
         return _tensor(known.astype(np.uint8))
@@ -208,7 +208,7 @@ def colour(class_id: int) -> tuple[int, int, int]:
 
 
 def _boxes(boxes: Any, size: int) -> Image.Image:
-    """Each box framed and lightly filled in its class's colour."""
+    """Each box with outline and translucent fill in its class's colour."""
     canvas = Image.new("RGB", (size, size), _GROUND)
     draw = ImageDraw.Draw(canvas, "RGBA")
     for entry in boxes:

@@ -147,7 +147,7 @@ def _enlarged(pixels: np.ndarray, scale: int) -> Image.Image:
 
 
 class LabelFont:
-    """A font with the letters of the labels: Pillow's own, or the machine's best match (by fontconfig)."""
+    """A font with the characters of the labels: Pillow's own, or the best match on this machine (by fontconfig)."""
 
     def __init__(self, texts: Iterable[str], size: int) -> None:
         letters = frozenset("".join(texts)) - frozenset(" \t\n\u200d\ufe0f")
@@ -159,7 +159,7 @@ class LabelFont:
         self._lacking = _lacks(self.font, letters)
 
     def label(self, text: str) -> str:
-        """The text, or a note where a letter of it cannot be rendered."""
+        """The text, or a note if a character cannot be rendered."""
         return UNDRAWABLE if self._lacking & set(text) else text
 
 

@@ -50,7 +50,7 @@ def planned(known: Sequence[Mapping[str, Any]], count: int, size: int) -> dict[s
 
 
 def copy_images(out: Path, sources: Sequence[tuple[str, Path]]) -> list[dict[str, str]]:
-    """Images made elsewhere (sweeps, strips) with their titles, copied in as they are."""
+    """Images from elsewhere (sweeps, trajectories) with their titles, copied unchanged."""
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     copied = []
     for number, (title, source) in enumerate(sources):
@@ -61,7 +61,7 @@ def copy_images(out: Path, sources: Sequence[tuple[str, Path]]) -> list[dict[str
 
 
 def copy_curves(out: Path, sources: Mapping[str, Path]) -> list[dict[str, str]]:
-    """The metrics.csv of runs with their titles, copied in; those that are gone are left out."""
+    """The metrics.csv of runs with their titles, copied; missing ones are left out."""
     (out / "curves").mkdir(parents=True, exist_ok=True)
     copied = []
     for number, (title, path) in enumerate(sources.items()):

@@ -1,4 +1,4 @@
-"""Input images: padding to a size that the model can take, sampling from one, keeping a part of one.
+"""Input images: padding to a size that the model can take, sampling that starts from one, keeping a part of one.
 
 Fields of a batch: init_image (B, 3, H, W), where sampling starts; image (B, 3, H, W) with mask (B, 1, H, W), not zero
 in the hole: the rest stays, also for a model that reads neither.
@@ -53,7 +53,7 @@ def _repeated(values: Tensor, canvas: tuple[int, int]) -> Tensor:
 def given_image(
     space: LatentSpace, batch: Mapping[str, Any], reads: frozenset[str], repeats: int | None
 ) -> GivenImage | None:
-    """What a padded batch starts from and keeps; a model that reads masks keeps the known part by itself."""
+    """Start image and known part of a padded batch; a model with a mask input needs no known part."""
     source = space.encode(to_float(batch["init_image"])) if "init_image" in batch else None
     if "mask" not in batch or "mask" in reads:
         return None if source is None else GivenImage(source)

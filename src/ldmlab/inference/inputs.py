@@ -1,4 +1,4 @@
-"""Inputs of images as a person gives them, to fields of a batch; what a model cannot read is refused.
+"""Inputs as a user gives them, to fields of a batch; inputs that a model cannot read are refused.
 
 Images (image, init_image, low_resolution, reference): a path, a PIL image or uint8 (H, W, 3) => uint8
 (B, 3, H, W), of `reference` a list of (3, H, W); what is transparent in them lies on white. Masks: a path or PIL
@@ -53,7 +53,7 @@ class TransparentParts:
 
 @dataclass(frozen=True)
 class Fitted:
-    """An image's largest middle part of the proportions of (height, width), resized to it."""
+    """An image's largest centre crop with the aspect ratio of (height, width), resized to it."""
 
     image: str | Path
     size: tuple[int, int]
@@ -194,7 +194,7 @@ def has_images(batch: Mapping[str, Any]) -> bool:
 
 
 def implied_size(inputs: Inputs, enlargement: int) -> tuple[int, int] | None:
-    """Height and width of the result according to the images of an entry or batch; None where none has a size."""
+    """Height and width of the result according to the images of an entry or batch; None if no input has a size."""
     sizes = {name: _size(name, inputs[name], enlargement) for name in (*ON_THE_IMAGE, SMALL) if name in inputs}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} for {height}x{width}" for name, (height, width) in sizes.items())
@@ -245,12 +245,12 @@ def rows_of(
 
 
 def known_fields(reads: frozenset[str]) -> frozenset[str]:
-    """Inputs that a model that reads `reads` can be given."""
+    """All inputs that a model with the inputs `reads` accepts."""
     return reads | {OPTIONAL[name] for name in reads & OPTIONAL.keys()} | set(OF_ANY)
 
 
 def batch_of(inputs: Sequence[Inputs], reads: frozenset[str], device: torch.device) -> dict[str, Any]:
-    """The fields that a model reads, of all images, and those that any model takes."""
+    """The fields that a model reads, and those that any model takes, of all images."""
     batch: dict[str, Any] = {}
     further = {name for name in OF_ANY if any(name in one for one in inputs)}
     for field in sorted(reads | further):
@@ -297,7 +297,7 @@ def _check_mask(one: Inputs) -> None:
 
 
 def _different(inputs: Sequence[Inputs]) -> Iterator[Inputs]:
-    """Without the repetitions of several images for one prompt."""
+    """Without repetitions, as from several images for one prompt."""
     last: Inputs | None = None
     for one in inputs:
         if one is not last:
@@ -314,7 +314,7 @@ def lost(diffusion: LatentDiffusion, one: Inputs) -> list[str]:
 
 
 def warn_of_lost(diffusion: LatentDiffusion, inputs: Sequence[Inputs]) -> None:
-    """A warning for every caption of which the model sees the beginning only."""
+    """A warning for every caption that is cut."""
     for one in _different(inputs):
         for end in lost(diffusion, one):
             warnings.warn(f'the model does not see the end of a caption that is too long: "{end}"', stacklevel=3)

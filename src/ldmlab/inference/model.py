@@ -60,7 +60,7 @@ class LoadedModel:
         self.in_precision(precision)
 
     def with_guiders(self, *guiders: Guider) -> "LoadedModel":
-        """The same model; these guide every sample from now on, besides classifier-free guidance."""
+        """The same model, with guiders in addition to classifier-free guidance."""
         self.guiders = guiders
         self.info["guiders"] = {name: value for guider in guiders for name, value in guider.as_text().items()}
         return self
@@ -79,7 +79,7 @@ class LoadedModel:
 
     @property
     def enlargement(self) -> int:
-        """Side of a result over the side of the low-resolution image that it was made from."""
+        """Side of a result / side of its low-resolution image."""
         factors = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
         return int(self.diffusion.first_stage.downsampling) * max(factors, default=1)  # type: ignore[arg-type]
 
@@ -111,9 +111,9 @@ class LoadedModel:
         return torch.cat([images for _, images in generate(self, inputs, settings, batch_size=batch_size)])
 
     def resolved(self, settings: SampleSettings, inputs: Sequence[Inputs] = ()) -> ResolvedSettings:
-        """The settings with every default filled in; what the model cannot do is refused before any work.
+        """The settings with every default filled in; unsupported settings are refused before any work.
 
-        Without a size that of the first entry's image counts, if it has one.
+        Without a size, that of the first entry's image is used, if it has one.
         """
         first, conditioned = (inputs[0] if len(inputs) else None), bool(self.diffusion.conditioners)
         scale = settings.guidance_scale
@@ -195,7 +195,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def begin(self, inputs: Sequence[Inputs], settings: SampleSettings, numbers: Sequence[int]) -> Tensor:
-        """The noisy latents (B, C, h, w) that sampling these inputs begins with."""
+        """The initial noisy latents (B, C, h, w) for these inputs."""
         assert isinstance(settings.size, tuple)
         batch = self.batch(inputs, numbers)
         canvas, _, given = self._started(batch, settings.size, None)
@@ -219,7 +219,7 @@ class LoadedModel:
         return {"position": position, **batch_of(inputs, self.reads, self.device)}
 
     def check(self, inputs: Sequence[Inputs]) -> None:
-        """Refuse inputs that mean nothing to this model."""
+        """Refuse inputs that this model does not take."""
         check_inputs(self.diffusion, inputs, self.enlargement)
 
     def lost(self, inputs: Inputs) -> list[str]:
@@ -246,7 +246,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def conditioning(self, **columns: Sequence[Any] | Tensor) -> Conditioning:
-        """caption=[...] and the like => what `denoise` takes."""
+        """Inputs such as `caption=[...]` to the conditioning that `denoise` takes."""
         return self.diffusion.conditioning(self.batch(rows_of(columns, self.reads, None), first_index=0))
 
     @torch.inference_mode()

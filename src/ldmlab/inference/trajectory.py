@@ -36,7 +36,7 @@ class Trajectory:
 
     @torch.inference_mode()
     def take(self, inputs: Sequence[Inputs], numbers: list[int]) -> list[list[np.ndarray]]:
-        """Frames per image of the batch just finished, from its start on; they are not kept."""
+        """Frames per image of the last batch, from its start on; they are removed here."""
         assert isinstance(self.settings.size, tuple)
         height, width = self.settings.size
         start = self.model.begin(inputs, self.settings, numbers)
@@ -54,7 +54,7 @@ class Trajectory:
             save_animation(folder / f"{number:06d}_trajectory.webp", frames)
 
     def titles(self) -> list[str]:
-        """Of the frames: how many steps have been taken."""
+        """Titles of the frames: the number of steps taken."""
         return ["noise" if self.settings.strength is None else "start", *(f"step {step + 1}" for step in self.kept)]
 
     def columns(self) -> list[int]:

@@ -1,6 +1,6 @@
 """Tensor names that foreign formats have in common: spatial transformers, first stages, CLIP's text tower.
 
-Hugging Face keeps query, key and value apart, open_clip stacks them in this order in one matrix.
+Hugging Face stores query, key and value separately, open_clip stacks them in this order in one matrix.
 """
 
 import re
@@ -42,7 +42,7 @@ def spatial_transformer(foreign: str, ours: str, depth: int) -> Pairs:
 
 
 def refuse_cosine(node: Mapping[str, Any]) -> None:
-    """Codes of unit length are ours alone: other programs would decode with other vectors."""
+    """Codes of unit length exist only in ldmlab: other programs would decode with other vectors."""
     if node.get("cosine"):
         raise InputError("first_stage.cosine=true exists only in ldmlab; export it with --format ldmlab.")
 

@@ -118,7 +118,7 @@ def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], eithe
 
 
 def refuse_mismatch(mismatches: Mapping[str, Mismatch]) -> None:
-    """One InputError for all parts that do not fit; nothing when all do."""
+    """One InputError for all parts that do not fit."""
     wrong = [f"the {part} has {mismatch} keys" for part, mismatch in mismatches.items() if mismatch]
     if wrong:
         raise InputError(f"{'; '.join(wrong)}; give the configuration that belongs to these weights.")
@@ -130,7 +130,7 @@ _NOTES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.",
 
 
 class Note:
-    """Stands for an object that is no tensor and of no use here; its content is dropped."""
+    """Placeholder of an unused object that is no tensor; its content is dropped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -167,7 +167,7 @@ def _without_copy(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> Any:
-    """The content of a torch file, by torch's reader of plain data."""
+    """The content of a torch file, by torch's restricted unpickler."""
     if not zipfile.is_zipfile(path):
         return _tried(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
     with zipfile.ZipFile(path) as archive:
@@ -188,7 +188,7 @@ def _lazily(path: Path) -> Any:
 
 
 def _notes_in(path: Path) -> list[tuple[type, str]]:
-    """The classes that the file refers to, all of them mere notes; InputError naming those that are not."""
+    """The classes that the file refers to; InputError for those that are not ignored."""
     needs = _tried(path, lambda: get_unsafe_globals_in_checkpoint(path))
     refused = sorted(name for name in needs if not name.startswith(_NOTES))
     if refused:

@@ -1,4 +1,4 @@
-"""New folders of models: a foreign model as ours, and ours in any format; written completely or not at all.
+"""New folders of models: import of a foreign model, and export in any format; written completely or not at all.
 
 Every import is run once, every export is compared with what was written.
 """
@@ -61,7 +61,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_new(out: Path) -> None:
-    """Refuse to mix with something that is there."""
+    """Refuse a folder with other content."""
     try:
         full = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
@@ -72,7 +72,7 @@ def check_new(out: Path) -> None:
 
 @torch.inference_mode()
 def check_runs(imported: Imported) -> None:
-    """Every tensor is a number, and so is what the networks make of noise."""
+    """All tensors and the networks' outputs for noise are finite."""
     for part, tensors in imported.parts.items():
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
@@ -110,12 +110,12 @@ def _noise_conditioning(spec: dict[str, Any]) -> Conditioning:
 
 
 def _noise(*shape: int) -> Tensor:
-    """The same every time, one image."""
+    """One image of fixed random pixels."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _check_written(path: Path, part: dict[str, Tensor]) -> None:
-    """What is on disk is what was read, bit for bit; one tensor in memory at a time."""
+    """The files equal the tensors read, bit for bit; one tensor in memory at a time."""
     for name, tensor in part.items():
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             if not torch.equal(file.get_tensor(name), tensor):
@@ -123,7 +123,7 @@ def _check_written(path: Path, part: dict[str, Tensor]) -> None:
 
 
 def card(imported: Imported) -> str:
-    """README.md: what it is, where it comes from, how to use it."""
+    """README.md: description, origin, use."""
     spec = imported.spec
     lines = [
         f"# {Path(imported.source).name}",
@@ -151,7 +151,7 @@ PARTS = ("first_stage", "denoiser", "conditioner", "clip", "classifier")  # what
 
 
 class Written(NamedTuple):
-    """What lies in the folder now."""
+    """Content of the finished folder."""
 
     what: str
     differences: verify.Differences  # the largest of each part between their program and ours

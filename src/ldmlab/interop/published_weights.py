@@ -1,6 +1,6 @@
 """Published weights that some choices need: fetched on demand by command, never in the middle of a run.
 
-They lie in LDMLAB_WEIGHTS or ~/.cache/ldmlab, under the names of their files.
+They are in LDMLAB_WEIGHTS or ~/.cache/ldmlab, under the names of their files.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Weights:
-    """A file that others publish; `sha256` is its hash or, where the publisher put that in the name, its beginning."""
+    """A published file; `sha256` is its hash or, where the publisher has that in the name, the start of it."""
 
     file: str
     url: str
@@ -77,7 +77,7 @@ def entry_of(name: str) -> Weights:
 
 
 def fetch(name: str, *, url: str | None = None, advance: Advance = lambda done, total: None) -> Path:
-    """Download, check and put in place; a file that is there and whole is kept. `url` names a mirror."""
+    """Download, check and put in place; a complete existing file is kept. `url` names a mirror."""
     weights = entry_of(name)
     path = weights_folder() / weights.file
     if path.is_file() and sha256(path).startswith(weights.sha256):

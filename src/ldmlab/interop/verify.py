@@ -1,4 +1,4 @@
-"""Two programs on the same input: what an export is worth is the largest difference of their outputs.
+"""Two programs on the same input, compared by the largest difference of their outputs.
 
 Shapes: B batch, C latent channels, h w latent size, L tokens, D their width.
 """
@@ -44,7 +44,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def compare_unet(unet: nn.Module, foreign: Callable[..., Any], rows: Tensor | None = None) -> float:
-    """Outputs for random latents at two times; ours takes `rows` of the class table that is inside the other one."""
+    """Outputs for random latents at two times; ours takes `rows` of the other one's class table."""
     levels = len(unet.down)  # type: ignore[arg-type]
     side = max(2**levels, 8)
     x, t = noise(2, int(unet.in_channels), side, side), torch.tensor([1.0, 500.0])  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ def compare_latent_spaces(ours: LatentSpace, foreign: LatentSpace) -> Difference
 
 
 def _as_diffusers(unet: nn.Module) -> Callable[..., Any]:
-    """A U-Net of ours with the face of diffusers' ones."""
+    """Our U-Net with the interface of diffusers'."""
 
     def run(x: Tensor, t: Tensor, **inputs: Tensor) -> SimpleNamespace:
         conditioning = Conditioning(tokens=inputs.get("encoder_hidden_states"), vector=inputs.get("class_labels"))

@@ -103,7 +103,7 @@ def _of(one: Mapping[str, Any], kind: str) -> str:
 
 
 def _examples(found: Mapping[str, Any], folder: Path) -> list[Block]:
-    """Each class's samples that were generated for the evaluator; nothing where it took the protocol's."""
+    """Each class's samples that were generated for the evaluator; none where it used the protocol's."""
     training = found.get("training_captions") or {}
     blocks: list[Block] = []
     for part, kind in ((found, "Validation"), (training, "Training")):
@@ -116,7 +116,7 @@ def _examples(found: Mapping[str, Any], folder: Path) -> list[Block]:
 
 
 def inputs_and_samples(result: Mapping[str, Any], folder: Path) -> list[Block]:
-    """Input, answers of baselines, sample and original, a row each."""
+    """Input, baselines' results, sample and original, a row each."""
     if not (given := result.get("given")):
         return []
     columns: list[tuple[str, Sequence[str]]] = [("input", given)]

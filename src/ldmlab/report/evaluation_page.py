@@ -1,4 +1,4 @@
-"""One evaluation as a page: images first, then numbers, then everything that made them."""
+"""One evaluation as a page: images first, then scores, then all settings."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ _GROUPS = (  # of pairs with training images; older records have only `pairs`
 
 
 def evaluation_page(result: Mapping[str, Any]) -> Page:
-    """The page of one record; damage to a part of it is a sentence that names the part."""
+    """The page of one record; a damaged part is an InputError that names the part."""
     folder = Path(result["folder"])
     record = folder / "metrics.json"
     parts: tuple[tuple[str, Callable[[Mapping[str, Any], Path], list[Section]]], ...] = (
@@ -50,7 +50,7 @@ def evaluation_page(result: Mapping[str, Any]) -> Page:
 
 
 def score_lines(result: Mapping[str, Any]) -> list[ScoreLine]:
-    """Every number of the evaluation with its spread, direction, meaning and marks."""
+    """Every score of the evaluation with its spread, direction, meaning and marks."""
     lines = [score_line(name, score, result) for name, score in result["scores"].items()]
     lines += accuracy_lines(result)
     if (found := result.get("neighbours")) and found["copies"] is not None:
@@ -61,7 +61,7 @@ def score_lines(result: Mapping[str, Any]) -> list[ScoreLine]:
 
 
 def _lead(result: Mapping[str, Any]) -> str:
-    """What the images of the page are."""
+    """Description of the images of the page."""
     sampling, reference = result["sampling"], result["reference"]
     beside = f"{images_of(reference)} {_split(result)} images"
     features = f"Features: {result['features']['name']}{_quality(result['features'].get('quality'))}."
@@ -83,7 +83,7 @@ def images_of(reference: Mapping[str, Any]) -> str:
 
 
 def _quality(found: Mapping[str, Any] | None) -> str:
-    """How well the CLIP behind the features finds captions, where its run measured it."""
+    """Retrieval scores of the CLIP model of the features, if its run has them."""
     if not found or "recall_1_of_50" not in found:
         return ""
     chance = f", by chance {found['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in found else ""
@@ -205,13 +205,13 @@ def _paper(result: Mapping[str, Any]) -> list[Block]:
 
 
 def _open(result: Mapping[str, Any]) -> list[Block]:
-    """What the paper does not fix."""
+    """Settings that the paper leaves open."""
     pairs = [(str(name), str(text)) for name, text in (result["protocol"].get("leaves_open") or {}).items()]
     return [Table.of_pairs(pairs)] if pairs else []
 
 
 def settings_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Everything that decides the numbers, in reading order."""
+    """All settings that determine the scores, in reading order."""
     reference, features = result["reference"], result["features"]
     rows = [(f"sampling: {name}", str(value)) for name, value in result["sampling"].items()]
     rows += [(f"model: {name}", str(value)) for name, value in result["model"].items()]

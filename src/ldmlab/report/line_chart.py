@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no library, no address, a few kilobytes each."""
+"""Line charts as SVG text, without libraries or links, a few kilobytes each."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ _DOTTED = 12  # lines of at most so many points show each of them
 
 @dataclass(frozen=True)
 class _Span:
-    """What an axis shows, and where on the paper."""
+    """Range and position of an axis."""
 
     low: float
     high: float
@@ -29,7 +29,7 @@ class _Span:
     fixed: tuple[float, ...] = ()  # ticks
 
     def at(self, value: float) -> float:
-        """Units of the paper; values outside stay at the edge."""
+        """Pixel coordinates; values outside are clipped to the edge."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         share = min(max((self._scaled(value) - low) / (high - low), 0.0), 1.0)
         return round(self.start + share * (self.end - self.start), 1)
@@ -105,7 +105,7 @@ def _across(xs: Sequence[float], left: float, log: bool, fixed: tuple[float, ...
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Limits that a few wild values at the start of training do not flatten."""
+    """Limits that ignore a few outliers at the start of training."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     usual = ordered[min(int(0.98 * len(ordered)), len(ordered) - 1)]
@@ -128,7 +128,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """1, 2 and 5 of each decade within the limits, or powers of ten where these are too many."""
+    """1, 2 and 5 of each decade within the limits, or powers of ten if these are too many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 5), (1, 3), (1,)):
         found = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k * (1 + 1e-9) <= high * (1 + 2e-9)]
@@ -192,7 +192,7 @@ def _thinned(points: Points) -> Points:
 
 
 def _smoothed(points: Points) -> list[tuple[float, float]]:
-    """Running mean over a thirtieth of the line; short lines stay as they are."""
+    """Running mean over a thirtieth of the line; short lines are unchanged."""
     if len(points) < 40:
         return []
     half = max(len(points) // 60, 1)

@@ -1,4 +1,4 @@
-"""metrics.json of an evaluation: the one place that reads it, and what identifies a measurement."""
+"""Reader of metrics.json, and what identifies a measurement."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDiv
 
 
 def read_record(path: Path, way_out: str, versions: Sequence[int] = VERSIONS) -> dict[str, Any]:
-    """A JSON object of a known version with today's names; anything else is refused in a sentence."""
+    """A JSON object of a known version with current names; anything else is an InputError."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB, which no evaluation writes; {way_out}")
@@ -48,7 +48,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _score(score: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers where numbers belong; spread and marks may be missing."""
+    """Checks the types of scores; spread and marks may be missing."""
     spread = score.get("spread")
     marks = [str(mark) for mark in score.get("marks") or ()]
     return {**score, "value": _number(score["value"]), "spread": spread and _number(spread), "marks": marks}
@@ -62,7 +62,7 @@ def _number(value: Any) -> float:
 
 @contextmanager
 def reading(path: Path, part: str, way_out: str = _AGAIN) -> Iterator[None]:
-    """Damage met while `part` of the record `path` is read is one sentence."""
+    """Inside, damage in `part` of the record `path` becomes one InputError."""
     try:
         yield
     except InputError:
@@ -114,7 +114,7 @@ def measurement(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def measurement_line(result: Mapping[str, Any]) -> str:
-    """The same for people."""
+    """The same as text for reports."""
     reference, features = result["reference"], result["features"]
     known = str(reference.get("manifest_hash") or "not recorded")[:12]
     return (
@@ -124,7 +124,7 @@ def measurement_line(result: Mapping[str, Any]) -> str:
 
 
 def comparable_groups(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Numbers of the evaluations that may share a table, in order of their first."""
+    """Indices of the evaluations that share a table, in order of the first one."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, result in enumerate(results):
         groups.setdefault(measurement(result), []).append(number)
@@ -132,7 +132,7 @@ def comparable_groups(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def repeat_line(result: Mapping[str, Any]) -> str:
-    """Everything that decides the numbers, in one line."""
+    """All settings that determine the scores, in one line."""
     sampling, reference, features = result["sampling"], result["reference"], result["features"]
     made = result.get("provenance") or {}
     settings = [f"{name}={value}" for name, value in sampling.items() if value is not None and name != "hardware"]

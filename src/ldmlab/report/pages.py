@@ -1,4 +1,4 @@
-"""What `ldmlab report` and evaluate.py write: the page of an evaluation, a comparison, tables for printing.
+"""Output of `ldmlab report` and evaluate.py: the page of an evaluation, a comparison, tables for printing.
 
 Several evaluations share one table for each measurement, with a mean over training seeds.
 """
@@ -82,7 +82,7 @@ def _table(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: S
 
 
 def _by_configuration(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Evaluations of models that were trained alike but for the seed, and are scored alike."""
+    """Evaluations with the same protocol of models that differ only in the seed of training."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         model = result["model"]
@@ -98,7 +98,7 @@ def _different_seeds(results: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _mean_row(results: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> Row:
-    """Sample mean and sample standard deviation of what every seed has."""
+    """Sample mean and sample standard deviation of the scores that every seed has."""
     cells = []
     for column in columns:
         found = [result["scores"].get(column.name) for result in results]

@@ -1,4 +1,4 @@
-"""How columns and rows of the paper's tables are called, and which number of ours belongs where."""
+"""Names of columns and rows of the paper's tables, and our scores that belong to them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def columns_of(directions: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def shown(column: str) -> str:
-    """As a table prints it."""
+    """As printed in a table."""
     return _SHOWN[column]
 
 
@@ -104,7 +104,7 @@ def remarks(table: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def disagreements(conflicts: Mapping[str, Any], table: str) -> tuple[str, ...]:
-    """What other sources print for rows of a table."""
+    """Values of other sources for rows of a table."""
     found = []
     for conflict in conflicts.values():
         if table not in conflict["tables"]:

@@ -1,4 +1,4 @@
-"""What the paper's tables were measured on, and all in which a measurement of ours differs."""
+"""Conditions of the paper's measurements, and all differences of ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ PAPER_OPTIONS = {  # by metric: its option, what the paper's tools take, and our
 
 @dataclass(frozen=True)
 class Conditions:
-    """Known facts of the measurement behind a table; None where the source is silent."""
+    """Known conditions of a table's measurement; None where the source has none."""
 
     samples: int | None = None
     split: str | None = None  # train | val
@@ -109,7 +109,7 @@ def _current_hash(folder: str | None) -> str | None:
 
 
 def conditions_of(name: str) -> Conditions:
-    """What is known of the measurement behind a table."""
+    """Known conditions of a table's measurement."""
     return _CONDITIONS.get(name) or _CONDITIONS.get(name.split("/")[0], Conditions())
 
 

@@ -1,4 +1,4 @@
-"""The paper's tables as data, and our row in one of them with everything that keeps it from being compared."""
+"""The paper's tables as data, and our row in one of them with all reasons against a comparison."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,7 +63,7 @@ def known_table(name: str, option: str = "protocol.paper_table=") -> dict[str, A
 
 
 def place(name: str, ours: Measured, row: str | None = None) -> PaperTable:
-    """Our row in the table `name`, counted against its row with the id `row`."""
+    """Our row in the table `name`, compared with its row with the id `row`."""
     table = known_table(name)
     columns = columns_of(table["directions"])
     names = methods(table["rows"])
@@ -143,7 +143,7 @@ def _printed(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, str]
 
 
 def paper_record(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The paper's table with our row, and what keeps it from being compared; None for a protocol without a table."""
+    """The paper's table with our row and the reasons against a comparison; None for a protocol without a table."""
     name = result["protocol"].get("paper_table")
     if name is None:
         return None

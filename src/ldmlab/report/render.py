@@ -113,13 +113,13 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 
 
 def _text_of(rendered: str) -> str:
-    """Half a character, as a damaged caption has it, becomes a question mark: it cannot be written."""
+    """Half a surrogate pair, as in a damaged caption, becomes a question mark, since it cannot be encoded."""
     return rendered.encode("utf-8", "replace").decode()
 
 
 @cache
 def _template(name: str) -> jinja2.Template:
-    """HTML is escaped by itself; Markdown and LaTeX through the filters `md`, `cell`, `link` and `latex`."""
+    """HTML is escaped automatically; Markdown and LaTeX through the filters `md`, `cell`, `link` and `latex`."""
     tex = {"variable_start_string": "<<", "variable_end_string": ">>"} if name.endswith(".tex.j2") else {}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ldmlab.report"),
@@ -134,7 +134,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def latex(text: str) -> str:
-    """With every character that LaTeX reads otherwise escaped."""
+    """With LaTeX's special characters escaped."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 

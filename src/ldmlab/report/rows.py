@@ -1,4 +1,4 @@
-"""What a page holds, independent of its format: texts, tables, charts and images, in sections."""
+"""Content of a page, independent of its format: texts, tables, charts and images, in sections."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ THUMBNAIL = 96  # px, of the longer side: 40 runs of 16 images stay far below 5 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; `kind` is theirs | paper (the paper's own systems) | ours."""
+    """One row of a table; `kind` is theirs | paper (the paper's own systems) | ours."""
 
     kind: str
     label: str
@@ -51,7 +51,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts side by side, those of `more` folded away."""
+    """Charts in a row, those of `more` collapsed."""
 
     kind: ClassVar[str] = "charts"
     charts: Sequence[Chart]
@@ -61,7 +61,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Card:
-    """Images that belong together, and what they show."""
+    """A group of images with a description."""
 
     images: tuple[tuple[str, str], ...]  # file in the folder, title
     caption: str = ""
@@ -83,7 +83,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks behind a line that opens them."""
+    """Blocks in a collapsed section."""
 
     kind: ClassVar[str] = "fold"
     title: str

@@ -55,7 +55,7 @@ def _number(text: str | None) -> float | None:
 
 
 def run_charts(path: Path) -> list[Chart]:
-    """The most telling first."""
+    """The most informative first."""
     groups: dict[str, dict[str, Points]] = defaultdict(dict)
     for name, points in read_curves(path).items():
         stem, line = _stem(name)
@@ -96,7 +96,7 @@ def over_scales(result: Mapping[str, Any]) -> list[Section]:
 
 
 def _over_samples(name: str, points: Sequence[Mapping[str, float]], result: Mapping[str, Any]) -> Section:
-    """The distance at each number of samples, and the straight line over 1 / n to where it meets the axis."""
+    """The distance at each number of samples, and the straight line over 1 / n, extrapolated to 0."""
     limit, distance = result["scores"][name], called("Fréchet distance", result)
     measured = [(1000 / point["images"], point["value"]) for point in points]
     line = [(0.0, limit["value"]), measured[0]]

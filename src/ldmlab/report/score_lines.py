@@ -87,7 +87,7 @@ def by_features(title: str, features: str, reconstructions: bool = False) -> str
 
 
 def score_line(name: str, score: Mapping[str, Any], result: Mapping[str, Any]) -> ScoreLine:
-    """A score of a record; precision and its kin are marked where they rest on few images."""
+    """A score of a record; precision and related scores are marked if they use few images."""
     title, direction, meaning = described(name, score)
     marks = list(score.get("marks") or ())
     count = min(result["sampling"]["images"], result["reference"]["images"])
@@ -110,7 +110,7 @@ def share_text(value: float | None) -> str:
 
 
 def number_text(value: float, spread: float | None = None) -> str:
-    """Four significant digits, three below 1; zeros at the end stay, so that numbers of a column line up."""
+    """Four significant digits, three below 1; trailing zeros are kept, so that the values of a column are aligned."""
     if not math.isfinite(value):
         text = str(value)
     elif abs(value) >= 1000:

@@ -1,4 +1,4 @@
-"""Jobs of the downsampling comparison: read from their folders, put together over seeds, compared at equal budgets."""
+"""Jobs of the downsampling comparison: read from their folders, grouped over seeds, compared at equal budgets."""
 
 import math
 from collections import defaultdict
@@ -62,7 +62,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def check_complete(job: Mapping[str, Any]) -> None:
-    """Everything that a page is made from is there and of its type."""
+    """Checks that all data of a page are present and of the right type."""
     with reading(Path(job["folder"]) / RECORD, "the job", _AGAIN):
         _typed(job, _OF_JOB)
         for point in [*job["points"], job["points"][0]]:  # at least one
@@ -74,7 +74,7 @@ def check_complete(job: Mapping[str, Any]) -> None:
 
 
 def _typed(node: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Refuses values of another type, and numbers that no job has."""
+    """Refuses values of another type, and impossible numbers."""
     for name, kind in types.items():
         value = node[name]
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
@@ -91,7 +91,7 @@ def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
         return network, by.get("reference")
 
     def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-        """Options that came later were at their defaults before."""
+        """Options added later had their defaults before."""
         return a == b or completed(a, where="protocol") == completed(b, where="protocol")
 
     for job in jobs[1:]:
@@ -132,7 +132,7 @@ class FactorJobs:
 
     @property
     def first(self) -> Mapping[str, Any]:
-        """What all of them share."""
+        """Settings that are equal in all of them."""
         return self.jobs[0]
 
     def training_curve(self, score: str, x: X) -> Curve:
@@ -151,7 +151,7 @@ class FactorJobs:
         taken: Callable[[Mapping[str, Any]], bool],
         order: str,
     ) -> Curve:
-        """Means over the seeds that have every point of the curve; over those at hand where none has."""
+        """Means over the seeds that have every point of the curve; over all seeds if none has."""
         runs = [
             {
                 p[order]: (x(job, p), p["scores"][score]["value"])
@@ -184,7 +184,7 @@ class FactorJobs:
 
 
 def by_factor(jobs: Sequence[Mapping[str, Any]]) -> list[FactorJobs]:
-    """Groups that differ in their seed alone, finest latents first; labels hold what differs at one f."""
+    """Groups that differ in their seed alone, finest latents first; labels hold the differences at one f."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for job in jobs:
         groups[_identity(job)].append(job)
@@ -223,7 +223,7 @@ def _label(key: tuple[Any, ...], keys: Sequence[tuple[Any, ...]]) -> str:
 
 @dataclass(frozen=True)
 class EqualBudget:
-    """Scores of every factor after the same spending: the most that all of them have a score for."""
+    """Scores of every factor at the same cost: the highest for which all of them have a score."""
 
     spent: float
     scores: Mapping[str, float]  # by the factor's label
@@ -236,7 +236,7 @@ class EqualBudget:
 def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
     """One curve of means a factor, or a first stage of it where there are several, from runs of every length.
 
-    Where runs of several lengths have a score each seed of each of them counts once.
+    Where runs of several lengths have a score, each seed of each length counts once.
     """
     points: dict[str, dict[float, list[Value]]] = defaultdict(lambda: defaultdict(list))
     for label, runs in _labelled(factors):
@@ -271,7 +271,7 @@ def _labelled(factors: Sequence[FactorJobs]) -> list[tuple[str, FactorJobs]]:
 
 
 def _together(values: Sequence[Value]) -> Value:
-    """The mean; its deviation would mix seeds with lengths, so there is none."""
+    """The mean; without a deviation, which would mix seeds with lengths."""
     seeds = sum(value.seeds for value in values)
     return Value(sum(value.mean * value.seeds for value in values) / seeds, None, seeds)
 
@@ -289,7 +289,7 @@ def equal_budget(factors: Sequence[FactorJobs], score: str, x: X) -> EqualBudget
 
 
 def score_after(curve: Curve, spent: float) -> float | None:
-    """Between two points linear in the logarithm of what was spent; None outside the curve, with 2 % of grace."""
+    """Between two points linear in the logarithm of the cost; None outside the curve (tolerance 2 %)."""
     if not curve[0][0] <= spent * 1.02 or not curve[-1][0] >= spent / 1.02:
         return None
     before = [point for point in curve if point[0] <= spent] or [curve[0]]

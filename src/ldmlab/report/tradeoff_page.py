@@ -71,7 +71,7 @@ def write_tradeoff(folders: Sequence[Path], out: Path) -> Path:
 
 
 def tradeoff_page(jobs: Sequence[Mapping[str, Any]], left_out: Sequence[Path] = ()) -> Page:
-    """What was reached at equal cost, then each kind of budget by itself, then images."""
+    """Results at equal cost, then each kind of budget, then images."""
     budgets = sorted({job["budget"] for job in jobs}, reverse=True)
     groups = {budget: by_factor([job for job in jobs if job["budget"] == budget]) for budget in budgets}
     sections = _equal_sections([factor for factors in groups.values() for factor in factors])
@@ -120,7 +120,7 @@ def _amount(value: float) -> str:
 
 
 def _equal_sections(factors: Sequence[FactorJobs]) -> list[Section]:
-    """What was reached at equal cost, from the runs of every length; none where no cost is shared."""
+    """Results at equal cost, from the runs of every length; none where no cost is shared."""
     main = scores_of(factors)[0]
     budgets = _equal_budgets(factors, main)
     if not budgets:
@@ -181,7 +181,7 @@ def _chart(points: Mapping[str, Any], title: str, unit: str) -> Chart:
 
 
 def _reconstruction(factors: Sequence[FactorJobs], score: str) -> Chart:
-    """One point a factor: how much the first stage loses, and how good what is generated through it is."""
+    """One point a factor: quality of the first stage's reconstructions, and of samples."""
     points = {
         f.label: [(lost, final.mean)]
         for f in factors
@@ -192,7 +192,7 @@ def _reconstruction(factors: Sequence[FactorJobs], score: str) -> Chart:
 
 
 def table(factors: Sequence[FactorJobs]) -> Table:
-    """What each factor is, what it costs, how it ends."""
+    """Description, cost and final scores of each factor."""
     scores = scores_of(factors)
     heads = ("latent", "parameters", "GFLOPs forward", "steps", "1e15 FLOPs", "hours", "first stage PSNR")
     rows = []
@@ -214,7 +214,7 @@ def table(factors: Sequence[FactorJobs]) -> Table:
 
 
 def jobs_csv(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """Every point of every job, for figures made elsewhere."""
+    """Every point of every job, for other plotting tools."""
     names = ["folder", "downsampling", "seed", "budget", "parameters", "step", "sampler_steps", "seconds", "flops"]
     scores = sorted({name for job in jobs for point in job["points"] for name in point["scores"]})
     file = io.StringIO()
@@ -250,7 +250,7 @@ def _images(jobs: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def _newest(run: Path, evaluation: str, patterns: Sequence[str], label: str) -> list[Block]:
-    """A row of images of the latest of a run's evaluations of that name, whatever their folder is called."""
+    """A row of images of the latest of a run's evaluations of that name, in any folder."""
     found = sorted(run.glob(f"evaluation/{evaluation}"), key=lambda folder: folder.stat().st_mtime)
     if not found:
         return []

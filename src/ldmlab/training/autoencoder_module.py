@@ -21,7 +21,7 @@ _PANEL_IMAGES = 8
 
 
 class CodebookWindow:
-    """Counts codes over all processes; the numbers are those of the last full window and survive a restart."""
+    """Counts codes over all processes; the metrics are those of the last full window and are stored in checkpoints."""
 
     def __init__(self, codebook_size: int, images: int, alert: float) -> None:
         self.images, self.alert = images, alert  # length of a window; share below which it warns
@@ -106,7 +106,7 @@ class AutoencoderStage(Stage):
         return groups
 
     def on_fit_start(self) -> None:
-        """Channels-last convolutions on a GPU; on a CPU they were measured to be slower."""
+        """Channels-last convolutions on a GPU; on a CPU they are slower (measured)."""
         if self._memory_format == torch.channels_last:
             self.first_stage.to(memory_format=torch.channels_last)
             self.loss.to(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ class AutoencoderStage(Stage):
         return self._assigned
 
     def active(self, group: str) -> bool:
-        """The adversary is updated from its start on; in the official order its Adam steps on zeros before."""
+        """The adversary is updated from its start on; in the official order its Adam steps on zero gradients before."""
         adversary = self.loss.adversary
         return group == "generator" or (adversary is not None and (self.one_by_one or adversary.trains_at(self.step)))
 
@@ -157,13 +157,13 @@ class AutoencoderStage(Stage):
         return to_float(batch["image"].to(self.device)).contiguous(memory_format=self._memory_format)
 
     def _noise(self, position: Tensor, images: Tensor, purpose: str = "posterior") -> Tensor:
-        """Posterior noise that belongs to the training position: (B, C, H / f, W / f)."""
+        """Posterior noise by training position: (B, C, H / f, W / f)."""
         f = self.first_stage.downsampling
         shape = (self.first_stage.latent_channels, images.shape[2] // f, images.shape[3] // f)
         return normal(self.seed, purpose, position.to(self.device), shape)
 
     def _watch(self, error: Tensor) -> None:
-        """Warn when reconstruction has become clearly worse since the adversary joined."""
+        """Warn when reconstruction has become clearly worse since the adversary's start."""
         started = self.loss.adversary is not None and self.loss.adversary.weight_at(self.step) > 0
         rise = self.rise_alarm.update(error, started)
         if rise is not None and self.global_rank == 0:
@@ -226,7 +226,7 @@ class AutoencoderStage(Stage):
         return measures.compute() | latents.compute()
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Rows of input | reconstruction | difference (grey where equal); never decoded noise, which means nothing."""
+        """Rows of input | reconstruction | difference (grey where equal); decoded noise is never shown."""
         chosen: list[Tensor] = []
         for batch in batches:
             chosen.extend(batch["image"][: _PANEL_IMAGES - len(chosen)])

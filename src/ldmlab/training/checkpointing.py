@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written whole, the newest few kept, the newest readable one resumed from."""
+"""The checkpoints of a run: atomic writes, the newest few are kept, the newest readable one is used to resume."""
 
 import re
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ class Checkpoints:
         return None
 
     def sweep(self) -> None:
-        """Delete what a killed process left half written, also beside the folder of checkpoints in a run folder."""
+        """Delete incomplete files of killed processes, also those next to the folder of checkpoints."""
         beside = [part for name in _BESIDE for part in self.folder.parent.glob(f".{name}.*.part")]
         for part in [*self.folder.glob(".*.part"), *beside]:
             part.unlink(missing_ok=True)

@@ -42,15 +42,15 @@ class ClassifierStage(Stage):
         self.val_draws, self.noise_bins = val_draws, noise_bins
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The classifier only_trainable."""
+        """Only the classifier."""
         return {"classifier": list(self.classifier.parameters())}
 
     def saved(self) -> dict[str, nn.Module]:
-        """The classifier only_trainable; the latent space is described, not kept."""
+        """The classifier only; the latent space is described, not stored."""
         return {"classifier": self.classifier}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """As always, but labels without an output are refused while they can be read without waiting."""
+        """As usual, but labels without an output are refused here, where reading them does not wait for the device."""
         labels, classes = batch["class_id"], int(self.classifier.classes)  # type: ignore[arg-type]
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise InputError(

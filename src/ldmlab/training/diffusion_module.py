@@ -65,7 +65,7 @@ class DiffusionStage(Stage):
         return Losses(total, metrics, {"loss": loss, "level": t / self.diffusion.schedule.steps})
 
     def _captions(self) -> tuple[int, int]:
-        """Captions that text conditioners have been given so far, and how many were longer than they read."""
+        """Number of captions seen by text conditioners so far, and number of those that were cut."""
         counting: list[Any] = [c for c in self.diffusion.conditioners.values() if hasattr(c, "cut")]
         return sum(c.seen for c in counting), sum(c.cut for c in counting)
 

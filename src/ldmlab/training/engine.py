@@ -1,4 +1,4 @@
-"""Lightning as the engine: devices, precision and processes, with everything it would count or print switched off."""
+"""Lightning as the engine: devices, precision and processes, with its own counters and output switched off."""
 
 import logging
 import os
@@ -114,7 +114,7 @@ def _strategy(stage: Stage) -> DDPStrategy:
 
 
 def _quieten() -> None:
-    """No banners, tips or warnings about choices we make on purpose."""
+    """No banners, tips or warnings about intended choices."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in _EXPECTED_WARNINGS:
@@ -122,7 +122,7 @@ def _quieten() -> None:
 
 
 def summary(stage: Stage, settings: TrainerSettings) -> str:
-    """One line: who has how many parameters, and how large a step is."""
+    """One line: parameters of each module and images a step."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in stage.saved().items()}
     parts = ", ".join(f"{name} {size / 1e6:.3g}M parameters" for name, size in sizes.items() if size)
     world = distributed.world_size()
@@ -132,6 +132,6 @@ def summary(stage: Stage, settings: TrainerSettings) -> str:
 
 
 def rates_line(stage: Stage) -> str:
-    """The learning rates that will be used, before any is."""
+    """The learning rates that will be used."""
     optimizers: dict[str, Any] = {group: stage.factory(group) for group in stage.groups()}
     return "; ".join(f"{group}: {optimizer}" for group, optimizer in optimizers.items())

@@ -86,7 +86,7 @@ Found = tuple[Path, dict[str, Any]] | None  # the newest checkpoint and its cont
 def _take_up(
     stage: Stage, checkpoints: Checkpoints, settings: TrainerSettings, manifest_hash: str | None, record: Record
 ) -> tuple[Found, list[str]]:
-    """Load the newest checkpoint into the stage, the same one in all processes; and the changed options that apply."""
+    """Load the newest checkpoint, the same one in all processes; return the changed options that apply."""
     mine: list[tuple[Path, dict[str, Any]]] = []  # read by the first process while it searches for the newest
 
     def look() -> Path | None:
@@ -136,7 +136,7 @@ _LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl
 
 
 class _Endless:
-    """An iterable and nothing else, so that Lightning neither counts nor rebuilds the loader."""
+    """An iterable only, so that Lightning neither counts nor rebuilds the loader."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches
@@ -175,7 +175,7 @@ def _stop_reporting_workers() -> None:
 
 
 def explained(error: Exception, loop: Loop) -> InputError | None:
-    """A sentence for a dead loader worker or process and for a full memory; None for any other fault."""
+    """The InputError for a dead loader worker or process and for exhausted memory; None for any other fault."""
     text = str(error).strip() or type(error).__name__
     reason = text.splitlines()[0][:200].rstrip(".")
     kept = f"the newest checkpoint is {loop.newest()}" if loop.newest() else "no checkpoint was written yet"

@@ -29,7 +29,7 @@ _LOGGER_MEMBERS = ("open", "numbers", "image", "close")
 
 
 def run_callbacks(parts: Sequence[tuple[str, Any]], validate_every: int) -> list[Any]:
-    """Callbacks by (option, part): ours as they are, Lightning's behind one that serves them."""
+    """Callbacks by (option, part): ours unchanged, Lightning's wrapped in one that calls them."""
     lightning = [(where, part) for where, part in parts if isinstance(part, pl.Callback)]
     for where, part in lightning:
         _check_hooks(where, part)
@@ -41,7 +41,7 @@ def run_callbacks(parts: Sequence[tuple[str, Any]], validate_every: int) -> list
 
 
 def run_loggers(parts: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Loggers by (option, part): ours as they are, Lightning's in ours."""
+    """Loggers by (option, part): ours unchanged, Lightning's wrapped."""
     for where, part in parts:
         missing = [name for name in _LOGGER_MEMBERS if not callable(getattr(part, name, None))]
         if missing and not isinstance(part, LightningLogger):
@@ -53,7 +53,7 @@ def run_loggers(parts: Sequence[tuple[str, Any]]) -> list[Any]:
 
 
 def _check_hooks(where: str, callback: pl.Callback) -> None:
-    """A hook that this loop never calls would be ignored without a word."""
+    """Refuse hooks that this loop never calls."""
     hooks = [name for name, _ in inspect.getmembers(pl.Callback, inspect.isfunction) if not name.startswith("_")]
     own = [name for name in hooks if getattr(type(callback), name) is not getattr(pl.Callback, name)]
     if unserved := [name for name in own if name not in SERVED and not name.startswith(_OTHER_RUNS)]:
@@ -96,7 +96,7 @@ class _Rows(LightningLogger):
         """Settings reach the loggers by themselves."""
 
     def taken(self) -> dict[str, float]:
-        """The waiting scalars, once."""
+        """The pending scalars; they are removed here."""
         waiting, self._waiting = self._waiting, {}
         return waiting
 

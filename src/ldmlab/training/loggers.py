@@ -1,4 +1,4 @@
-"""Numbers and images to metrics.csv and samples/ always, and to TensorBoard or W&B by choice."""
+"""Metrics and images to metrics.csv and samples/, and optionally to TensorBoard or W&B."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from ldmlab.training.run_folder import RunFolder
 
 
 class Logger(Protocol):
-    """A place that numbers and images go to, opened by the first process of a run."""
+    """A destination of metrics and images, opened by the first process of a run."""
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None: ...  # step: resumed from
 
@@ -124,7 +124,7 @@ class TensorBoard:
 
 
 class Loggers:
-    """All loggers of a run behind one face; on other processes than the first it does nothing."""
+    """All loggers of a run as one; it does nothing on other processes than the first."""
 
     def __init__(self, loggers: Sequence[Logger], first: bool) -> None:
         self._loggers: list[Logger] = [Files(), *loggers] if first else []
@@ -151,7 +151,7 @@ class Loggers:
                 logger.image(name, grid, step)
 
     def close(self, success: bool) -> None:
-        """Finish all, also when one of them fails."""
+        """Close all, also when one of them fails."""
         with ExitStack() as stack:
             while self._open:
                 stack.callback(self._open.pop().close, success)

@@ -51,7 +51,7 @@ class Loop(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The first batch is here and nothing draws random numbers any more but the networks."""
+        """The first batch is loaded; from here on only the networks use random numbers."""
         if batch_idx:
             return
         rank = distributed.rank()

@@ -141,7 +141,7 @@ def _progress(schedule: Linear | Cosine, step: int) -> float:
 
 
 def factory_of(given: OptimizerFactory | Mapping[str, OptimizerFactory], group: str) -> OptimizerFactory:
-    """What makes the group's optimizer: its own entry, or the one for all."""
+    """The factory of the group's optimizer: its own entry, or the one for all."""
     if not isinstance(given, Mapping):
         return given
     if group not in given:

@@ -1,4 +1,4 @@
-"""How far a run is: a live bar on a terminal, a plain line every ten seconds elsewhere."""
+"""Progress of a run: a bar on a terminal, a plain line every ten seconds elsewhere."""
 
 import time
 from collections import deque

@@ -1,4 +1,4 @@
-"""The random state of a process as tensors and plain types, so that a resumed run draws the same numbers."""
+"""The random state of a process as tensors and plain types, so that a resumed run gets the same random numbers."""
 
 import random
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A resumed run held against its checkpoint before anything is written: what may change, and what must stay."""
+"""Comparison of a resumed run with its checkpoint before anything is written: which options may change."""
 
 import math
 from collections.abc import Mapping
@@ -75,7 +75,7 @@ def compare(content: Mapping[str, Any], now: Record, images: int, folder: Path) 
 
 
 def fate(name: str) -> Fate:
-    """What becomes of a changed option: that of its longest listed prefix."""
+    """The treatment of a changed option: that of its longest listed prefix."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         if (prefix := ".".join(parts[:length])) in FATES:

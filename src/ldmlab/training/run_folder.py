@@ -21,7 +21,7 @@ FINISHED = "finished.json"  # in the folder of a run that reached its last step
 
 
 class RunFolder:
-    """The place of a run's files; the first process decides and locks, the others follow."""
+    """The folder of a run's files; the first process chooses and locks it, the others follow."""
 
     def __init__(self, path: Path, run_id: str, lock: FileLock | None = None, lock_existed: bool = True) -> None:
         self.path = path
@@ -69,7 +69,7 @@ class RunFolder:
         return self.path / "samples"
 
     def begin(self) -> None:
-        """Make the folder if it is new, and record this start; from here on things are written in it."""
+        """Make the folder if it is new, and record this start; from here on files are written to it."""
         distributed.shared(self._begin)
 
     def _begin(self) -> None:
@@ -109,7 +109,7 @@ class RunFolder:
         return distributed.from_first(any(self.checkpoints.glob("step_*.ckpt")))
 
     def finish(self, step: int) -> None:
-        """Note that the last step was reached; what is noted already stays as it is."""
+        """Record that the last step was reached; an existing record of it is not changed."""
         if distributed.rank() == 0 and not (self.path / FINISHED).exists():
             write_text(self.path / FINISHED, f'{{"step": {step}}}\n')
 
@@ -133,7 +133,7 @@ def _lock(path: Path) -> FileLock:
 
 
 def _decided(choose: Callable[[], RunFolder]) -> RunFolder:
-    """The first process chooses and locks; what it found, folder or refusal, reaches every process."""
+    """The first process chooses and locks; its result, folder or error, is sent to every process."""
     distributed.join()
     chosen: list[RunFolder] = []
 
@@ -170,7 +170,7 @@ def _exactly(path: Path) -> RunFolder:
 
 
 def _is_run(path: Path) -> bool:
-    """A record, whatever its state, or checkpoints make a run."""
+    """Whether a folder is a run: it has a record in any state, or checkpoints."""
     return (path / _RECORD).is_file() or any((path / "checkpoints").glob("step_*.ckpt"))
 
 

@@ -1,4 +1,4 @@
-"""How a run is trained, apart from what is trained."""
+"""Settings of training that do not depend on the stage."""
 
 import math
 from dataclasses import dataclass

@@ -189,7 +189,7 @@ class Stage(pl.LightningModule):
         return only_trainable(self._groups, group)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
-        """Gradients stay with their process inside, for all micro-batches of a step but the last."""
+        """Inside, gradients are not synchronised, for all micro-batches of a step but the last."""
         wrapped = getattr(self.trainer.strategy, "model", None)
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 

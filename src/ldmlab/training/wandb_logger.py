@@ -39,7 +39,7 @@ def chosen_mode(mode: str | None) -> str:
 
 @dataclass
 class WandB:
-    """Through Lightning's logger; the W&B id is the run's id, and nothing but numbers and small images goes up."""
+    """Through Lightning's logger; the W&B id is the run's id, and only metrics and small images are uploaded."""
 
     project: str = "ldmlab"
     mode: str | None = None  # offline | online | disabled; None: WANDB_MODE or WANDB_DISABLED, else offline
@@ -80,7 +80,7 @@ class WandB:
             experiment.finish(exit_code=0)
 
     def _begun(self, run: RunFolder, settings: dict[str, Any]) -> Any:
-        """W&B's run under our id, begun or gone on with."""
+        """W&B's run under our id, new or resumed."""
         import wandb
 
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
@@ -147,7 +147,7 @@ def _stage(settings: dict[str, Any]) -> str | None:
 
 
 def _numbers_only() -> Any:
-    """W&B's own extras stay here: console output, code, git differences, package lists, machine and account names."""
+    """Not uploaded: console output, code, git differences, package lists, machine and account names."""
     import wandb
 
     return wandb.Settings(
@@ -163,6 +163,6 @@ def wandb_id(run: RunFolder) -> str:
 
 
 def _remember_id(run: RunFolder, used: str) -> None:
-    """An agent of a W&B sweep overrules our id; a later start without the agent must find that run again."""
+    """An agent of a W&B sweep sets the id; later starts without it must use the same one."""
     if used != wandb_id(run):
         write_text(run.path / _CHOSEN_ID, used + "\n")

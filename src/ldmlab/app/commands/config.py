@@ -8,7 +8,7 @@ CONFIGURATIONS = ("train", "evaluate", "encode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which configuration, and the options it would be given."""
+    """The configuration and its overrides."""
     parser.add_argument("configuration", help="train | evaluate | encode")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on the command line of that program")
     parser.add_argument("--only", default="", metavar="KEY", help="options that begin so, such as trainer")

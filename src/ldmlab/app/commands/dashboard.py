@@ -1,4 +1,4 @@
-"""`ldmlab dashboard`: runs side by side, here or at W&B."""
+"""`ldmlab dashboard`: comparison of runs, as a file or at W&B."""
 
 import argparse
 from pathlib import Path

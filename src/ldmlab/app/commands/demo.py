@@ -165,7 +165,7 @@ def _run_step(number: int, count: int, step: Step) -> None:
 
 
 def _shown(word: str) -> str:
-    """A word as a user would type it."""
+    """An argument, quoted for a shell."""
     word = "python" if word == sys.executable else word.replace(f"{Path.cwd()}/", "")
     return f'"{word}"' if " " in word else word
 

@@ -98,7 +98,7 @@ def _encode_split(
 
 
 def _summary(manifest: "Manifest", latents: dict[str, Any], conditioners: dict[str, Any]) -> str:
-    """What was encoded, and what of it was lost."""
+    """Number of encoded images, and of unreadable ones."""
     skipped = len(manifest.extra.get("skipped", []))
     note = f", {skipped} unreadable" if skipped else ""
     note += "".join(f", states of {name}" for name in conditioners)
@@ -130,7 +130,7 @@ def _settings(
 
 
 def _put_first_stage(loaded: "LoadedFirstStage", folder: Any) -> None:
-    """The latents carry the first stage that made them, so that training needs nothing else."""
+    """The first stage is stored with its latents, so that training needs no other file."""
     from ldmlab.model_files import write_model_folder
 
     spec = {"kind": "first_stage", "image_size": loaded.image_size, "first_stage": loaded.spec}

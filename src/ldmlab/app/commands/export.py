@@ -1,4 +1,4 @@
-"""`ldmlab export`: the weights of a run, alone and complete, as a folder that ldmlab or others can load."""
+"""`ldmlab export`: the weights of a run as a self-contained folder for ldmlab or other programs."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ Both sides are run on the same input; a difference of 1e-4 or more writes nothin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to export, and where to."""
+    """The options of `ldmlab export`."""
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--format", default="ldmlab", metavar="NAME", help=FORMATS)
@@ -50,7 +50,7 @@ def _weights(files: "ModelFiles") -> str:
 
 
 def card(files: "ModelFiles", written: "Written") -> str:
-    """The model card: what it is, where it comes from, how to use it."""
+    """The model card: description, origin, use."""
     spec = files.spec
     lines = [
         f"# {files.folder.resolve().name}",

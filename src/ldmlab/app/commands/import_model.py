@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to import, and where to."""
+    """The options of `ldmlab import`."""
     parser.add_argument(
         "source",
         type=Path,

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads, writes, sums up."""
+    """Reads, writes, prints a summary."""
     console = Console(stderr=True)
     if args.workers < 1:
         raise InputError(f"workers={args.workers}; give at least 1.")

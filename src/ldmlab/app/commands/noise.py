@@ -1,4 +1,4 @@
-"""`ldmlab noise MODEL IMAGE`: what noise leaves of an image's latents, with and without their rescaling."""
+"""`ldmlab noise MODEL IMAGE`: an image's noised latents, with and without rescaling."""
 
 import argparse
 from pathlib import Path
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def noised_row(
     model: "LoadedModel", raw: "Tensor", scale: "LatentScale", times: list[int], seed: int
 ) -> "tuple[list[np.ndarray], str]":
-    """One image per time from raw latents (1, C, h, w), and the signal-to-noise ratios in words."""
+    """One image per time from raw latents (1, C, h, w), and the signal-to-noise ratios as text."""
     import torch
 
     from ldmlab.diffusion.schedule import decibels, even_time, levels_of, signal_to_noise

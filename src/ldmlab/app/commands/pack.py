@@ -116,7 +116,7 @@ def options_of(args: argparse.Namespace) -> PackOptions:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Lists, packs, sums up."""
+    """Lists, packs, prints a summary."""
     options, console = options_of(args), Console(stderr=True)
     if args.workers < 1:
         raise InputError(f"workers={args.workers}; give at least 1.")

@@ -101,7 +101,7 @@ def _loaded(
     settings: SampleSettings,
     by_name: Mapping[str, SampleSettings],
 ) -> "Iterator[Job]":
-    """The model and all it is to make, checked before the folder is made."""
+    """The model and its inputs, checked before the folder is created."""
     from ldmlab.build import load
     from ldmlab.inference.inputs import check_size
 
@@ -170,7 +170,7 @@ class Job:
         return self.folder / f"{number:06d}{name}.png"
 
     def _record(self, number: int, settings: "ResolvedSettings") -> dict[str, Any]:
-        """What it takes to make the image again."""
+        """All settings that reproduce the image."""
         from importlib.metadata import version
 
         info, own = self.model.info, self.inputs[number - self.first]
@@ -218,7 +218,7 @@ def _progress(total: int, *, quiet: bool) -> Iterator[Any]:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Options that mean nothing, alone or together."""
+    """Refuse options without effect, alone or in combination."""
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} holds no image; choose 1 or more.")
     if not 0 <= args.first_index < 2**62:
@@ -293,7 +293,7 @@ def _options_as_typed() -> Iterator[None]:
 
 @contextmanager
 def _memory_explained() -> Iterator[None]:
-    """What does not fit into memory becomes one sentence."""
+    """Inside, a lack of memory becomes one InputError."""
     import torch
 
     try:

@@ -1,4 +1,4 @@
-"""Prompts of `ldmlab sample`: words, files and an input image, to the inputs that a model takes."""
+"""Prompts of `ldmlab sample`: text, files and an input image, to a model's inputs."""
 
 import argparse
 import difflib
@@ -143,7 +143,7 @@ class Prompts:
         return [one for one in kept for _ in range(self.count)]
 
     def _note_unknown(self, unknown: set[str], known: frozenset[str]) -> None:
-        """A misspelt name is refused; other fields of a .jsonl file are named and left out."""
+        """A misspelt name is refused; other fields of a .jsonl file are listed and ignored."""
         for name in sorted(unknown):
             if near := difflib.get_close_matches(name, known, n=1):
                 raise InputError(f"--prompts {self.file}: {name} is no input of this model; did you mean {near[0]}?")
@@ -177,7 +177,7 @@ class Prompts:
         return [line if isinstance(line, dict) else _prompt(line, reads) for line in lines]
 
     def _file(self, line: str, reads: frozenset[str]) -> Inputs:
-        """A word as the file that --task makes of it."""
+        """A prompt as a file path, as --task defines."""
         field, empty = TASKS[str(self.task)], {"caption": ""} if "caption" in reads else {}
         if self.task == "inpainting":
             return {"image": line, "mask": self.mask or ALPHA, **empty}
@@ -204,7 +204,7 @@ def _prompt(line: str, reads: frozenset[str]) -> Inputs:
 
 
 def label(inputs: Inputs) -> str:
-    """The inputs of an image in few words."""
+    """A short description of an image's inputs."""
     return ", ".join(text for name, value in inputs.items() if (text := _shown(name, value)))
 
 

@@ -1,4 +1,4 @@
-"""`ldmlab scenes OUT`: made-up images whose boxes and label maps are known, for layouts and semantic synthesis."""
+"""`ldmlab scenes OUT`: synthetic images with boxes and label maps, for layouts and semantic synthesis."""
 
 import argparse
 from pathlib import Path
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws, writes, sums up."""
+    """Generates, writes, prints a summary."""
     if args.count < 1 or args.val < 0 or args.workers < 1:
         raise InputError(f"count={args.count}, val={args.val}, workers={args.workers}; give at least 1, 0 and 1.")
     classes = tuple(name.strip() for name in args.classes.split(",")) if args.classes is not None else tuple(CLASSES)

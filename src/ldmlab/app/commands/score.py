@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Refuses what cannot work, scores, prints and writes."""
+    """Checks, scores, prints and writes."""
     from ldmlab import distributed
     from ldmlab.app.compose import compose, plain
     from ldmlab.app.evaluate import track
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """What Hydra composes conf/score.yaml with."""
+    """Overrides of conf/score.yaml."""
     from ldmlab.app.compose import group_choices
 
     names = [name for name in args.metrics.split(",") if name]

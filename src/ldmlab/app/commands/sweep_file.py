@@ -1,4 +1,4 @@
-"""`ldmlab sweep-file`: the file that `wandb sweep` reads, from the words of a Hydra multirun.
+"""`ldmlab sweep-file`: the file that `wandb sweep` reads, from the arguments of a Hydra multirun.
 
 The agent's arguments are Hydra overrides, `key=value` without hyphens.
 """
@@ -76,7 +76,7 @@ class SweepOptions:
 
 
 def sweep_file(overrides: Sequence[str], options: SweepOptions) -> dict[str, Any]:
-    """The content of the file: what is swept as parameters, what is fixed in the command."""
+    """The content of the file: swept options as parameters, fixed options in the command."""
     parsed = _parse(overrides)
     swept = {item.key_or_group: _values(item, options.method) for item in parsed if item.is_sweep_override()}
     if not swept:
@@ -101,7 +101,7 @@ def sweep_file(overrides: Sequence[str], options: SweepOptions) -> dict[str, Any
 
 
 def _always(name: str) -> list[str]:
-    """A sweep lives at W&B: its runs are online, and its name is their group."""
+    """Runs of a W&B sweep are online, and its name is their group."""
     return ["logger=wandb", "logger.wandb.mode=online", f"run.group={name}"]
 
 
@@ -138,7 +138,7 @@ def _values(item: Any, method: str) -> dict[str, Any]:
 
 
 def _plain(text: str, key: str) -> Any:
-    """A number where it is one, so that W&B can plot it; else Hydra's own text, which the agent passes on as it is."""
+    """A number where it is one, so that W&B can plot it; else Hydra's own text, which the agent passes on unchanged."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     value = OverridesParser.create().parse_override(f"{key}={text}").value()
@@ -161,7 +161,7 @@ def _checked_metric(config: Any, metric: str | None) -> str:
 
 
 def _check(fixed: Sequence[str], swept: dict[str, dict[str, Any]]) -> list[Any]:
-    """Every value must compose with the others' first, so that no agent meets a typo; the configurations."""
+    """Compose every value with the first ones of the others, so that typos are found now; the configurations."""
     from ldmlab.app.compose import compose
 
     choices = {key: node.get("values") or [node["min"], node["max"]] for key, node in swept.items()}

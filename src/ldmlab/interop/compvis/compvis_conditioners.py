@@ -1,4 +1,4 @@
-"""What the official conditioners are configured with (`cond_stage_config`) and our nodes, both ways."""
+"""Configurations of the official conditioners (`cond_stage_config`) and our nodes, both ways."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -91,7 +91,7 @@ def _clip(params: Params, official: State | None) -> Node:
 
 
 def _open_clip(params: Params, official: State | None) -> Node:
-    """SD 2.x: padded with zeros; the block and the projection that are not run are carried if they are there."""
+    """SD 2.x: padded with zeros; the unused block and projection are kept if present."""
     layer = params.get("layer", "last")
     text = _text("arch", params.get("arch", _VIT_H), params, ("last", "penultimate"), official)
     unused = official is None or "model.text_projection" in official
@@ -115,7 +115,7 @@ def _text(option: str, version: Any, params: Params, layers: tuple[str, ...], of
 
 
 def _text_of(official: State) -> Node | None:
-    """The text configuration that the tensors have, in either naming; None where the first ones are missing."""
+    """The text configuration of the tensors, in either naming; None where the first ones are missing."""
     for tokens, positions, blocks, expand in (
         ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "layers", "mlp.fc1.weight"),
         ("model.token_embedding.weight", "model.positional_embedding", "resblocks", "mlp.c_fc.weight"),
@@ -190,7 +190,7 @@ def _rescaler_params(rescaler: SpatialRescaler) -> dict[str, Any]:
 
 
 def _text_config(conditioner: OpenClipText) -> dict[str, Any]:
-    """`version` or `arch` is null for a tower that has no published name; the user puts a folder of his own there."""
+    """`version` or `arch` is null for a tower without a published name; the user fills in a folder."""
     config, layer = conditioner.node["config"], conditioner.tower.layer
     text = {"context_length": 77, "vocab_size": 49408, **config["text_cfg"]}
     if config.get("quick_gelu"):

@@ -1,6 +1,6 @@
-"""Our model as an official file: tensors under official names and the configuration that official code builds it from.
+"""Our model as an official file: tensors under official names and the official configuration.
 
-What the official classes cannot hold is refused; settings of training alone keep their official defaults.
+Options that the official classes do not support are refused; training settings keep their official defaults.
 """
 
 from collections.abc import Mapping
@@ -187,7 +187,7 @@ Params = dict[str, Any]
 def conditioning_params(modules: Modules, official: Mapping[str, Tensor]) -> Params:
     """How the model is conditioned, for conditioners in their order and the one's tensors under their official names.
 
-    A class table of the U-Net adds `adm` to the key; alone, the official class hands class numbers to the U-Net.
+    A class table of the U-Net adds `adm` to the key; alone, the official class passes class numbers to the U-Net.
     """
     vectors = [name for name, module in modules.items() if module.slot == "vector"]
     if len(vectors) == 1 and isinstance(modules[vectors[0]], ClassEmbedder):
@@ -230,7 +230,7 @@ def _with_classes(rest: Params) -> Params:
 
 
 def _check_inpainting(modules: Modules, mask: Mapping[str, float], hole: float) -> None:
-    """The numbers that official code writes into masks and holes."""
+    """The values of official code in masks and holes."""
     masks = next(module for module in modules.values() if isinstance(module, Mask))
     latents = next(module for module in modules.values() if isinstance(module, MaskedLatent))
     values, expected = (masks.keep, masks.hole, latents.hole), (mask["keep"], mask["hole"], hole)
@@ -267,7 +267,7 @@ def _config(module: nn.Module, official: Mapping[str, Tensor]) -> Params:
 
 
 def with_idle_head(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official text transformers carry an output layer that nothing runs: zeros where the model has none."""
+    """Official text transformers have an unused output layer: zeros where the model has none."""
     table = official.get("transformer.token_emb.weight")
     if table is None or "transformer.to_logits.weight" in official:
         return dict(official)

@@ -59,7 +59,7 @@ def target_of(params: Mapping[str, Any]) -> str:
 
 
 def _check(params: Mapping[str, Any], *, vq: bool) -> None:
-    """Refuse what would be another network than ours."""
+    """Refuse options that ours does not support."""
     network = params.get("ddconfig", {})
     missing = [name for name in ("embed_dim", "ddconfig", *(("n_embed",) if vq else ())) if name not in params]
     needed = _READ - {"attn_type", "dropout"}
@@ -80,7 +80,7 @@ def _check(params: Mapping[str, Any], *, vq: bool) -> None:
 
 
 def _attention_factors(network: Mapping[str, Any]) -> list[int]:
-    """Official pixel sizes at `resolution` as downsampling factors; sizes that no level has are without effect."""
+    """Official pixel sizes at `resolution` as downsampling factors; sizes of no level have no effect."""
     if network.get("attn_type", "vanilla") == "none":
         return []
     sizes = set(network["attn_resolutions"])

@@ -1,4 +1,4 @@
-"""A network of an official file and ours: which tensors the file must hold, and how they become our module.
+"""A network of an official file and ours: the required tensors, and their conversion to our module.
 
 Official conditioners (keys after `cond_stage_model.`) are those of `ldm/modules/encoders/modules.py` in
 CompVis/latent-diffusion, CompVis/stable-diffusion and Stability-AI/stablediffusion;
@@ -110,7 +110,7 @@ def _meta(module: nn.Module) -> StateDict:
 
 
 def of_part(state: Mapping[str, Tensor], prefix: str) -> StateDict:
-    """The tensors of one network without its prefix, out of its own state dict, with or without it, or a whole file.
+    """The tensors of one network, without prefix, from its own state dict (with or without prefix) or a full file.
 
     Of a state dict with prefixes, other networks and buffers that official files hold are left aside; any other tensor
     stays, under its name, and is then reported as unexpected.
@@ -152,7 +152,7 @@ _ENDS = {"tokens": "token_emb", "positions": "pos_emb.emb", "norm": "norm", "unu
 
 
 def conditioner_to_ours(conditioner: nn.Module, official: State) -> dict[str, Tensor]:
-    """Official tensors (no prefix) under our names; what our module has no place for keeps its official name."""
+    """Official tensors (no prefix) under our names; tensors that our module lacks keep their official names."""
     if isinstance(conditioner, OpenClipText):
         return _clip_to_ours(conditioner, official)
     names = {official: ours for ours, official in conditioner_names(conditioner).items()}

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A network with the tensors of the file that are its own."""
+    """A network with its tensors of the file."""
 
     part: Part
     tensors: StateDict
@@ -76,7 +76,7 @@ def read(
     weights: str = "averaged",
     prediction: str | None = None,
 ) -> Imported:
-    """An official checkpoint with its YAML file (or the file's content); one InputError names all that does not fit."""
+    """An official checkpoint with its YAML file (or the file's content); one InputError lists all differences."""
     if weights not in ("averaged", "raw"):
         raise InputError(f"weights={weights} is unknown; choose averaged or raw.")
     if prediction not in (None, "eps", "v"):
@@ -95,7 +95,7 @@ def describe(
     prediction: str | None = None,
     step: int | None = None,
 ) -> Imported:
-    """The same for a state dict at hand."""
+    """The same for a state dict in memory."""
     file = take_apart(state)
     official = model_config(config) if config is not None else config_of(file, prediction)
     alone = is_first_stage(official)

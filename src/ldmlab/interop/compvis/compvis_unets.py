@@ -38,7 +38,7 @@ def names_of(arguments: Arguments) -> dict[str, str]:
 
 
 def _way_down(arguments: Arguments) -> Pairs:
-    """Official numbers run through blocks and what halves, after the first convolution."""
+    """Official indices count blocks and downsamplers, after the first convolution."""
     levels, blocks = len(arguments["channel_mult"]), arguments["num_res_blocks"]
     for i in range(levels):
         first = 1 + i * (blocks + 1)
@@ -55,7 +55,7 @@ def _middle(arguments: Arguments) -> Pairs:
 
 
 def _way_up(arguments: Arguments) -> Pairs:
-    """Levels from the coarsest; what doubles is inside the last block of a level."""
+    """Levels from the coarsest; the upsampler is inside the last block of a level."""
     levels, blocks = len(arguments["channel_mult"]), arguments["num_res_blocks"] + 1
     for i in range(levels):
         attends, last = _attends(arguments, levels - 1 - i), (i + 1) * blocks - 1
@@ -133,7 +133,7 @@ def _vector(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(params: Mapping[str, Any]) -> None:
-    """Refuse what would be another network than ours."""
+    """Refuse options that ours does not support."""
     needed = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions")
     missing = [name for name in needed if name not in params]
     missing += ["context_dim"] if params.get("use_spatial_transformer") and not params.get("context_dim") else []

@@ -1,4 +1,4 @@
-"""diffusers and us: networks and pipelines in (no diffusers needed), ours out, compared with diffusers' own."""
+"""diffusers: import of networks and pipelines (without diffusers), export compared with diffusers' own output."""
 
 from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_text, build_unet
 from ldmlab.interop.diffusers.diffusers_read import read_folder

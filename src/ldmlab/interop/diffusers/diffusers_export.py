@@ -1,4 +1,4 @@
-"""A model of ours as a folder of diffusers: a pipeline where one exists, else its modules; compared when written."""
+"""Our model as a diffusers folder: a pipeline if one exists, else its modules; compared after writing."""
 
 import shutil
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def plan(spec: Spec) -> Plan:
 
 
 def _ldm_text(spec: Spec, text: Spec, folders: tuple[str | None, str | None]) -> Plan:
-    """The paper's text-to-image pipeline has its factor and its number of tokens written into it."""
+    """The paper's text-to-image pipeline has a fixed factor and number of tokens."""
     factor, length = downsampling(spec["first_stage"]), text_length(text)
     if factor == _FACTOR and length == _LENGTH:
         return Plan("LDMTextToImagePipeline", "vqvae", "bert")
@@ -131,7 +131,7 @@ def _imported(spec: Spec, parts: Parts) -> Imported:
 
 
 class Export:
-    """One latent diffusion model on its way to a folder."""
+    """Export of one latent diffusion model to a folder."""
 
     def __init__(self, diffusers: Any, spec: Spec, parts: Parts, folder: Path) -> None:
         self.diffusers, self.spec, self.parts, self.folder = diffusers, spec, parts, folder

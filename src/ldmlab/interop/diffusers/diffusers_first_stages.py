@@ -147,7 +147,7 @@ def to_ours(state: Mapping[str, Tensor], node: Mapping[str, Any]) -> dict[str, T
 
 
 def with_quant_convs(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Autoencoders without the convolutions around the latent get ones that do nothing."""
+    """Autoencoders without the convolutions around the latent get identity ones."""
     result = dict(state)
     channels = config.get("latent_channels", 4)
     for option, name, width in (

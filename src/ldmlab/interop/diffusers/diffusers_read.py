@@ -1,4 +1,4 @@
-"""A folder that diffusers wrote, read without diffusers: a pipeline to a latent diffusion model, a module to itself."""
+"""A diffusers folder, read without diffusers: a pipeline as a latent diffusion model, or a single module."""
 
 import warnings
 from collections.abc import Callable

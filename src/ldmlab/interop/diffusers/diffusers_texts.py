@@ -154,7 +154,7 @@ def to_ours(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, T
 
 
 def _cut(state: dict[str, Tensor], positions: str, length: int) -> dict[str, Tensor]:
-    """The same without the positions behind `length`, which no token of ours has."""
+    """The same without the unused positions after `length`."""
     return {**state, positions: state[positions][:length]} if positions in state else state
 
 
@@ -236,7 +236,7 @@ def clip_vocabulary() -> dict[str, int]:
 
 
 def pad_token(padding: str) -> str:
-    """The token that fills up after a caption's end."""
+    """The padding token."""
     return next(token for token, name in _PADDINGS.items() if name == padding)
 
 

@@ -1,6 +1,6 @@
 """The options of diffusers' U-Nets (UNet2DConditionModel, UNet2DModel; read from version 0.42) and of ours, both ways.
 
-A trap: `attention_head_dim` of UNet2DConditionModel is the NUMBER of heads, of UNet2DModel the width of one.
+Note: `attention_head_dim` of UNet2DConditionModel is the NUMBER of heads, of UNet2DModel the width of one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -113,7 +113,7 @@ def _vector(kind: str, options: Config) -> dict[str, Any]:
 
 
 def _one(kind: str, options: Config, key: str) -> int:
-    """An option that diffusers lets differ between levels and we do not."""
+    """An option that may differ between levels in diffusers, but not here."""
     values = options[key] if isinstance(options[key], list) else [options[key]]
     if len(set(map(str, values))) != 1:
         raise InputError(f"{kind} with {key}={values} differs between levels; ldmlab's U-Net needs one value.")

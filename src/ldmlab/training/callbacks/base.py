@@ -1,4 +1,4 @@
-"""What a callback of a run sees and may do; Lightning's own callbacks count other things and are not used."""
+"""Interface of a run's callbacks; Lightning's own callbacks have other counters and are not used."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,12 +27,12 @@ class Session:
     notes: dict[str, Any] = field(default_factory=dict)  # what a checkpoint keeps for callbacks, plain types only
 
     def batches(self) -> Iterator[Batch]:
-        """Held-out batches on the stage's device."""
+        """Validation batches on the stage's device."""
         for index, batch in enumerate(self.val_batches()):
             yield self.stage.transfer_batch_to_device(batch, self.stage.device, index)
 
     def evaluate(self) -> dict[str, float]:
-        """The stage's validation metrics, with averaged weights; what could not be read is noted and counted."""
+        """The stage's validation metrics, with averaged weights; unreadable images are listed and counted."""
         here: dict[str, str] = {}
         seen = 0
 
@@ -98,8 +98,8 @@ class StepCallback:
         return {}
 
     def evaluate(self, session: Session) -> dict[str, float]:
-        """Numbers for this step's row of the log where the callback has any, called after each step."""
+        """Metrics for this step's row of the log, if any; called after each step."""
         return {}
 
     def after_step(self, session: Session) -> None:
-        """After each step, when its row is written and before its checkpoint."""
+        """After each step, between its row of the log and its checkpoint."""

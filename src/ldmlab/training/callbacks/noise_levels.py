@@ -1,4 +1,4 @@
-"""The loss by noise level: the mean over all levels hides most of what is learned."""
+"""The loss by noise level: the mean over all levels hides most of the progress."""
 
 from dataclasses import dataclass, field
 

@@ -44,7 +44,7 @@ class Scores(StepCallback):
             )
 
     def start(self, session: Session) -> None:
-        """Refuse now what would fail after thousands of steps."""
+        """Make all checks that would otherwise fail after thousands of steps."""
         with session.stage.evaluating(), self._full_precision(session):
             given = self.scorer.check(session.stage.device)
         if self.monitor is not None and self.monitor not in given:

@@ -1,4 +1,4 @@
-"""Images that could not be read: counted, named, and the end of the run above a share."""
+"""Images that could not be read: counted and listed; above a limit the run ends."""
 
 from dataclasses import dataclass, field
 
@@ -25,13 +25,13 @@ class Skipped(StepCallback):
         self._start = session.stage.position
 
     def after_batch(self, session: Session, batch: Batch) -> None:
-        """Note what the loader had to replace."""
+        """Record the samples that the loader replaced."""
         names = named(batch)
         self._here |= names
         self._count += len(batch.get("skipped") or [])
 
     def metrics(self, session: Session) -> dict[str, float]:
-        """data/skipped, the count so far; InputError above the set share."""
+        """data/skipped, the count so far; InputError above the configured share."""
         shares = distributed.gather((self._here, self._count))
         self._here, self._count = {}, 0
         self._total += sum(count for _, count in shares)

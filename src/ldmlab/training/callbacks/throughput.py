@@ -19,7 +19,7 @@ class Throughput(StepCallback):
     _marks: deque[tuple[float, int]] = field(default_factory=deque, init=False)
 
     def start(self, session: Session) -> None:
-        """Time runs from here."""
+        """Start the clock."""
         self._marks = deque([(time.perf_counter(), session.stage.position)], maxlen=self.window + 1)
 
     def metrics(self, session: Session) -> dict[str, float]:

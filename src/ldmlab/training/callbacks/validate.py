@@ -40,7 +40,7 @@ class Validate(StepCallback):
 def improves(session: Session, name: str, value: float, mode: Literal["min", "max"], measured_by: str = "") -> bool:
     """Whether `value` is the best yet, and if so note it.
 
-    Values of another name, or measured by something else before a restart, do not count against it.
+    Values of another metric, or measured in another way before a restart, are ignored.
     """
     if not math.isfinite(value):
         return False
