@@ -1,4 +1,4 @@
-"""ldmlab: latent diffusion models, trained and scored the way the paper does."""
+"""ldmlab: latent diffusion models, trained and scored as in the paper."""
 
 from typing import Any
 

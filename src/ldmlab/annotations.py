@@ -1,4 +1,4 @@
-"""What lies on an image, cropped and mirrored with it: boxes of objects, and maps of numbers.
+"""Annotations of an image, cropped and mirrored with it: boxes of objects, and maps of numbers.
 
 Boxes are {"class_id": int, "box": [x0, y0, x1, y1], ...} with coordinates in [0, 1] of the whole image; a crop is
 such a [x0, y0, x1, y1] too. A box that a crop has cut keeps its full extent, relative to the crop, as `uncut`.

@@ -34,7 +34,7 @@ _SPARE_MODULES = 3_000
 
 @dataclass(frozen=True)
 class LoadedFirstStage:
-    """A trained first stage, frozen, and what latents made with it must remember."""
+    """A trained first stage, frozen, and the properties recorded with its latents."""
 
     module: nn.Module
     spec: dict[str, Any]  # its node of model.yaml
@@ -82,7 +82,7 @@ def load(
 def building(files: ModelFiles, *, trust: bool = False) -> Iterator[None]:
     """Inside, parts of `files` are built without memory for weights, and no larger than the weights that lie there.
 
-    Whatever its options make a constructor raise is a fault of the file, named as such.
+    Exceptions of constructors are reported as faults of the file.
     """
     with ExitStack() as stack:
         if not trust:  # a trusted constructor may compute with its weights
@@ -104,7 +104,7 @@ def building(files: ModelFiles, *, trust: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _no_larger_than(files: ModelFiles) -> Iterator[None]:
-    """Refuse a description of far more than the stored weights, as soon as it shows."""
+    """Refuse a description that needs far more memory than the stored weights, before it is allocated."""
     tensors = [tensor for part in files.parts.values() for tensor in part.values()]
     values, modules = 4 * sum(t.numel() for t in tensors) + _SPARE_VALUES, 4 * len(tensors) + _SPARE_MODULES
     count = {"values": 0, "modules": 0}

@@ -1,4 +1,4 @@
-"""Files of tensors: written whole or not at all, read without running code."""
+"""Files of tensors: written atomically, read without running code."""
 
 import hashlib
 import os

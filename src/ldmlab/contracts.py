@@ -1,4 +1,4 @@
-"""What parts offer each other: the only types that several packages share, and what a class from outside must have.
+"""Contracts of the parts: the types that several packages share, and the interface of a class from outside.
 
 A part is any class with the attributes and methods of its contract below; it inherits from nothing of ldmlab.
 `CONTRACTS` lists the contract of each configuration group, and `check_part` holds what was built to it.

@@ -55,7 +55,7 @@ def _launched(torchrun_name: str, srun_name: str, default: int) -> int:
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of processes that share work without talking to each other: no group is opened."""
+    """Rank and number of processes that share work without communication: no group is opened."""
     if not joined() and world_size() > 1 and "RANK" not in os.environ:
         _refuse_a_shell()
     return rank(), world_size()
@@ -83,7 +83,7 @@ def join(timeout: datetime.timedelta | None = None) -> tuple[int, int]:
 
 
 def _meet() -> dist.Store:
-    """The store at MASTER_ADDR through which the processes find each other; without all of them, one sentence."""
+    """The store at MASTER_ADDR through which the processes find each other; without all of them, an InputError."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return dist.TCPStore(host, port, world_size(), is_master=rank() == 0, timeout=_MEETING)

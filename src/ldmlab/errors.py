@@ -1,4 +1,4 @@
-"""The one exception for people, and how their values appear in it."""
+"""The exception for user errors, and the format of values in its message."""
 
 import reprlib
 from typing import Any

@@ -28,7 +28,7 @@ _TAKEOVER_SECONDS = 60.0  # after that the removal of a dead process's lock was 
 
 
 def weights_folder() -> Path:
-    """Where files that others publish lie once they are fetched: LDMLAB_WEIGHTS or ~/.cache/ldmlab."""
+    """Folder of fetched files: LDMLAB_WEIGHTS or ~/.cache/ldmlab."""
     return Path(os.environ.get("LDMLAB_WEIGHTS") or Path.home() / ".cache" / "ldmlab")
 
 
@@ -51,7 +51,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, whole or not at all."""
+    """UTF-8 text, written atomically."""
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
@@ -60,7 +60,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with one key a line, whole or not at all."""
+    """JSON with one key a line, written atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -83,7 +83,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """A full or read-only disk and missing permissions become one sentence about `path`."""
+    """Inside, a full or read-only disk and missing permissions become an InputError about `path`."""
     try:
         yield
     except OSError as error:

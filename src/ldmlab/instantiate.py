@@ -1,6 +1,6 @@
 """Configuration nodes to objects: `_target_` names a callable, the other keys are its arguments. No Hydra.
 
-What a person typed, or keeps in her own yaml for a command, is trusted: `trust_typed` remembers its targets, and then
+Typed options and a user's own yaml files are trusted: `trust_typed` records their targets, and then
 any callable is allowed there, with Hydra's `_partial_` too. A description that arrives in a file (model.yaml, a run's
 config.yaml) names only classes of the room that holds such parts (`ROOMS`), or classes of allowed plugin packages; it
 gives them neither paths nor commands.
@@ -77,7 +77,7 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
 
     `where` is the option's full name in messages, such as conditioner.text. A mapping with a `_target_` among the keys
     is built first. Arguments are checked against the target's signature and annotations, and what is built against
-    the contract of its group. `trust`: as if a person had typed it. Raises InputError.
+    the contract of its group. `trust`: as if it were typed. Raises InputError.
     """
     target, partial = locate(node, where=where, trust=trust), node.get("_partial_", False)
     if not isinstance(partial, bool):
@@ -103,7 +103,7 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
 
 
 def trust_typed(config: Any, where: str = "") -> None:
-    """Remember the targets of a configuration that a person composed: each is allowed in its group in this process."""
+    """Record the targets of a configuration composed by the user: each is allowed in its group in this process."""
     if isinstance(config, Mapping):
         if isinstance(config.get("_target_"), str):
             _TYPED.add((group_of(where)[0], config["_target_"]))
@@ -194,7 +194,7 @@ def _check_kind(target: Any, path: str, where: str) -> None:
 
 
 def _check_reach(target: Callable[..., Any], node: Mapping[str, Any], where: str) -> None:
-    """A file gives its parts numbers, words and other parts: no path, no command, nothing absurd."""
+    """Arguments from a file may be numbers, texts and other parts: no path, no command, no extreme value."""
     path = str(node["_target_"])
     annotated = {name: str(p.annotation) for name, p in inspect.signature(target).parameters.items()}
     for name, value in node.items():

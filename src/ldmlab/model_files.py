@@ -1,4 +1,4 @@
-"""Where a model's description and weights lie: a run folder, a checkpoint of one, or a model folder.
+"""Description and weights of a model on disk: a run folder, a checkpoint of one, or a model folder.
 
 Both kinds of folder hold `model.yaml`. A model folder keeps weights as `NAME.safetensors`; a run folder keeps what it
 trains in checkpoints, and what it only uses (a frozen first stage, a frozen text tower) as `NAME.safetensors`.
@@ -133,7 +133,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a file that may come from anyone; InputError, soon, for anything else."""
+    """A mapping from an untrusted file; InputError for anything else, before much memory is used."""
     try:
         if not path.is_file():
             raise InputError(f"{path} is missing or no file; copy or make its folder again.")
@@ -167,7 +167,7 @@ def _count(value: Any, known: dict[int, int], depth: int) -> int:
 
 
 def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
-    """model.yaml, whole or not at all, with the hashes of the weights that lie beside it."""
+    """model.yaml, written atomically, with the hashes of the weights in its folder."""
     if (folder / DESCRIPTION).is_file():
         check_hashes(folder, read_description(folder))  # else it would vouch for a file that was exchanged
     hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
@@ -182,7 +182,7 @@ def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
 
 
 def write_model_folder(folder: Path, spec: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """A model folder; the description, which makes it one, comes last."""
+    """A model folder; the description is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in parts.items():
         save_tensors(folder / f"{name}.safetensors", tensors)

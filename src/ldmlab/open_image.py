@@ -1,4 +1,4 @@
-"""The one way to open an image that came from outside: formats that Pillow decodes itself, and bounded sizes.
+"""Opening of untrusted images: formats that Pillow decodes itself, and bounded sizes.
 
 Other formats of Pillow start programs (PostScript runs Ghostscript), whatever the file's extension.
 """

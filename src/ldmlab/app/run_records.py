@@ -124,7 +124,7 @@ def _read(folder: Path) -> RunRecord:
 
 
 def _network(features: Mapping[str, Any]) -> str:
-    """Name of the network that a node of conf/features builds, as far as it decides what a distance is called."""
+    """Name of the network that a node of conf/features builds, as far as it determines the name of a distance."""
     target = str(features.get("_target_")).rpartition(".")[2]
     known = {"Inception2015": PAPER_FEATURES, "inception_and_clip": PAPER_FEATURES, "published_clip": "open_clip"}
     return known.get(target, " ".join(str(value) for name, value in features.items() if name != "run"))

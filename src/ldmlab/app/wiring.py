@@ -1,4 +1,4 @@
-"""Where objects meet: works out what follows from the choices in yaml, builds the parts, starts the fit."""
+"""Wiring of a training run: derives dependent options, builds the parts, starts the fit."""
 
 import difflib
 import shlex
@@ -70,7 +70,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
 
 
 def read_data(config: Config) -> tuple[ShardData, Config]:
-    """The data as the stage reads them, and the configuration with what follows from them."""
+    """The data as the stage reads them, and the configuration with the options derived from them."""
     data: ShardData = instantiate(config["data"], where="data", seed=config["seed"])
     config = with_classes_of(config, data)
     if config["task"]:
@@ -97,7 +97,7 @@ def check_accelerator(settings: TrainerSettings) -> None:
 
 
 def initial_parts(source: str, plan: Plan) -> dict[str, Any]:
-    """Weights to start from; conditioners of another kind start anew."""
+    """Weights to start from; conditioners of another kind start from random weights."""
     files = read_model(source)
     kinds = [[node["_target_"] for node in spec.get("conditioners", {}).values()] for spec in (files.spec, plan.spec)]
     parts = {name: part for name, part in files.parts.items() if name != "latent_scale"}
@@ -146,7 +146,7 @@ def _named(config: Config, group: str) -> list[tuple[str, Any]]:
 
 
 def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[tuple[str, Any]]:
-    """What watches the run; one that scores images is given what it scores."""
+    """The callbacks; one that scores images gets its scorer."""
     from ldmlab.app.evaluation_parts import scores_callback
 
     made = []
@@ -160,7 +160,7 @@ def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[tuple[str, A
 
 
 def check_names(config: Config) -> None:
-    """A name that nothing reads is a typo, also in an experiment file."""
+    """Refuse unused names, which are typos, also in an experiment file."""
     for name in config.keys() - NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1)
         raise InputError(
@@ -184,7 +184,7 @@ def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
 
 
 def _derived_where_taken(config: Config, group: str, name: str, value: int) -> Any:
-    """The part of a group; a class from outside need not take what is derived."""
+    """The part of a group; a class from outside need not take derived arguments."""
     derived: dict[str, Any] = {name: value} if accepts(config[group], name, where=group) else {}
     return instantiate(config[group], where=group, **derived)
 
@@ -204,7 +204,7 @@ def resume_command(run: RunFolder) -> str:
 
 
 def _set_aside_damaged(path: Path) -> None:
-    """A description that cannot be read makes room for a new one: the checkpoints are enough."""
+    """A description that cannot be read is replaced: the checkpoints are enough."""
     if path.exists():
         try:
             read_description(path.parent)
@@ -214,7 +214,7 @@ def _set_aside_damaged(path: Path) -> None:
 
 
 def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
-    """What the run folder holds from the first moment: configuration, description, frozen weights."""
+    """Initial content of the run folder: configuration, description, frozen weights."""
     run.write_config(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     if distributed.rank() == 0:
         (run.path / FINISHED).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 As in the published "image variations" models the projected embedding, not normalised, is one token of cross-attention,
 and the null condition is zeros. Zeros need no weight of their own, so the whole conditioner stays frozen and outside of
-checkpoints, and no embedding lies near them.
+checkpoints, and no embedding is near them.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class ImageEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """In float32, whatever precision surrounds it."""
+        """In float32, also under autocast."""
         images = batch["reference"]
         device = next(self.parameters()).device
         with torch.autocast(device.type, enabled=False):
@@ -52,7 +52,7 @@ class ImageEmbedding(nn.Module):
             return torch.cat([self.tower(to_float(image[None].to(device))) for image in images])
 
     def made_by(self) -> dict[str, Any]:
-        """What decides the tokens, in plain data; kept where they are stored."""
+        """Everything that determines the tokens, as plain data; stored with them."""
         config = self.node.get("config", {})
         built = {name: config.get(name) for name in ("vision_cfg", "quick_gelu")}
         pixels = {"mean": list(self.tower.mean), "std": list(self.tower.std)}

@@ -1,4 +1,4 @@
-"""A low-resolution image, as it is, concatenated to a latent of its own size: super-resolution (section 4.4)."""
+"""A low-resolution image, without resizing, concatenated to a latent of its size: super-resolution (section 4.4)."""
 
 from typing import Any
 

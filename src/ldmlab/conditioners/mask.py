@@ -42,7 +42,7 @@ class Mask(nn.Module):
         return self.keep + (self.hole - self.keep) * F.interpolate(mask, (height, width), mode="nearest")
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """All is a hole."""
+        """A mask that is all hole."""
         return torch.full_like(self(batch, encode), self.hole)
 
 

@@ -1,7 +1,7 @@
 """Captions to states, one vector a token: the `tokens` of cross-attention.
 
 By a CLIP text tower, or by a transformer trained with the denoiser: what the paper calls BERT (section 4.3.1,
-appendix E.2.1), though only the tokens are BERT's (uncased, English); it starts from nothing and masks nothing.
+appendix E.2.1), though only the tokens are BERT's (uncased, English); it starts from random weights and has no mask.
 
 Shapes: B batch, L the tower's context length, D its width.
 """
@@ -96,7 +96,7 @@ class OpenClipText(nn.Module):
         return self.tokenizer.decode(ids[self.tower.context_length - 2 :]).strip()  # start and end take two places
 
     def made_by(self) -> dict[str, Any]:
-        """What decides the states, in plain data; kept where they are stored."""
+        """Everything that determines the states, as plain data; stored with them."""
         weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("tower.unused.")}
         config = self.node.get("config", {})
         built = {name: config.get(name) for name in ("text_cfg", "quick_gelu")}
@@ -125,7 +125,7 @@ class OpenClipText(nn.Module):
         return torch.stack(entries)
 
     def _encoded(self, captions: list[str]) -> dict[str, tuple[Tensor, bool]]:
-        """New captions through the tower; one by one on a CPU, so that no state depends on the company it came in."""
+        """New captions through the tower; one by one on a CPU, so that no state depends on the batch."""
         size = 1 if self._device.type == "cpu" else _CHUNK
         result: dict[str, tuple[Tensor, bool]] = {}
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):

@@ -1,7 +1,7 @@
-"""Sampling that starts from an image, or keeps a part of one: for models that were trained for neither.
+"""Sampling that starts from an image or keeps a part of one, for models without such training.
 
 Image to image (Meng et al. 2022, "SDEdit"): sampling begins at a middle level with alpha clean + sigma noise.
-Known parts (Lugmayr et al. 2022, "RePaint"): after every step what is known is put back at the level reached (eq. 8),
+Known parts (Lugmayr et al. 2022, "RePaint"): after every step known parts are put back at the level reached (eq. 8),
 alpha' known + sigma' noise, always with the noise that sampling began with; and each step is made several times, from
 its end noised back to its start (algorithm 1), so that what is generated fits what is known.
 """
@@ -45,7 +45,7 @@ class GivenImage:
 
 @dataclass(frozen=True)
 class _Around:
-    """Sampler of images of which a part is known."""
+    """Sampler of images with a known part."""
 
     given: GivenImage
     sampler: Sampler

@@ -73,7 +73,7 @@ class LatentDiffusion(LatentSpace):
         return joined(values)
 
     def null(self, batch: dict[str, Any]) -> Conditioning:
-        """The conditioning of the pass without guidance: what training dropped is null, the rest stays.
+        """The conditioning of the unconditional pass: inputs that training dropped are null, the rest stays.
 
         `negative_prompt` replaces the empty caption.
         """
@@ -89,7 +89,7 @@ class LatentDiffusion(LatentSpace):
         return joined(values)
 
     def drops(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
-        """Guidance dropout, its only place: per conditioner with a rate, which images lose it; (B,) bool."""
+        """Guidance dropout: per conditioner with a rate, the images without it; (B,) bool."""
         together = uniform(seed, "drop", batch["position"]) if self.drop_together else None
         masks = {}
         for name, conditioner in self._each_conditioner():
@@ -113,7 +113,7 @@ class LatentDiffusion(LatentSpace):
     # ---- training
 
     def loss(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-        """Per-image loss (B,) float32 and its times (B,) int64; every draw belongs to (seed, position, purpose)."""
+        """Per-image loss (B,) float32 and its times (B,) int64; random numbers depend on (seed, position, purpose)."""
         position = batch["position"]
         clean = self.latents(batch, seed)  # (B, C, h, w)
         t = integers(seed, "time", position, self.schedule.steps)  # (B,)
@@ -200,7 +200,7 @@ class LatentDiffusion(LatentSpace):
         return images if self.task is None else self.task.finish(images, batch)
 
     def start(self, index: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-        """The noise that sampling begins with, (B, C, h, w) float32, for images of (height, width)."""
+        """The initial noise of sampling, (B, C, h, w) float32, for images of (height, width)."""
         return normal(seed, "start", index, self.latent_shape(size))
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:

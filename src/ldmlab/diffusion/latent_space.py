@@ -68,7 +68,7 @@ class LatentSpace(nn.Module):
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Raw latents of pixels, float32 whatever precision surrounds it."""
+        """Raw latents of pixels, in float32 also under autocast."""
         with torch.autocast(pixels.device.type, enabled=False):
             return self._stage.encode(pixels.float())
 
@@ -109,7 +109,7 @@ class LatentSpace(nn.Module):
 
     @contextmanager
     def through(self, first_stage: FirstStage | None) -> Iterator[None]:
-        """Inside, images are encoded and decoded by this one, which gives the same latents: in parts."""
+        """Inside, images are encoded and decoded by this first stage, which works in tiles with the same latents."""
         before, self._instead = self._instead, first_stage
         try:
             yield

@@ -1,7 +1,7 @@
 """Denoising of large latents in overlapping windows of the training size.
 
 In every step each window is denoised on its own and the clean estimates are averaged where windows overlap (Bar-Tal et
-al., "MultiDiffusion", ICML 2023, eq. 5, with weights that fall towards the borders). The estimate is affine in the
+al., "MultiDiffusion", ICML 2023, eq. 5, with weights that fall towards the edges). The estimate is affine in the
 network's output, so averaging either is the same. The windows grow together step by step: no seam is left to blend,
 and the network's memory is that of one window.
 """

@@ -20,7 +20,7 @@ from ldmlab.nn.autoencoder_blocks import Double, Halve, PixelAttention, Residual
 
 @dataclass(frozen=True)
 class Architecture:
-    """The choices that encoder and decoder share."""
+    """The options that encoder and decoder share."""
 
     channels: int  # width of the finest level
     channel_mult: Sequence[int]  # width of each level, finest first, as a multiple of `channels`

@@ -21,7 +21,7 @@ _CANDIDATES = 256  # vectors of an image from which codes may restart
 
 
 class Quantised(NamedTuple):
-    """What the quantiser gives."""
+    """Output of the quantiser."""
 
     latents: Tensor  # (B, C, h, w): codebook vectors; the gradient passes straight through to the input
     codes: Tensor  # (B, h, w) int64
@@ -95,7 +95,7 @@ class Quantiser(nn.Module):
     # ---- codes that are moved by hand, once a step ----
 
     def _watch(self, latents: Tensor, codes: Tensor) -> None:
-        """Remember how often every code was chosen, by which vectors, and some vectors of every image."""
+        """Record how often every code was chosen, by which vectors, and some vectors of every image."""
         vectors = latents.flatten(2).transpose(1, 2)  # (B, h w, C)
         uses = torch.bincount(codes.flatten(), minlength=len(self.uses)).to(self.uses.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), vectors.flatten(0, 1))

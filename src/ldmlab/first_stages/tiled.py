@@ -1,4 +1,4 @@
-"""Images of any size through a first stage in parts, so that memory is bounded by a part and not by the image.
+"""A first stage that works on images of any size in tiles, so that the tile bounds the memory.
 
 separate: every part is encoded or decoded on its own and neighbours are blended where they overlap. No seam, but each
     part has its own group-norm statistics, so tones drift from those of the whole image.
@@ -22,7 +22,7 @@ NORMS = ("shared", "separate")
 
 
 class TiledFirstStage:
-    """A frozen first stage that works in square parts; to its users a first stage like the one inside."""
+    """A frozen first stage that works in square tiles, with the interface of the one inside."""
 
     def __init__(
         self,
@@ -94,5 +94,5 @@ class TiledFirstStage:
 
     @property
     def last_layer(self) -> Tensor:
-        """There is none: parts are for finished first stages."""
+        """Not available: tiles are for trained first stages."""
         raise InputError("a first stage in parts cannot be trained; train it on crops of one size.")

@@ -65,7 +65,7 @@ class SampleSettings:
                 object.__setattr__(self, one.name, _checked(one.name, value))
 
     def build_sampler(self) -> "Sampler":
-        """Built with the options that differ from the sampler's own; neutral values of options that it lacks are fine."""
+        """Built with the options that differ from the sampler's own; a missing option may have its neutral value."""
         from ldmlab.samplers import sampler_by_name
 
         sampler = sampler_by_name(self.sampler)

@@ -48,7 +48,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Convolutions from N(0, 0.02), norms from N(1, 0.02), as the paper of the critic has it."""
+    """Convolutions from N(0, 0.02), norms from N(1, 0.02), as in the discriminator's paper."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.GroupNorm | nn.SyncBatchNorm):

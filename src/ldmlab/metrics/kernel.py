@@ -15,7 +15,7 @@ _BLOCK = 256  # rows of the kernel of a set with itself that are computed at a t
 
 
 class KernelDistance(FeatureSets):
-    """Kernel distance of generated to real features; unbiased, so it serves small sets too and may be below 0."""
+    """Kernel distance of generated to real features; unbiased, so it suits small sets too and may be below 0."""
 
     higher_is_better = False
     title = "Kernel distance"

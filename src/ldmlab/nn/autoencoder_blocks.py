@@ -1,4 +1,4 @@
-"""The bricks of the paper's autoencoder: residual block, one-head attention, resampling by two."""
+"""Building blocks of the paper's autoencoder: residual block, one-head attention, resampling by two."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

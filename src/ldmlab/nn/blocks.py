@@ -1,4 +1,4 @@
-"""Bricks shared by the networks: norm, residual block, resampling, time embedding, coordinates.
+"""Building blocks of the networks: norm, residual block, resampling, time embedding, coordinates.
 
 All keep the memory layout they are given, and all work at sizes that two does not divide: shrinking rounds up,
 growing is cropped to the size of the skip connection it will meet.

@@ -8,7 +8,7 @@ from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, checked_tempe
 
 
 class EulerAncestral(Stepwise):
-    """eta 1: the posterior's variance, as DDPM draws; eta 0: Euler."""
+    """eta 1: the posterior's variance, as in DDPM; eta 0: Euler."""
 
     order = None
     spacing = "log_snr"

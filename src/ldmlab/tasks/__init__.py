@@ -9,7 +9,7 @@ Sample = dict[str, Any]
 
 
 class BaseTask:
-    """Takes every image, treats validation images like others and leaves generated images as they are."""
+    """Uses every image, treats validation images like others and leaves generated images unchanged."""
 
     adds: ClassVar[frozenset[str]] = frozenset()
 

@@ -1,4 +1,4 @@
-"""The square of a stored image that training sees, and everything that lies on the image cut alike.
+"""The square crop of a stored image in training, applied to maps and boxes too.
 
 Origins: `window` and `random` as the loaders of taming-transformers cut (sides of fixed or of random length), `centre`
 their validation rule; `area` averages the pixels that a target pixel covers, as in SR3.

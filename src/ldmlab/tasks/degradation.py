@@ -1,4 +1,4 @@
-"""Small images as if badly taken and stored: blur, shrinking, noise and JPEG in a random order.
+"""Low-resolution images with degradation: blur, downsampling, noise and JPEG in a random order.
 
 BSRGAN (Zhang et al., "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", ICCV 2021) as the
 official super-resolution loader runs it: without the camera's model. Between steps an image is float32 (H, W, 3) in
@@ -164,7 +164,7 @@ class Bsr:
         return Blur(random.choice(self.round_sizes), (deviation**2, deviation**2))
 
     def _shrink(self, size: int, factor: int, random: Any) -> Step:
-        """Below or above the target size; the second resizing mends that."""
+        """Below or above the target size; the second resizing corrects that."""
         if random.random() < self.resize_rate:
             return Resize(max(int(size / random.uniform(1, 2 * factor)), 1), random.choice(_INTERPOLATIONS))
         return Decimate(factor, random.uniform(0.1, 0.6 * factor))

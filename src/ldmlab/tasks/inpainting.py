@@ -1,6 +1,6 @@
 """Inpainting: the model fills the hole of an image; the rest is kept bit for bit.
 
-Masks as LaMa draws them (Suvorov et al., WACV 2022, data generation): broad strokes, or a few boxes.
+Masks as in LaMa (Suvorov et al., WACV 2022, data generation): broad strokes, or a few boxes.
 """
 
 import math
@@ -23,7 +23,7 @@ Mask = NDArray[np.uint8]  # (H, W), 1 in the hole
 
 
 class _Pasted(BaseTask):
-    """What training and evaluation share: the mask, and known pixels put back."""
+    """Common parts of training and evaluation: the mask, and known pixels put back."""
 
     adds: ClassVar[frozenset[str]] = frozenset({"mask"})
     masks: str
@@ -95,7 +95,7 @@ class LamaTest(_Pasted):
             )
 
     def give(self, sample: Sample, random: Any) -> Sample:
-        """As in training; ValueError where no candidate serves."""
+        """As in training; ValueError where no candidate fits."""
         if self.masks == STORED:
             return Crop("centre")(self._checked(sample), self.image_size, random)
         height, width = sample["image"].shape[1:]

@@ -1,4 +1,4 @@
-"""Super-resolution: from a small image to a large one."""
+"""Super-resolution: from a low-resolution image to a high-resolution one."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
