@@ -17,7 +17,7 @@ _EPSILON = 1e-4
 class Adversary(nn.Module):
     """A discriminator with its weight in the autoencoder's loss; steps count updates of the autoencoder.
 
-    Two things differ from the official program unless `official_order`. Before its start the discriminator's Adam is idle
+    Differences from the official program, unless `official_order`: before its start the discriminator's Adam is idle
     here; there it steps on zero gradients, so that its running means are no longer corrected for their start when
     training begins. And the discriminator is trained here on the reconstructions that the autoencoder was trained on;
     there on a second forward pass of the updated autoencoder with new posterior noise. Over ten updates the
