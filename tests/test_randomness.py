@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from ldmlab.data.order import image_random
 from ldmlab.errors import InputError
-from ldmlab.image_random import image_random
 from ldmlab.randomness import integers, normal, philox, uniform
 
 

@@ -11,7 +11,6 @@ GROUND = {
     "errors",
     "contracts",
     "randomness",
-    "image_random",
     "averaging",
     "provenance",
     "instantiate",

@@ -21,9 +21,9 @@ from ldmlab.data import shards
 from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.loaders import eval_loader
 from ldmlab.data.manifest import read_manifest, write_manifest
+from ldmlab.data.order import image_random
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.image_random import image_random
 
 COUNTS = [5, 1, 9, 3]  # 18 images, uneven
 

@@ -23,10 +23,9 @@ from ldmlab.data.decode import (
 from ldmlab.data.fields import BOXES, checked_fields, required_fields, sample_fields
 from ldmlab.data.latent_shards import decode_states, moment_shape, read_shard_manifest
 from ldmlab.data.manifest import Manifest, check_shards
-from ldmlab.data.order import KeptOrder, Order, Place, SequentialOrder
+from ldmlab.data.order import KeptOrder, Order, Place, SequentialOrder, image_random
 from ldmlab.data.shards import Files, ShardReader
 from ldmlab.errors import InputError
-from ldmlab.image_random import image_random
 
 TRIES = 100  # samples in a row that may be bad before the data are given up, and samples checked at the start
 

@@ -6,6 +6,7 @@ paper, while numpy may change how its own shuffles draw.
 """
 
 import hashlib
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -186,3 +187,9 @@ class KeptOrder:
         """The place of a position."""
         place = self._inner.locate(position)
         return place._replace(sample=self._kept[place.shard][place.sample])
+
+
+def image_random(seed: int, epoch: int, key: str) -> random.Random:
+    """The generator for an image's crops and flips in a loader worker: a function of (seed, epoch, key)."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "little"))

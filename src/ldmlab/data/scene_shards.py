@@ -17,6 +17,7 @@ from PIL import Image
 from ldmlab.annotations import Box, Boxes, area
 from ldmlab.data.image_sources import Item, Source
 from ldmlab.data.manifest import Manifest
+from ldmlab.data.order import image_random
 from ldmlab.data.pack_images import Encoding, Part
 from ldmlab.data.pack_shards import PackOptions, Progress, pack
 from ldmlab.data.scene_parts import CLASSES, background, load_objects
@@ -24,7 +25,6 @@ from ldmlab.data.shards import tar_bytes
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
-from ldmlab.image_random import image_random
 
 MOST = 5  # objects
 _SIDES = {1: (0.45, 0.7), 2: (0.36, 0.55), 3: (0.32, 0.46), 4: (0.3, 0.42), 5: (0.28, 0.38)}  # long side, by objects
