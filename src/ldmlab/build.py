@@ -159,7 +159,7 @@ def fill_latent_diffusion(model: "LatentDiffusion", files: ModelFiles) -> None:
 def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirstStage:
     """The first stage of an autoencoder run, of a model, or next to latent shards; float32, frozen, on the CPU."""
     path = Path(path)
-    if (path / "first_stage").is_dir():  # a folder of latent shards carries the first stage that made them
+    if (path / "first_stage").is_dir():  # a folder of latent shards includes its first stage
         path = path / "first_stage"
     files = read_model(path, _checked(weights))
     if "first_stage" not in files.spec:

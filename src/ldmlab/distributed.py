@@ -89,7 +89,7 @@ def _meet() -> dist.Store:
         return dist.TCPStore(host, port, world_size(), is_master=rank() == 0, timeout=_MEETING)
     except (dist.DistStoreError, RuntimeError) as error:
         raise InputError(
-            f"SLURM_STEP_NUM_TASKS={world_size()}, but not all of these processes came to {host}:{port} within "
+            f"SLURM_STEP_NUM_TASKS={world_size()}, but not all of these processes connected to {host}:{port} within "
             f"{int(_MEETING.total_seconds())} s; start all with `srun python train.py ...`, or unset it for one."
         ) from error
 

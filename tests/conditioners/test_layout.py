@@ -115,7 +115,7 @@ def test_boxes_may_name_their_class() -> None:
     module, named = layout(classes=2, names=["cat", "dog"]), [{"class": "dog", "box": [0, 0, 1, 1]}]
     assert module.tokens(named) == module.tokens([box(1, 0, 0, 1, 1)])
     module.check({"boxes": named})
-    for wrong, message in [("dgo", "did you mean dog"), ("x", "mend it"), (None, "class None is not one of the 2")]:
+    for wrong, message in [("dgo", "did you mean dog"), ("x", "fix it"), (None, "class None is not one of the 2")]:
         with pytest.raises(InputError, match=message):
             module.check({"boxes": [{**named[0], "class": wrong}]})
     with pytest.raises(InputError, match="give its class_id"):

@@ -138,7 +138,7 @@ def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch
             "layer=last there, penultimate",
         ),
         (["conditioner.text.from_run=ROOT/clip", "conditioner.text.padding=end"], "padding=zero there, end here"),
-        (["conditioner.text.from_run=ROOT/clip", "conditioner.text.trainable=true"], "conditioner.text learns, but"),
+        (["conditioner.text.from_run=ROOT/clip", "conditioner.text.trainable=true"], "conditioner.text is trainable"),
     ],
 )
 def test_states_of_another_encoder_are_refused(root: Path, options: list[str], words: str) -> None:
@@ -178,9 +178,9 @@ def test_the_manifest_says_what_made_them(root: Path) -> None:
 
 def test_what_cannot_be_stored_is_refused(root: Path) -> None:
     for options, words in (
-        (["conditioner=class_label"], "conditioner.class_label learns with the denoiser"),
+        (["conditioner=class_label"], "conditioner.class_label is trained with"),
         (["conditioner=low_resolution"], "no frozen encoder"),
-        (["conditioner=text", *of_run(root, "text"), "conditioner.text.trainable=true"], "conditioner.text learns"),
+        (["conditioner=text", *of_run(root, "text"), "conditioner.text.trainable=true"], "conditioner.text is trained"),
     ):
         with pytest.raises(InputError, match=words):
             encode(root, "never", *options)

@@ -132,7 +132,7 @@ def test_a_wrong_protocol_is_one_sentence(options: dict[str, Any], message: str)
 
 
 def test_a_model_without_its_conditions_is_refused() -> None:
-    with pytest.raises(InputError, match="carry no caption"):
+    with pytest.raises(InputError, match="have no caption"):
         requests(protocol(), frozenset({"caption"}), [{"class_id": 3}])
     with pytest.raises(InputError, match="choose reference or balanced_classes"):
         requests(protocol(conditions="none"), frozenset({"caption"}), [])

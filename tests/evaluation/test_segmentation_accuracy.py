@@ -60,7 +60,7 @@ def test_intersection_over_union_by_hand() -> None:
     table = overlaps(found, given, 4)
     assert [(one.both, one.given, one.found) for one in table] == [(3, 4, 4), (1, 2, 1), (1, 2, 2), (0, 0, 1)]
     assert mean_iou(table) == pytest.approx((1 / 2 + 1 / 3) / 2)  # no map holds class 3
-    with pytest.raises(InputError, match="label 2 is in a given map but in no training image"):
+    with pytest.raises(InputError, match="label 2 is in an input map but in no training image"):
         overlaps(found, given, 2)
     with pytest.raises(InputError, match="anything but background"):
         mean_iou(overlaps(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 3))

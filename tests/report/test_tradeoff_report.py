@@ -141,7 +141,7 @@ def test_jobs_measured_otherwise_are_refused(tmp_path: Path) -> None:
 
 def test_one_seed_twice_is_refused(tmp_path: Path) -> None:
     jobs = [read_job(_job(tmp_path / name, 4, 0, 3.0)) for name in ("a", "b")]
-    with pytest.raises(InputError, match="alike down to the seed"):
+    with pytest.raises(InputError, match="equal including the seed"):
         by_factor(jobs)
 
 

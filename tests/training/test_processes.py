@@ -143,7 +143,7 @@ def test_srun_without_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.setattr(distributed, "_at_a_terminal", lambda: False)
     monkeypatch.setattr(distributed, "_MEETING", datetime.timedelta(seconds=1))
-    with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS=2, but not all of these processes came"):
+    with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS=2, but not all of these processes connected"):
         distributed.join()
     assert not distributed.joined()
 

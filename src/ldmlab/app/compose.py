@@ -173,7 +173,7 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
     def guarded(config: Any) -> None:
         try:
             job(config)
-        except Exception as error:  # kept for later: Hydra would print a line of its own, and end the whole sweep
+        except Exception as error:  # kept for later: Hydra would print its own message and end the sweep
             failed.append(error)
 
     try:

@@ -154,7 +154,7 @@ def states_record(modules: Mapping[str, Any]) -> dict[str, Any] | None:
     for name, module in modules.items():
         if _learns(module):
             raise InputError(
-                f"conditioner.{name} learns with the denoiser, so its states are not known before; leave it out of "
+                f"conditioner.{name} is trained with the denoiser, so its states change; leave it out of "
                 "encode, or freeze it (trainable=false)."
             )
         if not hasattr(module, "made_by"):
@@ -184,8 +184,8 @@ def check_states(modules: Mapping[str, Any], data: ShardData) -> None:
     for name in data.stored:
         if _learns(modules[name]):
             raise InputError(
-                f"conditioner.{name} learns, but data.latents={data.latents} holds states of a frozen one; freeze it "
-                "(trainable=false), or set data.states=false."
+                f"conditioner.{name} is trainable, but data.latents={data.latents} holds states of a frozen one; "
+                "freeze it (trainable=false), or set data.states=false."
             )
         now = _record(modules[name]) if hasattr(modules[name], "made_by") else {}
         for split in ("train", "val"):

@@ -109,7 +109,7 @@ def scores_callback(node: Mapping[str, Any], plan: "Plan", data: "ShardData") ->
     where = "callbacks.scores"
     for name in _OWN:
         if name not in node:
-            raise InputError(f"{where}.{name} has no value; begin with callbacks=scores, which brings them all.")
+            raise InputError(f"{where}.{name} has no value; start from callbacks=scores, which sets them all.")
     protocol: Protocol = instantiate(node["protocol"], where=f"{where}.protocol")
     data = replace(data, image_size=plan.spec["image_size"])
     source, limit = _source(plan, protocol, data, node["precision"])

@@ -39,7 +39,7 @@ class LayoutTokens(nn.Module):
         vocab_size: int = 8192,  # tokens: classes and grid cells share them, the last is "empty"
         drop: float = 0.0,  # rate of empty layouts in training, for guidance
         heads: int = 8,  # of 64 channels each
-        unused_head: bool = False,  # carry the output layer of the official files, which nothing runs
+        unused_head: bool = False,  # keep the unused output layer of the official files
         classes: int | None = None,  # of the data, numbered from 0; None: any number that is a token
         names: Sequence[str] | None = None,  # of the classes, by which boxes may name them: {"class": "dog", ...}
         attributes: Sequence[str] = (),  # of objects, in the class's token: group_of occluded depiction inside
@@ -80,7 +80,7 @@ class LayoutTokens(nn.Module):
         try:
             boxes = checked(self._numbered(fields["boxes"]))
         except ValueError as error:
-            raise InputError(f"boxes: {error}; mend it.") from error
+            raise InputError(f"boxes: {error}; fix it.") from error
         self.tokens(boxes)
 
     def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] = _WHOLE) -> list[int]:
@@ -112,7 +112,7 @@ class LayoutTokens(nn.Module):
     def _number(self, name: Any) -> int:
         if not isinstance(name, str) or name not in self.numbers:
             near = difflib.get_close_matches(str(name), self.numbers, n=1)
-            way = f"did you mean {near[0]}?" if near else "give its class_id." if not self.numbers else "mend it."
+            way = f"did you mean {near[0]}?" if near else "give its class_id." if not self.numbers else "fix it."
             raise InputError(
                 f"boxes: class {name!r} is not one of the {len(self.numbers)} class names of this model; {way}"
             )

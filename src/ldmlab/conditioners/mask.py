@@ -23,7 +23,7 @@ class Mask(nn.Module):
         downsampling: int,  # of the first stage; derived in wiring
         keep: float = -1.0,  # official LDM: -1, Stable Diffusion: 0
         hole: float = 1.0,
-        drop: float = 0.0,  # rate of "all is a hole" in training, for guidance
+        drop: float = 0.0,  # rate of masks that are all hole in training, for guidance
     ) -> None:
         super().__init__()
         if keep == hole:
@@ -55,7 +55,7 @@ class MaskedLatent(nn.Module):
     def __init__(
         self,
         hole: float = -1.0,  # pixels in holes: -1 black as in the official LDM, 0 grey as in Stable Diffusion
-        drop: float = 0.0,  # rate of "all is a hole" in training, for guidance
+        drop: float = 0.0,  # rate of masks that are all hole in training, for guidance
     ) -> None:
         super().__init__()
         if not -1 <= hole <= 1:

@@ -249,7 +249,7 @@ class TransformerText(nn.Module):
         vocab: str | None = None,  # path of the vocabulary (vocab.txt, tokenizer.json); None: `ldmlab fetch wordpiece`
         drop: float = 0.1,  # rate of empty captions in training, for guidance
         heads: int = 8,  # of 64 channels each
-        unused_head: bool = False,  # carry the output layer of the official files, which nothing runs
+        unused_head: bool = False,  # keep the unused output layer of the official files
     ) -> None:
         super().__init__()
         self.drop = checked_rate(drop)

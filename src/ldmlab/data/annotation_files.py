@@ -54,7 +54,7 @@ def read_annotations(files: Sequence[Path], classes: Path | None, names: set[str
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"annotations={path} is not as COCO's files are ({error!r}); mend it.") from None
+            raise InputError(f"annotations={path} is not as COCO's files are ({error!r}); fix it.") from None
     for path in (path for path in files if path.suffix != ".json"):
         if table is None:
             raise InputError(f"annotations={path} holds class ids without names; give --classes FILE with both.")

@@ -271,7 +271,7 @@ class ShardDataset(Dataset[Batch]):
             label, (part, stored) = next(iter(partless.items()))
             raise InputError(
                 f"task: it starts from {part}, but sample {label} has no {stored}, nor have {len(partless)} of "
-                f"{readable} that were looked at; add it to the shards, or choose another task."
+                f"{readable} that were read; add it to the shards, or choose another task."
             )
 
     def _first_sample(self) -> Batch:

@@ -270,7 +270,7 @@ def _restrict(source: Source, only: Path) -> Source:
             items.append(item)
     if missing := sorted(listed_names - met):
         few = ", ".join(missing[:3])
-        raise InputError(f"list={only} names {len(missing)} images that SOURCE does not hold ({few}); mend the list.")
+        raise InputError(f"list={only} names {len(missing)} images that SOURCE does not hold ({few}); fix the list.")
     return replace(source, items=items)
 
 

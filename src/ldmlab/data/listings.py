@@ -51,7 +51,7 @@ def read_table(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}); mend that.") from None
+        raise InputError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}); fix that.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
@@ -68,7 +68,7 @@ def _json_rows(path: Path, text: str) -> list[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}, is not JSON ({error}); mend or remove the line.") from None
+            raise InputError(f"{path}, line {number}, is not JSON ({error}); fix or remove the line.") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}, is not an object; write one {{...}} a line.")
         rows.append(row)
@@ -82,7 +82,7 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}; mend or remove the line.") from None
+        raise InputError(f"{path}, line {reader.line_num}: {error}; fix or remove the line.") from None
     for number, row in enumerate(rows, 2):
         if None in row:
             raise InputError(

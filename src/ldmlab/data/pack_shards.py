@@ -118,7 +118,7 @@ def pack(
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise InputError(
-            f"OUT={out} cannot be written: {why}; mend that and run the same command to continue."
+            f"OUT={out} cannot be written: {why}; fix that and run the same command to continue."
         ) from None
     except BrokenProcessPool:
         raise InputError(
@@ -167,7 +167,9 @@ class _Pack:
         folder.mkdir(exist_ok=True)
         done = (folder / MANIFEST).exists()
         if done and not (folder / PLAN).exists():
-            raise InputError(f"OUT={self.out} already holds a {split} split made otherwise; choose a new folder.")
+            raise InputError(
+                f"OUT={self.out} already holds a {split} split made with other options; choose a new folder."
+            )
         content = {"images": "other images or captions in SOURCE"}
         plan = self._plan(shards)
         before = read_json(folder / PLAN)
@@ -235,7 +237,7 @@ class _Pack:
         count = f"{len(self.bad)}{'' if final else ' or more'}"
         raise InputError(
             f"max-bad={self.max_bad}: {count} of {self.total} images cannot be used "
-            f"({few}); mend them, or raise --max-bad and run the same command to continue."
+            f"({few}); fix them, or raise --max-bad and run the same command to continue."
         )
 
     def _finish(self) -> PackResult:

@@ -60,7 +60,7 @@ def load_objects(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Image.Im
         if missing:
             known = ", ".join(CLASSES)
             raise InputError(
-                f"classes={name} is neither one of {known} nor a caption in {folder}; mend it."
+                f"classes={name} is neither one of {known} nor a caption in {folder}; fix it."
                 if name not in CLASSES
                 else f"emoji={folder} holds no image with the caption {missing[0]!r} of class {name}; "
                 "give the shipped shards or other classes."

@@ -42,7 +42,7 @@ class ShardData:
     balance_temperature: float = 0.5  # rate of a class ~ (its size) ^ temperature; 1 as is, 0 all equal
     object_background: tuple[int, int, int] | None = None  # colour left out of PSNR over object pixels
     sha256: bool = False  # check the shards' checksums at the start, not only their sizes
-    states: bool = True  # read states that the latents carry, instead of running the encoder that made them
+    states: bool = True  # read states stored with the latents, instead of running the encoder that made them
     task: Task | None = None  # set by `with_task`
     stored: tuple[str, ...] = ()  # conditioners whose states are read; set by `with_states`
     classes: int | None = None  # bound of class_id; set by `with_classes`

@@ -31,13 +31,11 @@ class SplitRule:
         if self.group_strip is not None and self.group is None:
             raise InputError(f"group-strip={self.group_strip} needs --group FIELD to cut from; name the field.")
         if self.val and self.name == "val":
-            raise InputError(f"split=val with val={self.val} leaves nothing to call train; drop one of them.")
+            raise InputError(f"split=val with val={self.val} leaves no training split; drop one of them.")
         try:
             re.compile(self.group_strip or "")
         except re.error as error:
-            raise InputError(
-                f"group-strip={self.group_strip} is not a regular expression ({error}); mend it."
-            ) from None
+            raise InputError(f"group-strip={self.group_strip} is not a regular expression ({error}); fix it.") from None
 
     @property
     def fields(self) -> set[str]:

@@ -172,7 +172,7 @@ class LatentDiffusion(LatentSpace):
         seed: int = 0,
         after_step: AfterStep | None = None,
         given: GivenImage | None = None,  # an image to start from or to keep in part
-        window: int | None = None,  # side of windows that are denoised one by one, px; None: the whole at once
+        window: int | None = None,  # side of windows that are denoised one by one, px; None: the full latent at once
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same image in any batch."""
         check_guidance(guidance_scale, self.guidance_trained, conditioned=bool(self.conditioners))

@@ -91,7 +91,7 @@ class ImageSet:
         self.lost[name] = why
         if len(self.lost) > self.max_bad * self.count:
             raise InputError(
-                f"{name} cannot be read ({why}); mend or remove it, or allow a share of unreadable images by --max-bad."
+                f"{name} cannot be read ({why}); fix or remove it, or allow a share of unreadable images by --max-bad."
             )
 
     def _of_npz(self, batch_size: int, rank: int, world: int) -> Iterator[Numbered]:
@@ -287,7 +287,7 @@ def _with_statistics(reference: ImageSet, extractor: FeatureExtractor, metrics: 
         if isinstance(metric, FrechetDistance) and metric.statistics_name in brought:
             if extractor.name != Inception2015.name:
                 raise InputError(
-                    f"{reference.path} brings statistics of {Inception2015.name}, which --features {extractor.name} "
+                    f"{reference.path} has statistics of {Inception2015.name}, which --features {extractor.name} "
                     "cannot be compared with; choose --features inception."
                 )
             found.add(name)

@@ -20,7 +20,7 @@ class LayoutAccuracy:
 
     steps: int = 600  # updates of the classifier
     batch_size: int = 64
-    crops: int = 20_000  # boxes it learns from at most
+    crops: int = 20_000  # largest number of training boxes
     margin: float = 0.1  # of a box's sides, seen around it
     smallest: float = 5.0  # px; a box with a shorter side is left out
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})

@@ -25,7 +25,7 @@ def images_shape(path: Path) -> tuple[int, int, int] | None:
         with file.open("arr_0.npy") as stream:
             shape, order, kind = _header(stream)
     if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or order:
-        raise InputError(f"{path}: arr_0 is {kind} of shape {shape} where uint8 of (N, height, width, 3) is due.")
+        raise InputError(f"{path}: arr_0 is {kind} of shape {shape} where uint8 of (N, height, width, 3) is expected.")
     return shape[0], shape[1], shape[2]
 
 

@@ -38,12 +38,12 @@ class Protocol:
     class_field: str | None = None  # field of KEY.json by which scores are broken down
     shown: int = 40  # samples in the report's grid
     paper_table: str | None = None  # of the paper's tables
-    paper_row: str | None = None  # id of its row that ours is counted against
+    paper_row: str | None = None  # id of the table's row to compare with
     dataset: str | None = None  # name of the data set that the reference shards hold
     feature_network: str | None = None  # name of the extractor; results of another one are marked
     reference_rule: str | None = None  # crop and resize rule that made the reference shards; another is refused
     reference_hash: str | None = None  # manifest hash of the reference shards, to pin a set; another is refused
-    also_against: str | None = None  # another split, whole: a second Frechet distance of the same samples
+    also_against: str | None = None  # all of another split: a second Frechet distance of the same samples
     pairs: bool = False  # each sample against the image whose condition it was given: PSNR, SSIM, LPIPS
     mask_buckets: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name => share of the hole [low, high)
     bucket_tables: Mapping[str, str] = field(default_factory=dict)  # name => table of the paper
@@ -63,7 +63,9 @@ class Protocol:
                 f"{self.reference}; choose train or val, or null."
             )
         if not 0 < self.copy_quantile < 1:
-            raise InputError(f"protocol.copy_quantile={self.copy_quantile} is not between 0 and 1; choose 0.01, say.")
+            raise InputError(
+                f"protocol.copy_quantile={self.copy_quantile} is not between 0 and 1; choose for instance 0.01."
+            )
         if self.conditions not in CONDITIONS:
             raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
         for name in ("samples", "at_most"):

@@ -28,7 +28,7 @@ from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance, whole
 
 FORMAT_VERSION = 1
-LARGEST_SET = 60_000  # images whose features are kept whole: 0.5 GB at 2048 floats; above it only sums are
+LARGEST_SET = 60_000  # most images whose features are cached: 0.5 GB at 2048 floats; above it only sums are
 _CHUNK = 4096  # rows given to the scores at once
 _KEPT = ("features", "spatial", "clip")  # outputs of an extractor that can be kept
 _STORABLE = frozenset({*_KEPT, "real", "index"})  # arguments of a score that a kept row serves

@@ -123,7 +123,7 @@ class SegmentationAccuracy:
 
     steps: int = 400  # updates of the segmenter
     batch_size: int = 24
-    images: int = 4000  # it learns from at most
+    images: int = 4000  # largest number of training images
     needs: ClassVar[frozenset[str]] = frozenset({"segmentation"})
 
     def __call__(self, evidence: Evidence) -> Accuracy:
@@ -186,7 +186,7 @@ def overlaps(found: Tensor, given: Tensor, classes: int) -> list[Overlap]:
     """Predicted and input maps (N, h, w); a class that no training image has cannot be measured."""
     if int(given.max()) >= classes:
         raise InputError(
-            f"label {int(given.max())} is in a given map but in no training image, so it cannot be measured; "
+            f"label {int(given.max())} is in an input map but in no training image, so it cannot be measured; "
             "pack the data with another split."
         )
     given, found = given.flatten().to(torch.int64), found.flatten().to(torch.int64)

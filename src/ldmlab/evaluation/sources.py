@@ -54,7 +54,7 @@ def requests(protocol: protocols.Protocol, reads: frozenset[str], reference: Seq
     missing = [name for name in sorted(reads) if not reference or name not in reference[0]]
     if missing:
         raise InputError(
-            f"the reference images carry no {', '.join(missing)}, which the model takes as input; pack them so."
+            f"the reference images have no {', '.join(missing)}, which the model takes as input; pack them so."
         )
     return Repeated(reference, reads, count)
 

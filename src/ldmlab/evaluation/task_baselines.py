@@ -61,7 +61,7 @@ class NearestPatch:
     """The hole copied from the training image whose pixels around it are nearest, at the same place."""
 
     border: int = 8  # px around the hole that are compared
-    images: int = 3000  # training images looked at
+    images: int = 3000  # training images searched
     needs: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
     title: ClassVar[str] = "nearest training patch"
     _train: Tensor | None = field(default=None, repr=False)  # uint8 (N, 3, H, W)

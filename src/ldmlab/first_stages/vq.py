@@ -20,7 +20,7 @@ class VQModel(Autoencoder):
         codebook_size: int,
         encoder_weight: float = 1.0,  # of the penalty that moves the encoder to the codebook
         codebook_weight: float = 0.25,  # of the penalty that moves the codebook to the encoder
-        codebook_decay: float | None = None,  # 0.99: codes are running means of their vectors, codebook_weight is idle
+        codebook_decay: float | None = None,  # 0.99: codes are running means of vectors, no codebook_weight
         restart_below: float | None = None,  # 0.01: a code used less than this share of the average restarts
         cosine: bool = False,  # compare directions: vectors and codes at unit length
         bottleneck_channels: int | None = None,  # between networks and latent projection; default: latent_channels

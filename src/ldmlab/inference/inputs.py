@@ -97,7 +97,9 @@ def checked_text(field: str, value: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{field}={value!r:.60} holds half of a character ({error.reason}); type it again.") from None
+        raise InputError(
+            f"{field}={value!r:.60} holds half of a surrogate pair ({error.reason}); type it again."
+        ) from None
 
 
 def row(field: str, value: Any) -> Tensor:

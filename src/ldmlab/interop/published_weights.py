@@ -104,7 +104,7 @@ def _download(source: str, path: Path, expected: str, advance: Advance) -> None:
     if not digest.hexdigest().startswith(expected):
         raise InputError(
             f"{source} gave a file whose SHA-256 begins {digest.hexdigest()[:16]} instead of {expected}; "
-            "it was thrown away, try again or give another --url."
+            "it was deleted, try again or give another --url."
         )
 
 

@@ -39,7 +39,7 @@ class Adversary(nn.Module):
         if adversary_start < discriminator_start:
             raise InputError(
                 f"loss.adversary.adversary_start={adversary_start} comes before discriminator_start="
-                f"{discriminator_start}: an untrained critic would steer; choose at least {discriminator_start}."
+                f"{discriminator_start}: its gradients would be untrained; choose at least {discriminator_start}."
             )
         self.discriminator = discriminator
         self.weight = weight

@@ -57,7 +57,7 @@ class Measured:
     reference_rule: str | None  # crop and resize rule of the manifest
     spreads: Mapping[str, float | None] = field(default_factory=dict)
     reference_hash: str | None = None  # of the manifest of the images that were compared with
-    current_hash: str | None = None  # of the manifest that now lies there; None: it is not here
+    current_hash: str | None = None  # of the present manifest; None: it is missing
     pinned_hash: str | None = None  # of the protocol
     sampling: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str | None = None  # of the extractor's file

@@ -192,8 +192,8 @@ def by_factor(jobs: Sequence[Mapping[str, Any]]) -> list[FactorJobs]:
         seeds = [job["seed"] for job in found]
         if len(set(seeds)) < len(seeds):
             raise InputError(
-                f"{found[0]['folder']} and {found[-1]['folder']} are alike down to the seed, or differ in an option "
-                "that the comparison does not hold apart; give one of them."
+                f"{found[0]['folder']} and {found[-1]['folder']} are equal including the seed, or differ in an option "
+                "that the comparison does not distinguish; give one of them."
             )
     keys = sorted(groups, key=lambda key: (key[0], *map(str, key[1:])))
     shown = {key: _label(key, keys) for key in keys}

@@ -42,7 +42,7 @@ class Crop:
         if self.short_side is not None and self.rule == "random":
             raise InputError(f"task.crop.short_side={self.short_side} has no meaning for rule=random; leave it out.")
         if self.smallest is not None and (self.rule != "random" or not 0 < self.smallest <= 1):
-            raise InputError(f"task.crop.smallest={self.smallest} is for rule=random, in (0, 1]; mend or leave it out.")
+            raise InputError(f"task.crop.smallest={self.smallest} is for rule=random, in (0, 1]; fix or leave it out.")
 
     @property
     def held_out(self) -> "Crop":

@@ -20,7 +20,7 @@ class Layout(BaseTask):
     most: int = 30  # objects an image
     smallest_area: float = 0.0001  # of a box, as a share of the stored image
     shuffle: bool = True  # a new order of the objects at each access
-    crop: Crop | None = None  # None: the middle square, so that latents serve
+    crop: Crop | None = None  # None: the centre square, as for stored latents
     classes: int | None = None  # of boxes, numbered from 0; None: any number
     adds: ClassVar[frozenset[str]] = frozenset({"boxes", "crop"})
 

@@ -16,7 +16,7 @@ class Semantic(BaseTask):
     image_size: int  # px
     classes: int = 182  # class numbers are 0 .. classes - 1
     unlabelled: int | None = None  # stored number of pixels without label: they become the last class
-    crop: Crop | None = None  # None: the middle square, so that latents serve
+    crop: Crop | None = None  # None: the centre square, as for stored latents
     adds: ClassVar[frozenset[str]] = frozenset({"segmentation"})
 
     @property

@@ -40,7 +40,7 @@ class ClipStage(Stage):
         super().__init__(**options)
         if self.accumulate > 1:
             raise InputError(
-                f"accumulate={self.accumulate}: pairs of different micro-batches never meet in the contrastive loss; "
+                f"accumulate={self.accumulate}: the contrastive loss compares pairs within a micro-batch only; "
                 "use accumulate=1 with a larger micro-batch or more processes."
             )
         self.open_clip = model

@@ -91,7 +91,7 @@ def make_trainer(
         strategy=_strategy(stage) if world > 1 else "auto",
         precision=settings.precision,
         plugins=[Launched()],
-        callbacks=[*(lightning.callbacks if lightning else []), loop],  # theirs first: the loop writes the row
+        callbacks=[*(lightning.callbacks if lightning else []), loop],  # Lightning's first: the loop writes the row
         log_every_n_steps=settings.log_every,
         max_steps=-1,  # the loop stops at Stage.max_steps: Lightning counts the steps of every optimizer
         max_epochs=-1,

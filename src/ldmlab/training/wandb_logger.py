@@ -47,7 +47,7 @@ class WandB:
     group: str | None = None  # name that runs to be compared share
     tags: Sequence[str] | str = ()  # one or several, in addition to the stage, the factor and the kind of first stage
     panel_px: int = 1024  # longest side of an uploaded grid; samples/ keeps the full size
-    upload: str = "none"  # none | best | last: the checkpoint that goes up, once, when the run ends well
+    upload: str = "none"  # none | best | last: the checkpoint to upload, once, when the run ends without error
     _logger: Any = field(default=None, init=False)
     _run: RunFolder | None = field(default=None, init=False)
 

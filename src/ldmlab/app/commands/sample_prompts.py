@@ -108,7 +108,7 @@ class Prompts:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"--prompts {self.file}: {line[:60]!r} is not a JSON object ({error}); mend the line."
+                f"--prompts {self.file}: {line[:60]!r} is not a JSON object ({error}); fix the line."
             ) from error
         if not isinstance(found, dict):
             raise InputError(f'--prompts {self.file}: {line[:60]!r} is not a JSON object; write {{"caption": ...}}.')

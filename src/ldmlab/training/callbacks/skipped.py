@@ -50,5 +50,5 @@ class Skipped(StepCallback):
             example = next((f" (such as {name}: {why})" for name, why in names.items()), "")
             raise InputError(
                 f"{count} of {seen} {what} could not be read{example}, more than "
-                f"callbacks.skipped.max_fraction={self.max_fraction}; mend the shards or raise it."
+                f"callbacks.skipped.max_fraction={self.max_fraction}; fix the shards or raise it."
             )
