@@ -115,7 +115,7 @@ def test_the_size_follows_what_is_given(root: Path) -> None:
 def test_a_task_that_is_not_told_is_refused(root: Path) -> None:
     with pytest.raises(InputError, match="conditioner=mask reads mask, which neither"):
         run(root, "none", "conditioner=mask")
-    with pytest.raises(InputError, match="task: stage=clip gives nothing"):
+    with pytest.raises(InputError, match="task: stage=clip takes no task"):
         train(plain(compose("train", ["stage=clip", "task=inpainting", f"run.dir={root}/clip"])))
 
 
