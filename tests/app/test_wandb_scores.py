@@ -29,6 +29,7 @@ def evaluation(folder: Path, fid: float) -> Path:
 def run(tmp_path: Path) -> RunFolder:
     """A run of a first stage that was trained with W&B, offline."""
     made = RunFolder.create(tmp_path, "toy")
+    made.begin()
     node = {"_target_": "ldmlab.training.wandb_logger.WandB", "group": "factors"}
     (made.path / "config.yaml").write_text(
         yaml.safe_dump({"stage": {"name": "autoencoder"}, "logger": {"wandb": node}})
@@ -101,12 +102,13 @@ def test_a_failure_of_wandb_is_a_line_and_no_error(
 def test_a_run_that_is_still_training_is_left_alone(
     run: RunFolder, sent: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import errno
     import fcntl
 
     out = evaluation(run.path / "evaluation" / "images", 2.5)
 
     def held(*_: Any) -> None:
-        raise OSError("held")
+        raise BlockingIOError(errno.EAGAIN, "held")
 
     monkeypatch.setattr(fcntl, "lockf", held)  # a process does not lock itself out
     send_scores(run.path, out)
