@@ -101,6 +101,7 @@ def test_a_first_stage_is_scored_by_its_reconstructions(flow: Flow) -> None:
     assert "Reconstructions of" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_score_a_first_stage_as_one_does(flow: Flow) -> None:
     options = [f"model={flow.root}/first_stage", "features=clip_run", f"features.run={flow.root}/clip", "device=cpu"]
     options += ["protocol=reconstruction", "protocol.metrics.kid.subset_size=4", "batch_size=3"]

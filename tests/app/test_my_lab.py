@@ -69,6 +69,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return made
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_and_is_recorded(lab: Lab) -> None:
     lab.train(4)
     header, *rows = (lab.run / "metrics.csv").read_text().splitlines()
@@ -80,6 +81,7 @@ def test_it_trains_and_resumes_and_is_recorded(lab: Lab) -> None:
     assert json.loads((lab.run / "provenance.json").read_text())["plugins"] == {"my_lab": "0.1.0"}
 
 
+@pytest.mark.slow
 def test_it_evaluates_by_a_metric_of_its_own(lab: Lab) -> None:
     metric = "+metric@protocol.metrics.colour_agreement=colour_agreement"
     few = ["protocol.samples=4", "protocol.steps=2", "protocol.neighbours=0", "~protocol.metrics.precision_recall"]
@@ -91,6 +93,7 @@ def test_it_evaluates_by_a_metric_of_its_own(lab: Lab) -> None:
     assert "Colour agreement" in (lab.root / "scores" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_it_samples_and_travels(lab: Lab) -> None:
     sample = ["a red circle", "--steps", 2, "--device", "cpu", "--seed", 1]
     lab.command("sample", lab.run, *sample, "--out", lab.root / "of_run")
@@ -102,6 +105,7 @@ def test_it_samples_and_travels(lab: Lab) -> None:
     assert [Image.open(p).tobytes() for p in of_run] == [Image.open(p).tobytes() for p in of_model]
 
 
+@pytest.mark.slow
 def test_without_the_package_the_way_out_is_said(lab: Lab) -> None:
     words = ["sample", lab.run, "a red circle", "--device", "cpu", "--out", lab.root / "never"]
     sentence = lab.command(*words, installed=False, code=2).stderr

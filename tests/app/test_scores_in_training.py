@@ -112,6 +112,7 @@ def test_a_first_stage_is_scored_by_its_reconstructions(flow: Flow, tmp_path: Pa
     assert next((run / "checkpoints").glob("best*")).name.split("_")[3] == "fid"
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one_does(flow: Flow, tmp_path: Path) -> None:
     once = [*scores(flow), "trainer.max_steps=1", "optimizer.learning_rate=1e-9"]
     flow.first_stage(*once, out="scored_alone")

@@ -76,7 +76,7 @@ def test_the_first_stage_trains(root: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", DENOISERS)
-@pytest.mark.parametrize("choice", ["latents", "pixels"])
+@pytest.mark.parametrize("choice", ["latents", pytest.param("pixels", marks=pytest.mark.slow)])
 def test_a_task_trains_on_latents_and_by_one_option_on_pixels(root: Path, recipe: str, choice: str) -> None:
     option = "first_stage=identity" if choice == "pixels" else f"from_run={root / 'first_stage'}"
     told = [f"conditioner.image.from_run={root / 'clip'}"] if recipe == "small/variations" else []

@@ -55,6 +55,7 @@ def _options(root: Path) -> list[str]:
     return [*data, "data.fields=[caption]", f"paths.runs={root}/runs", *TINY]
 
 
+@pytest.mark.slow
 def test_two_factors_train_once_each_and_stand_in_one_report(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
     encoded: list[str] = []

@@ -113,6 +113,7 @@ def test_a_first_stage_without_weights_is_refused() -> None:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fifty_steps_in_bfloat16_with_and_without_accumulation(tmp_path: Path) -> None:
     """Accumulation only makes the adaptive weight each micro-batch's own; batches of one image are safe."""
     errors = {}
