@@ -24,6 +24,7 @@ from ldmlab.training.callbacks.throughput import Throughput
 from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.fit import load_initial_weights
+from ldmlab.training.settings import TrainerSettings
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -191,7 +192,7 @@ def test_weights_to_start_from_must_fit_exactly() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "16-mixed"}, "trainer.precision=16-mixed is unknown; choose bf16-mixed or 32-true"),
+        ({"precision": "16-mixed"}, "trainer.precision=16-mixed is unknown; choose auto or bf16-mixed or 32-true"),
         ({"max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
         ({"averaging_decay": 1.0}, "trainer.averaging_decay=1.0 must lie"),
         ({"gradient_clip": 0.0}, "trainer.gradient_clip=0.0 must be above 0"),
@@ -201,3 +202,12 @@ def test_weights_to_start_from_must_fit_exactly() -> None:
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         settings(**change)
+
+
+@pytest.mark.parametrize(("bf16", "amx", "expected"), [(False, False, "32-true"), (True, False, "bf16-mixed")])
+def test_automatic_precision_is_what_the_processor_has(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert TrainerSettings(max_steps=1, micro_batch=1, accelerator="cpu", precision="auto").precision == expected
