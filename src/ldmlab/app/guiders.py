@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ldmlab.build import load_classifier
 from ldmlab.checkpoints import fingerprint
-from ldmlab.diffusion.guidance import ClassifierGuider, Guider, ImageGuider, squared_error
+from ldmlab.contracts import Guider
+from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, squared_error
 from ldmlab.diffusion.schedule import levels_of
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate

@@ -1,4 +1,4 @@
-"""Gradient guidance: wrappers around `denoise` that compose with classifier-free guidance.
+"""Gradient guidance: wrappers around `denoise` that compose with classifier-free guidance; checks of its scale.
 
 A log-likelihood l(x) adds its gradient to the score of x = alpha clean + sigma eps, and with a scale s
     eps' = eps - s sigma grad_x l(x)      (Dhariwal & Nichol 2021, algorithm 2; paper appendix C)
@@ -7,8 +7,9 @@ which are the same shift. Where a guider wraps another one, the inner shift coun
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,6 @@ from torch.nn import functional as F
 from ldmlab.contracts import Denoise, Level
 from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
-
-
-class Guider(Protocol):
-    """Wraps the denoiser of one batch."""
-
-    @property
-    def reads(self) -> frozenset[str]: ...  # batch fields that it needs in addition to the model's own
-
-    def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise: ...
-
-    def as_text(self) -> dict[str, Any]: ...  # plain values, for records
 
 
 def guided_by_noisy(denoise: Denoise, log_likelihood: Callable[[Tensor, Level], Tensor], scale: float) -> Denoise:
@@ -173,3 +163,25 @@ def shrunk(images: Tensor, size: tuple[int, int]) -> Tensor:
 def _check(option: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise InputError(f"{option}={value} is not a finite number of 0 or more; choose 0 (off) or more.")
+
+
+def check_guidance(guidance_scale: float, trained: bool | None, conditioned: bool) -> None:
+    """Refuse guidance that the model was not trained for; warn where that is not recorded."""
+    if not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale={guidance_scale} is no number; choose 1 (off) or for instance 3.")
+    if guidance_scale == 1:
+        return
+    if not conditioned:
+        raise InputError(
+            f"guidance_scale={guidance_scale} needs conditions and this model has none; use guidance_scale=1."
+        )
+    if trained is False:
+        raise InputError(
+            f"guidance_scale={guidance_scale} needs a model trained with dropped conditions, unlike this one; "
+            "use guidance_scale=1, or train with conditioner drop rates above 0."
+        )
+    if trained is None:
+        warnings.warn(
+            "nothing is known about dropped conditions in this model's training; guidance may not help.",
+            stacklevel=3,
+        )

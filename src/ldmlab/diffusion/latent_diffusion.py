@@ -16,14 +16,14 @@ from ldmlab.contracts import (
     Conditioner,
     Conditioning,
     Denoise,
+    Guider,
     Level,
     Sampler,
     Task,
     states_field,
 )
-from ldmlab.diffusion.conditioning import check_guidance, check_size, check_slots, joined, stacked
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.guidance import Guider
+from ldmlab.diffusion.guidance import check_guidance
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.parameterization import Prediction
 from ldmlab.diffusion.schedule import levels_of
@@ -218,3 +218,47 @@ class LatentDiffusion(LatentSpace):
     def size_step(self) -> int:
         """Pixels by which an image's sides can grow: the first stage's factor, times the denoiser's if it has one."""
         return self._stage.downsampling * int(getattr(self.backbone, "size_step", 1))
+
+
+def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> None:
+    accepts: frozenset[str] = backbone.accepts  # type: ignore[assignment]
+    for name, conditioner in conditioners.items():
+        if conditioner.slot not in accepts:
+            taken = ", ".join(sorted(accepts)) or "nothing"
+            raise InputError(
+                f"conditioner={name} fills the slot {conditioner.slot} but the backbone takes {taken}; "
+                "choose another backbone or leave the conditioner out."
+            )
+
+
+def joined(values: Mapping[str, list[Tensor]]) -> Conditioning:
+    """Several conditioners on one slot: tokens by length, spatial by channels, vectors summed."""
+    slots: dict[str, Tensor] = {}
+    sizes = {f"{part.shape[2]} x {part.shape[3]}" for part in values.get("spatial", [])}
+    if len(sizes) > 1:
+        raise InputError(f"spatial conditions come at {' and '.join(sorted(sizes))}; give images of one size.")
+    for slot, parts in values.items():
+        if len(parts) == 1:
+            slots[slot] = parts[0]
+        else:
+            slots[slot] = torch.stack(parts).sum(0) if slot == "vector" else torch.cat(parts, dim=1)
+    return Conditioning(**slots)
+
+
+def check_size(conditioning: Conditioning, x: Tensor) -> None:
+    """What is concatenated to the latent has its height and width, or is refused."""
+    spatial = conditioning.spatial
+    if spatial is not None and spatial.shape[2:] != x.shape[2:]:
+        raise InputError(
+            f"spatial conditions are {spatial.shape[2]} x {spatial.shape[3]}, the latent {x.shape[2]} x "
+            f"{x.shape[3]}; give images of the size to be made, or a low resolution of the latent's size."
+        )
+
+
+def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Two conditionings as one batch of twice the size."""
+    slots = {}
+    for slot in ("tokens", "spatial", "vector"):
+        pair = getattr(first, slot), getattr(second, slot)
+        slots[slot] = None if pair[0] is None else torch.cat(pair)
+    return Conditioning(**slots)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.contracts import AfterStep, Conditioning, Level
-from ldmlab.diffusion.conditioning import check_guidance
+from ldmlab.contracts import AfterStep, Conditioning, Guider, Level
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.guidance import Guider
+from ldmlab.diffusion.guidance import check_guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.schedule import ddim_grid, levels_of
 from ldmlab.diffusion.windowed import latent_windows
