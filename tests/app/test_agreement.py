@@ -86,7 +86,7 @@ def test_options_of_one_thing_follow_each_other() -> None:
     told = config("conditioner=low_resolution", "task=super_resolution", "task.factor=8")
     assert told["conditioner"]["low_resolution"]["factor"] == 8
     assert LowResolution(enlarge=None, factor=8, downsampling=4).enlarge == 2
-    with pytest.raises(InputError, match=r"task\.factor=4 is no multiple of the first stage's 8"):
+    with pytest.raises(InputError, match=r"task\.factor=4 is no multiple of the first stage's factor 8"):
         LowResolution(enlarge=None, factor=4, downsampling=8)
 
 

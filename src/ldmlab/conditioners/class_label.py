@@ -50,7 +50,7 @@ class ClassEmbedder(nn.Module):
         """Refuse a class that the model was not trained on."""
         number = fields["class_id"]
         if not isinstance(number, int) or not 0 <= number < self.classes:
-            raise InputError(f"class_id {number!r} is not a class of this model; classes: 0 ..  {self.classes - 1}.")
+            raise InputError(f"class_id {number!r} is not a class of this model; classes: 0 .. {self.classes - 1}.")
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The last row, once for each image."""
