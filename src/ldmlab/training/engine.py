@@ -84,6 +84,7 @@ def make_trainer(
             f"trainer.devices={settings.devices} but {local} process(es) were started here; "
             f"launch with torchrun --nproc_per_node={settings.devices} train.py ..."
         )
+    assert settings.precision != "auto"  # decided when the settings were made
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=local if world > 1 else 1,
