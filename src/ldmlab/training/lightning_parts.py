@@ -52,8 +52,21 @@ def run_loggers(parts: Sequence[tuple[str, Any]]) -> list[Any]:
     return [LoggerOfLightning(part) if isinstance(part, LightningLogger) else part for _, part in parts]
 
 
+_DECIDING = (
+    pl.callbacks.GradientAccumulationScheduler,
+    pl.callbacks.BatchSizeFinder,
+    pl.callbacks.LearningRateFinder,
+    pl.callbacks.StochasticWeightAveraging,
+)
+
+
 def _check_hooks(where: str, callback: pl.Callback) -> None:
-    """Refuse hooks that this loop never calls."""
+    """Refuse hooks that this loop never calls, and callbacks that would decide its steps."""
+    if isinstance(callback, _DECIDING):
+        raise InputError(
+            f"{where}: {type(callback).__qualname__} changes how Lightning steps the optimizer, which this loop does "
+            "itself; remove it, and set trainer.accumulate, trainer.micro_batch or optimizer.learning_rate."
+        )
     hooks = [name for name, _ in inspect.getmembers(pl.Callback, inspect.isfunction) if not name.startswith("_")]
     own = [name for name in hooks if getattr(type(callback), name) is not getattr(pl.Callback, name)]
     if unserved := [name for name in own if name not in SERVED and not name.startswith(_OTHER_RUNS)]:
