@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -286,3 +288,26 @@ def check_signals(folder: Path) -> None:
     while worker.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_alive()
+
+
+KILLED_WHILE_IT_TAKES_A_BATCH = """
+import os, signal, sys
+from multiprocessing.connection import Connection
+from ldmlab.data.shard_data import ShardData
+
+def killed(self, message):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+data = ShardData(sys.argv[1], None, image_size=8, workers=1, mix=2, seed=1)
+batches = iter(data.train_loader(2))
+Connection.send = killed  # connected with the worker; the number of the batch was never sent
+next(batches)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere batches are handed over by name, not by a connection")
+def test_the_worker_of_a_killed_process_ends_without_a_traceback(folder: Path) -> None:
+    command = [sys.executable, "-c", KILLED_WHILE_IT_TAKES_A_BATCH, str(folder / "train")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # its worker's standard error as well
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr == ""

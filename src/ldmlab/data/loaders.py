@@ -7,8 +7,10 @@ Workers keep to the processors there are and leave signals to the main process.
 
 import os
 import signal
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,18 +79,31 @@ def quiet_worker(worker: int) -> None:
 
     It needs its workers to finish the step it saves after. SIGTERM still ends a worker when its own parent sends it.
     """
+    parent = os.getppid()
+    sys.excepthook = partial(_unless_orphaned, parent, sys.excepthook)
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _unless_orphaned(parent: int, report: Callable[..., None], kind: type, error: BaseException, trace: Any) -> None:
+    """What the thread that hands over batches calls when the other end is gone: of a parent that was killed, its
+    worker ends too, without a word. The connection breaks a moment before the system names another parent."""
+    end = time.monotonic() + 1.0
+    while isinstance(error, (ConnectionError, EOFError)) and time.monotonic() < end:
+        if os.getppid() != parent:
+            os._exit(1)
+        time.sleep(0.01)
+    report(kind, error, trace)
 
 
 @dataclass
