@@ -1,6 +1,7 @@
 """Each kind of slip on a command line of Hydra's is one sentence that names the option in full and the way out."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldmlab.app import cli
-from ldmlab.app.compose import compose, group_choices, groups, plain, search_in
+from ldmlab.app.compose import compose, group_choices, groups, plain, searching
 from ldmlab.app.wiring import train
 from ldmlab.instantiate import instantiate
 from refusals import refusal
@@ -162,22 +163,28 @@ def own(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_ones_own_is_searched(
-    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
+def test_a_folder_of_ones_own_is_searched(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such file" in refusal(lambda: compose("train", ["backbone=mine"]))
     assert cli.dispatch(["config", "train", "--config-dir", str(own), "backbone=mine", "--only", "backbone.model"]) == 0
     out = capsys.readouterr().out
     assert "backbone.model_channels = 32" in out
     assert str(own / "backbone" / "mine.yaml") in out
-    assert "mine" in group_choices("backbone")
-    assert "did you mean mine?" in refusal(lambda: compose("train", ["backbone=mine_"]))
+    with searching(["--config-dir", str(own)]):
+        assert "mine" in group_choices("backbone")
+        assert "did you mean mine?" in refusal(lambda: compose("train", ["backbone=mine_"]))
+
+
+def test_a_folder_of_ones_own_belongs_to_its_command(own: Path) -> None:
+    assert cli.dispatch(["config", "train", "--config-dir", str(own), "backbone=mine", "--only", "seed"]) == 0
+    assert compose("train", [f'hydra.searchpath=["{own}"]', "trainer=short"]).trainer.max_steps == 7
+    shutil.rmtree(own)
+    assert compose("train", []).trainer.max_steps != 7
+    assert "mine" not in group_choices("backbone")
+    assert cli.dispatch(["config", "train", "--only", "seed"]) == 0
 
 
 @pytest.mark.parametrize("entry", ["file://{}", "{}"])
-def test_hydras_searchpath_is_understood(own: Path, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
+def test_hydras_searchpath_is_understood(own: Path, entry: str) -> None:
     word = f'hydra.searchpath=["{entry.format(own)}"]'
     assert compose("train", [word, "backbone=mine", "trainer=short"]).trainer.max_steps == 7
     assert "backbone" in groups()
@@ -195,7 +202,7 @@ def test_hydras_searchpath_is_understood(own: Path, entry: str, monkeypatch: pyt
     ],
 )
 def test_a_search_path_that_is_not_there(words: list[str]) -> None:
-    refusal(lambda: search_in(words))
+    refusal(lambda: searching(words).__enter__())
 
 
 def test_train_py_takes_a_folder_of_ones_own(own: Path) -> None:

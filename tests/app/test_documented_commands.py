@@ -63,7 +63,6 @@ def swept(option: str) -> list[str]:
 def _my_lab(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/extending.md searches the configuration of the example package."""
     monkeypatch.syspath_prepend(ROOT / "examples" / "my_lab")
-    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
 
 
 @pytest.mark.parametrize("line", documented())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.evaluate import evaluate
 from ldmlab.checkpoints import load_checkpoint
+from refusals import refusal
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,6 +128,32 @@ def test_a_run_starts_from_another_ones_weights(flow: Flow) -> None:
     name = "conv_in.weight"
     averaged = before["averaged"]["denoiser"]["weights"][name]  # a run starts from averaged weights
     torch.testing.assert_close(after["modules"]["denoiser"][name], averaged, atol=1e-6, rtol=0)
+
+
+def test_initial_weights_and_a_run_of_another_encoder_are_refused(flow: Flow) -> None:
+    flow.clip("seed=5", out="other_clip")
+    options = [f"init_from={flow.root}/model", f"conditioner.text.from_run={flow.root}/other_clip"]
+    sentence = refusal(lambda: flow.denoiser(*options, out="two_encoders"))
+    assert f"conditioner.text.from_run={flow.root}/other_clip" in sentence
+    assert f"init_from={flow.root}/model" in sentence
+    assert not (flow.root / "two_encoders").exists()
+
+
+def test_a_finished_run_names_its_place_its_metrics_and_the_next_command(
+    flow: Flow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow.first_stage(out="short_stage")
+    first = capsys.readouterr().err.splitlines()[-2:]
+    assert first[0].startswith(f"finished: {flow.root}/short_stage; validation at step 2: ")
+    psnr = list(csv.DictReader((flow.root / "short_stage" / "metrics.csv").open()))[-1]["val/psnr"]
+    assert f"psnr {float(psnr):.4g}" in first[0]
+    flow.first_stage(out="short_stage")  # nothing to train
+    assert capsys.readouterr().err.splitlines()[-2:] == first
+    _, command = first[1].split("next: ldmlab ")
+    assert cli.dispatch(shlex.split(command)) == 0
+    assert (flow.root / "short_stage-latents" / "train" / "manifest.json").exists()
+    flow.denoiser()  # the walk's own, finished too
+    assert capsys.readouterr().err.splitlines()[-1] == f"next: ldmlab evaluate model={flow.root}/model"
 
 
 def test_the_same_command_goes_on_where_the_run_stopped(flow: Flow) -> None:

@@ -81,9 +81,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh() -> None:
     SEEN.clear()
-    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
 
 
 def run(shards: Path, out: Path, *more: str, steps: int = 4) -> Path:

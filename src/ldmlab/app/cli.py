@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 from ldmlab.errors import InputError
@@ -108,8 +109,8 @@ def dispatch(arguments: list[str]) -> int:
     module.add_arguments(parser)
     add_own_options(parser, name)
     args = parser.parse_intermixed_args(rest)
-    _take_up_own(args)
-    return int(module.run(args) or 0)
+    with _own_parts(args):
+        return int(module.run(args) or 0)
 
 
 def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
@@ -119,15 +120,17 @@ def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("--config-dir", metavar="FOLDER", help="groups of your own: FOLDER/backbone/mine.yaml")
 
 
-def _take_up_own(args: argparse.Namespace) -> None:
+def _own_parts(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Allow the packages of --plugins; inside, the folder of --config-dir is searched."""
     if args.plugins is not None:
         from ldmlab.plugins import allow
 
         allow(args.plugins, "--plugins")
-    if getattr(args, "config_dir", None) is not None:
-        from ldmlab.app.compose import search_in
+    if getattr(args, "config_dir", None) is None:
+        return nullcontext()
+    from ldmlab.app.compose import searching
 
-        search_in(["--config-dir", args.config_dir])
+    return searching(["--config-dir", args.config_dir])
 
 
 def _help() -> str:

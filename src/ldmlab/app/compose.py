@@ -14,7 +14,7 @@ from ldmlab.errors import InputError, shown
 
 _PACKAGED = Path(__file__).parents[1] / "conf"
 _CHECKOUT = Path(__file__).parents[3] / "conf"
-_OWN: list[str] = []  # a user's search path entries of this process: file://FOLDER or pkg://PACKAGE
+_OWN: list[str] = []  # a user's search path entries of the running command: file://FOLDER or pkg://PACKAGE
 _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor checks
     **dict.fromkeys(("seed", "batch_size"), int),
     **dict.fromkeys(("keep_reference", "wandb", "mirror", "carry_images"), bool),
@@ -74,8 +74,12 @@ def groups() -> list[str]:
     return sorted({p.name for p in folders if p.name != "hydra" and any(p.rglob("*.yaml"))})
 
 
-def search_in(words: Sequence[str]) -> None:
-    """Take up `--config-dir DIR` and `hydra.searchpath=[...]` of a command line; a missing folder is an InputError."""
+@contextmanager
+def searching(words: Sequence[str]) -> Iterator[None]:
+    """Inside, `--config-dir DIR` and `hydra.searchpath=[...]` of a command line count too; InputError if one is absent.
+
+    They belong to that command: the next one in this process does not look there.
+    """
     entries = [f"file://{Path(folder).absolute()}" for folder in _config_dirs(words)]
     for word in words:
         if word.lstrip("+").startswith("hydra.searchpath="):
@@ -87,8 +91,12 @@ def search_in(words: Sequence[str]) -> None:
                 f"{entry} holds no configuration; give a folder of groups (backbone/mine.yaml), or pkg:// and "
                 "the name of an installed package."
             )
-        if entry not in _OWN:
-            _OWN.append(entry)
+    before = list(_OWN)
+    _OWN[:] = dict.fromkeys([*before, *entries])
+    try:
+        yield
+    finally:
+        _OWN[:] = before
 
 
 def _config_dirs(words: Sequence[str]) -> Iterator[str]:
@@ -134,17 +142,16 @@ def composing(config_name: str, overrides: Sequence[str]) -> Iterator[list[str]]
     """Hydra set up over all folders, and the overrides for it; its errors are explained."""
     from hydra import initialize_config_dir
 
-    check_words(overrides)
-    search_in(overrides)
     words = [word for word in overrides if not word.lstrip("+").startswith("hydra.searchpath=")]
-    own = [entry for entry in _OWN if _folder(entry) is not None]
-    if own:
-        words.append(f"hydra.searchpath=[{','.join(_quoted(entry) for entry in own)}]")
-    try:
-        with _aside(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            yield words
-    except Exception as error:
-        raise explained(error, config_name, overrides) from error
+    with searching(overrides):
+        check_words(overrides)
+        if own := [entry for entry in _OWN if _folder(entry) is not None]:
+            words.append(f"hydra.searchpath=[{','.join(_quoted(entry) for entry in own)}]")
+        try:
+            with _aside(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                yield words
+        except Exception as error:
+            raise explained(error, config_name, overrides) from error
 
 
 @contextmanager
@@ -166,8 +173,6 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks to its own frames otherwise
     overrides = _overrides(sys.argv[1:])
-    check_words(overrides, several=bool({"-m", "--multirun"} & set(sys.argv[1:])))
-    search_in(sys.argv[1:])
     failed: list[Exception] = []
 
     def guarded(config: Any) -> None:
@@ -176,10 +181,12 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
         except Exception as error:  # kept for later: Hydra would print its own message and end the sweep
             failed.append(error)
 
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
-    except Exception as error:
-        raise explained(error, config_name, overrides) from error
+    with searching(sys.argv[1:]):
+        check_words(overrides, several=bool({"-m", "--multirun"} & set(sys.argv[1:])))
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
+        except Exception as error:
+            raise explained(error, config_name, overrides) from error
     if failed:
         raise failed[0]
 

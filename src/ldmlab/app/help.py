@@ -3,16 +3,16 @@
 import re
 import sys
 
-from ldmlab.app.compose import conf_dir, group_choices, search_in
+from ldmlab.app.compose import conf_dir, group_choices, searching
 
 _USES_SHOWN = 12  # names of one group listed before "... and N more"
 
 
 def hydra_help(config_name: str, opening: str, examples: str) -> str:
     """Usage, the groups with their choices and the options with their comments."""
-    search_in(sys.argv[1:])
     text = (conf_dir() / f"{config_name}.yaml").read_text()
-    return "\n".join([opening, "", *_groups(text), "", *_options(text), "", *_always(config_name), "", examples])
+    with searching(sys.argv[1:]):
+        return "\n".join([opening, "", *_groups(text), "", *_options(text), "", *_always(config_name), "", examples])
 
 
 def _groups(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The origin of each option's final value: a file or the command line."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -30,13 +31,10 @@ def origins(config_name: str, overrides: Sequence[str]) -> list[Origin]:
 
 def _written(config_name: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(option, file) in the order in which Hydra merges the files; what comes later wins."""
-    for path, package in _merge_order(config_name, overrides):
-        file = find_file(path)
-        if file is None:
-            continue
+    for file, package in _merge_order(config_name, overrides):
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         content.pop("defaults", None)
-        name = f"conf/{path}.yaml" if file.is_relative_to(conf_dir()) else str(file)
+        name = f"conf/{file.relative_to(conf_dir())}" if file.is_relative_to(conf_dir()) else str(file)
         for key, _ in _leaves(content, "" if package == "_global_" else package):
             yield key, name
     for override in overrides:
@@ -45,15 +43,16 @@ def _written(config_name: str, overrides: Sequence[str]) -> Iterator[tuple[str, 
             yield key, COMMAND_LINE
 
 
-def _merge_order(config_name: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """(file without ending, package) of every file of the composition."""
+def _merge_order(config_name: str, overrides: Sequence[str]) -> list[tuple[Path, str]]:
+    """(file, package) of every file of the composition."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
     with composing(config_name, overrides) as words:
         loader = GlobalHydra.instance().config_loader()
         found = loader.compute_defaults_list(config_name, words, RunMode.RUN).defaults
-    return [(d.config_path or "", d.package or "") for d in found]
+        files = [(find_file(d.config_path or ""), d.package or "") for d in found]
+    return [(file, package) for file, package in files if file is not None]
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

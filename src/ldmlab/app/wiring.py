@@ -20,6 +20,7 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
+from ldmlab.report.score_curves import read_curves
 from ldmlab.training.fit import fit, load_initial_weights
 from ldmlab.training.lightning_parts import run_callbacks, run_loggers
 from ldmlab.training.random_state import seed_process
@@ -28,6 +29,7 @@ from ldmlab.training.run_folder import FINISHED, RunFolder
 from ldmlab.training.settings import TrainerSettings
 
 Config = Mapping[str, Any]
+_SHOWN = 6  # validation metrics in a line
 NAMES = (
     *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
     *("sampler", "task", "optimizer"),
@@ -58,9 +60,10 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
             known = plan.stage.diffusion.conditioners  # type: ignore[union-attr]
             data = data.with_classes(class_bound(known))  # type: ignore[arg-type]
         if config["init_from"] is not None and not run.has_checkpoints():
-            take_initial_weights(config["init_from"], plan, data)
+            take_initial_weights(config, plan, data)
         _fit(run, {**config, **plan.used}, plan, settings, data, resume or resume_command(run))
         run.finish(plan.stage.step)
+        distributed.say(closing(run.path, config, nested=resume is not None))
     except BaseException:
         if plan is None or plan.stage.step == 0:
             run.discard()
@@ -80,11 +83,27 @@ def read_data(config: Config) -> tuple[ShardData, Config]:
     return data, config
 
 
-def take_initial_weights(source: str, plan: Plan, data: ShardData) -> None:
+def take_initial_weights(config: Config, plan: Plan, data: ShardData) -> None:
     """Weights to start from; the scale of the latents stays this run's, as model.yaml describes it."""
-    load_initial_weights(plan.stage, initial_parts(source, plan), f"init_from={source}")
+    source = config["init_from"]
+    parts = initial_parts(source, plan)
+    if "conditioner" in parts:
+        check_towers(config, plan.stage.diffusion.conditioners, parts["conditioner"])  # type: ignore[arg-type, union-attr]
+    load_initial_weights(plan.stage, parts, f"init_from={source}")
     if data.stored:  # a frozen conditioner with stored states, together with a trainable one
         check_states(plan.stage.diffusion.conditioners, data)  # type: ignore[arg-type, union-attr]
+
+
+def check_towers(config: Config, modules: Mapping[str, Any], given: Mapping[str, torch.Tensor]) -> None:
+    """Refuse init_from whose weights of a tower are not those of the run that from_run names."""
+    for name, module in modules.items():
+        run = config["conditioner"][name].get("from_run")
+        own = {f"{name}.tower.{key}": tensor for key, tensor in module.tower.state_dict().items()} if run else {}
+        if any(key in given and not torch.equal(given[key].cpu(), tensor) for key, tensor in own.items()):
+            raise InputError(
+                f"conditioner.{name}.from_run={run}: its weights are not those that init_from={config['init_from']} "
+                f"holds for conditioner.{name}; give the run that one was trained with, or leave init_from out."
+            )
 
 
 def check_accelerator(settings: TrainerSettings) -> None:
@@ -187,6 +206,27 @@ def _derived_where_taken(config: Config, group: str, name: str, value: int) -> A
     """The part of a group; a class from outside need not take derived arguments."""
     derived: dict[str, Any] = {name: value} if accepts(config[group], name, where=group) else {}
     return instantiate(config[group], where=group, **derived)
+
+
+def closing(run: Path, config: Config, *, nested: bool) -> str:
+    """Where a finished run lies, its last validation metrics, and the next command unless it is part of another one."""
+    try:
+        curves = read_curves(run / "metrics.csv")
+    except InputError:  # the table is damaged or gone; the checkpoints are there
+        curves = {}
+    points = {name.removeprefix("val/"): curve[-1] for name, curve in curves.items() if name.startswith("val/")}
+    last = max((step for step, _ in points.values()), default=0)
+    shown = [f"{name} {value:.4g}" for name, (step, value) in points.items() if step == last and "/" not in name]
+    lines = [f"finished: {run}" + (f"; validation at step {last:.0f}: {', '.join(shown[:_SHOWN])}" if shown else "")]
+    train, val = (shlex.quote(f"data.{split}={config['data'].get(split)}") for split in ("train", "val"))
+    place = shlex.quote(str(run))
+    following = {
+        "autoencoder": f"ldmlab encode data=shards {train} {val} from_run={place} out={place}-latents",
+        "clip": f"ldmlab train conditioner=text conditioner.text.from_run={place} data.latents=LATENTS",
+        "classifier": f"ldmlab sample MODEL 0 --classifier {place}",
+        "diffusion": f"ldmlab evaluate model={place}",
+    }
+    return "\n".join(lines if nested else [*lines, f"next: {following[config['stage']['name']]}"])
 
 
 def open_run(config: Config) -> RunFolder:

@@ -73,7 +73,7 @@ def fit(
             session.loggers.close(success)
     if stop.signal is not None:
         _leave(loop, stop, run, resume_command)
-    for line in ending(session):
+    for line in unread(session):
         distributed.say(line)
     path = distributed.from_first(loop.last_checkpoint)
     assert path is not None
@@ -131,7 +131,7 @@ def _arrange(stage: Stage, settings: TrainerSettings) -> None:
         next(iter(stage.saved().values())).compile()  # in place: names get no prefix
 
 
-_SHOWN = 6  # metrics, or names of images, in a line
+_SHOWN = 6  # names of images in a line
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 
 
@@ -190,12 +190,9 @@ def explained(error: Exception, loop: Loop) -> InputError | None:
     return None
 
 
-def ending(session: Session) -> list[str]:
-    """Last lines of a finished run: its folder, its validation metrics, and what could not be read."""
-    values = {name: value for name, value in session.notes.get("val", {}).items() if "/" not in name}
-    step = values.pop("step", None)
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:_SHOWN])
-    lines = [f"finished: {session.run.path}" + (f"; validation at step {step}: {shown}" if shown else "")]
+def unread(session: Session) -> list[str]:
+    """Last lines of a run: the images that could not be read."""
+    lines = []
     for what, names in (("training", session.skipped), ("validation", session.val_skipped)):
         if names:
             examples = "; ".join(f"{name}: {why}" for name, why in sorted(names.items())[:_SHOWN])
