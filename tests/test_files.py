@@ -26,7 +26,7 @@ def test_text_and_json_are_written_and_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "new"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000, b'{"half a pair": "\\ud83d"}'])
 def test_a_damaged_json_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     assert read_json(tmp_path / "a.json") is None
@@ -160,3 +160,9 @@ def test_waiting_for_a_lock(
     monkeypatch.setattr(files.time, "sleep", lambda _: lock.release())
     with locked(tmp_path / ".lock", "OUT is in use", wait=True):
         assert "waiting for it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder of processes")
+def test_a_lock_in_a_folder_that_takes_no_files_is_refused() -> None:
+    with pytest.raises(InputError, match=r"/proc/out.lock cannot be (made|written)"):
+        FileLock(Path("/proc/out.lock")).take()

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import pickle
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from faults.commands import Result, run
+from faults.commands import Limits, Result, run, run_group
 
 SHAPES = ("ellipse", "rectangle", "triangle")
 STEPS = 9  # of every training: more than one epoch of the images, so that each is seen
@@ -63,6 +64,7 @@ COMMANDS: dict[str, list[str]] = {  # in the order in which they need each other
     "evaluate": ["evaluate", *EVALUATION],
     "sample": ["sample", "model", "4", "--steps", "4", "--out", "samples", "--seed", "1"],
 }
+PAIR = ["train", *DENOISER, "run.dir=denoiser", "trainer.micro_batch=3"]  # for two processes
 MADE = {"pack": "packed", "first_stage": "first_stage", "encode": "latents", "denoiser": "denoiser", "export": "model"}
 
 
@@ -81,7 +83,12 @@ class Base:
 
 
 def build(root: Path) -> Base:
-    """Run the flow; a failure here is no fault of the campaign's and ends it."""
+    """Run the flow, or read what an earlier call noted of it; a failure here is no fault planted and ends it."""
+    note = root / "flow.pickle"
+    if note.is_file():
+        found: Base = pickle.loads(note.read_bytes())
+        return found
+    shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     work = root / "work"
     work.mkdir()
@@ -94,6 +101,8 @@ def build(root: Path) -> Base:
         base.results[name] = result
         base.digests[name] = digest(name, work)
     _indexed(base, root / "indexed")
+    _of_two(base, root / "pair")
+    note.write_bytes(pickle.dumps(base))
     return base
 
 
@@ -108,6 +117,19 @@ def _indexed(base: Base, work: Path) -> None:
             raise SystemExit(f"the flow without faults fails at {argv[0]} of indexed tars: {result.text[-2000:]}")
         base.results[argv[0]] = result
     base.digests["indexed"] = digest("first_stage", work)
+
+
+def _of_two(base: Base, work: Path) -> None:
+    """The denoiser trained by two processes."""
+    from faults.rank_faults import environments
+
+    work.mkdir()
+    base.copy(["packed", "latents"], work)
+    results = run_group(PAIR, work, [Limits(environment=each) for each in environments()], "pair")
+    if any(result.code != 0 for result in results):
+        raise SystemExit(f"the flow without faults fails with two processes: {results[0].text[-2000:]}")
+    base.results["pair"] = results[0]
+    base.digests["pair"] = digest("denoiser", work)
 
 
 def draw_images(folder: Path, count: int = 54) -> None:

@@ -1,5 +1,6 @@
 """One planted fault: its folder, the commands run on it, and how their end is judged."""
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.base import Base, digest, said
-from faults.commands import Limits, Result, run
+from faults.commands import Beside, Limits, Result, run_group
 
 GOOD = ("harmless", "named", "said")
 
@@ -54,24 +55,33 @@ class Case:
         """Folders of the flow without faults, into `work`."""
         self.base.copy(list(names), self.work)
 
-    def run(self, argv: list[str], **limits: Any) -> Result:
+    def run(self, argv: list[str], *, beside: Beside | None = None, **limits: Any) -> Result:
         """A command in `work`; tracebacks, hangs, code that ran and files outside are noted."""
-        import os
+        return self.run_group(argv, [limits.pop("environment", {})], beside=beside, **limits)[0]
 
-        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        environment = {"PATH": path, **limits.pop("environment", {})}
+    def run_group(
+        self, argv: list[str], environments: list[dict[str, str]], *, beside: Beside | None = None, **limits: Any
+    ) -> list[Result]:
+        """The same command in a process for each environment, noted likewise."""
+        path = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
         self._runs += 1
-        result = run(argv, self.work, Limits(environment=environment, **limits), tag=f"run{self._runs}")
-        self.outcome.seconds += result.seconds
+        each = [Limits(environment={**path, **environment}, **limits) for environment in environments]
+        results = run_group(argv, self.work, each, f"run{self._runs}", beside)
+        self.outcome.seconds += max(result.seconds for result in results)
+        for result in results:
+            self._note(result)
+        return results
+
+    def _note(self, result: Result) -> None:
+        command = result.argv[0]
         if self.canary.exists():
-            self.set("ran", f"{argv[0]} ran code")
+            self.set("ran", f"{command} ran code")
         elif self._touched():
-            self.set("outside", f"{argv[0]} wrote {self._touched()}")
+            self.set("outside", f"{command} wrote {self._touched()}")
         elif result.code is None:
-            self.set("hang", f"{argv[0]} ran for {result.seconds:.0f} s")
+            self.set("hang", f"{command} ran for {result.seconds:.0f} s")
         elif result.traceback:
-            self.set("traceback", f"{argv[0]}: {last_lines(result)}")
-        return result
+            self.set("traceback", f"{command}: {last_lines(result)}")
 
     def _touched(self) -> list[str]:
         usual = {"work", "outside", "bin", "canary"}

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +36,8 @@ class Result:
 
     @property
     def traceback(self) -> bool:
-        """Whether a traceback was printed, or it failed without a sentence."""
-        silent = self.code not in (0, None) and self.code > 0 and not self.err.strip()
+        """Whether a traceback was printed, or it failed without a word; above 128 it stopped as a signal asked."""
+        silent = self.code is not None and 0 < self.code < 128 and not self.err.strip()
         return "Traceback (most recent call last)" in self.text or silent
 
     @property
@@ -53,7 +54,10 @@ class Limits:
     seconds: float = HANG_SECONDS
     file_bytes: int | None = None  # largest file it may write
     environment: Mapping[str, str] = field(default_factory=dict)
-    kill: Callable[[int], None] | None = None  # runs beside the command and may end it
+    anew: bool = False  # in an interpreter of its own, which reads the environment at its start
+
+
+Beside = Callable[[list[int]], None]  # runs beside commands, given their processes, and may end them
 
 
 def preload() -> None:
@@ -75,29 +79,50 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def run(argv: Sequence[str], folder: Path, limits: Limits = Limits(), tag: str = "command") -> Result:
+def run(
+    argv: Sequence[str],
+    folder: Path,
+    limits: Limits = Limits(),
+    tag: str = "command",
+    beside: Beside | None = None,
+) -> Result:
     """`argv[0]` is train, evaluate or a command of `ldmlab`; it runs in `folder`, and its output goes beside that."""
-    out, err = folder.parent / f"{tag}.out", folder.parent / f"{tag}.err"
+    return run_group(argv, folder, [limits], tag, beside)[0]
+
+
+def run_group(
+    argv: Sequence[str], folder: Path, limits: Sequence[Limits], tag: str, beside: Beside | None = None
+) -> list[Result]:
+    """The same command in a process for each of `limits`, as a launcher starts the ranks of a job."""
     started = time.monotonic()
-    pid = _fork(list(argv), folder, limits, out, err)
-    if limits.kill is not None:
-        watcher = os.fork()
-        if watcher == 0:
-            try:
-                limits.kill(pid)
-            finally:
-                os._exit(0)
-    code = _wait(pid, limits.seconds)
-    if limits.kill is not None:
-        os.kill(watcher, signal.SIGKILL)
-        os.waitpid(watcher, 0)
-    _end_group(pid)
-    seconds = time.monotonic() - started
-    texts = [path.read_text(encoding="utf-8", errors="replace")[-200_000:] for path in (out, err)]
-    return Result(list(argv), code, texts[0], texts[1], seconds)
+    places = [folder.parent / (f"{tag}-{rank}" if len(limits) > 1 else tag) for rank in range(len(limits))]
+    pids = [_fork(list(argv), folder, limit, place) for limit, place in zip(limits, places, strict=True)]
+    watcher = _watch(beside, pids) if beside else None
+    ends = _wait(pids, started + max(limit.seconds for limit in limits))
+    if watcher is not None:  # it ends when the processes that it looks at are gone, or with a command of its own
+        _wait([watcher], time.monotonic() + HANG_SECONDS)
+    results = []
+    for pid, place in zip(pids, places, strict=True):
+        _end_group(pid)
+        texts = [Path(f"{place}.{end}").read_text(encoding="utf-8", errors="replace") for end in ("out", "err")]
+        code, seconds = ends[pid]
+        results.append(Result(list(argv), code, texts[0][-200_000:], texts[1][-200_000:], seconds - started))
+    return results
 
 
-def _fork(argv: list[str], folder: Path, limits: Limits, out: Path, err: Path) -> int:
+def _watch(beside: Beside, pids: list[int]) -> int:
+    watcher = os.fork()
+    if watcher == 0:
+        os.setsid()
+        try:
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                beside(pids)
+        finally:
+            os._exit(0)
+    return watcher
+
+
+def _fork(argv: list[str], folder: Path, limits: Limits, place: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -106,12 +131,16 @@ def _fork(argv: list[str], folder: Path, limits: Limits, out: Path, err: Path) -
     code = 1
     try:
         os.setsid()
-        for path, number in ((Path("/dev/null"), 0), (out, 1), (err, 2)):
+        for path, number in (("/dev/null", 0), (f"{place}.out", 1), (f"{place}.err", 2)):
             flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             os.dup2(os.open(path, flags, 0o644), number)
         os.chdir(folder)
+        sys.path.insert(0, "")  # as `python -m ldmlab` has it
         os.environ.update(limits.environment)
+        tempfile.tempdir = None  # found anew in this environment
         _limit(limits)
+        if limits.anew:
+            os.execv(sys.executable, [sys.executable, "-m", "ldmlab", *argv])
         code = _entry(argv)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
@@ -152,17 +181,20 @@ def _limit(limits: Limits) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
 
 
-def _wait(pid: int, seconds: float) -> int | None:
-    """The exit code, negative for a signal; None after killing one whose time is over."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+def _wait(pids: list[int], deadline: float) -> dict[int, tuple[int | None, float]]:
+    """Of each its exit code, negative for a signal, and when it ended; None after killing one whose time is over."""
+    ends: dict[int, tuple[int | None, float]] = {}
+    while len(ends) < len(pids):
+        for pid in pids:
+            done, status = os.waitpid(pid, os.WNOHANG) if pid not in ends else (0, 0)
+            if done:
+                ends[pid] = os.waitstatus_to_exitcode(status), time.monotonic()
+            elif pid not in ends and time.monotonic() > deadline:
+                _end_group(pid)
+                os.waitpid(pid, 0)
+                ends[pid] = None, time.monotonic()
         time.sleep(0.02)
-    _end_group(pid)
-    os.waitpid(pid, 0)
-    return None
+    return ends
 
 
 def _end_group(pid: int) -> None:

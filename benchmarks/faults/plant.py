@@ -399,7 +399,7 @@ def edit_yaml(path: Path, rng: random.Random, canary: Path) -> str:
     kind = rng.random()
     content = yaml.safe_load(path.read_text())
     if kind < 0.4:
-        what = _wrong_type(content, rng)
+        what = wrong_type(content, rng)
     elif kind < 0.75:
         nodes = [key for key, value in content.items() if isinstance(value, dict) and key != "sha256"]
         key = rng.choice(nodes)
@@ -425,7 +425,7 @@ def edit_yaml(path: Path, rng: random.Random, canary: Path) -> str:
 FREE = ("weights", "source", "name", "licence", "origin")  # keys whose text nothing depends on
 
 
-def _wrong_type(content: Any, rng: random.Random) -> str:
+def wrong_type(content: Any, rng: random.Random) -> str:
     """A value of another type than it has; one of its own type would describe another model, which is no fault."""
     places: list[tuple[Any, Any]] = []
 

@@ -17,6 +17,7 @@ from ldmlab.errors import InputError
 T = TypeVar("T")
 _BUCKET_ELEMENTS = 6_500_000  # 25 MB of float32 a bucket
 _MEETING = datetime.timedelta(minutes=5)  # how long srun's processes wait for each other at the start
+_LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # SLURM_JOB_NAME of a shell
 
 
@@ -27,7 +28,15 @@ def joined() -> bool:
 
 def rank() -> int:
     """Rank of this process: in the group, or in the launcher's environment before there is one."""
-    return dist.get_rank() if joined() else _launched("RANK", "SLURM_PROCID", 0)
+    if joined():
+        return dist.get_rank()
+    number, world = _launched("RANK", "SLURM_PROCID", 0), world_size()
+    if number >= world > 1:
+        name, of = ("RANK", "WORLD_SIZE") if "RANK" in os.environ else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        raise InputError(
+            f"the environment variable {name}={number} must be below {of}={world}; start with torchrun or srun."
+        )
+    return number
 
 
 def world_size() -> int:
@@ -64,7 +73,7 @@ def launched() -> tuple[int, int]:
 def join(timeout: datetime.timedelta | None = None) -> tuple[int, int]:
     """Rank and number of processes; opens the group that the launcher prepared: nccl with GPUs, gloo without.
 
-    timeout: of collectives; None: torch's own.
+    timeout: of collectives; None: torch's own. The environment variable LDMLAB_TIMEOUT_SECONDS precedes both.
     """
     if joined() or world_size() == 1:
         return rank(), world_size()
@@ -77,9 +86,24 @@ def join(timeout: datetime.timedelta | None = None) -> tuple[int, int]:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     store = _meet() if by_srun else None
-    dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, timeout=timeout)
+    timeout = _patience() or timeout
+    try:
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch's own for variables, names of hosts, ports and time
+        raise InputError(
+            f"the {world_size()} processes of this run did not find each other ({_first_line(error)}); start all of "
+            "them with torchrun or srun, or unset RANK and WORLD_SIZE for one process."
+        ) from error
     atexit.register(leave)
     return rank(), world_size()
+
+
+def _patience() -> datetime.timedelta | None:
+    """LDMLAB_TIMEOUT_SECONDS: how long a process waits in a collective for another one that no longer answers."""
+    text = os.environ.get("LDMLAB_TIMEOUT_SECONDS", "")
+    if text and not re.fullmatch(r"[1-9]\d{0,6}", text):
+        raise InputError(f"the environment variable LDMLAB_TIMEOUT_SECONDS={text} must be a whole number from 1.")
+    return datetime.timedelta(seconds=int(text)) if text else None
 
 
 def _meet() -> dist.Store:
@@ -124,6 +148,18 @@ def leave() -> None:
 def forget() -> None:
     """Leave a group whose other processes are gone, without waiting for them at the end of the program."""
     atexit.unregister(leave)
+
+
+def lost(error: Exception) -> str | None:
+    """What a collective says when another process is gone or does not answer; None for any other fault."""
+    if not joined() or not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+        return None
+    forget()
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def sum_(tensor: Tensor) -> Tensor:

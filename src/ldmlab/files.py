@@ -74,9 +74,11 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; None where the file is missing, damaged or no file."""
+    """The value in a small JSON file; None where the file is missing, damaged or no file, or its text is no text."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair, which nobody could write
+        return value
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -100,6 +102,8 @@ def disk_sentence(error: OSError, path: Path | str) -> str | None:
         return f"{path} cannot be written because its disk is read-only; choose a folder on another disk."
     if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
         return f"{path} cannot be written because a folder and a file of this path have one name; choose another path."
+    if error.errno == errno.ENOENT and error.filename == str(path) and Path(path).parent.is_dir():  # as /proc
+        return f"{path} cannot be made because its folder takes no new files; choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{path} cannot be written (permission denied); allow it or choose another folder."
     return None

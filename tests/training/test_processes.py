@@ -168,6 +168,24 @@ def test_a_variable_that_is_no_number_is_named(value: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 must be below WORLD_SIZE=2"),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=2 must be below SLURM_STEP_NUM_TASKS=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LDMLAB_TIMEOUT_SECONDS": "soon"}, "LDMLAB_TIMEOUT_SECONDS=soon must be"),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_named(
+    names: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_at_a_terminal", lambda: False)
+    with pytest.raises(InputError, match=sentence):
+        distributed.join()
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [("gpu[07-09,12],cpu1", "gpu07"), ("a1,b2", "a1"), ("rack-[3]", "rack-3"), ("r[1-2]n[01-16]", "r1n01"), ("x", "x")],
 )

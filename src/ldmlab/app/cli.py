@@ -70,6 +70,12 @@ def run_command(command: Callable[[], int | None]) -> int:
         if error.errno in _PATH_ERRORS and error.filename:
             return _refused(f"{error.strerror}{place}; choose another path.", 2)
         raise
+    except RuntimeError as error:
+        distributed = sys.modules.get("ldmlab.distributed")  # imported by commands that several processes share
+        lost = distributed.lost(error) if distributed else None
+        if lost is None:
+            raise
+        return _refused(f"another process of this command ended ({lost}); run the command again.", 2)
 
 
 def _refused(sentence: str, code: int) -> int:

@@ -1,6 +1,5 @@
 """Train a stage in a run folder: from the start, or from the newest checkpoint found there."""
 
-import re
 import signal
 import sys
 import threading
@@ -132,7 +131,6 @@ def _arrange(stage: Stage, settings: TrainerSettings) -> None:
 
 
 _SHOWN = 6  # names of images in a line
-_LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 
 
 class _Endless:
@@ -182,9 +180,8 @@ def explained(error: Exception, loop: Loop) -> InputError | None:
     if "DataLoader worker" in text or isinstance(error, EOFError | ConnectionError):
         advice = "if memory ran out, fewer data.workers or a smaller micro_batch help"
         return InputError(f"a loader process ended ({reason}); {kept}; run the command again to continue, {advice}.")
-    if distributed.joined() and isinstance(error, RuntimeError) and _LOST.search(text):
-        distributed.forget()
-        return InputError(f"another process of this run ended ({reason}); {kept}; run the command again to continue.")
+    if lost := distributed.lost(error):
+        return InputError(f"another process of this run ended ({lost}); {kept}; run the command again to continue.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return InputError(f"memory ran out ({reason}); {kept}; use a smaller trainer.micro_batch, or accumulate more.")
     return None
