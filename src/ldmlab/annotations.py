@@ -19,7 +19,15 @@ def checked(boxes: Any, classes: int | None = None) -> Boxes:
     """The boxes, each with a whole class_id; ValueError where one is none or its class is not below `classes`."""
     if not isinstance(boxes, list):
         raise ValueError(f"boxes are a {type(boxes).__name__}, not a list")
-    return [_checked_box(entry, classes) for entry in boxes]
+    found = []
+    for entry in boxes:
+        box = entry.get("box") if isinstance(entry, dict) else None
+        if not _four_numbers(box) or "class_id" not in entry:
+            raise ValueError(f'{str(entry)[:80]} is no box; write {{"class_id": 3, "box": [x0, y0, x1, y1]}}')
+        if not 0 <= box[0] < box[2] <= 1 or not 0 <= box[1] < box[3] <= 1:
+            raise ValueError(f"box {box} does not lie in [0, 1] with x0 < x1 and y0 < y1")
+        found.append({**entry, "class_id": whole_class(entry["class_id"], classes)})
+    return found
 
 
 def checked_crop(crop: Any) -> Box:
@@ -29,37 +37,21 @@ def checked_crop(crop: Any) -> Box:
     return list(crop)
 
 
-def _checked_box(entry: Any, classes: int | None) -> dict[str, Any]:
-    box = entry.get("box") if isinstance(entry, dict) else None
-    if not _four_numbers(box) or "class_id" not in entry:
-        raise ValueError(f'{str(entry)[:80]} is no box; write {{"class_id": 3, "box": [x0, y0, x1, y1]}}')
-    if not 0 <= box[0] < box[2] <= 1 or not 0 <= box[1] < box[3] <= 1:
-        raise ValueError(f"box {box} does not lie in [0, 1] with x0 < x1 and y0 < y1")
-    return {**entry, "class_id": whole_class(entry["class_id"], classes)}
+def _four_numbers(box: Any) -> TypeGuard[Sequence[float]]:
+    """True and false are no numbers."""
+    four = isinstance(box, list | tuple) and len(box) == 4
+    return four and all(isinstance(value, int | float) and not isinstance(value, bool) for value in box)
 
 
 def whole_class(value: Any, classes: int | None = None) -> int:
     """A class_id: a whole number 0 .. `classes` - 1 (2^31 - 1 where unknown), also as 3.0 or "3"; else ValueError."""
     limit = 1 << 31 if classes is None else classes
-    number: int | None = None
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif (isinstance(value, float) and value.is_integer() and abs(value) < 1 << 31) or (
-        isinstance(value, str) and len(value) < 20 and value.strip().isascii() and value.strip().isdigit()
-    ):
-        number = int(value)
-    if number is None or not 0 <= number < limit:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole |= isinstance(value, float) and value.is_integer() and abs(value) < 1 << 31
+    whole |= isinstance(value, str) and len(value) < 20 and value.strip().isascii() and value.strip().isdigit()
+    if not whole or not 0 <= int(value) < limit:
         raise ValueError(f"class_id {str(value)[:40]!r} is no whole number in 0 .. {limit - 1}")
-    return number
-
-
-def _four_numbers(box: Any) -> TypeGuard[Sequence[float]]:
-    """Four finite numbers; true and false are none."""
-    return (
-        isinstance(box, list | tuple)
-        and len(box) == 4
-        and all(isinstance(value, int | float) and not isinstance(value, bool) for value in box)
-    )
+    return int(value)
 
 
 def area(box: Sequence[float]) -> float:
@@ -75,7 +67,7 @@ def cropped(boxes: Boxes, crop: Sequence[float]) -> Boxes:
     for entry in boxes:
         x0, y0, x1, y1 = entry["uncut"] if "uncut" in entry else entry["box"]
         whole = [(x0 - left) / width, (y0 - top) / height, (x1 - left) / width, (y1 - top) / height]
-        box = [_unit(value) for value in whole]
+        box = [min(max(value, 0.0), 1.0) for value in whole]
         if box[0] < box[2] and box[1] < box[3]:
             kept = {name: value for name, value in entry.items() if name != "uncut"}
             inside.append({**kept, "box": box, **({"uncut": whole} if box != whole else {})})
@@ -93,10 +85,15 @@ def mirrored_box(box: Sequence[float]) -> Box:
     return [1 - box[2], box[1], 1 - box[0], box[3]]
 
 
-def centre_square(width: int, height: int) -> Box:
-    """The crop that takes the largest square in the middle of an image, at whole pixels."""
+def middle_square(width: int, height: int) -> tuple[int, int, int]:
+    """Left, top and side of the largest square in the middle of an image, px."""
     side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def centre_square(width: int, height: int) -> Box:
+    """That square as a crop."""
+    left, top, side = middle_square(width, height)
     return [left / width, top / height, (left + side) / width, (top + side) / height]
 
 
@@ -114,7 +111,3 @@ def nearest(values: NDArray[Any], size: int, place: Sequence[float]) -> NDArray[
     rows = np.clip(((place[1] + (place[3] - place[1]) * steps) * height).astype(np.int64), 0, height - 1)
     columns = np.clip(((place[0] + (place[2] - place[0]) * steps) * width).astype(np.int64), 0, width - 1)
     return np.ascontiguousarray(values[..., rows[:, None], columns])
-
-
-def _unit(value: float) -> float:
-    return min(max(value, 0.0), 1.0)

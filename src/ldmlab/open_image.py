@@ -3,7 +3,6 @@
 Other formats of Pillow start programs (PostScript runs Ghostscript), whatever the file's extension.
 """
 
-import functools
 import io
 import os
 import warnings
@@ -21,13 +20,13 @@ MAX_BYTES = 1 << 28
 
 def open_image(source: bytes | Path | str | IO[bytes], formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image of a file or of its bytes, not yet decoded; OSError or ValueError where it cannot be one."""
-    if isinstance(source, bytes):
-        content = source
-    else:
-        content = _content(Path(source)) if isinstance(source, str | Path) else source.read(MAX_BYTES)
+    if not isinstance(source, bytes):
+        source = read_image(Path(source)) if isinstance(source, str | Path) else source.read(MAX_BYTES)
+    Image.init()
+    supported = [name for name in formats if name in Image.OPEN]  # by this build of Pillow
     with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and odd metadata
         try:
-            image = Image.open(io.BytesIO(content), formats=readable(formats))
+            image = Image.open(io.BytesIO(source), formats=supported)
         except UnidentifiedImageError:
             raise UnidentifiedImageError(f"no image in a format that is read: {', '.join(formats)}") from None
         except (OSError, ValueError):
@@ -39,16 +38,10 @@ def open_image(source: bytes | Path | str | IO[bytes], formats: tuple[str, ...] 
     return image
 
 
-def _content(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
+    """The content of a file of bounded size; OSError or ValueError where it cannot be had."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise ValueError(f"has {size} bytes; at most {MAX_BYTES} are read")
-        return file.readall() if isinstance(file, io.RawIOBase) else file.read()
-
-
-@functools.cache
-def readable(formats: tuple[str, ...] = FORMATS) -> list[str]:
-    """Those of the formats that this build of Pillow supports."""
-    Image.init()
-    return [name for name in formats if name in Image.OPEN]
+        return file.read()

@@ -68,6 +68,5 @@ def stored_samples(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for shard in read_manifest(folder).shards:
         for number in range(shard.samples):
-            sample = read_range(folder / shard.name, *shard.byte_range(number))
-            found[sample["__key__"]] = sample
+            key, found[key] = read_range(folder / shard.name, *shard.byte_range(number))
     return found

@@ -12,7 +12,7 @@ from shard_maker import stored_samples
 from ldmlab.annotations import cropped, mirrored
 from ldmlab.app import cli
 from ldmlab.data.annotation_files import read_annotations, read_classes
-from ldmlab.data.decode import decode_parts
+from ldmlab.data.image_parts import decode_parts
 from ldmlab.data.manifest import read_manifest
 from refusals import refusal
 

@@ -15,15 +15,20 @@ import numpy as np
 import pytest
 from shard_maker import stored_samples, webp
 
-from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments
-from ldmlab.data.fields import checked_fields, required_fields, sample_fields
+from ldmlab.data.decode import (
+    BAD_SAMPLE,
+    checked_fields,
+    decode_image,
+    decode_moments,
+    required_fields,
+    sample_fields,
+)
 from ldmlab.data.image_sources import list_source
 from ldmlab.data.index_tars import index_tars
-from ldmlab.data.loaders import train_loader
 from ldmlab.data.manifest import Manifest, read_manifest, write_manifest
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.shards import END_MARKER, ShardReader, scan_tar, tar_bytes
+from ldmlab.data.shards import END_MARKER, ShardReader, parse_sample, scan_tar, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 from ldmlab.open_image import open_image
@@ -231,7 +236,7 @@ def test_a_flipped_byte_is_a_bad_sample_by_default(tmp_path: Path) -> None:
     captions = [caption for batch in reading.eval_loader("val", 4) for caption in batch["caption"]]
     assert captions == [f"number {n}" for n in range(6) if n != 3]
     assert reading.skipped("val").names == ["a.tar[3]: OSError: its bytes differ from the manifest's checksum"]
-    taken = [next(iter(train_loader(reading.train_dataset(), micro_batch=6)))]
+    taken = [next(iter(reading.train_loader(micro_batch=6)))]
     assert "a.tar[3]" in " ".join(taken[0]["skipped"])
 
 
@@ -407,7 +412,7 @@ def test_an_unfinished_download_is_told_by_its_zeros(tmp_path: Path) -> None:
     members = b"".join(tar_bytes(f"{n:05}.png", png()) for n in range(4))
     for tail in (512, 1024, 10240):
         (tmp_path / "whole.tar").write_bytes(members + bytes(tail + 512))
-        assert scan_tar(tmp_path / "whole.tar").keys == [f"{n:05}" for n in range(4)]
+        assert scan_tar(tmp_path / "whole.tar")[1] == [f"{n:05}" for n in range(4)]
     (tmp_path / "cut.tar").write_bytes(members + bytes(50_000))
     with pytest.raises(InputError, match=r"cut\.tar ends in 50000 bytes of zeros after its sample 4"):
         scan_tar(tmp_path / "cut.tar")
@@ -450,8 +455,8 @@ def test_several_files_of_a_sample_stay_together(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(b"".join(tar_bytes(name, b"x") for name in members) + END_MARKER)
     seen = list[tuple[str, str]]()
-    scan = scan_tar(path, lambda key, ending, content: seen.append((key, ending)))
-    assert scan.keys == ["a", "b"]
+    _, keys = scan_tar(path, lambda key, data: seen.extend((key, ending) for ending in parse_sample(data, "a.tar")[1]))
+    assert keys == ["a", "b"]
     assert seen == [tuple(name.split(".", 1)) for name in members]
 
 
@@ -471,9 +476,7 @@ def test_a_moment_of_another_shape_is_skipped_and_named(tmp_path: Path) -> None:
         **{"has_logvar": True, "carries_images": False, "states": None},
         "statistics": {"images": 4, "mean": [0.0], "std": [1.0], "overall_mean": 0.0, "overall_std": 1.0},
     }
-    manifest = Manifest(
-        "latents", "val", [scan_tar(path).info("a.tar")], ["caption"], 8, {}, "", "", {}, latents=latents
-    )
+    manifest = Manifest("latents", "val", [scan_tar(path)[0]], ["caption"], 8, {}, "", "", {}, latents=latents)
     write_manifest(folder, manifest)
     reading = data(tmp_path, latents=str(tmp_path))
     (batch,) = reading.eval_loader("val", 4)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldmlab.app.commands import index as command
-from ldmlab.data.fields import sample_fields
+from ldmlab.data.decode import sample_fields
 from ldmlab.data.index_tars import index_tars
 from ldmlab.data.manifest import Manifest, check_shards, read_manifest
 from ldmlab.data.shards import read_range, scan_tar
@@ -61,8 +61,8 @@ def test_offsets_find_every_sample(tmp_path: Path) -> None:
     keys = []
     for shard in manifest.shards:
         for number in range(shard.samples):
-            sample = read_range(tmp_path / shard.name, *shard.byte_range(number))
-            keys.append(sample["__key__"])
+            key, sample = read_range(tmp_path / shard.name, *shard.byte_range(number))
+            keys.append(key)
             assert sample["jpg"] == _jpeg()
             assert sample_fields(sample)["caption"] == "é"
     assert keys == [f"00000{n:04d}" for n in range(5)] + [f"00001{n:04d}" for n in range(3)]
@@ -74,12 +74,11 @@ def test_folders_long_names_and_other_languages(tmp_path: Path, format: int) -> 
     names = [f"{long}.jpg", f"{long}.seg.png", f"{long}.cls", "über/тыква.JPG", "über/тыква.txt"]
     contents = [_jpeg(), b"map", b"7", _jpeg(), "тыква".encode()]
     path = _tar(tmp_path / "a.tar", [("__meta__/x.json", b"{}"), *zip(names, contents, strict=True)], format)
-    scan = scan_tar(path)
-    assert scan.keys == [long, "über/тыква"]
-    first = read_range(path, scan.offsets[0], scan.offsets[1])
-    second = read_range(path, scan.offsets[1], scan.bytes)
-    assert (first["__key__"], first["seg.png"], sample_fields(first)) == (long, b"map", {"class_id": 7})
-    assert (second["__key__"], sample_fields(second)) == ("über/тыква", {"caption": "тыква"})
+    info, keys = scan_tar(path)
+    assert keys == [long, "über/тыква"]
+    (key, first), (other, second) = (read_range(path, *info.byte_range(number)) for number in range(2))
+    assert (key, first["seg.png"], sample_fields(first)) == (long, b"map", {"class_id": 7})
+    assert (other, sample_fields(second)) == ("über/тыква", {"caption": "тыква"})
 
 
 def test_images_of_several_sizes_have_no_size(tmp_path: Path) -> None:
@@ -161,6 +160,6 @@ def test_webdataset_finds_the_same_samples(tmp_path: Path) -> None:
         with open(path, "rb") as file:
             files = [{**one, "__url__": "here"} for one in tar_file_iterator(file)]
         theirs = [{k: v for k, v in one.items() if k not in _INTERNAL} for one in group_by_keys(files)]
-        scan = scan_tar(path)
-        ranges = zip(scan.offsets, [*scan.offsets[1:], scan.bytes], strict=True)
-        assert [read_range(path, *each) for each in ranges] == theirs
+        info, _ = scan_tar(path)
+        ours = [read_range(path, *info.byte_range(number)) for number in range(info.samples)]
+        assert [{"__key__": key, **files} for key, files in ours] == theirs

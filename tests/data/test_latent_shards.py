@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ldmlab.data.decode import decode_moments
-from ldmlab.data.latent_shards import FinishedShard, LatentShardWriter, Statistics, check_fingerprint
+from ldmlab.data.latent_shards import Statistics, npy_bytes
 from ldmlab.data.manifest import Manifest
-from ldmlab.data.shards import ShardReader
+from ldmlab.data.output_folder import ShardFile
+from ldmlab.data.shards import ShardReader, tar_bytes
 from ldmlab.errors import InputError
 
 
@@ -55,16 +56,17 @@ def test_statistics_of_parts_add_up() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_written_moments_are_read_back(tmp_path: Path, dtype: str) -> None:
-    writer = LatentShardWriter(tmp_path / "00000.tar", channels=3, dtype=dtype)
+    shard = ShardFile(tmp_path / "00000.tar")
     for number in range(3):
-        writer.write(f"{number:03}", moments(number), {"json": json.dumps({"caption": str(number)}).encode()})
+        fields = json.dumps({"caption": str(number)}).encode()
+        npy = npy_bytes(f"moments of {number:03}", moments(number), dtype, "")
+        shard.append(tar_bytes(f"{number:03}.json", fields) + tar_bytes(f"{number:03}.npy", npy))
     assert not (tmp_path / "00000.tar").exists()
-    finished = writer.finish(["00000.tar[3]: gone"])
-    finished.save(tmp_path / "side.json")
-    assert FinishedShard.load(tmp_path / "side.json") == finished
-    assert finished.info is not None
+    info = shard.finish()
+    ShardFile(tmp_path / "00001.tar").abandon()
+    assert info is not None
     assert [path.name for path in tmp_path.glob("*.t*")] == ["00000.tar"]
-    manifest = Manifest("latents", "train", [finished.info], ["caption"], 8, {}, "", "", {})
+    manifest = Manifest("latents", "train", [info], ["caption"], 8, {}, "", "", {})
     key, files = ShardReader(tmp_path, manifest).read(0, 2)
     assert key == "002"
     assert sorted(files) == ["json", "npy"]
@@ -75,19 +77,9 @@ def test_written_moments_are_read_back(tmp_path: Path, dtype: str) -> None:
     )  # half of float16's step
 
 
-def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
-    writer = LatentShardWriter(tmp_path / "00000.tar", channels=3, dtype="float16")
-    with pytest.raises(InputError, match=r"moments of 000 do not fit float16 .* use dtype=float32"):
-        writer.write("000", moments(0) * 1e6, {})
-    writer.abandon()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_latents_of_another_first_stage_are_refused() -> None:
-    manifest = Manifest("latents", "train", [], [], 8, {}, "", "", {}, latents={"fingerprint": "abc"})
-    check_fingerprint("somewhere", manifest, "abc")
-    with pytest.raises(InputError, match=r"latents of another first stage \(abc, this run has xyz\)"):
-        check_fingerprint("somewhere", manifest, "xyz")
+def test_what_float16_cannot_hold_is_refused() -> None:
+    with pytest.raises(InputError, match=r"moments of 000 do not fit float16 .*; use dtype=float32\."):
+        npy_bytes("moments of 000", moments(0) * 1e6, "float16", "use dtype=float32")
 
 
 @pytest.mark.parametrize("array", [np.array([{}], object), np.zeros((1, 2, 2)), np.zeros((1, 2, 2, 2), int)])

@@ -13,9 +13,9 @@ from shard_maker import stored_samples
 
 from ldmlab.annotations import centre_square, cropped
 from ldmlab.app import cli
-from ldmlab.data.decode import decode_image, decode_parts
+from ldmlab.data.decode import decode_image
+from ldmlab.data.image_parts import decode_parts, packed_map
 from ldmlab.data.image_sources import list_source
-from ldmlab.data.pack_images import packed_map
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.shards import tar_bytes
 from ldmlab.data.transforms import Transform

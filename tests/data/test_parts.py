@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldmlab.annotations import centre_square, cropped, mirrored, within
 from ldmlab.app import cli
-from ldmlab.data.decode import centre_cropped, decode_parts
 from ldmlab.data.encode_shards import LatentSettings, encode
+from ldmlab.data.image_parts import centre_cropped, decode_parts
 from ldmlab.data.loaders import collate
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError

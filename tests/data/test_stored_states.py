@@ -16,7 +16,8 @@ from ldmlab.app.plans import diffusion
 from ldmlab.app.wiring import stage_options, train, with_task
 from ldmlab.checkpoints import fingerprint
 from ldmlab.contracts import states_field
-from ldmlab.data.latent_shards import decode_states, state_files
+from ldmlab.data.decode import decode_states
+from ldmlab.data.latent_shards import state_files
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError

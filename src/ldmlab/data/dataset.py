@@ -1,7 +1,7 @@
 """Shards as a data set keyed by position, in the order that `order.py` gives them."""
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,18 @@ from torch.utils.data import Dataset
 from ldmlab.contracts import Task, states_field
 from ldmlab.data.decode import (
     BAD_SAMPLE,
+    BOXES,
+    checked_fields,
     decode_image,
     decode_moments,
-    decode_parts,
-    mirrored_sample,
-    missing_part,
+    decode_states,
     reason,
+    required_fields,
+    sample_fields,
 )
-from ldmlab.data.fields import BOXES, checked_fields, required_fields, sample_fields
-from ldmlab.data.latent_shards import decode_states, moment_shape, read_shard_manifest
-from ldmlab.data.manifest import Manifest, check_shards
-from ldmlab.data.order import KeptOrder, Order, Place, SequentialOrder, image_random
+from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
+from ldmlab.data.manifest import Manifest, check_shards, read_manifest
+from ldmlab.data.order import Place, SequentialOrder, image_random
 from ldmlab.data.shards import Files, ShardReader
 from ldmlab.errors import InputError
 
@@ -101,19 +102,16 @@ class ImageCache:
     worker cannot inherit it and fills its own.
     """
 
-    def __init__(self, count: int, size: int) -> None:
-        self._count, self._size = count, size
-        self._map()
-
-    @staticmethod
-    def bytes_needed(count: int, size: int) -> int:
-        """Pixels and one flag per image."""
-        return count * (3 * size * size + 1)
-
-    def _map(self) -> None:
-        pixels = np.frombuffer(mmap.mmap(-1, self.bytes_needed(self._count, self._size)), np.uint8)
-        self._filled = pixels[: self._count]
-        self._images = pixels[self._count :].reshape(self._count, 3, self._size, self._size)
+    def __init__(self, count: int, size: int, limit_gib: float) -> None:
+        needed = count * (3 * size * size + 1)  # pixels and one flag per image
+        if needed > limit_gib * 2**30:
+            raise InputError(
+                f"data.cache=true needs {needed / 2**30:.2f} GiB for {count} images, more than "
+                f"data.cache_limit_gib={limit_gib:g}; raise the limit or set data.cache=false."
+            )
+        self._made_with = count, size, limit_gib
+        pixels = np.frombuffer(mmap.mmap(-1, needed), np.uint8)
+        self._filled, self._images = pixels[:count], pixels[count:].reshape(count, 3, size, size)
 
     def get(self, index: int) -> NDArray[np.uint8] | None:
         """A copy of image `index`, (3, H, W), once it was put."""
@@ -124,12 +122,8 @@ class ImageCache:
         self._images[index] = image
         self._filled[index] = 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_count": self._count, "_size": self._size}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageCache, self._made_with
 
 
 class ShardDataset(Dataset[Batch]):
@@ -145,21 +139,20 @@ class ShardDataset(Dataset[Batch]):
         sha256: bool = False,
         option: str = "data",  # its name in messages
     ) -> None:
-        manifest = read_shard_manifest(folder, option)
+        manifest = read_manifest(folder, option)
         self.named = f"{option}={folder}"
         check_spec(self.named, manifest, spec)
         check_shards(folder, manifest, sha256)
         self.reader = ShardReader(Path(folder), manifest)
         self.spec, self.train, self._seed = spec, train, seed
-        self.kind, self.latents, self.background = manifest.kind, manifest.latents, manifest.background
-        self.manifest_hash = manifest.hash  # for checkpoints: which data a position counts in
+        self._background, self._stored_size = manifest.background, manifest.image_size
         named_classes = len(manifest.classes) if manifest.classes and BOXES not in manifest.fields else None
         self._classes = spec.classes or named_classes
-        self._moment_shape = moment_shape(manifest.latents) if spec.moments else None
-        self._stored_size = manifest.image_size
-        self._kept = self._kept_samples(spec.task.keeps) if spec.task and spec.task.keeps else None
-        self.order: Order = SequentialOrder(self.counts)
-        self.put_in_order(self.order)
+        self._moment_shape = _moment_shape(manifest.latents) if spec.moments and manifest.latents else None
+        self._kept: list[list[int]] | None = None  # per shard the samples that take part; None: all
+        if spec.task and spec.task.keeps:
+            self._kept = self._kept_samples(spec.task.keeps)
+        self.order = SequentialOrder(self.counts)  # of the samples that take part; the caller may set another
         self._cache: ImageCache | None = None
         self._check_samples()
         self.template = self._first_sample()
@@ -173,15 +166,20 @@ class ShardDataset(Dataset[Batch]):
         """Samples per shard that take part."""
         return self.reader.counts if self._kept is None else [len(samples) for samples in self._kept]
 
-    def of_kept(self, values: list[str]) -> list[str]:
-        """Of one value per stored sample those that take part."""
-        if self._kept is None:
-            return values
-        return [values[self.reader.index(shard, s)] for shard, samples in enumerate(self._kept) for s in samples]
-
-    def put_in_order(self, order: Order) -> None:
-        """`order` counts the samples that take part."""
-        self.order = order if self._kept is None else KeptOrder(order, self._kept)
+    def labels(self, field: str) -> list[str]:
+        """The value of `field` for every sample that takes part; "" where it is missing or unreadable."""
+        labels, lacking = [], list[str]()
+        for shard, sample, known in self._all_fields():
+            if known is not None and field not in known:
+                label = self.reader.label(shard, sample)
+                lacking.append(f"{label} has no such field (it has {', '.join(sorted(known))})")
+            labels.append(str((known or {}).get(field, "")))
+        if 2 * len(lacking) > len(labels):
+            raise InputError(
+                f"data.balance={field}: {len(lacking)} of {len(labels)} samples lack it: sample {lacking[0]}; "
+                "name another."
+            )
+        return labels
 
     def keep_decoded(self, limit_gib: float) -> None:
         """Decode every image once and keep it in memory."""
@@ -191,18 +189,12 @@ class ShardDataset(Dataset[Batch]):
                 f"data.cache=true with a task that crops: the images of {self.named} differ in size; "
                 "set data.cache=false, or pack them at one size."
             )
-        needed = ImageCache.bytes_needed(count, size)
-        if needed > limit_gib * 2**30:
-            raise InputError(
-                f"data.cache=true needs {needed / 2**30:.2f} GiB for {count} images, more than "
-                f"data.cache_limit_gib={limit_gib:g}; raise the limit or set data.cache=false."
-            )
-        self._cache = ImageCache(count, size)
+        self._cache = ImageCache(count, size, limit_gib)
 
     def __getitem__(self, position: int) -> Batch:
         skipped: list[str] = []
         for offset in range(TRIES if self.train else 1):
-            place = self.order.locate(position + offset)
+            place = self._place(position + offset)
             try:
                 return {**self._sample(place), "position": position, "skipped": skipped}
             except BAD_SAMPLE as error:
@@ -210,6 +202,10 @@ class ShardDataset(Dataset[Batch]):
         if self.train:
             raise InputError(f"{self.named}: {TRIES} samples in a row cannot be read ({skipped[-1]}); pack them again.")
         return {"skipped": skipped}
+
+    def _place(self, position: int) -> Place:
+        place = self.order.locate(position)
+        return place._replace(sample=self._kept[place.shard][place.sample]) if self._kept else place
 
     def _sample(self, place: Place) -> Batch:
         """One decoded sample; `flip` picks the same side for the image, its moments and all that lies on it."""
@@ -222,8 +218,9 @@ class ShardDataset(Dataset[Batch]):
             sample[states_field(name)] = decode_states(files, name, view=int(flipped))  # (L, D)
         if self.spec.images:
             sample["image"] = self._image(place, files)  # (3, H, W)
-        sample |= decode_parts(files, self.spec.parts - {"image"}, self.spec.decoded_size)
-        if flipped:
+        if self.spec.parts:
+            sample |= decode_parts(files, self.spec.parts - {"image"}, self.spec.decoded_size)
+        if flipped and (self.spec.parts or self.spec.images):
             sample = mirrored_sample(sample)
         if self.spec.task:
             sample |= self.spec.task.give(sample, image_random(self._seed, place.epoch, f"{key}#task"))
@@ -234,7 +231,7 @@ class ShardDataset(Dataset[Batch]):
         index = self.reader.index(place.shard, place.sample)
         image = self._cache.get(index) if self._cache else None
         if image is None:
-            image = decode_image(files, self.spec.decoded_size, self.background)
+            image = decode_image(files, self.spec.decoded_size, self._background)
             if self._cache:
                 self._cache.put(index, image)
         return image
@@ -247,7 +244,7 @@ class ShardDataset(Dataset[Batch]):
         count = min(len(self), TRIES)
         readable, unfit, partless = 0, dict[str, str](), dict[str, tuple[str, str]]()
         for position in (number * len(self) // count for number in range(count)):
-            place = self.order.locate(position)
+            place = self._place(position)
             label = self.reader.label(place.shard, place.sample)
             try:
                 files = self.reader.read(place.shard, place.sample)[1]
@@ -278,7 +275,7 @@ class ShardDataset(Dataset[Batch]):
         """The first sample that can be read: the form of batches in which none can."""
         why = ""
         for position in range(min(len(self), TRIES)):
-            place = self.order.locate(position)
+            place = self._place(position)
             try:
                 return {**self._sample(place), "position": position, "skipped": []}
             except BAD_SAMPLE as error:
@@ -286,17 +283,27 @@ class ShardDataset(Dataset[Batch]):
         raise InputError(f"{self.named}: none of the first samples can be read ({why}); pack it again.")
 
     def _kept_samples(self, keeps: Callable[[Mapping[str, Any]], bool]) -> list[list[int]]:
-        """Per shard the samples whose KEY.json is kept, each read once; unreadable ones stay, to be counted as such."""
-        kept = [
-            [sample for sample in range(count) if self._keeps(shard, sample, keeps)]
-            for shard, count in enumerate(self.reader.counts)
-        ]
+        """Per shard the samples whose KEY.json is kept; unreadable ones stay, to be counted as such."""
+        kept: list[list[int]] = [[] for _ in self.reader.counts]
+        for shard, sample, fields in self._all_fields((BOXES,)):
+            if fields is None or keeps(fields):
+                kept[shard].append(sample)
         if not any(kept):
             raise InputError(f"task: it leaves out all images of {self.named}; loosen its limits.")
         return kept
 
-    def _keeps(self, shard: int, sample: int, keeps: Callable[[Mapping[str, Any]], bool]) -> bool:
-        try:
-            return keeps(checked_fields(sample_fields(self.reader.read(shard, sample)[1]), (BOXES,)))
-        except BAD_SAMPLE:
-            return True
+    def _all_fields(self, names: Collection[str] = ()) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
+        """Shard, sample and fields, `names` validated, of all samples that take part; None: they cannot be read."""
+        for shard, count in enumerate(self.reader.counts):
+            for sample in range(count) if self._kept is None else self._kept[shard]:
+                try:
+                    fields = checked_fields(sample_fields(self.reader.read(shard, sample)[1]), names)
+                except BAD_SAMPLE:
+                    fields = None
+                yield shard, sample, fields
+
+
+def _moment_shape(latents: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Shape of the moments of one view, (2C or C, h, w), by the manifest of their shards."""
+    side = latents["image_size"] // latents["downsampling"]
+    return latents["latent_channels"] * (2 if latents["has_logvar"] else 1), side, side

@@ -1,6 +1,14 @@
-"""A sample's files to plain values: image, fields, moments, maps and boxes.
+"""A sample's files to plain values: image, moments, stored states and fields; maps and boxes in `image_parts.py`.
 
-No decoder named here unpickles or starts a program.
+No decoder named here unpickles or starts a program. Fields follow one rule for `pack`, `index` and the loaders:
+
+| found | taken as |
+|---|---|
+| null, NaN, a caption that is an empty list | missing |
+| caption: a list | its first entry; all of them stay as `captions` |
+| caption: a number | text |
+| class_id: 3, 3.0, "3" | 3; anything else makes the sample a bad one |
+| half a surrogate pair | the replacement character |
 """
 
 import json
@@ -8,7 +16,7 @@ import math
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,22 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldmlab.annotations import WHOLE, centre_square, checked_crop, cropped, mirrored, mirrored_box, nearest, within
-from ldmlab.data.fields import checked_fields, required_fields, sample_fields
+from ldmlab.annotations import checked, middle_square, whole_class
 from ldmlab.data.shards import Files, image_ending
 from ldmlab.data.transforms import to_rgb
 from ldmlab.open_image import open_image
 
 # what reading and decoding raise on a damaged sample; everything else is a fault of ours
 BAD_SAMPLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, EOFError, tarfile.TarError, zlib.error)
+CAPTION, CLASS, BOXES = "caption", "class_id", "boxes"
 _NPY_HEADER = re.compile(
     rb"\{'descr': '<(f[248])', 'fortran_order': False, 'shape': \(((?:[1-9]\d{0,8}, )*[1-9]\d{0,8},?)\), \} *\n"
 )
 _NPY_START = b"\x93NUMPY\x01\x00"
-MAPS = {"segmentation": "seg.png", "mask": "mask.png"}
-_TURNED = (5, 6, 7, 8)  # values of the orientation tag that exchange width and height
-_ORIENTATION = 0x0112
-_WHITE = 128  # a mask's pixel from here on is hole
+_DEEPEST = 40  # levels of lists and objects in KEY.json
+_LONGEST_JSON, _LONGEST_TEXT = 1 << 24, 1 << 20  # bytes
 
 
 def reason(error: Exception) -> str:
@@ -44,16 +50,15 @@ def decode_image(files: Files, size: int | None, background: tuple[int, int, int
     ending = image_ending(files)
     if ending is None:
         raise KeyError(f"no image among its files ({', '.join(sorted(files))})")
-    image = _decoded(open_image(files[ending]), lambda opened: to_rgb(opened, background))
+    image = decoded(open_image(files[ending]), lambda opened: to_rgb(opened, background))
     if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left, top, side = middle_square(*image.size)
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
 
 
-def _decoded(opened: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def decoded(opened: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """`change` of an opened image; whatever a decoder raises on broken bytes becomes a ValueError."""
     with opened:
         try:
@@ -69,7 +74,7 @@ def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None
 
     shape: of one view, as the manifest has it; a sample of another one is a bad one.
     """
-    moments = stored_view(files["npy"], view, axes=4)
+    moments = _stored_view(files["npy"], view, axes=4)
     if shape is not None and moments.shape != shape:
         raise ValueError(f"moments of shape {moments.shape} instead of {shape}")
     if not np.isfinite(moments).all():
@@ -77,7 +82,20 @@ def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None
     return moments.astype(np.float32)
 
 
-def stored_view(data: bytes, view: int, axes: int, one_serves: bool = False) -> NDArray[Any]:
+def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:
+    """States of conditioner `name` for one view, or the only one there is, float16 (L, D)."""
+    states = _stored_view(files[states_ending(name)], view, axes=3, one_serves=True)
+    if not np.isfinite(states).all():
+        raise ValueError(f"states of conditioner.{name} that are not finite")
+    return states.copy()
+
+
+def states_ending(name: str) -> str:
+    """The file of a conditioner's stored states."""
+    return f"{name.lower()}.states.npy"
+
+
+def _stored_view(data: bytes, view: int, axes: int, one_serves: bool = False) -> NDArray[Any]:
     """One entry along the first axis of a .npy with that many axes, as stored; `one_serves`: a single one for all."""
     begin = 10 + int.from_bytes(data[8:10], "little")  # magic, version, length of the header, header
     shape, dtype = _npy_header(data[:begin])
@@ -100,86 +118,115 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, np.dtype("<" + found[1].decode())
 
 
-def decode_parts(files: Files, parts: Iterable[str], size: int | None) -> dict[str, Any]:
-    """segmentation (H, W), mask uint8 (1, H, W), boxes and their crop; `size`: in the centre square at that size."""
-    found: dict[str, Any] = {}
-    for name in sorted(parts):
-        if name == "segmentation":
-            found[name] = _map(files, MAPS[name], size)
-        elif name == "mask":
-            found[name] = (_map(files, MAPS[name], size) >= _WHITE).astype(np.uint8)[None]
-        elif name == "boxes":
-            fields = required_fields(files, ("boxes",))
-            crop = sample_fields(files).get("crop", list(WHOLE))
-            found |= {"boxes": fields["boxes"], "crop": checked_crop(crop)}
-            shape = image_shape(files) if size is not None else None
-            if shape is not None:
-                found |= centre_cropped(found, *shape)
+def required_fields(files: Mapping[str, Any], names: Sequence[str], classes: int | None = None) -> dict[str, Any]:
+    """The named fields of a sample; ValueError where it lacks one or one cannot be used."""
+    known = sample_fields(files)
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"no field {', '.join(missing)} (it has {', '.join(sorted(known)) or 'none'})")
+    known = checked_fields(known, names, classes)
+    found = {name: known[name] for name in names}
+    for name, value in found.items():  # for any other field too, a list of texts is replaced by its first entry
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            found[name] = value[0]
     return found
 
 
-def centre_cropped(fields: dict[str, Any], width: int, height: int) -> dict[str, Any]:
-    """The fields with boxes relative to the image's centre square, and where that lies in the original."""
-    if width == height:
-        return fields
-    square = centre_square(width, height)
-    crop = within(square, fields.get("crop", WHOLE))
-    return {**fields, "boxes": cropped(fields["boxes"], square), "crop": crop}
+def stored_fields(files: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of a sample, validated; a null caption or class makes it a bad sample."""
+    raw = _raw_fields(files)
+    fields = clean_fields(raw)
+    if null := [name for name in (CAPTION, CLASS) if name in raw and name not in fields]:
+        raise ValueError(f"its {null[0]} is null, NaN or empty")
+    return checked_fields(fields)
 
 
-def boxes_following(files: Files) -> Files:
-    """For an image that is about to be cropped to its centre square and left behind: boxes that follow it."""
-    fields = checked_fields(sample_fields(files), ("boxes",))
-    shape = image_shape(files)
-    if "boxes" not in fields or shape is None or shape[0] == shape[1]:
-        return files
-    return {**files, "json": json.dumps(centre_cropped(fields, *shape), ensure_ascii=False).encode()}
+def sample_fields(files: Mapping[str, Any]) -> dict[str, Any]:
+    """`KEY.json`, with the caption of `KEY.txt` and the class of `KEY.cls` where it has none; ValueError if damaged."""
+    return clean_fields(_raw_fields(files))
 
 
-def _map(files: Files, ending: str, size: int | None) -> NDArray[Any]:
-    """Numbers (H, W) of a greyscale or palette image."""
-    if ending not in files:
-        raise KeyError(f"no file KEY.{ending}")
-    opened = open_image(files[ending], ("PNG",))
-    values = np.asarray(_decoded(opened, lambda image: image.convert("L") if image.mode == "1" else image.copy()))
-    if values.ndim != 2:
-        raise ValueError(f"KEY.{ending} has several channels; store one number a pixel")
-    values = values if values.dtype == np.uint8 else values.astype(np.int64)
-    return values if size is None else nearest(values, size, centre_square(values.shape[1], values.shape[0]))
+def _raw_fields(files: Mapping[str, Any]) -> dict[str, Any]:
+    data = files.get("json", b"{}")
+    if len(data) > _LONGEST_JSON:
+        raise ValueError(f"KEY.json has {len(data)} bytes; at most {_LONGEST_JSON} are read")
+    try:
+        fields: Any = json.loads(data)
+    except RecursionError:
+        raise ValueError("KEY.json is nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError("KEY.json is not an object")
+    if "txt" in files and is_missing(fields.get(CAPTION)):
+        fields[CAPTION] = _text(files["txt"])
+    if "cls" in files and is_missing(fields.get(CLASS)):
+        text = _text(files["cls"])
+        fields[CLASS] = whole_class(text) if text.isdigit() else text
+    return fields
 
 
-def image_shape(files: Files) -> tuple[int, int] | None:
-    """Upright width and height from the image's header; None for a sample without its image."""
-    ending = image_ending(files)
-    if ending is None:
-        return None
-    with open_image(files[ending]) as image:
-        return upright_size(image)
+def _text(data: bytes) -> str:
+    if len(data) > _LONGEST_TEXT:
+        raise ValueError(f"a text of {len(data)} bytes; at most {_LONGEST_TEXT} are read")
+    return data.decode("utf-8-sig").strip()
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after rotation by its orientation tag."""
-    turned = image.getexif().get(_ORIENTATION) in _TURNED
-    return (image.height, image.width) if turned else image.size
+def is_missing(value: Any) -> bool:
+    """Null and NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def mirrored_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Left and right exchanged in all that lies on the image; moments have a mirrored view of their own."""
-    turned: dict[str, Any] = {
-        name: np.ascontiguousarray(sample[name][..., ::-1])
-        for name in ("image", "segmentation", "mask")
-        if name in sample
-    }
-    if "boxes" in sample:
-        turned |= {"boxes": mirrored(sample["boxes"]), "crop": mirrored_box(sample["crop"])}
-    return {**sample, **turned}
+def clean_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields without those that are missing, all text such that UTF-8 can hold it."""
+    found = {_clean_text(str(name)): _clean(value) for name, value in fields.items() if not is_missing(value)}
+    if isinstance(found.get(CAPTION), list) and all(map(is_missing, found[CAPTION])):
+        del found[CAPTION]
+    return found
 
 
-def missing_part(files: Files, parts: Iterable[str]) -> tuple[str, str] | None:
-    """What a sample lacks of what a task starts from: the part, and how it is stored; None where it has all."""
-    for part in sorted(parts):
-        if part in MAPS and MAPS[part] not in files:
-            return part, f"file KEY.{MAPS[part]}"
-        if part == "boxes" and part not in sample_fields(files):
-            return part, f"field {part} in KEY.json"
-    return None
+def _clean(value: Any, depth: int = 0) -> Any:
+    if depth > _DEEPEST:
+        raise ValueError("KEY.json is nested too deeply")
+    if isinstance(value, str):
+        return _clean_text(value)
+    if isinstance(value, list):
+        return [_clean(entry, depth + 1) for entry in value]
+    if isinstance(value, dict):
+        return {_clean_text(str(name)): _clean(entry, depth + 1) for name, entry in value.items()}
+    return value
+
+
+def _clean_text(text: str) -> str:
+    """Halves of surrogate pairs become the replacement character."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def checked_fields(
+    fields: Mapping[str, Any], names: Collection[str] = (CAPTION, CLASS, BOXES), classes: int | None = None
+) -> dict[str, Any]:
+    """Fields whose caption, class_id and boxes, of those in `names`, are valid; else ValueError.
+
+    classes: how many there are, where that is known; it bounds class_id.
+    """
+    found = dict(fields)
+    if CAPTION in found and CAPTION in names:
+        value = found[CAPTION]
+        texts = [_caption(entry) for entry in (value if isinstance(value, list) else [value]) if not is_missing(entry)]
+        if not texts:
+            raise ValueError("its list of captions is empty")
+        if isinstance(value, list):
+            found.setdefault("captions", texts)
+        found[CAPTION] = texts[0]
+    if CLASS in found and CLASS in names:
+        found[CLASS] = whole_class(found[CLASS], classes)
+    if BOXES in found and BOXES in names:
+        found[BOXES] = checked(found[BOXES])
+    return found
+
+
+def _caption(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"its caption is a {type(value).__name__}, not a text")
+    return str(value)

@@ -5,7 +5,7 @@ A finished shard has a small file in `.encoded/`; whoever finds all of them writ
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldmlab.data.decode import BAD_SAMPLE, boxes_following, decode_image, reason
-from ldmlab.data.fields import required_fields
-from ldmlab.data.latent_shards import (
-    ENCODE_PLAN,
-    EncodeStates,
-    FinishedShard,
-    LatentShardWriter,
-    Statistics,
-    state_files,
-)
+from ldmlab.data.decode import BAD_SAMPLE, decode_image, reason, required_fields
+from ldmlab.data.image_parts import boxes_following
+from ldmlab.data.latent_shards import EncodeStates, FinishedShard, Statistics, npy_bytes, state_files
 from ldmlab.data.loaders import IndexBatches, QuietLoader
-from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, check_shards, read_manifest, write_manifest
-from ldmlab.data.output_folder import open_plan
-from ldmlab.data.shards import Files, ShardReader, image_ending
+from ldmlab.data.manifest import (
+    ENCODE_PLAN,
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    check_shards,
+    read_manifest,
+    write_manifest,
+)
+from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
+from ldmlab.data.shards import Files, ShardReader, image_ending, tar_bytes
 from ldmlab.errors import InputError
-from ldmlab.files import FileLock, disk_errors, locked
+from ldmlab.files import FileLock, disk_errors, locked, write_json
 from ldmlab.provenance import provenance
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
 Progress = Callable[[int, int], None]
-_Image = tuple[str, NDArray[np.uint8], Files, dict[str, Any]]  # key, uint8 (3, H, W), travelling files, fields
+_Sample = tuple[str, Files, dict[str, Any]]  # key, travelling files, fields that states are made from
+_Batch = tuple[Tensor, list[_Sample], list[str]]  # uint8 (B, 3, H, W), its samples, reasons of unreadable ones
+FINISHED = ".encoded"  # one file per finished shard
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,20 @@ def encode(
     _begin(out, {"source": manifest.hash, **asdict(settings)})
     if (out / MANIFEST).exists():
         return EncodeResult(0, manifest.total, read_manifest(out))
-    with locked(out / FINISHED / f"{_writer(rank)}.lock", f"OUT={out} is being encoded by another process"):
-        _remove_leftovers(out, rank)
-        mine = range(rank, len(manifest.shards), world)
-        todo = [shard for shard in mine if finished_shard(out, manifest, shard) is None]
+    work = _Work(out, manifest, settings, encode_moments, encode_states, batch_size, f"rank-{rank}")
+    with locked(out / FINISHED / f"{work.writer}.lock", f"OUT={out} is being encoded by another process"):
+        work.remove_leftovers()
+        mine = [manifest.shards[shard] for shard in range(rank, len(manifest.shards), world)]
+        todo = [info for info in mine if work.finished(info) is None]
         batches = iter(_loader(_Images(source, manifest, settings), todo, batch_size, workers))
-        work = _Work(out, settings, encode_moments, encode_states, batches, batch_size, _writer(rank))
-        total = sum(manifest.shards[shard].samples for shard in mine)
-        kept = done = total - sum(manifest.shards[shard].samples for shard in todo)
-        for shard in todo:
-            for encoded in work.encode_shard(manifest.shards[shard]):
+        total = sum(info.samples for info in mine)
+        kept = done = total - sum(info.samples for info in todo)
+        for info in todo:
+            for encoded in work.encode_shard(info, batches):
                 if progress:
                     progress(done + encoded, total)
-            done += manifest.shards[shard].samples
-        return EncodeResult(done - kept, kept, complete(out, manifest, settings, max_bad, rank))
+            done += info.samples
+        return EncodeResult(done - kept, kept, work.complete(max_bad))
 
 
 def _source_manifest(source: Path, settings: LatentSettings, sha256: bool, option: str) -> Manifest:
@@ -129,106 +133,6 @@ def _source_manifest(source: Path, settings: LatentSettings, sha256: bool, optio
     return manifest
 
 
-@dataclass
-class _Batch:
-    keys: list[str]
-    images: Tensor  # uint8 (B, 3, H, W)
-    travelling: list[Files]
-    fields: dict[str, list[Any]]  # that states are made from
-    skipped: list[str]
-
-
-class _Images(Dataset[Any]):
-    """Decoded image and travelling files of (shard, sample); a reason where it cannot be read."""
-
-    def __init__(self, folder: Path, manifest: Manifest, settings: LatentSettings) -> None:
-        self.reader, self._settings = ShardReader(folder, manifest), settings
-        self._background = manifest.background
-
-    def __getitem__(self, place: tuple[int, int]) -> "_Image | str":
-        try:
-            key, files = self.reader.read(*place)
-            image = decode_image(files, self._settings.image_size, self._background)
-            fields = required_fields(files, self._settings.read_fields)
-            if not self._settings.carries_images:
-                files = boxes_following(files)
-                files.pop(image_ending(files) or "")
-        except BAD_SAMPLE as error:
-            return f"{self.reader.label(*place)}: {reason(error)}"
-        files.pop("npy", None)
-        return key, image, files, fields
-
-
-def _loader(images: _Images, shards: list[int], batch_size: int, workers: int) -> DataLoader[_Batch]:
-    """Batches in stored order, none across two shards."""
-
-    def places() -> Iterator[list[tuple[int, int]]]:
-        for shard in shards:
-            count = images.reader.counts[shard]
-            for begin in range(0, count, batch_size):
-                yield [(shard, sample) for sample in range(begin, min(begin + batch_size, count))]
-
-    return QuietLoader(images, workers=workers, batch_sampler=IndexBatches(places), collate_fn=_collate)
-
-
-def _collate(items: list[_Image | str]) -> _Batch:
-    good = [item for item in items if not isinstance(item, str)]
-    images = torch.from_numpy(np.stack([image for _, image, _, _ in good])) if good else torch.empty(0)
-    reasons = [item for item in items if isinstance(item, str)]
-    fields = {name: [known[name] for _, _, _, known in good] for name in (good[0][3] if good else ())}
-    return _Batch([key for key, _, _, _ in good], images, [files for _, _, files, _ in good], fields, reasons)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """The part of one process."""
-
-    out: Path
-    settings: LatentSettings
-    encode_moments: EncodeMoments
-    encode_states: EncodeStates | None
-    batches: Iterator[_Batch]
-    batch_size: int
-    writer: str  # part of the names of unfinished shards
-
-    def encode_shard(self, info: ShardInfo) -> Iterator[int]:
-        """Write one latent shard and its side file; yields the images seen after every batch."""
-        path, skipped = self.out / info.name, list[str]()
-        try:
-            with disk_errors(path):
-                writer = LatentShardWriter(path, self.settings.latent_channels, self.settings.dtype, self.writer)
-                try:
-                    for begin in range(0, info.samples, self.batch_size):
-                        batch = next(self.batches)
-                        self._encode_batch(batch, writer)
-                        skipped += batch.skipped
-                        yield min(begin + self.batch_size, info.samples)
-                    writer.finish(skipped).save(side_file(self.out, info.name))
-                finally:
-                    writer.abandon()
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error}); run the same command again to continue.") from error
-
-    def _encode_batch(self, batch: _Batch, writer: LatentShardWriter) -> None:
-        if not batch.keys:
-            return
-        views = [self.encode_moments(batch.images)]
-        if self.settings.mirrored:
-            views.append(self.encode_moments(batch.images.flip(-1)))
-        moments = torch.stack(views, dim=1).float().cpu().numpy()  # (B, views, 2C or C, h, w)
-        side, channels = self.settings.image_size // self.settings.downsampling, self.settings.latent_channels
-        if moments.shape[2] not in (channels, 2 * channels) or moments.shape[3] != side:
-            raise ValueError(f"moments of shape {moments.shape[2:]} do not fit {self.settings}")
-        states = self.encode_states(batch.images, batch.fields) if self.encode_states else {}
-        for index, (key, files) in enumerate(zip(batch.keys, batch.travelling, strict=True)):
-            stored = state_files(key, {name: values[index] for name, values in states.items()})
-            writer.write(key, moments[index], {**files, **stored})
-
-
-FINISHED = ".encoded"  # one file per finished shard
-_PLAN_TEMPORARY = "encode.tmp"
-
-
 def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Make `out` ours, or refuse what other settings began; every process may come first."""
     ours = (FINISHED, ENCODE_PLAN)  # another process may be just as far
@@ -241,79 +145,158 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         open_plan(out / ENCODE_PLAN, plan, f"OUT={out}", {"fingerprint": "latents of another first stage"})
 
 
-def side_file(out: Path, name: str) -> Path:
-    """What is known of the finished shard `name`."""
-    return out / FINISHED / f"{name}.json"
-
-
-def finished_shard(out: Path, manifest: Manifest, shard: int) -> FinishedShard | None:
-    """What is known of a finished shard; None where it is still to do."""
-    name = manifest.shards[shard].name
-    known = FinishedShard.load(side_file(out, name))
-    if known and known.info and (not (out / name).exists() or (out / name).stat().st_size != known.info.bytes):
-        return None
-    return known
-
-
-def complete(out: Path, source: Manifest, settings: LatentSettings, max_bad: float, rank: int) -> Manifest | None:
-    """Write the manifest if all shards of all processes are finished."""
-    shards = [finished_shard(out, source, shard) for shard in range(len(source.shards))]
-    done = [shard for shard in shards if shard is not None]
-    if len(done) < len(shards):
-        return None
-    skipped = [reason for shard in done for reason in shard.skipped]
-    if len(skipped) > max_bad * source.total:
-        raise InputError(
-            f"encode: {len(skipped)} of {source.total} images cannot be read ({skipped[0]}), more than the allowed "
-            f"share of {max_bad:g}; repair the shards, or allow a larger share and run the same command again."
-        )
-    with _manifest_lock(out):
-        if not (out / MANIFEST).exists():
-            write_manifest(out, _manifest(source, settings, done, skipped))
-            _remove_leftovers(out, rank)
-    return read_manifest(out)
-
-
-def _manifest(source: Manifest, settings: LatentSettings, done: list[FinishedShard], skipped: list[str]) -> Manifest:
-    statistics = Statistics()
-    for shard in done:
-        statistics.add(shard.statistics)
-    moment_channels = max(shard.moment_channels for shard in done)
-    return Manifest(
-        kind="latents",
-        split=source.split,
-        shards=[shard.info for shard in done if shard.info],
-        fields=source.fields,
-        image_size=source.image_size if settings.carries_images else settings.image_size,
-        transform=source.transform,
-        source=source.source,
-        licence=source.licence,
-        provenance=provenance(),
-        classes=source.classes,
-        latents={
-            **asdict(settings),
-            "has_logvar": moment_channels > settings.latent_channels,
-            "statistics": statistics.summary(),
-            "source_hash": source.hash,
-        },
-        extra={**source.extra, "skipped": skipped},
-    )
-
-
 def _manifest_lock(out: Path) -> AbstractContextManager[None]:
     """Held for a moment by one process at a time; the others wait."""
     return locked(out / FINISHED / "lock", f"OUT={out} is being written", wait=True, quiet=True)
 
 
-def _remove_leftovers(out: Path, rank: int) -> None:
-    """Delete unfinished shards of processes that have ended, this rank's earlier ones included."""
-    for path in out.glob("*.tmp"):
-        writer = path.name.split(".")[-2]
-        lock = FileLock(out / FINISHED / f"{writer}.lock")
-        if writer == _writer(rank) or lock.take():
-            path.unlink(missing_ok=True)
-        lock.release()
+class _Images(Dataset[Any]):
+    """Decoded image, uint8 (3, H, W), and sample at (shard, number); a reason where it cannot be read."""
+
+    def __init__(self, folder: Path, manifest: Manifest, settings: LatentSettings) -> None:
+        self.reader, self._settings = ShardReader(folder, manifest), settings
+        self._background = manifest.background
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[NDArray[np.uint8], _Sample] | str:
+        try:
+            key, files = self.reader.read(*place)
+            image = decode_image(files, self._settings.image_size, self._background)
+            fields = required_fields(files, self._settings.read_fields)
+            if not self._settings.carries_images:
+                files = boxes_following(files)
+                files.pop(image_ending(files) or "")
+        except BAD_SAMPLE as error:
+            return f"{self.reader.label(*place)}: {reason(error)}"
+        files.pop("npy", None)
+        return image, (key, files, fields)
 
 
-def _writer(rank: int) -> str:
-    return f"rank-{rank}"
+def _loader(images: _Images, shards: list[ShardInfo], batch_size: int, workers: int) -> DataLoader[_Batch]:
+    """Batches in stored order, none across two shards."""
+    number = {name: shard for shard, name in enumerate(images.reader.names)}
+
+    def places() -> Iterator[list[tuple[int, int]]]:
+        for info in shards:
+            for begin in range(0, info.samples, batch_size):
+                end = min(begin + batch_size, info.samples)
+                yield [(number[info.name], sample) for sample in range(begin, end)]
+
+    return QuietLoader(images, workers=workers, batch_sampler=IndexBatches(places), collate_fn=_collate)
+
+
+def _collate(items: list[tuple[NDArray[np.uint8], _Sample] | str]) -> _Batch:
+    good = [item for item in items if not isinstance(item, str)]
+    images = torch.from_numpy(np.stack([image for image, _ in good])) if good else torch.empty(0)
+    return images, [sample for _, sample in good], [item for item in items if isinstance(item, str)]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The part of one process."""
+
+    out: Path
+    source: Manifest
+    settings: LatentSettings
+    encode_moments: EncodeMoments
+    encode_states: EncodeStates | None
+    batch_size: int
+    writer: str  # part of the names of unfinished shards
+
+    def encode_shard(self, info: ShardInfo, batches: Iterator[_Batch]) -> Iterator[int]:
+        """Write one latent shard and its side file; yields the images seen after every batch."""
+        path, skipped, statistics, channels = self.out / info.name, list[str](), Statistics(), 0
+        try:
+            with disk_errors(path):
+                file = ShardFile(path, self.writer)
+                try:
+                    for begin in range(0, info.samples, self.batch_size):
+                        images, samples, reasons = next(batches)
+                        skipped += reasons
+                        if samples:
+                            channels = self._encode_batch(images, samples, file, statistics)
+                        yield min(begin + self.batch_size, info.samples)
+                    finished = FinishedShard(file.finish(), statistics, channels, skipped)
+                    write_json(self._side_file(info), asdict(finished))
+                finally:
+                    file.abandon()
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error}); run the same command again to continue.") from error
+
+    def _encode_batch(self, images: Tensor, samples: list[_Sample], file: ShardFile, statistics: Statistics) -> int:
+        """Append the samples to the shard; how many channels their moments have, 2C or C."""
+        views = [self.encode_moments(images)]
+        if self.settings.mirrored:
+            views.append(self.encode_moments(images.flip(-1)))
+        moments = torch.stack(views, dim=1).float().cpu().numpy()  # (B, views, 2C or C, h, w)
+        side, channels = self.settings.image_size // self.settings.downsampling, self.settings.latent_channels
+        if moments.shape[2] not in (channels, 2 * channels) or moments.shape[3] != side:
+            raise ValueError(f"moments of shape {moments.shape[2:]} do not fit {self.settings}")
+        fields = {name: [known[name] for _, _, known in samples] for name in samples[0][2]}
+        states = self.encode_states(images, fields) if self.encode_states else {}
+        instead = "use dtype=float32, or a first stage with finite latents"
+        for index, (key, files, _) in enumerate(samples):
+            stored = state_files(key, {name: values[index] for name, values in states.items()})
+            npy = npy_bytes(f"moments of {key}", moments[index], self.settings.dtype, instead)
+            files = {**files, **stored, "npy": npy}
+            statistics.add_moments(moments[index], channels)
+            file.append(b"".join(tar_bytes(f"{key}.{ending}", files[ending]) for ending in sorted(files)))
+        return moments.shape[2]
+
+    def _side_file(self, info: ShardInfo) -> Path:
+        return self.out / FINISHED / f"{info.name}.json"
+
+    def finished(self, info: ShardInfo) -> FinishedShard | None:
+        """What is known of a finished shard; None where it is still to do."""
+
+        def take(side: dict[str, Any]) -> FinishedShard:
+            return FinishedShard(**{**side, "statistics": Statistics(**side["statistics"])})
+
+        return finished_shard(self._side_file(info), self.out / info.name, take)
+
+    def complete(self, max_bad: float) -> Manifest | None:
+        """Write the manifest if all shards of all processes are finished."""
+        done = [finished for info in self.source.shards if (finished := self.finished(info)) is not None]
+        if len(done) < len(self.source.shards):
+            return None
+        skipped = [reason for shard in done for reason in shard.skipped]
+        if len(skipped) > max_bad * self.source.total:
+            raise InputError(
+                f"encode: {len(skipped)} of {self.source.total} images cannot be read ({skipped[0]}), more than the "
+                f"allowed share of {max_bad:g}; repair the shards, or allow a larger share and run the same command "
+                "again."
+            )
+        with _manifest_lock(self.out):
+            if not (self.out / MANIFEST).exists():
+                write_manifest(self.out, self._manifest(done, skipped))
+                self.remove_leftovers()
+        return read_manifest(self.out)
+
+    def _manifest(self, done: list[FinishedShard], skipped: list[str]) -> Manifest:
+        statistics, settings = Statistics(), self.settings
+        for shard in done:
+            statistics.add(shard.statistics)
+        return replace(
+            self.source,
+            kind="latents",
+            shards=[shard.info for shard in done if shard.info],
+            image_size=self.source.image_size if settings.carries_images else settings.image_size,
+            provenance=provenance(),
+            latents={
+                **asdict(settings),
+                "has_logvar": max(shard.moment_channels for shard in done) > settings.latent_channels,
+                "statistics": statistics.summary(),
+                "source_hash": self.source.hash,
+            },
+            extra={**self.source.extra, "skipped": skipped},
+            format_version=FORMAT_VERSION,
+            hash_as_read=None,
+        )
+
+    def remove_leftovers(self) -> None:
+        """Delete unfinished shards of processes that have ended, this rank's earlier ones included."""
+        for path in self.out.glob("*.tmp"):
+            writer = path.name.split(".")[-2]
+            lock = FileLock(self.out / FINISHED / f"{writer}.lock")
+            if writer == self.writer or lock.take():
+                path.unlink(missing_ok=True)
+            lock.release()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.decode import BAD_SAMPLE, MAPS
-from ldmlab.data.fields import checked_fields, clean_fields, is_missing, sample_fields
+from ldmlab.data.decode import BAD_SAMPLE, checked_fields, clean_fields, is_missing, sample_fields
+from ldmlab.data.image_parts import MAPS
 from ldmlab.data.listings import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
@@ -235,10 +235,9 @@ def _tars(source: Path) -> Source:
     names: list[str] = []
     spans: list[tuple[Path, tuple[int, int]]] = []
     for path in paths:
-        scan = scan_tar(path)
-        ends = [*scan.offsets[1:], scan.bytes]
-        names += [f"{path.name}/{key}" for key in scan.keys]
-        spans += [(path, span) for span in zip(scan.offsets, ends, strict=True)]
+        info, found = scan_tar(path)
+        names += [f"{path.name}/{key}" for key in found]
+        spans += [(path, info.byte_range(sample)) for sample in range(info.samples)]
     keys = unique_keys([name.partition("/")[2] + ".tar" for name in names], names)
     items = [Item(k, n, str(path), span=span) for k, n, (path, span) in zip(keys, names, spans, strict=True)]
     return Source("tars", items)
@@ -249,7 +248,7 @@ def with_fields(item: Item) -> Item:
     if item.span is None:
         return item
     try:
-        fields = sample_fields(read_range(item.path, *item.span))
+        fields = sample_fields(read_range(item.path, *item.span)[1])
     except BAD_SAMPLE as error:
         return Item(item.key, item.name, item.path, {}, item.span, f"its fields cannot be read ({error})")
     return Item(item.key, item.name, item.path, fields, item.span)

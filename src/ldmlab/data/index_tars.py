@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldmlab.data.fields import CAPTION, stored_fields
+from ldmlab.data.decode import CAPTION, stored_fields
 from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
 from ldmlab.data.output_folder import BAD
-from ldmlab.data.shards import IMAGE_ENDINGS, Files, image_ending, scan_tar
+from ldmlab.data.shards import IMAGE_ENDINGS, image_ending, parse_sample, scan_tar
 from ldmlab.data.workers import in_order
 from ldmlab.errors import InputError
 from ldmlab.files import write_json
@@ -69,8 +69,7 @@ def index_tars(
         licence=licence,
         provenance=provenance(),
     )
-    bad = [entry for one in seen for entry in one.bad]
-    if bad:
+    if bad := [entry for one in seen for entry in one.bad]:
         write_json(paths[0].parent / BAD, [{"name": name, "reason": reason} for name, reason in bad])
     write_manifest(paths[0].parent, manifest)
     captions = sum(one.with_caption for one in seen)
@@ -94,45 +93,30 @@ def _paths(tars: list[Path]) -> list[Path]:
 def _look(path: Path) -> _Seen:
     """Scans one tar; a fault comes back as its sentence."""
     seen = _Seen()
-    samples: dict[str, Files] = {}  # the one being scanned
 
-    def visit(key: str, ending: str, content: bytes) -> None:
-        if key not in samples:
-            _take(seen, path, samples)
-            samples.clear()
-        samples.setdefault(key, {})[ending] = content
-
-    try:
-        scan = scan_tar(path, visit)
-        _take(seen, path, samples)
-        if not seen.images:
-            raise InputError(f"shard {path} holds no images ({', '.join(IMAGE_ENDINGS)}); leave it out.")
-        seen.info = scan.info(path.name)
-    except InputError as error:
-        seen.fault = str(error)
-    return seen
-
-
-def _take(seen: _Seen, path: Path, samples: dict[str, Files]) -> None:
-    """Counts a sample in, and notes why the loaders will skip it if they will."""
-    for key, files in samples.items():
+    def count(key: str, data: bytes) -> None:
+        """Counts a sample in, and notes why the loaders will skip it if they will."""
         try:
+            _, files = parse_sample(data, path.name)
             ending = image_ending(files)
             if ending is None:
                 raise ValueError(f"no image among its files ({', '.join(sorted(files))})")
             seen.images += 1
-            seen.sizes.add(_size(ending, files[ending]))
+            if ending in ("jpg", "jpeg", "png") and not files[ending][-16:].strip(b"\0"):
+                raise ValueError("its image ends in zeros, as an unfinished download does")
+            with open_image(files[ending]) as image:
+                seen.sizes.add(image.size)
             fields = stored_fields(files)
         except Exception as error:  # whatever a decoder raises on broken bytes
             seen.bad.append((f"{path.name}: {key}", str(error) or type(error).__name__))
-            continue
-        seen.fields.update(dict.fromkeys(fields))
-        seen.with_caption += CAPTION in fields
+        else:
+            seen.fields.update(dict.fromkeys(fields))
+            seen.with_caption += CAPTION in fields
 
-
-def _size(ending: str, content: bytes) -> tuple[int, int]:
-    """Width and height, from the image's header."""
-    if ending in ("jpg", "jpeg", "png") and not content[-16:].strip(b"\0"):
-        raise ValueError("its image ends in zeros, as an unfinished download does")
-    with open_image(content) as image:
-        return image.size
+    try:
+        seen.info, _ = scan_tar(path, count)
+        if not seen.images:
+            raise InputError(f"shard {path} holds no images ({', '.join(IMAGE_ENDINGS)}); leave it out.")
+    except InputError as error:
+        seen.fault = str(error)
+    return seen

@@ -9,24 +9,23 @@ conditioner's; views is 1 where the encoder reads no image (captions), else that
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldmlab.data.decode import stored_view
-from ldmlab.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
-from ldmlab.data.output_folder import ShardFile
-from ldmlab.data.shards import Files, tar_bytes
+from ldmlab.data.decode import states_ending
+from ldmlab.data.manifest import ShardInfo
+from ldmlab.data.shards import Files
 from ldmlab.errors import InputError
-from ldmlab.files import read_json, write_json
 
-ENCODE_PLAN = "encode.json"  # next to latent shards: the settings of the encoding
 LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it
+DTYPE = "float16"  # of stored states
+EncodeStates = Callable[[Tensor, Mapping[str, list[Any]]], dict[str, NDArray[np.float32]]]
+# uint8 (B, 3, H, W) and the fields of the samples => by conditioner (B, views, L, D)
 
 
 @dataclass
@@ -52,10 +51,12 @@ class Statistics:
 
     def add(self, other: "Statistics") -> None:
         """The statistics of both."""
-        self.images += other.images
-        self.values += other.values
-        self.first = _sum(self.first, other.first)
-        self.second = _sum(self.second, other.second)
+        if not self.values:
+            self.first, self.second = [0.0] * len(other.first), [0.0] * len(other.second)
+        if other.values:
+            self.first = [a + b for a, b in zip(self.first, other.first, strict=True)]
+            self.second = [a + b for a, b in zip(self.second, other.second, strict=True)]
+        self.images, self.values = self.images + other.images, self.values + other.values
 
     def summary(self) -> dict[str, Any]:
         """Mean and standard deviation per channel, and of all values together (the paper's one number)."""
@@ -71,11 +72,6 @@ class Statistics:
         }
 
 
-def _sum(left: list[float], right: list[float]) -> list[float]:
-    """Element by element; an empty list is a sum over nothing."""
-    return [a + b for a, b in zip(left, right, strict=True)] if left and right else left or right
-
-
 @dataclass
 class FinishedShard:
     """Description of a complete latent shard, kept in a side file until the manifest is written."""
@@ -85,109 +81,22 @@ class FinishedShard:
     moment_channels: int  # 2C with a log-variance, C without
     skipped: list[str]
 
-    def save(self, path: Path) -> None:
-        """Written last, so that a shard with this file is complete."""
-        write_json(path, asdict(self))
 
-    @staticmethod
-    def load(path: Path) -> "FinishedShard | None":
-        """None where the shard is not finished."""
-        try:
-            content = read_json(path)
-            info = ShardInfo(**content["info"]) if content["info"] else None
-            sums = Statistics(**content["statistics"])
-            return FinishedShard(info, sums, content["moment_channels"], content["skipped"])
-        except (KeyError, TypeError):
-            return None
-
-
-class LatentShardWriter:
-    """One latent shard, under a temporary name until it is complete."""
-
-    def __init__(self, path: Path, channels: int, dtype: str, writer: str = "") -> None:
-        self._channels, self._dtype = channels, np.dtype(dtype)
-        self._file = ShardFile(path, writer)
-        self.statistics, self._moment_channels = Statistics(), 0
-
-    def write(self, key: str, moments: NDArray[np.float32], travelling: Files) -> None:
-        """One image: moments (views, 2C or C, h, w) and the files that travel along."""
-        with np.errstate(over="ignore"):
-            stored = moments.astype(self._dtype)
-        if not np.isfinite(stored).all():
-            raise InputError(
-                f"encode: the moments of {key} do not fit {self._dtype} (largest {np.abs(moments).max():g}); "
-                "use dtype=float32, or a first stage with finite latents."
-            )
-        self.statistics.add_moments(moments, self._channels)
-        self._moment_channels = moments.shape[1]
-        npy = io.BytesIO()
-        np.save(npy, stored, allow_pickle=False)
-        files = {**travelling, "npy": npy.getvalue()}
-        self._file.append(b"".join(tar_bytes(f"{key}.{ending}", files[ending]) for ending in sorted(files)))
-
-    def finish(self, skipped: Sequence[str]) -> FinishedShard:
-        """The shard under its own name."""
-        return FinishedShard(self._file.finish(), self.statistics, self._moment_channels, list(skipped))
-
-    def abandon(self) -> None:
-        """Leave nothing of an unfinished shard."""
-        self._file.abandon()
-
-
-def read_shard_manifest(folder: Path | str, option: str = "data") -> Manifest:
-    """The manifest of image or latent shards; an interrupted encode is named as such."""
-    if (Path(folder) / ENCODE_PLAN).exists() and not (Path(folder) / MANIFEST).exists():
-        raise InputError(f"{option}={folder} is an unfinished encode; run the same `ldmlab encode` again to finish it.")
-    return read_manifest(folder, option)
-
-
-def moment_shape(latents: Mapping[str, Any] | None) -> tuple[int, int, int]:
-    """Shape of the moments of one view, (2C or C, h, w), by the manifest of their shards."""
-    found = latents or {}
-    channels = found["latent_channels"] * (2 if found["has_logvar"] else 1)
-    side = found["image_size"] // found["downsampling"]
-    return channels, side, side
-
-
-def check_fingerprint(folder: Path | str, manifest: Manifest, fingerprint: str) -> None:
-    """Refuse latents of another first stage."""
-    made_by = (manifest.latents or {}).get("fingerprint")
-    if made_by != fingerprint:
-        raise InputError(
-            f"data.latents={folder} holds latents of another first stage ({str(made_by)[:12]}, this run has "
-            f"{fingerprint[:12]}); encode again with `ldmlab encode`, or give the first stage they were made with."
-        )
-
-
-DTYPE = "float16"
-EncodeStates = Callable[[Tensor, Mapping[str, list[Any]]], dict[str, NDArray[np.float32]]]
-# uint8 (B, 3, H, W) and the fields of the samples => by conditioner (B, views, L, D)
+def npy_bytes(what: str, values: NDArray[np.float32], dtype: str, instead: str) -> bytes:
+    """A .npy of the values as `dtype`; InputError where one does not fit it or is not finite."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise InputError(f"encode: the {what} do not fit {dtype} (largest {np.abs(values).max():g}); {instead}.")
+    file = io.BytesIO()
+    np.save(file, stored, allow_pickle=False)
+    return file.getvalue()
 
 
 def state_files(key: str, states: Mapping[str, NDArray[np.float32]]) -> Files:
     """The files of one sample from its states (views, L, D)."""
     files = {}
     for name, values in states.items():
-        with np.errstate(over="ignore"):
-            stored = values.astype(DTYPE)
-        if not np.isfinite(stored).all():
-            raise InputError(
-                f"encode: the states of conditioner.{name} for {key} do not fit {DTYPE} (largest "
-                f"{np.abs(values).max():g}); leave conditioner.{name} out, so that it runs while training."
-            )
-        npy = io.BytesIO()
-        np.save(npy, stored, allow_pickle=False)
-        files[_ending(name)] = npy.getvalue()
+        instead = f"leave conditioner.{name} out, so that it runs while training"
+        files[states_ending(name)] = npy_bytes(f"states of conditioner.{name} for {key}", values, DTYPE, instead)
     return files
-
-
-def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:
-    """States of conditioner `name` for one view, float16 (L, D)."""
-    states = stored_view(files[_ending(name)], view, axes=3, one_serves=True)
-    if not np.isfinite(states).all():
-        raise ValueError(f"states of conditioner.{name} that are not finite")
-    return states.copy()
-
-
-def _ending(name: str) -> str:
-    return f"{name.lower()}.states.npy"

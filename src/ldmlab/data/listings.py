@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldmlab.data.decode import MAPS
+from ldmlab.data.image_parts import MAPS
 from ldmlab.data.shards import IMAGE_ENDINGS
 from ldmlab.errors import InputError
 

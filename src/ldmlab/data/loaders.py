@@ -21,22 +21,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldmlab.data.dataset import Batch, ShardDataset
-from ldmlab.data.order import evaluation_batches, training_batches
+from ldmlab.data.order import evaluation_batches
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
 _LONGEST_TEMPORARY = 107 - len("/pymp-abcdefgh/listener-abcdefgh")  # of a unix socket
 T_co = TypeVar("T_co", covariant=True)
-
-
-def check_temporary_folder() -> None:
-    """Loader processes hand over their batches by sockets in TMPDIR, whose paths the system limits."""
-    folder = tempfile.gettempdir()
-    if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
-        raise InputError(
-            f"TMPDIR={folder} is longer than the {_LONGEST_TEMPORARY} characters that loader processes can use; set a "
-            "shorter one, or data.workers=0."
-        )
 
 
 class QuietLoader(DataLoader[T_co]):
@@ -46,11 +36,14 @@ class QuietLoader(DataLoader[T_co]):
         self, dataset: Dataset[Any], *, workers: int, on_batch: Callable[[Any], None] | None = None, **options: Any
     ) -> None:
         workers = min(workers, processors())
-        if workers:
-            check_temporary_folder()
+        folder = tempfile.gettempdir()
+        if workers and len(os.fsencode(folder)) > _LONGEST_TEMPORARY:  # where batches are handed over by sockets
+            raise InputError(
+                f"TMPDIR={folder} is longer than the {_LONGEST_TEMPORARY} characters that loader processes can use; "
+                "set a shorter one, or data.workers=0."
+            )
         self._on_batch = on_batch  # called with every batch, in the process that reads the loader
-        init = quiet_worker if workers else None
-        super().__init__(dataset, num_workers=workers, worker_init_fn=init, **options)
+        super().__init__(dataset, num_workers=workers, worker_init_fn=quiet_worker if workers else None, **options)
 
     def __iter__(self) -> Any:
         """Start the workers with SIGTERM blocked: some packages start threads of their own in every forked process,
@@ -64,14 +57,12 @@ class QuietLoader(DataLoader[T_co]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _watched(self, batches: Iterator[T_co]) -> Iterator[T_co]:
-        if self._on_batch is None:
-            return batches
-        return map(self._passed_on, batches)
+        return map(partial(_noted, self._on_batch), batches) if self._on_batch else batches
 
-    def _passed_on(self, batch: Any) -> Any:
-        if self._on_batch is not None:
-            self._on_batch(batch)
-        return batch
+
+def _noted(note: Callable[[Any], None], batch: Any) -> Any:
+    note(batch)
+    return batch
 
 
 def quiet_worker(worker: int) -> None:
@@ -140,23 +131,6 @@ class IndexBatches(Sampler[list[Any]]):
         return self._make()
 
 
-def train_loader(
-    dataset: ShardDataset,
-    micro_batch: int,  # images per forward pass of this process
-    accumulate: int = 1,  # micro-batches per optimizer update
-    world: int = 1,  # processes
-    rank: int = 0,  # this process
-    start_position: int = 0,  # images already consumed by all processes
-    workers: int = 0,
-) -> DataLoader[Batch]:
-    """Endless micro-batches; `accumulate` of them on each of `world` processes make one global batch."""
-    for name, value in (("micro_batch", micro_batch), ("accumulate", accumulate), ("world", world)):
-        if value < 1:
-            raise InputError(f"{name}={value} makes no batch; choose 1 or more.")
-    make = partial(training_batches, micro_batch, accumulate, world, rank, start_position)
-    return _loader(dataset, make, workers)
-
-
 def eval_loader(
     dataset: ShardDataset,
     batch_size: int,
@@ -172,21 +146,22 @@ def eval_loader(
     total = len(dataset) if limit is None else min(limit, len(dataset))
     if skipped is not None:
         skipped.total = max(skipped.total, len(range(rank, total, world)))
-    make = partial(evaluation_batches, total, batch_size, world, rank)
-    return _loader(dataset, make, workers, skipped.add if skipped is not None else None)
+    batches = partial(evaluation_batches, total, batch_size, world, rank)
+    return position_loader(dataset, batches, workers, skipped.add if skipped is not None else None)
 
 
-def _loader(
+def position_loader(
     dataset: ShardDataset,
-    make: Callable[[], Iterator[list[int]]],
+    batches: Callable[[], Iterator[list[int]]],  # positions
     workers: int,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> DataLoader[Batch]:
+    """Batches of a data set at these positions, in this order."""
     return QuietLoader(
         dataset,
         workers=workers,
         on_batch=on_batch,
-        batch_sampler=IndexBatches(make),
+        batch_sampler=IndexBatches(batches),
         collate_fn=partial(collate, template=dataset.template),
         prefetch_factor=4 if workers else None,
     )

@@ -2,27 +2,29 @@
 
 import hashlib
 import json
-import math
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ldmlab import format1
+from ldmlab.argument_types import check_type, check_types
 from ldmlab.errors import InputError
 from ldmlab.files import open_regular, write_text
 
 FORMAT_VERSION = 2  # 1: without checksums of samples
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # next to shards of a pack; without a manifest it marks an interrupted one
+ENCODE_PLAN = "encode.json"  # the same of an encode: the settings that made the latents
 LARGEST_SIDE = 1 << 16  # px
 TAR_BLOCK = 512  # headers and contents are padded to this
 _BLOCK_BYTES = 1 << 20
-_SHARD_NAME = re.compile(
-    "[^/\\\\\0\ud800-\udc7f\udd00-\udfff]{1,200}"
-)  # no half characters but those of other encodings
+# no half characters but those of other encodings
+_SHARD_NAME = re.compile("[^/\\\\\0\ud800-\udc7f\udd00-\udfff]{1,200}")
+_LATENTS = {"fingerprint": str, "mirrored": bool, "has_logvar": bool, "statistics": dict}
+_STATISTICS = {"mean": list[float], "std": list[float], "overall_mean": float, "overall_std": float}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ShardInfo:
 class Manifest:
     """A folder of shards; `latents` is None for images, the latent side's own record otherwise."""
 
-    kind: str  # images | latents
+    kind: Literal["images", "latents"]
     split: str  # train | val | ...
     shards: list[ShardInfo]
     fields: list[str]  # names in KEY.json
@@ -89,6 +91,7 @@ def _content(manifest: Manifest) -> dict[str, Any]:
 
 def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
     """The manifest of `folder`, checked for shape, version and against itself; `option`: its name in messages."""
+    refuse_address(str(folder), option)
     path = Path(folder) / MANIFEST
     try:
         with open_regular(path) as file:
@@ -140,7 +143,7 @@ def _checked_shard(shard: dict[str, Any]) -> ShardInfo:
         raise ValueError(f"shard {info.name} has samples={info.samples} and {len(offsets)} offsets")
     if any(offset % TAR_BLOCK for offset in offsets):
         raise ValueError(f"an offset of shard {info.name} is no multiple of {TAR_BLOCK}, where headers of tars begin")
-    if offsets[0] < 0 or not all(a < b for a, b in zip(offsets, [*offsets[1:], info.bytes], strict=True)):
+    if offsets[0] < 0 or not all(a < b for a, b in pairwise([*offsets, info.bytes])):
         raise ValueError(f"the offsets of shard {info.name} do not rise from 0 to its {info.bytes} bytes")
     if not isinstance(info.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", info.sha256):
         raise ValueError(f"shard {info.name} has no SHA-256")
@@ -152,70 +155,51 @@ def _checked_shard(shard: dict[str, Any]) -> ShardInfo:
 
 def _check(manifest: Manifest) -> None:
     """Types and ranges of everything that is read from a manifest."""
-    texts = {name: getattr(manifest, name) for name in ("split", "source", "licence")}
-    if wrong := [name for name, value in texts.items() if not isinstance(value, str)]:
-        raise ValueError(f"{wrong[0]} is no text")
-    if manifest.kind not in ("images", "latents"):
-        raise ValueError(f"kind={manifest.kind!r:.40} is neither images nor latents")
-    _listed(manifest.fields, "fields", str)
+    check_types(Manifest, vars(manifest), "")
     if manifest.image_size is not None and not _is_count(manifest.image_size, 1, LARGEST_SIDE):
         raise ValueError(f"image_size={manifest.image_size!r:.40} is no side of an image in pixels")
-    for name in ("transform", "provenance", "extra"):
-        if not isinstance(getattr(manifest, name), dict):
-            raise ValueError(f"{name} is no object")
     colour = manifest.transform.get("background")
-    if colour is not None and not (
-        isinstance(colour, list) and len(colour) == 3 and all(_is_count(part, 0, 255) for part in colour)
-    ):
+    check_type(colour, tuple[int, int, int] | None, "transform.background")
+    if colour is not None and not all(0 <= part <= 255 for part in colour):
         raise ValueError(f"transform.background={colour!r:.40} is no colour of three numbers 0 .. 255")
-    if manifest.classes is not None:
-        _listed(manifest.classes, "classes", str)
     if manifest.latents is not None or manifest.kind == "latents":
         _check_latents(manifest.latents)
 
 
-_LATENT_KEYS: dict[str, Callable[[Any], bool]] = {
-    "fingerprint": lambda value: isinstance(value, str),
-    "latent_channels": lambda value: _is_count(value, 1, 1 << 16),
-    "downsampling": lambda value: _is_count(value, 1, LARGEST_SIDE),
-    "image_size": lambda value: _is_count(value, 1, LARGEST_SIDE),
-    "mirrored": lambda value: isinstance(value, bool),
-    "has_logvar": lambda value: isinstance(value, bool),
-    "states": lambda value: value is None or (isinstance(value, dict) and all(map(_is_state, value.values()))),
-    "statistics": lambda value: isinstance(value, dict) and _are_statistics(value),
-}
-
-
-def _is_state(made: Any) -> bool:
-    reads = made.get("reads") if isinstance(made, dict) else None
-    return isinstance(reads, list) and all(isinstance(name, str) for name in reads)
-
-
-def _are_statistics(found: dict[str, Any]) -> bool:
-    lists = [found["mean"], found["std"]]
-    if not all(isinstance(values, list) and values for values in lists):
-        return False
-    numbers = [*lists[0], *lists[1], found["overall_mean"], found["overall_std"]]
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
-
-
 def _check_latents(latents: Any) -> None:
-    if not isinstance(latents, dict):
-        raise ValueError("latents is no object")
-    for name, fits in _LATENT_KEYS.items():
-        if name not in latents and name == "states":
-            continue
-        if not fits(latents[name]):
-            raise ValueError(f"latents.{name}={str(latents[name])[:60]} cannot be used")
+    check_type(latents, dict, "latents")
+    for name, annotation in _LATENTS.items():
+        check_type(latents[name], annotation, f"latents.{name}")
+    for name in ("latent_channels", "downsampling", "image_size"):
+        if not _is_count(latents[name], 1, LARGEST_SIDE):
+            raise ValueError(f"latents.{name}={latents[name]!r:.40} is no whole number in 1 .. {LARGEST_SIDE}")
+    for name, annotation in _STATISTICS.items():
+        value = latents["statistics"][name]
+        check_type(value, annotation, f"latents.statistics.{name}")
+        if value == []:
+            raise ValueError(f"latents.statistics.{name} is empty")
+    states = latents.get("states")
+    check_type(states, dict[str, dict[str, Any]] | None, "latents.states")
+    for name, made in (states or {}).items():
+        check_type(made["reads"], list[str], f"latents.states.{name}.reads")
+
+
+def refuse_address(folder: str, option: str) -> None:
+    """InputError for s3:// and the like."""
+    if "://" in folder:
+        raise InputError(
+            f"{option}={folder} is an address; ldmlab reads shards from folders: copy them to a disk or mount the "
+            "store."
+        )
 
 
 def _missing(folder: str, option: str) -> str:
     named = f"{option}={folder}"
-    if "://" in folder:
-        return f"{named} is an address; ldmlab reads shards from folders: copy them to a disk or mount the store."
     where = Path(folder)
     if not where.is_dir():
         return f"{named} is not a folder; give a folder of shards as `ldmlab pack` writes it."
+    if (where / ENCODE_PLAN).exists():
+        return f"{named} is an unfinished encode; run the same `ldmlab encode` again to finish it."
     if (where / PLAN).exists():
         return f"{named} has no {MANIFEST} because its pack was interrupted; run the same `ldmlab pack` again."
     inside = sorted(path.parent.name for path in where.glob(f"*/{MANIFEST}"))

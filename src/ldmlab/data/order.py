@@ -7,16 +7,13 @@ paper, while numpy may change how its own shuffles draw.
 
 import hashlib
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldmlab.errors import InputError
-
-T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -27,14 +24,6 @@ class Place(NamedTuple):
     sample: int
 
 
-class Order(Protocol):
-    """Positions to places; `total` positions make one epoch."""
-
-    total: int
-
-    def locate(self, position: int) -> Place: ...
-
-
 def permutation(count: int, *key: object) -> NDArray[np.int64]:
     """A permutation of 0 .. count - 1 that depends on `key` alone."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
@@ -43,51 +32,50 @@ def permutation(count: int, *key: object) -> NDArray[np.int64]:
 
 
 class SequentialOrder:
-    """Shards and samples as they are stored; for evaluation and encoding."""
+    """Shards and samples as they are stored; `total` positions make one epoch. For evaluation and encoding."""
 
     def __init__(self, counts: Sequence[int]) -> None:
-        self._ends = np.cumsum(counts)
-        self.total = int(sum(counts))
+        self.total, self._ends = int(sum(counts)), np.cumsum(counts)
 
     def locate(self, position: int) -> Place:
-        """The place of a position; after the last sample it starts again as the next epoch."""
-        epoch, flat = divmod(position, self.total)
-        shard, sample = split_index(self._ends, flat)
-        return Place(epoch, shard, sample)
+        """The place of a position; after the last sample the next epoch starts."""
+        epoch, offset = divmod(position, self.total)
+        return Place(epoch, *split_index(self._ends, self._stored(epoch, offset)))
+
+    def _stored(self, epoch: int, offset: int) -> int:
+        """Which sample of all, as stored, is at an offset of an epoch."""
+        return offset
 
 
-class EpochOrder:
+class EpochOrder(SequentialOrder):
     """Every sample once an epoch: shards in random order, samples shuffled within windows of `mix` shards."""
 
     def __init__(self, counts: Sequence[int], seed: int, mix: int) -> None:
         if mix < 1:
             raise InputError(f"data.mix={mix} shards cannot be shuffled together; choose 1 or more.")
-        self.total = int(sum(counts))
+        super().__init__(counts)
         self._counts, self._seed, self._mix = np.asarray(counts, np.int64), seed, mix
-        self._epochs: _Recent[tuple[NDArray[np.int64], NDArray[np.int64]]] = _Recent(2)
-        self._windows: _Recent[NDArray[np.int64]] = _Recent(3)
+        self._epoch, self._window = -1, (-1, -1)  # those that were used last and are kept
 
     def locate(self, position: int) -> Place:
         """The place of a position."""
-        epoch, flat = divmod(position, self.total)
-        shards, window_ends = self._epochs.get((epoch,), lambda: self._plan(epoch))
-        window, offset = split_index(window_ends, flat)
-        mixed = shards[window * self._mix : (window + 1) * self._mix]
-        count = int(self._counts[mixed].sum())
-        shuffled = self._windows.get(
-            (epoch, window), lambda: permutation(count, self._seed, epoch, "samples", window).astype(np.int32)
-        )
-        shard, sample = split_index(np.cumsum(self._counts[mixed]), int(shuffled[offset]))
-        return Place(epoch, int(mixed[shard]), sample)
-
-    def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The order of the shards in an epoch, and where each window of them ends."""
-        shards = permutation(len(self._counts), self._seed, epoch, "shards")
-        starts = np.arange(0, len(shards), self._mix)
-        return shards, np.cumsum(np.add.reduceat(self._counts[shards], starts))
+        epoch, offset = divmod(position, self.total)
+        if epoch != self._epoch:
+            self._shards = permutation(len(self._counts), self._seed, epoch, "shards")
+            starts = np.arange(0, len(self._shards), self._mix)
+            self._window_ends = np.cumsum(np.add.reduceat(self._counts[self._shards], starts))
+            self._epoch = epoch
+        window, place = split_index(self._window_ends, offset)
+        if (epoch, window) != self._window:
+            self._mixed = self._shards[window * self._mix : (window + 1) * self._mix]
+            self._mixed_ends = np.cumsum(self._counts[self._mixed])
+            self._samples = permutation(int(self._mixed_ends[-1]), self._seed, epoch, "samples", window)
+            self._window = epoch, window
+        shard, sample = split_index(self._mixed_ends, int(self._samples[place]))
+        return Place(epoch, int(self._mixed[shard]), sample)
 
 
-class BalancedOrder:
+class BalancedOrder(SequentialOrder):
     """Classes at chosen rates: class c fills a fixed number of an epoch's N places, ~ n_c^temperature.
 
     Each class runs through its own samples in shuffled cycles that continue over epochs, so within a class no sample is
@@ -97,20 +85,17 @@ class BalancedOrder:
     def __init__(self, counts: Sequence[int], seed: int, labels: Sequence[str], temperature: float) -> None:
         if not 0 <= temperature <= 1:
             raise InputError(f"data.balance_temperature={temperature} is outside 0 (equal) .. 1 (as the data are).")
-        self.total, self._seed = int(sum(counts)), seed
-        self._ends = np.cumsum(counts)
+        super().__init__(counts)
+        self._seed, self._epoch = seed, -1
         names, classes = np.unique(np.asarray(labels), return_inverse=True)
         self._members = [np.flatnonzero(classes == c) for c in range(len(names))]
         sizes = np.array([len(m) for m in self._members], np.float64)
         self.draws = dict(zip(names.tolist(), shares(sizes**temperature, self.total), strict=True))
-        self._epochs: _Recent[NDArray[np.int64]] = _Recent(2)
 
-    def locate(self, position: int) -> Place:
-        """The place of a position."""
-        epoch, offset = divmod(position, self.total)
-        flat = self._epochs.get((epoch,), lambda: self._draw(epoch))[offset]
-        shard, sample = split_index(self._ends, int(flat))
-        return Place(epoch, shard, sample)
+    def _stored(self, epoch: int, offset: int) -> int:
+        if epoch != self._epoch:
+            self._epoch, self._samples = epoch, self._draw(epoch)
+        return int(self._samples[offset])
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         """The samples of an epoch, as indices over all shards, in order."""
@@ -159,34 +144,6 @@ def evaluation_batches(total: int, batch_size: int, world: int, rank: int) -> It
     mine = range(rank, total, world)
     for begin in range(0, len(mine), batch_size):
         yield list(mine[begin : begin + batch_size])
-
-
-class _Recent(Generic[T]):
-    """The few values used last, made again when they are needed after that."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[tuple[int, ...], T] = OrderedDict()
-
-    def get(self, key: tuple[int, ...], make: Callable[[], T]) -> T:
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
-
-
-class KeptOrder:
-    """Positions to places, with an inner order that counts kept samples only."""
-
-    def __init__(self, inner: Order, kept: list[list[int]]) -> None:
-        self._inner, self._kept, self.total = inner, kept, inner.total
-
-    def locate(self, position: int) -> Place:
-        """The place of a position."""
-        place = self._inner.locate(position)
-        return place._replace(sample=self._kept[place.shard][place.sample])
 
 
 def image_random(seed: int, epoch: int, key: str) -> random.Random:

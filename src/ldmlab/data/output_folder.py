@@ -6,11 +6,11 @@ A folder is never mixed with something else, and continued only with the same op
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 
@@ -19,6 +19,7 @@ from ldmlab.data.shards import END_MARKER
 from ldmlab.errors import InputError
 from ldmlab.files import disk_errors, locked, read_json, write_json
 
+T = TypeVar("T")
 BAD = "bad.json"  # next to a manifest: samples or images that cannot be used, with the reasons
 _LOCK = ".lock"
 _SHOWN = 3  # changed options named
@@ -27,22 +28,17 @@ _WELCOME = (_LOCK, f"{_LOCK}.held", "README.md", "LICENSE")  # allowed next to t
 
 @contextmanager
 def folder_in_use(out: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock."""
+    """Makes the folder and holds its lock; InputError where it holds something else than shards."""
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT={out} is a file; give a folder.")
-    if out.is_dir():
-        _refuse_strangers(out)
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        ours = path.is_dir() and ((path / PLAN).exists() or (path / MANIFEST).exists() or not any(path.iterdir()))
+        if path.name not in _WELCOME and not ours:
+            raise InputError(f"OUT={out} holds something else ({path.name}); choose a new folder.")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with locked(out / _LOCK, f"OUT={out} is in use by another process", remove=True):
             yield
-
-
-def _refuse_strangers(out: Path) -> None:
-    for path in sorted(out.iterdir()):
-        ours = path.is_dir() and ((path / PLAN).exists() or (path / MANIFEST).exists() or not any(path.iterdir()))
-        if path.name not in _WELCOME and not ours:
-            raise InputError(f"OUT={out} holds something else ({path.name}); choose a new folder.")
 
 
 def open_plan(path: Path, plan: dict[str, Any], named: str, special: Mapping[str, str] | None = None) -> None:
@@ -62,16 +58,12 @@ def open_plan(path: Path, plan: dict[str, Any], named: str, special: Mapping[str
     for key, words in (special or {}).items():
         if before.get(key) != plan[key]:
             raise InputError(f"{named} was begun with {words}; use the same again or choose a new folder.")
-    changes = difference(before, plan) or ["options of another version of ldmlab"]
-    raise InputError(f"{named} was begun with {', '.join(changes)}; use the same again or choose a new folder.")
-
-
-def difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What changed, as "NAME=before (now VALUE)" for each option."""
-    flat, new = _flat(before), _flat(now)
+    flat, new = _flat(before), _flat(plan)
     names = [name for name in {**flat, **new} if flat.get(name) != new.get(name)]
-    shown = [f"{name}={flat.get(name)} (now {new.get(name)})" for name in names[:_SHOWN]]
-    return shown + ([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])
+    changes = [f"{name}={flat.get(name)} (now {new.get(name)})" for name in names[:_SHOWN]]
+    changes += [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    changes = changes or ["options of another version of ldmlab"]
+    raise InputError(f"{named} was begun with {', '.join(changes)}; use the same again or choose a new folder.")
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -82,14 +74,27 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def finished_shard(side_file: Path, shard: Path, take: Callable[[dict[str, Any]], T]) -> T | None:
+    """`take` of what the side file of a complete shard records, `info` as a ShardInfo or None; None: still to do."""
+    side = read_json(side_file)
+    try:
+        info = side["info"] = ShardInfo(**side["info"]) if side["info"] else None
+        taken = take(side)
+    except (KeyError, TypeError):
+        return None
+    if info is not None and not (shard.is_file() and shard.stat().st_size == info.bytes):
+        return None
+    return taken
+
+
 class ShardFile:
     """A shard being written, under a temporary name until it is complete; either `finish` or `abandon` closes it."""
 
     def __init__(self, path: Path, writer: str = "") -> None:
         self._path, self._temporary = path, path.with_name(f"{path.name}.{writer or os.getpid()}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by `finish` or `abandon`
-        self._digest, self._bytes, self._offsets = hashlib.sha256(), 0, list[int]()
-        self._sums = list[int]()
+        self._digest, self._bytes = hashlib.sha256(), 0
+        self._offsets, self._sums = list[int](), list[int]()
 
     def append(self, samples: bytes, offsets: Sequence[int] = (0,)) -> None:
         """Tar members of complete samples, and where in them each sample begins."""
@@ -110,9 +115,8 @@ class ShardFile:
         self._file.close()
         os.replace(self._temporary, self._path)
         sums = "".join(f"{value:08x}" for value in self._sums)
-        return ShardInfo(
-            self._path.name, len(self._offsets), self._bytes, self._digest.hexdigest(), self._offsets, sums
-        )
+        digest = self._digest.hexdigest()
+        return ShardInfo(self._path.name, len(self._offsets), self._bytes, digest, self._offsets, sums)
 
     def abandon(self) -> None:
         """Leave nothing of an unfinished shard."""

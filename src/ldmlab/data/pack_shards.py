@@ -9,14 +9,15 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ldmlab.data.image_sources import Item, Source, with_fields
 from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, ShardInfo, read_manifest, write_manifest
-from ldmlab.data.output_folder import BAD, ShardFile, folder_in_use, open_plan
+from ldmlab.data.output_folder import BAD, ShardFile, finished_shard, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
@@ -47,36 +48,24 @@ class PackOptions:
 
 
 @dataclass
-class PackedShard:
+class _Shard:
     """A shard and what became of it."""
 
-    name: str
+    path: Path
     items: list[Item]
     info: ShardInfo | None = None  # None while open, or if no image of it could be read
     fields: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     small: list[str] = field(default_factory=list)  # names of images below the least side
 
-    def side_file(self, folder: Path) -> Path:
-        """Beside the shard until the manifest is written."""
-        return folder / f"{self.name}.json"
+    @property
+    def side_file(self) -> Path:
+        """Beside the shard, written after it, until the manifest is written."""
+        return self.path.with_name(f"{self.path.name}.json")
 
-    def save(self, folder: Path) -> None:
-        """Written last, so that a shard with this file is complete."""
-        side = {name: value for name, value in asdict(replace(self, items=[])).items() if name != "items"}
-        write_json(self.side_file(folder), side)
-
-    def take_finished(self, folder: Path) -> bool:
-        """Whether an earlier run finished the shard; then what it found is taken over."""
-        side = read_json(self.side_file(folder))
-        try:
-            info = ShardInfo(**side["info"]) if side["info"] else None
-        except (KeyError, TypeError):
-            return False
-        path = folder / self.name
-        if info is not None and not (path.is_file() and path.stat().st_size == info.bytes):
-            return False
-        self.info, self.fields, self.small = info, side["fields"], side["small"]
+    def take(self, side: dict[str, Any]) -> bool:
+        """What an earlier run found."""
+        self.info, self.fields, self.small = side["info"], side["fields"], side["small"]
         self.bad = [(name, reason) for name, reason in side["bad"]]
         return True
 
@@ -114,7 +103,7 @@ def pack(
     about = {"source": origin, "licence": licence, "classes": classes}
     try:
         with folder_in_use(out):
-            return _Pack(out, options, splits, about, max_bad, progress, encode).run(workers or processors())
+            return _Pack(out, options, splits, about, max_bad, progress).run(encode, workers or processors())
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise InputError(
@@ -138,30 +127,41 @@ class _Pack:
         about: dict[str, Any],
         max_bad: float,
         progress: Progress | None,
-        encode: Encode | None,
     ) -> None:
         self.out, self.options, self.about = out, options, about
-        o = options
-        self.encode = encode or partial(encode_part, transform=o.transform, encoding=o.encoding, min_side=o.min_side)
         self.max_bad, self.progress = max_bad, progress
-        self.shards = {split: cut_shards(split, items, options.shard_size) for split, items in splits.items()}
-        self.total, self.done = sum(len(items) for items in splits.values()), 0
+        self.shards: dict[str, list[_Shard]] = {}
+        size = options.shard_size
+        for split, items in splits.items():
+            parts = [items[start : start + size] for start in range(0, len(items), size)]
+            self.shards[split] = [_Shard(out / split / f"{split}-{n:06d}.tar", part) for n, part in enumerate(parts)]
+        self.total, self.done = sum(map(len, splits.values())), 0
         self.bad: list[tuple[str, str]] = []  # name, reason
 
-    def run(self, workers: int) -> PackResult:
+    def run(self, encode: Encode | None, workers: int) -> PackResult:
         """Plans, packs what is missing, writes the manifests."""
         finished = [self._open(split, shards) for split, shards in self.shards.items()]
         if all(finished):
             manifests = {split: read_manifest(self.out / split) for split in self.shards}
             return PackResult(manifests, complete_before=True)
-        missing = [(split, shard) for split, shard in self._all() if not self._take_finished(split, shard)]
+        missing = []
+        for shard in chain.from_iterable(self.shards.values()):
+            if finished_shard(shard.side_file, shard.path, shard.take):
+                self._count(len(shard.items), shard.bad)
+            else:
+                missing.append(shard)
         self._report()
-        if missing:
-            self._pack_missing(missing, min(workers, -(-sum(len(s.items) for _, s in missing) // _PART)))
+        chunks = [shard.items[i : i + _PART] for shard in missing for i in range(0, len(shard.items), _PART)]
+        if chunks:
+            o = self.options
+            encode = encode or partial(encode_part, transform=o.transform, encoding=o.encoding, min_side=o.min_side)
+            with closing(in_order(encode, chunks, min(workers, len(chunks)))) as parts:
+                for shard in missing:
+                    self._write(shard, parts)
         self._check_bad(final=True)
         return self._finish()
 
-    def _open(self, split: str, shards: list[PackedShard]) -> bool:
+    def _open(self, split: str, shards: list[_Shard]) -> bool:
         """Stores the plan of a split or compares it with the one there; True if the split is complete."""
         folder = self.out / split
         folder.mkdir(exist_ok=True)
@@ -170,60 +170,41 @@ class _Pack:
             raise InputError(
                 f"OUT={self.out} already holds a {split} split made with other options; choose a new folder."
             )
-        content = {"images": "other images or captions in SOURCE"}
-        plan = self._plan(shards)
+        digest = hashlib.sha256()
+        for item in chain.from_iterable(shard.items for shard in shards):
+            known = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
+            digest.update(json.dumps(known).encode())
+        options = json.loads(json.dumps(asdict(self.options)))
         before = read_json(folder / PLAN)
-        same_options = isinstance(before, dict) and before.get("options") == plan["options"]
-        open_plan(folder / PLAN, plan, f"OUT={self.out}", content if same_options else None)
+        same_options = isinstance(before, dict) and before.get("options") == options
+        special = {"images": "other images or captions in SOURCE"} if same_options else None
+        open_plan(folder / PLAN, {"options": options, "images": digest.hexdigest()}, f"OUT={self.out}", special)
         return done
 
-    def _all(self) -> Iterator[tuple[str, PackedShard]]:
-        return ((split, shard) for split, shards in self.shards.items() for shard in shards)
-
-    def _plan(self, shards: list[PackedShard]) -> dict[str, Any]:
-        """What must be equal for finished shards to be kept."""
-        digest = hashlib.sha256()
-        for shard in shards:
-            for item in shard.items:
-                known = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
-                digest.update(json.dumps(known).encode())
-        return {"options": json.loads(json.dumps(asdict(self.options))), "images": digest.hexdigest()}
-
-    def _take_finished(self, split: str, shard: PackedShard) -> bool:
-        if not shard.take_finished(self.out / split):
-            return False
-        self.bad += shard.bad
-        self.done += len(shard.items)
-        return True
-
-    def _pack_missing(self, missing: list[tuple[str, PackedShard]], workers: int) -> None:
-        """Workers encode parts of any shard, this process writes them in order."""
-        chunks = (s.items[i : i + _PART] for _, s in missing for i in range(0, len(s.items), _PART))
-        with closing(in_order(self.encode, chunks, workers)) as parts:
-            for split, shard in missing:
-                self._write(split, shard, parts)
-
-    def _write(self, split: str, shard: PackedShard, parts: Iterator[Part]) -> None:
+    def _write(self, shard: _Shard, parts: Iterator[Part]) -> None:
         """One shard, then its side file."""
         names: dict[str, None] = {}
-        file = ShardFile(self.out / split / shard.name)
+        file = ShardFile(shard.path)
         try:
             for start in range(0, len(shard.items), _PART):
                 part = next(parts)
                 file.append(part.data, part.offsets)
                 names.update(dict.fromkeys(part.fields))
                 shard.bad += part.bad
-                self.bad += part.bad
                 shard.small += part.small
-                self.done += min(_PART, len(shard.items) - start)
+                self._count(min(_PART, len(shard.items) - start), part.bad)
                 self._report()
                 self._check_bad(final=False)
             shard.info = file.finish()
-        except BaseException:
+        finally:
             file.abandon()
-            raise
         shard.fields = list(names)
-        shard.save(self.out / split)
+        info = asdict(shard.info) if shard.info else None
+        write_json(shard.side_file, {"info": info, "fields": shard.fields, "bad": shard.bad, "small": shard.small})
+
+    def _count(self, images: int, bad: list[tuple[str, str]]) -> None:
+        self.done += images
+        self.bad += bad
 
     def _report(self) -> None:
         if self.progress:
@@ -246,21 +227,19 @@ class _Pack:
             if not any(shard.info for shard in shards):
                 raise InputError(f"OUT={self.out}: no image is left for the {split} split; check min-side and val.")
         for split, shards in self.shards.items():
-            bad = [entry for shard in shards for entry in shard.bad]
-            rows = [{"name": name, "reason": reason} for name, reason in bad]
-            if rows:
-                write_json(self.out / split / BAD, rows)
+            if bad := [entry for shard in shards for entry in shard.bad]:
+                write_json(self.out / split / BAD, [{"name": name, "reason": reason} for name, reason in bad])
             result.manifests[split] = self._manifest(split, shards)
             write_manifest(self.out / split, result.manifests[split])
             for shard in shards:
-                shard.side_file(self.out / split).unlink(missing_ok=True)
+                shard.side_file.unlink(missing_ok=True)
             for leftover in (self.out / split).glob("*.tmp"):  # of killed processes
                 leftover.unlink(missing_ok=True)
             result.bad += bad
             result.small += sum(len(shard.small) for shard in shards)
         return result
 
-    def _manifest(self, split: str, shards: list[PackedShard]) -> Manifest:
+    def _manifest(self, split: str, shards: list[_Shard]) -> Manifest:
         o = self.options
         return Manifest(
             kind="images",
@@ -272,9 +251,3 @@ class _Pack:
             provenance=provenance(),
             **self.about,
         )
-
-
-def cut_shards(split: str, items: list[Item], shard_size: int) -> list[PackedShard]:
-    """Shards of equal size, the last one smaller."""
-    starts = range(0, len(items), shard_size)
-    return [PackedShard(f"{split}-{n:06d}.tar", items[start : start + shard_size]) for n, start in enumerate(starts)]

@@ -4,7 +4,6 @@ import colorsys
 import functools
 import json
 import random
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from ldmlab.data.manifest import read_manifest
-from ldmlab.data.shards import IMAGE_ENDINGS, scan_tar
+from ldmlab.data.shards import image_ending, parse_sample, scan_tar
 from ldmlab.errors import InputError
 from ldmlab.open_image import open_image
 
@@ -53,16 +52,15 @@ _SOFT = ImageFilter.BoxBlur(1)  # edge of a cut object
 def load_objects(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Image.Image, ...], ...]:
     """By class_id the cut images, RGBA, of the emoji shards in `folder`; a class is of CLASSES or a caption."""
     captions = [CLASSES.get(name, (name,)) for name in classes]
-    captions_needed = {caption for several in captions for caption in several}
-    found = _images(folder, captions_needed)
+    found = _images(folder, {caption for several in captions for caption in several})
     for name, several in zip(classes, captions, strict=True):
         missing = [caption for caption in several if caption not in found]
-        if missing:
+        if missing and name not in CLASSES:
             known = ", ".join(CLASSES)
+            raise InputError(f"classes={name} is neither one of {known} nor a caption in {folder}; fix it.")
+        if missing:
             raise InputError(
-                f"classes={name} is neither one of {known} nor a caption in {folder}; fix it."
-                if name not in CLASSES
-                else f"emoji={folder} holds no image with the caption {missing[0]!r} of class {name}; "
+                f"emoji={folder} holds no image with the caption {missing[0]!r} of class {name}; "
                 "give the shipped shards or other classes."
             )
     return tuple(tuple(found[caption] for caption in several) for several in captions)
@@ -80,37 +78,25 @@ def cut(image: Image.Image) -> Image.Image:
 
 def _ground(white: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """White pixels (H, W) that a path of white pixels joins with the edge."""
-    inside = np.pad(white, 1, constant_values=True)
-    reached = np.zeros_like(inside)
-    reached[[0, -1]] = reached[:, [0, -1]] = True
-    count = 0
-    while count != (count := int(reached.sum())):
-        for _ in range(8):
-            grown = reached.copy()
-            grown[1:] |= reached[:-1]
-            grown[:-1] |= reached[1:]
-            grown[:, 1:] |= reached[:, :-1]
-            grown[:, :-1] |= reached[:, 1:]
-            reached = grown & inside
-    return reached[1:-1, 1:-1]
+    import cv2  # slow to import
+
+    framed = np.pad(white, 1, constant_values=True).astype(np.uint8)
+    labels = cv2.connectedComponents(framed, connectivity=4)[1]
+    return (labels == labels[0, 0])[1:-1, 1:-1]
 
 
 def _images(folder: Path, captions: set[str]) -> dict[str, Image.Image]:
     """Caption => cut image; of several images with one caption the first."""
     found: dict[str, Image.Image] = {}
-    files: dict[str, dict[str, bytes]] = defaultdict(dict)
 
-    def visit(key: str, ending: str, content: bytes) -> None:
-        files[key][ending] = content
+    def take(key: str, data: bytes) -> None:
+        _, files = parse_sample(data, key)
+        caption, ending = json.loads(files.get("json", b"{}")).get("caption"), image_ending(files)
+        if caption in captions and caption not in found and ending:
+            found[caption] = cut(open_image(files[ending]))
 
     for shard in read_manifest(folder).shards:
-        files.clear()
-        scan_tar(folder / shard.name, visit)
-        for sample in files.values():
-            caption = json.loads(sample.get("json", b"{}")).get("caption")
-            ending = next((name for name in IMAGE_ENDINGS if name in sample), None)
-            if caption in captions and caption not in found and ending:
-                found[caption] = cut(open_image(sample[ending]))
+        scan_tar(folder / shard.name, take)
     return found
 
 
@@ -164,20 +150,6 @@ def _edge(value: Share) -> Share:
     return np.clip(0.5 + value * 2.5, 0, 1).astype(np.float32)
 
 
-def _stripes(rng: random.Random, size: int) -> Share:
-    return _edge(_waves(rng, size)[0])
-
-
-def _checks(rng: random.Random, size: int) -> Share:
-    first, second = _waves(rng, size)
-    return _edge(first * second)
-
-
-def _dots(rng: random.Random, size: int) -> Share:
-    first, second = _waves(rng, size)
-    return _edge(first + second - 0.8)
-
-
 def _gradient(rng: random.Random, size: int) -> Share:
     angle = rng.uniform(0, 2 * np.pi)
     steps = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
@@ -185,14 +157,10 @@ def _gradient(rng: random.Random, size: int) -> Share:
     return np.clip(0.5 + 0.8 * slope, 0, 1).astype(np.float32)
 
 
-def _cloudy(rng: random.Random, size: int) -> Share:
-    return _clouds(rng, size, 5)
-
-
 PATTERNS: dict[str, Callable[[random.Random, int], Share]] = {
-    "checks": _checks,
-    "clouds": _cloudy,
-    "dots": _dots,
+    "checks": lambda rng, size: _edge(np.multiply(*_waves(rng, size))),
+    "clouds": lambda rng, size: _clouds(rng, size, 5),
+    "dots": lambda rng, size: _edge(np.add(*_waves(rng, size)) - 0.8),
     "gradient": _gradient,
-    "stripes": _stripes,
+    "stripes": lambda rng, size: _edge(_waves(rng, size)[0]),
 }

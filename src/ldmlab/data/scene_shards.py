@@ -105,9 +105,8 @@ def _place(rng: random.Random, shape: tuple[int, int], size: int, taken: Sequenc
 
 def _shared(first: Box, second: Box) -> float:
     """Area that two boxes have in common."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    return max(width, 0.0) * max(height, 0.0)
+    sides = [min(first[axis + 2], second[axis + 2]) - max(first[axis], second[axis]) for axis in (0, 1)]
+    return max(sides[0], 0.0) * max(sides[1], 0.0)
 
 
 def _caption(names: list[str], ground: str) -> str:
@@ -144,11 +143,10 @@ def write_scenes(
 ) -> dict[str, Manifest]:
     """OUT/SPLIT with shards and manifest, as `pack` writes them; no scene is in two splits."""
     load_objects(Path(settings.emoji), settings.classes)  # a wrong class ends here
-    transform = Transform(settings.size)
-    options = PackOptions(transform, encoding or Encoding(), shard_size=shard_size)
+    options = PackOptions(Transform(settings.size), encoding or Encoding(), shard_size=shard_size)
+    fields = {name: value for name, value in asdict(settings).items() if name != "emoji"}
     manifests: dict[str, Manifest] = {}
     for split, count in counts.items():
-        fields = {name: value for name, value in asdict(settings).items() if name != "emoji"}
         items = [Item(f"{split}-{number:07d}", f"scene {number}", "", fields) for number in range(count)]
         result = pack(
             Source("scenes", items, list(settings.classes)),

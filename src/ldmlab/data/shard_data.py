@@ -3,21 +3,17 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from ldmlab.contracts import Task
-from ldmlab.data import loaders
 from ldmlab.data.dataset import Batch, BatchSpec, ShardDataset
-from ldmlab.data.decode import BAD_SAMPLE
-from ldmlab.data.fields import sample_fields
-from ldmlab.data.latent_shards import read_shard_manifest
-from ldmlab.data.loaders import Skipped
-from ldmlab.data.manifest import Manifest
-from ldmlab.data.order import BalancedOrder, EpochOrder
-from ldmlab.data.shards import ShardReader
+from ldmlab.data.loaders import Skipped, eval_loader, position_loader
+from ldmlab.data.manifest import Manifest, read_manifest, refuse_address
+from ldmlab.data.order import BalancedOrder, EpochOrder, training_batches
 from ldmlab.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +48,8 @@ class ShardData:
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.workers < 0:
             raise InputError(f"data.image_size={self.image_size} and data.workers={self.workers} must be 1 and 0 up.")
+        for option in ("train", "val", "latents"):
+            refuse_address(getattr(self, option) or "", f"data.{option}")
 
     def with_task(self, task: Task | None) -> "ShardData":
         """The same data, from which the task derives inputs and targets."""
@@ -78,16 +76,16 @@ class ShardData:
         if split not in ("train", "val"):
             raise InputError(f"split={split} is unknown; choose train or val.")
         if (kind or self.kind) == "images":
-            return _folder(self.train if split == "train" else self.val, f"data.{split}")
+            return Path(self.train if split == "train" else self.val)
         if self.latents is None:
             raise InputError(
                 "data.latents is not set, but this run reads latents; give the folder `ldmlab encode` wrote."
             )
-        return _folder(self.latents, "data.latents") / split
+        return Path(self.latents) / split
 
     def manifest(self, split: str = "train", kind: str | None = None) -> Manifest:
         """The manifest of a split."""
-        return read_shard_manifest(self.folder(split, kind), self._option(split, kind or self.kind))
+        return read_manifest(self.folder(split, kind), self._option(split, kind or self.kind))
 
     def _option(self, split: str, kind: str) -> str:
         """What messages call the folder of a split."""
@@ -97,12 +95,11 @@ class ShardData:
         """The endless shuffled stream of the training split."""
         dataset = self._dataset("train", kind or self.kind, train=True)
         if self.balance is None:
-            dataset.put_in_order(EpochOrder(dataset.counts, self.seed, self.mix))
+            dataset.order = EpochOrder(dataset.counts, self.seed, self.mix)
         else:
-            labels = dataset.of_kept(read_labels(dataset.reader, self.balance))
-            order = BalancedOrder(dataset.counts, self.seed, labels, self.balance_temperature)
+            labels = dataset.labels(self.balance)
+            dataset.order = order = BalancedOrder(dataset.counts, self.seed, labels, self.balance_temperature)
             logger.info("data.balance=%s: images an epoch %s", self.balance, order.draws)
-            dataset.put_in_order(order)
         return self._cached(dataset)
 
     def val_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:
@@ -114,16 +111,19 @@ class ShardData:
 
     def train_loader(
         self,
-        micro_batch: int,
-        accumulate: int = 1,
-        world: int = 1,
-        rank: int = 0,
-        start_position: int = 0,
+        micro_batch: int,  # images per forward pass of this process
+        accumulate: int = 1,  # micro-batches per optimizer update
+        world: int = 1,  # processes
+        rank: int = 0,  # this process
+        start_position: int = 0,  # images already consumed by all processes
         kind: str | None = None,
     ) -> DataLoader[Batch]:
-        """See `loaders.train_loader`."""
-        dataset = self.train_dataset(kind)
-        return loaders.train_loader(dataset, micro_batch, accumulate, world, rank, start_position, self.workers)
+        """Endless micro-batches; `accumulate` of them on each of `world` processes make one global batch."""
+        for name, value in (("micro_batch", micro_batch), ("accumulate", accumulate), ("world", world)):
+            if value < 1:
+                raise InputError(f"{name}={value} makes no batch; choose 1 or more.")
+        batches = partial(training_batches, micro_batch, accumulate, world, rank, start_position)
+        return position_loader(self.train_dataset(kind), batches, self.workers)
 
     def eval_loader(
         self,
@@ -136,7 +136,7 @@ class ShardData:
     ) -> DataLoader[Batch]:
         """See `loaders.eval_loader`."""
         dataset = self.val_dataset(kind, split)
-        return loaders.eval_loader(dataset, batch_size, world, rank, limit, self.workers, self.skipped(split))
+        return eval_loader(dataset, batch_size, world, rank, limit, self.workers, self.skipped(split))
 
     def skipped(self, split: str) -> Skipped:
         """Images of a split that the evaluation loaders of this object and this process could not read so far.
@@ -170,34 +170,6 @@ class ShardData:
         return dataset
 
 
-def _folder(path: str, option: str) -> Path:
-    if "://" in path:
-        raise InputError(
-            f"{option}={path} is an address; ldmlab reads shards from folders: copy them to a disk or mount the store."
-        )
-    return Path(path)
-
-
 def stored_states(manifest: Manifest) -> dict[str, Any]:
     """States stored with the moments, as the manifest records them, by conditioner."""
     return (manifest.latents or {}).get("states") or {}
-
-
-def read_labels(reader: ShardReader, field: str) -> list[str]:
-    """The value of `field` for every sample, read once from each KEY.json; "" where it is missing or unreadable."""
-    labels, lacking = [], list[str]()
-    for shard, count in enumerate(reader.counts):
-        for sample in range(count):
-            try:
-                known = sample_fields(reader.read(shard, sample)[1])
-            except BAD_SAMPLE:
-                labels.append("")
-                continue
-            if field not in known:
-                lacking.append(f"{reader.label(shard, sample)} has no such field (it has {', '.join(sorted(known))})")
-            labels.append(str(known.get(field, "")))
-    if 2 * len(lacking) > len(labels):
-        raise InputError(
-            f"data.balance={field}: {len(lacking)} of {len(labels)} samples lack it: sample {lacking[0]}; name another."
-        )
-    return labels

@@ -9,8 +9,7 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -29,14 +28,8 @@ END_MARKER = bytes(2 * TAR_BLOCK)
 _LONGEST_TAIL = 10240 + 2 * TAR_BLOCK  # zeros after the last member: the end marker, padded to tar's usual record
 _READ_BYTES = 1 << 20
 _LONGEST_HEADER = 1 << 20  # of a long name or of extended attributes
-_WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-)
+_WITHOUT_CONTENT = b"123456"  # types of links, devices, folders and pipes
+_LONG_NAME, _ATTRIBUTES, _HEADERS = b"L", b"x", b"LKxg"  # names and attributes of the member that follows
 _PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=]+)=")
 _INTERNAL = re.compile("__.*__|__MACOSX")  # names that webdataset leaves out, and what macOS adds
 _JUNK = ("thumbs.db", "desktop.ini")
@@ -44,7 +37,7 @@ _LAST_DOT = re.compile(r"(.*)\.((?:seg|mask)\.png|[a-z0-9]+\.states\.npy|[^.]*)"
 
 Files = dict[str, bytes]  # a sample's files by ending: {"webp": ..., "json": ...}
 Read = Callable[[int, int], bytes]  # offset, size => bytes, fewer at the end
-Visit = Callable[[str, str, bytes], None]  # key, ending, content
+Visit = Callable[[str, bytes], None]  # key, tar bytes of the sample
 
 
 class Member(NamedTuple):
@@ -56,10 +49,6 @@ class Member(NamedTuple):
     size: int
 
 
-class TarFault(ValueError):
-    """A tar that contradicts itself."""
-
-
 def tar_members(read: Read, end: int) -> Iterator[Member]:
     """The regular files of a tar of `end` bytes up to its end marker; sparse ones, links and folders are left out."""
     offset, first, long_name, attributes = 0, 0, "", dict[bytes, bytes]()
@@ -69,14 +58,14 @@ def tar_members(read: Read, end: int) -> Iterator[Member]:
         stored = 0 if info.type in _WITHOUT_CONTENT else size
         data = offset + TAR_BLOCK
         if not 0 <= stored <= end - data:
-            raise TarFault(f"{info.name!r} has {size} bytes by its header, and {end - data} are left")
-        offset = data + -(-stored // TAR_BLOCK) * TAR_BLOCK
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            raise tarfile.ReadError(f"{info.name!r} has {size} bytes by its header, and {end - data} are left")
+        offset = data + _padded(stored)
+        if info.type in _HEADERS:
             if stored > _LONGEST_HEADER:
-                raise TarFault(f"a name or its attributes take {stored} bytes")
-            if info.type == tarfile.GNUTYPE_LONGNAME:
+                raise tarfile.ReadError(f"a name or its attributes take {stored} bytes")
+            if info.type == _LONG_NAME:
                 long_name = read(data, stored).rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif info.type == tarfile.XHDTYPE:
+            elif info.type == _ATTRIBUTES:
                 attributes = _pax_attributes(read(data, stored))
             continue
         name = attributes.get(b"path", b"").decode("utf-8", "surrogateescape") or long_name or info.name
@@ -84,6 +73,10 @@ def tar_members(read: Read, end: int) -> Iterator[Member]:
         if info.isreg() and not sparse:
             yield Member(name, first, data, size)
         first, long_name, attributes = offset, "", {}
+
+
+def _padded(size: int) -> int:
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
 def _pax_attributes(data: bytes) -> dict[bytes, bytes]:
@@ -108,7 +101,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}{slash}{stem}", ending) if dot and stem else None
 
 
-def _named(members: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:
+def _named(members: Iterable[Member]) -> Iterator[tuple[str, str, Member]]:
     """Key, ending and member of every file of a sample.
 
     Files that share a first-dot key without an image of that name ("photo 2.0.jpg", "IMG.2020.0001.jpg") are split at
@@ -126,60 +119,41 @@ def _named(members: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:
             yield (last[1], last[2].lower(), member) if last else (key, ending.lower(), member)
 
 
-@dataclass
-class TarScan:
-    """What one pass over a tar found."""
+def scan_tar(path: Path, visit: Visit | None = None) -> tuple[ShardInfo, list[str]]:
+    """A tar made by anyone, its headers read first and then all of it: its entry in a manifest, and all keys.
 
-    keys: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)  # first header of each sample
-    bytes: int = 0
-    sha256: str = ""
-    crc32c: str = ""  # 8 hexadecimal digits a sample
-
-    def info(self, name: str) -> ShardInfo:
-        """For a manifest."""
-        return ShardInfo(name, len(self.keys), self.bytes, self.sha256, self.offsets, self.crc32c)
-
-
-def scan_tar(path: Path, visit: Visit | None = None) -> TarScan:
-    """Keys, offsets, size and checksums of a tar made by anyone, whose headers are read first and then all of it."""
+    visit: called with each sample, of which it gets MAX_SAMPLE_BYTES at most.
+    """
     try:
         with open_regular(path) as file:
             if file.read(2) == b"\x1f\x8b":
                 raise InputError(
                     f"shard {path} is compressed, so samples cannot be found in it; unpack it with gunzip."
                 )
-            return _scan(path, file, os.fstat(file.fileno()).st_size, visit)
+            size = os.fstat(file.fileno()).st_size
+            return _scan(path, lambda offset, count: os.pread(file.fileno(), count, offset), size, visit)
     except InputError:
         raise
     except (OSError, tarfile.TarError, ValueError) as error:
         raise InputError(f"shard {path} cannot be read ({error}); fetch it again or leave it out.") from None
 
 
-def _scan(path: Path, file: IO[bytes], size: int, visit: Visit | None) -> TarScan:
-    def read(offset: int, count: int) -> bytes:
-        return os.pread(file.fileno(), count, offset)
-
-    scan, seen, end = TarScan(bytes=size), set[str](), 0
-
-    def watched() -> Iterator[Member]:
-        nonlocal end
-        for member in tar_members(read, size):
-            end = member.data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
-            yield member
-
-    for key, ending, member in _named(watched()):
-        if not scan.keys or key != scan.keys[-1]:
-            if key in seen:
-                raise InputError(f"shard {path}: the files of key {key} are not next to each other; sort the tar.")
-            seen.add(key)
-            scan.keys.append(key)
-            scan.offsets.append(member.offset)
-        if visit is not None and member.size <= MAX_SAMPLE_BYTES:
-            visit(key, ending, read(member.data, member.size))
-    _check_end(path, read, end, size, len(scan.keys))
-    _add_checksums(scan, read)
-    return scan
+def _scan(path: Path, read: Read, size: int, visit: Visit | None) -> tuple[ShardInfo, list[str]]:
+    members, starts, last = list(tar_members(read, size)), dict[str, int](), None
+    for key, _, member in _named(members):
+        if key != last and key in starts:
+            raise InputError(f"shard {path}: the files of key {key} are not next to each other; sort the tar.")
+        starts.setdefault(key, member.offset)
+        last = key
+    _check_end(path, read, members[-1].data + _padded(members[-1].size) if members else 0, size, len(starts))
+    offsets, digest, sums = list(starts.values()), hashlib.sha256(), []
+    _hash_range(digest, read, 0, offsets[0] if offsets else size)
+    for key, (start, end) in zip(starts, pairwise([*offsets, size]), strict=True):
+        sums.append(_hash_range(digest, read, start, end))
+        if visit:
+            visit(key, read(start, min(end - start, MAX_SAMPLE_BYTES)))
+    checksums = "".join(f"{value:08x}" for value in sums)
+    return ShardInfo(path.name, len(offsets), size, digest.hexdigest(), offsets, checksums), list(starts)
 
 
 def _check_end(path: Path, read: Read, end: int, size: int, samples: int) -> None:
@@ -194,17 +168,8 @@ def _check_end(path: Path, read: Read, end: int, size: int, samples: int) -> Non
         )
 
 
-def _add_checksums(scan: TarScan, read: Read) -> None:
-    """One sequential read: SHA-256 of the file and CRC32C of each sample."""
-    digest, sums = hashlib.sha256(), []
-    edges = [*scan.offsets, scan.bytes]
-    _hash_range(digest, read, 0, edges[0])
-    for start, end in pairwise(edges):
-        sums.append(_hash_range(digest, read, start, end))
-    scan.sha256, scan.crc32c = digest.hexdigest(), "".join(f"{value:08x}" for value in sums)
-
-
 def _hash_range(digest: Any, read: Read, start: int, end: int) -> int:
+    """CRC32C of these bytes, which `digest` takes in too."""
     checksum = 0
     for begin in range(start, end, _READ_BYTES):
         data = read(begin, min(_READ_BYTES, end - begin))
@@ -213,8 +178,8 @@ def _hash_range(digest: Any, read: Read, start: int, end: int) -> int:
     return checksum
 
 
-def read_range(path: Path | str, start: int, end: int) -> dict[str, Any]:
-    """The one sample in bytes [start, end) of a tar: `__key__` and ending => bytes."""
+def read_range(path: Path | str, start: int, end: int) -> tuple[str, Files]:
+    """The one sample in bytes [start, end) of a tar: its key and its files."""
     with open_regular(Path(path)) as file:
         return parse_sample(_range(file.fileno(), start, end), str(path))
 
@@ -228,23 +193,23 @@ def _range(descriptor: int, start: int, end: int) -> bytes:
     return data
 
 
-def parse_sample(data: bytes, url: str) -> dict[str, Any]:
-    """Tar bytes of one sample => `__key__` and ending => bytes, undecoded."""
-    sample: dict[str, Any] = {}
+def parse_sample(data: bytes, url: str) -> tuple[str, Files]:
+    """Tar bytes of one sample => its key and its files, undecoded."""
+    first, files = "", Files()
     for key, ending, member in _named(tar_members(lambda offset, size: data[offset : offset + size], len(data))):
-        if sample.setdefault("__key__", key) != key:
+        if files and key != first:
             break
-        if ending in sample:
-            raise TarFault(f"two files {key}.{ending} in one sample")
-        sample[ending] = data[member.data : member.data + member.size]
-    if not sample:
-        raise TarFault(f"no sample in these bytes of {url}")
-    return sample
+        if ending in files:
+            raise tarfile.ReadError(f"two files {key}.{ending} in one sample")
+        first, files[ending] = key, data[member.data : member.data + member.size]
+    if not files:
+        raise tarfile.ReadError(f"no sample in these bytes of {url}")
+    return first, files
 
 
-def image_ending(sample: dict[str, Any]) -> str | None:
+def image_ending(files: Files) -> str | None:
     """The ending of the sample's image; maps such as `seg.png` are not it."""
-    return next((ending for ending in sample if ending in IMAGE_ENDINGS), None)
+    return next((ending for ending in files if ending in IMAGE_ENDINGS), None)
 
 
 def tar_bytes(name: str, content: bytes) -> bytes:
@@ -282,8 +247,7 @@ class ShardReader:
         data = _range(self._file(shard).fileno(), begin, end)
         if self._summed[shard] and google_crc32c.value(data) != self._sums[index]:
             raise OSError("its bytes differ from the manifest's checksum")
-        files = parse_sample(data, self.names[shard])
-        return files.pop("__key__"), files
+        return parse_sample(data, self.names[shard])
 
     def index(self, shard: int, sample: int) -> int:
         """Number of a sample, counted over all shards."""

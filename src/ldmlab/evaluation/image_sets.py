@@ -184,9 +184,9 @@ def _found(path: Path) -> ImageSet:
 
 
 def _shards(path: Path) -> ImageSet:
-    from ldmlab.data.latent_shards import read_shard_manifest
+    from ldmlab.data.manifest import read_manifest
 
-    manifest = read_shard_manifest(path)
+    manifest = read_manifest(path)
     side = manifest.image_size
     if manifest.kind != "images" or side is None:
         raise InputError(f"{path} holds no square images of one size; write such shards with `ldmlab pack --size`.")

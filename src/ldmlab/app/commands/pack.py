@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ldmlab.app.progress import bar
 from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
-from ldmlab.data.decode import MAPS
+from ldmlab.data.image_parts import MAPS
 from ldmlab.data.image_sources import LAYOUTS, Source, list_source
 from ldmlab.data.output_folder import BAD
 from ldmlab.data.pack_images import FORMATS, Encoding
