@@ -67,11 +67,8 @@ class FirstStage(Protocol):
     latent_channels: int
 
     def encode(self, images: Tensor) -> Posterior: ...  # (B, 3, H, W) in [-1, 1]
-
     def decode(self, raw_latents: Tensor) -> Tensor: ...  # => (B, 3, H, W) in [-1, 1]; VQ quantises first
-
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction: ...  # noise: (B, C, h, w)
-
     @property
     def last_layer(self) -> Tensor: ...  # weight of the last convolution, for the adversary's adaptive weight
 
@@ -96,7 +93,6 @@ class Backbone(Protocol):
     accepts: frozenset[str]  # slots of Conditioning
 
     def prepare(self, conditioning: Conditioning) -> Prepared: ...  # once per sample
-
     # x: (B, in_channels, h, w); t: (B,) float32, the schedule's time in 0 .. steps - 1, between two of them with a
     # fraction, not divided by steps => (B, out_channels, h, w)
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor: ...
@@ -126,9 +122,7 @@ class Conditioner(Protocol):
     drop: float  # in [0, 1]: rate at which training replaces it by `null`, for classifier-free guidance
 
     def width(self, latent: LatentSpec) -> int: ...  # D of tokens and vectors, channels of spatial
-
     def __call__(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
-
     # the value without this condition, of the same shape; it may hold learned parameters
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
 
@@ -147,6 +141,7 @@ class Level(NamedTuple):
 
 
 Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => clean estimate, x's dtype or float64
+Noise = Callable[[int], Tensor]  # of a step, in x's shape
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, x, clean estimate) => x
 
 
@@ -167,7 +162,6 @@ class Prediction(Protocol):
     """Prediction type: training target, and network output => estimate of the clean latent."""
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...  # alpha: (B, 1, 1, 1)
-
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor: ...  # float64
 
 
@@ -175,13 +169,7 @@ class Sampler(Protocol):
     """From the first, noisiest level of a grid to its last."""
 
     def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        grid: list[Level],
-        *,
-        noise: Callable[[int], Tensor],
-        after_step: AfterStep | None = None,
+        self, denoise: Denoise, x: Tensor, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
     ) -> Tensor: ...
 
 
@@ -197,9 +185,7 @@ class Guider(Protocol):
 
     @property
     def reads(self) -> frozenset[str]: ...  # batch fields that it needs in addition to the model's own
-
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise: ...
-
     def as_text(self) -> dict[str, Any]: ...  # plain values for records
 
 
@@ -210,15 +196,11 @@ class Task(Protocol):
 
     @property
     def needs(self) -> frozenset[str]: ...  # stored parts: image (as stored, so latents cannot serve) | mask | ...
-
     @property
     def held_out(self) -> "Task": ...  # the same for images that are compared
-
     @property
     def keeps(self) -> Callable[[Mapping[str, Any]], bool] | None: ...  # by KEY.json; None: every image is used
-
     def give(self, sample: dict[str, Any], random: Any) -> dict[str, Any]: ...  # per image, in loader workers
-
     def finish(self, images: Tensor, batch: dict[str, Any]) -> Tensor: ...  # after decoding
 
 
@@ -231,7 +213,6 @@ class AutoencoderLoss(Protocol):
     def autoencoder(
         self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
-
     def discriminator(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -257,9 +238,7 @@ class Data(Protocol):
     """Image or latent shards of a training and a validation set (conf/data)."""
 
     def manifest(self, split: str) -> Any: ...
-
     def train_loader(self, micro_batch: int, accumulate: int, world: int, rank: int, position: int) -> Any: ...
-
     def eval_loader(self, split: str, batch_size: int) -> Any: ...
 
 
@@ -283,9 +262,7 @@ class Metric(Protocol):
     """
 
     def update(self, features: Any, real: bool) -> None: ...
-
     def compute(self) -> dict[str, Tensor]: ...
-
     def reset(self) -> None: ...
 
 
@@ -296,13 +273,9 @@ class Callback(Protocol):
     """
 
     def start(self, session: Any) -> None: ...
-
     def after_batch(self, session: Any, batch: dict[str, Any]) -> None: ...
-
     def metrics(self, session: Any) -> dict[str, float]: ...  # for a row of the log
-
     def evaluate(self, session: Any) -> dict[str, float]: ...  # for this step's row, where it has any
-
     def after_step(self, session: Any) -> None: ...
 
 
@@ -324,33 +297,22 @@ CONTRACTS: dict[str, type] = {  # configuration group => what its parts must hav
 }
 
 
-class Members(NamedTuple):
-    """Names that a contract demands."""
-
-    methods: tuple[str, ...]
-    attributes: tuple[str, ...]
-
-
 @cache
-def members(contract: type) -> Members:
-    """Methods, and attributes or properties, of a Protocol."""
+def members(contract: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names that a Protocol demands: methods, and attributes or properties."""
     bases = [base for base in contract.__mro__ if getattr(base, "_is_protocol", False) and base is not Protocol]
     own = {name: value for base in bases for name, value in vars(base).items()}
     public = {name: value for name, value in own.items() if not name.startswith("_") or name == "__call__"}
     methods = tuple(name for name, value in public.items() if callable(value))
     properties = tuple(name for name, value in public.items() if isinstance(value, property))
-    return Members(methods, (*(name for base in bases for name in base.__annotations__), *properties))
+    return methods, (*(name for base in bases for name in base.__annotations__), *properties)
 
 
 def check_part(part: Any, contract: type, where: str, name: str) -> None:
     """InputError naming what the part lacks of its contract."""
-    demanded = members(contract)
-    lacking = [f"{method}()" for method in demanded.methods if not callable(getattr(part, method, None))]
-    lacking += [
-        attribute
-        for attribute in demanded.attributes
-        if not (hasattr(type(part), attribute) or hasattr(part, attribute))
-    ]
+    methods, attributes = members(contract)
+    lacking = [f"{method}()" for method in methods if not callable(getattr(part, method, None))]
+    lacking += [one for one in attributes if not (hasattr(type(part), one) or hasattr(part, one))]
     if lacking:
         raise InputError(
             f"{where}: {name} has no {', '.join(lacking)}, which every {contract.__name__} needs "

@@ -18,30 +18,20 @@ from ldmlab.argument_types import check_types
 from ldmlab.contracts import CONTRACTS, check_part, members
 from ldmlab.errors import InputError, shown
 
-ROOMS = {  # group => the package that holds its classes
-    "first_stage": "ldmlab.first_stages",
-    "backbone": "ldmlab.backbones",
-    "classifier": "ldmlab.backbones",
-    "conditioner": "ldmlab.conditioners",
-    "diffusion": "ldmlab.diffusion",
-    "latent_scale": "ldmlab.diffusion",
-    "schedule": "ldmlab.diffusion",
-    "prediction": "ldmlab.diffusion",
-    "sampler": "ldmlab.samplers",
-    "task": "ldmlab.tasks",
-    "loss": "ldmlab.losses",
-    "data": "ldmlab.data",
-    "metric": "ldmlab.metrics",
-    "features": "ldmlab.metrics",
-    "optimizer": "ldmlab.training",
-    "lr_schedule": "ldmlab.training",
-    "trainer": "ldmlab.training",
-    "callback": "ldmlab.training",
-    "logger": "ldmlab.training",
-    "protocol": "ldmlab.evaluation",
-    "evaluator": "ldmlab.evaluation",
-    "baseline": "ldmlab.evaluation",
+_GROUPS = {  # package of ldmlab => the groups whose classes it holds
+    "first_stages": ("first_stage",),
+    "backbones": ("backbone", "classifier"),
+    "conditioners": ("conditioner",),
+    "diffusion": ("diffusion", "latent_scale", "schedule", "prediction"),
+    "samplers": ("sampler",),
+    "tasks": ("task",),
+    "losses": ("loss",),
+    "data": ("data",),
+    "metrics": ("metric", "features"),
+    "training": ("optimizer", "lr_schedule", "trainer", "callback", "logger"),
+    "evaluation": ("protocol", "evaluator", "baseline"),
 }
+ROOMS = {group: f"ldmlab.{package}" for package, groups in _GROUPS.items() for group in groups}
 FACTORIES = {  # functions that descriptions of CLIP towers name => the arguments that a file may give them
     "ldmlab.nn.openclip.build_clip": {"config", "image_size"},
     "ldmlab.conditioners.text.open_clip_text": {
@@ -49,24 +39,15 @@ FACTORIES = {  # functions that descriptions of CLIP towers name => the argument
     },
     "ldmlab.conditioners.image_embedding.open_clip_image": {"config", "layer", "drop"},
 }
-_PLURALS = {  # part of an option's name => its group, where one more part names the entry
-    "conditioner": "conditioner",
-    "conditioners": "conditioner",
-    "callbacks": "callback",
-    "logger": "logger",
-    "metrics": "metric",
-    "evaluators": "evaluator",
-    "baselines": "baseline",
-    "guiders": "guider",
-    "guidance": "guider",
+_SEVERAL = {  # part of an option's name => its group, where one more part names the entry
+    **{"conditioner": "conditioner", "logger": "logger", "guidance": "guider"},
+    **{f"{group}s": group for group in ("conditioner", "callback", "metric", "evaluator", "baseline", "guider")},
 }
 _REACHING_OUT = {  # arguments by which a class would read, write or run something
     *("trust", "command", "cmd", "args", "path", "file", "folder", "dir", "directory", "filename", "root", "url"),
     *("run", "from_run", "weights", "pretrained", "vocab", "checkpoint", "save_dir", "module", "code"),
 }
-_READ_AS_WORDS = {
-    ("ldmlab.conditioners.text.TransformerText", "vocab")
-}  # paths of files that are a vocabulary or refused
+_READ_AS_WORDS = {("ldmlab.conditioners.text.TransformerText", "vocab")}  # path of a vocabulary, or refused
 _LARGEST = 2**31  # of whole numbers in a file
 _OURS = "_target_", "_partial_"
 _TYPED: set[tuple[str, str]] = set()  # (group, target) of this process's own configuration
@@ -82,8 +63,7 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
     target, partial = locate(node, where=where, trust=trust), node.get("_partial_", False)
     if not isinstance(partial, bool):
         raise InputError(f"{where}._partial_={shown(partial)} must be true or false.")
-    trusted = trust or _is_typed(node, where)
-    if not trusted:
+    if not (trust or _is_typed(node, where)):
         _check_reach(target, node, where)
     arguments = {
         str(key): instantiate(value, where=f"{where}.{key}", trust=trust) if _is_node(value) else value
@@ -116,8 +96,8 @@ def group_of(where: str) -> tuple[str, bool]:
     group, whole = "", False
     names = iter(where.split("."))
     for name in names:
-        if name in _PLURALS:
-            group, whole = _PLURALS[name], True
+        if name in _SEVERAL:
+            group, whole = _SEVERAL[name], True
             next(names, None)  # the entry's own name
         elif name in ROOMS or name in CONTRACTS or not group:
             group, whole = name, True
@@ -134,32 +114,23 @@ def locate(node: Mapping[str, Any], *, where: str, trust: bool = False) -> Calla
     if unknown := [key for key in node if str(key).startswith("_") and key not in _OURS]:
         raise InputError(f"{where}.{unknown[0]} is not supported; the only special keys are _target_ and _partial_.")
     trusted = trust or _is_typed(node, where)
+    package, (module, _, name) = path.partition(".")[0], path.rpartition(".")
     if not trusted:
-        _check_package(path, where)
-    target = _found(path, where)
-    if not trusted:
-        _check_kind(target, path, where)
-    if (package := path.partition(".")[0]) != "ldmlab":
-        plugins.used(package)
-    return target
-
-
-def _found(path: str, where: str) -> Callable[..., Any]:
-    module, _, name = path.rpartition(".")
+        _check_package(path, package, where)  # before anything is imported
     try:
         target = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
             raise  # the module exists but lacks one of its own dependencies
-        package = path.partition(".")[0]
-        hint = (
-            f"choose a file of conf/{where}/."
-            if package == "ldmlab"
-            else f"is {package} installed, and the name right?"
-        )
+        outside = f"is {package} installed, and the name right?"
+        hint = f"choose a file of conf/{where}/." if package == "ldmlab" else outside
         raise InputError(f"{where}._target_={shown(path)} does not exist; {hint}") from error
     if not callable(target):
         raise InputError(f"{where}._target_={shown(path)} is no class or function; choose a file of conf/{where}/.")
+    if not trusted:
+        _check_kind(target, path, where)
+    if package != "ldmlab":
+        plugins.used(package)
     return target
 
 
@@ -167,9 +138,8 @@ def _is_typed(node: Mapping[str, Any], where: str) -> bool:
     return (group_of(where)[0], node.get("_target_")) in _TYPED
 
 
-def _check_package(path: str, where: str) -> None:
-    """Before anything is imported: ours of the right room, or a package that the caller allowed."""
-    package = path.partition(".")[0]
+def _check_package(path: str, package: str, where: str) -> None:
+    """A part of ours in the right room, or a package that the caller allowed."""
     if package == "ldmlab":
         room = ROOMS.get(group_of(where)[0])
         if path not in FACTORIES and (room is None or not path.startswith(f"{room}.")):
@@ -188,7 +158,7 @@ def _check_kind(target: Any, path: str, where: str) -> None:
     home = ROOMS.get(group, "ldmlab") if path.startswith("ldmlab.") else path.partition(".")[0]
     if not inspect.isclass(target) or not f"{target.__module__}.".startswith(f"{home}."):
         raise InputError(f"{where}._target_={shown(path)} is no class of {home}, so a file may not name it.")
-    methods = members(CONTRACTS[group]).methods if whole and group in CONTRACTS else ()
+    methods, _ = members(CONTRACTS[group]) if whole and group in CONTRACTS else ((), ())
     if missing := [method for method in methods if not hasattr(target, method)]:
         raise InputError(f"{where}._target_={shown(path)} has no {missing[0]}(), so it is no {group}.")
 
@@ -210,14 +180,11 @@ def _check_reach(target: Callable[..., Any], node: Mapping[str, Any], where: str
 
 
 def _scalars(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _scalars(part)
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _scalars(part)
-    else:
+    if not isinstance(value, list | tuple | Mapping):
         yield value
+        return
+    for part in value.values() if isinstance(value, Mapping) else value:
+        yield from _scalars(part)
 
 
 def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:

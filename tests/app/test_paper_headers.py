@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from paper_experiments import PAPER, composed, first_stage_experiment, header, of_stage, released, rows, settings
 
-from ldmlab.report.paper_table import paper_tables
+from ldmlab.report.paper_source import paper_tables
 
 ROOT = Path(__file__).parents[2]
 COUNTS = json.loads((ROOT / "tests" / "assets" / "official_counts.json").read_text())

@@ -14,9 +14,11 @@ import pytest
 from ldmlab.app.cli import dispatch
 from ldmlab.errors import InputError
 from ldmlab.report.evaluation_page import evaluation_page, score_lines
+from ldmlab.report.line_chart import Chart
 from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.report.pages import write_comparison, write_report
-from ldmlab.report.render import html, markdown
+from ldmlab.report.render import html, markdown, write_page
+from ldmlab.report.rows import Charts, Page, Section
 
 OLD = Path(__file__).parents[1] / "assets" / "format1" / "evaluation"  # written by ldmlab 0.1, every part of a record
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)> [a](b) | \\textbf{x}'
@@ -68,6 +70,11 @@ def test_a_record_of_the_version_before_has_its_page(folder: Path) -> None:
         row.startswith("Over the guidance scale,precision and recall over guidance scale,Recall") for row in rows
     )
     assert page.count("<svg") == len({tuple(row.split(",")[:2]) for row in rows[1:]})
+    files = [file.read_text().splitlines() for file in (folder / "points").glob("*.csv")]
+    assert len(files) == page.count("<svg")
+    assert sorted(row for file in files for row in file[1:]) == sorted(rows[1:])
+    assert {file[0] for file in files} == {rows[0]}
+    assert all(len({row.split(",")[1] for row in file[1:]}) == 1 for file in files)
 
 
 def test_old_words_are_gone(folder: Path) -> None:
@@ -247,3 +254,13 @@ def test_options_that_cannot_be_met_are_one_sentence(folder: Path, words: list[s
     with pytest.raises(InputError, match=sentence):
         dispatch(["report", *typed])
     assert (folder.parent / "file").read_text() == ""
+
+
+def test_charts_of_one_name_have_a_file_each(tmp_path: Path) -> None:
+    charts = [Chart("FID, ½ of\ud83d/../x", {"a": [(0.0, value)]}) for value in (1.0, 2.0)]
+    empty = Chart("nothing", {"a": [(0.0, math.nan)]})
+    write_page(tmp_path / "page.html", Page("", "", [Section("Höhe", [Charts([*charts, empty])])]))
+    files = {file.name: file.read_text().splitlines() for file in (tmp_path / "points").iterdir()}
+    assert sorted(files) == ["hohe-fid-12-of-x-2.csv", "hohe-fid-12-of-x.csv"]
+    assert files["hohe-fid-12-of-x.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,1.0']
+    assert files["hohe-fid-12-of-x-2.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,2.0']

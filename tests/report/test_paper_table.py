@@ -1,31 +1,51 @@
 """Our row in the paper's table, and the reasons why it may not be compared."""
 
-from dataclasses import replace
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ldmlab.errors import InputError
 from ldmlab.interop.published_weights import WEIGHTS
-from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS, Measured
-from ldmlab.report.paper_table import paper_tables, place
+from ldmlab.report import paper_conditions
+from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
+from ldmlab.report.paper_source import paper_tables
+from ldmlab.report.paper_table import place
 
-LIKE_THE_PAPER = Measured(
-    method="ours",
-    values={"fid": 6.25, "precision": 0.7, "recall": 0.5},
-    dataset="celebahq",
-    picture_size=256,
-    samples=50_000,
-    features=PAPER_FEATURES,
-    reference_split="train",
-    reference_images=25_000,
-    reference_rule="short_side_bilinear_no_antialias",
-    reference_hash="a" * 64,
-    current_hash="a" * 64,
-    sampling={"steps": 500, "eta": 0.0, "guidance_scale": 1.0, "sampler": "ddim"},
-    weights_hash=PAPER_WEIGHTS + "0" * 8,
-    reference_of=25_000,
-    metrics={"precision_recall": {"neighbours": 3}},
-)
+LIKE_THE_PAPER: dict[str, Any] = {
+    "model": {"path": "runs/ours"},
+    "scores": {"fid": {"value": 6.25}, "precision": {"value": 0.7}, "recall": {"value": 0.5}},
+    "protocol": {"dataset": "celebahq", "metrics": {"precision_recall": {"neighbours": 3}}},
+    "sampling": {"images": 50_000, "steps": 500, "eta": 0.0, "guidance_scale": 1.0, "sampler": "ddim"},
+    "reference": {
+        "image_size": 256,
+        "split": "train",
+        "images": 25_000,
+        "split_images": 25_000,
+        "transform": {"rule": "short_side_bilinear_no_antialias"},
+        "manifest_hash": "a" * 64,
+        "folder": "celebahq/train",
+    },
+    "features": {"name": PAPER_FEATURES, "weights_hash": PAPER_WEIGHTS + "0" * 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def manifest(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The manifest that lies in the folder of the reference."""
+    found = SimpleNamespace(hash="a" * 64)
+    monkeypatch.setattr(paper_conditions, "read_manifest", lambda folder: found)
+    return found
+
+
+def but(**change: Any) -> dict[str, Any]:
+    """The record above with other values; `change`: reference__images=5 and the like."""
+    record = deepcopy(LIKE_THE_PAPER)
+    for path, value in change.items():
+        group, name = path.split("__")
+        record[group][name] = value
+    return record
 
 
 def test_a_measurement_like_the_papers_is_comparable() -> None:
@@ -39,27 +59,27 @@ def test_a_measurement_like_the_papers_is_comparable() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dataset": "ffhq"}, "other data"),
-        ({"picture_size": 64}, "64 px"),
-        ({"samples": 300}, "300 samples"),
-        ({"features": "clip run"}, "features of clip run"),
-        ({"reference_split": "val"}, "val split"),
-        ({"reference_rule": "centre"}, "rule centre"),
-        ({"resized": "from 512 px to 256 px"}, "reference resized again, from 512 px"),
-        ({"reference_images": 30_000}, "30,000 reference images"),
-        ({"sampling": {"steps": 200}}, "steps 200, the paper's row has 500"),
-        ({"sampling": {"steps": 500, "sampler": "dpm"}}, "sampler dpm, the paper's row has ddim"),
-        ({"sampling": {"steps": 500, "guidance_scale": 3.0}}, "guidance_scale 3, the paper's row has 1"),
-        ({"guiders": {"classifier": "runs/c"}}, "guided by classifier"),
-        ({"weights_hash": "0123456789abcdef"}, "features by the weights 0123456789abcdef"),
-        ({"weights_hash": None}, "features by the weights None"),
-        ({"reference_of": 30_000}, "25,000 of 30,000 images"),
-        ({"reference_of": None, "reference_limit": 25_000}, "the first 25,000 images"),
-        ({"metrics": {"precision_recall": {"neighbours": 5}}}, "neighbours=5 of precision_recall"),
+        ({"protocol__dataset": "ffhq"}, "other data"),
+        ({"reference__image_size": 64}, "64 px"),
+        ({"sampling__images": 300}, "300 samples"),
+        ({"features__name": "clip run"}, "features of clip run"),
+        ({"reference__split": "val"}, "val split"),
+        ({"reference__transform": {"rule": "centre"}}, "rule centre"),
+        ({"reference__resized": "from 512 px to 256 px"}, "reference resized again, from 512 px"),
+        ({"reference__images": 30_000}, "30,000 reference images"),
+        ({"sampling__steps": 200}, "steps 200, the paper's row has 500"),
+        ({"sampling__sampler": "dpm"}, "sampler dpm, the paper's row has ddim"),
+        ({"sampling__guidance_scale": 3.0}, "guidance_scale 3, the paper's row has 1"),
+        ({"model__guiders": {"classifier": "runs/c"}}, "guided by classifier"),
+        ({"features__weights_hash": "0123456789abcdef"}, "features by the weights 0123456789abcdef"),
+        ({"features__weights_hash": None}, "features by the weights None"),
+        ({"reference__split_images": 30_000}, "25,000 of 30,000 images"),
+        ({"reference__split_images": None, "protocol__reference_limit": 25_000}, "the first 25,000 images"),
+        ({"protocol__metrics": {"precision_recall": {"neighbours": 5}}}, "neighbours=5 of precision_recall"),
     ],
 )
-def test_every_difference_is_a_reason(change: dict[str, object], reason: str) -> None:
-    table = place("uncond/celebahq-256", replace(LIKE_THE_PAPER, **change))  # type: ignore[arg-type]
+def test_every_difference_is_a_reason(change: dict[str, Any], reason: str) -> None:
+    table = place("uncond/celebahq-256", but(**change))
     assert not table.comparable
     assert any(reason in found for found in table.reasons)
 
@@ -67,32 +87,34 @@ def test_every_difference_is_a_reason(change: dict[str, object], reason: str) ->
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"reference_hash": None}, "does not record the hash"),
-        ({"pinned_hash": "b" * 64}, "than the protocol pins"),
-        ({"current_hash": "b" * 64}, "have changed since"),
+        ({"reference__manifest_hash": None}, "does not record the hash"),
+        ({"protocol__reference_hash": "b" * 64}, "than the protocol pins"),
+        ({"manifest": "b" * 64}, "have changed since"),
     ],
 )
-def test_images_of_another_hash_are_barred(change: dict[str, object], reason: str) -> None:
-    table = place("uncond/celebahq-256", replace(LIKE_THE_PAPER, **change))  # type: ignore[arg-type]
+def test_images_of_another_hash_are_barred(change: dict[str, Any], reason: str, manifest: SimpleNamespace) -> None:
+    manifest.hash = change.pop("manifest", manifest.hash)
+    table = place("uncond/celebahq-256", but(**change))
     assert not table.comparable
     assert reason in table.barred[0]
 
 
 def test_guidance_is_compared_with_what_the_row_says() -> None:
-    ours = replace(
-        LIKE_THE_PAPER,
-        dataset="imagenet",
-        values={"fid": 4.0, "is": 200.0},
-        sampling={"steps": 250, "eta": 0.0, "guidance_scale": 1.5},
-        reference_of=1_281_167,
-        reference_images=1_281_167,
+    ours = but(
+        protocol__dataset="imagenet",
+        sampling__steps=250,
+        sampling__guidance_scale=1.5,
+        reference__images=1_281_167,
+        reference__split_images=1_281_167,
     )
+    ours["scores"] = {"fid": {"value": 4.0}, "is": {"value": 200.0}}
     by_row = {row: place("class-cond/imagenet-256", ours, row).reasons for row in ("ldm-4-g-1.5", "ldm-4")}
     assert by_row == {"ldm-4-g-1.5": (), "ldm-4": ("guidance_scale 1.5, the paper's row has 1",)}
-    sampling = {"steps": 200, "guidance_scale": 1.0}
-    (reason,) = place("class-cond/imagenet-256", replace(ours, sampling=sampling), "ldm-8-g-4.8m").reasons
+    by_classifier = ours | {"sampling": ours["sampling"] | {"steps": 200, "guidance_scale": 1.0}}
+    (reason,) = place("class-cond/imagenet-256", by_classifier, "ldm-8-g-4.8m").reasons
     assert reason == "no guidance but classifier-free, the paper's row has classifier"
-    (reason,) = place("class-cond/imagenet-256", replace(ours, metrics={"is": {"splits": 1}}), "ldm-4-g-1.5").reasons
+    one_split = ours | {"protocol": {"dataset": "imagenet", "metrics": {"is": {"splits": 1}}}}
+    (reason,) = place("class-cond/imagenet-256", one_split, "ldm-4-g-1.5").reasons
     assert reason == "splits=1 of is, the paper's tools take 10"
 
 

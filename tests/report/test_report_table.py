@@ -15,7 +15,7 @@ from ldmlab.report.evaluation_page import score_lines
 from ldmlab.report.metrics_json import comparable_groups
 from ldmlab.report.pages import comparison_tables, printed_tables, write_comparison
 from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
-from ldmlab.report.paper_table import bare_table, paper_report
+from ldmlab.report.paper_table import filled_table, paper_report
 from ldmlab.report.render import FORMATS, as_latex, latex
 from ldmlab.report.rows import Row, Table
 from ldmlab.report.score_lines import ScoreLine, number_text
@@ -226,14 +226,14 @@ def test_a_distance_is_called_by_its_network(features: str, called: str) -> None
 
 
 def test_rows_of_one_name_are_told_apart_and_sources_are_heard() -> None:
-    table = bare_table("class-cond/imagenet-256")
+    table = filled_table("class-cond/imagenet-256")
     names = [row.label for row in table.rows]
     assert len(set(names)) == len(names)
     assert any(name.startswith("LDM-4-G") and "guidance 1.5" in name for name in names)
     place = table.columns.index("Parameters")
     assert {"400M", "395M"} <= {row.cells[place] for row in table.rows}
     assert any("sources disagree on LDM-8-G at 4.8M steps" in note for note in table.notes)
-    assert any("LAFITE" in note and "CogView" in note for note in bare_table("text2img/coco-256").notes)
+    assert any("LAFITE" in note and "CogView" in note for note in filled_table("text2img/coco-256").notes)
 
 
 def test_the_paper_s_tables_are_printed_without_any_run() -> None:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
+import jinja2
 from markupsafe import Markup
 
 Points = Sequence[tuple[float, float]]
@@ -73,15 +74,26 @@ class Chart:
             return Markup("")
         every = [point for stretches in lines.values() for stretch in stretches for point in stretch]
         up = _Span(*_range([y for _, y in every]), _HEIGHT - _BOTTOM, _TOP)
-        left = 10 + _LETTER * max((len(text) for _, text in up.ticks()), default=1)
+        rules = [(up.at(value), text) for value, text in up.ticks()]
+        left = 10 + _LETTER * max((len(text) for _, text in rules), default=1)
         across = _across([x for x, _ in every], left, self.log_x, self.x_ticks)
         colours = _colours(list(lines), self.reserved)
-        marks = [_line(stretch, across, up, colours[name]) for name, found in lines.items() for stretch in found]
-        head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="chart">').format(
-            _WIDTH, _HEIGHT, self.title
+        strokes = [
+            (colours[name], *stroke)
+            for name, found in lines.items()
+            for stretch in found
+            for stroke in _strokes(stretch, across, up)
+        ]
+        labels, size = _labels(across), (_WIDTH, _HEIGHT, _RIGHT, left)
+        return Markup(
+            _figure().render(chart=self, size=size, colours=colours, rules=rules, labels=labels, strokes=strokes)
         )
-        drawing = Markup("").join([head, *_axes(across, up, left, self.x_title), *marks, Markup("</svg>")])
-        return Markup("<figure><figcaption>{}{}</figcaption>{}</figure>").format(self.title, _legend(colours), drawing)
+
+
+@cache
+def _figure() -> jinja2.Template:
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldmlab.report"), autoescape=True)
+    return environment.get_template("chart.svg.j2")
 
 
 def _stretches(points: Points) -> list[Points]:
@@ -150,45 +162,25 @@ def short(value: float, digits: int = 4) -> str:
     return f"{float(text):.0f}" if "e" in text else text
 
 
-def _axes(across: _Span, up: _Span, left: float, x_title: str) -> Iterator[Markup]:
-    for value, text in up.ticks():
-        y = up.at(value)
-        rule = '<line x1="{}" x2="{}" y1="{}" y2="{}" class="rule"/><text x="{}" y="{}" text-anchor="end">{}</text>'
-        yield Markup(rule).format(round(left, 1), _WIDTH - _RIGHT, y, y, round(left - 6, 1), y + 3.5, text)
+def _labels(across: _Span) -> Iterator[tuple[float, str, str]]:
+    """Place, anchor and text of the labels below the chart that do not run into the one before."""
     before = -math.inf
     for value, text in across.ticks():
         x, half = across.at(value), _LETTER * len(text) / 2
-        if x - half < before:  # would run into the label before
-            continue
-        before = x + half + 3
-        anchor = "end" if x + half > _WIDTH else "middle"
-        place = _WIDTH if anchor == "end" else x
-        yield Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(place, _HEIGHT - 15, anchor, text)
-    name = '<text x="{}" y="{}" text-anchor="end" class="dim">{}</text>'
-    yield Markup(name).format(_WIDTH - _RIGHT, _HEIGHT - 2, x_title)
+        if x - half >= before:
+            before = x + half + 3
+            yield (_WIDTH, "end", text) if x + half > _WIDTH else (x, "middle", text)
 
 
-def _line(points: Points, across: _Span, up: _Span, colour: str) -> Markup:
-    """One stretch: the line, pale beneath its running mean where it is long, and its points where they are few."""
+def _strokes(points: Points, across: _Span, up: _Span) -> Iterator[tuple[float, float, str, Points]]:
+    """Opacity, width, path and dots: one stretch, pale beneath its running mean where it is long, dotted if short."""
     smooth = _smoothed(points)
-    parts = []
     for line, opacity, width in ((points, 0.25 if smooth else 1.0, 1.0 if smooth else 1.8), (smooth, 1.0, 1.8)):
-        place = [(across.at(x), up.at(y)) for x, y in _thinned(line)]
-        if len(place) > 1:
-            path = "M" + " L".join(f"{x} {y}" for x, y in place)
-            stroke = '<path d="{}" fill="none" stroke="{}" stroke-width="{}" opacity="{}"/>'
-            parts.append(Markup(stroke).format(path, colour, width, opacity))
-        if len(place) <= _DOTTED:
-            radius = 2.4 if len(place) > 1 else 3
-            parts += [
-                Markup('<circle cx="{}" cy="{}" r="{}" fill="{}"/>').format(x, y, radius, colour) for x, y in place
-            ]
-    return Markup("").join(parts)
-
-
-def _thinned(points: Points) -> Points:
-    stride = -(-len(points) // _MOST_POINTS)
-    return [*points[::stride], points[-1]] if stride > 1 else points
+        stride = -(-len(line) // _MOST_POINTS)
+        thinned = [*line[::stride], line[-1]] if stride > 1 else line
+        place = [(across.at(x), up.at(y)) for x, y in thinned]
+        path = "M" + " L".join(f"{x} {y}" for x, y in place) if len(place) > 1 else ""
+        yield opacity, width, path, place if len(place) <= _DOTTED else []
 
 
 def _smoothed(points: Points) -> list[tuple[float, float]]:
@@ -213,11 +205,3 @@ def _colours(names: Sequence[str], reserved: Mapping[str, str]) -> dict[str, str
     others = [name for name in names if name not in reserved]
     own = {name: free[number % len(free)] for number, name in enumerate(others)}
     return {name: reserved[name] if name in reserved else own[name] for name in names}
-
-
-def _legend(colours: Mapping[str, str]) -> Markup:
-    if len(colours) < 2:
-        return Markup("")
-    entry = Markup('<span><i style="background:{}"></i>{}</span>')
-    entries = Markup("").join(entry.format(colour, name) for name, colour in colours.items())
-    return Markup('<span class="legend">{}</span>').format(entries)

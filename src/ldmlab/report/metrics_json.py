@@ -42,16 +42,14 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         with reading(place / "metrics.json", "scores"):
-            result["scores"] = {str(name): _score(score) for name, score in result["scores"].items()}
+            scores = {str(name): dict(score) for name, score in result["scores"].items()}
+            for score in scores.values():
+                spread, marks = score.get("spread"), score.get("marks") or ()
+                score |= {"value": _number(score["value"]), "spread": spread and _number(spread)}
+                score["marks"] = [str(mark) for mark in marks]
+            result["scores"] = scores
         return result | {"folder": str(place)}
     raise InputError(f"{folder} holds no metrics.json; give a folder that `python evaluate.py` wrote.")
-
-
-def _score(score: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks the types of scores; spread and marks may be missing."""
-    spread = score.get("spread")
-    marks = [str(mark) for mark in score.get("marks") or ()]
-    return {**score, "value": _number(score["value"]), "spread": spread and _number(spread), "marks": marks}
 
 
 def _number(value: Any) -> float:
@@ -97,24 +95,8 @@ def title(result: Mapping[str, Any]) -> str:
     return f"{folder_name(result)} by {result['protocol']['name']}"
 
 
-def measurement(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Must be equal for scores in one table; a result that names no manifest gets its own."""
-    reference = result["reference"]
-    known = reference.get("manifest_hash") or f"unknown, {result.get('folder', id(result))}"
-    return (
-        known,
-        reference["image_size"],
-        reference.get("task"),
-        reference["split"],
-        reference["images"],
-        result["features"]["name"],
-        result["features"]["weights_hash"],
-        result["sampling"]["images"],
-    )
-
-
 def measurement_line(result: Mapping[str, Any]) -> str:
-    """The same as text for reports."""
+    """What must be equal for scores in one table, as text."""
     reference, features = result["reference"], result["features"]
     known = str(reference.get("manifest_hash") or "not recorded")[:12]
     return (
@@ -124,27 +106,32 @@ def measurement_line(result: Mapping[str, Any]) -> str:
 
 
 def comparable_groups(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Indices of the evaluations that share a table, in order of the first one."""
+    """Indices of the evaluations that share a table, in order of the first one; without a manifest each has its own."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, result in enumerate(results):
-        groups.setdefault(measurement(result), []).append(number)
+        reference, features = result["reference"], result["features"]
+        images = [reference[name] for name in ("image_size", "split", "images")]
+        known = reference.get("manifest_hash") or f"unknown, {result.get('folder', id(result))}"
+        network = features["name"], features["weights_hash"]
+        key = (known, *images, reference.get("task"), *network, result["sampling"]["images"])
+        groups.setdefault(key, []).append(number)
     return list(groups.values())
 
 
 def repeat_line(result: Mapping[str, Any]) -> str:
     """All settings that determine the scores, in one line."""
     sampling, reference, features = result["sampling"], result["reference"], result["features"]
-    made = result.get("provenance") or {}
-    settings = [f"{name}={value}" for name, value in sampling.items() if value is not None and name != "hardware"]
-    model = [f"{name}={result['model'][name]}" for name in ("weights", "step") if name in result["model"]]
-    altered = result["protocol"].get("changed")
+    made, protocol = result.get("provenance") or {}, result["protocol"]
+    settings = [f"{name}={result['model'][name]}" for name in ("weights", "step") if name in result["model"]]
+    settings += [f"{name}={value}" for name, value in sampling.items() if value is not None and name != "hardware"]
+    changed = f" with {', '.join(protocol['changed'])}" if protocol.get("changed") else ""
     parts = [
         f"`{made.get('command', 'command not recorded')}` at commit {made.get('commit')}",
-        f"protocol {result['protocol']['name']}" + (f" with {', '.join(altered)}" if altered else ""),
-        ", ".join([*model, *settings]),
+        f"protocol {protocol['name']}{changed}",
+        ", ".join(settings),
         f"reference {reference['images']} images of {reference['split']}, {reference['image_size']} px, manifest "
         f"{str(reference.get('manifest_hash'))[:12]}",
         f"features {features['name']}, weights {features['weights_hash']}",
         f"torch {made.get('packages', {}).get('torch', 'version not recorded')}",
     ]
-    return "; ".join(part for part in parts if part) + "."
+    return "; ".join(filter(None, parts)) + "."

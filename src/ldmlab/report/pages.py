@@ -5,12 +5,10 @@ Several evaluations share one table for each measurement, with a mean over train
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
-from ldmlab.files import write_text
 from ldmlab.report.evaluation_page import evaluation_page, score_lines
 from ldmlab.report.metrics_json import (
     comparable_groups,
@@ -22,38 +20,16 @@ from ldmlab.report.metrics_json import (
     repeat_line,
     title,
 )
-from ldmlab.report.paper_table import bare_table, known_table, paper_report, paper_tables
-from ldmlab.report.render import FORMATS, markdown, write_page
+from ldmlab.report.paper_source import known_table, paper_tables
+from ldmlab.report.paper_table import filled_table, paper_report
+from ldmlab.report.render import FORMATS, write_pages
 from ldmlab.report.rows import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
 from ldmlab.report.score_lines import ScoreLine, options_of, score_text
 
 IMAGES_A_RUN = 16
 T = TypeVar("T")
 Lines = Sequence[ScoreLine]  # of one evaluation
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Values that may share a column."""
-
-    name: str
-    shown: str
-    options: str  # of the score, as JSON
-
-    @staticmethod
-    def of(line: ScoreLine, result: Mapping[str, Any]) -> "_Column":
-        return _Column(line.name, line.head, json.dumps(options_of(line.name, result), sort_keys=True))
-
-    def takes(self, result: Mapping[str, Any]) -> bool:
-        """Whether the result's number was made by these options."""
-        return json.loads(self.options) == options_of(self.name, result)
-
-    def title(self, others: Sequence["_Column"]) -> str:
-        """With the options in which it differs from columns of the same score."""
-        twins = [json.loads(other.options) for other in others if other.shown == self.shown]
-        own = json.loads(self.options)
-        apart = [f"{name}={value}" for name, value in own.items() if any(twin.get(name) != value for twin in twins)]
-        return f"{self.shown} ({', '.join(apart)})" if apart else self.shown
+Column = tuple[str, str, str]  # values that may share one: name and head of the score, its options as JSON
 
 
 def comparison_tables(
@@ -67,8 +43,9 @@ def comparison_tables(
 
 
 def _table(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Lines]) -> Table:
-    values = [
-        {_Column.of(line, result): line.value for line in lines} for result, lines in zip(results, scores, strict=True)
+    values: list[dict[Column, str]] = [
+        {(line.name, line.head, _options(line.name, result)): line.value for line in lines}
+        for result, lines in zip(results, scores, strict=True)
     ]
     columns = list(dict.fromkeys(column for row in values for column in row))
     rows = [
@@ -77,8 +54,20 @@ def _table(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: S
     ]
     rows += [_mean_row(seeds, columns) for seeds in _by_configuration(results)]
     notes = [f"To repeat {name}: {repeat_line(result)}" for name, result in zip(names, results, strict=True)]
-    titles = tuple(column.title(columns) for column in columns)
-    return Table(measurement_line(results[0]), titles, tuple(rows), tuple(notes))
+    return Table(measurement_line(results[0]), tuple(_head(column, columns) for column in columns), rows, notes)
+
+
+def _options(name: str, result: Mapping[str, Any]) -> str:
+    return json.dumps(options_of(name, result), sort_keys=True)
+
+
+def _head(column: Column, columns: Sequence[Column]) -> str:
+    """With the options in which it differs from columns of the same score."""
+    _, head, options = column
+    twins = [json.loads(others) for _, other, others in columns if other == head]
+    own = json.loads(options).items()
+    apart = [f"{name}={value}" for name, value in own if any(twin.get(name) != value for twin in twins)]
+    return f"{head} ({', '.join(apart)})" if apart else head
 
 
 def _by_configuration(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -90,21 +79,17 @@ def _by_configuration(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping
             alike = [model[name] for name in ("configuration", "step", "weights")]
             key = json.dumps([alike, model.get("guiders"), result["protocol"]], sort_keys=True, default=str)
             groups.setdefault(key, []).append(result)
-    return [found for found in groups.values() if len(found) > 1 and _different_seeds(found)]
+    several = [found for found in groups.values() if len(found) > 1]
+    return [found for found in several if len({result["model"]["training_seed"] for result in found}) == len(found)]
 
 
-def _different_seeds(results: Sequence[Mapping[str, Any]]) -> bool:
-    return len({result["model"]["training_seed"] for result in results}) == len(results)
-
-
-def _mean_row(results: Sequence[Mapping[str, Any]], columns: Sequence[_Column]) -> Row:
+def _mean_row(results: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Row:
     """Sample mean and sample standard deviation of the scores that every seed has."""
     cells = []
-    for column in columns:
-        found = [result["scores"].get(column.name) for result in results]
-        numbers = [score["value"] for score in found if score is not None]
-        whole = len(numbers) == len(results) and column.takes(results[0])
-        cells.append(score_text(column.name, mean(numbers), stdev(numbers)) if whole else DASH)
+    for name, _, options in columns:
+        numbers = [result["scores"][name]["value"] for result in results if name in result["scores"]]
+        whole = len(numbers) == len(results) and options == _options(name, results[0])
+        cells.append(score_text(name, mean(numbers), stdev(numbers)) if whole else DASH)
     group = results[0]["model"].get("group") or "runs alike"
     return Row("ours", f"{group}, mean ± deviation over {len(results)} seeds", tuple(cells))
 
@@ -118,8 +103,7 @@ def comparison_page(folders: Sequence[Path]) -> Page:
     names = [_checked(result, title) for result in results]
     if len(set(names)) < len(names):
         names = [result["folder"] for result in results]
-    tables = _tables(results, names)
-    sections = [Section(table.title, [table]) for table in tables]
+    sections = [Section(table.title, [table]) for table in _tables(results, names)]
     for name, result in zip(names, results, strict=True):
         cards = _checked(result, _cards)
         gallery = [Gallery(Path(result["folder"]), cards, "thumbnails", pixels=THUMBNAIL)] if cards else []
@@ -127,15 +111,8 @@ def comparison_page(folders: Sequence[Path]) -> Page:
     return Page("Comparison", f"{len(results)} evaluation{'s' * (len(results) > 1)} side by side.", sections)
 
 
-def evaluation_tables(folders: Sequence[Path], table: str | None = None) -> list[Table]:
-    """The paper's tables with our rows (or only `table`), then all evaluations in one table."""
-    results = full_evaluations(folders)
-    if table is not None:
-        return _paper(results, table)
-    return _tables(results, [_checked(result, folder_name) for result in results])
-
-
 def _tables(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Table]:
+    """The paper's tables with our rows, then all evaluations in one table for each measurement."""
     scores = [_checked(result, score_lines) for result in results]
     return [*_paper(results), *comparison_tables(results, names, scores)]
 
@@ -146,9 +123,9 @@ def _paper(results: Sequence[Mapping[str, Any]], table: str | None = None) -> li
     return paper_report(results, table)
 
 
-def _cards(result: Mapping[str, Any]) -> tuple[Card, ...]:
+def _cards(result: Mapping[str, Any]) -> list[Card]:
     samples = (result.get("images") or {}).get("samples") or []
-    return tuple(Card(((item["file"], str(item["caption"])),)) for item in samples[:IMAGES_A_RUN])
+    return [Card([(item["file"], str(item["caption"]))]) for item in samples[:IMAGES_A_RUN]]
 
 
 def _checked(result: Mapping[str, Any], part: Callable[[Mapping[str, Any]], T]) -> T:
@@ -163,25 +140,26 @@ def write_report(folder: Path) -> Path:
     """report.html, report.md and points.csv of one evaluation folder; the path of the page."""
     result = read_evaluation(folder)
     place = Path(result["folder"])
-    page = evaluation_page(result)
-    write_text(place / "report.md", markdown(page, place))
-    return write_page(place / "report.html", page)
+    return write_pages(place, evaluation_page(result), place)
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     """One page for several evaluations, side by side."""
-    page = comparison_page(folders)
-    write_text(out / "report.md", markdown(page))
-    return write_page(out / "report.html", page)
+    return write_pages(out, comparison_page(folders))
 
 
 def printed_tables(folders: Sequence[Path], form: str, table: str | None = None) -> str:
     """The paper's tables with our rows, then all evaluations in one table; form: text | md | latex | html.
 
-    Without folders the paper's tables as they are: `table`, or all.
+    Without folders the paper's tables as they are: `table`, or all. With `table` that table alone.
     """
     if table is not None:
         known_table(table, "--table ")
-    if folders:
-        return FORMATS[form](evaluation_tables(folders, table))
-    return FORMATS[form]([bare_table(name) for name in ([table] if table else paper_tables())])
+    results = full_evaluations(folders)
+    if not results:
+        tables = [filled_table(name) for name in ([table] if table else paper_tables())]
+    elif table is not None:
+        tables = _paper(results, table)
+    else:
+        tables = _tables(results, [_checked(result, folder_name) for result in results])
+    return FORMATS[form](tables)

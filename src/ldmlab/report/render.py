@@ -4,9 +4,11 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -23,13 +25,32 @@ _LATEX |= {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "±": r"$\pm$", "–": 
 _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
+def write_pages(out: Path, page: Page, folder: Path | None = None, points: str = "points.csv") -> Path:
+    """report.md, with links to the images of `folder`, then what `write_page` writes; the path of report.html."""
+    write_text(out / "report.md", markdown(page, folder))
+    return write_page(out / "report.html", page, points)
+
+
 def write_page(path: Path, page: Page, points: str = "points.csv") -> Path:
-    """`path` (HTML, everything inside it) and, where it has charts, their values in the file `points`."""
+    """Values of the page's charts, all in the file `points` and those of each in its folder, then `path` (HTML)."""
     charts = page.charts()
+    files = {path.with_name(points): charts} if charts else {}
+    for section, chart in charts:
+        own = path.with_name(Path(points).stem) / f"{_file_name(f'{section} {chart.title}')}.csv"
+        while own in files:
+            own = own.with_stem(f"{own.stem}-2")
+        if chart:
+            files[own] = [(section, chart)]
+    for file, some in files.items():
+        write_text(file, points_csv(some))
     write_text(path, html(page, points if charts else ""))
-    if charts:
-        write_text(path.with_name(points), points_csv(charts))
     return path
+
+
+def _file_name(title: str) -> str:
+    """Letters, figures and hyphens."""
+    plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:100] or "chart"
 
 
 def html(page: Page, points: str = "") -> str:
@@ -46,13 +67,18 @@ def markdown(page: Page, folder: Path | None = None) -> str:
 
 def points_csv(charts: Sequence[tuple[str, Chart]]) -> str:
     """Every point of every chart: the heading above it, chart, line, name of the x axis, x, y."""
-    file = io.StringIO()
-    writer = csv.writer(file)
-    writer.writerow(["section", "chart", "line", "x_title", "x", "y"])
+    rows: list[Sequence[Any]] = [("section", "chart", "line", "x_title", "x", "y")]
     for section, chart in charts:
         for line, points in chart.series.items():
-            writer.writerows([section, chart.title, line, chart.x_title, x, y] for x, y in points if x == x)  # no gaps
-    return file.getvalue()
+            rows += [(section, chart.title, line, chart.x_title, x, y) for x, y in points if x == x]  # no gaps
+    return csv_text(rows)
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """The rows as CSV."""
+    file = io.StringIO()
+    csv.writer(file).writerows(rows)
+    return _text_of(file.getvalue())
 
 
 # ---- tables alone

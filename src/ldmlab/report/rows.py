@@ -18,7 +18,7 @@ class Row:
 
     kind: str
     label: str
-    cells: tuple[str, ...]
+    cells: Sequence[str]
     mark: str = ""  # of the note with the reason why it cannot be compared
 
 
@@ -28,16 +28,16 @@ class Table:
 
     kind: ClassVar[str] = "table"
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
     head: str = "method"  # of the first column
     text: bool = False  # cells are words, which may wrap
 
     @staticmethod
     def of_pairs(pairs: Sequence[tuple[str, str]], head: str = "setting") -> "Table":
         """Names and their values."""
-        return Table("", ("value",), tuple(Row("theirs", name, (value,)) for name, value in pairs), (), head, True)
+        return Table("", ["value"], [Row("theirs", name, [value]) for name, value in pairs], (), head, True)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Charts:
 class Card:
     """A group of images with a description."""
 
-    images: tuple[tuple[str, str], ...]  # file in the folder, title
+    images: Sequence[tuple[str, str]]  # file in the folder, title
     caption: str = ""
     mark: str = ""  # right | wrong | copy
     folder: Path | None = None  # of these images, if not the gallery's
@@ -75,7 +75,7 @@ class Gallery:
 
     kind: ClassVar[str] = "gallery"
     folder: Path
-    cards: tuple[Card, ...]
+    cards: Sequence[Card]
     style: str = "cards"
     title: str = ""
     pixels: int | None = None  # longer side of small copies in the page; None: the files themselves
@@ -112,12 +112,14 @@ class Page:
 
     def charts(self) -> list[tuple[str, Chart]]:
         """Every chart and the heading above it, in reading order."""
-        return [
-            found for section in self.sections for block in section.blocks for found in _charts(block, section.title)
-        ]
+        return [found for section in self.sections for found in _charts(section.blocks, section.title)]
 
 
-def _charts(block: Block, heading: str) -> list[tuple[str, Chart]]:
-    if isinstance(block, Charts):
-        return [(block.title or heading, chart) for chart in (*block.charts, *block.more)]
-    return [found for inner in block.blocks for found in _charts(inner, heading)] if isinstance(block, Fold) else []
+def _charts(blocks: Sequence[Block], heading: str) -> list[tuple[str, Chart]]:
+    found = []
+    for block in blocks:
+        if isinstance(block, Charts):
+            found += [(block.title or heading, chart) for chart in (*block.charts, *block.more)]
+        elif isinstance(block, Fold):
+            found += _charts(block.blocks, heading)
+    return found

@@ -71,9 +71,7 @@ def _stem(name: str) -> tuple[str, str]:
     head, _, tail = name.rpartition("/")
     if head and re.fullmatch(r"[\d.\-–to_]+", tail):
         return head, tail
-    if head in ("train", "val"):
-        return tail, head
-    return name, name
+    return (tail, head) if head in ("train", "val") else (name, name)
 
 
 def _rank(stem: str) -> int:
@@ -102,61 +100,54 @@ def _over_samples(name: str, points: Sequence[Mapping[str, float]], result: Mapp
     line = [(0.0, limit["value"]), measured[0]]
     heading = f"{distance} over the number of samples"
     chart = Chart(heading, {"measured": measured, "extrapolated": line}, "1000 / samples")
-    rows = [Row("theirs", f"{point['images']:,.0f}", (number_text(point["value"]),)) for point in points]
-    rows.append(Row("ours", "infinitely many", (_value(name, limit),)))
-    notes = (
+    rows = [Row("theirs", f"{point['images']:,.0f}", [number_text(point["value"])]) for point in points]
+    rows.append(Row("ours", "infinitely many", [_cell(name, limit)]))
+    notes = [
         "At each number the mean over disjoint parts that together hold every sample; extrapolated by a straight line "
         "over 1 / samples, ± its standard error. The number of reference images does not change.",
         *(f"{mark}." for mark in limit["marks"]),
+    ]
+    return Section(
+        "Over the number of samples", [Charts([chart]), Table("", [f"{distance} ↓"], rows, notes, "samples")]
     )
-    table = Table("", (f"{distance} ↓",), tuple(rows), notes, "samples")
-    return Section("Over the number of samples", [Charts([chart]), table])
 
 
 def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Section:
-    names = list(dict.fromkeys(name for point in points for name in point["scores"]))
-    first = {name: next(p["scores"][name] for p in points if name in p["scores"]) for name in names}
-    lines = {name: score_line(name, score, result) for name, score in first.items()}
+    own = result["sampling"].get("guidance_scale")
+    scales: list[Any] = [point.get("guidance_scale") for point in points]
+    scores: dict[str, list[Any]] = {name: [] for point in points for name in point["scores"]}
+    for name, found in scores.items():
+        found += [point["scores"].get(name) for point in points]
+    lines = {
+        name: score_line(name, next((score for score in found if score is not None), {}), result)
+        for name, found in scores.items()
+    }
     curves: dict[str, dict[str, Points]] = {}
     for name, line in lines.items():
-        curve = [(_scale(point), point["scores"][name]["value"]) for point in points if name in point["scores"]]
+        curve = [
+            (scale, score["value"]) for scale, score in zip(scales, scores[name], strict=True) if score is not None
+        ]
         curves.setdefault(_ONE_CHART.get(name) or line.title, {})[line.title] = curve
     charts = [Chart(f"{what} over guidance scale", series, "guidance scale") for what, series in curves.items()]
-    if {"fid", "recall"} <= set(names):
-        curve = [(point["scores"]["recall"]["value"], point["scores"]["fid"]["value"]) for point in points]
+    if {"fid", "recall"} <= scores.keys():
+        curve = [(recall["value"], fid["value"]) for recall, fid in zip(scores["recall"], scores["fid"], strict=True)]
         charts.append(Chart(f"{lines['fid'].title} against recall", {"": curve}, "recall"))
-    own = _scale(result["sampling"])
-    rows = tuple(
-        Row(
-            "ours" if _scale(point) == own else "theirs",
-            f"{_scale(point):g}",
-            tuple(_value(name, point["scores"].get(name)) for name in names),
-        )
-        for point in points
-    )
-    note = "The same conditions, noise and number of samples at every scale."
-    table = Table("", tuple(line.head for line in lines.values()), rows, (note,), "guidance scale")
+    rows = []
+    for scale, cells in zip(scales, zip(*scores.values(), strict=True), strict=True):
+        texts = [_cell(name, score) for name, score in zip(scores, cells, strict=True)]
+        rows.append(Row("ours" if scale == own else "theirs", f"{scale:g}", texts))
+    notes = ["The same conditions, noise and number of samples at every scale."]
+    table = Table("", [line.head for line in lines.values()], rows, notes, "guidance scale")
     return Section("Over the guidance scale", [Charts(charts), table])
 
 
-def _scale(point: Mapping[str, Any]) -> Any:
-    return point.get("guidance_scale")
-
-
 def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Section:
-    shown = tuple(
-        Row(
-            "theirs",
-            str(row["class"]),
-            (
-                f"{row['samples']:,}",
-                f"{row['real']:,}",
-                *(_value(name, None if row[name] is None else row) for name in ("kid", "precision", "recall")),
-            ),
-        )
-        for row in rows[:_MOST_CLASSES]
-    )
-    heads = tuple(score_line(name, {"value": 0.0}, result).head for name in ("kid", "precision", "recall"))
+    names = ("kid", "precision", "recall")
+    heads = [score_line(name, {"value": 0.0}, result).head for name in names]
+    shown = []
+    for row in rows[:_MOST_CLASSES]:
+        cells = [DASH if row[name] is None else score_text(name, row[name], row.get("spread")) for name in names]
+        shown.append(Row("theirs", str(row["class"]), [f"{row['samples']:,}", f"{row['real']:,}", *cells]))
     notes = [
         "Each class's samples compared with its own real images, the worst first; the kernel distance is unbiased, "
         "precision and recall of few images are coarse."
@@ -164,11 +155,8 @@ def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> S
     if len(rows) > _MOST_CLASSES:
         notes.append(f"{_MOST_CLASSES} of {len(rows):,} classes; metrics.json holds all.")
     field = str(result["protocol"].get("class_field"))
-    return Section(f"By {field}", [Table("", ("samples", "real", *heads), shown, tuple(notes), field)])
+    return Section(f"By {field}", [Table("", ["samples", "real", *heads], shown, notes, field)])
 
 
-def _value(name: str, found: Mapping[str, Any] | None) -> str:
-    """A score with its spread; `found`: a score, or a row that holds it by name."""
-    if found is None:
-        return DASH
-    return score_text(name, found.get("value", found.get(name)), found.get("spread"))
+def _cell(name: str, score: Mapping[str, Any] | None) -> str:
+    return DASH if score is None else score_text(name, score["value"], score.get("spread"))

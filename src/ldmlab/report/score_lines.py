@@ -3,44 +3,20 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ldmlab.report.paper_conditions import PAPER_FEATURES
 from ldmlab.report.rows import ARROW
 
-# Title, direction and meaning of our own scores; a record's own `title`, `meaning`, `higher_is_better` come first.
-MEANING = {
-    "fid": ("Fréchet distance", "lower", "distance between the Gaussians of real and generated features"),
-    "fid_other_split": ("Fréchet distance, other split", "lower", "the same samples against the other split's images"),
-    "fid_inf": ("Fréchet distance, infinitely many samples", "lower", "extrapolated by a line over 1 / samples"),
-    "sfid": ("sFID", "lower", "Fréchet distance of features that keep their place in the image"),
-    "cmmd": ("CMMD", "lower", "kernel distance of CLIP embeddings, times 1000"),
-    "clip_score": ("CLIP score", "higher", "100 x cosine of generated images and their captions; spread: of the mean"),
-    "density": (
-        "Density",
-        "higher",
-        "real k-NN balls that a generated image lies in, over k; 1 for equal distributions",
-    ),
-    "coverage": ("Coverage", "higher", "fraction of real k-NN balls containing a generated image"),
-    "kid": ("Kernel distance", "lower", "unbiased distance of the features; about 0 for equal distributions"),
-    "precision": ("Precision", "higher", "fraction of generated images inside a real image's k-NN ball (fidelity)"),
-    "recall": ("Recall", "higher", "fraction of real images inside a generated image's k-NN ball (diversity)"),
-    "is": ("Inception Score", "higher", "confidence and variety of the network's labels"),
-    "psnr": ("PSNR", "higher", "of the reconstructions, dB, mean over images"),
-    "psnr_object": ("PSNR, objects", "higher", "of the reconstructions, over pixels that are not background, pooled"),
-    "ssim": ("SSIM", "higher", "structural similarity of the reconstructions"),
-    "lpips": ("LPIPS", "lower", "perceptual distance of the reconstructions"),
-    "psim": ("PSIM", "lower", "the network of LPIPS without learned weights"),
-    "copies": ("Copies", "lower", "samples nearer to a training image than nearly all held-out images are"),
-}
 FEW_IMAGES = 1000  # below, k-NN balls are too wide for precision and recall to separate images from noise
 _SHARES = frozenset({"precision", "recall", "coverage", "copies"})
-_BY_BALLS = frozenset({"precision", "recall", "density", "coverage"})
-_METRIC = {  # file of conf/metric behind a score, where it is called otherwise
-    "precision": "precision_recall",
-    "recall": "precision_recall",
-    "density": "density_coverage",
-    "coverage": "density_coverage",
+_BY_BALLS = {  # scores by k-NN balls, and the file of conf/metric behind them
+    **dict.fromkeys(("precision", "recall"), "precision_recall"),
+    **dict.fromkeys(("density", "coverage"), "density_coverage"),
 }
 _SAME_VALUE = frozenset({"_target_", "small_sample", "spread_groups", "spread", "screening"})
 
@@ -62,9 +38,15 @@ class ScoreLine:
         return f"{self.title} {ARROW[self.direction]}".strip()
 
 
+@cache
+def _known() -> dict[str, list[str]]:
+    """Of our own scores; the record of a score may have its own."""
+    return yaml.safe_load(Path(__file__).with_name("scores.yaml").read_text(encoding="utf-8"))
+
+
 def described(name: str, score: Mapping[str, Any] | None = None) -> tuple[str, str, str]:
     """Title, direction (lower | higher | info) and meaning of a score."""
-    title, direction, meaning = MEANING.get(name, (name, "info", ""))
+    title, direction, meaning = _known().get(name, (name, "info", ""))
     own = score or {}
     if isinstance(better := own.get("higher_is_better"), bool):
         direction = "higher" if better else "lower"
@@ -124,5 +106,5 @@ def number_text(value: float, spread: float | None = None) -> str:
 
 def options_of(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """The options that decide a score's value, such as the neighbours of precision."""
-    node = (result["protocol"].get("metrics") or {}).get(_METRIC.get(name, name)) or {}
+    node = (result["protocol"].get("metrics") or {}).get(_BY_BALLS.get(name, name)) or {}
     return {option: value for option, value in node.items() if option not in _SAME_VALUE}

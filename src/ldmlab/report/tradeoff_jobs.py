@@ -19,11 +19,11 @@ FORMAT_VERSION = 1
 RECORD = "tradeoff.json"
 PETA = 1e15
 _LARGEST = 1e30
-_OF_JOB: dict[str, type] = dict.fromkeys(
-    ("downsampling", "seed", "max_steps", "images_per_step", "processes", "parameters"), int
-)
-_OF_JOB |= {"forward": float, "decoder": float, "budget": str, "first_stage": str, "latent": list, "points": list}
-_OF_JOB |= {"protocol": dict, "seconds_per_image": dict}
+_OF_JOB: dict[str, type] = {
+    **dict.fromkeys(("downsampling", "seed", "max_steps", "images_per_step", "processes", "parameters"), int),
+    **{"forward": float, "decoder": float, "budget": str, "first_stage": str, "latent": list, "points": list},
+    **{"protocol": dict, "seconds_per_image": dict},
+}
 _OF_POINT: dict[str, type] = {"step": int, "sampler_steps": int, "flops": float, "scores": dict, "scored_by": dict}
 _AGAIN = "run the job of the sweep again."
 
@@ -86,18 +86,18 @@ def check_one_measure(jobs: Sequence[Mapping[str, Any]]) -> None:
     """Curves of one figure share protocol, features and reference images."""
 
     def measure(job: Mapping[str, Any]) -> tuple[Any, ...]:
-        by = job["points"][0]["scored_by"] if job["points"] else {"features": {}}
-        network = [by["features"].get(name) for name in ("name", "weights_hash")]  # older records hold no more
-        return network, by.get("reference")
+        by = job["points"][0]["scored_by"]  # older records hold no more than this
+        return by["features"].get("name"), by["features"].get("weights_hash"), by.get("reference")
 
-    def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-        """Options added later had their defaults before."""
-        return a == b or completed(a, where="protocol") == completed(b, where="protocol")
-
+    first = jobs[0]
     for job in jobs[1:]:
-        if measure(job) != measure(jobs[0]) or not same(job["protocol"], jobs[0]["protocol"]):
+        differ = measure(job) != measure(first)
+        if not differ and job["protocol"] != first["protocol"]:  # options added later had their defaults before
+            one, other = (completed(each["protocol"], where="protocol") for each in (job, first))
+            differ = one != other
+        if differ:
             raise InputError(
-                f"{job['folder']} and {jobs[0]['folder']} were scored by different protocols, features or reference "
+                f"{job['folder']} and {first['folder']} were scored by different protocols, features or reference "
                 "images, so one figure cannot hold both; give them to two reports."
             )
 
@@ -137,36 +137,24 @@ class FactorJobs:
 
     def training_curve(self, score: str, x: X) -> Curve:
         """Over the points of the training, at the protocol's own sampler steps; x: of (job, point)."""
-        usual = self.jobs[0]["points"][0]["sampler_steps"]
-        return self._curve(score, x, lambda point: point["sampler_steps"] == usual, "step")
+        return self._curve(score, x, "step", "sampler_steps", self.first["points"][0]["sampler_steps"])
 
     def sampling_curve(self, score: str, x: X) -> Curve:
         """Over sampler steps, of the last checkpoint."""
-        return self._curve(score, x, lambda point: point["step"] == self.first["max_steps"], "sampler_steps")
+        return self._curve(score, x, "sampler_steps", "step", self.first["max_steps"])
 
-    def _curve(
-        self,
-        score: str,
-        x: X,
-        taken: Callable[[Mapping[str, Any]], bool],
-        order: str,
-    ) -> Curve:
+    def _curve(self, score: str, x: X, over: str, fixed: str, value: int) -> Curve:
         """Means over the seeds that have every point of the curve; over all seeds if none has."""
-        runs = [
-            {
-                p[order]: (x(job, p), p["scores"][score]["value"])
-                for p in job["points"]
-                if taken(p) and score in p["scores"]
-            }
-            for job in self.jobs
-        ]
+        runs = []
+        for job in self.jobs:
+            taken = [point for point in job["points"] if point[fixed] == value and score in point["scores"]]
+            runs.append({point[over]: (x(job, point), point["scores"][score]["value"]) for point in taken})
         everywhere = sorted(set().union(*runs))
         whole = [run for run in runs if len(run) == len(everywhere)] or runs
         curve = []
         for at in everywhere:
             seen = [run[at] for run in whole if at in run]
-            places = [place for place, _ in seen if place is not None]
-            if places:
+            if places := [place for place, _ in seen if place is not None]:
                 curve.append((mean(places), Value.of([value for _, value in seen])))
         return curve
 
@@ -183,38 +171,30 @@ class FactorJobs:
         return float(scores[score]["value"]) if score in scores else None
 
 
+_APART = ("downsampling", "first_stage", "parameters", "max_steps", "images_per_step")
+
+
 def by_factor(jobs: Sequence[Mapping[str, Any]]) -> list[FactorJobs]:
     """Groups that differ in their seed alone, finest latents first; labels hold the differences at one f."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for job in jobs:
-        groups[_identity(job)].append(job)
+        groups[tuple(job[name] for name in _APART)].append(job)
     for found in groups.values():
-        seeds = [job["seed"] for job in found]
-        if len(set(seeds)) < len(seeds):
+        if len({job["seed"] for job in found}) < len(found):
             raise InputError(
                 f"{found[0]['folder']} and {found[-1]['folder']} are equal including the seed, or differ in an option "
                 "that the comparison does not distinguish; give one of them."
             )
     keys = sorted(groups, key=lambda key: (key[0], *map(str, key[1:])))
-    shown = {key: _label(key, keys) for key in keys}
-    return [FactorJobs(shown[key], groups[key]) for key in keys]
+    return [FactorJobs(_label(key, [other for other in keys if other[0] == key[0]]), groups[key]) for key in keys]
 
 
-_APART = ("downsampling", "first_stage", "parameters", "max_steps", "images_per_step")
-
-
-def _identity(job: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(job[name] for name in _APART)
-
-
-def _label(key: tuple[Any, ...], keys: Sequence[tuple[Any, ...]]) -> str:
+def _label(key: tuple[Any, ...], same: Sequence[tuple[Any, ...]]) -> str:
     """f4, and what differs among the groups of f = 4."""
-    same = [other for other in keys if other[0] == key[0]]
     notes = []
-    for place, name in enumerate(_APART[1:], 1):
-        if len({other[place] for other in same}) > 1:
-            value = Path(key[place]).name if name == "first_stage" else f"{name.replace('_', ' ')} {key[place]:,}"
-            notes.append(value)
+    for name, value, *others in zip(_APART[1:], key[1:], *(other[1:] for other in same), strict=True):
+        if len(set(others)) > 1:
+            notes.append(Path(value).name if name == "first_stage" else f"{name.replace('_', ' ')} {value:,}")
     return f"f{key[0]}" + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -236,16 +216,19 @@ class EqualBudget:
 def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
     """One curve of means a factor, or a first stage of it where there are several, from runs of every length.
 
-    Where runs of several lengths have a score, each seed of each length counts once.
+    Where runs of several lengths have a score, each seed of each length counts once; a deviation would mix seeds with
+    lengths, so there is none.
     """
     points: dict[str, dict[float, list[Value]]] = defaultdict(lambda: defaultdict(list))
     for label, runs in _labelled(factors):
         for at, value in runs.training_curve(score, x):
             points[label][at].append(value)
-    return {
-        label: [(at, _together(seen)) for at, seen in found]
-        for label, found in ((label, sorted(places.items())) for label, places in points.items())
-    }
+    curves: dict[str, Curve] = {label: [] for label in points}
+    for label, places in points.items():
+        for at, seen in sorted(places.items()):
+            seeds = sum(value.seeds for value in seen)
+            curves[label].append((at, Value(sum(value.mean * value.seeds for value in seen) / seeds, None, seeds)))
+    return curves
 
 
 def by_length(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Points]:
@@ -270,21 +253,13 @@ def _labelled(factors: Sequence[FactorJobs]) -> list[tuple[str, FactorJobs]]:
     return found
 
 
-def _together(values: Sequence[Value]) -> Value:
-    """The mean; without a deviation, which would mix seeds with lengths."""
-    seeds = sum(value.seeds for value in values)
-    return Value(sum(value.mean * value.seeds for value in values) / seeds, None, seeds)
-
-
 def equal_budget(factors: Sequence[FactorJobs], score: str, x: X) -> EqualBudget | None:
     """None of a single factor, and where no budget lies within the curves of all."""
     curves = merged(factors, score, x)
-    if len(curves) < 2:
-        return None
     for spent in sorted({curve[-1][0] for curve in curves.values()}, reverse=True):  # the longest first
-        scores = {label: score_after(curve, spent) for label, curve in curves.items()}
-        if all(value is not None for value in scores.values()):
-            return EqualBudget(spent, {label: value for label, value in scores.items() if value is not None})
+        scores = {label: value for label, curve in curves.items() if (value := score_after(curve, spent)) is not None}
+        if len(scores) == len(curves) > 1:
+            return EqualBudget(spent, scores)
     return None
 
 

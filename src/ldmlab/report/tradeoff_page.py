@@ -1,7 +1,5 @@
 """The page of the downsampling comparison: the paper's figures 6 and 7, and costs, from the folders of a sweep."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,11 @@ from typing import Any
 from ldmlab.errors import InputError
 from ldmlab.files import write_text
 from ldmlab.report.line_chart import COLOURS, Chart
-from ldmlab.report.render import markdown, write_page
-from ldmlab.report.rows import THUMBNAIL, Block, Card, Charts, Fold, Gallery, Page, Row, Section, Table, Text
+from ldmlab.report.render import csv_text, write_pages
+from ldmlab.report.rows import DASH, THUMBNAIL, Block, Card, Charts, Fold, Gallery, Page, Row, Section, Table, Text
 from ldmlab.report.score_lines import by_features, described, number_text
 from ldmlab.report.tradeoff_jobs import (
     PETA,
-    Curve,
     EqualBudget,
     FactorJobs,
     X,
@@ -36,11 +33,9 @@ TRAINING: dict[str, Axis] = {
     "device time": ("device-hours", lambda job, p: p["seconds"] and p["seconds"] * job["processes"] / 3600),
     "training compute": ("1e15 FLOPs", lambda _, point: point["flops"] / PETA),
 }
+_AT_EQUAL_COST = [name for name in TRAINING if name != "wall-clock"]  # which is device time where there is one device
 SAMPLING: dict[str, Axis] = {
-    "sampling time": (
-        "seconds an image",
-        lambda job, point: job["seconds_per_image"].get(str(point["sampler_steps"])),
-    ),
+    "sampling time": ("seconds an image", lambda job, p: job["seconds_per_image"].get(str(p["sampler_steps"]))),
     "sampling compute": (
         "1e9 FLOPs an image",
         lambda job, point: (job["forward"] * point["sampler_steps"] * _calls(job) + job["decoder"]) / 1e9,
@@ -58,25 +53,29 @@ def _calls(job: Mapping[str, Any]) -> int:
 def write_tradeoff(folders: Sequence[Path], out: Path) -> Path:
     """report.html, report.md, points.csv of the jobs in `folders`, charts.csv of the curves; the path of the page."""
     jobs = [read_job(folder) for folder in folders if is_job(folder)]
-    left_out = [folder for folder in folders if not is_job(folder)]
     if not jobs:
         raise InputError(f"{folders[0]} holds no scored job of a comparison; let the sweep finish one first.")
     for job in jobs:
         check_complete(job)
     check_one_measure(jobs)
-    page = tradeoff_page(jobs, left_out)
-    write_text(out / "report.md", markdown(page))
+    page = tradeoff_page(jobs, [folder for folder in folders if not is_job(folder)])
     write_text(out / "points.csv", jobs_csv(jobs))
-    return write_page(out / "report.html", page, points="charts.csv")
+    return write_pages(out, page, points="charts.csv")
 
 
 def tradeoff_page(jobs: Sequence[Mapping[str, Any]], left_out: Sequence[Path] = ()) -> Page:
     """Results at equal cost, then each kind of budget, then images."""
     budgets = sorted({job["budget"] for job in jobs}, reverse=True)
     groups = {budget: by_factor([job for job in jobs if job["budget"] == budget]) for budget in budgets}
-    sections = _equal_sections([factor for factors in groups.values() for factor in factors])
+    sections = _equal_cost([factor for factors in groups.values() for factor in factors])
     for budget, factors in groups.items():
-        sections += _sections(factors, budget)
+        head = f"Budgets equal in {budget}"
+        main, *others = scores_of(factors)
+        title = f"{head}: {_described(factors, main)[0]} over training and sampling"
+        sections += [Section(head, [Text(ranking(factors)), table(factors)]), Section(title, _charts(factors, main))]
+        for score in others:
+            charts = Fold("Charts and numbers", _charts(factors, score))
+            sections.append(Section(f"{head}: {_described(factors, score)[0]}", [charts]))
     lead = f"{len(jobs)} jobs, each a factor with all its stages, scored by the protocol {jobs[0]['protocol']['name']}."
     if left_out:
         lead += f" Not scored yet, so left out: {', '.join(folder.name for folder in left_out)}."
@@ -91,9 +90,9 @@ def scores_of(factors: Sequence[FactorJobs]) -> list[str]:
 
 def _described(factors: Sequence[FactorJobs], score: str) -> tuple[str, str]:
     """Title by the network of the features, and direction (lower where none is known)."""
-    points = [point for f in factors for job in f.jobs for point in job["points"] if score in point["scores"]]
-    title, direction, _ = described(score, points[0]["scores"][score])
-    features = str(points[0]["scored_by"]["features"].get("name"))
+    point = next(p for f in factors for job in f.jobs for p in job["points"] if score in p["scores"])
+    title, direction, _ = described(score, point["scores"][score])
+    features = str(point["scored_by"]["features"].get("name"))
     return by_features(title, features), "lower" if direction == "info" else direction
 
 
@@ -108,53 +107,39 @@ def ranking(factors: Sequence[FactorJobs]) -> str:
     return f"{shown} at the end of training, best first: {', '.join(f'{label} {ends[label]}' for label in ranked)}."
 
 
-def _equal_budgets(factors: Sequence[FactorJobs], score: str) -> dict[str, EqualBudget]:
-    """By the title of the axis; with one device wall-clock time is left out, since it equals device time."""
-    axes = {title: x for title, (_, x) in TRAINING.items() if title != "wall-clock"}
-    return {title: found for title, x in axes.items() if (found := equal_budget(factors, score, x))}
-
-
 def _amount(value: float) -> str:
     """Without an exponent from 1e-4 to the paper's runs."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _equal_sections(factors: Sequence[FactorJobs]) -> list[Section]:
+def _equal_cost(factors: Sequence[FactorJobs]) -> list[Section]:
     """Results at equal cost, from the runs of every length; none where no cost is shared."""
     main = scores_of(factors)[0]
-    budgets = _equal_budgets(factors, main)
+    shown, direction = _described(factors, main)
+    budgets: dict[str, EqualBudget] = {}
+    for name in _AT_EQUAL_COST:
+        if found := equal_budget(factors, main, TRAINING[name][1]):
+            budgets[name] = found
     if not budgets:
         return []
-    shown, direction = _described(factors, main)
     blocks: list[Block] = []
+    spent = {name: f"{_amount(found.spent)} {TRAINING[name][0]}" for name, found in budgets.items()}
     for name, found in budgets.items():
         order = ", ".join(f"{label} {number_text(found.scores[label])}" for label in found.best_first(direction))
-        spent = f"{_amount(found.spent)} {TRAINING[name][0]}"
-        blocks.append(Text(f"{shown} at equal {name} ({spent}), best first: {order}."))
+        blocks.append(Text(f"{shown} at equal {name} ({spent[name]}), best first: {order}."))
     blocks.append(Text("Between the points of a curve scores are interpolated on a logarithmic axis."))
-    heads = tuple(f"{shown} at {_amount(found.spent)} {TRAINING[name][0]}" for name, found in budgets.items())
-    labels = next(iter(budgets.values())).scores
-    cells = {label: tuple(number_text(found.scores[label]) for found in budgets.values()) for label in labels}
-    blocks.append(Table("", heads, tuple(Row("theirs", label, cells[label]) for label in labels), (), "factor"))
+    rows = [
+        Row("theirs", label, tuple(number_text(found.scores[label]) for found in budgets.values()))
+        for label in next(iter(budgets.values())).scores
+    ]
+    blocks.append(Table("", [f"{shown} at {cost}" for cost in spent.values()], rows, (), "factor"))
     if len({f.first["budget"] for f in factors}) > 1:  # one kind has these figures below
+        lines = {name: by_length(factors, main, TRAINING[name][1]) for name in _AT_EQUAL_COST}
         charts = [
-            _chart(by_length(factors, main, x), f"{shown} against {name}, all runs", unit)
-            for name, (unit, x) in TRAINING.items()
-            if name != "wall-clock"
+            _chart(points, f"{shown} against {name}, all runs", TRAINING[name][0]) for name, points in lines.items()
         ]
         blocks.append(Charts([chart for chart in charts if chart]))
     return [Section("At equal cost", blocks)]
-
-
-def _sections(factors: Sequence[FactorJobs], budget: str) -> list[Section]:
-    main, *others = scores_of(factors)
-    head = f"Budgets equal in {budget}"
-    shown = {score: _described(factors, score)[0] for score in (main, *others)}
-    sections = [Section(head, [Text(ranking(factors)), table(factors)])]
-    sections.append(Section(f"{head}: {shown[main]} over training and sampling", _charts(factors, main)))
-    for score in others:
-        sections.append(Section(f"{head}: {shown[score]}", [Fold("Charts and numbers", _charts(factors, score))]))
-    return sections
 
 
 def _charts(factors: Sequence[FactorJobs], score: str) -> list[Block]:
@@ -166,29 +151,18 @@ def _charts(factors: Sequence[FactorJobs], score: str) -> list[Block]:
             curves = {f.label: curve for f in factors if (curve := curve_of(f, score, x))}
             points = {label: [(at, value.mean) for at, value in curve] for label, curve in curves.items()}
             charts.append(_chart(points, f"{shown} against {title}", unit))
-            rows += [Row("theirs", title, (label, _numbers(curve))) for label, curve in curves.items()]
-    charts.append(_reconstruction(factors, score))
-    numbers = Table("", ("factor", "x: score, mean ± deviation over seeds"), tuple(rows), (), "figure", True)
+            for label, curve in curves.items():
+                rows.append(Row("theirs", title, (label, "; ".join(f"{at:.4g}: {value}" for at, value in curve))))
+    ends = {f.label: (f.reconstruction(score), f.final(score)) for f in factors}
+    both = {label: [(lost, last.mean)] for label, (lost, last) in ends.items() if lost is not None and last is not None}
+    title = f"{shown}: generation against reconstruction"
+    charts.append(Chart(title, both, "of reconstructions", reserved=_COLOURS))
+    numbers = Table("", ("factor", "x: score, mean ± deviation over seeds"), rows, (), "figure", True)
     return [Charts([chart for chart in charts if chart]), Fold("Numbers", [numbers])]
-
-
-def _numbers(curve: Curve) -> str:
-    return "; ".join(f"{at:.4g}: {value}" for at, value in curve)
 
 
 def _chart(points: Mapping[str, Any], title: str, unit: str) -> Chart:
     return Chart(title, points, unit, log_x=True, reserved=_COLOURS)
-
-
-def _reconstruction(factors: Sequence[FactorJobs], score: str) -> Chart:
-    """One point a factor: quality of the first stage's reconstructions, and of samples."""
-    points = {
-        f.label: [(lost, final.mean)]
-        for f in factors
-        if (lost := f.reconstruction(score)) is not None and (final := f.final(score)) is not None
-    }
-    title = f"{_described(factors, score)[0]}: generation against reconstruction"
-    return Chart(title, points, "of reconstructions", reserved=_COLOURS)
 
 
 def table(factors: Sequence[FactorJobs]) -> Table:
@@ -197,36 +171,34 @@ def table(factors: Sequence[FactorJobs]) -> Table:
     heads = ("latent", "parameters", "GFLOPs forward", "steps", "1e15 FLOPs", "hours", "first stage PSNR")
     rows = []
     for f in factors:
-        job, last = f.first, f.first["points"][0]
-        last = next((p for p in job["points"] if p["step"] == job["max_steps"]), last)
-        hours = "–" if last["seconds"] is None else f"{last['seconds'] / 3600:.3g}"
+        job = f.first
+        last = next((p for p in job["points"] if p["step"] == job["max_steps"]), job["points"][0])
+        hours = DASH if last["seconds"] is None else f"{last['seconds'] / 3600:.3g}"
         lost = [f.reconstruction(name) for name in ("psnr", "fid")]
         cells = (
             *(" x ".join(map(str, job["latent"])), f"{job['parameters'] / 1e6:.1f} M"),
             *(f"{job['forward'] / 1e9:.3g}", f"{job['max_steps']:,}", _amount(last["flops"] / PETA), hours),
-            *("–" if value is None else number_text(value) for value in lost),
-            *(str(f.final(name) or "–") for name in scores),
+            *(DASH if value is None else number_text(value) for value in lost),
+            *(str(f.final(name) or DASH) for name in scores),
             str(len(f.jobs)),
         )
         rows.append(Row("theirs", f.label, cells))
     titles = [_described(factors, name)[0] for name in scores]
-    return Table("", (*heads, "first stage distance", *titles, "seeds"), tuple(rows), (), "factor")
+    return Table("", (*heads, "first stage distance", *titles, "seeds"), rows, (), "factor")
 
 
 def jobs_csv(jobs: Sequence[Mapping[str, Any]]) -> str:
     """Every point of every job, for other plotting tools."""
     names = ["folder", "downsampling", "seed", "budget", "parameters", "step", "sampler_steps", "seconds", "flops"]
     scores = sorted({name for job in jobs for point in job["points"] for name in point["scores"]})
-    file = io.StringIO()
-    writer = csv.writer(file)
-    writer.writerow([*names, "seconds_per_image", *scores])
+    rows: list[list[Any]] = [[*names, "seconds_per_image", *scores]]
     for job in jobs:
         for point in job["points"]:
             both = {**job, **point}
-            values = [point["scores"][name]["value"] if name in point["scores"] else "" for name in scores]
             pace = job["seconds_per_image"].get(str(point["sampler_steps"]), "")
-            writer.writerow([*(both[name] for name in names), pace, *values])
-    return file.getvalue()
+            values = [point["scores"][name]["value"] if name in point["scores"] else "" for name in scores]
+            rows.append([*(both[name] for name in names), pace, *values])
+    return csv_text(rows)
 
 
 # ---- images
@@ -238,23 +210,20 @@ def _images(jobs: Sequence[Mapping[str, Any]]) -> list[Block]:
     seen = set()
     for job in sorted(jobs, key=lambda found: (found["downsampling"], found["max_steps"], found["seed"])):
         name, first_stage = f"f{job['downsampling']}", Path(job["first_stage"])
-        if job["first_stage"] not in seen:
-            blocks += _newest(
-                first_stage, "tradeoff-*", ("reconstruction_*.png", "rebuilt_*.png"), f"{name}: reconstructions"
-            )
-        seen.add(job["first_stage"])
-        usual = job["points"][0]["sampler_steps"]
+        if first_stage not in seen:
+            patterns = ("reconstruction_*.png", "rebuilt_*.png")  # the second of format 1
+            blocks += _newest(first_stage, "tradeoff-*", patterns, f"{name}: reconstructions")
+        seen.add(first_stage)
         label = f"{name}: samples after {job['max_steps']:,} steps" + (f", seed {job['seed']}" if job["seed"] else "")
-        blocks += _newest(Path(job["folder"]), f"step_{job['max_steps']:08d}-{usual}-*", ("sample_*.png",), label)
+        last = f"step_{job['max_steps']:08d}-{job['points'][0]['sampler_steps']}-*"
+        blocks += _newest(Path(job["folder"]), last, ("sample_*.png",), label)
     return blocks
 
 
 def _newest(run: Path, evaluation: str, patterns: Sequence[str], label: str) -> list[Block]:
     """A row of images of the latest of a run's evaluations of that name, in any folder."""
     found = sorted(run.glob(f"evaluation/{evaluation}"), key=lambda folder: folder.stat().st_mtime)
-    if not found:
-        return []
-    kept = sorted(path for pattern in patterns for path in found[-1].glob(f"*s/{pattern}"))
+    kept = sorted(path for folder in found[-1:] for pattern in patterns for path in folder.glob(f"*s/{pattern}"))
     shown = kept[:: max(len(kept) // _SHOWN_IMAGES, 1)][:_SHOWN_IMAGES]  # neighbours in the set look alike
-    cards = tuple(Card(((str(path.relative_to(found[-1])), ""),)) for path in shown)
+    cards = [Card(((str(path.relative_to(found[-1])), ""),)) for path in shown]
     return [Gallery(found[-1], cards, "thumbnails", label, THUMBNAIL)] if cards else []
