@@ -31,6 +31,8 @@ def test_a_damaged_json_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     assert read_json(tmp_path / "a.json") is None
     assert read_json(tmp_path / "none.json") is None
+    os.mkfifo(tmp_path / "pipe.json")
+    assert read_json(tmp_path / "pipe.json") is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {  # of each command, with valu
         "--repeats": COUNT,
         "--classifier": ("nowhere", "packed", "model"),
         "--guider": ("nothing", "3", "os.system"),
-        "--task": ("x", "inpainting", "layout"),
+        "--task": ("x",),
         "--from": ("nowhere.png", "packed", "model/model.yaml"),
         "--mask": ("nowhere.png", "alpha"),
         "--prompts": ("nowhere.txt", "model", "model/model.yaml"),

@@ -53,7 +53,7 @@ def real_disk(case: Case) -> None:
     if name in ("first_stage", "denoiser") and case.rng.random() < 0.3:
         how = "shared memory"
     _own_mounts()
-    argv, room = COMMANDS[name], "size=512m,nr_inodes=0"
+    argv, room = COMMANDS[name], "size=512m,nr_inodes=100000"  # a tmpfs made without a limit takes none later
     place = Path("/dev/shm") if how == "shared memory" else case.work
     _mount(place, room)
     case.copy(*NEEDS[name])
@@ -61,7 +61,7 @@ def real_disk(case: Case) -> None:
     entries = sum(1 for _ in case.work.rglob("*")) + 1
     spare = int(2 ** case.rng.uniform(12, 22))
     few = case.rng.randrange(1, 12)
-    limits = {"bytes": f"size={used + spare},nr_inodes=0", "inodes": f"size=512m,nr_inodes={entries + few}"}
+    limits = {"bytes": f"size={used + spare},nr_inodes=100000", "inodes": f"size=512m,nr_inodes={entries + few}"}
     limits |= {"read-only": room, "shared memory": f"size={spare >> 4}"}
     _mount(place, limits[how], _REMOUNT | _READ_ONLY * (how == "read-only"))
     more = {"bytes": f"{spare} bytes are free", "inodes": f"{few} files more", "shared memory": f"{spare >> 4} bytes"}

@@ -64,7 +64,7 @@ def noise(path: Path, rng: random.Random) -> str:
 def cut(path: Path, rng: random.Random) -> str:
     """A file that ends too early, for half of them padded to its size again."""
     content = path.read_bytes()
-    place = rng.choice((0, 1, 511, rng.randrange(len(content)), len(content) - 1))
+    place = min(rng.choice((0, 1, 511, rng.randrange(len(content)), len(content) - 1)), len(content))
     padded = rng.random() < 0.5
     path.write_bytes(content[:place] + bytes(len(content) - place) * padded)
     return f"{path.name} ends after {place} of {len(content)} bytes{', padded with zeros' * padded}"

@@ -59,7 +59,7 @@ def load(
     from ldmlab.inference.model import LoadedModel
 
     allow(plugins)
-    files = _of_kind(read_model(path, _checked(weights)), "latent_diffusion")
+    files = _of_kind(read_model(path, weights), "latent_diffusion")
     with building(files, trust=trust):
         model = build_latent_diffusion(files.spec, trust=trust)
     fill_latent_diffusion(model, files)
@@ -161,7 +161,7 @@ def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirst
     path = Path(path)
     if (path / "first_stage").is_dir():  # a folder of latent shards includes its first stage
         path = path / "first_stage"
-    files = read_model(path, _checked(weights))
+    files = read_model(path, weights)
     if "first_stage" not in files.spec:
         raise InputError(f"{path} is of kind {files.spec['kind']} and has no first stage; give another run.")
     with building(files):
@@ -183,7 +183,7 @@ def moments_of(first_stage: Any, images: torch.Tensor) -> torch.Tensor:
 
 def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:
     """Description and weights of a CLIP run."""
-    return _of_kind(read_model(path, _checked(weights)), "clip")
+    return _of_kind(read_model(path, weights), "clip")
 
 
 def load_clip(path: Path | str, weights: str = "averaged") -> "OpenClip":
@@ -206,7 +206,7 @@ class LoadedClassifier:
 
 def load_classifier(path: Path | str, weights: str = "averaged") -> LoadedClassifier:
     """The classifier of a stage=classifier run; float32, on the CPU."""
-    files = _of_kind(read_model(path, _checked(weights)), "classifier")
+    files = _of_kind(read_model(path, weights), "classifier")
     with building(files):
         module = instantiate(files.spec["classifier"], where="classifier")
     load_exactly(module, _part(files, "classifier"), f"{path} (classifier)")
@@ -224,12 +224,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={name}: torch finds no GPU here; use device=cpu.")
     return device
-
-
-def _checked(weights: str) -> str:
-    if weights not in ("averaged", "raw"):
-        raise InputError(f"weights={shown(weights)} is unknown; choose averaged or raw.")
-    return weights
 
 
 def _of_kind(files: ModelFiles, kind: str) -> ModelFiles:

@@ -76,7 +76,8 @@ def open_regular(path: Path) -> IO[bytes]:
 def read_json(path: Path) -> Any:
     """The value in a small JSON file; None where the file is missing, damaged or no file, or its text is no text."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            value = json.loads(file.read().decode())
         json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair, which nobody could write
         return value
     except (OSError, ValueError, RecursionError):
@@ -102,8 +103,9 @@ def disk_sentence(error: OSError, path: Path | str) -> str | None:
         return f"{path} cannot be written because its disk is read-only; choose a folder on another disk."
     if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
         return f"{path} cannot be written because a folder and a file of this path have one name; choose another path."
-    if error.errno == errno.ENOENT and error.filename == str(path) and Path(path).parent.is_dir():  # as /proc
-        return f"{path} cannot be made because its folder takes no new files; choose another folder."
+    place = Path(error.filename or "")
+    if error.errno == errno.ENOENT and place in (Path(path), *Path(path).parents) and place.parent.is_dir():  # /proc
+        return f"{place} cannot be made because {place.parent} takes no new files; choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{path} cannot be written (permission denied); allow it or choose another folder."
     return None

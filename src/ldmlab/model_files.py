@@ -47,6 +47,8 @@ class ModelFiles:
 
 def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
     """Description and weights of the model at `path`; InputError naming what is missing or damaged."""
+    if weights not in ("averaged", "raw"):
+        raise InputError(f"weights={shown(weights)} is unknown; choose averaged or raw.")
     folder, checkpoint = _locate(Path(path))
     spec = read_description(folder)
     check_hashes(folder, spec)

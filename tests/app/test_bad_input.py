@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,20 @@ def test_a_manifest_of_another_version(flow: Flow, tmp_path: Path) -> None:
     manifest = json.loads((train / "manifest.json").read_text())
     (train / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
     assert "format_version=99" in refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))
+
+
+def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
+    sentence = refusal(lambda: flow.encode("batch_size=-1", out="never"))
+    assert sentence == "batch_size=-1 must be at least 1."
+    words = ["export", str(flow.root / "first_stage"), str(tmp_path / "out"), "--weights", "both"]
+    assert "weights=both is unknown" in refusal(lambda: cli.dispatch(words))
+    words = ["pack", str(flow.images), str(tmp_path / "out"), "--layout", "tars"]
+    assert "holds no images in tars; give another folder, or another --layout" in refusal(lambda: cli.dispatch(words))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder of processes")
+def test_a_place_that_takes_no_files(flow: Flow) -> None:
+    for step in (flow.encode, flow.first_stage):
+        assert "proc takes no new files" in refusal(partial(step, out=f"{'../' * 20}proc/out"))
+    words = ["export", str(flow.root / "first_stage"), "/proc/out"]
+    assert "/proc takes no new files" in refusal(lambda: cli.dispatch(words))

@@ -174,6 +174,32 @@ def test_a_folder_of_ones_own_is_searched(own: Path, capsys: pytest.CaptureFixtu
         assert "did you mean mine?" in refusal(lambda: compose("train", ["backbone=mine_"]))
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("more: [1, 2\n", "expected ',' or ']'"),
+        ("\tmore: 1\n", "cannot start any token"),
+        ("width: 1\nwidth: 2\n", "duplicate key width"),
+        ("more: !!python/name:os.system\n", "could not determine a constructor"),
+        ("more: \0\n", "special characters are not allowed"),
+        ("[" * 5000, "recursion"),
+        ("defaults: [3]\n", "Unsupported type in defaults"),
+        ("defaults: 3\n", "defaults must be a list"),
+        ("defaults: [nothing_there]\n", "backbone=nothing_there: there is no such file"),
+        ("defaults: [{override /nothing: x}]\n", "nothing: there is no such option"),
+        ("more: ${nothing:3}\n", "Unsupported interpolation type nothing"),
+        ("more: ${oc.env:NOT_SET_ANYWHERE}\n", "NOT_SET_ANYWHERE"),
+        ("more: ${nothing.there}\n", "backbone.more"),
+    ],
+)
+def test_a_file_of_ones_own_with_a_fault_is_refused(own: Path, text: str, reason: str) -> None:
+    (own / "backbone" / "bad.yaml").write_text(text)
+    with searching(["--config-dir", str(own)]):
+        sentence = refusal(lambda: plain(compose("train", ["backbone=bad", "run.name=x", "trainer.max_steps=1"])))
+    assert reason in sentence
+    assert "\n" not in sentence
+
+
 def test_a_folder_of_ones_own_belongs_to_its_command(own: Path) -> None:
     assert cli.dispatch(["config", "train", "--config-dir", str(own), "backbone=mine", "--only", "seed"]) == 0
     assert compose("train", [f'hydra.searchpath=["{own}"]', "trainer=short"]).trainer.max_steps == 7

@@ -165,5 +165,27 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda table: table.write_bytes(table.read_bytes()[:-9]), "ends at step 3; its rows up to step 4 are lost."),
+        (lambda table: table.unlink(), "ends at step 0; its rows up to step 4 are lost."),
+        (lambda table: table.write_bytes(b"\xff\n"), "is damaged"),
+        (lambda table: (table.unlink(), os.mkfifo(table)), "is damaged"),
+    ],
+    ids=["half a row", "missing", "no text", "a pipe"],
+)
+@pytest.mark.parametrize("steps", [4, 6], ids=["finished", "resumed"])
+def test_rows_that_a_table_lost_are_named(
+    damage: Callable[[Path], Any], sentence: str, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TwoGroups(max_steps=4), tmp_path / "run", log_every=1)
+    train(TwoGroups(max_steps=4), tmp_path / "run", log_every=1)
+    assert "lost" not in capsys.readouterr().err
+    damage(tmp_path / "run" / "metrics.csv")
+    train(TwoGroups(max_steps=steps), tmp_path / "run", log_every=1)
+    assert sentence in capsys.readouterr().err
+
+
 def test_toy_images_are_a_function_of_the_position() -> None:
     assert torch.equal(image_batch(range(3, 5))["image"], image_batch(range(53, 55))["image"])

@@ -5,8 +5,9 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -269,10 +270,14 @@ def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> E
     from hydra.errors import HydraException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    if isinstance(error, InputError) or not isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, InputError):
         return error
     text = str(error)
-    if match := re.search(r"Could not find '([^']+)'", text):
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return (
+            InputError(f"{_at_fault(error, overrides)} cannot be used: {_line(text)}.") if _of_hydra(error) else error
+        )
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         return _missing_choice(match[1])
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1], config_name, overrides)
@@ -282,8 +287,26 @@ def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> E
         return InputError(f"+{match[1]}: the option exists already; leave out the + to change it.")
     if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
         return _no_value(key)
-    words = " ".join(map(shown, overrides))
-    return InputError(f"the command line {words!r} cannot be used: {' '.join(text.split())}")
+    what, reason = getattr(error, "full_key", None) or _at_fault(error, overrides), text.split("\n    full_key")[0]
+    return InputError(f"{what} cannot be used: {_line(reason)}.")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")
+
+
+def _of_hydra(error: Exception) -> bool:
+    """Whether Hydra or its reader of yaml could make no sense of what it was given."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    name = str(frames[-1][0].f_globals["__name__"]) if frames else ""
+    return name.partition(".")[0] in ("hydra", "omegaconf", "yaml") and not isinstance(error, OSError)
+
+
+def _at_fault(error: Exception, overrides: Sequence[str]) -> str:
+    """The file that Hydra was reading, else the words that were typed."""
+    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
+    files = [names["config_path"] for names in frames if names.get("config_path")]
+    return f"the configuration file {files[-1]}" if files else f"the command line {' '.join(map(shown, overrides))!r}"
 
 
 def _no_value(key: str) -> InputError:
@@ -302,11 +325,13 @@ def _missing_choice(path: str) -> InputError:
 
 def _unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> InputError:
     chosen = [word for word in overrides if word.partition("=")[0].partition("@")[0].lstrip("+") in groups()]
-    try:
-        config = compose(config_name, chosen)
-    except InputError:
-        config = compose(config_name, [])
-    known = [name for name in _flat_keys(config) + groups() if name != key]
+    known = groups()
+    for words in (chosen, []):
+        if len(words) < len(overrides):  # else a file asks for what there is not, whatever is typed
+            with suppress(InputError):
+                known = _flat_keys(compose(config_name, words)) + groups()
+                break
+    known = [name for name in known if name != key]
     return InputError(f"{key}: there is no such option{_nearest(key, known)} `--cfg job` prints them all.")
 
 
@@ -344,9 +369,9 @@ def plain(config: Any) -> dict[str, Any]:
     from ldmlab.instantiate import trust_typed
     from ldmlab.plugins import allow
 
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise _no_value(missing[0])
     try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise _no_value(missing[0])
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise explained(error, "", []) from error
@@ -356,6 +381,8 @@ def plain(config: Any) -> dict[str, Any]:
         node = content.get(group) if group else content
         if isinstance(node, dict) and name in node:
             check_type(node[name], annotation, key)
+    if content.get("batch_size", 1) < 1:
+        raise InputError(f"batch_size={content['batch_size']} must be at least 1.")
     allow(content.get("plugins"))
     trust_typed(content)
     return {str(key): value for key, value in content.items()}

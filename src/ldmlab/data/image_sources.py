@@ -78,7 +78,8 @@ def list_source(
     if only is not None:
         found = _restrict(found, only)
     if not found.items:
-        raise InputError(f"SOURCE={source} holds no images ({', '.join(IMAGE_ENDINGS)}); give another folder.")
+        what = "images in tars" if layout == "tars" else f"images ({', '.join(IMAGE_ENDINGS)})"
+        raise InputError(f"SOURCE={source} holds no {what}; give another folder, or another --layout than {layout}.")
     return found
 
 

@@ -17,7 +17,7 @@ from ldmlab.training.callbacks.base import SKIPPED, Session, StepCallback
 from ldmlab.training.checkpointing import Checkpoints, complete
 from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.lightning_parts import LightningCallbacks
-from ldmlab.training.loggers import Logger, Loggers
+from ldmlab.training.loggers import Logger, Loggers, lost_rows
 from ldmlab.training.loop import Loop
 from ldmlab.training.progress import StepProgress
 from ldmlab.training.resume import Record, compare
@@ -51,7 +51,10 @@ def fit(
     first = distributed.rank() == 0
     checkpoints = Checkpoints(run.checkpoints, settings.keep)
     found, changes = _take_up(stage, checkpoints, settings, manifest_hash, record)
-    if found is not None and stage.step >= stage.max_steps:
+    finished = stage.step >= stage.max_steps
+    if found is not None and (lost := lost_rows(run.metrics, stage.step, 1 if finished else settings.log_every)):
+        distributed.say(lost)
+    if found is not None and finished:
         return found[0]
     run.begin()
     if first:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldmlab import distributed, format1
 from ldmlab.errors import InputError
-from ldmlab.files import write_text
+from ldmlab.files import open_regular, write_text
 from ldmlab.inference.grids import grid as label_grid
 from ldmlab.training.run_folder import RunFolder
 
@@ -47,7 +47,7 @@ class Files:
         except InputError as error:
             aside = self._path.with_name("metrics.damaged.csv")
             self._path.rename(aside)
-            distributed.say(f"{error} It is renamed to {aside}; a new table begins.")
+            distributed.say(f"{error} It is now {aside}; a new table begins.")
             return [], []
 
     def numbers(self, values: dict[str, float], step: int) -> None:
@@ -84,16 +84,30 @@ def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if not path.exists():
         return [], []
     try:
-        text = path.read_bytes().decode("utf-8")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8")
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         reader = csv.DictReader(lines)
         reader.fieldnames = [format1.metric(name) for name in reader.fieldnames or []]
-    except (ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}).") from error
     if lines and "step" not in reader.fieldnames:
         raise InputError(f"{path} is damaged (it has no column step).")
     rows = [row for row in reader if None not in row.values() and row["step"].isdecimal()]
     return list(reader.fieldnames), rows
+
+
+def lost_rows(path: Path, step: int, log_every: int) -> str:
+    """A sentence about the rows that a metrics.csv should hold up to `step` and does not; empty if it holds the last.
+
+    A damaged table, which nobody reads again in a finished run, is one as well.
+    """
+    try:
+        rows = read_metrics(path)[1]
+    except InputError as error:
+        return str(error)
+    last = max((int(row["step"]) for row in rows), default=0)
+    return f"{path} ends at step {last}; its rows up to step {step} are lost." if last < step - step % log_every else ""
 
 
 @dataclass

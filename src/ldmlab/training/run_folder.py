@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.files import FileLock, read_json, write_json, write_text
+from ldmlab.files import FileLock, disk_errors, read_json, write_json, write_text
 from ldmlab.provenance import provenance
 
 _RECORD = "provenance.json"
@@ -75,7 +75,8 @@ class RunFolder:
     def _begin(self) -> None:
         if self._lock is None:
             existed = self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            with disk_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
             if _is_run(self.path):
                 raise InputError(
