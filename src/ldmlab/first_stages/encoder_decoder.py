@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior
 from ldmlab.errors import InputError
-from ldmlab.nn.autoencoder_blocks import Double, Halve, PixelAttention, ResidualBlock, group_norm
+from ldmlab.nn.attention import attend
+from ldmlab.nn.blocks import Grow, Shrink, group_norm
+
+_EPSILON = 1e-6  # group norm throughout the autoencoder; the U-Net's residual blocks use 1e-5
 
 
 @dataclass(frozen=True)
@@ -45,99 +49,147 @@ class Architecture:
         """Channels of each level, finest first."""
         return [self.channels * factor for factor in self.channel_mult]
 
-    @property
-    def downsampling(self) -> int:
-        """Image pixels per latent pixel and axis, f."""
-        return int(2 ** (len(self.channel_mult) - 1))
+    def norm(self, width: int) -> nn.GroupNorm:
+        """The group norm of a map of `width` channels."""
+        return group_norm(width, _EPSILON, self.norm_groups)
 
-    def has_attention(self, level: int) -> bool:
-        """Whether the blocks of a level (0 is the finest) are each followed by attention."""
-        return 2**level in self.attention_downsampling
+
+class ResidualBlock(nn.Module):
+    """(B, C, h, w) => (B, D, h, w): x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 convolution on x if D is not C."""
+
+    def __init__(self, arch: Architecture, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = arch.norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = arch.norm(out_channels)
+        self.dropout = nn.Dropout(arch.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return self.shortcut(x) + hidden
+
+
+class PixelAttention(nn.Module):
+    """Every position attends to every other with one head; fused, so memory grows with h w and not with its square."""
+
+    def __init__(self, arch: Architecture, channels: int) -> None:
+        super().__init__()
+        self.norm = arch.norm(channels)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key = nn.Conv2d(channels, channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(x)
+        maps = [conv(hidden) for conv in (self.query, self.key, self.value)]
+        # (B, 1, h w, C), contiguous as the fused kernels need it; free of a copy for channels-last
+        attended = attend(*(each.flatten(2).transpose(1, 2).contiguous()[:, None] for each in maps))  # (B, h w, C)
+        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
 
 
 class ResolutionLevel(nn.Module):
     """The blocks of one resolution, each followed by attention where the level has it, then resampling to the next."""
 
-    def __init__(self, widths: list[int], attention: bool, resample: nn.Module | None, groups: int, drop: float):
+    def __init__(self, arch: Architecture, level: int, widths: list[int], resample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(before, after, groups, drop) for before, after in pairwise(widths))
-        self.attentions = nn.ModuleList(PixelAttention(width, groups) for width in widths[1:] if attention)
+        attention = 2**level in arch.attention_downsampling
+        self.blocks = nn.ModuleList(ResidualBlock(arch, before, after) for before, after in pairwise(widths))
+        self.attentions = nn.ModuleList(PixelAttention(arch, width) for width in widths[1:] if attention)
         self.resample = resample if resample is not None else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) => (B, D, h / 2 or h or 2 h, ...)."""
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if self.attentions:
-                x = self.attentions[index](x)
-        return self.resample(x)
+    def pieces(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        if not self.attentions:
+            return [*self.blocks, self.resample]
+        pairs = zip(self.blocks, self.attentions, strict=True)
+        return [*(piece for pair in pairs for piece in pair), self.resample]
 
 
 class Middle(nn.Module):
     """Two residual blocks at the coarsest level, with optional attention between them."""
 
-    def __init__(self, width: int, attention: bool, groups: int, drop: float) -> None:
+    def __init__(self, arch: Architecture, width: int) -> None:
         super().__init__()
-        self.first = ResidualBlock(width, width, groups, drop)
-        self.attention = PixelAttention(width, groups) if attention else nn.Identity()
-        self.second = ResidualBlock(width, width, groups, drop)
+        self.first = ResidualBlock(arch, width, width)
+        self.attention = PixelAttention(arch, width) if arch.mid_attention else nn.Identity()
+        self.second = ResidualBlock(arch, width, width)
+
+    def pieces(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [self.first, self.attention, self.second]
+
+
+class Network(nn.Module):
+    """A row of pieces from a first convolution to a last norm and convolution; subclasses add them in their order."""
+
+    input: nn.Conv2d
+    levels: nn.ModuleList
+    middle: Middle
+    output_norm: nn.GroupNorm
+    output: nn.Conv2d
+
+    def parts(self) -> list[Any]:
+        """Levels and middle, in the order in which they run."""
+        raise NotImplementedError
+
+    def pieces(self) -> list[nn.Module]:
+        """From the input to the last feature map, in the order in which they run."""
+        return [self.input, *(piece for part in self.parts() for piece in part.pieces())]
+
+    def head(self, x: Tensor) -> Tensor:
+        """The last feature map => the output."""
+        return self.output(F.silu(self.output_norm(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) => (B, C, h, w)."""
-        return self.second(self.attention(self.first(x)))
+        """In the dtype of the weights, whatever that of x."""
+        x = x.to(self.input.weight.dtype)
+        for piece in self.pieces():
+            x = piece(x)
+        return self.head(x)
 
 
-class Encoder(nn.Module):
-    """Images to feature maps at 1 / f of their size; levels run from the finest to the coarsest."""
+class Encoder(Network):
+    """(B, 3, H, W) in [-1, 1] => (B, out_channels, H / f, W / f); levels run from the finest to the coarsest."""
 
     def __init__(self, arch: Architecture, out_channels: int) -> None:
         super().__init__()
-        widths, coarsest = arch.widths, len(arch.widths) - 1
+        widths = arch.widths
         self.input = nn.Conv2d(3, widths[0], 3, padding=1)
         self.levels = nn.ModuleList()
         for level, width in enumerate(widths):
             chain = [widths[max(level - 1, 0)]] + [width] * arch.num_res_blocks
-            resample = Halve(width) if level < coarsest else None
-            self.levels.append(
-                ResolutionLevel(chain, arch.has_attention(level), resample, arch.norm_groups, arch.dropout)
-            )
-        self.middle = Middle(widths[-1], arch.mid_attention, arch.norm_groups, arch.dropout)
-        self.output_norm = group_norm(widths[-1], arch.norm_groups)
+            resample = Shrink(width, asymmetric=True) if level < len(widths) - 1 else None
+            self.levels.append(ResolutionLevel(arch, level, chain, resample))
+        self.middle = Middle(arch, widths[-1])
+        self.output_norm = arch.norm(widths[-1])
         self.output = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] => (B, out_channels, H / f, W / f), in the dtype of the weights."""
-        x = self.input(images.to(self.input.weight.dtype))
-        for level in self.levels:
-            x = level(x)
-        return self.output(F.silu(self.output_norm(self.middle(x))))
+    def parts(self) -> list[Any]:
+        return [*self.levels, self.middle]
 
 
-class Decoder(nn.Module):
-    """Feature maps to images at f times their size; levels run from the coarsest to the finest."""
+class Decoder(Network):
+    """(B, latent_channels, h, w) => (B, 3, f h, f w), about [-1, 1]; levels run from the coarsest to the finest."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        widths = arch.widths[::-1]  # coarsest first
-        self.input = nn.Conv2d(arch.latent_channels, widths[0], 3, padding=1)
-        self.middle = Middle(widths[0], arch.mid_attention, arch.norm_groups, arch.dropout)
+        widths = arch.widths
+        self.input = nn.Conv2d(arch.latent_channels, widths[-1], 3, padding=1)
+        self.middle = Middle(arch, widths[-1])
         self.levels = nn.ModuleList()
-        for index, width in enumerate(widths):
-            level = len(widths) - 1 - index
-            chain = [widths[max(index - 1, 0)]] + [width] * (arch.num_res_blocks + 1)
-            resample = Double(width) if level > 0 else None
-            self.levels.append(
-                ResolutionLevel(chain, arch.has_attention(level), resample, arch.norm_groups, arch.dropout)
-            )
-        self.output_norm = group_norm(widths[-1], arch.norm_groups)
-        self.output = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        for level in reversed(range(len(widths))):
+            chain = [widths[min(level + 1, len(widths) - 1)]] + [widths[level]] * (arch.num_res_blocks + 1)
+            resample = Grow(widths[level]) if level > 0 else None
+            self.levels.append(ResolutionLevel(arch, level, chain, resample))
+        self.output_norm = arch.norm(widths[0])
+        self.output = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """(B, latent_channels, h, w) => (B, 3, f h, f w), about [-1, 1]."""
-        x = self.middle(self.input(latents))
-        for level in self.levels:
-            x = level(x)
-        return self.output(F.silu(self.output_norm(x)))
+    def parts(self) -> list[Any]:
+        return [self.middle, *self.levels]
 
 
 @torch.no_grad()
@@ -178,7 +230,7 @@ class Autoencoder(nn.Module, ABC):
 
     def __init__(self, arch: Architecture, *, latent_channels: int, encoder_channels: int) -> None:
         super().__init__()
-        self.downsampling = arch.downsampling
+        self.downsampling = 2 ** (len(arch.channel_mult) - 1)  # f, image pixels per latent pixel and axis
         self.latent_channels = latent_channels
         self.encoder = Encoder(arch, out_channels=encoder_channels)
         self.decoder = Decoder(arch)

@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmlab.first_stages.encoder_decoder import Decoder, Encoder, Middle, ResolutionLevel
-from ldmlab.nn.autoencoder_blocks import Double, Halve, PixelAttention, ResidualBlock
+from ldmlab.first_stages.encoder_decoder import Network, PixelAttention, ResidualBlock
+from ldmlab.nn.blocks import Grow, Shrink
+
+Moments = tuple[Tensor, Tensor]  # mean and variance, (B, G) each
+Known = dict[nn.GroupNorm, Moments]
 
 
 @dataclass(frozen=True)
@@ -34,48 +38,24 @@ class Step:
     whole: bool = False  # cannot run in parts
 
 
-def encoder_steps(encoder: Encoder) -> list[Step]:
-    """Images to features, (B, 3, H, W) => (B, C, H / f, W / f)."""
-    levels = [step for level in encoder.levels for step in _level_steps(level)]  # type: ignore[arg-type]
-    return [_convolution(encoder.input), *levels, *_middle_steps(encoder.middle), _head(encoder)]
+def steps_of(network: Network) -> list[Step]:
+    """An encoder (images to features) or a decoder (features to images) as a row of steps."""
+    pieces = [piece for piece in network.pieces() if not isinstance(piece, nn.Identity)]
+    head = Step(network.head, [network.output_norm], network.output.out_channels, reach=1)
+    return [*map(_step, pieces), head]
 
 
-def decoder_steps(decoder: Decoder) -> list[Step]:
-    """Features to images, (B, C, h, w) => (B, 3, f h, f w)."""
-    levels = [step for level in decoder.levels for step in _level_steps(level)]  # type: ignore[arg-type]
-    return [_convolution(decoder.input), *_middle_steps(decoder.middle), *levels, _head(decoder)]
-
-
-def _level_steps(level: ResolutionLevel) -> Iterator[Step]:
-    for index, block in enumerate(level.blocks):
-        yield _residual(block)  # type: ignore[arg-type]
-        if level.attentions:
-            yield from _attention(level.attentions[index])
-    if isinstance(level.resample, Double):
-        yield Step(level.resample, [], level.resample.conv.out_channels, reach=1, grows=Fraction(2))
-    elif isinstance(level.resample, Halve):
-        yield Step(level.resample, [], level.resample.conv.out_channels, reach=1, grows=Fraction(1, 2))
-
-
-def _middle_steps(middle: Middle) -> list[Step]:
-    return [_residual(middle.first), *_attention(middle.attention), _residual(middle.second)]
-
-
-def _convolution(conv: nn.Conv2d) -> Step:
-    return Step(lambda x: conv(x.to(conv.weight.dtype)), [], conv.out_channels, reach=1)
-
-
-def _residual(block: ResidualBlock) -> Step:
-    return Step(block, [block.norm1, block.norm2], block.conv2.out_channels, reach=2)
-
-
-def _attention(module: nn.Module) -> list[Step]:
-    return [Step(module, [], module.out.out_channels, 0, whole=True)] if isinstance(module, PixelAttention) else []
-
-
-def _head(network: Encoder | Decoder) -> Step:
-    output = network.output
-    return Step(lambda x: output(F.silu(network.output_norm(x))), [network.output_norm], output.out_channels, reach=1)
+def _step(piece: Any) -> Step:
+    match piece:
+        case ResidualBlock():
+            return Step(piece, [piece.norm1, piece.norm2], piece.conv2.out_channels, reach=2)
+        case PixelAttention():
+            return Step(piece, [], piece.out.out_channels, reach=0, whole=True)
+        case Grow() | Shrink():
+            return Step(
+                piece, [], piece.conv.out_channels, 1, Fraction(2) if isinstance(piece, Grow) else Fraction(1, 2)
+            )
+    return Step(lambda x: piece(x.to(piece.weight.dtype)), [], piece.out_channels, reach=1)
 
 
 @torch.no_grad()
@@ -109,8 +89,12 @@ class _Part:
     cut: tuple[slice, slice]  # with its margin
 
 
-class _Gathered(Exception):
-    """Raised when a tile reaches the norm whose statistics are needed."""
+class _Reached(Exception):
+    """A part has reached the norm whose statistics are needed, with this map."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
 
 
 def _run_stage(stage: list[Step], x: Tensor, part: int) -> Tensor:
@@ -132,7 +116,7 @@ def _run_stage(stage: list[Step], x: Tensor, part: int) -> Tensor:
 
     if len(parts) == 1:
         return run(parts[0])
-    known: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
+    known: Known = {}
     for norm in (norm for step in stage for norm in step.norms):
         known[norm] = _statistics(norm, parts, run, known)
     result: Tensor | None = None
@@ -172,41 +156,33 @@ def _inside(y: Tensor, one: _Part) -> Tensor:
     return y[:, :, rows, columns]
 
 
-def _statistics(
-    norm: nn.GroupNorm,
-    parts: list[_Part],
-    run: Callable[[_Part], Tensor],
-    known: dict[nn.GroupNorm, tuple[Tensor, Tensor]],  # of the norms before it
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each image's groups over the whole map, (B, G) each."""
+def _statistics(norm: nn.GroupNorm, parts: list[_Part], run: Callable[[_Part], Tensor], known: Known) -> Moments:
+    """Mean and variance of each image's groups over the whole map; `known`: of the norms before it."""
     sums: list[Tensor] = []
     count = 0
-
     for one in parts:
-
-        def gather(module: nn.Module, inputs: tuple[Tensor, ...], one: _Part = one) -> None:
-            nonlocal count
-            groups = _inside(inputs[0], one).float().unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, h, w)
+        handle = norm.register_forward_pre_hook(_gather)
+        try:
+            with _using(known):
+                run(one)
+        except _Reached as reached:
+            groups = _inside(reached.x, one).float().unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, h, w)
             variance, mean = (v.double() for v in torch.var_mean(groups, dim=(2, 3, 4), correction=0))
             pixels = groups[0, 0].numel()
             sums.append(torch.stack([mean, variance + mean.square()]) * pixels)
             count += pixels
-            raise _Gathered
-
-        handle = norm.register_forward_pre_hook(gather)
-        try:
-            with _using(known):
-                run(one)
-        except _Gathered:
-            pass
         finally:
             handle.remove()
     mean, square = torch.stack(sums).sum(0) / count
     return mean, (square - mean.square()).clamp_min(0)
 
 
+def _gather(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    raise _Reached(inputs[0])
+
+
 @contextmanager
-def _using(known: dict[nn.GroupNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def _using(known: Known) -> Iterator[None]:
     """Inside, these norms use the given statistics instead of those of their input."""
     handles = []
     try:
@@ -215,15 +191,13 @@ def _using(known: dict[nn.GroupNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
             each = norm.num_channels // norm.num_groups
             scale = spread.repeat_interleave(each, 1) * norm.weight.double()  # (B, C)
             shift = norm.bias.double() - mean.repeat_interleave(each, 1) * scale
-            affine = scale.float()[:, :, None, None], shift.float()[:, :, None, None]
-
-            def replace(
-                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, affine: tuple[Tensor, Tensor] = affine
-            ) -> Tensor:
-                return torch.addcmul(affine[1], inputs[0].float(), affine[0]).to(output.dtype)
-
-            handles.append(norm.register_forward_hook(replace))
+            hook = partial(_affine, scale.float()[:, :, None, None], shift.float()[:, :, None, None])
+            handles.append(norm.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _affine(scale: Tensor, shift: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.addcmul(shift, inputs[0].float(), scale).to(output.dtype)

@@ -14,7 +14,7 @@ from ldmlab.contracts import Posterior, Reconstruction
 from ldmlab.errors import InputError
 from ldmlab.first_stages.encoder_decoder import check_image_size
 from ldmlab.first_stages.kl import KLAutoencoder
-from ldmlab.first_stages.layered import decoder_steps, encoder_steps, run_in_parts
+from ldmlab.first_stages.layered import run_in_parts, steps_of
 from ldmlab.first_stages.vq import VQModel
 from ldmlab.nn.tiling import blended, windows
 
@@ -52,12 +52,11 @@ class TiledFirstStage:
                 f"choose for instance {near}."
             )
         self.tile, self.norms = tile, norms
-        self.kept_bytes = self._part_bytes() * 2 if kept_mib is None else kept_mib * 2**20
-
-    def _part_bytes(self) -> int:
-        """Of a part's map at the finest level, where maps are largest."""
         first = getattr(getattr(self.inner, "encoder", None), "input", None)
-        return 0 if first is None else self.tile**2 * int(first.out_channels) * first.weight.element_size()
+        pixel_bytes = (
+            0 if first is None else int(first.out_channels) * first.weight.element_size()
+        )  # at the finest level
+        self.kept_bytes = 2 * tile**2 * pixel_bytes if kept_mib is None else kept_mib * 2**20
 
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => raw latents (B, C, H / f, W / f), float32."""
@@ -65,12 +64,11 @@ class TiledFirstStage:
         if max(images.shape[2:]) <= self.tile:
             return self.inner.encode(images)
         if self.norms == "shared":
-            steps = encoder_steps(self.inner.encoder)
-            return self.inner.posterior_of(run_in_parts(steps, images, self.tile, self.kept_bytes * len(images)))
+            features = run_in_parts(steps_of(self.inner.encoder), images, self.tile, self.kept_bytes * len(images))
+            return self.inner.posterior_of(features)
         cut, put = self._windows((images.shape[2] // self.downsampling, images.shape[3] // self.downsampling))
-        channels = self.latent_channels
         moments = blended(lambda i: self.inner.encode(put[i].of(images)).moments(), cut)
-        return Posterior.from_moments(moments, channels)
+        return Posterior.from_moments(moments, self.latent_channels)
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
@@ -79,7 +77,7 @@ class TiledFirstStage:
         if self.norms == "shared":
             features = self.inner.features_of(raw_latents)
             part = self.tile // self.downsampling
-            return run_in_parts(decoder_steps(self.inner.decoder), features, part, self.kept_bytes * len(features))
+            return run_in_parts(steps_of(self.inner.decoder), features, part, self.kept_bytes * len(features))
         cut, put = self._windows((raw_latents.shape[2], raw_latents.shape[3]))
         return blended(lambda i: self.inner.decode(cut[i].of(raw_latents)), put)
 

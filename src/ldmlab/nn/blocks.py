@@ -19,9 +19,12 @@ Size = tuple[int, int]
 
 
 def group_norm(channels: int, eps: float = 1e-5, groups: int = 32) -> nn.GroupNorm:
-    """Group norm over 32 groups; its sums run in float32 whatever the dtype, also under autocast."""
+    """Group norm; its sums run in float32 whatever the dtype, also under autocast."""
     if channels % groups:
-        raise InputError(f"{channels} channels do not split into {groups} norm groups; choose a multiple of {groups}.")
+        raise InputError(
+            f"{channels} channels do not split into norm_groups={groups}; use multiples of {groups} as widths, "
+            "channels * channel_mult, or other norm_groups where that is an option."
+        )
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
@@ -32,9 +35,9 @@ def zero(module: M) -> M:
     return module
 
 
-def conv3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+def conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
     """3 x 3 convolution with zero padding of one pixel on every side."""
-    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1)
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
 
 def halve(x: Tensor) -> Tensor:
@@ -73,19 +76,19 @@ class Shrink(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
         self.asymmetric = asymmetric
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         height, width = x.shape[2:]
         return self.conv(F.pad(x, (0, 1 + width % 2, 0, 1 + height % 2)) if self.asymmetric else x)
 
 
 class Grow(nn.Module):
-    """Nearest neighbour times two, then a convolution: (B, C, h, w) => (B, C, *size)."""
+    """Nearest neighbour times two, then a convolution: (B, C, h, w) => (B, C, *size or 2 h, 2 w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = conv3(channels, channels)
 
-    def forward(self, x: Tensor, emb: Tensor, size: Size) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, size: Size | None = None) -> Tensor:
         return grow(x, self.conv.weight, self.conv.bias, size)
 
 
