@@ -119,12 +119,19 @@ class Conditioner(Protocol):
 
     reads: frozenset[str]  # batch fields
     slot: str  # tokens | spatial | vector
-    drop: float  # in [0, 1]: rate at which training replaces it by `null`, for classifier-free guidance
+    drop: float  # in [0, 1): rate at which training replaces it by `null`, for classifier-free guidance
 
     def width(self, latent: LatentSpec) -> int: ...  # D of tokens and vectors, channels of spatial
     def __call__(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
     # the value without this condition, of the same shape; it may hold learned parameters
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
+
+
+def checked_drop(drop: float, name: str = "conditioner") -> float:
+    """A conditioner's `drop`; at 1 it would never be trained, so that is refused as anything outside [0, 1) is."""
+    if not 0 <= drop < 1:
+        raise InputError(f"{name}.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
+    return drop
 
 
 def states_field(name: str) -> str:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmlab.backbones.unet import Blocks
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import PixelAttention, attend, split_heads, to_tokens
-from ldmlab.nn.blocks import ResBlock, Shrink, TimeMLP, group_norm
+from ldmlab.nn.blocks import TimeMLP, conv3, group_norm
 
 
 class AttentionPool(nn.Module):
@@ -52,35 +53,24 @@ class LatentClassifier(nn.Module):
         if classes < 2:
             raise InputError(f"classifier.classes={classes} leaves nothing to distinguish; give 2 or more.")
         self.classes = classes
-        self._head_channels, self._dropout, self._scale_shift = head_channels, dropout, scale_shift
         self.time = TimeMLP(model_channels)
-        self.conv_in = nn.Conv2d(latent_channels, model_channels, 3, padding=1)
+        self.conv_in = conv3(latent_channels, model_channels)
+        blocks = Blocks(self.time.width, dropout, scale_shift, None, head_channels, group="classifier")
         widths = [model_channels * m for m in channel_mult]
         self.down = nn.ModuleList()
         for level, (width_in, width) in enumerate(pairwise([model_channels, *widths])):
-            attention = 2**level in attention_downsampling
             for number in range(num_res_blocks):
-                self.down.append(self._res_block(width if number else width_in, width))
-                if attention:
-                    self.down.append(PixelAttention(width, self._heads(width)))
+                self.down.append(blocks.res_block(width if number else width_in, width))
+                if 2**level in attention_downsampling:
+                    self.down.append(blocks.attention(width))
             if level < len(widths) - 1:
-                self.down.append(Shrink(width))
+                self.down.append(blocks.shrink(width))
         last = widths[-1]
-        self.middle = nn.ModuleList([self._res_block(last, last), PixelAttention(last, self._heads(last))])
-        self.middle.append(self._res_block(last, last))
+        self.middle = nn.ModuleList(
+            [blocks.res_block(last, last), blocks.attention(last), blocks.res_block(last, last)]
+        )
         self.norm_out = group_norm(last)
-        self.pool = AttentionPool(last, self._heads(last), classes)
-
-    def _res_block(self, width_in: int, width: int) -> ResBlock:
-        return ResBlock(width_in, width, self.time.width, dropout=self._dropout, scale_shift=self._scale_shift)
-
-    def _heads(self, width: int) -> int:
-        if width % self._head_channels:
-            raise InputError(
-                f"classifier.head_channels={self._head_channels} does not divide a level of {width} channels; choose "
-                "a divisor of every model_channels * channel_mult that has attention, and of the last."
-            )
-        return width // self._head_channels
+        self.pool = AttentionPool(last, blocks.heads_of(last), classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, C, h, w), t (B,), the time as for a denoiser => logits (B, classes)."""

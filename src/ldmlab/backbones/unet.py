@@ -4,6 +4,7 @@ Shapes: B batch, C channels, h w latent size, E = 4 model_channels, L conditioni
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -20,7 +21,6 @@ from ldmlab.nn.blocks import (
     Grow,
     ResBlock,
     Shrink,
-    Size,
     TimeMLP,
     conv3,
     double,
@@ -62,6 +62,56 @@ class UNetLevel(nn.Module):
         self.resample = resample
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Makers of the blocks of one network, which differ in their widths only."""
+
+    emb_width: int  # E
+    dropout: float
+    scale_shift: bool
+    heads: int | None  # number of attention heads, or
+    head_channels: int | None  # width of each
+    depth: int = 1  # blocks per spatial transformer
+    context_width: int | None = None  # D; None: attention over pixels
+    residual_resampling: bool = False
+    asymmetric: bool = False
+    group: str = "backbone"  # of the options, in messages
+
+    def res_block(self, width_in: int, width: int, resample: Callable[..., Tensor] | None = None) -> ResBlock:
+        """A residual block, which may resample."""
+        options = {"dropout": self.dropout, "scale_shift": self.scale_shift}
+        return ResBlock(width_in, width, self.emb_width, resample=resample, **options)  # type: ignore[arg-type]
+
+    def heads_of(self, width: int) -> int:
+        """Number of heads at a level's width."""
+        option, divisor = ("heads", self.heads) if self.heads else ("head_channels", self.head_channels or 1)
+        if width % divisor:
+            raise InputError(
+                f"{self.group}.{option}={divisor} does not divide a level of {width} channels; choose a divisor of "
+                "every model_channels * channel_mult that has attention, and of the last."
+            )
+        return self.heads or width // divisor
+
+    def attention(self, width: int) -> PixelAttention | SpatialTransformer:
+        """Over pixels, or over pixels and tokens."""
+        heads = self.heads_of(width)
+        if self.context_width is None:
+            return PixelAttention(width, heads)
+        return SpatialTransformer(width, heads, width // heads, self.depth, self.context_width)
+
+    def block(self, width_in: int, width: int, attention: bool) -> UNetBlock:
+        """A residual block, then attention or none."""
+        return UNetBlock(self.res_block(width_in, width), self.attention(width) if attention else None)
+
+    def shrink(self, width: int) -> nn.Module:
+        """To half the size."""
+        return self.res_block(width, width, halve) if self.residual_resampling else Shrink(width, self.asymmetric)
+
+    def grow(self, width: int) -> nn.Module:
+        """To twice the size."""
+        return self.res_block(width, width, double) if self.residual_resampling else Grow(width)
+
+
 class UNet(nn.Module):
     """eps(x, t, conditioning) of the official code, every published variant; size of x free, two need not divide it."""
 
@@ -91,35 +141,44 @@ class UNet(nn.Module):
         super().__init__()
         if (heads is None) == (head_channels is None):
             raise InputError(f"backbone.heads={heads} and backbone.head_channels={head_channels}: give exactly one.")
-        for multiple in channel_mult or [0]:
-            _at_least(1, channel_mult=multiple)
-        _at_least(1, model_channels=model_channels, heads=heads, head_channels=head_channels)
-        _at_least(1, transformer_depth=transformer_depth)
-        _at_least(0, num_res_blocks=num_res_blocks, frequency_shift=frequency_shift)
-        if not (0 <= dropout < 1 and norm_eps > 0 and frequency_shift < model_channels // 2):
-            raise InputError(
-                f"backbone.dropout={dropout}, norm_eps={norm_eps}, frequency_shift={frequency_shift}: dropout is in "
-                "0 .. 1, norm_eps is above 0, frequency_shift below half of model_channels."
-            )
-        self.context_width = context_width
-        self.vector_width = vector_width
-        self.gradient_checkpointing = gradient_checkpointing
+        _check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0), heads=heads)
+        _check_sizes(1, head_channels=head_channels, transformer_depth=transformer_depth)
+        _check_sizes(0, num_res_blocks=num_res_blocks, frequency_shift=frequency_shift)
+        _check_rates(dropout, norm_eps, frequency_shift, model_channels // 2)
         self.in_channels, self.out_channels, self.coordinates = in_channels, out_channels, coordinates
-        self._attention_at = set(attention_downsampling)
-        self._heads, self._head_channels, self._depth = heads, head_channels, transformer_depth
-        self._dropout, self._scale_shift, self._residual_resampling = dropout, scale_shift, residual_resampling
-        self._asymmetric = asymmetric_downsampling
-
+        self.context_width, self.vector_width = context_width, vector_width
+        self.gradient_checkpointing = gradient_checkpointing
         self.time = TimeMLP(model_channels, frequency_shift)
-        self.vector = self._vector_projection(vector_width, project_vector)
-        widths = [model_channels * m for m in channel_mult]
-        self.conv_in = conv3(in_channels + COORDINATES * coordinates, model_channels)
-        self.down, skips = self._build_down([model_channels, *widths], num_res_blocks)
-        self.middle = nn.ModuleList([self._block(widths[-1], widths[-1], attention=True)])
-        self.middle.append(self._block(widths[-1], widths[-1], attention=False))
-        self.up = self._build_up(widths, num_res_blocks, skips)
+        self.vector = _vector_projection(vector_width, self.time.width, project_vector)
+        transformer = heads, head_channels, transformer_depth, context_width
+        resampling = residual_resampling, asymmetric_downsampling
+        blocks = Blocks(self.time.width, dropout, scale_shift, *transformer, *resampling)
+        self._build(blocks, model_channels, channel_mult, num_res_blocks, set(attention_downsampling))
+        self._set_epsilon(norm_eps)
+
+    def _build(self, blocks: Blocks, channels: int, channel_mult: Sequence[int], per_level: int, at: set[int]) -> None:
+        """The way down, the middle and the way up, where every block meets one feature map left on the way down."""
+        widths = [channels * m for m in channel_mult]
+        self.conv_in = conv3(self.in_channels + COORDINATES * self.coordinates, channels)
+        self.down, skips = nn.ModuleList(), [channels]
+        for i, (width_in, width) in enumerate(pairwise([channels, *widths])):
+            row = [blocks.block(width if j else width_in, width, 2**i in at) for j in range(per_level)]
+            last = i == len(widths) - 1
+            self.down.append(UNetLevel(row, None if last else blocks.shrink(width)))
+            skips += [width] * (per_level if last else per_level + 1)
+        width_in = widths[-1]
+        self.middle = nn.ModuleList(blocks.block(width_in, width_in, attention) for attention in (True, False))
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            row = []
+            for _ in range(per_level + 1):
+                row.append(blocks.block(width_in + skips.pop(), width, 2**i in at))
+                width_in = width
+            self.up.append(UNetLevel(row, blocks.grow(width) if i else None))
         self.norm_out = group_norm(widths[0])
-        self.conv_out = zero(conv3(widths[0], out_channels))
+        self.conv_out = zero(conv3(widths[0], self.out_channels))
+
+    def _set_epsilon(self, norm_eps: float) -> None:
         for norm in self.modules():
             if isinstance(norm, nn.GroupNorm) and norm.eps == 1e-5:  # those of spatial transformers have 1e-6
                 norm.eps = norm_eps
@@ -129,66 +188,6 @@ class UNet(nn.Module):
         """Slots of the conditioning this network was built for."""
         slots = {"tokens": self.context_width, "vector": self.vector_width, "spatial": self.in_channels}
         return frozenset(slot for slot, width in slots.items() if width)
-
-    # ---- building ----
-
-    def _vector_projection(self, width: int | None, project: bool) -> nn.Module | None:
-        if not project and width not in (None, self.time.width):
-            raise InputError(
-                f"backbone.project_vector=false adds vectors of {width} to a time vector of {self.time.width}; "
-                f"choose width={self.time.width} for the conditioner, or project_vector=true."
-            )
-        if width is None:
-            return None
-        return nn.Linear(width, self.time.width) if project else nn.Identity()
-
-    def _build_down(self, widths: list[int], blocks: int) -> tuple[nn.ModuleList, list[int]]:
-        """Levels from fine to coarse, and the widths of the feature maps they leave for the way up."""
-        levels, skips = nn.ModuleList(), [widths[0]]
-        for i, (width_in, width) in enumerate(pairwise(widths)):
-            attention = 2**i in self._attention_at
-            row = [self._block(width if j else width_in, width, attention=attention) for j in range(blocks)]
-            last = i == len(widths) - 2
-            levels.append(UNetLevel(row, None if last else self._resampler(width, "down")))
-            skips += [width] * (blocks if last else blocks + 1)
-        return levels, skips
-
-    def _build_up(self, widths: list[int], blocks: int, skips: list[int]) -> nn.ModuleList:
-        """Levels from coarse to fine; every block meets one feature map left on the way down."""
-        levels, width_in = nn.ModuleList(), widths[-1]
-        for i in reversed(range(len(widths))):
-            row = []
-            for _ in range(blocks + 1):
-                row.append(self._block(width_in + skips.pop(), widths[i], attention=2**i in self._attention_at))
-                width_in = widths[i]
-            levels.append(UNetLevel(row, self._resampler(width_in, "up") if i else None))
-        return levels
-
-    def _block(self, width_in: int, width: int, *, attention: bool) -> UNetBlock:
-        return UNetBlock(self._res_block(width_in, width), self._attention(width) if attention else None)
-
-    def _res_block(self, width_in: int, width: int, resample: Callable[..., Tensor] | None = None) -> ResBlock:
-        emb, dropout, scale_shift = self.time.width, self._dropout, self._scale_shift
-        return ResBlock(width_in, width, emb, dropout=dropout, scale_shift=scale_shift, resample=resample)
-
-    def _attention(self, width: int) -> PixelAttention | SpatialTransformer:
-        divisor = self._heads or self._head_channels or 1
-        heads = self._heads or width // divisor
-        if width % divisor:
-            raise InputError(
-                f"backbone.heads={self._heads}, backbone.head_channels={self._head_channels} do not divide a level of "
-                f"{width} channels; choose a divisor of every model_channels * channel_mult that has attention."
-            )
-        if self.context_width is None:
-            return PixelAttention(width, heads)
-        return SpatialTransformer(width, heads, width // heads, self._depth, self.context_width)
-
-    def _resampler(self, width: int, direction: str) -> nn.Module:
-        if self._residual_resampling:
-            return self._res_block(width, width, halve if direction == "down" else double)
-        return Shrink(width, asymmetric=self._asymmetric) if direction == "down" else Grow(width)
-
-    # ---- running ----
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "UNet":
         """On a GPU the weights are laid out channels-last; on a CPU that layout was measured 12 % slower."""
@@ -205,12 +204,6 @@ class UNet(nn.Module):
         last = torch.channels_last
         return last if self.conv_in.weight.is_contiguous(memory_format=last) else torch.contiguous_format
 
-    def transformers(self) -> Iterator[SpatialTransformer]:
-        """The spatial transformers in the order they run."""
-        for module in self.modules():
-            if isinstance(module, SpatialTransformer):
-                yield module
-
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block (of one token: its output), and the projected vector."""
         for slot in ("tokens", "vector"):
@@ -219,7 +212,8 @@ class UNet(nn.Module):
                 raise InputError(f"the U-Net {has} {slot} conditioning; change conditioner or backbone.")
         dtype = self.conv_in.weight.dtype
         tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
-        kv = [] if tokens is None else [transformer.precompute_kv(tokens) for transformer in self.transformers()]
+        transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]  # as they run
+        kv = [] if tokens is None else [transformer.precompute_kv(tokens) for transformer in transformers]
         projected = None if vector is None or self.vector is None else self.vector(vector)
         return Prepared(conditioning, UNetCache(kv, projected))
 
@@ -250,7 +244,7 @@ class UNet(nn.Module):
             for block in level.blocks:
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, kv)
             if level.resample is not None:
-                h = level.resample(h, emb, _size(skips[-1]))
+                h = level.resample(h, emb, tuple(skips[-1].shape[2:]))
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor, kv: Iterator[list[CrossKV]]) -> Tensor:
@@ -260,12 +254,27 @@ class UNet(nn.Module):
         return block(h, emb, part)
 
 
-def _at_least(least: int, **sizes: int | None) -> None:
+def _check_sizes(least: int, **sizes: int | None) -> None:
     """InputError for a size below `least`; None is no size."""
     for name, value in sizes.items():
         if value is not None and value < least:
             raise InputError(f"backbone.{name}={value} is less than {least}; give a larger number.")
 
 
-def _size(x: Tensor) -> Size:
-    return x.shape[2], x.shape[3]
+def _check_rates(dropout: float, norm_eps: float, frequency_shift: int, half: int) -> None:
+    if not (0 <= dropout < 1 and norm_eps > 0 and frequency_shift < half):
+        raise InputError(
+            f"backbone.dropout={dropout}, norm_eps={norm_eps}, frequency_shift={frequency_shift}: dropout is in "
+            "0 .. 1, norm_eps is above 0, frequency_shift below half of model_channels."
+        )
+
+
+def _vector_projection(width: int | None, time_width: int, project: bool) -> nn.Module | None:
+    if not project and width not in (None, time_width):
+        raise InputError(
+            f"backbone.project_vector=false adds vectors of {width} to a time vector of {time_width}; "
+            f"choose width={time_width} for the conditioner, or project_vector=true."
+        )
+    if width is None:
+        return None
+    return nn.Linear(width, time_width) if project else nn.Identity()

@@ -1,10 +1,27 @@
-"""Conditioners: fields of a batch to tokens, spatial channels or a vector; `checked_rate` is for their `drop`."""
+"""Conditioners: fields of a batch to tokens, spatial channels or a vector."""
 
-from ldmlab.errors import InputError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Encode, LatentSpec, checked_drop
 
 
-def checked_rate(drop: float) -> float:
-    """A rate in [0, 1); anything else is refused."""
-    if not 0 <= drop < 1:
-        raise InputError(f"conditioner.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
-    return drop
+class BaseConditioner(nn.Module):
+    """The frame of the conditioners here: a width, a checked rate, and zeros as the null condition."""
+
+    reads: frozenset[str]
+    slot: str
+
+    def __init__(self, drop: float, width: int = 0) -> None:  # 0: it depends on the latent, so `width` is overridden
+        super().__init__()
+        self.drop, self._width = checked_drop(drop), width
+
+    def width(self, latent: LatentSpec) -> int:
+        """D of tokens and vectors, channels of spatial."""
+        return self._width
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The value without this condition, of the same shape."""
+        return torch.zeros_like(self(batch, encode))

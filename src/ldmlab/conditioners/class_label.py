@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmlab.conditioners import checked_rate
-from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.conditioners import BaseConditioner
+from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 
 
-class ClassEmbedder(nn.Module):
+class ClassEmbedder(BaseConditioner):
     """`classes` learned vectors and, for guidance, one more, the last, for "no class"."""
 
     reads = frozenset({"class_id"})
@@ -24,17 +24,13 @@ class ClassEmbedder(nn.Module):
         slot: str = "tokens",  # tokens: (B, 1, width) | vector: (B, width)
         null_row: bool = True,  # a row for "no class"; False: as in the paper's models without guidance, drop is 0
     ) -> None:
-        super().__init__()
+        super().__init__(drop, width)
         if slot not in ("tokens", "vector"):
             raise InputError(f"conditioner.slot={slot} is unknown; choose tokens or vector.")
-        self.classes, self.drop, self.slot = classes, checked_rate(drop), slot
+        self.classes, self.slot = classes, slot
         if drop and not null_row:
             raise InputError(f"conditioner.drop={drop} needs a row for no class; set null_row=true or drop=0.")
         self.embedding = nn.Embedding(classes + null_row, width)
-
-    def width(self, latent: LatentSpec) -> int:
-        """The vectors' width, whatever the latent."""
-        return self.embedding.embedding_dim
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The vectors of `class_id` (B,); numbers outside 0 .. classes - 1 are refused."""

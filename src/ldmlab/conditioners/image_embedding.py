@@ -10,32 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmlab.checkpoints import fingerprint, load_tensors
-from ldmlab.conditioners import checked_rate
-from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.conditioners import BaseConditioner
+from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 from ldmlab.nn.openclip_image import ImageTower, build_image_tower
 from ldmlab.nn.pixels import to_float
 
 
-class ImageEmbedding(nn.Module):
+class ImageEmbedding(BaseConditioner):
     """Tokens (B, L, D) of the images `reference`: uint8 (B, 3, H, W), or one (3, H, W) each of their own size."""
 
     reads = frozenset({"reference"})
     slot = "tokens"
 
     def __init__(self, tower: ImageTower, drop: float = 0.1) -> None:
-        super().__init__()
-        self.tower, self.drop = tower, checked_rate(drop)
+        super().__init__(drop, tower.width)
+        self.tower = tower
         self.node: dict[str, Any] = {}  # for model.yaml: what `open_clip_image` needs to rebuild it without a network
         self.requires_grad_(False)
         self.eval()
-
-    def width(self, latent: LatentSpec) -> int:
-        """D, whatever the latent."""
-        return self.tower.width
 
     def train(self, mode: bool = True) -> "ImageEmbedding":
         """A frozen tower stays in evaluation mode."""

@@ -11,20 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldmlab.annotations import checked
-from ldmlab.conditioners import checked_rate
-from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.annotations import WHOLE, checked
+from ldmlab.conditioners import BaseConditioner
+from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import TransformerEncoder
 
-_WHOLE = (0.0, 0.0, 1.0, 1.0)  # the crop of an uncropped image: x0, y0, x1, y1
 _ROUNDING = 1e-6
 _BITS = {"group_of": 1, "occluded": 2, "depiction": 4, "inside": 8}  # the official data code's
 
 
-class LayoutTokens(nn.Module):
+class LayoutTokens(BaseConditioner):
     """States of the boxes' tokens, (B, 3 objects + 2, width); the null condition is no box, in the same crop."""
 
     reads = frozenset({"boxes"})  # and `crop`, where there is one
@@ -44,8 +43,7 @@ class LayoutTokens(nn.Module):
         names: Sequence[str] | None = None,  # of the classes, by which boxes may name them: {"class": "dog", ...}
         attributes: Sequence[str] = (),  # of objects, in the class's token: group_of occluded depiction inside
     ) -> None:
-        super().__init__()
-        self.drop = checked_rate(drop)
+        super().__init__(drop, width)
         self.objects, self.crop_tokens = objects, crop_tokens
         self.empty = vocab_size - 1
         if classes is not None and not 0 < classes <= self.empty:
@@ -63,10 +61,6 @@ class LayoutTokens(nn.Module):
         length = 3 * objects + 2 * crop_tokens
         self.transformer = TransformerEncoder(vocab_size, length, width, depth, heads, unused_head)
 
-    def width(self, latent: LatentSpec) -> int:
-        """Of the states, whatever the latent."""
-        return self.transformer.width
-
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The states of the batch's boxes, in their order; positions are fractions of the crop."""
         return self._states(batch["boxes"], batch)
@@ -83,14 +77,14 @@ class LayoutTokens(nn.Module):
             raise InputError(f"boxes: {error}; fix it.") from error
         self.tokens(boxes)
 
-    def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] = _WHOLE) -> list[int]:
+    def tokens(self, boxes: Sequence[Mapping[str, Any]], crop: Sequence[float] = WHOLE) -> list[int]:
         """Token numbers of one image."""
         if len(boxes) > self.objects:
             raise InputError(
                 f"an image has {len(boxes)} boxes, more than conditioner.objects={self.objects}; give fewer."
             )
-        frame = crop if self.crop_tokens else _WHOLE
-        whole = tuple(frame) == _WHOLE
+        frame = crop if self.crop_tokens else WHOLE
+        whole = tuple(frame) == WHOLE
         places = [box["box"] if whole else _within(box.get("uncut", box["box"]), frame) for box in boxes]
         pairs = zip(boxes, places, strict=True)
         ids = [token for box, place in pairs for token in (self._class(box), *self._corners(place))]
@@ -98,7 +92,7 @@ class LayoutTokens(nn.Module):
         return ids + self._corners(crop) if self.crop_tokens else ids
 
     def _states(self, boxes: Sequence[Sequence[Mapping[str, Any]]], batch: dict[str, Any]) -> Tensor:
-        crops = batch.get("crop", [_WHOLE] * len(boxes))
+        crops = batch.get("crop", [WHOLE] * len(boxes))
         ids = [self.tokens(row, crop) for row, crop in zip(boxes, crops, strict=True)]
         return self.transformer(torch.tensor(ids, device=self.transformer.tokens.weight.device))
 

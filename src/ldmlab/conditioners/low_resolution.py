@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ldmlab.conditioners import checked_rate
-from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.conditioners import BaseConditioner
+from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
 
 
-class LowResolution(nn.Module):
+class LowResolution(BaseConditioner):
     """The pixels of `low_resolution` in [-1, 1], (B, 3, h, w), or enlarged bicubically for a model of pixels."""
 
     reads = frozenset({"low_resolution"})
@@ -25,7 +24,7 @@ class LowResolution(nn.Module):
         factor: int = 4,  # of the task: large image / small image
         downsampling: int = 4,  # of the first stage; derived in wiring
     ) -> None:
-        super().__init__()
+        super().__init__(drop, width=3)  # red, green, blue; grey is the null condition
         if enlarge is None and factor % downsampling:
             raise InputError(
                 f"task.factor={factor} is no multiple of the first stage's factor {downsampling}, so that the small "
@@ -35,11 +34,6 @@ class LowResolution(nn.Module):
         if enlarge < 1:
             raise InputError(f"conditioner.low_resolution.enlarge={enlarge} must be at least 1, which changes nothing.")
         self.enlarge = enlarge
-        self.drop = checked_rate(drop)
-
-    def width(self, latent: LatentSpec) -> int:
-        """Red, green and blue."""
-        return 3
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """uint8 (B, 3, h / enlarge, w / enlarge) => (B, 3, h, w) in [-1, 1]."""
@@ -47,7 +41,3 @@ class LowResolution(nn.Module):
         if self.enlarge == 1:
             return image
         return F.interpolate(image, scale_factor=self.enlarge, mode="bicubic").clamp(-1, 1)
-
-    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """Grey: zeros."""
-        return torch.zeros_like(self(batch, encode))

@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ldmlab.conditioners import checked_rate
+from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode, LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
 
 
-class Mask(nn.Module):
+class Mask(BaseConditioner):
     """`mask` at the latent's size, nearest neighbour, (B, 1, h, w): one number for what is kept, one for holes."""
 
     reads = frozenset({"mask"})
@@ -25,15 +25,10 @@ class Mask(nn.Module):
         hole: float = 1.0,
         drop: float = 0.0,  # rate of masks that are all hole in training, for guidance
     ) -> None:
-        super().__init__()
+        super().__init__(drop, width=1)
         if keep == hole:
             raise InputError(f"conditioner.keep={keep} equals conditioner.hole; choose two numbers, such as -1 and 1.")
-        self.drop = checked_rate(drop)
         self.downsampling, self.keep, self.hole = downsampling, keep, hole
-
-    def width(self, latent: LatentSpec) -> int:
-        """One channel."""
-        return 1
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """uint8 (B, 1, H, W), 1 where the hole is => float (B, 1, h, w)."""
@@ -46,7 +41,7 @@ class Mask(nn.Module):
         return torch.full_like(self(batch, encode), self.hole)
 
 
-class MaskedLatent(nn.Module):
+class MaskedLatent(BaseConditioner):
     """encode(image where kept, `hole` elsewhere), (B, C, h, w)."""
 
     reads = frozenset({"image", "mask"})
@@ -57,10 +52,9 @@ class MaskedLatent(nn.Module):
         hole: float = -1.0,  # pixels in holes: -1 black as in the official LDM, 0 grey as in Stable Diffusion
         drop: float = 0.0,  # rate of masks that are all hole in training, for guidance
     ) -> None:
-        super().__init__()
+        super().__init__(drop)
         if not -1 <= hole <= 1:
             raise InputError(f"conditioner.hole={hole} is no pixel; choose -1 (black) to 1 (white).")
-        self.drop = checked_rate(drop)
         self.hole = hole
 
     def width(self, latent: LatentSpec) -> int:

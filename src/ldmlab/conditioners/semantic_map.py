@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.conditioners import checked_rate
-from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.conditioners import BaseConditioner
+from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 
 _METHODS = ("nearest", "bilinear", "bicubic", "area")
 
 
-class SpatialRescaler(nn.Module):
+class SpatialRescaler(BaseConditioner):
     """conv(resize(.. one_hot(labels))), (B, channels, h, w): `stages` resizes, then a 1 x 1 convolution."""
 
     reads = frozenset({"segmentation"})
@@ -32,17 +32,12 @@ class SpatialRescaler(nn.Module):
         drop: float = 0.0,  # rate of empty maps in training, for guidance
         downsampling: int = 4,  # of the first stage, where stages is None; derived in wiring
     ) -> None:
-        super().__init__()
+        super().__init__(drop, classes if channels is None else channels)
         stages = round(math.log(downsampling) / -math.log(multiplier)) if stages is None else stages
         if method not in _METHODS:
             raise InputError(f"conditioner.method={method} is unknown; choose {', '.join(_METHODS)}.")
-        self.drop = checked_rate(drop)
         self.classes, self.stages, self.multiplier, self.method = classes, stages, multiplier, method
         self.channels = nn.Conv2d(classes, channels, 1, bias=bias) if channels is not None else None
-
-    def width(self, latent: LatentSpec) -> int:
-        """Input channels of the denoiser, whatever the latent."""
-        return self.classes if self.channels is None else self.channels.out_channels
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """Label maps `segmentation` (B, H, W), 0 .. classes - 1 => (B, channels, h, w)."""
@@ -53,7 +48,7 @@ class SpatialRescaler(nn.Module):
                 f"conditioner.classes={self.classes}; set the number of classes of the data, numbered from 0."
             )
         if self.channels is None:
-            return self._resize(F.one_hot(labels.long(), self.classes).movedim(-1, 1).float())
+            return self.rescale(F.one_hot(labels.long(), self.classes).movedim(-1, 1).float())
         # The convolution and the resize commute; a table look-up first spares maps of `classes` channels.
         table = self.channels.weight.flatten(1).T  # (classes, channels)
         maps = self._resize(F.embedding(labels.long().to(table.device), table).movedim(-1, 1))
@@ -74,10 +69,6 @@ class SpatialRescaler(nn.Module):
         """Any maps (B, classes, H, W), float => (B, channels, h, w): soft label maps."""
         maps = self._resize(maps)
         return maps if self.channels is None else self.channels(maps)
-
-    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """Zeros: no class anywhere."""
-        return torch.zeros_like(self(batch, encode))
 
     def _resize(self, maps: Tensor) -> Tensor:
         for _ in range(self.stages):

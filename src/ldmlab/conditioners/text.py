@@ -11,16 +11,16 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from torch import Tensor, nn
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 
 from ldmlab.checkpoints import fingerprint, load_tensors
-from ldmlab.conditioners import checked_rate
-from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.conditioners import BaseConditioner
+from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 from ldmlab.files import weights_folder
 from ldmlab.nn.attention import TransformerEncoder
@@ -29,11 +29,43 @@ from ldmlab.nn.openclip import TextTower, build_clip, build_text_tower, make_tok
 _CHUNK = 64  # captions encoded at once on an accelerator
 
 
-class OpenClipText(nn.Module):
-    """Per-token states of an open_clip text tower; the null condition is the empty caption, as in the paper."""
+class Captions(BaseConditioner):
+    """States of captions, (B, L, D); the null condition is the empty caption, as in the paper."""
 
     reads = frozenset({"caption"})
     slot = "tokens"
+
+    def __init__(self, drop: float, width: int) -> None:
+        super().__init__(drop, width)
+        self.seen, self.cut = 0, 0  # captions seen, and those longer than the context
+
+    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The states of the batch's captions, (B, L, D); captions over the context length are cut and counted."""
+        captions = list(batch["caption"])
+        self.seen += len(captions)
+        states = self.states(captions)
+        self.cut += sum(self.was_cut(caption) for caption in captions)
+        return states
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        """The states of as many empty captions."""
+        return self.states([""]).expand(len(batch["caption"]), -1, -1)
+
+    def states(self, captions: list[str]) -> Tensor:
+        """Captions => (B, L, D)."""
+        raise NotImplementedError
+
+    def lost(self, caption: str) -> str:
+        """The end of a caption that does not fit into the context; empty if all does."""
+        raise NotImplementedError
+
+    def was_cut(self, caption: str) -> bool:
+        """Whether some of a caption is lost."""
+        return bool(self.lost(caption))
+
+
+class OpenClipText(Captions):
+    """Per-token states of an open_clip text tower."""
 
     def __init__(
         self,
@@ -45,13 +77,12 @@ class OpenClipText(nn.Module):
         trainable: bool = False,  # trained with the denoiser, or frozen
         cache_mib: int = 256,  # frozen: memory for states of captions seen before
     ) -> None:
-        super().__init__()
+        super().__init__(drop, tower.width)
         if padding not in ("zero", "end"):
             raise InputError(f"conditioner.padding={padding} is unknown; choose zero or end.")
         self.tower, self.tokenizer, self.padding = tower, tokenizer, padding
-        self.drop, self.trainable = checked_rate(drop), trainable
+        self.trainable = trainable
         self.node: dict[str, Any] = {}  # for model.yaml: what `open_clip_text` needs to rebuild it without a network
-        self.seen, self.cut = 0, 0  # captions seen, and those longer than the context
         self._capacity = max(1, cache_mib * 2**20 // (4 * tower.context_length * tower.width))
         self._states: OrderedDict[str, tuple[Tensor, bool]] = OrderedDict()  # caption => (L, D), whether it was cut
         self.register_load_state_dict_post_hook(lambda *_: self._states.clear())
@@ -59,28 +90,27 @@ class OpenClipText(nn.Module):
             self.requires_grad_(False)
             self.eval()
 
-    def width(self, latent: LatentSpec) -> int:
-        """D, whatever the latent."""
-        return self.tower.width
-
     def train(self, mode: bool = True) -> "OpenClipText":
         """A frozen tower stays in evaluation mode."""
         return super().train(mode and self.trainable)
 
-    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of the batch's captions, (B, L, D); captions over the context length are cut and counted."""
-        captions = batch["caption"]
-        self.seen += len(captions)
+    def states(self, captions: list[str]) -> Tensor:
+        """From the tower, or of a frozen one from the cache: captions are encoded once, in float32."""
         if self.trainable:
-            self.cut += sum(bool(self.lost(caption)) for caption in captions)
             return self.tower(self.ids(captions))
-        return self._frozen(captions)
+        if self._states and next(iter(self._states.values()))[0].device != self._device:
+            self._states.clear()
+        self._encode([caption for caption in dict.fromkeys(captions) if caption not in self._states])
+        found = torch.stack([self._states[caption][0] for caption in captions])
+        for caption in captions:
+            self._states.move_to_end(caption)
+        while len(self._states) > self._capacity:  # the least recently used
+            self._states.popitem(last=False)
+        return found
 
-    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of as many empty captions."""
-        count = len(batch["caption"])
-        states = self.tower(self.ids([""])) if self.trainable else self._frozen([""])
-        return states.expand(count, -1, -1)
+    def was_cut(self, caption: str) -> bool:
+        """From the cache where it is there."""
+        return self._states[caption][1] if caption in self._states else super().was_cut(caption)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """Captions => token ids (B, L), cut to the context and padded, on the tower's device."""
@@ -91,7 +121,6 @@ class OpenClipText(nn.Module):
         return ids.masked_fill((ids == end).cumsum(1) > 0, end)
 
     def lost(self, caption: str) -> str:
-        """The end of a caption that does not fit into the context; empty if all does."""
         ids = self.tokenizer.encode(caption)
         return self.tokenizer.decode(ids[self.tower.context_length - 2 :]).strip()  # start and end take two places
 
@@ -106,34 +135,14 @@ class OpenClipText(nn.Module):
     def _device(self) -> torch.device:
         return self.tower.positional_embedding.device
 
-    def _frozen(self, captions: Sequence[str]) -> Tensor:
-        """States from the cache: captions are encoded once, in float32; least recently used entries are evicted."""
-        if self._states and next(iter(self._states.values()))[0].device != self._device:
-            self._states.clear()
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._states]
-        fresh = self._encoded(new)
-        entries = []
-        for caption in captions:
-            entry = fresh.get(caption) or self._states[caption]
-            self.cut += entry[1]
-            entries.append(entry[0])
-        self._states.update(fresh)
-        for caption in captions:
-            self._states.move_to_end(caption)
-        while len(self._states) > self._capacity:
-            self._states.popitem(last=False)
-        return torch.stack(entries)
-
-    def _encoded(self, captions: list[str]) -> dict[str, tuple[Tensor, bool]]:
+    def _encode(self, captions: list[str]) -> None:
         """New captions through the tower; one by one on a CPU, so that no state depends on the batch."""
         size = 1 if self._device.type == "cpu" else _CHUNK
-        result: dict[str, tuple[Tensor, bool]] = {}
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             for start in range(0, len(captions), size):
                 chunk = captions[start : start + size]
                 states = self.tower(self.ids(chunk))
-                result |= {c: (s.clone(), bool(self.lost(c))) for c, s in zip(chunk, states, strict=True)}
-        return result
+                self._states.update({c: (s.clone(), self.was_cut(c)) for c, s in zip(chunk, states, strict=True)})
 
 
 def open_clip_text(
@@ -169,8 +178,6 @@ def open_clip_text(
 
 VOCABULARY_FILE = "bert-base-uncased-vocab.txt"  # under the folder of fetched files
 _START, _END, _PAD, _UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
-
-
 _LARGEST_VOCABULARY = 1 << 26  # bytes; BERT's have a quarter of one MiB
 
 
@@ -183,25 +190,14 @@ class WordPiece:
         self.path = weights_folder() / VOCABULARY_FILE if vocabulary is None else Path(vocabulary)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Token numbers (B, length), int64."""
-        start, end, pad = (self._number(token) for token in (_START, _END, _PAD))
-        rows = []
-        for caption in captions:  # one by one: a batch would start threads, which forked loader workers warn about
-            encoding = self._tokenizer.encode(caption, add_special_tokens=False)
-            row = [start, *encoding.ids[: self.length - 2], end]
-            rows.append(row + [pad] * (self.length - len(row)))
+        """Token numbers (B, length), int64; one by one: a batch would start threads, at odds with forked workers."""
+        rows = [self._tokenizer.encode(caption).ids for caption in captions]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
 
     def lost(self, caption: str) -> str:
         """The end of a caption that does not fit into the length; empty if all does."""
-        encoding = self._tokenizer.encode(caption, add_special_tokens=False)
-        over = encoding.offsets[self.length - 2 :]  # start and end take two places
-        return caption[over[0][0] :].strip() if over else ""
-
-    def _number(self, token: str) -> int:
-        number = self._tokenizer.token_to_id(token)
-        assert number is not None  # checked when read
-        return number
+        rest = self._tokenizer.encode(caption).overflowing
+        return caption[rest[0].offsets[1][0] :].strip() if rest else ""  # after [CLS]
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -220,6 +216,10 @@ class WordPiece:
         tokenizer.add_special_tokens(named)  # also where a caption spells them out
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        numbers = {token: cast(int, tokenizer.token_to_id(token)) for token in (_START, _END, _PAD)}
+        tokenizer.post_processor = processors.BertProcessing((_END, numbers[_END]), (_START, numbers[_START]))
+        tokenizer.enable_truncation(self.length)
+        tokenizer.enable_padding(length=self.length, pad_id=numbers[_PAD], pad_token=_PAD)
         return tokenizer
 
     def _model(self) -> models.WordPiece:
@@ -234,11 +234,8 @@ class WordPiece:
             raise InputError(f"conditioner.vocab={self.path} cannot be read as a vocabulary ({reason}).") from None
 
 
-class TransformerText(nn.Module):
-    """States of the caption's WordPiece tokens, (B, length, width); the null condition is the empty caption."""
-
-    reads = frozenset({"caption"})
-    slot = "tokens"
+class TransformerText(Captions):
+    """States of the caption's WordPiece tokens, (B, length, width)."""
 
     def __init__(
         self,
@@ -251,30 +248,12 @@ class TransformerText(nn.Module):
         heads: int = 8,  # of 64 channels each
         unused_head: bool = False,  # keep the unused output layer of the official files
     ) -> None:
-        super().__init__()
-        self.drop = checked_rate(drop)
+        super().__init__(drop, width)
         self.transformer = TransformerEncoder(vocab_size, length, width, depth, heads, unused_head)
         self.tokenizer = WordPiece(vocab, length, vocab_size)
-        self.seen, self.cut = 0, 0  # captions seen, and those longer than `length`
-
-    def width(self, latent: LatentSpec) -> int:
-        """Of the states, whatever the latent."""
-        return self.transformer.width
-
-    def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of the batch's captions; captions over the length are cut and counted."""
-        captions = batch["caption"]
-        self.seen += len(captions)
-        self.cut += sum(bool(self.lost(caption)) for caption in captions)
-        return self._states(list(captions))
-
-    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of as many empty captions."""
-        return self._states([""]).expand(len(batch["caption"]), -1, -1)
 
     def lost(self, caption: str) -> str:
-        """The end of a caption that does not fit; empty if all does."""
         return self.tokenizer.lost(caption)
 
-    def _states(self, captions: list[str]) -> Tensor:
+    def states(self, captions: list[str]) -> Tensor:
         return self.transformer(self.tokenizer(captions).to(self.transformer.tokens.weight.device))

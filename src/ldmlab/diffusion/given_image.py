@@ -9,6 +9,7 @@ its end noised back to its start (algorithm 1), so that what is generated fits w
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -29,12 +30,33 @@ class GivenImage:
 
     def begin(self, noise: Tensor, level: Level) -> Tensor:
         """x at the first level of the grid."""
-        x = noise if self.source is None else _noised(self.source, noise, level)
-        return self.kept(x, noise, level)
+        return self.kept(noise if self.source is None else _noised(self.source, noise, level), noise, level)
 
     def around(self, sampler: Sampler, fresh: Callable[[int], Tensor]) -> Sampler:
         """A sampler that starts from or keeps these latents; `fresh`: noise by number, for going back."""
-        return _Around(self, sampler, fresh)
+
+        def sample(
+            denoise: Denoise,
+            x: Tensor,
+            grid: list[Level],
+            *,
+            noise: Callable[[int], Tensor],
+            after_step: AfterStep | None = None,
+        ) -> Tensor:
+            start, x = x, self.begin(x, grid[0])
+            if self.known is None or self.repeats == 1:
+                return sampler(denoise, x, grid, noise=noise, after_step=self._keeping(start, grid, after_step))
+            for step, (here, there) in enumerate(pairwise(grid)):
+                turns = 1 if there.time is None else self.repeats  # the end is clean: nothing to go back from
+                for turn in range(turns):
+                    number = step * self.repeats + turn
+                    keep = self._keeping(start, [here, there], after_step if turn + 1 == turns else None, first=step)
+                    x = sampler(denoise, x, [here, there], noise=partial(_numbered, noise, number), after_step=keep)
+                    if turn + 1 < turns:
+                        x = _noised_again(x, there, here, fresh(number))
+            return x
+
+        return sample
 
     def kept(self, x: Tensor, noise: Tensor, level: Level) -> Tensor:
         """x at a level, with what is known put back."""
@@ -42,57 +64,19 @@ class GivenImage:
             return x
         return torch.where(self.hole, x, _noised(self.known, noise, level))
 
-
-@dataclass(frozen=True)
-class _Around:
-    """Sampler of images with a known part."""
-
-    given: GivenImage
-    sampler: Sampler
-    fresh: Callable[[int], Tensor]
-
-    def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        grid: list[Level],
-        *,
-        noise: Callable[[int], Tensor],
-        after_step: AfterStep | None = None,
-    ) -> Tensor:
-        start, x = x, self.given.begin(x, grid[0])
-        if self.given.known is None or self.given.repeats == 1:
-            return self.sampler(denoise, x, grid, noise=noise, after_step=self._keeping(start, grid, after_step))
-        for step, (here, there) in enumerate(pairwise(grid)):
-            turns = 1 if there.time is None else self.given.repeats  # the end is clean: nothing to go back from
-            for turn in range(turns):
-                number = step * self.given.repeats + turn
-                shown = _numbered(after_step, step) if turn + 1 == turns else None
-                keep = self._keeping(start, [here, there], shown)
-                x = self.sampler(denoise, x, [here, there], noise=_always(noise, number), after_step=keep)
-                if turn + 1 < turns:
-                    x = _noised_again(x, there, here, self.fresh(number))
-        return x
-
-    def _keeping(self, start: Tensor, grid: list[Level], after_step: AfterStep | None) -> AfterStep | None:
-        """`after_step`, after what is known has been put back."""
-        if self.given.known is None:
-            return after_step
+    def _keeping(self, start: Tensor, grid: list[Level], after_step: AfterStep | None, first: int = 0) -> AfterStep:
+        """`after_step`, counted from `first`, after what is known has been put back."""
 
         def keep(step: int, x: Tensor, clean: Tensor) -> Tensor:
-            x = self.given.kept(x, start, grid[step + 1])
-            return x if after_step is None else after_step(step, x, clean)
+            x = self.kept(x, start, grid[step + 1])
+            return x if after_step is None else after_step(first + step, x, clean)
 
         return keep
 
 
-def _numbered(after_step: AfterStep | None, step: int) -> AfterStep | None:
-    """For a run of one step that is step `step` of a longer one."""
-    return None if after_step is None else lambda _, x, clean: after_step(step, x, clean)
-
-
-def _always(noise: Callable[[int], Tensor], number: int) -> Callable[[int], Tensor]:
-    return lambda _: noise(number)
+def _numbered(noise: Callable[[int], Tensor], number: int, step: int) -> Tensor:
+    """The noise of a run of one step that is step `number` of a longer one."""
+    return noise(number)
 
 
 def _noised_again(x: Tensor, here: Level, back: Level, fresh: Tensor) -> Tensor:

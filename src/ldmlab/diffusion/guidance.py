@@ -77,7 +77,13 @@ class ClassifierGuider:
         self.classifier, self.scale, self.name = classifier.eval().requires_grad_(False), scale, name
 
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise:
-        classes = self._classes(batch)
+        classes = torch.as_tensor(batch["class_id"])  # (B,)
+        known = int(self.classifier.classes)  # type: ignore[arg-type]
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < known:
+            raise InputError(
+                f"class_id {int(classes.min())} .. {int(classes.max())} is outside the classifier's 0 .. {known - 1}; "
+                "choose other classes or another classifier."
+            )
 
         def log_likelihood(x: Tensor, level: Level) -> Tensor:
             assert level.time is not None  # None at the end only, where nothing is guided
@@ -89,19 +95,7 @@ class ClassifierGuider:
         return guided_by_noisy(denoise, log_likelihood, self.scale)
 
     def as_text(self) -> dict[str, Any]:
-        """For records."""
         return {"classifier": self.name, "classifier_scale": self.scale}
-
-    def _classes(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B,) int64, each in the classifier's range."""
-        ids = torch.as_tensor(batch["class_id"])
-        known = int(self.classifier.classes)  # type: ignore[arg-type]
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < known:
-            raise InputError(
-                f"class_id {int(ids.min())} .. {int(ids.max())} is outside the classifier's 0 .. {known - 1}; "
-                "choose other classes or another classifier."
-            )
-        return ids
 
 
 class ImageGuider:
@@ -139,7 +133,6 @@ class ImageGuider:
         return guided_by_clean(denoise, log_likelihood, self.weight)
 
     def as_text(self) -> dict[str, Any]:
-        """For records."""
         return {"guider": self.name, "guider_weight": self.weight}
 
 

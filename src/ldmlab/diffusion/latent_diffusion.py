@@ -18,14 +18,15 @@ from ldmlab.contracts import (
     Denoise,
     Guider,
     Level,
+    Prediction,
     Sampler,
     Task,
+    checked_drop,
     states_field,
 )
 from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import check_guidance
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
-from ldmlab.diffusion.parameterization import Prediction
 from ldmlab.diffusion.schedule import levels_of
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
 from ldmlab.errors import InputError
@@ -143,8 +144,7 @@ class LatentDiffusion(LatentSpace):
     ) -> Denoise:
         """eps_null + guidance_scale (eps_cond - eps_null) in one doubled pass; constants are computed once."""
         guided = null is not None and guidance_scale != 1
-        both = stacked(conditioning, null) if null is not None and guidance_scale != 1 else conditioning
-        prepared = self.backbone.prepare(both)  # type: ignore[operator]
+        prepared = self.backbone.prepare(stacked(conditioning, null) if guided else conditioning)  # type: ignore
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             copies = torch.cat([x, x]) if guided else x  # (2B or B, C, h, w)
@@ -223,6 +223,7 @@ class LatentDiffusion(LatentSpace):
 def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> None:
     accepts: frozenset[str] = backbone.accepts  # type: ignore[assignment]
     for name, conditioner in conditioners.items():
+        checked_drop(conditioner.drop, f"conditioner.{name}")  # type: ignore[arg-type]
         if conditioner.slot not in accepts:
             taken = ", ".join(sorted(accepts)) or "nothing"
             raise InputError(

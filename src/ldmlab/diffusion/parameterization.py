@@ -1,26 +1,15 @@
 """Prediction types: training target, and network output => estimate of the clean latent."""
 
-from typing import Protocol
-
 from torch import Tensor
 
 from ldmlab.contracts import Level
 from ldmlab.errors import InputError
 
 
-class Prediction(Protocol):
-    """x = alpha clean + sigma noise; a network output and a target of the same meaning."""
-
-    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...  # alpha: (B, 1, 1, 1)
-
-    def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor: ...
-
-
 class EpsPrediction:
     """The network predicts the noise (Ho et al. 2020, eq. 14), as every model of the paper does."""
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """eps."""
         return noise
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
@@ -37,7 +26,6 @@ class VPrediction:
     """The network predicts v = alpha eps - sigma clean (Salimans & Ho 2022, appendix D), as SD 2.x at 768 px."""
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """alpha eps - sigma clean."""
         return alpha * noise - sigma * clean
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:

@@ -202,22 +202,20 @@ def _quadratic_times(total: int, steps: int) -> list[int]:
 
 def _official_times(total: int, steps: int) -> list[int]:
     """The visited indices, noisiest first; only numbers of steps that the official rule really takes."""
-    if not _official_works(total, steps):
-        nearest = sorted((s for s in range(1, total + 1) if _official_works(total, s)), key=lambda s: abs(s - steps))[
-            :2
-        ]
+
+    def visited(steps: int) -> range:
+        return range(1, total + 1, total // steps)  # leaves the table when its last is T
+
+    def works(steps: int) -> bool:
+        return len(visited(steps)) == steps and visited(steps)[-1] < total
+
+    if not works(steps):
+        nearest = sorted(filter(works, range(1, total + 1)), key=lambda other: abs(other - steps))[:2]
         raise InputError(
             f"steps={steps}: the paper's step rule with stride {total} // {steps} cannot take exactly that many of the "
             f"{total} noise levels; use steps={' or '.join(map(str, sorted(nearest)))}, or spacing=linspace."
         )
-    return [t + 1 for t in range(0, total, total // steps)][::-1]
-
-
-def _official_works(total: int, steps: int) -> bool:
-    """The rule takes ceil(T / stride) steps and leaves the table when the last index + 1 is T."""
-    stride = total // steps
-    visited = range(0, total, stride)
-    return len(visited) == steps and visited[-1] + 1 < total
+    return list(visited(steps))[::-1]
 
 
 # ---- how much of a latent is left at each time

@@ -71,7 +71,7 @@ class Shrink(nn.Module):
     Padding is one zero on every side, or, with `asymmetric`, on the right and at the bottom only.
     """
 
-    def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
+    def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
         self.asymmetric = asymmetric

@@ -33,10 +33,13 @@ class Blur:
     angle: float = 0.0  # radians
 
     def __call__(self, image: Array) -> Array:
-        """Same size; edges are mirrored."""
-        if self.variances[0] == self.variances[1]:
-            return _filtered_by_axis(image, _gaussian(self.size, self.variances[0]))
-        return _filtered(image, self.kernel())
+        if self.variances[0] != self.variances[1]:
+            anchor = 2 * ((self.size - 1) // 2,)
+            blurred = cv2.filter2D(image, -1, self.kernel(), anchor=anchor, borderType=cv2.BORDER_REFLECT_101)
+            return np.asarray(blurred, np.float32)
+        exponent = -0.5 * (np.arange(self.size) - (self.size - 1) / 2) ** 2 / self.variances[0]
+        curve = np.exp(exponent - exponent.max())
+        return _filtered_by_axis(image, np.asarray(curve / curve.sum()))
 
     def kernel(self) -> NDArray[np.float64]:
         """(size, size), sum 1."""
@@ -56,7 +59,6 @@ class Resize:
     interpolation: int  # of OpenCV | ANTIALIASED
 
     def __call__(self, image: Array) -> Array:
-        """(side, side, 3)."""
         if self.interpolation != ANTIALIASED:
             resized = cv2.resize(image, (self.side, self.side), interpolation=self.interpolation)
         else:
@@ -73,7 +75,6 @@ class Decimate:
     deviation: float  # of the blur, px
 
     def __call__(self, image: Array) -> Array:
-        """(H / factor, W / factor, 3)."""
         place = np.arange(_LARGE_KERNEL, dtype=np.float64)
         curve = np.exp(-0.5 * ((place - _LARGE_KERNEL // 2) / self.deviation) ** 2)
         moved = np.interp(place - (self.factor - 1) / 2, place, curve)  # linear, as the original shifts its kernel
@@ -91,7 +92,6 @@ class Noise:
     seed: int
 
     def __call__(self, image: Array) -> Array:
-        """Same size."""
         rng, height, width = np.random.default_rng(self.seed), *image.shape[:2]
         if self.kind == "correlated":
             axes = np.linalg.svd(rng.random((3, 3)))[0]
@@ -111,7 +111,6 @@ class Jpeg:
     quality: int
 
     def __call__(self, image: Array) -> Array:
-        """Same size."""
         pixels = _to_bytes(image)[..., ::-1]  # blue first
         data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1]
         read = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
@@ -141,12 +140,12 @@ class Bsr:
         order: list[Step | None] = [None, None]  # places of both resizings, whose own order stays
         order += [self._blur(factor, random) for _ in range(self.blurs)]
         order += [self._noise(random)]
-        order += [self._jpeg(random)] if random.random() < _JPEG_RATE else []
+        order += [Jpeg(random.randint(*self.quality))] if random.random() < _JPEG_RATE else []
         random.shuffle(order)
         fit = Resize(small, random.choice(_INTERPOLATIONS))
         resizings: Iterator[Step] = iter((self._shrink(size, factor, random), fit))
         shuffled: list[Step] = [next(resizings) if step is None else step for step in order]
-        return [*first, *shuffled, self._jpeg(random)]
+        return [*first, *shuffled, Jpeg(random.randint(*self.quality))]
 
     def __call__(self, image: NDArray[np.uint8], factor: int, random: Any) -> NDArray[np.uint8]:
         """(3, S, S) => (3, S / factor, S / factor)."""
@@ -174,9 +173,6 @@ class Bsr:
         level = self.noise[1] if kind == "correlated" else random.randint(*self.noise)
         return Noise(kind, level, random.getrandbits(64))
 
-    def _jpeg(self, random: Any) -> Jpeg:
-        return Jpeg(random.randint(*self.quality))
-
 
 LIGHT = Bsr(
     blurs=1,
@@ -189,25 +185,11 @@ LIGHT = Bsr(
 )
 
 
-def _filtered(image: Array, kernel: NDArray[np.float64]) -> Array:
-    """Correlation; the image is mirrored at its outermost pixels."""
-    middle = (len(kernel) - 1) // 2
-    filtered = cv2.filter2D(image, -1, kernel, anchor=(middle, middle), borderType=cv2.BORDER_REFLECT_101)
-    return np.asarray(filtered, np.float32)
-
-
 def _filtered_by_axis(image: Array, curve: NDArray[np.float64]) -> Array:
-    """As by the kernel outer(curve, curve), in far fewer products."""
+    """Correlation with outer(curve, curve); the image is mirrored at its outermost pixels."""
     middle = (len(curve) - 1) // 2
     filtered = cv2.sepFilter2D(image, -1, curve, curve, anchor=(middle, middle), borderType=cv2.BORDER_REFLECT_101)
     return np.asarray(filtered, np.float32)
-
-
-def _gaussian(size: int, variance: float) -> NDArray[np.float64]:
-    """(size,), sum 1, its top in the middle."""
-    exponent = -0.5 * (np.arange(size) - (size - 1) / 2) ** 2 / variance
-    curve = np.exp(exponent - exponent.max())
-    return np.asarray(curve / curve.sum())
 
 
 def _to_bytes(image: Array) -> NDArray[np.uint8]:

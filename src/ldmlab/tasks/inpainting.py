@@ -117,22 +117,14 @@ class LamaTest(_Pasted):
 
 
 def draw(name: str, height: int, width: int, size: int, random: Any) -> Mask:
-    """A preset's mask (height, width); for images of another size it is made at the preset's size and resized.
-
-    size: the short side that the preset is made for.
-    """
+    """A preset's mask (height, width); where the short side `size` is not the preset's it is made there and resized."""
     kind = preset(name)
     if kind.size == size:
         return kind.draw(height, width, random)
-    canvas = kind.draw(round(height * kind.size / size), round(width * kind.size / size), random)
-    return nearest_to(canvas, height, width)
-
-
-def nearest_to(mask: Mask, height: int, width: int) -> Mask:
-    """A mask at another size, without new values."""
+    mask = kind.draw(round(height * kind.size / size), round(width * kind.size / size), random)
     rows = (np.arange(height) + 0.5) * mask.shape[0] / height
     columns = (np.arange(width) + 0.5) * mask.shape[1] / width
-    return np.ascontiguousarray(mask[rows.astype(np.int64)[:, None], columns.astype(np.int64)])
+    return np.ascontiguousarray(mask[rows.astype(np.int64)[:, None], columns.astype(np.int64)])  # no new values
 
 
 # ---- holes as LaMa draws them; ranges include both ends unless noted
@@ -153,7 +145,6 @@ class Strokes:
     angle: int = 4  # directions 0.01, 1.01, ... radians
 
     def draw(self, height: int, width: int, random: Any) -> Mask:
-        """One mask."""
         mask = np.zeros((height, width), np.uint8)
         for stroke in range(random.randint(self.least, self.most + 1)):
             x, y = random.randrange(width), random.randrange(height)
@@ -180,7 +171,6 @@ class Rectangles:
     margin: int = 0  # px to the image's edge
 
     def draw(self, height: int, width: int, random: Any) -> Mask:
-        """One mask."""
         largest = min(self.largest, height - 2 * self.margin, width - 2 * self.margin)
         if largest <= self.smallest:
             raise InputError(
@@ -198,7 +188,7 @@ class Rectangles:
 
 @dataclass(frozen=True)
 class MaskKind:
-    """One kind per mask, boxes at `box_rate` per stroke mask."""
+    """One kind a mask, boxes at `box_rate` a mask of strokes."""
 
     size: int  # of the images it is made for, px
     strokes: Strokes
@@ -206,7 +196,6 @@ class MaskKind:
     box_rate: float = 0.0  # 0.3: three box masks for ten of strokes
 
     def draw(self, height: int, width: int, random: Any) -> Mask:
-        """One mask."""
         if self.rectangles is not None and random.random() < self.box_rate / (1 + self.box_rate):
             return self.rectangles.draw(height, width, random)
         return self.strokes.draw(height, width, random)

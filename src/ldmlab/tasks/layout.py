@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ldmlab.annotations import WHOLE, Boxes, area, checked
@@ -23,20 +23,11 @@ class Layout(BaseTask):
     crop: Crop | None = None  # None: the centre square, as for stored latents
     classes: int | None = None  # of boxes, numbered from 0; None: any number
     adds: ClassVar[frozenset[str]] = frozenset({"boxes", "crop"})
+    stored: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most:
             raise InputError(f"task.least={self.least} and task.most={self.most} are no range; swap them.")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Boxes, and the image where it is cropped."""
-        return frozenset({"boxes"} if self.crop is None else {"boxes", "image"})
-
-    @property
-    def held_out(self) -> "Layout":
-        """With the middle of the image."""
-        return self if self.crop is None else replace(self, crop=self.crop.held_out)
 
     @property
     def keeps(self) -> Callable[[Mapping[str, Any]], bool]:
@@ -45,18 +36,14 @@ class Layout(BaseTask):
 
     def give(self, sample: Sample, random: Any) -> Sample:
         """boxes relative to the crop, and the crop in the stored image; ValueError for a box of no known class."""
-        self._check_classes(sample["boxes"])
-        given = {**sample, "boxes": self._large(sample["boxes"])}
-        cut = self.crop(given, self.image_size, random) if self.crop else {"boxes": given["boxes"]}
+        known = range(sys.maxsize if self.classes is None else self.classes)
+        for entry in sample["boxes"]:
+            if entry["class_id"] not in known:
+                raise ValueError(f"class_id {entry['class_id']} of a box is not 0 .. {known[-1]} (task.classes)")
+        cut = self.cut({**sample, "boxes": self._large(sample["boxes"])}, random)
         if self.shuffle:
             cut["boxes"] = random.sample(cut["boxes"], len(cut["boxes"]))
         return {"crop": sample.get("crop", list(WHOLE)), **cut}
-
-    def _check_classes(self, boxes: Boxes) -> None:
-        known = range(sys.maxsize if self.classes is None else self.classes)
-        for entry in boxes:
-            if entry["class_id"] not in known:
-                raise ValueError(f"class_id {entry['class_id']} of a box is not 0 .. {known[-1]} (task.classes)")
 
     def _large(self, boxes: Boxes) -> Boxes:
         return [entry for entry in boxes if area(entry["box"]) >= self.smallest_area]

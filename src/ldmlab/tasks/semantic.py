@@ -1,6 +1,6 @@
 """Semantic synthesis: the input is a map of class numbers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,20 +18,11 @@ class Semantic(BaseTask):
     unlabelled: int | None = None  # stored number of pixels without label: they become the last class
     crop: Crop | None = None  # None: the centre square, as for stored latents
     adds: ClassVar[frozenset[str]] = frozenset({"segmentation"})
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Label maps, and the image where it is cropped."""
-        return frozenset({"segmentation"} if self.crop is None else {"segmentation", "image"})
-
-    @property
-    def held_out(self) -> "Semantic":
-        """With the middle of the image."""
-        return self if self.crop is None else replace(self, crop=self.crop.held_out)
+    stored = adds
 
     def give(self, sample: Sample, random: Any) -> Sample:
         """segmentation (H, W) of class numbers, and the image if it is cropped."""
-        cut = self.crop(sample, self.image_size, random) if self.crop else {"segmentation": sample["segmentation"]}
+        cut = self.cut(sample, random)
         labels = cut["segmentation"]
         if self.unlabelled is not None:  # others stay as they are, so that stored maps can be used
             labels = np.where(labels == self.unlabelled, self.classes - 1, labels.astype(np.int64))

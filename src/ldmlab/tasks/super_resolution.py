@@ -1,6 +1,6 @@
 """Super-resolution: from a low-resolution image to a high-resolution one."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,20 +39,11 @@ class SuperResolution(BaseTask):
                 "choose a divisor above 1, or another size."
             )
 
-    @property
-    def held_out(self) -> "SuperResolution":
-        """With the middle of the image."""
-        return replace(self, crop=self.crop.held_out)
-
     def give(self, sample: Sample, random: Any) -> Sample:
         """image (3, H, W) and low_resolution (3, H / factor, W / factor), uint8."""
-        cut = self.crop(sample, self.image_size, random)
+        cut = self.cut(sample, random)
         if self.degradation in _BLIND:
             return {**cut, "low_resolution": _BLIND[self.degradation](cut["image"], self.factor, random)}
-        return {**cut, "low_resolution": downsampled(cut["image"], self.image_size // self.factor)}
-
-
-def downsampled(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (3, H, W) => (3, size, size) by Pillow's bicubic kernel, widened by the factor."""
-    small = Image.fromarray(image.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+        side = self.image_size // self.factor  # Pillow's bicubic kernel, widened by the factor
+        small = Image.fromarray(cut["image"].transpose(1, 2, 0)).resize((side, side), Image.Resampling.BICUBIC)
+        return {**cut, "low_resolution": np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))}

@@ -1,6 +1,6 @@
 """Variations: from an image to another one with the same content."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ldmlab.errors import InputError
@@ -16,16 +16,6 @@ class Variations(BaseTask):
     crop: Crop | None = None  # None: the middle square
     adds: ClassVar[frozenset[str]] = frozenset({"reference"})
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """The image as stored where it is cropped; else as it is read."""
-        return frozenset() if self.crop is None else frozenset({"image"})
-
-    @property
-    def held_out(self) -> "Variations":
-        """With the middle of the image."""
-        return self if self.crop is None else replace(self, crop=self.crop.held_out)
-
     def give(self, sample: Sample, random: Any) -> Sample:
         """reference: the same uint8 (3, H, W) as the image."""
         if "image" not in sample:
@@ -33,5 +23,5 @@ class Variations(BaseTask):
                 "task=variations needs images, which data.latents does not hold; encode them with "
                 "conditioner=image, or set data.latents=null and give the first stage as from_run=RUN."
             )
-        cut = self.crop(sample, self.image_size, random) if self.crop else {}
+        cut = self.cut(sample, random)
         return {**cut, "reference": cut.get("image", sample["image"])}
