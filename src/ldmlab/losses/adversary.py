@@ -4,10 +4,10 @@ Esser et al., "Taming Transformers for High-Resolution Image Synthesis", CVPR 20
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldmlab.distributed import mean_
 from ldmlab.errors import InputError
 
 _WEIGHT_LIMIT = 1e4
@@ -81,17 +81,8 @@ class Adversary(nn.Module):
             return torch.ones((), device=last_layer.device)
         losses = (reconstruction_loss, generator_loss)
         gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
-        norms = mean_over_processes(torch.stack(gradients)).flatten(1).norm(dim=1)
+        norms = mean_(torch.stack(gradients)).flatten(1).norm(dim=1)
         return (norms[0] / (norms[1] + _EPSILON)).clamp(max=_WEIGHT_LIMIT).detach()
-
-
-@torch.no_grad()
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Mean of a tensor over all processes; the tensor itself when there is one process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
 
 
 _MEMORY = 0.98  # of the running means: about fifty steps
@@ -112,8 +103,7 @@ class RiseAlarm:
         value = value.detach()
         if not started:
             self._before = value if self._before is None else torch.lerp(value, self._before, _MEMORY)
-            return None
-        if self._before is None:  # resumed after the start: nothing to compare with
+        if not started or self._before is None:  # None: resumed after the start, so there is nothing to compare with
             return None
         self._after = value if self._after is None else torch.lerp(value, self._after, _MEMORY)
         self._steps_after += 1

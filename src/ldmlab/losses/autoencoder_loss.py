@@ -1,14 +1,13 @@
 """The loss of a first stage: reconstruction, penalties of its bottleneck, adversary."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor, nn
 
 from ldmlab.contracts import Reconstruction
 from ldmlab.errors import InputError
 from ldmlab.losses.adversary import Adversary
-from ldmlab.losses.reconstruction_loss import ReconstructionLoss, Reduction
+from ldmlab.losses.reconstruction_loss import ReconstructionLoss, Reduction, Spread
 
 Terms = dict[str, Tensor]
 
@@ -22,7 +21,7 @@ class AutoencoderLoss(nn.Module):
         penalty_weights: Mapping[str, float],  # by the first stage's names: kl | codebook
         lpips_weight: float,  # 0: the LPIPS network is not built
         reduction: Reduction,  # sum_per_image (official KL models) | mean (official VQ models)
-        logvar: Literal["fixed", "learned"] = "fixed",  # scale of the reconstruction error
+        logvar: Spread = "fixed",  # scale of the reconstruction error
         adversary: Adversary | None = None,  # None: no discriminator
         lpips: nn.Module | None = None,  # the network, where its weight is not 0
     ) -> None:
@@ -35,7 +34,11 @@ class AutoencoderLoss(nn.Module):
 
     def autoencoder(self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int) -> tuple[Tensor, Terms]:
         """The autoencoder's total loss after `step` updates, and its terms."""
-        self._check(given)
+        if given.penalties.keys() != self.penalty_weights.keys():
+            raise InputError(
+                f"loss.penalty_weights={self.penalty_weights} does not name what the first stage gives "
+                f"({', '.join(given.penalties) or 'nothing'}); choose loss=kl for KL models, loss=vq for VQ models."
+            )
         error, terms = self.reconstruction(images, given.images)
         total = error + sum(self.penalty_weights[name] * value for name, value in given.penalties.items())
         terms |= {"reconstruction": error, **given.penalties}
@@ -54,10 +57,3 @@ class AutoencoderLoss(nn.Module):
         loss, logits = self.adversary.discriminator_loss(images, reconstructed)
         terms = {"adversary/discriminator": loss.detach()}
         return loss, terms | {f"adversary/{name}": value for name, value in logits.items()}
-
-    def _check(self, given: Reconstruction) -> None:
-        if given.penalties.keys() != self.penalty_weights.keys():
-            raise InputError(
-                f"loss.penalty_weights={self.penalty_weights} does not name what the first stage gives "
-                f"({', '.join(given.penalties) or 'nothing'}); choose loss=kl for KL models, loss=vq for VQ models."
-            )

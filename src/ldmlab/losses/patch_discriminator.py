@@ -34,7 +34,9 @@ class PatchDiscriminator(nn.Module):
         parts.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.smallest_image = 3 * 2**layers
         self.network = nn.Sequential(*parts)
-        self.apply(_initialise)
+        for part in self.network:  # as in the discriminator's paper
+            if not isinstance(part, nn.LeakyReLU):
+                nn.init.normal_(part.weight, 0.0 if isinstance(part, nn.Conv2d) else 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] => logits (B, 1, h, w), high for real."""
@@ -43,13 +45,4 @@ class PatchDiscriminator(nn.Module):
                 f"images of {images.shape[-2]}x{images.shape[-1]} are too small for this discriminator, which needs "
                 f"{self.smallest_image} pixels a side; choose fewer discriminator.layers or larger images."
             )
-        logits: Tensor = self.network(images)
-        return logits
-
-
-def _initialise(module: nn.Module) -> None:
-    """Convolutions from N(0, 0.02), norms from N(1, 0.02), as in the discriminator's paper."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.GroupNorm | nn.SyncBatchNorm):
-        nn.init.normal_(module.weight, 1.0, 0.02)
+        return self.network(images)

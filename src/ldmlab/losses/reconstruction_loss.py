@@ -1,7 +1,7 @@
 """Reconstruction error: absolute error, and LPIPS where it has a weight."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldmlab.errors import InputError
 
 Reduction = Literal["sum_per_image", "mean"]
+Spread = Literal["fixed", "learned"]  # exp(logvar)
 
 
 class ReconstructionLoss(nn.Module):
@@ -23,7 +24,7 @@ class ReconstructionLoss(nn.Module):
         *,
         lpips_weight: float,
         reduction: Reduction,
-        logvar: Literal["fixed", "learned"] = "fixed",
+        logvar: Spread = "fixed",
         logvar_start: float = 0.0,
         lpips: nn.Module | None = None,  # needed only where its weight is not 0
     ) -> None:
@@ -33,8 +34,12 @@ class ReconstructionLoss(nn.Module):
                 f"loss.lpips_weight={lpips_weight} needs the LPIPS network; "
                 "run `ldmlab fetch lpips`, or set loss.lpips_weight=0."
             )
-        _one_of("reduction", reduction, ("sum_per_image", "mean"))
-        _one_of("logvar", logvar, ("fixed", "learned"))
+        for option, value, known in (
+            ("reduction", reduction, get_args(Reduction)),
+            ("logvar", logvar, get_args(Spread)),
+        ):
+            if value not in known:
+                raise InputError(f"loss.{option}={value} is not known; choose among {', '.join(known)}.")
         self.lpips_weight = lpips_weight
         self.reduction = reduction
         self.lpips = lpips if lpips_weight else None
@@ -55,8 +60,3 @@ class ReconstructionLoss(nn.Module):
         if self.reduction == "sum_per_image":
             loss = loss * math.prod(images.shape[1:])
         return loss, terms
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"loss.{option}={value} is not known; choose among {', '.join(known)}.")

@@ -3,6 +3,7 @@
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018.
 """
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -27,7 +28,11 @@ class LPIPS(nn.Module):
         super().__init__()
         self._constant("mean", torch.tensor(_MEAN)[:, None, None])
         self._constant("deviation", torch.tensor(_DEVIATION)[:, None, None])
-        vgg, heads = _read(vgg_weights), _read(head_weights or _packaged_heads())
+        package = importlib.util.find_spec("torchmetrics")  # found without importing it
+        assert package is not None
+        assert package.origin is not None
+        published = Path(package.origin).parent / "functional/image/lpips_models/vgg.pth"
+        vgg, heads = _read(vgg_weights), _read(head_weights or published)
         for number, group in enumerate(_GROUPS):
             for index in group:
                 for part in ("weight", "bias"):
@@ -78,28 +83,15 @@ def _unit_length(features: Tensor) -> Tensor:
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + 1e-8)
 
 
-def _packaged_heads() -> Path:
-    """Where torchmetrics keeps the published channel weights; found without importing it."""
-    package = importlib.util.find_spec("torchmetrics")
-    assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent / "functional/image/lpips_models/vgg.pth"
-
-
 def _read(path: Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"LPIPS weights {path} do not exist; run `ldmlab fetch lpips`, or set loss.lpips_weight=0.")
-    try:
+    weights = None
+    with contextlib.suppress(Exception):  # of a damaged file
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise _no_weights(path) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise _no_weights(path)
+        raise InputError(f"LPIPS weights {path} are not a file of tensors; remove it and run `ldmlab fetch lpips`.")
     return weights
-
-
-def _no_weights(path: Path) -> InputError:
-    return InputError(f"LPIPS weights {path} are not a file of tensors; remove it and run `ldmlab fetch lpips`.")
 
 
 def _entry(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:

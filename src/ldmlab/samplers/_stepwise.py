@@ -54,7 +54,7 @@ class Stepwise(ABC):
     ) -> Tensor:
         """x at the last level of the grid."""
         past: list[Any] = []
-        nearest = self._nearest if self.quantize_x0 else _same
+        nearest = self._nearest if self.quantize_x0 else lambda clean: clean
         if nearest is None:
             raise InputError("sampler.quantize_x0=true needs a first stage with a codebook; leave it out.")
 
@@ -76,10 +76,6 @@ class Stepwise(ABC):
         other = copy.copy(self)
         other._nearest = nearest
         return other
-
-
-def _same(clean: Tensor) -> Tensor:
-    return clean
 
 
 def checked_temperature(temperature: float) -> float:

@@ -48,10 +48,6 @@ class Ddim(Stepwise):
 
 def transfer(x: Tensor, eps: Tensor, here: Level, there: Level, nearest: Callable[[Tensor], Tensor]) -> Tensor:
     """alpha' nearest((x - sigma eps) / alpha) + sigma' eps (eq. 12), rounded in the order of the paper's code."""
-    alpha, next_alpha, kept = (_root(v**2, x.dtype) for v in (here.alpha, there.alpha, there.sigma))
+    squares = torch.tensor([v**2 for v in (here.alpha, there.alpha, there.sigma)], dtype=x.dtype)
+    alpha, next_alpha, kept = squares.sqrt().tolist()  # as torch rounds it, in float32 not always the nearest number
     return next_alpha * nearest((x - here.sigma * eps) / alpha) + kept * eps
-
-
-def _root(square: float, dtype: torch.dtype) -> float:
-    """The square root as torch rounds it, which in float32 is not always the nearest number."""
-    return float(torch.tensor(square, dtype=dtype).sqrt())

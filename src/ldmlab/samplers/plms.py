@@ -28,17 +28,9 @@ class Plms(Stepwise):
             return first_order(x, step.nearest(clean), here, there)
         eps = noise_of(x, step.unrounded, here)
         known[:] = [eps, *known][: len(WEIGHTS)]
-        mixed = _carried_on(known)
+        weights = WEIGHTS[len(known) - 1]
+        mixed = sum((w * e for w, e in zip(weights[1:], known[1:], strict=True)), weights[0] * eps) / sum(weights)
         if step.number == 0 and there.time is not None and there.sigma > 0:  # eq. 13: the mean of both ends
             ahead = transfer(x, eps, here, there, step.nearest)
             mixed = (eps + noise_of(ahead, step.denoise(ahead, there), there)) / 2
         return transfer(x, mixed, here, there, step.nearest)
-
-
-def _carried_on(known: list[Tensor]) -> Tensor:
-    """The weighted mean of the newest noise estimates."""
-    weights = WEIGHTS[len(known) - 1]
-    mixed = weights[0] * known[0]
-    for weight, eps in zip(weights[1:], known[1:], strict=True):
-        mixed = mixed + weight * eps
-    return mixed / sum(weights)
