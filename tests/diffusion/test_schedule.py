@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldmlab.diffusion.schedule import NAMES, Schedule, ddim_grid, ddpm_grid
+from ldmlab.diffusion.schedule import NAMES, Schedule, ddim_grid
 from ldmlab.errors import InputError
 
 REFERENCE = Path(__file__).parents[1] / "assets" / "reference"
@@ -145,8 +145,11 @@ def test_official_grid_is_rounded_as_the_official_table() -> None:
 
 
 def test_ddpm_grid_visits_every_level() -> None:
-    assert [level.time for level in ddpm_grid(Schedule(steps=10))] == [*map(float, range(9, -1, -1)), None]
-    assert len(ddpm_grid(Schedule(), 25)) == 26
+    assert [level.time for level in ddim_grid(Schedule(steps=10), 10, "linspace")] == [
+        *map(float, range(9, -1, -1)),
+        None,
+    ]
+    assert len(ddim_grid(Schedule(), 25, "linspace")) == 26
 
 
 @pytest.mark.parametrize(("steps", "spacing"), [(0, "official"), (1001, "linspace"), (10, "evenly")])

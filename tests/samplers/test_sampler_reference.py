@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmlab.contracts import Level
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule, ddim_grid, ddpm_grid
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.samplers.ddim import Ddim
 from ldmlab.samplers.ddpm import Ddpm
 from ldmlab.samplers.plms import Plms
@@ -74,7 +74,7 @@ def test_a_single_step_of_plms_is_ddims() -> None:
 @pytest.mark.parametrize("steps", [7, 50])
 def test_ddpm_is_ddim_with_eta_1_on_its_grid(steps: int) -> None:
     """Song et al. 2021, section 4.1: two derivations of one step."""
-    grid = ddpm_grid(Schedule(), steps)
+    grid = ddim_grid(Schedule(), steps, "linspace")
     ends = [
         sampler(denoiser(False), drawn("x_T").double(), grid, noise=lambda step: drawn(f"noise.{step + 1}").double())
         for sampler in (Ddpm(), Ddim(1.0))

@@ -49,7 +49,6 @@ class ClassEmbedder(BaseConditioner):
             raise InputError(f"class_id {number!r} is not a class of this model; classes: 0 .. {self.classes - 1}.")
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The last row, once for each image."""
         if self.embedding.num_embeddings == self.classes:
             raise InputError("conditioner.null_row=false: this model has no vector for no class; use guidance_scale=1.")
         return self._rows(torch.full((len(batch["class_id"]),), self.classes))

@@ -55,7 +55,6 @@ class ImageEmbedding(BaseConditioner):
         return {"layer": self.tower.layer, **built, **pixels, "weights": fingerprint(self.state_dict())}
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """Zeros."""
         count = len(batch["reference"] if "reference" in batch else batch["position"])
         return torch.zeros(count, self.tower.length, self.tower.width, device=next(self.parameters()).device)
 

@@ -37,7 +37,6 @@ class Mask(BaseConditioner):
         return self.keep + (self.hole - self.keep) * F.interpolate(mask, (height, width), mode="nearest")
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """A mask that is all hole."""
         return torch.full_like(self(batch, encode), self.hole)
 
 
@@ -58,7 +57,6 @@ class MaskedLatent(BaseConditioner):
         self.hole = hole
 
     def width(self, latent: LatentSpec) -> int:
-        """The latent's channels."""
         return latent.channels
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
@@ -67,5 +65,4 @@ class MaskedLatent(BaseConditioner):
         return encode(pixels.masked_fill(batch["mask"].bool(), self.hole))
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The latent of an image that is all hole."""
         return encode(torch.full_like(batch["image"], self.hole, dtype=torch.float32))

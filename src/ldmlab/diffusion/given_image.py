@@ -7,16 +7,14 @@ its end noised back to its start (algorithm 1), so that what is generated fits w
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmlab.contracts import AfterStep, Denoise, Level, Sampler
+from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Sampler
 
 
 @dataclass(frozen=True)
@@ -32,16 +30,11 @@ class GivenImage:
         """x at the first level of the grid."""
         return self.kept(noise if self.source is None else _noised(self.source, noise, level), noise, level)
 
-    def around(self, sampler: Sampler, fresh: Callable[[int], Tensor]) -> Sampler:
+    def around(self, sampler: Sampler, fresh: Noise) -> Sampler:
         """A sampler that starts from or keeps these latents; `fresh`: noise by number, for going back."""
 
         def sample(
-            denoise: Denoise,
-            x: Tensor,
-            grid: list[Level],
-            *,
-            noise: Callable[[int], Tensor],
-            after_step: AfterStep | None = None,
+            denoise: Denoise, x: Tensor, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
         ) -> Tensor:
             start, x = x, self.begin(x, grid[0])
             if self.known is None or self.repeats == 1:
@@ -51,7 +44,7 @@ class GivenImage:
                 for turn in range(turns):
                     number = step * self.repeats + turn
                     keep = self._keeping(start, [here, there], after_step if turn + 1 == turns else None, first=step)
-                    x = sampler(denoise, x, [here, there], noise=partial(_numbered, noise, number), after_step=keep)
+                    x = sampler(denoise, x, [here, there], noise=lambda _, n=number: noise(n), after_step=keep)  # type: ignore
                     if turn + 1 < turns:
                         x = _noised_again(x, there, here, fresh(number))
             return x
@@ -72,11 +65,6 @@ class GivenImage:
             return x if after_step is None else after_step(first + step, x, clean)
 
         return keep
-
-
-def _numbered(noise: Callable[[int], Tensor], number: int, step: int) -> Tensor:
-    """The noise of a run of one step that is step `number` of a longer one."""
-    return noise(number)
 
 
 def _noised_again(x: Tensor, here: Level, back: Level, fresh: Tensor) -> Tensor:

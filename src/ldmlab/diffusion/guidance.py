@@ -115,11 +115,7 @@ class ImageGuider:
         _check("guider weight", weight)
         self.decode, self.distance, self.weight = decode, distance, weight
         self.target, self.name = target, name
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """`low_resolution` unless one image is the target of all."""
-        return frozenset() if self.target is not None else frozenset({"low_resolution"})
+        self.reads = frozenset({"low_resolution"} if target is None else ())
 
     def __call__(self, denoise: Denoise, batch: Mapping[str, Any]) -> Denoise:
         target = batch["low_resolution"] if self.target is None else self.target[None]

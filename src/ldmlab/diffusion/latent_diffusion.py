@@ -4,7 +4,7 @@ Three kinds of numbers: pixels (B, 3, H, W) in [-1, 1]; raw latents, which only 
 see; final latents (B, C, h, w), normalised, everywhere else. A batch is a plain dict with `position` (B,) int64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ from ldmlab.diffusion.schedule import levels_of
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
 from ldmlab.errors import InputError
 from ldmlab.randomness import integers, normal, uniform
+
+Named = list[tuple[str, Conditioner]]
 
 
 class LatentDiffusion(LatentSpace):
@@ -64,30 +66,31 @@ class LatentDiffusion(LatentSpace):
 
     def conditioning(self, batch: dict[str, Any], null_mask: Mapping[str, Tensor] | None = None) -> Conditioning:
         """The denoiser's conditioning; a conditioner's `null` where `null_mask[name]` (B,) is true."""
-        values: dict[str, list[Tensor]] = {}
-        for name, conditioner in self._each_conditioner():
-            value = self._output(name, conditioner, batch)
-            if null_mask is not None and name in null_mask:
-                mask = null_mask[name].reshape(-1, *[1] * (value.ndim - 1))
-                value = torch.where(mask, conditioner.null(batch, self.encode).to(value.dtype), value)
-            values.setdefault(conditioner.slot, []).append(value)
-        return joined(values)
+
+        def value(name: str, conditioner: Conditioner) -> Tensor:
+            found = self._output(name, conditioner, batch)
+            if null_mask is None or name not in null_mask:
+                return found
+            mask = null_mask[name].reshape(-1, *[1] * (found.ndim - 1))
+            return torch.where(mask, conditioner.null(batch, self.encode).to(found.dtype), found)
+
+        return joined(self._each_conditioner(), value)
 
     def null(self, batch: dict[str, Any]) -> Conditioning:
         """The conditioning of the unconditional pass: inputs that training dropped are null, the rest stays.
 
         `negative_prompt` replaces the empty caption.
         """
-        values: dict[str, list[Tensor]] = {}
-        for name, conditioner in self._each_conditioner():
+
+        def value(name: str, conditioner: Conditioner) -> Tensor:
             if "negative_prompt" in batch and "caption" in conditioner.reads:
-                value = conditioner({**batch, "caption": batch["negative_prompt"]}, self.encode)
-            elif self._droppable(conditioner):
-                value = conditioner.null(batch, self.encode)
-            else:
-                value = self._output(name, conditioner, batch)
-            values.setdefault(conditioner.slot, []).append(value)
-        return joined(values)
+                return conditioner({**batch, "caption": batch["negative_prompt"]}, self.encode)
+            droppable = conditioner.slot != "spatial" if self.guidance_trained is None else conditioner.drop > 0
+            if droppable:  # an imported model does not record its rates: spatial inputs are kept, the rest is dropped
+                return conditioner.null(batch, self.encode)
+            return self._output(name, conditioner, batch)
+
+        return joined(self._each_conditioner(), value)
 
     def drops(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
         """Guidance dropout: per conditioner with a rate, the images without it; (B,) bool."""
@@ -99,17 +102,13 @@ class LatentDiffusion(LatentSpace):
                 masks[name] = draw < conditioner.drop
         return masks
 
-    def _each_conditioner(self) -> list[tuple[str, Conditioner]]:
+    def _each_conditioner(self) -> Named:
         return list(self.conditioners.items())  # type: ignore[arg-type]
 
     def _output(self, name: str, conditioner: Conditioner, batch: dict[str, Any]) -> Tensor:
         """The conditioner's output, or its states stored when the latents were encoded."""
         stored = batch.get(states_field(name))
         return conditioner(batch, self.encode) if stored is None else stored.float()
-
-    def _droppable(self, conditioner: Conditioner) -> bool:
-        """An imported model does not record its rates: spatial inputs are kept, the rest is dropped."""
-        return conditioner.slot != "spatial" if self.guidance_trained is None else conditioner.drop > 0
 
     # ---- training
 
@@ -232,16 +231,17 @@ def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> N
             )
 
 
-def joined(values: Mapping[str, list[Tensor]]) -> Conditioning:
+def joined(conditioners: Named, value: Callable[[str, Conditioner], Tensor]) -> Conditioning:
     """Several conditioners on one slot: tokens by length, spatial by channels, vectors summed."""
-    slots: dict[str, Tensor] = {}
+    values: dict[str, list[Tensor]] = {}
+    for name, conditioner in conditioners:
+        values.setdefault(conditioner.slot, []).append(value(name, conditioner))
     sizes = {f"{part.shape[2]} x {part.shape[3]}" for part in values.get("spatial", [])}
     if len(sizes) > 1:
         raise InputError(f"spatial conditions come at {' and '.join(sorted(sizes))}; give images of one size.")
+    slots = {slot: parts[0] for slot, parts in values.items()}
     for slot, parts in values.items():
-        if len(parts) == 1:
-            slots[slot] = parts[0]
-        else:
+        if len(parts) > 1:
             slots[slot] = torch.stack(parts).sum(0) if slot == "vector" else torch.cat(parts, dim=1)
     return Conditioning(**slots)
 

@@ -41,12 +41,13 @@ class Schedule:
                 f"diffusion.schedule.start={start} and end={end} are not 0 < start <= end < 1; "
                 "the paper's are 0.0015 and 0.0195."
             )
-        self.name = name
-        self.steps = steps
-        self.zero_terminal_snr = zero_terminal_snr
+        self.name, self.steps, self.zero_terminal_snr = name, steps, zero_terminal_snr
         self.betas = _betas(name, start, end, steps, cosine_offset)  # (T,)
-        if zero_terminal_snr:
-            self.betas = _without_terminal_signal(self.betas)
+        if zero_terminal_snr:  # alphas shifted so that the last is 0, and scaled so that the first stays
+            alpha = torch.cumprod(1 - self.betas, dim=0).sqrt()
+            alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+            alpha_bar = torch.cat([torch.ones(1, dtype=alpha.dtype), alpha**2])
+            self.betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)  # (T,)
         self._tables: dict[torch.device, Tensor] = {}
 
@@ -57,14 +58,6 @@ class Schedule:
             self._tables[t.device] = both.float().to(t.device)
         alpha, sigma = self._tables[t.device][:, t, None, None, None]
         return alpha, sigma
-
-
-def _without_terminal_signal(betas: Tensor) -> Tensor:
-    """Betas of the schedule whose alphas are shifted so that the last is 0 and scaled so that the first stays."""
-    alpha = torch.cumprod(1 - betas, dim=0).sqrt()
-    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
-    alpha_bar = torch.cat([torch.ones(1, dtype=alpha.dtype), alpha**2])
-    return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
 def _betas(name: str, start: float, end: float, steps: int, cosine_offset: float) -> Tensor:
@@ -146,11 +139,6 @@ def ddim_grid(schedule: Any, steps: int, spacing: str = "official") -> list[Leve
         return [*(levels.at(t) for t in times), levels.at(0)._replace(time=None)]
     visited = _visited(levels_of(schedule), steps, spacing)
     return [*(level for level in visited if level.sigma > 0), Level(1.0, 0.0, None)]
-
-
-def ddpm_grid(schedule: Any, steps: int | None = None) -> list[Level]:
-    """Every level of the schedule, or `steps` of them with both ends, down to the clean latent."""
-    return ddim_grid(schedule, steps or schedule.steps, "linspace")
 
 
 def _visited(levels: Levels, steps: int, spacing: str) -> list[Level]:

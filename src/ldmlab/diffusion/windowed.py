@@ -32,11 +32,15 @@ def latent_windows(size: tuple[int, int], window: int, downsampling: int) -> lis
 def windowed(bind: Bind, parts: Sequence[Window]) -> Bind:
     """As `bind`, window by window; what is concatenated to the latent is cut with it."""
 
+    def cut(conditioning: Conditioning, part: Window) -> Conditioning:
+        spatial = conditioning.spatial
+        return replace(conditioning, spatial=None if spatial is None else part.of(spatial))
+
     def bind_all(conditioning: Conditioning, null: Conditioning | None) -> Denoise:
         if conditioning.spatial is None:
             bound = [bind(conditioning, null)] * len(parts)
         else:
-            bound = [bind(_cut(conditioning, part), None if null is None else _cut(null, part)) for part in parts]
+            bound = [bind(cut(conditioning, part), null and cut(null, part)) for part in parts]
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             return blended(lambda i: bound[i](parts[i].of(x), level), parts)
@@ -44,8 +48,3 @@ def windowed(bind: Bind, parts: Sequence[Window]) -> Bind:
         return denoise
 
     return bind_all
-
-
-def _cut(conditioning: Conditioning, part: Window) -> Conditioning:
-    spatial = conditioning.spatial
-    return conditioning if spatial is None else replace(conditioning, spatial=part.of(spatial))

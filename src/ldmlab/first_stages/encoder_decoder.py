@@ -124,21 +124,33 @@ class Middle(nn.Module):
 
 
 class Network(nn.Module):
-    """A row of pieces from a first convolution to a last norm and convolution; subclasses add them in their order."""
+    """The encoder, images (B, 3, H, W) in [-1, 1] => (B, C, H / f, W / f), or its mirror image, the decoder.
 
-    input: nn.Conv2d
-    levels: nn.ModuleList
-    middle: Middle
-    output_norm: nn.GroupNorm
-    output: nn.Conv2d
+    Levels run from the finest to the coarsest, in a decoder from the coarsest to the finest.
+    """
 
-    def parts(self) -> list[Any]:
-        """Levels and middle, in the order in which they run."""
-        raise NotImplementedError
+    def __init__(self, arch: Architecture, in_channels: int, out_channels: int, *, decodes: bool) -> None:
+        super().__init__()
+        order = list(range(len(arch.widths)))[:: -1 if decodes else 1]
+        widths = [arch.widths[level] for level in order]
+        self.decodes = decodes
+        self.input = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        if decodes:
+            self.middle = Middle(arch, widths[0])
+        self.levels = nn.ModuleList()
+        for level, before, width in zip(order, [widths[0], *widths[:-1]], widths, strict=True):
+            resample = None if level == order[-1] else Grow(width) if decodes else Shrink(width, asymmetric=True)
+            chain = [before] + [width] * (arch.num_res_blocks + decodes)
+            self.levels.append(ResolutionLevel(arch, level, chain, resample))
+        if not decodes:
+            self.middle = Middle(arch, widths[-1])
+        self.output_norm = arch.norm(widths[-1])
+        self.output = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def pieces(self) -> list[nn.Module]:
         """From the input to the last feature map, in the order in which they run."""
-        return [self.input, *(piece for part in self.parts() for piece in part.pieces())]
+        parts: list[Any] = [self.middle, *self.levels] if self.decodes else [*self.levels, self.middle]
+        return [self.input, *(piece for part in parts for piece in part.pieces())]
 
     def head(self, x: Tensor) -> Tensor:
         """The last feature map => the output."""
@@ -150,46 +162,6 @@ class Network(nn.Module):
         for piece in self.pieces():
             x = piece(x)
         return self.head(x)
-
-
-class Encoder(Network):
-    """(B, 3, H, W) in [-1, 1] => (B, out_channels, H / f, W / f); levels run from the finest to the coarsest."""
-
-    def __init__(self, arch: Architecture, out_channels: int) -> None:
-        super().__init__()
-        widths = arch.widths
-        self.input = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList()
-        for level, width in enumerate(widths):
-            chain = [widths[max(level - 1, 0)]] + [width] * arch.num_res_blocks
-            resample = Shrink(width, asymmetric=True) if level < len(widths) - 1 else None
-            self.levels.append(ResolutionLevel(arch, level, chain, resample))
-        self.middle = Middle(arch, widths[-1])
-        self.output_norm = arch.norm(widths[-1])
-        self.output = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-
-    def parts(self) -> list[Any]:
-        return [*self.levels, self.middle]
-
-
-class Decoder(Network):
-    """(B, latent_channels, h, w) => (B, 3, f h, f w), about [-1, 1]; levels run from the coarsest to the finest."""
-
-    def __init__(self, arch: Architecture) -> None:
-        super().__init__()
-        widths = arch.widths
-        self.input = nn.Conv2d(arch.latent_channels, widths[-1], 3, padding=1)
-        self.middle = Middle(arch, widths[-1])
-        self.levels = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            chain = [widths[min(level + 1, len(widths) - 1)]] + [widths[level]] * (arch.num_res_blocks + 1)
-            resample = Grow(widths[level]) if level > 0 else None
-            self.levels.append(ResolutionLevel(arch, level, chain, resample))
-        self.output_norm = arch.norm(widths[0])
-        self.output = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def parts(self) -> list[Any]:
-        return [self.middle, *self.levels]
 
 
 @torch.no_grad()
@@ -232,8 +204,8 @@ class Autoencoder(nn.Module, ABC):
         super().__init__()
         self.downsampling = 2 ** (len(arch.channel_mult) - 1)  # f, image pixels per latent pixel and axis
         self.latent_channels = latent_channels
-        self.encoder = Encoder(arch, out_channels=encoder_channels)
-        self.decoder = Decoder(arch)
+        self.encoder = Network(arch, 3, encoder_channels, decodes=False)
+        self.decoder = Network(arch, arch.latent_channels, 3, decodes=True)
 
     @abstractmethod
     def posterior_of(self, features: Tensor) -> Posterior:

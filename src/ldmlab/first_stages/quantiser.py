@@ -4,8 +4,8 @@ Codes follow the gradient, as in the paper, or are running means of the vectors 
 "Neural Discrete Representation Learning", NeurIPS 2017, appendix A.1).
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,8 @@ class Quantiser(nn.Module):
         """Codes of the nearest codebook vectors, (..., C) => (...) int64; the smallest code wins a tie."""
         codebook = self._shaped(self.codebook.weight.float(), dim=1)  # (K, C)
         rows = max(_DISTANCES_AT_ONCE // len(codebook), 1)
-        with _full_precision(vectors.device.type):  # half precision would confuse neighbours
+        device = vectors.device.type  # half precision would confuse neighbours; meta tensors have no autocast
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             squares = codebook.square().sum(dim=1)  # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 changes nothing
             parts = vectors.reshape(-1, vectors.shape[-1]).float().split(rows)
             codes = [torch.addmm(squares, part, codebook.T, alpha=-2.0).argmin(dim=1) for part in parts]
@@ -123,24 +124,13 @@ class Quantiser(nn.Module):
         average = self.uses.mean()
         rows = (self.uses < (self.restart_below or 0.0) * average).nonzero()[:, 0]
         if len(rows):  # on every process or on none
-            candidates = _gathered(candidates)
+            if joined():
+                parts = [torch.empty_like(candidates) for _ in range(world_size())]
+                dist.all_gather(parts, candidates)
+                candidates = torch.cat(parts)
             generator = torch.Generator().manual_seed(int(self.updates))
             chosen = torch.randint(len(candidates), (len(rows),), generator=generator).to(candidates.device)
             self.codebook.weight[rows] = candidates[chosen]
             self.uses[rows] = average
             self.sums[rows] = average * candidates[chosen]
         return rows
-
-
-def _full_precision(device: str) -> AbstractContextManager[Any]:
-    """No autocast inside; some devices (meta) have none to switch off."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    """The rows of all processes in the order of ranks."""
-    if not joined():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows)
-    return torch.cat(parts)

@@ -42,12 +42,9 @@ class Adversary(nn.Module):
                 f"{discriminator_start}: its gradients would be untrained; choose at least {discriminator_start}."
             )
         self.discriminator = discriminator
-        self.weight = weight
-        self.discriminator_start = discriminator_start
-        self.adversary_start = adversary_start
+        self.weight, self.adaptive, self.official_order = weight, adaptive, official_order
+        self.discriminator_start, self.adversary_start = discriminator_start, adversary_start
         self.ramp_steps = ramp_steps
-        self.adaptive = adaptive
-        self.official_order = official_order
 
     def trains_at(self, step: int) -> bool:
         """Whether the discriminator is updated after `step` updates of the autoencoder."""

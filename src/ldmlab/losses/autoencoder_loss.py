@@ -52,7 +52,6 @@ class AutoencoderLoss(nn.Module):
         return total, {name: value.detach() for name, value in terms.items()}
 
     def discriminator(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Terms]:
-        """The discriminator's loss, and its terms."""
         assert self.adversary is not None
         loss, logits = self.adversary.discriminator_loss(images, reconstructed)
         terms = {"adversary/discriminator": loss.detach()}

@@ -34,9 +34,9 @@ class PatchDiscriminator(nn.Module):
         parts.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.smallest_image = 3 * 2**layers
         self.network = nn.Sequential(*parts)
-        for part in self.network:  # as in the discriminator's paper
-            if not isinstance(part, nn.LeakyReLU):
-                nn.init.normal_(part.weight, 0.0 if isinstance(part, nn.Conv2d) else 1.0, 0.02)
+        for name, weight in self.named_parameters():  # N(0, 0.02), of norms N(1, 0.02), as in the discriminator's paper
+            if name.endswith("weight"):
+                nn.init.normal_(weight, 0.0 if weight.ndim == 4 else 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] => logits (B, 1, h, w), high for real."""

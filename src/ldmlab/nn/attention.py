@@ -150,10 +150,9 @@ class SpatialTransformer(nn.Module):
         return x + to_map(self.proj_out(tokens), x)
 
 
-_HEAD_CHANNELS = 64
-
-
 # ---- the encoder that the paper trains jointly with the denoiser (appendix E.2.1); no mask, padding is attended to
+
+_HEAD_CHANNELS = 64
 
 
 class EncoderBlock(nn.Module):

@@ -174,8 +174,29 @@ def make_tokenizer(config: Mapping[str, Any]) -> SimpleTokenizer:
     return SimpleTokenizer(context_length=text.get("context_length", 77))
 
 
-class TextTower(nn.Module):
+class Tower(nn.Module):
+    """One half of a CLIP model, under the names of open_clip's CLIP class but for what `clip_names` says."""
+
+    kind: str
+
+    def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
+        """Weights from the state dict of a whole CLIP model; the other half is left aside."""
+        named = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+        names, shapes = self.clip_names(), {name: tensor.shape for name, tensor in self.state_dict().items()}
+        missing = [c for name, c in names.items() if c not in named or named[c].shape != shapes[name]]
+        if missing:
+            raise InputError(f"the CLIP weights do not fit the {self.kind} tower ({missing[0]}); use its own config.")
+        self.load_state_dict({name: named[c] for name, c in names.items()})
+
+    def clip_names(self) -> dict[str, str]:
+        """Name of each tensor here => its name in the state dict of open_clip's CLIP class."""
+        return {name: name for name in self.state_dict()}
+
+
+class TextTower(Tower):
     """The text half of a CLIP model up to its states per token; tensor names as in open_clip's CLIP class."""
+
+    kind = "text"
 
     def __init__(self, clip: nn.Module, layer: str = "last", unused: bool = False) -> None:
         """layer: last | penultimate, each followed by the final norm | pooled, the last at the caption's end.
@@ -211,17 +232,7 @@ class TextTower(nn.Module):
         ends = ids.argmax(1)  # the end token has the largest number
         return states[torch.arange(len(ids), device=ids.device), ends][:, None]
 
-    def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
-        """Weights from the state dict of a whole CLIP model; what is not the text tower's is left aside."""
-        named = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
-        names, shapes = self.clip_names(), {name: tensor.shape for name, tensor in self.state_dict().items()}
-        missing = [c for name, c in names.items() if c not in named or named[c].shape != shapes[name]]
-        if missing:
-            raise InputError(f"the CLIP weights do not fit the text tower ({missing[0]}); use its own config.")
-        self.load_state_dict({name: named[c] for name, c in names.items()})
-
     def clip_names(self) -> dict[str, str]:
-        """Name of each tensor here => its name in the state dict of open_clip's CLIP class."""
         idle = f"transformer.resblocks.{len(self.transformer.resblocks)}."
         return {n: n.replace("unused.blocks.0.", idle).removeprefix("unused.") for n in self.state_dict()}
 

@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError
-from ldmlab.nn.openclip import OpenClip, build_clip, clip_pixels
+from ldmlab.nn.openclip import OpenClip, Tower, build_clip, clip_pixels
 
 _NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
 
 
-class ImageTower(nn.Module):
+class ImageTower(Tower):
     """Images to the states of a CLIP image tower; tensor names as in open_clip's CLIP class (`visual.*`)."""
+
+    kind = "image"
 
     def __init__(self, clip: OpenClip, layer: str = "embedding") -> None:
         """layer: embedding, in the space shared with captions, not normalised | patches, the final states."""
@@ -54,14 +56,6 @@ class ImageTower(nn.Module):
             images = images[..., top : top + size, left : left + size]
         return clip_pixels(images, size, self.mean, self.std)
 
-    def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
-        """Weights from the state dict of a whole CLIP model; what is not the image tower's is left aside."""
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        missing = [name for name in shapes if name not in tensors or tensors[name].shape != shapes[name]]
-        if missing:
-            raise InputError(f"the CLIP weights do not fit the image tower ({missing[0]}); use its own config.")
-        self.load_state_dict({name: tensors[name] for name in shapes})
-
 
 def build_image_tower(
     name: str | None = None,  # of a published architecture, or
@@ -70,8 +64,5 @@ def build_image_tower(
     layer: str = "embedding",
 ) -> tuple[ImageTower, dict[str, Any]]:
     """The tower and the configuration that rebuilds it; of `config` no text tower of real size is built."""
-    if config is None:
-        clip = build_clip(name, pretrained)
-        return ImageTower(clip, layer), {**clip.config, "text_cfg": dict(_NO_TEXT)}
-    clip = build_clip(config={**config, "text_cfg": dict(_NO_TEXT)})
-    return ImageTower(clip, layer), clip.config
+    clip = build_clip(name, pretrained) if config is None else build_clip(config={**config, "text_cfg": _NO_TEXT})
+    return ImageTower(clip, layer), {**clip.config, "text_cfg": dict(_NO_TEXT)}

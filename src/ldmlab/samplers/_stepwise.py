@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from ldmlab.contracts import AfterStep, Denoise, Level
+from ldmlab.contracts import AfterStep, Denoise, Level, Noise
 from ldmlab.errors import InputError
 
 
@@ -23,7 +23,7 @@ class Step:
     there: Level  # where it goes to
     unrounded: Tensor  # the clean estimate before it was rounded to x's dtype
     denoise: Denoise  # for samplers that evaluate the network twice a step
-    noise: Callable[[int], Tensor]  # of a step, in x's shape
+    noise: Noise
     past: list[Any]  # what a sampler keeps from step to step, empty at first
     nearest: Callable[[Tensor], Tensor]  # of a clean estimate: its codebook vectors with `quantize_x0`, else itself
 
@@ -44,15 +44,9 @@ class Stepwise(ABC):
         """x (B, C, h, w) and its clean estimate at `step.here`, both of x's dtype => x at `step.there`."""
 
     def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,  # (B, C, h, w) at grid[0]
-        grid: list[Level],
-        *,
-        noise: Callable[[int], Tensor],
-        after_step: AfterStep | None = None,
+        self, denoise: Denoise, x: Tensor, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
     ) -> Tensor:
-        """x at the last level of the grid."""
+        """x (B, C, h, w) at the first level of the grid => at its last."""
         past: list[Any] = []
         nearest = self._nearest if self.quantize_x0 else lambda clean: clean
         if nearest is None:

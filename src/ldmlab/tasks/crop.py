@@ -18,6 +18,7 @@ from ldmlab.errors import InputError
 cv2.setNumThreads(1)  # loader workers already share the cores
 RULES = ("centre", "window", "random")
 FILTERS = ("bicubic", "area")
+Region = tuple[float, float, float, float]  # left, top, right, bottom in px
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Crop:
         cut: dict[str, Any] = {"image": resized(sample["image"], size, region, self.filter)}
         for name in ("segmentation", "mask"):
             if name in sample:
-                _check_lies_on(sample[name], name, width, height)
+                high, wide = sample[name].shape[-2:]
+                if (high, wide) != (height, width):
+                    raise ValueError(f"its {name} has {wide} x {high} pixels, the image {width} x {height}")
                 cut[name] = nearest(sample[name], size, place)
         if "boxes" in sample:
             cut["boxes"] = cropped(sample["boxes"], place)
@@ -80,16 +83,8 @@ class Crop:
         return cut
 
 
-def _check_lies_on(values: NDArray[Any], name: str, width: int, height: int) -> None:
-    if values.shape[-2:] != (height, width):
-        high, wide = values.shape[-2:]
-        raise ValueError(f"its {name} has {wide} x {high} pixels, the image {width} x {height}")
-
-
-def resized(
-    image: NDArray[np.uint8], size: int, region: tuple[float, float, float, float], filter: str
-) -> NDArray[np.uint8]:
-    """The region (left, top, right, bottom in px) of an image (3, H, W) at size x size."""
+def resized(image: NDArray[np.uint8], size: int, region: Region, filter: str) -> NDArray[np.uint8]:
+    """The region of an image (3, H, W) at size x size."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0))  # (H, W, 3)
     if filter == "area":
         left, top, right, bottom = (round(edge) for edge in region)
