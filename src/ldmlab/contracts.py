@@ -212,7 +212,11 @@ class Task(Protocol):
 
 
 class AutoencoderLoss(Protocol):
-    """Loss of a first stage (stage=autoencoder); a `torch.nn.Module`."""
+    """Loss of a first stage (stage=autoencoder); a `torch.nn.Module`.
+
+    Its parameters outside `adversary` are trained with the first stage. Optional: `lpips`, the network by which
+    validation measures reconstructions; `l1` among the scalars, watched for a rise once the adversary has joined.
+    """
 
     adversary: Any  # None, or ldmlab.losses.adversary.Adversary
 

@@ -204,6 +204,12 @@ def test_guidance_dropout_rate(together: bool) -> None:
     assert not told.spatial.any()
 
 
+@pytest.mark.parametrize("drop", [1.0, -0.1, float("nan")])
+def test_a_drop_that_is_no_rate_is_refused_of_any_conditioner(drop: float) -> None:
+    with pytest.raises(InputError, match=rf"conditioner\.told\.drop={drop} is no rate"):
+        make({"told": Told(drop=drop)})
+
+
 def test_dropout_happens_in_training_only_and_once() -> None:
     model = make({"told": Told(drop=0.5)}, guidance_trained=True)
     batch = batch_of(32)

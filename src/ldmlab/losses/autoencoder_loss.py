@@ -32,6 +32,11 @@ class AutoencoderLoss(nn.Module):
         )
         self.adversary = adversary
 
+    @property
+    def lpips(self) -> nn.Module | None:
+        """The network by which reconstructions are measured in validation too."""
+        return self.reconstruction.lpips
+
     def autoencoder(self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int) -> tuple[Tensor, Terms]:
         """The autoencoder's total loss after `step` updates, and its terms."""
         if given.penalties.keys() != self.penalty_weights.keys():

@@ -93,13 +93,18 @@ class AutoencoderStage(Stage):
         self.codebook = CodebookWindow(codes, codebook_window, codebook_alert) if codes is not None else None
         self.rise_alarm = RiseAlarm()
         self.one_by_one = loss.adversary is not None and loss.adversary.official_order
-        with_lpips = loss.reconstruction.lpips is not None
-        self.monitor, self.monitor_mode = ("lpips", "min") if with_lpips else ("psnr", "max")
+        self.monitor, self.monitor_mode = ("psnr", "max") if self._lpips is None else ("lpips", "min")
         self._assigned = self._assign()
         self._seen: tuple[Tensor, Tensor] | None = None  # images and reconstructions of this micro-batch
 
+    @property
+    def _lpips(self) -> nn.Module | None:
+        """The loss's, if it has one."""
+        return getattr(self.loss, "lpips", None)
+
     def _assign(self) -> dict[str, list[nn.Parameter]]:
-        trained = [*self.first_stage.parameters(), *self.loss.reconstruction.parameters()]
+        of_loss = [p for name, p in self.loss.named_parameters() if not name.startswith("adversary.")]
+        trained = [*self.first_stage.parameters(), *of_loss]
         groups = {"generator": [p for p in trained if p.requires_grad]}
         if self.loss.adversary is not None:
             groups["discriminator"] = list(self.loss.adversary.parameters())
@@ -149,7 +154,8 @@ class AutoencoderStage(Stage):
         given = self.first_stage.reconstruct(images, self._noise(batch["position"], images))
         total, metrics = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
         self._seen = (images, given.images.detach())
-        self._watch(metrics["l1"])
+        if "l1" in metrics:
+            self._watch(metrics["l1"])
         return Losses(total, metrics | self._codebook_metrics(given.codes))
 
     def _images_of(self, batch: Batch) -> Tensor:
@@ -217,7 +223,7 @@ class AutoencoderStage(Stage):
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Measures of reconstructions from the posterior's mean, and the latents' statistics per channel."""
-        measures = ReconstructionMeasures(self.background, self.loss.reconstruction.lpips).to(self.device)
+        measures = ReconstructionMeasures(self.background, self._lpips).to(self.device)
         latents = LatentStatistics(self.first_stage.latent_channels).to(self.device)
         for batch in batches:
             posterior = self.first_stage.encode(self._images_of(batch))
