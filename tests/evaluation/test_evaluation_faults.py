@@ -23,12 +23,12 @@ from ldmlab.app.evaluate import scores_text
 from ldmlab.app.evaluation_parts import clip_quality, curves, reference_data, run_record
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation import model_evaluation
+from ldmlab.evaluation import model_evaluation, run
 from ldmlab.evaluation.image_sets import image_set, score_sets
-from ldmlab.evaluation.model_evaluation import Evaluation, ReconstructionEvaluation, output_folder
+from ldmlab.evaluation.model_evaluation import Evaluation, ReconstructionEvaluation
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
-from ldmlab.evaluation.run import TrainingScores
+from ldmlab.evaluation.run import TrainingScores, output_folder
 from ldmlab.evaluation.sources import Reconstructions
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.features import Inception2015
@@ -133,7 +133,7 @@ def test_more_unreadable_images_than_allowed_are_refused_before_a_sample(tmp_pat
 def test_reconstructions_and_scores_in_training_count_them_too(tmp_path: Path) -> None:
     data = shards(tmp_path, {12: "zeros"})
     protocol = replace(PROTOCOL, conditions="reference", samples=None)
-    parts = {"first_stage": Copies(), "info": {}, "lpips": None, "out": tmp_path / "out"}
+    parts = {"model": Copies(), "info": {}, "lpips": None, "out": tmp_path / "out"}
     found = ReconstructionEvaluation(  # type: ignore[call-arg]
         data=data, protocol=protocol, extractor=Means(), metrics=metrics(), **parts
     ).run()
@@ -170,6 +170,59 @@ def test_a_set_on_disk_allows_unreadable_images_by_option_alone(content: bytes, 
     found = scored(0.2)
     assert (found["samples"]["images"], found["samples"]["unreadable"]["count"]) == (7, 1)
     assert any("7 of 8 images of samples could be read" in mark for mark in found["scores"]["fid"]["marks"])
+
+
+# ---- how reference images were prepared
+
+PREPARED = {"size": SIZE, "rule": "centre", "background": [255, 255, 255], "format": "webp", "quality": None}
+
+
+def prepared(folder: Path, transform: Mapping[str, Any]) -> ShardData:
+    """Shards whose manifest records this transform."""
+    data = shards(folder)
+    manifest = json.loads((folder / "val" / "manifest.json").read_text())
+    (folder / "val" / "manifest.json").write_text(json.dumps(manifest | {"transform": transform}))
+    return data
+
+
+@pytest.mark.parametrize("missing", [[name] for name in PREPARED] + [["rule", "background"], list(PREPARED)])
+def test_what_a_manifest_does_not_record_of_its_images_is_said(
+    missing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {name: value for name, value in PREPARED.items() if name not in missing}
+    evaluation(prepared(tmp_path, known), tmp_path / "out").run()
+    told = [line for line in capsys.readouterr().err.splitlines() if "does not record" in line]
+    assert len(told) == 1
+    assert all((f"transform.{name}" in told[0]) == (name in missing) for name in PREPARED)
+    assert "transparent pixels on the colour (255, 255, 255)" in told[0]
+
+
+def test_a_manifest_that_records_everything_is_not_mentioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation(prepared(tmp_path, PREPARED), tmp_path / "out").run()
+    assert "does not record" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", 2 * SIZE),
+        ("size", "16"),
+        ("size", True),
+        ("rule", "upside_down"),
+        ("rule", ["lsun"]),
+        ("format", 3),
+        ("quality", "best"),
+    ],
+)
+def test_a_transform_that_contradicts_itself_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    data = prepared(tmp_path, PREPARED | {name: value})
+    with pytest.raises(InputError, match=rf"val records transform\.{name}=.*image_size=16"):
+        evaluation(data, tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=rf"records transform\.{name}="):
+        image_set(tmp_path / "val", workers=0)
 
 
 # ---- scores
@@ -271,17 +324,17 @@ def test_a_second_evaluation_of_one_folder_is_refused(tmp_path: Path) -> None:
         evaluation(data, tmp_path / "file").run()
 
 
-@pytest.mark.parametrize("part", ["save_image", "write_json"])
+@pytest.mark.parametrize(("module", "part"), [(model_evaluation, "save_image"), (run, "write_json")])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_an_evaluation_that_met_a_full_disk_runs_again(
-    part: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, part: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise OSError(number, "no room")
 
     data, out = shards(tmp_path), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(model_evaluation, part, full)
+        patch.setattr(module, part, full)
         with pytest.raises(InputError, match=str(out)):
             evaluation(data, out).run()
     assert not (out / "metrics.json").exists()

@@ -10,7 +10,7 @@ from torch import Tensor
 from ldmlab.errors import InputError
 from ldmlab.evaluation.classifier import Learned
 from ldmlab.evaluation.evaluators import ClassAccuracy, Evidence
-from ldmlab.evaluation.segmentation_accuracy import SegmentationAccuracy, mean_iou, overlaps, resized_labels
+from ldmlab.evaluation.segmentation_accuracy import SegmentationAccuracy, overlaps, resized_labels
 
 COLOURS = torch.tensor([[235, 235, 235], [210, 40, 40], [40, 170, 60], [50, 70, 210]], dtype=torch.uint8)
 EVALUATOR = SegmentationAccuracy(steps=40, batch_size=8)
@@ -58,12 +58,12 @@ def test_intersection_over_union_by_hand() -> None:
     given = torch.tensor([[[0, 1], [1, 2]], [[0, 0], [0, 2]]])
     found = torch.tensor([[[0, 1], [2, 2]], [[3, 0], [0, 0]]])
     table = overlaps(found, given, 4)
-    assert [(one.both, one.given, one.found) for one in table] == [(3, 4, 4), (1, 2, 1), (1, 2, 2), (0, 0, 1)]
-    assert mean_iou(table) == pytest.approx((1 / 2 + 1 / 3) / 2)  # no map holds class 3
+    assert (table.scores, table.counts) == ([1 / 2, 1 / 3, None], [2, 2, 0])  # without background; no map holds 3
+    assert table.mean == pytest.approx((1 / 2 + 1 / 3) / 2)
     with pytest.raises(InputError, match="label 2 is in an input map but in no training image"):
         overlaps(found, given, 2)
     with pytest.raises(InputError, match="anything but background"):
-        mean_iou(overlaps(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 3))
+        overlaps(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 3)
 
 
 def test_maps_of_another_size_are_read_at_pixel_centres() -> None:

@@ -49,9 +49,9 @@ def evaluate(config: Mapping[str, Any]) -> None:
     from ldmlab import distributed
     from ldmlab.app.evaluation_parts import build_extractor, build_metric, changed, curves, run_folder
     from ldmlab.build import pick_device
-    from ldmlab.evaluation.model_evaluation import check_out
     from ldmlab.evaluation.protocol import Protocol
     from ldmlab.evaluation.reference_statistics import statistics_folder
+    from ldmlab.evaluation.run import check_out
     from ldmlab.instantiate import instantiate
     from ldmlab.model_files import read_description
     from ldmlab.report.paper_table import paper_record
@@ -174,7 +174,7 @@ def _reconstructions(config: Mapping[str, Any], parts: dict[str, Any]) -> None:
     loaded = load_first_stage(config["model"], config["weights"])
     record = {"weights": loaded.files.weights, "step": loaded.files.step, "fingerprint": loaded.fingerprint}
     ReconstructionEvaluation(
-        first_stage=loaded.module.to(pick_device(config["device"])),
+        model=loaded.module.to(pick_device(config["device"])),
         info={"path": str(config["model"]), **record, **run_record(run_folder(Path(config["model"])))},
         data=reference_data(config, loaded.image_size),
         lpips=lpips(),

@@ -27,6 +27,27 @@ class Learned:
     batch_size: int  # examples an update
 
 
+@dataclass(frozen=True)
+class ByClass:
+    """Scores of classes, 0 .. 1, with the images or pixels behind each; None for a class without any."""
+
+    scores: list[float | None]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, right: Tensor, total: Tensor, counts: Tensor | None = None) -> "ByClass":
+        """right / total (K,), of the classes with a count (K,); default: `total`."""
+        known = (total if counts is None else counts).tolist()
+        rows = zip(right.tolist(), total.tolist(), known, strict=True)
+        return cls([a / b if count else None for a, b, count in rows], known)
+
+    @property
+    def mean(self) -> float:
+        """Over the classes that have a score."""
+        known = [score for score in self.scores if score is not None]
+        return sum(known) / max(len(known), 1)
+
+
 @contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
     """Random numbers of this seed inside; the generator outside is left as it was."""
@@ -52,26 +73,6 @@ def descend(
         loss().backward()
         optimizer.step()
         schedule.step()
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Images classified as the class of their condition, by class."""
-
-    classes: tuple[str, ...]
-    right: tuple[int, ...]  # of each class, classified correctly
-    total: tuple[int, ...]  # of each class
-
-    @property
-    def balanced(self) -> float:
-        """Mean over the classes that have images of the fraction classified correctly."""
-        shares = [share for share in self.shares if share is not None]
-        return sum(shares) / max(len(shares), 1)
-
-    @property
-    def shares(self) -> list[float | None]:
-        """Fraction classified correctly, by class; None for a class without images."""
-        return [right / total if total else None for right, total in zip(self.right, self.total, strict=True)]
 
 
 class ImageClassifier(nn.Module):
@@ -107,12 +108,11 @@ class ImageClassifier(nn.Module):
         self.eval()
         return torch.cat([self(part).argmax(dim=1) for part in images.split(batch_size)])
 
-    def agreement(self, images: Tensor, labels: Tensor) -> Agreement:
-        """Images uint8 (N, 3, H, W) against their class numbers (N,)."""
+    def agreement(self, images: Tensor, labels: Tensor) -> ByClass:
+        """Fraction of images uint8 (N, 3, H, W) classified as their class numbers (N,)."""
         count = len(self.classes)
         right = torch.bincount(labels[self.predict(images) == labels], minlength=count)
-        total = torch.bincount(labels, minlength=count)
-        return Agreement(self.classes, tuple(right.tolist()), tuple(total.tolist()))
+        return ByClass.of(right, torch.bincount(labels, minlength=count))
 
 
 def _block(inside: int, outside: int) -> list[nn.Module]:

@@ -7,7 +7,7 @@ same samples with exchanged conditions give the score of chance. `ClassAccuracy`
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.classifier import ImageClassifier, Learned, Show, train_classifier
+from ldmlab.evaluation.classifier import ByClass, ImageClassifier, Learned, Show, train_classifier
 
 Fields = Mapping[str, Any]
 Batches = Iterable[Fields]
@@ -37,32 +37,24 @@ class Evidence:
     more: Mapping[str, tuple[Sequence[Fields], Tensor]] = field(default_factory=dict)  # further samples, see Evaluator
     save: Callable[[str, int, Tensor], str] = lambda name, number, image: ""  # name, number, image => its file
 
-    def others(self) -> list[Fields]:
-        """For each sample the conditions of another one, at random among those that differ."""
-        return others(self.conditions, self.seed)
-
     def shown(self, title: str) -> Show:
         """The updates of a training, for a note in reports."""
         return lambda updates: self.track(updates, len(updates), title)
 
 
 def others(conditions: Sequence[Fields], seed: int) -> list[Fields]:
-    """Conditions exchanged between samples: each gets different ones, where there are any."""
+    """For each sample the conditions of another one, at random among those that differ."""
     order = list(range(len(conditions)))
     random.Random(seed).shuffle(order)
     partner = dict(zip(order, order[1:] + order[:1], strict=True))
 
     def other(place: int) -> Fields:
-        found = partner[place]
-        while found != place and _same(conditions[place], conditions[found]):
+        own, found = conditions[place], partner[place]
+        while found != place and all(np.array_equal(value, conditions[found][name]) for name, value in own.items()):
             found = partner[found]
         return conditions[found]
 
     return [other(place) for place in range(len(order))]
-
-
-def _same(one: Fields, other: Fields) -> bool:
-    return all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @dataclass(frozen=True)
@@ -85,11 +77,19 @@ class Accuracy:
     samples: float
     real: float  # of validation images: the evaluator's own limit
     shuffled: float  # the same samples with conditions exchanged between them
-    chance: float | None  # of guessing; None: `shuffled` is the only measure of it
+    chance: float | None = None  # of guessing; None: `shuffled` is the only measure of it
     classes: Sequence[ClassResult] = field(default_factory=list)
     learned: Learned | None = None  # None: an evaluator that is not trained
     images: Sequence[Mapping[str, Any]] = ()  # of further samples: file, class, caption, whether it is right
     training_captions: "Accuracy | None" = None  # the same for conditions of training images
+
+    @classmethod
+    def of(cls, found: Sequence[ByClass], names: Sequence[str], **rest: Any) -> "Accuracy":
+        """From the scores by class of validation images, of samples, and of samples with exchanged conditions."""
+        real, samples, exchanged = found
+        rows = zip(names, real.scores, real.counts, samples.scores, samples.counts, strict=True)
+        classes = [ClassResult(*row) for row in rows]
+        return cls(samples=samples.mean, real=real.mean, shuffled=exchanged.mean, classes=classes, **rest)
 
     @property
     def of_real(self) -> float | None:
@@ -157,12 +157,20 @@ class ClassAccuracy:
 
     def requests(self, known: Known, reference: str, seed: int) -> dict[str, Sequence[Fields]]:
         """Conditions of further samples, of validation and of training images."""
-        if not self.captions:
-            return {}
-        splits = {"validation": reference, "training": "train"}
-        return {
-            name: conditions_by_class(known(split), self.field, self.captions, seed) for name, split in splits.items()
-        }
+        splits = {"validation": reference, "training": "train"} if self.captions else {}
+        return {name: self._by_class(known(split), seed) for name, split in splits.items()}
+
+    def _by_class(self, known: Sequence[Fields], seed: int) -> list[Fields]:
+        """Conditions of each class with different captions, in the order of the classes' names."""
+        by_class: dict[str, dict[str, Fields]] = defaultdict(dict)
+        for fields in known:
+            by_class[str(fields[self.field])].setdefault(str(fields.get("caption")), fields)
+        chosen: list[Fields] = []
+        for name in sorted(by_class):
+            different = list(by_class[name].values())
+            random.Random(f"{seed}/{name}").shuffle(different)
+            chosen += different[: self.captions]
+        return chosen
 
     def __call__(self, evidence: Evidence) -> Accuracy:
         """Train on the training split, then classify validation images and samples."""
@@ -171,7 +179,8 @@ class ClassAccuracy:
         if not self.captions:
             return self._accuracy(classifier, evidence, real, evidence.conditions, evidence.samples)
         of_training = self._accuracy(classifier, evidence, real, *evidence.more["training"], "seen")
-        return self._accuracy(classifier, evidence, real, *evidence.more["validation"], "category", of_training)
+        further = self._accuracy(classifier, evidence, real, *evidence.more["validation"], "category")
+        return replace(further, training_captions=of_training)
 
     def _accuracy(
         self,
@@ -181,10 +190,9 @@ class ClassAccuracy:
         conditions: Sequence[Fields],
         samples: Tensor,
         name: str = "",  # before the numbers of saved images; "": none are saved
-        training_captions: Accuracy | None = None,
     ) -> Accuracy:
         classes = [{self.field: str(one[self.field])} for one in conditions]
-        labels = [one[self.field] for one in classes]
+        labels, exchanged = ([one[self.field] for one in part] for part in (classes, others(classes, evidence.seed)))
         right = classifier.predict(samples) == class_numbers(labels, classifier.classes)
         images = [
             {
@@ -196,58 +204,39 @@ class ClassAccuracy:
             for number, (one, label, image) in enumerate(zip(conditions, labels, samples, strict=True))
             if name
         ]
-        return accuracy_of(
+        return classified(
             classifier,
+            evidence,
             real,
             (samples, labels),
-            (samples, [one[self.field] for one in others(classes, evidence.seed)]),
+            (samples, exchanged),
             measures="samples classified as the class of their condition",
             how=(
                 f"A classifier of {len(classifier.classes)} classes, trained on real training images alone, classifies "
                 "every sample; fractions are balanced over classes."
             ),
-            names=evidence.class_names,
             images=images,
-            training_captions=training_captions,
         )
 
     def _labelled(self, evidence: Evidence, split: str) -> Labelled:
-        images, labels = [], []
+        images, labels = [], list[str]()
         for batch in evidence.real(split, (self.field,)):
             if len(batch["key"]):
-                values = batch[self.field]
                 images.append(batch["image"])
-                labels += [str(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+                values = batch[self.field]
+                labels += map(str, values.tolist() if isinstance(values, Tensor) else values)
         if not images:
             raise InputError(f"no image of {split} could be read to learn {self.field} from.")
         return torch.cat(images), labels
 
 
-def conditions_by_class(known: Sequence[Fields], field: str, count: int, seed: int) -> list[Fields]:
-    """`count` conditions of each class with different captions, in the order of the classes' names."""
-    by_class: dict[str, dict[str, Fields]] = defaultdict(dict)
-    for fields in known:
-        by_class[str(fields[field])].setdefault(str(fields.get("caption")), fields)
-    chosen: list[Fields] = []
-    for name in sorted(by_class):
-        different = list(by_class[name].values())
-        random.Random(f"{seed}/{name}").shuffle(different)
-        chosen += different[:count]
-    return chosen
-
-
 def trained(evidence: Evidence, examples: Labelled, steps: int, batch_size: int, what: str) -> ImageClassifier:
-    """A classifier of the classes that the examples have."""
+    """A classifier of the examples' classes, numbers by value, names by letter."""
     images, labels = examples
-    classes = sorted(set(labels), key=_order)
+    classes = sorted(set(labels), key=lambda label: (int(label), "") if label.isdigit() else (0, label))
     show = evidence.shown(f"training the classifier of {what}")
     numbers = class_numbers(labels, classes)
     return train_classifier(images, numbers, classes, steps=steps, batch_size=batch_size, seed=evidence.seed, show=show)
-
-
-def _order(label: str) -> tuple[int, str]:
-    """Class numbers by value, names by letter."""
-    return (int(label), "") if label.isdigit() else (0, label)
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
@@ -258,37 +247,14 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
     return torch.tensor([place[label] for label in labels], dtype=torch.int64)
 
 
-def accuracy_of(
-    classifier: ImageClassifier,
-    real: Labelled,
-    samples: Labelled,
-    exchanged: Labelled,
-    *,
-    measures: str,
-    how: str,
-    names: Sequence[str] = (),  # by class number, where the data have them
-    images: Sequence[Mapping[str, Any]] = (),
-    training_captions: Accuracy | None = None,
+def classified(
+    classifier: ImageClassifier, evidence: Evidence, real: Labelled, samples: Labelled, exchanged: Labelled, **rest: Any
 ) -> Accuracy:
     """Accuracy on validation images, on samples, and on samples with exchanged conditions."""
-    sets = (real, samples, exchanged)
-    of_real, of_samples, shuffled = (
-        classifier.agreement(part, class_numbers(labels, classifier.classes)) for part, labels in sets
-    )
-    named = [class_name(label, names) for label in classifier.classes]
-    rows = zip(named, of_real.shares, of_real.total, of_samples.shares, of_samples.total, strict=True)
-    return Accuracy(
-        measures=measures,
-        how=how,
-        samples=of_samples.balanced,
-        real=of_real.balanced,
-        shuffled=shuffled.balanced,
-        chance=1 / len(classifier.classes),
-        classes=[ClassResult(*row) for row in rows],
-        learned=classifier.learned,
-        images=images,
-        training_captions=training_captions,
-    )
+    classes = classifier.classes
+    found = [classifier.agreement(part, class_numbers(labels, classes)) for part, labels in (real, samples, exchanged)]
+    named = [class_name(label, evidence.class_names) for label in classes]
+    return Accuracy.of(found, named, chance=1 / len(classes), learned=classifier.learned, **rest)
 
 
 def class_name(label: str, names: Sequence[str]) -> str:

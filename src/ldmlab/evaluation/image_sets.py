@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from torchmetrics import Metric
 from ldmlab import distributed
 from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
+from ldmlab.data.manifest import read_manifest
 from ldmlab.data.loaders import eval_loader, quiet_worker
 from ldmlab.data.shards import IMAGE_ENDINGS
+from ldmlab.data.transforms import WHITE
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 from ldmlab.evaluation.npz import images_shape, read_images, read_statistics
+from ldmlab.evaluation.record import check_transform
 from ldmlab.evaluation.run import Run
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, OptionNames, Track, numbered, untracked
 from ldmlab.metrics.features import FeatureExtractor, Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 
-_WHITE = (255, 255, 255)  # laid under transparent pixels
 _LOSSY = ("jpg", "jpeg")
 OPTIONS = OptionNames(metrics="metrics", features="--features ")
 
@@ -144,23 +147,16 @@ class _Files(Dataset[tuple[int, Tensor | str]]):
 
     def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
         try:
-            return number, _image(self.files[number])
+            path = self.files[number]
+            files = {path.suffix[1:].lower(): path.read_bytes()}
+            return number, torch.from_numpy(decode_image(files, None, WHITE))
         except BAD_SAMPLE as error:
             return number, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _image(path: Path) -> Tensor:
-    return torch.from_numpy(decode_image({path.suffix[1:].lower(): path.read_bytes()}, None, _WHITE))
-
-
 def image_set(path: Path, workers: int = 2, max_bad: float = 0.0) -> ImageSet:
     """The image set at a path: folder, shards or `.npz`."""
-    found = _found(path)
-    found.workers, found.max_bad = workers, max_bad
-    return found
-
-
-def _found(path: Path) -> ImageSet:
+    made = partial(ImageSet, path, workers=workers, max_bad=max_bad)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a folder of images or shards, or an .npz file.")
     if path.is_file():
@@ -169,9 +165,14 @@ def _found(path: Path) -> ImageSet:
         shape = images_shape(path)
         if shape is None and not read_statistics(path):
             raise InputError(f"{path} holds neither arr_0 nor mu and sigma; give a batch of ADM's evaluation script.")
-        return ImageSet(path, "npz", shape[0] if shape else 0, shape[1:] if shape else None)
+        return made("npz", shape[0] if shape else 0, shape[1:] if shape else None)
     if (path / "manifest.json").exists() or any(path.glob("*.tar")):
-        return _shards(path)
+        manifest = read_manifest(path)
+        side = manifest.image_size
+        if manifest.kind != "images" or side is None:
+            raise InputError(f"{path} holds no square images of one size; write such shards with `ldmlab pack --size`.")
+        check_transform(path, manifest)
+        return made("shards", manifest.total, (side, side), manifest_hash=manifest.hash)
     endings = {f".{ending}" for ending in IMAGE_ENDINGS}
     files = tuple(sorted(file for file in path.rglob("*") if file.suffix.lower() in endings))
     if not files:
@@ -180,17 +181,7 @@ def _found(path: Path) -> ImageSet:
     first = next((image for _, image in (opened[i] for i in range(len(files))) if isinstance(image, Tensor)), None)
     if first is None:
         raise InputError(f"none of {len(files)} images of {path} can be read ({opened[0][1]}); give another folder.")
-    return ImageSet(path, "folder", len(files), (first.shape[1], first.shape[2]), files)
-
-
-def _shards(path: Path) -> ImageSet:
-    from ldmlab.data.manifest import read_manifest
-
-    manifest = read_manifest(path)
-    side = manifest.image_size
-    if manifest.kind != "images" or side is None:
-        raise InputError(f"{path} holds no square images of one size; write such shards with `ldmlab pack --size`.")
-    return ImageSet(path, "shards", manifest.total, (side, side), manifest_hash=manifest.hash)
+    return made("folder", len(files), (first.shape[1], first.shape[2]), files)
 
 
 @dataclass
@@ -211,13 +202,18 @@ class SetReference:
 
     def check(self) -> None:
         """Refuses a score that needs images or statistics that are missing."""
-        available = _with_statistics(self.images, self.extractor, self.metrics)
-        if self.count == 0 and (lost := sorted(self.metrics.keys() - available)):
+        there = self.images.statistics()
+        self.given = frozenset(n for n, m in self.metrics.items() if getattr(m, "statistics_name", None) in there)
+        if self.given and self.extractor.name != Inception2015.name:
+            raise InputError(
+                f"{self.images.path} has statistics of {Inception2015.name}, which --features {self.extractor.name} "
+                "cannot be compared with; choose --features inception."
+            )
+        if self.count == 0 and (lost := sorted(self.metrics.keys() - self.given)):
             raise InputError(
                 f"{self.images.path} holds statistics and no images, which score {lost[0]} needs; leave it out of "
                 "--metrics."
             )
-        self.given = frozenset(available)
 
     def show_to(self, seen: EvaluationPass) -> None:
         """Statistics where there are any, and images where a metric needs them."""
@@ -249,7 +245,14 @@ def score_sets(
     track: Track = untracked,
 ) -> dict[str, Any]:
     """The scores of one set against another as plain data, on every process."""
-    _check(samples, reference)
+    if samples.count == 0:
+        raise InputError(f"{samples.path} holds no images, so there is nothing to score.")
+    if reference.size is not None and samples.size != reference.size:
+        height, width = samples.size or (0, 0)
+        raise InputError(
+            f"{samples.path} has images of {height}x{width} px and {reference.path} of "
+            f"{reference.size[0]}x{reference.size[1]}; bring both to one size by one rule (`ldmlab pack --size`)."
+        )
     other = SetReference(reference, extractor, metrics, batch_size, track)
     other.check()
     run = Run(samples, other, extractor, metrics, batch_size, track, OPTIONS)
@@ -261,34 +264,5 @@ def score_sets(
 
 def statistics_of(metrics: Mapping[str, Metric]) -> dict[str, tuple[Any, Any]]:
     """Mean and covariance of the samples by score, for an `.npz`; after `score_sets`."""
-    found = {}
-    for metric in metrics.values():
-        if isinstance(metric, FrechetDistance):
-            mean, covariance = metric.samples()
-            found[metric.statistics_name] = (mean.cpu().numpy(), covariance.cpu().numpy())
-    return found
-
-
-def _check(samples: ImageSet, reference: ImageSet) -> None:
-    if samples.count == 0:
-        raise InputError(f"{samples.path} holds no images, so there is nothing to score.")
-    if reference.size is not None and samples.size != reference.size:
-        height, width = samples.size or (0, 0)
-        raise InputError(
-            f"{samples.path} has images of {height}x{width} px and {reference.path} of "
-            f"{reference.size[0]}x{reference.size[1]}; bring both to one size by one rule (`ldmlab pack --size`)."
-        )
-
-
-def _with_statistics(reference: ImageSet, extractor: FeatureExtractor, metrics: Mapping[str, Metric]) -> set[str]:
-    """Names of the Frechet distances whose mean and covariance are in the file."""
-    brought, found = reference.statistics(), set()
-    for name, metric in metrics.items():
-        if isinstance(metric, FrechetDistance) and metric.statistics_name in brought:
-            if extractor.name != Inception2015.name:
-                raise InputError(
-                    f"{reference.path} has statistics of {Inception2015.name}, which --features {extractor.name} "
-                    "cannot be compared with; choose --features inception."
-                )
-            found.add(name)
-    return found
+    found = ((m.statistics_name, m.samples()) for m in metrics.values() if isinstance(m, FrechetDistance))
+    return {name: (mean.cpu().numpy(), covariance.cpu().numpy()) for name, (mean, covariance) in found}

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.evaluators import Accuracy, Batches, Evidence, Fields, Labelled, accuracy_of, trained
+from ldmlab.evaluation.evaluators import Accuracy, Batches, Evidence, Labelled, classified, others, trained
 
 _SIDE = 32  # px of a crop
 
@@ -29,12 +29,14 @@ class LayoutAccuracy:
         """Train on the training split, then classify the boxes of validation images and of samples."""
         examples = self.collected(evidence.real("train", ()), self.crops)
         classifier = trained(evidence, examples, self.steps, self.batch_size, "boxes")
-        real = self.collected(evidence.real(evidence.reference, ()))
-        samples = self._of_samples(evidence, evidence.conditions)
-        exchanged = self._of_samples(evidence, evidence.others())
-        return accuracy_of(
+        samples, exchanged = (
+            self.collected([{"image": evidence.samples, "boxes": [one["boxes"] for one in conditions]}])
+            for conditions in (evidence.conditions, others(evidence.conditions, evidence.seed))
+        )
+        return classified(
             classifier,
-            real,
+            evidence,
+            self.collected(evidence.real(evidence.reference, ())),
             samples,
             exchanged,
             measures="boxes classified as the class of their condition",
@@ -42,7 +44,6 @@ class LayoutAccuracy:
                 f"A classifier of crops of {len(classifier.classes)} classes, trained on real training images alone, "
                 "classifies the content of every box; fractions are balanced over classes."
             ),
-            names=evidence.class_names,
         )
 
     def collected(self, batches: Batches, most: int | None = None) -> Labelled:
@@ -51,24 +52,17 @@ class LayoutAccuracy:
         labels: list[str] = []
         for batch in batches:
             for image, boxes in zip(batch["image"], batch["boxes"], strict=True):
-                self._cut(image, boxes, found, labels)
+                height, width = image.shape[1:]
+                for entry in boxes:
+                    x0, y0, x1, y1 = entry["box"]
+                    if min((x1 - x0) * width, (y1 - y0) * height) >= self.smallest:
+                        found.append(crop(image, entry["box"], self.margin))
+                        labels.append(str(entry["class_id"]))
             if most is not None and len(labels) >= most:
                 break
         if not found:
             raise InputError(f"no box has sides of {self.smallest:g} px, so there is nothing to measure layouts by.")
         return torch.stack(found[:most]), labels[:most]
-
-    def _of_samples(self, evidence: Evidence, conditions: Sequence[Fields]) -> Labelled:
-        batch = {"image": evidence.samples, "boxes": [one["boxes"] for one in conditions]}
-        return self.collected([batch])
-
-    def _cut(self, image: Tensor, boxes: Sequence[dict[str, Any]], found: list[Tensor], labels: list[str]) -> None:
-        height, width = image.shape[1:]
-        for entry in boxes:
-            x0, y0, x1, y1 = entry["box"]
-            if min((x1 - x0) * width, (y1 - y0) * height) >= self.smallest:
-                found.append(crop(image, entry["box"], self.margin))
-                labels.append(str(entry["class_id"]))
 
 
 def crop(image: Tensor, box: Sequence[float], margin: float = 0.0, side: int = _SIDE) -> Tensor:

@@ -20,9 +20,9 @@ from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
+from ldmlab.evaluation.record import save_image
 from ldmlab.evaluation.scoring import EvaluationPass
 from ldmlab.evaluation.sources import Samples
-from ldmlab.inference.image_files import save_image
 from ldmlab.metrics.precision_recall import nearest
 
 _AT_THE_BAR = 6  # validation images shown

@@ -13,7 +13,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ldmlab.errors import InputError
+from ldmlab.files import write_atomically
 
+_STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # by score: names of mean and covariance
 _BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
 
 
@@ -51,14 +53,12 @@ def read_statistics(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Mean and covariance by score, fid from mu and sigma, sfid from mu_s and sigma_s, if present."""
     found = {}
     with _opened(path) as file:
-        names = {name.removesuffix(".npy") for name in file.namelist()}
-        for score, (mean, covariance) in {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}.items():
-            if {mean, covariance} <= names:
-                parts = [_array(path, file, name) for name in (mean, covariance)]
-                width = parts[0].size
-                if parts[0].shape != (width,) or parts[1].shape != (width, width):
-                    raise InputError(f"{path}: {mean} {parts[0].shape} and {covariance} {parts[1].shape} do not fit.")
-                found[score] = (parts[0], parts[1])
+        for score, names in _STATISTICS.items():
+            if {f"{name}.npy" for name in names} <= set(file.namelist()):
+                mean, covariance = (_array(path, file, name) for name in names)
+                if mean.shape != (mean.size,) or covariance.shape != (mean.size, mean.size):
+                    raise InputError(f"{path}: {names[0]} {mean.shape} and {names[1]} {covariance.shape} do not fit.")
+                found[score] = mean, covariance
     return found
 
 
@@ -69,18 +69,19 @@ def write_npz(
     statistics: Mapping[str, tuple[NDArray[Any], NDArray[Any]]] | None = None,  # mean and covariance: fid, sfid
 ) -> None:
     """A file for ADM's evaluation script and numpy; written atomically."""
-    temporary = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
-        with file.open("arr_0.npy", "w", force_zip64=True) as stream:
-            npy.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (*shape, 3)})
-            for batch in batches:
-                stream.write(np.ascontiguousarray(batch, np.uint8).tobytes())
-        for score, ending in (("fid", ""), ("sfid", "_s")):
-            for name, array in zip(("mu", "sigma"), (statistics or {}).get(score, ()), strict=False):
-                with file.open(f"{name}{ending}.npy", "w", force_zip64=True) as stream:
-                    npy.write_array(stream, np.asarray(array, np.float64), allow_pickle=False)
-    temporary.replace(path)
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as stream:
+                npy.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (*shape, 3)})
+                for batch in batches:
+                    stream.write(np.ascontiguousarray(batch, np.uint8).tobytes())
+            for score, arrays in (statistics or {}).items():
+                for name, array in zip(_STATISTICS[score], arrays, strict=True):
+                    with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                        npy.write_array(stream, np.asarray(array, np.float64), allow_pickle=False)
+
+    write_atomically(path, write)
 
 
 def _opened(path: Path) -> zipfile.ZipFile:

@@ -4,8 +4,8 @@ As in LaMa's evaluation: the mean of an image's mask decides its bucket [low, hi
 bucket's Frechet distance rests on that bucket's originals alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -21,15 +21,14 @@ from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.reconstruction import ReconstructionMeasures
 
-_LOWER_IS_BETTER = ("lpips", "psim")
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # LPIPS: two batches in [-1, 1] => (B,)
 
 
 class Bucket:
     """The images whose hole covers a fraction in [low, high)."""
 
-    def __init__(self, bounds: tuple[float, float], extractor: FeatureExtractor, lpips: Perceptual | None) -> None:
-        self.low, self.high = bounds
+    def __init__(self, low: float, high: float, extractor: FeatureExtractor, lpips: Perceptual | None) -> None:
+        self.low, self.high = low, high
         metrics: dict[str, Metric] = {"fid": FrechetDistance(extractor.width, small_sample=True)}
         self.seen = EvaluationPass(extractor, metrics)
         self.measures = ReconstructionMeasures(None, lpips)
@@ -46,13 +45,9 @@ class Bucket:
         """Its images and scores over all processes; no distance of less than two images."""
         count = self.seen.total_counts()[0]
         scores = pair_scores(self.measures) if count else {}
-        if count > 1:
-            scores |= self.seen.compute((count, count))
-        return {
-            "hole": [self.low, self.high],
-            "images": count,
-            "scores": {name: asdict(score) for name, score in scores.items()},
-        }
+        scores |= self.seen.compute((count, count)) if count > 1 else {}
+        plain = {name: asdict(score) for name, score in scores.items()}
+        return {"hole": [self.low, self.high], "images": count, "scores": plain}
 
 
 class PairedPass:
@@ -70,30 +65,30 @@ class PairedPass:
         distance = None if lpips is None else _on_its_device(lpips)
         self._measures = ReconstructionMeasures(None, distance)
         self._buckets = {
-            name: Bucket((bounds[0], bounds[1]), extractor, distance) for name, bounds in protocol.mask_buckets.items()
+            name: Bucket(low, high, extractor, distance) for name, (low, high) in protocol.mask_buckets.items()
         }
 
-    def watch(self, stream: Iterable[Numbered]) -> Iterable[Numbered]:
-        """The same stream."""
+    def watch(self, stream: Iterable[Numbered]) -> Iterator[Numbered]:
+        """The same stream of samples uint8 (B, 3, H, W) with their numbers (B,)."""
         for index, generated in stream:
-            self.add(index, generated)
+            originals = [self._known.original(number % len(self._known)) for number in index.tolist()]
+            images = torch.stack([torch.as_tensor(original["image"]) for original in originals])
+            if images.shape != generated.shape:
+                raise InputError(
+                    f"samples of {tuple(generated.shape[2:])} px cannot be compared with images of "
+                    f"{tuple(images.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
+                )
+            self._measures.update(images, generated)
+            if self._buckets:
+                if any("mask" not in original for original in originals):
+                    raise InputError(
+                        "protocol.mask_buckets needs images with a mask; set it to {} for this model's task."
+                    )
+                holes = [torch.as_tensor(original["mask"]) > 0 for original in originals]
+                share = torch.stack([hole.float().mean() for hole in holes])
+                for bucket in self._buckets.values():
+                    bucket.add(index, images, generated, share)
             yield index, generated
-
-    def add(self, index: Tensor, generated: Tensor) -> None:
-        """Samples uint8 (B, 3, H, W) with their numbers (B,)."""
-        originals = [self._known.original(number % len(self._known)) for number in index.tolist()]
-        images = torch.stack([torch.as_tensor(original["image"]) for original in originals])
-        if images.shape != generated.shape:
-            raise InputError(
-                f"samples of {tuple(generated.shape[2:])} px cannot be compared with images of "
-                f"{tuple(images.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
-            )
-        self._measures.update(images, generated)
-        if self._buckets:
-            masks = [torch.as_tensor(self._mask(original)) for original in originals]
-            share = torch.stack([(mask > 0).float().mean() for mask in masks])
-            for bucket in self._buckets.values():
-                bucket.add(index, images, generated, share)
 
     def scores(self) -> dict[str, Score]:
         """Over all samples of all processes."""
@@ -103,28 +98,18 @@ class PairedPass:
         """By size of the hole."""
         return {name: bucket.result() for name, bucket in self._buckets.items()}
 
-    @staticmethod
-    def _mask(original: Mapping[str, Any]) -> Any:
-        if "mask" not in original:
-            raise InputError("protocol.mask_buckets needs images with a mask; set it to {} for this model's task.")
-        return original["mask"]
-
 
 def pair_scores(measures: ReconstructionMeasures) -> dict[str, Score]:
     """Measures of pairs, with the deviation over images where it is known."""
     found = measures.compute()
-    scores = {}
-    for name in (name for name in found if not name.endswith("_std")):
-        score = described(Score(float(found[name]), _number(found.get(f"{name}_std"))), name, measures)
-        scores[name] = replace(score, higher_is_better=name not in _LOWER_IS_BETTER)
-    return scores
+    return {
+        name: described(Score(value, found.get(f"{name}_std")), name, measures)
+        for name, value in found.items()
+        if not name.endswith("_std")
+    }
 
 
 def _on_its_device(lpips: nn.Module) -> Perceptual:
     """Input and output are on the CPU, wherever the network is."""
     device = next((tensor.device for tensor in chain(lpips.parameters(), lpips.buffers())), torch.device("cpu"))
     return lambda first, second: lpips(first.to(device), second.to(device)).cpu()
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

@@ -1,9 +1,9 @@
 """The real images of an evaluation: their fields, their features, and a split of them as the reference."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,30 @@ from ldmlab import distributed
 from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.record import reference_record
-from ldmlab.evaluation.reference_statistics import ReferenceKey, against_other_split, see_reference
+from ldmlab.evaluation.record import reference_record, save_image
+from ldmlab.evaluation.reference_statistics import ReferenceKey, see_reference
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, numbered, untracked
-from ldmlab.inference.image_files import readable, save_image
 from ldmlab.inference.inputs import OPTIONAL, as_input
 from ldmlab.metrics.features import FeatureExtractor
+from ldmlab.metrics.frechet import FrechetDistance
 
 Fields = Mapping[str, Any]
+
+
+def count_of(data: ShardData, split: str, limit: int | None = None) -> int:
+    """Images of a split, or of its first `limit`, readable or not."""
+    total = len(data.val_dataset("images", split))
+    return min(total, limit or total)
+
+
+def batches_of(
+    data: ShardData, split: str, limit: int | None, batch_size: int, track: Track, title: str
+) -> Iterable[dict[str, Any]]:
+    """This process's share of a split's images."""
+    rank, world = distributed.rank(), distributed.world_size()
+    loader = data.eval_loader(split, batch_size, world, rank, limit, kind="images")
+    count = -(-count_of(data, split, limit) // (batch_size * world))
+    return track(loader, count, f"{title}, batches of {batch_size}")
 
 
 @dataclass(frozen=True)
@@ -32,21 +48,9 @@ class RealImages:
     batch_size: int = 64
     track: Track = untracked
 
-    def count(self, split: str, limit: int | None = None) -> int:
-        """Images of a split, or of its first `limit`, readable or not."""
-        total = len(self.data.val_dataset("images", split))
-        return min(total, limit or total)
-
-    def batches(self, split: str, limit: int | None = None) -> Iterable[dict[str, Any]]:
-        """This process's share of a split's images."""
-        rank, world = distributed.rank(), distributed.world_size()
-        loader = self.data.eval_loader(split, self.batch_size, world, rank, limit, kind="images")
-        count = -(-self.count(split, limit) // (self.batch_size * world))
-        return self.track(loader, count, f"real images ({split}), batches of {self.batch_size}")
-
     def numbered(self, split: str, limit: int | None = None) -> Iterable[Numbered]:
-        """The same as numbers and images."""
-        return numbered(self.batches(split, limit))
+        """This process's share of a split's images with their numbers."""
+        return numbered(batches_of(self.data, split, limit, self.batch_size, self.track, f"real images ({split})"))
 
     def features(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (B, D) of this process's share of a split, with their images' numbers (B,)."""
@@ -59,11 +63,15 @@ class RealImages:
         return {**sample, "image": torch.as_tensor(sample["image"])}
 
     def save(self, out: Path, split: str, shown: Sequence[Fields]) -> None:
-        """Write the images of the report, on the first process."""
-        if distributed.rank() == 0:
-            dataset = self.data.val_dataset("images", split)
-            for item in shown:
-                save_image(out, "real", item["number"], readable(dataset, len(dataset), item["number"]))
+        """Write the images of the report, on the first process; in place of an unreadable one, the next."""
+        dataset = self.data.val_dataset("images", split)
+        count = len(dataset)
+        for item in shown if distributed.rank() == 0 else ():
+            samples = (dataset[(item["number"] + step) % count] for step in range(count))
+            image = next((sample["image"] for sample in samples if "image" in sample), None)
+            if image is None:
+                raise InputError(f"none of the {count} reference images can be read; pack them again.")
+            save_image(out, "real", item["number"], torch.as_tensor(image))
 
 
 @dataclass
@@ -81,20 +89,25 @@ class SplitReference:
     @property
     def count(self) -> int:
         """Images of the reference, readable or not."""
-        return self.real.count(self.split, self.limit)
+        return count_of(self.real.data, self.split, self.limit)
 
     def show_to(self, seen: EvaluationPass) -> None:
         """Update the metrics, from cached features if they suffice; refuses a set with too many unreadable images."""
-        key = ReferenceKey.of(self.real.data, self.split, self.limit, self.real.extractor)
-        images = lambda: self.real.numbered(self.split, self.limit)  # noqa: E731
-        self.kept = see_reference(seen, key, self.real.folder, images, self.count)
+        self.kept = self._see(seen, self.split, self.limit)
         self.unreadable = self._unreadable(seen.total_counts()[0])
 
+    def _see(self, seen: EvaluationPass, split: str, limit: int | None) -> bool:
+        real = self.real
+        key = ReferenceKey.of(real.data, split, limit, real.extractor)
+        total = count_of(real.data, split, limit)
+        return see_reference(seen, key, real.folder, lambda: real.numbered(split, limit), total)
+
     def beside(self, seen: EvaluationPass, split: str) -> EvaluationPass:
-        """A second distance of the same samples, to another split."""
-        key = ReferenceKey.of(self.real.data, split, None, self.real.extractor)
-        total = self.real.count(split)
-        return against_other_split(seen, key, self.real.folder, lambda: self.real.numbered(split), total)
+        """A second Frechet distance of the same samples, to all of another split: from here on they update it too."""
+        other = EvaluationPass(seen.extractor, {"fid": FrechetDistance(seen.extractor.width, small_sample=True)})
+        self._see(other, split, None)
+        seen.also.append(other)
+        return other
 
     def record(self, images: int) -> dict[str, Any]:
         """For metrics.json."""
@@ -131,60 +144,50 @@ def conditions(data: ShardData, split: str, fields: Sequence[str], limit: int | 
     return [{name: sample[name] for name in fields} for sample in samples if "key" in sample]
 
 
-class _Lazy(Sequence[Fields]):
+class Lazy(Sequence[Fields]):
     """A sequence whose entries are computed on access."""
 
-    def at(self, index: int) -> Fields:
-        raise NotImplementedError
+    def __init__(self, count: int, at: Callable[[int], Fields]) -> None:
+        self._count, self._at = count, at
 
-    @overload
-    def __getitem__(self, index: int) -> Fields: ...
+    def __len__(self) -> int:
+        return self._count
 
-    @overload
-    def __getitem__(self, index: slice) -> list[Fields]: ...
-
-    def __getitem__(self, index: int | slice) -> Fields | list[Fields]:
-        places = range(len(self))[index]
-        return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
+    def __getitem__(self, index: int | slice) -> Any:
+        places = range(self._count)[index]
+        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
 
 
-class Derived(_Lazy):
-    """A task's fields for images that can be read; large ones are decoded again each time."""
+class Derived(Lazy):
+    """A task's fields for images that can be read, as a model takes them; large ones are decoded again each time."""
 
     def __init__(self, data: ShardData, split: str, fields: Sequence[str], limit: int | None) -> None:
         assert data.task is not None
         derived = data.task.held_out.adds | data.task.held_out.needs
         stored = tuple(name for name in fields if name not in derived)
         self._dataset = replace(data, fields=stored).val_dataset("images", split)
-        self._fields = [*fields, *(OPTIONAL[name] for name in fields if name in OPTIONAL)]
+        names = [*fields, *(OPTIONAL[name] for name in fields if name in OPTIONAL)]
         count = min(len(self._dataset), limit or len(self._dataset))
         self._places = [place for place in range(count) if "key" in self._dataset[place]]
 
-    def __len__(self) -> int:
-        return len(self._places)
+        def at(index: int) -> Fields:
+            sample = self.original(index)
+            return {name: as_input(name, sample[name]) for name in names if name in sample}
+
+        super().__init__(len(self._places), at)
 
     def original(self, index: int) -> Fields:
         """The image itself, uint8 (3, H, W), with all that the task derives, such as the mask (1, H, W)."""
         return self._dataset[self._places[index]]
 
-    def at(self, index: int) -> Fields:
-        """In the form of a model's input."""
-        sample = self._dataset[self._places[index]]
-        return {name: as_input(name, sample[name]) for name in self._fields if name in sample}
 
-
-class Repeated(_Lazy):
+def repeated(entries: Sequence[Fields], required: Iterable[str], count: int) -> Lazy:
     """`count` entries of a sequence, from the start again when it runs out; of each the fields named."""
+    names = {*required}
+    names |= {OPTIONAL[name] for name in names & OPTIONAL.keys()}
 
-    def __init__(self, entries: Sequence[Fields], names: Iterable[str], count: int) -> None:
-        required = set(names)
-        self._names = sorted(required | {OPTIONAL[name] for name in required & OPTIONAL.keys()})
-        self._entries, self._count = entries, count
+    def at(index: int) -> Fields:
+        entry = entries[index % len(entries)]
+        return {name: entry[name] for name in sorted(names) if name in entry}
 
-    def __len__(self) -> int:
-        return self._count
-
-    def at(self, index: int) -> Fields:
-        """Entry `index` modulo their number."""
-        entry = self._entries[index % len(self._entries)]
-        return {name: entry[name] for name in self._names if name in entry}
+    return Lazy(count, at)

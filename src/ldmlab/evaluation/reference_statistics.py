@@ -6,23 +6,22 @@ holds the key, so a file can be copied to other machines; one whose header does 
 """
 
 import hashlib
-import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torchmetrics import Metric
 
 from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.evaluation.scoring import EvaluationPass, Numbered
+from ldmlab.evaluation.scoring import EvaluationPass, Numbered, inputs_of
 from ldmlab.files import weights_folder, write_atomically
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance, whole
@@ -31,6 +30,7 @@ FORMAT_VERSION = 1
 LARGEST_SET = 60_000  # most images whose features are cached: 0.5 GB at 2048 floats; above it only sums are
 _CHUNK = 4096  # rows given to the scores at once
 _KEPT = ("features", "spatial", "clip")  # outputs of an extractor that can be kept
+_SUMS = ("count", "sum", "outer")  # of the features, in a `FrechetDistance` with `real_` before
 _STORABLE = frozenset({*_KEPT, "real", "index"})  # arguments of a score that a kept row serves
 
 
@@ -55,6 +55,7 @@ class ReferenceKey:
     def of(cls, data: ShardData, split: str, limit: int | None, extractor: FeatureExtractor) -> "ReferenceKey":
         """For a split seen through an extractor."""
         manifest = data.manifest(split, "images")
+        clip = getattr(extractor, "text_weights_hash", None)  # of the CLIP model besides the feature network
         return cls(
             manifest_hash=manifest.hash,
             transform=json.dumps(manifest.transform, sort_keys=True),
@@ -62,18 +63,13 @@ class ReferenceKey:
             task="" if data.task is None else f"{data.task.held_out!r}, seed {data.seed}",
             limit=None if limit is None or limit >= manifest.total else limit,
             features=extractor.name,
-            weights_hash="+".join([extractor.weights_hash, *_second(extractor)]),
+            weights_hash="+".join(one for one in (extractor.weights_hash, clip) if one),
         )
 
     @property
     def digest(self) -> str:
         """Name of the file."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _second(extractor: FeatureExtractor) -> list[str]:
-    """The weights of the CLIP model that is used besides the feature network, if there is one."""
-    return [extractor.text_weights_hash] if hasattr(extractor, "text_weights_hash") else []
 
 
 def load(folder: Path, key: ReferenceKey) -> dict[str, Tensor] | None:
@@ -116,35 +112,15 @@ def see_reference(
     All processes take the same way: the first one decides.
     """
     folder = None if " at 0x" in key.task else folder  # a task whose representation does not identify it
-    stored = None if folder is None or not _by_features(seen) else load(folder, key)
-    if not distributed.from_first(stored is not None and _suffices(stored, seen) and _count(stored) == total):
-        _read(seen, key, folder, images, total, kept_already=stored or {})
-        return False
-    if stored is None:
-        raise InputError(f"reference statistics in {folder} are seen by the first process alone; share the folder.")
-    if "features" in stored:
+    storable = all(_needs(metric) <= _STORABLE for metric in seen.metrics.values())
+    stored = load(folder, key) if folder is not None and storable else None
+    if distributed.from_first(stored is not None and _suffices(stored, seen) and _count(stored) == total):
+        if stored is None:
+            raise InputError(f"reference statistics in {folder} are seen by the first process alone; share the folder.")
         _feed(seen, stored)
-    elif distributed.rank() == 0:
-        _feed_sums(seen, stored)
-    return True
-
-
-def _count(stored: Mapping[str, Tensor]) -> int:
-    """Images behind kept statistics."""
-    return len(stored["index"]) if "index" in stored else int(stored["count"])
-
-
-def _read(
-    seen: EvaluationPass,
-    key: ReferenceKey,
-    folder: Path | None,
-    images: Callable[[], Iterable[Numbered]],
-    total: int,
-    kept_already: Iterable[str],  # is kept again in the new file
-) -> None:
-    """Through the extractor; the output is kept, unless images are missing."""
-    names = distributed.from_first([name for name in _KEPT if name in {*_used(seen), *kept_already}])
-    recorder = Recorder(names)
+        return True
+    kept = {*_used(seen), *(stored or ())}  # what is there already is kept again in the new file
+    recorder = Recorder(distributed.from_first([name for name in _KEPT if name in kept]))
     for index, batch in images():
         found = seen.add(batch, True, index)
         if folder is not None:
@@ -154,25 +130,12 @@ def _read(
         if distributed.rank() == 0 and tensors and _count(tensors) == total:
             store(folder, key, tensors)
         distributed.barrier()  # no process reads the file before it is there
+    return False
 
 
-def against_other_split(
-    seen: EvaluationPass,
-    key: ReferenceKey,
-    folder: Path | None,
-    images: Callable[[], Iterable[Numbered]],
-    total: int,
-) -> EvaluationPass:
-    """A second Frechet distance of the same samples: from here on they update it too."""
-    other = EvaluationPass(seen.extractor, {"fid": FrechetDistance(seen.extractor.width, small_sample=True)})
-    see_reference(other, key, folder, images, total)
-    seen.also.append(other)
-    return other
-
-
-def _by_features(seen: EvaluationPass) -> bool:
-    """Whether all inputs that the scores take from real images can be cached."""
-    return all(_needs(metric) <= _STORABLE for metric in seen.metrics.values())
+def _count(stored: Mapping[str, Tensor]) -> int:
+    """Images behind kept statistics."""
+    return len(stored["index"]) if "index" in stored else int(stored["count"])
 
 
 def _used(seen: EvaluationPass) -> list[str]:
@@ -181,42 +144,35 @@ def _used(seen: EvaluationPass) -> list[str]:
     return [name for name in _KEPT if name == "features" or name in needed & seen.extractor.gives]
 
 
-def _needs(metric: Any) -> frozenset[str]:
-    """Inputs that a score needs from a real image."""
-    parameters = inspect.signature(metric.update).parameters
-    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    return frozenset(needed - {"logits"})  # of generated images alone
+def _needs(metric: Metric) -> set[str]:
+    """Inputs that a score needs from a real image; logits are of generated images alone."""
+    return {name for name, required in inputs_of(metric).items() if required} - {"logits"}
 
 
-def _suffices(stored: dict[str, Tensor], seen: EvaluationPass) -> bool:
+def _suffices(stored: Mapping[str, Tensor], seen: EvaluationPass) -> bool:
     if "features" in stored:
         return stored.keys() >= set(_used(seen))
     of_sums = all(
-        (isinstance(m, FrechetDistance) and "features" in _needs(m)) or "logits" in _parameters(m)
+        (isinstance(m, FrechetDistance) and "features" in _needs(m)) or "logits" in inputs_of(m)
         for m in seen.metrics.values()
     )
     return of_sums and not seen.keeps
 
 
-def _parameters(metric: Any) -> Iterable[str]:
-    return inspect.signature(metric.update).parameters
-
-
-def _feed(seen: EvaluationPass, stored: dict[str, Tensor]) -> None:
-    mine = {name: tensor[distributed.rank() :: distributed.world_size()] for name, tensor in stored.items()}
-    index = mine.pop("index")
-    for start in range(0, len(index), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        seen.add_features({name: tensor[rows] for name, tensor in mine.items()}, True, index[rows])
-
-
-def _feed_sums(seen: EvaluationPass, stored: dict[str, Tensor]) -> None:
-    for metric in seen.metrics.values():
-        if isinstance(metric, FrechetDistance):
-            metric.real_count += stored["count"].to(metric.real_count.device)
-            metric.real_sum += stored["sum"].to(metric.real_sum.device)
-            metric.real_outer += stored["outer"].to(metric.real_outer.device)
-    seen.counts[True] += int(stored["count"])
+def _feed(seen: EvaluationPass, stored: Mapping[str, Tensor]) -> None:
+    """This process's share of kept features; of sums, all in the first process."""
+    if "features" in stored:
+        mine = {name: tensor[distributed.rank() :: distributed.world_size()] for name, tensor in stored.items()}
+        index = mine.pop("index")
+        for start in range(0, len(index), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            seen.add_features({name: tensor[rows] for name, tensor in mine.items()}, True, index[rows])
+    elif distributed.rank() == 0:
+        for metric in seen.metrics.values():
+            if isinstance(metric, FrechetDistance):
+                for name in _SUMS:
+                    getattr(metric, f"real_{name}").add_(stored[name].to(metric.device))
+        seen.counts[True] += _count(stored)
 
 
 class Recorder:
@@ -225,41 +181,37 @@ class Recorder:
     def __init__(self, names: Iterable[str] = ("features",)) -> None:
         self.names = tuple(names)  # of what is kept of every image
         self._rows: list[dict[str, Tensor]] = []
-        self._numbers: list[Tensor] = []
         self._sums: FrechetDistance | None = None
 
     def add(self, found: Mapping[str, Tensor], index: Tensor) -> None:
         """Tensors (B, D) by name with the images' numbers (B,)."""
-        self._rows.append({name: found[name].float().cpu() for name in self.names})
-        self._numbers.append(index.cpu())
-        if self._sums is not None or sum(map(len, self._numbers)) > LARGEST_SET:
+        self._rows.append({name: found[name].float().cpu() for name in self.names} | {"index": index.cpu()})
+        if self._sums is not None or self._held() > LARGEST_SET:
             self._fold()
+
+    def _held(self) -> int:
+        return sum(len(rows["index"]) for rows in self._rows)
 
     def _fold(self) -> None:
         for rows in self._rows:
             self._sums = self._sums or FrechetDistance(rows["features"].shape[1])
             self._sums.update(rows["features"], real=True)
-        self._rows, self._numbers = [], []
+        self._rows = []
 
     def tensors(self) -> dict[str, Tensor]:
         """Of all processes together, what a file holds; empty if there was no image."""
-        counts = distributed.gather((sum(map(len, self._numbers)), self._sums is not None))
+        counts = distributed.gather((self._held(), self._sums is not None))
         if any(folded for _, folded in counts) or sum(count for count, _ in counts) > LARGEST_SET:
             self._fold()
-            shares = [share for share in distributed.gather(_sums(self._sums)) if share]
-            return {name: sum(share[name] for share in shares[1:]) + shares[0][name] for name in shares[0]}
-        mine = {name: torch.cat([rows[name] for rows in self._rows]) for name in self.names} if self._rows else {}
-        found = [
-            share for share in distributed.gather(mine | {"index": torch.cat(self._numbers)} if mine else {}) if share
-        ]
-        if not found:
-            return {}
-        together = {name: torch.cat([share[name] for share in found]) for name in found[0]}
-        order = together["index"].argsort(stable=True)
+            mine = {} if self._sums is None else {name: getattr(self._sums, f"real_{name}") for name in _SUMS}
+            shares = [share for share in distributed.gather(mine) if share]
+            sums = {name: torch.stack([share[name] for share in shares]).sum(dim=0) for name in _SUMS}
+            return sums | {"outer": whole(sums["outer"])}
+        together = _joined([share for share in distributed.gather(_joined(self._rows)) if share])
+        order = together["index"].argsort(stable=True) if together else None
         return {name: tensor[order].contiguous() for name, tensor in together.items()}
 
 
-def _sums(metric: FrechetDistance | None) -> dict[str, Tensor]:
-    if metric is None:
-        return {}
-    return {"count": metric.real_count, "sum": metric.real_sum, "outer": whole(metric.real_outer)}
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of all parts by name; empty without a part."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}

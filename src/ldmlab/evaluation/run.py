@@ -5,21 +5,26 @@ being trained.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torchmetrics import Metric
 
 from ldmlab import distributed
+from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation import protocol as protocols
 from ldmlab.evaluation.real_images import RealImages, SplitReference
-from ldmlab.evaluation.record import FORMAT_VERSION, check_reference, features_record
+from ldmlab.evaluation.record import FORMAT_VERSION, Paper, check_reference, features_record
 from ldmlab.evaluation.scoring import EVALUATE, EvaluationPass, Numbered, OptionNames, Score, Track, untracked
 from ldmlab.evaluation.sources import Source
+from ldmlab.files import FileLock, disk_errors, write_json
 from ldmlab.metrics.features import FeatureExtractor
+from ldmlab.nn.lpips import LPIPS
 from ldmlab.provenance import provenance
 
 TAG = "in_training"
@@ -83,14 +88,107 @@ class Run:
             "sampling": self.source.record() | {"images": generated},
             "reference": self.reference.record(real),
             "features": features_record(self.extractor),
-            "scores": {name: asdict(self.marked(score)) for name, score in scores.items()},
+            "scores": self.marked(scores),
             "sample_curves": seen.curves(),
             "provenance": provenance(),
         }
 
-    def marked(self, score: Score) -> Score:
-        """With the caveats of the reference."""
-        return replace(score, marks=(*self.reference.marks(), *score.marks))
+    def marked(self, scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+        """As plain data, with the caveats of the reference."""
+        own = self.reference.marks()
+        return {name: asdict(replace(score, marks=(*own, *score.marks))) for name, score in scores.items()}
+
+
+# ---- an evaluation with a folder
+
+
+@dataclass
+class Setup:
+    """What the scores of a model are made from; `run` makes them once."""
+
+    model: Any  # a loaded model, or a first stage
+    data: ShardData
+    protocol: protocols.Protocol
+    extractor: FeatureExtractor
+    metrics: Mapping[str, Metric]
+    out: Path
+    batch_size: int = 64  # images at once
+    curves: Mapping[str, Path] = field(default_factory=dict)  # title => metrics.csv of a run
+    lpips: LPIPS | None = None  # of pairs of images
+    reference_folder: Path | None = None  # of kept reference statistics; None: none are kept
+    track: Track = untracked
+    paper: Paper = lambda result: None
+
+    def run(self) -> dict[str, Any]:
+        """The content of metrics.json (on every process); the first one writes it, last of all files."""
+        began = time.monotonic()
+        with output_folder(self.out):
+            check_reference(self.protocol, self.data)
+            result = self.scored()
+            result["seconds"] = round(time.monotonic() - began, 1)
+            result["paper"] = self.paper(result)
+            if distributed.rank() == 0:
+                self.write_files(result)
+                write_json(self.out / "metrics.json", result)
+        return result
+
+    def scored(self) -> dict[str, Any]:
+        """The record without time and paper."""
+        raise NotImplementedError
+
+    def write_files(self, result: dict[str, Any]) -> None:
+        """Further files of the report, with their names in the record."""
+
+    def real(self) -> RealImages:
+        """The images that samples are compared with."""
+        return RealImages(self.data, self.extractor, self.reference_folder, self.batch_size, self.track)
+
+    def run_of(self, source: Source, reference: SplitReference, keep: bool = False) -> Run:
+        """The run of a source; `keep`: the features too."""
+        return Run(source, reference, self.extractor, self.metrics, self.batch_size, self.track, keep=keep)
+
+    def protocol_record(self, seen: EvaluationPass) -> dict[str, Any]:
+        """The protocol, with the options that its scores derived."""
+        plain = self.protocol.as_plain()
+        nodes = {name: {**node, **seen.used_options().get(name, {})} for name, node in plain["metrics"].items()}
+        return plain | {"metrics": nodes}
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[None]:
+    """The folder while one evaluation writes it: another one is refused, a full disk is one sentence, and what a
+    refused start created is removed."""
+    lock = FileLock(out / ".lock")
+
+    def take() -> None:
+        check_out(out)
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        if not lock.take():
+            raise InputError(
+                f"out={out} is being written by another evaluation ({lock.holder()}); wait for it or choose another "
+                "folder."
+            )
+
+    distributed.shared(take)
+    try:
+        with disk_errors(out):
+            yield
+    finally:
+        lock.release(remove=True)
+        if distributed.rank() == 0 and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+
+
+def check_out(out: Path) -> None:
+    """A folder that holds a finished evaluation is not written over."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out={out} is a file; choose a folder.")
+    if (out / "metrics.json").exists():
+        raise InputError(f"out={out} already holds an evaluation; choose another folder or delete it.")
+
+
+# ---- scores while training
 
 
 @dataclass
@@ -109,16 +207,21 @@ class TrainingScores:
     count: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        real, protocol = self.real, self.protocol
         reference = SplitReference(
-            self.real, self.protocol.reference, self.limit, self.protocol.max_bad, "callbacks.scores.protocol.max_bad"
+            real, protocol.reference, self.limit, protocol.max_bad, "callbacks.scores.protocol.max_bad"
         )
-        batch_size, track = self.real.batch_size, self.real.track
-        extractor = self.real.extractor
-        self.run = Run(self.source, reference, extractor, self.metrics, batch_size, track, OPTIONS)
+        self.run = Run(self.source, reference, real.extractor, self.metrics, real.batch_size, real.track, OPTIONS)
 
     def check(self, device: torch.device) -> frozenset[str]:
         """Names of the scores; all checks are made now, by a pass with noise images as samples."""
-        _refuse_what_only_evaluate_does(self.protocol)
+        for item in fields(self.protocol):
+            usual = item.default_factory() if item.default_factory is not MISSING else item.default
+            if item.name not in _TAKEN and getattr(self.protocol, item.name) != usual:
+                raise InputError(
+                    f"callbacks.scores.protocol.{item.name}={getattr(self.protocol, item.name)} is for evaluate.py "
+                    "alone; score with protocol@callbacks.scores.protocol=in_training while training."
+                )
         check_reference(self.protocol, self.real.data)
         self.run.extractor.to(device)  # type: ignore[attr-defined]
         side, self.count = self.real.data.image_size, self.source.count
@@ -133,8 +236,7 @@ class TrainingScores:
     def score(self, step: int, model: Mapping[str, Any]) -> dict[str, Any]:
         """A metrics.json with the tag, on every process; `model`: its entry in the record."""
         began = time.monotonic()
-        seen = self.run.begin()
-        result = self.run.finish(seen)
+        result = self.run.finish(self.run.begin())
         self._reset()
         count = result["sampling"]["images"]
         note = f"scored while training, on {count} samples"
@@ -154,13 +256,3 @@ class TrainingScores:
         """Free the memory of thousands of features."""
         for metric in self.metrics.values():
             metric.reset()
-
-
-def _refuse_what_only_evaluate_does(protocol: protocols.Protocol) -> None:
-    for item in fields(protocol):
-        usual = item.default_factory() if item.default_factory is not MISSING else item.default
-        if item.name not in _TAKEN and getattr(protocol, item.name) != usual:
-            raise InputError(
-                f"callbacks.scores.protocol.{item.name}={getattr(protocol, item.name)} is for evaluate.py alone; "
-                "score with protocol@callbacks.scores.protocol=in_training while training."
-            )

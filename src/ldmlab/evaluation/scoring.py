@@ -49,14 +49,14 @@ class Score:
 
 
 def described(score: Score, name: str, metric: object) -> Score:
-    """With the title, meaning and direction declared by the metric's class, as text or by score."""
-    title, meaning = (getattr(metric, key, None) or "" for key in ("title", "meaning"))
-    return replace(
-        score,
-        title=str(title.get(name, "") if isinstance(title, Mapping) else title),
-        meaning=str(meaning.get(name, "") if isinstance(meaning, Mapping) else meaning),
-        higher_is_better=getattr(metric, "higher_is_better", None),
-    )
+    """With the title, meaning and direction declared by the metric's class, for all its scores or by score."""
+
+    def declared(key: str) -> Any:
+        found = getattr(metric, key, None)
+        return found.get(name) if isinstance(found, Mapping) else found
+
+    title, meaning = (str(declared(key) or "") for key in ("title", "meaning"))
+    return replace(score, title=title, meaning=meaning, higher_is_better=declared("higher_is_better"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class EvaluationPass:
         captions: Callable[[int], str] | None = None,  # of the generated image of this number
         options: OptionNames = EVALUATE,
     ) -> None:
-        needs = {name: _needs(metric) for name, metric in metrics.items()}
+        needs = {name: inputs_of(metric).keys() & _EXTRACTOR_WITH.keys() for name, metric in metrics.items()}
         for name, needed in needs.items():
             if missing := sorted(needed - extractor.gives):
                 raise InputError(
@@ -138,7 +138,10 @@ class EvaluationPass:
     def _take(self, seen: Mapping[str, Tensor], real: bool, index: Tensor) -> None:
         self.counts[real] += len(index)
         if self.collection is not None:
-            text = {} if real or self._captions is None else {"text": self._texts(index)}
+            text = {}
+            if not real and self._captions is not None:  # (B, D)
+                captions = [self._captions(number) for number in index.tolist()]
+                text = {"text": self.extractor.texts(captions)}  # type: ignore[attr-defined]
             with in_words_of(self.options):
                 self.collection.update(**seen, **text, real=real, index=index)
         if self.keeps:
@@ -146,11 +149,6 @@ class EvaluationPass:
             self.numbers[real].append(index.cpu())
         for other in () if real else self.also:
             other._take(seen, real, index)
-
-    def _texts(self, index: Tensor) -> Tensor:
-        """Embeddings (B, D) of the samples' captions."""
-        assert self._captions is not None
-        return self.extractor.texts([self._captions(number) for number in index.tolist()])  # type: ignore[attr-defined]
 
     def add_all(self, batches: Iterable[Numbered], real: bool) -> None:
         """A stream of numbered images."""
@@ -194,9 +192,8 @@ class EvaluationPass:
         with in_words_of(self.options):
             for name, metric in self.collection.items(keep_base=True, copy_state=False):
                 found = metric.compute()
-                values = (
-                    {str(k): float(v) for k, v in found.items()} if isinstance(found, dict) else {name: float(found)}
-                )
+                found = found if isinstance(found, dict) else {name: found}
+                values = {str(key): float(value) for key, value in found.items()}
                 for key in (key for key in values if not key.endswith("_std")):
                     caveats = _caveats(key, values[key], fewest, metric, self.extractor.width)
                     score = Score(values[key], values.get(f"{key}_std"), caveats)
@@ -208,33 +205,31 @@ class EvaluationPass:
         return {name: dict(vars(m)["resolved"]) for name, m in self.metrics.items() if vars(m).get("resolved")}
 
 
-def _needs(metric: Metric) -> set[str]:
-    """What the metric's update takes from an extractor besides features."""
-    return inspect.signature(metric.update).parameters.keys() & _EXTRACTOR_WITH.keys()
+def inputs_of(metric: Metric) -> dict[str, bool]:
+    """What the metric's update takes, by name, and whether it must be there."""
+    parameters = inspect.signature(metric.update).parameters.values()
+    return {one.name: one.default is one.empty for one in parameters}
 
 
 def _caveats(name: str, value: float, fewest: int, metric: Metric, width: int) -> tuple[str, ...]:
     """Marks of a score: its sample's, the metric's own, and a value that is not finite."""
     own = getattr(metric, "remarks", {}).get(name)
-    found = [*marks(name, fewest, width), *([own] if own else [])]
-    return (
-        (*found, f"the value is {value}: this metric fails on these images")
-        if not math.isfinite(value)
-        else tuple(found)
-    )
+    found = [*_of_the_sample(name, fewest, width), *([own] if own else [])]
+    found += [] if math.isfinite(value) else [f"the value is {value}: this metric fails on these images"]
+    return tuple(found)
 
 
-def marks(name: str, fewest: int, width: int) -> tuple[str, ...]:
+def _of_the_sample(name: str, fewest: int, width: int) -> list[str]:
     """Conditions on which the value can be compared."""
     if name == "fid_inf" and fewest < ENOUGH_A_FEATURE * width:
-        return (f"fewer than {ENOUGH_A_FEATURE} images for each of {width} features: still biased",)
+        return [f"fewer than {ENOUGH_A_FEATURE} images for each of {width} features: still biased"]
     if name in _BY_BALLS and fewest < ENOUGH_FOR_BALLS:
-        return (f"small sample: {fewest} images, and below {ENOUGH_FOR_BALLS} noise can score high",)
+        return [f"small sample: {fewest} images, and below {ENOUGH_FOR_BALLS} noise can score high"]
     if name not in ("fid", "sfid"):
-        return ()
+        return []
     width = SPATIAL_WIDTH if name == "sfid" else width
     found = [f"small sample: {fewest} images, the distance is biased upwards"] if fewest < SMALL_SAMPLE else []
-    return (*found, f"rank deficient: fewer images than {width} features") if fewest <= width else tuple(found)
+    return [*found, f"rank deficient: fewer images than {width} features"] if fewest <= width else found
 
 
 def numbered(batches: Iterable[Mapping[str, Any]]) -> Iterable[Numbered]:

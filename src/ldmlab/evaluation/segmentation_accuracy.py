@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.classifier import Learned, Show, descend, own_random_numbers
-from ldmlab.evaluation.evaluators import Accuracy, Batches, ClassResult, Evidence, Fields, class_name
+from ldmlab.evaluation.classifier import ByClass, Learned, Show, descend, own_random_numbers
+from ldmlab.evaluation.evaluators import Accuracy, Batches, Evidence, class_name, others
 from ldmlab.nn.pixels import to_bytes, to_float
 
 SIDE = 64  # px
@@ -129,36 +129,26 @@ class SegmentationAccuracy:
     def __call__(self, evidence: Evidence) -> Accuracy:
         """Train on the training split, then predict the maps of validation images and of samples."""
         images, labels = collected(evidence.real("train", ()), self.images)
-        segmenter = train_segmenter(
-            images,
-            labels,
-            int(labels.max()) + 1,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            seed=evidence.seed,
-            show=evidence.shown("training the segmenter"),
-        )
+        count = int(labels.max()) + 1
+        options = {"steps": self.steps, "batch_size": self.batch_size, "seed": evidence.seed}
+        segmenter = train_segmenter(images, labels, count, show=evidence.shown("training the segmenter"), **options)
         known, known_labels = collected(evidence.real(evidence.reference, ()))
-        real = overlaps(segmenter.predict(known), known_labels, segmenter.classes)
         found = segmenter.predict(evidence.samples)
-        samples, exchanged = (
-            overlaps(found, given_maps(part), segmenter.classes) for part in (evidence.conditions, evidence.others())
-        )
-        rows = zip(range(1, segmenter.classes), real[1:], samples[1:], strict=True)
-        return Accuracy(
+        given = [
+            torch.cat([resized_labels(torch.as_tensor(one["segmentation"]).long()[None]) for one in conditions])
+            for conditions in (evidence.conditions, others(evidence.conditions, evidence.seed))
+        ]
+        return Accuracy.of(
+            [
+                overlaps(segmenter.predict(known), known_labels, count),
+                *(overlaps(found, maps, count) for maps in given),
+            ],
+            [_name(number, count, evidence.class_names) for number in range(1, count)],
             measures="foreground mIoU with the label map of the condition",
             how=(
-                f"A segmenter of {segmenter.classes - 1} classes and background, trained on real images alone, "
+                f"A segmenter of {count - 1} classes and background, trained on real images alone, "
                 "predicts the map of every sample; intersection over union, mean over classes without background."
             ),
-            samples=mean_iou(samples),
-            real=mean_iou(real),
-            shuffled=mean_iou(exchanged),
-            chance=None,
-            classes=[
-                ClassResult(_name(n, segmenter.classes, evidence.class_names), r.iou, r.given, s.iou, s.given)
-                for n, r, s in rows
-            ],
             learned=segmenter.learned,
         )
 
@@ -168,44 +158,20 @@ def _name(label: int, labels: int, names: Sequence[str]) -> str:
     return class_name(str(label - 1), names) if len(names) == labels - 1 else f"label {label}"
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Pixels of a class over all images."""
-
-    both: int
-    given: int
-    found: int
-
-    @property
-    def iou(self) -> float | None:
-        """None for a class in no input map."""
-        return self.both / (self.given + self.found - self.both) if self.given else None
-
-
-def overlaps(found: Tensor, given: Tensor, classes: int) -> list[Overlap]:
-    """Predicted and input maps (N, h, w); a class that no training image has cannot be measured."""
+def overlaps(found: Tensor, given: Tensor, classes: int) -> ByClass:
+    """Intersection over union of predicted and input maps (N, h, w) and input pixels, by class but the background."""
     if int(given.max()) >= classes:
         raise InputError(
             f"label {int(given.max())} is in an input map but in no training image, so it cannot be measured; "
             "pack the data with another split."
         )
-    given, found = given.flatten().to(torch.int64), found.flatten().to(torch.int64)
-    both = torch.bincount(given[given == found], minlength=classes).tolist()
-    counts = [torch.bincount(labels, minlength=classes).tolist() for labels in (given, found)]
-    return [Overlap(*one) for one in zip(both, *counts, strict=True)]
-
-
-def mean_iou(found: Sequence[Overlap]) -> float:
-    """Mean over the classes of the input maps, without the background."""
-    values = [one.iou for one in found[1:] if one.iou is not None]
-    if not values:
+    if not given.any():
         raise InputError("no label map holds anything but background, so there is nothing to measure.")
-    return sum(values) / len(values)
-
-
-def given_maps(conditions: Sequence[Fields]) -> Tensor:
-    """Label maps of conditions, int64 (N, 64, 64)."""
-    return torch.cat([resized_labels(torch.as_tensor(one["segmentation"]).long()[None]) for one in conditions])
+    given, found = given.flatten().to(torch.int64), found.flatten().to(torch.int64)
+    both, given, found = (
+        torch.bincount(labels, minlength=classes)[1:] for labels in (given[given == found], given, found)
+    )
+    return ByClass.of(both, given + found - both, given)
 
 
 def collected(batches: Batches, most: int | None = None) -> tuple[Tensor, Tensor]:

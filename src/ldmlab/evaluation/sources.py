@@ -18,8 +18,8 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.evaluation import protocol as protocols
-from ldmlab.evaluation.real_images import Fields, Repeated
-from ldmlab.evaluation.record import all_items, timed
+from ldmlab.evaluation.real_images import Fields, batches_of, count_of, repeated
+from ldmlab.evaluation.record import all_items
 from ldmlab.evaluation.scoring import Numbered, Track, numbered
 from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.inference.sample_settings import SampleSettings
@@ -56,7 +56,7 @@ def requests(protocol: protocols.Protocol, reads: frozenset[str], reference: Seq
         raise InputError(
             f"the reference images have no {', '.join(missing)}, which the model takes as input; pack them so."
         )
-    return Repeated(reference, reads, count)
+    return repeated(reference, reads, count)
 
 
 class Source(Protocol):
@@ -98,7 +98,11 @@ class Samples:
     def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
         """The protocol's samples, timed."""
         self.clock.clear()
-        return timed(self.share(self.requests, self.settings, "samples", batch_size, track), self.clock)
+        began = time.monotonic()
+        for batch in self.share(self.requests, self.settings, "samples", batch_size, track):
+            self.clock.append(time.monotonic() - began)
+            yield batch
+            began = time.monotonic()
 
     def share(
         self, requests: Requests, settings: SampleSettings, title: str, batch_size: int, track: Track, first: int = 0
@@ -169,16 +173,12 @@ class Reconstructions:
     @property
     def count(self) -> int:
         """Images of the split, or of its first ones, readable or not."""
-        total = len(self.data.val_dataset("images", self.split))
-        return min(total, self.limit or total)
+        return count_of(self.data, self.split, self.limit)
 
     @torch.no_grad()
     def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
         """This process's share."""
-        rank, world = distributed.rank(), distributed.world_size()
-        loader = self.data.eval_loader(self.split, batch_size, world, rank, self.limit, kind="images")
-        batches = -(-self.count // (batch_size * world))
-        for batch in track(loader, batches, f"reconstructions, batches of {batch_size}"):
+        for batch in batches_of(self.data, self.split, self.limit, batch_size, track, "reconstructions"):
             self.batch = batch
             for index, images in numbered([batch]):
                 yield index, self._reconstructed(images)

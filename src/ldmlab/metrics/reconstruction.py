@@ -34,6 +34,7 @@ class ReconstructionMeasures(Metric):
     """
 
     full_state_update = False
+    higher_is_better: ClassVar = {"psnr": True, "psnr_object": True, "ssim": True, "lpips": False, "psim": False}
     title: ClassVar = {"psnr": "PSNR", "psnr_object": "PSNR, objects", "ssim": "SSIM", "lpips": "LPIPS", "psim": "PSIM"}
     meaning: ClassVar = {
         "psnr": "of reconstructions, dB, mean over images",
