@@ -5,8 +5,8 @@ import pytest
 from conf_files import conf_names, conf_node
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.first_stages.identity import Identity
+from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 from ldmlab.instantiate import instantiate
-from ldmlab.samplers import sampler_by_name, sampler_names
 
 
 class NoBackbone(Identity):
@@ -27,4 +27,4 @@ def test_sampler(name: str) -> None:
 
 
 def test_every_sampler_has_a_file() -> None:
-    assert sampler_names() == conf_names("sampler", "ddim_eta1")
+    assert conf_names("sampler", "ddim_eta1") == SAMPLERS

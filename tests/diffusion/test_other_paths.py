@@ -14,7 +14,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
 from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid, levels_of, signal_to_noise
 from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity
-from ldmlab.samplers import sampler_by_name
+from ldmlab.inference.sample_settings import sampler_by_name
 
 SPREAD = 0.1  # deviation of the toy data, whose mean is 2
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from ldmlab.inference.model import LoadedModel
-from ldmlab.inference.sample_settings import SampleSettings
-from ldmlab.samplers import sampler_by_name, sampler_names
+from ldmlab.inference.sample_settings import SAMPLERS, SampleSettings, sampler_by_name
 from sampling_models import tiny_model
 
 
@@ -14,7 +13,7 @@ def model() -> LoadedModel:
     return tiny_model()
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_image_is_the_same_in_any_company(model: LoadedModel, name: str) -> None:
     options = {"steps": 5, "guidance_scale": 2.0, "sampler": name}
     together = model.sample(class_id=[1, 2, 3], batch_size=3, **options)  # type: ignore[arg-type]
@@ -24,7 +23,7 @@ def test_a_image_is_the_same_in_any_company(model: LoadedModel, name: str) -> No
     assert len({image.numpy().tobytes() for image in together}) == 3
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_settings_say_what_the_sampler_does(model: LoadedModel, name: str) -> None:
     settings = model.resolved(SampleSettings(sampler=name))
     sampler = sampler_by_name(name)

@@ -65,7 +65,7 @@ def test_noise_is_bit_identical(model: LoadedModel, monkeypatch: pytest.MonkeyPa
             )
             return super().__call__(denoise, x, grid, noise=noise, after_step=after_step)
 
-    monkeypatch.setattr("ldmlab.samplers.sampler_by_name", lambda name, **options: Watching(**options))
+    monkeypatch.setattr("ldmlab.inference.sample_settings.sampler_by_name", lambda name, **options: Watching(**options))
     for batch_size in (1, 3, 7):
         queue = iter([list(range(7))[i : i + batch_size] for i in range(0, 7, batch_size)])
         seen.append({})

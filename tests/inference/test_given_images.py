@@ -14,8 +14,7 @@ from ldmlab.diffusion.given_image import GivenImage, hole_of_latents, painted_ov
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import read_settings
 from ldmlab.inference.model import LoadedModel
-from ldmlab.inference.sample_settings import SampleSettings
-from ldmlab.samplers import sampler_by_name, sampler_names
+from ldmlab.inference.sample_settings import SAMPLERS, SampleSettings, sampler_by_name
 from sampling_models import sample_command, tiny_model
 
 ODD = (13, 11)  # height and width that f = 2 does not divide
@@ -80,7 +79,7 @@ def test_strength_unsaid_is_written_down(model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize("sampler", sampler_names())
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_known_latents_are_put_back_at_every_level(sampler: str, repeats: int) -> None:
     noise, known = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     anew = torch.zeros(2, 1, 4, 4, dtype=torch.bool)

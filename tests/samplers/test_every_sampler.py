@@ -13,13 +13,13 @@ from torch import Tensor
 from ldmlab.contracts import Level
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
+from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 from ldmlab.randomness import normal
-from ldmlab.samplers import sampler_by_name, sampler_names
 from ldmlab.samplers._stepwise import log_snr
 from ldmlab.samplers.unipc import moment
 
-DETERMINISTIC = [name for name in sampler_names() if sampler_by_name(name).order is not None]  # type: ignore[attr-defined]
-STOCHASTIC = [name for name in sampler_names() if name not in DETERMINISTIC]
+DETERMINISTIC = [name for name in SAMPLERS if sampler_by_name(name).order is not None]  # type: ignore[attr-defined]
+STOCHASTIC = [name for name in SAMPLERS if name not in DETERMINISTIC]
 
 
 def draw(step: int) -> Tensor:
@@ -100,7 +100,7 @@ def test_moments_of_unipc(power: int, length: float) -> None:
     ],
     ids=["zero terminal signal", "rectified flow", "alpha 1"],
 )
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_paths_to_and_from_infinite_log_snr(name: str, levels: list[Level]) -> None:
     """The quantiles of the exact end, within what 4,000 draws and 60 steps allow."""
     levels = [*levels[:-1], Level(1.0, 0.0, None)]
@@ -113,7 +113,7 @@ def test_paths_to_and_from_infinite_log_snr(name: str, levels: list[Level]) -> N
     assert float((torch.quantile(x, shares) - exact).abs().max()) < 0.12
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_have_the_right_distribution(name: str) -> None:
     grid = ddim_grid(Schedule(), 250, "linspace")
     x = run(name, start(grid), grid)
@@ -132,7 +132,7 @@ def test_noise_matters(name: str) -> None:
     assert float((ends[0] - ends[2]).abs().mean()) > 0.1
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_image_is_the_same_in_any_batch(name: str) -> None:
     grid = ddim_grid(Schedule(), 10)
     x = start(grid)
@@ -154,7 +154,7 @@ def test_ancestral_steps_draw_as_ddim_with_eta() -> None:
         torch.testing.assert_close(run("euler_ancestral", x, grid, eta=eta), run("ddim", x, grid, eta=eta))
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_after_step_sees_every_step_and_may_change_x(name: str) -> None:
     seen = []
 
@@ -168,7 +168,7 @@ def test_after_step_sees_every_step_and_may_change_x(name: str) -> None:
     assert not x.any()
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_float32_stays_float32(name: str) -> None:
     x = sampler_by_name(name)(denoise, torch.zeros(3), ddim_grid(Schedule(), 5), noise=lambda step: torch.zeros(3))
     assert x.dtype == torch.float32

@@ -15,7 +15,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.first_stages import KLAutoencoder, VQModel
-from ldmlab.samplers import sampler_by_name, sampler_names
+from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 
 SHAPE = (2, 3, 4, 4)
 SCHEDULE = Schedule()
@@ -140,7 +140,7 @@ def test_quadratic_times_that_leave_the_table() -> None:
         ddim_grid(Schedule(steps=4), 3, "quad")
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_takes_a_grid_that_repeats_levels(name: str) -> None:
     grid = ddim_grid(SCHEDULE, 100, "quad")
     assert len({level.time for level in grid}) < len(grid)

@@ -11,7 +11,7 @@ from exact_mixture import denoise, exact_end
 from ldmlab.contracts import Sampler
 from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid
 from ldmlab.errors import InputError
-from ldmlab.samplers import sampler_by_name, sampler_names
+from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 
 PAGE = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text()
 BUDGETS = (10, 20, 50)
@@ -38,9 +38,9 @@ def rows(heading: str) -> dict[str, list[str]]:
 
 
 def test_every_sampler_and_spacing_is_named() -> None:
-    assert sorted(rows("Which sampler")) == sampler_names()
+    assert sorted(rows("Which sampler")) == SAMPLERS
     assert sorted(rows("Which steps")) == sorted(SPACINGS)
-    assert sorted(rows("Measured")) == [n for n in sampler_names() if sampler_by_name(n).order is not None]  # type: ignore[attr-defined]
+    assert sorted(rows("Measured")) == [n for n in SAMPLERS if sampler_by_name(n).order is not None]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", rows("Which sampler"))

@@ -47,13 +47,12 @@ def grid(
     if not len(images):
         raise InputError("a grid needs at least one image.")
     columns = columns or max(round(len(images) ** 0.5), 1)
-    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
-    texts = [list(labels[i : i + columns]) for i in range(0, len(images), columns)] if labels else None
+    rows, texts = ([part[i : i + columns] for i in range(0, len(part), columns)] for part in (images, labels or ()))
     return _layout(rows, texts, title=title)
 
 
 def table(
-    rows: Sequence[Sequence[np.ndarray]], column_titles: Sequence[str], row_titles: Sequence[str] | None = None
+    rows: Sequence[Sequence[np.ndarray]], column_titles: Sequence[str], row_titles: Sequence[str] = ()
 ) -> Image.Image:
     """One row of images per row title, which is above it; column titles below the images."""
     return _layout(rows, [list(column_titles)] * len(rows), row_titles)
@@ -82,53 +81,50 @@ def enlargement(image: np.ndarray) -> int:
 
 def _layout(
     rows: Sequence[Sequence[np.ndarray]],
-    labels: Sequence[Sequence[str]] | None,
-    row_titles: Sequence[str] | None = None,
+    labels: Sequence[Sequence[str]] = (),
+    row_titles: Sequence[str] = (),
     title: str = "",
 ) -> Image.Image:
     """The layout that grids and tables share."""
     scale = enlargement(rows[0][0])
     height, width = (side * scale for side in rows[0][0].shape[:2])
-    texts = [text for row in labels or [] for text in row]
-    lettering = LabelFont([*texts, *(row_titles or []), title], FONT_SIZE)
-    font = lettering.font
-    wrapped = [[wrap(lettering.label(text), width, font) for text in row] for row in labels] if labels else None
-    line = FONT_SIZE + 4
-    label_height = line * max(len(text) for row in wrapped for text in row) if wrapped else 0
-    title_height = line if row_titles else 0
-    row_height = title_height + height + label_height + GAP
-    columns = max(len(row) for row in rows)
+    lettering = LabelFont([*(text for row in labels for text in row), *row_titles, title], FONT_SIZE)
+    font, line = lettering.font, FONT_SIZE + 4
+    wrapped = [[wrap(lettering.label(text), width, font) for text in row] for row in labels]
     head = line + GAP if title else GAP
-    size = (GAP + columns * (width + GAP), head + len(rows) * row_height)
-    canvas = Image.new("RGB", size, PAPER)
+    above = line if row_titles else 0
+    below = line * max((len(text) for row in wrapped for text in row), default=0)
+    row_height = above + height + below + GAP
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (GAP + columns * (width + GAP), head + len(rows) * row_height), PAPER)
     draw = ImageDraw.Draw(canvas)
+
+    def heading(text: str, top: int) -> None:
+        draw.text((GAP, top), wrap(lettering.label(text), canvas.width - 2 * GAP, font, 1)[0], INK, font)
+
     if title:
-        draw.text((GAP, GAP), wrap(lettering.label(title), canvas.width - 2 * GAP, font, 1)[0], INK, font)
+        heading(title, GAP)
     for i, row in enumerate(rows):
         top = head + i * row_height
         if row_titles:
-            above = wrap(lettering.label(row_titles[i]), canvas.width - 2 * GAP, font, 1)[0]
-            draw.text((GAP, top), above, INK, font)
+            heading(row_titles[i], top)
         for j, image in enumerate(row):
             left = GAP + j * (width + GAP)
-            canvas.paste(_enlarged(image, scale), (left, top + title_height))
-            for k, text in enumerate(wrapped[i][j] if wrapped else []):
-                draw.text((left, top + title_height + height + 2 + k * line), text, INK, font)
+            canvas.paste(_enlarged(image, scale), (left, top + above))
+            for k, text in enumerate(wrapped[i][j] if wrapped else ()):
+                draw.text((left, top + above + height + 2 + k * line), text, INK, font)
     return canvas
 
 
 def wrap(text: str, width: int, font: Any, lines: int = LABEL_LINES) -> list[str]:
     """Words in at most `lines` lines of `width` px, dots where it is cut; at least one line."""
-    done: list[str] = []
-    current = ""
+    done = [""]
     for word in text.split():
-        longer = f"{current} {word}".strip()
-        if not current or font.getlength(longer) <= width:
-            current = longer
+        longer = f"{done[-1]} {word}".strip()
+        if not done[-1] or font.getlength(longer) <= width:
+            done[-1] = longer
         else:
-            done.append(current)
-            current = word
-    done.append(current)
+            done.append(word)
     cut = [*done[: lines - 1], " ".join(done[lines - 1 :])] if len(done) > lines else done
     return [_shortened(part, width, font) for part in cut]
 

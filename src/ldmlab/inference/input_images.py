@@ -36,18 +36,16 @@ def canvas_of(batch: Mapping[str, Any], size: tuple[int, int], step: int, enlarg
 
 def on_canvas(batch: Mapping[str, Any], canvas: tuple[int, int], enlargement: int) -> dict[str, Any]:
     """The batch's images, masks and maps padded to the canvas: the last row and column repeated."""
-    wider = {name: _repeated(batch[name], canvas) for name in ON_THE_IMAGE if name in batch}
-    if SMALL in batch:
-        wider[SMALL] = _repeated(batch[SMALL], (canvas[0] // enlargement, canvas[1] // enlargement))
-    return {**batch, **wider}
-
-
-def _repeated(values: Tensor, canvas: tuple[int, int]) -> Tensor:
-    rows, columns = (
-        torch.arange(length, device=values.device).clamp(max=side - 1)
-        for length, side in zip(canvas, values.shape[-2:], strict=True)
-    )
-    return values[..., rows[:, None], columns]
+    wider = dict(batch)
+    for name in (*ON_THE_IMAGE, SMALL):
+        if name in batch:
+            values, factor = batch[name], enlargement if name == SMALL else 1
+            rows, columns = (
+                torch.arange(length // factor, device=values.device).clamp(max=side - 1)
+                for length, side in zip(canvas, values.shape[-2:], strict=True)
+            )
+            wider[name] = values[..., rows[:, None], columns]
+    return wider
 
 
 def given_image(

@@ -11,8 +11,9 @@ import json
 import operator
 import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +95,17 @@ def checked_text(field: str, value: Any) -> None:
     """Captions are text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise InputError(f"{field}={value!r:.60} is not text; give a caption in quotes.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{field}={value!r:.60} holds half of a surrogate pair ({error.reason}); type it again."
-        ) from None
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{field}={value!r:.60} holds half of a surrogate pair; type it again.")
 
 
 def row(field: str, value: Any) -> Tensor:
     """One image's entry: uint8 (3, H, W), uint8 (1, H, W) or int64 (H, W)."""
     from_file = isinstance(value, str | Path | Image.Image)
     if isinstance(value, TransparentParts):
-        value = _transparent(value)
+        file, value = value.image, _decoded("mask", value.image, _transparent)
+        if not value.size:
+            raise InputError(f"{file} has no transparent parts to fill; erase some of it, or give a mask.")
     elif isinstance(value, Fitted):
         value = np.array(ImageOps.fit(Image.fromarray(_decoded(field, value.image)), value.size[::-1]))
     elif from_file:
@@ -144,50 +143,34 @@ def as_input(field: str, value: Any) -> Any:
     return value[0] if field == "mask" else value
 
 
-def _decoded(field: str, value: Any) -> np.ndarray:
-    image = _opened(field, value)
+def _decoded(field: str, value: Any, turn: Callable[[Image.Image], np.ndarray] | None = None) -> np.ndarray:
+    """The pixels of a file or a Pillow image, as its field is read or by `turn`; what cannot be read is refused."""
     try:
+        image = value if isinstance(value, Image.Image) else open_image(value)
+        if turn is not None:
+            return turn(image)
         if field in IMAGES:
             return np.array(to_rgb(image))
-        if field == "segmentation":
-            return _numbers(value, image)
-        return np.array(to_rgb(image, background=(0, 0, 0)).convert("L"))  # strokes on a transparent sheet are holes
+        if field != "segmentation":
+            return np.array(to_rgb(image, background=(0, 0, 0)).convert("L"))  # strokes on a transparent sheet: holes
+        if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):  # 8 or 16 bits
+            return np.array(image).astype(np.int64)
     except _UNREADABLE as error:
-        raise _unreadable(field, value, error) from error
-
-
-def _opened(field: str, value: Any) -> Image.Image:
-    try:
-        return value if isinstance(value, Image.Image) else open_image(value)
-    except _UNREADABLE as error:
-        raise _unreadable(field, value, error) from error
+        raise InputError(f"{field}={value} cannot be read as an image ({error}); give another file.") from error
+    raise InputError(
+        f"segmentation={value} is an image of mode {image.mode}, not a map of class numbers; "
+        "save it as a grey or palette PNG with one number a pixel."
+    )
 
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
 
 
-def _unreadable(field: str, value: Any, error: Exception) -> InputError:
-    return InputError(f"{field}={value} cannot be read as an image ({error}); give another file.")
-
-
-def _numbers(value: Any, image: Image.Image) -> np.ndarray:
-    """The class numbers of a grey or palette image, 8 or 16 bits."""
-    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-        raise InputError(
-            f"segmentation={value} is an image of mode {image.mode}, not a map of class numbers; "
-            "save it as a grey or palette PNG with one number a pixel."
-        )
-    return np.array(image).astype(np.int64)
-
-
-def _transparent(value: TransparentParts) -> np.ndarray:
-    image = _opened("mask", value.image)
+def _transparent(image: Image.Image) -> np.ndarray:
+    """Where an image is not opaque, bool (H, W); empty for one that has no transparency at all."""
     if not image.has_transparency_data:
-        raise InputError(f"{value.image} has no transparent parts to fill; erase some of it, or give a mask.")
-    try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < _OPAQUE
-    except _UNREADABLE as error:
-        raise _unreadable("mask", value.image, error) from error
+        return np.empty(0)
+    return np.array(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < _OPAQUE
 
 
 def has_images(batch: Mapping[str, Any]) -> bool:
@@ -197,25 +180,23 @@ def has_images(batch: Mapping[str, Any]) -> bool:
 
 def implied_size(inputs: Inputs, enlargement: int) -> tuple[int, int] | None:
     """Height and width of the result according to the images of an entry or batch; None if no input has a size."""
-    sizes = {name: _size(name, inputs[name], enlargement) for name in (*ON_THE_IMAGE, SMALL) if name in inputs}
+    sizes: dict[str, tuple[int, int]] = {}
+    for name in (*ON_THE_IMAGE, SMALL):
+        if name in inputs:
+            value, axes = inputs[name], 3 if name == "segmentation" else 4  # of a batch
+            value = value if isinstance(value, Tensor) and value.ndim == axes else row(name, value)
+            factor = enlargement if name == SMALL else 1
+            sizes[name] = value.shape[-2] * factor, value.shape[-1] * factor
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} for {height}x{width}" for name, (height, width) in sizes.items())
         raise InputError(f"the images differ in size: {found} px (height x width); resize one of them.")
     return next(iter(sizes.values()), None)
 
 
-def _size(field: str, value: Any, enlargement: int) -> tuple[int, int]:
-    column_axes = 3 if field == "segmentation" else 4
-    value = value if isinstance(value, Tensor) and value.ndim == column_axes else row(field, value)
-    factor = enlargement if field == SMALL else 1
-    return value.shape[-2] * factor, value.shape[-1] * factor
-
-
 def check_size(inputs: Inputs, size: tuple[int, int], enlargement: int) -> None:
     """Refuse images that do not belong to the size that is sampled."""
     found = implied_size(inputs, enlargement)
-    if found not in (None, size):
-        assert found is not None
+    if found is not None and found != size:
         raise InputError(
             f"the input images are for {found[0]}x{found[1]} px (height x width), but {size[0]}x{size[1]} are "
             "sampled; resize them, give that size, or sample one size at a time."
@@ -270,6 +251,7 @@ def batch_of(inputs: Sequence[Inputs], reads: frozenset[str], device: torch.devi
 def check_inputs(diffusion: LatentDiffusion, inputs: Sequence[Inputs], enlargement: int) -> None:
     """Refuse inputs of a wrong type and boxes, classes, label maps and masks that the model does not support."""
     conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "check")]
+    read = {"boxes": boxes_of, "class_id": class_number, "segmentation": partial(row, "segmentation")}
     for one in _different(inputs):
         for name in TEXTS:
             if name in one:
@@ -279,14 +261,9 @@ def check_inputs(diffusion: LatentDiffusion, inputs: Sequence[Inputs], enlargeme
         if LOOKED_AT in one:
             row(LOOKED_AT, one[LOOKED_AT])  # a file that is no image
         for conditioner in conditioners:
-            if conditioner.reads <= one.keys():  # type: ignore[operator]
-                conditioner.check({name: _as_read(name, one[name]) for name in conditioner.reads})  # type: ignore
-
-
-def _as_read(name: str, value: Any) -> Any:
-    if name in ("boxes", "class_id"):
-        return boxes_of(value) if name == "boxes" else class_number(value)
-    return row(name, value) if name == "segmentation" else value
+            names: frozenset[str] = conditioner.reads  # type: ignore[assignment]
+            if names <= one.keys():
+                conditioner.check({n: read[n](one[n]) if n in read else one[n] for n in names})  # type: ignore[operator]
 
 
 def _check_mask(one: Inputs) -> None:
@@ -300,11 +277,7 @@ def _check_mask(one: Inputs) -> None:
 
 def _different(inputs: Sequence[Inputs]) -> Iterator[Inputs]:
     """Without repetitions, as from several images for one prompt."""
-    last: Inputs | None = None
-    for one in inputs:
-        if one is not last:
-            yield one
-        last = one
+    return (one for place, one in enumerate(inputs) if place == 0 or one is not inputs[place - 1])
 
 
 def lost(diffusion: LatentDiffusion, one: Inputs) -> list[str]:

@@ -6,6 +6,7 @@ Images are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ldmlab.inference.inputs import (
     rows_of,
     warn_of_lost,
 )
-from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, split
+from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings
 from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,7 +104,9 @@ class LoadedModel:
         entry an image. Any model takes init_image, where sampling starts, and image with mask, of which only the hole
         is generated.
         """
-        settings, columns = split(options)
+        names = {one.name for one in fields(SampleSettings)}
+        settings = SampleSettings(**{name: value for name, value in options.items() if name in names})
+        columns = {name: value for name, value in options.items() if name not in names}
         inputs = rows_of(columns, self.reads, count)
         self.check(inputs)
         warn_of_lost(self.diffusion, inputs)

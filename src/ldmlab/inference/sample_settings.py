@@ -4,8 +4,10 @@
 options of them, and every image and score records them. Nothing heavy is imported before a sampler is built.
 """
 
+import importlib
+import inspect
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,14 +62,14 @@ class SampleSettings:
         for one in fields(self):
             value = getattr(self, one.name)
             if one.name == "size" and isinstance(value, tuple | list):
-                object.__setattr__(self, "size", tuple(_checked("size", side) for side in _pair(value)))
+                if len(value) != 2:
+                    raise InputError(f"size={value!r:.40} is not a size; give one side, or height and width, px.")
+                object.__setattr__(self, "size", tuple(_checked("size", side) for side in value))
             elif value is not None or one.default is not None:
                 object.__setattr__(self, one.name, _checked(one.name, value))
 
     def build_sampler(self) -> "Sampler":
         """Built with the options that differ from the sampler's own; a missing option may have its neutral value."""
-        from ldmlab.samplers import sampler_by_name
-
         sampler = sampler_by_name(self.sampler)
         neutral = {"eta": 0.0, "temperature": 1.0, "quantize_x0": False}
         chosen = {name: getattr(self, name) for name in neutral if getattr(self, name) is not None}
@@ -113,11 +115,18 @@ class ResolvedSettings(SampleSettings):
     """Checked against a model and its inputs, every default filled in."""
 
 
-def split(options: Mapping[str, Any]) -> tuple[SampleSettings, dict[str, Any]]:
-    """Settings, and what is left: options that are no settings."""
-    names = {one.name for one in fields(SampleSettings)}
-    settings = SampleSettings(**{name: value for name, value in options.items() if name in names})
-    return settings, {name: value for name, value in options.items() if name not in names}
+def sampler_by_name(name: str, **options: Any) -> "Sampler":
+    """Build samplers/NAME.py's class, or a plugin's class by its full name; an option that it lacks is refused."""
+    from ldmlab.instantiate import instantiate
+
+    if "." in name:
+        return instantiate({"_target_": name, **options}, where="sampler")
+    if name not in SAMPLERS:
+        raise InputError(f"sampler={name} is unknown; choose one of {', '.join(SAMPLERS)}.")
+    target = getattr(importlib.import_module(f"ldmlab.samplers.{name}"), name.title().replace("_", ""))
+    for option in options.keys() - inspect.signature(target).parameters.keys():
+        raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
+    return target(**options)
 
 
 def parsed(name: str, text: str) -> Any:
@@ -144,11 +153,10 @@ def variants(settings: SampleSettings, sweep: str | None) -> tuple[str | None, d
     if name not in names or not values.strip(","):
         raise InputError(f"sweep={sweep} is not a sweep; write one of {', '.join(names)} with values: steps=1,2,5.")
     found = [parsed(name, text.strip()) for text in values.split(",")]
-    return name, {f"_{name}-{_written(value)}": replace(settings, **{name: value}) for value in found}
-
-
-def _written(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    written = ["x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in found]
+    return name, {
+        f"_{name}-{text}": replace(settings, **{name: value}) for text, value in zip(written, found, strict=True)
+    }
 
 
 _KINDS: dict[Callable[[Any], Any], str] = {
@@ -169,22 +177,12 @@ def _checked(name: str, value: Any, typed: str | None = None) -> Any:
     """A setting's value of the right type within its limits, or an InputError that shows it as `typed`."""
     kind, limits = _kind(name), SampleSettings.__dataclass_fields__[name].metadata
     shown = f"{value!r:.40}" if typed is None else typed[:40]
-    if kind is bool and not isinstance(value, bool):
-        raise InputError(f"{name}={shown} is not {_KINDS[kind]}; choose one of them.")
-    if kind in (int, float):
-        value = _number(name, kind, value, shown)
-        least, most = limits["least"], limits["most"]
-        if least is not None and not least <= value <= most:
-            raise InputError(f"{name}={shown} is outside {_limits(least, most)}; {_way_out(name)}")
+    if kind in (bool, str):
+        if not isinstance(value, kind):  # type: ignore[arg-type]
+            raise InputError(f"{name}={shown} is not {_KINDS[kind]}; {_way_out(name)}")
+        if limits["words"] and value not in limits["words"]:
+            raise InputError(f"{name}={value} is unknown; choose {' or '.join(limits['words'])}.")
         return value
-    if kind is str and not isinstance(value, str):
-        raise InputError(f"{name}={value!r:.40} is not text; {_way_out(name)}")
-    if limits["words"] and value not in limits["words"]:
-        raise InputError(f"{name}={value} is unknown; choose {' or '.join(limits['words'])}.")
-    return value
-
-
-def _number(name: str, kind: Callable[[Any], Any], value: Any, shown: str) -> Any:
     try:
         number = kind(value)
         fits = not isinstance(value, bool | str) and math.isfinite(number) and (kind is float or number == value)
@@ -192,18 +190,12 @@ def _number(name: str, kind: Callable[[Any], Any], value: Any, shown: str) -> An
         fits = False
     if not fits:
         raise InputError(f"{name}={shown} is not {_KINDS[kind]}; {_way_out(name)}")
+    least, most = limits["least"], limits["most"]
+    if least is not None and not least <= number <= most:
+        largest = "2^64 - 1" if most == 2**64 - 1 else most
+        within = f"{least} and above" if most == math.inf else f"{least} .. {largest}"
+        raise InputError(f"{name}={shown} is outside {within}; {_way_out(name)}")
     return number
-
-
-def _pair(value: Any) -> Any:
-    if len(value) != 2:
-        raise InputError(f"size={value!r:.40} is not a size; give one side, or height and width, px.")
-    return value
-
-
-def _limits(least: float, most: float) -> str:
-    ends = {2**64 - 1: "2^64 - 1"}
-    return f"{least} and above" if most == math.inf else f"{least} .. {ends.get(int(most), most)}"
 
 
 def _way_out(name: str) -> str:
@@ -218,5 +210,7 @@ def _way_out(name: str) -> str:
         "spacing": "choose one of those in docs/samplers.md.",
         "temperature": "choose 1 (the sampler's noise) or a smaller factor.",
         "eta": "choose 0 (no fresh noise) or 1 (as DDPM).",
+        "quantize_x0": "choose one of them.",
+        "tile_norms": "choose shared or separate.",
     }
     return ways.get(name, "choose 0 (at once) or for instance 512.")

@@ -21,11 +21,10 @@ class Trajectory:
 
     def __init__(self, model: LoadedModel, settings: SampleSettings) -> None:
         """settings: resolved ones."""
-        self.model = model
-        self.settings = settings
-        steps = len(model.grid(settings)) - 1
-        self.kept = sorted({round(k * (steps - 1) / max(min(FRAMES, steps) - 1, 1)) for k in range(min(FRAMES, steps))})
-        self.kept = sorted({*self.kept, steps - 1})
+        self.model, self.settings = model, settings
+        last = len(model.grid(settings)) - 2
+        kept = min(FRAMES, last + 1)
+        self.kept = sorted({*(round(k * last / max(kept - 1, 1)) for k in range(kept)), last})
         self._frames: list[Tensor] = []
 
     def __call__(self, step: int, x: Tensor, clean: Tensor) -> Tensor:
@@ -39,15 +38,13 @@ class Trajectory:
         """Frames per image of the last batch, from its start on; they are removed here."""
         assert isinstance(self.settings.size, tuple)
         height, width = self.settings.size
-        start = self.model.begin(inputs, self.settings, numbers)
-        frames = [as_images(self.model.diffusion.decode(start)), *self._frames]
-        frames = [frame[:, :height, :width] for frame in frames]
-        self._frames = []
-        return [[frame[i].numpy() for frame in frames] for i in range(len(numbers))]
+        start = as_images(self.model.diffusion.decode(self.model.begin(inputs, self.settings, numbers)))
+        frames, self._frames = [frame[:, :height, :width].numpy() for frame in (start, *self._frames)], []
+        return [[frame[i] for frame in frames] for i in range(len(numbers))]
 
     def save(self, folder: Path, inputs: Sequence[Inputs], numbers: list[int], labels: Sequence[str]) -> None:
         """NUMBER_trajectory.png, a row, and .webp, an animation, of each image of the batch just finished."""
-        columns, titles = self.columns(), self.titles()
+        titles, columns = self.titles(), self.columns()
         for number, text, frames in zip(numbers, labels, self.take(inputs, numbers), strict=True):
             row = table([[frames[c] for c in columns]], [titles[c] for c in columns], [text])
             row.save(folder / f"{number:06d}_trajectory.png")
@@ -59,6 +56,5 @@ class Trajectory:
 
     def columns(self) -> list[int]:
         """Which frames make the row: evenly spaced, both ends."""
-        count = len(self.kept) + 1
-        shown = min(COLUMNS, count)
-        return [round(k * (count - 1) / (shown - 1)) for k in range(shown)]
+        shown = min(COLUMNS, len(self.kept) + 1)
+        return [round(k * len(self.kept) / (shown - 1)) for k in range(shown)]

@@ -83,10 +83,9 @@ def _run(args: argparse.Namespace) -> int:
     rank, _ = distributed.join(datetime.timedelta(hours=2))  # only short messages pass, some after a long wait
     try:
         with _loaded(args, prompts, lines, settings, by_name) as job:
-            job.sample(args.batch_size, trajectory=args.trajectory)
-            distributed.barrier()
+            shown = distributed.gather(job.sample(args.batch_size, trajectory=args.trajectory))
             if rank == 0:
-                job.save_grid(swept, prompts.count)
+                job.save_grid({place: image for part in shown for place, image in part.items()}, swept, prompts.count)
                 print(f"{len(job.inputs) * len(job.variants)} images in {job.folder}")
     finally:
         distributed.leave()
@@ -131,8 +130,13 @@ class Job:
     folder: Path
     first: int
 
-    def sample(self, batch_size: int, *, trajectory: bool) -> None:
-        """This process's images to files."""
+    @property
+    def shown(self) -> int:
+        """The first of the inputs, which the grid shows."""
+        return min(max(MOST_SHOWN // len(self.variants), 1), len(self.inputs))
+
+    def sample(self, batch_size: int, *, trajectory: bool) -> dict[tuple[int, str], Any]:
+        """This process's images to files; those of the grid by number and variant."""
         import ldmlab.distributed as distributed
         from ldmlab.inference.grids import save_png
         from ldmlab.inference.model import generate
@@ -141,6 +145,7 @@ class Job:
         rank, world = distributed.rank(), distributed.world_size()
         mine = len(range(rank, len(self.inputs), world))
         total = mine * sum(len(self.model.grid(settings)) - 1 for settings in self.variants.values())
+        shown: dict[tuple[int, str], Any] = {}
         with _progress(total, quiet=rank > 0) as count:
             for name, settings in self.variants.items():
                 frames = Trajectory(self.model, settings) if trajectory else None
@@ -160,14 +165,14 @@ class Job:
                     after_step=after_step,
                 ):
                     for number, image in zip(numbers, images.numpy(), strict=True):
-                        save_png(self.path(number, name), image, self._record(number, settings))
+                        file = self.folder / f"{number:06d}{name}.png"  # in a sweep 000012_steps-5.png
+                        save_png(file, image, self._record(number, settings))
+                        if number - self.first < self.shown:
+                            shown[number, name] = image
                     if frames is not None:
                         own = [self.inputs[number - self.first] for number in numbers]
                         frames.save(self.folder, own, numbers, [label(one) for one in own])
-
-    def path(self, number: int, name: str) -> Path:
-        """000012.png, in a sweep 000012_steps-5.png."""
-        return self.folder / f"{number:06d}{name}.png"
+        return shown
 
     def _record(self, number: int, settings: "ResolvedSettings") -> dict[str, Any]:
         """All settings that reproduce the image."""
@@ -179,17 +184,12 @@ class Job:
         more = {"precision": self.model.precision, "ldmlab": version("ldmlab")}
         return {**prompt, "index": number, **settings.as_text(), **info.get("guiders", {}), **known, **more}
 
-    def save_grid(self, swept: str | None, count: int) -> None:
+    def save_grid(self, images: Mapping[tuple[int, str], Any], swept: str | None, count: int) -> None:
         """grid.png, or sweep_NAME.png with a row per image; of at most MOST_SHOWN images."""
-        import numpy as np
-
         from ldmlab.inference.grids import grid, table
-        from ldmlab.open_image import open_image
 
-        shown = self.inputs[: max(MOST_SHOWN // len(self.variants), 1)]
-        numbers = range(self.first, self.first + len(shown))
-        rows = [[np.asarray(open_image(self.path(n, name))) for name in self.variants] for n in numbers]
-        labels = [label(one) for one in shown]
+        rows = [[images[self.first + n, name] for name in self.variants] for n in range(self.shown)]
+        labels = [label(one) for one in self.inputs[: self.shown]]
         if swept is not None:
             titles = [name.removeprefix("_").replace("-", " ", 1) for name in self.variants]
             table(rows, titles, labels).save(self.folder / f"sweep_{swept}.png")
