@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.metrics.frechet import FrechetDistance, frechet_distance
+from ldmlab.metrics.frechet import FrechetDistance, distance_from
 from ldmlab.metrics.frechet_limit import PARTS, FrechetLimit
 
 WIDTH = 32
@@ -15,7 +15,7 @@ MEAN = torch.full((WIDTH,), 0.1, dtype=torch.float64)
 
 def true_distance() -> float:
     zero = torch.zeros(WIDTH, dtype=torch.float64)
-    return float(frechet_distance(zero, torch.diag(VARIANCE), MEAN, torch.diag(0.8 * VARIANCE)))
+    return float(distance_from(zero, torch.diag(VARIANCE))(MEAN, torch.diag(0.8 * VARIANCE)))
 
 
 def drawn(count: int, seed: int) -> Tensor:

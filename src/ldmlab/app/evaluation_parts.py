@@ -129,11 +129,13 @@ def scores_callback(node: Mapping[str, Any], plan: "Plan", data: "ShardData") ->
 def _source(plan: "Plan", protocol: "Protocol", data: "ShardData", precision: str) -> tuple["Source", int | None]:
     """A stage's images, and the number of real images that they are compared with."""
     from ldmlab.evaluation.real_images import conditions
-    from ldmlab.evaluation.sources import Reconstructions, Samples, in_training
+    from ldmlab.evaluation.sources import Reconstructions, Samples
+    from ldmlab.inference.model import LoadedModel
 
     kind = plan.spec["kind"]
     if kind == "latent_diffusion":
-        model = in_training(plan.stage.diffusion, plan.spec["image_size"], precision)  # type: ignore[arg-type]
+        diffusion: Any = plan.stage.diffusion
+        model = LoadedModel(diffusion, plan.spec["image_size"], {}, precision, frozen=False)
         known = conditions(data, protocol.reference, sorted(model.reads), protocol.reference_limit)
         return Samples(model, protocol, known), protocol.reference_limit
     if kind == "first_stage":

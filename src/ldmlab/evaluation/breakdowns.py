@@ -18,7 +18,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.scoring import EvaluationPass, Track
 from ldmlab.evaluation.sources import Samples
 from ldmlab.metrics.kernel import squared_mmd
-from ldmlab.metrics.knn_balls import shares_inside, squared_radii
+from ldmlab.metrics.precision_recall import precision_recall
 
 _NEIGHBOURS = 3  # of precision and recall, as over all classes
 _MOST = 4000  # images of one class in its kernel distance, so that memory is bounded
@@ -51,15 +51,12 @@ def _scores(real: Tensor | None, samples: Tensor) -> dict[str, Any]:
     """None for a score that so few images do not allow."""
     row: dict[str, Any] = {"samples": len(samples), "real": 0 if real is None else len(real)}
     row |= {"kid": None, "precision": None, "recall": None}
-    if real is None:
-        return row
-    if min(len(real), len(samples)) > 1:
+    fewest = min(row["samples"], row["real"])
+    if real is not None and fewest > 1:
         row["kid"] = float(squared_mmd(samples[:_MOST], real[:_MOST]))
-    if min(len(real), len(samples)) > _NEIGHBOURS:
+    if real is not None and fewest > _NEIGHBOURS:
         centre = real.mean(dim=0)
-        real, samples = real - centre, samples - centre
-        balls = [squared_radii(part, _NEIGHBOURS) for part in (samples, real)]
-        precision, recall = shares_inside(samples, balls[0], real, balls[1])
+        precision, recall = precision_recall(real - centre, samples - centre, _NEIGHBOURS)
         row |= {"precision": float(precision), "recall": float(recall)}
     return row
 
@@ -104,15 +101,13 @@ class GuidanceCurve:
 
     def run(self, own: Mapping[str, Any], batch_size: int, track: Track) -> list[dict[str, Any]]:
         """A point for each scale, in rising order; the evaluation's own scale takes its scores."""
-        usual = self.samples.settings.guidance_scale
-        return [
-            {"guidance_scale": scale, "scores": dict(own) if scale == usual else self._at(scale, batch_size, track)}
-            for scale in self.scales
-        ]
-
-    def _at(self, scale: float, batch_size: int, track: Track) -> dict[str, Any]:
-        seen = self._fresh.for_other_samples()
-        settings = replace(self.samples.settings, guidance_scale=scale)
-        title = f"samples at guidance scale {scale:g}"
-        seen.add_all(self.samples.share(self.samples.requests, settings, title, batch_size, track), real=False)
-        return {name: asdict(score) for name, score in seen.compute().items()}
+        points = []
+        for scale in self.scales:
+            scores = dict(own)
+            if scale != self.samples.settings.guidance_scale:
+                seen, title = self._fresh.for_other_samples(), f"samples at guidance scale {scale:g}"
+                settings = replace(self.samples.settings, guidance_scale=scale)
+                seen.add_all(self.samples.share(self.samples.requests, settings, title, batch_size, track), real=False)
+                scores = {name: asdict(score) for name, score in seen.compute().items()}
+            points.append({"guidance_scale": scale, "scores": scores})
+        return points

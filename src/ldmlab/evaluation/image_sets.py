@@ -59,8 +59,11 @@ class ImageSet:
         elif self.kind == "shards":
             assert self.size is not None
             dataset = ShardDataset(self.path, BatchSpec(self.size[0], fields=()))
-            loader = eval_loader(dataset, batch_size=batch_size, world=world, rank=rank, workers=self.workers)
-            yield from numbered(self._checked(loader))
+            for batch in eval_loader(dataset, batch_size=batch_size, world=world, rank=rank, workers=self.workers):
+                for entry in batch["skipped"]:
+                    label, _, reason = entry.partition(": ")
+                    self._lose(label, reason)
+                yield from numbered([batch])
         else:
             yield from self._of_folder(batch_size, rank, world)
 
@@ -126,14 +129,6 @@ class ImageSet:
                     )
             if read:
                 yield torch.tensor(list(read)), torch.stack(list(read.values()))
-
-    def _checked(self, loader: Any) -> Iterator[Any]:
-        """The loader's batches; samples that were left out count as unreadable."""
-        for batch in loader:
-            for entry in batch["skipped"]:
-                label, _, reason = entry.partition(": ")
-                self._lose(label, reason)
-            yield batch
 
 
 class _Files(Dataset[tuple[int, Tensor | str]]):

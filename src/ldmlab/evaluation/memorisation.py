@@ -7,7 +7,7 @@ set the threshold, with the training images that they are near to.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,11 @@ class Nearest:
     def add(self, train: Tensor, numbers: Tensor) -> None:
         """Features (B, D) of training images, and their numbers (B,)."""
         self.seen += len(train)
-        squared, index = nearest(self.points, F.normalize(train.float(), dim=1), 1)
-        distance = squared[:, 0] / 2  # |a - b|^2 = 2 - 2 cos for unit vectors
+        squared, index = nearest(self.points, F.normalize(train.float(), dim=1))
+        distance = squared / 2  # |a - b|^2 = 2 - 2 cos for unit vectors
         nearer = distance < self.distance
         self.distance[nearer] = distance[nearer]
-        self.number[nearer] = numbers[index[:, 0][nearer]]
+        self.number[nearer] = numbers[index[nearer]]
 
     def together(self) -> tuple[Tensor, Tensor, int]:
         """Over all processes: distances (N,), numbers (N,) and how many training images there were."""
@@ -103,23 +103,29 @@ class Audit:
         at_bar = (of_val - (result["bar"] or 0)).abs().argsort(stable=True)[:_AT_THE_BAR].tolist()
         there = {int(item["number"]): str(item["file"]) for item in shown}
         if distributed.rank() == 0:
-            there |= self._again([number for number in closest if number not in there])
-            result["closest"] = [self._pair(n, there[n], int(twin[n]), float(distance[n])) for n in closest]
-            result["pairs"] = [self._pair(n, there[n], int(twin[n]), float(distance[n])) for n in spread]
-            result["held_out"] = [self._real_pair(places[n], len(generated) + n, distance, twin) for n in at_bar]
+            missing = [number for number in closest if number not in there]  # scored and not kept
+            for number, image in self.samples.again(missing, self.real.batch_size):
+                there[number] = save_image(self.out, "sample", number, image)
+            for name, numbers in (("closest", closest), ("pairs", spread)):
+                result[name] = [
+                    self._pair("sample", there[n], self._caption(n), int(twin[n]), distance[n]) for n in numbers
+                ]
+            result["held_out"] = []
+            for n in at_bar:
+                image, row = self.real.image("val", places[n]), len(generated) + n
+                file = save_image(self.out, "held_out", places[n], image["image"])
+                caption = str(image.get("caption", image["key"]))
+                result["held_out"].append(self._pair("held_out", file, caption, int(twin[row]), distance[row]))
         return distributed.from_first(result)
 
     def _validation(self, seen: EvaluationPass) -> tuple[Tensor, list[int]]:
         """Features (M, D) of validation images and their numbers; none where the data has none."""
-        if self.protocol.reference == "val":
-            features, numbers = seen.kept(real=True)
-            return features, numbers.tolist()
-        if not (self.real.data.folder("val", "images") / "manifest.json").exists():
-            return torch.empty(0, self.real.extractor.width), []
-        parts = EvaluationPass(self.real.extractor, {}, keep=True)
-        for features, numbers in self.real.features("val"):
-            parts.add_features({"features": features}, True, numbers)
-        features, numbers = parts.kept(real=True)
+        if self.protocol.reference != "val":
+            seen = EvaluationPass(self.real.extractor, {}, keep=True)
+            there = (self.real.data.folder("val", "images") / "manifest.json").exists()
+            for features, numbers in self.real.features("val") if there else ():
+                seen.add_features({"features": features}, True, numbers)
+        features, numbers = seen.kept(real=True)
         return features, numbers.tolist()
 
     def _calibrated(self, samples: Tensor, val: Tensor) -> dict[str, Any]:
@@ -131,35 +137,19 @@ class Audit:
         values = (found.share, found.bar, found.expected, found.error, len(val), float(val.median()))
         return dict(zip(names, values, strict=True))
 
-    def _again(self, numbers: Sequence[int]) -> dict[int, str]:
-        """Files of samples that were scored and not kept."""
-        again = self.samples.again(numbers, self.real.batch_size)
-        return {number: save_image(self.out, "sample", number, image) for number, image in again}
-
-    def _pair(self, number: int, file: str, twin: int, distance: float) -> dict[str, Any]:
-        train = self.real.image("train", twin)
+    def _caption(self, number: int) -> str:
+        """The condition of a sample as text; "" for one that is no text."""
         known = self.known[number % len(self.known)] if len(self.known) else {}
         conditions = {**known, **self.samples.requests[number]}
+        return str(conditions.get("caption", conditions.get("class_id", "")))
+
+    def _pair(self, name: str, file: str, caption: str, twin: int, distance: Tensor) -> dict[str, Any]:
+        """An image beside the training image nearest to it."""
+        train = self.real.image("train", twin)
         return {
-            "sample": file,
+            name: file,
             "train": save_image(self.out, "train", twin, train["image"]),
-            "caption": _words(conditions),
+            "caption": caption,
             "train_caption": str(train.get("caption", train["key"])),
-            "distance": distance,
+            "distance": float(distance),
         }
-
-    def _real_pair(self, number: int, row: int, distance: Tensor, twin: Tensor) -> dict[str, Any]:
-        image, train = self.real.image("val", number), self.real.image("train", int(twin[row]))
-        return {
-            "held_out": save_image(self.out, "held_out", number, image["image"]),
-            "train": save_image(self.out, "train", int(twin[row]), train["image"]),
-            "caption": str(image.get("caption", image["key"])),
-            "train_caption": str(train.get("caption", train["key"])),
-            "distance": float(distance[row]),
-        }
-
-
-def _words(conditions: Mapping[str, Any]) -> str:
-    """The condition of a sample as text; "" for one that is no text."""
-    words: Iterable[Any] = (conditions[name] for name in ("caption", "class_id") if name in conditions)
-    return str(next(iter(words), ""))

@@ -115,9 +115,8 @@ class SplitReference:
 
     def marks(self) -> tuple[str, ...]:
         """Of every score."""
-        if self.unreadable is None:
-            return ()
-        return (f"{self.count - self.unreadable['count']:,} of {self.count:,} reference images could be read",)
+        lost = self.unreadable["count"] if self.unreadable else 0
+        return (f"{self.count - lost:,} of {self.count:,} reference images could be read",) if lost else ()
 
     def _unreadable(self, read: int) -> dict[str, Any] | None:
         """Number and names of the unreadable images; None if there are none."""

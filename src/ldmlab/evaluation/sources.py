@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
-from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.evaluation import protocol as protocols
 from ldmlab.evaluation.real_images import Fields, batches_of, count_of, repeated
@@ -36,23 +35,22 @@ def requests(protocol: protocols.Protocol, reads: frozenset[str], reference: Seq
     balanced_classes: every class the same number of times; a remainder goes to the first classes.
     """
     count = protocol.samples or min(len(reference), protocol.at_most or len(reference))
-    if not reads or protocol.conditions == "none":
-        if reads:
-            raise InputError(
-                f"protocol.conditions=none, but the model takes {', '.join(sorted(reads))}; "
-                "choose reference or balanced_classes."
-            )
+    takes = ", ".join(sorted(reads))
+    if not reads:
         return [{} for _ in range(count)]
+    if protocol.conditions == "none":
+        raise InputError(
+            f"protocol.conditions=none, but the model takes {takes}; choose reference or balanced_classes."
+        )
     if protocol.conditions == "balanced_classes":
         if reads != {"class_id"}:
             raise InputError(
                 f"protocol.conditions=balanced_classes is for models that take class_id alone, and this one "
-                f"takes {', '.join(sorted(reads))}; choose protocol.conditions=reference."
+                f"takes {takes}; choose protocol.conditions=reference."
             )
         assert protocol.classes is not None
         return [{"class_id": index % protocol.classes} for index in range(count)]
-    missing = [name for name in sorted(reads) if not reference or name not in reference[0]]
-    if missing:
+    if missing := [name for name in sorted(reads) if not reference or name not in reference[0]]:
         raise InputError(
             f"the reference images have no {', '.join(missing)}, which the model takes as input; pack them so."
         )
@@ -190,17 +188,5 @@ class Reconstructions:
         return to_bytes(numbers_only(self.first_stage.decode(mean).float())).cpu()  # type: ignore[operator]
 
     def record(self) -> dict[str, Any]:
-        """Nothing is sampled."""
+        """What is shown."""
         return {"size": self.data.image_size, "conditions": "reference"}
-
-
-def in_training(model: LatentDiffusion, image_size: int, precision: str) -> LoadedModel:
-    """A latent diffusion model in training, still on the CPU, to sample with; `requires_grad` is unchanged."""
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    loaded = LoadedModel(model, image_size, {}, precision)
-    for parameter, flag in trainable:
-        parameter.requires_grad_(flag)
-    for module, mode in modes:
-        module.training = mode
-    return loaded

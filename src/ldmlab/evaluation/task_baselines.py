@@ -14,39 +14,32 @@ from PIL import Image
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.evaluation.evaluators import Batches, Fields
+from ldmlab.evaluation.evaluators import Baseline, Batches, Fields
 
 
 @dataclass(frozen=True)
-class Bicubic:
+class Bicubic(Baseline):
     """The low-resolution image enlarged by Pillow's bicubic kernel."""
 
     factor: int = 4
     needs: ClassVar[frozenset[str]] = frozenset({"low_resolution"})
     title: ClassVar[str] = "bicubic"
 
-    def learn(self, real: Batches) -> None:
-        """Nothing."""
-
     def __call__(self, conditions: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""
-        return torch.stack([self._one(np.asarray(one["low_resolution"])) for one in conditions])
-
-    def _one(self, small: np.ndarray) -> Tensor:
-        size = (small.shape[1] * self.factor, small.shape[0] * self.factor)
-        large = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(large)).permute(2, 0, 1)
+        found = []
+        for small in (np.asarray(one["low_resolution"]) for one in conditions):
+            size = (small.shape[1] * self.factor, small.shape[0] * self.factor)
+            found.append(np.array(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)))
+        return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
-class MeanFill:
+class MeanFill(Baseline):
     """The hole filled with the mean colour of the known pixels."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
     title: ClassVar[str] = "mean fill"
-
-    def learn(self, real: Batches) -> None:
-        """Nothing."""
 
     def __call__(self, conditions: Sequence[Fields]) -> Tensor:
         """uint8 (B, 3, H, W)."""
@@ -57,7 +50,7 @@ class MeanFill:
 
 
 @dataclass
-class NearestPatch:
+class NearestPatch(Baseline):
     """The hole copied from the training image whose pixels around it are nearest, at the same place."""
 
     border: int = 8  # px around the hole that are compared
@@ -82,26 +75,18 @@ class NearestPatch:
         """uint8 (B, 3, H, W)."""
         assert self._train is not None
         images, holes = given(conditions)
-        around = self._around(holes)
-        found = self._nearest(images, around)
-        return torch.where(holes, self._train[found], images)
-
-    def _nearest(self, images: Tensor, around: Tensor) -> Tensor:
-        """Training numbers (B,): sum over compared pixels of (x - t)^2 = w x^2 - 2 (w x) t + w t^2, in two products."""
-        assert self._train is not None
+        kernel = np.ones((2 * self.border + 1,) * 2, np.uint8)
+        wide = [cv2.dilate(hole[0].numpy().astype(np.uint8), kernel) for hole in holes]
+        around = torch.from_numpy(np.stack(wide))[:, None].bool() & ~holes  # known pixels that are compared
+        # sum over compared pixels of (x - t)^2 = w x^2 - 2 (w x) t + w t^2, in two products
         weight = around.float().expand_as(images).flatten(1)  # (B, D)
         weighted = (images.float() / 255).flatten(1) * weight
         distances = []
         for part in self._train.split(256):
             train = (part.float() / 255).flatten(1)  # (n, D)
             distances.append(weight @ train.square().T - 2 * weighted @ train.T)
-        return torch.cat(distances, dim=1).argmin(dim=1)
-
-    def _around(self, holes: Tensor) -> Tensor:
-        """Known pixels at most `border` px from the hole, bool (B, 1, H, W)."""
-        kernel = np.ones((2 * self.border + 1,) * 2, np.uint8)
-        wide = [cv2.dilate(hole[0].numpy().astype(np.uint8), kernel) for hole in holes]
-        return torch.from_numpy(np.stack(wide))[:, None].bool() & ~holes
+        found = torch.cat(distances, dim=1).argmin(dim=1)  # training numbers (B,)
+        return torch.where(holes, self._train[found], images)
 
 
 def given(conditions: Sequence[Fields]) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,9 @@ def grid(
     if not len(images):
         raise InputError("a grid needs at least one image.")
     columns = columns or max(round(len(images) ** 0.5), 1)
-    rows, texts = ([part[i : i + columns] for i in range(0, len(part), columns)] for part in (images, labels or ()))
+    starts = range(0, len(images), columns)
+    rows = [images[i : i + columns] for i in starts]
+    texts = [labels[i : i + columns] for i in starts] if labels else ()
     return _layout(rows, texts, title=title)
 
 

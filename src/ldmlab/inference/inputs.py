@@ -10,7 +10,6 @@ list. Whole numbers => int64 (B,). Anything else stays a list.
 import json
 import operator
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -252,7 +251,7 @@ def check_inputs(diffusion: LatentDiffusion, inputs: Sequence[Inputs], enlargeme
     """Refuse inputs of a wrong type and boxes, classes, label maps and masks that the model does not support."""
     conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "check")]
     read = {"boxes": boxes_of, "class_id": class_number, "segmentation": partial(row, "segmentation")}
-    for one in _different(inputs):
+    for one in different(inputs):
         for name in TEXTS:
             if name in one:
                 checked_text(name, one[name])
@@ -275,21 +274,6 @@ def _check_mask(one: Inputs) -> None:
         raise InputError(f"{name} has no hole; paint white what is to be generated.")
 
 
-def _different(inputs: Sequence[Inputs]) -> Iterator[Inputs]:
+def different(inputs: Sequence[Inputs]) -> Iterator[Inputs]:
     """Without repetitions, as from several images for one prompt."""
     return (one for place, one in enumerate(inputs) if place == 0 or one is not inputs[place - 1])
-
-
-def lost(diffusion: LatentDiffusion, one: Inputs) -> list[str]:
-    """The ends of its captions that the model cannot read because they are too long."""
-    conditioners = [c for _, c in diffusion.conditioners.items() if hasattr(c, "lost")]
-    captions = [one[name] for name in TEXTS if one.get(name)]
-    ends = [c.lost(caption) for c in conditioners for caption in captions]  # type: ignore[operator]
-    return [end for end in ends if end]
-
-
-def warn_of_lost(diffusion: LatentDiffusion, inputs: Sequence[Inputs]) -> None:
-    """A warning for every caption that is cut."""
-    for one in _different(inputs):
-        for end in lost(diffusion, one):
-            warnings.warn(f'the model does not see the end of a caption that is too long: "{end}"', stacklevel=3)

@@ -23,15 +23,15 @@ from ldmlab.first_stages.tiled import TiledFirstStage
 from ldmlab.inference.input_images import canvas_of, finished, given_image, on_canvas, started_at
 from ldmlab.inference.inputs import (
     SMALL,
+    TEXTS,
     Inputs,
     batch_of,
     check_inputs,
     check_size,
+    different,
     has_images,
     implied_size,
-    lost,
     rows_of,
-    warn_of_lost,
 )
 from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings
 from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
@@ -50,8 +50,9 @@ class LoadedModel:
         image_size: int | tuple[int, int],  # trained on: side, or height and width, px
         info: Mapping[str, Any],  # path, weights, fingerprint, step, ...
         precision: str = "float32",  # of the denoiser: float32 | bfloat16 | float16
+        frozen: bool = True,  # False: of a model in training, whose modes and gradients stay
     ) -> None:
-        self.diffusion = diffusion.eval().requires_grad_(False)
+        self.diffusion = diffusion.eval().requires_grad_(False) if frozen else diffusion
         if self.device.type == "cuda":  # on a CPU this layout was measured to be slower
             self.diffusion.to(memory_format=torch.channels_last)
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -109,7 +110,8 @@ class LoadedModel:
         columns = {name: value for name, value in options.items() if name not in names}
         inputs = rows_of(columns, self.reads, count)
         self.check(inputs)
-        warn_of_lost(self.diffusion, inputs)
+        for end in (end for one in different(inputs) for end in self.lost(one)):
+            warnings.warn(f'the model does not see the end of a caption that is too long: "{end}"', stacklevel=2)
         return torch.cat([images for _, images in generate(self, inputs, settings, batch_size=batch_size)])
 
     def resolved(self, settings: SampleSettings, inputs: Sequence[Inputs] = ()) -> ResolvedSettings:
@@ -226,7 +228,10 @@ class LoadedModel:
 
     def lost(self, inputs: Inputs) -> list[str]:
         """The ends of captions that the model cannot read because they are too long."""
-        return lost(self.diffusion, inputs)
+        conditioners = [c for _, c in self.diffusion.conditioners.items() if hasattr(c, "lost")]
+        captions = [inputs[name] for name in TEXTS if inputs.get(name)]
+        ends = [c.lost(caption) for c in conditioners for caption in captions]  # type: ignore[operator]
+        return [end for end in ends if end]
 
     # ---- latents
 

@@ -178,7 +178,7 @@ def _checked(name: str, value: Any, typed: str | None = None) -> Any:
     kind, limits = _kind(name), SampleSettings.__dataclass_fields__[name].metadata
     shown = f"{value!r:.40}" if typed is None else typed[:40]
     if kind in (bool, str):
-        if not isinstance(value, kind):  # type: ignore[arg-type]
+        if not isinstance(value, kind):
             raise InputError(f"{name}={shown} is not {_KINDS[kind]}; {_way_out(name)}")
         if limits["words"] and value not in limits["words"]:
             raise InputError(f"{name}={value} is unknown; choose {' or '.join(limits['words'])}.")

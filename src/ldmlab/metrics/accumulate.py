@@ -47,8 +47,11 @@ class FeatureSets(Metric):
         store.append(check_features(features, "real features" if real else "generated features").cpu())
         indices.append(next_index(indices, len(features)) if index is None else index.cpu())
 
+    def check_count(self, count: int, name: str) -> None:
+        """Refuses too few `name` images, real or generated; any number will do here."""
+
     def sets(self) -> tuple[Tensor, Tensor]:
-        """Real (N, D) and generated (N, D) features."""
+        """Real (N, D) and generated (N, D) features, as many of each as the metric needs."""
         real = in_order(self.real_features, self.real_index, "real")
         fake = in_order(self.fake_features, self.fake_index, "generated")
         if real.shape[1] != fake.shape[1]:
@@ -56,7 +59,16 @@ class FeatureSets(Metric):
                 f"real features are {real.shape[1]} wide and generated ones {fake.shape[1]}: "
                 "use one feature extractor for both."
             )
+        self.check_count(len(real), "real")
+        self.check_count(len(fake), "generated")
         return real, fake
+
+    def centred_sets(self) -> tuple[Tensor, Tensor]:
+        """The same on the metric's device, around the mean of the real ones: differences of small squares are exact
+        enough in float32."""
+        real, fake = self.sets()
+        centre = real.mean(dim=0)
+        return real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
 
 
 def next_index(indices: list[Tensor], count: int) -> Tensor:

@@ -57,11 +57,7 @@ class Inception2015(nn.Module):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = Path(weights)
-        if not path.is_file():
-            raise InputError(
-                f"features.weights={path} does not exist; run `ldmlab fetch inception` or give another path."
-            )
-        self.weights_hash = safe_file(path)
+        self.weights_hash = safe_file(path, "run `ldmlab fetch inception` or give another path")
         try:
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -85,8 +81,10 @@ class Inception2015(nn.Module):
         return {"features": features, "logits": logits, "spatial": spatial}
 
 
-def safe_file(path: Path) -> str:
+def safe_file(path: Path, way_out: str) -> str:
     """The file's SHA-256, after making sure that it holds tensors only (torch-fidelity unpickles it freely)."""
+    if not path.is_file():
+        raise InputError(f"features.weights={path} does not exist; {way_out}.")
     try:
         if path.suffix != ".safetensors":  # which can hold nothing else
             torch.load(path, map_location="cpu", weights_only=True)

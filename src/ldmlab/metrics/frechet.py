@@ -6,7 +6,7 @@ The trace of the root is taken from symmetric eigenvalues in float64: with S_r =
 those of the symmetric R S_f R. Nothing but sums is kept, so memory does not grow with the number of images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,10 +52,9 @@ class FrechetDistance(Metric):
         self._real_is_given = False
         for side, groups in (("real", 1), ("fake", max(spread_groups, 1))):
             self.add_state(f"{side}_count", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_sum", torch.zeros(groups, width, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(
-                f"{side}_outer", torch.zeros(groups, width, width, dtype=torch.float64), dist_reduce_fx="sum"
-            )
+            for name, shape in (("sum", (width,)), ("outer", (width, width))):
+                zeros = torch.zeros(groups, *shape, dtype=torch.float64)
+                self.add_state(f"{side}_{name}", zeros, dist_reduce_fx="sum")
 
     def update(self, features: Tensor, real: bool, index: Tensor | None = None) -> None:
         """Features (B, D); `index` (B,) numbers the images over all processes (default: as they come)."""
@@ -90,18 +89,19 @@ class FrechetDistance(Metric):
     def samples(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of this process's generated features."""
         self.check_count(int(self.fake_count.sum()), "generated")
-        return gaussian(*(part.sum(dim=0) for part in (self.fake_count, self.fake_sum, self.fake_outer)))
+        return gaussian(*self._sums("fake"))
+
+    def _sums(self, side: str, groups: Sequence[int] | None = None) -> Sums:
+        """Sums over all groups, or some of them."""
+        parts = (getattr(self, f"{side}_{part}") for part in ("count", "sum", "outer"))
+        return tuple((part if groups is None else part[list(groups)]).sum(dim=0) for part in parts)
 
     def compute(self) -> dict[str, Tensor]:
         """`fid`, exact within float64 and never below 0 but for rounding, and `fid_std` with `spread_groups`."""
-        real, fake = (
-            (self.real_count, self.real_sum, self.real_outer),
-            (self.fake_count, self.fake_sum, self.fake_outer),
-        )
-        for (count, _, _), name in ((real, "real"), (fake, "generated")):
-            self.check_count(int(count.sum()), name)
-        distance = distance_from(*gaussian(*(part.sum(dim=0) for part in real)))
-        return self._found(distance, tuple(part.sum(dim=0) for part in fake))
+        real, fake = self._sums("real"), self._sums("fake")
+        self.check_count(int(real[0]), "real")
+        self.check_count(int(fake[0]), "generated")
+        return self._found(distance_from(*gaussian(*real)), fake)
 
     def _found(self, distance: Distance, whole: Sums) -> dict[str, Tensor]:
         """The scores by name, from the distance to the real features and the sums over all generated ones."""
@@ -112,9 +112,8 @@ class FrechetDistance(Metric):
 
     def _jackknife(self, distance: Distance, whole: Sums) -> Tensor:
         """Standard error of the distance over the groups that hold an image, float64 scalar."""
-        states = (self.fake_count, self.fake_sum, self.fake_outer)
         held = [group for group in range(self.spread_groups) if self.fake_count[group]]
-        without = [[all_ - part[group] for all_, part in zip(whole, states, strict=True)] for group in held]
+        without = [[a - b for a, b in zip(whole, self._sums("fake", [group]), strict=True)] for group in held]
         if len(held) < 2 or min(int(count) for count, _, _ in without) < 2:
             raise InputError(
                 f"metric.{self.score_name}.spread_groups={self.spread_groups} is too many for {int(whole[0])} "
@@ -124,6 +123,7 @@ class FrechetDistance(Metric):
         return ((len(held) - 1) * distances.var(correction=0)).sqrt()
 
     def check_count(self, count: int, name: str) -> None:
+        """Refuses too few `name` images, real or generated."""
         if count < 2:
             raise InputError(f"{count} {name} images were given; the Frechet distance needs at least 2.")
         if count < self.width and not self.small_sample:
@@ -165,11 +165,6 @@ def gaussian(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tenso
     """Mean (D,) and covariance (D, D) with n - 1, from the sums of x and of x x^T as `add_outer` leaves them."""
     mean = total / count
     return mean, (whole(outer) - count * torch.outer(mean, mean)) / (count - 1)
-
-
-def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> Tensor:
-    """The distance squared of two Gaussians, float64 scalar."""
-    return distance_from(mean_1, cov_1)(mean_2, cov_2)
 
 
 def distance_from(mean_1: Tensor, cov_1: Tensor) -> Distance:

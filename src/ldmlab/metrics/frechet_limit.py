@@ -7,6 +7,8 @@ together hold every image gives a point. A straight line over 1 / n, weighted wi
 with 1 / n^2, meets the axis at d_inf. The bias of the reference's own number of images stays.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,36 +39,26 @@ class FrechetLimit(FrechetDistance):
                 f"metric.fid_inf cuts the generated images into {_GROUPS} groups, and {int(whole[0])} are too few; "
                 f"give at least {2 * _GROUPS}, or leave that score out."
             )
-        members = {parts: [range(part, _GROUPS, parts) for part in range(parts)] for parts in PARTS}
-        rows = {parts: [self._row(distance, groups) for groups in members[parts]] for parts in PARTS}
+        rows = {parts: [self._row(distance, range(part, _GROUPS, parts)) for part in range(parts)] for parts in PARTS}
         self.points = [{"images": float(whole[0]) / parts, "value": _mean(rows[parts], 1)} for parts in PARTS]
         found = {self.score_name: torch.tensor(_intercept(rows), dtype=torch.float64)}
         if self.spread:
-            values = torch.tensor([self._without(group, distance, members, rows) for group in range(_GROUPS)])
+            values = torch.tensor([self._without(group, distance, rows) for group in range(_GROUPS)])
             found[f"{self.score_name}_std"] = ((_GROUPS - 1) * values.double().var(correction=0)).sqrt()
         return found
 
-    def _row(self, distance: Distance, groups: list[int] | range) -> tuple[float, float]:
+    def _row(self, distance: Distance, groups: Sequence[int]) -> tuple[float, float]:
         """1 / n and the distance of the images of some groups."""
-        chosen = list(groups)
-        sums = [part[chosen].sum(dim=0) for part in (self.fake_count, self.fake_sum, self.fake_outer)]
+        sums = self._sums("fake", groups)
         return 1 / float(sums[0]), float(distance(*gaussian(*sums)))
 
-    def _without(
-        self,
-        group: int,
-        distance: Distance,
-        members: dict[int, list[range]],
-        rows: dict[int, list[tuple[float, float]]],
-    ) -> float:
+    def _without(self, group: int, distance: Distance, rows: dict[int, list[tuple[float, float]]]) -> float:
         """d_inf from all groups but one: of each size one part changes."""
-        changed = {
-            parts: [
-                self._row(distance, [other for other in groups if other != group]) if group in groups else row
-                for groups, row in zip(members[parts], rows[parts], strict=True)
-            ]
-            for parts in PARTS
-        }
+        changed = {parts: list(rows[parts]) for parts in PARTS}
+        for parts in PARTS:
+            part = group % parts
+            others = [other for other in range(part, _GROUPS, parts) if other != group]
+            changed[parts][part] = self._row(distance, others)
         return _intercept(changed)
 
 

@@ -36,9 +36,11 @@ class KernelDistance(FeatureSets):
     def compute(self) -> dict[str, Tensor]:
         """`kid`, and `kid_std` where subsets differ."""
         real, fake = self.sets()
-        for name, features in (("real", real), ("generated", fake)):
-            self.check_count(len(features), name)
-        size = self._size(min(len(real), len(fake)))
+        fewest = min(len(real), len(fake))
+        size = min(self.at_most, fewest) if self.subset_size is None else self.subset_size
+        few = self.subset_size is None and size < self.at_most
+        self.resolved = {"subset_size": size}
+        self.remarks = {"kid": f"subsets of {size} images, all that the smaller set holds"} if few else {}
         generator = np.random.RandomState(self.seed)  # torch-fidelity's generator
         values = []
         for _ in range(self.subsets):
@@ -50,7 +52,7 @@ class KernelDistance(FeatureSets):
         return {"kid": scores.mean()} | ({} if whole else {"kid_std": scores.std(correction=0)})
 
     def check_count(self, count: int, name: str) -> None:
-        """Refuses too few `name` images."""
+        """Refuses too few `name` images, real or generated."""
         if count < 2:
             raise InputError(f"metric.kid needs at least 2 {name} images, there are {count}; leave that score out.")
         if self.subset_size is not None and count < self.subset_size:
@@ -58,14 +60,6 @@ class KernelDistance(FeatureSets):
                 f"metric.kid.subset_size={self.subset_size} is more than the {count} {name} images at hand; "
                 f"choose at most {count}."
             )
-
-    def _size(self, fewest: int) -> int:
-        """Images in each subset."""
-        size = min(self.at_most, fewest) if self.subset_size is None else self.subset_size
-        self.resolved = {"subset_size": size}
-        few = self.subset_size is None and size < self.at_most
-        self.remarks = {"kid": f"subsets of {size} images, all that the smaller set holds"} if few else {}
-        return size
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:

@@ -42,13 +42,8 @@ class PrecisionRecall(FeatureSets):
 
     def compute(self) -> dict[str, Tensor]:
         """`precision` and `recall`, float64 in [0, 1], each with `_std`."""
-        real, fake = self.sets()
-        for name, features in (("real", real), ("generated", fake)):
-            self.check_count(len(features), name)
-        centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
-        real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
-        balls = [squared_radii(part, self.neighbours, self.screening) for part in (fake, real)]
-        precision, recall = shares_inside(fake, balls[0], real, balls[1], self.screening)
+        real, fake = self.centred_sets()
+        precision, recall = precision_recall(real, fake, self.neighbours, self.screening)
         return {
             "precision": precision,
             "precision_std": share_error(precision, len(fake)),
@@ -80,20 +75,15 @@ class DensityCoverage(FeatureSets):
 
     def compute(self) -> dict[str, Tensor]:
         """`density`, 0 and up, and `coverage` in [0, 1], float64, each with its standard error `_std`."""
-        real, fake = self.sets()
-        self.check_count(len(real), "real")
-        centre = real.mean(dim=0)  # distances are differences of squares: small numbers keep float32 exact enough
-        real, fake = real.sub_(centre).to(self.device), fake.sub_(centre).to(self.device)  # both are our own copies
+        real, fake = self.centred_sets()
         balls, covered = squared_radii(real, self.neighbours), []
         lying_in = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # real balls, of each generated point
-        for top in range(0, len(real), _TILE):
-            rows = slice(top, top + _TILE)
-            held = torch.zeros(len(real[rows]), dtype=torch.int64, device=real.device)  # generated points in each ball
-            for left in range(0, len(fake), _TILE):
-                columns = slice(left, left + _TILE)
-                inside = squared_distances(real[rows], fake[columns]) < balls[rows, None]
+        for rows, radii in zip(real.split(_TILE), balls.split(_TILE), strict=True):
+            held = torch.zeros(len(rows), dtype=torch.int64, device=real.device)  # generated points in each ball
+            for columns, found in zip(fake.split(_TILE), lying_in.split(_TILE), strict=True):
+                inside = squared_distances(rows, columns) < radii[:, None]
                 held += inside.sum(dim=1)
-                lying_in[columns] += inside.sum(dim=0)
+                found += inside.sum(dim=0)
             covered.append(held > 0)
         density, coverage = lying_in.double() / self.neighbours, torch.cat(covered).double().mean()
         return {
@@ -111,6 +101,12 @@ class DensityCoverage(FeatureSets):
             )
 
 
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int, screening: bool = False) -> tuple[Tensor, Tensor]:
+    """Precision and recall, float64 scalars, of centred features (N, D)."""
+    balls = [squared_radii(part, neighbours, screening) for part in (fake, real)]
+    return shares_inside(fake, balls[0], real, balls[1], screening)
+
+
 def share_error(share: Tensor, count: int) -> Tensor:
     """Standard error sqrt(p (1 - p) / n) of a share of independent images, the balls taken as they are."""
     return (share * (1 - share) / count).sqrt()
@@ -122,27 +118,13 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(squares, a, b.T, alpha=-2).clamp_min_(0)
 
 
-def nearest(
-    points: Tensor, others: Tensor, count: int, *, skip_self: bool = False, tile: int = _TILE
-) -> tuple[Tensor, Tensor]:
-    """Squared distances (n, count), ascending, and indices of the `count` nearest `others` of each point.
-
-    `skip_self`: both are one set, and the point itself does not count.
-    """
-    found_distances, found_indices = [], []
-    for start in range(0, len(points), tile):
-        rows = points[start : start + tile]
-        best = rows.new_full((len(rows), 0), 0.0)
-        best_index = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-        for left in range(0, len(others), tile):
-            distances = squared_distances(rows, others[left : left + tile])
-            if skip_self and left == start:
-                distances.fill_diagonal_(torch.inf)
-            index = torch.arange(left, left + distances.shape[1], device=rows.device).expand(len(rows), -1)
-            close, chosen = distances.topk(min(count, distances.shape[1]), dim=1, largest=False)
-            best, best_index = torch.cat([best, close], 1), torch.cat([best_index, index.gather(1, chosen)], 1)
-            best, chosen = best.topk(min(count, best.shape[1]), dim=1, largest=False)
-            best_index = best_index.gather(1, chosen)
-        found_distances.append(best)
-        found_indices.append(best_index)
-    return torch.cat(found_distances), torch.cat(found_indices)
+def nearest(points: Tensor, others: Tensor, tile: int = _TILE) -> tuple[Tensor, Tensor]:
+    """Squared distance (n,) and index (n,) of the nearest of `others` to each point."""
+    found = []
+    for rows in points.split(tile):
+        parts = [squared_distances(rows, some).min(dim=1) for some in others.split(tile)]
+        distance, part = torch.stack([one.values for one in parts]).min(dim=0)
+        index = torch.stack([one.indices for one in parts]).gather(0, part[None])[0]
+        found.append((distance, index + part * tile))
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)

@@ -34,7 +34,10 @@ class ReconstructionMeasures(Metric):
     """
 
     full_state_update = False
-    higher_is_better: ClassVar = {"psnr": True, "psnr_object": True, "ssim": True, "lpips": False, "psim": False}
+    higher_is_better: ClassVar = {  # type: ignore[assignment, misc]
+        **dict.fromkeys(("psnr", "psnr_object", "ssim"), True),
+        **dict.fromkeys(("lpips", "psim"), False),
+    }
     title: ClassVar = {"psnr": "PSNR", "psnr_object": "PSNR, objects", "ssim": "SSIM", "lpips": "LPIPS", "psim": "PSIM"}
     meaning: ClassVar = {
         "psnr": "of reconstructions, dB, mean over images",
@@ -43,14 +46,6 @@ class ReconstructionMeasures(Metric):
         "lpips": "perceptual distance of reconstructions",
         "psim": "the same network without learned weights",
     }
-    psnr_sum: Tensor
-    psnr_square_sum: Tensor
-    ssim_sum: Tensor
-    ssim_square_sum: Tensor
-    lpips_sum: Tensor
-    lpips_square_sum: Tensor
-    psim_sum: Tensor
-    psim_square_sum: Tensor
     object_error_sum: Tensor
     object_values: Tensor
     images: Tensor

@@ -30,10 +30,8 @@ class TimmFeatures(nn.Module):
             hint = f"did you mean {near[0]}?" if near else "`python -c 'import timm; print(timm.list_models())'` lists."
             raise InputError(f"features.model={model} is no model of timm; {hint}")
         path = Path(weights)
-        if not path.is_file():
-            raise InputError(f"features.weights={path} does not exist; give the file of {model}'s weights.")
         self.name = f"timm {model}"
-        self.weights_hash = safe_file(path)
+        self.weights_hash = safe_file(path, f"give the file of {model}'s weights")
         self.network = _loaded(model, path, image_size).eval().requires_grad_(False)
         given = self.network.pretrained_cfg
         self.image_size = image_size or int(given["input_size"][-1])
