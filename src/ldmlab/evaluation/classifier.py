@@ -59,20 +59,21 @@ def own_random_numbers(seed: int) -> Iterator[None]:
 def descend(
     model: nn.Module,
     loss: Callable[[], Tensor],  # of a new batch
-    steps: int,
+    learned: Learned,
     *,
     learning_rate: float,  # the highest of the cycle
     weight_decay: float,
     show: Show,
 ) -> None:
-    """Train the model in place."""
+    """Train the model in place; it holds what it learned from."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    for _ in show(range(steps)):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=learned.updates)
+    for _ in show(range(learned.updates)):
         optimizer.zero_grad(set_to_none=True)
         loss().backward()
         optimizer.step()
         schedule.step()
+    model.eval().learned = learned  # type: ignore[assignment]
 
 
 class ImageClassifier(nn.Module):
@@ -149,9 +150,9 @@ def train_classifier(
             chosen = torch.multinomial(weights, batch_size, replacement=True)
             return F.cross_entropy(model(_varied(pixels[chosen])), labels[chosen], label_smoothing=0.1)
 
-        descend(model, loss, steps, learning_rate=3e-3, weight_decay=0.05, show=show)
-    model.learned = Learned(len(images), steps, batch_size)
-    return model.eval()
+        learned = Learned(len(images), steps, batch_size)
+        descend(model, loss, learned, learning_rate=3e-3, weight_decay=0.05, show=show)
+    return model
 
 
 def _varied(pixels: Tensor) -> Tensor:

@@ -157,11 +157,9 @@ class EvaluationPass:
 
     def kept(self, real: bool) -> tuple[Tensor, Tensor]:
         """Features (N, D) that all processes kept, in the order of their images' numbers (N,)."""
-        mine = (torch.cat(self.features[real]), torch.cat(self.numbers[real])) if self.features[real] else None
-        shares = [share for share in distributed.gather(mine) if share is not None]
-        if not shares:
-            return torch.empty(0, self.extractor.width), torch.empty(0, dtype=torch.int64)
-        features, numbers = torch.cat([rows for rows, _ in shares]), torch.cat([part for _, part in shares])
+        shares = distributed.gather((self.features[real], self.numbers[real]))
+        features = torch.cat([torch.empty(0, self.extractor.width), *(rows for part, _ in shares for rows in part)])
+        numbers = torch.cat([torch.empty(0, dtype=torch.int64), *(some for _, part in shares for some in part)])
         order = numbers.argsort(stable=True)
         return features[order], numbers[order]
 

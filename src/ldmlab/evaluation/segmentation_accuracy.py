@@ -103,9 +103,9 @@ def train_segmenter(
             pixels, maps = _varied(resized(images[chosen]), labels[chosen].to(torch.int64))
             return F.cross_entropy(model(pixels.contiguous(memory_format=torch.channels_last)), maps, weights)
 
-        descend(model, loss, steps, learning_rate=4e-3, weight_decay=0.02, show=show)
-    model.learned = Learned(len(images), steps, batch_size)
-    return model.eval()
+        learned = Learned(len(images), steps, batch_size)
+        descend(model, loss, learned, learning_rate=4e-3, weight_decay=0.02, show=show)
+    return model
 
 
 def _varied(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,8 @@ class ReconstructionMeasures(Metric):
             inside = ((original.to(torch.int16) - colour).abs() > _FAINT).any(dim=1, keepdim=True)  # (B, 1, H, W)
             self.object_error_sum += (error * inside).double().sum()
             self.object_values += 3 * inside.sum()
-        self._add("ssim", _ssim(x, y))
+        ssim = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none")
+        self._add("ssim", torch.as_tensor(ssim).reshape(len(x)))
         for name, distance in (("lpips", self.lpips), ("psim", self.psim)):
             if distance is not None:
                 self._add(name, distance(x / 127.5 - 1, y / 127.5 - 1))
@@ -100,13 +101,6 @@ class ReconstructionMeasures(Metric):
             error = float(self.object_error_sum) / int(self.object_values)
             found["psnr_object"] = -10 * math.log10(max(error, _SMALLEST_ERROR))
         return found
-
-
-def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    """One number an image, (B,)."""
-    values = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none")
-    assert isinstance(values, Tensor)
-    return values.reshape(len(x))
 
 
 class LatentStatistics(Metric):

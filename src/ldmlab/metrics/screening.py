@@ -86,7 +86,9 @@ class Space:
     """Memory of one block, which the next overwrites: fresh memory would cost as much as the work in it."""
 
     def __init__(self, size: int, like: Points) -> None:
-        self._products = like.exact.new_empty(size * size) if like.low is None else _integers(size, like.low)
+        side = size + (0 if like.low is None else -size % _ALIGNED)
+        kind = like.exact.dtype if like.low is None else torch.int32
+        self._products = torch.empty(side * side, dtype=kind, device=like.exact.device)
         self._sums = like.exact.new_empty(size * size)
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
@@ -108,12 +110,6 @@ def _aligned(rows: Tensor) -> Tensor:
     """With rows of zeros where some are missing."""
     missing = -len(rows) % _ALIGNED
     return pad(rows, (0, 0, 0, missing)) if missing else rows
-
-
-def _integers(size: int, low: Low) -> Tensor:
-    """Room for a block with its rows and columns rounded up."""
-    side = size + -size % _ALIGNED
-    return torch.empty(side * side, dtype=torch.int32, device=low.q.device)
 
 
 class Block:
