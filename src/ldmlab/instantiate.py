@@ -10,6 +10,8 @@ import difflib
 import functools
 import importlib
 import inspect
+import traceback
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -75,7 +77,8 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
         raise InputError(f"{where}.{names} is derived from other options; remove it.")
     check_arguments(target, arguments | derived, where, complete=not partial)
     check_types(target, arguments, where)
-    built = functools.partial(target, **arguments, **derived) if partial else target(**arguments, **derived)
+    arguments |= derived
+    built = functools.partial(target, **arguments) if partial else _called(target, arguments, where)
     group, whole = group_of(where)
     if whole and group in CONTRACTS:
         check_part(built, CONTRACTS[group], where, str(node["_target_"]))
@@ -117,14 +120,7 @@ def locate(node: Mapping[str, Any], *, where: str, trust: bool = False) -> Calla
     package, (module, _, name) = path.partition(".")[0], path.rpartition(".")
     if not trusted:
         _check_package(path, package, where)  # before anything is imported
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module exists but lacks one of its own dependencies
-        outside = f"is {package} installed, and the name right?"
-        hint = f"choose a file of conf/{where}/." if package == "ldmlab" else outside
-        raise InputError(f"{where}._target_={shown(path)} does not exist; {hint}") from error
+    target = _imported(path, module, name, where)
     if not callable(target):
         raise InputError(f"{where}._target_={shown(path)} is no class or function; choose a file of conf/{where}/.")
     if not trusted:
@@ -190,6 +186,39 @@ def _scalars(value: Any) -> Iterator[Any]:
 def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:
     """Whether the node's target takes an argument of this name."""
     return name in inspect.signature(locate(node, where=where)).parameters
+
+
+def _imported(path: str, module: str, name: str, where: str) -> Any:
+    """The object, imported; InputError where there is none, or where a user's own module cannot be imported."""
+    package = path.partition(".")[0]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if absent or (isinstance(error, AttributeError) and isinstance(error.obj, types.ModuleType)):
+            outside = f"is {package} installed, and the name right?"
+            hint = f"choose a file of conf/{where}/." if package == "ldmlab" else outside
+            raise InputError(f"{where}._target_={shown(path)} does not exist; {hint}") from error
+        if package == "ldmlab":
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()))}; {place.filename}, line {place.lineno}"
+        raise InputError(
+            f"{where}._target_={shown(path)} cannot be imported ({reason}); mend the module, or install what it needs."
+        ) from error
+
+
+def _called(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+    """What the target makes; the ValueError with which an outside class refuses its options becomes an InputError."""
+    try:
+        return target(**arguments)
+    except InputError:
+        raise
+    except ValueError as error:
+        if str(getattr(target, "__module__", "")).partition(".")[0] == "ldmlab":
+            raise
+        name = getattr(target, "__qualname__", target)
+        raise InputError(f"{where}: {name} refuses its options ({shown(str(error))}); change them.") from error
 
 
 def completed(value: Any, *, where: str) -> Any:

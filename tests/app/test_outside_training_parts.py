@@ -50,6 +50,13 @@ class Failing(Hello):
         raise ZeroDivisionError
 
 
+class Odd:
+    """A class that refuses an option in its own way."""
+
+    def __init__(self, width: int) -> None:
+        raise ValueError(f"the width {width} is odd")
+
+
 class NoAlphaBar:
     """A schedule that lacks most of what a schedule has."""
 
@@ -203,3 +210,30 @@ def test_what_a_part_lacks_is_named(shards: Path, tmp_path: Path, words: list[st
     else:
         chosen = own_file(tmp_path, name, node)
     assert lacking in refusal(lambda: run(shards, tmp_path / "run", *chosen))
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "reason"),
+    [
+        ("broken_lab", "class Part(:\n", "invalid syntax"),
+        ("needy_lab", "\nimport a_package_that_is_not_here\n", "'a_package_that_is_not_here'; {place}, line 2)"),
+        ("failing_lab", "value = {}['key']\n", "KeyError: 'key'; {place}, line 1)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(
+    module: str, text: str, reason: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / f"{module}.py"
+    place.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    word = f"+callbacks.x={{_target_: {module}.Part}}"
+    sentence = refusal(lambda: run(shards, tmp_path / "run", word))
+    assert sentence.startswith(f"callbacks.x._target_={module}.Part cannot be imported (")
+    assert reason.format(place=place) in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_class_from_outside_refuses_is_a_sentence(shards: Path, tmp_path: Path) -> None:
+    sentence = refusal(lambda: run(shards, tmp_path / "run", f"+callbacks.x={{_target_: {__name__}.Odd, width: 7}}"))
+    assert sentence == "callbacks.x: Odd refuses its options (the width 7 is odd); change them."
+    assert not (tmp_path / "run").exists()

@@ -381,6 +381,8 @@ def plain(config: Any) -> dict[str, Any]:
         node = content.get(group) if group else content
         if isinstance(node, dict) and name in node:
             check_type(node[name], annotation, key)
+            if node[name] == "":
+                raise InputError(f"{key}='' is empty; give a value, or leave the option out.")
     if content.get("batch_size", 1) < 1:
         raise InputError(f"batch_size={content['batch_size']} must be at least 1.")
     allow(content.get("plugins"))
