@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as registration
 
+from ldmlab import distributed
 from ldmlab.checkpoints import fingerprint, load_exactly, without_weights
 from ldmlab.errors import InputError, shown
 from ldmlab.instantiate import instantiate
@@ -214,9 +215,11 @@ def load_classifier(path: Path | str, weights: str = "averaged") -> LoadedClassi
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: the GPU if there is one; cpu | cuda | cuda:N."""
+    """auto: the GPU of this process if there is one; cpu | cuda | cuda:N."""
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", distributed.local_rank() % max(torch.cuda.device_count(), 1))
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):

@@ -277,19 +277,6 @@ class Metric(Protocol):
     def reset(self) -> None: ...
 
 
-class Callback(Protocol):
-    """Hooks of a training run, in the same order on every process; Lightning's callbacks are taken too.
-
-    `ldmlab.training.callbacks.base.StepCallback` has them all, empty.
-    """
-
-    def start(self, session: Any) -> None: ...
-    def after_batch(self, session: Any, batch: dict[str, Any]) -> None: ...
-    def metrics(self, session: Any) -> dict[str, float]: ...  # for a row of the log
-    def evaluate(self, session: Any) -> dict[str, float]: ...  # for this step's row, where it has any
-    def after_step(self, session: Any) -> None: ...
-
-
 CONTRACTS: dict[str, type] = {  # configuration group => what its parts must have
     "first_stage": FirstStage,
     "data": Data,

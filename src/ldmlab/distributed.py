@@ -50,7 +50,13 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Number of processes of this run on this machine."""
+    """Number of processes of this run on this machine; srun without --ntasks-per-node writes `8(x2),4` for all."""
+    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+        by_node = [int(count) for count, times in found for _ in range(int(times or 1))]
+        if (node := int(os.environ.get("SLURM_NODEID", "0"))) < len(by_node):
+            return by_node[node]
     return _launched("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", world_size())
 
 

@@ -108,14 +108,14 @@ def test_initial_weights_keep_this_runs_scale(there: Path, capsys: pytest.Captur
 
 
 def test_a_dead_loader_process_is_one_sentence(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    after_batch = Skipped.after_batch
+    after_batch = Skipped.on_train_batch_end
 
     def kill(self: Skipped, *arguments: Any) -> None:
         for child in active_children():
             os.kill(child.pid or 0, signal.SIGKILL)
         after_batch(self, *arguments)
 
-    monkeypatch.setattr(Skipped, "after_batch", kill)
+    monkeypatch.setattr(Skipped, "on_train_batch_end", kill)
     made = config("first_stage", data__workers=1, trainer__max_steps=60, trainer__validate_every=60)
     with pytest.raises(InputError, match=r"a loader process ended \(.*(killed|exited).*data.workers"):
         train(made)

@@ -16,6 +16,7 @@ from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
 from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
 from ldmlab.training.autoencoder_module import AutoencoderStage
+from ldmlab.training.optim import AdamW
 
 NETWORK: dict[str, Any] = {
     "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "latent_channels": 2, "norm_groups": 4
@@ -90,7 +91,7 @@ def test_adversary_enters_the_loss_at_its_own_step() -> None:
 @pytest.mark.parametrize("logvar", ["fixed", "learned"])
 def test_every_trainable_parameter_has_exactly_one_optimizer(logvar: str) -> None:
     made = stage(logvar=logvar)
-    groups = [group for optimizer in made.configure_optimizers() for group in optimizer.param_groups]
+    groups = [group for optimizer in made.configure_optimizers()[0] for group in optimizer.param_groups]
     owned = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = [id(parameter) for parameter in made.parameters() if parameter.requires_grad]
     assert sorted(owned) == sorted(trainable)
@@ -339,3 +340,19 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, vq: int) -> Non
             torch.testing.assert_close(found[f"{group} metrics"], expected[f"{group} metrics"], atol=1e-5, rtol=1e-4)
         assert found["val"] == pytest.approx(held_out, rel=1e-4)
     assert float(expected["generator metrics"]["adversary/adaptive_weight"]) > 0
+
+
+def channels_last(rank: int, world: int, out: Path) -> None:
+    """Four steps without an adversary, in a GPU's memory format."""
+    AutoencoderStage._memory_format = torch.channels_last
+    optimizer = AdamW(0.1, epsilon=1.0)  # its updates are about the gradients, which Adam would divide away
+    train(stage(adversary=False, max_steps=4, optimizer=optimizer), out, micro=8 // world, world=world, rank=rank)
+
+
+def test_two_processes_in_a_gpus_memory_format_are_one(tmp_path: Path) -> None:
+    assert forked.finish(*forked.group(2, channels_last, tmp_path / "two")) == [0, 0]
+    assert forked.finish(forked.start(channels_last, 0, 1, tmp_path / "one")) == [0]
+    one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "step_00000004.ckpt") for name in ("one", "two"))
+    assert one["modules"]["first_stage"]["encoder.input.weight"].is_contiguous(memory_format=torch.channels_last)
+    for name, value in one["modules"]["first_stage"].items():
+        torch.testing.assert_close(two["modules"]["first_stage"][name], value, rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import forked
 import pytest
+import pytorch_lightning as pl
 import torch
 from toy_stages import Keys, image_batch, options, settings
 
@@ -20,12 +21,12 @@ from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal
-from ldmlab.training.callbacks.base import StepCallback
 from ldmlab.training.callbacks.noise_levels import NoiseLevels
 from ldmlab.training.classifier_module import ClassifierStage
 from ldmlab.training.fit import fit
 from ldmlab.training.optim import AdamW, Constant
 from ldmlab.training.run_folder import RunFolder
+from ldmlab.training.stage import Batches
 
 CLASSES = 4
 
@@ -74,8 +75,7 @@ def train(made: ClassifierStage, folder: Path, micro: int = 4, callbacks: Any = 
     try:
         return fit(
             made,
-            train_batches=endless,
-            val_batches=lambda: [toy_batch(range(start, start + 25)) for start in (0, 25)],
+            Batches(endless, lambda: [toy_batch(range(start, start + 25)) for start in (0, 25)]),
             run=run,
             settings=settings(micro_batch=micro, max_steps=made.max_steps, **changes),
             callbacks=callbacks,
@@ -84,11 +84,11 @@ def train(made: ClassifierStage, folder: Path, micro: int = 4, callbacks: Any = 
         run.close()
 
 
-class Held(StepCallback):
+class Held(pl.Callback):
     """Keeps the numbers of the latest evaluation."""
 
-    def after_step(self, session: Any) -> None:
-        self.numbers = session.notes.get("val", {})
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.numbers = pl_module.validated
 
 
 @pytest.fixture(scope="module")

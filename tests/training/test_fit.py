@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import nn
@@ -16,7 +17,6 @@ from toy_stages import TwoGroups, diffusion_stage, image_batch, settings, train
 from ldmlab import checkpoints
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.callbacks.noise_levels import NoiseLevels
 from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.callbacks.skipped import Skipped
@@ -24,7 +24,7 @@ from ldmlab.training.callbacks.throughput import Throughput
 from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.fit import load_initial_weights
-from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.settings import TrainerSettings, trainer_node
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -42,7 +42,7 @@ def test_evaluations_are_exact_in_number_with_endless_data(tmp_path: Path) -> No
 
 def test_checkpoints_hold_plain_types_and_the_newest_and_best_are_kept(tmp_path: Path) -> None:
     class Rigged(TwoGroups):
-        def validate(self, batches: Any) -> dict[str, float]:
+        def validation_metrics(self) -> dict[str, float]:
             return {"error": {2: 3.0, 4: 1.0, 6: 2.0}[self.step]}
 
     train(Rigged(max_steps=6), tmp_path / "run", validate_every=2, checkpoint_every=2, keep=2)
@@ -72,7 +72,8 @@ def test_the_best_checkpoint_of_an_older_run_gives_way_to_a_better_one(tmp_path:
     assert kept.best() is None
     checkpoints.save_checkpoint(tmp_path / "best.ckpt", {"step": 3})
     assert kept.best() == tmp_path / "best.ckpt"
-    kept.save_best({"step": 5, "notes": {"best": {"name": "kid", "value": -0.00125, "step": 5}}})
+    checkpoints.save_checkpoint(kept.best_path({"name": "kid", "value": -0.00125, "step": 5}), {"step": 5})
+    kept.prune_best()
     assert [path.name for path in tmp_path.iterdir()] == ["best_step_00000005_kid_-0.00125.ckpt"]
     assert kept.best() == tmp_path / "best_step_00000005_kid_-0.00125.ckpt"
     assert kept.by_age() == []  # never taken up by a resumed run
@@ -131,16 +132,24 @@ def test_a_panel_of_stored_states_is_drawn_under_mixed_precision() -> None:
 def test_noise_levels_are_binned_by_their_share_of_the_schedule() -> None:
     class Fixed:
         extras = {"denoiser": {"loss": torch.tensor([1.0, 3.0, 5.0]), "level": torch.tensor([0.0, 0.19, 0.99])}}  # noqa: RUF012
+        step_complete = row_due = True
 
-    callback, session = NoiseLevels(bins=5), Session(Fixed(), None, None, list)
-    callback.after_batch(session, {})
-    assert callback.metrics(session) == {"loss_by_noise/0.00": 2.0, "loss_by_noise/0.80": 5.0}
-    assert callback.metrics(session) == {}
+        def __init__(self) -> None:
+            self.row: dict[str, float] = {}
+            self.log = self.row.__setitem__
+
+    callback, stage = NoiseLevels(bins=5), Fixed()
+    callback.on_train_batch_end(None, stage)
+    assert stage.row == {"loss_by_noise/0.00": 2.0, "loss_by_noise/0.80": 5.0}
+    stage.row.clear()
+    stage.extras = {"denoiser": {"loss": torch.tensor([7.0]), "level": torch.tensor([0.5])}}
+    callback.on_train_batch_end(None, stage)
+    assert stage.row == {"loss_by_noise/0.40": 7.0}
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path: Path) -> None:
-    class Spoil(StepCallback):
-        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+    class Spoil(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             batch["skipped"] += ["017: truncated"] * 5
 
     with pytest.raises(InputError, match=r"20 of 16 .* \(such as 017: truncated\).*max_fraction=0.01"):
@@ -211,3 +220,93 @@ def test_automatic_precision_is_what_the_processor_has(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert TrainerSettings(max_steps=1, micro_batch=1, accelerator="cpu", precision="auto").precision == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_epochs": 3}, "trainer.max_epochs=3: training counts steps; use trainer.max_steps"),
+        ({"val_check_interval": 9}, "use trainer.validate_every"),
+        ({"log_every_n_steps": 9}, "use trainer.log_every"),
+        ({"enable_checkpointing": False}, "trainer.enable_checkpointing=False: a run is resumed by its checkpoints"),
+        ({"use_distributed_sampler": True}, "reads its own part of the global order already"),
+        ({"accumulate_grad_batches": 4, "accumulate": 2}, "=4 and trainer.accumulate=2 are two values of one option"),
+        ({"profilr": "simple"}, "trainer.profilr: there is no such option"),
+    ],
+)
+def test_arguments_of_the_trainer_that_contradict_a_run_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trainer_node({"max_steps": 4, "micro_batch": 2, **given})
+
+
+def test_lightnings_names_of_our_options_are_taken() -> None:
+    node = trainer_node({"max_steps": 4, "accumulate": 1, "accumulate_grad_batches": 4, "gradient_clip_val": 0.5})
+    assert node == {"max_steps": 4, "accumulate": 4, "gradient_clip": 0.5}
+
+
+def test_arguments_of_the_trainer_reach_it(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.extend([type(trainer.profiler).__name__, trainer.limit_val_batches, torch.is_anomaly_enabled()])
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append((trainer.global_step, batch["position"].tolist(), batch["key"]))
+
+    lightning = {"profiler": "simple", "limit_val_batches": 0, "detect_anomaly": True, "overfit_batches": 2}
+    train(TwoGroups(max_steps=4), tmp_path / "run", micro=1, lightning=lightning, callbacks=[Watch()])
+    assert seen[:3] == ["SimpleProfiler", 2, True]  # overfit_batches sets how many are validated
+    steps, positions, keys = zip(*seen[3:], strict=True)
+    assert steps == (1, 2, 3, 4)  # not those of both optimizers
+    assert keys == (["000"], ["001"], ["000"], ["001"])
+    assert len({tuple(position) for position in positions}) == 4  # the noise is new
+    with pytest.raises(InputError, match=r"trainer: Lightning refuses these options: .*limit_val_batches"):
+        train(TwoGroups(max_steps=4), tmp_path / "other", lightning={"limit_val_batches": -3})
+
+
+def test_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
+    stage = TwoGroups(max_steps=2)
+    train(stage, tmp_path / "run", fast_dev_run=2)
+    assert stage.step == 2
+    assert not (tmp_path / "run").exists()
+    train(TwoGroups(max_steps=2), tmp_path / "run")
+    with pytest.raises(InputError, match=r"fast_dev_run=2 leaves nothing behind, but .* is of a run"):
+        train(TwoGroups(max_steps=4), tmp_path / "run", fast_dev_run=2)
+    assert settings(fast_dev_run=True).max_steps == 1
+
+
+def test_what_is_logged_by_users_stands_in_the_rows(tmp_path: Path) -> None:
+    class Mine(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.log("mine", float(pl_module.step))
+
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.log("my/val", 7.0)
+
+    train(TwoGroups(max_steps=8), tmp_path / "run", callbacks=[Mine()])
+    found = {row["step"]: (row["mine"], row["my/val"]) for row in table(tmp_path / "run")}
+    assert found == {"1": ("1", ""), "4": ("4", ""), "6": ("6", "7"), "8": ("8", "7")}
+
+
+def test_the_state_of_a_callback_is_kept_and_must_be_plain(tmp_path: Path) -> None:
+    class Counter(pl.Callback):
+        def __init__(self, unit: Any = "batches") -> None:
+            self.count, self.unit = 0, unit
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.count += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count, "unit": self.unit}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.count = state_dict["count"]
+
+    for steps in (3, 5):
+        counter = Counter()
+        train(TwoGroups(max_steps=steps), tmp_path / "run", callbacks=[counter])
+        assert counter.count == steps
+    with pytest.raises(InputError, match=r"the state of .*Counter holds more than tensors and plain types"):
+        train(TwoGroups(max_steps=3), tmp_path / "other", callbacks=[Counter(Path("here"))])
+    assert not list((tmp_path / "other" / "checkpoints").glob("*"))

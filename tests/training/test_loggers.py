@@ -9,8 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
+from ldmlab import distributed
 from ldmlab.inference.grids import labels_of
-from ldmlab.training.loggers import Files, Loggers, TensorBoard, image_grid, labelled_grid, read_metrics
+from ldmlab.training.loggers import (
+    RunFiles,
+    TensorBoard,
+    close_all,
+    image_grid,
+    labelled_grid,
+    log_images,
+    open_all,
+    read_metrics,
+)
 from ldmlab.training.run_folder import RunFolder
 
 
@@ -18,12 +28,14 @@ def images() -> torch.Tensor:
     return torch.arange(5 * 4 * 6 * 3).reshape(5, 4, 6, 3).remainder(256).byte()
 
 
-def log_some(loggers: Loggers, run: RunFolder, first_step: int) -> None:
-    loggers.open(run, {"seed": 0}, first_step - 1)
-    loggers.log_metrics({"loss": 1.5}, first_step)
-    loggers.log_metrics({"loss": 1.25, "val/loss": 2.0}, first_step + 1)
-    loggers.log_images("samples", images(), first_step + 1)
-    loggers.close(True)
+def log_some(loggers: list[Any], run: RunFolder, first_step: int) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    open_all(loggers, run, {"seed": 0}, first_step - 1)
+    for logger in loggers:
+        logger.log_metrics({"loss": 1.5}, first_step)
+        logger.log_metrics({"loss": 1.25, "val/loss": 2.0}, first_step + 1)
+    log_images(loggers, "samples", images(), first_step + 1)
+    close_all(loggers, "success")
 
 
 def test_a_grid_keeps_every_image() -> None:
@@ -53,7 +65,7 @@ def test_labels_are_captions_or_classes() -> None:
 
 def test_files_grow_columns_and_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "toy")
-    log_some(Loggers([], True), run, 4)
+    log_some([RunFiles()], run, 4)
     with open(run.metrics, newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows == [
@@ -61,14 +73,22 @@ def test_files_grow_columns_and_are_cut_at_the_checkpoint(tmp_path: Path) -> Non
         {"step": "5", "loss": "1.25", "val/loss": "2"},
     ]
     assert Image.open(run.samples / "samples" / "step_00000005.png").size == (22, 10)
-    files = Files()
+    files = RunFiles()
     files.open(run, {}, 4)
     assert [row["step"] for row in read_metrics(run.metrics)[1]] == ["4"]
+    for values in ({"loss": 3.0}, {"val/loss": 4.0}, {"more": 5.0, "loss": 6.0}):  # of one step: one row
+        files.log_metrics(values, 5)
+    assert read_metrics(run.metrics)[1][1:] == [{"step": "5", "loss": "6", "val/loss": "4", "more": "5"}]
+    files.log_metrics({"loss": 7.0}, 6)
+    assert [row["step"] for row in read_metrics(run.metrics)[1]] == ["4", "5", "6"]
 
 
-def test_other_processes_than_the_first_log_nothing(tmp_path: Path) -> None:
+def test_other_processes_than_the_first_log_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder.create(tmp_path, "toy")
-    log_some(Loggers([], False), run, 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    files = RunFiles()
+    files.open(run, {}, 0)
+    files.log_metrics({"loss": 1.0}, 1)
     assert not run.metrics.exists()
 
 
@@ -76,7 +96,7 @@ def test_tensorboard_gets_scalars_and_images(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunFolder.create(tmp_path, "toy")
-    log_some(Loggers([TensorBoard()], True), run, 1)
+    log_some([TensorBoard()], run, 1)
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5), (2, 1.25)]
@@ -86,14 +106,15 @@ def test_tensorboard_gets_scalars_and_images(tmp_path: Path) -> None:
 def test_all_loggers_are_closed_when_one_fails(tmp_path: Path) -> None:
     closed: list[Any] = []
 
-    class Fails(Files):
-        def close(self, success: bool) -> None:
-            closed.append(success)
+    class Fails(RunFiles):
+        def finalize(self, status: str) -> None:
+            closed.append(status)
             raise OSError("gone")
 
-    run = RunFolder.create(tmp_path, "toy")
-    loggers = Loggers([Fails(), Fails()], True)
-    loggers.open(run, {}, 0)
     with pytest.raises(OSError, match="gone"):
-        loggers.close(False)
-    assert closed == [False, False]
+        close_all([Fails(), Fails()], "failed")
+    assert closed == ["failed", "failed"]
+    closed.clear()
+    with pytest.raises(OSError, match="gone"):
+        open_all([Fails(), object()], RunFolder.create(tmp_path, "toy"), {}, 0)
+    assert closed == ["failed"]

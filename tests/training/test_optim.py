@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldmlab.errors import InputError
-from ldmlab.training.optim import AdamW, Constant, Cosine, Linear
+from ldmlab.training.optim import AdamW, Constant, Cosine, Linear, restore_optimizer
 
 TABLE = [
     (Constant(), {0: 1.0, 50: 1.0, 100: 1.0}),
@@ -41,3 +41,23 @@ def test_gains_and_biases_may_be_left_undecayed() -> None:
     ]
     assert decays == [(1, 0.01), (1, 0.0)]
     assert len(AdamW(1e-4)([matrix, gain]).param_groups) == 1
+
+
+def test_states_of_another_memory_layout_move_the_same_weights() -> None:
+    """A checkpoint of a GPU, channels-last, goes on on a CPU: a fused update pairs elements by place."""
+    moved: dict[torch.memory_format, torch.Tensor] = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        saved = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=layout)
+        before = AdamW(0.1)(list(saved.parameters()))
+        saved(torch.ones(1, 3, 5, 6)).square().mean().backward()
+        before.step()
+        here = nn.Conv2d(3, 4, 3, bias=False)
+        here.load_state_dict(saved.state_dict())
+        optimizer = AdamW(0.1)(list(here.parameters()))
+        restore_optimizer(optimizer, before.state_dict(), "main")
+        assert optimizer.state[here.weight]["exp_avg"].is_contiguous()
+        here(torch.ones(1, 3, 5, 6)).square().mean().backward()
+        optimizer.step()
+        moved[layout] = here.weight.detach()
+    torch.testing.assert_close(*moved.values(), rtol=0, atol=1e-5)

@@ -14,10 +14,10 @@ from torch import nn
 from toy_stages import TwoGroups, diffusion_stage, train
 
 from ldmlab import distributed
+from ldmlab.build import pick_device
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.training.engine import Launched, make_trainer
-from ldmlab.training.loop import Loop
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
@@ -133,6 +133,25 @@ def test_srun_is_understood_and_a_batch_script_is_not_a_group(monkeypatch: pytes
     assert Launched().node_rank() == 1
 
 
+@pytest.mark.parametrize(("counts", "node", "local"), [("8(x2)", "1", 8), ("4,3(x2)", "0", 4), ("4,3(x2)", "2", 3)])
+def test_srun_without_tasks_per_node(counts: str, node: str, local: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("STEP_NUM_TASKS", "16"), ("PROCID", "9"), ("LOCALID", "1"), ("STEP_TASKS_PER_NODE", counts)):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NODEID", node)
+    assert distributed.local_world_size() == local
+    assert Launched().node_rank() == 9 // local
+
+
+@pytest.mark.parametrize(("visible", "own"), [(1, 0), (4, 3), (0, 3)])
+def test_each_process_has_a_device_of_those_it_sees(visible: int, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    assert Launched().local_rank() == own
+    assert pick_device("auto") == (torch.device("cuda", own) if visible else torch.device("cpu"))
+
+
 def test_srun_without_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -197,7 +216,7 @@ def test_srun_meets_on_the_first_machine(nodes: str, first: str, monkeypatch: py
 def test_devices_that_nobody_started_are_refused() -> None:
     settings = TrainerSettings(max_steps=1, micro_batch=1, devices=4)
     with pytest.raises(InputError, match=r"trainer.devices=4 but 1 .* torchrun --nproc_per_node=4"):
-        make_trainer(TwoGroups(), settings, Loop.__new__(Loop))
+        make_trainer(TwoGroups(), settings)
 
 
 def test_provenance_tells_what_a_run_is(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import forked
 import pytest
+import pytorch_lightning as pl
 import torch
 from toy_stages import Keys, TwoGroups, diffusion_stage, image_batch, options, train
 
@@ -24,14 +25,13 @@ from ldmlab.losses.adversary import Adversary
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.training.autoencoder_module import AutoencoderStage
-from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.stage import Stage
 
 
-class Slow(StepCallback):
+class Slow(pl.Callback):
     """Gives the test time to kill."""
 
-    def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         time.sleep(0.02)
 
 

@@ -140,3 +140,20 @@ def test_a_lost_record_is_written_anew(tmp_path: Path) -> None:
     run.begin()
     run.close()
     assert json.loads((run.path / "provenance.json").read_text())["run_id"] == "feedbeef"
+
+
+def test_a_restarted_attempt_of_torchrun_comes_back_to_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    first = RunFolder.create(tmp_path, "toy")
+    first.begin()
+    first.close()
+    again = RunFolder.create(tmp_path, "toy")
+    assert again.path != first.path  # another start of the same agent's command
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    restarted = RunFolder.create(tmp_path, "toy")
+    assert restarted.path == first.path
+    restarted.close()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    assert RunFolder.create(tmp_path, "toy").path != first.path

@@ -15,8 +15,8 @@ from toy_stages import TwoGroups, diffusion_stage, train
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
+from ldmlab.training.callbacks.checkpoints import improves
 from ldmlab.training.callbacks.scores import Scores
-from ldmlab.training.callbacks.validate import improves
 
 VALUES = {2: 9.0, 4: 3.5, 6: 5.0, 8: 4.0}
 
@@ -115,14 +115,11 @@ def test_a_resumed_run_knows_the_best_and_forgets_it_when_measured_otherwise(tmp
 
 
 def test_a_number_that_is_not_finite_is_never_the_best() -> None:
-    class Session:
-        notes: dict[str, Any] = {}  # noqa: RUF012
-        stage = type("Stage", (), {"step": 3})
-
-    assert not improves(Session, "fid", float("nan"), "min")  # type: ignore[arg-type]
-    assert improves(Session, "fid", 2.0, "min")  # type: ignore[arg-type]
-    assert not improves(Session, "fid", 2.0, "min")  # type: ignore[arg-type]
-    assert improves(Session, "psnr", 1.0, "max")  # type: ignore[arg-type]
+    notes: dict[str, Any] = {}
+    assert not improves(notes, 3, "fid", float("nan"), "min")
+    assert improves(notes, 3, "fid", 2.0, "min")
+    assert not improves(notes, 3, "fid", 2.0, "min")
+    assert improves(notes, 3, "psnr", 1.0, "max")
 
 
 def test_choices_that_cannot_work_are_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -8,22 +8,25 @@ from typing import Any
 
 import forked
 import pytest
+import pytorch_lightning as pl
+import torch
 from toy_stages import TwoGroups, diffusion_stage, endless, settings, train
 
+from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint
-from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.fit import fit
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.signals import StopRequest
+from ldmlab.training.stage import Batches
 
 
-class Pace(StepCallback):
+class Pace(pl.Callback):
     """Slow steps; tells the parent when training has begun."""
 
     def __init__(self, started: Path) -> None:
         self.started = started
 
-    def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.started.touch()
         time.sleep(0.03)
 
@@ -64,8 +67,8 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_code(number: signal.Si
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    class Stuck(StepCallback):
-        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+    class Stuck(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             (tmp_path / "started").touch()
             time.sleep(60)
 
@@ -99,7 +102,7 @@ def test_loader_workers_that_die_of_the_same_signal_lose_no_step(tmp_path: Path)
 
     run = RunFolder.at(tmp_path / "run")
     with pytest.raises(SystemExit) as end:
-        fit(TwoGroups(), train_batches=batches, val_batches=list, run=run, settings=settings(checkpoint_every=100))
+        fit(TwoGroups(), Batches(batches), run=run, settings=settings(checkpoint_every=100))
     assert end.value.code == 128 + signal.SIGTERM
     names = [p.name for p in run.checkpoints.iterdir()]
     assert len(names) == 1
@@ -112,3 +115,27 @@ def test_handlers_are_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_processes_agree_by_time_and_the_clock_asks_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    clock = [0.0]
+
+    def largest(answer: torch.Tensor) -> torch.Tensor:
+        asked.append(step)
+        return answer
+
+    monkeypatch.setattr("ldmlab.training.signals.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "largest_", largest)
+    monkeypatch.setattr(torch, "tensor", lambda values, device: torch.as_tensor(values))
+    stop, saved = StopRequest(save_every_minutes=1), []
+    for step in range(1, 101):
+        clock[0] += 1.0  # seconds a step
+        stop._agree(step, torch.device("cuda"))
+        saved += [step] if stop.save_due else []
+    assert asked == [1, *range(6, 101, 5)]
+    assert saved == [61]
+    stop.signal = signal.SIGTERM
+    stop._agree(101, torch.device("cuda"))
+    assert stop.stopping

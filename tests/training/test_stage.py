@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from toy_stages import TwoGroups, diffusion_stage, image_batch, options, train
 
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.optim import AdamW, Constant
 from ldmlab.training.stage import Losses, StepMetrics
 
@@ -25,10 +25,10 @@ def test_every_player_is_updated_with_every_batch_from_its_start(tmp_path: Path)
 
 
 def test_a_player_does_not_touch_the_other_ones_gradients(tmp_path: Path) -> None:
-    class Watch(StepCallback):
-        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
-            if session.stage.step < 3:
-                assert all(p.grad is None for p in session.stage.groups()["opponent"])
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if pl_module.step < 3:
+                assert all(p.grad is None for p in pl_module.groups()["opponent"])
 
     train(TwoGroups(max_steps=4, accumulate=2), tmp_path / "run", callbacks=[Watch()])
 
@@ -44,7 +44,7 @@ def test_every_trainable_parameter_has_exactly_one_optimizer() -> None:
 
 
 def test_players_may_have_their_own_optimizers() -> None:
-    stage = TwoGroups(optimizer={"main": AdamW(1e-3), "opponent": AdamW(2e-3)})
+    stage = TwoGroups(optimizer={"main": AdamW(1e-3), "opponent": AdamW(2e-3)}, lr_schedule=Constant())
     stage.configure_optimizers()
     assert stage.rates() == {"main": 1e-3, "opponent": 2e-3}
     with pytest.raises(InputError, match="none for opponent"):
@@ -63,9 +63,11 @@ def test_averaged_weights_count_steps_not_micro_batches(tmp_path: Path) -> None:
 def test_the_rate_used_is_the_rate_configured(tmp_path: Path) -> None:
     seen: dict[int, float] = {}
 
-    class Watch(StepCallback):
-        def after_step(self, session: Session) -> None:
-            seen[session.stage.step] = session.stage.rates()["main"]
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if not pl_module.step_complete:
+                return
+            seen[pl_module.step] = pl_module.rates()["main"]
 
     for stop in (5, 12):  # resumed at 5
         train(TwoGroups(accumulate=2, max_steps=stop), tmp_path / "run", callbacks=[Watch()])
@@ -100,9 +102,11 @@ def test_terms_are_means_over_micro_batches_and_steps() -> None:
 
 
 def test_evaluating_leaves_no_trace(tmp_path: Path) -> None:
-    class Watch(StepCallback):
-        def after_step(self, session: Session) -> None:
-            stage = session.stage
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if not pl_module.step_complete:
+                return
+            stage = pl_module
             raw = stage.diffusion.backbone.last.weight.detach().clone()
             before = torch.get_rng_state()
             with stage.evaluating():
@@ -125,9 +129,9 @@ def test_precision_is_what_its_name_says(precision: str, tmp_path: Path) -> None
     stage = diffusion_stage(max_steps=2)
     stage.diffusion.backbone.first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
 
-    class Watch(StepCallback):
-        def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
-            assert session.stage.extras["denoiser"]["loss"].dtype == torch.float32
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert pl_module.extras["denoiser"]["loss"].dtype == torch.float32
 
     train(stage, tmp_path / "run", precision=precision, callbacks=[Watch()])
     assert {p.dtype for p in stage.parameters()} == {torch.float32}

@@ -10,6 +10,7 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate, locate
 from ldmlab.training.callbacks.scores import Scores
+from ldmlab.training.settings import trainer_node
 
 CONF = Path(__file__).parents[2] / "conf"
 DERIVED: dict[str, dict[str, Any]] = {
@@ -24,8 +25,10 @@ BUILT_AROUND = {"every": 10, "monitor": "fid"}  # of a callback to which wiring 
 
 @pytest.mark.parametrize("path", SINGLE, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_choice_builds(path: Path) -> None:
-    config = OmegaConf.to_container(OmegaConf.load(path))
     group = path.parent.name
+    config = plain(compose("train", [f"{group}={path.stem}"]))[group]
+    if group == "trainer":
+        config = trainer_node(config)
     assert instantiate(config, where=group, trust=True, **DERIVED[group]) is not None
 
 

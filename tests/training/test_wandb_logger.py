@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ldmlab.checkpoints import save_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.training.checkpointing import Checkpoints
-from ldmlab.training.loggers import Loggers
+from ldmlab.training.loggers import close_all, log_images
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.wandb_logger import WandB
 
@@ -31,12 +32,12 @@ def start(run: RunFolder, step: int, **options: Any) -> None:
     """Two steps with numbers, a grid of 1800 x 1200 px, and the end; W&B's own process writes until its teardown."""
     import wandb
 
-    loggers = Loggers([WandB(**options)], True)
-    loggers.open(run, SETTINGS, step)
+    logger = WandB(**options)
+    logger.open(run, SETTINGS, step)
     for at in (step + 1, step + 2):
-        loggers.log_metrics({"loss": 1.0 / at}, at)
-    loggers.log_images("samples", torch.zeros(6, 600, 600, 3, dtype=torch.uint8), step + 2)
-    loggers.close(True)
+        logger.log_metrics({"loss": 1.0 / at}, at)
+    log_images([logger], "samples", torch.zeros(6, 600, 600, 3, dtype=torch.uint8), step + 2)
+    close_all([logger], "success")
     wandb.teardown()
 
 
@@ -85,7 +86,7 @@ def test_two_jobs_of_a_sweep_are_two_runs_and_a_resumed_one_goes_on(tmp_path: Pa
 
 def test_nothing_but_numbers_and_small_panels_is_ready_to_go_up(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "toy")
-    Checkpoints(run.checkpoints).save({"step": 2})
+    save_checkpoint(Checkpoints(run.checkpoints).path(2), {"step": 2})
     start(run, 0, panel_px=256)
     (folder,) = folders(run)
     files = [path for path in (folder / "files").rglob("*") if path.is_file()]
@@ -120,8 +121,10 @@ def test_after_five_saves_one_artifact_goes_up(tmp_path: Path, upload: str) -> N
     run = RunFolder.create(tmp_path, "toy")
     saved = Checkpoints(run.checkpoints, keep=1)
     for step in range(1, 6):
-        saved.save({"step": step})
-        saved.save_best({"step": step, "notes": {"best": {"name": "fid", "value": 9.5 - step, "step": step}}})
+        save_checkpoint(saved.path(step), {"step": step})
+        save_checkpoint(saved.best_path({"name": "fid", "value": 9.5 - step, "step": step}), {"step": step})
+        saved.prune()
+        saved.prune_best()
     start(run, 0, upload=upload)
     artifacts = [record.artifact for record in records(folders(run)[0]) if record.HasField("artifact")]
     names = [[entry.path for entry in artifact.manifest.contents] for artifact in artifacts]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -16,13 +17,12 @@ from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal
 from ldmlab.samplers.ddim import Ddim
-from ldmlab.training.callbacks.base import Session, StepCallback
 from ldmlab.training.diffusion_module import DiffusionStage
 from ldmlab.training.fit import fit
 from ldmlab.training.optim import AdamW, Cosine
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
-from ldmlab.training.stage import Losses, Stage
+from ldmlab.training.stage import Batches, Losses, Stage
 
 IMAGES = 50
 
@@ -116,12 +116,16 @@ class TwoGroups(Stage):
         total = self.opponent(x).mean() - self.opponent(self._made.detach()).mean()
         return Losses(total + self.opponent.weight.square().sum(), {"opponent": total})
 
-    def validate(self, batches: Any) -> dict[str, float]:
-        total, count = torch.zeros(()), 0
-        for batch in batches:
-            x = batch["image"].float() / 127.5 - 1
-            total, count = total + (self.main(x).float() - x).square().mean(dim=(1, 2, 3)).sum(), count + len(x)
-        return self.mean_over_processes({"error": total}, count)
+    def on_validation_epoch_start(self) -> None:
+        self._total, self._count = torch.zeros(()), 0
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        x = batch["image"].float() / 127.5 - 1
+        self._total = self._total + (self.main(x).float() - x).square().mean(dim=(1, 2, 3)).sum()
+        self._count += len(x)
+
+    def validation_metrics(self) -> dict[str, float]:
+        return self.mean_over_processes({"error": self._total}, self._count)
 
     def panels(self, batches: Any) -> dict[str, Tensor]:
         return {"input": next(iter(batches))["image"].permute(0, 2, 3, 1)}
@@ -150,15 +154,15 @@ def endless(position: int, micro: int, accumulate: int = 1, world: int = 1, rank
         position += share * world
 
 
-class Keys(StepCallback):
+class Keys(pl.Callback):
     """Appends the keys of every micro-batch to a file, and may pause to be killed or raise a signal."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def after_batch(self, session: Session, batch: dict[str, Any]) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         with open(self.path, "a") as file:
-            file.write(f"{session.stage.position} {' '.join(batch['key'])}\n")
+            file.write(f"{pl_module.position} {' '.join(batch['key'])}\n")
 
 
 def settings(**changes: Any) -> TrainerSettings:
@@ -175,13 +179,15 @@ def train(
     try:
         return fit(
             stage,
-            train_batches=lambda position: endless(position, micro, stage.accumulate, world, rank),
-            val_batches=lambda: [image_batch(range(4 * rank, 4 * rank + 4))],
+            Batches(
+                lambda position: endless(position, micro, stage.accumulate, world, rank),
+                lambda: [image_batch(range(4 * rank, 4 * rank + 4))],
+                manifest_hash="abc",
+            ),
             run=run,
             settings=settings(micro_batch=micro, accumulate=stage.accumulate, max_steps=stage.max_steps, **changes),
             callbacks=callbacks,
             resume_command="python train.py run.dir=here",
-            manifest_hash="abc",
         )
     finally:
         run.close()

@@ -1,20 +1,19 @@
 """A number of one's own in metrics.csv and at every logger."""
 
-from dataclasses import dataclass
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
-from ldmlab.training.callbacks.base import StepCallback
 
-
-@dataclass
-class WeightNorm(StepCallback):
+class WeightNorm(pl.Callback):
     """Length of the trained parameters as one vector."""
 
-    name: str = "weight_norm"
+    def __init__(self, name: str = "weight_norm") -> None:
+        self.name = name
 
-    def metrics(self, session: Any) -> dict[str, float]:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """For each row of the log."""
-        trained = [p.detach().norm() for p in session.stage.parameters() if p.requires_grad]
-        return {self.name: float(torch.stack(trained).norm())}
+        if pl_module.step_complete and pl_module.row_due:
+            trained = [p.detach().norm() for p in pl_module.parameters() if p.requires_grad]
+            self.log(self.name, torch.stack(trained).norm())

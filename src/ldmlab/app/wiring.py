@@ -21,12 +21,13 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
 from ldmlab.report.score_curves import read_curves
+from ldmlab.training.engine import checked
 from ldmlab.training.fit import fit, load_initial_weights
-from ldmlab.training.lightning_parts import run_callbacks, run_loggers
 from ldmlab.training.random_state import seed_process
 from ldmlab.training.resume import Record
 from ldmlab.training.run_folder import FINISHED, RunFolder
-from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.settings import TrainerSettings, trainer_node
+from ldmlab.training.stage import Batches
 
 Config = Mapping[str, Any]
 _SHOWN = 6  # validation metrics in a line
@@ -43,7 +44,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
     resume: the command that resumes it; chosen: the options that were typed, which take precedence.
     """
     check_names(config)
-    settings: TrainerSettings = instantiate(config["trainer"], where="trainer")
+    settings: TrainerSettings = instantiate(trainer_node(config["trainer"]), where="trainer")
     check_accelerator(settings)
     name = config["stage"]["name"]
     if name not in PLANS:
@@ -62,8 +63,9 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config, plan, data)
         _fit(run, {**config, **plan.used}, plan, settings, data, resume or resume_command(run))
-        run.finish(plan.stage.step)
-        distributed.say(closing(run.path, config, nested=resume is not None))
+        if not settings.fast_dev_run:
+            run.finish(plan.stage.step)
+            distributed.say(closing(run.path, config, nested=resume is not None))
     except BaseException:
         if plan is None or plan.stage.step == 0:
             run.discard()
@@ -138,20 +140,22 @@ def with_task(config: Config, data: ShardData) -> ShardData:
 
 def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str) -> None:
     rank, world = distributed.rank(), distributed.world_size()
-    callbacks = run_callbacks(_callbacks(config, plan, data), settings.validate_every)
+    callbacks = checked("callbacks", _callbacks(config, plan, data))
     data.manifest("val", plan.reads)  # refused now, not at the first validation
     fit(
         plan.stage,
-        train_batches=lambda position: data.train_loader(
-            settings.micro_batch, settings.accumulate, world, rank, position, plan.reads
+        Batches(
+            lambda position: data.train_loader(
+                settings.micro_batch, settings.accumulate, world, rank, position, plan.reads
+            ),
+            lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
+            data.manifest("train", plan.reads).hash,
         ),
-        val_batches=lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
         run=run,
         settings=settings,
         callbacks=callbacks,
-        loggers=run_loggers(_named(config, "logger")),
+        loggers=checked("logger", _named(config, "logger")),
         resume_command=resume,
-        manifest_hash=data.manifest("train", plan.reads).hash,
         record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
         fields=comparison_fields(plan.spec),
         begin=lambda: _write_start(run, config, plan),

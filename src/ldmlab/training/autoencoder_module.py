@@ -110,12 +110,11 @@ class AutoencoderStage(Stage):
             groups["discriminator"] = list(self.loss.adversary.parameters())
         return groups
 
-    def on_fit_start(self) -> None:
-        """Channels-last convolutions on a GPU; on a CPU they are slower (measured)."""
+    def setup(self, stage: str) -> None:
+        """Channels-last convolutions on a GPU (slower on a CPU, measured), before DDP lays out its gradients."""
         if self._memory_format == torch.channels_last:
             self.first_stage.to(memory_format=torch.channels_last)
             self.loss.to(memory_format=torch.channels_last)
-        super().on_fit_start()
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -187,7 +186,7 @@ class AutoencoderStage(Stage):
         self.codebook.add(codes)
         return {name: torch.tensor(value, device=self.device) for name, value in self.codebook.numbers.items()}
 
-    def _update(self, active: dict[str, list[nn.Parameter]]) -> None:
+    def _update(self, active: list[str]) -> None:
         self.updating = True
         if self.codebook is not None:
             self.codebook.end_step(self.step + 1, self._images * self.accumulate * distributed.world_size())
@@ -202,9 +201,11 @@ class AutoencoderStage(Stage):
         for name in restarted.keys() & averages.keys():
             averages[name][restarted[name]] = self.first_stage.get_parameter(name)[restarted[name]]
 
-    def state(self) -> dict[str, Any]:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With the codebook's open window."""
-        return super().state() | ({"codebook": self.codebook.state()} if self.codebook is not None else {})
+        super().on_save_checkpoint(checkpoint)
+        if self.codebook is not None:
+            checkpoint["codebook"] = self.codebook.state()
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -221,14 +222,22 @@ class AutoencoderStage(Stage):
                 self.codebook.images,
             )
 
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def on_validation_epoch_start(self) -> None:
         """Measures of reconstructions from the posterior's mean, and the latents' statistics per channel."""
         measures = ReconstructionMeasures(self.background, self._lpips).to(self.device)
-        latents = LatentStatistics(self.first_stage.latent_channels).to(self.device)
-        for batch in batches:
-            posterior = self.first_stage.encode(self._images_of(batch))
-            latents.update(posterior)
-            measures.update(batch["image"].to(self.device), to_bytes(self.first_stage.decode(posterior.mean)))
+        self._measures = (measures, LatentStatistics(self.first_stage.latent_channels).to(self.device))  # no submodules
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds the batch's reconstructions."""
+        posterior = self.first_stage.encode(self._images_of(batch))
+        measures, latents = self._measures
+        latents.update(posterior)
+        measures.update(batch["image"].to(self.device), to_bytes(self.first_stage.decode(posterior.mean)))
+
+    def validation_metrics(self) -> dict[str, float]:
+        """The values of both, which then hold nothing in memory."""
+        measures, latents = self._measures
+        del self._measures
         return measures.compute() | latents.compute()
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.io import CheckpointIO
+
 from ldmlab import distributed, format1
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
@@ -26,22 +29,23 @@ class Checkpoints:
             raise InputError(f"trainer.keep={keep} would delete every checkpoint; keep at least 1.")
         self.folder, self.keep = folder, keep
 
-    def save(self, content: dict[str, Any]) -> Path:
-        """Write `step_<step>.ckpt` and delete all but the newest `keep`."""
-        path = self.folder / f"step_{content['step']:08d}.ckpt"
-        _save(path, content)
+    def path(self, step: int) -> Path:
+        """`step_<step>.ckpt`."""
+        return self.folder / f"step_{step:08d}.ckpt"
+
+    def best_path(self, note: Mapping[str, Any]) -> Path:
+        """`best_step_<step>_<name>_<value>.ckpt`, by the note on the best."""
+        return self.folder / f"best_step_{note['step']:08d}_{note['name']}_{note['value']:.6g}.ckpt"
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep`."""
         for old in self.by_age()[: -self.keep]:
             old.unlink()
-        return path
 
-    def save_best(self, content: dict[str, Any]) -> Path:
-        """Write `best_step_<step>_<name>_<value>.ckpt`, by the note on the best, in place of the one before."""
-        note = content["notes"]["best"]
-        path = self.folder / f"best_step_{note['step']:08d}_{note['name']}_{note['value']:.6g}.ckpt"
-        _save(path, content)
-        for old in set(self.folder.glob(_BEST)) - {path}:
+    def prune_best(self) -> None:
+        """Delete the best checkpoints before the latest."""
+        for old in sorted(self.folder.glob(_BEST))[:-1]:
             old.unlink()
-        return path
 
     def best(self) -> Path | None:
         """The best checkpoint so far, if there is one."""
@@ -75,9 +79,26 @@ class Checkpoints:
 _BESIDE = ("metrics.csv", "config.yaml", "model.yaml", "provenance.json", "finished.json")
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
-    content = {"format_version": FORMAT_VERSION, **content}
-    save_checkpoint(path, {**content, "inventory": inventory(content)})
+class Files(CheckpointIO):
+    """Checkpoints of the Trainer, written whole or not at all; what was read to compare is not read again."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Any] | None = None  # content of the checkpoint to resume, until it is taken up
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """With an inventory; only the first process calls it."""
+        save_checkpoint(Path(path), {**checkpoint, "inventory": inventory(checkpoint)})
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """The content with the keys that the Trainer demands; our hooks restore the rest."""
+        content, self.held = self.held or complete(load_checkpoint(Path(path)), Path(path)), None
+        demanded = {"global_step": content["step"], "epoch": 0, "pytorch-lightning_version": pl.__version__}
+        empty: dict[str, Any] = {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
+        return {**empty, **demanded, **content}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Of a callback that keeps its own."""
+        Path(path).unlink(missing_ok=True)
 
 
 def complete(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Training of a classifier of noisy latents, by which sampling can be guided."""
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -76,15 +75,20 @@ class ClassifierStage(Stage):
         right = (logits.argmax(1) == labels).float()
         return F.cross_entropy(logits, labels, reduction="none"), right, t / self.schedule.steps
 
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss and accuracy over validation images with fixed times and noises, accuracy also by noise level."""
-        sums = torch.zeros(3, self.noise_bins, dtype=torch.float64, device=self.device)  # loss, right, count
-        for batch in batches:
-            for draw in range(self.val_draws):
-                loss, right, level = self._classified(batch, _VAL_SEED + draw)
-                place = (level * self.noise_bins).long().clamp_max(self.noise_bins - 1)
-                sums.index_add_(1, place, torch.stack([loss, right, torch.ones_like(loss)]).double())
-        bins = distributed.sum_(sums).cpu()
+    def on_validation_epoch_start(self) -> None:
+        """Empty sums: loss, right, count by noise level."""
+        self._sums = torch.zeros(3, self.noise_bins, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses and right answers with fixed times and noises."""
+        for draw in range(self.val_draws):
+            loss, right, level = self._classified(batch, _VAL_SEED + draw)
+            place = (level * self.noise_bins).long().clamp_max(self.noise_bins - 1)
+            self._sums.index_add_(1, place, torch.stack([loss, right, torch.ones_like(loss)]).double())
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Loss and accuracy, accuracy also by noise level."""
+        bins = distributed.sum_(self._sums).cpu()
         loss_sum, right_sum, count = bins.sum(1).tolist()
         if not count:
             return {}

@@ -75,13 +75,19 @@ class ClipStage(Stage):
         text = self.clip.encode_text(ids, normalize=True)  # type: ignore[operator]
         return image.float(), text.float()
 
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Retrieval among validation pairs, the same whatever the number of processes."""
-        rows: list[tuple[str, str, Tensor, Tensor]] = []
-        for batch in batches:
-            image, text = (f.cpu() for f in self._features(batch))
-            rows += zip(batch["key"], batch["caption"], image, text, strict=True)
-        everything = sorted((row for part in distributed.gather(rows) for row in part), key=lambda row: row[0])
+    def on_validation_epoch_start(self) -> None:
+        """No pairs yet."""
+        self._pairs: list[tuple[str, str, Tensor, Tensor]] = []  # key, caption, features of image and text
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Features of the batch's pairs."""
+        image, text = (f.cpu() for f in self._features(batch))
+        self._pairs += zip(batch["key"], batch["caption"], image, text, strict=True)
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Retrieval among the pairs, the same whatever the number of processes."""
+        mine, self._pairs = self._pairs, []
+        everything = sorted((row for part in distributed.gather(mine) for row in part), key=lambda row: row[0])
         if not everything:
             return {}
         _, captions, images, texts = zip(*everything, strict=True)

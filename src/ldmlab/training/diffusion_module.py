@@ -69,14 +69,19 @@ class DiffusionStage(Stage):
         counting: list[Any] = [c for c in self.diffusion.conditioners.values() if hasattr(c, "cut")]
         return sum(c.seen for c in counting), sum(c.cut for c in counting)
 
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss over validation images with fixed times and noises."""
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in batches:
-            for draw in range(self.val_draws):
-                total += self.diffusion.loss(batch, _VAL_SEED + draw)[0].double().sum()
-                count += len(batch["position"])
-        return self.mean_over_processes({"loss": total}, count)
+    def on_validation_epoch_start(self) -> None:
+        """An empty sum."""
+        self._total, self._count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses with fixed times and noises."""
+        for draw in range(self.val_draws):
+            self._total += self.diffusion.loss(batch, _VAL_SEED + draw)[0].double().sum()
+            self._count += len(batch["position"])
+
+    def validation_metrics(self) -> dict[str, float]:
+        """The mean loss."""
+        return self.mean_over_processes({"loss": self._total}, self._count)
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Samples for the first validation conditions and, of the same order, the real images as decoded latents."""
@@ -90,13 +95,10 @@ class DiffusionStage(Stage):
             conditions, sampler=self.sampler, grid=self.grid, index=index, size=size,
             guidance_scale=self.guidance_scale, seed=self.seed,
         )  # fmt: skip
+        labels = labels_of(batch)
+        self.panel_labels = {"samples": labels, "val": labels} if labels else {}
         images = {"samples": samples, "val": self.diffusion.decode(real)}
         return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in images.items()}
-
-    def panel_labels(self, batches: Iterable[Batch]) -> dict[str, list[str]]:
-        """The captions or classes of the panels' images."""
-        labels = labels_of(first_images(batches, self.panel_count))
-        return {"samples": labels, "val": labels} if labels else {}
 
 
 def first_images(batches: Iterable[Batch], count: int) -> Batch:

@@ -1,18 +1,20 @@
-"""Lightning as the engine: devices, precision and processes, with its own counters and output switched off."""
+"""Lightning's Trainer for processes that torchrun or srun started."""
 
+import inspect
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.training.lightning_parts import LightningCallbacks
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
@@ -23,7 +25,15 @@ _EXPECTED_WARNINGS = (
     ".*GPU available but not used.*",
     ".*`training_step` returned `None`.*",
     ".*LeafSpec.*",
+    ".*smaller than the logging interval.*",
+    ".*You have overridden `transfer_batch_to_device`.*",
     ".*`broadcast_buffers` is deprecated.*",  # its successor is unknown to older torch
+    ".*sync_dist=True.*",  # metrics are means over processes already
+    ".*callbacks used to create the checkpoint.*",  # a changed callback is reported by the comparison
+)
+_DECIDING = (
+    *("GradientAccumulationScheduler", "BatchSizeFinder", "LearningRateFinder"),
+    "StochasticWeightAveraging",
 )
 
 
@@ -54,8 +64,8 @@ class Launched(ClusterEnvironment):
         """Fixed at launch."""
 
     def local_rank(self) -> int:
-        """Rank on this machine."""
-        return distributed.local_rank()
+        """Number of this process's device among those it sees: 0 where srun gave each task its own."""
+        return distributed.local_rank() % (torch.cuda.device_count() or distributed.local_world_size())
 
     def node_rank(self) -> int:
         """Number of this machine."""
@@ -74,52 +84,97 @@ class SeveralGroups(DDPStrategy):
 
 
 def make_trainer(
-    stage: Stage, settings: TrainerSettings, loop: pl.Callback, lightning: LightningCallbacks | None = None
+    stage: Stage,
+    settings: TrainerSettings,
+    callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
+    plugins: Sequence[Any] = (),
+    folder: Any = None,
 ) -> pl.Trainer:
-    """A Trainer that runs until the loop stops it."""
-    _quieten()
-    world, local = distributed.world_size(), distributed.local_world_size()
-    if settings.devices not in (None, local):
-        raise InputError(
-            f"trainer.devices={settings.devices} but {local} process(es) were started here; "
-            f"launch with torchrun --nproc_per_node={settings.devices} train.py ..."
-        )
-    assert settings.precision != "auto"  # decided when the settings were made
-    trainer = pl.Trainer(
-        accelerator=settings.accelerator,
-        devices=local if world > 1 else 1,
-        num_nodes=max(world // local, 1),
-        strategy=_strategy(stage) if world > 1 else "auto",
-        precision=settings.precision,
-        plugins=[Launched()],
-        callbacks=[*(lightning.callbacks if lightning else []), loop],  # Lightning's first: the loop writes the row
-        log_every_n_steps=settings.log_every,
-        max_steps=-1,  # the loop stops at Stage.max_steps: Lightning counts the steps of every optimizer
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=lightning.logger if lightning else False,
-    )
+    """A Trainer for `stage`; InputError where Lightning's arguments contradict each other."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    chosen = dict(settings.lightning)
+    more = chosen.pop("plugins", [])
+    ours = {
+        "accelerator": settings.accelerator,
+        **_processes(settings, chosen),
+        "strategy": _strategy(stage, settings),
+        "precision": settings.precision,
+        "plugins": [Launched(), *plugins, *(more if isinstance(more, list | tuple) else [more])],
+        "callbacks": list(callbacks),
+        "logger": list(loggers),
+        "max_steps": stage.max_steps,
+        "max_epochs": -1,
+        "log_every_n_steps": settings.log_every,
+        "val_check_interval": settings.validate_every * stage.accumulate,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_progress_bar": any(isinstance(part, pl.callbacks.ProgressBar) for part in callbacks),
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    try:
+        trainer = pl.Trainer(**{**ours, **chosen})
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise InputError(f"trainer: Lightning refuses these options: {error}") from error
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign] # ours are in place
     return trainer
 
 
-def _strategy(stage: Stage) -> DDPStrategy:
+def _processes(settings: TrainerSettings, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Devices and nodes as launched; a typed number must be the same."""
+    local, world = distributed.local_world_size(), distributed.world_size()
+    if settings.devices is not None and settings.devices != local:
+        raise InputError(
+            f"trainer.devices={settings.devices} but {local} process(es) were started here; "
+            f"launch with torchrun --nproc_per_node={settings.devices} train.py ..."
+        )
+    nodes = max(world // local, 1)
+    if chosen.pop("num_nodes", nodes) != nodes:
+        raise InputError(
+            f"trainer.num_nodes={settings.lightning['num_nodes']} but the launcher started processes on {nodes}; "
+            "leave it out, and give torchrun --nnodes or srun --nodes."
+        )
+    visible = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
+    return {"devices": min(local, visible or local) if world > 1 else 1, "num_nodes": nodes}
+
+
+def _strategy(stage: Stage, settings: TrainerSettings) -> Any:
+    if not isinstance(settings.strategy, str):
+        return settings.strategy
+    if distributed.world_size() == 1:
+        return "auto"
     if len(stage.groups()) > 1:
         return SeveralGroups()
     return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def _quieten() -> None:
-    """No banners, tips or warnings about intended choices."""
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for pattern in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", pattern)
+_HOOKS = [name for name, _ in inspect.getmembers(pl.Callback, inspect.isfunction) if not name.startswith("_")]
+_KINDS = {  # group => what a part of it must have, and the class that has it
+    "callbacks": (_HOOKS, "pytorch_lightning.Callback"),
+    "logger": (["log_metrics", "log_hyperparams", "save", "finalize"], "pytorch_lightning.loggers.Logger"),
+}
+
+
+def checked(group: str, parts: Sequence[tuple[str, Any]]) -> list[Any]:
+    """Callbacks or loggers by (option, part): Lightning's, of either of its two packages."""
+    members, base = _KINDS[group]
+    for where, part in parts:
+        name = type(part).__qualname__
+        if missing := [member for member in members if not callable(getattr(part, member, None))]:
+            raise InputError(
+                f"{where}: {name} has no {missing[0]}(); derive it from {base} (docs/extending.md, section 4)."
+            )
+        if {kind.__name__ for kind in type(part).__mro__} & set(_DECIDING):
+            raise InputError(
+                f"{where}: {name} changes how Lightning steps the optimizer, which the stage does itself; remove it, "
+                "and set trainer.accumulate, trainer.micro_batch or optimizer.learning_rate."
+            )
+    return [part for _, part in parts]
 
 
 def summary(stage: Stage, settings: TrainerSettings) -> str:
@@ -134,5 +189,4 @@ def summary(stage: Stage, settings: TrainerSettings) -> str:
 
 def rates_line(stage: Stage) -> str:
     """The learning rates that will be used."""
-    optimizers: dict[str, Any] = {group: stage.factory(group) for group in stage.groups()}
-    return "; ".join(f"{group}: {optimizer}" for group, optimizer in optimizers.items())
+    return "; ".join(f"{group}: {stage.factory(group)}" for group in stage.groups())

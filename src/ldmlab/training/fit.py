@@ -1,9 +1,8 @@
 """Train a stage in a run folder: from the start, or from the newest checkpoint found there."""
 
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,31 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
 from ldmlab.errors import InputError
-from ldmlab.training.callbacks.base import SKIPPED, Session, StepCallback
-from ldmlab.training.checkpointing import Checkpoints, complete
+from ldmlab.training.callbacks.averaging import Averaging
+from ldmlab.training.callbacks.checkpoints import KeepCheckpoints
+from ldmlab.training.callbacks.skipped import Skipped
+from ldmlab.training.checkpointing import Checkpoints, Files, complete
 from ldmlab.training.engine import make_trainer, rates_line, summary
-from ldmlab.training.lightning_parts import LightningCallbacks
-from ldmlab.training.loggers import Logger, Loggers, lost_rows
-from ldmlab.training.loop import Loop
+from ldmlab.training.loggers import RunFiles, close_all, lost_rows, open_all
 from ldmlab.training.progress import StepProgress
+from ldmlab.training.random_state import RandomState
 from ldmlab.training.resume import Record, compare
+from ldmlab.training.rows import Rows
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
-from ldmlab.training.signals import StopRequest
-from ldmlab.training.stage import Batch, Stage
+from ldmlab.training.signals import Interrupted, StopRequest
+from ldmlab.training.stage import Batches, Stage
 
 
 def fit(
     stage: Stage,
+    batches: Batches,
     *,
-    train_batches: Callable[[int], Iterable[Batch]],  # position to start from => endless micro-batches
-    val_batches: Callable[[], Iterable[Batch]],  # this process's share, from the start at every call
     run: RunFolder,
     settings: TrainerSettings,
-    callbacks: Sequence[StepCallback] = (),
-    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Any] = (),  # of Lightning; engine.checked
+    loggers: Sequence[Any] = (),
     resume_command: str = "",  # printed by a stopped run: how to resume it
-    manifest_hash: str | None = None,  # of the training data; a resumed run must have the same
     record: Record | None = None,  # configuration and model, which a resumed run is compared by
     fields: Mapping[str, Any] | None = None,  # more settings for the loggers
     begin: Callable[[], None] = lambda: None,  # writes what else a run folder holds from its first step on
@@ -48,57 +47,68 @@ def fit(
     """
     distributed.join()
     record = record or Record()
-    first = distributed.rank() == 0
-    checkpoints = Checkpoints(run.checkpoints, settings.keep)
-    found, changes = _take_up(stage, checkpoints, settings, manifest_hash, record)
+    checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
+    path, changes = _take_up(stage, checkpoints, files, settings, batches.manifest_hash, record)
     finished = stage.step >= stage.max_steps
-    if found is not None and (lost := lost_rows(run.metrics, stage.step, 1 if finished else settings.log_every)):
+    if path is not None and (lost := lost_rows(run.metrics, stage.step, 1 if finished else settings.log_every)):
         distributed.say(lost)
-    if found is not None and finished:
-        return found[0]
+    if path is not None and finished:
+        return path
     run.begin()
-    if first:
+    if distributed.rank() == 0:
         checkpoints.sweep()
     begin()
-    session = Session(stage, run, Loggers(loggers, first), val_batches, **_from_notes(found))
-    with StopRequest() as stop, StepProgress(first) as progress:
-        states = found[1]["rng"] if found else []
-        loop = Loop(session, settings, callbacks, checkpoints, progress, stop, states, manifest_hash, record)
-        _introduce(stage, settings, progress, found, changes)
-        _arrange(stage, settings)
+    skipped = [part for part in callbacks if isinstance(part, Skipped)] or [Skipped(float("inf"))]
+    with StopRequest(settings.checkpoint_every_minutes) as stop, StepProgress(distributed.rank() == 0) as progress:
+        keep = KeepCheckpoints(checkpoints, settings, stop, batches.manifest_hash, record)
+        own = [part for part in skipped if part not in callbacks]
+        parts = [stop, Averaging(), RandomState(), *callbacks, *own, Rows(), progress, keep]
+        all_loggers = [RunFiles(), *loggers]
+        trainer = make_trainer(stage, settings, parts, all_loggers, [files], run.path)
+        _introduce(stage, settings, progress, path, changes)
+        stage.train()
+        if settings.compile:
+            next(iter(stage.saved().values())).compile()  # in place: names get no prefix
+        open_all(all_loggers, run, {**record.config, **(fields or {})}, stage.step)
         success = False
         try:
-            session.loggers.open(run, {**record.config, **(fields or {})}, stage.step)
-            _train(stage, settings, loop, train_batches, stop)
-            success = stop.signal is None
+            trainer.fit(stage, batches, ckpt_path=path, weights_only=True)
+            success = True
+        except Interrupted:
+            pass
+        except Exception as error:
+            _end_of(error, stage, stop, checkpoints)
         finally:
-            session.loggers.close(success)
+            close_all(all_loggers, "success" if success else "failed")
+    last = distributed.shared(lambda: checkpoints.by_age()[-1])
     if stop.signal is not None:
-        _leave(loop, stop, run, resume_command)
-    for line in unread(session):
+        _leave(stage, stop, run, last, resume_command)
+    if settings.fast_dev_run:
+        run.discard()
+    for line in skipped[0].summary():
         distributed.say(line)
-    path = distributed.from_first(loop.last_checkpoint)
-    assert path is not None
-    return path
-
-
-Found = tuple[Path, dict[str, Any]] | None  # the newest checkpoint and its content
+    return last
 
 
 def _take_up(
-    stage: Stage, checkpoints: Checkpoints, settings: TrainerSettings, manifest_hash: str | None, record: Record
-) -> tuple[Found, list[str]]:
-    """Load the newest checkpoint, the same one in all processes; return the changed options that apply."""
-    mine: list[tuple[Path, dict[str, Any]]] = []  # read by the first process while it searches for the newest
+    stage: Stage,
+    checkpoints: Checkpoints,
+    files: Files,
+    settings: TrainerSettings,
+    manifest_hash: str | None,
+    record: Record,
+) -> tuple[Path | None, list[str]]:
+    """Load the newest checkpoint, the same one in all processes; return it and the changed options that apply."""
 
     def look() -> Path | None:
-        mine.extend([found] if (found := checkpoints.newest()) else [])
-        return mine[0][0] if mine else None
+        found = checkpoints.newest()
+        files.held = found[1] if found else None  # read by the first process while it searches
+        return found[0] if found else None
 
     path = distributed.shared(look)
     if path is None:
         return None, []
-    content = mine[0][1] if mine else complete(load_checkpoint(path), path)
+    content = files.held = files.held or complete(load_checkpoint(path), path)
     if content["kind"] != stage.kind:
         raise InputError(f"{path} is of stage={content['kind']}, this run is stage={stage.kind}; resume its own run.")
     if content["seed"] != stage.seed:
@@ -106,80 +116,44 @@ def _take_up(
     before = content["data"].get("manifest_hash")
     if manifest_hash is not None and before is not None and before != manifest_hash:
         raise InputError(f"{path} was trained on other data (its manifest differs); start a new run with init_from.")
+    if settings.fast_dev_run:
+        raise InputError(
+            f"trainer.fast_dev_run={settings.fast_dev_run} leaves nothing behind, but {path} is of a run; leave out "
+            "run.dir, or fast_dev_run."
+        )
     images = settings.micro_batch * settings.accumulate * distributed.world_size()
     changes = compare(content, record, images, checkpoints.folder.parent)
     stage.restore(content)
-    return (path, content), changes
-
-
-def _from_notes(found: Found) -> dict[str, Any]:
-    return {"notes": found[1]["notes"]} if found else {}
+    return path, changes
 
 
 def _introduce(
-    stage: Stage, settings: TrainerSettings, progress: StepProgress, found: Found, changes: Sequence[str]
+    stage: Stage, settings: TrainerSettings, progress: StepProgress, path: Path | None, changes: Sequence[str]
 ) -> None:
-    progress.say(summary(stage, settings))
-    progress.say(rates_line(stage))
-    if found is not None:
-        progress.say(f"resuming from step {stage.step} in {found[0]}")
-    for change in changes:
-        progress.say(f"changed option: {change}")
+    lines = [summary(stage, settings), rates_line(stage)]
+    lines += [f"resuming from step {stage.step} in {path}"] if path is not None else []
+    for line in [*lines, *(f"changed option: {change}" for change in changes)]:
+        progress.say(line)
 
 
-def _arrange(stage: Stage, settings: TrainerSettings) -> None:
-    """Compilation; it changes no name and no value in a checkpoint."""
-    if settings.compile:
-        next(iter(stage.saved().values())).compile()  # in place: names get no prefix
-
-
-_SHOWN = 6  # names of images in a line
-
-
-class _Endless:
-    """An iterable only, so that Lightning neither counts nor rebuilds the loader."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
-
-
-def _train(
-    stage: Stage,
-    settings: TrainerSettings,
-    loop: Loop,
-    train_batches: Callable[[int], Iterable[Batch]],
-    stop: StopRequest,
-) -> None:
-    lightning = next((part for part in loop.callbacks if isinstance(part, LightningCallbacks)), None)
-    trainer = make_trainer(stage, settings, loop, lightning)
-    stage.train()
-    try:
-        trainer.fit(stage, _Endless(train_batches(stage.position)))
-    except Exception as error:
-        _stop_reporting_workers()
-        known = explained(error, loop)
-        # the signal may have reached the loader's workers too; the state is still that of the last complete step
-        if stop.signal is None or stage.updating or distributed.joined() or isinstance(error, InputError):
-            if known is None:
-                raise
-            raise known from error
-        loop.save()
-
-
-def _stop_reporting_workers() -> None:
-    """torch raises from a signal handler for every loader worker that dies, also while the first fault is handled."""
+def _end_of(error: Exception, stage: Stage, stop: StopRequest, checkpoints: Checkpoints) -> None:
+    """Raise the fault, in a sentence where there is one; workers that died of a signal are none: the state is saved."""
     if threading.current_thread() is threading.main_thread():
+        # torch raises from a signal handler for every loader worker that dies, also while the first fault is handled
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    known = explained(error, checkpoints)
+    if not stop.lost_workers(stage, error):
+        if known is None:
+            raise error
+        raise known from error
 
 
-def explained(error: Exception, loop: Loop) -> InputError | None:
+def explained(error: Exception, checkpoints: Checkpoints) -> InputError | None:
     """The InputError for a dead loader worker or process and for exhausted memory; None for any other fault."""
     text = str(error).strip() or type(error).__name__
     reason = text.splitlines()[0][:200].rstrip(".")
-    kept = f"the newest checkpoint is {loop.newest()}" if loop.newest() else "no checkpoint was written yet"
+    newest = next(iter(checkpoints.by_age()[-1:]), None)
+    kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
     if "DataLoader worker" in text or isinstance(error, EOFError | ConnectionError):
         advice = "if memory ran out, fewer data.workers or a smaller micro_batch help"
         return InputError(f"a loader process ended ({reason}); {kept}; run the command again to continue, {advice}.")
@@ -190,22 +164,10 @@ def explained(error: Exception, loop: Loop) -> InputError | None:
     return None
 
 
-def unread(session: Session) -> list[str]:
-    """Last lines of a run: the images that could not be read."""
-    lines = []
-    for what, names in (("training", session.skipped), ("validation", session.val_skipped)):
-        if names:
-            examples = "; ".join(f"{name}: {why}" for name, why in sorted(names.items())[:_SHOWN])
-            total = f" of {session.val_seen}" if what == "validation" else ""
-            lines.append(f"{len(names)}{total} {what} images could not be read: {examples}; all in {SKIPPED}")
-    return lines
-
-
-def _leave(loop: Loop, stop: StopRequest, run: RunFolder, resume_command: str) -> None:
+def _leave(stage: Stage, stop: StopRequest, run: RunFolder, path: Path, resume_command: str) -> None:
     """Print where the run stopped and how to resume it."""
-    if distributed.rank() == 0:
-        how = f"; resume with: {resume_command}" if resume_command else ""
-        print(f"saved step {loop.session.stage.step} in {loop.last_checkpoint}{how}", file=sys.stderr, flush=True)
+    how = f"; resume with: {resume_command}" if resume_command else ""
+    distributed.say(f"saved step {stage.step} in {path}{how}")
     distributed.barrier()
     run.close()
     raise SystemExit(stop.exit_code)

@@ -1,16 +1,17 @@
-"""Metrics and images to metrics.csv and samples/, and optionally to TensorBoard or W&B."""
+"""Metrics and images to metrics.csv and samples/, and optionally to TensorBoard or W&B: Lightning's loggers."""
 
 import csv
 import io
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from ldmlab import distributed, format1
 from ldmlab.errors import InputError
@@ -19,26 +20,25 @@ from ldmlab.inference.grids import grid as label_grid
 from ldmlab.training.run_folder import RunFolder
 
 
-class Logger(Protocol):
-    """A destination of metrics and images, opened by the first process of a run."""
+class RunFiles(Logger):
+    """metrics.csv, one row a step, and samples/NAME/step_XXXXXXXX.png; of the first process."""
 
-    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None: ...  # step: resumed from
-
-    def numbers(self, values: dict[str, float], step: int) -> None: ...
-
-    def image(self, name: str, grid: np.ndarray, step: int) -> None: ...  # uint8 (H, W, 3)
-
-    def close(self, success: bool) -> None: ...
-
-
-class Files:
-    """metrics.csv, one row a call with a step column, and samples/NAME/step_XXXXXXXX.png."""
+    name, version = "files", 0
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
-        """Keep what was logged up to `step`; later rows will be written again."""
+        """Keep what was logged up to `step`, where a resumed run continues; later rows will be written again."""
         self._path, self._samples = run.metrics, run.samples
-        self._columns, rows = self._read()
-        self._rewrite([row for row in rows if int(row["step"]) <= step])
+        self._latest: dict[str, str] = {}  # the last row
+        self._place = 0  # where it begins in the file
+        self._columns: list[str] = []
+        if distributed.rank() == 0:
+            self._columns, rows = self._read()
+            self._rewrite([row for row in rows if int(row["step"]) <= step])
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self._path.parent)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         """What was logged before; a damaged table is renamed, since the checkpoints are enough to continue."""
@@ -50,15 +50,21 @@ class Files:
             distributed.say(f"{error} It is now {aside}; a new table begins.")
             return [], []
 
-    def numbers(self, values: dict[str, float], step: int) -> None:
-        """Append a row; new names become new columns."""
-        row = {"step": str(step), **{name: f"{value:.9g}" for name, value in values.items()}}
-        new = [name for name in row if name not in self._columns]
-        if new:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row, or complete the last one where it is of the same step; new names become new columns."""
+        if distributed.rank():
+            return
+        row = {"step": str(step), **{name: f"{float(v):.9g}" for name, v in metrics.items() if name != "epoch"}}
+        if again := self._latest.get("step") == row["step"]:
+            row = self._latest | row
+        if new := [name for name in row if name not in self._columns]:
             self._columns += new
-            self._rewrite(read_metrics(self._path)[1])
-        with open(self._path, "a", newline="") as file:
+            self._rewrite(read_metrics(self._path)[1][: -1 if again else None])
+        with open(self._path, "r+", newline="") as file:
+            self._place = file.seek(*((self._place, 0) if again and not new else (0, 2)))
             csv.DictWriter(file, self._columns).writerow(row)
+            file.truncate()
+        self._latest = row
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         if not self._columns:
@@ -69,14 +75,14 @@ class Files:
         writer.writerows(rows)
         write_text(self._path, text.getvalue())
 
-    def image(self, name: str, grid: np.ndarray, step: int) -> None:
-        """A PNG."""
-        path = self._samples / name / f"step_{step:08d}.png"
+    def log_image(self, key: str, images: list[np.ndarray], step: int) -> None:
+        """A PNG of a grid, uint8 (H, W, 3)."""
+        path = self._samples / key / f"step_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid).save(path)
+        Image.fromarray(images[0]).save(path)
 
-    def close(self, success: bool) -> None:
-        """Every row is on disk already."""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """config.yaml has them."""
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -110,65 +116,46 @@ def lost_rows(path: Path, step: int, log_every: int) -> str:
     return f"{path} ends at step {last}; its rows up to step {step} are lost." if last < step - step % log_every else ""
 
 
-@dataclass
-class TensorBoard:
+class TensorBoard(TensorBoardLogger):
     """TensorBoard's event files under the run folder."""
 
-    folder: str = "tensorboard"  # below the run folder
-    _logger: Any = field(default=None, init=False)
+    def __init__(self, folder: str = "tensorboard") -> None:
+        self.folder = folder  # below the run folder
 
     def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
         """Events after `step` of an earlier start are hidden by TensorBoard itself."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._logger = SummaryWriter(str(run.path / self.folder), purge_step=step + 1)
-
-    def numbers(self, values: dict[str, float], step: int) -> None:
-        """One scalar a name."""
-        for name, value in values.items():
-            self._logger.add_scalar(name, value, step)
-
-    def image(self, name: str, grid: np.ndarray, step: int) -> None:
-        """One image."""
-        self._logger.add_image(name, grid, step, dataformats="HWC")
-
-    def close(self, success: bool) -> None:
-        """Flush and close."""
-        self._logger.close()
+        super().__init__(run.path / self.folder, name="", version="", purge_step=step + 1)
 
 
-class Loggers:
-    """All loggers of a run as one; it does nothing on other processes than the first."""
+def open_all(loggers: Sequence[Any], run: RunFolder, settings: dict[str, Any], step: int) -> None:
+    """Ours learn the run, others its settings; where one fails, those before are closed."""
+    with ExitStack() as opened:
+        for logger in loggers:
+            if hasattr(logger, "open"):
+                logger.open(run, settings, step)
+            else:
+                logger.log_hyperparams(settings)
+            opened.callback(logger.finalize, "failed")
+        opened.pop_all()
 
-    def __init__(self, loggers: Sequence[Logger], first: bool) -> None:
-        self._loggers: list[Logger] = [Files(), *loggers] if first else []
-        self._open: list[Logger] = []
 
-    def open(self, run: RunFolder, settings: dict[str, Any], step: int) -> None:
-        """Open all; `step` is where a resumed run continues."""
-        for logger in self._loggers:
-            logger.open(run, settings, step)
-            self._open.append(logger)
+def close_all(loggers: Sequence[Any], status: str) -> None:
+    """Close all, also when one of them fails, or the Trainer did so already."""
+    with ExitStack() as stack:
+        for logger in reversed(loggers):
+            stack.callback(logger.finalize, status)
 
-    def log_metrics(self, values: dict[str, float], step: int) -> None:
-        """Scalars of a step to every logger."""
-        for logger in self._open:
-            logger.numbers(values, step)
 
-    def log_images(
-        self, name: str, images: Tensor, step: int, labels: Sequence[str] | None = None, title: str = ""
-    ) -> None:
-        """Images uint8 (N, H, W, 3) as one grid to every logger, with a label each and a title."""
-        if self._open:
-            grid = labelled_grid(images, labels, title) if labels or title else image_grid(images)
-            for logger in self._open:
-                logger.image(name, grid, step)
-
-    def close(self, success: bool) -> None:
-        """Close all, also when one of them fails."""
-        with ExitStack() as stack:
-            while self._open:
-                stack.callback(self._open.pop().close, success)
+def log_images(
+    loggers: Sequence[Any], name: str, images: Tensor, step: int, labels: Sequence[str] | None = None, title: str = ""
+) -> None:
+    """Images uint8 (N, H, W, 3) as one grid to every logger that takes images, with a label each and a title."""
+    grid = labelled_grid(images, labels, title) if labels or title else image_grid(images)
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, grid, step, dataformats="HWC")
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[grid], step=step)
 
 
 def labelled_grid(images: Tensor, labels: Sequence[str] | None, title: str) -> np.ndarray:
@@ -179,11 +166,7 @@ def labelled_grid(images: Tensor, labels: Sequence[str] | None, title: str) -> n
 
 def image_grid(images: Tensor, gap: int = 2) -> np.ndarray:
     """Images uint8 (N, H, W, 3) in rows of about sqrt(N), white between them: uint8 (H', W', 3)."""
-    count, height, width, _ = images.shape
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = int(np.ceil(count / columns))
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for index, image in enumerate(images.cpu().numpy()):
-        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = image
-    return grid
+    columns = int(np.ceil(np.sqrt(len(images))))
+    bordered = make_grid(images.permute(0, 3, 1, 2), columns, gap, pad_value=255)  # one image alone gets no border
+    grid = bordered[:, gap:-gap, gap:-gap] if len(images) > 1 else bordered
+    return np.ascontiguousarray(grid.permute(1, 2, 0).cpu().numpy())

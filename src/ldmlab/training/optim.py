@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ldmlab.errors import InputError
 
@@ -29,20 +30,14 @@ class AdamW:
     global_batch: int = 1  # images a step over all processes; wiring fills it in
 
     def __post_init__(self) -> None:
-        for name, low in (("learning_rate", 0.0), ("epsilon", 0.0)):
-            if not _number(getattr(self, name)) or not low < getattr(self, name) < math.inf:
+        for name in ("learning_rate", "epsilon"):
+            if not _number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"optimizer.{name}={getattr(self, name)} must be a number above 0.")
         if not _number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
             raise InputError(f"optimizer.weight_decay={self.weight_decay} must be a number of 0 or more.")
         betas = self.betas if isinstance(self.betas, list | tuple) else ()
         if len(betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in betas):
             raise InputError(f"optimizer.betas={self.betas} must be two numbers in [0, 1), such as [0.9,0.999].")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optimizer.betas={list(self.betas)} must lie in [0, 1).")
-        if self.epsilon <= 0:
-            raise InputError(f"optimizer.epsilon={self.epsilon} must be above 0.")
-        if self.weight_decay < 0:
-            raise InputError(f"optimizer.weight_decay={self.weight_decay} must not be below 0.")
         if self.lr_scaling not in ("none", "official"):
             raise InputError(f"optimizer.lr_scaling={self.lr_scaling} is unknown; choose none or official.")
 
@@ -55,9 +50,8 @@ class AdamW:
         """The optimizer of one group."""
         decayed = [p for p in parameters if self.decay_vectors or p.ndim > 1]
         plain = [p for p in parameters if not (self.decay_vectors or p.ndim > 1)]
-        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": self.weight_decay}]
-        if plain:
-            groups.append({"params": plain, "weight_decay": 0.0})
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}]
+        groups += [{"params": plain, "weight_decay": 0.0}] if plain else []
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         betas = (self.betas[0], self.betas[1])
         return torch.optim.AdamW(groups, lr=self.rate, betas=betas, eps=self.epsilon, fused=fused)
@@ -73,104 +67,85 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+class _Schedule:
+    """A linear rise, then a curve of its own: step => factor of the rate for the update after `step` updates."""
+
+    warmup_steps: int
+    max_steps: int | None
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        steps, final = self.warmup_steps, self.final
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise InputError(f"lr_schedule.warmup_steps={steps} must be a whole number of 0 or more.")
+        if not _number(final) or not 0 <= final < math.inf:
+            raise InputError(f"lr_schedule.final={final} must be a number of 0 or more, a factor of the learning rate.")
+
+    def __call__(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        length = max((self.max_steps or 0) - self.warmup_steps, 1)
+        return rise * self._curve(min(max((step - self.warmup_steps) / length, 0.0), 1.0))
+
+    def _curve(self, progress: float) -> float:
+        """progress: 0 at the end of the warm-up, 1 at the end of the run."""
+        return 1.0
+
+
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Schedule):
     """A constant rate after a linear rise."""
 
     warmup_steps: int = 0
     max_steps: int | None = None  # given to every schedule; unused here
 
-    def __post_init__(self) -> None:
-        _check_schedule(self)
-
-    def __call__(self, step: int) -> float:
-        """Factor of the learning rate for the update that follows `step` updates."""
-        return _warmup(step, self.warmup_steps)
-
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Schedule):
     """A straight line from 1 to `final` over the run, after a linear rise."""
 
     max_steps: int
     warmup_steps: int = 0
     final: float = 0.0  # factor at the end
 
-    def __post_init__(self) -> None:
-        _check_schedule(self)
-
-    def __call__(self, step: int) -> float:
-        """Factor of the learning rate for the update that follows `step` updates."""
-        return _warmup(step, self.warmup_steps) * (1 + (self.final - 1) * _progress(self, step))
+    def _curve(self, progress: float) -> float:
+        return 1 + (self.final - 1) * progress
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Schedule):
     """Half a cosine from 1 to `final` over the run, after a linear rise."""
 
     max_steps: int
     warmup_steps: int = 0
     final: float = 0.0  # factor at the end
 
-    def __post_init__(self) -> None:
-        _check_schedule(self)
-
-    def __call__(self, step: int) -> float:
-        """Factor of the learning rate for the update that follows `step` updates."""
-        fall = 0.5 * (1 + math.cos(math.pi * _progress(self, step)))
-        return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * fall)
+    def _curve(self, progress: float) -> float:
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _check_schedule(schedule: Any) -> None:
-    """Refuse numbers that no run can use."""
-    steps, final = schedule.warmup_steps, getattr(schedule, "final", 0.0)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise InputError(f"lr_schedule.warmup_steps={steps} must be a whole number of 0 or more.")
-    if not _number(final) or not 0 <= final < math.inf:
-        raise InputError(f"lr_schedule.final={final} must be a number of 0 or more, a factor of the learning rate.")
+class RateBySteps(LRScheduler):
+    """The configured rates times a factor of our step counter, which no state needs to keep."""
 
+    def __init__(self, optimizer: Optimizer, factor: Callable[[], float]) -> None:
+        self.factor = factor
+        super().__init__(optimizer)
 
-def _warmup(step: int, warmup_steps: int) -> float:
-    return min(1.0, (step + 1) / (warmup_steps + 1))
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each parameter group for the next update."""
+        return [rate * self.factor() for rate in self.base_lrs]
 
-
-def _progress(schedule: Linear | Cosine, step: int) -> float:
-    """0 at the end of the warm-up, 1 at the end of the run."""
-    length = max(schedule.max_steps - schedule.warmup_steps, 1)
-    return min(max((step - schedule.warmup_steps) / length, 0.0), 1.0)
-
-
-def factory_of(given: OptimizerFactory | Mapping[str, OptimizerFactory], group: str) -> OptimizerFactory:
-    """The factory of the group's optimizer: its own entry, or the one for all."""
-    if not isinstance(given, Mapping):
-        return given
-    if group not in given:
-        raise InputError(
-            f"optimizer has entries for {', '.join(given)} but none for {group}; add one or give a single one."
-        )
-    return given[group]
-
-
-def made_optimizers(groups: Groups, factory: Callable[[str], OptimizerFactory]) -> dict[str, Optimizer]:
-    """One optimizer a group; `initial_lr` keeps the configured rate."""
-    made = {group: factory(group)(parameters) for group, parameters in groups.items()}
-    for optimizer in made.values():
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return made
-
-
-def set_rate(optimizer: Optimizer, share: float) -> None:
-    """The learning rate of the next update, as a share of the configured one."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * share
+    def step(self, epoch: int | None = None) -> None:
+        """Before an update; torch's own counts its calls and must follow the update."""
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
 
 
 def restore_optimizer(optimizer: Optimizer, state: Any, name: str) -> None:
-    """The state of a checkpoint, under the configured betas, decay and rate; InputError where it does not fit."""
-    configured = [
-        {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
-    ]
+    """The state of a checkpoint, under the configured options; InputError where it does not fit.
+
+    States take the layout of their parameter: a fused optimizer pairs the elements of both by their place in memory.
+    """
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -178,9 +153,12 @@ def restore_optimizer(optimizer: Optimizer, state: Any, name: str) -> None:
     for group, options in zip(optimizer.param_groups, configured, strict=True):
         group.update(options)
     for parameter, moments in optimizer.state.items():
-        for moment in moments.values():
-            if isinstance(moment, Tensor) and moment.ndim and moment.shape != parameter.shape:
+        for kind, moment in moments.items():
+            if not isinstance(moment, Tensor) or not moment.ndim:
+                continue
+            if moment.shape != parameter.shape:
                 raise InputError(f"the checkpoint's optimizer state of {name} has another shape than its weights.")
+            moments[kind] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def check_owned(module: nn.Module, groups: Groups) -> None:

@@ -3,37 +3,31 @@
 import time
 from collections import deque
 from types import TracebackType
+from typing import Any
 
+import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from ldmlab.training.stage import Stage
 
 _LINE_EVERY_SECONDS = 10.0
 _READ_EVERY_SECONDS = 1.0
 _WINDOW = 200  # steps over which speed is taken
 
 
-class StepProgress:
+class StepProgress(pl.Callback):
     """Step, loss, images a second and time left; silent unless `shown`."""
 
     def __init__(self, shown: bool, console: Console | None = None) -> None:
         self._shown = shown
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._loss, self._read = "", 0.0
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)
-        self._last_line = 0.0
+        self._loss, self._read, self._last_line = "", 0.0, 0.0
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)  # time, step, images
 
     def __enter__(self) -> "StepProgress":
         if self._shown and self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rest]}"),
-            )
-            self._bar = Progress(*columns, console=self.console, transient=False)
+            texts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*texts, TextColumn("{task.fields[rest]}"), console=self.console, transient=False)
             self._bar.start()
         return self
 
@@ -46,29 +40,31 @@ class StepProgress:
         if self._shown:
             self.console.print(text, markup=False)
 
-    def start(self, stage: Stage) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Training begins at the stage's step."""
-        self._marks.append((time.monotonic(), stage.step, stage.position))
         self._last_line = time.monotonic()
+        self._marks.append((self._last_line, pl_module.step, pl_module.position))
         if self._bar is not None:
-            self._bar.add_task(stage.kind, total=stage.max_steps, completed=stage.step, rest="")
+            self._bar.add_task(pl_module.kind, total=pl_module.max_steps, completed=pl_module.step, rest="")
 
-    def step(self, stage: Stage) -> None:
-        """One step is done."""
-        now = time.monotonic()
-        self._marks.append((now, stage.step, stage.position))
-        if self._shown and (now - self._read >= _READ_EVERY_SECONDS or stage.step == stage.max_steps):
-            self._read, self._loss = now, stage.metrics.latest()  # waits for the device
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """A step may be done."""
+        if not pl_module.step_complete:
+            return
+        now, step, last = time.monotonic(), pl_module.step, pl_module.max_steps
+        self._marks.append((now, step, pl_module.position))
+        if self._shown and (now - self._read >= _READ_EVERY_SECONDS or step == last):
+            self._read, self._loss = now, pl_module.metrics.latest()  # waits for the device
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=stage.step, rest=self._rest(stage))
-        elif self._shown and (now - self._last_line >= _LINE_EVERY_SECONDS or stage.step == stage.max_steps):
+            self._bar.update(self._bar.task_ids[0], completed=step, rest=self._rest(last))
+        elif self._shown and (now - self._last_line >= _LINE_EVERY_SECONDS or step == last):
             self._last_line = now
-            self.say(f"{stage.kind} step {stage.step}/{stage.max_steps}  {self._rest(stage)}")
+            self.say(f"{pl_module.kind} step {step}/{last}  {self._rest(last)}")
 
-    def _rest(self, stage: Stage) -> str:
-        (start, first_step, first), (end, last_step, last) = self._marks[0], self._marks[-1]
+    def _rest(self, max_steps: int) -> str:
+        (start, first_step, first), (end, step, last) = self._marks[0], self._marks[-1]
         seconds = max(end - start, 1e-9)
-        left = (stage.max_steps - stage.step) * seconds / max(last_step - first_step, 1)
+        left = (max_steps - step) * seconds / max(step - first_step, 1)
         parts = [self._loss, f"{(last - first) / seconds:.1f} images/s", f"{duration(left)} left"]
         return "  ".join(part for part in parts if part)
 
@@ -76,5 +72,4 @@ class StepProgress:
 def duration(seconds: float) -> str:
     """h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
+
+from ldmlab import distributed
 
 
 def random_state() -> dict[str, Any]:
@@ -49,3 +52,32 @@ def isolated_random(seed: int) -> Iterator[None]:
         yield
     finally:
         restore_random_state(before)
+
+
+class RandomState(pl.Callback):
+    """The random state of every process in checkpoints, taken up once the first batch is loaded.
+
+    From there on only the networks use random numbers.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] = []
+        self._begun = False
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """States of all processes; of no use with another number of them."""
+        self._states = checkpoint["rng"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Once, before the first step."""
+        if self._begun:
+            return
+        self._begun = True
+        if len(self._states) == distributed.world_size():
+            restore_random_state(self._states[distributed.rank()])
+        else:  # a new run, or one resumed with another number of processes
+            seed_process(pl_module.seed + pl_module.step, distributed.rank())
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A collective call."""
+        checkpoint["rng"] = distributed.gather(random_state())

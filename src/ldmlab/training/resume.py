@@ -15,21 +15,28 @@ from ldmlab.model_files import DESCRIPTION, read_config, read_description
 Flat = dict[str, Any]  # dotted option => value
 Fate = Literal["applied", "harmless", "refused"]
 
+_APPLIED = (  # read at every start; changes are reported
+    *("optimizer.learning_rate", "optimizer.lr_scaling", "optimizer.betas", "optimizer.epsilon"),
+    *("optimizer.weight_decay", "lr_schedule", "sampler", "trainer", "callbacks", "logger", "data.val"),
+    *("data.object_background", "stage.panel_steps", "stage.panel_count", "stage.guidance_scale"),
+    *("stage.val_draws", "stage.noise_bins", "stage.codebook_alert"),
+)
+_HARMLESS = (  # of the place and the machine, or held against the checkpoint by content
+    *("run", "paths", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("trainer.compile", "trainer.plugins", "data.workers", "data.cache", "data.cache_limit_gib", "data.sha256"),
+    *("data.max_bad", "data.states", "plugins", "stage.codebook_window"),
+    *("trainer.micro_batch", "trainer.accumulate", "trainer.accumulate_grad_batches"),  # their product with processes
+    *("data.train", "data.latents", "from_run", "seed"),  # the manifest and the weights; the seed by `fit`
+)
+_IMAGES = "trainer.micro_batch * accumulate * processes"  # of a step
+_KEPT = (
+    *("trainer._target_", "trainer.averaging_decay", "trainer.limit_train_batches", "trainer.overfit_batches"),
+    _IMAGES,
+)
 FATES: dict[str, Fate] = {  # the longest prefix of an option decides; an option that is not listed is refused
-    # read at every start; changes are reported
-    **dict.fromkeys(("optimizer.learning_rate", "optimizer.lr_scaling", "optimizer.betas"), "applied"),
-    **dict.fromkeys(("optimizer.epsilon", "optimizer.weight_decay", "lr_schedule", "sampler"), "applied"),
-    **dict.fromkeys(("trainer.max_steps", "trainer.gradient_clip", "trainer.precision"), "applied"),
-    **dict.fromkeys(("trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every"), "applied"),
-    **dict.fromkeys(("trainer.keep", "callbacks", "logger", "data.val", "data.object_background"), "applied"),
-    **dict.fromkeys(("stage.panel_steps", "stage.panel_count", "stage.guidance_scale"), "applied"),
-    **dict.fromkeys(("stage.val_draws", "stage.noise_bins", "stage.codebook_alert"), "applied"),
-    # of the place and the machine, or held against the checkpoint by content
-    **dict.fromkeys(("run", "paths", "trainer.accelerator", "trainer.devices", "trainer.compile"), "harmless"),
-    **dict.fromkeys(("trainer.micro_batch", "trainer.accumulate"), "harmless"),  # their product with the processes
-    **dict.fromkeys(("data.train", "data.latents", "from_run"), "harmless"),  # the manifest and the weights
-    **dict.fromkeys(("data.workers", "data.cache", "data.cache_limit_gib", "data.sha256", "data.max_bad"), "harmless"),
-    **dict.fromkeys(("data.states", "seed", "plugins", "stage.codebook_window"), "harmless"),  # seed: by `fit`
+    **dict.fromkeys(_APPLIED, "applied"),
+    **dict.fromkeys(_HARMLESS, "harmless"),
+    **dict.fromkeys(_KEPT, "refused"),
 }
 _NETWORKS = ("first_stage", "clip", "classifier", "backbone", "conditioner", "diffusion", "task")  # by model.yaml
 _SPEC_NAMES = {  # entries of model.yaml => the option that decides them
@@ -63,7 +70,7 @@ def compare(content: Mapping[str, Any], now: Record, images: int, folder: Path) 
     changes = _changes(before, now)
     step, position = content["step"], content["position"]
     if step and position % step == 0 and position // step != images:
-        changes["trainer.micro_batch * accumulate * processes"] = (position // step, images)
+        changes[_IMAGES] = (position // step, images)
     fates = {name: fate(name) for name in changes}
     if refused := [_shown(name, changes[name]) for name in sorted(changes) if fates[name] == "refused"]:
         more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
@@ -76,11 +83,9 @@ def compare(content: Mapping[str, Any], now: Record, images: int, folder: Path) 
 
 def fate(name: str) -> Fate:
     """The treatment of a changed option: that of its longest listed prefix."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        if (prefix := ".".join(parts[:length])) in FATES:
-            return FATES[prefix]
-    return "refused"
+    while name not in FATES and "." in name:
+        name = name.rpartition(".")[0]
+    return FATES.get(name, "refused")
 
 
 def _shown(name: str, values: tuple[Any, Any]) -> str:

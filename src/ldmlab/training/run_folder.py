@@ -24,7 +24,8 @@ class RunFolder:
     """The folder of a run's files; the first process chooses and locks it, the others follow."""
 
     def __init__(self, path: Path, run_id: str, lock: FileLock | None = None, lock_existed: bool = True) -> None:
-        self.path = path
+        self.path, self.name = path, path.name
+        self.checkpoints, self.metrics, self.samples = path / "checkpoints", path / "metrics.csv", path / "samples"
         self.run_id = run_id  # also the id of the W&B run
         self._lock = lock  # held; None: held by the first process, or not yet taken
         self._began = False
@@ -48,26 +49,6 @@ class RunFolder:
         """Exactly this folder: a run found in it is resumed; an absent or empty folder becomes a new run."""
         return _decided(lambda: _exactly(Path(path)))
 
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.path.name
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """The table of logged numbers."""
-        return self.path / "metrics.csv"
-
-    @property
-    def samples(self) -> Path:
-        """Where images generated during training lie."""
-        return self.path / "samples"
-
     def begin(self) -> None:
         """Make the folder if it is new, and record this start; from here on files are written to it."""
         distributed.shared(self._begin)
@@ -84,7 +65,7 @@ class RunFolder:
                 )
             self._before = "empty" if existed else "absent"
         self._began = True
-        now = {**provenance(), "slurm_job": _slurm_job()}
+        now = {**provenance(), **_jobs()}
         record = _record(self.path)
         if record:
             resumed = record.get("resumed")
@@ -119,7 +100,7 @@ class RunFolder:
         self._lock = _lock(self.path)
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Release the folder."""
         if self._lock is not None:
             self._lock.release(remove=self._lock_is_new and not self._began)
             self._lock = None
@@ -147,10 +128,8 @@ def _decided(choose: Callable[[], RunFolder]) -> RunFolder:
 
 
 def _fresh(root: Path, name: str) -> RunFolder:
-    while True:
-        run_id = secrets.token_hex(4)
-        if not (root / f"{name}-{run_id}").exists():
-            return RunFolder(root / f"{name}-{run_id}", run_id)
+    run_id = secrets.token_hex(4)
+    return _fresh(root, name) if (root / f"{name}-{run_id}").exists() else RunFolder(root / f"{name}-{run_id}", run_id)
 
 
 def _existing(path: Path) -> RunFolder:
@@ -191,17 +170,24 @@ def _recovered_id(path: Path) -> str:
     return found[0] if found else secrets.token_hex(4)
 
 
-def _slurm_job() -> str | None:
-    """The job this process belongs to: the same after a requeue, different for every task of an array."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return job and f"{job}/{os.environ.get('SLURM_STEP_ID', '')}"
+def _jobs() -> dict[str, str | None]:
+    """What this process belongs to: the same after a requeue or restart, different for every task of an array.
+
+    Of torchrun the agent that starts the workers, since the id of the rendezvous is often `none`.
+    """
+    job, run = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID")
+    return {
+        "slurm_job": job and f"{job}/{os.environ.get('SLURM_STEP_ID', '')}",
+        "torchrun": run and f"{run}/{os.uname().nodename}/{os.getppid()}",
+    }
 
 
 def _requeued(root: Path, name: str) -> RunFolder | None:
-    """The folder this job made before SLURM stopped and started it again."""
-    if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-        return None
-    for path in sorted(root.glob(f"{name}-*")):
-        if (_record(path) or {}).get("slurm_job") == _slurm_job():
+    """The folder this job made before SLURM or torchrun stopped and started it again."""
+    counts = {"slurm_job": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+    mine = {kind: job for kind, job in _jobs().items() if job and int(os.environ.get(counts[kind], "0"))}
+    for path in sorted(root.glob(f"{name}-*")) if mine else []:
+        record = _record(path) or {}
+        if any(record.get(kind) == job for kind, job in mine.items()):
             return _existing(path)
     return None

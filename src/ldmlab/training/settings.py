@@ -1,15 +1,38 @@
-"""Settings of training that do not depend on the stage."""
+"""Settings of training that do not depend on the stage: ours, and every argument of Lightning's Trainer."""
 
+import inspect
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 
 from ldmlab.errors import InputError
 
+_CHOICES = {
+    "precision": ("auto", "bf16-mixed", "32-true"),
+    "accelerator": ("auto", "cpu", "gpu"),
+    "strategy": ("auto", "ddp"),
+}
+_ALSO = {"accumulate_grad_batches": "accumulate", "gradient_clip_val": "gradient_clip"}  # Lightning's name => ours
+_REPLACED = {  # arguments of the Trainer that contradict what a run does => the way out
+    **dict.fromkeys(("max_epochs", "min_epochs"), "training counts steps; use trainer.max_steps"),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "use trainer.validate_every, in steps"),
+    "log_every_n_steps": "use trainer.log_every",
+    "callbacks": "use the group callbacks, such as +callbacks.NAME._target_=...",
+    "logger": "use the group logger, such as +logger.NAME._target_=...",
+    "default_root_dir": "use run.dir",
+    "enable_checkpointing": "a run is resumed by its checkpoints; trainer.fast_dev_run=1 leaves none behind",
+    "use_distributed_sampler": "every process reads its own part of the global order already",
+    "barebones": "it switches off what a run is recorded by; use trainer.fast_dev_run=1 for a trial",
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), "training neither tests nor predicts"),
+    **dict.fromkeys(("enable_autolog_hparams", "model_registry"), "the loggers get the whole configuration already"),
+}
 
-@dataclass(frozen=True)
+
+@dataclass
 class TrainerSettings:
     """The choices of conf/trainer; steps are optimizer updates of the main network."""
 
@@ -21,36 +44,73 @@ class TrainerSettings:
     precision: Literal["auto", "bf16-mixed", "32-true"] = "bf16-mixed"  # auto becomes what the processor computes fast
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
+    strategy: Any = "auto"  # auto | ddp, or a strategy of Lightning by its _target_
     compile: bool = False  # torch.compile the main network
     log_every: int = 50  # steps between two rows of metrics.csv
     validate_every: int = 1000  # steps between two evaluations on validation images
     checkpoint_every: int = 1000  # steps between two checkpoints
+    checkpoint_every_minutes: float | None = None  # and by the clock
     keep: int = 2  # newest checkpoints to keep; the best one is kept too
+    fast_dev_run: bool | int = False  # a trial of so many steps (true: 1) that leaves nothing behind
+    lightning: Mapping[str, Any] = field(default_factory=dict)  # other arguments of pytorch_lightning.Trainer
 
     def __post_init__(self) -> None:
-        counts = ("max_steps", "micro_batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
-        for name in counts:
+        if self.fast_dev_run:
+            self.max_steps = self.validate_every = int(self.fast_dev_run)
+            self.lightning = {"limit_val_batches": self.max_steps, **self.lightning}
+        for name in (
+            "max_steps",
+            "micro_batch",
+            "accumulate",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+            "keep",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise InputError(f"trainer.{name}={value} must be a whole number of at least 1.")
             if value < 1:
                 raise InputError(f"trainer.{name}={value} must be at least 1.")
-        self._one_of("precision", ("auto", "bf16-mixed", "32-true"))
-        self._one_of("accelerator", ("auto", "cpu", "gpu"))
-        if self.precision == "auto":
-            object.__setattr__(self, "precision", fast_precision(self.accelerator))
-        for name in ("gradient_clip", "averaging_decay"):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-                raise InputError(f"trainer.{name}={value} must be a finite number, or null for none.")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
-            raise InputError(f"trainer.gradient_clip={self.gradient_clip} must be above 0, or null for no clipping.")
+            if isinstance(value, str) and value not in choices:
+                raise InputError(f"trainer.{name}={value} is unknown; choose {' or '.join(choices)}.")
+        for name in ("gradient_clip", "checkpoint_every_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"trainer.{name}={value} must be above 0, or null for none.")
         if self.averaging_decay is not None and not 0 <= self.averaging_decay < 1:
             raise InputError(f"trainer.averaging_decay={self.averaging_decay} must lie in [0, 1), or null for none.")
+        if self.precision == "auto":
+            self.precision = fast_precision(self.accelerator)
 
-    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise InputError(f"trainer.{name}={getattr(self, name)} is unknown; choose {' or '.join(choices)}.")
+
+def trainer_node(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of conf/trainer for `TrainerSettings`; InputError for what the Trainer does not take."""
+    known, ours = inspect.signature(pl.Trainer).parameters, {part.name: part for part in fields(TrainerSettings)}
+    found = {name: value for name, value in node.items() if name in ours or name == "_target_"}
+    lightning = {}
+    for name, value in node.items():
+        if name in found:
+            continue
+        if name in _REPLACED:
+            raise InputError(f"trainer.{name}={value}: {_REPLACED[name]}.")
+        if name not in known:
+            raise InputError(
+                f"trainer.{name}: there is no such option; there are those of conf/trainer/default.yaml and the "
+                "arguments of pytorch_lightning.Trainer."
+            )
+        if name not in _ALSO:
+            lightning[name] = value
+            continue
+        same = _ALSO[name]
+        if found.get(same, value) not in (value, ours[same].default):
+            raise InputError(
+                f"trainer.{name}={value} and trainer.{same}={found[same]} are two values of one option; give one."
+            )
+        found[same] = value
+    return {**found, **({"lightning": lightning} if lightning else {})}
 
 
 def fast_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:

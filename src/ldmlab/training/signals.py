@@ -2,23 +2,35 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
 from ldmlab import distributed
+from ldmlab.errors import InputError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_AGREE_EVERY_ON_GPU = 10  # steps between two questions to the other processes, each of which waits for the GPU
+_AGREE_EVERY_SECONDS = 5.0  # between two questions to the other processes, each of which waits for the device
 
 
-class StopRequest:
-    """Context that notes the first signal; a second Ctrl-C stops at once."""
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
 
-    def __init__(self) -> None:
+
+class StopRequest(pl.Callback):
+    """Context that notes the first signal; a second Ctrl-C stops at once. As the first callback it saves at once."""
+
+    def __init__(self, save_every_minutes: float | None = None) -> None:
         self.signal: int | None = None
+        self.stopping = False  # all processes know
+        self.save_due = False  # by the first process's clock, agreed upon
         self._before: dict[int, Any] = {}
+        self._interval = (save_every_minutes or float("inf")) * 60
+        self._saved = self._asked = time.monotonic()
+        self._ask_at = self._asked_step = 0  # steps of the next and the latest question
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.getsignal(number) for number in STOPPING}
@@ -37,15 +49,36 @@ class StopRequest:
         if self.signal is None:
             self.signal = number
 
-    def agreed(self, step: int, device: torch.device) -> bool:
-        """Whether any process received a signal; all processes get the same answer at the same step."""
-        if distributed.world_size() == 1:
-            return self.signal is not None
-        if device.type != "cpu" and step % _AGREE_EVERY_ON_GPU:
-            return False
-        flag = distributed.largest_(torch.tensor(self.signal or 0, device=device))
-        self.signal = int(flag) or None
-        return self.signal is not None
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """A signal may not wait for an evaluation: the state is saved before anything else that is due."""
+        if not pl_module.step_complete:
+            return
+        self._agree(pl_module.step, pl_module.device)
+        if self.stopping:
+            trainer.checkpoint_callbacks[0].save(trainer, pl_module)  # type: ignore[attr-defined]
+
+    def _agree(self, step: int, device: torch.device) -> None:
+        """All processes get the same answers at the same step; on a GPU they ask every few seconds."""
+        now = time.monotonic()
+        due = now - self._saved >= self._interval
+        if distributed.world_size() > 1:
+            if step < self._ask_at:
+                self.save_due = False
+                return
+            pace = (step - self._asked_step) / max(now - self._asked, 1e-3)  # steps a second
+            ahead = 1 if device.type == "cpu" else max(int(pace * _AGREE_EVERY_SECONDS), 1)
+            answer = torch.tensor([self.signal or 0, int(due), -ahead], device=device)
+            number, due, negative = distributed.largest_(answer).tolist()
+            self.signal = number or None
+            self._ask_at, self._asked_step, self._asked = step - negative, step, now
+        self.stopping, self.save_due = self.signal is not None, bool(due)
+        if due:
+            self._saved = now
+
+    def lost_workers(self, pl_module: Any, error: BaseException) -> bool:
+        """Whether the fault is that loader workers died of the signal, between two complete steps."""
+        fault = isinstance(error, Exception) and not isinstance(error, Interrupted | InputError)
+        return fault and self.signal is not None and not pl_module.updating and not distributed.joined()
 
     @property
     def exit_code(self) -> int:

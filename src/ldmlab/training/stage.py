@@ -1,12 +1,11 @@
 """Base of all trained stages: one step is one optimizer update of the main group, and everything counts steps.
 
-Lightning is the engine (devices, precision, processes); order, counters, averaging and checkpoints are ours. Each
-micro-batch goes to every active group in turn; the update follows the last micro-batch of the step.
+The Trainer's hooks call it; optimization is manual, since each micro-batch goes to every active group in turn and the
+update follows the last micro-batch of the step.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,16 +20,15 @@ from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError
 from ldmlab.training.optim import (
     OptimizerFactory,
+    RateBySteps,
     check_owned,
     clip_gradients,
-    factory_of,
-    made_optimizers,
     only_trainable,
     restore_optimizer,
-    set_rate,
     still_frozen,
 )
 from ldmlab.training.random_state import isolated_random
+from ldmlab.training.rows import StepMetrics
 
 Batch = dict[str, Any]
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
@@ -45,52 +43,43 @@ class Losses:
     extras: dict[str, Tensor] = field(default_factory=dict)  # per image, for callbacks
 
 
-class StepMetrics:
-    """Named scalars by step; reading them is the only moment when the host waits for the device."""
+class Batches(pl.LightningDataModule):
+    """The loaders of a run: training continues at the stage's position, validation starts anew every time."""
 
-    def __init__(self) -> None:
-        self._row: dict[str, Tensor] = {}  # of the unfinished step
-        self._last: dict[str, Tensor] = {}  # of the latest finished one
-        self._unread: list[tuple[int, dict[str, Tensor]]] = []  # on the device, by step
-        self.checked: dict[str, list[float]] = {}  # since the last `read`
+    def __init__(
+        self,
+        train: Callable[[int], Iterable[Batch]],  # position to start from => endless micro-batches
+        val: Callable[[], Iterable[Batch]] = list,  # this process's share
+        manifest_hash: str | None = None,  # of the training data; a resumed run must have the same
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.manifest_hash = train, val, manifest_hash
 
-    def add(self, name: str, value: Tensor, share: float = 1.0) -> None:
-        """A part of the running step's value: micro-batches add 1 / accumulate of theirs."""
-        part = value.detach().float() * share
-        self._row[name] = self._row[name] + part if name in self._row else part
+    def train_dataloader(self) -> Iterable[Batch]:
+        """Endless, without a length, so that one epoch is the whole run unless `limit_train_batches` ends it."""
+        return _Restarted(self._training)
 
-    def close(self, step: int) -> None:
-        """The step is complete."""
-        self._unread.append((step, self._row))
-        self._last, self._row = self._row, {}
+    def val_dataloader(self) -> Iterable[Batch]:
+        """Batches of this process on the host."""
+        return _Restarted(self.val)
 
-    def latest(self) -> str:
-        """The first metric of the latest step, of this process: `loss 0.1234`."""
-        return next((f"{name} {float(value):.4f}" for name, value in self._last.items()), "")
+    def _training(self) -> Iterable[Batch]:
+        trainer: Any = self.trainer
+        position = trainer.lightning_module.position
+        if not trainer.overfit_batches:
+            return self.train(position)
+        return ({**batch, "position": batch["position"] + position} for batch in self.train(0))  # noise stays new
 
-    def check(self) -> None:
-        """Fetch what has not been seen; InputError names the first metric that is not finite, and its step."""
-        if not self._unread:
-            return
-        stacked = torch.stack([value for _, row in self._unread for value in row.values()])
-        values = iter(distributed.mean_(stacked).tolist())
-        for step, row in self._unread:
-            for name in row:
-                value = next(values)
-                if not math.isfinite(value):
-                    raise InputError(
-                        f"{name} became {value} at step {step}; no checkpoint was written since. A lower "
-                        "optimizer.learning_rate or trainer.gradient_clip=1 may help; the same command resumes the run."
-                    )
-                self.checked.setdefault(name, []).append(value)
-        self._unread = []
 
-    def read(self) -> dict[str, float]:
-        """Mean of every term over the steps since the last call."""
-        self.check()
-        means = {name: sum(values) / len(values) for name, values in self.checked.items()}
-        self.checked = {}
-        return means
+class _Restarted:
+    """An iterable that begins anew at every `iter`, without a trace in the random state."""
+
+    def __init__(self, start: Callable[[], Iterable[Batch]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        with isolated_random(0):
+            return iter(self._start())
 
 
 class Stage(pl.LightningModule):
@@ -114,21 +103,26 @@ class Stage(pl.LightningModule):
         averaging_decay: float | None = None,  # None: no averaged weights
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
+        self.automatic_optimization, self.strict_loading = False, False
         self.seed, self.max_steps, self.accumulate = seed, max_steps, accumulate
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.gradient_clip, self.averaging_decay = gradient_clip, averaging_decay
         self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
-        self.average: AveragedWeights | None = None  # made once the weights are on their device
+        self.average: AveragedWeights | None = None  # made by callbacks.averaging
         self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
         self.step_complete = True  # between two steps
         self.metrics = StepMetrics()
+        self.row: dict[str, Any] = {}  # logged outside `training_step`, for the next row
+        self.row_now = False  # whether that row is written at this step, also where none is due
+        self.panel_labels: dict[str, list[str]] = {}  # of the images of the latest panels, by name
+        self.validated: dict[str, float] = {}  # metrics of the latest validation
         self._groups: dict[str, list[nn.Parameter]] = {}  # by group, from the moment optimizers are made
         self.one_by_one = False  # update each group before the loss of the next one is computed
         self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = 0
-        self._waiting: dict[str, Any] | None = None  # checkpoint parts that need the optimizers
+        self._waiting: dict[str, Any] | None = None  # optimizer states of a checkpoint
+        self._evaluation = ExitStack()
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
 
@@ -148,41 +142,42 @@ class Stage(pl.LightningModule):
         """The modules that a checkpoint holds, by name."""
         raise NotImplementedError
 
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Metrics over validation batches (this process's slice), called with averaged weights in evaluation mode."""
+    def validation_metrics(self) -> dict[str, float]:
+        """Metrics over all processes of the batches since `on_validation_epoch_start`; {} without any image."""
         raise NotImplementedError
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Images for the grids by name, uint8 (N, H, W, 3), called like `validate` on the first process only."""
+        """Images for the grids by name, uint8 (N, H, W, 3), with averaged weights, on the first process only."""
         return {}
 
-    def panel_labels(self, batches: Iterable[Batch]) -> dict[str, list[str]]:
-        """A label for each image of a panel, by the panel's name: captions, classes."""
-        return {}
+    def on_train_start(self) -> None:
+        """The Trainer's counters follow ours: they count optimizers and batches."""
+        epoch = self.trainer.fit_loop.epoch_loop
+        epoch.batch_progress.total.ready = self.step * self.accumulate
+        epoch._batches_that_stepped = self.step + 1
+        epoch.manual_optimization.optim_step_progress.total.completed = self.step  # trainer.global_step
 
-    # -- one step ----------------------------------------------------------------------------------------------------
-
-    def training_step(self, batch: Batch, batch_index: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One micro-batch; after the last one of a step all active groups are updated."""
         self.step_complete = False
         last = self._micro_batches + 1 == self.accumulate
-        active = {name: parameters for name, parameters in self._groups.items() if self.active(name)}
-        for group, parameters in active.items():
+        active = [group for group in self._groups if self.active(group)]
+        for group in active:
             self._backward(group, batch, last)
             if last and self.one_by_one:
-                self._update_group(group, parameters)
+                self._update_group(group)
         self._micro_batches += 1
         self._images = len(batch["position"])
         if last:
-            self._update({} if self.one_by_one else active)
+            self._update([] if self.one_by_one else active)
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.step
 
     def _backward(self, group: str, batch: Batch, last: bool) -> None:
         with self._only(group), nullcontext() if last else self._no_sync():
             losses = self.losses(group, batch)
             self.manual_backward(losses.total / self.accumulate)
         self.extras[group] = {name: value.detach() for name, value in losses.extras.items()}
-        for name, value in (losses.metrics or {"loss": losses.total}).items():
-            self.metrics.add(name, value, 1 / self.accumulate)
+        self.log_dict(losses.metrics or {"loss": losses.total})
 
     def _only(self, group: str) -> AbstractContextManager[None]:
         """Inside, only this group's parameters require gradients."""
@@ -193,39 +188,79 @@ class Stage(pl.LightningModule):
         wrapped = getattr(self.trainer.strategy, "model", None)
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 
-    def _update_group(self, group: str, parameters: list[nn.Parameter]) -> None:
+    def _update_group(self, group: str) -> None:
         self.updating = True
-        optimizer = self.optimizers_by_group()[group]
         if not isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
-            distributed.mean_gradients(parameters)
-        self.metrics.add(f"gradient_norm/{group}", clip_gradients(parameters, self.gradient_clip))
-        set_rate(optimizer, self.lr_schedule(self.step))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            distributed.mean_gradients(self._groups[group])
+        index = list(self._groups).index(group)
+        self._rates[group].step()
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        chosen = optimizer[index] if isinstance(optimizer, list) else optimizer
+        chosen.step()
+        chosen.zero_grad(set_to_none=True)
 
-    def _update(self, active: dict[str, list[nn.Parameter]]) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The norm of the gradient, without the scale of float16, and its clipping."""
+        group = next(name for name, own in self.optimizers_by_group().items() if own is optimizer)
+        self.metrics.add(f"gradient_norm/{group}", clip_gradients(self._groups[group], self.gradient_clip))
+
+    def _update(self, active: list[str]) -> None:
         self.updating = True
-        for group, parameters in active.items():
-            self._update_group(group, parameters)
-        if self.average is not None:
-            self.average.update()
+        for group in active:
+            self._update_group(group)
         self.step += 1
         self.position += self._images * self.accumulate * distributed.world_size()
         self.metrics.close(self.step)
         self._micro_batches, self.step_complete, self.updating = 0, True, False
+        self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.step
+        if self.step >= self.max_steps:
+            self.trainer.should_stop = True  # after a last validation
 
-    # -- optimizers --------------------------------------------------------------------------------------------------
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """A metric of the next row of the log.
 
-    def configure_optimizers(self) -> list[Optimizer]:
-        """One optimizer a group; `initial_lr` keeps the configured rate."""
+        In `training_step` its mean over micro-batches, processes and the steps since the last row, elsewhere its latest
+        value; rows come at step 1, every `trainer.log_every` steps, at the last step, and after each validation.
+        """
+        if self._current_fx_name == "training_step":
+            self.metrics.add(name, torch.as_tensor(value), 1 / self.accumulate)
+            return
+        self.row[name] = value
+        if self.trainer.validating:
+            self.row_now = True
+            super().log(name, value, logger=False)
+
+    @property
+    def row_due(self) -> bool:
+        """Whether a row of training metrics belongs to this step."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.step % every == 0 or self.step in (1, self.max_steps)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the Trainer validates at the end of this step."""
+        due = self.step * self.accumulate % self.trainer.val_check_interval == 0
+        return bool(self.trainer.enable_validation and (due or self.trainer.should_stop))
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer a group, each with its schedule of the learning rate."""
         self._groups = self.groups()
         check_owned(self, self._groups)
-        self._optimizers = made_optimizers(self._groups, self.factory)
-        return list(self._optimizers.values())
+        self._optimizers = {group: self.factory(group)(parameters) for group, parameters in self._groups.items()}
+        self._rates = {
+            group: RateBySteps(optimizer, lambda: self.lr_schedule(self.step))
+            for group, optimizer in self._optimizers.items()
+        }
+        return list(self._optimizers.values()), [{"scheduler": r, "interval": "step"} for r in self._rates.values()]
 
     def factory(self, group: str) -> OptimizerFactory:
-        """What makes the group's optimizer."""
-        return factory_of(self.optimizer, group)
+        """What makes the group's optimizer: its own entry, or the one for all."""
+        if not isinstance(self.optimizer, Mapping):
+            return self.optimizer
+        if group not in self.optimizer:
+            known = ", ".join(self.optimizer)
+            raise InputError(f"optimizer has entries for {known} but none for {group}; add one or give a single one.")
+        return self.optimizer[group]
 
     def optimizers_by_group(self) -> dict[str, Optimizer]:
         """The optimizers under the names of their groups."""
@@ -235,7 +270,31 @@ class Stage(pl.LightningModule):
         """The learning rate of each group's latest update."""
         return {group: o.param_groups[0]["lr"] for group, o in self.optimizers_by_group().items()}
 
-    # -- looking ---------------------------------------------------------------------------------------------------
+    def on_validation_start(self) -> None:
+        """Averaged weights, evaluation mode and random numbers of its own until the epoch of validation ends."""
+        self._evaluation.enter_context(self.evaluating())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch of this process to the metrics."""
+        raise NotImplementedError
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics as val/NAME; raw weights come back before any checkpoint can be saved."""
+        self.validated = self.validation_metrics()
+        self.leave_evaluation()
+        if not self.trainer.sanity_checking:
+            self.log_dict({f"val/{name}": value for name, value in self.validated.items()})
+
+    def leave_evaluation(self) -> None:
+        """Undo `on_validation_start`."""
+        self._evaluation.close()
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Metrics over batches (this process's slice), without a Trainer."""
+        self.on_validation_epoch_start()
+        for index, batch in enumerate(batches):
+            self.validation_step(batch, index)
+        return self.validation_metrics()
 
     def mean_over_processes(self, sums: dict[str, Tensor | float], count: int | float) -> dict[str, float]:
         """Sums over this process's images and their count => means over the images of all; {} without any."""
@@ -263,47 +322,35 @@ class Stage(pl.LightningModule):
         still_frozen(self)
         return self
 
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        """The weights are on their device and the optimizers exist: make the averages, take up a checkpoint."""
-        if self.averaging_decay is not None and self.averaged is not None:
-            self.average = AveragedWeights(self.saved()[self.averaged], self.averaging_decay)
-        waiting, self._waiting = self._waiting, None
-        if waiting is None:
-            return
-        for name, optimizer in self.optimizers_by_group().items():
-            restore_optimizer(optimizer, waiting["optimizers"].get(name), name)
-        if self.average is not None:
-            if self.averaged not in waiting["averaged"]:
-                raise InputError(
-                    "the checkpoint holds no averaged weights; continue with trainer.averaging_decay=null."
-                )
-            self.average.load_state_dict(waiting["averaged"][self.averaged])
-
-    def state(self) -> dict[str, Any]:
-        """Everything of the stage that a checkpoint holds, tensors and plain types only."""
-        averages = {self.averaged: self.average.state_dict()} if self.average is not None else {}
-        return {
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Our names in place of Lightning's: modules without frozen parts, optimizers by group, our counters."""
+        for name in ("state_dict", "loops", "optimizer_states", "lr_schedulers", "epoch"):  # all follow from ours
+            checkpoint.pop(name, None)
+        checkpoint |= {
             "kind": self.kind,
             "step": self.step,
             "position": self.position,
             "seed": self.seed,
             "modules": {name: module.state_dict() for name, module in self.saved().items()},
-            "averaged": averages,
-            "metrics": self.metrics.checked,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers_by_group().items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`: weights and counters at once, optimizers and averages when fitting starts."""
+        """Weights and counters of a checkpoint, before the Trainer starts."""
         for name, module in self.saved().items():
             if name not in state["modules"]:
                 raise InputError(f"the checkpoint of step {state['step']} holds no {name}; resume its own run.")
-            load_exactly(module, self.own_weights(name, state["modules"][name]), f"the checkpoint's {name}")
-        self.step, self.position, self._waiting = state["step"], state["position"], state
+            load_exactly(module, state["modules"][name], f"the checkpoint's {name}")
+        self.step, self.position = state["step"], state["position"]
         self.metrics.checked = state["metrics"]
 
-    def own_weights(self, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Of a checkpoint's module: the tensors that this stage keeps in checkpoints."""
-        return tensors
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizer states wait for the optimizers."""
+        self._waiting = checkpoint["optimizers"]
+
+    def on_fit_start(self) -> None:
+        """The weights are on their device and the optimizers exist."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            for name, optimizer in self.optimizers_by_group().items():
+                restore_optimizer(optimizer, waiting.get(name), name)

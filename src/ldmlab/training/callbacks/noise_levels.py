@@ -1,25 +1,24 @@
 """The loss by noise level: the mean over all levels hides most of the progress."""
 
-from dataclasses import dataclass, field
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from ldmlab import distributed
-from ldmlab.training.callbacks.base import Session, StepCallback
-from ldmlab.training.stage import Batch
 
 
-@dataclass
-class NoiseLevels(StepCallback):
+class NoiseLevels(pl.Callback):
     """Mean loss in `bins` equal parts of the diffusion times, 0 the cleanest; needs extras `loss` and `level`."""
 
-    bins: int = 10
-    _sums: Tensor | None = field(default=None, init=False)  # (2, bins): loss and count, on the device
+    def __init__(self, bins: int = 10) -> None:
+        self.bins = bins
+        self._sums: Tensor | None = None  # (2, bins): loss and count, on the device
 
-    def after_batch(self, session: Session, batch: Batch) -> None:
-        """Add the micro-batch's images to their bins."""
-        extras = next((e for e in session.stage.extras.values() if {"loss", "level"} <= e.keys()), None)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Add the micro-batch's images to their bins; log those that saw images since the last row."""
+        extras = next((e for e in pl_module.extras.values() if {"loss", "level"} <= e.keys()), None)
         if extras is None:
             return
         loss = extras["loss"].float()  # (B,)
@@ -27,12 +26,9 @@ class NoiseLevels(StepCallback):
         if self._sums is None:
             self._sums = torch.zeros(2, self.bins, device=loss.device)
         self._sums.index_add_(1, place, torch.stack([loss, torch.ones_like(loss)]))
-
-    def metrics(self, session: Session) -> dict[str, float]:
-        """Mean loss of each bin that saw images since the last row."""
-        if self._sums is None:
-            return {}
-        sums, counts = distributed.sum_(self._sums.clone()).tolist()
-        self._sums.zero_()
-        names = [f"loss_by_noise/{index / self.bins:.2f}" for index in range(self.bins)]
-        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
+        if pl_module.step_complete and pl_module.row_due:
+            sums, counts = distributed.sum_(self._sums.clone()).tolist()
+            self._sums.zero_()
+            for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
+                if count:
+                    pl_module.log(f"loss_by_noise/{index / self.bins:.2f}", total / count)

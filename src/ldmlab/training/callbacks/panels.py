@@ -1,24 +1,39 @@
 """Grids of sample images while training."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any
 
+import pytorch_lightning as pl
+
+from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.training.callbacks.base import Session, StepCallback
+from ldmlab.training.loggers import log_images
 
 
-@dataclass
-class Panels(StepCallback):
+class Panels(pl.Callback):
     """The stage's panels (samples, reconstructions) from the same validation images and seed every time."""
 
-    every: int  # steps
-    first: bool = False  # also at the first step, to see early that they work
+    def __init__(self, every: int, first: bool = False) -> None:
+        if every < 1:
+            raise InputError(f"callbacks.panels.every={every} must be at least 1 step.")
+        self.every, self.first = every, first  # steps; also at the first step, to see early that they work
 
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise InputError(f"callbacks.panels.every={self.every} must be at least 1 step.")
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """When due and at the last step; the first process makes them while the others wait."""
+        step = pl_module.step
+        due = step % self.every == 0 or step == pl_module.max_steps or (self.first and step == 1)
+        if not pl_module.step_complete or not due:
+            return
+        if distributed.rank() == 0:
+            with pl_module.evaluating():
+                panels = pl_module.panels(_batches(trainer, pl_module))
+            for name, images in panels.items():
+                title = pl_module.panel_titles.get(name, "")
+                log_images(trainer.loggers, name, images, step, pl_module.panel_labels.get(name), title)
+        distributed.barrier()
 
-    def after_step(self, session: Session) -> None:
-        """Draw when due, and at the last step."""
-        step, last = session.stage.step, session.stage.max_steps
-        if step % self.every == 0 or step == last or (self.first and step == 1):
-            session.log_panels()
+
+def _batches(trainer: Any, pl_module: Any) -> Iterator[dict[str, Any]]:
+    """Validation batches on the stage's device."""
+    for batch in trainer.datamodule.val_dataloader():
+        yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)

@@ -4,35 +4,32 @@ import resource
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
-from ldmlab.training.callbacks.base import Session, StepCallback
 
-
-@dataclass
-class Throughput(StepCallback):
+class Throughput(pl.Callback):
     """Images a second over all processes, over the last `window` rows of the log, and peak memory of this one."""
 
-    window: int = 5  # rows of the log
-    _marks: deque[tuple[float, int]] = field(default_factory=deque, init=False)
+    def __init__(self, window: int = 5) -> None:
+        self._marks: deque[tuple[float, int]] = deque(maxlen=window + 1)  # time and images
 
-    def start(self, session: Session) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._marks = deque([(time.perf_counter(), session.stage.position)], maxlen=self.window + 1)
+        self._marks.append((time.perf_counter(), pl_module.position))
 
-    def metrics(self, session: Session) -> dict[str, float]:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """speed/ and memory/ numbers; evaluations between two rows count as time spent."""
-        self._marks.append((time.perf_counter(), session.stage.position))
+        if not (pl_module.step_complete and pl_module.row_due):
+            return
+        self._marks.append((time.perf_counter(), pl_module.position))
         (start, first), (end, last) = self._marks[0], self._marks[-1]
-        numbers = {
-            "speed/images_per_second": (last - first) / max(end - start, 1e-9),
-            "memory/peak_gib": peak_memory_bytes() / 2**30,
-        }
+        pl_module.log("speed/images_per_second", (last - first) / max(end - start, 1e-9))
+        pl_module.log("memory/peak_gib", peak_memory_bytes() / 2**30)
         if torch.cuda.is_available():
-            numbers["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return numbers
+            pl_module.log("memory/gpu_peak_gib", torch.cuda.max_memory_allocated() / 2**30)
 
 
 def peak_memory_bytes() -> int:
