@@ -1,6 +1,7 @@
 """The exception for user errors, and the format of values in its message."""
 
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 _LONGEST_MESSAGE = 1500  # characters
@@ -19,6 +20,12 @@ class InputError(ValueError):
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-90:]}"
         super().__init__(message)
+
+
+def one_of(option: str, value: Any, known: Iterable[str]) -> None:
+    """InputError for a choice that is not among the known ones."""
+    if value not in (choices := tuple(known)):
+        raise InputError(f"{option}={shown(value)} is unknown; choose one of {', '.join(choices)}.")
 
 
 def shown(value: Any) -> str:

@@ -26,7 +26,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_official_reductions(reduction: str) -> None:
     """The official losses add LPIPS to every value, scale by the log-variance, then sum over pixels or average."""
     x, y = batch()
-    loss = ReconstructionLoss(lpips_weight=0.7, reduction=reduction, lpips=FakeLPIPS(), logvar_start=0.3)  # type: ignore[arg-type]
+    loss = ReconstructionLoss(lpips_weight=0.7, reduction=reduction, lpips=FakeLPIPS())  # type: ignore[arg-type]
+    loss.logvar.fill_(0.3)
     ours, terms = loss(x, y)
     per_value = (x - y).abs() + 0.7 * FakeLPIPS()(x, y)[:, None, None, None]
     likelihood = per_value / torch.exp(torch.tensor(0.3)) + 0.3

@@ -59,7 +59,7 @@ def test_without_the_learned_weights(vgg: tuple[nn.Module, Path]) -> None:
             if number in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
                 cosine = torch.nn.functional.cosine_similarity(x, y, dim=1)
                 expected += (2 - 2 * cosine).mean(dim=(1, 2))  # |a - b|^2 of unit vectors
-    torch.testing.assert_close(ours.unweighted(one, other), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(one, other, weighted=False), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_constants_and_gradients(vgg: tuple[nn.Module, Path]) -> None:

@@ -78,7 +78,6 @@ class Blocks:
     group: str = "backbone"  # of the options, in messages
 
     def res_block(self, width_in: int, width: int, resample: Callable[..., Tensor] | None = None) -> ResBlock:
-        """A residual block, which may resample."""
         options = {"dropout": self.dropout, "scale_shift": self.scale_shift}
         return ResBlock(width_in, width, self.emb_width, resample=resample, **options)  # type: ignore[arg-type]
 
@@ -93,22 +92,18 @@ class Blocks:
         return self.heads or width // divisor
 
     def attention(self, width: int) -> PixelAttention | SpatialTransformer:
-        """Over pixels, or over pixels and tokens."""
         heads = self.heads_of(width)
         if self.context_width is None:
             return PixelAttention(width, heads)
         return SpatialTransformer(width, heads, width // heads, self.depth, self.context_width)
 
     def block(self, width_in: int, width: int, attention: bool) -> UNetBlock:
-        """A residual block, then attention or none."""
         return UNetBlock(self.res_block(width_in, width), self.attention(width) if attention else None)
 
     def shrink(self, width: int) -> nn.Module:
-        """To half the size."""
         return self.res_block(width, width, halve) if self.residual_resampling else Shrink(width, self.asymmetric)
 
     def grow(self, width: int) -> nn.Module:
-        """To twice the size."""
         return self.res_block(width, width, double) if self.residual_resampling else Grow(width)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 
 
 class ClassEmbedder(BaseConditioner):
@@ -25,8 +25,7 @@ class ClassEmbedder(BaseConditioner):
         null_row: bool = True,  # a row for "no class"; False: as in the paper's models without guidance, drop is 0
     ) -> None:
         super().__init__(drop, width)
-        if slot not in ("tokens", "vector"):
-            raise InputError(f"conditioner.slot={slot} is unknown; choose tokens or vector.")
+        one_of("conditioner.slot", slot, ("tokens", "vector"))
         self.classes, self.slot = classes, slot
         if drop and not null_row:
             raise InputError(f"conditioner.drop={drop} needs a row for no class; set null_row=true or drop=0.")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldmlab.annotations import WHOLE, checked
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import TransformerEncoder
 
 _ROUNDING = 1e-6
@@ -140,8 +140,8 @@ def _within(box: Sequence[float], frame: Sequence[float]) -> list[float]:
 
 def _checked_attributes(names: Sequence[str], classes: int | None, empty: int) -> tuple[str, ...]:
     """Attributes that have a bit, and tokens for every class with all of them."""
-    if unknown := [name for name in names if name not in _BITS]:
-        raise InputError(f"conditioner.attributes={unknown[0]} is unknown; choose of {', '.join(_BITS)}.")
+    for name in names:
+        one_of("conditioner.attributes", name, _BITS)
     if names and (classes is None or classes * 2 * max(_BITS[name] for name in names) > empty):
         raise InputError(
             f"conditioner.attributes={','.join(names)} multiplies the tokens of conditioner.classes={classes}; give "

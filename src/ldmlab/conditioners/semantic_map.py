@@ -10,9 +10,7 @@ from torch.nn import functional as F
 
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
-from ldmlab.errors import InputError
-
-_METHODS = ("nearest", "bilinear", "bicubic", "area")
+from ldmlab.errors import InputError, one_of
 
 
 class SpatialRescaler(BaseConditioner):
@@ -34,8 +32,7 @@ class SpatialRescaler(BaseConditioner):
     ) -> None:
         super().__init__(drop, classes if channels is None else channels)
         stages = round(math.log(downsampling) / -math.log(multiplier)) if stages is None else stages
-        if method not in _METHODS:
-            raise InputError(f"conditioner.method={method} is unknown; choose {', '.join(_METHODS)}.")
+        one_of("conditioner.method", method, ("nearest", "bilinear", "bicubic", "area"))
         self.classes, self.stages, self.multiplier, self.method = classes, stages, multiplier, method
         self.channels = nn.Conv2d(classes, channels, 1, bias=bias) if channels is not None else None
 

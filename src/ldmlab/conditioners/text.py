@@ -21,7 +21,7 @@ from torch import Tensor
 from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.files import weights_folder
 from ldmlab.nn.attention import TransformerEncoder
 from ldmlab.nn.openclip import TextTower, build_clip, build_text_tower, make_tokenizer
@@ -78,8 +78,7 @@ class OpenClipText(Captions):
         cache_mib: int = 256,  # frozen: memory for states of captions seen before
     ) -> None:
         super().__init__(drop, tower.width)
-        if padding not in ("zero", "end"):
-            raise InputError(f"conditioner.padding={padding} is unknown; choose zero or end.")
+        one_of("conditioner.padding", padding, ("zero", "end"))
         self.tower, self.tokenizer, self.padding = tower, tokenizer, padding
         self.trainable = trainable
         self.node: dict[str, Any] = {}  # for model.yaml: what `open_clip_text` needs to rebuild it without a network

@@ -29,7 +29,7 @@ from ldmlab.diffusion.guidance import check_guidance
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.schedule import levels_of
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.randomness import integers, normal, uniform
 
 Named = list[tuple[str, Conditioner]]
@@ -52,8 +52,7 @@ class LatentDiffusion(LatentSpace):
         drop_together: bool = False,  # one draw drops all conditioners, instead of one draw for each
     ) -> None:
         super().__init__(first_stage, latent_scale)
-        if loss not in ("l1", "l2"):
-            raise InputError(f"diffusion.loss={loss} is unknown; choose l1 or l2.")
+        one_of("diffusion.loss", loss, ("l1", "l2"))
         check_slots(conditioners, backbone)
         levels_of(schedule)  # refused here if it lacks any
         self.backbone = backbone

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 
 NAMES = ("scaled_linear", "linear", "cosine", "sqrt")
 _ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scaled_linear
@@ -68,11 +68,10 @@ def _betas(name: str, start: float, end: float, steps: int, cosine_offset: float
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if name == "sqrt":
         return torch.linspace(start, end, steps, dtype=torch.float64).sqrt()
-    if name == "cosine":  # Nichol & Dhariwal 2021, eq. 17
-        position = torch.arange(steps + 1, dtype=torch.float64) / steps
-        alpha_bar = torch.cos((position + cosine_offset) / (1 + cosine_offset) * math.pi / 2) ** 2
-        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
-    raise InputError(f"diffusion.schedule.name={name} is unknown; choose one of {', '.join(NAMES)}.")
+    one_of("diffusion.schedule.name", name, NAMES)
+    position = torch.arange(steps + 1, dtype=torch.float64) / steps  # cosine: Nichol & Dhariwal 2021, eq. 17
+    alpha_bar = torch.cos((position + cosine_offset) / (1 + cosine_offset) * math.pi / 2) ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
 
 
 # ---- tables and grids of any schedule
@@ -148,8 +147,7 @@ def _visited(levels: Levels, steps: int, spacing: str) -> list[Level]:
         return [levels.at(t) for t in times]
     if spacing == "trailing":
         return [levels.at(round(total - k * total / steps) - 1) for k in range(steps)]
-    if spacing not in SPACINGS:
-        raise InputError(f"spacing={spacing} is unknown; choose one of {', '.join(SPACINGS)}.")
+    one_of("spacing", spacing, SPACINGS)
     known = levels.log_snr
     if not bool(known.isfinite().all()):
         lacks = "signal" if float(levels.alpha.min()) == 0 else "noise"

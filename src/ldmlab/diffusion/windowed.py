@@ -12,20 +12,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from ldmlab.contracts import Conditioning, Denoise, Level
-from ldmlab.errors import InputError
-from ldmlab.nn.tiling import Window, blended, windows
+from ldmlab.nn.tiling import Window, blended, latent_side, windows
 
 Bind = Callable[[Conditioning, Conditioning | None], Denoise]  # conditions, null conditions => denoiser
 
 
 def latent_windows(size: tuple[int, int], window: int, downsampling: int) -> list[Window]:
     """Windows of `window` pixels over latents of (height, width), overlapping by a quarter."""
-    if window < 4 * downsampling or window % downsampling:
-        near = max(round(window / downsampling), 4) * downsampling
-        raise InputError(
-            f"window={window} is not at least four latent pixels of f={downsampling}; choose for instance {near}."
-        )
-    part = window // downsampling
+    part = latent_side("window", window, downsampling, least=4)
     return windows(size, part, part // 4)
 
 

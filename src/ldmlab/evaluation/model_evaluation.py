@@ -5,6 +5,7 @@ OUT/ metrics.json, images/, curves/. Several processes share the work, and the f
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class ReconstructionEvaluation(Setup):
     @torch.inference_mode()
     def scored(self) -> dict[str, Any]:
         """The record; the first pairs are written for the report."""
-        unweighted = None if self.lpips is None else self.lpips.unweighted
+        unweighted = None if self.lpips is None else partial(self.lpips, weighted=False)
         self.measures = ReconstructionMeasures(self.data.object_background, self.lpips, unweighted)
         self.source = Reconstructions(self.model, self.data, self.protocol)
         reference = SplitReference(self.real(), self.protocol.reference, self.source.limit, self.protocol.max_bad)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import attend
 from ldmlab.nn.blocks import Grow, Shrink, group_norm
 
@@ -171,8 +171,7 @@ def initialise(network: nn.Module, rule: str) -> None:
     The default of torch is sqrt(1 / (3 fan in)), too small for deep stacks: with `he` short runs learn much faster.
     Attention keeps its weights. He et al., "Delving Deep into Rectifiers", ICCV 2015, equation 10.
     """
-    if rule not in ("torch", "he"):
-        raise InputError(f"first_stage.initialisation={rule} is not known; choose torch or he.")
+    one_of("first_stage.initialisation", rule, ("torch", "he"))
     if rule == "torch" or isinstance(network, PixelAttention):
         return
     if isinstance(network, nn.Conv2d):

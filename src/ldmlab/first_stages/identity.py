@@ -7,24 +7,20 @@ from ldmlab.errors import InputError
 
 
 class Identity(nn.Module):
-    """Pixels in, pixels out."""
+    """(B, 3, H, W) in [-1, 1], in and out; without spread, penalty or weights."""
 
     downsampling = 1
     latent_channels = 3
 
     def encode(self, images: Tensor) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] => the same, without spread."""
         return Posterior(images)
 
     def decode(self, raw_latents: Tensor) -> Tensor:
-        """(B, 3, H, W) => the same."""
         return raw_latents
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
-        """The images themselves, without penalty."""
         return Reconstruction(images, {})
 
     @property
     def last_layer(self) -> Tensor:
-        """There is none: this first stage cannot be trained."""
         raise InputError("first_stage=identity has no weights to train; choose kl_f4 or another first stage.")

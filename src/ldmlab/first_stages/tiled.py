@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.first_stages.encoder_decoder import check_image_size
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.first_stages.layered import run_in_parts, steps_of
 from ldmlab.first_stages.vq import VQModel
-from ldmlab.nn.tiling import blended, windows
+from ldmlab.nn.tiling import blended, latent_side, windows
 
 NORMS = ("shared", "separate")
 
@@ -35,8 +35,7 @@ class TiledFirstStage:
         self.inner: Any = first_stage
         self.downsampling: int = first_stage.downsampling  # type: ignore[assignment]
         self.latent_channels: int = first_stage.latent_channels  # type: ignore[assignment]
-        if norms not in NORMS:
-            raise InputError(f"tile_norms={norms} is unknown; choose {' or '.join(NORMS)}.")
+        one_of("tile_norms", norms, NORMS)
         if norms == "shared" and not isinstance(first_stage, KLAutoencoder | VQModel):
             if any(isinstance(module, nn.GroupNorm) for module in first_stage.modules()):
                 kind = type(first_stage).__name__
@@ -44,14 +43,7 @@ class TiledFirstStage:
             norms = "separate"  # there are no statistics to share
         if kept_mib is not None and kept_mib < 1:
             raise InputError(f"kept_mib={kept_mib} keeps nothing between two layers; choose 1 or more.")
-        step = 2 * self.downsampling
-        if tile < step or tile % self.downsampling:
-            near = max(round(tile / self.downsampling) * self.downsampling, step)
-            raise InputError(
-                f"tile={tile} is no part of at least two latent pixels of f={self.downsampling}; "
-                f"choose for instance {near}."
-            )
-        self.tile, self.norms = tile, norms
+        self.tile, self.norms, self.latent_tile = tile, norms, latent_side("tile", tile, self.downsampling, least=2)
         first = getattr(getattr(self.inner, "encoder", None), "input", None)
         pixel_bytes = (
             0 if first is None else int(first.out_channels) * first.weight.element_size()
@@ -76,14 +68,14 @@ class TiledFirstStage:
             return self.inner.decode(raw_latents)
         if self.norms == "shared":
             features = self.inner.features_of(raw_latents)
-            part = self.tile // self.downsampling
-            return run_in_parts(steps_of(self.inner.decoder), features, part, self.kept_bytes * len(features))
+            kept = self.kept_bytes * len(features)
+            return run_in_parts(steps_of(self.inner.decoder), features, self.latent_tile, kept)
         cut, put = self._windows((raw_latents.shape[2], raw_latents.shape[3]))
         return blended(lambda i: self.inner.decode(cut[i].of(raw_latents)), put)
 
     def _windows(self, size: tuple[int, int]) -> tuple[list[Any], list[Any]]:
         """The same windows of a latent of `size` and of its image; they overlap by a quarter."""
-        part = self.tile // self.downsampling
+        part = self.latent_tile
         return windows(size, part, part // 4), windows(size, part, part // 4, scale=self.downsampling)
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:

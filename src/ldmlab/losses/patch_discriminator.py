@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda width: nn.GroupNorm(min(32, width // 2), width),  # each image by itself: any split is the same
@@ -20,8 +20,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group") -> None:
         super().__init__()
-        if norm not in _NORMS:
-            raise InputError(f"discriminator.norm={norm} is not known; choose among {', '.join(_NORMS)}.")
+        one_of("discriminator.norm", norm, _NORMS)
         widths = [channels * min(2**level, 8) for level in range(layers + 1)]
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 
 Reduction = Literal["sum_per_image", "mean"]
 Spread = Literal["fixed", "learned"]  # exp(logvar)
@@ -25,7 +25,6 @@ class ReconstructionLoss(nn.Module):
         lpips_weight: float,
         reduction: Reduction,
         logvar: Spread = "fixed",
-        logvar_start: float = 0.0,
         lpips: nn.Module | None = None,  # needed only where its weight is not 0
     ) -> None:
         super().__init__()
@@ -34,20 +33,15 @@ class ReconstructionLoss(nn.Module):
                 f"loss.lpips_weight={lpips_weight} needs the LPIPS network; "
                 "run `ldmlab fetch lpips`, or set loss.lpips_weight=0."
             )
-        for option, value, known in (
-            ("reduction", reduction, get_args(Reduction)),
-            ("logvar", logvar, get_args(Spread)),
-        ):
-            if value not in known:
-                raise InputError(f"loss.{option}={value} is not known; choose among {', '.join(known)}.")
+        one_of("loss.reduction", reduction, get_args(Reduction))
+        one_of("loss.logvar", logvar, get_args(Spread))
         self.lpips_weight = lpips_weight
         self.reduction = reduction
         self.lpips = lpips if lpips_weight else None
-        start = torch.tensor(float(logvar_start))
         if logvar == "learned":
-            self.logvar: Tensor = nn.Parameter(start)
+            self.logvar: Tensor = nn.Parameter(torch.zeros(()))
         else:
-            self.register_buffer("logvar", start)
+            self.register_buffer("logvar", torch.zeros(()))
 
     def forward(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Two batches (B, 3, H, W) in [-1, 1] => loss, and the plain means of its terms (`l1`, `lpips`)."""

@@ -42,15 +42,11 @@ class LPIPS(nn.Module):
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.detach().clone(), persistent=False)
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Two batches (B, 3, H, W) in [-1, 1], at least 16 x 16 => distances (B,), float32."""
-        return self._distance(first, second, weighted=True)
+    def forward(self, first: Tensor, second: Tensor, weighted: bool = True) -> Tensor:
+        """Two batches (B, 3, H, W) in [-1, 1], at least 16 x 16 => distances (B,), float32.
 
-    def unweighted(self, first: Tensor, second: Tensor) -> Tensor:
-        """The same with all channels counting 1, without the learned weights: (B,), float32."""
-        return self._distance(first, second, weighted=False)
-
-    def _distance(self, first: Tensor, second: Tensor, weighted: bool) -> Tensor:
+        weighted: by the learned weights of the channels; else each counts 1.
+        """
         if min(first.shape[2:]) < _SMALLEST:
             raise InputError(
                 f"LPIPS compares images of {_SMALLEST} px and more, not {first.shape[2]}x{first.shape[3]}; "

@@ -17,7 +17,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.files import weights_folder
 
 Config = dict[str, Any]
@@ -207,8 +207,7 @@ class TextTower(Tower):
         text: Any = clip.text if isinstance(clip, open_clip.CustomTextCLIP) else clip
         if getattr(text, "cls_emb", None) is not None or not hasattr(text, "token_embedding"):
             raise InputError("the text tower of this model is not CLIP's; choose a CLIP model such as ViT-B-32.")
-        if layer not in ("last", "penultimate", "pooled"):
-            raise InputError(f"conditioner.layer={layer} is unknown; choose last, penultimate or pooled.")
+        one_of("conditioner.layer", layer, ("last", "penultimate", "pooled"))
         self.layer = layer
         self.token_embedding = text.token_embedding
         self.positional_embedding = text.positional_embedding

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.nn.openclip import OpenClip, Tower, build_clip, clip_pixels
 
 _NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
@@ -23,8 +23,7 @@ class ImageTower(Tower):
         """layer: embedding, in the space shared with captions, not normalised | patches, the final states."""
         super().__init__()
         visual: Any = clip.model.visual
-        if layer not in ("embedding", "patches"):
-            raise InputError(f"conditioner.layer={layer} is unknown; choose embedding or patches.")
+        one_of("conditioner.layer", layer, ("embedding", "patches"))
         if layer == "patches" and (
             getattr(visual, "attn_pool", None) is not None or not hasattr(visual, "class_embedding")
         ):

@@ -25,6 +25,16 @@ class Window:
         return x[..., self.rows, self.columns]
 
 
+def latent_side(option: str, side: int, downsampling: int, least: int) -> int:
+    """Side of a part in latent pixels, of one in pixels; InputError unless it is whole and at least `least`."""
+    if side < least * downsampling or side % downsampling:
+        near = max(round(side / downsampling), least) * downsampling
+        raise InputError(
+            f"{option}={side} is not at least {least} latent pixels of f={downsampling}; choose for instance {near}."
+        )
+    return side // downsampling
+
+
 def spans(length: int, part: int, overlap: int) -> list[Span]:
     """Parts of one size, evenly spread over 0 .. length, neighbours sharing at least `overlap`."""
     if length <= part:

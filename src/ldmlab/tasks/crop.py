@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldmlab.annotations import WHOLE, Box, cropped, nearest, within
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 
 cv2.setNumThreads(1)  # loader workers already share the cores
-RULES = ("centre", "window", "random")
-FILTERS = ("bicubic", "area")
 Region = tuple[float, float, float, float]  # left, top, right, bottom in px
 
 
@@ -35,11 +33,8 @@ class Crop:
     filter: str = "bicubic"  # bicubic (antialiased) | area
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES or self.filter not in FILTERS:
-            raise InputError(
-                f"task.crop.rule={self.rule} and task.crop.filter={self.filter}: "
-                f"choose a rule of {', '.join(RULES)} and a filter of {', '.join(FILTERS)}."
-            )
+        one_of("task.crop.rule", self.rule, ("centre", "window", "random"))
+        one_of("task.crop.filter", self.filter, ("bicubic", "area"))
         if self.short_side is not None and self.rule == "random":
             raise InputError(f"task.crop.short_side={self.short_side} has no meaning for rule=random; leave it out.")
         if self.smallest is not None and (self.rule != "random" or not 0 < self.smallest <= 1):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.tasks import BaseTask, Sample
 from ldmlab.tasks.crop import Crop
 from ldmlab.tasks.degradation import LIGHT, Bsr
@@ -29,10 +29,7 @@ class SuperResolution(BaseTask):
     adds: ClassVar[frozenset[str]] = frozenset({"low_resolution"})
 
     def __post_init__(self) -> None:
-        if self.degradation not in DEGRADATIONS:
-            raise InputError(
-                f"task.degradation={self.degradation} is unknown; choose one of {', '.join(DEGRADATIONS)}."
-            )
+        one_of("task.degradation", self.degradation, DEGRADATIONS)
         if self.factor < 2 or self.image_size % self.factor:
             raise InputError(
                 f"task.factor={self.factor} does not divide data.image_size={self.image_size}; "
