@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.annotations import Boxes
-from ldmlab.data.image_sources import Item, Source
+from ldmlab.data.image_sources import Source
+from ldmlab.data.listings import read_text
 from ldmlab.errors import InputError
 
 _FLAGS = {"IsGroupOf": "group_of", "IsOccluded": "occluded", "IsDepiction": "depiction", "IsInside": "inside"}
@@ -45,31 +46,26 @@ def read_annotations(files: Sequence[Path], classes: Path | None, names: set[str
     """All files together; names: of images, without ending; classes: a file of their numbers and names."""
     table = read_classes(classes) if classes is not None else None
     found = Annotations()
-    coco = [(path, _coco_json(path)) for path in files if path.suffix == ".json"]
-    if coco and table is None:
-        table = _coco_classes(content for _, content in coco)
-    for path, content in coco:
+    coco = {path: _coco_json(path) for path in files if path.suffix == ".json"}
+    table = _coco_classes(coco.values()) if table is None else table
+    for path, content in coco.items():
         try:
             _add_coco(found, path, content, table, names)
+        except InputError:
+            raise
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"annotations={path} is not as COCO's files are ({error!r}); fix it.") from None
-    for path in (path for path in files if path.suffix != ".json"):
+    for path in (path for path in files if path not in coco):
         if table is None:
             raise InputError(f"annotations={path} holds class ids without names; give --classes FILE with both.")
         _add_open_images(found, path, table, names)
-    if found.boxes and table is not None:
-        found.classes = table.names
+    found.classes = table.names if found.boxes and table is not None else None
     return found
 
 
 def read_classes(path: Path) -> Classes:
     """A class a line, numbered from 0: the ids that count as it, then its name, with tabs or commas between."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"classes={path} cannot be read as text ({error}); give another file.") from None
+    lines = read_text(path, f"classes={path}", "give another file").splitlines()
     rows = [line.split("\t" if "\t" in line else ",") for line in lines if line.strip() and line[0] != "#"]
     numbers: dict[str, int] = {}
     for number, row in enumerate(rows):
@@ -102,7 +98,8 @@ def _add_coco(
     found: Annotations, path: Path, content: Mapping[str, Any], table: Classes | None, names: set[str]
 ) -> None:
     images = {one["id"]: (Path(one["file_name"]).stem, one["width"], one["height"]) for one in content["images"]}
-    number = _coco_numbers(content, table)
+    known: Mapping[str, int] = table.numbers if table else {}
+    number = {one["id"]: known.get(str(one["id"]), known.get(one["name"])) for one in content.get("categories", ())}
     for one in content["annotations"]:
         if one.get("image_id") not in images:
             raise InputError(f"annotations={path} has one of image {one.get('image_id')}, which it does not list.")
@@ -117,13 +114,6 @@ def _add_coco(
             _add_box(found.boxes[key], class_id, sides, ["group_of"] if one.get("iscrowd") else [])
 
 
-def _coco_numbers(content: Mapping[str, Any], table: Classes | None) -> dict[Any, int]:
-    """Category id => class_id, of categories with a class."""
-    known: Mapping[str, int] = table.numbers if table else {}
-    numbers = {one["id"]: known.get(str(one["id"]), known.get(one["name"])) for one in content.get("categories", ())}
-    return {key: number for key, number in numbers.items() if number is not None}
-
-
 def _add_open_images(found: Annotations, path: Path, table: Classes, names: set[str]) -> None:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -136,9 +126,9 @@ def _add_open_images(found: Annotations, path: Path, table: Classes, names: set[
                 if class_id is not None and key in names:
                     flags = [name for column, name in _FLAGS.items() if column in at and row[at[column]] == "1"]
                     _add_box(found.boxes[key], class_id, [float(row[at[side]]) for side in _SIDES], flags)
+    except InputError:
+        raise
     except (OSError, ValueError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"annotations={path} cannot be read ({error}); give another file.") from None
 
 
@@ -161,20 +151,17 @@ def annotated(source: Source, found: Annotations) -> Source:
         raise InputError("annotations: none of them is of an image in SOURCE; names must be equal up to the ending.")
     if found.boxes and source.classes is not None:
         raise InputError("annotations: folders are classes here and boxes have classes too; add --layout plain.")
-    items = [_annotated(item, found) for item in source.items]
+    items = []
+    for item in source.items:
+        name, fields, fault = Path(item.name).stem, dict(item.fields), item.fault
+        if found.boxes:
+            fields["boxes"] = found.boxes.get(name, [])
+        if found.captions:
+            captions = found.captions.get(name, [])
+            fields |= {"caption": captions[0] if captions else None, "captions": captions}
+            fault = fault or (None if captions else "has no caption in the annotations")
+        items.append(replace(item, fields=fields, fault=fault))
     return replace(source, items=items, classes=found.classes if found.boxes else source.classes)
-
-
-def _annotated(item: Item, found: Annotations) -> Item:
-    name = Path(item.name).stem
-    fields, fault = dict(item.fields), item.fault
-    if found.boxes:
-        fields["boxes"] = found.boxes.get(name, [])
-    if found.captions:
-        captions = found.captions.get(name, [])
-        fields |= {"caption": captions[0] if captions else None, "captions": captions}
-        fault = fault or (None if captions else "has no caption in the annotations")
-    return replace(item, fields=fields, fault=fault)
 
 
 def with_maps(source: Source, ending: str, folder: Path, option: str) -> Source:

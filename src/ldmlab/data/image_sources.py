@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ldmlab.data.listings import (
     map_ending,
     pick_column,
     read_table,
+    read_text,
     walk_images,
 )
 from ldmlab.data.shards import IMAGE_ENDINGS, read_range, scan_tar
@@ -27,7 +29,6 @@ from ldmlab.errors import InputError
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
 LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
-_ORPHAN = "has no image next to it"
 _CAPTION_ENDINGS = (".txt", ".caption", ".TXT", ".CAPTION", ".Txt")
 _KEY_LENGTH = 80  # tar names of the plain format end at 100 bytes
 
@@ -69,12 +70,10 @@ def list_source(
     if not source.exists():
         raise InputError(f"SOURCE={source} does not exist; give a folder, a table or a tar.")
     layout = _detect(source) if layout == "auto" else layout
-    if layout == "tars":
-        found = _tars(source)
-    elif layout == "table":
+    if layout == "table":
         found = _table(source, file_column, caption)
     else:
-        found = _folders(source, layout)
+        found = _tars(source) if layout == "tars" else _folders(source, layout)
     if only is not None:
         found = _restrict(found, only)
     if not found.items:
@@ -111,54 +110,43 @@ def _detect(source: Path) -> str:
 
 def _folders(source: Path, layout: str) -> Source:
     found = dict(walk_images(source))
-    names = sorted(found)
-    classes, notes = None, _unread_lists(source)
+    names, classes = sorted(found), None
+    notes = [
+        f"{path.name} is not read because it has no header; write file_name,caption as its first line, or save it as "
+        "metadata.csv"
+        for path in (sorted(source.iterdir()) if source.is_dir() else ())
+        if path.name.lower() in LISTS
+    ]
     if layout == "classes":
         beside = [name for name in names if len(Path(name).parts) == 1]
         names = [name for name in names if len(Path(name).parts) > 1]
         classes = sorted({Path(name).parts[0] for name in names})
-        notes += [_beside_classes(beside)] if beside else []
-    number = {name: index for index, name in enumerate(classes or [])}
+        if beside:
+            few = ", ".join(beside[:3]) + (", ..." if len(beside) > 3 else "")
+            notes.append(
+                f"{len(beside)} images next to the class folders are left out ({few}); move them into a folder, or "
+                "give --layout plain to pack all images without classes"
+            )
+    number = {name: index for index, name in enumerate(classes or ())}
     items = []
     for key, name in zip(unique_keys(names), names, strict=True):
         shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         fields: dict[str, Any] = {"file_name": shown}
         fault = None
-        if layout == "classes":
-            top = Path(name).parts[0]
-            fields |= {"class": top, "class_id": number[top]}
+        if classes is not None:
+            fields |= {"class": Path(name).parts[0], "class_id": number[Path(name).parts[0]]}
         elif layout == "captions":
             fields["caption"], fault = _caption_beside(source / name)
-        fault = _ORPHAN if map_ending(name) else fault
+        fault = "has no image next to it" if map_ending(name) else fault
         maps = {ending: str(source / beside) for ending, beside in found[name].items()}
         items.append(Item(key, shown, str(source / name), fields, fault=fault, maps=maps))
     return Source(layout, items, classes, notes=tuple(notes))
 
 
-def _beside_classes(names: list[str]) -> str:
-    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return (
-        f"{len(names)} images next to the class folders are left out ({few}); move them into a folder, or give "
-        "--layout plain to pack all images without classes"
-    )
-
-
-def _unread_lists(source: Path) -> list[str]:
-    """Notes on text files that look like lists of captions."""
-    lists = sorted(path.name for path in source.iterdir() if path.name.lower() in LISTS) if source.is_dir() else []
-    return [
-        f"{name} is not read because it has no header; write file_name,caption as its first line, or save it as "
-        "metadata.csv"
-        for name in lists
-    ]
-
-
 def _caption_file(image: Path) -> Path | None:
     """NAME.txt, NAME.caption or NAME.jpg.txt next to an image, in small or capital letters."""
-    for path in (*(image.with_suffix(ending) for ending in _CAPTION_ENDINGS), Path(f"{image}.txt")):
-        if path.is_file():
-            return path
-    return None
+    beside = (*(image.with_suffix(ending) for ending in _CAPTION_ENDINGS), Path(f"{image}.txt"))
+    return next((path for path in beside if path.is_file()), None)
 
 
 def _caption_beside(image: Path) -> tuple[str | None, str | None]:
@@ -185,8 +173,7 @@ def _table(source: Path, file_column: str | None, caption: str | None) -> Source
     rows = [clean_fields(row) for row in rows]
     names = [str(row.get(file_column) or "") for row in rows]
     items: list[Item] = []
-    found = dict(walk_images(path.parent))
-    listed: set[str] = set()
+    found, listed = dict(walk_images(path.parent)), set[str]()
     for key, name, row in zip(unique_keys(names), names, rows, strict=True):
         own = {column: row[column] for column in MAP_COLUMNS if row.get(column)}
         fields = {"file_name": name} | {c: value for c, value in row.items() if c != file_column and c not in own}
@@ -195,13 +182,13 @@ def _table(source: Path, file_column: str | None, caption: str | None) -> Source
             captions, problem = _captions(row.get(caption or ""))
             fields, fault = fields | captions, fault or problem
         if isinstance(fields.get("boxes"), str):
-            fields["boxes"] = _parsed(fields["boxes"])
+            with suppress(ValueError):  # of a CSV, written as JSON; other text is refused with its image
+                fields["boxes"] = json.loads(fields["boxes"])
         beside = _beside(path.parent, name, found) | {MAP_COLUMNS[column]: str(file) for column, file in own.items()}
         listed |= {os.path.normpath(file) for file in (name, *beside.values())}
         maps = {ending: str(path.parent / file) for ending, file in beside.items()}
-        items.append(
-            Item(key, name or f"row {len(items) + 1}", str(path.parent / name), fields, fault=fault, maps=maps)
-        )
+        shown = name or f"row {len(items) + 1}"
+        items.append(Item(key, shown, str(path.parent / name), fields, fault=fault, maps=maps))
     return Source("table", items, left_out=sum(name not in listed for name in found))
 
 
@@ -211,14 +198,6 @@ def _beside(folder: Path, name: str, found: Mapping[str, dict[str, str]]) -> dic
         return found[os.path.normpath(name)]
     stem = os.path.splitext(name)[0]
     return {e: f"{stem}.{e}" for e in MAPS.values() if name and os.path.isfile(folder / f"{stem}.{e}")}
-
-
-def _parsed(text: str) -> Any:
-    """Boxes of a CSV, written as JSON; other text stays, to be refused with its image."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _captions(value: Any) -> tuple[dict[str, Any], str | None]:
@@ -232,10 +211,9 @@ def _captions(value: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def _tars(source: Path) -> Source:
-    paths = [source] if source.is_file() else sorted(source.glob("*.tar"))
     names: list[str] = []
     spans: list[tuple[Path, tuple[int, int]]] = []
-    for path in paths:
+    for path in [source] if source.is_file() else sorted(source.glob("*.tar")):
         info, found = scan_tar(path)
         names += [f"{path.name}/{key}" for key in found]
         spans += [(path, info.byte_range(sample)) for sample in range(info.samples)]
@@ -249,23 +227,18 @@ def with_fields(item: Item) -> Item:
     if item.span is None:
         return item
     try:
-        fields = sample_fields(read_range(item.path, *item.span)[1])
+        return replace(item, fields=sample_fields(read_range(item.path, *item.span)[1]))
     except BAD_SAMPLE as error:
-        return Item(item.key, item.name, item.path, {}, item.span, f"its fields cannot be read ({error})")
-    return Item(item.key, item.name, item.path, fields, item.span)
+        return replace(item, fields={}, fault=f"its fields cannot be read ({error})")
 
 
 def _restrict(source: Source, only: Path) -> Source:
     """The images that a list names, by path, file name or key, in the source's order."""
-    try:
-        listed_names = {line.strip() for line in only.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list={only} cannot be read ({error}); give a text file with one name a line.") from None
-    met: set[str] = set()
+    listed = read_text(only, f"list={only}", "give a text file with one name a line").splitlines()
+    listed_names, met = {line.strip() for line in listed if line.strip()}, set[str]()
     items = []
     for item in source.items:
-        names = {item.name, os.path.basename(item.name), item.key} & listed_names
-        if names:
+        if names := {item.name, os.path.basename(item.name), item.key} & listed_names:
             met |= names
             items.append(item)
     if missing := sorted(listed_names - met):
@@ -276,15 +249,13 @@ def _restrict(source: Source, only: Path) -> Source:
 
 def unique_keys(names: list[str], origins: list[str] | None = None) -> list[str]:
     """Keys from relative names: no dot or slash, the folder shared by all left out, a hash where two would meet."""
-    origins = origins or names
     mixed = len({os.path.isabs(name) for name in names}) > 1
     shared = os.path.commonpath([os.path.dirname(name) for name in names]) if names and not mixed else ""
-    plain = [
-        re.sub(r"[^A-Za-z0-9_-]", "_", os.path.splitext(os.path.relpath(n or ".", shared or "."))[0]) for n in names
-    ]
+    stems = [os.path.splitext(os.path.relpath(name or ".", shared or "."))[0] for name in names]
+    plain = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
     count = Counter(key.lower() for key in plain)
     keys = []
-    for key, origin in zip(plain, origins, strict=True):
+    for key, origin in zip(plain, origins or names, strict=True):
         if count[key.lower()] > 1 or len(key) > _KEY_LENGTH or not key.strip("_"):
             digest = hashlib.blake2b(origin.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
             key = f"{key[: _KEY_LENGTH - 9]}-{digest}"

@@ -46,14 +46,19 @@ def _has_header(path: Path) -> bool:
     return any(cell.strip('" ') in FILE_COLUMNS for cell in re.split("[,;\t]", first))
 
 
-def read_table(path: Path) -> list[Row]:
-    """All rows, a byte order mark left out; values of a CSV stay text, empty ones become None."""
+def read_text(path: Path, named: str, instead: str) -> str:
+    """A text file without its byte order mark; InputError where it cannot be read or is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}); fix that.") from None
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
+        raise InputError(f"{named} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{named} cannot be read ({(error.strerror or str(error)).lower()}); {instead}.") from None
+
+
+def read_table(path: Path) -> list[Row]:
+    """All rows; values of a CSV stay text, empty ones become None."""
+    text = read_text(path, str(path), "fix that")
     rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
     if not rows:
         raise InputError(f"{path} has no rows; give a table with one row an image.")
@@ -91,14 +96,9 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
     return [{name: value or None for name, value in row.items()} for row in rows]
 
 
-def columns(rows: list[Row]) -> list[str]:
-    """Names over all rows, in order of appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def pick_column(rows: list[Row], column: str | None, usual: tuple[str, ...], option: str, where: Path) -> str:
     """The column to use, or InputError with those there are."""
-    found = columns(rows)
+    found = list(dict.fromkeys(name for row in rows for name in row))
     for name in (column,) if column else usual:
         if name in found:
             return name
@@ -118,23 +118,21 @@ def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in sorted(folders) if _is_new_folder(folder, os.path.join(where, name), seen)]
         inside = os.path.relpath(where, folder)
-        shown = [n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS]
-        stems, present = {name.rpartition(".")[0] for name in shown}, set(shown)
+        shown = {n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS}
+        stems = {name.rpartition(".")[0] for name in shown}
         for name in sorted(shown):
             if (ending := map_ending(name)) and name.removesuffix(f".{ending}") in stems:
                 continue
-            stem = name.rpartition(".")[0]
-            beside = {ending: f"{stem}.{ending}" for ending in MAPS.values() if f"{stem}.{ending}" in present}
-            placed = {ending: os.path.normpath(os.path.join(inside, file)) for ending, file in beside.items()}
+            beside = {ending: f"{name.rpartition('.')[0]}.{ending}" for ending in MAPS.values()}
+            placed = {e: os.path.normpath(os.path.join(inside, file)) for e, file in beside.items() if file in shown}
             yield os.path.normpath(os.path.join(inside, name)), placed
 
 
 def _is_new_folder(root: Path, path: str, seen: set[str]) -> bool:
     """Whether a folder is to be entered; it is noted in `seen`."""
     name, real, top = os.path.basename(path), os.path.realpath(path), os.path.realpath(root)
-    if name.startswith(".") or name == "__MACOSX" or real in seen:
-        return False
-    if os.path.islink(path) and os.path.commonpath([real, top]) in (real, top):
+    linked = os.path.islink(path) and os.path.commonpath([real, top]) in (real, top)
+    if name.startswith(".") or name == "__MACOSX" or real in seen or linked:
         return False
     seen.add(real)
     return True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
@@ -17,33 +18,8 @@ from ldmlab.data.shards import image_ending, parse_sample, scan_tar
 from ldmlab.errors import InputError
 from ldmlab.open_image import open_image
 
-_CLOCKS = tuple(f"clock face {hour}" for hour in ("three oclock", "five oclock", "eight oclock", "ten-thirty"))
-CLASSES: dict[str, tuple[str, ...]] = {  # name => captions of its images; class_id is the place in this list
-    "apple": ("red apple",),
-    "aubergine": ("aubergine",),
-    "banana": ("banana",),
-    "billiard ball": ("billiards",),
-    "book": ("green book", "blue book", "orange book"),
-    "butterfly": ("butterfly",),
-    "car": ("automobile", "taxi", "police car"),
-    "clock": _CLOCKS,
-    "crab": ("crab",),
-    "fish": ("fish",),
-    "flower": ("cherry blossom", "hibiscus"),
-    "fox": ("fox face",),
-    "frog": ("frog face",),
-    "globe": ("earth globe europe-africa", "earth globe americas"),
-    "hamburger": ("hamburger",),
-    "heart": ("heavy black heart",),
-    "mushroom": ("mushroom",),
-    "panda": ("panda face",),
-    "penguin": ("penguin",),
-    "present": ("wrapped present",),
-    "rocket": ("rocket",),
-    "smiley": ("winking face", "slightly smiling face", "smiling face with sunglasses"),
-    "star": ("white medium star",),
-    "tree": ("evergreen tree", "deciduous tree"),
-}
+# name => captions of its images among the emoji; class_id is the place in this list
+CLASSES: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("scene_classes.yaml").read_text("utf-8"))
 _WHITE = 6  # a ground pixel's largest distance from white in any channel
 _SOFT = ImageFilter.BoxBlur(1)  # edge of a cut object
 
@@ -51,7 +27,7 @@ _SOFT = ImageFilter.BoxBlur(1)  # edge of a cut object
 @functools.cache
 def load_objects(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Image.Image, ...], ...]:
     """By class_id the cut images, RGBA, of the emoji shards in `folder`; a class is of CLASSES or a caption."""
-    captions = [CLASSES.get(name, (name,)) for name in classes]
+    captions = [CLASSES.get(name, [name]) for name in classes]
     found = _images(folder, {caption for several in captions for caption in several})
     for name, several in zip(classes, captions, strict=True):
         missing = [caption for caption in several if caption not in found]

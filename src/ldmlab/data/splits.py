@@ -1,10 +1,10 @@
 """Which images go to validation: whole groups, evenly over the values of a field, by hash and not by order."""
 
-import hashlib
 import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 from ldmlab.data.image_sources import Item
@@ -47,16 +47,21 @@ def split_items(items: list[Item], rule: SplitRule) -> dict[str, list[Item]]:
     """Split name => items in their order."""
     if not rule.val:
         return {rule.name: items}
-    own = {} if rule.group else _one_group_an_image(items)
+    # key => key of the first row of the same image: a table may hold several rows an image
+    first: dict[tuple[str, tuple[int, int] | None], str] = {}
     strata: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     home: dict[str, str] = {}  # group => stratum of its first image
     for index, item in enumerate(items):
-        group = own.get(item.key) or _group(item, rule)
+        if rule.group is None:
+            group = first.setdefault((os.path.normpath(item.path), item.span), item.key)
+        else:
+            group = str(_value(item, rule.group))
+            group = re.sub(rule.group_strip, "", group) if rule.group_strip else group
         stratum = home.setdefault(group, str(_value(item, rule.stratify)) if rule.stratify else "")
         strata[stratum][group].append(index)
     held: set[int] = set()
     for groups in strata.values():
-        ordered = sorted(groups, key=lambda group: _hash(rule.seed, group))
+        ordered = sorted(groups, key=lambda group: blake2b(f"{rule.seed}/{group}".encode(), digest_size=8).hexdigest())
         count = min(max(round(rule.val * len(ordered)), rule.val_least), len(ordered) - 1)
         held.update(index for group in ordered[:count] for index in groups[group])
     val = [item for index, item in enumerate(items) if index in held]
@@ -65,31 +70,11 @@ def split_items(items: list[Item], rule: SplitRule) -> dict[str, list[Item]]:
     return {rule.name: [item for index, item in enumerate(items) if index not in held], "val": val}
 
 
-def _one_group_an_image(items: list[Item]) -> dict[str, str]:
-    """Key => the key of the first row of the same image: a table may hold several rows an image."""
-    first: dict[tuple[str, tuple[int, int] | None], str] = {}
-    return {item.key: first.setdefault((os.path.normpath(item.path), item.span), item.key) for item in items}
-
-
-def _group(item: Item, rule: SplitRule) -> str:
-    if rule.group is None:
-        return item.key
-    return (
-        re.sub(rule.group_strip, "", str(_value(item, rule.group)))
-        if rule.group_strip
-        else str(_value(item, rule.group))
-    )
-
-
 def _value(item: Item, name: str) -> Any:
     if name not in item.fields and item.fault is None:
         found = ", ".join(item.fields) or "none"
         raise InputError(f"{item.name} has no field {name}, its fields are {found}; name one of them.")
     return item.fields.get(name)
-
-
-def _hash(seed: int, group: str) -> str:
-    return hashlib.blake2b(f"{seed}/{group}".encode(), digest_size=8).hexdigest()
 
 
 def with_class_ids(items: list[Item], name: str) -> tuple[list[Item], list[str]]:

@@ -111,8 +111,7 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
 
 def _lsun(image: Image.Image, size: int) -> Image.Image:
     """The centre square first, then bicubic."""
-    side = min(image.size)
-    return _resized(_centre_crop(image, side), (size, size), Image.Resampling.BICUBIC)
+    return _resized(_centre_crop(image, min(image.size)), (size, size), Image.Resampling.BICUBIC)
 
 
 def _adm(image: Image.Image, size: int) -> Image.Image:
@@ -139,12 +138,8 @@ def _neighbours(old: int, new: int, first: int, count: int) -> tuple[np.ndarray,
     """Both source positions and the share of the second, for target positions first .. first + count - 1."""
     centre = (np.arange(first, first + count) + 0.5) * (old / new) - 0.5
     low = np.floor(centre)
-    share = (centre - low).astype(np.float32)
-    return (
-        np.clip(low, 0, old - 1).astype(np.int64),
-        np.clip(low + 1, 0, old - 1).astype(np.int64),
-        share,
-    )
+    at = [np.clip(place, 0, old - 1).astype(np.int64) for place in (low, low + 1)]
+    return at[0], at[1], (centre - low).astype(np.float32)
 
 
 def _sr3_area(image: Image.Image, size: int) -> Image.Image:
