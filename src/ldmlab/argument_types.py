@@ -12,28 +12,23 @@ from ldmlab.errors import InputError, shown
 
 _PLAIN = bool | int | float | str | list | tuple | dict
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def check_types(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
     """InputError for an argument of another type than annotated; whole numbers are numbers, lists are tuples."""
-    for name, annotation in _annotations(target).items():
-        if name in arguments:
-            check_type(arguments[name], annotation, f"{where}.{name}" if where else name)
+    try:
+        annotations = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # names that exist for type checkers only
+        return
+    for name in (name for name in annotations if name in arguments):
+        check_type(arguments[name], annotations[name], f"{where}.{name}" if where else name)
 
 
 def check_type(value: Any, annotation: Any, option: str) -> None:
     """One value against one annotation."""
     if not _fits(value, annotation):
         raise InputError(f"{option}={shown(value)} {_fault(value, annotation, option)}")
-
-
-def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """By parameter; {} where the annotations cannot be resolved."""
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        return typing.get_type_hints(function)
-    except Exception:  # names that exist for type checkers only
-        return {}
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -48,17 +43,11 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in inner)
     if annotation is None or annotation is type(None):
         return value is None
-    if annotation in (bool, int, float, str):
-        return _scalar_fits(value, annotation)
-    if isinstance(origin or annotation, type):
-        return _object_fits(value, origin or annotation, inner)
-    return True
-
-
-def _scalar_fits(value: Any, annotation: type) -> bool:
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+    if annotation in (bool, int, str):
+        return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+    return _object_fits(value, origin or annotation, inner) if isinstance(origin or annotation, type) else True
 
 
 def _object_fits(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
@@ -82,22 +71,20 @@ def _fault(value: Any, annotation: Any, option: str) -> str:
     expected = _expected(annotation)
     if isinstance(value, float) and not math.isfinite(value):
         return f"is not finite; give {expected}."
-    if isinstance(value, str) and _reads_as_number(value) and ("number" in expected):
+    if isinstance(value, str) and "number" in expected and _reads_as_number(value):
         return f"is text; give {expected}, without quotes: {option}={value.strip()}."
     if isinstance(value, float) and value.is_integer() and "whole number" in expected:
         return f"is no whole number as it is written; give {option}={int(value)}."
     if not isinstance(value, str) and expected in ("text", "text or null"):
-        text = shown(value)
-        return f"is not text; quote it twice, once for your shell: '{option}=\"{text}\"'."
+        return f"is not text; quote it twice, once for your shell: '{option}=\"{shown(value)}\"'."
     return f"does not fit; give {expected}."
 
 
 def _reads_as_number(text: str) -> bool:
     try:
-        float(text)
+        return isinstance(float(text), float)
     except ValueError:
         return False
-    return True
 
 
 def _expected(annotation: Any) -> str:
@@ -109,16 +96,12 @@ def _expected(annotation: Any) -> str:
     if annotation in _NAMES:
         return _NAMES[annotation]
     kind = origin or annotation
-    if isinstance(kind, type) and issubclass(kind, Path):
+    if not isinstance(kind, type) or not issubclass(kind, Path | Mapping | Sequence | Set):
+        return "a part with a _target_"
+    if issubclass(kind, Path):
         return "a path"
-    if isinstance(kind, type) and issubclass(kind, Mapping):
-        return f"a mapping of {_several(inner[1])}" if len(inner) == 2 else "a mapping"
-    if isinstance(kind, type) and issubclass(kind, Sequence | Set):
-        if kind is tuple and inner and inner[-1] is not Ellipsis:
-            return f"a list of {len(inner)}: [{', '.join(_expected(part) for part in inner)}]"
-        return f"a list of {_several(inner[0])}" if inner else "a list"
-    return "a part with a _target_"
-
-
-def _several(annotation: Any) -> str:
-    return {int: "whole numbers", float: "numbers", str: "texts"}.get(annotation, "values")
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        return f"a list of {len(inner)}: [{', '.join(_expected(part) for part in inner)}]"
+    if issubclass(kind, Mapping):
+        return f"a mapping of {_SEVERAL.get(inner[1], 'values')}" if len(inner) == 2 else "a mapping"
+    return f"a list of {_SEVERAL.get(inner[0], 'values')}" if inner else "a list"

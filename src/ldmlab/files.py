@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ def weights_folder() -> Path:
     return Path(os.environ.get("LDMLAB_WEIGHTS") or Path.home() / ".cache" / "ldmlab")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` fills a temporary file in the folder of `path`, which then replaces it; on failure the old file stays."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +53,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """UTF-8 text, written atomically."""
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="")
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> FileIO:
     """A file opened for reading, unbuffered; OSError for pipes, devices, sockets and folders, which could block."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -129,13 +126,13 @@ def locked(path: Path, busy: str, *, wait: bool = False, quiet: bool = False, re
 
     quiet: wait without a message; remove: delete the lock file at the end.
     """
-    lock, said = FileLock(path), quiet
+    lock = FileLock(path)
     while not lock.take():
         if not wait:
             raise InputError(f"{busy} ({lock.holder()}); wait for it or choose another folder.")
-        if not said:
+        if not quiet:
             print(f"{busy} ({lock.holder()}); waiting for it.", file=sys.stderr, flush=True)
-        said = True
+        quiet = True
         time.sleep(_WAIT_SECONDS)
     try:
         yield
@@ -151,13 +148,9 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._held_path = path, path.with_name(path.name + ".held")
         self._file: IO[str] | None = None
         self._exclusive = False
-
-    @property
-    def _held_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".held")
 
     def take(self) -> bool:
         """Whether this process holds the lock now."""
@@ -166,10 +159,8 @@ class FileLock:
             return False
         with disk_errors(self.path):
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115  held until `release`
-        try:
-            taken = self._lock(file)
-            if taken and os.fstat(file.fileno()).st_ino != os.stat(self.path).st_ino:  # its last holder removed it
-                taken = False
+        try:  # where its last holder removed it, this is another file than the one at `path`
+            taken = self._lock(file) and os.fstat(file.fileno()).st_ino == os.stat(self.path).st_ino
         except FileNotFoundError:
             taken = False
         if not taken:
@@ -190,24 +181,18 @@ class FileLock:
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 self._exclusive = self._make_held()
-                return self._exclusive
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
+            elif error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return self._exclusive
 
     def _make_held(self) -> bool:
         """Create `PATH.held`, after removing the one of a dead process."""
-        for _ in range(2):
-            try:
-                handle = os.open(self._held_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                if not self._remove_dead():
-                    return False
-                continue
-            with os.fdopen(handle, "w", encoding="utf-8") as held:
+        try:
+            with open(self._held_path, "x", encoding="utf-8") as held:
                 held.write(_signature())
             return True
-        return False
+        except FileExistsError:
+            return self._remove_dead() and self._make_held()
 
     def _remove_dead(self) -> bool:
         """Remove `PATH.held` if its process has ended; one process at a time decides that."""
@@ -220,10 +205,10 @@ class FileLock:
                     guard.rmdir()
             return False
         try:
-            if _alive(self._held_path):
-                return False
-            self._held_path.unlink(missing_ok=True)
-            return True
+            dead = not _alive(self._held_path)
+            if dead:
+                self._held_path.unlink(missing_ok=True)
+            return dead
         finally:
             guard.rmdir()
 
@@ -246,7 +231,7 @@ class FileLock:
         if self._exclusive:
             self._held_path.unlink(missing_ok=True)
         self._file.close()
-        self._file = None
+        self._file, self._exclusive = None, False
         _HELD.discard(os.path.realpath(self.path))
 
 

@@ -11,8 +11,17 @@ from PIL import Image, ImageDraw
 from ldmlab.annotations import area
 from ldmlab.app import cli
 from ldmlab.data.manifest import read_manifest
-from ldmlab.data.scene_parts import CLASSES, HUES, PATTERNS, cut, load_objects
-from ldmlab.data.scene_shards import Scene, SceneSettings, draw_scene, write_scenes
+from ldmlab.data.scene_shards import (
+    CLASSES,
+    HUES,
+    PATTERNS,
+    Scene,
+    SceneSettings,
+    cut,
+    draw_scene,
+    load_objects,
+    write_scenes,
+)
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.tasks.layout import Layout

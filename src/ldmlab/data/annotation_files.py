@@ -6,7 +6,7 @@ Classes are numbered as in taming-transformers, whose loader the paper's layouts
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,10 @@ def read_annotations(files: Sequence[Path], classes: Path | None, names: set[str
     table = read_classes(classes) if classes is not None else None
     found = Annotations()
     coco = {path: _coco_json(path) for path in files if path.suffix == ".json"}
-    table = _coco_classes(coco.values()) if table is None else table
+    if table is None:  # all categories of all files but "other"; files of captions have none
+        named = {str(c["id"]): str(c["name"]) for content in coco.values() for c in content.get("categories", ())}
+        ids = sorted(key for key, name in named.items() if name != _NO_CLASS)
+        table = Classes([named[key] for key in ids], {key: place for place, key in enumerate(ids)}) if ids else None
     for path, content in coco.items():
         try:
             _add_coco(found, path, content, table, names)
@@ -85,13 +88,6 @@ def _coco_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise InputError(f"annotations={path} has no `images` and `annotations` as COCO's files have; give another.")
     return content
-
-
-def _coco_classes(contents: Iterable[Mapping[str, Any]]) -> Classes | None:
-    """All categories of all files but "other"; None where there are none, as in files of captions."""
-    names = {str(c["id"]): str(c["name"]) for content in contents for c in content.get("categories", ())}
-    ids = sorted(key for key, name in names.items() if name != _NO_CLASS)
-    return Classes([names[key] for key in ids], {key: number for number, key in enumerate(ids)}) if ids else None
 
 
 def _add_coco(

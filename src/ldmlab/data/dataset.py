@@ -14,11 +14,9 @@ from ldmlab.contracts import Task, states_field
 from ldmlab.data.decode import (
     BAD_SAMPLE,
     BOXES,
-    checked_fields,
     decode_image,
     decode_moments,
     decode_states,
-    reason,
     required_fields,
     sample_fields,
 )
@@ -82,8 +80,7 @@ def check_spec(named: str, manifest: Manifest, spec: BatchSpec) -> None:
             f"data.image_size={spec.image_size}, but the latents of {named} were encoded at "
             f"{latents['image_size']}; use that size or encode again."
         )
-    missing = sorted(set(spec.states) - (latents.get("states") or {}).keys())
-    if missing:
+    if missing := sorted(set(spec.states) - (latents.get("states") or {}).keys()):
         raise InputError(
             f"{named} holds no states of conditioner.{missing[0]}, unlike the training split; encode "
             "both splits alike, or set data.states=false to run the encoder while training."
@@ -148,7 +145,10 @@ class ShardDataset(Dataset[Batch]):
         self._background, self._stored_size = manifest.background, manifest.image_size
         named_classes = len(manifest.classes) if manifest.classes and BOXES not in manifest.fields else None
         self._classes = spec.classes or named_classes
-        self._moment_shape = _moment_shape(manifest.latents) if spec.moments and manifest.latents else None
+        self._moment_shape: tuple[int, int, int] | None = None  # of one view, (2C or C, h, w)
+        if spec.moments and (latents := manifest.latents):
+            side = latents["image_size"] // latents["downsampling"]
+            self._moment_shape = latents["latent_channels"] * (2 if latents["has_logvar"] else 1), side, side
         self._kept: list[list[int]] | None = None  # per shard the samples that take part; None: all
         if spec.task and spec.task.keeps:
             self._kept = self._kept_samples(spec.task.keeps)
@@ -194,14 +194,20 @@ class ShardDataset(Dataset[Batch]):
     def __getitem__(self, position: int) -> Batch:
         skipped: list[str] = []
         for offset in range(TRIES if self.train else 1):
-            place = self._place(position + offset)
-            try:
-                return {**self._sample(place), "position": position, "skipped": skipped}
-            except BAD_SAMPLE as error:
-                skipped.append(f"{self.reader.label(place.shard, place.sample)}: {reason(error)}")
+            if sample := self._tried(position + offset, skipped):
+                return {**sample, "position": position, "skipped": skipped}
         if self.train:
             raise InputError(f"{self.named}: {TRIES} samples in a row cannot be read ({skipped[-1]}); pack them again.")
         return {"skipped": skipped}
+
+    def _tried(self, position: int, skipped: list[str]) -> Batch | None:
+        """The sample at a position; None, and why in `skipped`, where it cannot be read."""
+        place = self._place(position)
+        try:
+            return self._sample(place)
+        except BAD_SAMPLE as error:
+            skipped.append(self.reader.fault(place.shard, place.sample, error))
+            return None
 
     def _place(self, position: int) -> Place:
         place = self.order.locate(position)
@@ -228,19 +234,17 @@ class ShardDataset(Dataset[Batch]):
 
     def _image(self, place: Place, files: Files) -> NDArray[np.uint8]:
         """The decoded image, from the cache where it was put before."""
+        if self._cache is None:
+            return decode_image(files, self.spec.decoded_size, self._background)
         index = self.reader.index(place.shard, place.sample)
-        image = self._cache.get(index) if self._cache else None
+        image = self._cache.get(index)
         if image is None:
             image = decode_image(files, self.spec.decoded_size, self._background)
-            if self._cache:
-                self._cache.put(index, image)
+            self._cache.put(index, image)
         return image
 
     def _check_samples(self) -> None:
-        """Refuse fields and parts that most samples lack: that is a wrong option, not a bad sample.
-
-        Reads up to TRIES samples from all over the set; unreadable ones do not count.
-        """
+        """Refuse fields and parts that most of TRIES readable samples lack: a wrong option, not bad samples."""
         count = min(len(self), TRIES)
         readable, unfit, partless = 0, dict[str, str](), dict[str, tuple[str, str]]()
         for position in (number * len(self) // count for number in range(count)):
@@ -250,12 +254,12 @@ class ShardDataset(Dataset[Batch]):
                 files = self.reader.read(place.shard, place.sample)[1]
                 if missing := missing_part(files, self.spec.parts - {"image"}):
                     partless[label] = missing
+                readable += 1
             except BAD_SAMPLE:
                 continue
-            readable += 1
             try:
                 required_fields(files, self.spec.fields, self._classes)
-            except (KeyError, ValueError) as error:
+            except ValueError as error:
                 unfit[label] = str(error)
         if 2 * len(unfit) > readable:
             label, why = next(iter(unfit.items()))
@@ -273,14 +277,11 @@ class ShardDataset(Dataset[Batch]):
 
     def _first_sample(self) -> Batch:
         """The first sample that can be read: the form of batches in which none can."""
-        why = ""
+        skipped: list[str] = []
         for position in range(min(len(self), TRIES)):
-            place = self._place(position)
-            try:
-                return {**self._sample(place), "position": position, "skipped": []}
-            except BAD_SAMPLE as error:
-                why = f"{self.reader.label(place.shard, place.sample)}: {reason(error)}"
-        raise InputError(f"{self.named}: none of the first samples can be read ({why}); pack it again.")
+            if sample := self._tried(position, skipped):
+                return {**sample, "position": position, "skipped": []}
+        raise InputError(f"{self.named}: none of the first samples can be read ({skipped[-1]}); pack it again.")
 
     def _kept_samples(self, keeps: Callable[[Mapping[str, Any]], bool]) -> list[list[int]]:
         """Per shard the samples whose KEY.json is kept; unreadable ones stay, to be counted as such."""
@@ -297,13 +298,7 @@ class ShardDataset(Dataset[Batch]):
         for shard, count in enumerate(self.reader.counts):
             for sample in range(count) if self._kept is None else self._kept[shard]:
                 try:
-                    fields = checked_fields(sample_fields(self.reader.read(shard, sample)[1]), names)
+                    fields = sample_fields(self.reader.read(shard, sample)[1], names)
                 except BAD_SAMPLE:
                     fields = None
                 yield shard, sample, fields
-
-
-def _moment_shape(latents: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Shape of the moments of one view, (2C or C, h, w), by the manifest of their shards."""
-    side = latents["image_size"] // latents["downsampling"]
-    return latents["latent_channels"] * (2 if latents["has_logvar"] else 1), side, side

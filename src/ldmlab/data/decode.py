@@ -40,11 +40,6 @@ _DEEPEST = 40  # levels of lists and objects in KEY.json
 _LONGEST_JSON, _LONGEST_TEXT = 1 << 24, 1 << 20  # bytes
 
 
-def reason(error: Exception) -> str:
-    """What is wrong with a sample, in a few words."""
-    return f"{type(error).__name__}: {str(error)[:200]}"
-
-
 def decode_image(files: Files, size: int | None, background: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The image, uint8 (3, H, W); with `size` its centre square, resized with antialiasing (bicubic)."""
     ending = image_ending(files)
@@ -66,14 +61,11 @@ def decoded(opened: Image.Image, change: Callable[[Image.Image], Image.Image]) -
         except BAD_SAMPLE:
             raise
         except Exception as error:
-            raise ValueError(f"the image cannot be decoded ({reason(error)})") from error
+            raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None) -> NDArray[np.float32]:
-    """Moments of one view, finite, float32 (2C or C, h, w), from a .npy of (views, 2C or C, h, w).
-
-    shape: of one view, as the manifest has it; a sample of another one is a bad one.
-    """
+    """Moments of one view, finite, float32 (2C or C, h, w) as `shape` has it, from a .npy of (views, 2C or C, h, w)."""
     moments = _stored_view(files["npy"], view, axes=4)
     if shape is not None and moments.shape != shape:
         raise ValueError(f"moments of shape {moments.shape} instead of {shape}")
@@ -140,9 +132,9 @@ def stored_fields(files: Mapping[str, Any]) -> dict[str, Any]:
     return checked_fields(fields)
 
 
-def sample_fields(files: Mapping[str, Any]) -> dict[str, Any]:
-    """`KEY.json`, with the caption of `KEY.txt` and the class of `KEY.cls` where it has none; ValueError if damaged."""
-    return clean_fields(_raw_fields(files))
+def sample_fields(files: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
+    """`KEY.json` and what `KEY.txt` and `KEY.cls` add, those in `names` validated; ValueError where one is damaged."""
+    return checked_fields(clean_fields(_raw_fields(files)), names)
 
 
 def _raw_fields(files: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,10 +198,7 @@ def _clean_text(text: str) -> str:
 def checked_fields(
     fields: Mapping[str, Any], names: Collection[str] = (CAPTION, CLASS, BOXES), classes: int | None = None
 ) -> dict[str, Any]:
-    """Fields whose caption, class_id and boxes, of those in `names`, are valid; else ValueError.
-
-    classes: how many there are, where that is known; it bounds class_id.
-    """
+    """Fields, of which those in `names` are valid, class_id below `classes` where that is known; else ValueError."""
     found = dict(fields)
     if CAPTION in found and CAPTION in names:
         value = found[CAPTION]

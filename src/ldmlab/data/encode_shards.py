@@ -3,7 +3,7 @@
 A finished shard has a small file in `.encoded/`; whoever finds all of them writes the manifest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldmlab.data.decode import BAD_SAMPLE, decode_image, reason, required_fields
+from ldmlab.data.decode import BAD_SAMPLE, decode_image, required_fields
 from ldmlab.data.image_parts import boxes_following
 from ldmlab.data.latent_shards import EncodeStates, FinishedShard, Statistics, npy_bytes, state_files
 from ldmlab.data.loaders import IndexBatches, QuietLoader
@@ -106,12 +106,12 @@ def encode(
     work = _Work(out, manifest, settings, encode_moments, encode_states, batch_size, f"rank-{rank}")
     with locked(out / FINISHED / f"{work.writer}.lock", f"OUT={out} is being encoded by another process"):
         work.remove_leftovers()
-        mine = [manifest.shards[shard] for shard in range(rank, len(manifest.shards), world)]
-        todo = [info for info in mine if work.finished(info) is None]
+        mine = {shard: manifest.shards[shard] for shard in range(rank, len(manifest.shards), world)}
+        todo = {shard: info for shard, info in mine.items() if work.finished(info) is None}
         batches = iter(_loader(_Images(source, manifest, settings), todo, batch_size, workers))
-        total = sum(info.samples for info in mine)
-        kept = done = total - sum(info.samples for info in todo)
-        for info in todo:
+        total = sum(info.samples for info in mine.values())
+        kept = done = total - sum(info.samples for info in todo.values())
+        for info in todo.values():
             for encoded in work.encode_shard(info, batches):
                 if progress:
                     progress(done + encoded, total)
@@ -166,20 +166,18 @@ class _Images(Dataset[Any]):
                 files = boxes_following(files)
                 files.pop(image_ending(files) or "")
         except BAD_SAMPLE as error:
-            return f"{self.reader.label(*place)}: {reason(error)}"
+            return self.reader.fault(*place, error)
         files.pop("npy", None)
         return image, (key, files, fields)
 
 
-def _loader(images: _Images, shards: list[ShardInfo], batch_size: int, workers: int) -> DataLoader[_Batch]:
+def _loader(images: _Images, shards: Mapping[int, ShardInfo], batch_size: int, workers: int) -> DataLoader[_Batch]:
     """Batches in stored order, none across two shards."""
-    number = {name: shard for shard, name in enumerate(images.reader.names)}
 
     def places() -> Iterator[list[tuple[int, int]]]:
-        for info in shards:
+        for shard, info in shards.items():
             for begin in range(0, info.samples, batch_size):
-                end = min(begin + batch_size, info.samples)
-                yield [(number[info.name], sample) for sample in range(begin, end)]
+                yield [(shard, sample) for sample in range(begin, min(begin + batch_size, info.samples))]
 
     return QuietLoader(images, workers=workers, batch_sampler=IndexBatches(places), collate_fn=_collate)
 

@@ -9,18 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ldmlab.annotations import (
-    WHOLE,
-    centre_square,
-    checked_crop,
-    cropped,
-    middle_square,
-    mirrored,
-    mirrored_box,
-    nearest,
-    within,
-)
-from ldmlab.data.decode import BOXES, checked_fields, decoded, required_fields, sample_fields
+from ldmlab import annotations
+from ldmlab.data.decode import BOXES, decoded, required_fields, sample_fields
 from ldmlab.data.shards import Files, image_ending
 from ldmlab.open_image import open_image
 
@@ -51,8 +41,8 @@ def decode_parts(files: Files, parts: Iterable[str], size: int | None) -> dict[s
             found[name] = (_map(files, MAPS[name], size) >= _WHITE).astype(np.uint8)[None]
         elif name == BOXES:
             fields = required_fields(files, (BOXES,))
-            crop = sample_fields(files).get("crop", list(WHOLE))
-            found |= {BOXES: fields[BOXES], "crop": checked_crop(crop)}
+            crop = sample_fields(files).get("crop", list(annotations.WHOLE))
+            found |= {BOXES: fields[BOXES], "crop": annotations.checked_crop(crop)}
             if size is not None and (shape := _image_shape(files)):
                 found |= centre_cropped(found, *shape)
     return found
@@ -67,7 +57,8 @@ def _map(files: Files, ending: str, size: int | None) -> NDArray[Any]:
     if values.ndim != 2:
         raise ValueError(f"KEY.{ending} has several channels; store one number a pixel")
     values = values if values.dtype == np.uint8 else values.astype(np.int64)
-    return values if size is None else nearest(values, size, centre_square(values.shape[1], values.shape[0]))
+    height, width = values.shape
+    return values if size is None else annotations.nearest(values, size, annotations.centre_square(width, height))
 
 
 def mirrored_sample(sample: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +66,7 @@ def mirrored_sample(sample: dict[str, Any]) -> dict[str, Any]:
     arrays = [name for name in ("image", "segmentation", "mask") if name in sample]
     turned: dict[str, Any] = {name: np.ascontiguousarray(sample[name][..., ::-1]) for name in arrays}
     if BOXES in sample:
-        turned |= {BOXES: mirrored(sample[BOXES]), "crop": mirrored_box(sample["crop"])}
+        turned |= {BOXES: annotations.mirrored(sample[BOXES]), "crop": annotations.mirrored_box(sample["crop"])}
     return {**sample, **turned}
 
 
@@ -83,13 +74,14 @@ def centre_cropped(fields: dict[str, Any], width: int, height: int) -> dict[str,
     """The fields with boxes relative to the image's centre square, and where that lies in the original."""
     if width == height:
         return fields
-    square = centre_square(width, height)
-    return {**fields, BOXES: cropped(fields[BOXES], square), "crop": within(square, fields.get("crop", WHOLE))}
+    square = annotations.centre_square(width, height)
+    crop = annotations.within(square, fields.get("crop", annotations.WHOLE))
+    return {**fields, BOXES: annotations.cropped(fields[BOXES], square), "crop": crop}
 
 
 def boxes_following(files: Files) -> Files:
     """For an image that is about to be cropped to its centre square and left behind: boxes that follow it."""
-    fields = checked_fields(sample_fields(files), (BOXES,))
+    fields = sample_fields(files, (BOXES,))
     shape = _image_shape(files)
     if BOXES not in fields or shape is None or shape[0] == shape[1]:
         return files
@@ -128,7 +120,7 @@ def packed_map(content: bytes, ending: str, shape: tuple[int, int], target: tupl
         raise ValueError(f"its {name} has {sizes}")
     values = _holes(image) if ending == MAPS["mask"] else _labels(image)
     if square:
-        left, top, side = middle_square(*shape)
+        left, top, side = annotations.middle_square(*shape)
         values, shape = values[top : top + side, left : left + side], (side, side)
     places = zip(target, shape, strict=True)
     columns, rows = (((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in places)

@@ -11,19 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ldmlab.data import listings
 from ldmlab.data.decode import BAD_SAMPLE, checked_fields, clean_fields, is_missing, sample_fields
 from ldmlab.data.image_parts import MAPS
-from ldmlab.data.listings import (
-    CAPTION_COLUMNS,
-    FILE_COLUMNS,
-    LISTS,
-    find_table,
-    map_ending,
-    pick_column,
-    read_table,
-    read_text,
-    walk_images,
-)
 from ldmlab.data.shards import IMAGE_ENDINGS, read_range, scan_tar
 from ldmlab.errors import InputError
 
@@ -85,7 +75,7 @@ def list_source(
 def _detect(source: Path) -> str:
     if source.suffix == ".tar":
         return "tars"
-    if find_table(source):
+    if listings.find_table(source):
         return "table"
     if not source.is_dir():
         raise InputError(
@@ -93,7 +83,7 @@ def _detect(source: Path) -> str:
         )
     if any(source.glob("*.tar")):
         return "tars"
-    images = [name for name, _ in walk_images(source)]
+    images = [name for name, _ in listings.walk_images(source)]
     if any(_caption_file(source / name) for name in images):
         return "captions"
     depths = [len(Path(name).parts) - 1 for name in images]
@@ -109,13 +99,13 @@ def _detect(source: Path) -> str:
 
 
 def _folders(source: Path, layout: str) -> Source:
-    found = dict(walk_images(source))
+    found = dict(listings.walk_images(source))
     names, classes = sorted(found), None
     notes = [
         f"{path.name} is not read because it has no header; write file_name,caption as its first line, or save it as "
         "metadata.csv"
         for path in (sorted(source.iterdir()) if source.is_dir() else ())
-        if path.name.lower() in LISTS
+        if path.name.lower() in listings.LISTS
     ]
     if layout == "classes":
         beside = [name for name in names if len(Path(name).parts) == 1]
@@ -137,7 +127,7 @@ def _folders(source: Path, layout: str) -> Source:
             fields |= {"class": Path(name).parts[0], "class_id": number[Path(name).parts[0]]}
         elif layout == "captions":
             fields["caption"], fault = _caption_beside(source / name)
-        fault = "has no image next to it" if map_ending(name) else fault
+        fault = "has no image next to it" if listings.map_ending(name) else fault
         maps = {ending: str(source / beside) for ending, beside in found[name].items()}
         items.append(Item(key, shown, str(source / name), fields, fault=fault, maps=maps))
     return Source(layout, items, classes, notes=tuple(notes))
@@ -163,17 +153,18 @@ def _caption_beside(image: Path) -> tuple[str | None, str | None]:
 
 
 def _table(source: Path, file_column: str | None, caption: str | None) -> Source:
-    path = find_table(source)
+    path = listings.find_table(source)
     if path is None:
         raise InputError(f"SOURCE={source} has no metadata.jsonl, .csv or .tsv; add one or choose another --layout.")
-    rows = read_table(path)
-    file_column = pick_column(rows, file_column, FILE_COLUMNS, "--file-field", path)
+    rows = listings.read_table(path)
+    file_column = listings.pick_column(rows, file_column, listings.FILE_COLUMNS, "--file-field", path)
     if caption != "none":
-        caption = pick_column(rows, caption, CAPTION_COLUMNS, "--caption-field (none: no captions)", path)
+        option = "--caption-field (none: no captions)"
+        caption = listings.pick_column(rows, caption, listings.CAPTION_COLUMNS, option, path)
     rows = [clean_fields(row) for row in rows]
     names = [str(row.get(file_column) or "") for row in rows]
     items: list[Item] = []
-    found, listed = dict(walk_images(path.parent)), set[str]()
+    found, listed = dict(listings.walk_images(path.parent)), set[str]()
     for key, name, row in zip(unique_keys(names), names, rows, strict=True):
         own = {column: row[column] for column in MAP_COLUMNS if row.get(column)}
         fields = {"file_name": name} | {c: value for c, value in row.items() if c != file_column and c not in own}
@@ -234,7 +225,7 @@ def with_fields(item: Item) -> Item:
 
 def _restrict(source: Source, only: Path) -> Source:
     """The images that a list names, by path, file name or key, in the source's order."""
-    listed = read_text(only, f"list={only}", "give a text file with one name a line").splitlines()
+    listed = listings.read_text(only, f"list={only}", "give a text file with one name a line").splitlines()
     listed_names, met = {line.strip() for line in listed if line.strip()}, set[str]()
     items = []
     for item in source.items:

@@ -168,10 +168,7 @@ def position_loader(
 
 
 def collate(samples: Sequence[Batch], template: Batch) -> Batch:
-    """Samples to a batch: arrays stacked, everything else in lists; bad samples leave nothing but `skipped`.
-
-    Where all are bad, `template` gives the arrays' shapes and the batch has no rows.
-    """
+    """Arrays stacked, everything else in lists, of bad samples only `skipped`; no rows as in `template` if all are."""
     good = [sample for sample in samples if "key" in sample]
     batch: Batch = {}
     for name in template:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import stat
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,6 @@ PLAN = "plan.json"  # next to shards of a pack; without a manifest it marks an i
 ENCODE_PLAN = "encode.json"  # the same of an encode: the settings that made the latents
 LARGEST_SIDE = 1 << 16  # px
 TAR_BLOCK = 512  # headers and contents are padded to this
-_BLOCK_BYTES = 1 << 20
 # no half characters but those of other encodings
 _SHARD_NAME = re.compile("[^/\\\\\0\ud800-\udc7f\udd00-\udfff]{1,200}")
 _LATENTS = {"fingerprint": str, "mirrored": bool, "has_logvar": bool, "statistics": dict}
@@ -70,10 +69,7 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the content; where and when it was made is left out.
-
-        It is the one of format 1, so that the same shards with and without checksums of samples are the same data.
-        """
+        """SHA-256 of the content but its provenance, as of format 1: the same with and without sums of samples."""
         return self.hash_as_read or format1.manifest_hash(_content(self))
 
     @property
@@ -85,8 +81,8 @@ class Manifest:
 
 def _content(manifest: Manifest) -> dict[str, Any]:
     """As it is written, shards included."""
-    content = {item.name: getattr(manifest, item.name) for item in fields(manifest) if item.name != "hash_as_read"}
-    return {**content, "shards": [asdict(shard) for shard in manifest.shards]}
+    content = {name: value for name, value in vars(manifest).items() if name != "hash_as_read"}
+    return {**content, "shards": [vars(shard) for shard in manifest.shards]}
 
 
 def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
@@ -111,7 +107,8 @@ def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
     try:
         hash_as_read = format1.manifest_hash(content) if version == 1 else None
         content = format1.manifest(content) if version == 1 else content
-        shards = [_checked_shard(shard) for shard in _listed(content.pop("shards", None), "shards", dict)]
+        check_type(content.get("shards"), list[dict[str, Any]], "shards")
+        shards = [_checked_shard(shard) for shard in content.pop("shards")]
         if len({shard.name for shard in shards}) < len(shards):
             raise ValueError("it lists a shard twice")
         manifest = Manifest(shards=shards, **content, hash_as_read=hash_as_read)
@@ -126,19 +123,15 @@ def _is_count(value: Any, least: int = 0, most: int = 1 << 62) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _listed(value: Any, name: str, kind: type) -> list[Any]:
-    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
-        raise ValueError(f"{name} is no list of {kind.__name__}")
-    return value
-
-
 def _checked_shard(shard: dict[str, Any]) -> ShardInfo:
     info = ShardInfo(**shard)
     if not isinstance(info.name, str) or not _SHARD_NAME.fullmatch(info.name) or info.name in (".", ".."):
         raise ValueError(f"shard {str(info.name)[:80]!r} has no name of a file in its folder")
     if not _is_count(info.samples, 1) or not _is_count(info.bytes, 1):
         raise ValueError(f"shard {info.name} has samples={info.samples!r:.40} and bytes={info.bytes!r:.40}")
-    offsets = _listed(info.offsets, f"offsets of shard {info.name}", int)
+    offsets = info.offsets
+    if not isinstance(offsets, list) or not all(isinstance(offset, int) for offset in offsets):
+        raise ValueError(f"offsets of shard {info.name} is no list of whole numbers")
     if len(offsets) != info.samples:
         raise ValueError(f"shard {info.name} has samples={info.samples} and {len(offsets)} offsets")
     if any(offset % TAR_BLOCK for offset in offsets):
@@ -221,29 +214,26 @@ def write_manifest(folder: Path | str, manifest: Manifest) -> None:
 def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -> None:
     """Every shard is there with the size (and, with `sha256`, the checksum) its manifest records."""
     for shard in manifest.shards:
-        path = Path(folder) / shard.name
-        try:
-            found = path.stat()
-        except OSError:
-            raise InputError(
-                f"shard {path} is missing although its manifest lists it; copy or pack it again."
-            ) from None
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"shard {path} is no regular file; copy or pack it again.")
-        if found.st_size != shard.bytes:
-            how = "shorter" if found.st_size < shard.bytes else "longer"
-            raise InputError(
-                f"shard {path} has {found.st_size} bytes, {how} than its manifest records ({shard.bytes}); "
-                "copy or pack it again."
-            )
-        if sha256 and file_sha256(path) != shard.sha256:
-            raise InputError(f"shard {path} has another checksum than its manifest records; copy or pack it again.")
+        if fault := _fault(Path(folder) / shard.name, shard, sha256):
+            raise InputError(f"shard {Path(folder) / shard.name} {fault}; copy or pack it again.")
+
+
+def _fault(path: Path, shard: ShardInfo, sha256: bool) -> str | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return "is missing although its manifest lists it"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no regular file"
+    if found.st_size != shard.bytes:
+        how = "shorter" if found.st_size < shard.bytes else "longer"
+        return f"has {found.st_size} bytes, {how} than its manifest records ({shard.bytes})"
+    if sha256 and file_sha256(path) != shard.sha256:
+        return "has another checksum than its manifest records"
+    return None
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
+    """Hex digest of a file."""
     with open_regular(path) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

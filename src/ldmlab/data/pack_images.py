@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ldmlab.data.decode import BOXES, checked_fields, clean_fields, stored_fields
 from ldmlab.data.image_parts import MAPS, centre_cropped, packed_map, upright_size
@@ -77,8 +77,11 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
                 packed = transform(image)
                 maps = {e: packed_map(c, e, shape, packed.size, transform.square) for e, c in maps.items()}
                 content = encoding(packed)
+        except (FileNotFoundError, UnidentifiedImageError) as error:
+            bad.append((item.name, "is missing" if isinstance(error, FileNotFoundError) else "is not an image"))
+            continue
         except Exception as error:  # whatever a decoder raises on broken bytes
-            bad.append((item.name, _reason(error)))
+            bad.append((item.name, str(error) or type(error).__name__))
             continue
         offsets.append(len(data))
         names.update(dict.fromkeys(fields))
@@ -114,11 +117,3 @@ def _read_map(path: Path) -> bytes:
         return read_image(path)
     except FileNotFoundError:
         raise ValueError(f"its {path.name} is missing") from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "is missing"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "is not an image"
-    return str(error) or type(error).__name__

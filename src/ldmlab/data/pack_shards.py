@@ -145,12 +145,12 @@ class _Pack:
             manifests = {split: read_manifest(self.out / split) for split in self.shards}
             return PackResult(manifests, complete_before=True)
         missing = []
+        self._count(0, [])
         for shard in chain.from_iterable(self.shards.values()):
             if finished_shard(shard.side_file, shard.path, shard.take):
                 self._count(len(shard.items), shard.bad)
             else:
                 missing.append(shard)
-        self._report()
         chunks = [shard.items[i : i + _PART] for shard in missing for i in range(0, len(shard.items), _PART)]
         if chunks:
             o = self.options
@@ -193,7 +193,6 @@ class _Pack:
                 shard.bad += part.bad
                 shard.small += part.small
                 self._count(min(_PART, len(shard.items) - start), part.bad)
-                self._report()
                 self._check_bad(final=False)
             shard.info = file.finish()
         finally:
@@ -205,8 +204,6 @@ class _Pack:
     def _count(self, images: int, bad: list[tuple[str, str]]) -> None:
         self.done += images
         self.bad += bad
-
-    def _report(self) -> None:
         if self.progress:
             self.progress(self.done, self.total)
 
@@ -222,32 +219,27 @@ class _Pack:
         )
 
     def _finish(self) -> PackResult:
-        result = PackResult()
+        result, o = PackResult(), self.options
         for split, shards in self.shards.items():
             if not any(shard.info for shard in shards):
                 raise InputError(f"OUT={self.out}: no image is left for the {split} split; check min-side and val.")
         for split, shards in self.shards.items():
+            folder = self.out / split
             if bad := [entry for shard in shards for entry in shard.bad]:
-                write_json(self.out / split / BAD, [{"name": name, "reason": reason} for name, reason in bad])
-            result.manifests[split] = self._manifest(split, shards)
-            write_manifest(self.out / split, result.manifests[split])
-            for shard in shards:
-                shard.side_file.unlink(missing_ok=True)
-            for leftover in (self.out / split).glob("*.tmp"):  # of killed processes
+                write_json(folder / BAD, [{"name": name, "reason": reason} for name, reason in bad])
+            result.manifests[split] = Manifest(
+                kind="images",
+                split=split,
+                shards=[shard.info for shard in shards if shard.info],
+                fields=list(dict.fromkeys(name for shard in shards for name in shard.fields)),
+                image_size=o.transform.size if o.transform.square else None,
+                transform={**asdict(o.transform), "background": [*o.transform.background], **asdict(o.encoding)},
+                provenance=provenance(),
+                **self.about,
+            )
+            write_manifest(folder, result.manifests[split])
+            for leftover in (*(shard.side_file for shard in shards), *folder.glob("*.tmp")):  # also of killed processes
                 leftover.unlink(missing_ok=True)
             result.bad += bad
             result.small += sum(len(shard.small) for shard in shards)
         return result
-
-    def _manifest(self, split: str, shards: list[_Shard]) -> Manifest:
-        o = self.options
-        return Manifest(
-            kind="images",
-            split=split,
-            shards=[shard.info for shard in shards if shard.info],
-            fields=list(dict.fromkeys(name for shard in shards for name in shard.fields)),
-            image_size=o.transform.size if o.transform.square else None,
-            transform={**o.transform.record(), **asdict(o.encoding)},
-            provenance=provenance(),
-            **self.about,
-        )

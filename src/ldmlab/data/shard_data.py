@@ -139,11 +139,8 @@ class ShardData:
         return eval_loader(dataset, batch_size, world, rank, limit, self.workers, self.skipped(split))
 
     def skipped(self, split: str) -> Skipped:
-        """Images of a split that the evaluation loaders of this object and this process could not read so far.
-
-        "13 of 14 images" is `total - count` of `total`; a run of several processes adds up both over its ranks.
-        Objects made by `replace` or `with_task` count for themselves.
-        """
+        """Images of a split that the evaluation loaders of this very object and this process could not read so far:
+        "13 of 14 images" is `total - count` of `total`; a run of several processes adds up both over its ranks."""
         return self._skipped.setdefault(split, Skipped())
 
     def _dataset(self, split: str, kind: str, train: bool) -> ShardDataset:

@@ -102,11 +102,8 @@ def _split_name(name: str) -> tuple[str, str] | None:
 
 
 def _named(members: Iterable[Member]) -> Iterator[tuple[str, str, Member]]:
-    """Key, ending and member of every file of a sample.
-
-    Files that share a first-dot key without an image of that name ("photo 2.0.jpg", "IMG.2020.0001.jpg") are split at
-    their last dot instead.
-    """
+    """Key, ending and member of every file of a sample; files that share a first-dot key without an image of that
+    name ("photo 2.0.jpg", "IMG.2020.0001.jpg") are split at their last dot instead."""
     split = ((parts, member) for member in members if (parts := _split_name(member.name)))
     for key, group in groupby(split, lambda entry: entry[0][0]):
         files = [(ending, member) for (_, ending), member in group]
@@ -120,10 +117,7 @@ def _named(members: Iterable[Member]) -> Iterator[tuple[str, str, Member]]:
 
 
 def scan_tar(path: Path, visit: Visit | None = None) -> tuple[ShardInfo, list[str]]:
-    """A tar made by anyone, its headers read first and then all of it: its entry in a manifest, and all keys.
-
-    visit: called with each sample, of which it gets MAX_SAMPLE_BYTES at most.
-    """
+    """Entry in a manifest and keys of a tar made by anyone; `visit` gets MAX_SAMPLE_BYTES of each sample at most."""
     try:
         with open_regular(path) as file:
             if file.read(2) == b"\x1f\x8b":
@@ -256,6 +250,10 @@ class ShardReader:
     def label(self, shard: int, sample: int) -> str:
         """How messages name a sample whose key may be unreadable."""
         return f"{self.names[shard]}[{sample}]"
+
+    def fault(self, shard: int, sample: int, error: Exception) -> str:
+        """Which sample cannot be used and why, in a few words."""
+        return f"{self.label(shard, sample)}: {type(error).__name__}: {str(error)[:200]}"
 
     def _file(self, shard: int) -> IO[bytes]:
         """The open file of a shard; reads give their own offset, so processes may share it."""

@@ -5,8 +5,7 @@ crop of the ADM references, `sr3_area` the SR3 paper's high-resolution images.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
@@ -80,10 +79,6 @@ class Transform:
         """Whether all results have one size."""
         return self.rule not in ("keep", "short_side")
 
-    def record(self) -> dict[str, Any]:
-        """For the manifest, plain types."""
-        return {**asdict(self), "background": list(self.background)}
-
 
 def _scaled(image: Image.Image, size: int) -> tuple[int, int]:
     """Width and height with the short side at `size`."""
@@ -96,13 +91,9 @@ def _centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _resized(image: Image.Image, shape: tuple[int, int], filter: Image.Resampling) -> Image.Image:
-    return image if image.size == shape else image.resize(shape, filter)
-
-
 def _short_side(image: Image.Image, size: int) -> Image.Image:
     """Short side to `size` with antialiased bicubic, nothing cut: for random crops in training."""
-    return _resized(image, _scaled(image, size), Image.Resampling.BICUBIC)
+    return image.resize(_scaled(image, size), Image.Resampling.BICUBIC)
 
 
 def _centre(image: Image.Image, size: int) -> Image.Image:
@@ -111,7 +102,7 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
 
 def _lsun(image: Image.Image, size: int) -> Image.Image:
     """The centre square first, then bicubic."""
-    return _resized(_centre_crop(image, min(image.size)), (size, size), Image.Resampling.BICUBIC)
+    return _centre_crop(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _adm(image: Image.Image, size: int) -> Image.Image:

@@ -7,8 +7,7 @@ from rich.console import Console
 
 from ldmlab.app.progress import bar
 from ldmlab.data.pack_images import FORMATS, Encoding
-from ldmlab.data.scene_parts import CLASSES
-from ldmlab.data.scene_shards import MOST, SceneSettings, write_scenes
+from ldmlab.data.scene_shards import CLASSES, MOST, SceneSettings, write_scenes
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
