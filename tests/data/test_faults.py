@@ -148,7 +148,7 @@ def test_a_field_that_most_lack_is_one_sentence(tmp_path: Path) -> None:
         data(tmp_path).val_dataset()
     index_tars([tar(tmp_path / "a.tar", with_fields(*[{"class_id": 9}] * 10))])
     with pytest.raises(InputError, match=r"data.fields=\['class_id'\]: 10 of 10 samples of data.train=.*class_id '9'"):
-        data(tmp_path, fields=("class_id",)).with_classes(5).train_dataset()
+        data(tmp_path, fields=("class_id",), classes=5).train_dataset()
 
 
 BOXES: list[Any] = [

@@ -155,7 +155,9 @@ def test_an_encoder_that_comes_with_first_weights_is_held_against_the_states(roo
     first = [*of_run(root, "text", "other"), "data.states=false", f"run.dir={root / 'first'}"]
     train(plain(compose("train", [*given, *first])))
     second = [*of_run(root, "text"), f"init_from={root / 'first'}", f"run.dir={root / 'second'}"]
-    with pytest.raises(InputError, match=r"conditioner.text.from_run=.*/clip: its weights are not those that init_from="):
+    with pytest.raises(
+        InputError, match=r"conditioner.text.from_run=.*/clip: its weights are not those that init_from="
+    ):
         train(plain(compose("train", [*given, *second])))
 
 

@@ -4,6 +4,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         check_built(config, plan, chosen)
         if name == "diffusion":
             known = plan.stage.diffusion.conditioners  # type: ignore[union-attr]
-            data = data.with_classes(class_bound(known))  # type: ignore[arg-type]
+            data = replace(data, classes=class_bound(known))  # type: ignore[arg-type]
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config, plan, data)
         _fit(run, {**config, **plan.used}, plan, settings, data, resume or resume_command(run))

@@ -72,15 +72,6 @@ class LatentSettings:
         return tuple(sorted(reads - {"reference"}))  # that is the image itself
 
 
-@dataclass(frozen=True)
-class EncodeResult:
-    """What one process did; `manifest` is None while other processes still have shards to do."""
-
-    encoded: int  # images done now, unreadable ones too
-    kept: int  # images found finished
-    manifest: Manifest | None
-
-
 def encode(
     source: Path | str,
     out: Path | str,
@@ -96,13 +87,16 @@ def encode(
     progress: Progress | None = None,  # (done, total) images of this process
     encode_states: EncodeStates | None = None,  # with settings.states
     option: str = "data.train",  # name of `source` in messages
-) -> EncodeResult:
-    """Encode shards rank, rank + world, ... of `source`; the same call again continues where it stopped."""
+) -> Manifest | None:
+    """Encode shards rank, rank + world, ... of `source`; the same call again continues where it stopped.
+
+    The manifest of all; None while other processes still have shards to do.
+    """
     source, out = Path(source), Path(out)
     manifest = _source_manifest(source, settings, sha256, option)
     _begin(out, {"source": manifest.hash, **asdict(settings)})
     if (out / MANIFEST).exists():
-        return EncodeResult(0, manifest.total, read_manifest(out))
+        return read_manifest(out)
     work = _Work(out, manifest, settings, encode_moments, encode_states, batch_size, f"rank-{rank}")
     with locked(out / FINISHED / f"{work.writer}.lock", f"OUT={out} is being encoded by another process"):
         work.remove_leftovers()
@@ -110,13 +104,13 @@ def encode(
         todo = {shard: info for shard, info in mine.items() if work.finished(info) is None}
         batches = iter(_loader(_Images(source, manifest, settings), todo, batch_size, workers))
         total = sum(info.samples for info in mine.values())
-        kept = done = total - sum(info.samples for info in todo.values())
+        done = total - sum(info.samples for info in todo.values())
         for info in todo.values():
             for encoded in work.encode_shard(info, batches):
                 if progress:
                     progress(done + encoded, total)
             done += info.samples
-        return EncodeResult(done - kept, kept, work.complete(max_bad))
+        return work.complete(max_bad)
 
 
 def _source_manifest(source: Path, settings: LatentSettings, sha256: bool, option: str) -> Manifest:

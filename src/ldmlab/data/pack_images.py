@@ -99,7 +99,12 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
     fields = clean_fields(item.fields)
     if item.span is None:
         content = read_image(Path(item.path))
-        maps = {ending: _read_map(Path(path)) for ending, path in item.maps.items()}
+        maps = {}
+        for ending, path in item.maps.items():
+            try:
+                maps[ending] = read_image(Path(path))
+            except FileNotFoundError:
+                raise ValueError(f"its {Path(path).name} is missing") from None
     else:
         _, sample = read_range(item.path, *item.span)
         image = image_ending(sample)
@@ -110,10 +115,3 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
     if not content:
         raise ValueError("is empty")
     return open_image(content), checked_fields(fields), maps
-
-
-def _read_map(path: Path) -> bytes:
-    try:
-        return read_image(path)
-    except FileNotFoundError:
-        raise ValueError(f"its {path.name} is missing") from None

@@ -134,7 +134,10 @@ def draw_scene(settings: SceneSettings, key: str) -> Scene:
         image.paste(shape, corner, shape)
         labels.paste(class_id + 1, corner, shape.getchannel("A").point(lambda alpha: 255 * (alpha >= _SOLID)))
         boxes.append({"class_id": class_id, "box": place})
-    return Scene(image, labels, boxes, _caption([settings.classes[entry["class_id"]] for entry in boxes], ground))
+    names = [settings.classes[entry["class_id"]] for entry in boxes]
+    spoken = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]  # "two frogs" would need grammar
+    listed = " and ".join([", ".join(spoken[:-1]), spoken[-1]] if len(spoken) > 1 else spoken)
+    return Scene(image, labels, boxes, f"{listed} on {ground}")
 
 
 def _place(rng: random.Random, shape: tuple[int, int], size: int, taken: Sequence[Box]) -> Box | None:
@@ -152,13 +155,6 @@ def _shared(first: Box, second: Box) -> float:
     """Area that two boxes have in common."""
     sides = [min(first[axis + 2], second[axis + 2]) - max(first[axis], second[axis]) for axis in (0, 1)]
     return max(sides[0], 0.0) * max(sides[1], 0.0)
-
-
-def _caption(names: list[str], ground: str) -> str:
-    """ "a fox, two frogs" would need grammar: every object is named by itself."""
-    spoken = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
-    listed = " and ".join([", ".join(spoken[:-1]), spoken[-1]] if len(spoken) > 1 else spoken)
-    return f"{listed} on {ground}"
 
 
 def scene_part(items: Sequence[Item], settings: SceneSettings, encoding: Encoding) -> Part:

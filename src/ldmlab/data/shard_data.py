@@ -41,7 +41,7 @@ class ShardData:
     states: bool = True  # read states stored with the latents, instead of running the encoder that made them
     task: Task | None = None  # set by `with_task`
     stored: tuple[str, ...] = ()  # conditioners whose states are read; set by `with_states`
-    classes: int | None = None  # bound of class_id; set by `with_classes`
+    classes: int | None = None  # bound of class_id: samples whose class is not below it are bad ones
     _val: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
     _skipped: dict[str, Skipped] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -61,10 +61,6 @@ class ShardData:
             return self
         there = stored_states(self.manifest("train", "latents"))
         return replace(self, stored=tuple(name for name in conditioners if name in there))
-
-    def with_classes(self, classes: int | None) -> "ShardData":
-        """The same data, where samples whose class_id is not below `classes` are bad ones."""
-        return replace(self, classes=classes)
 
     @property
     def kind(self) -> str:

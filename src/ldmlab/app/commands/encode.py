@@ -78,7 +78,7 @@ def _encode_split(
     from ldmlab.data.encode_shards import encode
 
     with bar(f"encoding {split}", "images", Console(stderr=True, quiet=rank > 0)) as advance:
-        result = encode(
+        manifest = encode(
             data.folder(split, "images"),
             out,
             lambda images: moments_of(loaded.module, images),
@@ -93,8 +93,8 @@ def _encode_split(
             progress=advance,
             encode_states=states_encoder(conditioners, config["mirror"]) if conditioners else None,
         )
-    if rank == 0 and result.manifest and result.manifest.latents:
-        print(f"{out}: {_summary(result.manifest, result.manifest.latents, conditioners)}")
+    if rank == 0 and manifest and manifest.latents:
+        print(f"{out}: {_summary(manifest, manifest.latents, conditioners)}")
 
 
 def _summary(manifest: "Manifest", latents: dict[str, Any], conditioners: dict[str, Any]) -> str:
