@@ -60,7 +60,7 @@ def load(
     from ldmlab.inference.model import LoadedModel
 
     allow(plugins)
-    files = _of_kind(read_model(path, weights), "latent_diffusion")
+    files = _read(path, weights, "latent_diffusion")
     with building(files, trust=trust):
         model = build_latent_diffusion(files.spec, trust=trust)
     fill_latent_diffusion(model, files)
@@ -136,17 +136,14 @@ def _no_larger_than(files: ModelFiles) -> Iterator[None]:
 def build_latent_diffusion(spec: Mapping[str, Any], *, trust: bool = False) -> "LatentDiffusion":
     """The model that `model.yaml` describes, with fresh weights."""
     parts = {
-        "first_stage": instantiate(spec["first_stage"], where="first_stage", trust=trust),
-        "latent_scale": instantiate(spec["latent_scale"], where="latent_scale", trust=trust),
-        "backbone": instantiate(spec["backbone"], where="backbone", trust=trust),
-        "conditioners": {
-            name: instantiate(node, where=f"conditioner.{name}", trust=trust)
-            for name, node in spec["conditioners"].items()
-        },
-        "guidance_trained": spec.get("guidance_trained"),
-        "task": instantiate(spec["task"], where="task", trust=trust) if spec.get("task") else None,
+        name: instantiate(spec[name], where=name, trust=trust) for name in ("first_stage", "latent_scale", "backbone")
     }
-    return instantiate(spec["diffusion"], where="diffusion", trust=trust, **parts)
+    parts["conditioners"] = {
+        name: instantiate(node, where=f"conditioner.{name}", trust=trust) for name, node in spec["conditioners"].items()
+    }
+    parts["task"] = instantiate(spec["task"], where="task", trust=trust) if spec.get("task") else None
+    guidance = spec.get("guidance_trained")
+    return instantiate(spec["diffusion"], where="diffusion", trust=trust, guidance_trained=guidance, **parts)
 
 
 def fill_latent_diffusion(model: "LatentDiffusion", files: ModelFiles) -> None:
@@ -165,14 +162,8 @@ def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirst
     files = read_model(path, weights)
     if "first_stage" not in files.spec:
         raise InputError(f"{path} is of kind {files.spec['kind']} and has no first stage; give another run.")
-    with building(files):
-        module = instantiate(files.spec["first_stage"], where="first_stage")
-    if module.state_dict():
-        load_exactly(module, _part(files, "first_stage"), f"{path} (first_stage)")
-    module.eval().requires_grad_(False)
-    return LoadedFirstStage(
-        module, files.spec["first_stage"], files.spec["image_size"], fingerprint(module.state_dict()), files
-    )
+    module, spec = _frozen(files, "first_stage", path), files.spec
+    return LoadedFirstStage(module, spec["first_stage"], spec["image_size"], fingerprint(module.state_dict()), files)
 
 
 @torch.no_grad()
@@ -184,7 +175,7 @@ def moments_of(first_stage: Any, images: torch.Tensor) -> torch.Tensor:
 
 def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:
     """Description and weights of a CLIP run."""
-    return _of_kind(read_model(path, weights), "clip")
+    return _read(path, weights, "clip")
 
 
 def load_clip(path: Path | str, weights: str = "averaged") -> "OpenClip":
@@ -207,11 +198,8 @@ class LoadedClassifier:
 
 def load_classifier(path: Path | str, weights: str = "averaged") -> LoadedClassifier:
     """The classifier of a stage=classifier run; float32, on the CPU."""
-    files = _of_kind(read_model(path, weights), "classifier")
-    with building(files):
-        module = instantiate(files.spec["classifier"], where="classifier")
-    load_exactly(module, _part(files, "classifier"), f"{path} (classifier)")
-    return LoadedClassifier(module.eval().requires_grad_(False), files.spec)
+    files = _read(path, weights, "classifier")
+    return LoadedClassifier(_frozen(files, "classifier", path), files.spec)
 
 
 def pick_device(name: str) -> torch.device:
@@ -229,10 +217,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _of_kind(files: ModelFiles, kind: str) -> ModelFiles:
+def _read(path: Path | str, weights: str, kind: str) -> ModelFiles:
+    files = read_model(path, weights)
     if files.spec["kind"] != kind:
         raise InputError(f"{files.folder} is a model of kind {files.spec['kind']}, not {kind}; give another run.")
     return files
+
+
+def _frozen(files: ModelFiles, name: str, path: Path | str) -> nn.Module:
+    """The part `name` with its weights, for use."""
+    with building(files):
+        module: nn.Module = instantiate(files.spec[name], where=name)
+    if module.state_dict():
+        load_exactly(module, _part(files, name), f"{path} ({name})")
+    return module.eval().requires_grad_(False)
 
 
 def _part(files: ModelFiles, name: str) -> dict[str, torch.Tensor]:

@@ -240,17 +240,12 @@ def mean_gradients(parameters: list[torch.nn.Parameter]) -> None:
     for parameter in parameters:  # a process whose micro-batches did not reach a parameter must still take part
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    bucket: list[Tensor] = []
+    buckets: list[list[Tensor]] = []
     for gradient in [p.grad for p in parameters if p.grad is not None]:
-        bucket.append(gradient)
-        if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
-            _mean_bucket(bucket)
-            bucket = []
-    if bucket:
-        _mean_bucket(bucket)
-
-
-def _mean_bucket(gradients: list[Tensor]) -> None:
-    flat = mean_(torch.cat([g.reshape(-1) for g in gradients]))
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+        if not buckets or sum(g.numel() for g in buckets[-1]) >= _BUCKET_ELEMENTS:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    for bucket in buckets:
+        flat = mean_(torch.cat([g.reshape(-1) for g in bucket]))
+        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -23,8 +23,6 @@ TARGETS: dict[str, str] = {
     "ldmlab.metrics.together.inception_and_clip": "ldmlab.metrics.features.inception_and_clip",
 }
 
-OPTIONS: dict[str, dict[str, str]] = {}  # `_target_` now => {argument then: argument now}
-
 VALUES: dict[tuple[str, str], dict[Any, Any]] = {  # (`_target_` now, argument now) => {value then: value now}
     ("ldmlab.diffusion.schedule.Schedule", "name"): {"linear": "scaled_linear", "sqrt_linear": "linear"},
     ("ldmlab.losses.autoencoder_loss.AutoencoderLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
@@ -37,11 +35,9 @@ METRICS: dict[str, str] = {  # prefix of a column of metrics.csv or of a checkpo
     "held_out/": "val/",
     "speed/pictures_per_second": "speed/images_per_second",
     "pictures": "images",
-    **{
-        f"{kind}/{then}": f"{kind}/{now}" for kind in ("gradient_norm", "learning_rate") for then, now in GROUPS.items()
-    },
+    **{f"gradient_norm/{then}": f"gradient_norm/{now}" for then, now in GROUPS.items()},
+    **{f"learning_rate/{then}": f"learning_rate/{now}" for then, now in GROUPS.items()},
 }
-
 
 CONFIG: dict[str, str] = {  # dotted key of a run's config.yaml then => last part of it now
     "stage.guidance": "guidance_scale",
@@ -130,15 +126,11 @@ def node(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     target = TARGETS.get(str(value.get("_target_")), value.get("_target_"))
-    names = OPTIONS.get(str(target), {})
-    result = {names.get(key, key): node(part) for key, part in value.items()}
-    if "_target_" in value:
-        result["_target_"] = target
-    for name, part in result.items():
+    result = {}
+    for name, part in value.items():
         known = VALUES.get((str(target), str(name)), {})
-        if isinstance(part, str) and part in known:
-            result[name] = known[part]
-    return result
+        result[name] = known[part] if isinstance(part, str) and part in known else node(part)
+    return {**result, "_target_": target} if "_target_" in value else result
 
 
 def checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,11 +156,8 @@ def metric(name: str) -> str:
 def manifest(content: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of shards of format 1 with today's keys."""
     renamed = {("image_size" if key == "picture_size" else key): value for key, value in content.items()}
-    latents = renamed.get("latents")
-    if isinstance(latents, Mapping):
-        statistics = latents.get("statistics")
-        if isinstance(statistics, Mapping):
-            statistics = {("images" if key == "pictures" else key): value for key, value in statistics.items()}
+    if isinstance(latents := renamed.get("latents"), Mapping):
+        statistics = _renamed(latents.get("statistics"), {"pictures": "images"})
         renamed["latents"] = {**node(latents), "statistics": statistics}
     return renamed
 

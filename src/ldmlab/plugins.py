@@ -9,7 +9,8 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -30,7 +31,15 @@ def allow(names: Any, option: str = "plugins") -> None:
             )
         if name in sys.stdlib_module_names:
             raise InputError(f"{option}={name} is a module of Python itself, no package of parts; leave it out.")
-        _import(name, option)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise InputError(f"{option}={name} cannot be imported: it needs {error.name}; install that.") from error
+            raise InputError(
+                f"{option}={name} is not installed; run `pip install {name.replace('_', '-')}`, or put its folder on "
+                "PYTHONPATH."
+            ) from error
         _ALLOWED.add(name)
 
 
@@ -44,25 +53,10 @@ def _listed(names: Any, option: str) -> list[str]:
     return list(names)
 
 
-def _import(name: str, option: str) -> None:
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise InputError(f"{option}={name} cannot be imported: it needs {error.name}; install that.") from error
-        raise InputError(
-            f"{option}={name} is not installed; run `pip install {name.replace('_', '-')}`, or put its folder on "
-            "PYTHONPATH."
-        ) from error
-
-
 def is_allowed(package: str) -> bool:
     """Whether classes of this top-level package may be named by files."""
-    return package in _ALLOWED or package in _by_environment() or package in _by_entry_point()
-
-
-def _by_environment() -> list[str]:
-    return _listed(os.environ.get(VARIABLE, ""), VARIABLE)
+    by_variable = _listed(os.environ.get(VARIABLE, ""), VARIABLE)
+    return package in _ALLOWED or package in by_variable or package in _by_entry_point()
 
 
 @cache
@@ -75,10 +69,9 @@ def how_to_allow(package: str) -> str:
     """The end of a sentence that refuses a package."""
     if package in sys.stdlib_module_names:
         return "no file may name it."
-    try:
+    found = False
+    with suppress(ImportError, ValueError):
         found = importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        found = False
     allowing = f"plugins=[{package}] (--plugins {package} after `ldmlab sample` and the like, or {VARIABLE}={package})"
     if found:
         return f"if you trust that package, allow it with {allowing}."
@@ -97,24 +90,17 @@ def versions(packages: Iterable[str] | None = None) -> dict[str, str]:
 
 def _version(package: str) -> str:
     for distribution in importlib.metadata.packages_distributions().get(package, [package]):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return str(getattr(importlib.import_module(package), "__version__", "unknown"))
 
 
 def named_in(value: Any) -> set[str]:
     """Packages other than ldmlab that the `_target_`s inside a description name."""
-    return {target.partition(".")[0] for target in _targets(value)} - {"ldmlab"}
-
-
-def _targets(value: Any) -> Iterator[str]:
+    if not isinstance(value, list | tuple | Mapping):
+        return set()
+    own: set[str] = set()
     if isinstance(value, Mapping):
-        if isinstance(value.get("_target_"), str):
-            yield value["_target_"]
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return
-    for part in value:
-        yield from _targets(part)
+        target, value = value.get("_target_"), value.values()
+        own = {target.partition(".")[0]} - {"ldmlab"} if isinstance(target, str) else own
+    return own.union(*map(named_in, value))

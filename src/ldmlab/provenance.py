@@ -4,22 +4,14 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ldmlab import plugins
 
-_PACKAGES = (
-    "ldmlab",
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "webdataset",
-    "open_clip_torch",
-    "numpy",
-    "Pillow",
-)
+_PACKAGES = ("ldmlab", "torch", "torchvision", "pytorch-lightning", "webdataset", "open_clip_torch", "numpy", "Pillow")
 
 
 def provenance() -> dict[str, Any]:
@@ -27,28 +19,24 @@ def provenance() -> dict[str, Any]:
 
     `plugins`: packages from outside of which this process has built parts so far.
     """
+    packages = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": packages,
         **({"plugins": versions} if (versions := plugins.versions()) else {}),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _commit() -> str | None:
     """The commit of the checkout this code runs from; None for an installed wheel."""
-    root = Path(__file__).parent
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         result = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
