@@ -107,24 +107,22 @@ def building(files: ModelFiles, *, trust: bool = False) -> Iterator[None]:
 def _no_larger_than(files: ModelFiles) -> Iterator[None]:
     """Refuse a description that needs far more memory than the stored weights, before it is allocated."""
     tensors = [tensor for part in files.parts.values() for tensor in part.values()]
-    values, modules = 4 * sum(t.numel() for t in tensors) + _SPARE_VALUES, 4 * len(tensors) + _SPARE_MODULES
-    count = {"values": 0, "modules": 0}
+    largest = {
+        "values": 4 * sum(tensor.numel() for tensor in tensors) + _SPARE_VALUES,
+        "modules": 4 * len(tensors) + _SPARE_MODULES,
+    }
+    count = dict.fromkeys(largest, 0)
 
-    def add(kind: str, number: int, largest: int) -> None:
+    def added(module: nn.Module, name: str, new: torch.Tensor | nn.Module | None) -> None:
+        kind, number = ("values", new.numel()) if isinstance(new, torch.Tensor) else ("modules", int(new is not None))
         count[kind] += number
-        if count[kind] > largest:
-            raise InputError(f"the model described is far larger than its weights (over {largest:,} {kind}).")
-
-    def tensor_added(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-        add("values", 0 if tensor is None else tensor.numel(), values)
-
-    def module_added(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        add("modules", 1, modules)
+        if count[kind] > largest[kind]:
+            raise InputError(f"the model described is far larger than its weights (over {largest[kind]:,} {kind}).")
 
     handles = [
-        registration.register_module_parameter_registration_hook(tensor_added),
-        registration.register_module_buffer_registration_hook(tensor_added),
-        registration.register_module_module_registration_hook(module_added),
+        registration.register_module_parameter_registration_hook(added),
+        registration.register_module_buffer_registration_hook(added),
+        registration.register_module_module_registration_hook(added),
     ]
     try:
         yield
@@ -225,7 +223,6 @@ def _read(path: Path | str, weights: str, kind: str) -> ModelFiles:
 
 
 def _frozen(files: ModelFiles, name: str, path: Path | str) -> nn.Module:
-    """The part `name` with its weights, for use."""
     with building(files):
         module: nn.Module = instantiate(files.spec[name], where=name)
     if module.state_dict():

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate
 
 import jinja2
 from markupsafe import Markup
@@ -187,11 +188,8 @@ def _smoothed(points: Points) -> list[tuple[float, float]]:
     """Running mean over a thirtieth of the line; short lines are unchanged."""
     if len(points) < 40:
         return []
-    half = max(len(points) // 60, 1)
-    total = [0.0]
-    for _, y in points:
-        total.append(total[-1] + y)
-    found = []
+    half, found = max(len(points) // 60, 1), []
+    total = [0.0, *accumulate(y for _, y in points)]
     for i, (x, _) in enumerate(points):
         left, right = max(i - half, 0), min(i + half + 1, len(points))
         found.append((x, (total[right] - total[left]) / (right - left)))

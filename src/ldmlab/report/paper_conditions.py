@@ -1,6 +1,7 @@
 """What a measurement of ours differs in from the paper's, and what keeps it out of the paper's tables."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ldmlab.data.manifest import read_manifest
@@ -84,20 +85,13 @@ def _sampling(ours: Mapping[str, Any], guiders: Mapping[str, Any], theirs: Mappi
 
 def barred(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Why a result may not enter a table: it must name its reference by hash, the one pinned and the one there."""
-    used = result["reference"].get("manifest_hash")
+    used, folder = result["reference"].get("manifest_hash"), result["reference"].get("folder")
     if used is None:
         return ("the result does not record the hash of its reference images",)
     found = []
     if result["protocol"].get("reference_hash") not in (None, used):
         found.append("compared with other images than the protocol pins (manifest hash)")
-    if _present_hash(result["reference"].get("folder")) not in (None, used):
-        found.append("the reference shards have changed since (manifest hash)")
+    with suppress(InputError):  # the shards are no longer there
+        if folder is not None and read_manifest(folder).hash != used:
+            found.append("the reference shards have changed since (manifest hash)")
     return tuple(found)
-
-
-def _present_hash(folder: str | None) -> str | None:
-    """Of the manifest that lies there now; None where it is missing."""
-    try:
-        return None if folder is None else read_manifest(folder).hash
-    except InputError:
-        return None

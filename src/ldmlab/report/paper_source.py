@@ -14,14 +14,15 @@ PARAMETERS = "n_params"
 
 
 @cache
-def _content() -> dict[str, Any]:
+def source() -> dict[str, Any]:
+    """All of it: tables | extra | conflicts, and column_titles | our_scores | conditions of ours."""
     return yaml.safe_load(Path(__file__).with_name("paper_tables.yaml").read_text(encoding="utf-8"))
 
 
 @cache
 def paper_tables() -> dict[str, dict[str, Any]]:
     """All tables by name, such as text2img/coco-256."""
-    return _content()["tables"] | _content()["extra"]
+    return source()["tables"] | source()["extra"]
 
 
 def known_table(name: str, option: str = "protocol.paper_table=") -> dict[str, Any]:
@@ -36,18 +37,8 @@ def known_table(name: str, option: str = "protocol.paper_table=") -> dict[str, A
 
 def conditions_of(name: str) -> dict[str, Any]:
     """Known conditions of a table's measurement: samples | split | rule | images | whole."""
-    known = _content()["conditions"]
+    known = source()["conditions"]
     return known.get(name) or known.get(name.split("/")[0], {})
-
-
-def column_title(column: str) -> str:
-    """As printed in a table."""
-    return str(_content()["column_titles"][column])
-
-
-def our_score(table: str, column: str) -> str:
-    """The score of ours that a column of the table shows."""
-    return str(_content()["our_scores"].get(table.split("/")[0], {}).get(column, column))
 
 
 def amount(parameters: float) -> str:
@@ -96,7 +87,7 @@ def remarks(name: str) -> tuple[str, ...]:
             if footnote:
                 marked.setdefault(footnote, []).append(row["method"])
     found += [f"{', '.join(names)}: {footnote}" for footnote, names in marked.items()]
-    for conflict in _content()["conflicts"].values():
+    for conflict in source()["conflicts"].values():
         if name in conflict["tables"]:
             printed = [
                 f"{value['origin']}: {', '.join(f'{key} {text}' for key, text in value.items() if key != 'origin')}"

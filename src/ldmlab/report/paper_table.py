@@ -8,15 +8,7 @@ from typing import Any
 from ldmlab.errors import InputError
 from ldmlab.report.metrics_json import repeat_line
 from ldmlab.report.paper_conditions import barred, reasons
-from ldmlab.report.paper_source import (
-    PARAMETERS,
-    amount,
-    column_title,
-    known_table,
-    methods,
-    our_score,
-    remarks,
-)
+from ldmlab.report.paper_source import PARAMETERS, amount, known_table, methods, remarks, source
 from ldmlab.report.rows import ARROW, DASH, Row, Table
 
 
@@ -46,12 +38,16 @@ class PaperTable:
 def place(name: str, result: Mapping[str, Any] | None, row: str | None = None, bucket: str | None = None) -> PaperTable:
     """The table `name` with the row of a record (None: without), compared with its row of the id `row`.
 
-    bucket: the scores of one size of hole.
+    bucket: the scores of one size of hole. Without `row` it is the paper's own where there is just one.
     """
     table = known_table(name)
     directions = {column: kind for column, kind in table["directions"].items() if not column.endswith("_std")}
     names, printed = methods(table["rows"]), [_printed(entry, list(directions)) for entry in table["rows"]]
-    against = _row(name, table, row)
+    by_id = {entry["id"]: entry for entry in table["rows"]}
+    if row is not None and row not in by_id:
+        raise InputError(f"protocol.paper_row={row} is no row of {name}, which has {', '.join(by_id)}.")
+    own = [entry for entry in table["rows"] if entry["is_ldm"]] if row is None else [by_id[row]]
+    against = own[0] if len(own) == 1 else None
     whole = PaperTable(
         name=name,
         title=f"{table['title']} ({table['paper_table']})" if "paper_table" in table else table["title"],
@@ -71,45 +67,28 @@ def _with_ours(
     table: PaperTable, result: Mapping[str, Any], against: Mapping[str, Any] | None, bucket: str | None
 ) -> PaperTable:
     """Our numbers with their spread and as many decimals as the most exact of the column, and theirs subtracted."""
-    values, spreads = _measured(result, bucket)
+    scores, model = result["scores"] if bucket is None else result["buckets"][bucket]["scores"], result["model"]
+    values = {name: score["value"] for name, score in scores.items()}
+    if bucket is None and (rate := result["sampling"].get("images_per_second")) is not None:
+        values |= {"images_per_second": rate, f"sampling_{result['reference']['image_size']}_per_second": rate}
+    if bucket is None and (count := model.get("parameters")) is not None:
+        values |= {PARAMETERS: count, "all_parameters": count + model["first_stage_parameters"]}
+    called = source()["our_scores"].get(table.name.split("/")[0], {})
     ours, deltas = {}, {}
     for column in table.columns:
-        score = our_score(table.name, column)
+        score = called.get(column, column)
         if (value := values.get(score)) is None:
             continue
         numbers = [word for *_, row in table.rows for word in row.get(column, "").split() if word[0].isdigit()]
         places = max((len(number.partition(".")[2]) for number in numbers), default=2)
         text = amount(value) if column == PARAMETERS else f"{value:.{places}f}"
-        spread = spreads.get(score)
+        spread = scores.get(score, {}).get("spread")
         ours[column] = text if spread is None else f"{text} ± {spread:.{places}f}"
         if against is not None and column in against["metrics"] and column != PARAMETERS:
             deltas[column] = f"{value - against['metrics'][column]:+.{places}f}"
-    method = Path(str(result["model"].get("path", "this model"))).name
+    method = Path(str(model.get("path", "this model"))).name
     why = reasons(table.name, result, values, against)
     return replace(table, ours=(method, ours), reasons=why, deltas=deltas, barred=barred(result))
-
-
-def _measured(result: Mapping[str, Any], bucket: str | None) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Values and spreads by name; of the whole evaluation also speed and size."""
-    scores = result["scores"] if bucket is None else result["buckets"][bucket]["scores"]
-    values = {name: score["value"] for name, score in scores.items()}
-    model, size = result["model"], result["reference"]["image_size"]
-    if bucket is None and (rate := result["sampling"].get("images_per_second")) is not None:
-        values |= {"images_per_second": rate, f"sampling_{size}_per_second": rate}
-    if bucket is None and (count := model.get("parameters")) is not None:
-        values |= {PARAMETERS: count, "all_parameters": count + model["first_stage_parameters"]}
-    return values, {name: score.get("spread") for name, score in scores.items()}
-
-
-def _row(name: str, table: Mapping[str, Any], row: str | None) -> Mapping[str, Any] | None:
-    """The row with the id `row`, or the paper's own where there is just one."""
-    if row is not None:
-        by_id = {entry["id"]: entry for entry in table["rows"]}
-        if row not in by_id:
-            raise InputError(f"protocol.paper_row={row} is no row of {name}, which has {', '.join(by_id)}.")
-        return by_id[row]
-    own = [entry for entry in table["rows"] if entry["is_ldm"]]
-    return own[0] if len(own) == 1 else None
 
 
 def _printed(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
@@ -171,5 +150,6 @@ def filled_table(name: str, entries: Sequence[tuple[Mapping[str, Any], str | Non
         notes += [f"{mark} {method} cannot be compared: {'; '.join(one.reasons)}."] if mark else []
         notes += [f"{method}: in brackets, ours minus {one.against} of the paper."] if one.deltas else []
         notes.append(f"To repeat {method}: {repeat_line(result)}")
-    columns = tuple(f"{column_title(c)} {ARROW[kind]}".strip() for c, kind in first.directions.items())
+    titles = source()["column_titles"]
+    columns = tuple(f"{titles[column]} {ARROW[kind]}".strip() for column, kind in first.directions.items())
     return Table(first.title, columns, tuple(rows), tuple(notes))

@@ -5,7 +5,7 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldmlab.files import write_text
 from ldmlab.report.line_chart import Chart
-from ldmlab.report.rows import Page, Row, Section, Table
+from ldmlab.report.rows import Page, Section, Table
 
 _MOST_PIXELS = 64_000_000  # of an image that is embedded
 _FORMATS = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "JPEG": "jpeg"}
@@ -86,28 +86,19 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 def as_text(tables: Sequence[Table]) -> str:
     """Aligned columns; our rows begin with >, the paper's own with *."""
-    return "\n\n".join(map(_text, tables)) + "\n"
-
-
-def _text(table: Table) -> str:
-    lead = {"ours": "> ", "paper": "* ", "theirs": "  "}
-    lines = [(f"  {table.head}", *table.columns)]
-    lines += [(lead[row.kind] + _marked(row), *row.cells) for row in table.rows]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    printed = [
-        "  ".join(
-            cell.rjust(width) if place and not table.text else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    rule = "-" * max(map(len, printed))
-    body = [printed[0].rstrip(), rule, *(line.rstrip() for line in printed[1:]), rule]
-    return "\n".join([table.title, rule, *body, *table.notes])
-
-
-def _marked(row: Row) -> str:
-    return f"{row.label} {row.mark}".strip()
+    lead, parts = {"ours": "> ", "paper": "* ", "theirs": "  "}, []
+    for table in tables:
+        lines = [(f"  {table.head}", *table.columns)]
+        lines += [(lead[row.kind] + f"{row.label} {row.mark}".strip(), *row.cells) for row in table.rows]
+        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+        side, printed = "<" if table.text else ">", []
+        for name, *cells in lines:
+            padded = [f"{cell:{side}{width}}" for cell, width in zip(cells, others, strict=True)]
+            printed.append("  ".join([f"{name:<{first}}", *padded]))
+        rule = "-" * max(map(len, printed))
+        head, *body = (line.rstrip() for line in printed)
+        parts.append("\n".join([table.title, rule, head, rule, *body, rule, *table.notes]))
+    return "\n\n".join(parts) + "\n"
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
@@ -127,12 +118,7 @@ def as_html(tables: Sequence[Table]) -> str:
     return html(Page("Results", f"{len(tables)} tables.", [Section(table.title, [table]) for table in tables]))
 
 
-FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
-    "text": as_text,
-    "md": as_markdown,
-    "latex": as_latex,
-    "html": as_html,
-}
+FORMATS = {"text": as_text, "md": as_markdown, "latex": as_latex, "html": as_html}
 
 
 # ---- templates
@@ -153,38 +139,28 @@ def _template(name: str) -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
         **tex,  # type: ignore[arg-type]
     )
-    environment.filters |= {"code": _code, "md": _md, "note": _note, "cell": _cell, "link": _link, "latex": latex}
-    environment.filters["image"] = _image
+    environment.filters |= {
+        "code": lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))),
+        "md": lambda text: _one_line(text, r"\\`\[\]<"),  # no HTML, links or images of its own
+        "note": lambda text: _one_line(text, r"\\\[\]<"),  # the same, but `code` stays
+        "cell": lambda text: _one_line(text, r"\\\[\]<|"),
+        "link": lambda file: re.sub(r"[<>\n]", "", str(file)),
+        "latex": latex,
+        "image": _image,
+        "kind": lambda block: type(block).__name__.lower(),
+    }
     environment.tests["marked"] = lambda note: note.startswith("†")
     return environment.get_template(name)
+
+
+def _one_line(text: str, special: str) -> str:
+    """Markdown of one line, with the special characters escaped."""
+    return re.sub(f"([{special}])", r"\\\1", " ".join(str(text).split()))
 
 
 def latex(text: str) -> str:
     """With LaTeX's special characters escaped."""
     return "".join(_LATEX.get(character, character) for character in text)
-
-
-def _code(text: str) -> Markup:
-    """`x` as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-def _md(text: str) -> str:
-    """One line of Markdown without HTML, links or images of its own."""
-    return re.sub(r"([\\`\[\]<])", r"\\\1", " ".join(str(text).split()))
-
-
-def _note(text: str) -> str:
-    """The same, but `code` stays."""
-    return re.sub(r"([\\\[\]<])", r"\\\1", " ".join(str(text).split()))
-
-
-def _cell(text: str) -> str:
-    return _note(text).replace("|", "\\|")
-
-
-def _link(file: str) -> str:
-    return re.sub(r"[<>\n]", "", str(file))
 
 
 def _image(folder: Path, file: str, pixels: int | None) -> str:

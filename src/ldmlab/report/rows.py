@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from ldmlab.report.line_chart import Chart
 
@@ -26,7 +25,6 @@ class Row:
 class Table:
     """A title, column heads, rows and the notes below."""
 
-    kind: ClassVar[str] = "table"
     title: str
     columns: Sequence[str]
     rows: Sequence[Row]
@@ -44,7 +42,6 @@ class Table:
 class Text:
     """A paragraph."""
 
-    kind: ClassVar[str] = "text"
     text: str
     stamp: bool = False  # a label in colour
 
@@ -53,7 +50,6 @@ class Text:
 class Charts:
     """Charts in a row, those of `more` collapsed."""
 
-    kind: ClassVar[str] = "charts"
     charts: Sequence[Chart]
     more: Sequence[Chart] = ()
     title: str = ""
@@ -73,7 +69,6 @@ class Card:
 class Gallery:
     """Cards of images; `style`: cards | pairs | rows | thumbnails | wide | small."""
 
-    kind: ClassVar[str] = "gallery"
     folder: Path
     cards: Sequence[Card]
     style: str = "cards"
@@ -85,7 +80,6 @@ class Gallery:
 class Fold:
     """Blocks in a collapsed section."""
 
-    kind: ClassVar[str] = "fold"
     title: str
     blocks: "Sequence[Block]"
 

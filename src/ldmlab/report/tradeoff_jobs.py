@@ -55,9 +55,8 @@ def read_job(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no {RECORD}; {_AGAIN}") from None
     with reading(folder / RECORD, "points", _AGAIN):
         for point in found["points"]:
-            point["scores"] = {
-                name: {**score, "value": float(score["value"])} for name, score in point["scores"].items()
-            }
+            for score in point["scores"].values():
+                score["value"] = float(score["value"])
     return found | {"folder": str(folder)}
 
 

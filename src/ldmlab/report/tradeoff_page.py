@@ -36,18 +36,16 @@ TRAINING: dict[str, Axis] = {
 _AT_EQUAL_COST = [name for name in TRAINING if name != "wall-clock"]  # which is device time where there is one device
 SAMPLING: dict[str, Axis] = {
     "sampling time": ("seconds an image", lambda job, p: job["seconds_per_image"].get(str(p["sampler_steps"]))),
-    "sampling compute": (
-        "1e9 FLOPs an image",
-        lambda job, point: (job["forward"] * point["sampler_steps"] * _calls(job) + job["decoder"]) / 1e9,
-    ),
+    "sampling compute": ("1e9 FLOPs an image", lambda job, point: _flops(job, point["sampler_steps"]) / 1e9),
     "sampler steps": ("steps", lambda _, point: point["sampler_steps"]),
 }
 _COLOURS = {f"f{2**n}": COLOURS[n] for n in range(6)}  # a factor has the same colour on every chart
 
 
-def _calls(job: Mapping[str, Any]) -> int:
-    """Evaluations of the network a step: two with guidance."""
-    return 1 if job["protocol"].get("guidance_scale") in (None, 1, 1.0) else 2
+def _flops(job: Mapping[str, Any], sampler_steps: int) -> float:
+    """Of an image; with guidance the network is evaluated twice a step."""
+    calls = 1 if job["protocol"].get("guidance_scale") in (None, 1, 1.0) else 2
+    return job["forward"] * sampler_steps * calls + job["decoder"]
 
 
 def write_tradeoff(folders: Sequence[Path], out: Path) -> Path:
