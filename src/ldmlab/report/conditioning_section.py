@@ -61,27 +61,25 @@ def conditioning(result: Mapping[str, Any]) -> list[Section]:
 
 def _classes(found: Mapping[str, Any]) -> Table:
     training = found.get("training_captions")
-    others = training["classes"] if training else [None] * len(found["classes"])
-    rows = []
-    for one, other in zip(found["classes"], others, strict=True):
-        if one["real_count"] or one["samples_count"]:
-            parts = [(one, "real"), (one, "samples"), *([(other, "samples")] if other else [])]
-            cells = [
-                DASH if part[kind] is None else f"{share_text(part[kind])} of {part[f'{kind}_count']:,}"
-                for part, kind in parts
-            ]
-            rows.append(Row("theirs", str(one["name"]), cells))
-    means = [share_text(found["real"]), share_text(found["samples"])]
-    columns = ["held-out real images", "samples, validation captions" if training else "samples"]
+    columns = {"held-out real images": (found, "real"), "samples": (found, "samples")}
     if training:
-        means.append(share_text(training["samples"]))
-        columns.append("samples, training captions")
+        columns["samples, validation captions"] = columns.pop("samples")
+        columns["samples, training captions"] = (training, "samples")
+    rows = []
+    for classes in zip(*(part["classes"] for part, _ in columns.values()), strict=True):
+        if classes[0]["real_count"] or classes[0]["samples_count"]:
+            numbers = [
+                (one[kind], one[f"{kind}_count"]) for one, (_, kind) in zip(classes, columns.values(), strict=True)
+            ]
+            cells = [DASH if share is None else f"{share_text(share)} of {count:,}" for share, count in numbers]
+            rows.append(Row("theirs", str(classes[0]["name"]), cells))
+    rows.append(Row("ours", "mean over classes", [share_text(part[kind]) for part, kind in columns.values()]))
     notes = [found["how"]]
     if found.get("shuffled") is not None:
         exchanged = share_text(found["shuffled"])
         notes.append(f"The same samples with conditions exchanged between them: {exchanged}.")
     notes += [f"Guessing reaches {share_text(found['chance'])}."] if found["chance"] is not None else []
-    return Table("", columns, [*rows, Row("ours", "mean over classes", means)], notes, "class")
+    return Table("", list(columns), rows, notes, "class")
 
 
 def _examples(found: Mapping[str, Any], folder: Path) -> list[Block]:

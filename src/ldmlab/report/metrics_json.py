@@ -86,7 +86,7 @@ def full_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def folder_name(result: Mapping[str, Any]) -> str:
-    """Of the model."""
+    """The name of the model's folder."""
     return Path(str(result["model"].get("path", "model"))).name
 
 

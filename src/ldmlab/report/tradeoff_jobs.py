@@ -218,12 +218,12 @@ def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
     Where runs of several lengths have a score, each seed of each length counts once; a deviation would mix seeds with
     lengths, so there is none.
     """
-    points: dict[str, dict[float, list[Value]]] = defaultdict(lambda: defaultdict(list))
-    for label, runs in _labelled(factors):
-        for at, value in runs.training_curve(score, x):
-            points[label][at].append(value)
-    curves: dict[str, Curve] = {label: [] for label in points}
-    for label, places in points.items():
+    curves: dict[str, Curve] = {}
+    for label, by_run in _curves(factors, score, x).items():
+        places: dict[float, list[Value]] = defaultdict(list)
+        for at, value in (point for curve in by_run for point in curve):
+            places[at].append(value)
+        curves[label] = []
         for at, seen in sorted(places.items()):
             seeds = sum(value.seeds for value in seen)
             curves[label].append((at, Value(sum(value.mean * value.seeds for value in seen) / seeds, None, seeds)))
@@ -232,23 +232,24 @@ def merged(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Curve]:
 
 def by_length(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, Points]:
     """The same runs as lines for charts: runs of different lengths are not joined."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for label, runs in _labelled(factors):
-        if curve := runs.training_curve(score, x):
-            before = [*lines[label], GAP] if label in lines else []
-            lines[label] = [*before, *((at, value.mean) for at, value in curve)]
-    return dict(lines)
+    lines: dict[str, Points] = {}
+    for label, by_run in _curves(factors, score, x).items():
+        points = [point for curve in by_run for point in (GAP, *((at, value.mean) for at, value in curve))]
+        lines[label] = points[1:]
+    return lines
 
 
-def _labelled(factors: Sequence[FactorJobs]) -> list[tuple[str, FactorJobs]]:
-    """Runs by factor, or by its first stage where it has several."""
+def _curves(factors: Sequence[FactorJobs], score: str, x: X) -> dict[str, list[Curve]]:
+    """The curve of each run that has points, by factor, or by its first stage where it has several."""
     stages: dict[int, set[str]] = defaultdict(set)
     for runs in factors:
         stages[runs.first["downsampling"]].add(runs.first["first_stage"])
-    found = []
+    found: dict[str, list[Curve]] = defaultdict(list)
     for runs in sorted(factors, key=lambda one: int(one.first["downsampling"])):
         f, first_stage = runs.first["downsampling"], runs.first["first_stage"]
-        found.append((f"f{f}" if len(stages[f]) == 1 else f"f{f} ({str(first_stage).rsplit('/', 1)[-1]})", runs))
+        label = f"f{f}" if len(stages[f]) == 1 else f"f{f} ({str(first_stage).rsplit('/', 1)[-1]})"
+        if curve := runs.training_curve(score, x):
+            found[label].append(curve)
     return found
 
 
