@@ -36,25 +36,24 @@ def comparison_tables(
     results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Lines]
 ) -> list[Table]:
     """One table for each measurement; `scores`: the printed lines of each evaluation."""
-    return [
-        _table([results[i] for i in group], [names[i] for i in group], [scores[i] for i in group])
-        for group in comparable_groups(results)
-    ]
+    entries = list(zip(results, names, scores, strict=True))
+    return [_table([entries[number] for number in group]) for group in comparable_groups(results)]
 
 
-def _table(results: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Sequence[Lines]) -> Table:
+def _table(entries: Sequence[tuple[Mapping[str, Any], str, Lines]]) -> Table:
     values: list[dict[Column, str]] = [
         {(line.name, line.head, _options(line.name, result)): line.value for line in lines}
-        for result, lines in zip(results, scores, strict=True)
+        for result, _, lines in entries
     ]
     columns = list(dict.fromkeys(column for row in values for column in row))
     rows = [
         Row("ours", name, tuple(row.get(column, DASH) for column in columns))
-        for name, row in zip(names, values, strict=True)
+        for row, (_, name, _) in zip(values, entries, strict=True)
     ]
-    rows += [_mean_row(seeds, columns) for seeds in _by_configuration(results)]
-    notes = [f"To repeat {name}: {repeat_line(result)}" for name, result in zip(names, results, strict=True)]
-    return Table(measurement_line(results[0]), tuple(_head(column, columns) for column in columns), rows, notes)
+    rows += [_mean_row(seeds, columns) for seeds in _by_configuration([result for result, *_ in entries])]
+    notes = [f"To repeat {name}: {repeat_line(result)}" for result, name, _ in entries]
+    heads = tuple(_head(column, columns) for column in columns)
+    return Table(measurement_line(entries[0][0]), heads, rows, notes)
 
 
 def _options(name: str, result: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from ldmlab.files import write_text
+from ldmlab.open_image import open_image, read_image
 from ldmlab.report.line_chart import Chart
 from ldmlab.report.rows import Page, Section, Table
 
@@ -167,21 +168,22 @@ def _image(folder: Path, file: str, pixels: int | None) -> str:
     """A data address: the file itself, or a WebP of `pixels`; empty where the folder holds no such image."""
     try:
         path = folder / file
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        if not path.resolve().is_relative_to(folder.resolve()):
             return ""
-        with Image.open(path, formats=tuple(_FORMATS)) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                return ""
-            if pixels is None:
-                image.load()
-                return _data(_FORMATS[str(image.format)], path.read_bytes())
-            small = image.convert("RGB")
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):
+        content = read_image(path)
+        image = open_image(content, tuple(_FORMATS))
+        if image.width * image.height > _MOST_PIXELS:
+            return ""
+        if pixels is None:
+            image.load()
+            return _data(_FORMATS[str(image.format)], content)
+        small = image.convert("RGB")
+    except (OSError, ValueError, TypeError, SyntaxError):
         return ""
     small.thumbnail((pixels, pixels), Image.Resampling.BICUBIC)
-    content = io.BytesIO()
-    small.save(content, "WEBP", quality=75)
-    return _data("webp", content.getvalue())
+    saved = io.BytesIO()
+    small.save(saved, "WEBP", quality=75)
+    return _data("webp", saved.getvalue())
 
 
 def _data(kind: str, content: bytes) -> str:
