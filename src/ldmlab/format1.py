@@ -1,71 +1,36 @@
 """Reader of format 1: names in files written by ldmlab 0.1, translated to today's.
 
-Run folders, checkpoints, model folders, shards and scores of that version load unchanged. Only this file has old names.
+Run folders, checkpoints, model folders, shards and scores of that version load unchanged. Only this file and
+format1.yaml have old names.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-TARGETS: dict[str, str] = {
-    "ldmlab.diffusion.latent_scale.LatentScale": "ldmlab.diffusion.latent_space.LatentScale",  # `_target_` then => now
-    "ldmlab.conditioners.layout.LayoutTokens": "ldmlab.conditioners.layout_tokens.LayoutTokens",
-    "ldmlab.conditioners.masked_latent.MaskedLatent": "ldmlab.conditioners.mask.MaskedLatent",
-    "ldmlab.conditioners.semantic.SpatialRescaler": "ldmlab.conditioners.semantic_map.SpatialRescaler",
-    "ldmlab.conditioners.transformer_text.TransformerText": "ldmlab.conditioners.text.TransformerText",
-    "ldmlab.losses.autoencoder.AutoencoderLoss": "ldmlab.losses.autoencoder_loss.AutoencoderLoss",
-    "ldmlab.losses.reconstruction.ReconstructionLoss": "ldmlab.losses.reconstruction_loss.ReconstructionLoss",
-    "ldmlab.metrics.clip_score.ClipScore": "ldmlab.metrics.clip_scores.ClipScore",
-    "ldmlab.metrics.clip_distance.ClipDistance": "ldmlab.metrics.clip_scores.ClipDistance",
-    "ldmlab.metrics.density_coverage.DensityCoverage": "ldmlab.metrics.precision_recall.DensityCoverage",
-    "ldmlab.metrics.together.inception_and_clip": "ldmlab.metrics.features.inception_and_clip",
-}
-
-VALUES: dict[tuple[str, str], dict[Any, Any]] = {  # (`_target_` now, argument now) => {value then: value now}
-    ("ldmlab.diffusion.schedule.Schedule", "name"): {"linear": "scaled_linear", "sqrt_linear": "linear"},
-    ("ldmlab.losses.autoencoder_loss.AutoencoderLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
-    ("ldmlab.losses.reconstruction_loss.ReconstructionLoss", "reduction"): {"sum_per_picture": "sum_per_image"},
-}
-
-GROUPS = {"autoencoder": "generator", "adversary": "discriminator"}  # optimizer groups of a first stage
-
-METRICS: dict[str, str] = {  # prefix of a column of metrics.csv or of a checkpoint's notes then => now
-    "held_out/": "val/",
-    "speed/pictures_per_second": "speed/images_per_second",
-    "pictures": "images",
-    **{f"gradient_norm/{then}": f"gradient_norm/{now}" for then, now in GROUPS.items()},
-    **{f"learning_rate/{then}": f"learning_rate/{now}" for then, now in GROUPS.items()},
-}
-
-CONFIG: dict[str, str] = {  # dotted key of a run's config.yaml then => last part of it now
-    "stage.guidance": "guidance_scale",
-    "stage.held_out_draws": "val_draws",
-}
+import yaml
 
 _PICTURE = re.compile(r"(?<![^_])picture(s?)(?![^_])")
 
-RECORD: dict[str, str] = {  # dotted key of metrics.json then, through lists => last part of it now
-    "sampling.guidance": "guidance_scale",
-    "protocol.guidance": "guidance_scale",
-    "protocol.category_guidance": "category_guidance_scale",
-    "protocol.guidance_curve": "guidance_scale_curve",
-    "guidance_curve": "guidance_scale_curve",
-    "guidance_curve.guidance": "guidance_scale",
-    "categories.guidance": "guidance_scale",
-    "model.guides": "guiders",
-}
+
+@cache
+def _then_now() -> dict[str, dict[str, Any]]:
+    """The tables of names then => now; what each holds stands in the file."""
+    return yaml.safe_load(Path(__file__).with_name("format1.yaml").read_text(encoding="utf-8"))
 
 
 def config(value: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a run's config.yaml with today's keys, targets and values."""
-    return dict(_renamed(node(value), CONFIG))
+    return dict(_renamed(node(value), _then_now()["config"]))
 
 
 def record(value: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a metrics.json with today's keys."""
-    return _evaluators(dict(_images(_renamed(value, RECORD))))
+    return _evaluators(dict(_images(_renamed(value, _then_now()["record"]))))
 
 
 def _evaluators(result: dict[str, Any]) -> dict[str, Any]:
@@ -125,17 +90,17 @@ def node(value: Any) -> Any:
         return [node(part) for part in value]
     if not isinstance(value, Mapping):
         return value
-    target = TARGETS.get(str(value.get("_target_")), value.get("_target_"))
-    result = {}
+    target = _then_now()["targets"].get(str(value.get("_target_")), value.get("_target_"))
+    values, result = _then_now()["values"].get(str(target), {}), {}
     for name, part in value.items():
-        known = VALUES.get((str(target), str(name)), {})
+        known = values.get(str(name), {})
         result[name] = known[part] if isinstance(part, str) and part in known else node(part)
     return {**result, "_target_": target} if "_target_" in value else result
 
 
 def checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint of training: optimizer groups, metrics since the last row of the log, and notes."""
-    groups = GROUPS if content.get("kind") == "autoencoder" else {}
+    groups = _then_now()["groups"] if content.get("kind") == "autoencoder" else {}
     notes = {metric(f"{name}/").rstrip("/"): value for name, value in content["notes"].items()}
     return {
         **content,
@@ -147,7 +112,7 @@ def checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def metric(name: str) -> str:
     """A metric's name in metrics.csv and in checkpoints."""
-    for then, now in METRICS.items():
+    for then, now in _then_now()["metrics"].items():
         if name == then or (then.endswith("/") and name.startswith(then)):
             return now + name[len(then) :]
     return name
