@@ -87,27 +87,22 @@ def _split(result: Mapping[str, Any]) -> str:
 
 def _images(result: Mapping[str, Any]) -> list[Section]:
     folder, samples, real = Path(result["folder"]), result["images"]["samples"], result["images"]["real"]
-    blocks: list[Block]
+    note, heading = "", "Generated and real"
     if not samples:
         return []
     if "steps" not in result["sampling"]:
         note = "Each pair: the reconstruction, and the original."
     elif result["sampling"]["conditions"] == "reference" and any(item["caption"] for item in samples):
         note = f"Each pair: generated from the caption, and the {_split(result)} image that has this caption."
-    else:
-        note = ""
-    if note:
-        cards = [
-            Card([(one["file"], one["caption"]), (other["file"], one["caption"])], one["caption"])
-            for one, other in zip(samples, real, strict=True)
-        ]
-        blocks = [Text(note), Gallery(folder, cards, "pairs")]
-    else:
-        blocks = [
-            Gallery(folder, [Card([(item["file"], "")]) for item in items], "cards", name)
-            for name, items in (("Generated", samples), (f"Real ({_split(result)})", real))
-        ]
-    return [Section("Generated and real", blocks)]
+    if not note:
+        both = {"Generated": samples, f"Real ({_split(result)})": real}
+        cards = {name: [Card([(item["file"], "")]) for item in items] for name, items in both.items()}
+        return [Section(heading, [Gallery(folder, cards[name], "cards", name) for name in both])]
+    pairs = [
+        Card([(one["file"], one["caption"]), (other["file"], one["caption"])], one["caption"])
+        for one, other in zip(samples, real, strict=True)
+    ]
+    return [Section(heading, [Text(note), Gallery(folder, pairs, "pairs")])]
 
 
 def _scores(result: Mapping[str, Any]) -> list[Section]:
