@@ -28,6 +28,14 @@ def one_of(option: str, value: Any, known: Iterable[str]) -> None:
         raise InputError(f"{option}={shown(value)} is unknown; choose one of {', '.join(choices)}.")
 
 
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether memory was exhausted: Python's, a GPU's, or the host's as torch's allocator reports it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error))
+    )
+
+
 def shown(value: Any) -> str:
     """A value of any size or depth as text of bounded length; text as it was typed."""
     if isinstance(value, str):

@@ -1,5 +1,6 @@
 """Each kind of slip on a command line of Hydra's is one sentence that names the option in full and the way out."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -246,3 +247,49 @@ def test_the_verbs_are_the_programs(verb: str) -> None:
     assert results[0].returncode == 0, results[0].stderr
     assert results[0].stdout == results[1].stdout
     assert "seed: 5" in results[0].stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (MemoryError(), "memory ran out (MemoryError); use a smaller batch size."),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            "memory ran out ([enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: "
+            "you tried); use a smaller batch size.",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a loader process ended (DataLoader worker (pid 7) is killed by signal: Killed); run the command again, "
+            "with fewer workers if memory ran out.",
+        ),
+    ],
+)
+def test_faults_of_the_machine_are_sentences(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        raise error
+
+    assert cli.run_command(command) == 2
+    assert capsys.readouterr().err == f"ldmlab: {sentence}\n"
+
+
+def test_a_launcher_s_variable_that_is_no_number_is_named_before_lightning_reads_it() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ldmlab", "train", "experiment=demo/cpu_first_stage"],
+        env={**os.environ, "RANK": "x", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "ldmlab: the environment variable RANK=x is no number; start with torchrun or srun.\n"
+
+
+def test_any_other_fault_keeps_its_traceback() -> None:
+    def command() -> int:
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.run_command(command)

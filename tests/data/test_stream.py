@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from shard_maker import keys_of, toy_image, write_shards
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ldmlab.data import shards
 from ldmlab.data.dataset import BatchSpec, ShardDataset
-from ldmlab.data.loaders import eval_loader
+from ldmlab.data.loaders import QuietLoader, eval_loader
 from ldmlab.data.manifest import read_manifest, write_manifest
 from ldmlab.data.order import image_random
 from ldmlab.data.shard_data import ShardData
@@ -311,3 +311,22 @@ def test_the_worker_of_a_killed_process_ends_without_a_traceback(folder: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # its worker's standard error as well
     assert done.returncode == -signal.SIGKILL
     assert done.stderr == ""
+
+
+class Unsendable(Dataset[Any]):
+    """Its samples cannot be handed over to another process, as where there is no shared memory left."""
+
+    def __getitem__(self, index: int) -> Any:
+        return lambda: index
+
+    def __len__(self) -> int:
+        return 4
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
+        next(iter(QuietLoader(Unsendable(), workers=1, batch_size=None, timeout=60)))
+    said = capfd.readouterr().err
+    assert "a loader process cannot hand over a batch (" in said
+    assert "set data.workers=0" in said
+    assert "Traceback" not in said

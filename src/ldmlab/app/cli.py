@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, memory_ran_out
 
 COMMANDS = {
     "pack": "images and captions to image shards",
@@ -70,12 +70,22 @@ def run_command(command: Callable[[], int | None]) -> int:
         if error.errno in _PATH_ERRORS and error.filename:
             return _refused(f"{error.strerror}{place}; choose another path.", 2)
         raise
-    except RuntimeError as error:
-        distributed = sys.modules.get("ldmlab.distributed")  # imported by commands that several processes share
-        lost = distributed.lost(error) if distributed else None
-        if lost is None:
+    except (RuntimeError, MemoryError) as error:
+        if (sentence := _of_machines(error)) is None:
             raise
-        return _refused(f"another process of this command ended ({lost}); run the command again.", 2)
+        return _refused(sentence, 2)
+
+
+def _of_machines(error: Exception) -> str | None:
+    """The sentence for a process that was lost and for exhausted memory; None for any other fault."""
+    distributed = sys.modules.get("ldmlab.distributed")  # imported by commands that several processes share
+    reason = " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
+    if memory_ran_out(error):
+        return f"memory ran out ({reason}); use a smaller batch size."
+    if "DataLoader worker" in reason:
+        return f"a loader process ended ({reason}); run the command again, with fewer workers if memory ran out."
+    lost = distributed.lost(error) if distributed else None
+    return lost and f"another process of this command ended ({lost}); run the command again."
 
 
 def _refused(sentence: str, code: int) -> int:

@@ -173,6 +173,10 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
     import hydra
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks to its own frames otherwise
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # Lightning reads them when it is imported
+        if not os.environ.get(name, "0").isdecimal():
+            value = os.environ[name]
+            raise InputError(f"the environment variable {name}={value} is no number; start with torchrun or srun.")
     overrides = _overrides(sys.argv[1:])
     failed: list[Exception] = []
 

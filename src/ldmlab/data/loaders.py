@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -72,6 +73,7 @@ def quiet_worker(worker: int) -> None:
     """
     parent = os.getppid()
     sys.excepthook = partial(_unless_orphaned, parent, sys.excepthook)
+    setattr(Queue, "_on_queue_feeder_error", staticmethod(_end_without_room))  # noqa: B010  multiprocessing's own hook
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
@@ -84,6 +86,14 @@ def _end_with_parent(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _end_without_room(error: BaseException, batch: Any) -> None:
+    """A batch could not be handed over, which multiprocessing only reports: the main process would wait for ever."""
+    reason = " ".join(str(error).split())
+    advice = "give /dev/shm more room (docker run --shm-size=8g), or set data.workers=0"
+    print(f"a loader process cannot hand over a batch ({reason}); {advice}.", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _unless_orphaned(parent: int, report: Callable[..., None], kind: type, error: BaseException, trace: Any) -> None:

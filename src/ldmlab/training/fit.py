@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, memory_ran_out
 from ldmlab.training.callbacks.averaging import Averaging
 from ldmlab.training.callbacks.checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
@@ -159,7 +158,7 @@ def explained(error: Exception, checkpoints: Checkpoints) -> InputError | None:
         return InputError(f"a loader process ended ({reason}); {kept}; run the command again to continue, {advice}.")
     if lost := distributed.lost(error):
         return InputError(f"another process of this run ended ({lost}); {kept}; run the command again to continue.")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if memory_ran_out(error):
         return InputError(f"memory ran out ({reason}); {kept}; use a smaller trainer.micro_batch, or accumulate more.")
     return None
 

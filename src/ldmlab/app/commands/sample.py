@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmlab.app.commands.sample_prompts import Inputs, Prompts, add_prompt_options, label
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, memory_ran_out
 from ldmlab.inference.sample_settings import SampleSettings, parsed, variants
 
 if TYPE_CHECKING:
@@ -294,12 +294,10 @@ def _options_as_typed() -> Iterator[None]:
 @contextmanager
 def _memory_explained() -> Iterator[None]:
     """Inside, a lack of memory becomes one InputError."""
-    import torch
-
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
             raise
         raise InputError(
             "the images of one batch do not fit into memory; choose a smaller --batch-size or --size, or --tile 512 "
