@@ -287,6 +287,12 @@ def test_a_launcher_s_variable_that_is_no_number_is_named_before_lightning_reads
     assert result.stderr == "ldmlab: the environment variable RANK=x is no number; start with torchrun or srun.\n"
 
 
+def test_an_option_cannot_be_left_out() -> None:
+    sentence = refusal(lambda: compose("train", ["~seed"]))
+    assert sentence == "~seed: only a group or its entry can be left out (~logger); give seed=VALUE."
+    assert "panels" not in compose("train", ["~callbacks.panels"]).callbacks
+
+
 def test_any_other_fault_keeps_its_traceback() -> None:
     def command() -> int:
         raise RuntimeError("a fault of ours")

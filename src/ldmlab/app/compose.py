@@ -229,6 +229,8 @@ def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
                 f"written {_for_shell(key, value)}."
             )
         group = key.lstrip("+~").partition("@")[0]
+        if key.startswith("~") and "." not in key and group not in groups():
+            raise InputError(f"{word}: only a group or its entry can be left out (~logger); give {group}=VALUE.")
         if parsed.is_sweep_override() or not equals or group not in groups():
             continue
         choice = parsed.value()
