@@ -15,6 +15,7 @@ from torch import nn
 from ldmlab import checkpoints
 from ldmlab.checkpoints import (
     fingerprint,
+    inventory,
     load_checkpoint,
     load_exactly,
     load_tensors,
@@ -49,6 +50,30 @@ def test_files_that_would_run_code_or_are_damaged_are_refused(tmp_path: Path) ->
             load_checkpoint(tmp_path / name)
     with pytest.raises(InputError, match="does not exist"):
         load_checkpoint(tmp_path / "absent.ckpt")
+
+
+def test_a_checkpoint_saved_again_with_other_weights_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    """Sums of bits need no order in memory, so that another layout of the same numbers is the same content."""
+    state = {"w": torch.randn(2, 3, 4, 4), "half": torch.ones(3, dtype=torch.bfloat16), "on": torch.tensor(True)}
+    content = {"step": 3, "modules": {"net": state}, "rng": [torch.arange(9, dtype=torch.uint8)]}
+    saved = {**content, "inventory": inventory(content)}
+    save_checkpoint(tmp_path / "a.ckpt", saved)
+    assert load_checkpoint(tmp_path / "a.ckpt")["inventory"] == saved["inventory"]
+    again = {**state, "w": state["w"].to(memory_format=torch.channels_last)}
+    save_checkpoint(tmp_path / "a.ckpt", {**saved, "modules": {"net": again}})
+    load_checkpoint(tmp_path / "a.ckpt")
+    for name, tensor in state.items():
+        other = tensor.logical_not() if tensor.dtype == torch.bool else tensor * 1.01
+        save_checkpoint(tmp_path / "b.ckpt", {**saved, "modules": {"net": {**state, name: other}}})
+        for lazily in (False, True):
+            with pytest.raises(InputError, match=r"b\.ckpt holds other weights than it was saved with"):
+                load_checkpoint(tmp_path / "b.ckpt", lazily=lazily)
+    save_checkpoint(tmp_path / "b.ckpt", {**saved, "step": 4})
+    with pytest.raises(InputError, match=r"b\.ckpt lacks a part that it was saved with"):
+        load_checkpoint(tmp_path / "b.ckpt")
+    early = {**saved, "inventory": saved["inventory"][:16]}  # without the sums, as the first ones were
+    save_checkpoint(tmp_path / "b.ckpt", {**early, "modules": {"net": {**state, "w": state["w"] + 1}}})
+    assert load_checkpoint(tmp_path / "b.ckpt")["step"] == 3
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

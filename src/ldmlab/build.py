@@ -57,26 +57,27 @@ def load(
     weights: averaged | raw, for runs. plugins: packages from outside whose classes the folder may name. trust: it may
     name anything at all, which can run any code.
     """
-    from ldmlab.inference.model import LoadedModel
-
     allow(plugins)
     files = _read(path, weights, "latent_diffusion")
     with building(files, trust=trust):
         model = build_latent_diffusion(files.spec, trust=trust)
     fill_latent_diffusion(model, files)
+    return ready(model, files, device, path)
+
+
+def ready(model: "LatentDiffusion", files: ModelFiles, device: str, path: Path | str = "") -> "LoadedModel":
+    """A filled model, frozen and on its device, as `load` gives it; path: where it was loaded from."""
+    from ldmlab.inference.model import LoadedModel
+
+    info = {
+        "path": str(path or files.folder),
+        "weights": files.weights,
+        "step": files.step,
+        "fingerprint": fingerprint(model.backbone.state_dict()),
+        "spec": files.spec,
+    }
     model.eval().requires_grad_(False)
-    chosen = pick_device(device)
-    return LoadedModel(
-        model.to(chosen),
-        image_size=files.spec["image_size"],
-        info={
-            "path": str(path),
-            "weights": files.weights,
-            "step": files.step,
-            "fingerprint": fingerprint(model.backbone.state_dict()),
-            "spec": files.spec,
-        },
-    )
+    return LoadedModel(model.to(pick_device(device)), image_size=files.spec["image_size"], info=info)
 
 
 @contextmanager

@@ -20,29 +20,30 @@ from ldmlab.errors import InputError
 from ldmlab.files import write_atomically
 
 _CHUNK_BYTES = 2**20
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 _BUILDING = threading.RLock()  # torch's class is changed for as long
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Tensors and plain types to a file that `torch.load(weights_only=True)` reads."""
-    write_atomically(path, lambda temporary: _torch_save(content, temporary))
 
-
-def _torch_save(content: dict[str, Any], path: Path) -> None:
-    with open(path, "wb") as file:
+    def save(temporary: Path) -> None:
         try:
-            torch.save(content, file)
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
         except RuntimeError as error:  # torch's zip writer hides the errno of a full disk
-            cause = error.__context__
-            if isinstance(cause, OSError):
-                raise cause from error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
             raise
+
+    write_atomically(path, save)
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data.
 
-    Every byte is checked against the checksums that torch.save writes into the file; torch.load ignores them.
+    Every byte is checked against the checksums that torch.save writes into the file and torch.load ignores, the content
+    against its inventory where it has one.
 
     lazily: tensors stay in the file until they are used, which must not be deleted before.
     """
@@ -53,11 +54,12 @@ def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
-        return content
     except Exception as error:
         raise InputError(
             f"{path} cannot be read as a checkpoint ({unreadable(path, error)}); use another one."
         ) from error
+    _check_inventory(path, content)
+    return content
 
 
 def _check_sums(path: Path) -> None:
@@ -74,30 +76,42 @@ def _check_sums(path: Path) -> None:
 
 
 def inventory(content: Any) -> str:
-    """A hash of the names, types, shapes and plain values in a checkpoint, by which a missing part is noticed."""
-    digest = hashlib.sha256()
+    """Two hashes, by which missing parts and other weights are noticed.
+
+    The first is of names, types, shapes and plain values, the second of each tensor's sum of bits as integers.
+    """
+    parts, sums = hashlib.sha256(), hashlib.sha256()
 
     def add(value: Any, path: str) -> None:
-        if isinstance(value, Mapping):
-            for name in value:
-                add(value[name], f"{path}/{name}")
-        elif isinstance(value, list | tuple):
-            for index, part in enumerate(value):
-                add(part, f"{path}/{index}")
-        said = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        if not isinstance(value, Tensor | Mapping | list | tuple):
-            said = repr(value)
-        digest.update(f"{path} {type(value).__name__} {said};".encode())
+        what = ""
+        if isinstance(value, Mapping | list | tuple):
+            named = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for name, part in named:
+                add(part, f"{path}/{name}")
+        elif isinstance(value, Tensor):
+            what = f"{value.dtype} {tuple(value.shape)}"
+            bits = value.detach().view(_INTEGERS[value.element_size()])
+            sums.update(f"{path} {int(bits.sum(dtype=torch.int64))};".encode())
+        else:
+            what = repr(value)
+        parts.update(f"{path} {type(value).__name__} {what};".encode())
 
     add(content, "")
-    return digest.hexdigest()[:16]
+    return f"{parts.hexdigest()[:16]}:{sums.hexdigest()[:16]}"
+
+
+def _check_inventory(path: Path, content: dict[str, Any]) -> None:
+    """InputError where the content is not what it was saved with; early inventories had the first hash only."""
+    saved = str(content.get("inventory", ""))
+    now = inventory({name: part for name, part in content.items() if name != "inventory"}) if saved else ""
+    if saved[:16] != now[:16]:
+        raise InputError(f"{path} lacks a part that it was saved with (its inventory differs); use another one.")
+    if saved not in (now, now[:16]):
+        raise InputError(f"{path} holds other weights than it was saved with (their sums differ); use another one.")
 
 
 _KINDS = (  # first bytes of a file => what it is and what to do
-    (
-        b"version https://git-lfs",
-        "it is a Git LFS pointer in place of the file; run `git lfs pull`",
-    ),
+    (b"version https://git-lfs", "it is a Git LFS pointer in place of the file; run `git lfs pull`"),
     (b"PK\x03\x04", "it is an archive as torch.save writes them, of which a part is missing or damaged"),
     (b"\x80", "it is a pickle"),
     (b"<", "it is a web page in place of the file; download the file itself"),
@@ -142,26 +156,20 @@ def _first_line(error: Exception) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A state dict to a .safetensors file."""
-    plain = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    note = {"format": "pt", **(metadata or {})}
-    write_atomically(path, lambda temporary: _safetensors_save(plain, temporary, note))
+    """A state dict to a .safetensors file, which cannot hold tensors that share memory: those are copied."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    count = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
+    shared = {name: t.clone() for name, t in plain.items() if count[t.untyped_storage().data_ptr()] > 1}
 
+    def save(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(plain | shared, temporary, {"format": "pt", **(metadata or {})})
+        except safetensors.SafetensorError as error:  # its writer has the errno only as text
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those that share memory, which the format cannot; the others as they are."""
-    count = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-    shared = {name for name, tensor in tensors.items() if count[tensor.untyped_storage().data_ptr()] > 1}
-    return {name: tensor.clone() if name in shared else tensor for name, tensor in tensors.items()}
-
-
-def _safetensors_save(tensors: dict[str, Tensor], path: Path, note: dict[str, str]) -> None:
-    try:
-        safetensors.torch.save_file(tensors, path, note)
-    except safetensors.SafetensorError as error:  # its writer has the errno only as text
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        raise
+    write_atomically(path, save)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -31,18 +31,20 @@ _KINDS = {  # kind => what its description must hold besides image_size
 _LARGEST_BYTES = 4 * 2**20  # of a yaml file that describes a run or a model
 _LARGEST_NODES = 200_000  # values in it, counted as often as aliases repeat them
 _DEEPEST = 60
+_AGAIN = "export or copy the model again"
 StateDict = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk: what to build, and the weights by the name of the part."""
+    """A model on disk or read from elsewhere: what to build, and the weights by the name of the part."""
 
-    folder: Path
+    folder: Path  # or the file, or what else it was read from
     spec: dict[str, Any]  # model.yaml
     parts: dict[str, StateDict]  # first_stage | denoiser | conditioner | clip
     weights: str  # averaged | raw: what the trained part holds
-    step: int | None  # optimizer updates; None for a model folder without it
+    step: int | None = None  # optimizer updates, where known
+    notes: tuple[str, ...] = ()  # for the user, from an import
 
 
 def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
@@ -54,26 +56,27 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
     check_hashes(folder, spec)
     parts = {file.stem: load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
     if checkpoint is None:
-        _check_complete(folder, spec, parts)
-        return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), _step(spec))
+        files, step = spec.get("files") or [], spec.get("step")
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise InputError(f"{folder / DESCRIPTION} has files={shown(files)}, no list of names; {_AGAIN}.")
+        for file in files:
+            if Path(file).stem not in parts:
+                raise InputError(f"{folder / file} is missing although model.yaml lists it; {_AGAIN}.")
+        step = step if isinstance(step, int) and not isinstance(step, bool) else None
+        return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), step)
     content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
     try:
-        modules, averaged = _modules(content, weights)
-        return ModelFiles(folder, spec, parts | modules, "averaged" if averaged else "raw", content["step"])
+        modules = {name: dict(state) for name, state in content["modules"].items()}
+        averages = content.get("averaged", {}) if weights == "averaged" else {}
+        for name, average in averages.items():
+            state = modules[name]
+            state.update({key: tensor.to(state[key].dtype) for key, tensor in average["weights"].items()})
+        parts |= {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in modules.items()}
+        return ModelFiles(folder, spec, parts, "averaged" if averages else "raw", content["step"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{checkpoint} is not a checkpoint of ours ({type(error).__name__}: {error}); use another one."
         ) from error
-
-
-def _modules(content: Mapping[str, Any], weights: str) -> tuple[dict[str, StateDict], bool]:
-    """The weights by part in a checkpoint's content, and whether they are averaged ones."""
-    modules = {name: dict(state) for name, state in content["modules"].items()}
-    averages = content.get("averaged", {}) if weights == "averaged" else {}
-    for name, average in averages.items():
-        modules[name].update(_like(average["weights"], modules[name]))
-    copies = {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in modules.items()}
-    return copies, bool(averages)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -106,23 +109,13 @@ def _check_kind(path: Path, spec: Mapping[str, Any]) -> None:
     kind, size = spec.get("kind"), spec.get("image_size")
     needed = _KINDS.get(kind) if isinstance(kind, str) else None
     if needed is None:
-        raise InputError(
-            f"{path} has kind={shown(kind)}; there are {', '.join(_KINDS)}. Export or copy the model again."
-        )
-    sides = size if isinstance(size, list) and len(size) == 2 else [size]
-    if not all(_is_size(side) for side in sides):
-        raise InputError(
-            f"{path} has image_size={shown(size)}, which is no size in px; export or copy the model again."
-        )
+        raise InputError(f"{path} has kind={shown(kind)}; there are {', '.join(_KINDS)}. {_AGAIN.capitalize()}.")
+    for side in size if isinstance(size, list) and len(size) == 2 else [size]:
+        if not isinstance(side, int) or isinstance(side, bool) or not 0 < side <= 2**16:
+            raise InputError(f"{path} has image_size={shown(size)}, which is no size in px; {_AGAIN}.")
     for name in needed:
         if not isinstance(spec.get(name), dict):
-            raise InputError(
-                f"{path} has {name}={shown(spec.get(name))}, no description; export or copy the model again."
-            )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**16
+            raise InputError(f"{path} has {name}={shown(spec.get(name))}, no description; {_AGAIN}.")
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -172,14 +165,10 @@ def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
     """model.yaml, written atomically, with the hashes of the weights in its folder."""
     if (folder / DESCRIPTION).is_file():
         check_hashes(folder, read_description(folder))  # else it would vouch for a file that was exchanged
-    hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    packages = plugins.versions(plugins.named_in(spec))
-    content = {
-        **spec,
-        "format_version": FORMAT_VERSION,
-        **({"plugins": packages} if packages else {}),
-        "sha256": hashes,
-    }
+    content = {**spec, "format_version": FORMAT_VERSION}
+    if packages := plugins.versions(plugins.named_in(spec)):
+        content["plugins"] = packages
+    content["sha256"] = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     write_text(folder / DESCRIPTION, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -214,12 +203,6 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest step_*.ckpt of a run folder."""
-    files = sorted((folder / "checkpoints").glob("step_*.ckpt"))
-    return files[-1] if files else None
-
-
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """The folder with model.yaml, and the checkpoint when it is a run's."""
     if path.is_file() and path.suffix == ".ckpt":
@@ -227,27 +210,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise InputError(f"{path} is neither a folder nor a checkpoint; give a run folder, model folder or .ckpt file.")
     if (path / "checkpoints").is_dir():
-        checkpoint = newest_checkpoint(path)
-        if checkpoint is None:
+        checkpoints = sorted((path / "checkpoints").glob("step_*.ckpt"))
+        if not checkpoints:
             raise InputError(f"{path} has no finished checkpoint yet; let its training reach one.")
-        return path, checkpoint
+        return path, checkpoints[-1]
     return path, None
-
-
-def _check_complete(folder: Path, spec: Mapping[str, Any], parts: Mapping[str, StateDict]) -> None:
-    files = spec.get("files") or []
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise InputError(f"{folder / DESCRIPTION} has files={shown(files)}, no list of names; export or copy it again.")
-    for file in files:
-        if Path(file).stem not in parts:
-            raise InputError(f"{folder / file} is missing although model.yaml lists it; copy or export it again.")
-
-
-def _step(spec: Mapping[str, Any]) -> int | None:
-    step = spec.get("step")
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def _like(average: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> StateDict:
-    """Averages in the dtype of the raw weights."""
-    return {name: value.to(raw[name].dtype) for name, value in average.items()}

@@ -15,6 +15,8 @@ from drawn_weights import TOLERANCE, drawn
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
 from ldmlab.interop.compvis import compvis_unets as compvis
+from ldmlab.interop.compvis.compvis_networks import unet_part
+from ldmlab.interop.renaming import Part
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "tests/assets/reference/compvis"
@@ -23,14 +25,14 @@ LAYOUTS = json.loads((ASSETS / "unet_layouts.json").read_text())
 PREFIX = "model.diffusion_model."
 
 
-def official(name: str) -> tuple[UNet, dict[str, Tensor], dict[str, str]]:
+def part_of(params: dict[str, Any]) -> Part:
+    return unet_part({"_target_": "ldmlab.backbones.unet.UNet", **compvis.arguments(params)})
+
+
+def official(name: str) -> tuple[Any, dict[str, Tensor], Part]:
     """The case's network, its official tensors and the names."""
-    case = CASES[name]
-    arguments = compvis.arguments(case["config"])
-    state = drawn(case, PREFIX)
-    unet, names = UNet(**arguments).eval(), compvis.names_of(arguments)
-    unet.load_state_dict(compvis.to_ours(state, names))
-    return unet, state, names
+    state, part = drawn(CASES[name], PREFIX), part_of(CASES[name]["config"])
+    return part.filled(state).eval(), state, part
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,8 +47,8 @@ def test_outputs(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_names_there_and_back(name: str) -> None:
-    unet, state, names = official(name)
-    back = compvis.to_official(unet.state_dict(), names)
+    unet, state, part = official(name)
+    back = part.to_foreign(unet.state_dict())
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
     assert sum(p.numel() for p in unet.parameters()) == CASES[name]["params"]
@@ -55,11 +57,9 @@ def test_names_there_and_back(name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_released_layouts(name: str) -> None:
     layout = LAYOUTS[name]
-    arguments = compvis.arguments(layout["config"])
-    with torch.device("meta"):
-        state = UNet(**arguments).state_dict()
-    assert sum(t.numel() for t in state.values()) == layout["params"]
-    mine = compvis.to_official(state, compvis.names_of(arguments))
+    part = part_of(layout["config"])
+    assert sum(t.numel() for t in part.module.state_dict().values()) == layout["params"]
+    mine = part.expected
     text = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in sorted(mine.items()))
     assert len(mine) == layout["tensors"]
     assert hashlib.sha256(text.encode()).hexdigest() == layout["sha256"]

@@ -17,7 +17,7 @@ from ldmlab.errors import InputError
 from ldmlab.interop import compvis
 from ldmlab.interop.compvis import compvis_unets
 from ldmlab.interop.compvis.compvis_read import describe
-from ldmlab.interop.diffusers import diffusers_names
+from ldmlab.interop.diffusers.diffusers_networks import unet_part
 from ldmlab.interop.diffusers.diffusers_unets import configuration
 
 diffusers = pytest.importorskip("diffusers")
@@ -53,7 +53,8 @@ def their_network(arguments: dict[str, Any], state: State, table: Tensor) -> Any
     """diffusers' class for an architecture of ours, with our weights and the table inside."""
     kind, config = configuration(arguments, sample_size=8, linear_projection=False, classes=len(table))
     theirs = getattr(diffusers, kind).from_config(config).eval()
-    tensors = diffusers_names.to_diffusers(state, arguments, linear_projection=False)
+    node = {"_target_": "ldmlab.backbones.unet.UNet", **arguments}
+    tensors = unet_part(node, kind, linear_projection=False).to_foreign(state)
     theirs.load_state_dict({**tensors, "class_embedding.weight": table})
     return theirs
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop import common_names, compvis
+from ldmlab.interop import compvis, diffusers, renaming
 from ldmlab.interop.compvis import compvis_conditioners, compvis_networks
+from ldmlab.interop.renaming import Part
 
 ASSETS = Path(__file__).parents[1] / "assets/reference"
 CASES = json.loads((ASSETS / "compvis/conditioners.json").read_text())
@@ -43,6 +44,12 @@ def output(name: str, conditioner: Any, io: dict[str, Tensor]) -> Tensor:
     return conditioner.rescale(io["x"])
 
 
+def official_tensors(conditioner: Any) -> dict[str, Tensor]:
+    """The conditioner's tensors under their official names."""
+    names = compvis_networks.conditioner_names(conditioner)
+    return Part("conditioner", conditioner, names).to_foreign(conditioner.state_dict())
+
+
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -53,7 +60,7 @@ def test_outputs_and_round_trip(name: str) -> None:
     case, io = CASES[name], load_file(ASSETS / f"compvis/{name}.safetensors")
     official = drawn(case, PREFIX)
     first = build(TARGETS[name], case["config"], official)
-    exported, config = compvis_networks.conditioner_to_official(first), compvis_conditioners.official_config(first)
+    exported, config = official_tensors(first), compvis_conditioners.official_config(first)
     assert_equal(exported, official)
     assert sum(p.numel() for p in first.parameters()) == case["params"]
     for conditioner in (first, build(config["target"], config["params"], exported)):
@@ -69,7 +76,7 @@ def test_released_layouts(name: str) -> None:
     node = compvis_conditioners.arguments(layout["config"]["target"], layout["config"]["params"])
     with torch.device("meta"):
         conditioner = instantiate(node, where="conditioner")
-    official = compvis_networks.conditioner_to_official(conditioner)
+    official = official_tensors(conditioner)
     text = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in sorted(official.items()))
     assert len(official) == layout["tensors"]
     assert hashlib.sha256(text.encode()).hexdigest() == layout["sha256"]
@@ -95,9 +102,10 @@ def test_only_the_table_of_1001_means_no_class() -> None:
 )
 def test_hugging_faces_text_encoder(layer: str, expected: str) -> None:
     official = drawn(CLIP)
-    node = common_names.clip_node(CLIP["config"], layer=layer) | {"trainable": True, "unused": layer == "penultimate"}
+    node = renaming.clip_node(CLIP["config"], layer=layer) | {"trainable": True, "unused": layer == "penultimate"}
     text = instantiate(node, where="conditioner")
-    ours = {f"tower.{name}": tensor for name, tensor in common_names.from_hugging_face(official).items()}
+    whole = instantiate(node | {"layer": "last", "unused": False}, where="conditioner")
+    ours = Part("text", whole, renaming.clip_names(whole.state_dict(), "")).to_ours(official)
     if layer == "penultimate":  # the last block is there and idle; so is what Hugging Face does not have
         ours = {n.replace("tower.transformer.resblocks.2.", "tower.unused.blocks.0."): t for n, t in ours.items()}
         ours |= {n: t for n, t in text.state_dict().items() if n.endswith(("text_projection", "logit_scale"))}
@@ -114,7 +122,9 @@ def test_hugging_faces_names_there_and_back(prefix: str) -> None:
     official = drawn(CLIP)
     named = {prefix + key: tensor for key, tensor in official.items()}
     named[prefix + "embeddings.position_ids"] = torch.arange(9)[None]  # a counter of older releases
-    assert_equal(common_names.to_hugging_face(common_names.from_hugging_face(named)), official)
+    text = diffusers.build_text(CLIP["config"], named)
+    names = renaming.clip_names(text.state_dict(), "")
+    assert_equal(Part("text", text, names).to_foreign(text.state_dict()), official)
 
 
 def stable_diffusion_1() -> dict[str, Tensor]:
@@ -125,7 +135,7 @@ def test_stable_diffusion_1() -> None:
     """Quick GELU, the last layer, padded with the end token: a small tower is recognised by its tensors."""
     official, target = stable_diffusion_1(), TARGET + "FrozenCLIPEmbedder"
     text: Any = build(target, {}, official)
-    assert_equal(compvis_networks.conditioner_to_official(text), official)
+    assert_equal(official_tensors(text), official)
     assert not any(p.requires_grad for p in text.parameters())
     assert text.padding == "end"
     # the reference has four heads of 8 channels, which no tensor shows: CLIP's own have 64
@@ -162,7 +172,7 @@ def test_stable_diffusion_2() -> None:
     clip, official = stable_diffusion_2(layers=3)
     old = official | {"model.attn_mask": torch.zeros(12, 12)}  # which older files carry
     text: Any = build(TARGET + "FrozenOpenCLIPEmbedder", {"freeze": True, "layer": "penultimate"}, old)
-    assert_equal(compvis_networks.conditioner_to_official(text), official)
+    assert_equal(official_tensors(text), official)
     seen: list[Tensor] = []
     hook = clip.transformer.resblocks[1].register_forward_hook(lambda module, given, out: seen.append(out))
     clip.encode_text(text.ids(["a red apple"]))
@@ -182,7 +192,7 @@ def test_published_text_towers_are_named() -> None:
         with torch.device("meta"):
             text = instantiate(compvis_conditioners.arguments(TARGET + name, params), where="conditioner")
         assert compvis_conditioners.official_config(text) == {"target": TARGET + name, "params": params}
-        blocks = {key for key in compvis_networks.conditioner_to_official(text) if "23." in key}
+        blocks = {key for key in official_tensors(text) if "23." in key}
         assert len(blocks) == (12 if "Open" in name else 0)  # the block that is not run is carried
 
 
@@ -192,7 +202,7 @@ def test_a_tower_without_its_idle_block() -> None:
     node = {"config": {"embed_dim": 1024, "text_cfg": text}, "layer": "last"}
     with torch.device("meta"):
         module = instantiate({"_target_": "ldmlab.conditioners.text.open_clip_text", **node}, where="conditioner")
-    official, config = compvis_networks.conditioner_to_official(module), compvis_conditioners.official_config(module)
+    official, config = official_tensors(module), compvis_conditioners.official_config(module)
     assert config["params"] == {"arch": "ViT-H-14", "layer": "penultimate"}
     again = compvis_conditioners.arguments(config["target"], config["params"], official)
     assert (again["layer"], again["unused"], again["config"]["text_cfg"]) == ("last", False, text)

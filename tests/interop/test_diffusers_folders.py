@@ -19,7 +19,8 @@ from ldmlab.interop import diffusers
 from ldmlab.interop.diffusers.diffusers_build import filled_text
 from ldmlab.interop.diffusers.diffusers_config import diffusion_node, read_weights, scheduler_options
 from ldmlab.interop.diffusers.diffusers_texts import bert_vocabulary, clip_length, node, write_clip_files
-from ldmlab.interop.imported import Imported, assembled
+from ldmlab.interop.imported import assembled
+from ldmlab.model_files import ModelFiles
 
 peer = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -53,7 +54,7 @@ def test_captions_are_padded_to_the_length_of_the_tokenizer(tmp_path: Path, posi
     encoder = text_encoder(positions)
     config = encoder.config.to_dict()
     made = node(config, length=clip_length(tmp_path / "tokenizer"))
-    ours = filled_text(made, config, encoder.state_dict())
+    ours = filled_text(made, encoder.state_dict())
     ids = tokenizer(
         CAPTIONS, padding="max_length", max_length=length or positions, truncation=True, return_tensors="pt"
     )
@@ -147,7 +148,7 @@ def test_a_pipeline_without_a_terminal_signal_samples_as_diffusers_does(tmp_path
     options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     theirs = pipeline(tmp_path / "p", NET, **options)
     spec, parts = diffusers.read_folder(tmp_path / "p")
-    ours = assembled(Imported("p", spec, parts, "raw"))
+    ours = assembled(ModelFiles(Path("p"), spec, parts, "raw"))
     sampler = instantiate(spec["sampler"], where="sampler")
     assert sampler.spacing == "trailing"
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -4,12 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from ldmlab.backbones.unet import UNet
-from ldmlab.instantiate import instantiate
 from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_unets
-from ldmlab.interop.diffusers import diffusers_names as names
+from ldmlab.interop.diffusers.diffusers_networks import first_stage_part, unet_part
 from ldmlab.interop.diffusers.diffusers_unets import configuration
 
 peer = pytest.importorskip("diffusers")
@@ -88,12 +85,11 @@ def test_unet(name: str) -> None:
     kind, config, millions = UNETS[name]
     with torch.device("meta"):
         theirs = getattr(peer, kind)(**config)
-        arguments = diffusers_unets.arguments(dict(theirs.config))
-        ours = UNet(**arguments)
+    arguments = diffusers_unets.arguments(dict(theirs.config))
     linear = bool(config.get("use_linear_projection"))
-    mine = names.to_diffusers(ours.state_dict(), arguments, linear_projection=linear)
-    assert shapes(mine) == shapes(theirs.state_dict())
-    assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 2) == millions
+    part = unet_part({"_target_": diffusers_unets.TARGET, **arguments}, kind, linear_projection=linear)
+    assert shapes(part.expected) == shapes(theirs.state_dict())
+    assert round(sum(p.numel() for p in part.module.parameters()) / 1e6, 2) == millions
     back_kind, back = configuration(arguments, sample_size=config["sample_size"], linear_projection=linear)
     assert back_kind == kind
     with torch.device("meta"):
@@ -106,9 +102,8 @@ def test_first_stage(name: str) -> None:
     kind, config = STAGES[name]
     with torch.device("meta"):
         theirs = getattr(peer, kind)(**config)
-        node = diffusers_first_stages.arguments(dict(theirs.config))
-        ours: nn.Module = instantiate(node, where="first_stage")
-    assert shapes(diffusers_first_stages.to_diffusers(ours.state_dict(), node)) == shapes(theirs.state_dict())
+    node = diffusers_first_stages.arguments(dict(theirs.config))
+    assert shapes(first_stage_part(node, kind).expected) == shapes(theirs.state_dict())
     back_kind, back = diffusers_first_stages.configuration(node, image_size=256, scaling_factor=1.0)
     with torch.device("meta"):
         again = getattr(peer, back_kind)(**back)

@@ -17,7 +17,8 @@ from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.interop import diffusers, verify
 from ldmlab.interop.diffusers.diffusers_export import export_folder
-from ldmlab.interop.imported import Imported, assembled
+from ldmlab.interop.imported import assembled
+from ldmlab.model_files import ModelFiles
 from ldmlab.samplers.ddim import Ddim
 
 peer = pytest.importorskip("diffusers")
@@ -41,7 +42,7 @@ class Exported(NamedTuple):
 
     @property
     def ours(self) -> LatentDiffusion:
-        return assembled(Imported("ours", self.spec, self.parts, "raw"))
+        return assembled(ModelFiles(Path("ours"), self.spec, self.parts, "raw"))
 
     @property
     def pipeline(self) -> Any:
@@ -60,7 +61,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
         if name == "inpainting":  # the pipeline draws from the posterior where we take its mean
             for leaf, value in (("weight", 0.0), ("bias", -30.0)):
                 parts["first_stage"][f"to_moments.{leaf}"][4:] = value
-        return Exported(spec, parts, folder / "out", *export_folder(spec, parts, folder / "out"))
+        files = ModelFiles(folder, spec, parts, "raw")
+        return Exported(spec, parts, folder / "out", *export_folder(files, folder / "out"))
 
     return make
 
@@ -145,7 +147,7 @@ def test_there_and_back(name: str, exported: Callable[[str], Exported]) -> None:
     given = exported(name)
     back, found = diffusers.read_folder(given.folder)
     differences = verify.compare_imports(
-        Imported("ours", given.spec, given.parts, "raw"), Imported("back", back, found, "raw")
+        ModelFiles(Path("ours"), given.spec, given.parts, "raw"), ModelFiles(Path("back"), back, found, "raw")
     )
     assert max(differences.values()) < 2e-5, differences
     assert all(torch.equal(tensor, found["denoiser"][key]) for key, tensor in given.parts["denoiser"].items())

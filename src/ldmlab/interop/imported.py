@@ -1,127 +1,42 @@
-"""A model read from elsewhere: its tensors, how they differ from a network's, and the network filled with them.
+"""A model read from elsewhere: its tensors, and the networks filled with them.
 
 Files are read lazily: .safetensors, or torch files of which nothing but data is unpickled.
 """
 
-import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ldmlab.build import build_latent_diffusion, pick_device
-from ldmlab.checkpoints import fill, fingerprint, load_tensors, unreadable, without_weights
+from ldmlab.build import build_latent_diffusion, fill_latent_diffusion
+from ldmlab.checkpoints import load_exactly, load_tensors, unreadable, without_weights
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
+from ldmlab.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-    from ldmlab.inference.model import LoadedModel
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What was read of a model in a foreign format: model.yaml, and tensors under our names."""
-
-    source: str
-    spec: dict[str, Any]
-    parts: dict[str, dict[str, Tensor]]  # first_stage | denoiser | conditioner, in the dtype of the source
-    weights: str  # averaged | raw
-    step: int | None = None
-    notes: tuple[str, ...] = ()  # for the user
-
-
-def assembled(imported: Imported) -> "LatentDiffusion":
+def assembled(files: ModelFiles) -> "LatentDiffusion":
     """The latent diffusion model, frozen, in float32."""
     with without_weights():
-        model = build_latent_diffusion(imported.spec)
-    modules = {"first_stage": model.first_stage, "denoiser": model.backbone, "conditioner": model.conditioners}
-    tensors = {name: imported.parts.get(name, {}) for name in modules}
-    refuse_mismatch({name: compare(tensors[name], module.state_dict()) for name, module in modules.items()})
-    for name, module in modules.items():
-        fill(module, tensors[name])
+        model = build_latent_diffusion(files.spec)
+    fill_latent_diffusion(model, files)
     return model.eval().requires_grad_(False)
 
 
-def assembled_first_stage(imported: Imported) -> nn.Module:
+def assembled_first_stage(files: ModelFiles) -> nn.Module:
     """The first stage of a model, or alone, in float32."""
     with without_weights():
-        module: nn.Module = instantiate(imported.spec["first_stage"], where="first_stage")
-    tensors = imported.parts["first_stage"]
-    refuse_mismatch({"first stage": compare(tensors, module.state_dict())})
-    fill(module, tensors)
+        module: nn.Module = instantiate(files.spec["first_stage"], where="first_stage")
+    load_exactly(module, files.parts["first_stage"], f"{files.folder} (first_stage)")
     return module.eval().requires_grad_(False)
-
-
-def loaded_model(imported: Imported, device: str = "auto") -> "LoadedModel":
-    """Ready to sample, as `ldmlab.load` gives it."""
-    from ldmlab.inference.model import LoadedModel
-
-    if imported.spec["kind"] != "latent_diffusion":
-        raise InputError(f"{imported.source} is a {imported.spec['kind']}, which samples nothing; use `ldmlab import`.")
-    model = assembled(imported)
-    info = {
-        "path": imported.source,
-        "weights": imported.weights,
-        "step": imported.step,
-        "fingerprint": fingerprint(model.backbone.state_dict()),
-        "spec": imported.spec,
-    }
-    return LoadedModel(model.to(pick_device(device)), image_size=imported.spec["image_size"], info=info)
-
-
-_LISTED = 30  # names of one sort in a message
-
-
-class Mismatch(NamedTuple):
-    """How tensors of a file differ from those of a network."""
-
-    missing: list[str]
-    unexpected: list[str]
-    misshapen: list[str]
-
-    def __bool__(self) -> bool:
-        return any(self)
-
-    def __str__(self) -> str:
-        sorts = (
-            f"{len(names)} {sort} ({', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''})"
-            for sort, names in self._asdict().items()
-            if names
-        )
-        return ", ".join(sorts)
-
-
-def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], either_rank: Iterable[str] = ()) -> Mismatch:
-    """Names and shapes against those expected; for `either_rank` 1 x 1 convolutions and linear layers are the same."""
-    loose = set(either_rank)
-
-    def same(name: str) -> bool:
-        shape, full = tuple(tensors[name].shape), tuple(expected[name].shape)
-        short, long = sorted((shape, full), key=len)
-        return shape == full or (name in loose and long[: len(short)] == short and prod(long[len(short) :]) == 1)
-
-    shared = expected.keys() & tensors.keys()
-    wrong = sorted(name for name in shared if not same(name))
-    return Mismatch(
-        missing=sorted(expected.keys() - tensors.keys()),
-        unexpected=sorted(tensors.keys() - expected.keys()),
-        misshapen=[f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}" for name in wrong],
-    )
-
-
-def refuse_mismatch(mismatches: Mapping[str, Mismatch]) -> None:
-    """One InputError for all parts that do not fit."""
-    wrong = [f"the {part} has {mismatch} keys" for part, mismatch in mismatches.items() if mismatch]
-    if wrong:
-        raise InputError(f"{'; '.join(wrong)}; give the configuration that belongs to these weights.")
 
 
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -167,44 +82,24 @@ def _without_copy(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> Any:
-    """The content of a torch file, by torch's restricted unpickler."""
-    if not zipfile.is_zipfile(path):
-        return _tried(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
-    with zipfile.ZipFile(path) as archive:
-        if not any(name.endswith("data.pkl") for name in archive.namelist()):
-            raise InputError(f"{path} is an archive of other files; unpack it and give the checkpoint inside.")
+    """The content of a torch file, left on disk where it can be, by torch's restricted unpickler."""
+    archive = zipfile.is_zipfile(path)
     try:
-        return _lazily(path)
-    except pickle.UnpicklingError:  # more than data: notes, or a danger
-        stand_ins = _notes_in(path)
+        if archive:
+            with zipfile.ZipFile(path) as files:
+                if not any(name.endswith("data.pkl") for name in files.namelist()):
+                    raise InputError(f"{path} is an archive of other files; unpack it and give the checkpoint inside.")
+        unsafe = get_unsafe_globals_in_checkpoint(path) if archive else []
+        refused = sorted(name for name in unsafe if not name.startswith(_NOTES))
+        if refused:
+            raise InputError(
+                f"{path} holds more than data and was not opened: it refers to {', '.join(refused[:5])}, which could "
+                "run any code; convert it to .safetensors where you trust it."
+            )
+        with safe_globals([(Note, name) for name in unsafe]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except InputError:
+        raise
     except Exception as error:
-        raise _unreadable(path, error) from error
-    with safe_globals(stand_ins):  # type: ignore[arg-type]
-        return _tried(path, lambda: _lazily(path))
-
-
-def _lazily(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _notes_in(path: Path) -> list[tuple[type, str]]:
-    """The classes that the file refers to; InputError for those that are not ignored."""
-    needs = _tried(path, lambda: get_unsafe_globals_in_checkpoint(path))
-    refused = sorted(name for name in needs if not name.startswith(_NOTES))
-    if refused:
-        raise InputError(
-            f"{path} holds more than data and was not opened: it refers to {', '.join(refused[:5])}, which could "
-            "run any code; convert it to .safetensors where you trust it."
-        )
-    return [(Note, name) for name in needs]
-
-
-def _tried(path: Path, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} cannot be read as plain tensors ({unreadable(path, error)}); use another file.")
+        reason = unreadable(path, error)
+        raise InputError(f"{path} cannot be read as plain tensors ({reason}); use another file.") from error

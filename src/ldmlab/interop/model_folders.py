@@ -5,7 +5,7 @@ Every import is run once, every export is compared with what was written.
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,22 +20,35 @@ from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.files import disk_errors, locked
 from ldmlab.interop import compvis, verify
-from ldmlab.interop.imported import Imported, assembled, assembled_first_stage
+from ldmlab.interop.imported import assembled, assembled_first_stage
 from ldmlab.model_files import ModelFiles, read_model, write_model_folder
 
-_LATENT_SIDE = 8  # px of the check; every published model takes it
-_TOKENS = 4
+PARTS = ("first_stage", "denoiser", "conditioner", "clip", "classifier")  # what a model is; a run keeps more
+_USAGE = 'import ldmlab\n\nmodel = ldmlab.load("THIS_FOLDER")'
+_SIDE = 8  # px of the check's latents; every published model takes it
 
 
-def write_import(imported: Imported, out: Path) -> None:
+def write_import(files: ModelFiles, out: Path) -> None:
     """The model folder at `out`, which must be new; nothing is there unless every check passed."""
     check_new(out)
-    check_runs(imported)
+    check_runs(files)
+    origin = f"imported from `{files.folder.name}` ({files.weights} weights); the licence of its source applies."
     with new_folder(out) as folder:
-        (folder / "README.md").write_text(card(imported), encoding="utf-8")
-        write_model_folder(folder, imported.spec, imported.parts)
-        for name, part in imported.parts.items():
-            _check_written(folder / f"{name}.safetensors", part)
+        usage = _USAGE if files.spec["kind"] == "latent_diffusion" else ""
+        (folder / "README.md").write_text(card(files, origin, usage=usage), encoding="utf-8")
+        _write(folder, files.spec, files.parts)
+
+
+def _write(folder: Path, spec: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
+    """A model folder whose files equal the tensors, bit for bit; read again with one in memory at a time."""
+    write_model_folder(folder, spec, parts)
+    for name, part in parts.items():
+        with safetensors.safe_open(folder / f"{name}.safetensors", framework="pt", device="cpu") as file:
+            for key, tensor in part.items():
+                if not torch.equal(file.get_tensor(key), tensor):
+                    raise InputError(
+                        f"{name}.safetensors: {key} was not written as it was read; check the disk and try again."
+                    )
 
 
 @contextmanager
@@ -71,83 +84,47 @@ def check_new(out: Path) -> None:
 
 
 @torch.inference_mode()
-def check_runs(imported: Imported) -> None:
+def check_runs(files: ModelFiles) -> None:
     """All tensors and the networks' outputs for noise are finite."""
-    for part, tensors in imported.parts.items():
+    for part, tensors in files.parts.items():
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
-            raise InputError(
-                f"{imported.source}: {part} holds values that are no numbers ({bad[0]}); use another file."
-            )
-    if imported.spec["kind"] == "first_stage":
-        outputs = _run_first_stage(assembled_first_stage(imported))
+            raise InputError(f"{files.folder}: {part} holds values that are no numbers ({bad[0]}); use another file.")
+    outputs = {}
+    if files.spec["kind"] == "first_stage":
+        stage: Any = assembled_first_stage(files)
     else:
-        model = assembled(imported)
-        latents = _noise(imported.spec["backbone"]["out_channels"], _LATENT_SIDE, _LATENT_SIDE)
-        outputs = _run_first_stage(model.first_stage)
-        outputs["denoiser"] = model.backbone(latents, torch.tensor([500.0]), _noise_conditioning(imported.spec))
+        model, node, noise = assembled(files), files.spec["backbone"], verify.noise
+        stage, extra = model.first_stage, node["in_channels"] - node["out_channels"]
+        context, vector = node.get("context_width"), node.get("vector_width")
+        conditioning = Conditioning(  # in every slot that the U-Net has
+            tokens=noise(1, 4, context) if context else None,
+            spatial=noise(1, extra, _SIDE, _SIDE) if extra else None,
+            vector=noise(1, vector) if vector else None,
+        )
+        latents = noise(1, node["out_channels"], _SIDE, _SIDE)
+        outputs["denoiser"] = model.backbone(latents, torch.tensor([500.0]), conditioning)
+    side = _SIDE * stage.downsampling
+    outputs["encoder"] = stage.encode(verify.noise(1, 3, side, side).clamp(-1, 1)).mean
+    outputs["decoder"] = stage.decode(outputs["encoder"])
     for name, output in outputs.items():
         if not bool(torch.isfinite(output).all()):
-            raise InputError(f"{imported.source}: the {name} makes values that are no numbers; use another file.")
+            raise InputError(f"{files.folder}: the {name} makes values that are no numbers; use another file.")
 
 
-def _run_first_stage(stage: Any) -> dict[str, Tensor]:
-    side = _LATENT_SIDE * stage.downsampling
-    moments = stage.encode(_noise(3, side, side).clamp(-1, 1))
-    return {"encoder": moments.mean, "decoder": stage.decode(moments.mean)}
-
-
-def _noise_conditioning(spec: dict[str, Any]) -> Conditioning:
-    """Noise in every slot that the U-Net has."""
-    node = spec["backbone"]
-    context, vector = node.get("context_width"), node.get("vector_width")
-    extra = node["in_channels"] - node["out_channels"]
-    return Conditioning(
-        tokens=_noise(_TOKENS, context) if context else None,
-        spatial=_noise(extra, _LATENT_SIDE, _LATENT_SIDE) if extra else None,
-        vector=_noise(vector) if vector else None,
-    )
-
-
-def _noise(*shape: int) -> Tensor:
-    """One image of fixed random pixels."""
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-
-
-def _check_written(path: Path, part: dict[str, Tensor]) -> None:
-    """The files equal the tensors read, bit for bit; one tensor in memory at a time."""
-    for name, tensor in part.items():
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            if not torch.equal(file.get_tensor(name), tensor):
-                raise InputError(f"{path.name}: {name} was not written as it was read; check the disk and try again.")
-
-
-def card(imported: Imported) -> str:
-    """README.md: description, origin, use."""
-    spec = imported.spec
-    lines = [
-        f"# {Path(imported.source).name}",
-        "",
-        f"A {spec['kind'].replace('_', ' ')} for images of {spec['image_size']} px, imported from "
-        f"`{Path(imported.source).name}` ({imported.weights} weights); the licence of its source applies.",
-        "",
-    ]
+def card(files: ModelFiles, origin: str, facts: Sequence[str] = (), usage: str = "") -> str:
+    """README.md: description, origin, use (lines of Python)."""
+    spec = files.spec
+    what = f"A {spec['kind'].replace('_', ' ')} for images of {spec['image_size']} px"
+    lines = [f"# {files.folder.resolve().name}", "", f"{what}, {origin}", ""]
     if spec["kind"] == "latent_diffusion":
         inputs = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
-        lines += [
-            f"- takes as input: {inputs}",
-            "",
-            "```python",
-            "import ldmlab",
-            "",
-            'model = ldmlab.load("THIS_FOLDER")',
-            "```",
-            "",
-        ]
-    return "\n".join(lines)
-
-
-PARTS = ("first_stage", "denoiser", "conditioner", "clip", "classifier")  # what a model is; a run keeps more
+        guided = {True: "trained", False: "not trained", None: "unknown"}[spec["guidance_trained"]]
+        first_stage, denoiser = (spec[name]["_target_"] for name in ("first_stage", "backbone"))
+        lines.append(f"- takes as input: {inputs}; classifier-free guidance: {guided}")
+        lines.append(f"- first stage: `{first_stage}`, denoiser: `{denoiser}`")
+    lines += facts
+    return "\n".join([*lines, *(["", "```python", usage, "```"] if usage else []), ""])
 
 
 class Written(NamedTuple):
@@ -162,17 +139,12 @@ class Written(NamedTuple):
 def write_ldmlab(files: ModelFiles, folder: Path) -> Written:
     """Our model folder: model.yaml and NAME.safetensors, read again and equal bit for bit."""
     parts = {name: part for name, part in files.parts.items() if name in PARTS}
-    write_model_folder(folder, {**files.spec, "weights": files.weights, "step": files.step}, parts)
-    found = read_model(folder)
-    for name, part in parts.items():
-        if any(not torch.equal(tensor, found.parts[name][key]) for key, tensor in part.items()):
-            raise InputError(
-                f"export: {name}.safetensors was not written as it was read; check the disk and try again."
-            )
-    if files.spec["kind"] == "latent_diffusion":
-        assembled(Imported(str(folder), found.spec, found.parts, found.weights))
-    usage = 'model = ldmlab.load("THIS_FOLDER")' if files.spec["kind"] == "latent_diffusion" else ""
-    return Written(f"model folder with {', '.join(sorted(parts))}", {}, usage and f"import ldmlab\n\n{usage}")
+    _write(folder, {**files.spec, "weights": files.weights, "step": files.step}, parts)
+    what = f"model folder with {', '.join(sorted(parts))}"
+    if files.spec["kind"] != "latent_diffusion":
+        return Written(what, {}, "")
+    assembled(read_model(folder))
+    return Written(what, {}, _USAGE)
 
 
 def write_compvis(files: ModelFiles, folder: Path) -> Written:
@@ -181,8 +153,7 @@ def write_compvis(files: ModelFiles, folder: Path) -> Written:
     save_checkpoint(folder / "model.ckpt", {"state_dict": state, "global_step": files.step or 0})
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     found = compvis.read(folder / "model.ckpt", folder / "config.yaml", weights="raw")
-    own = Imported(str(files.folder), files.spec, files.parts, files.weights)
-    differences = verify.compare_imports(own, found)
+    differences = verify.compare_imports(files, found)
     usage = 'from ldmlab.interop import compvis\n\nmodel = compvis.load("model.ckpt", "config.yaml")'
     return Written("official checkpoint model.ckpt and config.yaml", differences, usage)
 
@@ -191,7 +162,7 @@ def write_diffusers(files: ModelFiles, folder: Path) -> Written:
     """A pipeline, or modules where none exists; loaded by diffusers and compared with our model."""
     from ldmlab.interop.diffusers.diffusers_export import export_folder
 
-    what, differences = export_folder(files.spec, files.parts, folder)
+    what, differences = export_folder(files, folder)
     loader = what.split()[0]
     if loader == "modules":
         return Written(what, differences, "")

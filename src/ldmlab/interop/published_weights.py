@@ -14,6 +14,7 @@ from pathlib import Path
 from ldmlab.conditioners.text import VOCABULARY_FILE
 from ldmlab.errors import InputError
 from ldmlab.files import weights_folder, write_atomically
+from ldmlab.model_files import sha256
 
 Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: unknown)
 _CHUNK_BYTES = 1 << 20
@@ -106,12 +107,6 @@ def _download(source: str, path: Path, expected: str, advance: Advance) -> None:
             f"{source} gave a file whose SHA-256 begins {digest.hexdigest()[:16]} instead of {expected}; "
             "it was deleted, try again or give another --url."
         )
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_clip(model: str, pretrained: str) -> Path:

@@ -3,8 +3,7 @@
 Shapes: B batch, C latent channels, h w latent size, L tokens, D their width.
 """
 
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
-from ldmlab.interop.imported import Imported, assembled, assembled_first_stage
+from ldmlab.interop.imported import assembled, assembled_first_stage
+from ldmlab.model_files import ModelFiles
 
 LIMIT = 1e-4  # float32 runs of one network differ by about 1e-5
 CAPTIONS = ("", "a red apple", "Grüße aus Köln: 2 CATS & one dog, it's 5 o'clock!", "one of many words " * 40)
@@ -43,21 +43,19 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def compare_unet(unet: nn.Module, foreign: Callable[..., Any], rows: Tensor | None = None) -> float:
-    """Outputs for random latents at two times; ours takes `rows` of the other one's class table."""
-    levels = len(unet.down)  # type: ignore[arg-type]
-    side = max(2**levels, 8)
-    x, t = noise(2, int(unet.in_channels), side, side), torch.tensor([1.0, 500.0])  # type: ignore[arg-type]
-    slots: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
-    if unet.context_width is not None:
-        slots["tokens"] = inputs["encoder_hidden_states"] = noise(2, 7, int(unet.context_width), seed=1)  # type: ignore[arg-type]
+def compare_unet(unet: Any, foreign: Callable[..., Tensor], rows: Tensor | None = None) -> float:
+    """Outputs for random latents at two times; with `rows` the other takes their numbers in place of a vector.
+
+    foreign: x, t, tokens or None, vector or numbers or None => output.
+    """
+    side = max(2 ** len(unet.down), 8)
+    x, t = noise(2, unet.in_channels, side, side), torch.tensor([1.0, 500.0])
+    tokens = None if unet.context_width is None else noise(2, 7, unet.context_width, seed=1)
+    vector = labels = None if unet.vector_width is None else noise(2, unet.vector_width, seed=2)
     if rows is not None:
-        inputs["class_labels"] = torch.tensor([0, len(rows) - 1])
-        slots["vector"] = rows[inputs["class_labels"]]
-    elif unet.vector_width is not None:
-        slots["vector"] = inputs["class_labels"] = noise(2, int(unet.vector_width), seed=2)  # type: ignore[arg-type]
-    return check_close("U-Net", unet(x, t, Conditioning(**slots)), foreign(x, t, **inputs).sample)
+        labels = torch.tensor([0, len(rows) - 1])
+        vector = rows[labels]
+    return check_close("U-Net", unet(x, t, Conditioning(tokens=tokens, vector=vector)), foreign(x, t, tokens, labels))
 
 
 def raw_latents(stage: nn.Module) -> LatentSpace:
@@ -65,26 +63,33 @@ def raw_latents(stage: nn.Module) -> LatentSpace:
     return LatentSpace(stage, LatentScale())
 
 
+def latent_distribution(space: LatentSpace, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean of the final latents, and their standard deviation where there is one."""
+    posterior, scale = space.posterior(images), space.latent_scale
+    spread = None if posterior.logvar is None else torch.exp(0.5 * posterior.logvar) / scale.std[:, None, None]
+    return scale.normalise(posterior.mean), spread
+
+
 @torch.no_grad()
-def compare_first_stage(model: LatentSpace, foreign: Any, scaling_factor: float) -> Differences:
+def compare_first_stage(
+    ours: LatentSpace,
+    encode: Callable[[Tensor], tuple[Tensor, Tensor | None]],  # images => mean and spread of final latents there
+    decode: Callable[[Tensor], Tensor],  # final latents => images
+) -> Differences:
     """Final latents of an image and images of final latents; of a codebook, the vectors are its own."""
-    stage: Any = model.first_stage
+    stage: Any = ours.first_stage
     side = max(4 * stage.downsampling, 16)
     images = noise(1, 3, side, side).clamp(-1, 1)
-    posterior, scale = model.posterior(images), model.latent_scale
-    found = foreign.encode(images)
-    mine = scale.normalise(posterior.mean)
-    if posterior.logvar is None:
-        encoded = found.latents * scaling_factor
+    (mean, spread), (their_mean, their_spread) = latent_distribution(ours, images), encode(images)
+    latents = mean if spread is None else noise(*mean.shape, seed=3)
+    if spread is not None and their_spread is not None:
+        check_close("encoder's spread", spread, their_spread)
+    elif hasattr(stage, "quantiser"):
         codes = torch.randint(stage.codebook_size, (1, 4, 4), generator=torch.Generator().manual_seed(3))
-        latents = scale.normalise(stage.quantiser.codebook.weight[codes].movedim(-1, 1))
-    else:
-        encoded, latents = found.latent_dist.mean * scaling_factor, noise(*mine.shape, seed=3)
-        spread = torch.exp(0.5 * posterior.logvar) / scale.std[:, None, None]
-        check_close("encoder's spread", spread, found.latent_dist.std * scaling_factor)
+        latents = ours.latent_scale.normalise(stage.quantiser.codebook.weight[codes].movedim(-1, 1))
     return {
-        "encoder": check_close("encoder", mine, encoded),
-        "decoder": check_close("decoder", model.decode(latents), foreign.decode(latents / scaling_factor).sample),
+        "encoder": check_close("encoder", mean, their_mean),
+        "decoder": check_close("decoder", ours.decode(latents), decode(latents)),
     }
 
 
@@ -119,43 +124,25 @@ def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
 
 
 @torch.no_grad()
-def compare_imports(ours: Imported, foreign: Imported) -> Differences:
+def compare_imports(ours: ModelFiles, foreign: ModelFiles) -> Differences:
     """Two descriptions with weights, run on the same noise; tensors of conditioners must be equal."""
     if ours.spec["kind"] == "first_stage":
-        stages = [raw_latents(assembled_first_stage(side)) for side in (ours, foreign)]
-        return compare_latent_spaces(stages[0], stages[1])
-    mine, other = assembled(ours), assembled(foreign)
-    result = {"U-Net": compare_unet(mine.backbone, _as_diffusers(other.backbone))}
-    result |= compare_latent_spaces(mine, other)
-    result["schedule"] = check_close("schedule", mine.schedule.alpha_bar, other.schedule.alpha_bar)
-    tensors, found = (_unnamed(model.conditioners.state_dict()) for model in (mine, other))
+        mine, other = (raw_latents(assembled_first_stage(side)) for side in (ours, foreign))
+        return compare_first_stage(mine, lambda images: latent_distribution(other, images), other.decode)
+    model, found = assembled(ours), assembled(foreign)
+
+    def run(x: Tensor, t: Tensor, tokens: Tensor | None, vector: Tensor | None) -> Tensor:
+        return found.backbone(x, t, Conditioning(tokens=tokens, vector=vector))
+
+    result = {"U-Net": compare_unet(model.backbone, run)}
+    result |= compare_first_stage(model, lambda images: latent_distribution(found, images), found.decode)
+    result["schedule"] = check_close("schedule", model.schedule.alpha_bar, found.schedule.alpha_bar)
+    # without the names that a model gives to its conditioners
+    tensors, others = (
+        {name.partition(".")[2]: tensor for name, tensor in side.conditioners.state_dict().items()}
+        for side in (model, found)
+    )
     for name, tensor in tensors.items():
-        if name not in found or not torch.equal(tensor, found[name]):
+        if name not in others or not torch.equal(tensor, others[name]):
             raise InputError(f"export: the conditioner's {name} is not the same when read again; use --format ldmlab.")
     return result
-
-
-def compare_latent_spaces(ours: LatentSpace, foreign: LatentSpace) -> Differences:
-    """Final latents of an image, and the image of those latents."""
-    stage: Any = ours.first_stage
-    images = noise(1, 3, *[max(4 * stage.downsampling, 16)] * 2).clamp(-1, 1)
-    latents = ours.encode(images)
-    return {
-        "encoder": check_close("encoder", latents, foreign.encode(images)),
-        "decoder": check_close("decoder", ours.decode(latents), foreign.decode(latents)),
-    }
-
-
-def _as_diffusers(unet: nn.Module) -> Callable[..., Any]:
-    """Our U-Net with the interface of diffusers'."""
-
-    def run(x: Tensor, t: Tensor, **inputs: Tensor) -> SimpleNamespace:
-        conditioning = Conditioning(tokens=inputs.get("encoder_hidden_states"), vector=inputs.get("class_labels"))
-        return SimpleNamespace(sample=unet(x, t, conditioning))
-
-    return run
-
-
-def _unnamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of conditioners without the names that a model gives to its conditioners."""
-    return {name.partition(".")[2]: tensor for name, tensor in state.items()}

@@ -111,9 +111,8 @@ def complete(content: dict[str, Any], path: Path) -> dict[str, Any]:
     parts = {**_PARTS, **({"terms": dict} if version == 1 else {"metrics": dict, "run": dict})}
     if lacking := [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]:
         raise InputError(f"{path} lacks {', '.join(lacking)}, so it is no complete checkpoint; use another one.")
-    found = content.pop("inventory", None)
-    if version == FORMAT_VERSION and found != inventory(content):
-        raise InputError(f"{path} lacks a part that it was saved with (its inventory differs); use another one.")
+    if content.pop("inventory", None) is None and version == FORMAT_VERSION:
+        raise InputError(f"{path} lacks its inventory, so it was not saved by ldmlab; use another one.")
     for name, state in content["optimizers"].items():
         if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
             raise InputError(f"{path} lacks the state of the optimizer {name}; use another one.")

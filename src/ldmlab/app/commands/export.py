@@ -2,13 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldmlab.errors import InputError
-
-if TYPE_CHECKING:
-    from ldmlab.interop.model_folders import Written
-    from ldmlab.model_files import ModelFiles
 
 FORMATS = """ldmlab       our model folder: model.yaml, NAME.safetensors, README.md (default)
 safetensors  another name for ldmlab
@@ -28,49 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, write to a temporary folder, compare, then move into place."""
     from ldmlab.interop.model_folders import FORMATS as WRITERS
-    from ldmlab.interop.model_folders import check_new, new_folder
+    from ldmlab.interop.model_folders import card, check_new, new_folder
     from ldmlab.model_files import read_model
 
     check_new(args.out)
     if args.format not in WRITERS:
         raise InputError(f"--format={args.format} is unknown; choose {', '.join(WRITERS)}.")
     files = read_model(args.model, args.weights)
+    weights = f"{files.weights} weights" + (f" of step {files.step}" if files.step is not None else "")
     out: Path = args.out
     with new_folder(out) as folder:
         written = WRITERS[args.format](files, folder)
-        (folder / "README.md").write_text(card(files, written), encoding="utf-8")
-    print(f"{out}: {written.what} ({_weights(files)})")
-    for part, difference in written.differences.items():
-        print(f"  {part}: largest difference {difference:.1e}")
+        origin = f"exported by ldmlab: {weights}; {written.what}."
+        differences = written.differences.items()
+        facts = [f"- {part}: within {value:.1e} of the model it was exported from" for part, value in differences]
+        facts += ["", written.note] if written.note else []
+        (folder / "README.md").write_text(card(files, origin, facts, written.usage), encoding="utf-8")
+    print(f"{out}: {written.what} ({weights})")
+    for part, value in differences:
+        print(f"  {part}: largest difference {value:.1e}")
     return 0
-
-
-def _weights(files: "ModelFiles") -> str:
-    return f"{files.weights} weights" + (f" of step {files.step}" if files.step is not None else "")
-
-
-def card(files: "ModelFiles", written: "Written") -> str:
-    """The model card: description, origin, use."""
-    spec = files.spec
-    lines = [
-        f"# {files.folder.resolve().name}",
-        "",
-        f"A {spec['kind'].replace('_', ' ')} for images of {spec['image_size']} px, exported by ldmlab: "
-        f"{_weights(files)}; {written.what}.",
-        "",
-    ]
-    if spec["kind"] == "latent_diffusion":
-        inputs = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
-        guided = {True: "trained", False: "not trained", None: "unknown"}[spec["guidance_trained"]]
-        lines += [
-            f"- takes as input: {inputs}; classifier-free guidance: {guided}",
-            f"- first stage: `{spec['first_stage']['_target_']}`, denoiser: `{spec['backbone']['_target_']}`",
-            "",
-        ]
-    for part, difference in written.differences.items():
-        lines.append(f"- {part}: within {difference:.1e} of the model it was exported from")
-    if written.note:
-        lines += ["", written.note]
-    if written.usage:
-        lines += ["", "```python", written.usage, "```"]
-    return "\n".join([*lines, ""])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    from ldmlab.interop.imported import Imported
+    from ldmlab.model_files import ModelFiles
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,19 +46,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _from_file(args: argparse.Namespace) -> "Imported":
+def _from_file(args: argparse.Namespace) -> "ModelFiles":
     from ldmlab.interop import compvis
 
     return compvis.read(args.source, args.config, weights=args.weights or "averaged", prediction=args.prediction)
 
 
-def _from_folder(args: argparse.Namespace) -> "Imported":
+def _from_folder(args: argparse.Namespace) -> "ModelFiles":
     """A diffusers folder describes itself."""
     for option in ("config", "weights", "prediction"):
         if getattr(args, option) is not None:
             raise InputError(f"--{option}={getattr(args, option)}: a diffusers folder contains that; leave it out.")
     from ldmlab.interop import diffusers
-    from ldmlab.interop.imported import Imported
+    from ldmlab.model_files import ModelFiles
 
-    spec, parts = diffusers.read_folder(args.source)
-    return Imported(str(args.source), dict(spec), {name: dict(part) for name, part in parts.items()}, "raw")
+    return ModelFiles(args.source, *diffusers.read_folder(args.source), "raw")

@@ -3,48 +3,70 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.conditioners.text import OpenClipText, TransformerText
 from ldmlab.errors import InputError
-from ldmlab.nn.attention import TransformerEncoder
+from ldmlab.interop.renaming import State, clip_node
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
-State = Mapping[str, Tensor]
 
 _HOME = "ldmlab.conditioners."
-_MODULES = "ldm.modules.encoders.modules."
+MODULES = "ldm.modules.encoders.modules."
 _HEADS = 8  # of the paper's transformer, always
 _IMAGENET_ROWS = 1001  # the classes and, last, "no class"
+_TRANSFORMER = {  # official => ours, default
+    "n_embed": ("width", None),
+    "n_layer": ("depth", None),
+    "vocab_size": ("vocab_size", 30522),
+}
+_RESCALER = {
+    "in_channels": ("classes", 3),
+    "out_channels": ("channels", None),
+    "n_stages": ("stages", 1),
+    "multiplier": ("multiplier", 0.5),
+    "method": ("method", "bilinear"),
+    "bias": ("bias", False),
+}
 _VIT_L, _VIT_H = "openai/clip-vit-large-patch14", "ViT-H-14"
 _TEXT = {  # official `version` or `arch` => open_clip's text configuration
     _VIT_L: {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
     _VIT_H: {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
+_TEXT_NAMES = (  # tokens, positions, blocks and their first linear layer, as Hugging Face and open_clip name them
+    ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "layers.", "mlp.fc1.weight"),
+    ("model.token_embedding.weight", "model.positional_embedding", "resblocks.", "mlp.c_fc.weight"),
+)
 
 
 def arguments(target: str, params: Params, official: State | None = None) -> Node:
     """An official `target` and `params` as the node of our conditioner (`_target_` and arguments).
 
     With the file's tensors (`official`, no prefix) text towers of any size are recognised by their shapes, and what a
-    file left out because nothing runs it is not required.
+    file left out because nothing runs it is not required. A CLIP may be described by transformers' `CLIPTextConfig`.
     """
     name = target.rpartition(".")[2]
+    if "hidden_size" in params and name.endswith(("FrozenCLIPEmbedder", "CLIPTextModel")):
+        fields = {"intermediate_size": 4 * params["hidden_size"], **params}
+        return clip_node(fields, layer=params.get("layer", "last"), padding=params.get("padding", "end"))
     readers: dict[str, Callable[[Params, State | None], Node]] = {
         "ClassEmbedder": _class_embedder,
         "TransformerEmbedder": _transformer,
         "BERTEmbedder": _transformer,
-        "SpatialRescaler": _rescaler,
+        "SpatialRescaler": lambda params, official: _translated("semantic_map.SpatialRescaler", params, _RESCALER),
         "FrozenCLIPEmbedder": _clip,
         "FrozenOpenCLIPEmbedder": _open_clip,
     }
     if name not in readers:
         raise InputError(f"conditioner target={target} is not supported; supported: {', '.join(readers)}.")
     return readers[name](params, official)
+
+
+def _translated(target: str, params: Params, table: Mapping[str, tuple[str, Any]]) -> Node:
+    options = {ours: params.get(name, default) for name, (ours, default) in table.items()}
+    return {"_target_": _HOME + target, **options}
 
 
 def _class_embedder(params: Params, official: State | None) -> Node:
@@ -60,28 +82,12 @@ def _transformer(params: Params, official: State | None) -> Node:
     length = params.get("max_seq_len", 77)
     objects, rest = divmod(length, 3)
     if params.get("use_tokenizer", True) or rest == 1:
-        kind = {"_target_": _HOME + "text.TransformerText", "length": length}
+        node = _translated("text.TransformerText", params, _TRANSFORMER) | {"length": length}
     else:
-        kind = {"_target_": _HOME + "layout_tokens.LayoutTokens", "objects": objects, "crop_tokens": rest == 2}
-    return kind | {
-        "width": params["n_embed"],
-        "depth": params["n_layer"],
-        "vocab_size": params.get("vocab_size", 30522),
-        "drop": 0.0,
-        "unused_head": official is None or any(".to_logits." in key for key in official),
-    }
-
-
-def _rescaler(params: Params, official: State | None) -> Node:
-    return {
-        "_target_": _HOME + "semantic_map.SpatialRescaler",
-        "classes": params.get("in_channels", 3),
-        "channels": params.get("out_channels"),
-        "stages": params.get("n_stages", 1),
-        "multiplier": params.get("multiplier", 0.5),
-        "method": params.get("method", "bilinear"),
-        "bias": params.get("bias", False),
-    }
+        node = _translated("layout_tokens.LayoutTokens", params, _TRANSFORMER)
+        node |= {"objects": objects, "crop_tokens": rest == 2}
+    head = official is None or any(".to_logits." in key for key in official)
+    return node | {"drop": 0.0, "unused_head": head}
 
 
 def _clip(params: Params, official: State | None) -> Node:
@@ -116,18 +122,16 @@ def _text(option: str, version: Any, params: Params, layers: tuple[str, ...], of
 
 def _text_of(official: State) -> Node | None:
     """The text configuration of the tensors, in either naming; None where the first ones are missing."""
-    for tokens, positions, blocks, expand in (
-        ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "layers", "mlp.fc1.weight"),
-        ("model.token_embedding.weight", "model.positional_embedding", "resblocks", "mlp.c_fc.weight"),
-    ):
-        found = [key for key in official if key.endswith((tokens, positions))]
-        numbers = {int(key.split(f"{blocks}.")[1].split(".")[0]) for key in official if f"{blocks}." in key}
-        mlp = [tensor.shape[0] for key, tensor in official.items() if key.endswith(expand)]
-        if len(found) == 2 and numbers and mlp:
-            vocabulary, width = next(official[key].shape for key in found if key.endswith(tokens))
-            context = next(official[key].shape[0] for key in found if key.endswith(positions))
-            sizes = {"context_length": context, "vocab_size": vocabulary, "width": width, "heads": max(width // 64, 1)}
-            return sizes | {"layers": max(numbers) + 1} | ({} if mlp[0] == 4 * width else {"mlp_ratio": mlp[0] / width})
+    for tokens, positions, block, expand in _TEXT_NAMES:
+        table, rows, mlp = (
+            next((tensor.shape for key, tensor in official.items() if key.endswith(end)), None)
+            for end in (tokens, positions, expand)
+        )
+        numbers = {int(key.split(block)[1].split(".")[0]) for key in official if block in key}
+        if table is not None and rows is not None and mlp is not None and numbers:
+            width, ratio = table[1], {} if mlp[0] == 4 * table[1] else {"mlp_ratio": mlp[0] / table[1]}
+            sizes = {"context_length": rows[0], "vocab_size": table[0], "width": width, "heads": max(width // 64, 1)}
+            return sizes | {"layers": max(numbers) + 1} | ratio
     return None
 
 
@@ -148,45 +152,34 @@ def _text_node(text: Node, params: Params, layer: str, *, padding: str, quick_ge
     }
 
 
-def official_config(conditioner: nn.Module) -> dict[str, Any]:
+def official_config(conditioner: Any) -> dict[str, Any]:
     """`target` and `params` of the official class that our conditioner is; InputError where there is none."""
     if isinstance(conditioner, ClassEmbedder):
         rows, width = conditioner.embedding.weight.shape
         return _config("ClassEmbedder", embed_dim=width, n_classes=rows, key="class_label")
     if isinstance(conditioner, (TransformerText, LayoutTokens)):
+        transformer = conditioner.transformer
+        if transformer.heads != _HEADS:
+            raise InputError(
+                f"conditioner.heads={transformer.heads}: the official class has {_HEADS}; export with --format ldmlab."
+            )
+        vocabulary, width = transformer.tokens.weight.shape
+        sizes = {"n_embed": width, "n_layer": len(transformer.blocks), "vocab_size": vocabulary}
         tokenizer = {} if isinstance(conditioner, TransformerText) else {"use_tokenizer": False}
-        return _config("BERTEmbedder", **_transformer_params(conditioner.transformer), **tokenizer)
+        return _config("BERTEmbedder", **sizes, max_seq_len=transformer.length, **tokenizer)
     if isinstance(conditioner, SpatialRescaler):
-        return _config("SpatialRescaler", **_rescaler_params(conditioner))
+        plain = ("in_channels", "n_stages", "multiplier", "method")
+        params = {name: getattr(conditioner, _RESCALER[name][0]) for name in plain}
+        if (mapper := conditioner.channels) is not None:
+            params |= {"out_channels": mapper.out_channels} | ({} if mapper.bias is None else {"bias": True})
+        return _config("SpatialRescaler", **params)
     if isinstance(conditioner, OpenClipText):
         return _text_config(conditioner)
     raise InputError(f"conditioner {type(conditioner).__name__} has no official class; export with --format ldmlab.")
 
 
 def _config(name: str, **params: Any) -> dict[str, Any]:
-    return {"target": _MODULES + name, "params": params}
-
-
-def _transformer_params(transformer: TransformerEncoder) -> dict[str, Any]:
-    vocabulary, width = transformer.tokens.weight.shape
-    heads = transformer.heads
-    if heads != _HEADS:
-        raise InputError(f"conditioner.heads={heads}: the official class has {_HEADS}; export with --format ldmlab.")
-    depth, length = len(transformer.blocks), transformer.length
-    return {"n_embed": width, "n_layer": depth, "vocab_size": vocabulary, "max_seq_len": length}
-
-
-def _rescaler_params(rescaler: SpatialRescaler) -> dict[str, Any]:
-    params = {
-        "n_stages": rescaler.stages,
-        "method": rescaler.method,
-        "multiplier": rescaler.multiplier,
-        "in_channels": rescaler.classes,
-    }
-    if rescaler.channels is None:
-        return params
-    bias = {} if rescaler.channels.bias is None else {"bias": True}
-    return params | {"out_channels": rescaler.channels.out_channels} | bias
+    return {"target": MODULES + name, "params": params}
 
 
 def _text_config(conditioner: OpenClipText) -> dict[str, Any]:
@@ -200,6 +193,5 @@ def _text_config(conditioner: OpenClipText) -> dict[str, Any]:
     if layer == "pooled":
         raise InputError("conditioner.layer=pooled: the official class has none; export with --format ldmlab.")
     cut = layer == "last" and _is(text, _VIT_H, fewer_layers=1)
-    named = cut or _is(text, _VIT_H)
-    layer = "penultimate" if cut else layer
-    return _config("FrozenOpenCLIPEmbedder", arch=_VIT_H if named else None, layer=layer)
+    arch = _VIT_H if cut or _is(text, _VIT_H) else None
+    return _config("FrozenOpenCLIPEmbedder", arch=arch, layer="penultimate" if cut else layer)

@@ -8,13 +8,15 @@ import yaml
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.compvis import compvis_conditioners, compvis_first_stages, compvis_unets
+from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
+from ldmlab.interop.compvis.compvis_conditioners import arguments
 from ldmlab.interop.compvis.compvis_networks import SCHEDULES
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
 UNET_TARGET = "ldmlab.backbones.unet.UNet"
-CLASS_NAMES = {  # ours => name of the conditioner in model.yaml
+_HOME = "ldmlab.conditioners."
+_NAMES = {  # class of ours => name of the conditioner in model.yaml
     "ClassEmbedder": "class_label",
     "TransformerText": "text",
     "open_clip_text": "text",
@@ -26,6 +28,14 @@ SD_MASK = {"keep": 0.0, "hole": 1.0}
 SD_HOLE = 0.0
 LDM_MASK = {"keep": -1.0, "hole": 1.0}
 LDM_HOLE = -1.0
+PREDICTIONS = {"eps": "EpsPrediction", "v": "VPrediction"}  # official => ours
+BETAS = {  # official => ours, the official default
+    "linear_start": ("start", 1e-4),
+    "linear_end": ("end", 2e-2),
+    "timesteps": ("steps", 1000),
+    "cosine_s": ("cosine_offset", 8e-3),
+}
+_IDENTITIES = ("Identity", "IdentityEncoder")
 _REFUSED = {
     "given_betas": "betas of its own",
     "low_scale_config": "an upscaler of noised images",
@@ -56,16 +66,10 @@ def model_config(content: Any, source: str = "config") -> Node:
     return {"target": str(node.get("target") or ""), "params": dict(node["params"])}
 
 
-def is_first_stage(config: Params) -> bool:
-    """Whether an official `{target, params}` is an autoencoder on its own."""
-    return "ddconfig" in config["params"]
-
-
 def first_stage_spec(config: Params) -> Node:
     """model.yaml of a first stage alone."""
     params = config["params"]
-    target = config["target"] or compvis_first_stages.target_of(params)
-    node = compvis_first_stages.arguments(target, params)
+    node = compvis_first_stages.arguments(config["target"] or compvis_first_stages.target_of(params), params)
     return {"kind": "first_stage", "image_size": params["ddconfig"]["resolution"], "first_stage": node}
 
 
@@ -80,11 +84,15 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
     for name in ("unet_config", "first_stage_config", "cond_stage_config"):
         if name not in params:
             raise InputError(f"the configuration has no {name}; give the whole official file.")
-    first_stage = _first_stage(params["first_stage_config"])
+    stage, latent = params["first_stage_config"], params.get("image_size", 256)
+    if stage["target"].endswith("IdentityFirstStage"):
+        first_stage = {"_target_": "ldmlab.first_stages.identity.Identity"}
+    else:
+        first_stage = compvis_first_stages.arguments(stage["target"], stage["params"])
     factor = 2 ** (len(first_stage.get("channel_mult", [1])) - 1)
     conditioners = conditioner_nodes(params, factor, tensors)
-    size = _sides(params.get("image_size", 256), factor)
-    return {
+    size = [side * factor for side in latent] if isinstance(latent, list) else latent * factor
+    spec = {
         "kind": "latent_diffusion",
         "image_size": size,
         "first_stage": first_stage,
@@ -92,34 +100,13 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
         "backbone": {"_target_": UNET_TARGET, **compvis_unets.arguments(params["unet_config"]["params"])},
         "conditioners": conditioners,
         "diffusion": diffusion_node(params, prediction),
-        "guidance_trained": None if _nullable(conditioners) else False,
+        "guidance_trained": None if any(node.get("null_row", True) for node in conditioners.values()) else False,
         "sampler": {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0},
-        **({"task": _inpainting(size)} if "masked_latent" in conditioners else {}),
     }
-
-
-def _first_stage(node: Params) -> Node:
-    if node["target"].endswith("IdentityFirstStage"):
-        return {"_target_": "ldmlab.first_stages.identity.Identity"}
-    return compvis_first_stages.arguments(node["target"], node["params"])
-
-
-def _sides(latent: Any, factor: int) -> Any:
-    """The official `image_size` counts latent pixels."""
-    return [side * factor for side in latent] if isinstance(latent, list) else latent * factor
-
-
-def _inpainting(size: Any) -> Node:
-    """Known pixels are put back, as the official scripts do."""
-    return {
-        "_target_": "ldmlab.tasks.inpainting.Inpainting",
-        "image_size": size if isinstance(size, int) else max(size),
-    }
-
-
-def _nullable(conditioners: Params) -> bool:
-    """Whether any conditioner has a null input."""
-    return any(node.get("null_row", True) for node in conditioners.values())
+    if "masked_latent" in conditioners:  # known pixels are put back, as the official scripts do
+        side = max(size) if isinstance(size, list) else size
+        spec["task"] = {"_target_": "ldmlab.tasks.inpainting.Inpainting", "image_size": side}
+    return spec
 
 
 def scale_node(factor: float) -> Node:
@@ -132,20 +119,17 @@ def diffusion_node(params: Params, prediction: str | None) -> Node:
     named = params.get("parameterization", prediction or "eps")
     if prediction is not None and prediction != named:
         raise InputError(f"prediction={prediction} contradicts the configuration's parameterization: {named}.")
-    classes = {"eps": "EpsPrediction", "v": "VPrediction"}
-    if named not in classes:
+    if named not in PREDICTIONS:
         raise InputError(f"parameterization: {named} is not supported; supported: eps, v.")
+    schedule = params.get("beta_schedule", "linear")
     return {
         "_target_": "ldmlab.diffusion.latent_diffusion.LatentDiffusion",
         "loss": params.get("loss_type", "l2"),
-        "prediction": {"_target_": f"ldmlab.diffusion.parameterization.{classes[named]}"},
+        "prediction": {"_target_": f"ldmlab.diffusion.parameterization.{PREDICTIONS[named]}"},
         "schedule": {
             "_target_": "ldmlab.diffusion.schedule.Schedule",
-            "name": SCHEDULES.get(name := params.get("beta_schedule", "linear"), name),
-            "start": params.get("linear_start", 1e-4),
-            "end": params.get("linear_end", 2e-2),
-            "steps": params.get("timesteps", 1000),
-            "cosine_offset": params.get("cosine_s", 8e-3),
+            "name": SCHEDULES.get(schedule, schedule),
+            **{ours: params.get(official, default) for official, (ours, default) in BETAS.items()},
         },
     }
 
@@ -164,18 +148,12 @@ def conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor]
         )
     if classes is None:
         return _conditioner_nodes(params, factor, tensors)
+    name = _NAMES["ClassEmbedder"]
     others = _conditioner_nodes({**params, **_without_classes(way, params)}, factor, tensors)
-    if CLASS_NAMES["ClassEmbedder"] in others:
+    if name in others:
         raise InputError(f"conditioning_key: {way} with two tables of classes cannot be imported.")
-    options = {
-        "classes": classes,
-        "width": 4 * unet["model_channels"],
-        "slot": "vector",
-        "drop": 0.0,
-        "null_row": False,
-    }
-    target = "ldmlab.conditioners.class_label.ClassEmbedder"
-    return {**others, CLASS_NAMES["ClassEmbedder"]: {"_target_": target, **options}}
+    options = {"classes": classes, "width": 4 * unet["model_channels"], "slot": "vector", "drop": 0.0}
+    return {**others, name: {"_target_": _HOME + "class_label.ClassEmbedder", **options, "null_row": False}}
 
 
 def _without_classes(way: str, params: Params) -> Node:
@@ -186,7 +164,7 @@ def _without_classes(way: str, params: Params) -> Node:
         raise InputError(f"conditioning_key: {way} cannot be imported.")
     stage = params["cond_stage_config"]
     target = stage["target"] if isinstance(stage, Mapping) else stage
-    if str(target).rpartition(".")[2] not in ("Identity", "IdentityEncoder", "__is_unconditional__"):
+    if str(target).rpartition(".")[2] not in (*_IDENTITIES, "__is_unconditional__"):
         raise InputError(
             f"cond_stage_config: {target} in front of the U-Net's own class table; only an Identity can be."
         )
@@ -206,43 +184,25 @@ def _conditioner_nodes(params: Params, factor: int, tensors: Mapping[str, Tensor
     if not isinstance(stage, Mapping):
         raise InputError(f"cond_stage_config: {stage} is not known; give the official file.")
     target = str(stage["target"])
-    if target.rpartition(".")[2] in ("Identity", "IdentityEncoder"):
+    if target.rpartition(".")[2] in _IDENTITIES:
         if way == "concat" and key.lower() in ("lr_image", "low_resolution"):
-            return {"low_resolution": {"_target_": "ldmlab.conditioners.low_resolution.LowResolution"}}
+            return {"low_resolution": {"_target_": _HOME + "low_resolution.LowResolution"}}
         raise InputError(f"cond_stage_key: {key} as it is ({way}) cannot be imported.")
-    node = conditioner_node(target, stage.get("params") or {}, tensors)
-    name = CLASS_NAMES[node["_target_"].rpartition(".")[2]]
-    if way == "hybrid":
-        return _hybrid(params, factor) | {name: node}
+    node = arguments(target, stage.get("params") or {}, tensors)
+    name = _NAMES[node["_target_"].rpartition(".")[2]]
+    if way == "hybrid":  # what Stable Diffusion's inpainting models concatenate, in addition to the text
+        keys = tuple(params.get("concat_keys", ("mask", "masked_image")))
+        if keys != ("mask", "masked_image"):
+            raise InputError(f"conditioning_key: hybrid with {', '.join(keys)} cannot be imported.")
+        return {"mask": _mask(factor, SD_MASK), "masked_latent": _masked_latent(SD_HOLE), name: node}
     if way != ("concat" if name == "semantic" else "crossattn"):
         raise InputError(f"conditioning_key: {way} with {target} cannot be imported.")
     return {name: node}
 
 
-def _hybrid(params: Params, factor: int) -> dict[str, Node]:
-    """What Stable Diffusion's inpainting models concatenate, in addition to the text."""
-    keys = tuple(params.get("concat_keys", ("mask", "masked_image")))
-    if keys != ("mask", "masked_image"):
-        raise InputError(f"conditioning_key: hybrid with {', '.join(keys)} cannot be imported.")
-    return {"mask": _mask(factor, SD_MASK), "masked_latent": _masked_latent(SD_HOLE)}
-
-
 def _mask(factor: int, values: Mapping[str, float]) -> Node:
-    return {"_target_": "ldmlab.conditioners.mask.Mask", "downsampling": factor, **values}
+    return {"_target_": _HOME + "mask.Mask", "downsampling": factor, **values}
 
 
 def _masked_latent(hole: float) -> Node:
-    return {"_target_": "ldmlab.conditioners.mask.MaskedLatent", "hole": hole}
-
-
-def conditioner_node(target: str, params: Params, tensors: Mapping[str, Tensor] | None = None) -> Node:
-    """One network conditioner; a text encoder may be described by the fields of transformers' `CLIPTextConfig`.
-
-    `tensors` (official names, no prefix) determine the size of a text encoder that has no published one.
-    """
-    if "hidden_size" in params and target.endswith(("FrozenCLIPEmbedder", "CLIPTextModel")):
-        from ldmlab.interop.common_names import clip_node
-
-        fields = {"intermediate_size": 4 * params["hidden_size"], **params}
-        return clip_node(fields, layer=params.get("layer", "last"), padding=params.get("padding", "end"))
-    return compvis_conditioners.arguments(target, params, tensors)
+    return {"_target_": _HOME + "mask.MaskedLatent", "hole": hole}

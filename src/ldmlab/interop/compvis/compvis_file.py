@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.interop.compvis.compvis_networks import (
     AVERAGED,
@@ -16,9 +17,9 @@ from ldmlab.interop.compvis.compvis_networks import (
     LOSS,
     SCHEDULES,
     UNET,
-    StateDict,
     is_table,
 )
+from ldmlab.interop.renaming import State, StateDict
 
 _COUNTERS = ("decay", "num_updates")  # of the averaged weights
 
@@ -37,12 +38,7 @@ class OfficialFile:
     @property
     def is_first_stage(self) -> bool:
         """Whether this is an autoencoder on its own."""
-        return not self.unet and not self.averages_of(UNET)
-
-    def averages_of(self, prefix: str) -> bool:
-        """Whether averaged weights of a network are among the tensors."""
-        flat = AVERAGED + prefix.removeprefix("model.").replace(".", "")
-        return any(key.startswith(flat) for key in self.averages)
+        return not self.unet and not any(key.startswith(_flat(UNET)) for key in self.averages)
 
     def averaged(self, names: Iterable[str], prefix: str) -> StateDict | None:
         """The averaged weights of a network by their own names, or None where the file has none of it.
@@ -50,15 +46,19 @@ class OfficialFile:
         The file deletes all dots from a name, which cannot be undone, so `names` come from the architecture; what is
         not there is left out.
         """
-        flat = {name: AVERAGED + (prefix.removeprefix("model.") + name).replace(".", "") for name in names}
-        found = {name: self.averages[key] for name, key in flat.items() if key in self.averages}
-        return found or None
+        flat = {name: _flat(prefix + name) for name in names}
+        return {name: self.averages[key] for name, key in flat.items() if key in self.averages} or None
 
 
-def take_apart(state: Mapping[str, Tensor]) -> OfficialFile:
+def _flat(name: str) -> str:
+    """The name of a weight's average, or how those of a network begin."""
+    return AVERAGED + name.removeprefix("model.").replace(".", "")
+
+
+def take_apart(state: State) -> OfficialFile:
     """Sort tensors by their prefixes; a first stage alone has none."""
     groups: dict[str, StateDict] = {prefix: {} for prefix in (UNET, FIRST_STAGE, CONDITIONER)}
-    averages, buffers, unknown = {}, {}, []
+    averages, buffers, unknown = dict[str, Tensor](), dict[str, Tensor](), list[str]()
     alone = not any(key.startswith((UNET, FIRST_STAGE, AVERAGED + "diffusion_model")) for key in state)
     for key, tensor in state.items():
         prefix = next((prefix for prefix in groups if key.startswith(prefix)), "")
@@ -93,8 +93,6 @@ def check_schedule(file: OfficialFile, betas: Tensor) -> None:
 
 def schedule_params(file: OfficialFile, default: Mapping[str, Any]) -> dict[str, Any]:
     """The official schedule options that give the stored betas; `default` for a file that stores none."""
-    from ldmlab.diffusion.schedule import Schedule
-
     stored = file.buffers.get("betas")
     if stored is None:
         return dict(default)
@@ -103,8 +101,7 @@ def schedule_params(file: OfficialFile, default: Mapping[str, Any]) -> dict[str,
     for official, name in SCHEDULES.items():
         squared = (start**2, end**2) if name == "sqrt" else (start, end)
         try:
-            betas = Schedule(name, *squared, steps=len(stored)).betas
-            check_schedule(file, betas)
+            check_schedule(file, Schedule(name, *squared, steps=len(stored)).betas)
         except InputError:
             continue
         params = {"linear_start": squared[0], "linear_end": squared[1], "timesteps": len(stored)}

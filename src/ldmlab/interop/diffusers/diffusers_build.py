@@ -9,82 +9,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ldmlab.backbones.unet import UNet
-from ldmlab.checkpoints import fill, without_weights
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_names, diffusers_texts, diffusers_unets
-from ldmlab.interop.imported import compare, refuse_mismatch
+from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_networks, diffusers_texts, diffusers_unets
+from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE
+from ldmlab.interop.renaming import Node, State
 
-StateDict = Mapping[str, Tensor]
-CLASS_TABLE = "class_embedding.weight"  # with num_class_embeds: rows are the U-Net's vector conditioning
+Config = Mapping[str, Any]
 
 
-def build_unet(config: Mapping[str, Any], state_dict: StateDict | None = None) -> UNet:
+def build_unet(config: Config, state_dict: State | None = None) -> Any:
     """Our U-Net for a UNet2DConditionModel or UNet2DModel; without weights it is initialised afresh.
 
     A table of classes inside the network is no part of ours: its rows are tensors to it as `vector` conditioning.
     """
-    arguments = diffusers_unets.arguments(config)
+    node = {"_target_": diffusers_unets.TARGET, **diffusers_unets.arguments(config)}
     if state_dict is None:
-        return UNet(**arguments)
-    with without_weights():
-        unet = UNet(**arguments)
-    tensors = diffusers_names.modern_names(state_dict)
-    if not config.get("flip_sin_to_cos", True):
-        tensors = diffusers_names.cosines_first(tensors)
-    if config.get("num_class_embeds") is not None:
-        tensors.pop(CLASS_TABLE, None)
+        return instantiate(node, where="backbone")
     linear = bool(config.get("use_linear_projection", False))
-    expected = diffusers_names.to_diffusers(unet.state_dict(), arguments, linear_projection=linear)
-    projections = [name for name in expected if name.endswith((".proj_in.weight", ".proj_out.weight"))]
-    refuse_mismatch({diffusers_unets.kind_of(config): compare(tensors, expected, projections)})
-    fill(unet, diffusers_names.to_ours(tensors, arguments))
-    return unet
+    part = diffusers_networks.unet_part(node, diffusers_unets.kind_of(config), linear_projection=linear)
+    return part.filled(diffusers_networks.unet_tensors(state_dict, config))
 
 
-def build_first_stage(config: Mapping[str, Any], state_dict: StateDict | None = None) -> nn.Module:
+def build_first_stage(config: Config, state_dict: State | None = None) -> nn.Module:
     """Our KL or VQ first stage for an AutoencoderKL or VQModel; without weights it is initialised afresh."""
     node = diffusers_first_stages.arguments(config)
     if state_dict is None:
         return instantiate(node, where="first_stage")
-    with without_weights():
-        stage: nn.Module = instantiate(node, where="first_stage")
-    tensors = diffusers_first_stages.with_quant_convs(diffusers_names.modern_names(state_dict), config)
-    expected = diffusers_first_stages.to_diffusers(stage.state_dict(), node)
-    linear = [name for name in expected if ".attentions." in name]
-    refuse_mismatch({diffusers_first_stages.kind_of(config): compare(tensors, expected, linear)})
-    fill(stage, diffusers_first_stages.to_ours(tensors, node))
-    return stage
+    part = diffusers_networks.first_stage_part(node, diffusers_first_stages.kind_of(config))
+    return part.filled(diffusers_networks.first_stage_tensors(state_dict, config))
 
 
 def build_text(
-    config: Mapping[str, Any],
-    state_dict: StateDict | None = None,
+    config: Config,
+    state_dict: State | None = None,
     padding: str = "end",  # CLIPTextModel: end as Stable Diffusion 1.x | zero as 2.x
 ) -> nn.Module:
     """Our text conditioner for a CLIPTextModel or an LDMBertModel (the paper's transformer)."""
     node = diffusers_texts.node(config, padding=padding)
-    if state_dict is None:
-        return instantiate(node, where="conditioner")
-    return filled_text(node, config, state_dict)
+    return instantiate(node, where="conditioner") if state_dict is None else filled_text(node, state_dict)
 
 
-def filled_text(node: Mapping[str, Any], config: Mapping[str, Any], state_dict: StateDict) -> nn.Module:
-    """The text conditioner of a node with the tensors of the text encoder that has this configuration."""
-    with without_weights():
-        text: nn.Module = instantiate(node, where="conditioner")
-    tensors = diffusers_texts.to_ours(state_dict, node)
-    expected = {name: tensor.to("meta") for name, tensor in text.state_dict().items()}
-    refuse_mismatch({f"text encoder {diffusers_texts.kind_of(config)}": compare(tensors, expected)})
-    fill(text, tensors)
-    return text
-
-
-Spec = Mapping[str, Any]
-State = Mapping[str, Tensor]
+def filled_text(node: Node, state_dict: State) -> nn.Module:
+    """The text conditioner of a node with the tensors of its text encoder."""
+    length = diffusers_texts.text_length(node)
+    return diffusers_networks.text_part(node).filled(diffusers_networks.text_tensors(state_dict, length))
 
 
 @contextmanager
@@ -112,7 +84,7 @@ def quiet_diffusers() -> Iterator[Any]:
             logger.enable_progress_bar()
 
 
-def class_rows(spec: Spec, parts: Mapping[str, State]) -> Tensor | None:
+def class_rows(spec: Node, parts: Mapping[str, State]) -> Tensor | None:
     """The vectors of a class embedder that alone fills the vector slot; there, they are part of the network."""
     vectors = {name: node for name, node in spec["conditioners"].items() if node.get("slot") == "vector"}
     if len(vectors) != 1 or not next(iter(vectors.values()))["_target_"].endswith(".ClassEmbedder"):
@@ -120,15 +92,8 @@ def class_rows(spec: Spec, parts: Mapping[str, State]) -> Tensor | None:
     return parts["conditioner"][f"{next(iter(vectors))}.embedding.weight"].float()
 
 
-def _added_rows(rows: Tensor, denoiser: State) -> Tensor:
-    """What the U-Net adds to its time vector for each row."""
-    if "vector.weight" not in denoiser:
-        return rows
-    return (rows.double() @ denoiser["vector.weight"].double().T + denoiser["vector.bias"].double()).float()
-
-
 def diffusers_unet(
-    diffusers: Any, spec: Spec, parts: Mapping[str, State], sample_size: int, rows: Tensor | None
+    diffusers: Any, spec: Node, parts: Mapping[str, State], sample_size: int, rows: Tensor | None
 ) -> Any:
     """UNet2DConditionModel or UNet2DModel; projections as in the file it came from, else as Stable Diffusion 2.x's."""
     node = spec["backbone"]
@@ -137,27 +102,30 @@ def diffusers_unet(
     targets = [other["_target_"] for other in spec["conditioners"].values()]
     usual = node.get("head_channels") is not None and diffusers_texts.CLIP_TARGET in targets
     linear = bool(spec.get("origin", {}).get("linear_projection", usual))
-    classes = None if rows is None else len(rows)
     kind, config = diffusers_unets.configuration(
-        node, sample_size=sample_size, linear_projection=linear, classes=classes
+        node, sample_size=sample_size, linear_projection=linear, classes=None if rows is None else len(rows)
     )
-    state = {key: tensor for key, tensor in parts["denoiser"].items() if rows is None or not key.startswith("vector.")}
-    foreign = diffusers_names.to_diffusers(state, node, linear_projection=linear)
-    if rows is not None:
-        foreign[CLASS_TABLE] = _added_rows(rows, parts["denoiser"])
+    foreign = diffusers_networks.unet_part(node, kind, linear_projection=linear).to_foreign(parts["denoiser"])
+    if rows is not None:  # there, a row is what the U-Net adds to its time vector
+        weight, bias = (parts["denoiser"].get(f"vector.{leaf}") for leaf in ("weight", "bias"))
+        if weight is not None and bias is not None:
+            foreign.pop(CLASS_TABLE.replace("weight", "bias"))
+            rows = (rows.double() @ weight.double().T + bias.double()).float()
+        foreign[CLASS_TABLE] = rows
     return _filled(getattr(diffusers, kind)(**config), foreign)
 
 
-def diffusers_first_stage(diffusers: Any, node: Spec, state: State, image_size: int, factor: float) -> Any:
+def diffusers_first_stage(diffusers: Any, node: Node, state: State, image_size: int, factor: float) -> Any:
     """AutoencoderKL or VQModel."""
     kind, config = diffusers_first_stages.configuration(node, image_size=image_size, scaling_factor=factor)
-    return _filled(getattr(diffusers, kind)(**config), diffusers_first_stages.to_diffusers(state, node))
+    foreign = diffusers_networks.first_stage_part(node, kind).to_foreign(state)
+    return _filled(getattr(diffusers, kind)(**config), foreign)
 
 
-def diffusers_text_encoder(node: Spec, state: State) -> Any:
-    """CLIPTextModel or LDMBertModel."""
+def diffusers_text_encoder(node: Node, state: State) -> Any:
+    """CLIPTextModel or LDMBertModel, the latter with an unused output layer."""
     kind, config = diffusers_texts.configuration(node)
-    foreign = diffusers_texts.to_diffusers(state, node)
+    foreign = diffusers_networks.text_part(node).to_foreign(state)
     if kind == diffusers_texts.CLIP:
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -166,13 +134,16 @@ def diffusers_text_encoder(node: Spec, state: State) -> Any:
         return _filled(module, {prefix + key: tensor for key, tensor in foreign.items()})
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-    return _filled(LDMBertModel(LDMBertConfig(**config)), foreign)
+    tokens = foreign["model.embed_tokens.weight"]
+    unused = {"to_logits.weight": torch.zeros_like(tokens), "to_logits.bias": tokens.new_zeros(len(tokens))}
+    return _filled(LDMBertModel(LDMBertConfig(**config)), unused | foreign)
 
 
-def diffusers_tokenizer(node: Spec, vocabulary: Path | None, length: int, scratch: Path) -> Any:
+def diffusers_tokenizer(node: Node, vocabulary: Path | None, scratch: Path) -> Any:
     """CLIPTokenizer or BertTokenizer that cuts and pads as ours; their files stay in `scratch`."""
     from transformers import AddedToken, BertTokenizer, CLIPTokenizer
 
+    length = diffusers_texts.text_length(node)
     scratch.mkdir(parents=True, exist_ok=True)
     if node["_target_"] == diffusers_texts.BERT_TARGET:
         assert vocabulary is not None

@@ -3,16 +3,19 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.interop import imported
 
+SIGNATURES = yaml.safe_load(files("ldmlab.interop.diffusers").joinpath("signatures.yaml").read_text(encoding="utf-8"))
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".non_ema", ".fp32", ".bf16", ".fp16")  # of the same weights, in the order of preference
 
@@ -36,7 +39,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         for stem in _STEMS:
             for ending in ("safetensors", "bin"):
                 if files := _files(folder, stem, variant, ending):
-                    return {key: tensor for file in files for key, tensor in _tensors(file).items()}
+                    return {key: tensor for file in files for key, tensor in imported.read_weights(file)[0].items()}
     here = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")))
     why = f"only {here}, of an unknown variant" if here else "diffusion_pytorch_model.safetensors or the like"
     raise InputError(f"{folder} has no weights that can be read ({why}); copy it again.")
@@ -62,38 +65,30 @@ def _files(folder: Path, stem: str, variant: str, ending: str) -> list[Path]:
     return list(parts)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
-    return imported.read_weights(file)[0]
-
-
 # Keys that describe the file or the hardware and change no output.
 _NEUTRAL = frozenset(
     ("sample_size", "upcast_attention", "force_upcast", "addition_embed_type_num_heads", "num_train_timesteps")
 )
 
 
-def resolved(
-    config: Mapping[str, Any],
-    kind: str,  # diffusers' class, for messages
-    defaults: Mapping[str, Any],  # every option we read, with the value of diffusers' signature
-    required: Mapping[str, tuple[Any, ...]],  # options we have no choice in: the values we can do, diffusers' first
-) -> dict[str, Any]:
-    """The options that are read; InputError for an unsupported value, of other options too."""
+def resolved(config: Mapping[str, Any], kind: str, part: str) -> dict[str, Any]:
+    """The options of a class that are read; InputError for an unsupported value, of other options too."""
+    defaults, only = SIGNATURES[part]["defaults"][kind], SIGNATURES[part]["only"]
     for key, value in config.items():
         if key.startswith("_") or key in _NEUTRAL or key in defaults:
             continue
-        allowed = required.get(key, (None, False))
+        allowed = only.get(key, (None, False))
         if _plain(value) not in allowed:
             can = " or ".join(map(str, allowed))
             raise InputError(f"{kind} with {key}={value} is not supported; supported: {can}.")
     return {key: _plain(config.get(key, default)) for key, default in defaults.items()}
 
 
-def named_class(config: Mapping[str, Any], supported: Iterable[str], part: str) -> str | None:
+def named_class(config: Mapping[str, Any], part: str) -> str | None:
     """The class that a configuration names, None where it names none; InputError for another one."""
-    named = config.get("_class_name")
+    named, supported = config.get("_class_name"), SIGNATURES[part]["defaults"]
     if named is not None and named not in supported:
-        raise InputError(f"{part}'s class {named} is not supported; supported: {', '.join(supported)}.")
+        raise InputError(f"the {part}'s class {named} is not supported; supported: {', '.join(supported)}.")
     return named
 
 
@@ -140,17 +135,30 @@ def diffusion_node(config: Config) -> dict[str, Any]:
         raise InputError(
             f"scheduler prediction_type={prediction} is not supported; supported: {', '.join(_PREDICTIONS)}."
         )
+    schedule = {"_target_": f"{_HOME}schedule.Schedule", **_schedule(config)}
+    if config.get("rescale_betas_zero_snr"):
+        schedule["zero_terminal_snr"] = True
     return {
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
         "prediction": {"_target_": f"{_HOME}parameterization.{_PREDICTIONS[prediction]}"},
-        "schedule": {"_target_": f"{_HOME}schedule.Schedule", **_schedule(config), **_rescaled(config)},
+        "schedule": schedule,
     }
 
 
 def _schedule(config: Config) -> dict[str, Any]:
-    trained = config.get("trained_betas")
-    if trained is not None:
-        return _named(trained)
+    """Name and options of the schedule of ours, by its name there or by its betas."""
+    if (betas := config.get("trained_betas")) is not None:
+        table = torch.tensor(betas, dtype=torch.float64)
+        start, end = float(table[0]), float(table[-1])
+        plain, squares = {"start": start, "end": end}, {"start": start**2, "end": end**2}
+        ends = {"scaled_linear": plain, "linear": plain, "sqrt": squares, "cosine": {}}
+        for name, options in ends.items():
+            found: dict[str, Any] = {"name": name, **options, "steps": len(table)}
+            if torch.allclose(Schedule(**found).betas, table, atol=_SAME, rtol=0):
+                return found
+        raise InputError(
+            f"scheduler trained_betas={start} .. {end} belong to none of the supported schedules; use another model."
+        )
     name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     if name not in _NAMES:
         raise InputError(f"scheduler beta_schedule={name} is not supported; supported: {', '.join(_NAMES)}.")
@@ -160,30 +168,10 @@ def _schedule(config: Config) -> dict[str, Any]:
     return {"name": _NAMES[name], **ends, "steps": steps}
 
 
-def _rescaled(config: Config) -> dict[str, Any]:
-    return {"zero_terminal_snr": True} if config.get("rescale_betas_zero_snr") else {}
-
-
 def sampler_node(config: Config) -> dict[str, Any]:
     """DDIM with the scheduler's step rule where it is `trailing`, as models without a terminal signal need."""
     node = {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0}
     return node | ({"spacing": "trailing"} if config.get("timestep_spacing") == "trailing" else {})
-
-
-def _named(betas: Sequence[float]) -> dict[str, Any]:
-    """The schedule of ours that gives these betas."""
-    table = torch.tensor(betas, dtype=torch.float64)
-    first, last = float(table[0]), float(table[-1])
-    for name in ("scaled_linear", "linear", "sqrt"):
-        start, end = (first**2, last**2) if name == "sqrt" else (first, last)
-        ends = {"start": start, "end": end}
-        if torch.allclose(Schedule(name, start, end, steps=len(table)).betas, table, atol=_SAME, rtol=0):
-            return {"name": name, **ends, "steps": len(table)}
-    if torch.allclose(Schedule("cosine", steps=len(table)).betas, table, atol=_SAME, rtol=0):
-        return {"name": "cosine", "steps": len(table)}
-    raise InputError(
-        f"scheduler trained_betas={first} .. {last} belong to none of the supported schedules; use another model."
-    )
 
 
 def scheduler_options(node: Mapping[str, Any]) -> Config:
@@ -193,22 +181,19 @@ def scheduler_options(node: Mapping[str, Any]) -> Config:
     if prediction not in foreign:
         raise InputError(f"diffusion.prediction={prediction} has no scheduler in diffusers; use --format ldmlab.")
     options = {key: value for key, value in node["schedule"].items() if key != "_target_"}
+    rescaled = bool(options.pop("zero_terminal_snr", False))  # by the scheduler itself
     schedule = Schedule(**options)
-    names = {ours: name for name, ours in _NAMES.items()}
     config: dict[str, Any] = {
         "num_train_timesteps": schedule.steps,
         "prediction_type": foreign[prediction],
         "clip_sample": False,
         "set_alpha_to_one": False,  # the last step goes to the first level of the schedule
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
     }
-    if schedule.zero_terminal_snr:
+    if rescaled:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        config.pop("steps_offset")
+    else:
+        config |= {"steps_offset": 1, "timestep_spacing": "leading"}
     if schedule.name in ("scaled_linear", "linear"):
         ends = {"beta_start": options.get("start", 0.0015), "beta_end": options.get("end", 0.0195)}
-        return config | {"beta_schedule": names[schedule.name], **ends}
-    if schedule.zero_terminal_snr:
-        schedule = Schedule(**options | {"zero_terminal_snr": False})  # which the scheduler rescales itself
+        return config | {"beta_schedule": schedule.name, **ends}
     return config | {"trained_betas": schedule.betas.tolist()}

@@ -6,56 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from open_clip.tokenizer import SimpleTokenizer
-from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.common_names import clip_node, from_hugging_face, to_hugging_face
 from ldmlab.interop.diffusers.diffusers_config import read_json
 from ldmlab.interop.published_weights import WEIGHTS
+from ldmlab.interop.renaming import CLIP_TEXT, Node, clip_node
 
 CLIP, BERT = "CLIPTextModel", "LDMBertModel"
 _NO_LENGTH = 1_000_000  # from here on, transformers' tokenizers mean none
 _LDM_LENGTH = 77  # fixed in LDMTextToImagePipeline
 Config = Mapping[str, Any]
-_CLIP_DEFAULTS: dict[str, Any] = {  # of transformers' CLIPTextConfig
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "projection_dim": 512,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-_BERT_DEFAULTS: dict[str, Any] = {  # of diffusers' LDMBertConfig
-    "vocab_size": 30522,
-    "max_position_embeddings": 77,
-    "encoder_layers": 32,
-    "encoder_ffn_dim": 5120,
-    "encoder_attention_heads": 8,
-    "head_dim": 64,
-    "d_model": 1280,
-    "activation_function": "gelu",
-    "scale_embedding": False,
-}
-_BLOCK = {
-    "norm_attention": "self_attn_layer_norm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.out_proj",
-    "norm_mlp": "final_layer_norm",
-    "expand": "fc1",
-    "shrink": "fc2",
-}
-_ENDS = {
-    "tokens": "model.embed_tokens",
-    "positions": "model.embed_positions",
-    "norm": "model.layer_norm",
-    "unused_head": "to_logits",
+_CLIP_DEFAULTS = {"intermediate_size": 2048, "projection_dim": 512}  # of transformers' CLIPTextConfig
+_BERT = {  # diffusers' LDMBertConfig => ours, the default of both
+    "vocab_size": ("vocab_size", 30522),
+    "max_position_embeddings": ("length", 77),
+    "encoder_layers": ("depth", 32),
+    "encoder_attention_heads": ("heads", 8),
+    "d_model": ("width", 1280),
 }
 HOME = "ldmlab.conditioners."
 CLIP_TARGET, BERT_TARGET = f"{HOME}text.open_clip_text", f"{HOME}text.TransformerText"
@@ -80,58 +48,37 @@ def node(
 ) -> dict[str, Any]:
     """The node of our conditioner. Its length is that of the tokens diffusers' pipelines pass to the encoder."""
     if kind_of(config) == CLIP:
-        options = _CLIP_DEFAULTS | {key: config[key] for key in _CLIP_DEFAULTS if key in config}
-        if options["layer_norm_eps"] != 1e-5:
-            raise InputError(
-                f"{CLIP} with layer_norm_eps={options['layer_norm_eps']} is not supported; supported: 1e-5."
-            )
-        options["max_position_embeddings"] = min(options["max_position_embeddings"], length or _NO_LENGTH)
-        return clip_node(options, padding=padding)
-    options = _BERT_DEFAULTS | {key: config[key] for key in _BERT_DEFAULTS if key in config}
-    width = options["d_model"]
-    fixed = {"encoder_ffn_dim": 4 * width, "head_dim": 64, "activation_function": "gelu", "scale_embedding": False}
+        _check_fixed(CLIP, config, {"layer_norm_eps": 1e-5})
+        positions = min(config.get("max_position_embeddings", 77), length or _NO_LENGTH)
+        return clip_node({**_CLIP_DEFAULTS, **config, "max_position_embeddings": positions}, padding=padding)
+    ours = {name: config.get(foreign, default) for foreign, (name, default) in _BERT.items()}
+    fixed = {"head_dim": 64, "activation_function": "gelu", "scale_embedding": False}
+    _check_fixed(BERT, {"encoder_ffn_dim": 5120, **config}, {"encoder_ffn_dim": 4 * ours["width"], **fixed})
+    ours["length"] = min(ours["length"], _LDM_LENGTH)
+    return {"_target_": BERT_TARGET, **ours, "vocab": vocabulary, "drop": 0.0, "unused_head": True}
+
+
+def _check_fixed(kind: str, config: Config, fixed: Config) -> None:
     for key, value in fixed.items():
-        if options[key] != value:
-            raise InputError(f"{BERT} with {key}={options[key]} is not supported; supported: {value}.")
-    return {
-        "_target_": BERT_TARGET,
-        "width": width,
-        "depth": options["encoder_layers"],
-        "length": min(options["max_position_embeddings"], _LDM_LENGTH),
-        "vocab_size": options["vocab_size"],
-        "vocab": vocabulary,
-        "heads": options["encoder_attention_heads"],
-        "drop": 0.0,
-        "unused_head": True,
-    }
+        if config.get(key, value) != value:
+            raise InputError(f"{kind} with {key}={config[key]} is not supported; supported: {value}.")
 
 
-def configuration(ours: Mapping[str, Any]) -> tuple[str, Config]:
+def configuration(ours: Node) -> tuple[str, Config]:
     """Class and options for the node of a text conditioner of ours; InputError for what there is no class for."""
     if ours["_target_"] == BERT_TARGET:
-        width = ours.get("width", 1280)
-        return BERT, {
-            "vocab_size": ours.get("vocab_size", 30522),
-            "max_position_embeddings": ours.get("length", 77),
-            "encoder_layers": ours.get("depth", 32),
-            "encoder_ffn_dim": 4 * width,
-            "encoder_attention_heads": ours.get("heads", 8),
-            "d_model": width,
-        }
+        options = {foreign: ours.get(name, default) for foreign, (name, default) in _BERT.items()}
+        return BERT, options | {"encoder_ffn_dim": 4 * options["d_model"]}
     if ours["_target_"] != CLIP_TARGET or not ours.get("config"):
         raise InputError(f"conditioner {ours['_target_']} has no text encoder in diffusers; use --format ldmlab.")
     if ours.get("layer", "last") == "pooled":
         raise InputError("conditioner.layer=pooled: diffusers' pipelines read states per token; use --format ldmlab.")
     config, text = ours["config"], ours["config"]["text_cfg"]
-    width = text.get("width", 512)
-    return CLIP, {
-        "vocab_size": text.get("vocab_size", 49408),
-        "hidden_size": width,
-        "intermediate_size": int(width * text.get("mlp_ratio", 4.0)),
+    options = {foreign: text.get(name, default) for foreign, (name, default) in CLIP_TEXT.items()}
+    options["num_hidden_layers"] -= ours.get("layer", "last") == "penultimate"
+    return CLIP, options | {
+        "intermediate_size": int(options["hidden_size"] * text.get("mlp_ratio", 4.0)),
         "projection_dim": config["embed_dim"],
-        "num_hidden_layers": text.get("layers", 12) - (ours.get("layer", "last") == "penultimate"),
-        "num_attention_heads": text.get("heads", 8),
-        "max_position_embeddings": text.get("context_length", 77),
         "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
         "layer_norm_eps": 1e-5,
         "bos_token_id": 49406,
@@ -140,44 +87,13 @@ def configuration(ours: Mapping[str, Any]) -> tuple[str, Config]:
     }
 
 
-def to_ours(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A text encoder's tensors under our conditioner's names; unknown ones keep foreign."""
-    if ours["_target_"] == CLIP_TARGET:
-        named = {f"tower.{key}": tensor for key, tensor in from_hugging_face(state).items()}
-        return _cut(named, "tower.positional_embedding", ours["config"]["text_cfg"]["context_length"])
-    names = {foreign: name for name, foreign in _bert_names(ours).items()}
-    result = {}
-    for key, tensor in state.items():
-        module, _, leaf = key.rpartition(".")
-        result[f"{names[module]}.{leaf}" if module in names else key] = tensor
-    return _cut(result, "transformer.positions.weight", ours.get("length", 77))
-
-
-def _cut(state: dict[str, Tensor], positions: str, length: int) -> dict[str, Tensor]:
-    """The same without the unused positions after `length`."""
-    return {**state, positions: state[positions][:length]} if positions in state else state
-
-
-def to_diffusers(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Our conditioner's tensors under the text encoder's names, with an unused output layer where BERT requires one."""
-    if ours["_target_"] == CLIP_TARGET:
-        return to_hugging_face({key.removeprefix("tower."): tensor for key, tensor in state.items()})
-    names = _bert_names(ours)
-    result = {}
-    for key, tensor in state.items():
-        module, _, leaf = key.rpartition(".")
-        result[f"{names[module]}.{leaf}"] = tensor
-    tokens = result["model.embed_tokens.weight"]
-    idle = {"to_logits.weight": torch.zeros_like(tokens), "to_logits.bias": tokens.new_zeros(len(tokens))}
-    return idle | result
-
-
-def _bert_names(ours: Mapping[str, Any]) -> dict[str, str]:
-    """Our module name => LDMBertModel's."""
-    names = {f"transformer.{mine}": foreign for mine, foreign in _ENDS.items()}
-    for k in range(ours.get("depth", 32)):
-        names |= {f"transformer.blocks.{k}.{mine}": f"model.layers.{k}.{foreign}" for mine, foreign in _BLOCK.items()}
-    return names
+def text_length(ours: Node) -> int:
+    """Tokens of a text conditioner's node."""
+    if ours["_target_"] == BERT_TARGET:
+        return int(ours.get("length", _LDM_LENGTH))
+    if not ours.get("config"):
+        raise InputError(f"conditioner {ours.get('name')} does not carry its configuration; export the run again.")
+    return int(ours["config"]["text_cfg"].get("context_length", 77))
 
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"

@@ -1,0 +1,200 @@
+"""Our networks and their tensors in foreign formats: tables of names (`names.yaml`), read in both directions."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from ldmlab.checkpoints import fill, without_weights
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+
+Node = Mapping[str, Any]
+State = Mapping[str, Tensor]
+StateDict = dict[str, Tensor]
+Names = dict[str, tuple[str, ...]]  # tensor here => tensor there, or those of q, k and v
+_TABLES = yaml.safe_load(files("ldmlab.interop").joinpath("names.yaml").read_text(encoding="utf-8"))
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def names_of(form: str, *tables: str) -> dict[str, str]:
+    """Rows of tables of a format, module here => module there."""
+    rows = {}
+    for table in tables:
+        for ours, there in _TABLES[form][table].items():
+            if isinstance(there, str):
+                rows[ours] = there
+            else:
+                place, inside = there
+                rows.update({f"{ours}.{here}": f"{place}.{name}" for here, name in inside.items()})
+    return rows
+
+
+def renamed(
+    tensors: Iterable[str], table: Mapping[str, str], derived: Callable[..., dict[str, int]] = lambda *numbers: {}
+) -> Names:
+    """Names of tensors of ours; `derived` gives more fields for the numbers in a name. KeyError: not in the table."""
+    names: Names = {}
+    for tensor in tensors:
+        row, numbers = _NUMBER.sub("#", tensor), [int(number) for number in _NUMBER.findall(tensor)]
+        module, _, leaf = row.rpartition(".")
+        there = table[row] if row in table else f"{table[module]}.{leaf}"
+        fields = {"last": numbers[-1], **derived(*numbers)} if numbers else {}
+        parts = "qkv" if "{qkv}" in there else "-"
+        names[tensor] = tuple(there.format(*numbers, **fields, qkv=part) for part in parts)
+    return names
+
+
+_LISTED = 30  # names of one sort in a message
+
+
+class Mismatch(NamedTuple):
+    """How tensors of a file differ from those of a network."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def __str__(self) -> str:
+        sorts = (
+            f"{len(names)} {sort} ({', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''})"
+            for sort, names in self._asdict().items()
+            if names
+        )
+        return ", ".join(sorts)
+
+
+def compare(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, flat: bool = False) -> Mismatch:
+    """Names and shapes against those expected; flat: weights of 1 x 1 convolutions and linear layers are the same."""
+
+    def same(name: str) -> bool:
+        shape, full = tensors[name].shape, expected[name].shape
+        matrices = flat and min(len(shape), len(full)) >= 2 and prod(shape[2:]) == prod(full[2:]) == 1
+        return shape[:2] == full[:2] if matrices else shape == full
+
+    wrong = sorted(name for name in expected.keys() & tensors.keys() if not same(name))
+    return Mismatch(
+        missing=sorted(expected.keys() - tensors.keys()),
+        unexpected=sorted(tensors.keys() - expected.keys()),
+        misshapen=[f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}" for name in wrong],
+    )
+
+
+def refuse_mismatch(mismatches: Mapping[str, Mismatch]) -> None:
+    """One InputError for all parts that do not fit."""
+    wrong = [f"the {part} has {mismatch} keys" for part, mismatch in mismatches.items() if mismatch]
+    if wrong:
+        raise InputError(f"{'; '.join(wrong)}; give the configuration that belongs to these weights.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of ours, without weights until `filled`, and the names of its tensors in a foreign format."""
+
+    title: str  # in messages
+    module: nn.Module
+    names: Names  # what is not among them has no place there
+    axes: Mapping[str, int] = field(default_factory=dict)  # there, where only one side has a 1 x 1 convolution
+    heads: Mapping[str, int] = field(default_factory=dict)  # of q, k, v products, 1 unless listed
+
+    @cached_property
+    def expected(self) -> StateDict:
+        """Foreign names and shapes, on the meta device."""
+        return self.to_foreign({name: tensor.to("meta") for name, tensor in self.module.state_dict().items()})
+
+    def to_foreign(self, state: State) -> StateDict:
+        """Our tensors under their foreign names."""
+        result: StateDict = {}
+        for ours, names in self.names.items():
+            if ours not in state:
+                continue
+            tensor = state[ours]
+            if ours in self.axes:
+                tensor = tensor.reshape(*tensor.shape[:2], *[1] * (self.axes[ours] - 2))
+            parts = [tensor]
+            if len(names) > 1:
+                split = tensor.unflatten(0, (self.heads.get(ours, 1), len(names), -1))  # (H, 3, d, ...)
+                parts = [part.flatten(0, 1) for part in split.unbind(1)]
+            result.update(zip(names, parts, strict=True))
+        return result
+
+    def to_ours(self, state: State) -> StateDict:
+        """Foreign tensors that fit the network under our names: the inverse of `to_foreign`."""
+        result, own = {}, self.module.state_dict()
+        for ours, names in self.names.items():
+            parts = [state[name] for name in names]
+            if len(parts) > 1:
+                heads = self.heads.get(ours, 1)
+                parts = [torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1)]
+            result[ours] = parts[0].reshape(own[ours].shape)
+        return result
+
+    def mismatch(self, tensors: State) -> Mismatch:
+        """How foreign tensors differ from the network's; linear layers and 1 x 1 convolutions are the same."""
+        return compare(tensors, self.expected, flat=True)
+
+    def filled(self, tensors: State) -> nn.Module:
+        """The module with foreign tensors; one InputError lists all that are missing, unexpected or misshapen."""
+        refuse_mismatch({self.title: self.mismatch(tensors)})
+        fill(self.module, self.to_ours(tensors))
+        return self.module
+
+
+def unfilled(node: Node, where: str) -> Any:
+    """The module of a node of model.yaml, without memory for weights."""
+    with without_weights():
+        return instantiate(node, where=where)
+
+
+def named_as_theirs(tensor: str) -> bool:
+    """Whether official first stages have the tensor: options of codebooks have counters of ours."""
+    return not tensor.startswith("quantiser.") or tensor == "quantiser.codebook.weight"
+
+
+def refuse_cosine(node: Node) -> None:
+    """Codes of unit length exist only in ldmlab: other programs would decode with other vectors."""
+    if node.get("cosine"):
+        raise InputError("first_stage.cosine=true exists only in ldmlab; export it with --format ldmlab.")
+
+
+def clip_names(tensors: Iterable[str], prefix: str) -> Names:
+    """Hugging Face's names of an OpenClipText's tensors; weights that are not run are left out."""
+    run = (tensor for tensor in tensors if not tensor.startswith("tower.unused."))
+    return renamed(run, {ours: prefix + foreign for ours, foreign in names_of("shared", "clip").items()})
+
+
+CLIP_TEXT = {  # transformers' CLIPTextConfig => open_clip's text_cfg, the default of both
+    "max_position_embeddings": ("context_length", 77),
+    "vocab_size": ("vocab_size", 49408),
+    "hidden_size": ("width", 512),
+    "num_attention_heads": ("heads", 8),
+    "num_hidden_layers": ("layers", 12),
+}
+
+
+def clip_node(config: Node, *, layer: str = "last", padding: str = "end") -> dict[str, Any]:
+    """Our conditioner's node for a CLIPTextModel's `config.json`; padding: zero where its pad token is number 0."""
+    activations = {"quick_gelu": True, "gelu": False}
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in activations:
+        raise InputError(f"text encoder hidden_act={activation} is not supported; supported: quick_gelu and gelu.")
+    text = {ours: config.get(name, default) for name, (ours, default) in CLIP_TEXT.items()}
+    text["mlp_ratio"] = config["intermediate_size"] / text["width"]
+    embed_dim = config.get("projection_dim", text["width"])
+    return {
+        "_target_": "ldmlab.conditioners.text.open_clip_text",
+        "config": {"embed_dim": embed_dim, "quick_gelu": activations[activation], "text_cfg": text},
+        "layer": layer,
+        "padding": padding,
+        "drop": 0.0,
+    }
