@@ -14,14 +14,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldmlab.errors import InputError
 from ldmlab.files import write_atomically
 
 _CHUNK_BYTES = 2**20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
-_BUILDING = threading.RLock()  # torch's class is changed for as long
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -187,21 +187,19 @@ def without_weights() -> Iterator[None]:
     """Modules that this thread builds inside have no memory for parameters until `fill`; their buffers are real."""
     thread = threading.get_ident()
 
-    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and threading.get_ident() == thread:
-            parameter = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        original(module, name, parameter)
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return None  # as it is
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    with _BUILDING:
-        original = torch.nn.Module.register_parameter
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]  # it takes what is returned
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Our names, all of them, as float32; tensors that are so already are not copied. The caller has checked them."""
     module.load_state_dict(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
@@ -209,7 +207,7 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     )
 
 
-def load_exactly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Tensors into a module; names and shapes must match exactly, else InputError with counts.
 
     They are copied, or taken over by a module that was built `without_weights`.

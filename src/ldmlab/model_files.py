@@ -131,7 +131,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from an untrusted file; InputError for anything else, before much memory is used."""
     try:
         if not path.is_file():
-            raise InputError(f"{path} is missing or no file; copy or make its folder again.")
+            raise InputError(f"{path} is missing or no file; copy or make it again.")
         if path.stat().st_size > _LARGEST_BYTES:
             raise InputError(f"{path} is larger than {_LARGEST_BYTES // 2**20} MiB, so it describes no run or model.")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -139,9 +139,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if isinstance(error, InputError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read ({shown(reason)}); copy or make its folder again.") from None
+        raise InputError(f"{path} cannot be read ({shown(reason)}); copy or make it again.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path} holds no options by name; copy or make its folder again.")
+        raise InputError(f"{path} holds no options by name; copy or make it again.")
     if _count(content, {}, 0) > _LARGEST_NODES:
         raise InputError(f"{path} repeats its values more than {_LARGEST_NODES:,} times; it describes no run or model.")
     return content

@@ -16,6 +16,7 @@ from ldmlab.checkpoints import load_tensors
 from ldmlab.errors import InputError
 from ldmlab.inference.model import LoadedModel
 from ldmlab.interop import compvis
+from ldmlab.interop.compvis import compvis_config
 from ldmlab.samplers.ddim import Ddim
 
 QUICK = "ldm__lsun_churches256"  # scaled by a buffer, residual resampling, no conditions
@@ -263,6 +264,16 @@ def test_broken_files(content: bytes | None, message: str, tmp_path: Path) -> No
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         dispatch(["import", str(path), str(tmp_path / "model")])
+
+
+def test_a_configuration_that_grows_without_limit_is_refused(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"config=\S+bomb\.yaml: .* repeats its values"):
+        compvis_config.read_config(tmp_path / "bomb.yaml")
+    with pytest.raises(InputError, match=r"config=\S+absent\.yaml: .* is missing"):
+        compvis_config.read_config(tmp_path / "absent.yaml")
 
 
 def test_out_must_be_new(tmp_path: Path) -> None:

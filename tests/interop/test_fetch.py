@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmlab.conditioners.text import WordPiece
+from ldmlab.conditioners.text import VOCABULARY_FILE, WordPiece
 from ldmlab.errors import InputError
 from ldmlab.interop.published_weights import WEIGHTS, Weights, fetch, weights_path
 
@@ -75,6 +75,7 @@ def test_another_file_is_thrown_away(server: str, tmp_path: Path, monkeypatch: p
 
 def test_a_vocabulary_is_fetched_to_where_captions_look_for_it(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(WEIGHTS["wordpiece"].sha256) == 64  # the whole hash: its name carries none
+    assert WEIGHTS["wordpiece"].file == VOCABULARY_FILE  # where the conditioner looks for it
     with pytest.raises(InputError, match="instead of 07eced37"):
         fetch("wordpiece", url=f"{server}/vocab.txt")
     entry = replace(WEIGHTS["wordpiece"], url=f"{server}/vocab.txt", sha256=hashlib.sha256(CONTENT).hexdigest())

@@ -9,9 +9,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
-from ldmlab.conditioners.text import VOCABULARY_FILE
+import yaml
+
 from ldmlab.errors import InputError
 from ldmlab.files import weights_folder, write_atomically
 from ldmlab.model_files import sha256
@@ -33,32 +35,8 @@ class Weights:
     used_for: str
 
 
-WEIGHTS = {
-    "inception": Weights(
-        file="weights-inception-2015-12-05-6726825d.pth",
-        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        sha256="6726825d",
-        mib=91,
-        licence="Apache-2.0",
-        used_for="features=inception: the published FID, IS, precision and recall",
-    ),
-    "wordpiece": Weights(
-        file=VOCABULARY_FILE,
-        url="https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
-        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",  # as copies are pinned
-        mib=1,
-        licence="Apache-2.0",
-        used_for="conditioner=text_transformer: the 30,522 tokens of the paper's text-to-image models",
-    ),
-    "lpips": Weights(
-        file="vgg16-397923af.pth",
-        url="https://download.pytorch.org/models/vgg16-397923af.pth",
-        sha256="397923af",
-        mib=528,
-        licence="BSD-3-Clause (torchvision)",
-        used_for="LPIPS: the perceptual loss of first stages and its score",
-    ),
-}
+_TABLE = yaml.safe_load(files("ldmlab.interop").joinpath("published_weights.yaml").read_text(encoding="utf-8"))
+WEIGHTS = {name: Weights(**row) for name, row in _TABLE.items()}
 CLIP = "clip"  # any open_clip model, `ldmlab fetch clip --model ViT-B-32 --pretrained openai`
 
 

@@ -167,6 +167,14 @@ def refuse_cosine(node: Node) -> None:
         raise InputError("first_stage.cosine=true exists only in ldmlab; export it with --format ldmlab.")
 
 
+def with_unused_head(state: StateDict, tokens: str, head: str) -> StateDict:
+    """The paper's text transformer with the output layer that nothing runs: zeros where the model has none."""
+    table = state.get(f"{tokens}.weight")
+    if table is None or f"{head}.weight" in state:
+        return state
+    return {**state, f"{head}.weight": torch.zeros_like(table), f"{head}.bias": table.new_zeros(len(table))}
+
+
 def clip_names(tensors: Iterable[str], prefix: str) -> Names:
     """Hugging Face's names of an OpenClipText's tensors; weights that are not run are left out."""
     run = (tensor for tensor in tensors if not tensor.startswith("tower.unused."))

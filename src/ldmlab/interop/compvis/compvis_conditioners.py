@@ -92,32 +92,38 @@ def _transformer(params: Params, official: State | None) -> Node:
 
 def _clip(params: Params, official: State | None) -> Node:
     """SD 1.x: the last layer or its pooled state, padded with the end token, quick GELU."""
-    text = _text("version", params.get("version", _VIT_L), params, ("last", "pooled"), official)
-    return _text_node(text, params, params.get("layer", "last"), padding="end", quick_gelu=True)
+    node = _text_node(params, official, "version", _VIT_L, ("last", "pooled"))
+    node["config"]["quick_gelu"] = True
+    return node | {"padding": "end"}
 
 
 def _open_clip(params: Params, official: State | None) -> Node:
     """SD 2.x: padded with zeros; the unused block and projection are kept if present."""
-    layer = params.get("layer", "last")
-    text = _text("arch", params.get("arch", _VIT_H), params, ("last", "penultimate"), official)
+    node = _text_node(params, official, "arch", _VIT_H, ("last", "penultimate"))
     unused = official is None or "model.text_projection" in official
-    if layer == "penultimate" and not unused and _is(text, _VIT_H, fewer_layers=1):
-        layer = "last"  # a file without the block that is not run
-    node = _text_node(text, params, layer, padding="zero", quick_gelu=False) | {"unused": unused}
+    if node["layer"] == "penultimate" and not unused and _is(node["config"]["text_cfg"], _VIT_H, fewer_layers=1):
+        node["layer"] = "last"  # a file without the block that is not run
     if official is not None and unused:
         node["config"]["embed_dim"] = official["model.text_projection"].shape[1]
-    return node
+    return node | {"padding": "zero", "unused": unused}
 
 
-def _text(option: str, version: Any, params: Params, layers: tuple[str, ...], official: State | None) -> Node:
-    """open_clip's text configuration: from the tensors, else by name."""
-    layer = params.get("layer", "last")
+def _text_node(params: Params, official: State | None, option: str, usual: str, layers: tuple[str, ...]) -> Node:
+    """An open_clip tower, its configuration from the tensors, else by name."""
+    layer, version = params.get("layer", "last"), params.get(option, usual)
     if layer not in layers:
         raise InputError(f"conditioner layer={layer} is not supported; supported: {', '.join(layers)}.")
     text = None if official is None else _text_of(official)
     if text is None and version not in _TEXT:
         raise InputError(f"conditioner {option}={version} is not supported; supported: {', '.join(_TEXT)}.")
-    return _TEXT[version] if text is None else text
+    text = text or _TEXT[version]
+    return {
+        "_target_": _HOME + "text.open_clip_text",
+        "config": {"embed_dim": text["width"], "quick_gelu": False, "text_cfg": text},
+        "layer": layer,
+        "drop": 0.0,
+        "trainable": not params.get("freeze", True),
+    }
 
 
 def _text_of(official: State) -> Node | None:
@@ -139,17 +145,6 @@ def _is(text: Node, version: str, fewer_layers: int = 0) -> bool:
     """Whether a text configuration is a published one, or that without its last layers."""
     expected = _TEXT[version]
     return text == expected | {"layers": expected["layers"] - fewer_layers}
-
-
-def _text_node(text: Node, params: Params, layer: str, *, padding: str, quick_gelu: bool) -> Node:
-    return {
-        "_target_": _HOME + "text.open_clip_text",
-        "config": {"embed_dim": text["width"], "quick_gelu": quick_gelu, "text_cfg": text},
-        "layer": layer,
-        "padding": padding,
-        "drop": 0.0,
-        "trainable": not params.get("freeze", True),
-    }
 
 
 def official_config(conditioner: Any) -> dict[str, Any]:

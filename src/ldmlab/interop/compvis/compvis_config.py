@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
 from ldmlab.interop.compvis.compvis_conditioners import arguments
 from ldmlab.interop.compvis.compvis_networks import SCHEDULES
+from ldmlab.model_files import read_yaml
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
@@ -47,10 +47,9 @@ _REFUSED = {
 def read_config(path: Path) -> Node:
     """`{target, params}` of an official YAML file, read as plain data."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"config={path} cannot be read ({reason}); give the official YAML file.") from None
+        content = read_yaml(path)
+    except InputError as error:
+        raise InputError(f"config={path}: {error}") from None
     return model_config(content, f"config={path}")
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.conditioners.layout_tokens import LayoutTokens
@@ -22,7 +21,7 @@ from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
 from ldmlab.interop.compvis import compvis_networks as networks
 from ldmlab.interop.compvis.compvis_conditioners import arguments, official_config
 from ldmlab.interop.compvis.compvis_config import BETAS, LDM_HOLE, LDM_MASK, PREDICTIONS, SD_HOLE, SD_MASK
-from ldmlab.interop.renaming import Node, State, StateDict
+from ldmlab.interop.renaming import Node, State, StateDict, with_unused_head
 
 Modules = Mapping[str, Any]  # conditioners by name, in their order
 Params = dict[str, Any]
@@ -52,7 +51,7 @@ def export(spec: Node, parts: Mapping[str, State]) -> tuple[StateDict, dict[str,
         part, prefix = networks.conditioner_part(node), f"{name}."
         tensors = {k.removeprefix(prefix): t for k, t in parts.get("conditioner", {}).items() if k.startswith(prefix)}
         modules[name] = part.module
-        own |= _with_unused_head(part.to_foreign(tensors))
+        own |= with_unused_head(part.to_foreign(tensors), "transformer.token_emb", "transformer.to_logits")
     table, linear = own.pop(networks.CLASS_TABLE, None), bool(spec.get("origin", {}).get("linear_projection"))
     params = _model_params(spec, None if table is None else len(table), linear)
     params |= _conditioning_params(modules, own)
@@ -217,12 +216,3 @@ def _cond_stage_config(module: Any, official: State) -> Params:
                 f"conditioner {name}={ours}: the official class has {theirs} here; export with --format ldmlab."
             )
     return config
-
-
-def _with_unused_head(official: Mapping[str, Tensor]) -> StateDict:
-    """Official text transformers have an unused output layer: zeros where the model has none."""
-    table = official.get("transformer.token_emb.weight")
-    if table is None or "transformer.to_logits.weight" in official:
-        return dict(official)
-    head = {"weight": torch.zeros_like(table), "bias": table.new_zeros(len(table))}
-    return {**official, **{f"transformer.to_logits.{name}": tensor for name, tensor in head.items()}}

@@ -123,15 +123,10 @@ def _conditioners(nodes: Mapping[str, Any], file: OfficialFile, tables: StateDic
     holder = next((name for name, part in parts.items() if part.expected), None)
     if holder is None:
         holder = next(iter(parts), None)
-        same = tensors.keys() == first_stage.keys()
-        if same and all(_equal(tensors[name], first_stage[name]) for name in tensors):
+        if tensors.keys() == first_stage.keys() and all(torch.equal(t, first_stage[k]) for k, t in tensors.items()):
             tensors = {}
     own = {name: tables if name not in parts else tensors if name == holder else {} for name in every}
     return {f"conditioner {name}": (part, own[name]) for name, part in every.items()}
-
-
-def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.shape == second.shape and bool((first == second).all())
 
 
 def _check_channels(spec: Spec, taken: Taken) -> None:

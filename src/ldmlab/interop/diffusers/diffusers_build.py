@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_networks, diffusers_texts, diffusers_unets
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE
-from ldmlab.interop.renaming import Node, State
+from ldmlab.interop.renaming import Node, State, with_unused_head
 
 Config = Mapping[str, Any]
 
@@ -134,9 +133,8 @@ def diffusers_text_encoder(node: Node, state: State) -> Any:
         return _filled(module, {prefix + key: tensor for key, tensor in foreign.items()})
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-    tokens = foreign["model.embed_tokens.weight"]
-    unused = {"to_logits.weight": torch.zeros_like(tokens), "to_logits.bias": tokens.new_zeros(len(tokens))}
-    return _filled(LDMBertModel(LDMBertConfig(**config)), unused | foreign)
+    foreign = with_unused_head(foreign, "model.embed_tokens", "to_logits")
+    return _filled(LDMBertModel(LDMBertConfig(**config)), foreign)
 
 
 def diffusers_tokenizer(node: Node, vocabulary: Path | None, scratch: Path) -> Any:
@@ -150,7 +148,7 @@ def diffusers_tokenizer(node: Node, vocabulary: Path | None, scratch: Path) -> A
         (scratch / "vocab.txt").write_bytes(vocabulary.read_bytes())
         return BertTokenizer.from_pretrained(scratch, model_max_length=length, do_lower_case=True)
     diffusers_texts.write_clip_files(scratch)
-    token = diffusers_texts.pad_token(node.get("padding", "zero"))
+    token = diffusers_texts.PAD_TOKENS[node.get("padding", "zero")]
     pad = AddedToken(token, single_word=True, normalized=False)  # where it is "!", one at a word's end is no padding
     return CLIPTokenizer.from_pretrained(scratch, model_max_length=length, pad_token=pad)
 

@@ -75,7 +75,7 @@ def resolved(config: Mapping[str, Any], kind: str, part: str) -> dict[str, Any]:
     """The options of a class that are read; InputError for an unsupported value, of other options too."""
     defaults, only = SIGNATURES[part]["defaults"][kind], SIGNATURES[part]["only"]
     for key, value in config.items():
-        if key.startswith("_") or key in _NEUTRAL or key in defaults:
+        if key.startswith("_") or key in _NEUTRAL or (key in defaults and key not in only):
             continue
         allowed = only.get(key, (None, False))
         if _plain(value) not in allowed:

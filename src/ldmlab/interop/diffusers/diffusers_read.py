@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from ldmlab.errors import InputError
+from ldmlab.interop.diffusers import diffusers_texts as texts
+from ldmlab.interop.diffusers import diffusers_unets
 from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_unet, filled_text
 from ldmlab.interop.diffusers.diffusers_config import diffusion_node, read_json, read_weights, sampler_node
 from ldmlab.interop.diffusers.diffusers_first_stages import KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE
-from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP, bert_vocabulary, clip_length, clip_padding, node
-from ldmlab.interop.diffusers.diffusers_texts import kind_of as text_kind
+from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
 from ldmlab.interop.diffusers.diffusers_unets import CONDITION, PLAIN, TARGET
-from ldmlab.interop.diffusers.diffusers_unets import arguments as unet_arguments
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]
@@ -76,7 +76,7 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
         "image_size": side,
         "first_stage": stage_node,
         "latent_scale": _scale_node(folder, name, stage_config),
-        "backbone": {"_target_": TARGET, **unet_arguments(unet_config)},
+        "backbone": {"_target_": TARGET, **diffusers_unets.arguments(unet_config)},
         "conditioners": conditioners,
         "diffusion": diffusion_node(scheduler),
         "guidance_trained": None if conditioners else False,
@@ -127,10 +127,10 @@ def _read_text(folder: Path, encoder: Path | None) -> tuple[dict[str, Spec], dic
     if encoder is None:
         return {}, {}
     config, tokenizer = read_json(encoder / "config.json"), folder / "tokenizer"
-    if text_kind(config) == CLIP:
-        ours = node(config, padding=clip_padding(tokenizer), length=clip_length(tokenizer))
+    if texts.kind_of(config) == CLIP:
+        ours = texts.node(config, padding=texts.clip_padding(tokenizer), length=texts.clip_length(tokenizer))
     else:
-        ours = node(config, vocabulary=bert_vocabulary(tokenizer))
+        ours = texts.node(config, vocabulary=texts.bert_vocabulary(tokenizer))
     text = filled_text(ours, read_weights(encoder))
     return {"text": ours}, {f"text.{key}": tensor for key, tensor in text.state_dict().items()}
 

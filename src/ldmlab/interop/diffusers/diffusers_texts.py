@@ -96,20 +96,22 @@ def text_length(ours: Node) -> int:
     return int(ours["config"]["text_cfg"].get("context_length", 77))
 
 
-_START, _END = "<|startoftext|>", "<|endoftext|>"
-_PADDINGS = {_END: "end", "!": "zero"}  # "!" has the number 0
+PAD_TOKENS = {"end": "<|endoftext|>", "zero": "!"}  # by our padding; "!" has the number 0
 
 
 def clip_padding(folder: Path) -> str:
     """zero | end, by the pad token; a vocabulary that is not CLIP's is refused."""
-    if _vocabulary(folder) != clip_vocabulary():
+    plain, fast = folder / "vocab.json", folder / "tokenizer.json"  # of older and newer releases of transformers
+    vocabulary = read_json(plain) if plain.is_file() else _fast_tokenizer(fast)["model"]["vocab"]
+    if vocabulary != clip_vocabulary():
         raise InputError(f"{folder} has another vocabulary than CLIP's, which is not supported; use another model.")
-    settings = _settings(folder)
-    token = settings.get("pad_token", _END)
+    token = _settings(folder).get("pad_token", PAD_TOKENS["end"])
     content = token["content"] if isinstance(token, dict) else token
-    if content not in _PADDINGS:
-        raise InputError(f"{folder} pads with {content!r}, which is not supported; supported: {_END} and !.")
-    return _PADDINGS[content]
+    for padding, known in PAD_TOKENS.items():
+        if content == known:
+            return padding
+    supported = " and ".join(PAD_TOKENS.values())
+    raise InputError(f"{folder} pads with {content!r}, which is not supported; supported: {supported}.")
 
 
 def clip_length(folder: Path) -> int | None:
@@ -128,13 +130,6 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {key: value for file in files if file.is_file() for key, value in read_json(file).items()}
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """Tokens and their numbers, as older and newer releases of transformers keep them."""
-    if (folder / "vocab.json").is_file():
-        return read_json(folder / "vocab.json")
-    return _fast_tokenizer(folder / "tokenizer.json")["model"]["vocab"]
-
-
 def _fast_tokenizer(file: Path) -> dict[str, Any]:
     """The content of tokenizer.json, with a vocabulary in it."""
     content = read_json(file)
@@ -147,13 +142,8 @@ def _fast_tokenizer(file: Path) -> dict[str, Any]:
 def clip_vocabulary() -> dict[str, int]:
     """CLIP's tokens and their numbers, with the marks that transformers uses for start and end."""
     table: dict[str, int] = dict(SimpleTokenizer().encoder)
-    marks = {"<start_of_text>": _START, "<end_of_text>": _END}
+    marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return {marks.get(token) or token: number for token, number in table.items()}
-
-
-def pad_token(padding: str) -> str:
-    """The padding token."""
-    return next(token for token, name in _PADDINGS.items() if name == padding)
 
 
 def write_clip_files(folder: Path) -> None:

@@ -20,7 +20,6 @@ _SAME = {  # diffusers => ours, default
     "norm_eps": ("norm_eps", 1e-5),
     "freq_shift": ("frequency_shift", 0),
 }
-_CHOICES = {"resnet_time_scale_shift": ("default", "scale_shift"), "downsample_padding": (0, 1)}
 WITH_ATTENTION = {CONDITION: "CrossAttn", PLAIN: "Attn"}
 
 
@@ -42,7 +41,9 @@ def arguments(config: Config) -> dict[str, Any]:
     known = {f"{prefix}{way}2D" for prefix in ("", mark) for way in ("DownBlock", "UpBlock")}
     known |= {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"}
     attention = levels_with_attention(kind, options, mark, known)
-    _check_choices(kind, options)
+    scaled, groups = options["resnet_time_scale_shift"] == "scale_shift", options.get("attn_norm_num_groups")
+    if kind == PLAIN and groups != 32 and (groups is not None or scaled):  # the middle has that norm by option only
+        raise InputError(f"{kind} with attn_norm_num_groups={groups} is not supported; supported: 32.")
     return {
         **{ours: options[name] for name, (ours, _) in _SAME.items()},
         "model_channels": options["block_out_channels"][0],
@@ -51,24 +52,12 @@ def arguments(config: Config) -> dict[str, Any]:
         **_heads(kind, options, attention),
         "transformer_depth": _one(kind, options, "transformer_layers_per_block") if kind == CONDITION else 1,
         "context_width": _one(kind, options, "cross_attention_dim") if kind == CONDITION else None,
-        "scale_shift": options["resnet_time_scale_shift"] == "scale_shift",
+        "scale_shift": scaled,
         "residual_resampling": _residual_resampling(kind, options),
         # pad right and bottom only where a convolution halves, as published DDPM models do
         "asymmetric_downsampling": options["downsample_padding"] == 0,
         **_vector(kind, options),
     }
-
-
-def _check_choices(kind: str, options: Config) -> None:
-    """Also: where time scales and shifts norms, the middle of UNet2DModel has a norm only by option."""
-    for option, allowed in _CHOICES.items():
-        if options[option] not in allowed:
-            supported = ", ".join(map(str, allowed))
-            raise InputError(f"{kind} with {option}={options[option]} is not supported; supported: {supported}.")
-    groups = options.get("attn_norm_num_groups")
-    scaled = options["resnet_time_scale_shift"] == "scale_shift"
-    if kind == PLAIN and groups != 32 and (groups is not None or scaled):
-        raise InputError(f"{kind} with attn_norm_num_groups={groups} is not supported; supported: 32.")
 
 
 def _vector(kind: str, options: Config) -> dict[str, Any]:
