@@ -53,8 +53,9 @@ def test_files_that_would_run_code_or_are_damaged_are_refused(tmp_path: Path) ->
 
 
 def test_a_checkpoint_saved_again_with_other_weights_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
-    """Sums of bits need no order in memory, so that another layout of the same numbers is the same content."""
+    """Another layout of the same numbers in memory is the same content."""
     state = {"w": torch.randn(2, 3, 4, 4), "half": torch.ones(3, dtype=torch.bfloat16), "on": torch.tensor(True)}
+    state |= {"part": torch.arange(9.0)[3:8], "none": torch.zeros(0, 3), "number": torch.tensor(2.5)}
     content = {"step": 3, "modules": {"net": state}, "rng": [torch.arange(9, dtype=torch.uint8)]}
     saved = {**content, "inventory": inventory(content)}
     save_checkpoint(tmp_path / "a.ckpt", saved)
@@ -63,6 +64,8 @@ def test_a_checkpoint_saved_again_with_other_weights_of_the_same_shapes_is_refus
     save_checkpoint(tmp_path / "a.ckpt", {**saved, "modules": {"net": again}})
     load_checkpoint(tmp_path / "a.ckpt")
     for name, tensor in state.items():
+        if not tensor.numel():
+            continue
         other = tensor.logical_not() if tensor.dtype == torch.bool else tensor * 1.01
         save_checkpoint(tmp_path / "b.ckpt", {**saved, "modules": {"net": {**state, name: other}}})
         for lazily in (False, True):

@@ -21,7 +21,6 @@ from ldmlab.errors import InputError
 from ldmlab.files import write_atomically
 
 _CHUNK_BYTES = 2**20
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -78,7 +77,7 @@ def _check_sums(path: Path) -> None:
 def inventory(content: Any) -> str:
     """Two hashes, by which missing parts and other weights are noticed.
 
-    The first is of names, types, shapes and plain values, the second of each tensor's sum of bits as integers.
+    The first is of names, types, shapes and plain values, the second of each tensor's sum as integers.
     """
     parts, sums = hashlib.sha256(), hashlib.sha256()
 
@@ -90,14 +89,21 @@ def inventory(content: Any) -> str:
                 add(part, f"{path}/{name}")
         elif isinstance(value, Tensor):
             what = f"{value.dtype} {tuple(value.shape)}"
-            bits = value.detach().view(_INTEGERS[value.element_size()])
-            sums.update(f"{path} {int(bits.sum(dtype=torch.int64))};".encode())
+            sums.update(f"{path} {_sum(value)};".encode())
         else:
             what = repr(value)
         parts.update(f"{path} {type(value).__name__} {what};".encode())
 
     add(content, "")
     return f"{parts.hexdigest()[:16]}:{sums.hexdigest()[:16]}"
+
+
+def _sum(tensor: Tensor) -> int:
+    """Of the numbers' bytes in their order, as integers of 8 bytes and the rest."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # else they are no integers where they lie
+    whole = len(flat) // 8 * 8
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
 
 
 def _check_inventory(path: Path, content: dict[str, Any]) -> None:
