@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Box = list[float]  # [x0, y0, x1, y1]
 Boxes = list[dict[str, Any]]
+BOXES = "boxes"  # name of the field
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 

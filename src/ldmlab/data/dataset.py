@@ -10,16 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from ldmlab.annotations import BOXES
 from ldmlab.contracts import Task, states_field
-from ldmlab.data.decode import (
-    BAD_SAMPLE,
-    BOXES,
-    decode_image,
-    decode_moments,
-    decode_states,
-    required_fields,
-    sample_fields,
-)
+from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
 from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
 from ldmlab.data.manifest import Manifest, check_shards, read_manifest
 from ldmlab.data.order import Place, SequentialOrder, image_random
@@ -93,11 +86,8 @@ def check_spec(named: str, manifest: Manifest, spec: BatchSpec) -> None:
 
 
 class ImageCache:
-    """Room for `count` uint8 images of one size, filled as they are first read.
-
-    An anonymous map: forked workers fill and read the same pages, nothing is left on disk after a kill. A spawned
-    worker cannot inherit it and fills its own.
-    """
+    """Room for `count` uint8 images of one size, filled as they are first read: an anonymous map, whose pages forked
+    workers share and of which a kill leaves nothing on disk. A spawned worker fills its own."""
 
     def __init__(self, count: int, size: int, limit_gib: float) -> None:
         needed = count * (3 * size * size + 1)  # pixels and one flag per image

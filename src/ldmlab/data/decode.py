@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldmlab.annotations import checked, middle_square, whole_class
+from ldmlab.annotations import BOXES, checked, middle_square, whole_class
 from ldmlab.data.shards import Files, image_ending
 from ldmlab.data.transforms import to_rgb
 from ldmlab.open_image import open_image
 
 # what reading and decoding raise on a damaged sample; everything else is a fault of ours
 BAD_SAMPLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, EOFError, tarfile.TarError, zlib.error)
-CAPTION, CLASS, BOXES = "caption", "class_id", "boxes"
+CAPTION, CLASS = "caption", "class_id"
 _NPY_HEADER = re.compile(
     rb"\{'descr': '<(f[248])', 'fortran_order': False, 'shape': \(((?:[1-9]\d{0,8}, )*[1-9]\d{0,8},?)\), \} *\n"
 )

@@ -19,16 +19,7 @@ from ldmlab.data.decode import BAD_SAMPLE, decode_image, required_fields
 from ldmlab.data.image_parts import boxes_following
 from ldmlab.data.latent_shards import EncodeStates, FinishedShard, Statistics, npy_bytes, state_files
 from ldmlab.data.loaders import IndexBatches, QuietLoader
-from ldmlab.data.manifest import (
-    ENCODE_PLAN,
-    FORMAT_VERSION,
-    MANIFEST,
-    Manifest,
-    ShardInfo,
-    check_shards,
-    read_manifest,
-    write_manifest,
-)
+from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, ShardInfo, check_shards, read_manifest, write_manifest
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
 from ldmlab.data.shards import Files, ShardReader, image_ending, tar_bytes
 from ldmlab.errors import InputError
@@ -280,7 +271,7 @@ class _Work:
                 "source_hash": self.source.hash,
             },
             extra={**self.source.extra, "skipped": skipped},
-            format_version=FORMAT_VERSION,
+            format_version=Manifest.format_version,
             hash_as_read=None,
         )
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldmlab import annotations
-from ldmlab.data.decode import BOXES, decoded, required_fields, sample_fields
+from ldmlab.annotations import BOXES
+from ldmlab.data.decode import decoded, required_fields, sample_fields
 from ldmlab.data.shards import Files, image_ending
 from ldmlab.open_image import open_image
 

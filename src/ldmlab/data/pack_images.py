@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ldmlab.data.decode import BOXES, checked_fields, clean_fields, stored_fields
+from ldmlab.annotations import BOXES
+from ldmlab.data.decode import checked_fields, clean_fields, stored_fields
 from ldmlab.data.image_parts import MAPS, centre_cropped, packed_map, upright_size
 from ldmlab.data.image_sources import Item
 from ldmlab.data.shards import image_ending, read_range, tar_bytes
