@@ -1,6 +1,6 @@
 """Score a model: python evaluate.py model=RUN protocol=..."""
 
-from ldmlab.app.evaluate import main
+from ldmlab.app.cli import main
 
 if __name__ == "__main__":
-    main()
+    main("evaluate")

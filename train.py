@@ -1,6 +1,6 @@
 """Train one stage: python train.py experiment=..."""
 
-from ldmlab.app.train import main
+from ldmlab.app.cli import main
 
 if __name__ == "__main__":
-    main()
+    main("train")

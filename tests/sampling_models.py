@@ -58,7 +58,7 @@ def tiny_model(told: str | None = "class_id", **options: Any) -> LoadedModel:
     return LoadedModel(diffusion, image_size=16, info=info)
 
 
-def sample_command(words: list[str], told: str | None = "class_id") -> int:
+def sample_command(words: list[str], told: str | None = "class_id") -> None:
     """`ldmlab sample` with the tiny model in place of the one on disk."""
     from ldmlab import build
     from ldmlab.app.cli import Parser
@@ -71,7 +71,7 @@ def sample_command(words: list[str], told: str | None = "class_id") -> int:
     try:
         parser = Parser()
         sample.add_arguments(parser)
-        return sample.run(parser.parse_intermixed_args(words))
+        sample.run(parser.parse_intermixed_args(words))
     finally:
         build.load = original
 

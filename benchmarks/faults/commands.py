@@ -69,7 +69,6 @@ def preload() -> None:
 
     import ldmlab.app.compose
     import ldmlab.app.evaluate
-    import ldmlab.app.train
     import ldmlab.app.wiring
     import ldmlab.build
     import ldmlab.interop.model_folders
@@ -156,19 +155,10 @@ def _fork(argv: list[str], folder: Path, limits: Limits, place: Path) -> int:
 
 
 def _entry(argv: list[str]) -> int:
-    """What the console script and the two files at the root do."""
-    if argv[0] == "train":
-        from ldmlab.app.train import main
+    """What the console script does, and the two files at the root, which are its verbs."""
+    from ldmlab.app.cli import main
 
-        sys.argv = ["train.py", *argv[1:]]
-    elif argv[0] == "evaluate":
-        from ldmlab.app.evaluate import main
-
-        sys.argv = ["evaluate.py", *argv[1:]]
-    else:
-        from ldmlab.app.cli import main
-
-        sys.argv = ["ldmlab", *argv]
+    sys.argv = ["ldmlab", *argv]
     main()
     return 0
 

@@ -132,17 +132,19 @@ def _no_larger_than(files: ModelFiles) -> Iterator[None]:
             handle.remove()
 
 
-def build_latent_diffusion(spec: Mapping[str, Any], *, trust: bool = False) -> "LatentDiffusion":
-    """The model that `model.yaml` describes, with fresh weights."""
-    parts = {
-        name: instantiate(spec[name], where=name, trust=trust) for name in ("first_stage", "latent_scale", "backbone")
-    }
-    parts["conditioners"] = {
-        name: instantiate(node, where=f"conditioner.{name}", trust=trust) for name, node in spec["conditioners"].items()
-    }
-    parts["task"] = instantiate(spec["task"], where="task", trust=trust) if spec.get("task") else None
-    guidance = spec.get("guidance_trained")
-    return instantiate(spec["diffusion"], where="diffusion", trust=trust, guidance_trained=guidance, **parts)
+def build_latent_diffusion(spec: Mapping[str, Any], *, trust: bool = False, **built: Any) -> "LatentDiffusion":
+    """The model that `model.yaml` describes, with fresh weights; `built`: parts that exist already."""
+    nodes = {name: spec[name] for name in ("first_stage", "latent_scale", "backbone")} | {"task": spec.get("task")}
+    for name, node in nodes.items():
+        if name not in built:
+            built[name] = instantiate(node, where=name, trust=trust) if node else None
+    if "conditioners" not in built:
+        built["conditioners"] = {
+            name: instantiate(node, where=f"conditioner.{name}", trust=trust)
+            for name, node in spec["conditioners"].items()
+        }
+    built["guidance_trained"] = spec.get("guidance_trained")
+    return instantiate(spec["diffusion"], where="diffusion", trust=trust, **built)
 
 
 def fill_latent_diffusion(model: "LatentDiffusion", files: ModelFiles) -> None:

@@ -188,6 +188,12 @@ def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:
     return name in inspect.signature(locate(node, where=where)).parameters
 
 
+def instantiate_with(node: Mapping[str, Any], *, where: str, **offered: Any) -> Any:
+    """`instantiate` with those of the `offered` arguments that the target takes."""
+    taken = {name: value for name, value in offered.items() if accepts(node, name, where=where)}
+    return instantiate(node, where=where, **taken)
+
+
 def _imported(path: str, module: str, name: str, where: str) -> Any:
     """The object, imported; InputError where there is none, or where a user's own module cannot be imported."""
     package = path.partition(".")[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ldmlab.app.cli import dispatch
+from ldmlab.app.commands.config import origins
 from ldmlab.app.compose import compose, group_choices
-from ldmlab.app.origins import origins
 from ldmlab.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -51,7 +51,7 @@ def test_another_choice_builds(number: int) -> None:
     latent = LatentSpec(channels=4, height=32, width=32, downsampling=4)
     with torch.device("meta"):
         instantiate(config["first_stage"], where="first_stage")
-        conditioners = build_conditioners(config["conditioner"], latent)
+        conditioners, _ = build_conditioners(config["conditioner"], latent)
         sizes = backbone_sizes(latent, conditioners, config["backbone"])
         instantiate(config["backbone"], where="backbone", **sizes)
     instantiate(config["sampler"], where="sampler")

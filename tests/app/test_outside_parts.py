@@ -253,7 +253,6 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget what was typed, allowed and used, as at the start of a command."""
-    monkeypatch.setattr("ldmlab.app.compose._OWN", [])
     monkeypatch.setattr("ldmlab.instantiate._TYPED", set())
     for name in ("_ALLOWED", "_USED"):
         monkeypatch.setattr(f"ldmlab.plugins.{name}", set())

@@ -34,12 +34,12 @@ def counts(name: str) -> dict[str, int]:
     latent = latent_spec(first, config["data"]["image_size"])
     nodes = {key: complete(node) for key, node in config["conditioner"].items()}
     with torch.device("meta"):
-        conditioners = build_conditioners(nodes, latent)
+        conditioners, _ = build_conditioners(nodes, latent)
     sizes = backbone_sizes(latent, conditioners, config["backbone"])
     return {
         "unet": unet_count(json.dumps({**config["backbone"], **sizes})),
         "first_stage": count(first),
-        "conditioner": sum(count(module) for module in conditioners.modules.values()),
+        "conditioner": sum(count(module) for module in conditioners.values()),
     }
 
 

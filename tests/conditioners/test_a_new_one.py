@@ -45,7 +45,7 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """model.yaml of a model with it; this file is an allowed plugin."""
     monkeypatch.setenv("LDMLAB_PLUGINS", __name__)
     node = {"_target_": f"{__name__}.Weather", "measurements": 2, "drop": 0.5}
-    conditioners = build_conditioners({"weather": node}, LATENT)
+    conditioners, nodes = build_conditioners({"weather": node}, LATENT)
     unet = {
         "_target_": "ldmlab.backbones.unet.UNet",
         **{"in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1},
@@ -58,7 +58,7 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "first_stage": {"_target_": "ldmlab.first_stages.identity.Identity"},
         "latent_scale": {"_target_": "ldmlab.diffusion.latent_space.LatentScale"},
         "backbone": unet,
-        "conditioners": conditioners.nodes,
+        "conditioners": nodes,
         "diffusion": {
             "_target_": "ldmlab.diffusion.latent_diffusion.LatentDiffusion",
             "prediction": {"_target_": "ldmlab.diffusion.parameterization.EpsPrediction"},

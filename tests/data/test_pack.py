@@ -271,13 +271,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     source = _images(tmp_path / "in", 6)
     (source / "0001.png").write_bytes(b"")
     words = [str(source), str(tmp_path / "out"), "--size", "16", "--val", "0.2", "--max-bad", "0.2", "--workers", "1"]
-    assert command.run(_parser().parse_args(words)) == 0
+    command.run(_parser().parse_args(words))
     said = " ".join(capsys.readouterr().err.split())
     assert "0001.png: is empty" in said
     assert read_manifest(tmp_path / "out/train").source == "in"
-    assert command.run(_parser().parse_args(words)) == 0
+    command.run(_parser().parse_args(words))
     assert "complete already" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(InputError, match="workers=0"):
+    with pytest.raises(InputError, match="--workers 0 must be at least 1"):
         command.run(_parser().parse_args([*words[:2], "--workers", "0"]))
 
 

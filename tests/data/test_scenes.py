@@ -136,8 +136,8 @@ def test_the_command_writes_what_the_tasks_read(tmp_path: Path, capsys: pytest.C
         (["--classes", "apple,apple"], "name every class once"),
         (["--size", "8"], "size=8 px is too small"),
         (["--objects", "2-9"], "objects=2 to 9"),
-        (["--objects", "few"], "objects=few is no range"),
-        (["--count", "0"], "count=0"),
+        (["--objects", "few"], "--objects few is no range"),
+        (["--count", "0"], "--count 0 must be at least 1"),
         (["--emoji", "nowhere"], "nowhere is not a folder"),
     ],
 )

@@ -10,8 +10,8 @@ import torch
 from shard_maker import write_shards
 from torch import Tensor
 
-from ldmlab.app.commands.encode import encode_splits
 from ldmlab.app.compose import compose, plain
+from ldmlab.app.encode_splits import encode_splits
 from ldmlab.app.plans import diffusion
 from ldmlab.app.wiring import stage_options, train, with_task
 from ldmlab.checkpoints import fingerprint

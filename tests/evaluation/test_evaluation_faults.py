@@ -19,8 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ldmlab import files
-from ldmlab.app.evaluate import scores_text
-from ldmlab.app.evaluation_parts import clip_quality, curves, reference_data, run_record
+from ldmlab.app.evaluate import clip_quality, curves, reference_data, run_record, scores_text
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation import model_evaluation, run

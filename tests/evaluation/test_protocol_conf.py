@@ -7,7 +7,7 @@ import yaml
 from torchmetrics import Metric
 
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.evaluation_parts import changed
+from ldmlab.app.evaluate import changed
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.report.paper_conditions import PAPER_FEATURES

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, group_choices, plain
-from ldmlab.app.evaluation_parts import build_metric
+from ldmlab.app.evaluate import build_metric
 from ldmlab.errors import InputError
 from ldmlab.evaluation import image_sets
 from ldmlab.evaluation.image_sets import ImageSet, score_sets, statistics_of

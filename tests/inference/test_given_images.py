@@ -241,7 +241,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_holes_from_files(files: Path, words: list[str]) -> None:
     asked = {"class_id": 3, "image": "erased.png", "mask": "alpha"}
     Path("asked.jsonl").write_text(json.dumps(asked))
-    assert sample_command(["runs/tiny", *words, "--steps", "4", "--out", "out"]) == 0
+    sample_command(["runs/tiny", *words, "--steps", "4", "--out", "out"])
     made, mask = np.asarray(Image.open("out/000000.png")), hole(*ODD)
     assert np.array_equal(made[~mask], image(*ODD)[~mask])
     assert distance(made[mask], image(*ODD)[mask]) > 10
@@ -252,13 +252,13 @@ def test_holes_from_files(files: Path, words: list[str]) -> None:
 
 def test_holes_of_many_images_for_a_model_without_prompts(files: Path) -> None:
     words = ["--task", "inpainting", "photo.png", "erased.png", "--mask", "mask.png", "--count", "2", "--steps", "2"]
-    assert sample_command(["runs/tiny", *words, "--out", "out"], None) == 0
+    sample_command(["runs/tiny", *words, "--out", "out"], None)
     assert len(list(Path("out").glob("0*.png"))) == 4
 
 
 def test_variations_without_a_prompt(files: Path) -> None:
     words = ["--from", "photo.png", "--strength", "0.5", "--count", "2", "--steps", "4", "--trajectory", "--out", "out"]
-    assert sample_command(["runs/tiny", *words], "caption") == 0
+    sample_command(["runs/tiny", *words], "caption")
     told = read_settings(Path("out/000001.png"))
     assert (told["init_image"], told["strength"], told["prompt"]) == ("photo.png", "0.5", "")
     with Image.open("out/000001_trajectory.webp") as animation:
@@ -279,7 +279,7 @@ def test_a_start_is_brought_to_the_size_asked_for(files: Path) -> None:
         "--out",
         "out",
     ]
-    assert sample_command(["runs/tiny", *words]) == 0
+    sample_command(["runs/tiny", *words])
     made = np.asarray(Image.open("out/000000.png"))
     assert made.shape == (8, 16, 3)
     assert read_settings(Path("out/000000.png"))["init_image"] == "photo.png fitted to 8x16"
@@ -287,13 +287,13 @@ def test_a_start_is_brought_to_the_size_asked_for(files: Path) -> None:
 
 def test_a_sweep_of_strengths(files: Path) -> None:
     words = ["2", "--from", "photo.png", "--sweep", "strength=0.3,0.9", "--steps", "5", "--out", "out"]
-    assert sample_command(["runs/tiny", *words]) == 0
+    sample_command(["runs/tiny", *words])
     assert Path("out/sweep_strength.png").exists()
 
 
 def test_a_negative_prompt(files: Path) -> None:
     words = ["a red apple", "--negative-prompt", "a cat", "--steps", "2", "--out", "out"]
-    assert sample_command(["runs/tiny", *words], "caption") == 0
+    sample_command(["runs/tiny", *words], "caption")
     assert read_settings(Path("out/000000.png"))["negative_prompt"] == "a cat"
 
 

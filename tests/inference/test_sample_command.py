@@ -23,7 +23,7 @@ def names(folder: Path) -> list[str]:
 def test_images_grid_and_settings(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["runs/tiny", "--steps", "5", "4", "7", "--count", "2", "--size", "12x16", "--seed", "9", "--out", str(out)]
-    assert sample_command(words) == 0
+    sample_command(words)
     assert names(out) == ["000000.png", "000001.png", "000002.png", "000003.png", "grid.png"]
     told = read_settings(out / "000002.png")
     expected = {
@@ -41,9 +41,7 @@ def test_captions_from_a_file_in_any_language(tmp_path: Path, capsys: pytest.Cap
     long = "a very long caption of a cat " * 3
     file.write_text(f"\ufeffa red apple\n\n  猫と犬  \n{long}\n", encoding="utf-8")
     out = tmp_path / "out"
-    assert (
-        sample_command(["runs/tiny", "قطة", "--prompts", str(file), "--steps", "2", "--out", str(out)], "caption") == 0
-    )
+    sample_command(["runs/tiny", "قطة", "--prompts", str(file), "--steps", "2", "--out", str(out)], "caption")
     told = [read_settings(out / f"{i:06d}.png")["prompt"] for i in range(4)]
     assert told == ["قطة", "a red apple", "猫と犬", long.strip()]
     assert "too long for this model, which does not see" in capsys.readouterr().out
@@ -68,7 +66,7 @@ def test_strip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sweep", ["steps=1,2,5", "guidance_scale=1,3", "eta=0,0.5,1", "sampler=ddim,ddpm"])
 def test_sweep(tmp_path: Path, sweep: str) -> None:
     out = tmp_path / "out"
-    assert sample_command(["runs/tiny", "1", "2", "--steps", "2", "--sweep", sweep, "--out", str(out)]) == 0
+    sample_command(["runs/tiny", "1", "2", "--steps", "2", "--sweep", sweep, "--out", str(out)])
     name, values = sweep.split("=")[0], sweep.split("=")[1].split(",")
     assert f"sweep_{name}.png" in names(out)
     images = sorted(out.glob("00*.png"))

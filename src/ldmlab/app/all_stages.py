@@ -4,25 +4,34 @@ Scored are the reconstructions, the denoiser over its training, and its last che
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldmlab import distributed
+from ldmlab.app.choices import check_names
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.factor_stages import Config, Factor, Parts, content_key, once
-from ldmlab.app.wiring import check_names
+from ldmlab.app.evaluate import evaluate
+from ldmlab.app.factor_stages import Config, Factor, content_key, once
+from ldmlab.app.wandb_runs import send_scores
+from ldmlab.build import load
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import decoder_flops
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.real_images import conditions
+from ldmlab.evaluation.sources import requests
 from ldmlab.files import write_text
+from ldmlab.inference.model import generate
+from ldmlab.instantiate import instantiate
 from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.report.tradeoff_jobs import FORMAT_VERSION, RECORD, trained_seconds
 
 
-def train_all_stages(config: Config) -> Parts:
+def train_all_stages(config: Config) -> Factor:
     """One job of the comparison: train or reuse every part, then score it."""
     check_names(config)
     for name, value in (("run.dir", config["run"]["dir"]), ("init_from", config["init_from"])):
@@ -31,48 +40,37 @@ def train_all_stages(config: Config) -> Parts:
     if config["data"]["latents"] is not None:
         raise InputError("data.latents: stage=all encodes by itself; leave it out, or use stage=diffusion.")
     distributed.join()
-    factor = Factor(config)
-    parts = factor.train()
-    score_factor(factor, parts)
-    return parts
-
-
-def score_factor(factor: Factor, parts: Parts) -> dict[str, Any]:
-    """Compute missing scores; tradeoff.json in the denoiser's folder is what `ldmlab report` reads."""
-    scores = FactorScores(factor, parts)
-    record = scores.record()
-    record["points"] = scores.points()
-    record["reconstruction"] = scores.reconstruction()
-    record["seconds_per_image"] = scores.seconds_per_image()
-    if distributed.rank() == 0:
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        _keep(parts.denoiser, text)
-    distributed.barrier()
-    return record
-
-
-def _keep(run: Path, text: str) -> None:
-    """Write the record; new scores are sent to the run at W&B too."""
-    from ldmlab.app.wandb_runs import send_scores
-
-    if not (run / RECORD).exists() or (run / RECORD).read_text(encoding="utf-8") != text:
-        write_text(run / RECORD, text)
-        send_scores(run)
+    factor = Factor(config).train()
+    FactorScores(factor).keep()
+    return factor
 
 
 class FactorScores:
     """One factor's evaluations, each in a folder named by a hash of all its settings."""
 
-    def __init__(self, factor: Factor, parts: Parts) -> None:
-        self.factor, self.parts = factor, parts
+    def __init__(self, factor: Factor) -> None:
+        self.factor = factor
         self.options = factor.options["evaluation"]
         self.features = dict(self.options["features"])
-        if parts.clip is not None:
-            self.features["run"] = str(parts.clip)
+        if factor.clip is not None:
+            self.features["run"] = str(factor.clip)
+
+    def keep(self) -> None:
+        """Compute missing scores; tradeoff.json in the denoiser's folder is what `ldmlab report` reads."""
+        record, first_stage = self.record() | {"points": self.points(), "reconstruction": None}, self.factor.first_stage
+        if first_stage is not None:
+            lost = self._evaluated(first_stage, self.options["reconstruction"], "tradeoff")
+            record["reconstruction"] = dict(lost["scores"])
+        record["seconds_per_image"] = self.seconds_per_image()
+        path, text = self.factor.denoiser / RECORD, json.dumps(record, indent=1, ensure_ascii=False)
+        if distributed.rank() == 0 and not (path.exists() and path.read_text(encoding="utf-8") == text):
+            write_text(path, text)
+            send_scores(self.factor.denoiser)  # new ones go to the run at W&B too
+        distributed.barrier()
 
     def record(self) -> dict[str, Any]:
-        """Description and cost of the factor."""
-        factor, cost = self.factor, self.factor.cost
+        factor, cost, first_stage = self.factor, self.factor.cost, self.factor.first_stage
+        log = first_stage and first_stage / "metrics.csv"
         node = factor.config["first_stage"] if factor.identity else factor.loaded.spec
         latent = factor.latent
         return {
@@ -86,29 +84,22 @@ class FactorScores:
             "processes": distributed.world_size(),
             **asdict(cost),
             "decoder": 0 if factor.identity else decoder_flops(node, latent),
-            "first_stage": str(self.parts.first_stage or "identity"),
-            "first_stage_seconds": _last_seconds(self.parts.first_stage),
-            "latents": str(self.parts.latents or "images"),
+            "first_stage": str(first_stage or "identity"),
+            "first_stage_seconds": trained_seconds(log, None) if log and log.exists() else None,
+            "latents": str(self.factor.latents or "images"),
             "protocol": {name: value for name, value in self.options["protocol"].items() if name != "steps"},
         }
 
-    # ---- the denoiser
-
     def points(self) -> list[dict[str, Any]]:
         """Scores after equal parts of the training, and of the last checkpoint with other numbers of sampler steps."""
-        usual = self.options["protocol"]["steps"]
-        points = [(step, usual) for step in self.steps()]
-        points += [(self.factor.max_steps, steps) for steps in self.options["speed_steps"] if steps != usual]
+        last, usual = self.factor.max_steps, self.options["protocol"]["steps"]
+        every = -(-last // self.options["points"])
+        points = [(step, usual) for step in sorted({*range(every, last, every), last})]
+        points += [(last, steps) for steps in self.options["speed_steps"] if steps != usual]
         return [self._point(step, steps) for step, steps in points]
 
-    def steps(self) -> list[int]:
-        """Steps at the ends of equal parts of the training, where there are checkpoints."""
-        last, points = self.factor.max_steps, self.options["points"]
-        every = -(-last // points)
-        return sorted({*range(every, last, every), last})
-
     def _point(self, step: int, sampler_steps: int) -> dict[str, Any]:
-        checkpoint = self.parts.denoiser / "checkpoints" / f"step_{step:08d}.ckpt"
+        checkpoint = self.factor.denoiser / "checkpoints" / f"step_{step:08d}.ckpt"
         if distributed.rank() == 0 and not checkpoint.exists():
             raise InputError(f"{checkpoint} is gone, so this point cannot be scored; delete the run to train it again.")
         protocol = {**self.options["protocol"], "steps": sampler_steps}
@@ -116,7 +107,7 @@ class FactorScores:
         return {
             "step": step,
             "sampler_steps": sampler_steps,
-            "seconds": trained_seconds(self.parts.denoiser / "metrics.csv", step),
+            "seconds": trained_seconds(self.factor.denoiser / "metrics.csv", step),
             "flops": self.factor.cost.training * self.factor.images_per_step * step,
             "scores": found["scores"],
             "scored_by": {"features": found["features"], "reference": found["reference"]["manifest_hash"]},
@@ -124,8 +115,6 @@ class FactorScores:
 
     def _evaluated(self, model: Path, protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
         """metrics.json of one evaluation, computed unless it exists."""
-        from ldmlab.app.evaluate import evaluate
-
         run = model.parents[1] if model.suffix == ".ckpt" else model
         identity = (protocol, self.features, self.options["precision"], self.factor.content)
         out = run / "evaluation" / f"{name}-{content_key(*identity)}"
@@ -139,19 +128,11 @@ class FactorScores:
         once(out, "metrics.json", lambda: evaluate(content))
         return read_evaluation(out)
 
-    # ---- the first stage, and time
-
-    def reconstruction(self) -> dict[str, Any] | None:
-        """Scores of the first stage; f = 1 has none."""
-        if self.parts.first_stage is None:
-            return None
-        return dict(self._evaluated(self.parts.first_stage, self.options["reconstruction"], "tradeoff")["scores"])
-
     def seconds_per_image(self) -> dict[str, float]:
         """Seconds for an image on one device by number of sampler steps, decoding included; kept once measured."""
-        path = self.parts.denoiser / "sampling_seconds.json"
+        path = self.factor.denoiser / "sampling_seconds.json"
         known: dict[str, float] = {}
-        if path.exists() and not self.parts.trained:
+        if path.exists() and not self.factor.trained:
             known = json.loads(path.read_text())
         every = sorted({*self.options["speed_steps"], self.options["protocol"]["steps"]})
         if distributed.rank() == 0 and any(str(steps) not in known for steps in every):
@@ -160,19 +141,8 @@ class FactorScores:
         return dict(distributed.from_first(known))
 
     def _timed(self, every: list[int]) -> dict[str, float]:
-        from dataclasses import replace
-
-        import torch
-
-        from ldmlab.build import load
-        from ldmlab.evaluation.protocol import Protocol
-        from ldmlab.evaluation.real_images import conditions
-        from ldmlab.evaluation.sources import requests
-        from ldmlab.inference.model import generate
-        from ldmlab.instantiate import instantiate
-
         protocol: Protocol = instantiate(self.options["protocol"], where="protocol")
-        model = load(self.parts.denoiser, device=self.factor.device)
+        model = load(self.factor.denoiser, device=self.factor.device)
         model.in_precision(self.options["precision"])
         data = self.factor.data.with_task(model.diffusion.task)
         count = self.options["batch_size"]
@@ -186,10 +156,3 @@ class FactorScores:
                 torch.cuda.synchronize()
             taken[str(steps)] = (time.perf_counter() - began) / count
         return taken
-
-
-def _last_seconds(run: Path | None) -> float | None:
-    """Duration of a run; None for one without metrics.csv."""
-    if run is None or not os.path.exists(run / "metrics.csv"):
-        return None
-    return trained_seconds(run / "metrics.csv", None)

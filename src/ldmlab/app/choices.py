@@ -1,12 +1,19 @@
 """Options of the command line that another option overrides, or that the stage does not read, are refused."""
 
+import difflib
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ldmlab.app.conf_files import leaves
 from ldmlab.errors import InputError
 
 Config = Mapping[str, Any]
+NAMES = (
+    *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
+    *("sampler", "task", "optimizer"),
+    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from", "plugins"),
+)
 _READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
     "first_stage": ("autoencoder", "classifier", "diffusion"),
     "loss": ("autoencoder",),
@@ -33,39 +40,41 @@ def chosen_options() -> frozenset[str]:
     return frozenset(word.partition("=")[0].lstrip("+~").partition("@")[0] for word in words)
 
 
+def check_names(config: Config) -> None:
+    """Refuse unused names, which are typos, also in an experiment file."""
+    for name in config.keys() - NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        raise InputError(
+            f"{name}: nothing reads this option; {f'did you mean {near[0]}?' if near else 'leave it out.'}"
+        )
+
+
 def check_choices(config: Config, chosen: Collection[str]) -> None:
     """InputError for the first option of `chosen` that would have no effect."""
-    stage = config["stage"]["name"]
+    stage, options = config["stage"]["name"], dict(leaves(config))
     for name in sorted(chosen):
         group = name.split(".")[0].split("/")[-1]
         if stage not in _READ_BY.get(group, (stage,)) and config.get(group):
             raise InputError(f"{name}: stage={stage} reads no {group}; leave it out, or choose another stage.")
-        if name in _NEEDS and not _value(config, _NEEDS[name]):
+        if name in _NEEDS and not options.get(_NEEDS[name]):
             raise InputError(f"{name} has no effect without {_NEEDS[name]}; set that too, or leave {name} out.")
         if stage == "classifier" and group == "diffusion" and "." in name and not name.startswith("diffusion.schedule"):
             raise InputError(f"{name}: stage=classifier reads diffusion.schedule only; leave {name} out.")
-    if stage in ("classifier", "diffusion"):
-        _check_latents(config, chosen)
+    latents, run = config["data"].get("latents"), config["from_run"]
+    if stage in ("classifier", "diffusion") and (latents or run):
+        source = f"data.latents={latents}" if latents else f"from_run={run}"
+        for name in sorted(chosen):
+            if name.split(".")[0] == "first_stage":
+                raise InputError(f"{name}: the first stage comes with {source}; leave one of the two out.")
     for name, node in (config["conditioner"] or {}).items():
-        for option in sorted(chosen):
+        for option in sorted(chosen) if node and node.get("from_run") else ():
             head, _, key = option.removeprefix(f"conditioner.{name}.").partition(".")
             own = option.startswith(f"conditioner.{name}.") and head in ("config", "name", "pretrained")
-            if own and node.get("from_run") and (key or node.get(head) is not None):
+            if own and (key or node.get(head) is not None):
                 raise InputError(
                     f"{option}: the network comes with conditioner.{name}.from_run={node['from_run']}; leave one of "
                     "the two out."
                 )
-
-
-def _check_latents(config: Config, chosen: Collection[str]) -> None:
-    """Options fixed by the latents, or by the run that encodes, cannot be set too."""
-    latents, run = config["data"].get("latents"), config["from_run"]
-    source = f"data.latents={latents}" if latents else f"from_run={run}" if run else None
-    if source is None:
-        return
-    for name in sorted(chosen):
-        if name.split(".")[0] == "first_stage":
-            raise InputError(f"{name}: the first stage comes with {source}; leave one of the two out.")
 
 
 def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
@@ -84,10 +93,3 @@ def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
     for name in sorted(chosen):
         if name.startswith("stage.codebook_") and plan.stage.codebook is None:
             raise InputError(f"{name}: this first stage has no codebook; leave it out, or choose a first_stage=vq_*.")
-
-
-def _value(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

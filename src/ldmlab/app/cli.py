@@ -1,16 +1,26 @@
-"""The `ldmlab` command: one subcommand a step of the flow; a subcommand's code is imported only when it runs."""
+"""The `ldmlab` command: one subcommand a step of the flow; a subcommand's code is imported only when it runs.
+
+A file of commands/ has add_arguments(parser), for which nothing heavy may be imported, and run(args); its docstring but
+for the first sentence stands below the options in the help.
+"""
 
 import argparse
 import difflib
 import errno
 import importlib
+import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NoReturn
+from itertools import takewhile
+from typing import Any, NoReturn
 
+from ldmlab.app.choices import chosen_options
+from ldmlab.app.compose import hydra_main, plain, searching
+from ldmlab.app.conf_files import conf_dir, group_choices
 from ldmlab.errors import InputError, memory_ran_out
+from ldmlab.plugins import allow
 
 COMMANDS = {
     "pack": "images and captions to image shards",
@@ -41,12 +51,19 @@ EPILOG = """options of train, evaluate and encode are Hydra's: group=file and ke
 
 `ldmlab COMMAND --help` explains one command."""
 
+_NAMES_SHOWN = 12  # of one group, before "... and N more"
+_WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # the user's to mend even where none is named
 _PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.ENODEV, errno.EIO)
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space and run the command again"),
+    **dict.fromkeys((errno.EACCES, errno.EROFS), "choose a folder that you may write to"),
+    **dict.fromkeys(_PATH_ERRORS, "choose another path"),
+}
 
 
-def main() -> None:
-    """The console script."""
-    sys.exit(run_command(lambda: dispatch(sys.argv[1:])))
+def main(*first: str) -> None:
+    """The console script; `first`: words before those of the command line."""
+    sys.exit(run_command(lambda: dispatch([*first, *sys.argv[1:]])))
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -55,29 +72,27 @@ def run_command(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except InputError as error:
-        return _refused(str(error), 2)
+        sentence, code = str(error), 2
     except KeyboardInterrupt:
-        return _refused("stopped.", 130)
+        sentence, code = "stopped.", 130
     except BrokenPipeError:  # `ldmlab ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _refused(f"{error.strerror}{place}; free some disk space and run the command again.", 2)
-        if error.errno in (errno.EACCES, errno.EROFS):
-            return _refused(f"{error.strerror}{place}; choose a folder that you may write to.", 2)
-        if error.errno in _PATH_ERRORS and error.filename:
-            return _refused(f"{error.strerror}{place}; choose another path.", 2)
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if (sentence := _of_machines(error)) is None:
+        advice = _ADVICE.get(error.errno or 0)
+        if advice is None or not (error.filename or error.errno in _WITHOUT_PATH):
             raise
-        return _refused(sentence, 2)
+        sentence, code = f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; {advice}.", 2
+    except (RuntimeError, MemoryError) as error:
+        sentence, code = _of_machines(error), 2
+        if not sentence:
+            raise
+    print(f"ldmlab: {sentence}", file=sys.stderr)
+    return code
 
 
-def _of_machines(error: Exception) -> str | None:
-    """The sentence for a process that was lost and for exhausted memory; None for any other fault."""
+def _of_machines(error: Exception) -> str:
+    """The sentence for a process that was lost and for exhausted memory; empty for any other fault."""
     distributed = sys.modules.get("ldmlab.distributed")  # imported by commands that several processes share
     reason = " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
     if memory_ran_out(error):
@@ -85,12 +100,7 @@ def _of_machines(error: Exception) -> str | None:
     if "DataLoader worker" in reason:
         return f"a loader process ended ({reason}); run the command again, with fewer workers if memory ran out."
     lost = distributed.lost(error) if distributed else None
-    return lost and f"another process of this command ended ({lost}); run the command again."
-
-
-def _refused(sentence: str, code: int) -> int:
-    print(f"ldmlab: {sentence}", file=sys.stderr)
-    return code
+    return f"another process of this command ended ({lost}); run the command again." if lost else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,27 +116,36 @@ class Parser(argparse.ArgumentParser):
 
 def dispatch(arguments: list[str]) -> int:
     """Find the subcommand, parse its options, run it."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<10} {what}" for command, what in COMMANDS.items()]
+        print("\n".join(["usage: ldmlab COMMAND [options]", "", "commands:", *lines, "", EPILOG]))
         return 0
-    if arguments[0] == "--version":
-        print(_version())
+    if name == "--version":
+        print(f"ldmlab {importlib.metadata.version('ldmlab')}")
         return 0
-    name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
         raise InputError(f"{name}: there is no such command; {hint}")
     if name in WITH_HYDRA:
-        sys.argv = [f"ldmlab {name}", *rest]  # Hydra reads it
-        return int(importlib.import_module(f"ldmlab.app.{name}").run() or 0)
+        sys.argv[1:] = rest  # Hydra reads it
+        if {"-h", "--help"} & set(rest):
+            print(hydra_help(name))
+        else:
+            hydra_main(name, _train if name == "train" else _evaluate)
+        return 0
     module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(name, name)}")
     parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
+    parser.epilog = (module.__doc__ or "").partition("\n\n")[2].strip()
     module.add_arguments(parser)
     add_own_options(parser, name)
     args = parser.parse_intermixed_args(rest)
-    with _own_parts(args):
-        return int(module.run(args) or 0)
+    allow(args.plugins, "--plugins")
+    own = ["--config-dir", args.config_dir] if getattr(args, "config_dir", None) else []
+    with searching(own):
+        module.run(args)
+    return 0
 
 
 def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
@@ -136,25 +155,65 @@ def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("--config-dir", metavar="FOLDER", help="groups of your own: FOLDER/backbone/mine.yaml")
 
 
-def _own_parts(args: argparse.Namespace) -> AbstractContextManager[None]:
-    """Allow the packages of --plugins; inside, the folder of --config-dir is searched."""
-    if args.plugins is not None:
-        from ldmlab.plugins import allow
-
-        allow(args.plugins, "--plugins")
-    if getattr(args, "config_dir", None) is None:
-        return nullcontext()
-    from ldmlab.app.compose import searching
-
-    return searching(["--config-dir", args.config_dir])
+def at_least(args: argparse.Namespace, **least: int) -> None:
+    """InputError for an option below its bound."""
+    for name, bound in least.items():
+        if (value := getattr(args, name)) is not None and value < bound:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least {bound}.")
 
 
-def _help() -> str:
-    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
-    return "\n".join(["usage: ldmlab COMMAND [options]", "", "commands:", *lines, "", EPILOG])
+def _train(config: Any) -> None:
+    content = plain(config)
+    if content["stage"]["name"] == "all":
+        from ldmlab.app.all_stages import train_all_stages
+
+        train_all_stages(content)
+    else:
+        from ldmlab.app.wiring import train
+
+        train(content, chosen=chosen_options())
 
 
-def _version() -> str:
-    from importlib.metadata import version
+def _evaluate(config: Any) -> None:
+    content = plain(config)
+    from ldmlab.app.evaluate import evaluate
 
-    return f"ldmlab {version('ldmlab')}"
+    evaluate(content)
+
+
+def hydra_help(program: str) -> str:
+    """Usage, the groups with their choices and the options with their comments."""
+    lines = (conf_dir() / f"{program}.yaml").read_text().splitlines()
+    head = [line[2:] for line in takewhile(lambda line: line.startswith("#"), lines)]
+    opening, _, examples = "\n".join(head).partition("\n\nexamples:")
+    text = "\n".join(lines[len(head) :])
+    always = f"""and always:
+  --cfg job --resolve          print the whole configuration
+  -m, --multirun a=1,2 b=x,y   run every combination
+  --config-dir FOLDER          groups of your own: FOLDER/backbone/mine.yaml, then backbone=mine
+  conf/{program}.yaml and the files of the groups explain each option next to its value."""
+    with searching(sys.argv[1:]):
+        return "\n\n".join(
+            [opening, "\n".join(_groups(text)), "\n".join(_options(text)), always, f"examples:{examples}"]
+        )
+
+
+def _groups(text: str) -> list[str]:
+    lines = ["choose a file of each group (group=name, several as group=[a,b]); the first shown is the default:"]
+    for group, default, comment in re.findall(r"^  - (\w+): (\S+)(?:[ \t]+# (.*))?$", text, re.MULTILINE):
+        names = sorted(group_choices(group), key=lambda name: name != default)
+        more = f" ... and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        lines.append(f"  {group:<13} {' '.join(names[:_NAMES_SHOWN])}{more}")
+        lines += [f"  {'':<13} {comment}"] if comment else []
+    return lines
+
+
+def _options(text: str) -> list[str]:
+    lines, section = ["set an option (key=value):"], ""
+    for raw in text.split("_self_")[-1].split("\nhydra:")[0].splitlines():
+        if match := re.match(r"^( *)(\w+):[ \t]*([^#\n]*?)[ \t]*(?:# (.*))?$", raw):
+            indent, key, value, comment = match.groups()
+            section = section if indent else ("" if value else f"{key}.")
+            if value or indent:
+                lines.append(f"  {(section if indent else '') + key + '=' + value:<28} {comment or ''}".rstrip())
+    return lines

@@ -9,13 +9,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+from ldmlab.app.conf_files import OWN, conf_dir, conf_dirs, folder_of, group_choices, groups, leaves
 from ldmlab.errors import InputError, shown
 
-_PACKAGED = Path(__file__).parents[1] / "conf"
-_CHECKOUT = Path(__file__).parents[3] / "conf"
-_OWN: list[str] = []  # a user's search path entries of the running command: file://FOLDER or pkg://PACKAGE
+_SEARCHPATH = "hydra.searchpath"
+_NO_VALUE = "{0} has no value; give it on the command line as {0}=VALUE."
 _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor checks
     **dict.fromkeys(("seed", "batch_size"), int),
     **dict.fromkeys(("keep_reference", "wandb", "mirror", "carry_images"), bool),
@@ -29,105 +29,35 @@ _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor c
     "dtype": Literal["float16", "float32"],
     "max_bad": float,
 }
-_FLAGS_WITH_VALUE = (  # of Hydra
-    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
-    "--experimental-rerun",
-)
-_FLAGS = (
-    "--info",
-    "-i",
-    "--resolve",
-    "--run",
-    "-r",
-    "--multirun",
-    "-m",
-    "--shell-completion",
-    "-sc",
-    "--version",
-    "--hydra-help",
-)
-
-
-def conf_dir() -> Path:
-    """The configuration that belongs to this code: inside an installed package, or at the root of a checkout."""
-    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
-
-
-def conf_dirs() -> list[Path]:
-    """Ours, then the user's own of `--config-dir` and `hydra.searchpath`."""
-    return [conf_dir(), *(folder for entry in _OWN if (folder := _folder(entry)) is not None)]
-
-
-def find_file(path: str) -> Path | None:
-    """The first folder's file of this name, without its ending: backbone/unet_small."""
-    return next((file for folder in conf_dirs() if (file := folder / f"{path}.yaml").is_file()), None)
-
-
-def group_choices(group: str) -> list[str]:
-    """The names that `group=` accepts, with folders inside the group; `_NAME.yaml` are base files."""
-    files = [(p, folder / group) for folder in conf_dirs() for p in (folder / group).rglob("*.yaml")]
-    return sorted({str(p.relative_to(folder).with_suffix("")) for p, folder in files if p.name[0] != "_"})
-
-
-def groups() -> list[str]:
-    """The configuration groups, one folder each."""
-    folders = [p for conf in conf_dirs() for p in conf.iterdir() if p.is_dir()]
-    return sorted({p.name for p in folders if p.name != "hydra" and any(p.rglob("*.yaml"))})
 
 
 @contextmanager
 def searching(words: Sequence[str]) -> Iterator[None]:
-    """Inside, `--config-dir DIR` and `hydra.searchpath=[...]` of a command line count too; InputError if one is absent.
-
-    They belong to that command: the next one in this process does not look there.
-    """
-    entries = [f"file://{Path(folder).absolute()}" for folder in _config_dirs(words)]
-    for word in words:
-        if word.lstrip("+").startswith("hydra.searchpath="):
-            entries += _searchpath(word)
-    for entry in entries:
-        folder = _folder(entry)
-        if folder is None or not folder.is_dir():
-            raise InputError(
-                f"{entry} holds no configuration; give a folder of groups (backbone/mine.yaml), or pkg:// and "
-                "the name of an installed package."
-            )
-    before = list(_OWN)
-    _OWN[:] = dict.fromkeys([*before, *entries])
-    try:
-        yield
-    finally:
-        _OWN[:] = before
-
-
-def _config_dirs(words: Sequence[str]) -> Iterator[str]:
+    """Inside, and only there, `--config-dir DIR` and `hydra.searchpath=[...]` of a command line are searched too."""
+    texts: list[str] = []
     for index, word in enumerate(words):
         name, _, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
             if not value and index + 1 == len(words):
                 raise InputError("--config-dir has no value; write --config-dir FOLDER.")
-            yield value or words[index + 1]
-
-
-def _searchpath(word: str) -> list[str]:
-    value = _parsed(word).value()
-    entries = value if isinstance(value, list) else [value]
-    texts = [str(entry) for entry in entries]
-    return [text if "://" in text else f"file://{Path(text).absolute()}" for text in texts]
-
-
-def _folder(entry: str) -> Path | None:
-    """Where an entry of the search path lies."""
-    kind, _, place = entry.partition("://")
-    if kind == "file":
-        return Path(place)
-    import importlib.util
-
+            texts.append(value or words[index + 1])
+        elif name.lstrip("+") == _SEARCHPATH:
+            found = parse_override(word).value()
+            texts += map(str, found if isinstance(found, list) else [found])
+    entries = [text if "://" in text else f"file://{Path(text).absolute()}" for text in texts]
+    for entry in entries:
+        folder = folder_of(entry)
+        if folder is None or not folder.is_dir():
+            raise InputError(
+                f"{entry} holds no configuration; give a folder of groups (backbone/mine.yaml), or pkg:// and "
+                "the name of an installed package."
+            )
+    before = list(OWN)
+    OWN[:] = dict.fromkeys([*before, *entries])
     try:
-        spec = importlib.util.find_spec(place)
-    except (ImportError, ValueError):
-        return None
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+        yield
+    finally:
+        OWN[:] = before
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> Any:
@@ -142,30 +72,22 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
 def composing(config_name: str, overrides: Sequence[str]) -> Iterator[list[str]]:
     """Hydra set up over all folders, and the overrides for it; its errors are explained."""
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
-    words = [word for word in overrides if not word.lstrip("+").startswith("hydra.searchpath=")]
+    words = [word for word in overrides if word.partition("=")[0].lstrip("+") != _SEARCHPATH]
     with searching(overrides):
         check_words(overrides)
-        if own := [entry for entry in _OWN if _folder(entry) is not None]:
-            words.append(f"hydra.searchpath=[{','.join(_quoted(entry) for entry in own)}]")
+        if own := [_quoted(entry) for entry in OWN if folder_of(entry) is not None]:
+            words.append(f"{_SEARCHPATH}=[{','.join(own)}]")
+        running = GlobalHydra.instance().hydra  # it allows one global composition, so that one waits
+        GlobalHydra.instance().clear()
         try:
-            with _aside(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 yield words
         except Exception as error:
             raise explained(error, config_name, overrides) from error
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Hydra allows one global composition; suspend the running one."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = running
+        finally:
+            GlobalHydra.instance().hydra = running
 
 
 def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
@@ -177,7 +99,7 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
         if not os.environ.get(name, "0").isdecimal():
             value = os.environ[name]
             raise InputError(f"the environment variable {name}={value} is no number; start with torchrun or srun.")
-    overrides = _overrides(sys.argv[1:])
+    overrides, several = _command_line(sys.argv[1:])
     failed: list[Exception] = []
 
     def guarded(config: Any) -> None:
@@ -187,7 +109,7 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
             failed.append(error)
 
     with searching(sys.argv[1:]):
-        check_words(overrides, several=bool({"-m", "--multirun"} & set(sys.argv[1:])))
+        check_words(overrides, several=several)
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
         except Exception as error:
@@ -196,33 +118,29 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
         raise failed[0]
 
 
-def _overrides(words: Sequence[str]) -> list[str]:
-    """The `key=value` words of Hydra's command line; a flag that it does not have is refused."""
-    found, skip = [], False
-    for word in words:
-        flag = word.partition("=")[0]
-        if skip or not word.startswith("-"):
-            if not skip:
-                found.append(word)
-            skip = False
-        elif flag in _FLAGS_WITH_VALUE:
-            skip = "=" not in word
-        elif flag not in _FLAGS:
-            name = flag.lstrip("-").replace("-", "_")
-            raise InputError(f"{word}: there is no such flag; options are written key=value, such as {name}=VALUE.")
-    return found
+def _command_line(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The `key=value` words of Hydra's command line, and whether it is a multirun; a flag that it lacks is refused."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}; --hydra-help explains the flags.")
+
+    parser = get_args_parser()
+    parser.allow_abbrev, parser.error = False, refuse  # type: ignore[method-assign]
+    known, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        raise InputError(f"{unknown[0]}: there is no such flag; options are written key=value, such as {name}=VALUE.")
+    return known.overrides, known.multirun
 
 
 def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
-    """Refuse arguments that Hydra would misread: special characters, no value, a number for a file.
-
-    several: the command line may list values of several runs.
-    """
+    """Refuse what Hydra would misread: special characters, no value, a number for a file; values of `several` runs."""
     for word in overrides:
         key, equals, value = word.partition("=")
         if equals and not value and not key.startswith("~"):
             raise InputError(f"{key}= has no value; write {key}=VALUE, or {key}=null for none.")
-        parsed = _parsed(word)
+        parsed = parse_override(word)
         if parsed.is_sweep_override() and not several:
             raise InputError(
                 f"{word} lists several values, for several runs: start them with --multirun; one value with a comma is "
@@ -244,7 +162,7 @@ def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
                 raise _missing_choice(f"{group}/{shown(name)}")
 
 
-def _parsed(word: str) -> Any:
+def parse_override(word: str) -> Any:
     """One override as Hydra understands it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
@@ -292,7 +210,7 @@ def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> E
     if match := re.search(r"Could not append to config.*? already at '([^']+)'", text, re.DOTALL):
         return InputError(f"+{match[1]}: the option exists already; leave out the + to change it.")
     if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
-        return _no_value(key)
+        return InputError(_NO_VALUE.format(key))
     what, reason = getattr(error, "full_key", None) or _at_fault(error, overrides), text.split("\n    full_key")[0]
     return InputError(f"{what} cannot be used: {_line(reason)}.")
 
@@ -315,10 +233,6 @@ def _at_fault(error: Exception, overrides: Sequence[str]) -> str:
     return f"the configuration file {files[-1]}" if files else f"the command line {' '.join(map(shown, overrides))!r}"
 
 
-def _no_value(key: str) -> InputError:
-    return InputError(f"{key} has no value; give it on the command line as {key}=VALUE.")
-
-
 def _missing_choice(path: str) -> InputError:
     group, _, name = path.rpartition("/")
     while group and not any((folder / group).is_dir() for folder in conf_dirs()):
@@ -330,27 +244,18 @@ def _missing_choice(path: str) -> InputError:
 
 
 def _unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> InputError:
+    from omegaconf import OmegaConf
+
     chosen = [word for word in overrides if word.partition("=")[0].partition("@")[0].lstrip("+") in groups()]
     known = groups()
     for words in (chosen, []):
         if len(words) < len(overrides):  # else a file asks for what there is not, whatever is typed
             with suppress(InputError):
-                known = _flat_keys(compose(config_name, words)) + groups()
+                content = OmegaConf.to_container(compose(config_name, words), resolve=False)
+                known = [name for name, _ in leaves(content)] + known
                 break
     known = [name for name in known if name != key]
     return InputError(f"{key}: there is no such option{_nearest(key, known)} `--cfg job` prints them all.")
-
-
-def _flat_keys(node: Any, prefix: str = "") -> list[str]:
-    from omegaconf import DictConfig
-
-    keys: list[str] = []
-    for name in node:
-        keys.append(f"{prefix}{name}")
-        child = node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
-            keys += _flat_keys(child, f"{prefix}{name}.")
-    return keys
 
 
 def _nearest(name: str, choices: list[str]) -> str:
@@ -364,10 +269,7 @@ def _nearest(name: str, choices: list[str]) -> str:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """The whole configuration as dicts, lists and numbers; a value that is still missing is an InputError.
-
-    A person composed it, so what it names is trusted, and the packages of `plugins` are allowed.
-    """
+    """The whole configuration as dicts, lists and numbers; what it names is trusted, for a person composed it."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -377,7 +279,7 @@ def plain(config: Any) -> dict[str, Any]:
 
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
-            raise _no_value(missing[0])
+            raise InputError(_NO_VALUE.format(missing[0]))
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise explained(error, "", []) from error

@@ -2,56 +2,45 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmlab.build import read_clip
 from ldmlab.contracts import LatentSpec
 from ldmlab.data.latent_shards import DTYPE, EncodeStates
 from ldmlab.data.shard_data import ShardData, stored_states
 from ldmlab.errors import InputError
+from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
-
-if TYPE_CHECKING:
-    from ldmlab.evaluation.protocol import Protocol
 
 Config = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Conditioners:
-    """The conditioners in config order, and the nodes from which model.yaml rebuilds them without the runs."""
-
-    modules: dict[str, Any]
-    nodes: dict[str, dict[str, Any]]
+Built = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # modules; nodes of model.yaml that need no run; by name
 
 
-def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSpec) -> Conditioners:
-    """One module a name; those that scale images down receive the factor."""
-    modules, nodes = {}, {}
-    for name, node in config.items():
-        modules[name], nodes[name] = _build(name, dict(node), latent)
-    return Conditioners(modules, nodes)
-
-
-def _build(name: str, node: dict[str, Any], latent: LatentSpec) -> tuple[nn.Module, dict[str, Any]]:
-    """The module and its node; `from_run` names a CLIP run whose text tower is taken up."""
-    where = f"conditioner.{name}"
-    run = node.pop("from_run", None)
-    if run is not None:
-        files = read_clip(run)
-        node["config"] = files.spec["clip"]["config"]
-    if accepts(node, "downsampling", where=where):
-        node["downsampling"] = latent.downsampling
-    module = instantiate(node, where=where)
-    if run is not None:
-        module.tower.load_clip(files.parts["clip"])
-    return module, getattr(module, "node", node)
+def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSpec) -> Built:
+    """One module a name; those that scale images down get the factor, `from_run` is a CLIP run whose tower to use."""
+    modules: dict[str, Any] = {}
+    nodes: dict[str, dict[str, Any]] = {}
+    for name, given in config.items():
+        where, node = f"conditioner.{name}", dict(given)
+        run = node.pop("from_run", None)
+        files = None if run is None else read_clip(run)
+        if files is not None:
+            node["config"] = files.spec["clip"]["config"]
+        if accepts(node, "downsampling", where=where):
+            node["downsampling"] = latent.downsampling
+        module = instantiate(node, where=where)
+        if files is not None:
+            module.tower.load_clip(files.parts["clip"])
+        modules[name], nodes[name] = module, getattr(module, "node", node)
+    return modules, nodes
 
 
 def check_fields_given(modules: Mapping[str, Any], data: ShardData) -> None:
@@ -67,6 +56,7 @@ def check_fields_given(modules: Mapping[str, Any], data: ShardData) -> None:
                 "task gives; name it in data.fields, or choose the task= that derives it."
             )
     check_states(modules, data)
+    check_agreement(data.task, modules)
 
 
 def class_bound(modules: Mapping[str, Any]) -> int | None:
@@ -75,10 +65,10 @@ def class_bound(modules: Mapping[str, Any]) -> int | None:
     return min((count for count in counts if isinstance(count, int)), default=None)
 
 
-def context_widths(conditioners: Conditioners, latent: LatentSpec) -> dict[str, int]:
+def context_widths(modules: Mapping[str, Any], latent: LatentSpec) -> dict[str, int]:
     """Width of each slot: spatial channels add up, tokens and vectors must agree."""
     widths = {"tokens": 0, "spatial": 0, "vector": 0}
-    for name, module in conditioners.modules.items():
+    for name, module in modules.items():
         width = module.width(latent)
         if module.slot == "spatial":
             widths["spatial"] += width
@@ -94,8 +84,11 @@ def context_widths(conditioners: Conditioners, latent: LatentSpec) -> dict[str, 
 
 def with_classes_of(config: Config, data: ShardData) -> Config:
     """Where a task or a conditioner of boxes leaves `classes` open: those that the data's manifest names."""
-    names = _names_of_boxes(config, data)
-    if names is None:
+    if not any(_open(node, "conditioner") for node in config["conditioner"].values()):
+        return config
+    manifest = data.manifest("train")
+    names = manifest.classes
+    if names is None or "boxes" not in manifest.fields or "class_id" in manifest.fields:  # the names of image classes
         return config
     nodes = {
         name: {**node, "classes": len(names), "names": names} if _open(node, f"conditioner.{name}") else node
@@ -103,14 +96,6 @@ def with_classes_of(config: Config, data: ShardData) -> Config:
     }
     task = {**config["task"], "classes": len(names)} if _open(config["task"], "task") else config["task"]
     return {**config, "conditioner": nodes, "task": task}
-
-
-def _names_of_boxes(config: Config, data: ShardData) -> list[str] | None:
-    """Names by class_id of the boxes; the names of image classes do not apply to boxes."""
-    if not any(_open(node, "conditioner") for node in config["conditioner"].values()):
-        return None
-    manifest = data.manifest("train")
-    return manifest.classes if "boxes" in manifest.fields and "class_id" not in manifest.fields else None
 
 
 def _open(node: Any, where: str) -> bool:
@@ -136,7 +121,7 @@ def check_agreement(task: Any, conditioners: Mapping[str, Any]) -> None:
             )
 
 
-def scored_task(task: Any, protocol: "Protocol", image_size: int) -> Any:
+def scored_task(task: Any, protocol: Protocol, image_size: int) -> Any:
     """The model's task with the protocol's size and options."""
     if not protocol.task and protocol.image_size is None:
         return task
@@ -191,15 +176,12 @@ def check_states(modules: Mapping[str, Any], data: ShardData) -> None:
         for split in ("train", "val"):
             there = stored_states(data.manifest(split, "latents")).get(name, {})
             if differing := sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
+                key = differing[0]  # layer=last there, penultimate here
                 raise InputError(
                     f"data.latents={data.latents} holds states of another conditioner.{name} than this run's "
-                    f"({_pair(differing[0], there, now)}); encode again, or set data.states=false to run the encoder."
+                    f"({key}={there.get(key)} there, {now.get(key)} here); encode again, or set data.states=false to "
+                    "run the encoder."
                 )
-
-
-def _pair(key: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """layer=last there, penultimate here."""
-    return f"{key}={there.get(key)} there, {now.get(key)} here"
 
 
 def _learns(module: Any) -> bool:

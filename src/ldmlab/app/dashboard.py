@@ -20,22 +20,22 @@ _IMAGE_PX = (320, 192)  # longest side inside the page; the second where there a
 _MANY_IMAGES = 24
 _MOST_CHARTS = 12  # of one stage
 _DEVIATIONS = ("psnr_std", "ssim_std", "lpips_std", "psim_std")  # of a mean that is shown
-_UNSEEN = ("val/", "in_training/")  # measured on images that were not trained on
+UNSEEN = ("val/", "in_training/")  # measured on images that were not trained on
 
 
 def metrics_of(runs: Sequence[RunRecord], stage: str) -> list[str]:
     """Validation metrics and scores in training that are one number per model, the most informative first."""
-    leading = [prefix + name for prefix in _UNSEEN for name in STAGES[stage][1]]
-    names = {name for run in runs for name in run.curves if name.startswith(_UNSEEN) and name.count("/") == 1}
+    leading = [prefix + name for prefix in UNSEEN for name in STAGES[stage][1]]
+    names = {name for run in runs for name in run.curves if name.startswith(UNSEEN) and name.count("/") == 1}
     names = {name for name in names if "chance" not in name and not name.endswith(_DEVIATIONS)}
     ordered = [*(name for name in leading if name in names), *sorted(names - set(leading))]
     training = [name for name in ("loss", "reconstruction") if any(name in run.curves for run in runs)]
     return [*ordered[: _MOST_CHARTS - len(training)], *training]
 
 
-def is_unseen(metric: str) -> bool:
-    """Whether a metric is measured on images that were not trained on."""
-    return metric.startswith(_UNSEEN)
+def score_names(runs: Sequence[RunRecord]) -> list[str]:
+    """Scores of evaluate.py that any of the runs has."""
+    return sorted({name for run in runs for name in run.scores})
 
 
 def by_stage(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -45,7 +45,6 @@ def by_stage(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def dashboard(runs: Sequence[RunRecord], title: str = "Runs side by side") -> Page:
-    """The page."""
     sections = []
     for stage, members in by_stage(runs).items():
         metrics, labels = metrics_of(members, stage), by_configuration(members)
@@ -64,7 +63,7 @@ def _table(labels: Mapping[str, list[RunRecord]], metrics: Sequence[str]) -> Tab
     """One line a configuration: the newest numbers, mean and standard deviation over its runs."""
     runs = [run for members in labels.values() for run in members]
     titles = _titles(runs)
-    columns = [name for name in metrics if is_unseen(name)] + sorted({name for run in runs for name in run.scores})
+    columns = [name for name in metrics if name.startswith(UNSEEN)] + score_names(runs)
     rows = tuple(
         Row("theirs", label, (str(len(members)), *(_mean(members, name) for name in columns)))
         for label, members in labels.items()
@@ -90,13 +89,9 @@ def _charts(labels: Mapping[str, list[RunRecord]], metrics: Sequence[str]) -> li
         for start in range(0, len(names), len(COLOURS)):
             part = names[start : start + len(COLOURS)]
             more = f" ({start + 1}–{start + len(part)} of {len(names)})" if len(names) > len(COLOURS) else ""
-            charts.append(Chart(titles.get(metric, metric) + more, {name: lines[name] for name in part}))
-    return _shown(charts)
-
-
-def _shown(charts: Sequence[Chart], title: str = "") -> list[Block]:
-    found = [chart for chart in charts if chart]
-    return [Charts(found, title=title)] if found else []
+            if chart := Chart(titles.get(metric, metric) + more, {name: lines[name] for name in part}):
+                charts.append(chart)
+    return [Charts(charts)] if charts else []
 
 
 def mean_curve(members: Sequence[RunRecord], metric: str) -> Points:
@@ -114,9 +109,11 @@ def _over_factors(members: Sequence[RunRecord], metrics: Sequence[str]) -> list[
     if len(factors) < 2:
         return []
     titles, charts = _titles(members), []
-    for metric in [*filter(is_unseen, metrics), *sorted({name for run in members for name in run.scores})]:
+    follows = dict.fromkeys(("latent_channels", "codebook_size", "parameters"))  # the factor: they do not cut its line
+    groups = by_configuration([replace(run, fields=run.fields | follows) for run in members], without="downsampling")
+    for metric in [*(name for name in metrics if name.startswith(UNSEEN)), *score_names(members)]:
         lines: dict[str, Points] = {}
-        for label, some in by_configuration(_simple(members), without="downsampling").items():
+        for label, some in groups.items():
             values: dict[int, list[float]] = defaultdict(list)
             for run in some:
                 if run.fields["downsampling"] and (value := run.last(metric)) is not None:
@@ -124,29 +121,21 @@ def _over_factors(members: Sequence[RunRecord], metrics: Sequence[str]) -> list[
             lines[label] = [(factor, statistics.fmean(values[factor])) for factor in sorted(values)]
         shown = {name: points for name, points in list(lines.items())[: len(COLOURS)] if points}
         ticks = tuple(sorted(factors))
-        charts.append(Chart(titles.get(metric, metric), shown, "downsampling factor", log_x=True, x_ticks=ticks))
-    return _shown(charts, "Over the downsampling factor")
-
-
-def _simple(members: Sequence[RunRecord]) -> list[RunRecord]:
-    """Latent channels, codes and parameters follow the factor: they do not cut the line over it."""
-    follows = dict.fromkeys(("latent_channels", "codebook_size", "parameters"))
-    return [replace(run, fields=run.fields | follows) for run in members]
+        if chart := Chart(titles.get(metric, metric), shown, "downsampling factor", log_x=True, x_ticks=ticks):
+            charts.append(chart)
+    return [Charts(charts, title="Over the downsampling factor")] if charts else []
 
 
 def _images(runs: Sequence[RunRecord]) -> list[Block]:
     """The newest grid of every panel of every run, made small."""
-    found = [(run, name, path) for run in runs for name, path in run.images().items()]
-    cards = tuple(
-        Card(
-            ((str(path.relative_to(run.path)), name),),
-            f"{run.path.name}: {name}, step {int(path.stem.rpartition('_')[2])}",
-            folder=run.path,
-        )
-        for run, name, path in found
-    )
-    pixels = _IMAGE_PX[len(found) > _MANY_IMAGES]
-    return [Gallery(runs[0].path, cards, "pairs", pixels=pixels)] if cards else []
+    cards = []
+    for run in runs:
+        for name, path in run.images().items():
+            step = int(path.stem.rpartition("_")[2])
+            image = (str(path.relative_to(run.path)), name)
+            cards.append(Card((image,), f"{run.path.name}: {name}, step {step}", folder=run.path))
+    pixels = _IMAGE_PX[len(cards) > _MANY_IMAGES]
+    return [Gallery(runs[0].path, tuple(cards), "pairs", pixels=pixels)] if cards else []
 
 
 def _runs(runs: Sequence[RunRecord]) -> Table:
@@ -156,12 +145,7 @@ def _runs(runs: Sequence[RunRecord]) -> Table:
     for run in runs:
         state = "finished" if run.finished else f"of {run.max_steps}"
         cells = (run.group, run.stage, str(run.seed), *(run.fields[name] for name in names), f"{run.step} {state}")
-        rows.append(Row("theirs", run.path.name, tuple(map(_text, cells))))
+        texts = (DASH if c is None else f"{c:,}" if isinstance(c, int) else str(c) for c in cells)
+        rows.append(Row("theirs", run.path.name, tuple(texts)))
     heads = (name.replace("_", " ") for name in ("group", "stage", "seed", *names, "step"))
     return Table("", tuple(heads), tuple(rows), (), "run")
-
-
-def _text(cell: object) -> str:
-    if cell is None:
-        return DASH
-    return f"{cell:,}" if isinstance(cell, int) else str(cell)

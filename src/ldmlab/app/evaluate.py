@@ -1,122 +1,101 @@
-"""The evaluation command: compose, load the model, score it by a protocol, write the report."""
+"""An evaluation from its options: the model scored by a protocol, the report, scores while training."""
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ldmlab.app.cli import run_command
+from ldmlab import distributed
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.conditioning import scored_task
+from ldmlab.app.conf_files import group_choices, leaves
+from ldmlab.app.guiders import build_guiders
+from ldmlab.app.plans import Plan
+from ldmlab.app.progress import track
+from ldmlab.app.wandb_runs import send_scores
+from ldmlab.build import load, load_clip, load_first_stage, pick_device
+from ldmlab.data.shard_data import ShardData
+from ldmlab.errors import InputError
+from ldmlab.evaluation.model_evaluation import Evaluation, ReconstructionEvaluation
+from ldmlab.evaluation.protocol import Protocol
+from ldmlab.evaluation.real_images import RealImages, conditions
+from ldmlab.evaluation.reference_statistics import statistics_folder
+from ldmlab.evaluation.run import TrainingScores, check_out
+from ldmlab.evaluation.scoring import OptionNames, in_words_of, untracked
+from ldmlab.evaluation.sources import Reconstructions, Samples, Source
+from ldmlab.files import disk_errors
+from ldmlab.inference.model import LoadedModel
+from ldmlab.instantiate import accepts, instantiate, instantiate_with
+from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_path
+from ldmlab.metrics.features import FeatureExtractor
+from ldmlab.model_files import read_config, read_description
+from ldmlab.nn.lpips import LPIPS
+from ldmlab.report.metrics_json import read_evaluation
+from ldmlab.report.pages import write_report
+from ldmlab.report.paper_table import paper_record
+from ldmlab.report.score_curves import read_curves
 
-OPENING = """usage: python evaluate.py model=RUN [protocol=name] [features=name] [key=value ...]
-
-Generates samples, compares them with real images in one pass, writes metrics.json, report.md and report.html."""
-EXAMPLES = """examples:
-  python evaluate.py model=runs/demo/text_to_image protocol=demo_emoji features=clip_run features.run=runs/demo/clip
-  python evaluate.py model=runs/ffhq-1a2b protocol=paper_ffhq            after `ldmlab fetch inception`
-  python evaluate.py model=RUN "protocol.guidance_scale_curve=[1,1.5,2,3,5]"   scores over the guidance scale
-  python evaluate.py model=RUN +metric@protocol.metrics.fid_inf=fid_inf  FID extrapolated to infinitely many samples
-  torchrun --nproc-per-node=8 evaluate.py ...                            the GPUs share the work"""
-T = TypeVar("T")
-
-
-def main() -> None:
-    """`python evaluate.py`."""
-    sys.exit(run_command(run))
-
-
-def run() -> int:
-    """Hydra's command line, or its help."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        from ldmlab.app.help import hydra_help
-
-        print(hydra_help("evaluate", OPENING, EXAMPLES))
-        return 0
-    from ldmlab.app.compose import hydra_main
-
-    hydra_main("evaluate", job)
-    return 0
-
-
-def job(config: Any) -> None:
-    """One evaluation from its composed configuration."""
-    from ldmlab.app.compose import plain
-
-    evaluate(plain(config))
+_OWN = ("protocol", "features", "batch_size", "keep_reference", "precision")  # the rest are the callback's
+_CLIP_QUALITY = ("recall_1_of_50", "chance_recall_1_of_50", "recall_5_of_50", "chance_recall_5_of_50")
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
     """Score config["model"]; all checks are made before the first image."""
-    from ldmlab import distributed
-    from ldmlab.app.evaluation_parts import build_extractor, build_metric, changed, curves, run_folder
-    from ldmlab.build import pick_device
-    from ldmlab.evaluation.protocol import Protocol
-    from ldmlab.evaluation.reference_statistics import statistics_folder
-    from ldmlab.evaluation.run import check_out
-    from ldmlab.instantiate import instantiate
-    from ldmlab.model_files import read_description
-    from ldmlab.report.paper_table import paper_record
-
     rank, _ = distributed.join()
-    model = Path(str(config["model"]))
+    model, name = Path(str(config["model"])), config["protocol"]["name"]
     folder = run_folder(model)
-    out = Path(config["out"] or folder / "evaluation" / default_name(model, config["protocol"]["name"]))
-    if distributed.shared(lambda: _only_report_missing(out)):
-        return _report(config, folder, out, "holds the scores of an evaluation whose report was not written")
+    default = f"{name}-{model.stem}" if model.suffix == ".ckpt" else name  # checkpoints of one run have one each
+    out = Path(config["out"] or folder / "evaluation" / default)
+    # a full disk or a kill left the scores without their pages
+    if distributed.shared(lambda: (out / "metrics.json").exists() and not (out / "report.html").exists()):
+        distributed.say(
+            f"{out} holds the scores of an evaluation whose report was not written; writing it. Delete the folder to "
+            "evaluate anew."
+        )
+        return _report(config, folder, out)
     check_out(out)
     protocol: Protocol = instantiate({**config["protocol"], "changed": changed(config["protocol"])}, where="protocol")
     extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
-    parts = {
+    shared = {
         "protocol": protocol,
         "extractor": extractor,
         "metrics": {name: build_metric(name, node, extractor.width) for name, node in protocol.metrics.items()},
         "out": out,
         "batch_size": config["batch_size"],
         "curves": curves(folder),
-        "track": track if rank == 0 else _untracked,
+        "track": track if rank == 0 else untracked,
         "paper": paper_record,
         "reference_folder": statistics_folder() if config["keep_reference"] else None,
     }
-    if read_description(folder).get("kind") == "first_stage":
-        _reconstructions(config, parts)
-    else:
-        _samples(config, parts)
+    score = _reconstructions if read_description(folder).get("kind") == "first_stage" else _samples
+    score(config, run_record(folder), shared)
     _report(config, folder, out)
 
 
-def _only_report_missing(out: Path) -> bool:
-    """Whether a full disk or a kill left the scores of an evaluation without their pages."""
-    return (out / "metrics.json").exists() and not (out / "report.html").exists()
-
-
-def _report(config: Mapping[str, Any], folder: Path, out: Path, reason: str = "") -> None:
+def _report(config: Mapping[str, Any], folder: Path, out: Path) -> None:
     """The pages of a finished evaluation, its scores on the terminal, and at W&B if the run has a run there."""
-    from ldmlab import distributed
-    from ldmlab.files import disk_errors
-    from ldmlab.report.metrics_json import read_evaluation
-    from ldmlab.report.pages import write_report
-
-    if distributed.rank() != 0:
-        return
-    if reason:
-        distributed.say(f"{out} {reason}; writing it. Delete the folder to evaluate anew.")
-    with disk_errors(out):
-        write_report(out)
-    result = read_evaluation(out)
-    print(f"{scores_text(result)}\n{out / 'report.html'}")
-    if config["wandb"]:
-        from ldmlab.app.wandb_runs import send_scores
-
-        send_scores(folder, out)
+    if distributed.rank() == 0:
+        with disk_errors(out):
+            write_report(out)
+        print(f"{scores_text(read_evaluation(out))}\n{out / 'report.html'}")
+        if config["wandb"]:
+            send_scores(folder, out)
 
 
 def scores_text(result: Mapping[str, Any]) -> str:
     """A line for each score with its spread and caveats, and how many images it rests on."""
-    reference, lines = result["reference"], []
-    lost = reference.get("unreadable")
-    total = f" of {lost['of']:,}" if lost else ""
+    reference, features, lines = result["reference"], result["features"], []
     if "sampling" in result:
+        total = f" of {lost['of']:,}" if (lost := reference.get("unreadable")) else ""
         lines.append(f"{result['sampling']['images']:,} images against {reference['images']:,}{total} real ones")
-    lines.append(f"features: {result['features']['name']}{_quality(result['features'].get('quality'))}")
+    quality, recall = features.get("quality") or {}, ""  # retrieval by the CLIP model of the features
+    if "recall_1_of_50" in quality:
+        chance = f", by chance {quality['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in quality else ""
+        share = f"{quality['recall_1_of_50']:.0%}"
+        recall = f" (finds the caption among 50 for {share} of validation images{chance})"
+    lines.append(f"features: {features['name']}{recall}")
     for name, score in result["scores"].items():
         spread = "" if score.get("spread") is None else f" +- {score['spread']:.3g}"
         lines.append(f"{name:<16} {score['value']:.6g}{spread}{''.join(f'  ({mark})' for mark in score['marks'])}")
@@ -125,72 +104,172 @@ def scores_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _quality(found: Mapping[str, float] | None) -> str:
-    """Retrieval scores of the CLIP model of the features."""
-    if not found or "recall_1_of_50" not in found:
-        return ""
-    chance = f", by chance {found['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in found else ""
-    return f" (finds the caption among 50 for {found['recall_1_of_50']:.0%} of validation images{chance})"
-
-
-def default_name(model: Path, protocol: str) -> str:
-    """Of an evaluation's folder: checkpoints of one run have one each."""
-    return f"{protocol}-{model.stem}" if model.suffix == ".ckpt" else protocol
-
-
-def _samples(config: Mapping[str, Any], parts: dict[str, Any]) -> None:
-    """Samples of a diffusion model."""
-    from ldmlab.app.conditioning import scored_task
-    from ldmlab.app.evaluation_parts import build_all, lpips, reference_data, run_folder, run_record
-    from ldmlab.app.guiders import build_guiders
-    from ldmlab.build import load
-    from ldmlab.evaluation.model_evaluation import Evaluation
-
+def _samples(config: Mapping[str, Any], record: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+    protocol: Protocol = shared["protocol"]
     model = load(config["model"], weights=config["weights"], device=config["device"])
-    model.info |= run_record(run_folder(Path(config["model"])))
+    model.info |= record
     model.in_precision(config["precision"])
     model.with_guiders(*build_guiders(config["guiders"], model))
-    protocol = parts["protocol"]
     size = protocol.image_size or max(model.image_size)
-    data = reference_data(config, size).with_task(scored_task(model.diffusion.task, protocol, size))
     distance = lpips() if protocol.pairs else None
     Evaluation(
         model=model,
-        data=data,
+        data=reference_data(config, size).with_task(scored_task(model.diffusion.task, protocol, size)),
         evaluators=build_all("evaluators", protocol.evaluators),
         baselines=build_all("baselines", protocol.baselines),
         extras=[(title, Path(path)) for title, path in config["images"]],
         lpips=distance and distance.to(model.device),
-        **parts,
+        **shared,
     ).run()
 
 
-def _reconstructions(config: Mapping[str, Any], parts: dict[str, Any]) -> None:
-    """Reconstructions of a first stage."""
-    from ldmlab.app.evaluation_parts import lpips, reference_data, run_folder, run_record
-    from ldmlab.build import load_first_stage, pick_device
-    from ldmlab.evaluation.model_evaluation import ReconstructionEvaluation
-
+def _reconstructions(config: Mapping[str, Any], record: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
     loaded = load_first_stage(config["model"], config["weights"])
-    record = {"weights": loaded.files.weights, "step": loaded.files.step, "fingerprint": loaded.fingerprint}
+    files = {"weights": loaded.files.weights, "step": loaded.files.step, "fingerprint": loaded.fingerprint}
     ReconstructionEvaluation(
         model=loaded.module.to(pick_device(config["device"])),
-        info={"path": str(config["model"]), **record, **run_record(run_folder(Path(config["model"])))},
+        info={"path": str(config["model"]), **files, **record},
         data=reference_data(config, loaded.image_size),
         lpips=lpips(),
-        **parts,
+        **shared,
     ).run()
 
 
-def track(items: Iterable[T], count: int, title: str) -> Iterator[T]:
-    """The same items under a progress bar."""
-    from ldmlab.app.progress import bar
+def build_extractor(node: Mapping[str, Any]) -> FeatureExtractor:
+    """The network whose features are compared; a CLIP run is read here."""
+    if accepts(node, "clip", where="features"):
+        extractor: FeatureExtractor = instantiate(node, where="features", clip=load_clip(node["run"]))
+        extractor.quality = clip_quality(run_folder(Path(str(node["run"]))))  # type: ignore[attr-defined]
+        return extractor
+    if accepts(node, "weights", where="features") and node.get("weights") is None:
+        node = {**node, "weights": weights_path("inception")}
+    return instantiate(node, where="features")
 
-    with bar(title) as advance:
-        for done, item in enumerate(items, 1):
-            yield item
-            advance(done, count)
+
+def clip_quality(run: Path) -> dict[str, float]:
+    """Validation recall of a CLIP run with its step, from metrics.csv; empty where it has none."""
+    try:
+        columns = read_curves(run / "metrics.csv")
+    except InputError:
+        return {}
+    found = {name: columns[f"val/{name}"][-1] for name in _CLIP_QUALITY if columns.get(f"val/{name}")}
+    step = {"step": max(step for step, _ in found.values())} if found else {}
+    return {name: value for name, (_, value) in found.items()} | step
 
 
-def _untracked(items: Iterable[T], count: int, title: str) -> Iterable[T]:
-    return items
+def build_metric(name: str, node: Mapping[str, Any], width: int, group: str = "protocol.metrics") -> Any:
+    """A score; `width` of the features for one that takes it. `group`: before its options' names."""
+    with in_words_of(OptionNames(metrics=group)):
+        return instantiate_with(node, where=f"{group}.{name}", width=width)
+
+
+def build_all(kind: str, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: instantiate(node, where=f"protocol.{kind}.{name}") for name, node in nodes.items()}
+
+
+def lpips() -> LPIPS | None:
+    """The perceptual distance; None, and a line, where its weights are missing."""
+    vgg = weights_folder() / WEIGHTS["lpips"].file
+    if vgg.exists():
+        return LPIPS(vgg)
+    distributed.say("LPIPS is left out: its VGG weights are missing; download them with `ldmlab fetch lpips`.")
+    return None
+
+
+def reference_data(config: Mapping[str, Any], image_size: int) -> ShardData:
+    """The real images at the model's size: those of `data=`, or those the model's run was trained on."""
+    node = config.get("data")
+    if node is None:
+        node = run_config(run_folder(Path(config["model"]))).get("data")
+        if not isinstance(node, Mapping):
+            raise InputError(f"model={config['model']} records no data it was trained on; name the data with data=.")
+    return instantiate({**node, "image_size": image_size}, where="data", seed=config["seed"])
+
+
+def scores_callback(node: Mapping[str, Any], plan: Plan, data: ShardData) -> Any:
+    """The callback of conf/callbacks/scores.yaml with its scorer."""
+    where = "callbacks.scores"
+    for name in _OWN:
+        if name not in node:
+            raise InputError(f"{where}.{name} has no value; start from callbacks=scores, which sets them all.")
+    protocol: Protocol = instantiate(node["protocol"], where=f"{where}.protocol")
+    data = replace(data, image_size=plan.spec["image_size"])
+    source, limit = _source(plan, protocol, data, node["precision"])
+    extractor = build_extractor(node["features"])
+    folder = statistics_folder() if node["keep_reference"] else None
+    scorer = TrainingScores(
+        protocol=protocol,
+        source=source,
+        real=RealImages(data, extractor, folder, node["batch_size"]),
+        metrics={name: build_metric(name, metric, extractor.width) for name, metric in protocol.metrics.items()},
+        limit=limit,
+    )
+    own = {name: value for name, value in node.items() if name not in _OWN}
+    return instantiate(own, where=where, scorer=scorer)
+
+
+def _source(plan: Plan, protocol: Protocol, data: ShardData, precision: str) -> tuple[Source, int | None]:
+    """A stage's images, and the number of real images that they are compared with."""
+    kind = plan.spec["kind"]
+    if kind == "latent_diffusion":
+        diffusion: Any = plan.stage.diffusion
+        model = LoadedModel(diffusion, plan.spec["image_size"], {}, precision, frozen=False)
+        known = conditions(data, protocol.reference, sorted(model.reads), protocol.reference_limit)
+        return Samples(model, protocol, known), protocol.reference_limit
+    if kind == "first_stage":
+        source = Reconstructions(plan.stage.first_stage, data, protocol)  # type: ignore[arg-type]
+        return source, source.limit
+    raise InputError(f"callbacks=scores: stage={plan.stage.kind} makes no images to score; use callbacks=default.")
+
+
+def run_folder(model: Path) -> Path:
+    """The folder that a checkpoint belongs to; of a run or a model folder, itself."""
+    return model.parents[1] if model.suffix == ".ckpt" else model
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a run; empty for a model folder, which has none."""
+    return read_config(folder) if (folder / "config.yaml").exists() else {}
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """Seed and group of the run behind a model, and a hash of its other options; empty without a run."""
+    config = run_config(folder)
+    if not config:
+        return {}
+    run, apart = config.get("run"), ("seed", "run", "paths", "logger")
+    run = run if isinstance(run, Mapping) else {}
+    other = json.dumps({name: node for name, node in config.items() if name not in apart}, sort_keys=True, default=str)
+    return {
+        "training_seed": config.get("seed"),
+        "group": run.get("group") or run.get("name"),
+        "configuration": hashlib.sha256(other.encode()).hexdigest()[:12],
+    }
+
+
+def curves(model: Path) -> dict[str, Path]:
+    """metrics.csv of the run, and of the runs its parts come from where they are still there."""
+    config = run_config(model)
+    nodes = config["conditioner"] if isinstance(config.get("conditioner"), Mapping) else {}
+    runs = {"first stage": config.get("from_run")}
+    runs |= {f"conditioner {name}": node.get("from_run") for name, node in nodes.items() if isinstance(node, Mapping)}
+    found = {part: Path(run) / "metrics.csv" for part, run in runs.items() if isinstance(run, str) and run}
+    if config:
+        found["denoiser"] = model / "metrics.csv"
+    return {title: path for title, path in found.items() if path.is_file()}
+
+
+def changed(node: Mapping[str, Any]) -> list[str]:
+    """Options of a protocol that are not those of the file it is named after."""
+    if node["name"] not in group_choices("protocol"):
+        return []
+    file = plain(compose("evaluate", [f"protocol={node['name']}", "model=none"]).protocol)
+    theirs, ours = (
+        {name: value for name, value in leaves(options) if value != {} and not name.endswith("_target_")}
+        for options in (file, node)
+    )
+    return [
+        f"{name}={ours.get(name, 'none')} (file: {theirs.get(name, 'none')})"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]

@@ -3,22 +3,15 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ldmlab.app.conditioning import (
-    Conditioners,
-    build_conditioners,
-    check_agreement,
-    check_fields_given,
-    context_widths,
-)
+from ldmlab.app.conditioning import build_conditioners, check_fields_given, context_widths
 from ldmlab.argument_types import check_type, check_types
-from ldmlab.build import load_first_stage, moments_of
-from ldmlab.checkpoints import fingerprint, save_tensors
+from ldmlab.build import build_latent_diffusion, load_first_stage, moments_of
+from ldmlab.checkpoints import fingerprint
 from ldmlab.contracts import LatentSpec
 from ldmlab.data.latent_shards import Statistics
 from ldmlab.data.manifest import Manifest
@@ -26,9 +19,12 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, check_arguments, instantiate
+from ldmlab.interop.published_weights import weights_path
+from ldmlab.nn.lpips import LPIPS
 from ldmlab.training.stage import Stage
 
 Config = Mapping[str, Any]
+Kind = Literal["images", "latents"]  # of shards
 _STATISTICS_IMAGES = 10_000  # enough for a latent scale that no batch decides
 
 
@@ -38,42 +34,27 @@ class Plan:
 
     stage: Stage
     spec: dict[str, Any]  # model.yaml
-    reads: Literal["images", "latents"]
+    reads: Kind
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # parts that checkpoints leave out
     used: dict[str, Any] = field(default_factory=dict)  # groups that came with other choices, as they are
 
-    def write_frozen(self, folder: Path) -> None:
-        """NAME.safetensors of each frozen part, once."""
-        for name, module in self.frozen.items():
-            if module.state_dict() and not (folder / f"{name}.safetensors").exists():
-                save_tensors(folder / f"{name}.safetensors", module.state_dict())
-
 
 def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
-    """A first stage and its loss."""
+    """A first stage and its loss, with the LPIPS network where the loss gives it a weight."""
     from ldmlab.training.autoencoder_module import AutoencoderStage
 
     _check_stage_options(AutoencoderStage, config)
     first_stage = instantiate(config["first_stage"], where="first_stage")
     check_divides(data.image_size, first_stage.downsampling)
+    lpips: dict[str, Any] = {"lpips": LPIPS(weights_path("lpips"))} if config["loss"].get("lpips_weight") else {}
     stage = AutoencoderStage(
         first_stage=first_stage,
-        loss=instantiate(config["loss"], where="loss", **_lpips(config["loss"])),
+        loss=instantiate(config["loss"], where="loss", **lpips),
         background=data.object_background,
         **options,
     )
     spec = {"kind": "first_stage", "image_size": data.image_size, "first_stage": config["first_stage"]}
     return Plan(stage, spec, "images")
-
-
-def _lpips(loss: Config) -> dict[str, Any]:
-    """The LPIPS network where the loss gives it a weight."""
-    if not loss.get("lpips_weight"):
-        return {}
-    from ldmlab.interop.published_weights import weights_path
-    from ldmlab.nn.lpips import LPIPS
-
-    return {"lpips": LPIPS(weights_path("lpips"))}
 
 
 def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
@@ -94,13 +75,10 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     from ldmlab.training.diffusion_module import DiffusionStage
 
     _check_stage_options(DiffusionStage, config)
-    first_stage, first_node, manifest = first_stage_of(config, data)
-    if manifest is not None and manifest.latents is not None:  # the manifest has the size of their images
-        data = replace(data, image_size=manifest.latents["image_size"])
+    first_stage, first_node, manifest, data = first_stage_of(config, data)
     latent = latent_spec(first_stage, data.image_size)
-    conditioners = build_conditioners(config["conditioner"], latent)
-    check_fields_given(conditioners.modules, data)
-    check_agreement(data.task, conditioners.modules)
+    conditioners, nodes = build_conditioners(config["conditioner"], latent)
+    check_fields_given(conditioners, data)
     backbone_node = {**config["backbone"], **backbone_sizes(latent, conditioners, config["backbone"])}
     scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
     spec = {
@@ -109,37 +87,25 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
         "first_stage": first_node,
         "latent_scale": scale_node,
         "backbone": backbone_node,
-        "conditioners": conditioners.nodes,
+        "conditioners": nodes,
         "diffusion": config["diffusion"],
-        "guidance_trained": any(c.drop > 0 for c in conditioners.modules.values()),
+        "guidance_trained": any(c.drop > 0 for c in conditioners.values()),
         "sampler": config["sampler"],
         **({"task": task_node(config, data.image_size)} if data.task else {}),
     }
-    model = _latent_diffusion(spec, first_stage, conditioners.modules, data)
+    ready: dict[str, Any] = {"first_stage": first_stage, "conditioners": conditioners, "task": data.task}
+    model = build_latent_diffusion(spec, **ready)
     sampler = instantiate(config["sampler"], where="sampler")
     grid = ddim_grid(model.schedule, options.pop("panel_steps"), sampler.spacing)
     stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
     frozen: dict[str, nn.Module] = {"first_stage": model.first_stage}
     if "conditioner" not in stage.saved():
         frozen["conditioner"] = model.conditioners
-    reads: Literal["images", "latents"] = "latents" if data.latents is not None else "images"
-    return Plan(stage, spec, reads, frozen, {"first_stage": first_node})
+    return Plan(stage, spec, _reads(data), frozen, {"first_stage": first_node})
 
 
-def _latent_diffusion(
-    spec: dict[str, Any], first_stage: nn.Module, conditioners: Mapping[str, nn.Module], data: ShardData
-) -> Any:
-    """The model that the nodes of `spec` describe, around modules that are there already."""
-    return instantiate(
-        spec["diffusion"],
-        where="diffusion",
-        first_stage=first_stage,
-        latent_scale=instantiate(spec["latent_scale"], where="stage.latent_scale"),
-        backbone=instantiate(spec["backbone"], where="backbone"),
-        conditioners=conditioners,
-        guidance_trained=spec["guidance_trained"],
-        task=data.task,
-    )
+def _reads(data: ShardData) -> Kind:
+    return "latents" if data.latents is not None else "images"
 
 
 def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
@@ -147,13 +113,19 @@ def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan
     from ldmlab.training.classifier_module import ClassifierStage
 
     _check_stage_options(ClassifierStage, config)
-    first_stage, first_node, manifest = first_stage_of(config, data)
-    if manifest is not None and manifest.latents is not None:  # the manifest has the size of their images
-        data = replace(data, image_size=manifest.latents["image_size"])
+    first_stage, first_node, manifest, data = first_stage_of(config, data)
     latent = latent_spec(first_stage, data.image_size)
     node = {**config["classifier"], "latent_channels": latent.channels}
-    reads: Literal["images", "latents"] = "latents" if data.latents is not None else "images"
-    _check_classes(data, manifest or data.manifest("train", reads), node["classes"])
+    if "class_id" not in data.fields:
+        raise InputError(
+            f"data.fields={list(data.fields)} holds no class_id, which stage=classifier learns; "
+            "add it: data.fields=[class_id]."
+        )
+    known = len((manifest or data.manifest("train", _reads(data))).classes or [])
+    if known > node["classes"]:
+        raise InputError(
+            f"classifier.classes={node['classes']} but the data have {known} classes; give classifier.classes={known}."
+        )
     scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
     schedule_node = config["diffusion"]["schedule"]
     stage = ClassifierStage(
@@ -170,28 +142,11 @@ def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan
         "latent_scale": scale_node,
         "schedule": schedule_node,
     }
-    return Plan(stage, spec, reads, used={"first_stage": first_node})
-
-
-def _check_classes(data: ShardData, manifest: Manifest, classes: int) -> None:
-    """Labels must be read, and there must be an output for each of them."""
-    if "class_id" not in data.fields:
-        raise InputError(
-            f"data.fields={list(data.fields)} holds no class_id, which stage=classifier learns; "
-            "add it: data.fields=[class_id]."
-        )
-    known = len(manifest.classes or [])
-    if known > classes:
-        raise InputError(
-            f"classifier.classes={classes} but the data have {known} classes; give classifier.classes={known}."
-        )
+    return Plan(stage, spec, _reads(data), used={"first_stage": first_node})
 
 
 PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {
-    "autoencoder": autoencoder,
-    "classifier": classifier,
-    "clip": clip,
-    "diffusion": diffusion,
+    plan.__name__: plan for plan in (autoencoder, classifier, clip, diffusion)
 }
 
 
@@ -208,12 +163,10 @@ def _check_stage_options(stage: type[Stage], config: Config) -> None:
 
 
 def task_node(config: Config, image_size: int) -> dict[str, Any]:
-    """The task's node of model.yaml."""
     return {**config["task"], "image_size": image_size}
 
 
 def check_divides(image_size: int, downsampling: int) -> None:
-    """An image's side must be a multiple of f."""
     if image_size % downsampling:
         below = max(image_size // downsampling, 1) * downsampling
         raise InputError(
@@ -223,34 +176,34 @@ def check_divides(image_size: int, downsampling: int) -> None:
 
 
 def latent_spec(first_stage: Any, image_size: int) -> LatentSpec:
-    """The size of a final latent."""
     f = first_stage.downsampling
     check_divides(image_size, f)
     return LatentSpec(first_stage.latent_channels, image_size // f, image_size // f, f)
 
 
-def first_stage_of(config: Config, data: ShardData) -> tuple[nn.Module, dict[str, Any], Manifest | None]:
-    """The frozen first stage: with the latents, of from_run, or the identity; and the latents' manifest."""
+def first_stage_of(config: Config, data: ShardData) -> tuple[nn.Module, dict[str, Any], Manifest | None, ShardData]:
+    """The frozen first stage: with the latents, of from_run, or the identity; the latents' manifest, and the data with
+    the size of the images that latents were made from."""
     if data.latents is not None:
         manifest = data.manifest("train", "latents")
         loaded = load_first_stage(config["from_run"] or data.latents)
-        made_by = (manifest.latents or {}).get("fingerprint")
-        if made_by != loaded.fingerprint:
+        recorded = manifest.latents or {}
+        if recorded.get("fingerprint") != loaded.fingerprint:
             raise InputError(
-                f"data.latents={data.latents} was made by another first stage ({made_by}) than "
+                f"data.latents={data.latents} was made by another first stage ({recorded.get('fingerprint')}) than "
                 f"{loaded.files.folder} ({loaded.fingerprint}); encode again with `ldmlab encode`."
             )
-        return loaded.module, loaded.spec, manifest
+        return loaded.module, loaded.spec, manifest, replace(data, image_size=recorded["image_size"])
     if config["from_run"] is not None:
         loaded = load_first_stage(config["from_run"])
-        return loaded.module, loaded.spec, None
+        return loaded.module, loaded.spec, None, data
     module = instantiate(config["first_stage"], where="first_stage")
     if module.state_dict():
         raise InputError(
             "stage=diffusion needs a trained first stage: give data.latents=FOLDER (made by `ldmlab encode`), "
             "from_run=RUN to encode on the fly, or first_stage=identity for pixels."
         )
-    return module, dict(config["first_stage"]), None
+    return module, dict(config["first_stage"]), None, data
 
 
 def latent_scale_node(
@@ -283,7 +236,7 @@ def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
     return statistics.summary()
 
 
-def backbone_sizes(latent: LatentSpec, conditioners: Conditioners, node: Config) -> dict[str, Any]:
+def backbone_sizes(latent: LatentSpec, conditioners: Mapping[str, Any], node: Config) -> dict[str, Any]:
     """Channels and widths that follow from the latent and the conditioning."""
     widths = context_widths(conditioners, latent)
     sizes = {

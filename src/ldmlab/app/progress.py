@@ -1,8 +1,9 @@
 """One progress bar for long commands: with rate and time left on a terminal, occasional lines elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -10,11 +11,10 @@ from rich.text import Text
 
 _LINE_EVERY_SECONDS = 10.0
 Advance = Callable[[int, int], None]  # (done, of how many)
+T = TypeVar("T")
 
 
 class _Rate(ProgressColumn):
-    """Units a second."""
-
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
@@ -25,9 +25,9 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(title: str, unit: str = "batches", console: Console | None = None) -> Iterator[Advance]:
-    """`with bar(...) as advance: advance(done, total)`; a quiet console shows nothing."""
-    console = console or Console(stderr=True)
+def bar(title: str, unit: str = "batches", *, quiet: bool = False) -> Iterator[Advance]:
+    """`with bar(...) as advance: advance(done, total)`."""
+    console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
         yield _lines(title, console)
         return
@@ -37,16 +37,23 @@ def bar(title: str, unit: str = "batches", console: Console | None = None) -> It
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def track(items: Iterable[T], count: int, title: str) -> Iterator[T]:
+    """The same items under a progress bar."""
+    with bar(title) as advance:
+        for done, item in enumerate(items, 1):
+            yield item
+            advance(done, count)
+
+
 def _lines(title: str, console: Console) -> Advance:
     began = printed = time.monotonic()
 
     def advance(done: int, total: int) -> None:
         nonlocal printed
         now = time.monotonic()
-        if now - printed < _LINE_EVERY_SECONDS and done < total:
-            return
-        printed = now
-        left = (now - began) / max(done, 1) * (total - done)
-        console.print(f"{title}: {done} of {total}, {left:.0f} s left", highlight=False)
+        if now - printed >= _LINE_EVERY_SECONDS or done >= total:
+            printed = now
+            left = (now - began) / max(done, 1) * (total - done)
+            console.print(f"{title}: {done} of {total}, {left:.0f} s left", highlight=False)
 
     return advance

@@ -21,6 +21,7 @@ from ldmlab.report.tradeoff_jobs import is_job, read_job
 from ldmlab.training.run_folder import FINISHED
 
 _MAIN = {"first_stage": "first_stage", "clip": "clip", "latent_diffusion": "backbone", "classifier": "classifier"}
+_NETWORKS = {"Inception2015": PAPER_FEATURES, "inception_and_clip": PAPER_FEATURES, "published_clip": "open_clip"}
 _NAMED = {  # how a field reads in a label
     "downsampling": "f{}",
     "first_stage_kind": "{}",
@@ -34,8 +35,6 @@ _NAMED = {  # how a field reads in a label
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder."""
-
     path: Path
     stage: str
     group: str
@@ -68,12 +67,15 @@ def read_runs(folders: Iterable[Path]) -> list[RunRecord]:
     found: dict[Path, RunRecord] = {}
     left_out = []
     for folder in folders:
-        inside = [folder] if (folder / "config.yaml").exists() else sorted(p.parent for p in _configs(folder))
+        inside = [folder] if (folder / "config.yaml").exists() else []
+        inside = inside or sorted(p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/config.yaml"))
         if not inside:
             raise InputError(f"{folder} holds no run (a folder with config.yaml); give folders made by train.py.")
-        left_out += [path for path in inside if not has_trained(path)]
-        new = [path for path in inside if has_trained(path) and path.resolve() not in found]
-        found |= {path.resolve(): _read(path) for path in new}
+        for path in inside:
+            if not has_trained(path):
+                left_out.append(path)
+            elif path.resolve() not in found:
+                found[path.resolve()] = _read(path)
     if not found:
         raise InputError(f"{left_out[0]} holds no run that trained a step; give folders of runs with metrics.csv.")
     return list(found.values())
@@ -87,17 +89,14 @@ def has_trained(folder: Path) -> bool:
     return metrics.is_file() and metrics.read_bytes()[: 1 << 20].strip().count(b"\n") > 0
 
 
-def _configs(folder: Path) -> list[Path]:
-    return [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]
-
-
 def _read(folder: Path) -> RunRecord:
     try:
         config = read_config(folder)
         stage, run, seed = str(config["stage"]["name"]), config["run"], int(config["seed"])
         group, max_steps = str(run.get("group") or run["name"]), int(config["trainer"]["max_steps"])
-        scores_in_training = (config.get("callbacks") or {}).get("scores") or {}
-        features = _network(scores_in_training.get("features") or {})
+        node = ((config.get("callbacks") or {}).get("scores") or {}).get("features") or {}
+        shown = " ".join(str(value) for name, value in node.items() if name != "run")
+        features = _NETWORKS.get(str(node.get("_target_")).rpartition(".")[2], shown)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise InputError(
@@ -105,7 +104,8 @@ def _read(folder: Path) -> RunRecord:
         ) from None
     metrics = folder / "metrics.csv"
     curves = read_curves(metrics) if metrics.exists() else {}
-    scores, titles = _scores(folder)
+    found = scores_of(folder)
+    titles = {name: title for name, (_, title) in found.items()}
     for name in curves:
         if name.startswith("in_training/"):
             titles[name] = f"{by_features(described(name.partition('/')[2])[0], features)} in training"
@@ -116,60 +116,33 @@ def _read(folder: Path) -> RunRecord:
         seed=seed,
         fields=comparison_fields(read_description(folder)),
         curves=curves,
-        scores=scores,
+        scores={name: value for name, (value, _) in found.items()},
         max_steps=max_steps,
         finished=(folder / FINISHED).exists(),
         titles=titles,
     )
 
 
-def _network(features: Mapping[str, Any]) -> str:
-    """Name of the network that a node of conf/features builds, as far as it determines the name of a distance."""
-    target = str(features.get("_target_")).rpartition(".")[2]
-    known = {"Inception2015": PAPER_FEATURES, "inception_and_clip": PAPER_FEATURES, "published_clip": "open_clip"}
-    return known.get(target, " ".join(str(value) for name, value in features.items() if name != "run"))
+def scores_of(folder: Path) -> dict[str, tuple[float, str]]:
+    """Value and title of every score of the run's evaluations; of a job of the comparison, those of its last step."""
+    found: dict[str, tuple[float, str]] = {}
 
+    def add(scores: Mapping[str, Any], features: Any, place: str, where: str) -> None:
+        for name, score in scores.items():
+            title = by_features(described(name, score)[0], str((features or {}).get("name")))
+            found[f"{place}/{name}" if place else name] = score["value"], f"{title}, {where}" if where else title
 
-def scores_of(folder: Path) -> dict[str, float]:
-    """Numbers of the run's own evaluations; those of further ones carry their folder's name.
-
-    A job of the downsampling comparison has a folder for each point of its curves: here are those of the last step.
-    """
-    return _scores(folder)[0]
-
-
-def _scores(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """Numbers and titles of the run's evaluations."""
-    values, titles = _last_points(folder) if is_job(folder) else ({}, {})
-    scored = bool(values)
-    places = [folder / "evaluation", *sorted((folder / "evaluation").glob("*"))]
-    for place in places:
+    job = read_job(folder) if is_job(folder) else {"points": ()}
+    for point in job["points"]:
+        if point["step"] == job["max_steps"]:
+            steps, scored_by = point["sampler_steps"], point.get("scored_by") or {}
+            add(point["scores"], scored_by.get("features"), f"tradeoff_{steps}_steps", f"{steps} sampler steps")
+    scored, main = bool(found), folder / "evaluation"
+    for place in (main, *sorted(main.glob("*"))):
         if (place / "metrics.json").exists() and not (scored and place.name.startswith("step_")):
-            result = read_evaluation(place)
-            features = str((result.get("features") or {}).get("name"))
-            for name, score in result["scores"].items():
-                key = name if place == places[0] else f"{place.name}/{name}"
-                values[key] = score["value"]
-                titles[key] = _title(name, score, features, "" if place == places[0] else place.name)
-    return values, titles
-
-
-def _title(name: str, score: Mapping[str, Any], features: str, where: str) -> str:
-    title = by_features(described(name, score)[0], features)
-    return f"{title}, {where}" if where else title
-
-
-def _last_points(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
-    record = read_job(folder)
-    values, titles = {}, {}
-    for point in record["points"]:
-        if point["step"] == record["max_steps"]:
-            features = str(((point.get("scored_by") or {}).get("features") or {}).get("name"))
-            for name, score in point["scores"].items():
-                key = f"tradeoff_{point['sampler_steps']}_steps/{name}"
-                values[key] = score["value"]
-                titles[key] = _title(name, score, features, f"{point['sampler_steps']} sampler steps")
-    return values, titles
+            result, name = read_evaluation(place), "" if place == main else place.name
+            add(result["scores"], result.get("features"), name, name)
+    return found
 
 
 def by_configuration(runs: Sequence[RunRecord], without: str | None = None) -> dict[str, list[RunRecord]]:

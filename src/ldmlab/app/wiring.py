@@ -1,6 +1,5 @@
 """Wiring of a training run: derives dependent options, builds the parts, starts the fit."""
 
-import difflib
 import shlex
 import sys
 from collections.abc import Collection, Mapping
@@ -12,14 +11,14 @@ import torch
 import yaml
 
 from ldmlab import distributed
-from ldmlab.app.choices import check_built, check_choices
+from ldmlab.app.choices import check_built, check_choices, check_names
 from ldmlab.app.conditioning import check_states, class_bound, with_classes_of
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_records import comparison_fields
-from ldmlab.checkpoints import fingerprint
+from ldmlab.checkpoints import fingerprint, save_tensors
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.instantiate import accepts, instantiate
+from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
 from ldmlab.report.score_curves import read_curves
 from ldmlab.training.engine import checked
@@ -31,19 +30,10 @@ from ldmlab.training.settings import TrainerSettings, trainer_node
 from ldmlab.training.stage import Batches
 
 Config = Mapping[str, Any]
-_SHOWN = 6  # validation metrics in a line
-NAMES = (
-    *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
-    *("sampler", "task", "optimizer"),
-    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from", "plugins"),
-)
 
 
 def train(config: Config, resume: str | None = None, chosen: Collection[str] = ()) -> None:
-    """One training run from its resolved configuration in plain data.
-
-    resume: the command that resumes it; chosen: the options that were typed, which take precedence.
-    """
+    """One training run from its resolved configuration, the command that resumes it and the options that were typed."""
     check_names(config)
     settings: TrainerSettings = instantiate(trainer_node(config["trainer"]), where="trainer")
     check_accelerator(settings)
@@ -51,7 +41,8 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
     if name not in PLANS:
         raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
     check_choices(config, chosen)
-    run = open_run(config)
+    folder, runs = config["run"]["dir"], config["paths"]["runs"]  # run.dir: exactly there, where a run is resumed
+    run = RunFolder.create(runs, config["run"]["name"]) if folder is None else RunFolder.at(folder)
     plan: Plan | None = None
     try:
         data, config = read_data(config)
@@ -63,7 +54,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
             data = replace(data, classes=class_bound(known))  # type: ignore[arg-type]
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config, plan, data)
-        _fit(run, {**config, **plan.used}, plan, settings, data, resume or resume_command(run))
+        _fit(run, {**config, **plan.used}, plan, settings, data, resume)
         if not settings.fast_dev_run:
             run.finish(plan.stage.step)
             distributed.say(closing(run.path, config, nested=resume is not None))
@@ -73,6 +64,15 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         raise
     finally:
         run.close()
+
+
+def check_accelerator(settings: TrainerSettings) -> None:
+    """Refuse a requested GPU that is not available, before anything is written."""
+    if settings.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError(
+            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or check the "
+            "driver with nvidia-smi."
+        )
 
 
 def read_data(config: Config) -> tuple[ShardData, Config]:
@@ -86,10 +86,26 @@ def read_data(config: Config) -> tuple[ShardData, Config]:
     return data, config
 
 
+def with_task(config: Config, data: ShardData) -> ShardData:
+    """The data as the task sees them; other stages have no task."""
+    if config["stage"]["name"] != "diffusion":
+        raise InputError(f"task: stage={config['stage']['name']} takes no task; use task=none.")
+    return data.with_task(instantiate(task_node(config, data.image_size), where="task"))
+
+
 def take_initial_weights(config: Config, plan: Plan, data: ShardData) -> None:
-    """Weights to start from; the scale of the latents stays this run's, as model.yaml describes it."""
+    """Weights to start from: the scale of the latents stays this run's, conditioners of another kind stay random."""
     source = config["init_from"]
-    parts = initial_parts(source, plan)
+    files = read_model(source)
+    parts = {name: part for name, part in files.parts.items() if name != "latent_scale"}
+    theirs, own = (spec.get("latent_scale") for spec in (files.spec, plan.spec))
+    if theirs and own and theirs != own:
+        stds = f"{theirs['std']}, this run's are by {own['std']}"
+        distributed.say(f"init_from={source}: its latents were divided by {stds}")
+    kinds = [[node["_target_"] for node in spec.get("conditioners", {}).values()] for spec in (files.spec, plan.spec)]
+    if "conditioner" in parts and kinds[0] != kinds[1]:
+        del parts["conditioner"]
+        distributed.say(f"init_from={source}: its conditioners are of another kind; they start from random weights")
     if "conditioner" in parts:
         check_towers(config, plan.stage.diffusion.conditioners, parts["conditioner"])  # type: ignore[arg-type, union-attr]
     load_initial_weights(plan.stage, parts, f"init_from={source}")
@@ -109,39 +125,13 @@ def check_towers(config: Config, modules: Mapping[str, Any], given: Mapping[str,
             )
 
 
-def check_accelerator(settings: TrainerSettings) -> None:
-    """Refuse a requested GPU that is not available, before anything is written."""
-    if settings.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise InputError(
-            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or check the "
-            "driver with nvidia-smi."
-        )
-
-
-def initial_parts(source: str, plan: Plan) -> dict[str, Any]:
-    """Weights to start from; conditioners of another kind start from random weights."""
-    files = read_model(source)
-    kinds = [[node["_target_"] for node in spec.get("conditioners", {}).values()] for spec in (files.spec, plan.spec)]
-    parts = {name: part for name, part in files.parts.items() if name != "latent_scale"}
-    scales = [spec.get("latent_scale") for spec in (files.spec, plan.spec)]
-    if scales[0] and scales[1] and scales[0] != scales[1]:
-        std, own = (scale["std"] for scale in scales if scale)
-        distributed.say(f"init_from={source}: its latents were divided by {std}, this run's are by {own}")
-    if kinds[0] != kinds[1] and parts.pop("conditioner", None) is not None:
-        distributed.say(f"init_from={source}: its conditioners are of another kind; they start from random weights")
-    return parts
-
-
-def with_task(config: Config, data: ShardData) -> ShardData:
-    """The data as the task sees them; other stages have no task."""
-    if config["stage"]["name"] != "diffusion":
-        raise InputError(f"task: stage={config['stage']['name']} takes no task; use task=none.")
-    return data.with_task(instantiate(task_node(config, data.image_size), where="task"))
-
-
-def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str) -> None:
+def _fit(
+    run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str | None
+) -> None:
     rank, world = distributed.rank(), distributed.world_size()
+    typed = [word for word in sys.argv[1:] if not word.startswith("run.dir=")]
     callbacks = checked("callbacks", _callbacks(config, plan, data))
+    loggers = [(f"logger.{name}", node) for name, node in config["logger"].items() if node]
     data.manifest("val", plan.reads)  # refused now, not at the first validation
     fit(
         plan.stage,
@@ -155,41 +145,25 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         run=run,
         settings=settings,
         callbacks=callbacks,
-        loggers=checked("logger", _named(config, "logger")),
-        resume_command=resume,
+        loggers=checked("logger", [(where, instantiate(node, where=where)) for where, node in loggers]),
+        resume_command=resume or shlex.join(["python", "train.py", *typed, f"run.dir={run.path}"]),
         record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
         fields=comparison_fields(plan.spec),
         begin=lambda: _write_start(run, config, plan),
     )
 
 
-def _named(config: Config, group: str) -> list[tuple[str, Any]]:
-    """The parts of a group of entries, with their full names."""
-    named = [(f"{group}.{name}", node) for name, node in config[group].items() if node]
-    return [(where, instantiate(node, where=where)) for where, node in named]
-
-
 def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[tuple[str, Any]]:
     """The callbacks; one that scores images gets its scorer."""
-    from ldmlab.app.evaluation_parts import scores_callback
+    from ldmlab.app.evaluate import scores_callback  # with the scores and their networks
 
     made = []
     for name, node in config["callbacks"].items():
         where = f"callbacks.{name}"
-        if node and accepts(node, "scorer", where=where):
-            made.append((where, scores_callback(node, plan, data)))
-        elif node:
-            made.append((where, instantiate(node, where=where)))
+        if node:
+            scored = accepts(node, "scorer", where=where)
+            made.append((where, scores_callback(node, plan, data) if scored else instantiate(node, where=where)))
     return made
-
-
-def check_names(config: Config) -> None:
-    """Refuse unused names, which are typos, also in an experiment file."""
-    for name in config.keys() - NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        raise InputError(
-            f"{name}: nothing reads this option; {f'did you mean {near[0]}?' if near else 'leave it out.'}"
-        )
 
 
 def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
@@ -197,20 +171,14 @@ def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
     images = settings.micro_batch * settings.accumulate * distributed.world_size()
     return {
         "seed": config["seed"],
-        "optimizer": _derived_where_taken(config, "optimizer", "global_batch", images),
-        "lr_schedule": _derived_where_taken(config, "lr_schedule", "max_steps", settings.max_steps),
+        "optimizer": instantiate_with(config["optimizer"], where="optimizer", global_batch=images),
+        "lr_schedule": instantiate_with(config["lr_schedule"], where="lr_schedule", max_steps=settings.max_steps),
         "max_steps": settings.max_steps,
         "accumulate": settings.accumulate,
         "gradient_clip": settings.gradient_clip,
         "averaging_decay": settings.averaging_decay,
         **{name: value for name, value in config["stage"].items() if name != "name"},
     }
-
-
-def _derived_where_taken(config: Config, group: str, name: str, value: int) -> Any:
-    """The part of a group; a class from outside need not take derived arguments."""
-    derived: dict[str, Any] = {name: value} if accepts(config[group], name, where=group) else {}
-    return instantiate(config[group], where=group, **derived)
 
 
 def closing(run: Path, config: Config, *, nested: bool) -> str:
@@ -222,11 +190,11 @@ def closing(run: Path, config: Config, *, nested: bool) -> str:
     points = {name.removeprefix("val/"): curve[-1] for name, curve in curves.items() if name.startswith("val/")}
     last = max((step for step, _ in points.values()), default=0)
     shown = [f"{name} {value:.4g}" for name, (step, value) in points.items() if step == last and "/" not in name]
-    lines = [f"finished: {run}" + (f"; validation at step {last:.0f}: {', '.join(shown[:_SHOWN])}" if shown else "")]
-    train, val = (shlex.quote(f"data.{split}={config['data'].get(split)}") for split in ("train", "val"))
+    lines = [f"finished: {run}" + (f"; validation at step {last:.0f}: {', '.join(shown[:6])}" if shown else "")]
     place = shlex.quote(str(run))
+    data = shlex.join(f"data.{split}={config['data'].get(split)}" for split in ("train", "val"))
     following = {
-        "autoencoder": f"ldmlab encode data=shards {train} {val} from_run={place} out={place}-latents",
+        "autoencoder": f"ldmlab encode data=shards {data} from_run={place} out={place}-latents",
         "clip": f"ldmlab train conditioner=text conditioner.text.from_run={place} data.latents=LATENTS",
         "classifier": f"ldmlab sample MODEL 0 --classifier {place}",
         "diffusion": f"ldmlab evaluate model={place}",
@@ -234,36 +202,19 @@ def closing(run: Path, config: Config, *, nested: bool) -> str:
     return "\n".join(lines if nested else [*lines, f"next: {following[config['stage']['name']]}"])
 
 
-def open_run(config: Config) -> RunFolder:
-    """The run's folder: new under paths.runs, or exactly run.dir, where an existing run is resumed."""
-    run = config["run"]
-    if run["dir"] is not None:
-        return RunFolder.at(run["dir"])
-    return RunFolder.create(config["paths"]["runs"], run["name"])
-
-
-def resume_command(run: RunFolder) -> str:
-    """The command that resumes this run."""
-    given = [word for word in sys.argv[1:] if not word.startswith("run.dir=")]
-    return " ".join(["python", "train.py", *map(shlex.quote, given), f"run.dir={shlex.quote(str(run.path))}"])
-
-
-def _set_aside_damaged(path: Path) -> None:
-    """A description that cannot be read is replaced: the checkpoints are enough."""
-    if path.exists():
-        try:
-            read_description(path.parent)
-        except InputError as error:
-            distributed.say(f"{error} It is written anew.")
-            path.unlink()
-
-
 def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
     """Initial content of the run folder: configuration, description, frozen weights."""
     run.write_config(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     if distributed.rank() == 0:
         (run.path / FINISHED).unlink(missing_ok=True)
-        plan.write_frozen(run.path)
-        _set_aside_damaged(run.path / DESCRIPTION)
+        for name, module in plan.frozen.items():
+            if module.state_dict() and not (run.path / f"{name}.safetensors").exists():
+                save_tensors(run.path / f"{name}.safetensors", module.state_dict())
+        if (run.path / DESCRIPTION).exists():
+            try:
+                read_description(run.path)
+            except InputError as error:  # the checkpoints are enough
+                distributed.say(f"{error} It is written anew.")
+                (run.path / DESCRIPTION).unlink()
         write_description(run.path, plan.spec)
     distributed.barrier()

@@ -7,27 +7,22 @@ from ldmlab.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `ldmlab dashboard`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of run folders")
     parser.add_argument("--out", type=Path, default=Path("dashboard.html"), help="the page (default: dashboard.html)")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="a saved view at W&B instead of a page")
     parser.add_argument("--title", default="Runs side by side", help="default: Runs side by side")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Read the runs, write the page or save the view, and print its place."""
-    from ldmlab.app.run_records import read_runs
-
-    if args.wandb is not None:
-        entity, slash, project = args.wandb.partition("/")
-        if not (entity and slash and project) or "/" in project:
-            raise InputError(f"--wandb {args.wandb} must be ENTITY/PROJECT, as in the address of the project's page.")
-        from ldmlab.app.wandb_runs import save_view, workspace
-
-        print(save_view(workspace(read_runs(args.runs), entity, project, args.title)))
-        return 0
+def run(args: argparse.Namespace) -> None:
+    from ldmlab.app import wandb_runs
     from ldmlab.app.dashboard import dashboard
+    from ldmlab.app.run_records import read_runs
     from ldmlab.report.render import write_page
 
-    print(write_page(args.out, dashboard(read_runs(args.runs), args.title), f"{args.out.stem}_points.csv"))
-    return 0
+    if args.wandb is None:
+        print(write_page(args.out, dashboard(read_runs(args.runs), args.title), f"{args.out.stem}_points.csv"))
+        return
+    entity, _, project = args.wandb.partition("/")
+    if not (entity and project) or "/" in project:
+        raise InputError(f"--wandb {args.wandb} must be ENTITY/PROJECT, as in the address of the project's page.")
+    print(wandb_runs.save_view(wandb_runs.workspace(read_runs(args.runs), entity, project, args.title)))

@@ -13,15 +13,13 @@ Both sides are run on the same input; a difference of 1e-4 or more writes nothin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `ldmlab export`."""
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--format", default="ldmlab", metavar="NAME", help=FORMATS)
     parser.add_argument("--weights", default="averaged", help="averaged | raw (averaged)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Read, write to a temporary folder, compare, then move into place."""
+def run(args: argparse.Namespace) -> None:
     from ldmlab.interop.model_folders import FORMATS as WRITERS
     from ldmlab.interop.model_folders import card, check_new, new_folder
     from ldmlab.model_files import read_model
@@ -31,15 +29,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--format={args.format} is unknown; choose {', '.join(WRITERS)}.")
     files = read_model(args.model, args.weights)
     weights = f"{files.weights} weights" + (f" of step {files.step}" if files.step is not None else "")
-    out: Path = args.out
-    with new_folder(out) as folder:
+    with new_folder(args.out) as folder:
         written = WRITERS[args.format](files, folder)
         origin = f"exported by ldmlab: {weights}; {written.what}."
         differences = written.differences.items()
         facts = [f"- {part}: within {value:.1e} of the model it was exported from" for part, value in differences]
         facts += ["", written.note] if written.note else []
         (folder / "README.md").write_text(card(files, origin, facts, written.usage), encoding="utf-8")
-    print(f"{out}: {written.what} ({weights})")
+    print(f"{args.out}: {written.what} ({weights})")
     for part, value in differences:
         print(f"  {part}: largest difference {value:.1e}")
-    return 0

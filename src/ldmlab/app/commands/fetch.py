@@ -6,7 +6,6 @@ from ldmlab.app.progress import bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `ldmlab fetch`."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="inception, lpips, wordpiece, clip; see --list")
     parser.add_argument("--list", action="store_true", help="what there is: size, licence, use, and whether it is here")
     parser.add_argument("--url", help="fetch from this address instead (a mirror); the checksum stays")
@@ -14,13 +13,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", default="openai", help="with clip: tag of its weights (default: openai)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Fetch each name, or list what there is."""
-    from ldmlab.interop.published_weights import CLIP, entry_of, fetch, fetch_clip
+def run(args: argparse.Namespace) -> None:
+    from ldmlab.interop.published_weights import CLIP, WEIGHTS, entry_of, fetch, fetch_clip, weights_folder
 
     if args.list or not args.names:
-        print(listing())
-        return 0
+        print(f"folder: {weights_folder()} (LDMLAB_WEIGHTS chooses another)\n")
+        for name, weights in WEIGHTS.items():
+            here = "here" if (weights_folder() / weights.file).is_file() else "not here"
+            print(f"{name:<10} {weights.mib} MiB, {weights.licence}, {here}\n{'':<10} {weights.used_for}")
+        print(f"{CLIP:<10} any open_clip model: --model ViT-B-32 --pretrained openai")
+        return
     for name in args.names:
         if name != CLIP:
             entry_of(name)  # a wrong name is refused before anything is fetched
@@ -31,16 +33,3 @@ def run(args: argparse.Namespace) -> int:
         with bar(f"fetch {name}", "bytes") as advance:
             path = fetch(name, url=args.url, advance=advance)
         print(path)
-    return 0
-
-
-def listing() -> str:
-    """One block a file."""
-    from ldmlab.interop.published_weights import CLIP, WEIGHTS, weights_folder
-
-    lines = [f"folder: {weights_folder()} (LDMLAB_WEIGHTS chooses another)", ""]
-    for name, weights in WEIGHTS.items():
-        here = "here" if (weights_folder() / weights.file).is_file() else "not here"
-        lines += [f"{name:<10} {weights.mib} MiB, {weights.licence}, {here}", f"{'':<10} {weights.used_for}"]
-    lines += [f"{CLIP:<10} any open_clip model: --model ViT-B-32 --pretrained openai"]
-    return "\n".join(lines)

@@ -1,31 +1,30 @@
-"""`ldmlab noise MODEL IMAGE`: an image's noised latents, with and without rescaling."""
+"""`ldmlab noise MODEL IMAGE`: an image's noised latents, with and without rescaling.
+
+The grid has a row for the latent scale of the model and one for each --scale, columns for times. It
+decodes alpha latent + sigma noise; numbers are signal-to-noise ratios in dB, 10 log10(alpha^2 Var / sigma^2).
+
+examples:
+  ldmlab noise runs/emoji-1a2b apple.png
+  ldmlab noise runs/landscapes-1a2b lake.png --scale none 0.2 --times 0,250,500,750,999
+"""
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from ldmlab.diffusion.latent_space import LatentScale
     from ldmlab.inference.model import LoadedModel
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-EPILOG = """The grid has a row for the latent scale of the model and one for each --scale, columns for times. It
-decodes alpha latent + sigma noise; numbers are signal-to-noise ratios in dB, 10 log10(alpha^2 Var / sigma^2).
-
-examples:
-  ldmlab noise runs/emoji-1a2b apple.png
-  ldmlab noise runs/landscapes-1a2b lake.png --scale none 0.2 --times 0,250,500,750,999"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options; nothing heavy is imported."""
     add = parser.add_argument
-    parser.epilog = EPILOG
     add("model", type=Path, help="model folder, run folder or checkpoint")
     add("image", type=Path, help="an image; its size is cut to what the model divides")
     add("--scale", nargs="+", default=["none"], help="other scales: none (latents as they are) or a factor (none)")
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Encode, add noise at each time and scale, decode, save the grid."""
     from ldmlab.build import load
     from ldmlab.diffusion.latent_space import LatentScale
@@ -43,13 +42,18 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out.suffix.lower() not in _ENDINGS or args.out.is_dir():
         raise InputError(f"--out {args.out} is not an image file; give a name that ends in {', '.join(_ENDINGS)}.")
-    scales = [(name, LatentScale.fixed(_factor(name))) for name in args.scale]
+    scales = {name: LatentScale.fixed(_factor(name)) for name in args.scale}
     model = load(args.model, device=args.device)
-    times = _times(args.times, model.diffusion.schedule.steps)
+    words, steps = args.times.split(","), model.diffusion.schedule.steps
+    if not all(word.strip().isascii() and word.strip().isdecimal() and int(word) < steps for word in words):
+        raise InputError(
+            f"--times {args.times}: write times of the schedule, 0 .. {steps - 1}, such as 0,{steps // 2}."
+        )
+    times = [int(word) for word in words]
     image = _image(args.image, model.diffusion.size_step)
     raw = model.diffusion.posterior(image.to(model.device)).mean
     rows, titles = [], []
-    for name, scale in [("as trained", model.diffusion.latent_scale), *scales]:
+    for name, scale in [("as trained", model.diffusion.latent_scale), *scales.items()]:
         frames, ratios = noised_row(model, raw, scale.to(model.device), times, args.seed)
         rows.append(frames)
         titles.append(f"scale {name}: {ratios}")
@@ -59,13 +63,12 @@ def run(args: argparse.Namespace) -> int:
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"--out {args.out}: its folder cannot be made ({error.strerror}); give another.") from error
     table(rows, [f"t = {t}" for t in times], titles).save(args.out)
-    print(f"{args.out}")
-    return 0
+    print(args.out)
 
 
 def noised_row(
     model: "LoadedModel", raw: "Tensor", scale: "LatentScale", times: list[int], seed: int
-) -> "tuple[list[np.ndarray], str]":
+) -> tuple[list[Any], str]:
     """One image per time from raw latents (1, C, h, w), and the signal-to-noise ratios as text."""
     import torch
 
@@ -99,13 +102,6 @@ def _factor(name: str) -> float:
     if not 0 < factor < float("inf"):
         raise InputError(f"--scale {name} must be above zero; write none or a number such as 0.18215.")
     return factor
-
-
-def _times(text: str, steps: int) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isascii() and word.strip().isdecimal() and int(word) < steps for word in words):
-        raise InputError(f"--times {text}: write times of the schedule, 0 .. {steps - 1}, such as 0,{steps // 2}.")
-    return [int(word) for word in words]
 
 
 def _image(path: Path, step: int) -> "Tensor":

@@ -1,99 +1,56 @@
 """`ldmlab pack SOURCE OUT`: images and captions to image shards."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from ldmlab.app.cli import at_least
 from ldmlab.app.progress import bar
 from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
 from ldmlab.data.image_parts import MAPS
 from ldmlab.data.image_sources import LAYOUTS, Source, list_source
 from ldmlab.data.output_folder import BAD
 from ldmlab.data.pack_images import FORMATS, Encoding
-from ldmlab.data.pack_shards import PackOptions, PackResult, pack
+from ldmlab.data.pack_shards import PackOptions, pack
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import RULES, Transform, parse_colour
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
 
 _SHOWN = 10  # unreadable images named on the screen; the file names all
+_KINDS = {"table": "in a table", "classes": "in a folder per class", "tars": "in tars", "plain": "without captions"}
+_LAYOUT = """what SOURCE is: a table (metadata.jsonl, .csv) with images,
+captions (.txt) next to images, a folder per class, plain (nested) folders, tars"""
+_ANNOTATIONS = "boxes or captions by file name: COCO's JSON, OpenImages' CSV; may be given again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options in the order of the work: find, hold out, change and write."""
-    _find(parser.add_argument)
-    _annotate(parser.add_argument)
-    _hold_out(parser.add_argument)
-    _write(parser.add_argument)
-
-
-def _find(add: Callable[..., Any]) -> None:
+    """Options in the order of the work: find and annotate, hold out, change and write."""
+    add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of images or tars, or a .jsonl, .csv, .tsv or .tar file")
     add("out", metavar="OUT", type=Path, help="new folder; gets train/ and, with --val, val/")
-    add(
-        "--layout",
-        choices=LAYOUTS,
-        default="auto",
-        help="what SOURCE is: a table (metadata.jsonl, .csv) with images,\n"
-        "captions (.txt) next to images, a folder per class, plain (nested) folders, tars",
-    )
+    add("--layout", choices=LAYOUTS, default="auto", help=_LAYOUT)
     add("--file-field", metavar="NAME", help="column with the file names (default: file_name, file, image, path ...)")
-    add(
-        "--caption-field", metavar="NAME", help="column with the captions (default: caption or text; none: no captions)"
-    )
+    add("--caption-field", metavar="NAME", help="column of captions (default: caption or text; none: no captions)")
     add("--class-field", metavar="NAME", help="field whose sorted distinct values become class_id")
     add("--list", metavar="FILE", type=Path, help="take only the images this text file names, one a line")
     add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out images with a shorter short side")
-
-
-def _annotate(add: Callable[..., Any]) -> None:
-    add(
-        "--annotations",
-        metavar="FILE",
-        type=Path,
-        action="append",
-        default=[],
-        help="boxes or captions by file name: COCO's JSON, OpenImages' CSV; may be given again",
-    )
+    add("--annotations", metavar="FILE", type=Path, action="append", default=[], help=_ANNOTATIONS)
     add("--classes", metavar="FILE", type=Path, help="of boxes: a class a line, its ids and its name")
     add("--label-maps", metavar="FOLDER", type=Path, help="label maps: a PNG of each image's name")
     add("--masks", metavar="FOLDER", type=Path, help="masks, white in the hole: a PNG of each image's name")
-
-
-def _hold_out(add: Callable[..., Any]) -> None:
     add("--split", metavar="NAME", default="train", help="what the images that are not held out are called (train)")
     add("--val", metavar="SHARE", type=float, default=0.0, help="share of groups held out in val/ (0)")
-    add(
-        "--val-least",
-        metavar="N",
-        type=int,
-        default=1,
-        help="groups held out of each value of --stratify, at least (1)",
-    )
+    add("--val-least", metavar="N", type=int, default=1, help="least groups held out of each --stratify value (1)")
     add("--group", metavar="FIELD", help="images with one value of this field stay on one side")
     add("--group-strip", metavar="REGEX", help="cut this out of the value of --group first: what variants differ in")
     add("--stratify", metavar="FIELD", help="hold out the same share of each value of this field")
     add("--seed", type=int, default=0, help="which groups are held out (0)")
-
-
-def _write(add: Callable[..., Any]) -> None:
     add("--size", metavar="PIXELS", type=int, help="side of the packed images (256)")
     add("--crop", choices=RULES, default="centre", help="crop and resize rule (centre); see data/README.md")
-    add(
-        "--background",
-        metavar="COLOUR",
-        default="white",
-        help="under transparent pixels: name, #rrggbb or R,G,B (white)",
-    )
-    add(
-        "--format",
-        choices=FORMATS,
-        default="webp",
-        help="of packed images (webp: lossless unless --quality is given)",
-    )
+    add("--background", metavar="COLOUR", default="white", help="of transparent pixels: name, #rrggbb, R,G,B (white)")
+    add("--format", choices=FORMATS, default="webp", help="of packed images (webp: lossless unless --quality is given)")
     add("--quality", type=int, help="1 .. 100, for webp and jpg")
     add("--shard-size", metavar="N", type=int, default=1000, help="images a shard (1000)")
     add("--workers", metavar="N", type=int, default=processors(), help="processes (all cores)")
@@ -103,7 +60,6 @@ def _write(add: Callable[..., Any]) -> None:
 
 
 def options_of(args: argparse.Namespace) -> PackOptions:
-    """The checked choices behind parsed arguments."""
     size = args.size if args.size is not None or args.crop == "keep" else 256
     return PackOptions(
         Transform(size, args.crop, parse_colour(args.background)),
@@ -115,36 +71,42 @@ def options_of(args: argparse.Namespace) -> PackOptions:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Lists, packs, prints a summary."""
+def run(args: argparse.Namespace) -> None:
     options, console = options_of(args), Console(stderr=True)
-    if args.workers < 1:
-        raise InputError(f"workers={args.workers}; give at least 1.")
+    at_least(args, workers=1)
     if not 0 <= args.max_bad <= 1:
-        raise InputError(f"max-bad={args.max_bad} is not a share; choose 0 .. 1.")
+        raise InputError(f"--max-bad {args.max_bad} is not a share; choose 0 .. 1.")
     with console.status(f"listing {args.source}"):
         source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)
-    _say_found(console, args.source, source)
+    found = _KINDS.get(source.layout, "with captions next to them")
+    console.print(f"{args.source}: {len(source.items)} images {found}")
+    for note in source.notes:
+        console.print(note, markup=False)
+    if source.left_out:
+        console.print(f"{source.left_out} more images have no row in the table and are left out")
     source = with_more(source, args, console)
-    with bar("packing", "images", console) as progress:
-        result = pack(
-            source,
-            args.out,
-            options,
-            origin=args.origin or args.source.resolve().name,
-            licence=args.licence,
-            workers=args.workers,
-            max_bad=args.max_bad,
-            progress=progress,
+    own = {"origin": args.origin or args.source.resolve().name, "licence": args.licence, "workers": args.workers}
+    with bar("packing", "images") as progress:
+        result = pack(source, args.out, options, max_bad=args.max_bad, progress=progress, **own)
+    if result.complete_before:
+        console.print(f"{args.out} is complete already; nothing to do")
+    if result.bad:
+        console.print(f"{len(result.bad)} images are left out; all are listed with the reason in {args.out}/*/{BAD}:")
+        for name, reason in result.bad[:_SHOWN]:
+            console.print(f"  {name}: {reason}", markup=False)
+    if result.small:
+        console.print(f"{result.small} images left out by --min-side")
+    for split, manifest in result.manifests.items():
+        mebibytes = sum(shard.bytes for shard in manifest.shards) / 2**20
+        console.print(
+            f"{args.out / split}: {manifest.total} images, {len(manifest.shards)} shards, {mebibytes:.1f} MiB"
         )
-    _say_done(console, args.out, result)
-    return 0
 
 
 def with_more(source: Source, args: argparse.Namespace, console: Console) -> Source:
     """The images with the annotations, label maps and masks of other files."""
     if args.classes is not None and not args.annotations:
-        raise InputError(f"classes={args.classes} numbers the boxes of --annotations FILE; give that too.")
+        raise InputError(f"--classes {args.classes} numbers the boxes of --annotations FILE; give that too.")
     if args.annotations:
         with console.status("reading annotations"):
             found = read_annotations(args.annotations, args.classes, image_names(source))
@@ -152,31 +114,7 @@ def with_more(source: Source, args: argparse.Namespace, console: Console) -> Sou
         if found.classes is not None:
             counts = [len(item.fields["boxes"]) for item in source.items]
             console.print(f"{sum(counts)} boxes of {len(found.classes)} classes; {counts.count(0)} images have none")
-    for option, part in (("label-maps", "segmentation"), ("masks", "mask")):
-        folder = getattr(args, option.replace("-", "_"))
+    for option, part, folder in (("label-maps", "segmentation", args.label_maps), ("masks", "mask", args.masks)):
         if folder is not None:
             source = with_maps(source, MAPS[part], folder, option)
     return source
-
-
-def _say_found(console: Console, path: Path, source: Source) -> None:
-    what = {"table": "in a table", "classes": "in a folder per class", "tars": "in tars", "plain": "without captions"}
-    console.print(f"{path}: {len(source.items)} images {what.get(source.layout, 'with captions next to them')}")
-    for note in source.notes:
-        console.print(note, markup=False)
-    if source.left_out:
-        console.print(f"{source.left_out} more images have no row in the table and are left out")
-
-
-def _say_done(console: Console, out: Path, result: PackResult) -> None:
-    if result.complete_before:
-        console.print(f"{out} is complete already; nothing to do")
-    if result.bad:
-        console.print(f"{len(result.bad)} images are left out; all are listed with the reason in {out}/*/{BAD}:")
-        for name, reason in result.bad[:_SHOWN]:
-            console.print(f"  {name}: {reason}", markup=False)
-    if result.small:
-        console.print(f"{result.small} images left out by --min-side")
-    for split, manifest in result.manifests.items():
-        mebibytes = sum(shard.bytes for shard in manifest.shards) / 2**20
-        console.print(f"{out / split}: {manifest.total} images, {len(manifest.shards)} shards, {mebibytes:.1f} MiB")

@@ -1,0 +1,79 @@
+"""Image shards to latent shards by a composed configuration (conf/encode.yaml)."""
+
+from pathlib import Path
+from typing import Any
+
+from ldmlab.app.conditioning import build_conditioners, states_encoder, states_record
+from ldmlab.app.plans import latent_spec
+from ldmlab.app.progress import bar
+from ldmlab.build import load_first_stage, moments_of, pick_device
+from ldmlab.data.encode_shards import LatentSettings, encode
+from ldmlab.data.shard_data import ShardData
+from ldmlab.distributed import launched
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.model_files import write_model_folder
+
+
+def encode_splits(config: dict[str, Any]) -> None:
+    """The splits of `config` one after the other; then the first stage, so that training needs no other file."""
+    loaded = load_first_stage(config["from_run"], config["weights"])
+    images = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
+    data: ShardData = instantiate(images, where="data", seed=config["seed"])
+    first_stage: Any = loaded.module
+    if not first_stage.state_dict():
+        raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")
+    conditioners, _ = build_conditioners(config["conditioner"], latent_spec(first_stage, data.image_size))
+    for module in (first_stage, *conditioners.values()):
+        module.to(pick_device(config["device"]))
+    settings = LatentSettings(
+        fingerprint=loaded.fingerprint,
+        latent_channels=first_stage.latent_channels,
+        downsampling=first_stage.downsampling,
+        image_size=data.image_size,
+        mirrored=config["mirror"],
+        dtype=config["dtype"],
+        carries_images=config["carry_images"],
+        first_stage=loaded.spec,
+        states=states_record(conditioners),
+    )
+    for split in config["splits"]:
+        _encode_split(split, config, data, first_stage, conditioners, settings)
+    if launched()[0] == 0:
+        spec = {"kind": "first_stage", "image_size": loaded.image_size, "first_stage": loaded.spec}
+        write_model_folder(Path(config["out"]) / "first_stage", spec, {"first_stage": first_stage.state_dict()})
+
+
+def _encode_split(
+    split: str,
+    config: dict[str, Any],
+    data: ShardData,
+    first_stage: Any,
+    conditioners: dict[str, Any],
+    settings: LatentSettings,
+) -> None:
+    """One split into its folder, with a bar and a closing line."""
+    out, (rank, world) = Path(config["out"]) / split, launched()
+    with bar(f"encoding {split}", "images", quiet=rank > 0) as advance:
+        manifest = encode(
+            data.folder(split, "images"),
+            out,
+            lambda images: moments_of(first_stage, images),
+            settings,
+            rank=rank,
+            world=world,
+            batch_size=config["batch_size"],
+            workers=data.workers,
+            max_bad=config["max_bad"],
+            sha256=data.sha256,
+            option=f"data.{split}",
+            progress=advance,
+            encode_states=states_encoder(conditioners, config["mirror"]) if conditioners else None,
+        )
+    if rank == 0 and manifest and manifest.latents:
+        skipped = len(manifest.extra.get("skipped", []))
+        cut = sum(getattr(module, "cut", 0) for module in conditioners.values())
+        note = f", {skipped} unreadable" if skipped else ""
+        note += "".join(f", states of {name}" for name in conditioners) + (f" ({cut} captions cut)" if cut else "")
+        std = manifest.latents["statistics"]["overall_std"]
+        print(f"{out}: {manifest.total} images{note}, standard deviation of the latents {std:.3f}")

@@ -1,0 +1,135 @@
+"""Images of one `ldmlab sample` as files: each with its settings inside, a grid, trajectories."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from ldmlab import distributed
+from ldmlab.app.commands.sample_prompts import Inputs, label
+from ldmlab.app.progress import bar
+from ldmlab.errors import InputError, memory_ran_out
+from ldmlab.files import FileLock
+from ldmlab.inference.grids import grid, save_png, table
+from ldmlab.inference.model import LoadedModel, generate
+from ldmlab.inference.sample_settings import ResolvedSettings
+from ldmlab.inference.trajectory import Trajectory
+
+MOST_SHOWN = 144  # images in one grid
+
+
+@dataclass(frozen=True)
+class Job:
+    """The images of one call; number `first + i` is that of entry i."""
+
+    model: LoadedModel
+    inputs: list[Inputs]
+    variants: Mapping[str, ResolvedSettings]  # by the end of their images' file names
+    folder: Path
+    first: int
+
+    @property
+    def shown(self) -> int:
+        """The first of the inputs, which the grid shows."""
+        return min(max(MOST_SHOWN // len(self.variants), 1), len(self.inputs))
+
+    def sample(self, batch_size: int, *, trajectory: bool) -> dict[tuple[int, str], Any]:
+        """This process's images to files; those of the grid by number and variant."""
+        shown: dict[tuple[int, str], Any] = {}
+        rank, world = distributed.rank(), distributed.world_size()
+        steps = sum(len(self.model.grid(settings)) - 1 for settings in self.variants.values())
+        total, done = len(range(rank, len(self.inputs), world)) * steps, 0
+        with bar("sampling", "steps", quiet=rank > 0) as show:
+            show(0, total)
+            for name, settings in self.variants.items():
+                frames = Trajectory(self.model, settings) if trajectory else None
+
+                def after_step(step: int, x: Any, clean: Any, frames: Trajectory | None = frames) -> Any:
+                    nonlocal done
+                    done += len(x)
+                    show(done, total)
+                    return x if frames is None else frames(step, x, clean)
+
+                part = {"rank": rank, "world": world, "first_index": self.first, "batch_size": batch_size}
+                for numbers, images in generate(self.model, self.inputs, settings, after_step=after_step, **part):
+                    for number, image in zip(numbers, images.numpy(), strict=True):
+                        file = self.folder / f"{number:06d}{name}.png"  # in a sweep 000012_steps-5.png
+                        save_png(file, image, self._record(number, settings))
+                        if number - self.first < self.shown:
+                            shown[number, name] = image
+                    if frames is not None:
+                        own = [self.inputs[number - self.first] for number in numbers]
+                        frames.save(self.folder, own, numbers, [label(one) for one in own])
+        return shown
+
+    def _record(self, number: int, settings: ResolvedSettings) -> dict[str, Any]:
+        info, own = self.model.info, self.inputs[number - self.first]
+        prompt = {"prompt" if field == "caption" else field: value for field, value in own.items()}
+        known = {f"model {key}": info[key] for key in ("path", "fingerprint", "weights", "step") if key in info}
+        more = {"precision": self.model.precision, "ldmlab": version("ldmlab")}
+        return {**prompt, "index": number, **settings.as_text(), **info.get("guiders", {}), **known, **more}
+
+    def save_grid(self, images: Mapping[tuple[int, str], Any], swept: str | None, per_prompt: int) -> None:
+        """grid.png, or sweep_NAME.png with a row per image; of at most MOST_SHOWN images."""
+        rows = [[images[self.first + n, name] for name in self.variants] for n in range(self.shown)]
+        labels = [label(one) for one in self.inputs[: self.shown]]
+        if swept is not None:
+            titles = [name.removeprefix("_").replace("-", " ", 1) for name in self.variants]
+            table(rows, titles, labels).save(self.folder / f"sweep_{swept}.png")
+        else:
+            columns = per_prompt if 1 < per_prompt <= 16 else None
+            grid([row[0] for row in rows], labels, columns).save(self.folder / "grid.png")
+
+
+def check_folder(out: Path | None) -> None:
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} is in use; give a new or empty folder.")
+
+
+@contextmanager
+def own_folder(out: Path | None, model: Path) -> Iterator[Path]:
+    """The folder of --out, or the first free outputs/MODEL-N, which no other command uses meanwhile."""
+    locks: list[FileLock] = []
+
+    def make() -> Path:
+        check_folder(out)
+        for number in count(1):
+            folder = out or Path("outputs") / f"{model.resolve().stem}-{number}"
+            try:
+                folder.mkdir(parents=True, exist_ok=out is not None)
+                break
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise InputError(f"--out {folder} cannot be made ({error.strerror}); give another folder.") from error
+        lock = FileLock(folder / ".sampling")
+        if not lock.take():
+            raise InputError(f"--out {folder} is in use by another process; give a new or empty folder.")
+        locks.append(lock)
+        return folder
+
+    folder = distributed.shared(make)
+    try:
+        yield folder
+    finally:
+        for lock in locks:
+            lock.release(remove=True)
+            with suppress(OSError):
+                folder.rmdir()  # nothing was written
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Inside, a lack of memory becomes one InputError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        raise InputError(
+            "the images of one batch do not fit into memory; choose a smaller --batch-size or --size, or --tile 512 "
+            "and --window."
+        ) from error
