@@ -16,9 +16,9 @@ from ldmlab.errors import InputError
 from ldmlab.report.evaluation_page import evaluation_page, score_lines
 from ldmlab.report.line_chart import Chart
 from ldmlab.report.metrics_json import read_evaluation
+from ldmlab.report.page_content import Charts, Page, Section
 from ldmlab.report.pages import write_comparison, write_report
 from ldmlab.report.render import html, markdown, write_page
-from ldmlab.report.rows import Charts, Page, Section
 
 OLD = Path(__file__).parents[1] / "assets" / "format1" / "evaluation"  # written by ldmlab 0.1, every part of a record
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)> [a](b) | \\textbf{x}'

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ldmlab.app.run_records import RunRecord, by_configuration
 from ldmlab.report.line_chart import COLOURS, Chart, Points
-from ldmlab.report.rows import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table
+from ldmlab.report.page_content import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table
 from ldmlab.report.score_lines import score_text
 
 STAGES = {  # in the order of the flow: title and the metrics that lead

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldmlab.report.rows import DASH, Block, Card, Gallery, Row, Section, Table, Text
+from ldmlab.report.page_content import DASH, Block, Card, Gallery, Row, Section, Table, Text
 from ldmlab.report.score_lines import ScoreLine, number_text, score_line, share_text
 
 _CARDS = 12  # samples shown with their inputs and the answers of baselines

@@ -6,8 +6,8 @@ from typing import Any
 
 from ldmlab.report.conditioning_section import accuracy_lines, conditioning, inputs_and_samples
 from ldmlab.report.metrics_json import reading, title
+from ldmlab.report.page_content import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table, Text
 from ldmlab.report.paper_table import paper_report
-from ldmlab.report.rows import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table, Text
 from ldmlab.report.score_curves import over_scales, run_charts
 from ldmlab.report.score_lines import ScoreLine, number_text, score_line
 

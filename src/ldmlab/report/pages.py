@@ -20,10 +20,10 @@ from ldmlab.report.metrics_json import (
     repeat_line,
     title,
 )
+from ldmlab.report.page_content import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
 from ldmlab.report.paper_source import known_table, paper_tables
 from ldmlab.report.paper_table import filled_table, paper_report
 from ldmlab.report.render import FORMATS, write_pages
-from ldmlab.report.rows import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
 from ldmlab.report.score_lines import ScoreLine, options_of, score_text
 
 IMAGES_A_RUN = 16

@@ -17,7 +17,7 @@ from PIL import Image
 from ldmlab.files import write_text
 from ldmlab.open_image import open_image, read_image
 from ldmlab.report.line_chart import Chart
-from ldmlab.report.rows import Page, Section, Table
+from ldmlab.report.page_content import Page, Section, Table
 
 _MOST_PIXELS = 64_000_000  # of an image that is embedded
 _FORMATS = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "JPEG": "jpeg"}

@@ -10,7 +10,7 @@ from typing import Any
 from ldmlab import format1
 from ldmlab.errors import InputError
 from ldmlab.report.line_chart import Chart, Points
-from ldmlab.report.rows import DASH, Charts, Row, Section, Table
+from ldmlab.report.page_content import DASH, Charts, Row, Section, Table
 from ldmlab.report.score_lines import called, number_text, score_line, score_text
 
 _FIRST = ("loss", "psnr", "ssim", "lpips", "recall", "fid", "reconstruction")  # what is looked at first

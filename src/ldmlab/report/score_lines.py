@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from ldmlab.report.page_content import ARROW
 from ldmlab.report.paper_conditions import PAPER_FEATURES
-from ldmlab.report.rows import ARROW
 
 FEW_IMAGES = 1000  # below, k-NN balls are too wide for precision and recall to separate images from noise
 _SHARES = frozenset({"precision", "recall", "coverage", "copies"})

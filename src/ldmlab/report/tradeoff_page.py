@@ -7,8 +7,21 @@ from typing import Any
 from ldmlab.errors import InputError
 from ldmlab.files import write_text
 from ldmlab.report.line_chart import COLOURS, Chart
+from ldmlab.report.page_content import (
+    DASH,
+    THUMBNAIL,
+    Block,
+    Card,
+    Charts,
+    Fold,
+    Gallery,
+    Page,
+    Row,
+    Section,
+    Table,
+    Text,
+)
 from ldmlab.report.render import csv_text, write_pages
-from ldmlab.report.rows import DASH, THUMBNAIL, Block, Card, Charts, Fold, Gallery, Page, Row, Section, Table, Text
 from ldmlab.report.score_lines import by_features, described, number_text
 from ldmlab.report.tradeoff_jobs import (
     PETA,
