@@ -158,7 +158,9 @@ def forget() -> None:
 
 def lost(error: Exception) -> str | None:
     """What a collective says when another process is gone or does not answer; None for any other fault."""
-    if not joined() or not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+    if (
+        world_size() == 1 or not isinstance(error, RuntimeError) or not _LOST.search(str(error))
+    ):  # the group may be left
         return None
     forget()
     return _first_line(error)

@@ -18,7 +18,7 @@ from typing import Any
 from ldmlab import plugins
 from ldmlab.argument_types import check_types
 from ldmlab.contracts import CONTRACTS, check_part, members
-from ldmlab.errors import InputError, shown
+from ldmlab.errors import InputError, memory_ran_out, shown
 
 _GROUPS = {  # package of ldmlab => the groups whose classes it holds
     "first_stages": ("first_stage",),
@@ -220,6 +220,13 @@ def _called(target: Callable[..., Any], arguments: Mapping[str, Any], where: str
         return target(**arguments)
     except InputError:
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
+        sizes = {key: value for key, value in arguments.items() if isinstance(value, int)}
+        largest = max(sizes, key=lambda key: sizes[key], default="")
+        which = f"{where}.{largest}={sizes[largest]}" if sizes else where
+        raise InputError(f"{which}: there is no memory for a part of this size; choose a smaller one.") from error
     except ValueError as error:
         if str(getattr(target, "__module__", "")).partition(".")[0] == "ldmlab":
             raise

@@ -287,6 +287,14 @@ def test_a_launcher_s_variable_that_is_no_number_is_named_before_lightning_reads
     assert result.stderr == "ldmlab: the environment variable RANK=x is no number; start with torchrun or srun.\n"
 
 
+def test_a_part_that_no_memory_can_hold_is_named_with_its_size() -> None:
+    node = {"_target_": "ldmlab.conditioners.class_label.ClassEmbedder", "classes": 10**12, "width": 512}
+    sentence = refusal(lambda: instantiate(node, where="conditioner.x", trust=True))
+    assert sentence == (
+        "conditioner.x.classes=1000000000000: there is no memory for a part of this size; choose a smaller one."
+    )
+
+
 def test_an_option_cannot_be_left_out() -> None:
     sentence = refusal(lambda: compose("train", ["~seed"]))
     assert sentence == "~seed: only a group or its entry can be left out (~logger); give seed=VALUE."
