@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class ImageSet:
     workers: int = 2
     max_bad: float = 0.0  # share of the images that may be unreadable
     captions: None = None
+    batch_size: int = 64  # as the reference
+    track: Track = untracked
     lost: dict[str, str] = field(default_factory=dict)  # images of this process that cannot be read => why
 
     def images(self, batch_size: int, track: Track = untracked) -> Iterator[Numbered]:
@@ -67,12 +69,38 @@ class ImageSet:
         else:
             yield from self._of_folder(batch_size, rank, world)
 
+    @cached_property
     def statistics(self) -> dict[str, tuple[Any, Any]]:
         """Mean and covariance by score in the file."""
         return read_statistics(self.path) if self.kind == "npz" else {}
 
-    def record(self) -> dict[str, Any]:
-        """For the result."""
+    def given(self, seen: EvaluationPass) -> frozenset[str]:
+        """Metrics whose statistics replace the images; a score that lacks both is refused."""
+        found = frozenset(n for n, m in seen.metrics.items() if getattr(m, "statistics_name", None) in self.statistics)
+        if found and seen.extractor.name != Inception2015.name:
+            raise InputError(
+                f"{self.path} has statistics of {Inception2015.name}, which --features {seen.extractor.name} "
+                "cannot be compared with; choose --features inception."
+            )
+        if self.count == 0 and (lost := sorted(seen.metrics.keys() - found)):
+            raise InputError(
+                f"{self.path} holds statistics and no images, which score {lost[0]} needs; leave it out of --metrics."
+            )
+        return found
+
+    def show_to(self, seen: EvaluationPass) -> None:
+        """Statistics where there are any, and images where a metric needs them."""
+        given = self.given(seen)
+        for name in given:
+            metric = seen.metrics[name]
+            assert isinstance(metric, FrechetDistance)
+            mean, covariance = (torch.as_tensor(part) for part in self.statistics[metric.statistics_name])
+            metric.take_real(mean, covariance, distributed.rank() == 0)
+        if self.count and not given >= seen.metrics.keys():
+            seen.add_all(self.images(self.batch_size, self.track), real=True)
+
+    def record(self, images: int) -> dict[str, Any]:
+        """Also of images that statistics replaced."""
         size = None if self.size is None else f"{self.size[0]}x{self.size[1]}"
         lossy = sum(file.suffix[1:].lower() in _LOSSY for file in self.files)
         lost = {name: why for part in distributed.gather(self.lost) for name, why in part.items()}
@@ -80,7 +108,7 @@ class ImageSet:
         return {
             "path": str(self.path),
             "kind": self.kind,
-            "images": self.count - len(lost),
+            "images": images or self.count - len(lost),
             "size": size,
             **({"unreadable": {"count": len(lost), "of": self.count, "names": names}} if lost else {}),
             **({"jpeg_files": lossy} if lossy else {}),
@@ -179,57 +207,6 @@ def image_set(path: Path, workers: int = 2, max_bad: float = 0.0) -> ImageSet:
     return made("folder", len(files), (first.shape[1], first.shape[2]), files)
 
 
-@dataclass
-class SetReference:
-    """An image set as the reference; statistics in its file replace the images."""
-
-    images: ImageSet
-    extractor: FeatureExtractor
-    metrics: Mapping[str, Metric]
-    batch_size: int
-    track: Track = untracked
-    given: frozenset[str] = frozenset()  # metrics that were given statistics
-
-    @property
-    def count(self) -> int:
-        """Images; 0: statistics alone."""
-        return self.images.count
-
-    def check(self) -> None:
-        """Refuses a score that needs images or statistics that are missing."""
-        there = self.images.statistics()
-        self.given = frozenset(n for n, m in self.metrics.items() if getattr(m, "statistics_name", None) in there)
-        if self.given and self.extractor.name != Inception2015.name:
-            raise InputError(
-                f"{self.images.path} has statistics of {Inception2015.name}, which --features {self.extractor.name} "
-                "cannot be compared with; choose --features inception."
-            )
-        if self.count == 0 and (lost := sorted(self.metrics.keys() - self.given)):
-            raise InputError(
-                f"{self.images.path} holds statistics and no images, which score {lost[0]} needs; leave it out of "
-                "--metrics."
-            )
-
-    def show_to(self, seen: EvaluationPass) -> None:
-        """Statistics where there are any, and images where a metric needs them."""
-        statistics = self.images.statistics()
-        for name in self.given:
-            metric = self.metrics[name]
-            assert isinstance(metric, FrechetDistance)
-            mean, covariance = (torch.as_tensor(part) for part in statistics[metric.statistics_name])
-            metric.take_real(mean, covariance, distributed.rank() == 0)
-        if self.count and not self.given >= self.metrics.keys():
-            seen.add_all(self.images.images(self.batch_size, self.track), real=True)
-
-    def record(self, images: int) -> dict[str, Any]:
-        """For the result."""
-        return self.images.record() | {"given_statistics": sorted(self.given)}
-
-    def marks(self) -> tuple[str, ...]:
-        """Of every score."""
-        return self.images.marks()
-
-
 def score_sets(
     samples: ImageSet,
     reference: ImageSet,
@@ -248,13 +225,14 @@ def score_sets(
             f"{samples.path} has images of {height}x{width} px and {reference.path} of "
             f"{reference.size[0]}x{reference.size[1]}; bring both to one size by one rule (`ldmlab pack --size`)."
         )
-    other = SetReference(reference, extractor, metrics, batch_size, track)
-    other.check()
-    run = Run(samples, other, extractor, metrics, batch_size, track, OPTIONS)
-    result = run.finish(run.begin())
+    reference.batch_size, reference.track = batch_size, track
+    run = Run(samples, reference, extractor, metrics, batch_size, track, OPTIONS)
+    seen = run.begin()
+    result = run.finish(seen)
+    result["reference"]["given_statistics"] = sorted(reference.given(seen))
     for score in result["scores"].values():
         score["marks"] = (*samples.marks(), *score["marks"])
-    return {name: value for name, value in result.items() if name != "sampling"} | {"samples": samples.record()}
+    return {("samples" if name == "sampling" else name): value for name, value in result.items()}
 
 
 def statistics_of(metrics: Mapping[str, Metric]) -> dict[str, tuple[Any, Any]]:

@@ -84,12 +84,15 @@ class SplitReference:
     max_bad: float = 0.0
     option: str = "protocol.max_bad"
     kept: bool = False  # whether kept features served; after `show_to`
-    given: frozenset[str] = frozenset()  # metrics that are given statistics in place of images: none
 
     @property
     def count(self) -> int:
         """Images of the reference, readable or not."""
         return count_of(self.real.data, self.split, self.limit)
+
+    def given(self, seen: EvaluationPass) -> frozenset[str]:
+        """No metric takes statistics in place of images."""
+        return frozenset()
 
     def show_to(self, seen: EvaluationPass) -> None:
         """Update the metrics, from cached features if they suffice; refuses a set with too many unreadable images."""

@@ -44,8 +44,7 @@ class Reference(Protocol):
     @property
     def count(self) -> int: ...  # images; 0: statistics alone
 
-    @property
-    def given(self) -> frozenset[str]: ...  # metrics that are given statistics in place of images
+    def given(self, seen: EvaluationPass) -> frozenset[str]: ...  # metrics that take statistics in place of images
 
     def show_to(self, seen: EvaluationPass) -> None: ...  # update the metrics with this process's share
 
@@ -74,7 +73,7 @@ class Run:
         seen = EvaluationPass(
             self.extractor, self.metrics, keep=self.keep, captions=self.source.captions, options=self.options
         )
-        seen.check_counts(self.reference.count, self.source.count, self.reference.given)
+        seen.check_counts(self.reference.count, self.source.count, self.reference.given(seen))
         self.reference.show_to(seen)
         return seen
 
@@ -85,7 +84,7 @@ class Run:
         scores = seen.compute((real or generated, generated))
         return {
             "format_version": FORMAT_VERSION,
-            "sampling": self.source.record() | {"images": generated},
+            "sampling": self.source.record(generated),
             "reference": self.reference.record(real),
             "features": features_record(self.extractor),
             "scores": self.marked(scores),

@@ -68,7 +68,7 @@ class Source(Protocol):
 
     def images(self, batch_size: int, track: Track) -> Iterable[Numbered]: ...  # this process's share
 
-    def record(self) -> dict[str, Any]: ...  # how they are made, for metrics.json
+    def record(self, images: int) -> dict[str, Any]: ...  # for metrics.json: how they are made, and how many
 
 
 class Samples:
@@ -146,9 +146,9 @@ class Samples:
                 f"sampling {self.count:,} images in {steps} steps: about {_duration(seconds)} on this machine"
             )
 
-    def record(self) -> dict[str, Any]:
+    def record(self, images: int) -> dict[str, Any]:
         """The sampler's settings: equal for equal samples."""
-        made = {"images": self.count, "conditions": self.protocol.conditions, "precision": self.model.precision}
+        made = {"images": images, "conditions": self.protocol.conditions, "precision": self.model.precision}
         return self.settings.as_text() | made
 
 
@@ -187,6 +187,6 @@ class Reconstructions:
         mean = self.first_stage.encode(to_float(images.to(device))).mean  # type: ignore[operator]
         return to_bytes(numbers_only(self.first_stage.decode(mean).float())).cpu()  # type: ignore[operator]
 
-    def record(self) -> dict[str, Any]:
-        """What is shown."""
-        return {"size": self.data.image_size, "conditions": "reference"}
+    def record(self, images: int) -> dict[str, Any]:
+        """Nothing is sampled."""
+        return {"size": self.data.image_size, "conditions": "reference", "images": images}

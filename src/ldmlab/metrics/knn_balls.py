@@ -65,8 +65,8 @@ def shares_inside(
         for columns in torch.arange(len(b), device=b.device).split(_TILE):
             for i, j in _open_pairs(rows, columns, ~a_inside[rows], ~b_inside[columns]):
                 block = Block(known_a.part(_span(i)), known_b.part(_span(j)), space)
-                a_inside[i[_rows_inside(block, ball_b[j], a_inside[i])]] = True
-                b_inside[j[_columns_inside(block, ball_a[i], b_inside[j])]] = True
+                a_inside[i[_inside(block, ball_b[j], a_inside[i], axis=0)]] = True
+                b_inside[j[_inside(block, ball_a[i], b_inside[j], axis=1)]] = True
     return a_inside.double().mean(), b_inside.double().mean()
 
 
@@ -94,29 +94,18 @@ def _span(points: Tensor) -> Tensor | slice:
     return slice(first, last + 1) if last - first + 1 == len(points) else points
 
 
-def _rows_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
-    """Rows that lie in a ball around a column (m,), but for those already known to."""
-    rows = block.rows(balls)
-    rows = rows[~known[rows]]
-    if not block.screened or len(rows) == 0:
-        return rows
-    bounds = block.bounds(rows)
-    sure = (block.upper_bounds(bounds, rows=rows) <= balls).any(dim=1)
+def _inside(block: Block, balls: Tensor, known: Tensor, axis: int) -> Tensor:
+    """Rows of a block (axis 0) in a ball around a column, or columns (axis 1) in one around a row, but the known."""
+    points = block.columns(balls) if axis else block.rows(balls)
+    points = points[~known[points]]
+    if not block.screened or len(points) == 0:
+        return points
+    chosen = (slice(None), points) if axis else (points, slice(None))
+    bounds = block.bounds(*chosen)
+    upper = block.upper_bounds(bounds, *chosen)
+    bounds, upper = (bounds.T, upper.T) if axis else (bounds, upper)  # by point, then by ball
+    sure = (upper <= balls).any(dim=1)
     near = (bounds[~sure] <= balls).nonzero()
-    pairs = torch.stack([rows[~sure][near[:, 0]], near[:, 1]], dim=1)
-    hits = block.distances(pairs) <= balls[pairs[:, 1]]
-    return torch.cat([rows[sure], pairs[hits, 0]])
-
-
-def _columns_inside(block: Block, balls: Tensor, known: Tensor) -> Tensor:
-    """Columns that lie in a ball around a row (n,), but for those already known to."""
-    columns = block.columns(balls)
-    columns = columns[~known[columns]]
-    if not block.screened or len(columns) == 0:
-        return columns
-    bounds = block.bounds(columns=columns)
-    sure = (block.upper_bounds(bounds, columns=columns) <= balls[:, None]).any(dim=0)
-    near = (bounds[:, ~sure] <= balls[:, None]).nonzero()
-    pairs = torch.stack([near[:, 0], columns[~sure][near[:, 1]]], dim=1)
-    hits = block.distances(pairs) <= balls[pairs[:, 0]]
-    return torch.cat([columns[sure], pairs[hits, 1]])
+    pairs = torch.stack([points[~sure][near[:, 0]], near[:, 1]], dim=1)
+    hits = block.distances(pairs.flip(1) if axis else pairs) <= balls[pairs[:, 1]]
+    return torch.cat([points[sure], pairs[hits, 0]])
