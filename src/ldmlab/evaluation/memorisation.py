@@ -106,15 +106,15 @@ class Audit:
             missing = [number for number in closest if number not in there]  # scored and not kept
             for number, image in self.samples.again(missing, self.real.batch_size):
                 there[number] = save_image(self.out, "sample", number, image)
-            for name, numbers in (("closest", closest), ("pairs", spread)):
+            for name, chosen in (("closest", closest), ("pairs", spread)):
                 result[name] = [
-                    self._pair("sample", there[n], self._caption(n), int(twin[n]), distance[n]) for n in numbers
+                    self._pair("sample", there[n], self._caption(n), int(twin[n]), distance[n]) for n in chosen
                 ]
             result["held_out"] = []
             for n in at_bar:
-                image, row = self.real.image("val", places[n]), len(generated) + n
-                file = save_image(self.out, "held_out", places[n], image["image"])
-                caption = str(image.get("caption", image["key"]))
+                known, row = self.real.image("val", places[n]), len(generated) + n
+                file = save_image(self.out, "held_out", places[n], known["image"])
+                caption = str(known.get("caption", known["key"]))
                 result["held_out"].append(self._pair("held_out", file, caption, int(twin[row]), distance[row]))
         return distributed.from_first(result)
 

@@ -28,14 +28,15 @@ def started_at(grid: list[Level], strength: float, times: int) -> list[Level]:
     return kept
 
 
-def canvas_of(batch: Mapping[str, Any], size: tuple[int, int], step: int, enlargement: int) -> tuple[int, int]:
-    """Height and width that can be sampled and hold `size`."""
+def on_canvas(
+    batch: Mapping[str, Any], size: tuple[int, int], step: int, enlargement: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Height and width that can be sampled and hold `size`, and the batch's images, masks and maps padded to them.
+
+    The last row and column are repeated.
+    """
     unit = math.lcm(step, enlargement) if SMALL in batch else step
-    return math.ceil(size[0] / unit) * unit, math.ceil(size[1] / unit) * unit
-
-
-def on_canvas(batch: Mapping[str, Any], canvas: tuple[int, int], enlargement: int) -> dict[str, Any]:
-    """The batch's images, masks and maps padded to the canvas: the last row and column repeated."""
+    canvas = math.ceil(size[0] / unit) * unit, math.ceil(size[1] / unit) * unit
     wider = dict(batch)
     for name in (*ON_THE_IMAGE, SMALL):
         if name in batch:
@@ -45,7 +46,7 @@ def on_canvas(batch: Mapping[str, Any], canvas: tuple[int, int], enlargement: in
                 for length, side in zip(canvas, values.shape[-2:], strict=True)
             )
             wider[name] = values[..., rows[:, None], columns]
-    return wider
+    return canvas, wider
 
 
 def given_image(

@@ -20,7 +20,7 @@ from ldmlab.diffusion.schedule import ddim_grid, levels_of
 from ldmlab.diffusion.windowed import latent_windows
 from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
-from ldmlab.inference.input_images import canvas_of, finished, given_image, on_canvas, started_at
+from ldmlab.inference.input_images import finished, given_image, on_canvas, started_at
 from ldmlab.inference.inputs import (
     SMALL,
     TEXTS,
@@ -212,8 +212,7 @@ class LoadedModel:
         """Height and width that are sampled and then cut to `size`, the batch padded to them, and its start."""
         if not has_images(batch):
             return size, batch, None
-        canvas = canvas_of(batch, size, self.diffusion.size_step, self.enlargement)
-        padded = on_canvas(batch, canvas, self.enlargement)
+        canvas, padded = on_canvas(batch, size, self.diffusion.size_step, self.enlargement)
         return canvas, padded, given_image(self.diffusion, padded, self.reads, repeats)
 
     def batch(self, inputs: Sequence[Inputs], first_index: int | Sequence[int]) -> dict[str, Any]:
