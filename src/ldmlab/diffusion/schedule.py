@@ -208,12 +208,7 @@ def _official_times(total: int, steps: int) -> list[int]:
 
 
 def signal_to_noise(schedule: Any, variance: float) -> Tensor:
-    """alpha^2 Var(z) / sigma^2 at every time, (T,) float64; infinite where there is no noise.
-
-    Latents that are not rescaled to variance 1 keep more signal at every time, so a denoiser places details early,
-    while it still lays out the image; the paper finds that this spoils samples larger than those of training
-    (section 4.3.2, appendix D.1).
-    """
+    """alpha^2 Var(z) / sigma^2 at every time, (T,) float64; infinite where there is no noise (appendix D.1)."""
     levels = levels_of(schedule)
     return variance * (levels.alpha / levels.sigma).square()
 
