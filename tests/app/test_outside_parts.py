@@ -7,6 +7,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ MODULE = '''
 from itertools import pairwise
 
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from ldmlab.contracts import Posterior, Reconstruction
@@ -141,21 +143,21 @@ class Straight:
         return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
 
 
-class Notes:
+class Notes(Logger):
+    name, version = "notes", 0
+
     def __init__(self, file: str) -> None:
+        super().__init__()
         self.file = file
 
-    def open(self, run, settings, step):
-        self._write(f"open {step}")
+    def log_hyperparams(self, params):
+        self._write("open")
 
-    def numbers(self, values, step):
-        self._write(f"step {step} " + " ".join(values))
+    def log_metrics(self, metrics, step):
+        self._write(f"step {step} " + " ".join(metrics))
 
-    def image(self, name, grid, step):
-        self._write(f"image {name}")
-
-    def close(self, success):
-        self._write("close")
+    def finalize(self, status):
+        self._write(f"close {status}")
 
     def _write(self, line):
         with open(self.file, "a") as file:
@@ -307,7 +309,8 @@ def check_effect(kind: str, rows: list[dict[str, str]], folder: Path) -> None:
         assert rates == pytest.approx([1e-4, 0.5e-4, 0.25e-4])
     if kind == "logger":
         lines = (folder / "notes.txt").read_text().splitlines()
-        assert [line for line in lines if line.startswith(("open", "close"))] == ["open 0", "close", "open 2", "close"]
+        ends = [line for line, _ in groupby(line for line in lines if not line.startswith("step"))]
+        assert ends == 2 * ["open", "close success"]
         steps = [line.split()[1] for line in lines if line.startswith("step") and " loss" in line]
         assert steps == ["1", "2", "3"]
 
