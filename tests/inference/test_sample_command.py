@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldmlab.app.sample_files import check_folder
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import read_settings
 from sampling_models import sample_as_rank, sample_command
@@ -106,7 +107,7 @@ def test_default_folders_never_collide(tmp_path: Path, monkeypatch: pytest.Monke
         (["1", "--guidance-scale", "x"], "--guidance-scale"),
         (["1", "--precision", "int8"], "--precision int8 is unknown"),
         (["1", "--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["1", "--out", "."], "is in use"),
+        (["1", "--out", "."], "holds files already"),
     ],
 )
 def test_bad_input_leaves_no_folder(
@@ -161,3 +162,12 @@ def test_help_imports_no_torch() -> None:
         "sample.add_arguments(p); p.format_help(); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_lock_of_a_killed_command_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".sampling").write_text("{}")
+    check_folder(tmp_path / "out")
+    (tmp_path / "out" / "000000.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds files already \(000000.png\)"):
+        check_folder(tmp_path / "out")

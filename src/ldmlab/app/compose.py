@@ -196,7 +196,7 @@ def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> E
 
     if isinstance(error, InputError):
         return error
-    text = str(error)
+    text = "it nests too deeply, or is among its own defaults" if isinstance(error, RecursionError) else str(error)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return (
             InputError(f"{_at_fault(error, overrides)} cannot be used: {_line(text)}.") if _of_hydra(error) else error
@@ -221,9 +221,9 @@ def _line(text: str) -> str:
 
 def _of_hydra(error: Exception) -> bool:
     """Whether Hydra or its reader of yaml could make no sense of what it was given."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    name = str(frames[-1][0].f_globals["__name__"]) if frames else ""
-    return name.partition(".")[0] in ("hydra", "omegaconf", "yaml") and not isinstance(error, OSError)
+    names = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    below = names[::-1][: names[::-1].index("ldmlab")] if "ldmlab" in names else names  # what ours called last
+    return bool({"hydra", "omegaconf", "yaml"}.intersection(below)) and not isinstance(error, OSError)
 
 
 def _at_fault(error: Exception, overrides: Sequence[str]) -> str:

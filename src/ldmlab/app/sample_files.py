@@ -19,6 +19,7 @@ from ldmlab.inference.sample_settings import ResolvedSettings
 from ldmlab.inference.trajectory import Trajectory
 
 MOST_SHOWN = 144  # images in one grid
+_LOCK = ".sampling"
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,12 @@ class Job:
 
 
 def check_folder(out: Path | None) -> None:
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} is in use; give a new or empty folder.")
+    """A new or empty folder; the lock that a killed command left does not count."""
+    if out is None or not out.exists():
+        return
+    held = [entry.name for entry in out.iterdir() if entry.name != _LOCK] if out.is_dir() else [out.name]
+    if held:
+        raise InputError(f"--out {out} holds files already ({min(held)}); give a new or empty folder.")
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def own_folder(out: Path | None, model: Path) -> Iterator[Path]:
                 continue
             except OSError as error:
                 raise InputError(f"--out {folder} cannot be made ({error.strerror}); give another folder.") from error
-        lock = FileLock(folder / ".sampling")
+        lock = FileLock(folder / _LOCK)
         if not lock.take():
             raise InputError(f"--out {folder} is in use by another process; give a new or empty folder.")
         locks.append(lock)
