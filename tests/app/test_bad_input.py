@@ -83,7 +83,7 @@ def test_no_disk_space(flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "checkpoint")
 
-    monkeypatch.setattr("ldmlab.checkpoints._torch_save", full)
+    monkeypatch.setattr("ldmlab.checkpoints.torch.save", full)
     assert run_command(lambda: flow.clip(out="full")) == 2
     assert "space" in capsys.readouterr().err.splitlines()[-1]
 
