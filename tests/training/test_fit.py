@@ -7,6 +7,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -310,3 +311,16 @@ def test_the_state_of_a_callback_is_kept_and_must_be_plain(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"the state of .*Counter holds more than tensors and plain types"):
         train(TwoGroups(max_steps=3), tmp_path / "other", callbacks=[Counter(Path("here"))])
     assert not list((tmp_path / "other" / "checkpoints").glob("*"))
+
+
+def test_what_only_watches_leaves_no_trace(tmp_path: Path) -> None:
+    watching = {"num_sanity_val_steps": 1, "profiler": "simple", "enable_model_summary": False}
+    for name, lightning in (("plain", {}), ("watched", watching)):
+        stage = diffusion_stage(dropout=0.3, max_steps=6)
+        train(stage, tmp_path / name, lightning=lightning, validate_every=2, callbacks=[pl.callbacks.Timer()])
+    plain, watched = (
+        load_checkpoint(tmp_path / n / "checkpoints" / "step_00000006.ckpt") for n in ("plain", "watched")
+    )
+    for part in ("modules", "averaged", "rng", "optimizers", "notes"):
+        forked.same(plain[part], watched[part])
+    assert table(tmp_path / "plain") == table(tmp_path / "watched")

@@ -97,6 +97,28 @@ def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stag
     assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
 
 
+def member(rank: int, world: int, folder: Path, keys: Path, slow: bool) -> None:
+    callbacks = [Keys(keys.with_suffix(f".{rank}")), *([Slow()] if slow else [])]
+    train(two_groups(), folder, 2, world, rank, callbacks)
+
+
+def test_two_killed_processes_end_bit_identical(tmp_path: Path) -> None:
+    log, keys = tmp_path / "log", tmp_path / "keys"
+    assert forked.finish(*forked.group(2, member, tmp_path / "straight", keys, False, log=log)) == [0, 0]
+    children = forked.group(2, member, tmp_path / "killed", keys, True, log=log)
+    grown(keys.with_suffix(".1"), 11, children[1])
+    for child in children:
+        os.kill(child.pid, signal.SIGKILL)
+    assert forked.finish(*children) == [-signal.SIGKILL] * 2
+    assert forked.finish(*forked.group(2, member, tmp_path / "killed", keys, False, log=log)) == [0, 0], log.read_text()
+    assert "resuming from step" in log.read_text()
+    straight, killed = (
+        load_checkpoint(tmp_path / d / "checkpoints" / "step_00000012.ckpt") for d in ("straight", "killed")
+    )
+    forked.same(straight, killed)
+    assert len(killed["rng"]) == 2
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     """The curves, without duplicates of replayed steps; the first step of a start is logged by choice."""
     with open(folder / "metrics.csv", newline="") as file:
