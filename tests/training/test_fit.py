@@ -73,8 +73,9 @@ def test_the_best_checkpoint_of_an_older_run_gives_way_to_a_better_one(tmp_path:
     assert kept.best() is None
     checkpoints.save_checkpoint(tmp_path / "best.ckpt", {"step": 3})
     assert kept.best() == tmp_path / "best.ckpt"
-    checkpoints.save_checkpoint(kept.best_path({"name": "kid", "value": -0.00125, "step": 5}), {"step": 5})
-    kept.prune_best()
+    note = {"name": "kid", "value": -0.00125, "step": 5}
+    checkpoints.save_checkpoint(kept.best_path(note), {"step": 5})
+    kept.prune_best(note)
     assert [path.name for path in tmp_path.iterdir()] == ["best_step_00000005_kid_-0.00125.ckpt"]
     assert kept.best() == tmp_path / "best_step_00000005_kid_-0.00125.ckpt"
     assert kept.by_age() == []  # never taken up by a resumed run

@@ -42,9 +42,9 @@ class Checkpoints:
         for old in self.by_age()[: -self.keep]:
             old.unlink()
 
-    def prune_best(self) -> None:
-        """Delete the best checkpoints before the latest."""
-        for old in sorted(self.folder.glob(_BEST))[:-1]:
+    def prune_best(self, note: Mapping[str, Any]) -> None:
+        """Delete the best checkpoints of before."""
+        for old in set(self.folder.glob(_BEST)) - {self.best_path(note)}:
             old.unlink()
 
     def best(self) -> Path | None:

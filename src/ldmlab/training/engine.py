@@ -46,29 +46,25 @@ class Launched(ClusterEnvironment):
 
     @staticmethod
     def detect() -> bool:
-        """Always: torchrun, srun or a single process."""
         return True
 
     def world_size(self) -> int:
-        """Number of processes."""
         return distributed.world_size()
 
     def set_world_size(self, size: int) -> None:
-        """Fixed at launch."""
+        pass
 
     def global_rank(self) -> int:
-        """Rank over all machines."""
         return distributed.rank()
 
     def set_global_rank(self, rank: int) -> None:
-        """Fixed at launch."""
+        pass
 
     def local_rank(self) -> int:
         """Number of this process's device among those it sees: 0 where srun gave each task its own."""
         return distributed.local_rank() % (torch.cuda.device_count() or distributed.local_world_size())
 
     def node_rank(self) -> int:
-        """Number of this machine."""
         return distributed.rank() // max(distributed.local_world_size(), 1)
 
 

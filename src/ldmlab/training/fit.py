@@ -81,7 +81,11 @@ def fit(
             close_all(all_loggers, "success" if success else "failed")
     last = distributed.shared(lambda: checkpoints.by_age()[-1])
     if stop.signal is not None:
-        _leave(stage, stop, run, last, resume_command)
+        how = f"; resume with: {resume_command}" if resume_command else ""
+        distributed.say(f"saved step {stage.step} in {last}{how}")
+        distributed.barrier()
+        run.close()
+        raise SystemExit(stop.exit_code)
     if settings.fast_dev_run:
         run.discard()
     for line in skipped[0].summary():
@@ -161,15 +165,6 @@ def explained(error: Exception, checkpoints: Checkpoints) -> InputError | None:
     if memory_ran_out(error):
         return InputError(f"memory ran out ({reason}); {kept}; use a smaller trainer.micro_batch, or accumulate more.")
     return None
-
-
-def _leave(stage: Stage, stop: StopRequest, run: RunFolder, path: Path, resume_command: str) -> None:
-    """Print where the run stopped and how to resume it."""
-    how = f"; resume with: {resume_command}" if resume_command else ""
-    distributed.say(f"saved step {stage.step} in {path}{how}")
-    distributed.barrier()
-    run.close()
-    raise SystemExit(stop.exit_code)
 
 
 def load_initial_weights(

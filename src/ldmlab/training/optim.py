@@ -1,8 +1,7 @@
-"""Optimizers, learning rates and optimizer groups; the configured rate is used unless `lr_scaling` changes it."""
+"""Optimizers and learning rates; the configured rate is used unless `lr_scaling` changes it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from ldmlab.errors import InputError
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-Groups = Mapping[str, list[nn.Parameter]]  # by name; each parameter belongs to exactly one group
 
 
 @dataclass(frozen=True)
@@ -159,43 +157,3 @@ def restore_optimizer(optimizer: Optimizer, state: Any, name: str) -> None:
             if moment.shape != parameter.shape:
                 raise InputError(f"the checkpoint's optimizer state of {name} has another shape than its weights.")
             moments[kind] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
-
-
-def check_owned(module: nn.Module, groups: Groups) -> None:
-    """Every trainable parameter of the module belongs to exactly one group."""
-    owned = [id(p) for parameters in groups.values() for p in parameters]
-    assert len(owned) == len(set(owned)), "a parameter belongs to two groups"
-    stray = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in set(owned)]
-    assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
-
-
-@contextmanager
-def only_trainable(groups: Groups, group: str) -> Iterator[None]:
-    """Inside, only this group's parameters require gradients."""
-    others = [p for name, parameters in groups.items() if name != group for p in parameters]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
-
-
-def clip_gradients(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
-    """Norm of the gradient before clipping; None clips nothing."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if largest is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm.detach()
-
-
-def still_frozen(module: nn.Module) -> None:
-    """Frozen parts (all parameters frozen) go into evaluation mode."""
-    for child in module.children():
-        parameters = list(child.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            child.eval()
-        else:
-            still_frozen(child)

@@ -82,5 +82,5 @@ class StopRequest(pl.Callback):
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal, as shells count."""
+        """As shells count."""
         return 128 + (self.signal or 0)

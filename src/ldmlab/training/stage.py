@@ -5,7 +5,7 @@ update follows the last micro-batch of the step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,20 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldmlab import distributed
-from ldmlab.averaging import AveragedWeights
 from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError
-from ldmlab.training.optim import (
-    OptimizerFactory,
-    RateBySteps,
-    check_owned,
-    clip_gradients,
-    only_trainable,
-    restore_optimizer,
-    still_frozen,
-)
+from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
 from ldmlab.training.random_state import isolated_random
 from ldmlab.training.rows import StepMetrics
+from ldmlab.training.validation import Validated
 
 Batch = dict[str, Any]
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
@@ -82,7 +74,7 @@ class _Restarted:
             return iter(self._start())
 
 
-class Stage(pl.LightningModule):
+class Stage(Validated):
     """The base of all trained stages; a subclass defines optimizer groups, losses and what is saved."""
 
     kind: ClassVar[str]  # name of the stage in checkpoints
@@ -102,27 +94,24 @@ class Stage(pl.LightningModule):
         gradient_clip: float | None = None,  # largest norm of a group's gradient
         averaging_decay: float | None = None,  # None: no averaged weights
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         self.automatic_optimization, self.strict_loading = False, False
-        self.seed, self.max_steps, self.accumulate = seed, max_steps, accumulate
+        self.max_steps, self.accumulate = max_steps, accumulate
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.gradient_clip, self.averaging_decay = gradient_clip, averaging_decay
         self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
-        self.average: AveragedWeights | None = None  # made by callbacks.averaging
         self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
         self.step_complete = True  # between two steps
         self.metrics = StepMetrics()
         self.row: dict[str, Any] = {}  # logged outside `training_step`, for the next row
         self.row_now = False  # whether that row is written at this step, also where none is due
         self.panel_labels: dict[str, list[str]] = {}  # of the images of the latest panels, by name
-        self.validated: dict[str, float] = {}  # metrics of the latest validation
         self._groups: dict[str, list[nn.Parameter]] = {}  # by group, from the moment optimizers are made
         self.one_by_one = False  # update each group before the loss of the next one is computed
         self.updating = False  # in the middle of an update, where no state may be saved
-        self._micro_batches = 0
+        self._micro_batches = self._images = 0
         self._waiting: dict[str, Any] | None = None  # optimizer states of a checkpoint
-        self._evaluation = ExitStack()
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
 
@@ -140,10 +129,6 @@ class Stage(pl.LightningModule):
 
     def saved(self) -> dict[str, nn.Module]:
         """The modules that a checkpoint holds, by name."""
-        raise NotImplementedError
-
-    def validation_metrics(self) -> dict[str, float]:
-        """Metrics over all processes of the batches since `on_validation_epoch_start`; {} without any image."""
         raise NotImplementedError
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -173,24 +158,34 @@ class Stage(pl.LightningModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.step
 
     def _backward(self, group: str, batch: Batch, last: bool) -> None:
-        with self._only(group), nullcontext() if last else self._no_sync():
+        # gradients of all micro-batches of a step but the last are not synchronised
+        with self._only(group), nullcontext() if last or self._ddp is None else self._ddp.no_sync():
             losses = self.losses(group, batch)
             self.manual_backward(losses.total / self.accumulate)
         self.extras[group] = {name: value.detach() for name, value in losses.extras.items()}
         self.log_dict(losses.metrics or {"loss": losses.total})
 
-    def _only(self, group: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def _only(self, group: str) -> Iterator[None]:
         """Inside, only this group's parameters require gradients."""
-        return only_trainable(self._groups, group)
+        others = [p for name, parameters in self._groups.items() if name != group for p in parameters]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        """Inside, gradients are not synchronised, for all micro-batches of a step but the last."""
-        wrapped = getattr(self.trainer.strategy, "model", None)
-        return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
+    @property
+    def _ddp(self) -> nn.parallel.DistributedDataParallel | None:
+        """DDP's wrapper, where it synchronises the gradients."""
+        wrapped = self.trainer.strategy.model
+        return wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
 
     def _update_group(self, group: str) -> None:
         self.updating = True
-        if not isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
+        if self._ddp is None:
             distributed.mean_gradients(self._groups[group])
         index = list(self._groups).index(group)
         self._rates[group].step()
@@ -202,7 +197,11 @@ class Stage(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The norm of the gradient, without the scale of float16, and its clipping."""
         group = next(name for name, own in self.optimizers_by_group().items() if own is optimizer)
-        self.metrics.add(f"gradient_norm/{group}", clip_gradients(self._groups[group], self.gradient_clip))
+        parameters = self._groups[group]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+        self.metrics.add(f"gradient_norm/{group}", norm)
 
     def _update(self, active: list[str]) -> None:
         self.updating = True
@@ -245,7 +244,10 @@ class Stage(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer a group, each with its schedule of the learning rate."""
         self._groups = self.groups()
-        check_owned(self, self._groups)
+        owned = [id(p) for parameters in self._groups.values() for p in parameters]
+        assert len(owned) == len(set(owned)), "a parameter belongs to two groups"
+        stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in set(owned)]
+        assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
         self._optimizers = {group: self.factory(group)(parameters) for group, parameters in self._groups.items()}
         self._rates = {
             group: RateBySteps(optimizer, lambda: self.lr_schedule(self.step))
@@ -270,56 +272,13 @@ class Stage(pl.LightningModule):
         """The learning rate of each group's latest update."""
         return {group: o.param_groups[0]["lr"] for group, o in self.optimizers_by_group().items()}
 
-    def on_validation_start(self) -> None:
-        """Averaged weights, evaluation mode and random numbers of its own until the epoch of validation ends."""
-        self._evaluation.enter_context(self.evaluating())
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch of this process to the metrics."""
-        raise NotImplementedError
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics as val/NAME; raw weights come back before any checkpoint can be saved."""
-        self.validated = self.validation_metrics()
-        self.leave_evaluation()
-        if not self.trainer.sanity_checking:
-            self.log_dict({f"val/{name}": value for name, value in self.validated.items()})
-
-    def leave_evaluation(self) -> None:
-        """Undo `on_validation_start`."""
-        self._evaluation.close()
-
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Metrics over batches (this process's slice), without a Trainer."""
-        self.on_validation_epoch_start()
-        for index, batch in enumerate(batches):
-            self.validation_step(batch, index)
-        return self.validation_metrics()
-
-    def mean_over_processes(self, sums: dict[str, Tensor | float], count: int | float) -> dict[str, float]:
-        """Sums over this process's images and their count => means over the images of all; {} without any."""
-        values = torch.tensor([*(float(v) for v in sums.values()), float(count)], dtype=torch.float64)
-        *totals, number = distributed.sum_(values).tolist()
-        return {name: total / number for name, total in zip(sums, totals, strict=True)} if number else {}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Averaged weights, evaluation mode, no gradients, the run's precision, and no trace in the random state."""
-        modes = [(module, module.training) for module in self.modules()]
-        averaged = self.average.applied() if self.average is not None else nullcontext()
-        precision = self.trainer.precision_plugin.forward_context()
-        try:
-            with averaged, torch.no_grad(), precision, isolated_random(self.seed):
-                self.eval()
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
     def train(self, mode: bool = True) -> "Stage":
         """Training mode, but frozen parts (all parameters frozen) stay in evaluation mode."""
         super().train(mode)
-        still_frozen(self)
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
         if self.improved:  # before the checkpoint that refers to this one
             trainer.save_checkpoint(self.files.best_path(self.notes["best"]))
             if distributed.rank() == 0:
-                self.files.prune_best()
+                self.files.prune_best(self.notes["best"])
             self.improved = False
         due = self.stop.save_due or pl_module.step % self.settings.checkpoint_every == 0
         if due or self.stop.stopping or trainer.should_stop:
