@@ -2,7 +2,9 @@
 
 import csv
 import errno
+import gc
 import os
+import weakref
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from ldmlab.training.callbacks.noise_levels import NoiseLevels
 from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.throughput import Throughput
-from ldmlab.training.checkpointing import Checkpoints
+from ldmlab.training.checkpointing import Checkpoints, Files
 from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.fit import load_initial_weights
 from ldmlab.training.settings import TrainerSettings, trainer_node
@@ -325,3 +327,25 @@ def test_what_only_watches_leaves_no_trace(tmp_path: Path) -> None:
     for part in ("modules", "averaged", "rng", "optimizers", "notes"):
         forked.same(plain[part], watched[part])
     assert table(tmp_path / "plain") == table(tmp_path / "watched")
+
+
+def test_what_a_checkpoint_held_is_freed_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    read = Files.load_checkpoint
+
+    def watched(self: Files, *arguments: Any, **options: Any) -> dict[str, Any]:
+        content = read(self, *arguments, **options)
+        moments = content["optimizers"]["main"]["state"][0]["exp_avg"]
+        held.extend([weakref.ref(content["modules"]["main"]["weight"]), weakref.ref(moments)])
+        return content
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            gc.collect()
+            freed.extend(ref() is None for ref in held)
+
+    freed: list[bool] = []
+    monkeypatch.setattr(Files, "load_checkpoint", watched)
+    for steps in (2, 4):
+        train(TwoGroups(max_steps=steps), tmp_path / "run", callbacks=[Watch()])
+    assert freed == [True, True]
