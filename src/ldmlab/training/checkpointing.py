@@ -72,7 +72,7 @@ class Checkpoints:
     def sweep(self) -> None:
         """Delete incomplete files of killed processes, also those next to the folder of checkpoints."""
         beside = [part for name in _BESIDE for part in self.folder.parent.glob(f".{name}.*.part")]
-        for part in [*self.folder.glob(".*.part"), *beside]:
+        for part in [*self.folder.glob(".*.part"), *beside] if distributed.rank() == 0 else []:
             part.unlink(missing_ok=True)
 
 

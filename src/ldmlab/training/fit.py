@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from torch import Tensor
 
 from ldmlab import distributed
@@ -48,37 +49,60 @@ def fit(
     record = record or Record()
     checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
     path, changes = _take_up(stage, checkpoints, files, settings, batches.manifest_hash, record)
-    finished = stage.step >= stage.max_steps
-    if path is not None and (lost := lost_rows(run.metrics, stage.step, 1 if finished else settings.log_every)):
-        distributed.say(lost)
-    if path is not None and finished:
+    if path is not None and stage.step >= stage.max_steps:
         return path
     run.begin()
-    if distributed.rank() == 0:
-        checkpoints.sweep()
+    checkpoints.sweep()
     begin()
-    skipped = [part for part in callbacks if isinstance(part, Skipped)] or [Skipped(float("inf"))]
+    skipped = next((part for part in callbacks if isinstance(part, Skipped)), Skipped(float("inf")))
+    fields, loggers = {**record.config, **(fields or {})}, [RunFiles(), *loggers]
     with StopRequest(settings.checkpoint_every_minutes) as stop, StepProgress(distributed.rank() == 0) as progress:
         keep = KeepCheckpoints(checkpoints, settings, stop, batches.manifest_hash, record)
-        own = [part for part in skipped if part not in callbacks]
-        parts = [stop, Averaging(), RandomState(), *callbacks, *own, Rows(), progress, keep]
-        all_loggers = [RunFiles(), *loggers]
-        trainer = make_trainer(stage, settings, parts, all_loggers, [files], run.path)
+        chosen = [*callbacks, *([] if skipped in callbacks else [skipped])]
+        parts = [stop, Averaging(), RandomState(), *chosen, Rows(), progress, keep]
+        trainer = make_trainer(stage, settings, parts, loggers, [files], run.path)
         _introduce(stage, settings, progress, path, changes)
-        stage.train()
-        if settings.compile:
-            next(iter(stage.saved().values())).compile()  # in place: names get no prefix
-        open_all(all_loggers, run, {**record.config, **(fields or {})}, stage.step)
-        success = False
-        try:
-            trainer.fit(stage, batches, ckpt_path=path, weights_only=True)
-            success = True
-        except Interrupted:
-            pass
-        except Exception as error:
-            _end_of(error, stage, stop, checkpoints)
-        finally:
-            close_all(all_loggers, "success" if success else "failed")
+        open_all(loggers, run, fields, stage.step)
+        _train(trainer, stage, batches, path, stop, checkpoints)
+    last = _end(stage, run, settings, stop, checkpoints, resume_command)
+    for line in skipped.summary():
+        distributed.say(line)
+    return last
+
+
+def _train(
+    trainer: pl.Trainer, stage: Stage, batches: Batches, path: Path | None, stop: StopRequest, checkpoints: Checkpoints
+) -> None:
+    """Fit, and close the loggers; a fault is raised in a sentence where there is one."""
+    success = False
+    stage.train()
+    try:
+        trainer.fit(stage, batches, ckpt_path=path, weights_only=True)
+        success = True
+    except Interrupted:
+        pass
+    except Exception as error:
+        if threading.current_thread() is threading.main_thread():
+            # torch raises from a signal handler for every loader worker that dies, also while a fault is handled
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not stop.lost_workers(stage, error):  # they died of the signal too, and the state is saved
+            known = explained(error, checkpoints)
+            if known is None:
+                raise
+            raise known from error
+    finally:
+        close_all(trainer.loggers, "success" if success else "failed")
+
+
+def _end(
+    stage: Stage,
+    run: RunFolder,
+    settings: TrainerSettings,
+    stop: StopRequest,
+    checkpoints: Checkpoints,
+    resume_command: str,
+) -> Path:
+    """The last checkpoint. A stopped run says where it stopped and how to resume it; a trial leaves nothing behind."""
     last = distributed.shared(lambda: checkpoints.by_age()[-1])
     if stop.signal is not None:
         how = f"; resume with: {resume_command}" if resume_command else ""
@@ -88,8 +112,6 @@ def fit(
         raise SystemExit(stop.exit_code)
     if settings.fast_dev_run:
         run.discard()
-    for line in skipped[0].summary():
-        distributed.say(line)
     return last
 
 
@@ -127,28 +149,21 @@ def _take_up(
     images = settings.micro_batch * settings.accumulate * distributed.world_size()
     changes = compare(content, record, images, checkpoints.folder.parent)
     stage.restore(content)
+    every = settings.log_every if stage.step < stage.max_steps else 1
+    if lost := lost_rows(checkpoints.folder.parent / "metrics.csv", stage.step, every):
+        distributed.say(lost)
     return path, changes
 
 
 def _introduce(
     stage: Stage, settings: TrainerSettings, progress: StepProgress, path: Path | None, changes: Sequence[str]
 ) -> None:
+    if settings.compile:
+        next(iter(stage.saved().values())).compile()  # in place: names get no prefix
     lines = [summary(stage, settings), rates_line(stage)]
     lines += [f"resuming from step {stage.step} in {path}"] if path is not None else []
     for line in [*lines, *(f"changed option: {change}" for change in changes)]:
         progress.say(line)
-
-
-def _end_of(error: Exception, stage: Stage, stop: StopRequest, checkpoints: Checkpoints) -> None:
-    """Raise the fault, in a sentence where there is one; workers that died of a signal are none: the state is saved."""
-    if threading.current_thread() is threading.main_thread():
-        # torch raises from a signal handler for every loader worker that dies, also while the first fault is handled
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    known = explained(error, checkpoints)
-    if not stop.lost_workers(stage, error):
-        if known is None:
-            raise error
-        raise known from error
 
 
 def explained(error: Exception, checkpoints: Checkpoints) -> InputError | None:

@@ -1,6 +1,5 @@
 """Grids of sample images while training."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,14 +25,10 @@ class Panels(pl.Callback):
             return
         if distributed.rank() == 0:
             with pl_module.evaluating():
-                panels = pl_module.panels(_batches(trainer, pl_module))
+                batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+                device = pl_module.device
+                panels = pl_module.panels(pl_module.transfer_batch_to_device(part, device, 0) for part in batches)
             for name, images in panels.items():
                 title = pl_module.panel_titles.get(name, "")
                 log_images(trainer.loggers, name, images, step, pl_module.panel_labels.get(name), title)
         distributed.barrier()
-
-
-def _batches(trainer: Any, pl_module: Any) -> Iterator[dict[str, Any]]:
-    """Validation batches on the stage's device."""
-    for batch in trainer.datamodule.val_dataloader():
-        yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
