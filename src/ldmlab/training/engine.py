@@ -90,6 +90,8 @@ def make_trainer(
     """A Trainer for `stage`; InputError where Lightning's arguments contradict each other."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("profilers", "callbacks.model_summary"):  # silent unless the Trainer has one
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.INFO)
     for pattern in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     chosen = dict(settings.lightning)
