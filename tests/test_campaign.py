@@ -42,3 +42,25 @@ def test_the_table_counts_every_outcome() -> None:
     hows = ("harmless", "named", "said", "silent", "traceback", "hang", "ran", "outside")
     text = table([Outcome("disk full", number, "", how) for number, how in enumerate(hows)])
     assert "| disk full | 8 | 3 | 2 | 1 | 1 | 1 | 2 |" in text
+
+
+def test_a_campaign_goes_on_with_what_is_bad_or_missing(tmp_path: Path) -> None:
+    from campaign import _done
+
+    log = tmp_path / "faults.jsonl"
+    assert _done(log, 7) == {}
+    outcomes = [Outcome("disk full", number, "", how) for number, how in enumerate(("named", "hang", "said"))]
+    lines = [{"seed": 7 + (outcome.how == "said"), **outcome.record()} for outcome in outcomes]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _done(log, 7) == {("disk full", 0): outcomes[0]}
+
+
+def test_a_group_of_processes_ends_together_and_what_each_said_is_kept(tmp_path: Path) -> None:
+    from faults.commands import Limits, run_group
+
+    work = tmp_path / "work"
+    work.mkdir()
+    each = [Limits(seconds=200, environment={"LDMLAB_PLUGINS": name}, anew=True) for name in ("", "no_such_package")]
+    results = run_group(["sample", "nowhere", "1"], work, each, "pair", lambda pids: None)
+    assert [result.code for result in results] == [2, 2]
+    assert all(result.sentence.startswith("ldmlab: ") and not result.traceback for result in results)
