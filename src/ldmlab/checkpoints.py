@@ -25,17 +25,17 @@ _CHUNK_BYTES = 2**20
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Tensors and plain types to a file that `torch.load(weights_only=True)` reads."""
+    write_atomically(path, lambda temporary: _torch_save(content, temporary))
 
-    def save(temporary: Path) -> None:
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-        except RuntimeError as error:  # torch's zip writer hides the errno of a full disk
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
 
-    write_atomically(path, save)
+def _torch_save(content: dict[str, Any], path: Path) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's zip writer hides the errno of a full disk
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
