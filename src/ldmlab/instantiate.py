@@ -75,6 +75,10 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
     if doubled := arguments.keys() & derived.keys():
         names = ", ".join(sorted(doubled))
         raise InputError(f"{where}.{names} is derived from other options; remove it.")
+    check_arguments(target, arguments, where, complete=False)
+    for name in derived:
+        if not _takes(target, name):
+            raise InputError(f"{where}._target_={shown(node['_target_'])} must take the argument {name}; add it.")
     check_arguments(target, arguments | derived, where, complete=not partial)
     check_types(target, arguments, where)
     arguments |= derived
@@ -186,6 +190,11 @@ def _scalars(value: Any) -> Iterator[Any]:
 def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:
     """Whether the node's target takes an argument of this name."""
     return name in inspect.signature(locate(node, where=where)).parameters
+
+
+def _takes(target: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(target).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def instantiate_with(node: Mapping[str, Any], *, where: str, **offered: Any) -> Any:

@@ -293,7 +293,7 @@ def test_a_denoiser_with_a_part_from_outside(
     if kind == "task":  # finish() had the last word
         assert pixels.min() >= 63
         assert pixels.max() <= 192
-    if named:
+    if named and kind != "sampler":  # the one that samples is typed, and so trusted
         new_process(monkeypatch)
         words = ["sample", str(tmp_path / "model"), *typed, "--device", "cpu", "--out", str(tmp_path / "never")]
         refused(words)
@@ -336,11 +336,11 @@ def test_a_first_stage_and_a_loss_from_outside(lab: Lab, tmp_path: Path, monkeyp
     refused(["sample", str(tmp_path / "model"), "--out", str(tmp_path / "never")])
 
 
-def test_a_guider_and_features_from_outside(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guider_and_features_from_outside(lab: Lab, tmp_path: Path) -> None:
     lab.train(tmp_path / "run", 2, *PIXELS)
     plain = lab.sample(tmp_path / "run", tmp_path / "plain")
     push = ["--guider", f"{PACKAGE}.parts.Push", "--guider-weight", "0.5"]
-    pushed = lab.sample(tmp_path / "run", tmp_path / "pushed", *push, "--plugins", PACKAGE)
+    pushed = lab.sample(tmp_path / "run", tmp_path / "pushed", *push)
     assert pushed.astype(int).sum() > plain.astype(int).sum()
     few = ["protocol.samples=4", "protocol.steps=2", "protocol.neighbours=0", "~protocol.metrics.precision_recall"]
     words = [f"model={tmp_path}/run", "features=theirs", "guiders=theirs", *few, "device=cpu", "keep_reference=false"]
@@ -349,5 +349,3 @@ def test_a_guider_and_features_from_outside(lab: Lab, tmp_path: Path, monkeypatc
     record = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert "their-colours" in json.dumps(record)
     assert '"push": 0.5' in json.dumps(record)
-    new_process(monkeypatch)
-    refused(["sample", str(tmp_path / "run"), *push, "--out", str(tmp_path / "never")])

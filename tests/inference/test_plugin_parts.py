@@ -51,8 +51,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_sampler_and_a_guider(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LDMLAB_PLUGINS", "dim_lab")
+def test_a_typed_sampler_and_guider_are_trusted(lab: Path) -> None:
     words = ["runs/tiny", "1", "--sampler", "dim_lab.Slow", "--guider", "dim_lab.Dim", "--guider-weight", "0.25"]
     sample_command([*words, "--out", "out"])
     told = read_settings(Path("out/000000.png"))
@@ -60,15 +59,14 @@ def test_a_sampler_and_a_guider(lab: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("option", ["--sampler", "--guider"])
-@pytest.mark.parametrize("name", ["os.system", "dim_lab.Slow", "dim_lab.Nothing", "no_such_lab.Slow", "dim_lab."])
-def test_what_is_not_allowed_is_refused(lab: Path, option: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["os.system", "dim_lab.Nothing", "no_such_lab.Slow", "dim_lab."])
+def test_what_is_no_part_is_refused(lab: Path, option: str, name: str) -> None:
     with pytest.raises(InputError):
         sample_command(["runs/tiny", "1", option, name, "--out", "out"])
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("option", ["--sampler", "--guider"])
-def test_a_class_that_misses_its_contract_is_refused(lab: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
-    monkeypatch.setenv("LDMLAB_PLUGINS", "dim_lab")
+def test_a_class_that_misses_its_contract_is_refused(lab: Path, option: str) -> None:
     with pytest.raises(InputError, match=r"dim_lab\.Empty"):
         sample_command(["runs/tiny", "1", option, "dim_lab.Empty", "--out", "out"])

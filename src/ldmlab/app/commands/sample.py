@@ -20,7 +20,7 @@ examples:
 import argparse
 import datetime
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
     typed = {one.name: getattr(args, one.name) for one in fields(SampleSettings)}
     settings = SampleSettings(**{name: parsed(name, text) for name, text in typed.items() if text is not None})
     swept, by_name = variants(settings, args.sweep)
+    _trust_classes("sampler", {one.sampler for one in by_name.values()})
+    _trust_classes("guiders.guider", {args.guider or ""})
     _check_options(args)
     check_prompts(args)
     lines = prompt_lines(args)
@@ -105,6 +107,15 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{len(inputs) * len(resolved)} images in {folder}")
     finally:
         distributed.leave()
+
+
+def _trust_classes(where: str, names: Set[str]) -> None:
+    """A class of a package outside that is named on the command line is trusted, as one in a yaml of the user's is."""
+    from ldmlab.instantiate import trust_typed
+
+    for name in names:
+        if "." in name:
+            trust_typed({"_target_": name}, where)
 
 
 def _check_options(args: argparse.Namespace) -> None:
