@@ -17,7 +17,7 @@ _AGREE_EVERY_SECONDS = 5.0  # between two questions to the other processes, each
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
+    """A stop signal arrived and the state is saved."""
 
 
 class StopRequest(pl.Callback):
@@ -26,11 +26,11 @@ class StopRequest(pl.Callback):
     def __init__(self, save_every_minutes: float | None = None) -> None:
         self.signal: int | None = None
         self.stopping = False  # all processes know
-        self.save_due = False  # by the first process's clock, agreed upon
+        self.save_due = False  # by the clock of any process, agreed upon
         self._before: dict[int, Any] = {}
         self._interval = (save_every_minutes or float("inf")) * 60
-        self._saved = self._asked = time.monotonic()
-        self._ask_at = self._asked_step = 0  # steps of the next and the latest question
+        self._saved = self._agreed = time.monotonic()
+        self._ask_at = self._agreed_step = 0  # steps of the next and the latest question
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.getsignal(number) for number in STOPPING}
@@ -65,12 +65,12 @@ class StopRequest(pl.Callback):
             if step < self._ask_at:
                 self.save_due = False
                 return
-            pace = (step - self._asked_step) / max(now - self._asked, 1e-3)  # steps a second
+            pace = (step - self._agreed_step) / max(now - self._agreed, 1e-3)  # steps a second
             ahead = 1 if device.type == "cpu" else max(int(pace * _AGREE_EVERY_SECONDS), 1)
             answer = torch.tensor([self.signal or 0, int(due), -ahead], device=device)
             number, due, negative = distributed.largest_(answer).tolist()
             self.signal = number or None
-            self._ask_at, self._asked_step, self._asked = step - negative, step, now
+            self._ask_at, self._agreed_step, self._agreed = step - negative, step, now
         self.stopping, self.save_due = self.signal is not None, bool(due)
         if due:
             self._saved = now

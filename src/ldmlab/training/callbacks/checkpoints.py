@@ -3,7 +3,6 @@
 import io
 import math
 import pickle
-from dataclasses import asdict
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -44,8 +43,8 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """What describes the run and its data."""
         data = {"manifest_hash": self.manifest_hash}
-        run = {name: getattr(self.record, name) for name in asdict(self.record)}
-        checkpoint |= {"format_version": FORMAT_VERSION, "data": data, "notes": self.notes, "run": run}
+        run = {"run": dict(vars(self.record)), "notes": self.notes}
+        checkpoint |= {"format_version": FORMAT_VERSION, "data": data, **run}
         for name, state in checkpoint.get("callbacks", {}).items():
             torch.save(state, box := io.BytesIO())
             try:
