@@ -48,6 +48,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dim_lab.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ldmlab.instantiate._TYPED", set())  # what is typed here is not typed in the next test
     return tmp_path
 
 
