@@ -232,7 +232,7 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 _WORDS = re.compile(
     r"skip|bad |damaged|cannot|not an? |left out|missing|unreadable|checksum|crc|differ|warn|ignored|\bnan\b|refus|"
-    r"no longer|passed over|instead of|another|\d+ of \d+|changed|applied|overrid|unused|starts anew|restored",
+    r"\blost\b|no longer|passed over|instead of|another|\d+ of \d+|changed|applied|overrid|unused|starts anew|restored",
     re.IGNORECASE,
 )
 
