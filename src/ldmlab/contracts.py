@@ -183,7 +183,7 @@ class Sampler(Protocol):
 class NamedSampler(Sampler, Protocol):
     """A sampler of the group `sampler`, with the grid that it is used with unless the command line names another."""
 
-    spacing: str  # official | linspace | trailing | karras | log_snr
+    spacing: str  # official | quad | linspace | trailing | karras | log_snr
     steps: int
 
 

@@ -138,7 +138,7 @@ def squared_error(images: Tensor, target: Tensor) -> Tensor:
 
 
 def shrunk(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with anti-aliasing to (height, width), as super-resolution shrinks its images."""
+    """(B, C, H, W) to (B, C, *size), bicubic and anti-aliased as in super-resolution; InputError for a larger size."""
     if images.shape[2:] == size:
         return images
     if size[0] > images.shape[2] or size[1] > images.shape[3]:
@@ -155,7 +155,7 @@ def _check(option: str, value: float) -> None:
 
 
 def check_guidance(guidance_scale: float, trained: bool | None, conditioned: bool) -> None:
-    """Refuse guidance that the model was not trained for; warn where that is not recorded."""
+    """InputError for a scale that is no number or that the model was not trained for; a warning if that is unknown."""
     if not math.isfinite(guidance_scale):
         raise InputError(f"guidance_scale={guidance_scale} is no number; choose 1 (off) or for instance 3.")
     if guidance_scale == 1:

@@ -10,6 +10,7 @@ class EpsPrediction:
     """The network predicts the noise (Ho et al. 2020, eq. 14), as every model of the paper does."""
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """eps, of clean's shape (B, C, h, w)."""
         return noise
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
@@ -26,6 +27,7 @@ class VPrediction:
     """The network predicts v = alpha eps - sigma clean (Salimans & Ho 2022, appendix D), as SD 2.x at 768 px."""
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """alpha eps - sigma clean, (B, C, h, w)."""
         return alpha * noise - sigma * clean
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:

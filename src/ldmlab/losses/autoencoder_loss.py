@@ -13,7 +13,11 @@ Terms = dict[str, Tensor]
 
 
 class AutoencoderLoss(nn.Module):
-    """reconstruction + sum of penalty_weights[p] p + adversary's weight x adaptive weight x (- mean D(y))."""
+    """reconstruction + sum of penalty_weights[p] p + adversary's weight x adaptive weight x (- mean D(y)).
+
+    Esser et al., "Taming Transformers", CVPR 2021, eq. 6 and 7; the paper's appendix G. Images (B, 3, H, W)
+    in [-1, 1]; losses are scalars. InputError where the weights do not name the penalties of the first stage.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class AutoencoderLoss(nn.Module):
         return total, {name: value.detach() for name, value in terms.items()}
 
     def discriminator(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Terms]:
+        """The adversary's hinge loss on images and reconstructions, and its terms."""
         assert self.adversary is not None
         loss, logits = self.adversary.discriminator_loss(images, reconstructed)
         terms = {"adversary/discriminator": loss.detach()}

@@ -56,6 +56,7 @@ class PixelAttention(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) => (B, C, h, w)."""
         tokens = to_tokens(self.norm(x))  # (B, N, C)
         qkv = self.qkv(tokens).unflatten(2, (self.heads, 3, -1))  # (B, N, H, 3, d)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))  # (B, H, N, d)
@@ -79,12 +80,16 @@ class TokenAttention(nn.Module):
         return split_heads(self.k(context), self.heads), split_heads(self.v(context), self.heads)
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """(B, N, width) => (B, N, width); without keys and values, attention among the tokens themselves."""
         k, v = self.keys_values(x) if keys_values is None else keys_values
         return self.out(attend(split_heads(self.q(x), self.heads), k, v))
 
 
 class GatedMLP(nn.Module):
-    """out(a gelu(b)), where a and b are the two halves of expand(x), each four times as wide as x."""
+    """(..., width) => out(a gelu(b)), where a and b are the halves of expand(x), each four times as wide as x.
+
+    GEGLU of Shazeer 2020, "GLU Variants Improve Transformer".
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -120,6 +125,7 @@ class TransformerBlock(nn.Module):
         return output
 
     def forward(self, x: Tensor, kv: CrossKV) -> Tensor:
+        """(B, N, width), with what `precompute_kv` gave => (B, N, width)."""
         x = x + self.self_attention(self.norm_self(x))
         x = x + (kv if isinstance(kv, Tensor) else self.cross_attention(self.norm_cross(x), kv))
         return x + self.mlp(self.norm_mlp(x))
@@ -144,6 +150,7 @@ class SpatialTransformer(nn.Module):
         return [block.precompute_kv(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
 
     def forward(self, x: Tensor, kv: list[CrossKV]) -> Tensor:
+        """(B, C, h, w), with what `precompute_kv` gave => (B, C, h, w)."""
         tokens = self.proj_in(to_tokens(self.norm(x)))  # (B, N, width)
         for block, part in zip(self.blocks, kv, strict=True):
             tokens = block(tokens, part)

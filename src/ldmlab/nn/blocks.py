@@ -136,7 +136,11 @@ class ResBlock(nn.Module):
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0, shift: int = 0) -> Tensor:
-    """(B,) times => (B, width) float32: cosines first, then sines, of t max_period^(-i / (half - shift))."""
+    """(B,) times => (B, width) float32: cosines first, then sines, of t max_period^(-i / (half - shift)).
+
+    half = width // 2, i = 0 .. half - 1; Vaswani et al. 2017, section 3.5, as the official code orders it. An odd width
+    ends in a zero.
+    """
     half = width // 2
     rate = -math.log(max_period) / (half - shift)
     frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * rate)

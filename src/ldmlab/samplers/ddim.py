@@ -36,6 +36,7 @@ class Ddim(Stepwise):
         self.order = None if eta > 0 else 1
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """alpha' clean + sqrt(sigma'^2 - fresh^2) eps + fresh noise (eq. 12)."""
         here, there = step.here, step.there
         fresh = self.eta * math.sqrt(posterior_variance(here, there))  # eq. 16
         quieter = there._replace(sigma=math.sqrt(there.sigma**2 - fresh**2))

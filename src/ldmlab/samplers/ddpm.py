@@ -20,6 +20,7 @@ class Ddpm(Stepwise):
         self.temperature, self.quantize_x0 = checked_temperature(temperature), quantize_x0
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """A draw from the posterior of eq. 6 and 7; its mean alone where the variance is 0."""
         here, there = step.here, step.there
         ratio = here.alpha / there.alpha
         step_variance = here.sigma**2 - ratio**2 * there.sigma**2  # of q(x_t | x_s); beta_t for neighbours

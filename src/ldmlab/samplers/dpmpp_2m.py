@@ -18,6 +18,7 @@ class Dpmpp2M(Stepwise):
     steps = 25
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """sigma'/sigma x - alpha' (exp(-h) - 1) D with D = clean + h / (2 h_before) (clean - clean_before)."""
         length = log_snr(step.there) - log_snr(step.here)  # h
         estimate = clean
         if step.past:

@@ -13,4 +13,5 @@ class Euler(Stepwise):
     steps = 50
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """alpha' clean + sigma' eps."""
         return first_order(x, clean, step.here, step.there)

@@ -18,6 +18,7 @@ class EulerAncestral(Stepwise):
         self.eta, self.temperature = checked_eta(eta), checked_temperature(temperature)
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """alpha' clean + sigma_down eps + sigma_up noise; sigma_down^2 + sigma_up^2 = sigma'^2."""
         here, there = step.here, step.there
         fresh = self.eta * math.sqrt(posterior_variance(here, there))  # sigma_up
         down = math.sqrt(there.sigma**2 - fresh**2)  # sigma_down

@@ -13,6 +13,7 @@ class Heun(Stepwise):
     steps = 25  # 49 evaluations
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """x' by the mean of the slopes eps at both ends, in x / alpha over sigma / alpha."""
         here, there = step.here, step.there
         guess = first_order(x, clean, here, there)
         if there.time is None or there.sigma == 0 or here.alpha == 0:

@@ -22,6 +22,7 @@ class Plms(Stepwise):
         self.quantize_x0 = quantize_x0
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """DDIM's step without noise, along the weighted estimates (eq. 12; in the first step eq. 13)."""
         here, there, known = step.here, step.there, step.past  # known: noise estimates, newest first
         if here.alpha == 0:  # no signal to carry an estimate on from
             known.clear()
