@@ -1,6 +1,6 @@
 """Plant faults into the flow and count what comes of them.
 
-    python benchmarks/campaign.py --seed 7                     1,000 faults
+    python benchmarks/campaign.py --seed 7 --jobs 4            1,000 faults: 25 minutes of one processor, half on two
     python benchmarks/campaign.py --seed 7 --faults 40         a slice
     python benchmarks/campaign.py --seed 7 --only "disk full" --fault 3 --keep     one again; its folder stays
     python benchmarks/campaign.py --seed 7 --out FOLDER        goes on where it stopped: what FOLDER notes as good stays

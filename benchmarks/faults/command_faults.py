@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {  # of each command, with valu
         "features.run": ("nowhere", "null", "denoiser", "packed", "3"),
         "model": ("nowhere", "null", "[a]", "packed", "images", "''"),
         "images": ("3", "[a]", "[[1,2,3]]", "[[a,nowhere.png]]", "null"),
-        "out": ("''", "3", "packed"),
+        "out": ("''", "3"),
         "data": ("nothing", "3"),
         "keep_reference": ("3", "x", "null"),
         "wandb": ("x", "3"),

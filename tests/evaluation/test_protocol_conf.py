@@ -8,8 +8,10 @@ from torchmetrics import Metric
 
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.evaluate import changed
+from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
+from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.report.paper_conditions import PAPER_FEATURES
 from ldmlab.report.paper_source import conditions_of, paper_tables
 
@@ -96,3 +98,15 @@ def test_what_was_changed_in_a_protocol_is_found() -> None:
     }
     assert changed(plain(compose("evaluate", ["protocol=paper_ffhq", "model=x"]).protocol)) == []
     assert changed({**node, "name": "my own"}) == []
+
+
+@pytest.mark.parametrize("name", ["shown", "neighbours"])
+def test_counts_below_zero_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"protocol\.{name}=-1 is below 0"):
+        Protocol(**{"name": "x", "metrics": {}, "reference": "val", name: -1})
+
+
+@pytest.mark.parametrize(("name", "value"), [("subsets", 0), ("subset_size", 1), ("at_most", -1)])
+def test_subsets_of_the_kernel_distance_are_large_enough(name: str, value: int) -> None:
+    with pytest.raises(InputError, match=rf"metric\.kid\.{name}={value} is too few"):
+        KernelDistance(**{name: value})

@@ -72,6 +72,9 @@ class Protocol:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise InputError(f"protocol.{name}={value} is too few to score; choose at least 2.")
+        for name in ("shown", "neighbours"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"protocol.{name}={value} is below 0; choose 0 for none.")
         if not 0 <= self.max_bad < 1:
             raise InputError(f"protocol.max_bad={self.max_bad} is not a share; choose 0 or more, below 1.")
         if self.mask_buckets and not self.pairs:

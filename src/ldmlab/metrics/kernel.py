@@ -29,6 +29,9 @@ class KernelDistance(FeatureSets):
         at_most: int = 1000,
     ) -> None:
         super().__init__()
+        for name, value, least in (("subsets", subsets, 1), ("subset_size", subset_size, 2), ("at_most", at_most, 2)):
+            if value is not None and value < least:
+                raise InputError(f"metric.kid.{name}={value} is too few; choose at least {least}.")
         self.subsets, self.subset_size, self.seed, self.at_most = subsets, subset_size, seed, at_most
         self.resolved: dict[str, int] = {}  # options as they were used, after `compute`
         self.remarks: dict[str, str] = {}  # by score, after `compute`
