@@ -38,6 +38,7 @@ class Unipc(Stepwise):
         self.order = min(predictor_order, 2) + corrector  # one estimate to begin with lets order 3 be no more than 2
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """The corrector of the step before, now that its end is known, then a first-order step and the predictor."""
         known: list[Known] = []  # newest first
         if step.past:
             known, predicted = step.past  # of the step that led here
