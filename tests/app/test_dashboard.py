@@ -15,7 +15,7 @@ from walk import SMALL, TINY_STAGE, Flow
 
 from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.dashboard import dashboard, mean_curve
+from ldmlab.app.dashboard_page import dashboard, mean_curve
 from ldmlab.app.run_records import by_configuration, comparison_fields, read_runs
 from ldmlab.app.wiring import train
 from ldmlab.errors import InputError

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1] / "app"))
 from test_dashboard import make_run
 
 from ldmlab.app.cli import dispatch
-from ldmlab.app.dashboard import dashboard
+from ldmlab.app.dashboard_page import dashboard
 from ldmlab.app.run_records import by_configuration, has_trained, read_runs
 from ldmlab.errors import InputError
 from ldmlab.report.paper_conditions import PAPER_FEATURES

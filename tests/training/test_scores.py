@@ -15,7 +15,7 @@ from toy_stages import TwoGroups, diffusion_stage, train
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.training.callbacks.checkpoints import improves
+from ldmlab.training.callbacks.keep_checkpoints import improves
 from ldmlab.training.callbacks.scores import Scores
 
 VALUES = {2: 9.0, 4: 3.5, 6: 5.0, 8: 4.0}

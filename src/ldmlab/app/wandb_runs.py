@@ -1,4 +1,4 @@
-"""Runs at W&B: scores of evaluate.py in the run of their model, and the page of dashboard.py as a saved view."""
+"""Runs at W&B: scores of evaluate.py in the run of their model, and the page of dashboard_page.py as a saved view."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab import distributed
-from ldmlab.app.dashboard import STAGES, UNSEEN, by_stage, metrics_of, score_names
+from ldmlab.app.dashboard_page import STAGES, UNSEEN, by_stage, metrics_of, score_names
 from ldmlab.app.run_records import RunRecord, comparison_fields, scores_of
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate

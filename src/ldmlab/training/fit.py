@@ -12,13 +12,12 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
 from ldmlab.errors import InputError, memory_ran_out
-from ldmlab.training.callbacks.averaging import Averaging
-from ldmlab.training.callbacks.checkpoints import KeepCheckpoints
+from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
+from ldmlab.training.callbacks.weight_averaging import Averaging
 from ldmlab.training.checkpointing import Checkpoints, Files, complete
 from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.loggers import RunFiles, close_all, lost_rows, open_all
-from ldmlab.training.progress import StepProgress
 from ldmlab.training.random_state import RandomState
 from ldmlab.training.resume import Record, compare
 from ldmlab.training.rows import Rows
@@ -26,6 +25,7 @@ from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.signals import Interrupted, StopRequest
 from ldmlab.training.stage import Batches, Stage
+from ldmlab.training.step_progress import StepProgress
 
 
 def fit(

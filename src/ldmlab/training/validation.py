@@ -19,7 +19,7 @@ class Validated(pl.LightningModule):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.average: AveragedWeights | None = None  # made by callbacks.averaging
+        self.average: AveragedWeights | None = None  # made by callbacks.weight_averaging
         self.validated: dict[str, float] = {}  # metrics of the latest validation
         self._evaluation = ExitStack()
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ldmlab.app import wandb_runs
-    from ldmlab.app.dashboard import dashboard
+    from ldmlab.app.dashboard_page import dashboard
     from ldmlab.app.run_records import read_runs
     from ldmlab.report.render import write_page
 

@@ -9,7 +9,7 @@ import torch
 from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.files import write_json
-from ldmlab.training.callbacks.checkpoints import KeepCheckpoints, improves
+from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints, improves
 
 FOLDER = "in_training"  # in a run folder: step_XXXXXXXX/metrics.json
 DISTANCES = ("fid", "sfid", "kid", "cmmd")  # between features of generated and real images, the smaller the better
