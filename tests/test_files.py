@@ -13,9 +13,19 @@ from typing import Any
 
 import pytest
 
-from ldmlab import files
+from ldmlab import files, model_files
 from ldmlab.errors import InputError
-from ldmlab.files import FileLock, disk_sentence, locked, read_json, write_atomically, write_json, write_text
+from ldmlab.files import (
+    FileLock,
+    by_step,
+    disk_sentence,
+    locked,
+    own_folder,
+    read_json,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 
 def test_text_and_json_are_written_and_read(tmp_path: Path) -> None:
@@ -168,3 +178,40 @@ def test_waiting_for_a_lock(
 def test_a_lock_in_a_folder_that_takes_no_files_is_refused() -> None:
     with pytest.raises(InputError, match=r"/proc/out.lock cannot be (made|written)"):
         FileLock(Path("/proc/out.lock")).take()
+
+
+# ---- files of steps, a folder for one command
+
+
+def test_files_of_steps_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["step_99999999.ckpt", "step_00000500.ckpt", "step_100000000.ckpt"]
+    for name in (*names, "step_00000500.png", "step_5.ckpt", "step_00000500-copy.ckpt", "best_step_00000500.ckpt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in by_step(tmp_path, ".ckpt")] == [names[1], names[0], names[2]]
+
+
+def test_a_run_is_loaded_from_the_checkpoint_of_its_last_step(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with pytest.raises(InputError, match="no finished checkpoint"):
+        model_files._locate(tmp_path)
+    for step in (99_999_900, 100_000_000):
+        (folder / f"step_{step:08d}.ckpt").touch()
+    assert model_files._locate(tmp_path) == (tmp_path, folder / "step_100000000.ckpt")
+
+
+def test_a_folder_is_for_one_command_and_goes_if_nothing_was_written(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    busy = "out={} is in use"
+    with own_folder(lambda: out, ".lock", busy) as folder:
+        assert folder == out
+        with (
+            pytest.raises(InputError, match=r"out=\S+ is in use \(this process\)"),
+            own_folder(lambda: out, ".lock", busy),
+        ):
+            pass
+        assert sorted(path.name for path in out.iterdir()) == [".lock"]
+    assert not out.exists()
+    with own_folder(lambda: out, ".lock", busy):
+        (out / "kept").touch()
+    assert [path.name for path in out.iterdir()] == ["kept"]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 
+STATES_PREFIX = "states."  # and the name of a conditioner: batch field of its output, stored with the encoded latents
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -132,11 +134,6 @@ def checked_drop(drop: float, name: str = "conditioner") -> float:
     if not 0 <= drop < 1:
         raise InputError(f"{name}.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
     return drop
-
-
-def states_field(name: str) -> str:
-    """Batch field with the output of conditioner `name`, stored when the latents were encoded."""
-    return f"states.{name}"
 
 
 class Level(NamedTuple):

@@ -1,5 +1,6 @@
 """The exception for user errors, and the format of values in its message."""
 
+import difflib
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -26,6 +27,12 @@ def one_of(option: str, value: Any, known: Iterable[str]) -> None:
     """InputError for a choice that is not among the known ones."""
     if value not in (choices := tuple(known)):
         raise InputError(f"{option}={shown(value)} is unknown; choose one of {', '.join(choices)}.")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
+    """The end of a sentence: the nearest of the known names, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def memory_ran_out(error: BaseException) -> bool:

@@ -8,13 +8,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -81,6 +82,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def by_step(folder: Path, ending: str) -> list[Path]:
+    """The files `step_<number><ending>` of a folder, the lowest number first."""
+    pattern = re.compile(rf"step_(\d{{8,}}){re.escape(ending)}")
+    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
     """Inside, a full or read-only disk and missing permissions become an InputError about `path`."""
@@ -138,6 +146,34 @@ def locked(path: Path, busy: str, *, wait: bool = False, quiet: bool = False, re
         yield
     finally:
         lock.release(remove=remove)
+
+
+@contextmanager
+def own_folder(find: Callable[[], Path], lock: str, busy: str) -> Iterator[Path]:
+    """The folder that `find` checks or makes, for this command alone: another one is refused as `locked` does.
+
+    The first process finds it; the others follow. `lock`: name of the lock file inside; `busy`: words of `locked`, {}
+    for the folder. An empty folder is removed at the end.
+    """
+    from ldmlab import distributed  # imports torch
+
+    with ExitStack() as held:
+
+        def take() -> Path:
+            folder = find()
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / lock, busy.format(folder), remove=True))
+            return folder
+
+        folder = distributed.shared(take)
+        try:
+            yield folder
+        finally:
+            held.close()
+            if distributed.rank() == 0:
+                with suppress(OSError):
+                    folder.rmdir()  # nothing was written
 
 
 class FileLock:

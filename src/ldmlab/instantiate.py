@@ -6,7 +6,6 @@ config.yaml) names only classes of the room that holds such parts (`ROOMS`), or 
 gives them neither paths nor commands.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -18,7 +17,7 @@ from typing import Any
 from ldmlab import plugins
 from ldmlab.argument_types import check_types
 from ldmlab.contracts import CONTRACTS, check_part, members
-from ldmlab.errors import InputError, memory_ran_out, shown
+from ldmlab.errors import InputError, did_you_mean, memory_ran_out, shown
 
 _GROUPS = {  # package of ldmlab => the groups whose classes it holds
     "first_stages": ("first_stage",),
@@ -267,8 +266,7 @@ def check_arguments(
     known = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for name in arguments:
         if name not in known and not open_ended:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known) or 'none'}."
+            hint = did_you_mean(name, known, f"there are {', '.join(known) or 'none'}.")
             raise InputError(f"{where}.{name}: there is no such option; {hint}")
     required = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
     if required and complete:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldmlab import format1, plugins
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
 from ldmlab.errors import InputError, shown
-from ldmlab.files import write_text
+from ldmlab.files import by_step, write_text
 
 FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
@@ -210,7 +210,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise InputError(f"{path} is neither a folder nor a checkpoint; give a run folder, model folder or .ckpt file.")
     if (path / "checkpoints").is_dir():
-        checkpoints = sorted((path / "checkpoints").glob("step_*.ckpt"))
+        checkpoints = by_step(path / "checkpoints", ".ckpt")
         if not checkpoints:
             raise InputError(f"{path} has no finished checkpoint yet; let its training reach one.")
         return path, checkpoints[-1]

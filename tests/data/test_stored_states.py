@@ -15,7 +15,7 @@ from ldmlab.app.encode_splits import encode_splits
 from ldmlab.app.plans import diffusion
 from ldmlab.app.wiring import stage_options, train, with_task
 from ldmlab.checkpoints import fingerprint
-from ldmlab.contracts import states_field
+from ldmlab.contracts import STATES_PREFIX
 from ldmlab.data.decode import decode_states
 from ldmlab.data.latent_shards import state_files
 from ldmlab.data.manifest import read_manifest
@@ -110,7 +110,7 @@ def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch
     stage, data = stage_and_data(root, *choice)
     module = stage.diffusion.conditioners[name]
     batches, stored = losses(stage, data)
-    assert all(batch[states_field(name)].dtype == torch.float16 for batch in batches)
+    assert all(batch[STATES_PREFIX + name].dtype == torch.float16 for batch in batches)
     dropped = torch.cat([stage.diffusion.drops(batch, 0)[name] for batch in batches])
     assert 0 < dropped.sum() < len(dropped)
     online, live_data = stage_and_data(root, *choice, "data.latents=null", f"from_run={root / 'stage'}")
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch
     assert [batch["key"] for batch in batches] == [batch["key"] for batch in live_batches]
     for batch, shown in zip(batches, live_batches, strict=True):
         expected = module(shown, None)
-        assert (batch[states_field(name)].float() - expected).abs().max() < 2 * ROUNDING * expected.abs().max()
+        assert (batch[STATES_PREFIX + name].float() - expected).abs().max() < 2 * ROUNDING * expected.abs().max()
     torch.testing.assert_close(stored, live, atol=TOLERANCE * float(live.mean()), rtol=0)
     other, _ = stage_and_data(root, *choice, *of_run(root, name, "other"), "data.states=false")
     other.diffusion.latent_scale.load_state_dict(stage.diffusion.latent_scale.state_dict())

@@ -27,8 +27,9 @@ from ldmlab.evaluation.image_sets import image_set, score_sets
 from ldmlab.evaluation.model_evaluation import Evaluation, ReconstructionEvaluation
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
-from ldmlab.evaluation.run import TrainingScores, output_folder
+from ldmlab.evaluation.run import TrainingScores
 from ldmlab.evaluation.sources import Reconstructions
+from ldmlab.files import own_folder
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
@@ -311,7 +312,10 @@ def test_samples_follow_a_small_reference(tmp_path: Path) -> None:
 
 def test_a_second_evaluation_of_one_folder_is_refused(tmp_path: Path) -> None:
     data, out = shards(tmp_path), tmp_path / "out"
-    with output_folder(out), pytest.raises(InputError, match=r"is being written by another evaluation"):
+    with (
+        own_folder(lambda: out, ".lock", run.BUSY),
+        pytest.raises(InputError, match=r"is being written by another evaluation"),
+    ):
         evaluation(data, out).run()
     assert not out.exists()
     evaluation(data, out).run()

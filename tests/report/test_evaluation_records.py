@@ -264,3 +264,17 @@ def test_charts_of_one_name_have_a_file_each(tmp_path: Path) -> None:
     assert sorted(files) == ["hohe-fid-12-of-x-2.csv", "hohe-fid-12-of-x.csv"]
     assert files["hohe-fid-12-of-x.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,1.0']
     assert files["hohe-fid-12-of-x-2.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,2.0']
+
+
+def test_a_chart_that_is_gone_leaves_no_values(tmp_path: Path) -> None:
+    charts = [Chart(name, {"a": [(0.0, 1.0)]}) for name in ("fid", "loss")]
+    write_page(tmp_path / "page.html", Page("", "", [Section("s", [Charts(charts)])]))
+    own = tmp_path / "points" / "mine.csv"
+    own.write_text("a table,of the user\n")
+    write_page(tmp_path / "page.html", Page("", "", [Section("s", [Charts(charts[:1])])]))
+    assert sorted(file.name for file in (tmp_path / "points").iterdir()) == ["mine.csv", "s-fid.csv"]
+    write_page(tmp_path / "page.html", Page("", "", []))
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["mine.csv", "page.html", "points"]
+    own.unlink()
+    write_page(tmp_path / "page.html", Page("", "", []))
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]

@@ -1,12 +1,11 @@
 """Options of the command line that another option overrides, or that the stage does not read, are refused."""
 
-import difflib
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ldmlab.app.conf_files import leaves
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, did_you_mean
 
 Config = Mapping[str, Any]
 NAMES = (
@@ -43,10 +42,7 @@ def chosen_options() -> frozenset[str]:
 def check_names(config: Config) -> None:
     """Refuse unused names, which are typos, also in an experiment file."""
     for name in config.keys() - NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        raise InputError(
-            f"{name}: nothing reads this option; {f'did you mean {near[0]}?' if near else 'leave it out.'}"
-        )
+        raise InputError(f"{name}: nothing reads this option; {did_you_mean(name, NAMES, 'leave it out.')}")
 
 
 def check_choices(config: Config, chosen: Collection[str]) -> None:

@@ -5,7 +5,6 @@ for the first sentence stands below the options in the help.
 """
 
 import argparse
-import difflib
 import errno
 import importlib
 import importlib.metadata
@@ -13,13 +12,14 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any, NoReturn
 
 from ldmlab.app.choices import chosen_options
 from ldmlab.app.compose import hydra_main, plain, searching
 from ldmlab.app.conf_files import conf_dir, group_choices
-from ldmlab.errors import InputError, memory_ran_out
+from ldmlab.errors import InputError, did_you_mean, memory_ran_out
 from ldmlab.plugins import allow
 
 COMMANDS = {
@@ -109,9 +109,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         unknown = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
-        near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
-        hint = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists the options."
-        raise InputError(f"{self.prog}: {message}; {hint}")
+        near = [hint for word in unknown if (hint := did_you_mean(word.split("=")[0], known))]
+        raise InputError(f"{self.prog}: {message}; {[*near, f'`{self.prog} --help` lists the options.'][0]}")
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -125,8 +124,7 @@ def dispatch(arguments: list[str]) -> int:
         print(f"ldmlab {importlib.metadata.version('ldmlab')}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+        hint = did_you_mean(name, COMMANDS, f"there are {', '.join(COMMANDS)}.")
         raise InputError(f"{name}: there is no such command; {hint}")
     if name in WITH_HYDRA:
         sys.argv[1:] = rest  # Hydra reads it
@@ -141,9 +139,10 @@ def dispatch(arguments: list[str]) -> int:
     module.add_arguments(parser)
     add_own_options(parser, name)
     args = parser.parse_intermixed_args(rest)
-    allow(args.plugins, "--plugins")
-    own = ["--config-dir", args.config_dir] if getattr(args, "config_dir", None) else []
-    with searching(own):
+    if args.plugins:
+        allow(args.plugins, "--plugins")
+    folder = getattr(args, "config_dir", None)
+    with searching(["--config-dir", folder]) if folder else nullcontext():
         module.run(args)
     return 0
 

@@ -1,6 +1,5 @@
 """Hydra's composition over our files and a user's own, with errors as one sentence that names the nearest choice."""
 
-import difflib
 import os
 import re
 import shlex
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ldmlab.app.conf_files import OWN, conf_dir, conf_dirs, folder_of, group_choices, groups, leaves
-from ldmlab.errors import InputError, shown
+from ldmlab.errors import InputError, did_you_mean, shown
 
 _SEARCHPATH = "hydra.searchpath"
 _NO_VALUE = "{0} has no value; give it on the command line as {0}=VALUE."
@@ -260,11 +259,9 @@ def _unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> InputE
 
 def _nearest(name: str, choices: list[str]) -> str:
     """The end of a sentence: `; did you mean x?`, or the whole list when nothing is near and it is short."""
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    if not near:  # a right last part under a wrong parent
-        near = [c for c in choices if c.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-    if near:
-        return f"; did you mean {near[0]}?"
+    same_end = [c for c in choices if c.rpartition(".")[2] == name.rpartition(".")[2]]  # under a wrong parent
+    if hint := did_you_mean(name, choices, cutoff=0.5) or did_you_mean(name, same_end, cutoff=0):
+        return f"; {hint}"
     return f"; there are {', '.join(choices)}." if choices and len(choices) <= 30 else "."
 
 

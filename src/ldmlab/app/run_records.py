@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ldmlab.errors import InputError
+from ldmlab.files import by_step
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import read_config, read_description
 from ldmlab.report.line_chart import Points
@@ -59,7 +60,7 @@ class RunRecord:
     def images(self) -> dict[str, Path]:
         """The newest grid of each panel."""
         folders = sorted(path for path in (self.path / "samples").glob("*") if path.is_dir())
-        return {folder.name: newest[-1] for folder in folders if (newest := sorted(folder.glob("step_*[0-9].png")))}
+        return {folder.name: grids[-1] for folder in folders if (grids := by_step(folder, ".png"))}
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunRecord]:

@@ -1,10 +1,9 @@
 """Images of one `ldmlab sample` as files: each with its settings inside, a grid, trajectories."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ from ldmlab import distributed
 from ldmlab.app.commands.sample_prompts import Inputs, label
 from ldmlab.app.progress import bar
 from ldmlab.errors import InputError, memory_ran_out
-from ldmlab.files import FileLock
 from ldmlab.inference.grids import grid, save_png, table
 from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.inference.sample_settings import ResolvedSettings
 from ldmlab.inference.trajectory import Trajectory
 
 MOST_SHOWN = 144  # images in one grid
-_LOCK = ".sampling"
+LOCK = ".sampling"  # in the folder of a command that runs
+BUSY = "--out {} is in use by another process"
 
 
 @dataclass(frozen=True)
@@ -85,45 +84,28 @@ class Job:
             grid([row[0] for row in rows], labels, columns).save(self.folder / "grid.png")
 
 
-def check_folder(out: Path | None) -> None:
+def check_folder(out: Path) -> None:
     """A new or empty folder; the lock that a killed command left does not count."""
-    if out is None or not out.exists():
-        return
-    held = [entry.name for entry in out.iterdir() if entry.name != _LOCK] if out.is_dir() else [out.name]
+    held = [entry.name for entry in out.iterdir() if entry.name != LOCK] if out.is_dir() else [out.name] * out.exists()
     if held:
         raise InputError(f"--out {out} holds files already ({min(held)}); give a new or empty folder.")
 
 
-@contextmanager
-def own_folder(out: Path | None, model: Path) -> Iterator[Path]:
-    """The folder of --out, or the first free outputs/MODEL-N, which no other command uses meanwhile."""
-    locks: list[FileLock] = []
-
-    def make() -> Path:
+def output_folder(out: Path | None, model: Path) -> Path:
+    """The folder of --out, or the first free outputs/MODEL-N, made now."""
+    if out is not None:
         check_folder(out)
-        for number in count(1):
-            folder = out or Path("outputs") / f"{model.resolve().stem}-{number}"
-            try:
-                folder.mkdir(parents=True, exist_ok=out is not None)
-                break
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise InputError(f"--out {folder} cannot be made ({error.strerror}); give another folder.") from error
-        lock = FileLock(folder / _LOCK)
-        if not lock.take():
-            raise InputError(f"--out {folder} is in use by another process; give a new or empty folder.")
-        locks.append(lock)
-        return folder
-
-    folder = distributed.shared(make)
-    try:
-        yield folder
-    finally:
-        for lock in locks:
-            lock.release(remove=True)
-            with suppress(OSError):
-                folder.rmdir()  # nothing was written
+    number = 0
+    while True:
+        number += 1
+        folder = out or Path("outputs") / f"{model.resolve().stem}-{number}"
+        try:
+            folder.mkdir(parents=True, exist_ok=out is not None)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be made ({error.strerror}); give another folder.") from error
 
 
 @contextmanager

@@ -5,7 +5,6 @@ grid of floor(sqrt(vocabulary)) cells a side, empty tokens up to `objects`, then
 corners are counted in the whole image if the crop has tokens (of objects that it cuts, all of them), else in the crop.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from ldmlab.annotations import WHOLE, checked
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
-from ldmlab.errors import InputError, one_of
+from ldmlab.errors import InputError, did_you_mean, one_of
 from ldmlab.nn.attention import TransformerEncoder
 
 _ROUNDING = 1e-6
@@ -105,8 +104,7 @@ class LayoutTokens(BaseConditioner):
 
     def _number(self, name: Any) -> int:
         if not isinstance(name, str) or name not in self.numbers:
-            near = difflib.get_close_matches(str(name), self.numbers, n=1)
-            way = f"did you mean {near[0]}?" if near else "give its class_id." if not self.numbers else "fix it."
+            way = did_you_mean(str(name), self.numbers, "fix it." if self.numbers else "give its class_id.")
             raise InputError(
                 f"boxes: class {name!r} is not one of the {len(self.numbers)} class names of this model; {way}"
             )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ldmlab.annotations import BOXES
-from ldmlab.contracts import Task, states_field
+from ldmlab.contracts import STATES_PREFIX, Task
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
 from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
 from ldmlab.data.manifest import Manifest, check_shards, read_manifest
@@ -211,7 +211,7 @@ class ShardDataset(Dataset[Batch]):
         if self.spec.moments:
             sample["moments"] = decode_moments(files, int(flipped), self._moment_shape)
         for name in self.spec.states:
-            sample[states_field(name)] = decode_states(files, name, view=int(flipped))  # (L, D)
+            sample[STATES_PREFIX + name] = decode_states(files, name, view=int(flipped))  # (L, D)
         if self.spec.images:
             sample["image"] = self._image(place, files)  # (3, H, W)
         if self.spec.parts:

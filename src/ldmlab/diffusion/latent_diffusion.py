@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import (
+    STATES_PREFIX,
     AfterStep,
     Conditioner,
     Conditioning,
@@ -22,7 +23,6 @@ from ldmlab.contracts import (
     Sampler,
     Task,
     checked_drop,
-    states_field,
 )
 from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import check_guidance
@@ -106,7 +106,7 @@ class LatentDiffusion(LatentSpace):
 
     def _output(self, name: str, conditioner: Conditioner, batch: dict[str, Any]) -> Tensor:
         """The conditioner's output, or its states stored when the latents were encoded."""
-        stored = batch.get(states_field(name))
+        stored = batch.get(STATES_PREFIX + name)
         return conditioner(batch, self.encode) if stored is None else stored.float()
 
     # ---- training

@@ -5,9 +5,9 @@ being trained.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +22,13 @@ from ldmlab.evaluation.real_images import RealImages, SplitReference
 from ldmlab.evaluation.record import FORMAT_VERSION, Paper, check_reference, features_record
 from ldmlab.evaluation.scoring import EVALUATE, EvaluationPass, Numbered, OptionNames, Score, Track, untracked
 from ldmlab.evaluation.sources import Source
-from ldmlab.files import FileLock, disk_errors, write_json
+from ldmlab.files import disk_errors, own_folder, write_json
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.provenance import provenance
 
 TAG = "in_training"
+BUSY = "out={} is being written by another evaluation"
 OPTIONS = OptionNames("callbacks.scores.protocol.metrics", "features@callbacks.scores.features=")
 _TAKEN = frozenset(  # fields of a protocol that mean the same here
     {"name", "reference", "metrics", "samples", "at_most", "conditions", "classes", "reference_limit", "steps", "eta"}
@@ -121,7 +122,7 @@ class Setup:
     def run(self) -> dict[str, Any]:
         """The content of metrics.json (on every process); the first one writes it, last of all files."""
         began = time.monotonic()
-        with output_folder(self.out):
+        with own_folder(partial(check_out, self.out), ".lock", BUSY), disk_errors(self.out):
             check_reference(self.protocol, self.data)
             result = self.scored()
             result["seconds"] = round(time.monotonic() - began, 1)
@@ -153,38 +154,13 @@ class Setup:
         return plain | {"metrics": nodes}
 
 
-@contextmanager
-def output_folder(out: Path) -> Iterator[None]:
-    """The folder while one evaluation writes it: another one is refused, a full disk is one sentence, and what a
-    refused start created is removed."""
-    lock = FileLock(out / ".lock")
-
-    def take() -> None:
-        check_out(out)
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-        if not lock.take():
-            raise InputError(
-                f"out={out} is being written by another evaluation ({lock.holder()}); wait for it or choose another "
-                "folder."
-            )
-
-    distributed.shared(take)
-    try:
-        with disk_errors(out):
-            yield
-    finally:
-        lock.release(remove=True)
-        if distributed.rank() == 0 and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-
-
-def check_out(out: Path) -> None:
-    """A folder that holds a finished evaluation is not written over."""
+def check_out(out: Path) -> Path:
+    """The same folder; one that holds a finished evaluation is not written over."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out} is a file; choose a folder.")
     if (out / "metrics.json").exists():
         raise InputError(f"out={out} already holds an evaluation; choose another folder or delete it.")
+    return out
 
 
 # ---- scores while training

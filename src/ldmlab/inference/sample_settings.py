@@ -40,7 +40,7 @@ class SampleSettings:
     eta: float | None = _option(None, "fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)", 0)
     seed: int = _option(0, "with an image's number it decides the noise (0)", 0, 2**64 - 1)
     size: int | tuple[int, int] | None = _option(None, "HEIGHTxWIDTH or one side, px (as trained)", 1, LONGEST)
-    sampler: str = _option("ddim", f"{' | '.join(SAMPLERS)}; a plugin's: package.Class (ddim)")
+    sampler: str = _option("ddim", f"{' | '.join(SAMPLERS)}; or package.Class (ddim)")
     spacing: str | None = _option(
         None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's own)"
     )

@@ -1,6 +1,5 @@
 """Image networks of timm as feature extractors, DINOv2 first of all (FD-DINOv2: Stein et al., NeurIPS 2023)."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, did_you_mean
 from ldmlab.metrics.features import check_images, safe_file
 
 
@@ -26,8 +25,8 @@ class TimmFeatures(nn.Module):
     ) -> None:
         super().__init__()
         if not timm.is_model(model):
-            near = difflib.get_close_matches(model, timm.list_models(), n=1)
-            hint = f"did you mean {near[0]}?" if near else "`python -c 'import timm; print(timm.list_models())'` lists."
+            lists = "`python -c 'import timm; print(timm.list_models())'` lists."
+            hint = did_you_mean(model, timm.list_models(), lists)
             raise InputError(f"features.model={model} is no model of timm; {hint}")
         path = Path(weights)
         self.name = f"timm {model}"

@@ -4,7 +4,6 @@ A configuration is open_clip's own (`embed_dim`, `vision_cfg`, `text_cfg`, `quic
 `std` of the pixels. A model is built from it and the weights without network access.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.errors import InputError, one_of
+from ldmlab.errors import InputError, did_you_mean, one_of
 from ldmlab.files import weights_folder
 
 Config = dict[str, Any]
@@ -107,8 +106,7 @@ def _sized(config: Mapping[str, Any], image_size: int | None) -> Config:
 def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:
     known = open_clip.list_models()
     if ":" not in name and name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise InputError(f"clip.name={name} is no model of open_clip; {f'did you mean {near[0]}?' if near else known}")
+        raise InputError(f"clip.name={name} is no model of open_clip; {did_you_mean(name, known, str(known))}")
     cfg: Mapping[str, Any] = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
     weights = None if pretrained is None else str(_weights_file(name, pretrained))
     try:

@@ -1,6 +1,5 @@
 """The paper's tables as data (paper_tables.yaml): names of columns and rows, conditions, remarks of the sources."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, did_you_mean
 
 PARAMETERS = "n_params"
 
@@ -29,8 +28,7 @@ def known_table(name: str, option: str = "protocol.paper_table=") -> dict[str, A
     """The table called `name`; `option`: how it was chosen."""
     known = paper_tables()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        hint = did_you_mean(name, known, f"there are {', '.join(known)}.")
         raise InputError(f"{option}{name} is no table of the paper; {hint}")
     return known[name]
 

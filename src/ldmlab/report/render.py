@@ -33,7 +33,10 @@ def write_pages(out: Path, page: Page, folder: Path | None = None, points: str =
 
 
 def write_page(path: Path, page: Page, points: str = "points.csv") -> Path:
-    """Values of the page's charts, all in the file `points` and those of each in its folder, then `path` (HTML)."""
+    """Values of the page's charts, all in the file `points` and those of each in its folder, then `path` (HTML).
+
+    Values of charts that an earlier page had are deleted.
+    """
     charts = page.charts()
     files = {path.with_name(points): charts} if charts else {}
     for section, chart in charts:
@@ -45,6 +48,12 @@ def write_page(path: Path, page: Page, points: str = "points.csv") -> Path:
     for file, some in files.items():
         write_text(file, points_csv(some))
     write_text(path, html(page, points if charts else ""))
+    folder = path.with_name(Path(points).stem)
+    for old in {path.with_name(points), *folder.glob("*.csv")} - files.keys():
+        if old.is_file() and old.read_bytes().startswith(points_csv([]).encode()):  # no file of the user's own
+            old.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
     return path
 
 

@@ -1,6 +1,5 @@
 """The checkpoints of a run: atomic writes, the newest few are kept, the newest readable one is used to resume."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from ldmlab import distributed, format1
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
+from ldmlab.files import by_step
 
 FORMAT_VERSION = 2
 _PARTS: dict[str, type] = {  # what every checkpoint holds
     **{"kind": str, "step": int, "position": int, "seed": int, "modules": dict, "averaged": dict},
     **{"optimizers": dict, "rng": list, "data": dict, "notes": dict},
 }
-_NAME = re.compile(r"step_(\d{8,})\.ckpt")
 _BEST = "best*.ckpt"
 
 
@@ -53,8 +52,7 @@ class Checkpoints:
 
     def by_age(self) -> list[Path]:
         """Checkpoints by step, oldest first."""
-        found = [(int(match[1]), path) for path in self.folder.glob("step_*.ckpt") if (match := _NAME.match(path.name))]
-        return [path for _, path in sorted(found)]
+        return by_step(self.folder, ".ckpt")
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read, with its content; None in a run without any."""

@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ldmlab.inference.sample_settings import SampleSettings, parsed, variants
 
 _OTHERS = ("sweep", "precision", "weights", "device", "guider", "guider_image", "classifier")  # options in errors
 _GUIDER = """squared | lpips: guide the decoded estimate to low_resolution, or to --guider-image;
-a plugin's: package.Class"""
+or package.Class"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +83,13 @@ def run(args: argparse.Namespace) -> None:
 
     from ldmlab import distributed
     from ldmlab.app.guiders import guiders_by_option
-    from ldmlab.app.sample_files import Job, check_folder, memory_explained, own_folder
+    from ldmlab.app.sample_files import BUSY, LOCK, Job, check_folder, memory_explained, output_folder
     from ldmlab.build import load
+    from ldmlab.files import own_folder
     from ldmlab.inference.inputs import check_size
 
-    check_folder(args.out)
+    if args.out is not None:
+        check_folder(args.out)
     rank, _ = distributed.join(datetime.timedelta(hours=2))  # only short messages pass, some after a long wait
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
             assert isinstance(variant.size, tuple)
             for one in inputs[:: args.count]:
                 check_size(one, variant.size, model.enlargement)
-        with own_folder(args.out, args.model) as folder, memory_explained():
+        with own_folder(partial(output_folder, args.out, args.model), LOCK, BUSY) as folder, memory_explained():
             job = Job(model, inputs, resolved, folder, args.first_index)
             shown = distributed.gather(job.sample(args.batch_size, trajectory=args.trajectory))
             if rank == 0:

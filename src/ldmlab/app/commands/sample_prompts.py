@@ -1,13 +1,12 @@
 """Prompts of `ldmlab sample`: text, files and an input image, to a model's inputs."""
 
 import argparse
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmlab.app.cli import at_least
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from ldmlab.inference.model import LoadedModel
@@ -100,8 +99,8 @@ def model_inputs(
     known = known_fields(model.reads)
     unknown = {name for one in every for name in one} - known  # a misspelt name is refused, other ones are listed
     for name in sorted(unknown):
-        if near := difflib.get_close_matches(name, known, n=1):
-            raise InputError(f"--prompts {args.file}: {name} is no input of this model; did you mean {near[0]}?")
+        if hint := did_you_mean(name, known):
+            raise InputError(f"--prompts {args.file}: {name} is no input of this model; {hint}")
     if unknown:
         print(f"{args.file}: not read by this model: {_names(unknown)}")
     for one in every:
