@@ -88,12 +88,7 @@ def make_trainer(
     folder: Any = None,
 ) -> pl.Trainer:
     """A Trainer for `stage`; InputError where Lightning's arguments contradict each other."""
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("profilers", "callbacks.model_summary"):  # silent unless the Trainer has one
-        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.INFO)
-    for pattern in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", pattern)
+    _quiet()
     chosen = dict(settings.lightning)
     more = chosen.pop("plugins", [])
     ours = {
@@ -121,6 +116,16 @@ def make_trainer(
         raise InputError(f"trainer: Lightning refuses these options: {error}") from error
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign] # ours are in place
     return trainer
+
+
+def _quiet() -> None:
+    """Lightning prints errors, and what a profiler or a model summary found; expected warnings are left out."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("profilers", "callbacks.model_summary"):
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.INFO)
+    for pattern in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
 
 
 def _processes(settings: TrainerSettings, chosen: dict[str, Any]) -> dict[str, Any]:
