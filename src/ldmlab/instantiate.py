@@ -95,6 +95,8 @@ def trust_typed(config: Any, where: str = "") -> None:
             _TYPED.add((group_of(where)[0], config["_target_"]))
         for key, value in config.items():
             trust_typed(value, f"{where}.{key}" if where else str(key))
+    for part in config if isinstance(config, list) else ():
+        trust_typed(part, where)
 
 
 def group_of(where: str) -> tuple[str, bool]:
@@ -116,7 +118,8 @@ def locate(node: Mapping[str, Any], *, where: str, trust: bool = False) -> Calla
     """The callable that the node's `_target_` names."""
     path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or "." not in path:
-        raise InputError(f"{where}._target_={shown(path)} names nothing to build; choose a file of conf/{where}/.")
+        given = f"._target_={shown(path)}" if isinstance(node, Mapping) else f"={shown(node)}"
+        raise InputError(f"{where}{given} names nothing to build; {_way_out(where)}")
     if unknown := [key for key in node if str(key).startswith("_") and key not in _OURS]:
         raise InputError(f"{where}.{unknown[0]} is not supported; the only special keys are _target_ and _partial_.")
     trusted = trust or _is_typed(node, where)
@@ -125,12 +128,16 @@ def locate(node: Mapping[str, Any], *, where: str, trust: bool = False) -> Calla
         _check_package(path, package, where)  # before anything is imported
     target = _imported(path, module, name, where)
     if not callable(target):
-        raise InputError(f"{where}._target_={shown(path)} is no class or function; choose a file of conf/{where}/.")
+        raise InputError(f"{where}._target_={shown(path)} is no class or function; {_way_out(where)}")
     if not trusted:
         _check_kind(target, path, where)
     if package != "ldmlab":
         plugins.used(package)
     return target
+
+
+def _way_out(where: str) -> str:
+    return f"give {where}._target_=PACKAGE.CLASS." if "." in where else f"choose a file of conf/{where}/."
 
 
 def _is_typed(node: Mapping[str, Any], where: str) -> bool:
@@ -211,7 +218,7 @@ def _imported(path: str, module: str, name: str, where: str) -> Any:
         absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         if absent or (isinstance(error, AttributeError) and isinstance(error.obj, types.ModuleType)):
             outside = f"is {package} installed, and the name right?"
-            hint = f"choose a file of conf/{where}/." if package == "ldmlab" else outside
+            hint = _way_out(where) if package == "ldmlab" else outside
             raise InputError(f"{where}._target_={shown(path)} does not exist; {hint}") from error
         if package == "ldmlab":
             raise
@@ -223,7 +230,7 @@ def _imported(path: str, module: str, name: str, where: str) -> Any:
 
 
 def _called(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
-    """What the target makes; the ValueError with which an outside class refuses its options becomes an InputError."""
+    """What the target makes; the error with which an outside class refuses its options becomes an InputError."""
     try:
         return target(**arguments)
     except InputError:
@@ -235,8 +242,9 @@ def _called(target: Callable[..., Any], arguments: Mapping[str, Any], where: str
         largest = max(sizes, key=lambda key: sizes[key], default="")
         which = f"{where}.{largest}={sizes[largest]}" if sizes else where
         raise InputError(f"{which}: there is no memory for a part of this size; choose a smaller one.") from error
-    except ValueError as error:
-        if str(getattr(target, "__module__", "")).partition(".")[0] == "ldmlab":
+    except Exception as error:
+        refused = isinstance(error, ValueError | ImportError) or type(error).__name__ == "MisconfigurationException"
+        if not refused or str(getattr(target, "__module__", "")).partition(".")[0] == "ldmlab":
             raise
         name = getattr(target, "__qualname__", target)
         raise InputError(f"{where}: {name} refuses its options ({shown(str(error))}); change them.") from error
@@ -269,6 +277,8 @@ def check_arguments(
             hint = did_you_mean(name, known, f"there are {', '.join(known) or 'none'}.")
             raise InputError(f"{where}.{name}: there is no such option; {hint}")
     required = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
+    if required and complete and required[0] in ("params", "optimizer"):
+        raise InputError(f"{where}.{required[0]} is known in training only; set {where}._partial_=true.")
     if required and complete:
         raise InputError(
             f"{where}.{required[0]} has no value; give it on the command line as {where}.{required[0]}=VALUE."

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from format1_artefacts import config_of, unpack
-from ldmlab.app.choices import chosen_options
+from ldmlab.app.choices import check_added, chosen_options
 from ldmlab.app.wiring import train
 from ldmlab.data import loaders
 from ldmlab.errors import InputError
@@ -130,3 +130,10 @@ def test_a_long_temporary_folder_is_refused_before_anything_hangs(
         train(config("first_stage", data__workers=1))
     assert not Path("new").exists()
     train(config("first_stage", data__workers=0))
+
+
+@pytest.mark.parametrize(("program", "word"), [("evaluate", "+metric.x=1"), ("encode", "+colour=red")])
+def test_an_added_option_that_nothing_reads(program: str, word: str) -> None:
+    with pytest.raises(InputError, match="nothing reads this option"):
+        check_added(program, [word])
+    check_added(program, ["+data.more=1" if program == "encode" else "+protocol.more=1", "+hydra.x=1", "out=x"])

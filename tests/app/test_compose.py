@@ -1,14 +1,16 @@
 """Composition: precedence, and errors that name the nearest choice."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ldmlab.app.cli import dispatch
 from ldmlab.app.commands.config import origins
-from ldmlab.app.compose import compose, group_choices
+from ldmlab.app.compose import check_words, compose, group_choices, hydra_main
 from ldmlab.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +78,29 @@ def test_programs_end_with_exit_code_2_on_hydras_own_errors() -> None:
     assert result.stderr.strip() == (
         "ldmlab: stage=difusion: there is no such file in conf/stage/; did you mean diffusion?"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "several", "expected"),
+    [
+        (["seed=range(1,0)"], True, "seed=range(1,0) lists no value"),
+        (["run.dir=x", "seed=1,2"], True, "run.dir=x is one folder for several runs"),
+    ],
+)
+def test_several_runs(words: list[str], several: bool, expected: str) -> None:
+    with pytest.raises(InputError, match=re.escape(expected)):
+        check_words(words, several=several)
+
+
+def test_a_group_without_a_file() -> None:
+    with pytest.raises(InputError, match="trainer=null: a group takes the name of a file"):
+        compose("train", ["trainer=null"])
+
+
+def test_flags_between_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "mine.yaml").write_text("_target_: a.B\n")
+    monkeypatch.setattr(sys, "argv", ["train", "seed=3", "--config-dir", str(tmp_path), "backbone=mine"])
+    seen: list[Any] = []
+    hydra_main("train", seen.append)
+    assert (seen[0].seed, seen[0].backbone["_target_"]) == (3, "a.B")

@@ -250,3 +250,59 @@ def test_what_a_class_from_outside_refuses_is_a_sentence(shards: Path, tmp_path:
     sentence = refusal(lambda: run(shards, tmp_path / "run", f"+callbacks.x={{_target_: {__name__}.Odd, width: 7}}"))
     assert sentence == "callbacks.x: Odd refuses its options (the width 7 is odd); change them."
     assert not (tmp_path / "run").exists()
+
+
+class Unsaved(pl.Callback):
+    """Its state cannot be saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"f": lambda: 1}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        (f"+callbacks.x={{_target_: {__name__}.Unsaved}}", "the state of Unsaved holds more than tensors"),
+        ("+callbacks.x=5", "callbacks.x=5 names nothing to build; give callbacks.x._target_=PACKAGE.CLASS."),
+        ("+callbacks.x={_target_: pytorch_lightning.callbacks.Timer, duration: x}", "Timer refuses its options"),
+        (
+            "+callbacks.x={_target_: pytorch_lightning.callbacks.ModelCheckpoint, monitor: val/nope}",
+            "could not find the monitored key",
+        ),
+        (
+            "+callbacks.x={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/nope}",
+            "metric `val/nope` which is not available",
+        ),
+        ("+trainer.limit_train_batches=0", "no step was trained"),
+        (
+            "+trainer.profiler={_target_: pytorch_lightning.profilers.AdvancedProfiler, dirpth: x}",
+            "did you mean dirpath",
+        ),
+    ],
+)
+def test_what_lightning_refuses_is_a_sentence(shards: Path, tmp_path: Path, word: str, expected: str) -> None:
+    assert expected in refusal(lambda: run(shards, tmp_path / "run", word))
+
+
+def test_a_profiler_by_its_class(shards: Path, tmp_path: Path) -> None:
+    target = "pytorch_lightning.profilers.SimpleProfiler"
+    run(shards, tmp_path / "run", f"+trainer.profiler={{_target_: {target}, dirpath: '{tmp_path}', filename: times}}")
+    assert "run_training_batch" in (tmp_path / "fit-times.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("group", "node", "expected"),
+    [
+        ("callbacks", f"_target_: {__name__}.Hello", "holds parts by name"),
+        ("callbacks", "- a", "holds parts by name"),
+        ("optimizer", "_target_: torch.optim.Adam", "set optimizer._partial_=true"),
+        (
+            "lr_schedule",
+            "{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 2}",
+            "gives no factor of the learning rate for a step",
+        ),
+    ],
+)
+def test_files_of_another_form(shards: Path, tmp_path: Path, group: str, node: str, expected: str) -> None:
+    assert expected in refusal(lambda: run(shards, tmp_path / "run", *own_file(tmp_path, group, node)))
+    assert not (tmp_path / "run").exists()

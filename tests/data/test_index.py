@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from ldmlab.app.commands import index as command
 from ldmlab.data.decode import sample_fields
 from ldmlab.data.index_tars import index_tars
-from ldmlab.data.manifest import Manifest, check_shards, read_manifest
+from ldmlab.data.manifest import Manifest, check_shards, read_manifest, write_manifest
 from ldmlab.data.shards import read_range, scan_tar
 from ldmlab.errors import InputError
 
@@ -163,3 +164,14 @@ def test_webdataset_finds_the_same_samples(tmp_path: Path) -> None:
         info, _ = scan_tar(path)
         ours = [read_range(path, *info.byte_range(number)) for number in range(info.samples)]
         assert [{"__key__": key, **files} for key, files in ours] == theirs
+
+
+def test_the_manifest_of_packed_shards_is_kept(tmp_path: Path) -> None:
+    _img2dataset(tmp_path / "shard.tar", 2)
+    manifest = index([tmp_path])
+    index([tmp_path])  # again, perhaps with more tars
+    write_manifest(tmp_path, replace(manifest, transform={"size": 8}))
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match="has the manifest that it was written with"):
+        index([tmp_path])
+    assert (tmp_path / "manifest.json").read_bytes() == before

@@ -4,6 +4,7 @@ import csv
 import errno
 import gc
 import os
+import re
 import weakref
 from functools import partialmethod
 from pathlib import Path
@@ -27,6 +28,7 @@ from ldmlab.training.callbacks.throughput import Throughput
 from ldmlab.training.checkpointing import Checkpoints, Files
 from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.fit import load_initial_weights
+from ldmlab.training.loggers import read_metrics
 from ldmlab.training.settings import TrainerSettings, trainer_node
 
 
@@ -172,6 +174,8 @@ def test_other_data_is_refused_on_resume(tmp_path: Path, capsys: pytest.CaptureF
     resaved(path, {**content, "data": {"manifest_hash": "other"}})
     with pytest.raises(InputError, match="trained on other data"):
         train(TwoGroups(max_steps=6), tmp_path / "run")
+    for best in path.parent.glob("best*"):
+        best.unlink()
     resaved(path, {**content, "format_version": 99})
     with pytest.raises(InputError, match="none of the 1 checkpoints"):
         train(TwoGroups(max_steps=6), tmp_path / "run")
@@ -349,3 +353,31 @@ def test_what_a_checkpoint_held_is_freed_before_the_first_step(tmp_path: Path, m
     for steps in (2, 4):
         train(TwoGroups(max_steps=steps), tmp_path / "run", callbacks=[Watch()])
     assert freed == [True, True]
+
+
+def test_the_best_checkpoint_resumes_a_run_whose_others_are_lost(tmp_path: Path) -> None:
+    path = train(TwoGroups(max_steps=3), tmp_path / "run")
+    path.unlink()
+    stage = TwoGroups(max_steps=6)
+    train(stage, tmp_path / "run")
+    steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.csv")[1]]
+    assert stage.step == 6
+    assert steps[0] == "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"benchmark": 7}, "trainer.benchmark=7 does not fit; give true or false or null."),
+        ({"limit_val_batches": "lots"}, "trainer.limit_val_batches=lots does not fit"),
+        ({"min_steps": 2}, "trainer.min_steps=2: training goes to trainer.max_steps"),
+    ],
+)
+def test_arguments_of_the_trainer_of_another_type(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=re.escape(expected)):
+        trainer_node({"max_steps": 4, "micro_batch": 2, **given})
+
+
+def test_a_trial_of_fewer_than_one_step_is_refused() -> None:
+    with pytest.raises(InputError, match=r"trainer\.fast_dev_run=-1 must be at least 1"):
+        TrainerSettings(max_steps=3, micro_batch=1, fast_dev_run=-1)

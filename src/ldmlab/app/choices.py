@@ -4,7 +4,9 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ldmlab.app.conf_files import leaves
+import yaml
+
+from ldmlab.app.conf_files import conf_dir, leaves
 from ldmlab.errors import InputError, did_you_mean
 
 Config = Mapping[str, Any]
@@ -37,6 +39,16 @@ def chosen_options() -> frozenset[str]:
 
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
     return frozenset(word.partition("=")[0].lstrip("+~").partition("@")[0] for word in words)
+
+
+def check_added(program: str, words: Collection[str]) -> None:
+    """Refuse `+name=...` where nothing of conf/PROGRAM.yaml has that name, so that nothing would read it."""
+    content = yaml.safe_load((conf_dir() / f"{program}.yaml").read_text())
+    groups = [name for entry in content.pop("defaults") if isinstance(entry, Mapping) for name in entry]
+    known = {*content, "hydra", *(name.rpartition("@")[2].partition(".")[0] for name in groups)}
+    for name in (word.partition("=")[0].lstrip("+") for word in words if word.startswith("+")):
+        if name.partition(".")[0].rpartition("@")[2] not in known:
+            raise InputError(f"{name}: nothing reads this option; leave it out.")
 
 
 def check_names(config: Config) -> None:

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any, NoReturn
 
-from ldmlab.app.choices import chosen_options
+from ldmlab.app.choices import check_added, chosen_options
 from ldmlab.app.compose import hydra_main, plain, searching
 from ldmlab.app.conf_files import conf_dir, group_choices
 from ldmlab.errors import InputError, did_you_mean, memory_ran_out
@@ -174,6 +174,7 @@ def _train(config: Any) -> None:
 
 
 def _evaluate(config: Any) -> None:
+    check_added("evaluate", sys.argv[1:])
     content = plain(config)
     from ldmlab.app.evaluate import evaluate
 

@@ -99,6 +99,8 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
             value = os.environ[name]
             raise InputError(f"the environment variable {name}={value} is no number; start with torchrun or srun.")
     overrides, several = _command_line(sys.argv[1:])
+    flags = [word for word in sys.argv[1:] if word not in overrides]
+    sys.argv[1:] = [*overrides, *flags]  # Hydra takes no flag between two options
     failed: list[Exception] = []
 
     def guarded(config: Any) -> None:
@@ -135,8 +137,11 @@ def _command_line(words: Sequence[str]) -> tuple[list[str], bool]:
 
 def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
     """Refuse what Hydra would misread: special characters, no value, a number for a file; values of `several` runs."""
+    sweeps = several and any(parse_override(word).is_sweep_override() for word in overrides)
     for word in overrides:
         key, equals, value = word.partition("=")
+        if sweeps and key == "run.dir" and value != "null" and "," not in value and "${" not in value:
+            raise InputError(f"{word} is one folder for several runs; give run.name=NAME, and paths.runs=FOLDER.")
         if equals and not value and not key.startswith("~"):
             raise InputError(f"{key}= has no value; write {key}=VALUE, or {key}=null for none.")
         parsed = parse_override(word)
@@ -167,7 +172,10 @@ def parse_override(word: str) -> Any:
     from hydra.errors import OverrideParseException
 
     try:
-        return OverridesParser.create().parse_overrides([word])[0]
+        parsed = OverridesParser.create().parse_overrides([word])[0]
+        if parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
+            raise InputError(f"{word} lists no value; give at least one.")
+        return parsed
     except OverrideParseException as error:
         key, equals, value = word.partition("=")
         if not equals or not re.fullmatch(r"[+~]*[\w@./:-]+", key):
@@ -196,6 +204,9 @@ def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> E
     if isinstance(error, InputError):
         return error
     text = "it nests too deeply, or is among its own defaults" if isinstance(error, RecursionError) else str(error)
+    if "override must be a string or a list. Got NoneType" in text:
+        empty = next((key for key in (word.partition("=null")[0] for word in overrides) if key in groups()), "a group")
+        return InputError(f"{empty}=null: a group takes the name of a file; leave it out for the default.")
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return (
             InputError(f"{_at_fault(error, overrides)} cannot be used: {_line(text)}.") if _of_hydra(error) else error

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def _fit(
     rank, world = distributed.rank(), distributed.world_size()
     typed = [word for word in sys.argv[1:] if not word.startswith("run.dir=")]
     callbacks = checked("callbacks", _callbacks(config, plan, data))
-    loggers = [(f"logger.{name}", node) for name, node in config["logger"].items() if node]
+    loggers = [(f"logger.{name}", node) for name, node in _by_name(config, "logger") if node]
     data.manifest("val", plan.reads)  # refused now, not at the first validation
     fit(
         plan.stage,
@@ -153,12 +153,22 @@ def _fit(
     )
 
 
+def _by_name(config: Config, group: str) -> Iterable[tuple[str, Any]]:
+    """The entries of a group that holds several parts."""
+    parts = config[group] or {}
+    if not isinstance(parts, Mapping) or "_target_" in parts:
+        raise InputError(
+            f"{group}: a file of conf/{group}/ holds parts by name, as in `mine: {{_target_: PKG.CLASS}}`."
+        )
+    return parts.items()
+
+
 def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[tuple[str, Any]]:
     """The callbacks; one that scores images gets its scorer."""
     from ldmlab.app.evaluate import scores_callback  # with the scores and their networks
 
     made = []
-    for name, node in config["callbacks"].items():
+    for name, node in _by_name(config, "callbacks"):
         where = f"callbacks.{name}"
         if node:
             scored = accepts(node, "scorer", where=where)
@@ -172,13 +182,26 @@ def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
     return {
         "seed": config["seed"],
         "optimizer": instantiate_with(config["optimizer"], where="optimizer", global_batch=images),
-        "lr_schedule": instantiate_with(config["lr_schedule"], where="lr_schedule", max_steps=settings.max_steps),
+        "lr_schedule": _lr_schedule(config["lr_schedule"], settings.max_steps),
         "max_steps": settings.max_steps,
         "accumulate": settings.accumulate,
         "gradient_clip": settings.gradient_clip,
         "averaging_decay": settings.averaging_decay,
         **{name: value for name, value in config["stage"].items() if name != "name"},
     }
+
+
+def _lr_schedule(node: Config, max_steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate by step; torch's schedulers are no such function."""
+    schedule: Callable[[int], float] = instantiate_with(node, where="lr_schedule", max_steps=max_steps)
+    try:
+        float(schedule(0))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"lr_schedule._target_={node['_target_']} gives no factor of the learning rate for a step ({error}); "
+            "write a class whose __call__(step) returns one."
+        ) from error
+    return schedule
 
 
 def closing(run: Path, config: Config, *, nested: bool) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldmlab.data.decode import CAPTION, stored_fields
-from ldmlab.data.manifest import Manifest, ShardInfo, write_manifest
+from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
 from ldmlab.data.output_folder import BAD
 from ldmlab.data.shards import IMAGE_ENDINGS, image_ending, parse_sample, scan_tar
 from ldmlab.data.workers import in_order
@@ -48,6 +48,7 @@ def index_tars(
 ) -> Indexed:
     """Writes `manifest.json` next to the tars, and `bad.json` if some samples cannot be used."""
     paths = _paths(tars)
+    _check_replaced(paths[0].parent)
     seen: list[_Seen] = []
     for one in in_order(_look, paths, min(workers, len(paths))):
         seen.append(one)
@@ -74,6 +75,16 @@ def index_tars(
     write_manifest(paths[0].parent, manifest)
     captions = sum(one.with_caption for one in seen)
     return Indexed(manifest, bad, manifest.total - captions if captions else 0)
+
+
+def _check_replaced(folder: Path) -> None:
+    """Refuse a folder whose manifest `pack` or `encode` wrote: it says more than an index can find out."""
+    try:
+        before = read_manifest(folder)
+    except InputError:  # none, or a damaged one
+        return
+    if before.kind != "images" or before.transform:
+        raise InputError(f"{folder} has the manifest that it was written with; use it as it is, or index a copy.")
 
 
 def _paths(tars: list[Path]) -> list[Path]:

@@ -160,6 +160,8 @@ def check_out(out: Path) -> Path:
         raise InputError(f"out={out} is a file; choose a folder.")
     if (out / "metrics.json").exists():
         raise InputError(f"out={out} already holds an evaluation; choose another folder or delete it.")
+    if any((out / name).exists() for name in ("manifest.json", "model.yaml")):
+        raise InputError(f"out={out} holds shards or a model; choose a folder of its own.")
     return out
 
 

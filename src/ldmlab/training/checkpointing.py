@@ -54,10 +54,14 @@ class Checkpoints:
         """Checkpoints by step, oldest first."""
         return by_step(self.folder, ".ckpt")
 
+    def last(self) -> Path | None:
+        """The checkpoint of the last step, if there is one."""
+        return next(iter(self.by_age()[-1:]), None)
+
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, with its content; None in a run without any."""
+        """The newest checkpoint that can be read, else the best one, with its content; None in a run without any."""
         damaged = 0
-        for path in reversed(self.by_age()):
+        for path in [*reversed(self.by_age()), *sorted(self.folder.glob(_BEST), reverse=True)]:
             try:
                 return path, complete(load_checkpoint(path), path)
             except InputError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ldmlab import distributed
@@ -103,7 +104,10 @@ def _end(
     resume_command: str,
 ) -> Path:
     """The last checkpoint. A stopped run says where it stopped and how to resume it; a trial leaves nothing behind."""
-    last = distributed.shared(lambda: checkpoints.by_age()[-1])
+    if (last := distributed.shared(checkpoints.last)) is None:
+        raise InputError(
+            "no step was trained, so there is no checkpoint; change the options of trainer that forbid it."
+        )
     if stop.signal is not None:
         how = f"; resume with: {resume_command}" if resume_command else ""
         distributed.say(f"saved step {stage.step} in {last}{how}")
@@ -167,14 +171,18 @@ def _introduce(
 
 
 def explained(error: Exception, checkpoints: Checkpoints) -> InputError | None:
-    """The InputError for a dead loader worker or process and for exhausted memory; None for any other fault."""
+    """The InputError for a dead loader worker or process, exhausted memory, and options that Lightning cannot use."""
     text = str(error).strip() or type(error).__name__
     reason = text.splitlines()[0][:200].rstrip(".")
-    newest = next(iter(checkpoints.by_age()[-1:]), None)
+    newest = checkpoints.last()
     kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
     if "DataLoader worker" in text or isinstance(error, EOFError | ConnectionError):
         advice = "if memory ran out, fewer data.workers or a smaller micro_batch help"
         return InputError(f"a loader process ended ({reason}); {kept}; run the command again to continue, {advice}.")
+    if isinstance(error, MisconfigurationException | ImportError) or text.startswith("Early stopping conditioned"):
+        return InputError(
+            f"callbacks, logger or trainer: {' '.join(text.split())[:900].rstrip('.')}; change the option."
+        )
     if lost := distributed.lost(error):
         return InputError(f"another process of this run ended ({lost}); {kept}; run the command again to continue.")
     if memory_ran_out(error):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldmlab import distributed
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, shown
 from ldmlab.instantiate import completed
 from ldmlab.model_files import DESCRIPTION, read_config, read_description
 
@@ -89,7 +89,8 @@ def fate(name: str) -> Fate:
 
 
 def _shown(name: str, values: tuple[Any, Any]) -> str:
-    before, now = (str(value) if len(str(value)) < 80 else f"{str(value)[:77]}..." for value in values)
+    texts = [shown(value) if value is None or isinstance(value, bool) else str(value) for value in values]
+    before, now = (text if len(text) < 80 else f"{text[:77]}..." for text in texts)
     return f"{name}={before} before, {now} now"
 
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 
+from ldmlab.argument_types import check_types
 from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
 
 _CHOICES = {
     "precision": ("auto", "bf16-mixed", "32-true"),
@@ -19,6 +21,7 @@ _CHOICES = {
 _ALSO = {"accumulate_grad_batches": "accumulate", "gradient_clip_val": "gradient_clip"}  # Lightning's name => ours
 _REPLACED = {  # arguments of the Trainer that contradict what a run does => the way out
     **dict.fromkeys(("max_epochs", "min_epochs"), "training counts steps; use trainer.max_steps"),
+    "min_steps": "training goes to trainer.max_steps unless a callback or max_time ends it; leave it out",
     **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "use trainer.validate_every, in steps"),
     "log_every_n_steps": "use trainer.log_every",
     "callbacks": "use the group callbacks, such as +callbacks.NAME._target_=...",
@@ -55,6 +58,8 @@ class TrainerSettings:
     lightning: Mapping[str, Any] = field(default_factory=dict)  # other arguments of pytorch_lightning.Trainer
 
     def __post_init__(self) -> None:
+        if self.fast_dev_run < 0:
+            raise InputError(f"trainer.fast_dev_run={self.fast_dev_run} must be at least 1, or false for a whole run.")
         if self.fast_dev_run:
             self.max_steps = self.validate_every = int(self.fast_dev_run)
             self.lightning = {"limit_val_batches": self.max_steps, **self.lightning}
@@ -102,7 +107,7 @@ def trainer_node(node: Mapping[str, Any]) -> dict[str, Any]:
                 "arguments of pytorch_lightning.Trainer."
             )
         if name not in _ALSO:
-            lightning[name] = value
+            lightning[name] = _built(value, f"trainer.{name}")
             continue
         same = _ALSO[name]
         if found.get(same, value) not in (value, ours[same].default):
@@ -110,7 +115,15 @@ def trainer_node(node: Mapping[str, Any]) -> dict[str, Any]:
                 f"trainer.{name}={value} and trainer.{same}={found[same]} are two values of one option; give one."
             )
         found[same] = value
+    check_types(pl.Trainer, lightning, "trainer")
     return {**found, **({"lightning": lightning} if lightning else {})}
+
+
+def _built(value: Any, where: str) -> Any:
+    """An argument of the Trainer; a part by its `_target_`, such as a profiler, or several, such as plugins."""
+    if isinstance(value, list):
+        return [_built(part, where) for part in value]
+    return instantiate(value, where=where) if isinstance(value, Mapping) and "_target_" in value else value
 
 
 def fast_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:

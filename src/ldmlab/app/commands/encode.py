@@ -9,6 +9,7 @@ conf/encode.yaml explains each option; an interrupted encode continues when the 
 
 import argparse
 
+from ldmlab.app.choices import check_added
 from ldmlab.app.compose import compose, plain
 
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = plain(compose("encode", args.overrides))
+    check_added("encode", args.overrides)
     from ldmlab.app.encode_splits import encode_splits
 
     encode_splits(config)

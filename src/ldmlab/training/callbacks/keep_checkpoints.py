@@ -46,10 +46,14 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
         run = {"run": dict(vars(self.record)), "notes": self.notes}
         checkpoint |= {"format_version": FORMAT_VERSION, "data": data, **run}
         for name, state in checkpoint.get("callbacks", {}).items():
-            torch.save(state, box := io.BytesIO())
             try:
+                torch.save(state, box := io.BytesIO())
                 torch.load(io.BytesIO(box.getvalue()), weights_only=True)
-            except pickle.UnpicklingError as error:  # no checkpoint of the run could be read again
+            except (
+                pickle.PickleError,
+                AttributeError,
+                TypeError,
+            ) as error:  # no checkpoint of the run could be read again
                 raise InputError(
                     f"callbacks: the state of {name.partition('{')[0]} holds more than tensors and plain types, which "
                     "a checkpoint may not; change its state_dict()."
