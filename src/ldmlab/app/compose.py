@@ -173,7 +173,7 @@ def parse_override(word: str) -> Any:
 
     try:
         parsed = OverridesParser.create().parse_overrides([word])[0]
-        if parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
+        if parsed.is_range_sweep() and next(parsed.sweep_iterator(), None) is None:
             raise InputError(f"{word} lists no value; give at least one.")
         return parsed
     except OverrideParseException as error:
