@@ -284,6 +284,26 @@ def test_what_lightning_refuses_is_a_sentence(shards: Path, tmp_path: Path, word
     assert expected in refusal(lambda: run(shards, tmp_path / "run", word))
 
 
+class StopsAtTwo(pl.Callback):
+    """Asks the Trainer to stop."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        trainer.should_stop = pl_module.step >= 2
+
+
+def test_a_run_that_a_callback_stops_is_not_finished(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(shards, tmp_path / "run", f"+callbacks.x={{_target_: {__name__}.StopsAtTwo}}")
+    said = capsys.readouterr().err
+    assert "ended at step 2 of trainer.max_steps=4" in said
+    assert f"run.dir={tmp_path / 'run'} goes on" in said
+    assert not (tmp_path / "run" / "finished.json").exists()
+    run(shards, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2", "3", "4"]
+    assert (tmp_path / "run" / "finished.json").exists()
+
+
 def test_a_profiler_by_its_class(shards: Path, tmp_path: Path) -> None:
     target = "pytorch_lightning.profilers.SimpleProfiler"
     run(shards, tmp_path / "run", f"+trainer.profiler={{_target_: {target}, dirpath: '{tmp_path}', filename: times}}")

@@ -116,7 +116,7 @@ class Factor:
 
     def _run(self, folder: Path, changed: Config) -> None:
         run = {**self.config["run"], "dir": str(folder)}
-        train({**self.config, **changed, "run": run}, resume=shlex.join(["python", "train.py", *sys.argv[1:]]))
+        train({**self.config, **changed, "run": run}, resume=shlex.join(["ldmlab", "train", *sys.argv[1:]]))
 
     def _encode(self) -> Path:
         """Latents of both splits, by the first stage's weights and the images."""

@@ -55,7 +55,12 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config, plan, data)
         _fit(run, {**config, **plan.used}, plan, settings, data, resume)
-        if not settings.fast_dev_run:
+        if plan.stage.step < settings.max_steps and not settings.fast_dev_run:  # by a callback, or trainer.max_time
+            distributed.say(
+                f"ended at step {plan.stage.step} of trainer.max_steps={settings.max_steps} by a callback or limit of "
+                f"the trainer: {run.path}; the same command with run.dir={shlex.quote(str(run.path))} goes on."
+            )
+        elif not settings.fast_dev_run:
             run.finish(plan.stage.step)
             distributed.say(closing(run.path, config, nested=resume is not None))
     except BaseException:
@@ -146,7 +151,7 @@ def _fit(
         settings=settings,
         callbacks=callbacks,
         loggers=checked("logger", [(where, instantiate(node, where=where)) for where, node in loggers]),
-        resume_command=resume or shlex.join(["python", "train.py", *typed, f"run.dir={run.path}"]),
+        resume_command=resume or shlex.join(["ldmlab", "train", *typed, f"run.dir={run.path}"]),
         record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
         fields=comparison_fields(plan.spec),
         begin=lambda: _write_start(run, config, plan),
