@@ -175,6 +175,13 @@ def test_waiting_for_a_lock(
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder of processes")
+@pytest.mark.parametrize("path", ["/proc/out.txt", f"{'../' * 20}proc/out.txt", "/proc/out/a/b.txt"])
+def test_a_place_that_takes_no_files(path: str) -> None:
+    with pytest.raises(InputError, match=r"/out(\.txt)? cannot be made because \S*proc takes no new files"):
+        write_text(Path(path), "text")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder of processes")
 def test_a_lock_in_a_folder_that_takes_no_files_is_refused() -> None:
     with pytest.raises(InputError, match=r"/proc/out.lock cannot be (made|written)"):
         FileLock(Path("/proc/out.lock")).take()

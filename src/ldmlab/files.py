@@ -108,9 +108,12 @@ def disk_sentence(error: OSError, path: Path | str) -> str | None:
         return f"{path} cannot be written because its disk is read-only; choose a folder on another disk."
     if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
         return f"{path} cannot be written because a folder and a file of this path have one name; choose another path."
-    place = Path(error.filename or "")
-    if error.errno == errno.ENOENT and place in (Path(path), *Path(path).parents) and place.parent.is_dir():  # /proc
-        return f"{place} cannot be made because {place.parent} takes no new files; choose another folder."
+    place, target = Path(error.filename or ""), Path(path)
+    beside = place.parent == Path(os.path.abspath(target)).parent  # a temporary file
+    ours = beside or place in (target, *target.parents)
+    if error.errno == errno.ENOENT and ours and place.parent.is_dir():  # /proc
+        made = place if place in (target, *target.parents) else target
+        return f"{made} cannot be made because {made.parent} takes no new files; choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{path} cannot be written (permission denied); allow it or choose another folder."
     return None

@@ -14,6 +14,7 @@ import yaml
 from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, parse_override
 from ldmlab.errors import InputError
+from ldmlab.files import write_text
 
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
@@ -50,8 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--name {args.name!r} becomes a group's name; use letters, digits, dots, dashes.")
     at_least(args, processes=1, runs=1)
     content = sweep_file(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(yaml.safe_dump(content, sort_keys=False, width=1000), encoding="utf-8")
+    write_text(args.out, yaml.safe_dump(content, sort_keys=False, width=1000))
     print(f"{args.out}: start it with `wandb sweep --project ldmlab {args.out}`, then run the agent it names")
 
 
