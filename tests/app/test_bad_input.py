@@ -132,6 +132,11 @@ def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
     assert "holds no images in tars; give another folder, or another --layout" in refusal(lambda: cli.dispatch(words))
 
 
+def test_the_model_is_read_before_the_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDMLAB_WEIGHTS", str(tmp_path / "empty"))
+    assert "no model.yaml, so it is no model" in refusal(lambda: cli.dispatch(["evaluate", f"model={tmp_path}/nosuch"]))
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder of processes")
 def test_a_place_that_takes_no_files(flow: Flow) -> None:
     for step in (flow.encode, flow.first_stage):

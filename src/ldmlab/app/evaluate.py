@@ -56,6 +56,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
         )
         return _report(config, folder, out)
     check_out(out)
+    score = _reconstructions if read_description(folder).get("kind") == "first_stage" else _samples
     protocol: Protocol = instantiate({**config["protocol"], "changed": changed(config["protocol"])}, where="protocol")
     extractor = build_extractor(config["features"]).to(pick_device(config["device"]))  # type: ignore[attr-defined]
     shared = {
@@ -69,7 +70,6 @@ def evaluate(config: Mapping[str, Any]) -> None:
         "paper": paper_record,
         "reference_folder": statistics_folder() if config["keep_reference"] else None,
     }
-    score = _reconstructions if read_description(folder).get("kind") == "first_stage" else _samples
     score(config, run_record(folder), shared)
     _report(config, folder, out)
 
