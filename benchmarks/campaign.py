@@ -12,6 +12,7 @@ another result than without the fault, and not a word. Every fault is a line of 
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -83,7 +84,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="another seed plants other faults (0)")
-    parser.add_argument("--faults", type=int, default=1000, help="how many, over all kinds (1000)")
+    parser.add_argument("--faults", type=int, default=1000, help="how many at least, over all kinds (1000)")
     parser.add_argument("--only", choices=sorted(KINDS), metavar="KIND", help=f"one kind: {', '.join(KINDS)}")
     parser.add_argument("--fault", type=int, help="with --only: this number alone")
     parser.add_argument("--keep", action="store_true", help="keep the folders of faults that went badly")
@@ -100,7 +101,7 @@ def _plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     kinds = [args.only] if args.only else list(KINDS)
     weights = {kind: SHARES.get(kind, 1.0) for kind in kinds}
     total = sum(weights.values())
-    counts = {kind: max(1, round(args.faults * weight / total)) for kind, weight in weights.items()}
+    counts = {kind: math.ceil(args.faults * weight / total) for kind, weight in weights.items()}  # at least
     planned = [(number / counts[kind], kind, number) for kind in kinds for number in range(counts[kind])]
     yield from ((kind, number) for _, kind, number in sorted(planned))
 
