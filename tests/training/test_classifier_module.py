@@ -23,10 +23,10 @@ from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal
 from ldmlab.training.callbacks.noise_levels import NoiseLevels
 from ldmlab.training.classifier_module import ClassifierStage
+from ldmlab.training.data_module import Batches
 from ldmlab.training.fit import fit
 from ldmlab.training.optim import AdamW, Constant
 from ldmlab.training.run_folder import RunFolder
-from ldmlab.training.stage import Batches
 
 CLASSES = 4
 

@@ -17,12 +17,13 @@ from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal
 from ldmlab.samplers.ddim import Ddim
+from ldmlab.training.data_module import Batches
 from ldmlab.training.diffusion_module import DiffusionStage
 from ldmlab.training.fit import fit
 from ldmlab.training.optim import AdamW, Cosine
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
-from ldmlab.training.stage import Batches, Losses, Stage
+from ldmlab.training.stage import Losses, Stage
 
 IMAGES = 50
 

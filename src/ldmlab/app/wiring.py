@@ -21,13 +21,13 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
 from ldmlab.report.score_curves import read_curves
+from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import checked
 from ldmlab.training.fit import fit, load_initial_weights
 from ldmlab.training.random_state import seed_process
 from ldmlab.training.resume import Record
 from ldmlab.training.run_folder import FINISHED, RunFolder
 from ldmlab.training.settings import TrainerSettings, trainer_node
-from ldmlab.training.stage import Batches
 
 Config = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.inference.sample_settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
@@ -55,8 +55,7 @@ class Protocol:
     leaves_open: Mapping[str, str] = field(default_factory=dict)  # field => what the paper leaves open, what is chosen
 
     def __post_init__(self) -> None:
-        if self.reference not in ("train", "val"):
-            raise InputError(f"protocol.reference={self.reference} is unknown; choose train or val.")
+        one_of("protocol.reference", self.reference, ("train", "val"))
         if self.also_against is not None and self.also_against not in {"train", "val"} - {self.reference}:
             raise InputError(
                 f"protocol.also_against={self.also_against} is not the other split than protocol.reference="
@@ -66,8 +65,7 @@ class Protocol:
             raise InputError(
                 f"protocol.copy_quantile={self.copy_quantile} is not between 0 and 1; choose for instance 0.01."
             )
-        if self.conditions not in CONDITIONS:
-            raise InputError(f"protocol.conditions={self.conditions} is unknown; choose {', '.join(CONDITIONS)}.")
+        one_of("protocol.conditions", self.conditions, CONDITIONS)
         for name in ("samples", "at_most"):
             value = getattr(self, name)
             if value is not None and value < 2:

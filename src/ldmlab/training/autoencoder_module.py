@@ -14,7 +14,8 @@ from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import normal
-from ldmlab.training.stage import Batch, Losses, Stage
+from ldmlab.training.data_module import Batch
+from ldmlab.training.stage import Losses, Stage
 
 _log = logging.getLogger(__name__)
 _PANEL_IMAGES = 8

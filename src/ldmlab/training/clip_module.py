@@ -13,8 +13,9 @@ from ldmlab.errors import InputError
 from ldmlab.metrics.retrieval import retrieval
 from ldmlab.nn.openclip import OpenClip
 from ldmlab.nn.pixels import to_float
+from ldmlab.training.data_module import Batch
 from ldmlab.training.diffusion_module import first_images
-from ldmlab.training.stage import Batch, Losses, Stage
+from ldmlab.training.stage import Losses, Stage
 
 _LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP
 _PANEL_IMAGES, _PANEL_FOUND = 8, 4

@@ -11,7 +11,8 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import labels_of
 from ldmlab.nn.pixels import to_bytes
-from ldmlab.training.stage import Batch, Losses, Stage
+from ldmlab.training.data_module import Batch
+from ldmlab.training.stage import Losses, Stage
 
 _VAL_SEED = 0x5EED  # the validation noise is the same in every run, so that curves of runs compare
 

@@ -17,6 +17,7 @@ from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.weight_averaging import Averaging
 from ldmlab.training.checkpointing import Checkpoints, Files, complete
+from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.loggers import RunFiles, close_all, lost_rows, open_all
 from ldmlab.training.random_state import RandomState
@@ -25,7 +26,7 @@ from ldmlab.training.rows import Rows
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.signals import Interrupted, StopRequest
-from ldmlab.training.stage import Batches, Stage
+from ldmlab.training.stage import Stage
 from ldmlab.training.step_progress import StepProgress
 
 

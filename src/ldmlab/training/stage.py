@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,12 +16,11 @@ from torch.optim import Optimizer
 from ldmlab import distributed
 from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError
+from ldmlab.training.data_module import Batch
 from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
-from ldmlab.training.random_state import isolated_random
 from ldmlab.training.rows import StepMetrics
 from ldmlab.training.validation import Validated
 
-Batch = dict[str, Any]
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
 
 
@@ -33,45 +31,6 @@ class Losses:
     total: Tensor  # scalar, mean over the micro-batch
     metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars to log; each must stay finite
     extras: dict[str, Tensor] = field(default_factory=dict)  # per image, for callbacks
-
-
-class Batches(pl.LightningDataModule):
-    """The loaders of a run: training continues at the stage's position, validation starts anew every time."""
-
-    def __init__(
-        self,
-        train: Callable[[int], Iterable[Batch]],  # position to start from => endless micro-batches
-        val: Callable[[], Iterable[Batch]] = list,  # this process's share
-        manifest_hash: str | None = None,  # of the training data; a resumed run must have the same
-    ) -> None:
-        super().__init__()
-        self.train, self.val, self.manifest_hash = train, val, manifest_hash
-
-    def train_dataloader(self) -> Iterable[Batch]:
-        """Endless, without a length, so that one epoch is the whole run unless `limit_train_batches` ends it."""
-        return _Restarted(self._training)
-
-    def val_dataloader(self) -> Iterable[Batch]:
-        """Batches of this process on the host."""
-        return _Restarted(self.val)
-
-    def _training(self) -> Iterable[Batch]:
-        trainer: Any = self.trainer
-        position = trainer.lightning_module.position
-        if not trainer.overfit_batches:
-            return self.train(position)
-        return ({**batch, "position": batch["position"] + position} for batch in self.train(0))  # noise stays new
-
-
-class _Restarted:
-    """An iterable that begins anew at every `iter`, without a trace in the random state."""
-
-    def __init__(self, start: Callable[[], Iterable[Batch]]) -> None:
-        self._start = start
-
-    def __iter__(self) -> Iterator[Batch]:
-        with isolated_random(0):
-            return iter(self._start())
 
 
 class Stage(Validated):

@@ -1,0 +1,49 @@
+"""The data of a run as Lightning's Trainer takes them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldmlab.training.random_state import isolated_random
+
+Batch = dict[str, Any]
+
+
+class Batches(pl.LightningDataModule):
+    """The loaders of a run: training continues at the stage's position, validation starts anew every time."""
+
+    def __init__(
+        self,
+        train: Callable[[int], Iterable[Batch]],  # position to start from => endless micro-batches
+        val: Callable[[], Iterable[Batch]] = list,  # this process's share
+        manifest_hash: str | None = None,  # of the training data; a resumed run must have the same
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.manifest_hash = train, val, manifest_hash
+
+    def train_dataloader(self) -> Iterable[Batch]:
+        """Endless, without a length, so that one epoch is the whole run unless `limit_train_batches` ends it."""
+        return _Restarted(self._training)
+
+    def val_dataloader(self) -> Iterable[Batch]:
+        """Batches of this process on the host."""
+        return _Restarted(self.val)
+
+    def _training(self) -> Iterable[Batch]:
+        trainer: Any = self.trainer
+        position = trainer.lightning_module.position
+        if not trainer.overfit_batches:
+            return self.train(position)
+        return ({**batch, "position": batch["position"] + position} for batch in self.train(0))  # noise stays new
+
+
+class _Restarted:
+    """An iterable that begins anew at every `iter`, without a trace in the random state."""
+
+    def __init__(self, start: Callable[[], Iterable[Batch]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        with isolated_random(0):
+            return iter(self._start())
