@@ -1,5 +1,6 @@
 """`ldmlab sample` from words to files."""
 
+import argparse
 import json
 import multiprocessing
 import socket
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldmlab.app.commands.sample_prompts import prompt_lines
 from ldmlab.app.sample_files import check_folder
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import read_settings
@@ -124,13 +126,24 @@ def test_bad_prompt_files(tmp_path: Path) -> None:
     for name, content, message in (
         ("empty.txt", b"\n\n", "holds no prompt"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "cannot be read as UTF-8"),
-        ("a.jsonl", b"{", "is not a JSON object"),
-        ("b.jsonl", b"[1]", "is not a JSON object"),
+        ("a.jsonl", b"{", "line 1, is not JSON"),
+        ("b.jsonl", b"[1]", "line 1, is not an object"),
         ("c.jsonl", json.dumps({"caption": "a"}).encode(), "also reads class_id"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=message):
             sample_command(["runs/tiny", "--prompts", str(tmp_path / name), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1e", "\x85"])
+def test_a_line_of_prompts_ends_with_its_newline_only(tmp_path: Path, separator: str) -> None:
+    prompt = f"a red{separator}apple"
+    (tmp_path / "a.txt").write_text(f"{prompt}\r\nb\n", encoding="utf-8", newline="")
+    rows = [{"caption": prompt}, {"caption": "b"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
+    for name, expected in (("a.txt", [prompt, "b"]), ("a.jsonl", rows)):
+        assert prompt_lines(argparse.Namespace(file=tmp_path / name, words=[])) == expected
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])

@@ -68,7 +68,7 @@ def read_annotations(files: Sequence[Path], classes: Path | None, names: set[str
 
 def read_classes(path: Path) -> Classes:
     """A class a line, numbered from 0: the ids that count as it, then its name, with tabs or commas between."""
-    lines = read_text(path, f"classes={path}", "give another file").splitlines()
+    lines = read_text(path, f"classes={path}", "give another file").split("\n")
     rows = [line.split("\t" if "\t" in line else ",") for line in lines if line.strip() and line[0] != "#"]
     numbers: dict[str, int] = {}
     for number, row in enumerate(rows):

@@ -225,7 +225,7 @@ def with_fields(item: Item) -> Item:
 
 def _restrict(source: Source, only: Path) -> Source:
     """The images that a list names, by path, file name or key, in the source's order."""
-    listed = listings.read_text(only, f"list={only}", "give a text file with one name a line").splitlines()
+    listed = listings.read_text(only, f"list={only}", "give a text file with one name a line").split("\n")
     listed_names, met = {line.strip() for line in listed if line.strip()}, set[str]()
     items = []
     for item in source.items:

@@ -59,13 +59,14 @@ def read_text(path: Path, named: str, instead: str) -> str:
 def read_table(path: Path) -> list[Row]:
     """All rows; values of a CSV stay text, empty ones become None."""
     text = read_text(path, str(path), "fix that")
-    rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
+    rows = json_rows(text, str(path)) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
     if not rows:
         raise InputError(f"{path} has no rows; give a table with one row an image.")
     return rows
 
 
-def _json_rows(path: Path, text: str) -> list[Row]:
+def json_rows(text: str, named: str) -> list[Row]:
+    """The objects of a text with one a line; InputError about the file as `named`."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: captions may hold other line separators
         if not line.strip():
@@ -73,9 +74,9 @@ def _json_rows(path: Path, text: str) -> list[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}, is not JSON ({error}); fix or remove the line.") from None
+            raise InputError(f"{named}, line {number}, is not JSON ({error}); fix or remove the line.") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}, is not an object; write one {{...}} a line.")
+            raise InputError(f"{named}, line {number}, is not an object; write one {{...}} a line.")
         rows.append(row)
     return rows
 

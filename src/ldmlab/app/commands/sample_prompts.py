@@ -1,7 +1,6 @@
 """Prompts of `ldmlab sample`: text, files and an input image, to a model's inputs."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,22 +65,16 @@ def prompt_lines(args: argparse.Namespace) -> list[str | Inputs]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"--prompts {file} cannot be read as UTF-8 text ({error}); give another file.") from error
-    found: list[Any] = [line.strip() for line in text.splitlines() if line.strip()]
+    found: list[Any]
+    if file.suffix == ".jsonl":
+        from ldmlab.data.listings import json_rows
+
+        found = json_rows(text, f"--prompts {file}")
+    else:
+        found = [line.strip() for line in text.split("\n") if line.strip()]  # a prompt may hold other separators
     if not found:
         raise InputError(f"--prompts {file} holds no prompt; write one a line.")
-    if file.suffix == ".jsonl":
-        found = [_object(file, line) for line in found]
     return [*args.words, *found]
-
-
-def _object(file: Path, line: str) -> Inputs:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--prompts {file}: {line[:60]!r} is not a JSON object ({error}); fix the line.") from error
-    if not isinstance(found, dict):
-        raise InputError(f'--prompts {file}: {line[:60]!r} is not a JSON object; write {{"caption": ...}}.')
-    return found
 
 
 def model_inputs(
