@@ -18,7 +18,6 @@ GROUND = {
     "plugins",
     "annotations",
     "files",
-    "locks",
     "open_image",
     "format1",
     "distributed",

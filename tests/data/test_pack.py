@@ -27,7 +27,7 @@ from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
-from ldmlab.locks import FileLock
+from ldmlab.files import FileLock
 
 ROOT = Path(__file__).parents[2]
 

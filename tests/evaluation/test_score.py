@@ -120,7 +120,7 @@ def test_captions_follow_the_reference() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reference": "test"}, "choose train or val"),
+        ({"reference": "test"}, "choose one of train, val"),
         ({"conditions": "all"}, "choose none, reference, balanced_classes"),
         ({"samples": 1}, "too few to score"),
         ({"classes": 3}, "give both or neither"),

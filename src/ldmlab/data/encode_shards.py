@@ -23,8 +23,7 @@ from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, ShardInfo, che
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
 from ldmlab.data.shards import Files, ShardReader, image_ending, tar_bytes
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, write_json
-from ldmlab.locks import FileLock, locked
+from ldmlab.files import FileLock, disk_errors, locked, write_json
 from ldmlab.provenance import provenance
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU

@@ -17,8 +17,7 @@ import google_crc32c
 from ldmlab.data.manifest import MANIFEST, PLAN, ShardInfo
 from ldmlab.data.shards import END_MARKER
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, read_json, write_json
-from ldmlab.locks import locked
+from ldmlab.files import disk_errors, locked, read_json, write_json
 
 T = TypeVar("T")
 BAD = "bad.json"  # next to a manifest: samples or images that cannot be used, with the reasons
