@@ -121,7 +121,7 @@ def test_captions_follow_the_reference() -> None:
     ("options", "message"),
     [
         ({"reference": "test"}, "choose one of train, val"),
-        ({"conditions": "all"}, "choose none, reference, balanced_classes"),
+        ({"conditions": "all"}, "choose one of none, reference, balanced_classes"),
         ({"samples": 1}, "too few to score"),
         ({"classes": 3}, "give both or neither"),
     ],
