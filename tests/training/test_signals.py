@@ -17,7 +17,7 @@ from ldmlab.checkpoints import load_checkpoint
 from ldmlab.training.fit import fit
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.signals import StopRequest
-from ldmlab.training.stage import Batches
+from ldmlab.training.data_module import Batches
 
 
 class Pace(pl.Callback):
