@@ -71,6 +71,10 @@ def test_a_checkpoint_saved_again_with_other_weights_of_the_same_shapes_is_refus
         for lazily in (False, True):
             with pytest.raises(InputError, match=r"b\.ckpt holds other weights than it was saved with"):
                 load_checkpoint(tmp_path / "b.ckpt", lazily=lazily)
+    for view in (torch.randn(4, 5)[..., :1], torch.zeros(1).expand(2**22, 2**22)):  # the latter would fill any memory
+        save_checkpoint(tmp_path / "b.ckpt", {**saved, "modules": {"net": {**state, "w": view}}})
+        with pytest.raises(InputError, match=r"b\.ckpt lacks a part that it was saved with"):
+            load_checkpoint(tmp_path / "b.ckpt")
     save_checkpoint(tmp_path / "b.ckpt", {**saved, "step": 4})
     with pytest.raises(InputError, match=r"b\.ckpt lacks a part that it was saved with"):
         load_checkpoint(tmp_path / "b.ckpt")

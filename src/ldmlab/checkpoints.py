@@ -100,7 +100,9 @@ def inventory(content: Any) -> str:
 
 def _sum(tensor: Tensor) -> int:
     """Of the numbers' bytes in their order, as integers of 8 bytes and the rest."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded: it may grow to any size
+        tensor = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     flat = flat.clone() if flat.storage_offset() % 8 else flat  # else they are no integers where they lie
     whole = len(flat) // 8 * 8
     return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())

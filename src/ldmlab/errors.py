@@ -29,6 +29,12 @@ def one_of(option: str, value: Any, known: Iterable[str]) -> None:
         raise InputError(f"{option}={shown(value)} is unknown; choose one of {', '.join(choices)}.")
 
 
+def share(option: str, value: float) -> None:
+    """InputError for what is no share of a whole that may be lost."""
+    if not 0 <= value < 1:
+        raise InputError(f"{option}={value} is not a share; choose 0 or more, below 1.")
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
     """The end of a sentence: the nearest of the known names, or `otherwise` where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

@@ -124,6 +124,9 @@ def test_a_manifest_of_another_version(flow: Flow, tmp_path: Path) -> None:
 def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
     sentence = refusal(lambda: flow.encode("batch_size=-1", out="never"))
     assert sentence == "batch_size=-1 must be at least 1."
+    for value in ("-1", "1"):
+        sentence = refusal(lambda value=value: flow.encode(f"max_bad={value}", out="never"))
+        assert sentence.endswith(f"max_bad={float(value):g} is not a share; choose 0 or more, below 1."), sentence
     words = ["encode", "data=shards", *flow.data[:2], f"from_run={flow.root}/first_stage", "out=''"]
     assert refusal(lambda: cli.dispatch(words)) == "out='' is empty; give a value, or leave the option out."
     words = ["export", str(flow.root / "first_stage"), str(tmp_path / "out"), "--weights", "both"]

@@ -14,10 +14,10 @@ from toy_stages import TwoGroups, diffusion_stage, endless, settings, train
 
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint
+from ldmlab.training.data_module import Batches
 from ldmlab.training.fit import fit
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.signals import StopRequest
-from ldmlab.training.data_module import Batches
 
 
 class Pace(pl.Callback):

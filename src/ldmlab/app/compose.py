@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ldmlab.app.conf_files import OWN, conf_dir, conf_dirs, folder_of, group_choices, groups, leaves
-from ldmlab.errors import InputError, did_you_mean, shown
+from ldmlab.errors import InputError, did_you_mean, share, shown
 
 _SEARCHPATH = "hydra.searchpath"
 _NO_VALUE = "{0} has no value; give it on the command line as {0}=VALUE."
@@ -28,6 +28,7 @@ _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor c
     "dtype": Literal["float16", "float32"],
     "max_bad": float,
 }
+_INSIDE = ("", "stage.encode.", "stage.evaluation.")  # where these options stand
 
 
 @contextmanager
@@ -281,7 +282,6 @@ def plain(config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from ldmlab.argument_types import check_type
     from ldmlab.instantiate import trust_typed
     from ldmlab.plugins import allow
 
@@ -293,14 +293,28 @@ def plain(config: Any) -> dict[str, Any]:
         raise explained(error, "", []) from error
     assert isinstance(content, dict)
     for key, annotation in _TYPES.items():
-        group, _, name = key.rpartition(".")
-        node = content.get(group) if group else content
-        if isinstance(node, dict) and name in node:
-            check_type(node[name], annotation, key)
-            if node[name] == "":
-                raise InputError(f"{key}='' is empty; give a value, or leave the option out.")
-    if content.get("batch_size", 1) < 1:
-        raise InputError(f"batch_size={content['batch_size']} must be at least 1.")
+        for inside in _INSIDE:
+            _check_option(content, f"{inside}{key}", annotation)
     allow(content.get("plugins"))
     trust_typed(content)
     return {str(key): value for key, value in content.items()}
+
+
+def _check_option(content: dict[Any, Any], key: str, annotation: Any) -> None:
+    """InputError where the option `key` of the configuration has another type, is empty or out of range."""
+    from ldmlab.argument_types import check_type
+
+    *groups, name = key.split(".")
+    node: Any = content
+    for group in groups:
+        node = node.get(group) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or name not in node:
+        return
+    value = node[name]
+    check_type(value, annotation, key)
+    if value == "":
+        raise InputError(f"{key}='' is empty; give a value, or leave the option out.")
+    if name == "batch_size" and value < 1:
+        raise InputError(f"{key}={value} must be at least 1.")
+    if name == "max_bad":
+        share(key, value)

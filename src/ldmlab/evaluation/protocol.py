@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ldmlab.errors import InputError, one_of
+from ldmlab.errors import InputError, one_of, share
 from ldmlab.inference.sample_settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
@@ -73,8 +73,7 @@ class Protocol:
         for name in ("shown", "neighbours"):
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"protocol.{name}={value} is below 0; choose 0 for none.")
-        if not 0 <= self.max_bad < 1:
-            raise InputError(f"protocol.max_bad={self.max_bad} is not a share; choose 0 or more, below 1.")
+        share("protocol.max_bad", self.max_bad)
         if self.mask_buckets and not self.pairs:
             raise InputError(
                 "protocol.mask_buckets compares samples with their originals; set protocol.pairs=true too."

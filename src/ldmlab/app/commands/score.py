@@ -17,7 +17,7 @@ from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conf_files import group_choices
 from ldmlab.app.progress import track
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from ldmlab.files import write_json
 
     at_least(args, batch_size=1, workers=0)
-    if not 0 <= args.max_bad < 1:
-        raise InputError(f"--max-bad {args.max_bad} is not a share; choose 0 or more, below 1.")
+    share("--max-bad", args.max_bad)
     rank, world = distributed.join()
     if args.npz is not None and world > 1:
         raise InputError("--npz is written by one process; run the command without torchrun.")
