@@ -12,6 +12,7 @@ TYPED = {  # option => values of a wrong type or beyond any sense
     "seed": ("null", "1.5", "x", "-1", "[1]", "1e3", "true"),
     "trainer.max_steps": ("null", "4.5", "0", "-3", "many", "1e0", "[3]", "{}"),
     "trainer.micro_batch": ("0", "-1", "2.5", "null", "x"),
+    "trainer.global_batch": ("0", "-1", "2.5", "x", "7"),
     "trainer.checkpoint_every": ("0", "-1", "1.5", "x", "null"),
     "trainer.log_every": ("0", "x", "0.5"),
     "trainer.validate_every": ("x", "-2", "1.5"),

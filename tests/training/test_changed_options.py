@@ -144,7 +144,7 @@ def test_a_scale_that_no_latents_can_have_is_refused(scale: Any, there: Path) ->
 def test_moved_data_and_another_machine_are_no_change(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (there / "latents").rename(there / "moved")
     train(changed("model", {"trainer.max_steps": 6, "data.latents": "moved", "trainer.micro_batch": 2}
-                  | {"trainer.accumulate": 2, "data.cache": True, "run.group": "other"}))  # fmt: skip
+                  | {"trainer.global_batch": 4, "data.cache": True, "run.group": "other"}))  # fmt: skip
     assert "6" in rows("model")
     assert "changed option: trainer.max_steps=5 before, 6 now" in capsys.readouterr().out
 

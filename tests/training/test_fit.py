@@ -381,3 +381,30 @@ def test_arguments_of_the_trainer_of_another_type(given: dict[str, Any], expecte
 def test_a_trial_of_fewer_than_one_step_is_refused() -> None:
     with pytest.raises(InputError, match=r"trainer\.fast_dev_run=-1 must be at least 1"):
         TrainerSettings(max_steps=3, micro_batch=1, fast_dev_run=-1)
+
+
+@pytest.mark.parametrize(("micro", "processes", "accumulate"), [(50, 8, 3), (75, 8, 2), (60, 4, 5), (1200, 1, 1)])
+def test_a_global_batch_is_made_of_micro_batches(
+    micro: int, processes: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldmlab.distributed.world_size", lambda: processes)
+    assert TrainerSettings(max_steps=1, micro_batch=micro, global_batch=1200).accumulate == accumulate
+    assert TrainerSettings(max_steps=1, micro_batch=micro, global_batch=1200, accumulate=accumulate).accumulate
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "message"),
+    [
+        ({"micro_batch": 60}, 8, "not made of micro-batches of 60 on 8 process(es); use trainer.micro_batch=50 or 75."),
+        ({"micro_batch": 400}, 8, "use trainer.micro_batch=150."),
+        ({"micro_batch": 60}, 7, "cannot be shared by 7 processes; use 1197 or 1204, or a number of processes that"),
+        ({"micro_batch": 60, "accumulate": 4}, 1, "contradict each other: the batch takes 20 micro-batches of 60"),
+        ({"micro_batch": 60, "global_batch": 0}, 1, "trainer.global_batch=0 must be a whole number"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_made_is_refused(
+    given: dict[str, int], processes: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldmlab.distributed.world_size", lambda: processes)
+    with pytest.raises(InputError, match=re.escape(message)):
+        TrainerSettings(max_steps=1, **{"global_batch": 1200, **given})  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from ldmlab.evaluation.flops import DenoiserCost, denoiser_cost
 from ldmlab.files import FileLock
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.training.run_folder import FINISHED
+from ldmlab.training.settings import images_a_step
 
 Config = Mapping[str, Any]
 OWN = ("optimizer", "lr_schedule", "trainer", "stage")  # of each stage before the denoiser
@@ -87,8 +88,7 @@ class Factor:
 
     @property
     def images_per_step(self) -> int:
-        trainer = self.config["trainer"]
-        return int(trainer["micro_batch"] * trainer["accumulate"] * distributed.world_size())
+        return images_a_step(self.config["trainer"], distributed.world_size())
 
     @property
     def max_steps(self) -> int:
@@ -177,7 +177,8 @@ def data_content(node: Mapping[str, Any], data: ShardData) -> dict[str, Any]:
 
 
 def trainer_content(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in node.items() if name not in _NOT_OF_TRAINER}
+    kept = {name: value for name, value in node.items() if name not in _NOT_OF_TRAINER}
+    return kept if kept.get("global_batch") else {name: kept[name] for name in kept if name != "global_batch"}
 
 
 def once(folder: Path, mark: str, make: Callable[[], None]) -> bool:

@@ -26,6 +26,7 @@ _HARMLESS = (  # of the place and the machine, or held against the checkpoint by
     *("trainer.compile", "trainer.plugins", "data.workers", "data.cache", "data.cache_limit_gib", "data.sha256"),
     *("data.max_bad", "data.states", "plugins", "stage.codebook_window"),
     *("trainer.micro_batch", "trainer.accumulate", "trainer.accumulate_grad_batches"),  # their product with processes
+    "trainer.global_batch",
     *("data.train", "data.latents", "from_run", "seed"),  # the manifest and the weights; the seed by `fit`
 )
 _IMAGES = "trainer.micro_batch * accumulate * processes"  # of a step

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 
+from ldmlab import distributed
 from ldmlab.argument_types import check_types
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
@@ -42,6 +43,7 @@ class TrainerSettings:
     max_steps: int  # where training ends
     micro_batch: int  # images a process takes at a time
     accumulate: int = 1  # micro-batches a step
+    global_batch: int | None = None  # images a step of all processes, from which accumulate follows
     gradient_clip: float | None = None  # largest norm of the gradient
     averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
     precision: Literal["auto", "bf16-mixed", "32-true"] = "bf16-mixed"  # auto becomes what the processor computes fast
@@ -85,10 +87,25 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"trainer.{name}={value} must be above 0, or null for none.")
+        if self.global_batch is not None:
+            self._accumulate(self.global_batch)
         if self.averaging_decay is not None and not 0 <= self.averaging_decay < 1:
             raise InputError(f"trainer.averaging_decay={self.averaging_decay} must lie in [0, 1), or null for none.")
         if self.precision == "auto":
             self.precision = fast_precision(self.accelerator)
+
+    def _accumulate(self, images: int) -> None:
+        """As many micro-batches as global_batch needs; InputError where accumulate says otherwise."""
+        if isinstance(images, bool) or images < 1:
+            raise InputError(f"trainer.global_batch={images} must be a whole number of at least 1, or null.")
+        needed, given = accumulated(images, self.micro_batch, distributed.world_size()), self.accumulate
+        if given not in (1, needed):
+            raise InputError(
+                f"trainer.accumulate={given} and trainer.global_batch={images} contradict each other: the batch takes "
+                f"{needed} micro-batches of {self.micro_batch} on {distributed.world_size()} process(es); leave "
+                "trainer.accumulate out."
+            )
+        self.accumulate = needed
 
 
 def trainer_node(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +134,30 @@ def trainer_node(node: Mapping[str, Any]) -> dict[str, Any]:
         found[same] = value
     check_types(pl.Trainer, lightning, "trainer")
     return {**found, **({"lightning": lightning} if lightning else {})}
+
+
+def images_a_step(trainer: Mapping[str, Any], processes: int) -> int:
+    """Of a node of conf/trainer: its global_batch, or micro_batch x accumulate x processes."""
+    return int(trainer.get("global_batch") or trainer["micro_batch"] * (trainer.get("accumulate") or 1) * processes)
+
+
+def accumulated(images: int, micro_batch: int, processes: int) -> int:
+    """Micro-batches that make a step of so many images; InputError with the nearest numbers where none do."""
+    each = images // processes
+    if images < processes or images % processes:
+        near = sorted({max(each, 1) * processes, (each + 1) * processes})
+        raise InputError(
+            f"trainer.global_batch={images} cannot be shared by {processes} processes; use "
+            f"{' or '.join(map(str, near))}, or a number of processes that divides it."
+        )
+    if each % micro_batch:
+        fit = [size for size in range(1, each + 1) if each % size == 0]
+        near = [*[size for size in fit if size < micro_batch][-1:], *[size for size in fit if size > micro_batch][:1]]
+        raise InputError(
+            f"trainer.global_batch={images} is not made of micro-batches of {micro_batch} on {processes} process(es); "
+            f"use trainer.micro_batch={' or '.join(map(str, near))}."
+        )
+    return each // micro_batch
 
 
 def _built(value: Any, where: str) -> Any:
