@@ -6,9 +6,11 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchmetrics.functional.image import lpips as theirs
 
 from ldmlab.errors import InputError
+from ldmlab.nn import compiling
 from ldmlab.nn.lpips import LPIPS
 
 
@@ -80,3 +82,15 @@ def test_missing_or_wrong_weights(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
     with pytest.raises(InputError, match=r"features\.0\.weight"):
         LPIPS(tmp_path / "wrong.pth")
+
+
+def test_is_one_graph(vgg: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(compiling, "BACKEND", counter)
+    compiled, plain = LPIPS(vgg[1]), LPIPS(vgg[1])
+    assert compiling.compile_regions(compiled) == 1
+    one, other = images(1), images(2)
+    assert torch.equal(compiled(one, other), plain(one, other))
+    compiled(torch.cat([one, other]), torch.cat([other, one]))
+    assert counter.frame_count == 1

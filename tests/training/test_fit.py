@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import weakref
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from torch import nn
 from toy_stages import TwoGroups, diffusion_stage, image_batch, settings, train
 
 from ldmlab import checkpoints
@@ -83,22 +81,6 @@ def test_the_best_checkpoint_of_an_older_run_gives_way_to_a_better_one(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["best_step_00000005_kid_-0.00125.ckpt"]
     assert kept.best() == tmp_path / "best_step_00000005_kid_-0.00125.ckpt"
     assert kept.by_age() == []  # never taken up by a resumed run
-
-
-def test_compiled_networks_are_saved_under_their_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager")
-    )  # no compiler to wait for
-    stage = diffusion_stage(max_steps=1)
-    content = load_checkpoint(train(stage, tmp_path / "run", compile=True))
-    assert stage.diffusion.backbone._compiled_call_impl is not None
-    plain = diffusion_stage(max_steps=1)
-    for name, module in plain.saved().items():
-        module.load_state_dict(content["modules"][name])
-    assert content["averaged"]["denoiser"]["weights"].keys() == content["modules"]["denoiser"].keys()
-    batch = image_batch(range(4))
-    torch.testing.assert_close(*[s.eval().diffusion.loss(batch, 1)[0] for s in (stage, plain)])
 
 
 def test_panels_and_numbers_of_the_callbacks(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor c
     "images": list[tuple[str, str]],
     "weights": Literal["averaged", "raw"],
     "precision": Literal["float32", "bfloat16"],
+    "compile": bool | Literal["auto"],
     "dtype": Literal["float16", "float32"],
     "max_bad": float,
 }

@@ -31,6 +31,7 @@ from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_path
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.model_files import read_config, read_description
+from ldmlab.nn.compiling import compile_regions, wanted
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.report.pages import write_report
@@ -108,7 +109,7 @@ def _samples(config: Mapping[str, Any], record: Mapping[str, Any], shared: Mappi
     protocol: Protocol = shared["protocol"]
     model = load(config["model"], weights=config["weights"], device=config["device"])
     model.info |= record
-    model.in_precision(config["precision"])
+    model.in_precision(config["precision"]).compiled(config["compile"])
     model.with_guiders(*build_guiders(config["guiders"], model))
     size = protocol.image_size or max(model.image_size)
     distance = lpips() if protocol.pairs else None
@@ -125,9 +126,12 @@ def _samples(config: Mapping[str, Any], record: Mapping[str, Any], shared: Mappi
 
 def _reconstructions(config: Mapping[str, Any], record: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
     loaded = load_first_stage(config["model"], config["weights"])
+    module = loaded.module.to(pick_device(config["device"]))
+    if wanted(config["compile"], pick_device(config["device"])):
+        compile_regions(module)
     files = {"weights": loaded.files.weights, "step": loaded.files.step, "fingerprint": loaded.fingerprint}
     ReconstructionEvaluation(
-        model=loaded.module.to(pick_device(config["device"])),
+        model=module,
         info={"path": str(config["model"]), **files, **record},
         data=reference_data(config, loaded.image_size),
         lpips=lpips(),

@@ -29,6 +29,7 @@ from ldmlab.nn.blocks import (
     with_coordinates,
     zero,
 )
+from ldmlab.nn.compiling import region
 
 
 class UNetCache(NamedTuple):
@@ -38,6 +39,7 @@ class UNetCache(NamedTuple):
     vector: Tensor | None  # (B, E) projected vector conditioning
 
 
+@region
 class UNetBlock(nn.Module):
     """A residual block, then attention: none, over pixels, or over pixels and tokens."""
 

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldmlab.contracts import Posterior
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import attend
 from ldmlab.nn.blocks import Grow, Shrink, group_norm
+from ldmlab.nn.compiling import region
 
 _EPSILON = 1e-6  # group norm throughout the autoencoder; the U-Net's residual blocks use 1e-5
 
@@ -54,6 +56,7 @@ class Architecture:
         return group_norm(width, _EPSILON, self.norm_groups)
 
 
+@region
 class ResidualBlock(nn.Module):
     """(B, C, h, w) => (B, D, h, w): x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 convolution on x if D is not C."""
 
@@ -72,6 +75,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + hidden
 
 
+@region
 class PixelAttention(nn.Module):
     """Every position attends to every other with one head; fused, so memory grows with h w and not with its square."""
 
@@ -123,6 +127,7 @@ class Middle(nn.Module):
         return [self.first, self.attention, self.second]
 
 
+@partial(region, method="head")
 class Network(nn.Module):
     """The encoder, images (B, 3, H, W) in [-1, 1] => (B, C, H / f, W / f), or its mirror image, the decoder.
 

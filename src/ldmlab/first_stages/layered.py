@@ -41,20 +41,20 @@ class Step:
 def steps_of(network: Network) -> list[Step]:
     """An encoder (images to features) or a decoder (features to images) as a row of steps."""
     pieces = [piece for piece in network.pieces() if not isinstance(piece, nn.Identity)]
-    head = Step(network.head, [network.output_norm], network.output.out_channels, reach=1)
+    head = Step(partial(Network.head, network), [network.output_norm], network.output.out_channels, reach=1)
     return [*map(_step, pieces), head]
 
 
 def _step(piece: Any) -> Step:
+    run = partial(type(piece).forward, piece)  # not compiled: a graph knows no hooks on its norms
     match piece:
         case ResidualBlock():
-            return Step(piece, [piece.norm1, piece.norm2], piece.conv2.out_channels, reach=2)
+            return Step(run, [piece.norm1, piece.norm2], piece.conv2.out_channels, reach=2)
         case PixelAttention():
-            return Step(piece, [], piece.out.out_channels, reach=0, whole=True)
+            return Step(run, [], piece.out.out_channels, reach=0, whole=True)
         case Grow() | Shrink():
-            return Step(
-                piece, [], piece.conv.out_channels, 1, Fraction(2) if isinstance(piece, Grow) else Fraction(1, 2)
-            )
+            grows = Fraction(2) if isinstance(piece, Grow) else Fraction(1, 2)
+            return Step(run, [], piece.conv.out_channels, 1, grows)
     return Step(lambda x: piece(x.to(piece.weight.dtype)), [], piece.out_channels, reach=1)
 
 

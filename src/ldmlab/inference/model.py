@@ -34,6 +34,7 @@ from ldmlab.inference.inputs import (
     rows_of,
 )
 from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings
+from ldmlab.nn.compiling import Choice, compile_regions, wanted
 from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +72,12 @@ class LoadedModel:
         if precision not in PRECISIONS:
             raise InputError(f"precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
         self.precision = precision
+        return self
+
+    def compiled(self, choice: Choice) -> "LoadedModel":
+        """The same model; its networks are compiled block by block where chosen: true | false | auto, on a GPU."""
+        if wanted(choice, self.device):
+            compile_regions(self.diffusion)
         return self
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError, one_of
+from ldmlab.nn.compiling import region
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda width: nn.GroupNorm(min(32, width // 2), width),  # each image by itself: any split is the same
@@ -15,6 +16,7 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+@region
 class PatchDiscriminator(nn.Module):
     """Images to one logit for each patch: `layers` halvings, two more convolutions, leaky ReLU between."""
 

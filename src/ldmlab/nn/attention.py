@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.nn.blocks import group_norm, zero
+from ldmlab.nn.compiling import region
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, L, d)
 CrossKV = KeysValues | Tensor  # a single token needs no attention: (B, 1, C), the term it adds to every pixel
@@ -45,6 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+@region
 class PixelAttention(nn.Module):
     """Self-attention of a U-Net without tokens: x + out(attention(norm(x))), one fused q, k, v product."""
 
@@ -162,6 +164,7 @@ class SpatialTransformer(nn.Module):
 _HEAD_CHANNELS = 64
 
 
+@region
 class EncoderBlock(nn.Module):
     """Self-attention, then an MLP with exact GELU, each behind a layer norm and with a residual."""
 

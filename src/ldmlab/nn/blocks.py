@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError
+from ldmlab.nn.compiling import region
 
 M = TypeVar("M", bound=nn.Module)
 Size = tuple[int, int]
@@ -65,6 +66,7 @@ def grow(x: Tensor, weight: Tensor, bias: Tensor | None, size: Size | None = Non
     return F.conv_transpose2d(x, kernel.transpose(0, 1), bias, stride=2, padding=1)
 
 
+@region
 class Shrink(nn.Module):
     """Stride-2 convolution: (B, C, h, w) => (B, C, ceil(h / 2), ceil(w / 2)).
 
@@ -81,6 +83,7 @@ class Shrink(nn.Module):
         return self.conv(F.pad(x, (0, 1 + width % 2, 0, 1 + height % 2)) if self.asymmetric else x)
 
 
+@region
 class Grow(nn.Module):
     """Nearest neighbour times two, then a convolution: (B, C, h, w) => (B, C, *size or 2 h, 2 w)."""
 
@@ -92,6 +95,7 @@ class Grow(nn.Module):
         return grow(x, self.conv.weight, self.conv.bias, size)
 
 
+@region
 class ResBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))) + time))), the last convolution starting at zero.
 

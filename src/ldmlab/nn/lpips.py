@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
+from ldmlab.nn.compiling import region
 
 # Positions of VGG16's convolutions in torchvision's `features`; features are read after the last of each group.
 _GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -20,6 +21,7 @@ _MEAN = (-0.030, -0.088, -0.188)  # of ImageNet's pixels in [-1, 1]
 _DEVIATION = (0.458, 0.448, 0.450)
 
 
+@region
 class LPIPS(nn.Module):
     """Perceptual distance of images; its weights are constants: never trained, never in a state dict."""
 

@@ -12,13 +12,15 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import QuickGELU
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError, did_you_mean, one_of
 from ldmlab.files import weights_folder
+from ldmlab.nn.compiling import region
 
+region(ResidualAttentionBlock)
 Config = dict[str, Any]
 
 

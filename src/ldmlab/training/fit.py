@@ -13,6 +13,7 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
 from ldmlab.errors import InputError, memory_ran_out
+from ldmlab.training.callbacks.compiled import Compiled
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.weight_averaging import Averaging
@@ -61,7 +62,16 @@ def fit(
     with StopRequest(settings.checkpoint_every_minutes) as stop, StepProgress(distributed.rank() == 0) as progress:
         keep = KeepCheckpoints(checkpoints, settings, stop, batches.manifest_hash, record)
         chosen = [*callbacks, *([] if skipped in callbacks else [skipped])]
-        parts = [stop, Averaging(), RandomState(), *chosen, Rows(), progress, keep]
+        parts = [
+            Compiled(settings.compile, progress.say),
+            stop,
+            Averaging(),
+            RandomState(),
+            *chosen,
+            Rows(),
+            progress,
+            keep,
+        ]
         trainer = make_trainer(stage, settings, parts, loggers, [files], run.path)
         _introduce(stage, settings, progress, path, changes)
         open_all(loggers, run, fields, stage.step)
@@ -163,8 +173,6 @@ def _take_up(
 def _introduce(
     stage: Stage, settings: TrainerSettings, progress: StepProgress, path: Path | None, changes: Sequence[str]
 ) -> None:
-    if settings.compile:
-        next(iter(stage.saved().values())).compile()  # in place: names get no prefix
     lines = [summary(stage, settings), rates_line(stage)]
     lines += [f"resuming from step {stage.step} in {path}"] if path is not None else []
     for line in [*lines, *(f"changed option: {change}" for change in changes)]:

@@ -13,6 +13,7 @@ from ldmlab import distributed
 from ldmlab.argument_types import check_types
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
+from ldmlab.nn.compiling import Choice
 
 _CHOICES = {
     "precision": ("auto", "bf16-mixed", "32-true"),
@@ -50,7 +51,7 @@ class TrainerSettings:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
     strategy: Any = "auto"  # auto | ddp, or a strategy of Lightning by its _target_
-    compile: bool = False  # torch.compile the main network
+    compile: Choice = "auto"  # torch.compile all networks, block by block; auto: on a GPU
     log_every: int = 50  # steps between two rows of metrics.csv
     validate_every: int = 1000  # steps between two evaluations on validation images
     checkpoint_every: int = 1000  # steps between two checkpoints

@@ -29,10 +29,19 @@ from typing import Any
 
 from ldmlab.app.cli import at_least
 from ldmlab.app.commands.sample_prompts import add_prompt_options, check_prompts, model_inputs, prompt_lines
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.inference.sample_settings import SampleSettings, parsed, variants
 
-_OTHERS = ("sweep", "precision", "weights", "device", "guider", "guider_image", "classifier")  # options in errors
+_OTHERS = (
+    "sweep",
+    "precision",
+    "compile",
+    "weights",
+    "device",
+    "guider",
+    "guider_image",
+    "classifier",
+)  # options in errors
 _GUIDER = """squared | lpips: guide the decoded estimate to low_resolution, or to --guider-image;
 or package.Class"""
 
@@ -57,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", default="averaged", help="averaged | raw, for runs (averaged)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
     add("--precision", default="float32", help="float32 | bfloat16 | float16 (float32)")
+    add(
+        "--compile",
+        default="false",
+        help="compile the networks, for many images: true | false | auto, on a GPU (false)",
+    )
 
 
 @contextmanager
@@ -93,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
     rank, _ = distributed.join(datetime.timedelta(hours=2))  # only short messages pass, some after a long wait
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
+        model.compiled({"true": True, "false": False}.get(args.compile, "auto"))
         if args.classifier or args.guider:
             model.with_guiders(*guiders_by_option(vars(args), model))
         inputs = model_inputs(args, model, lines, settings.size if isinstance(settings.size, tuple) else None)
@@ -124,6 +139,7 @@ def _trust_classes(where: str, names: Set[str]) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     """Refuse options without effect, alone or in combination."""
     at_least(args, batch_size=1)
+    one_of("compile", args.compile, ("auto", "true", "false"))
     if not 0 <= args.first_index < 2**62:
         raise InputError(f"--first-index {args.first_index} is outside 0 .. 2^62; choose a smaller number.")
     if args.trajectory and args.sweep:
