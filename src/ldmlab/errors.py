@@ -5,6 +5,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+LARGEST_SIDE = 1 << 16  # px
 _LONGEST_MESSAGE = 1500  # characters
 _VALUES = reprlib.Repr()
 _VALUES.maxstring = _VALUES.maxother = 120
@@ -33,6 +34,12 @@ def share(option: str, value: float) -> None:
     """InputError for what is no share of a whole that may be lost."""
     if not 0 <= value < 1:
         raise InputError(f"{option}={value} is not a share; choose 0 or more, below 1.")
+
+
+def check_side(option: str, value: int | None) -> None:
+    """InputError for what is no side of an image in pixels."""
+    if value is None or not 1 <= value <= LARGEST_SIDE:
+        raise InputError(f"{option}={value} is no side of an image; choose 1 .. {LARGEST_SIDE} px.")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:

@@ -124,6 +124,8 @@ def test_a_manifest_of_another_version(flow: Flow, tmp_path: Path) -> None:
 def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
     sentence = refusal(lambda: flow.encode("batch_size=-1", out="never"))
     assert sentence == "batch_size=-1 must be at least 1."
+    sentence = refusal(lambda: flow.encode("data.image_size=100000000", out="never"))
+    assert sentence.endswith("data.image_size=100000000 is no side of an image; choose 1 .. 65536 px."), sentence
     for value in ("-1", "1"):
         sentence = refusal(lambda value=value: flow.encode(f"max_bad={value}", out="never"))
         assert sentence.endswith(f"max_bad={float(value):g} is not a share; choose 0 or more, below 1."), sentence

@@ -253,11 +253,11 @@ def test_the_verbs_are_the_programs(verb: str) -> None:
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (MemoryError(), "memory ran out (MemoryError); use a smaller batch size."),
+        (MemoryError(), "memory ran out (MemoryError); use a smaller batch size, or smaller images."),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
             "memory ran out ([enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: "
-            "you tried); use a smaller batch size.",
+            "you tried); use a smaller batch size, or smaller images.",
         ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),

@@ -96,7 +96,7 @@ def _of_machines(error: Exception) -> str:
     distributed = sys.modules.get("ldmlab.distributed")  # imported by commands that several processes share
     reason = " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
     if memory_ran_out(error):
-        return f"memory ran out ({reason}); use a smaller batch size."
+        return f"memory ran out ({reason}); use a smaller batch size, or smaller images."
     if "DataLoader worker" in reason:
         return f"a loader process ended ({reason}); run the command again, with fewer workers if memory ran out."
     lost = distributed.lost(error) if distributed else None

@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from ldmlab import format1
 from ldmlab.argument_types import check_type, check_types
-from ldmlab.errors import InputError
+from ldmlab.errors import LARGEST_SIDE, InputError
 from ldmlab.files import open_regular, write_text
 
 FORMAT_VERSION = 2  # 1: without checksums of samples
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # next to shards of a pack; without a manifest it marks an interrupted one
 ENCODE_PLAN = "encode.json"  # the same of an encode: the settings that made the latents
-LARGEST_SIDE = 1 << 16  # px
 TAR_BLOCK = 512  # headers and contents are padded to this
 # no half characters but those of other encodings
 _SHARD_NAME = re.compile("[^/\\\\\0\ud800-\udc7f\udd00-\udfff]{1,200}")

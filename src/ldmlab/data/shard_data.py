@@ -14,7 +14,7 @@ from ldmlab.data.dataset import Batch, BatchSpec, ShardDataset
 from ldmlab.data.loaders import Skipped, eval_loader, position_loader
 from ldmlab.data.manifest import Manifest, read_manifest, refuse_address
 from ldmlab.data.order import BalancedOrder, EpochOrder, training_batches
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, check_side
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ class ShardData:
     _skipped: dict[str, Skipped] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.workers < 0:
-            raise InputError(f"data.image_size={self.image_size} and data.workers={self.workers} must be 1 and 0 up.")
+        check_side("data.image_size", self.image_size)
+        if self.workers < 0:
+            raise InputError(f"data.workers={self.workers} must be 0 or more.")
         for option in ("train", "val", "latents"):
             refuse_address(getattr(self, option) or "", f"data.{option}")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, check_side
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -67,8 +67,8 @@ class Transform:
             raise InputError(f"crop={self.rule} is unknown; choose one of {', '.join(RULES)}.")
         if self.rule == "keep" and self.size is not None:
             raise InputError(f"crop=keep leaves images as they are, so size={self.size} cannot be met; drop one.")
-        if self.rule != "keep" and (self.size is None or self.size < 1):
-            raise InputError(f"size={self.size} with crop={self.rule}; give a side of at least 1 pixel.")
+        if self.rule != "keep":
+            check_side("size", self.size)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Any image => RGB, `size` x `size` (any size with `keep`, the long side uncut with `short_side`)."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ldmlab.errors import InputError, one_of, share
+from ldmlab.errors import InputError, check_side, one_of, share
 from ldmlab.inference.sample_settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
@@ -55,6 +55,8 @@ class Protocol:
     leaves_open: Mapping[str, str] = field(default_factory=dict)  # field => what the paper leaves open, what is chosen
 
     def __post_init__(self) -> None:
+        if self.image_size is not None:
+            check_side("protocol.image_size", self.image_size)
         one_of("protocol.reference", self.reference, ("train", "val"))
         if self.also_against is not None and self.also_against not in {"train", "val"} - {self.reference}:
             raise InputError(
