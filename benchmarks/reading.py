@@ -2,7 +2,7 @@
 
 Prints images per second for image shards (decoded anew, and kept decoded) and for latent shards made from them with
 a toy encoder, with 0, 1 and 2 workers; "per core" counts processor time, whatever else the machine does; memory is the
-proportional share of the main process and its workers. Then the start of a data set of a million samples.
+proportional share of the main process and its workers. The start of large data: manifest.py.
 """
 
 import argparse
@@ -19,13 +19,10 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
 from ldmlab.data.encode_shards import LatentSettings, encode
-from ldmlab.data.manifest import ShardInfo, read_manifest, write_manifest
-from ldmlab.data.order import EpochOrder
+from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.shards import ShardReader
 
 BATCH = 64
-MIB = 2**20
 
 
 def memory_mib(loader_iterator: Any) -> float:
@@ -52,26 +49,6 @@ def toy_moments(images: torch.Tensor) -> torch.Tensor:
     small = avg_pool2d(images.float() / 127.5 - 1, 4)
     mean = torch.cat([small, small[:, :1]], dim=1)
     return torch.cat([mean, mean], dim=1)
-
-
-def start_of_a_million(folder: Path) -> None:
-    """Reading a manifest of 1,000 shards of 1,000 samples, and finding the first position."""
-    shards = [
-        ShardInfo(f"{i:05}.tar", 1000, 20_001_024, "0" * 64, list(range(0, 20_000_000, 20_000))) for i in range(1000)
-    ]
-    folder.mkdir()
-    write_manifest(folder, replace(read_manifest(options().images), shards=shards))
-    start = time.perf_counter()
-    manifest = read_manifest(folder)
-    reader = ShardReader(folder, manifest)
-    order = EpochOrder(reader.counts, seed=0, mix=8)
-    order.locate(123_456)
-    seconds = time.perf_counter() - start
-    print(
-        f"start with 1,000,000 samples: {seconds:.2f} s; hash of the manifest {timed(lambda: manifest.hash):.2f} s; ",
-        end="",
-    )
-    print(f"offsets kept in {reader._offsets.nbytes / MIB:.1f} MiB per process, shared by forked workers")
 
 
 def timed(work: Any) -> float:
@@ -109,7 +86,6 @@ def main() -> None:
                 skip = -(-total // BATCH) if data.cache else 4  # the cache is filled in the first epoch
                 rate, per_core, mib = measure(replace(data, workers=workers).train_loader(BATCH), skip, chosen.seconds)
                 print(f"{name:28}{workers:8}{rate:12.0f}{'' if workers else f'{per_core:.0f}':>10}{mib:8.0f}")
-        start_of_a_million(Path(scratch) / "million")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def _checksums(path: Path) -> None:
     from faults.base import hashlib
 
     raw = path.read_bytes()
-    offsets, position, key = [], 0, None
+    offsets, key = [], None
     import tarfile
 
     with tarfile.open(path) as archive:
@@ -230,16 +230,20 @@ def _checksums(path: Path) -> None:
             if name != key:
                 offsets.append(item.offset)
                 key = name
-            position = item.offset_data + (item.size + 511) // 512 * 512
-    ends = [*offsets[1:], position]
-    manifest = path.parent / "manifest.json"
+    ends = [*offsets[1:], len(raw)]
+    manifest, places = path.parent / "manifest.json", path.parent / "manifest.places"
     content = json.loads(manifest.read_text())
-    shard = next(shard for shard in content["shards"] if shard["name"] == path.name)
-    ends[-1] = len(raw)
-    checksums = "".join(f"{value(raw[start:end]):08x}" for start, end in zip(offsets, ends, strict=True))
-    shard |= {"bytes": len(raw), "offsets": offsets, "samples": len(offsets), "sha256": hashlib.sha256(raw).hexdigest()}
-    if "crc32c" in shard:
-        shard["crc32c"] = checksums
+    names = [shard["name"] for shard in content["shards"]]
+    before = sum(shard["samples"] for shard in content["shards"][: names.index(path.name)])
+    shard = content["shards"][names.index(path.name)]
+    rows = b"".join(
+        (start // 512).to_bytes(4, "little") + value(raw[start:end]).to_bytes(4, "little")
+        for start, end in zip(offsets, ends, strict=True)
+    )
+    old = places.read_bytes()
+    places.write_bytes(old[: 8 * before] + rows + old[8 * (before + shard["samples"]) :])
+    shard |= {"bytes": len(raw), "samples": len(offsets), "sha256": hashlib.sha256(raw).hexdigest()}
+    content["places_sha256"] = hashlib.sha256(places.read_bytes()).hexdigest()
     manifest.write_text(json.dumps(content))
 
 

@@ -173,8 +173,7 @@ def manifest(folder: Path, rng: random.Random) -> str:
             rng.choice(content["shards"])["name"] = names[0]
             return f"a shard's name is {names[0][:30]!r}"
         if where < 0.7:
-            rng.shuffle(content["shards"][0]["offsets"])
-            return "a shard's offsets are shuffled"
+            return any_bytes(folder / "manifest.places", rng)
         return wrong_value(content, rng)
 
     return edit_json(path, change)

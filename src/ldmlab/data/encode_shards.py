@@ -19,8 +19,9 @@ from ldmlab.data.decode import BAD_SAMPLE, decode_image, required_fields
 from ldmlab.data.image_parts import boxes_following
 from ldmlab.data.latent_shards import EncodeStates, FinishedShard, Statistics, npy_bytes, state_files
 from ldmlab.data.loaders import IndexBatches, QuietLoader
-from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, ShardInfo, check_shards, read_manifest, write_manifest
+from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, check_shards, read_manifest, write_manifest
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
+from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import Files, ShardReader, image_ending, tar_bytes
 from ldmlab.errors import InputError
 from ldmlab.files import FileLock, disk_errors, locked, write_json
@@ -199,7 +200,8 @@ class _Work:
                             channels = self._encode_batch(images, samples, file, statistics)
                         yield min(begin + self.batch_size, info.samples)
                     finished = FinishedShard(file.finish(), statistics, channels, skipped)
-                    write_json(self._side_file(info), asdict(finished))
+                    side = {**vars(finished), "info": finished.info.plain if finished.info else None}
+                    write_json(self._side_file(info), side | {"statistics": asdict(statistics)})
                 finally:
                     file.abandon()
         except OSError as error:
@@ -272,6 +274,7 @@ class _Work:
             },
             extra={**self.source.extra, "skipped": skipped},
             format_version=Manifest.format_version,
+            places_sha256=None,
             hash_as_read=None,
         )
 

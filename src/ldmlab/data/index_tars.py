@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldmlab.data.decode import CAPTION, stored_fields
-from ldmlab.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
+from ldmlab.data.manifest import Manifest, read_manifest, write_manifest
 from ldmlab.data.output_folder import BAD
+from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import IMAGE_ENDINGS, image_ending, parse_sample, scan_tar
 from ldmlab.data.workers import in_order
 from ldmlab.errors import InputError

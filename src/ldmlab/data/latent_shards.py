@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldmlab.data.decode import states_ending
-from ldmlab.data.manifest import ShardInfo
+from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import Files
 from ldmlab.errors import InputError
 

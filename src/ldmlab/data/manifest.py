@@ -2,44 +2,23 @@
 
 import hashlib
 import json
-import re
 import stat
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from ldmlab import format1
 from ldmlab.argument_types import check_type, check_types
+from ldmlab.data.shard_info import ShardInfo, is_count, is_sha256, places_sha256, write_places
 from ldmlab.errors import LARGEST_SIDE, InputError
 from ldmlab.files import open_regular, write_text
 
-FORMAT_VERSION = 2  # 1: without checksums of samples
+FORMAT_VERSION = 3  # 1: without checksums of samples; 2: places of samples in the JSON
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # next to shards of a pack; without a manifest it marks an interrupted one
 ENCODE_PLAN = "encode.json"  # the same of an encode: the settings that made the latents
-TAR_BLOCK = 512  # headers and contents are padded to this
-# no half characters but those of other encodings
-_SHARD_NAME = re.compile("[^/\\\\\0\ud800-\udc7f\udd00-\udfff]{1,200}")
 _LATENTS = {"fingerprint": str, "mirrored": bool, "has_logvar": bool, "statistics": dict}
 _STATISTICS = {"mean": list[float], "std": list[float], "overall_mean": float, "overall_std": float}
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One tar; sample i is its bytes [offsets[i], offsets[i + 1]), the last one ends at the tar's end marker."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    offsets: list[int]  # byte offset of each sample's first tar header
-    crc32c: str = ""  # 8 hexadecimal digits a sample, of its bytes; empty in format 1
-
-    def byte_range(self, sample: int) -> tuple[int, int]:
-        """First byte and end of a sample; the last one's end takes in the end marker, which tar readers stop at."""
-        end = self.offsets[sample + 1] if sample + 1 < self.samples else self.bytes
-        return self.offsets[sample], end
 
 
 @dataclass(frozen=True)
@@ -59,6 +38,7 @@ class Manifest:
     latents: dict[str, Any] | None = None  # fingerprint, statistics, views
     extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    places_sha256: str | None = field(default=None, compare=False, repr=False)  # of the file of places, as it was read
     hash_as_read: str | None = field(default=None, compare=False, repr=False)  # of a file of format 1
 
     @property
@@ -68,8 +48,14 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the content but its provenance, as of format 1: the same with and without sums of samples."""
-        return self.hash_as_read or format1.manifest_hash(_content(self))
+        """SHA-256 of the content but its provenance; of formats 1 and 2 that of format 1, which checkpoints hold."""
+        if self.hash_as_read:
+            return self.hash_as_read
+        if self.format_version == 2:
+            return format1.manifest_hash({**_content(self), "shards": [shard.plain for shard in self.shards]})
+        content = {**_content(self), "places_sha256": self.places_sha256 or places_sha256(self.shards)}
+        del content["provenance"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def background(self) -> tuple[int, int, int]:
@@ -79,9 +65,9 @@ class Manifest:
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
-    """As it is written, shards included."""
-    content = {name: value for name, value in vars(manifest).items() if name != "hash_as_read"}
-    return {**content, "shards": [vars(shard) for shard in manifest.shards]}
+    """The manifest's own values; of each shard what stands in format 3."""
+    content = {name: value for name, value in vars(manifest).items() if name not in ("hash_as_read", "places_sha256")}
+    return {**content, "shards": [shard.row for shard in manifest.shards]}
 
 
 def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
@@ -98,16 +84,17 @@ def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); pack or index the folder again.") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+    if version not in (1, 2, FORMAT_VERSION) or isinstance(version, bool):
         raise InputError(
-            f"{path} has format_version={str(version)[:40]}, this ldmlab reads 1 and {FORMAT_VERSION}; "
+            f"{path} has format_version={str(version)[:40]}, this ldmlab reads 1 to {FORMAT_VERSION}; "
             "pack or index the folder again, or use the ldmlab that wrote it."
         )
     try:
         hash_as_read = format1.manifest_hash(content) if version == 1 else None
         content = format1.manifest(content) if version == 1 else content
         check_type(content.get("shards"), list[dict[str, Any]], "shards")
-        shards = [_checked_shard(shard) for shard in content.pop("shards")]
+        listed = ShardInfo.from_row if version == FORMAT_VERSION else ShardInfo.from_plain
+        shards = [listed(shard) for shard in content.pop("shards")]
         if len({shard.name for shard in shards}) < len(shards):
             raise ValueError("it lists a shard twice")
         manifest = Manifest(shards=shards, **content, hash_as_read=hash_as_read)
@@ -118,37 +105,12 @@ def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
     return manifest
 
 
-def _is_count(value: Any, least: int = 0, most: int = 1 << 62) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _checked_shard(shard: dict[str, Any]) -> ShardInfo:
-    info = ShardInfo(**shard)
-    if not isinstance(info.name, str) or not _SHARD_NAME.fullmatch(info.name) or info.name in (".", ".."):
-        raise ValueError(f"shard {str(info.name)[:80]!r} has no name of a file in its folder")
-    if not _is_count(info.samples, 1) or not _is_count(info.bytes, 1):
-        raise ValueError(f"shard {info.name} has samples={info.samples!r:.40} and bytes={info.bytes!r:.40}")
-    offsets = info.offsets
-    if not isinstance(offsets, list) or not all(isinstance(offset, int) for offset in offsets):
-        raise ValueError(f"offsets of shard {info.name} is no list of whole numbers")
-    if len(offsets) != info.samples:
-        raise ValueError(f"shard {info.name} has samples={info.samples} and {len(offsets)} offsets")
-    if any(offset % TAR_BLOCK for offset in offsets):
-        raise ValueError(f"an offset of shard {info.name} is no multiple of {TAR_BLOCK}, where headers of tars begin")
-    if offsets[0] < 0 or not all(a < b for a, b in pairwise([*offsets, info.bytes])):
-        raise ValueError(f"the offsets of shard {info.name} do not rise from 0 to its {info.bytes} bytes")
-    if not isinstance(info.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", info.sha256):
-        raise ValueError(f"shard {info.name} has no SHA-256")
-    sums = info.crc32c
-    if not isinstance(sums, str) or len(sums) not in (0, 8 * info.samples) or not re.fullmatch("[0-9a-f]*", sums):
-        raise ValueError(f"shard {info.name} does not have one CRC32C per sample")
-    return info
-
-
 def _check(manifest: Manifest) -> None:
     """Types and ranges of everything that is read from a manifest."""
     check_types(Manifest, vars(manifest), "")
-    if manifest.image_size is not None and not _is_count(manifest.image_size, 1, LARGEST_SIDE):
+    if is_sha256(manifest.places_sha256) != (manifest.format_version == FORMAT_VERSION):
+        raise ValueError(f"places_sha256={str(manifest.places_sha256)[:80]} is not that of format 3")
+    if manifest.image_size is not None and not is_count(manifest.image_size, 1, LARGEST_SIDE):
         raise ValueError(f"image_size={manifest.image_size!r:.40} is no side of an image in pixels")
     colour = manifest.transform.get("background")
     check_type(colour, tuple[int, int, int] | None, "transform.background")
@@ -163,7 +125,7 @@ def _check_latents(latents: Any) -> None:
     for name, annotation in _LATENTS.items():
         check_type(latents[name], annotation, f"latents.{name}")
     for name in ("latent_channels", "downsampling", "image_size"):
-        if not _is_count(latents[name], 1, LARGEST_SIDE):
+        if not is_count(latents[name], 1, LARGEST_SIDE):
             raise ValueError(f"latents.{name}={latents[name]!r:.40} is no whole number in 1 .. {LARGEST_SIDE}")
     for name, annotation in _STATISTICS.items():
         value = latents["statistics"][name]
@@ -203,8 +165,10 @@ def _missing(folder: str, option: str) -> str:
 
 
 def write_manifest(folder: Path | str, manifest: Manifest) -> None:
-    """Writes by atomic rename; one line a shard, so that a person can read the rest."""
-    content = _content(manifest)
+    """Writes the places of the samples, then the manifest, both by atomic rename; one line a shard for a reader."""
+    sums = {"format_version": FORMAT_VERSION, "places_sha256": places_sha256(manifest.shards)}
+    content = _content(manifest) | sums
+    write_places(Path(folder), manifest.shards)
     shards = ",\n".join("  " + json.dumps(shard, separators=(",", ":")) for shard in content.pop("shards"))
     head = json.dumps(content, ensure_ascii=False, indent=1).removesuffix("\n}")
     write_text(Path(folder) / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n')

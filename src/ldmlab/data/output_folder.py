@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import google_crc32c
 
-from ldmlab.data.manifest import MANIFEST, PLAN, ShardInfo
+from ldmlab.data.manifest import MANIFEST, PLAN
+from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import END_MARKER
 from ldmlab.errors import InputError
 from ldmlab.files import disk_errors, locked, read_json, write_json
@@ -78,9 +79,9 @@ def finished_shard(side_file: Path, shard: Path, take: Callable[[dict[str, Any]]
     """`take` of what the side file of a complete shard records, `info` as a ShardInfo or None; None: still to do."""
     side = read_json(side_file)
     try:
-        info = side["info"] = ShardInfo(**side["info"]) if side["info"] else None
+        info = side["info"] = ShardInfo.from_plain(side["info"]) if side["info"] else None
         taken = take(side)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return None
     if info is not None and not (shard.is_file() and shard.stat().st_size == info.bytes):
         return None
@@ -114,9 +115,7 @@ class ShardFile:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self._path)
-        sums = "".join(f"{value:08x}" for value in self._sums)
-        digest = self._digest.hexdigest()
-        return ShardInfo(self._path.name, len(self._offsets), self._bytes, digest, self._offsets, sums)
+        return ShardInfo.of(self._path.name, self._bytes, self._digest.hexdigest(), self._offsets, self._sums)
 
     def abandon(self) -> None:
         """Leave nothing of an unfinished shard."""

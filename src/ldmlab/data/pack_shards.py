@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.data.image_sources import Item, Source, with_fields
-from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, ShardInfo, read_manifest, write_manifest
+from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, read_manifest, write_manifest
 from ldmlab.data.output_folder import BAD, ShardFile, finished_shard, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
+from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
 from ldmlab.data.workers import in_order, processors
@@ -198,7 +199,7 @@ class _Pack:
         finally:
             file.abandon()
         shard.fields = list(names)
-        info = asdict(shard.info) if shard.info else None
+        info = shard.info.plain if shard.info else None
         write_json(shard.side_file, {"info": info, "fields": shard.fields, "bad": shard.bad, "small": shard.small})
 
     def _count(self, images: int, bad: list[tuple[str, str]]) -> None:

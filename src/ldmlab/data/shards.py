@@ -17,7 +17,8 @@ from typing import IO, Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-from ldmlab.data.manifest import TAR_BLOCK, Manifest, ShardInfo
+from ldmlab.data.manifest import Manifest
+from ldmlab.data.shard_info import TAR_BLOCK, ShardInfo, byte_range, map_places, read_places
 from ldmlab.errors import InputError
 from ldmlab.files import open_regular
 
@@ -146,8 +147,9 @@ def _scan(path: Path, read: Read, size: int, visit: Visit | None) -> tuple[Shard
         sums.append(_hash_range(digest, read, start, end))
         if visit:
             visit(key, read(start, min(end - start, MAX_SAMPLE_BYTES)))
-    checksums = "".join(f"{value:08x}" for value in sums)
-    return ShardInfo(path.name, len(offsets), size, digest.hexdigest(), offsets, checksums), list(starts)
+    if not offsets:
+        return ShardInfo(path.name, 0, size, digest.hexdigest(), np.empty((0, 2), np.uint32)), []
+    return ShardInfo.of(path.name, size, digest.hexdigest(), offsets, sums), list(starts)
 
 
 def _check_end(path: Path, read: Read, end: int, size: int, samples: int) -> None:
@@ -216,30 +218,30 @@ def tar_bytes(name: str, content: bytes) -> bytes:
 class ShardReader:
     """The samples of a folder of shards, each one read of a byte range; safe to hand to forked and spawned workers.
 
-    Offsets and checksums are compact arrays and only the files used last stay open, so that memory and open files do
-    not grow with the number of shards. A sample whose bytes differ from the manifest's checksum is refused.
+    Places and checksums are an array that is mapped, and only the files used last stay open, so that memory and open
+    files do not grow with the data. A sample whose bytes differ from the manifest's checksum is refused.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.names = [shard.name for shard in manifest.shards]
         self.counts = [shard.samples for shard in manifest.shards]
-        self._first = np.cumsum([0, *self.counts])  # where a shard's offsets begin
-        self._offsets = np.fromiter((o for s in manifest.shards for o in s.offsets), np.int64, int(self._first[-1]))
-        self._sizes = np.array([shard.bytes for shard in manifest.shards], np.int64)
-        sums = [bytes.fromhex(shard.crc32c or "00000000" * shard.samples) for shard in manifest.shards]
-        self._sums = np.frombuffer(b"".join(sums), ">u4")
-        self._summed = [bool(shard.crc32c) for shard in manifest.shards]
+        self._first = np.cumsum([0, *self.counts])  # where a shard's samples begin
+        self._sizes = [shard.bytes for shard in manifest.shards]
+        self._summed = [shard.summed for shard in manifest.shards]
+        self._mapped = manifest.places_sha256 is not None
+        if manifest.places_sha256:
+            self._places = read_places(folder, manifest.shards, manifest.places_sha256)
+        else:
+            self._places = np.concatenate([shard.places for shard in manifest.shards if shard.places is not None])
         self._open: OrderedDict[int, IO[bytes]] = OrderedDict()
 
     def read(self, shard: int, sample: int) -> tuple[str, Files]:
         """Key and files of a sample; OSError, ValueError or tarfile's errors where the shard is damaged."""
-        index = self._first[shard] + sample
-        begin = int(self._offsets[index])
+        index = int(self._first[shard]) + sample
         last = sample + 1 == self.counts[shard]
-        end = int(self._sizes[shard] if last else self._offsets[index + 1])
-        data = _range(self._file(shard).fileno(), begin, end)
-        if self._summed[shard] and google_crc32c.value(data) != self._sums[index]:
+        data = _range(self._file(shard).fileno(), *byte_range(self._places, index, last, self._sizes[shard]))
+        if self._summed[shard] and google_crc32c.value(data) != self._places[index, 1]:
             raise OSError("its bytes differ from the manifest's checksum")
         return parse_sample(data, self.names[shard])
 
@@ -269,4 +271,9 @@ class ShardReader:
             file.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_places": None if self._mapped else self._places}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self._mapped:
+            self._places = map_places(self.folder)
