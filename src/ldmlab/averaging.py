@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 
 class AveragedWeights:
-    """An exponential moving average of a module's trainable parameters, float32, kept in addition to the raw ones."""
+    """An exponential moving average of a module's trainable parameters, at least float32, besides the raw ones."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
         self._live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._average = {name: p.detach().clone().float() for name, p in self._live.items()}
+        self._average = {
+            name: p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for name, p in self._live.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:

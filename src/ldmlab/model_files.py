@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -70,8 +71,10 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
         averages = content.get("averaged", {}) if weights == "averaged" else {}
         for name, average in averages.items():
             state = modules[name]
-            state.update({key: tensor.to(state[key].dtype) for key, tensor in average["weights"].items()})
-        parts |= {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in modules.items()}
+            found = average["weights"].items()
+            state.update({key: t.to(torch.promote_types(state[key].dtype, t.dtype)) for key, t in found})
+        for name, state in modules.items():  # float32 whatever the precision of training
+            parts[name] = {key: (t.float() if t.is_floating_point() else t).clone() for key, t in state.items()}
         return ModelFiles(folder, spec, parts, "averaged" if averages else "raw", content["step"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(

@@ -45,7 +45,10 @@ def start(*words: str) -> None:
         (["trainer.max_steps=many"], "trainer.max_steps=many does not fit"),
         (["trainer.max_steps="], "trainer.max_steps= has no value"),
         (["trainer.gradient_clip=nan"], "trainer.gradient_clip=nan is not finite; give a number or null."),
-        (["trainer.precision=16"], "trainer.precision=16 does not fit; give auto or bf16-mixed or 32-true."),
+        (
+            ["trainer.precision=16"],
+            "trainer.precision=16 does not fit; give auto or bf16-mixed or 16-mixed or 32-true or",
+        ),
         (["trainer.compile=1"], "trainer.compile=1 does not fit; give true or false or auto."),
         (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan is not finite"),
         (["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf is not finite"),

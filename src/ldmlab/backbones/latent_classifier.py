@@ -75,7 +75,7 @@ class LatentClassifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, C, h, w), t (B,), the time as for a denoiser => logits (B, classes)."""
         emb = F.silu(self.time(t))  # (B, E)
-        h = self.conv_in(x)
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))
         for module in [*self.down, *self.middle]:
             h = module(h) if isinstance(module, PixelAttention) else module(h, emb)
         return self.pool(F.silu(self.norm_out(h)))

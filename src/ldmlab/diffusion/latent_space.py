@@ -19,6 +19,7 @@ from ldmlab.randomness import normal
 class LatentScale(nn.Module):
     """final = (raw - shift) / std, one number or one per channel; both are saved with the model."""
 
+    exact = True  # stays float32 in every precision of training
     std: Tensor
     shift: Tensor
 

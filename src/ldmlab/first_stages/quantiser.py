@@ -35,6 +35,8 @@ class Quantiser(nn.Module):
     models weight the codebook's side by beta = 0.25 and the encoder's by 1 (the reverse of the VQ-VAE paper).
     """
 
+    exact = True  # stays float32 in every precision of training
+
     def __init__(
         self,
         codebook_size: int,  # K

@@ -46,4 +46,4 @@ class PatchDiscriminator(nn.Module):
                 f"images of {images.shape[-2]}x{images.shape[-1]} are too small for this discriminator, which needs "
                 f"{self.smallest_image} pixels a side; choose fewer discriminator.layers or larger images."
             )
-        return self.network(images)
+        return self.network(images.to(next(self.parameters()).dtype))

@@ -65,7 +65,9 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """VGG's activations at five depths; each image batch by itself, so that constants keep no graph."""
-        x = (images - self.get_buffer("mean")) / self.get_buffer("deviation")
+        x = ((images - self.get_buffer("mean")) / self.get_buffer("deviation")).to(
+            self.get_buffer("vgg_0_weight").dtype
+        )
         found = []
         for number, group in enumerate(_GROUPS):
             x = F.max_pool2d(x, 2) if number else x

@@ -70,7 +70,8 @@ class ClipStage(Stage):
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of images and captions, unit length, float32, (B, D) each."""
-        images = self.open_clip.pixels(to_float(batch["image"].to(self.device)))
+        scale: Tensor = self.clip.logit_scale  # type: ignore[assignment]
+        images = self.open_clip.pixels(to_float(batch["image"].to(self.device))).to(scale.dtype)
         ids = self.open_clip.ids(batch["caption"]).to(self.device)
         image = self.clip.encode_image(images, normalize=True)  # type: ignore[operator]
         text = self.clip.encode_text(ids, normalize=True)  # type: ignore[operator]

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
+from ldmlab.training import precision
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
@@ -90,13 +91,18 @@ def make_trainer(
     """A Trainer for `stage`; InputError where Lightning's arguments contradict each other."""
     _quiet()
     chosen = dict(settings.lightning)
-    more = chosen.pop("plugins", [])
+    more, own = chosen.pop("plugins", []), precision.plugin(settings.precision)
     ours = {
         "accelerator": settings.accelerator,
         **_processes(settings, chosen),
         "strategy": _strategy(stage, settings),
-        "precision": settings.precision,
-        "plugins": [Launched(), *plugins, *(more if isinstance(more, list | tuple) else [more])],
+        "precision": settings.precision if own is None else None,
+        "plugins": [
+            Launched(),
+            *plugins,
+            *([] if own is None else [own]),
+            *(more if isinstance(more, list | tuple) else [more]),
+        ],
         "callbacks": list(callbacks),
         "logger": list(loggers),
         "max_steps": stage.max_steps,
@@ -112,7 +118,7 @@ def make_trainer(
     }
     try:
         trainer = pl.Trainer(**{**ours, **chosen})
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise InputError(f"trainer: Lightning refuses these options: {error}") from error
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign] # ours are in place
     return trainer

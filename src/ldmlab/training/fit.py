@@ -13,6 +13,7 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.checkpoints import load_checkpoint, load_exactly
 from ldmlab.errors import InputError, memory_ran_out
+from ldmlab.training import precision
 from ldmlab.training.callbacks.compiled import Compiled
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
@@ -51,6 +52,8 @@ def fit(
     distributed.join()
     record = record or Record()
     checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
+    if (own := precision.plugin(settings.precision)) is not None:
+        own.convert_module(stage)  # before a checkpoint of that precision is taken up
     path, changes = _take_up(stage, checkpoints, files, settings, batches.manifest_hash, record)
     if path is not None and stage.step >= stage.max_steps:
         return path

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -14,9 +14,10 @@ from ldmlab.argument_types import check_types
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.nn.compiling import Choice
+from ldmlab.training.precision import Precision, check_precision
 
 _CHOICES = {
-    "precision": ("auto", "bf16-mixed", "32-true"),
+    "precision": get_args(Precision),
     "accelerator": ("auto", "cpu", "gpu"),
     "strategy": ("auto", "ddp"),
 }
@@ -47,7 +48,7 @@ class TrainerSettings:
     global_batch: int | None = None  # images a step of all processes, from which accumulate follows
     gradient_clip: float | None = None  # largest norm of the gradient
     averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
-    precision: Literal["auto", "bf16-mixed", "32-true"] = "bf16-mixed"  # auto becomes what the processor computes fast
+    precision: Precision = "bf16-mixed"  # auto becomes what the processor computes fast
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
     strategy: Any = "auto"  # auto | ddp, or a strategy of Lightning by its _target_
@@ -94,6 +95,7 @@ class TrainerSettings:
             raise InputError(f"trainer.averaging_decay={self.averaging_decay} must lie in [0, 1), or null for none.")
         if self.precision == "auto":
             self.precision = fast_precision(self.accelerator)
+        check_precision(self.precision, self.accelerator)
 
     def _accumulate(self, images: int) -> None:
         """As many micro-batches as global_batch needs; InputError where accumulate says otherwise."""

@@ -18,6 +18,7 @@ from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError
 from ldmlab.training.data_module import Batch
 from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
+from ldmlab.training.precision import StepScaler
 from ldmlab.training.rows import StepMetrics
 from ldmlab.training.validation import Validated
 
@@ -157,15 +158,28 @@ class Stage(Validated):
         """The norm of the gradient, without the scale of float16, and its clipping."""
         group = next(name for name, own in self.optimizers_by_group().items() if own is optimizer)
         parameters = self._groups[group]
+        if self._scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            self._scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, which do it later
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+        if self._scaler is not None:  # an update whose gradient overflowed is left out
+            overflow = ~norm.isfinite()
+            self.metrics.add(f"overflow/{group}", overflow)
+            norm = norm.masked_fill(overflow, 0.0)
         self.metrics.add(f"gradient_norm/{group}", norm)
+
+    @property
+    def _scaler(self) -> Any:
+        """Of the losses in 16-mixed, else None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _update(self, active: list[str]) -> None:
         self.updating = True
         for group in active:
             self._update_group(group)
+        if isinstance(self._scaler, StepScaler):
+            self._scaler.end_step()
         self.step += 1
         self.position += self._images * self.accumulate * distributed.world_size()
         self.metrics.close(self.step)
