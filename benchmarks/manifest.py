@@ -2,7 +2,8 @@
 
 Makes the manifest of as many latents, of which all shards are links to one tar, and starts on it in processes of their
 own: seconds for the manifest and its hash, the data set (every shard's size, every sample's place, 100 samples read),
-the first batch and the place of one in a far epoch; peak memory as the system counts it, mapped pages included.
+the first batch and the place of one in a far epoch; peak memory as the system counts it, mapped pages included. Then
+how many shards each of 64 processes reads.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ldmlab.data.manifest import Manifest, write_manifest
+from ldmlab.data.order import EpochOrder, training_batches
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import END_MARKER, scan_tar, tar_bytes
@@ -78,6 +80,25 @@ def start(folder: str) -> None:
     )
 
 
+def spread(shards: int, each: int) -> None:
+    """How many shards a process reads in a window, and how many processes read a shard, of WORLD processes."""
+    for mix in (8, WORLD):
+        for by_shard in (False, True):
+            order = EpochOrder([each] * shards, seed=0, mix=mix)
+            chosen = order.by_shard if by_shard else None
+            steps = range(each * mix // (MICRO_BATCH * WORLD))
+            streams = [training_batches(MICRO_BATCH, 1, WORLD, rank, 0, chosen) for rank in range(WORLD)]
+            began = time.perf_counter()
+            read = [[{order.locate(p).shard for p in next(stream)} for _ in steps] for stream in streams]
+            opened = [len(set().union(*of_rank)) for of_rank in read]
+            name = "by shard" if by_shard else "by position"
+            print(
+                f"data.mix={mix}, {name}: a process reads {np.mean(opened):.1f} shards in a window of "
+                f"{len(steps)} steps, {np.mean([len(one) for of_rank in read for one in of_rank]):.1f} in a step; "
+                f"a shard has {sum(opened) / mix:.1f} processes; {time.perf_counter() - began:.1f} s"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=100_000_000)
@@ -98,6 +119,7 @@ def main() -> None:
         print(f"manifest.json {listed / 2**20:.1f} MiB", flush=True)
         for _ in range(2):  # the second one with what the first left in the page cache
             subprocess.run([sys.executable, __file__, "--start", str(folder)], check=True)
+    spread(chosen.shards, chosen.samples // chosen.shards)
 
 
 if __name__ == "__main__":

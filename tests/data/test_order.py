@@ -103,6 +103,40 @@ def test_global_batches_do_not_depend_on_the_split(micro: int, accumulate: int, 
         assert positions == list(range(24 + 12 * step, 24 + 12 * (step + 1)))
 
 
+ORDERS = {
+    "epoch": EpochOrder([100] * 23, seed=0, mix=4),
+    "balanced": BalancedOrder([100] * 23, seed=0, labels=["a", "b"] * 1150, temperature=0.5),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize(("micro", "accumulate", "world"), [(3, 1, 10), (5, 2, 3), (1, 3, 10), (30, 1, 1)])
+def test_the_images_of_a_step_do_not_depend_on_the_split(name: str, micro: int, accumulate: int, world: int) -> None:
+    by_shard = ORDERS[name].by_shard
+    streams = [training_batches(micro, accumulate, world, rank, 2290, by_shard) for rank in range(world)]
+    for step in range(20):  # over the ends of windows and of the first epoch
+        batches = [batch for stream in streams for batch in islice(stream, accumulate)]
+        assert {len(batch) for batch in batches} == {micro}
+        positions = [p for batch in batches for p in batch]
+        assert sorted(positions) == list(range(2290 + 30 * step, 2290 + 30 * (step + 1)))
+
+
+def _opened(by_shard: bool, mix: int, world: int) -> list[set[int]]:
+    """By rank the shards it reads in the first window."""
+    order = EpochOrder([1000] * 16, seed=0, mix=mix)
+    streams = [training_batches(64, 1, world, r, 0, order.by_shard if by_shard else None) for r in range(world)]
+    steps = 1000 * mix // (64 * world)
+    return [{order.locate(p).shard for batch in islice(s, steps) for p in batch} for s in streams]
+
+
+def test_each_process_reads_few_of_the_shards_of_a_window() -> None:
+    before, after = _opened(False, 8, 8), _opened(True, 8, 8)
+    assert all(len(shards) == 8 for shards in before)
+    assert max(map(len, after)) <= 3  # its own, and a few images of the neighbours
+    assert set.union(*after) == set.union(*before)
+    assert sum(map(len, _opened(True, 16, 8))) < 16 * 2.5  # processes a shard, of 8, as there are two shards for each
+
+
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_evaluation_covers_all_once(world: int) -> None:
     positions = [p for rank in range(world) for batch in evaluation_batches(13, 4, world, rank) for p in batch]

@@ -164,6 +164,15 @@ def test_other_data_is_refused_on_resume(tmp_path: Path, capsys: pytest.CaptureF
     assert "format 99" in capsys.readouterr().err
 
 
+def test_a_run_keeps_how_its_batches_are_split(tmp_path: Path) -> None:
+    path = train(TwoGroups(max_steps=3), tmp_path / "run")
+    content = load_checkpoint(path)
+    assert content["data"] == {"manifest_hash": "abc", "by_shard": True}
+    resaved(path, {**content, "data": {"manifest_hash": "abc"}})  # as it was before shards were split among processes
+    later = train(TwoGroups(max_steps=6), tmp_path / "run")
+    assert load_checkpoint(later)["data"] == {"manifest_hash": "abc", "by_shard": False}
+
+
 def test_a_full_disk_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

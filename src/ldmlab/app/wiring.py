@@ -138,15 +138,16 @@ def _fit(
     callbacks = checked("callbacks", _callbacks(config, plan, data))
     loggers = [(f"logger.{name}", node) for name, node in _by_name(config, "logger") if node]
     data.manifest("val", plan.reads)  # refused now, not at the first validation
+    batches = Batches(
+        lambda position: data.train_loader(
+            settings.micro_batch, settings.accumulate, world, rank, position, plan.reads, batches.by_shard
+        ),
+        lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
+        data.manifest("train", plan.reads).hash,
+    )
     fit(
         plan.stage,
-        Batches(
-            lambda position: data.train_loader(
-                settings.micro_batch, settings.accumulate, world, rank, position, plan.reads
-            ),
-            lambda: data.eval_loader("val", settings.micro_batch, world, rank, kind=plan.reads),
-            data.manifest("train", plan.reads).hash,
-        ),
+        batches,
         run=run,
         settings=settings,
         callbacks=callbacks,

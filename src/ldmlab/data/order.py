@@ -1,13 +1,14 @@
 """Which sample is at which position of the endless training stream: a pure function of (seed, epoch, manifest).
 
-The stream is one epoch after another; position p counts images consumed by all processes together, so nothing here
-depends on how the work is split. Raw Philox words sorted stably give the permutations: that stream is fixed by its
-paper, while numpy may change how its own shuffles draw.
+The stream is one epoch after another; position p counts images consumed by all processes together, so which images a
+step has never depends on how the work is split. Which process reads which of them does: each takes those of few shards.
+Raw Philox words sorted stably give the permutations: that stream is fixed by its paper, while numpy may change how its
+own shuffles draw.
 """
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,11 @@ class SequentialOrder:
         epoch, offset = divmod(position, self.total)
         return Place(epoch, *split_index(self._ends, self._stored(epoch, offset)))
 
+    def by_shard(self, first: int, count: int) -> list[int]:
+        """Positions first .. first + count - 1, those of one shard next to each other."""
+        stored = [self._stored(*divmod(position, self.total)) for position in range(first, first + count)]
+        return (first + np.argsort(np.searchsorted(self._ends, stored, "right"), kind="stable")).tolist()
+
     def _stored(self, epoch: int, offset: int) -> int:
         """Which sample of all, as stored, is at an offset of an epoch."""
         return offset
@@ -59,6 +65,22 @@ class EpochOrder(SequentialOrder):
 
     def locate(self, position: int) -> Place:
         """The place of a position."""
+        place = self._enter(position)
+        shard, sample = split_index(self._mixed_ends, int(self._samples[place]))
+        return Place(self._epoch, int(self._mixed[shard]), sample)
+
+    def by_shard(self, first: int, count: int) -> list[int]:
+        """As above, in the order in which the stream comes to the shards."""
+        keys, done, shards = np.empty(count, np.int64), 0, 0
+        while done < count:  # once a window
+            place = self._enter(first + done)
+            here = self._samples[place : place + count - done]
+            keys[done : done + len(here)] = shards + np.searchsorted(self._mixed_ends, here, "right")
+            done, shards = done + len(here), shards + self._mix
+        return (first + np.argsort(keys, kind="stable")).tolist()
+
+    def _enter(self, position: int) -> int:
+        """Take up the window of a position; its offset there."""
         epoch, offset = divmod(position, self.total)
         if epoch != self._epoch:
             self._shards = permutation(len(self._counts), self._seed, epoch, "shards")
@@ -71,8 +93,7 @@ class EpochOrder(SequentialOrder):
             self._mixed_ends = np.cumsum(self._counts[self._mixed])
             self._samples = permutation(int(self._mixed_ends[-1]), self._seed, epoch, "samples", window)
             self._window = epoch, window
-        shard, sample = split_index(self._mixed_ends, int(self._samples[place]))
-        return Place(epoch, int(self._mixed[shard]), sample)
+        return place
 
 
 class BalancedOrder(SequentialOrder):
@@ -125,18 +146,28 @@ def split_index(ends: NDArray[np.int64], index: int) -> tuple[int, int]:
     return segment, index - (int(ends[segment - 1]) if segment else 0)
 
 
-def training_batches(micro_batch: int, accumulate: int, world: int, rank: int, start: int) -> Iterator[list[int]]:
+def training_batches(
+    micro_batch: int,
+    accumulate: int,
+    world: int,
+    rank: int,
+    start: int,
+    by_shard: Callable[[int, int], list[int]] | None = None,  # of an order
+) -> Iterator[list[int]]:
     """Positions of this process's micro-batches, for ever.
 
     Global batch k is positions start + k G .. start + (k + 1) G - 1 with G = micro_batch * accumulate * world; each
-    rank takes a contiguous slice of it and splits that into its micro-batches.
+    rank takes a contiguous slice of it, or of the same positions sorted by shard, and splits that into micro-batches.
+    A shard's part of a step is about the same through its window, so a rank stays with its shards from step to step.
     """
     share = micro_batch * accumulate
-    first = start + rank * share
+    mine = slice(rank * share, (rank + 1) * share)
     while True:
-        for begin in range(first, first + share, micro_batch):
-            yield list(range(begin, begin + micro_batch))
-        first += share * world
+        step = range(start, start + share * world)
+        positions = by_shard(start, len(step))[mine] if by_shard else step[mine]
+        for begin in range(0, share, micro_batch):
+            yield list(positions[begin : begin + micro_batch])
+        start += len(step)
 
 
 def evaluation_batches(total: int, batch_size: int, world: int, rank: int) -> Iterator[list[int]]:

@@ -114,13 +114,16 @@ class ShardData:
         rank: int = 0,  # this process
         start_position: int = 0,  # images already consumed by all processes
         kind: str | None = None,
+        by_shard: bool = True,  # each process reads few shards; False: as runs did before checkpoints recorded it
     ) -> DataLoader[Batch]:
         """Endless micro-batches; `accumulate` of them on each of `world` processes make one global batch."""
         for name, value in (("micro_batch", micro_batch), ("accumulate", accumulate), ("world", world)):
             if value < 1:
                 raise InputError(f"{name}={value} makes no batch; choose 1 or more.")
-        batches = partial(training_batches, micro_batch, accumulate, world, rank, start_position)
-        return position_loader(self.train_dataset(kind), batches, self.workers)
+        dataset = self.train_dataset(kind)
+        spread = dataset.order.by_shard if by_shard and world > 1 else None
+        batches = partial(training_batches, micro_batch, accumulate, world, rank, start_position, spread)
+        return position_loader(dataset, batches, self.workers)
 
     def eval_loader(
         self,

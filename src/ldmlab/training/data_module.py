@@ -21,6 +21,12 @@ class Batches(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train, self.val, self.manifest_hash = train, val, manifest_hash
+        self.by_shard = True  # see `order.training_batches`; a run keeps what its first checkpoint records
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What checkpoints hold of it."""
+        return {"manifest_hash": self.manifest_hash, "by_shard": self.by_shard}
 
     def train_dataloader(self) -> Iterable[Batch]:
         """Endless, without a length, so that one epoch is the whole run unless `limit_train_batches` ends it."""

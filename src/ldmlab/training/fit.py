@@ -54,7 +54,7 @@ def fit(
     checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
     if (own := precision.plugin(settings.precision)) is not None:
         own.convert_module(stage)  # before a checkpoint of that precision is taken up
-    path, changes = _take_up(stage, checkpoints, files, settings, batches.manifest_hash, record)
+    path, changes = _take_up(stage, checkpoints, files, settings, batches, record)
     if path is not None and stage.step >= stage.max_steps:
         return path
     run.begin()
@@ -63,7 +63,7 @@ def fit(
     skipped = next((part for part in callbacks if isinstance(part, Skipped)), Skipped(float("inf")))
     fields, loggers = {**record.config, **(fields or {})}, [RunFiles(), *loggers]
     with StopRequest(settings.checkpoint_every_minutes) as stop, StepProgress(distributed.rank() == 0) as progress:
-        keep = KeepCheckpoints(checkpoints, settings, stop, batches.manifest_hash, record)
+        keep = KeepCheckpoints(checkpoints, settings, stop, batches.record, record)
         chosen = [*callbacks, *([] if skipped in callbacks else [skipped])]
         parts = [
             Compiled(settings.compile, progress.say),
@@ -138,7 +138,7 @@ def _take_up(
     checkpoints: Checkpoints,
     files: Files,
     settings: TrainerSettings,
-    manifest_hash: str | None,
+    batches: Batches,
     record: Record,
 ) -> tuple[Path | None, list[str]]:
     """Load the newest checkpoint, the same one in all processes; return it and the changed options that apply."""
@@ -157,7 +157,7 @@ def _take_up(
     if content["seed"] != stage.seed:
         raise InputError(f"seed={stage.seed} but {path} was made with seed={content['seed']}; resume with that seed.")
     before = content["data"].get("manifest_hash")
-    if manifest_hash is not None and before is not None and before != manifest_hash:
+    if batches.manifest_hash is not None and before is not None and before != batches.manifest_hash:
         raise InputError(f"{path} was trained on other data (its manifest differs); start a new run with init_from.")
     if settings.fast_dev_run:
         raise InputError(
@@ -167,6 +167,7 @@ def _take_up(
     images = settings.micro_batch * settings.accumulate * distributed.world_size()
     changes = compare(content, record, images, checkpoints.folder.parent)
     stage.restore(content)
+    batches.by_shard = bool(content["data"].get("by_shard"))
     every = settings.log_every if stage.step < stage.max_steps else 1
     if lost := lost_rows(checkpoints.folder.parent / "metrics.csv", stage.step, every):
         distributed.say(lost)

@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -24,11 +25,11 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
         files: Checkpoints,
         settings: TrainerSettings,
         stop: StopRequest,
-        manifest_hash: str | None,
+        data: Mapping[str, Any],  # what checkpoints hold of the batches
         record: Record,
     ) -> None:
         self.files, self.settings, self.stop = files, settings, stop
-        self.manifest_hash, self.record = manifest_hash, record
+        self.data, self.record = data, record
         self.notes: dict[str, Any] = {}  # val: the latest metrics; best: name, value and step
         self.improved = False  # the running step is the best so far
 
@@ -42,9 +43,8 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """What describes the run and its data."""
-        data = {"manifest_hash": self.manifest_hash}
         run = {"run": dict(vars(self.record)), "notes": self.notes}
-        checkpoint |= {"format_version": FORMAT_VERSION, "data": data, **run}
+        checkpoint |= {"format_version": FORMAT_VERSION, "data": dict(self.data), **run}
         for name, state in checkpoint.get("callbacks", {}).items():
             try:
                 torch.save(state, box := io.BytesIO())
