@@ -19,6 +19,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
+        if message.startswith("Caught ") and "Original Traceback" in message:  # from a loader process, by torch
+            message = message.strip().rpartition("\n")[2].partition(": ")[2] or message
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-90:]}"
         super().__init__(message)

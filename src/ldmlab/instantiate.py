@@ -181,6 +181,8 @@ def _check_reach(target: Callable[..., Any], node: Mapping[str, Any], where: str
             raise InputError(
                 f"{option}={shown(value)} would reach outside the model; a file may not give it: leave it out."
             )
+        if where == "data" and isinstance(value, str) and (value.startswith("pipe:") or "::" in value):
+            raise InputError(f"{option}={shown(value)} could run any command; a file may not give it: type it instead.")
         if any(isinstance(n, int) and abs(n) > _LARGEST for n in _scalars(value)):
             raise InputError(f"{option}={shown(value)} is beyond any network's size; the file is damaged.")
 

@@ -36,6 +36,7 @@ OWN = ("optimizer", "lr_schedule", "trainer", "stage")  # of each stage before t
 _WAIT_SECONDS = 5.0
 _NOT_OF_DATA = (  # how images are read, not which
     *("train", "val", "latents", "states", "workers", "cache", "cache_limit_gib", "sha256", "object_background"),
+    *("shard_cache", "shard_cache_gib"),
 )
 _NOT_OF_TRAINER = ("log_every", "validate_every", "checkpoint_every", "keep", "accelerator", "devices", "compile")
 

@@ -3,20 +3,21 @@
 import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ldmlab.annotations import BOXES
 from ldmlab.contracts import STATES_PREFIX, Task
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
 from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
-from ldmlab.data.manifest import Manifest, check_shards, read_manifest
+from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import Place, SequentialOrder, image_random
-from ldmlab.data.shards import Files, ShardReader
+from ldmlab.data.shard_cache import Ahead
+from ldmlab.data.shards import Files, ShardLost, ShardReader
+from ldmlab.data.stores import Folder, check_there, manifest_of
 from ldmlab.errors import InputError
 
 TRIES = 100  # samples in a row that may be bad before the data are given up, and samples checked at the start
@@ -118,7 +119,7 @@ class ShardDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        folder: Path | str,
+        folder: Folder,
         spec: BatchSpec,
         *,
         seed: int = 0,
@@ -126,11 +127,12 @@ class ShardDataset(Dataset[Batch]):
         sha256: bool = False,
         option: str = "data",  # its name in messages
     ) -> None:
-        manifest = read_manifest(folder, option)
+        manifest = manifest_of(folder, option)
         self.named = f"{option}={folder}"
         check_spec(self.named, manifest, spec)
-        check_shards(folder, manifest, sha256)
-        self.reader = ShardReader(Path(folder), manifest)
+        check_there(folder, manifest, sha256)
+        self.reader = ShardReader(folder, manifest)
+        self._ahead: Ahead | None = None  # of a loader process
         self.spec, self.train, self._seed = spec, train, seed
         self._background, self._stored_size = manifest.background, manifest.image_size
         named_classes = len(manifest.classes) if manifest.classes and BOXES not in manifest.fields else None
@@ -182,6 +184,9 @@ class ShardDataset(Dataset[Batch]):
         self._cache = ImageCache(count, size, limit_gib)
 
     def __getitem__(self, position: int) -> Batch:
+        if self.reader.store and (worker := get_worker_info()):
+            self._ahead = self._ahead or Ahead(self.reader.fetch_ahead, worker.id)
+            self._ahead.want(self.order.ahead(position))
         skipped: list[str] = []
         for offset in range(TRIES if self.train else 1):
             if sample := self._tried(position + offset, skipped):
@@ -195,6 +200,8 @@ class ShardDataset(Dataset[Batch]):
         place = self._place(position)
         try:
             return self._sample(place)
+        except ShardLost:
+            raise
         except BAD_SAMPLE as error:
             skipped.append(self.reader.fault(place.shard, place.sample, error))
             return None
@@ -235,9 +242,10 @@ class ShardDataset(Dataset[Batch]):
 
     def _check_samples(self) -> None:
         """Refuse fields and parts that most of TRIES readable samples lack: a wrong option, not bad samples."""
-        count = min(len(self), TRIES)
+        total = (self.reader.store and self.counts[0]) or len(self)  # of a store the first shard: others are far away
+        count = min(total, TRIES)
         readable, unfit, partless = 0, dict[str, str](), dict[str, tuple[str, str]]()
-        for position in (number * len(self) // count for number in range(count)):
+        for position in (number * total // count for number in range(count)):
             place = self._place(position)
             label = self.reader.label(place.shard, place.sample)
             try:
@@ -245,6 +253,8 @@ class ShardDataset(Dataset[Batch]):
                 if missing := missing_part(files, self.spec.parts - {"image"}):
                     partless[label] = missing
                 readable += 1
+            except ShardLost:
+                raise
             except BAD_SAMPLE:
                 continue
             try:
@@ -289,6 +299,8 @@ class ShardDataset(Dataset[Batch]):
             for sample in range(count) if self._kept is None else self._kept[shard]:
                 try:
                     fields = sample_fields(self.reader.read(shard, sample)[1], names)
+                except ShardLost:
+                    raise
                 except BAD_SAMPLE:
                     fields = None
                 yield shard, sample, fields

@@ -19,10 +19,11 @@ from ldmlab.data.decode import BAD_SAMPLE, decode_image, required_fields
 from ldmlab.data.image_parts import boxes_following
 from ldmlab.data.latent_shards import EncodeStates, FinishedShard, Statistics, npy_bytes, state_files
 from ldmlab.data.loaders import IndexBatches, QuietLoader
-from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, check_shards, read_manifest, write_manifest
+from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, read_manifest, write_manifest
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.shards import Files, ShardReader, image_ending, tar_bytes
+from ldmlab.data.shards import Files, ShardLost, ShardReader, image_ending, tar_bytes
+from ldmlab.data.stores import Folder, check_there, manifest_of
 from ldmlab.errors import InputError
 from ldmlab.files import FileLock, disk_errors, locked, write_json
 from ldmlab.provenance import provenance
@@ -65,7 +66,7 @@ class LatentSettings:
 
 
 def encode(
-    source: Path | str,
+    source: Folder | str,
     out: Path | str,
     encode_moments: EncodeMoments,
     settings: LatentSettings,
@@ -84,7 +85,7 @@ def encode(
 
     The manifest of all; None while other processes still have shards to do.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source) if isinstance(source, str) else source, Path(out)
     manifest = _source_manifest(source, settings, sha256, option)
     _begin(out, {"source": manifest.hash, **asdict(settings)})
     if (out / MANIFEST).exists():
@@ -105,9 +106,9 @@ def encode(
         return work.complete(max_bad)
 
 
-def _source_manifest(source: Path, settings: LatentSettings, sha256: bool, option: str) -> Manifest:
+def _source_manifest(source: Folder, settings: LatentSettings, sha256: bool, option: str) -> Manifest:
     """Of images that carry all the fields that states are made from; InputError otherwise."""
-    manifest = read_manifest(source, option)
+    manifest = manifest_of(source, option)
     if manifest.kind != "images":
         raise InputError(f"{option}={source} holds {manifest.kind}, not images; give the image shards to encode.")
     if missing := sorted(set(settings.read_fields) - set(manifest.fields)):
@@ -115,7 +116,7 @@ def _source_manifest(source: Path, settings: LatentSettings, sha256: bool, optio
             f"conditioner: its states are made from {missing[0]}, which {option}={source} does not carry (it has "
             f"{', '.join(manifest.fields) or 'no fields'}); leave the conditioner out, or pack the images with it."
         )
-    check_shards(source, manifest, sha256)
+    check_there(source, manifest, sha256)
     return manifest
 
 
@@ -139,7 +140,7 @@ def _manifest_lock(out: Path) -> AbstractContextManager[None]:
 class _Images(Dataset[Any]):
     """Decoded image, uint8 (3, H, W), and sample at (shard, number); a reason where it cannot be read."""
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: LatentSettings) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest, settings: LatentSettings) -> None:
         self.reader, self._settings = ShardReader(folder, manifest), settings
         self._background = manifest.background
 
@@ -151,6 +152,8 @@ class _Images(Dataset[Any]):
             if not self._settings.carries_images:
                 files = boxes_following(files)
                 files.pop(image_ending(files) or "")
+        except ShardLost:
+            raise
         except BAD_SAMPLE as error:
             return self.reader.fault(*place, error)
         files.pop("npy", None)

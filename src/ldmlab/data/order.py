@@ -48,6 +48,11 @@ class SequentialOrder:
         stored = [self._stored(*divmod(position, self.total)) for position in range(first, first + count)]
         return (first + np.argsort(np.searchsorted(self._ends, stored, "right"), kind="stable")).tolist()
 
+    def ahead(self, position: int) -> Sequence[int]:
+        """Shards that this position and those after it read, the next ones first."""
+        first = self.locate(position).shard
+        return range(first, min(first + 3, len(self._ends)))
+
     def _stored(self, epoch: int, offset: int) -> int:
         """Which sample of all, as stored, is at an offset of an epoch."""
         return offset
@@ -95,6 +100,15 @@ class EpochOrder(SequentialOrder):
             self._window = epoch, window
         return place
 
+    def ahead(self, position: int) -> Sequence[int]:
+        """The shards of the position's window, and of the next one."""
+        self._enter(position)
+        epoch, window = self._window
+        following = self._shards[(window + 1) * self._mix : (window + 2) * self._mix]
+        if len(following) == 0:
+            following = permutation(len(self._counts), self._seed, epoch + 1, "shards")[: self._mix]
+        return (*self._mixed.tolist(), *following.tolist())
+
 
 class BalancedOrder(SequentialOrder):
     """Classes at chosen rates: class c fills a fixed number of an epoch's N places, ~ n_c^temperature.
@@ -112,6 +126,10 @@ class BalancedOrder(SequentialOrder):
         self._members = [np.flatnonzero(classes == c) for c in range(len(names))]
         sizes = np.array([len(m) for m in self._members], np.float64)
         self.draws = dict(zip(names.tolist(), shares(sizes**temperature, self.total), strict=True))
+
+    def ahead(self, position: int) -> Sequence[int]:
+        """All: classes are spread over them."""
+        return range(len(self._ends))
 
     def _stored(self, epoch: int, offset: int) -> int:
         if epoch != self._epoch:

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from ldmlab.contracts import Task
 from ldmlab.data.dataset import Batch, BatchSpec, ShardDataset
 from ldmlab.data.loaders import Skipped, eval_loader, position_loader
-from ldmlab.data.manifest import Manifest, read_manifest, refuse_address
+from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder, training_batches
+from ldmlab.data.shard_cache import ShardCache, shards_folder
+from ldmlab.data.stores import Folder, Store, manifest_of, shards_at
 from ldmlab.errors import InputError, check_side
 
 logger = logging.getLogger(__name__)
@@ -23,8 +25,8 @@ logger = logging.getLogger(__name__)
 class ShardData:
     """Image shards with a train and a held-out folder, and the latent shards made from them if there are any."""
 
-    train: str  # folder of image shards
-    val: str  # folder of image shards, held out
+    train: str  # image shards: folder, address or pattern
+    val: str  # the same, held out
     image_size: int  # px; images of another size are resized while reading
     latents: str | None = None  # folder with train/ and val/ latent shards; None: image shards are read
     flip: bool = False  # mirror half of the training images
@@ -39,6 +41,8 @@ class ShardData:
     object_background: tuple[int, int, int] | None = None  # colour left out of PSNR over object pixels
     sha256: bool = False  # check the shards' checksums at the start, not only their sizes
     states: bool = True  # read states stored with the latents, instead of running the encoder that made them
+    shard_cache: str | None = None  # folder for shards of addresses; None: `shards_folder()`
+    shard_cache_gib: float = 64.0  # how much may lie in it
     task: Task | None = None  # set by `with_task`
     stored: tuple[str, ...] = ()  # conditioners whose states are read; set by `with_states`
     classes: int | None = None  # bound of class_id: samples whose class is not below it are bad ones
@@ -49,8 +53,10 @@ class ShardData:
         check_side("data.image_size", self.image_size)
         if self.workers < 0:
             raise InputError(f"data.workers={self.workers} must be 0 or more.")
+        if self.shard_cache_gib <= 0:
+            raise InputError(f"data.shard_cache_gib={self.shard_cache_gib:g} must be above 0.")
         for option in ("train", "val", "latents"):
-            refuse_address(getattr(self, option) or "", f"data.{option}")
+            self._at(getattr(self, option) or "", f"data.{option}")
 
     def with_task(self, task: Task | None) -> "ShardData":
         """The same data, from which the task derives inputs and targets."""
@@ -68,21 +74,30 @@ class ShardData:
         """What a run reads by default: latents where there are any, else images."""
         return "latents" if self.latents else "images"
 
-    def folder(self, split: str, kind: str | None = None) -> Path:
+    def _at(self, text: str, option: str) -> Folder:
+        folder = Path(self.shard_cache) if self.shard_cache else shards_folder()
+        return shards_at(text, option, ShardCache(folder, self.shard_cache_gib))
+
+    def folder(self, split: str, kind: str | None = None) -> Folder:
         """Where the shards of a split lie; split: train | val, kind: images | latents."""
         if split not in ("train", "val"):
             raise InputError(f"split={split} is unknown; choose train or val.")
         if (kind or self.kind) == "images":
-            return Path(self.train if split == "train" else self.val)
+            return self._at(self.train if split == "train" else self.val, f"data.{split}")
         if self.latents is None:
             raise InputError(
                 "data.latents is not set, but this run reads latents; give the folder `ldmlab encode` wrote."
             )
-        return Path(self.latents) / split
+        latents = self._at(self.latents, "data.latents")
+        if not isinstance(latents, Store):
+            return latents / split
+        if latents.names is not None:
+            raise InputError(f"data.latents={latents} names shards; give the folder in which train and val lie.")
+        return latents.child(split)
 
     def manifest(self, split: str = "train", kind: str | None = None) -> Manifest:
         """The manifest of a split."""
-        return read_manifest(self.folder(split, kind), self._option(split, kind or self.kind))
+        return manifest_of(self.folder(split, kind), self._option(split, kind or self.kind))
 
     def _option(self, split: str, kind: str) -> str:
         """What messages call the folder of a split."""
@@ -97,6 +112,12 @@ class ShardData:
             labels = dataset.labels(self.balance)
             dataset.order = order = BalancedOrder(dataset.counts, self.seed, labels, self.balance_temperature)
             logger.info("data.balance=%s: images an epoch %s", self.balance, order.draws)
+        windows = 2 * self.mix if self.balance is None else len(dataset.counts)  # this one and the next
+        if (needed := dataset.reader.cached_gib(windows)) > self.shard_cache_gib:
+            raise InputError(
+                f"data.shard_cache_gib={self.shard_cache_gib:g}: the shards that {dataset.named} is shuffled over take "
+                f"{needed:.2f} GiB with those fetched ahead; raise it, or lower data.mix."
+            )
         return self._cached(dataset)
 
     def val_dataset(self, kind: str | None = None, split: str = "val") -> ShardDataset:

@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,7 +19,8 @@ import google_crc32c
 import numpy as np
 
 from ldmlab.data.manifest import Manifest
-from ldmlab.data.shard_info import TAR_BLOCK, ShardInfo, byte_range, map_places, read_places
+from ldmlab.data.shard_info import PLACES, TAR_BLOCK, ShardInfo, byte_range, map_places, read_places
+from ldmlab.data.stores import Folder, Store, beside, on_disk
 from ldmlab.errors import InputError
 from ldmlab.files import open_regular
 
@@ -215,15 +217,21 @@ def tar_bytes(name: str, content: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % TAR_BLOCK)
 
 
+class ShardLost(InputError):
+    """A shard of a store that cannot be had: it ends the run, unlike a bad sample."""
+
+
 class ShardReader:
-    """The samples of a folder of shards, each one read of a byte range; safe to hand to forked and spawned workers.
+    """The samples of some shards, each one read of a byte range; safe to hand to forked and spawned workers.
 
     Places and checksums are an array that is mapped, and only the files used last stay open, so that memory and open
     files do not grow with the data. A sample whose bytes differ from the manifest's checksum is refused.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self._folder = on_disk(folder)
+        self.store = folder if isinstance(folder, Store) and self._folder is None else None
+        self._stored = [(shard.name, shard.bytes, shard.sha256) for shard in manifest.shards] if self.store else []
         self.names = [shard.name for shard in manifest.shards]
         self.counts = [shard.samples for shard in manifest.shards]
         self._first = np.cumsum([0, *self.counts])  # where a shard's samples begin
@@ -231,7 +239,8 @@ class ShardReader:
         self._summed = [shard.summed for shard in manifest.shards]
         self._mapped = manifest.places_sha256 is not None
         if manifest.places_sha256:
-            self._places = read_places(folder, manifest.shards, manifest.places_sha256)
+            self._beside = beside(folder, PLACES)
+            self._places = read_places(self._beside, manifest.shards, manifest.places_sha256)
         else:
             self._places = np.concatenate([shard.places for shard in manifest.shards if shard.places is not None])
         self._open: OrderedDict[int, IO[bytes]] = OrderedDict()
@@ -240,7 +249,9 @@ class ShardReader:
         """Key and files of a sample; OSError, ValueError or tarfile's errors where the shard is damaged."""
         index = int(self._first[shard]) + sample
         last = sample + 1 == self.counts[shard]
-        data = _range(self._file(shard).fileno(), *byte_range(self._places, index, last, self._sizes[shard]))
+        with ExitStack() as held:
+            file = self._file(shard, held)
+            data = _range(file.fileno(), *byte_range(self._places, index, last, self._sizes[shard]))
         if self._summed[shard] and google_crc32c.value(data) != self._places[index, 1]:
             raise OSError("its bytes differ from the manifest's checksum")
         return parse_sample(data, self.names[shard])
@@ -257,10 +268,25 @@ class ShardReader:
         """Which sample cannot be used and why, in a few words."""
         return f"{self.label(shard, sample)}: {type(error).__name__}: {str(error)[:200]}"
 
-    def _file(self, shard: int) -> IO[bytes]:
-        """The open file of a shard; reads give their own offset, so processes may share it."""
+    def cached_gib(self, shards: int) -> float:
+        """What so many of the largest shards take on this machine's disk; 0 where they lie there anyway."""
+        return sum(sorted((size for _, size, _ in self._stored), reverse=True)[:shards]) / 2**30
+
+    def fetch_ahead(self, shard: int) -> None:
+        """Bring a shard of a store to this machine, unless another process is at it."""
+        if self.store:
+            self.store.fetch_ahead(*self._stored[shard])
+
+    def _file(self, shard: int, held: ExitStack) -> IO[bytes]:
+        """The open file of a shard; reads give their own offset, so processes may share it. One of a store is open,
+        and safe from being removed, while it is `held`."""
+        if self.store:
+            try:
+                return held.enter_context(self.store.opened(*self._stored[shard]))
+            except (InputError, OSError) as error:
+                raise ShardLost(str(error)) from None
         if shard not in self._open:
-            self._open[shard] = open_regular(self.folder / self.names[shard])
+            self._open[shard] = open_regular((self._folder or Path()) / self.names[shard])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
@@ -276,4 +302,4 @@ class ShardReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         if self._mapped:
-            self._places = map_places(self.folder)
+            self._places = map_places(self._beside)

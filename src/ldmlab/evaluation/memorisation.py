@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmlab import distributed
+from ldmlab.data.stores import has_manifest
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
@@ -122,7 +123,7 @@ class Audit:
         """Features (M, D) of validation images and their numbers; none where the data has none."""
         if self.protocol.reference != "val":
             seen = EvaluationPass(self.real.extractor, {}, keep=True)
-            there = (self.real.data.folder("val", "images") / "manifest.json").exists()
+            there = has_manifest(self.real.data.folder("val", "images"))
             for features, numbers in self.real.features("val") if there else ():
                 seen.add_features({"features": features}, True, numbers)
         features, numbers = seen.kept(real=True)

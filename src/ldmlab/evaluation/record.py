@@ -14,6 +14,7 @@ from ldmlab import distributed
 from ldmlab.checkpoints import fingerprint
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
+from ldmlab.data.stores import Folder
 from ldmlab.data.transforms import RULES
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
@@ -105,7 +106,7 @@ def check_reference(protocol: Protocol, data: ShardData) -> None:
         )
 
 
-def check_transform(folder: Path, manifest: Manifest) -> None:
+def check_transform(folder: Folder, manifest: Manifest) -> None:
     """Refuse images whose manifest contradicts itself on how they were prepared; state what it does not record.
 
     Tars that were indexed as they are record nothing of it.
