@@ -482,12 +482,6 @@ def test_several_files_of_a_sample_stay_together(tmp_path: Path) -> None:
     assert seen == [tuple(name.split(".", 1)) for name in members]
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/train", "https://host/train", "gs://a", "pipe:cat a://b"])
-def test_addresses_are_named_as_they_were_typed(address: str) -> None:
-    with pytest.raises(InputError, match=rf"data\.val={address} is an address"):
-        ShardData("t", address, image_size=8).val_dataset("images")
-
-
 def test_a_moment_of_another_shape_is_skipped_and_named(tmp_path: Path) -> None:
     good = npy(np.ones((1, 8, 4, 4), np.float16))
     others = [npy(np.ones((1, 8, 2, 2), np.float16)), npy(np.full((1, 8, 4, 4), np.nan, np.float16))]

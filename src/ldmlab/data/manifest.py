@@ -72,7 +72,6 @@ def _content(manifest: Manifest) -> dict[str, Any]:
 
 def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
     """The manifest of `folder`, checked for shape, version and against itself; `option`: its name in messages."""
-    refuse_address(str(folder), option)
     path = Path(folder) / MANIFEST
     try:
         with open_regular(path) as file:
@@ -136,15 +135,6 @@ def _check_latents(latents: Any) -> None:
     check_type(states, dict[str, dict[str, Any]] | None, "latents.states")
     for name, made in (states or {}).items():
         check_type(made["reads"], list[str], f"latents.states.{name}.reads")
-
-
-def refuse_address(folder: str, option: str) -> None:
-    """InputError for s3:// and the like."""
-    if "://" in folder:
-        raise InputError(
-            f"{option}={folder} is an address; ldmlab reads shards from folders: copy them to a disk or mount the "
-            "store."
-        )
 
 
 def _missing(folder: str, option: str) -> str:
