@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 
+IDS_PREFIX, CUT_PREFIX = "ids.", "cut."  # likewise: the caption as token numbers, and whether its end is lost
 STATES_PREFIX = "states."  # and the name of a conditioner: batch field of its output, stored with the encoded latents
 
 

@@ -108,6 +108,7 @@ def test_default_folders_never_collide(tmp_path: Path, monkeypatch: pytest.Monke
         (["1", "--count", "0"], "--count"),
         (["1", "--guidance-scale", "x"], "--guidance-scale"),
         (["1", "--precision", "int8"], "--precision int8 is unknown"),
+        (["1", "--compile", "yes"], "--compile yes is unknown; choose auto, true or false"),
         (["1", "--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["1", "--out", "."], "holds files already"),
     ],

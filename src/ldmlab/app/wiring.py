@@ -52,6 +52,8 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         if name == "diffusion":
             known = plan.stage.diffusion.conditioners  # type: ignore[union-attr]
             data = replace(data, classes=class_bound(known))  # type: ignore[arg-type]
+        on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
+        data = data.with_tokenizers(plan.stage.tokenizers(), pinned=on_gpu)
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config, plan, data)
         _fit(run, {**config, **plan.used}, plan, settings, data, resume)

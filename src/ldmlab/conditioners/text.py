@@ -21,10 +21,10 @@ from torch import Tensor
 from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
-from ldmlab.errors import InputError, one_of
+from ldmlab.errors import InputError
 from ldmlab.files import weights_folder
 from ldmlab.nn.attention import TransformerEncoder
-from ldmlab.nn.openclip import TextTower, build_clip, build_text_tower, make_tokenizer
+from ldmlab.nn.openclip import ClipTokens, TextTower, build_clip, build_text_tower, make_tokenizer
 
 _CHUNK = 64  # captions encoded at once on an accelerator
 
@@ -35,33 +35,44 @@ class Captions(BaseConditioner):
     reads = frozenset({"caption"})
     slot = "tokens"
 
+    tokenizer: "ClipTokens | WordPiece"
+
     def __init__(self, drop: float, width: int) -> None:
         super().__init__(drop, width)
         self.seen, self.cut = 0, 0  # captions seen, and those longer than the context
+        self._empty: Tensor | None = None  # token numbers of the empty caption, on the device
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
-        """The states of the batch's captions, (B, L, D); captions over the context length are cut and counted."""
+        """The states of the batch's captions, (B, L, D); captions over the context length are cut and counted.
+
+        `ids` and `cut` of the batch come from the loader, else captions are tokenised here.
+        """
         captions = list(batch["caption"])
         self.seen += len(captions)
-        states = self.states(captions)
-        self.cut += sum(self.was_cut(caption) for caption in captions)
-        return states
+        self.cut += sum(batch["cut"] if "cut" in batch else (bool(self.lost(caption)) for caption in captions))
+        return self.states(captions, batch.get("ids"))
 
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The states of as many empty captions."""
-        return self.states([""]).expand(len(batch["caption"]), -1, -1)
+        if self._empty is None or self._empty.device != self._device:
+            self._empty = self.ids([""])
+        return self.states([""], self._empty).expand(len(batch["caption"]), -1, -1)
 
-    def states(self, captions: list[str]) -> Tensor:
-        """Captions => (B, L, D)."""
+    def states(self, captions: list[str], ids: Tensor | None = None) -> Tensor:
+        """Captions, or their token numbers (B, L) where they are known => (B, L, D)."""
         raise NotImplementedError
+
+    def ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions => token numbers (B, L), on the device."""
+        return self.tokenizer(captions).to(self._device)
 
     def lost(self, caption: str) -> str:
         """The end of a caption that does not fit into the context; empty if all does."""
-        raise NotImplementedError
+        return self.tokenizer.lost(caption)
 
-    def was_cut(self, caption: str) -> bool:
-        """Whether some of a caption is lost."""
-        return bool(self.lost(caption))
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
 
 class OpenClipText(Captions):
@@ -78,12 +89,11 @@ class OpenClipText(Captions):
         cache_mib: int = 256,  # frozen: memory for states of captions seen before
     ) -> None:
         super().__init__(drop, tower.width)
-        one_of("conditioner.padding", padding, ("zero", "end"))
-        self.tower, self.tokenizer, self.padding = tower, tokenizer, padding
+        self.tower, self.tokenizer, self.padding = tower, ClipTokens(tokenizer, padding), padding
         self.trainable = trainable
         self.node: dict[str, Any] = {}  # for model.yaml: what `open_clip_text` needs to rebuild it without a network
         self._capacity = max(1, cache_mib * 2**20 // (4 * tower.context_length * tower.width))
-        self._states: OrderedDict[str, tuple[Tensor, bool]] = OrderedDict()  # caption => (L, D), whether it was cut
+        self._states: OrderedDict[str, Tensor] = OrderedDict()  # caption => (L, D)
         self.register_load_state_dict_post_hook(lambda *_: self._states.clear())
         if not trainable:
             self.requires_grad_(False)
@@ -93,35 +103,20 @@ class OpenClipText(Captions):
         """A frozen tower stays in evaluation mode."""
         return super().train(mode and self.trainable)
 
-    def states(self, captions: list[str]) -> Tensor:
+    def states(self, captions: list[str], ids: Tensor | None = None) -> Tensor:
         """From the tower, or of a frozen one from the cache: captions are encoded once, in float32."""
         if self.trainable:
-            return self.tower(self.ids(captions))
-        if self._states and next(iter(self._states.values()))[0].device != self._device:
+            return self.tower(self.ids(captions) if ids is None else ids)
+        if self._states and next(iter(self._states.values())).device != self._device:
             self._states.clear()
-        self._encode([caption for caption in dict.fromkeys(captions) if caption not in self._states])
-        found = torch.stack([self._states[caption][0] for caption in captions])
+        new = {c: row for row, c in enumerate(captions) if c not in self._states}
+        self._encode(list(new), None if ids is None else [ids[row] for row in new.values()])
+        found = torch.stack([self._states[caption] for caption in captions])
         for caption in captions:
             self._states.move_to_end(caption)
         while len(self._states) > self._capacity:  # the least recently used
             self._states.popitem(last=False)
         return found
-
-    def was_cut(self, caption: str) -> bool:
-        """From the cache where it is there."""
-        return self._states[caption][1] if caption in self._states else super().was_cut(caption)
-
-    def ids(self, captions: Sequence[str]) -> Tensor:
-        """Captions => token ids (B, L), cut to the context and padded, on the tower's device."""
-        ids = self.tokenizer(list(captions)).to(self._device)
-        if self.padding == "zero":
-            return ids
-        end = self.tokenizer.eot_token_id
-        return ids.masked_fill((ids == end).cumsum(1) > 0, end)
-
-    def lost(self, caption: str) -> str:
-        ids = self.tokenizer.encode(caption)
-        return self.tokenizer.decode(ids[self.tower.context_length - 2 :]).strip()  # start and end take two places
 
     def made_by(self) -> dict[str, Any]:
         """Everything that determines the states, as plain data; stored with them."""
@@ -130,18 +125,14 @@ class OpenClipText(Captions):
         built = {name: config.get(name) for name in ("text_cfg", "quick_gelu")}
         return {"layer": self.tower.layer, "padding": self.padding, **built, "weights": fingerprint(weights)}
 
-    @property
-    def _device(self) -> torch.device:
-        return self.tower.positional_embedding.device
-
-    def _encode(self, captions: list[str]) -> None:
+    def _encode(self, captions: list[str], ids: list[Tensor] | None) -> None:
         """New captions through the tower; one by one on a CPU, so that no state depends on the batch."""
         size = 1 if self._device.type == "cpu" else _CHUNK
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             for start in range(0, len(captions), size):
                 chunk = captions[start : start + size]
-                states = self.tower(self.ids(chunk))
-                self._states.update({c: (s.clone(), self.was_cut(c)) for c, s in zip(chunk, states, strict=True)})
+                rows = self.ids(chunk) if ids is None else torch.stack(ids[start : start + size])
+                self._states.update({c: s.clone() for c, s in zip(chunk, self.tower(rows), strict=True)})
 
 
 def open_clip_text(
@@ -251,8 +242,5 @@ class TransformerText(Captions):
         self.transformer = TransformerEncoder(vocab_size, length, width, depth, heads, unused_head)
         self.tokenizer = WordPiece(vocab, length, vocab_size)
 
-    def lost(self, caption: str) -> str:
-        return self.tokenizer.lost(caption)
-
-    def states(self, captions: list[str]) -> Tensor:
-        return self.transformer(self.tokenizer(captions).to(self.transformer.tokens.weight.device))
+    def states(self, captions: list[str], ids: Tensor | None = None) -> Tensor:
+        return self.transformer(self.ids(captions) if ids is None else ids)

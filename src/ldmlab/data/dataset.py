@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from ldmlab.annotations import BOXES
-from ldmlab.contracts import STATES_PREFIX, Task
+from ldmlab.contracts import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, Task
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
 from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
 from ldmlab.data.manifest import Manifest
@@ -37,6 +37,7 @@ class BatchSpec:
     states: tuple[str, ...] = ()  # conditioners whose stored states come with the moments
     task: Task | None = None  # derives more from the image, its maps and its boxes
     classes: int | None = None  # bound of class_id; None: the classes that the manifest names, if any
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)  # of `caption`, by conditioner
 
     @property
     def parts(self) -> frozenset[str]:
@@ -227,6 +228,9 @@ class ShardDataset(Dataset[Batch]):
             sample = mirrored_sample(sample)
         if self.spec.task:
             sample |= self.spec.task.give(sample, image_random(self._seed, place.epoch, f"{key}#task"))
+        for name, tokenizer in self.spec.tokenizers.items():
+            sample[IDS_PREFIX + name] = tokenizer([sample["caption"]])[0].numpy()  # (L,)
+            sample[CUT_PREFIX + name] = bool(tokenizer.lost(sample["caption"]))
         return sample
 
     def _image(self, place: Place, files: Files) -> NDArray[np.uint8]:

@@ -64,14 +64,17 @@ def decoded(opened: Image.Image, change: Callable[[Image.Image], Image.Image]) -
             raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {str(error)[:200]})") from error
 
 
-def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None) -> NDArray[np.float32]:
-    """Moments of one view, finite, float32 (2C or C, h, w) as `shape` has it, from a .npy of (views, 2C or C, h, w)."""
+def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """Moments of one view, finite, float16 or float32, (2C or C, h, w) as `shape` has it.
+
+    From a .npy of (views, 2C or C, h, w).
+    """
     moments = _stored_view(files["npy"], view, axes=4)
     if shape is not None and moments.shape != shape:
         raise ValueError(f"moments of shape {moments.shape} instead of {shape}")
     if not np.isfinite(moments).all():
         raise ValueError("moments that are not finite")
-    return moments.astype(np.float32)
+    return moments.astype(np.float16 if moments.dtype == np.float16 else np.float32)
 
 
 def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:

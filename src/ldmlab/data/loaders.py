@@ -149,6 +149,7 @@ def eval_loader(
     limit: int | None = None,  # only the first images
     workers: int = 0,
     skipped: Skipped | None = None,  # takes note of the images that cannot be read
+    pinned: bool = False,
 ) -> DataLoader[Batch]:
     """Every image once over all processes, in stored order, never padded; a bad one is left out and listed."""
     if dataset.train:
@@ -157,7 +158,7 @@ def eval_loader(
     if skipped is not None:
         skipped.total = max(skipped.total, len(range(rank, total, world)))
     batches = partial(evaluation_batches, total, batch_size, world, rank)
-    return position_loader(dataset, batches, workers, skipped.add if skipped is not None else None)
+    return position_loader(dataset, batches, workers, skipped.add if skipped is not None else None, pinned)
 
 
 def position_loader(
@@ -165,6 +166,7 @@ def position_loader(
     batches: Callable[[], Iterator[list[int]]],  # positions
     workers: int,
     on_batch: Callable[[Batch], None] | None = None,
+    pinned: bool = False,  # in memory from which a GPU copies without a wait
 ) -> DataLoader[Batch]:
     """Batches of a data set at these positions, in this order."""
     return QuietLoader(
@@ -174,6 +176,7 @@ def position_loader(
         batch_sampler=IndexBatches(batches),
         collate_fn=partial(collate, template=dataset.template),
         prefetch_factor=4 if workers else None,
+        pin_memory=pinned,
     )
 
 

@@ -1,7 +1,7 @@
 """The data of a run: its folders of shards, and what is read from them."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,8 @@ class ShardData:
     task: Task | None = None  # set by `with_task`
     stored: tuple[str, ...] = ()  # conditioners whose states are read; set by `with_states`
     classes: int | None = None  # bound of class_id: samples whose class is not below it are bad ones
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)  # these and `pinned`: set by `with_tokenizers`
+    pinned: bool = False
     _val: dict[tuple[str, str], ShardDataset] = field(default_factory=dict, init=False, repr=False, compare=False)
     _skipped: dict[str, Skipped] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -61,6 +63,13 @@ class ShardData:
     def with_task(self, task: Task | None) -> "ShardData":
         """The same data, from which the task derives inputs and targets."""
         return replace(self, task=task)
+
+    def with_tokenizers(self, tokenizers: Mapping[str, Any], pinned: bool) -> "ShardData":
+        """The same data with captions tokenised by the loaders, by name; pinned: in memory for a GPU."""
+        used = {name: tokenizer for name, tokenizer in tokenizers.items() if name not in self.stored}
+        for tokenizer in used.values():
+            tokenizer([""])  # refused here, where it cannot
+        return replace(self, tokenizers=used, pinned=pinned)
 
     def with_states(self, conditioners: Iterable[str]) -> "ShardData":
         """The same data, with the states that their latents carry for these conditioners."""
@@ -144,7 +153,7 @@ class ShardData:
         dataset = self.train_dataset(kind)
         spread = dataset.order.by_shard if by_shard and world > 1 else None
         batches = partial(training_batches, micro_batch, accumulate, world, rank, start_position, spread)
-        return position_loader(dataset, batches, self.workers)
+        return position_loader(dataset, batches, self.workers, pinned=self.pinned)
 
     def eval_loader(
         self,
@@ -157,7 +166,7 @@ class ShardData:
     ) -> DataLoader[Batch]:
         """See `loaders.eval_loader`."""
         dataset = self.val_dataset(kind, split)
-        return eval_loader(dataset, batch_size, world, rank, limit, self.workers, self.skipped(split))
+        return eval_loader(dataset, batch_size, world, rank, limit, self.workers, self.skipped(split), self.pinned)
 
     def skipped(self, split: str) -> Skipped:
         """Images of a split that the evaluation loaders of this very object and this process could not read so far:
@@ -172,7 +181,8 @@ class ShardData:
             stored = stored_states(self.manifest("train", "latents"))
             known = {field for name in states for field in stored[name]["reads"]}
             task = None if task.adds and task.adds <= known else task
-        spec = BatchSpec(self.image_size, images, not images, flip, tuple(self.fields), states, task, self.classes)
+        fields = tuple(self.fields)
+        spec = BatchSpec(self.image_size, images, not images, flip, fields, states, task, self.classes, self.tokenizers)
         return ShardDataset(
             self.folder(split, kind),
             spec,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import (
+    CUT_PREFIX,
+    IDS_PREFIX,
     STATES_PREFIX,
     AfterStep,
     Conditioner,
@@ -107,6 +109,8 @@ class LatentDiffusion(LatentSpace):
     def _output(self, name: str, conditioner: Conditioner, batch: dict[str, Any]) -> Tensor:
         """The conditioner's output, or its states stored when the latents were encoded."""
         stored = batch.get(STATES_PREFIX + name)
+        if IDS_PREFIX + name in batch:
+            batch = {**batch, "ids": batch[IDS_PREFIX + name], "cut": batch[CUT_PREFIX + name]}
         return conditioner(batch, self.encode) if stored is None else stored.float()
 
     # ---- training

@@ -97,7 +97,7 @@ def compare_first_stage(
 def compare_text(text: Any, tokenizer: Any, encoder: Any, length: int) -> float:
     """Token numbers, which must be equal, and states of captions: empty, short, strange, too long."""
     captions = list(CAPTIONS)
-    mine = text.ids(captions) if hasattr(text, "ids") else text.tokenizer(captions)
+    mine = text.ids(captions)
     foreign = tokenizer(
         captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids

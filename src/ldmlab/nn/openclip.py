@@ -174,6 +174,25 @@ def make_tokenizer(config: Mapping[str, Any]) -> SimpleTokenizer:
     return SimpleTokenizer(context_length=text.get("context_length", 77))
 
 
+class ClipTokens:
+    """Captions to token numbers (B, L), cut to the context and padded: zero as in open_clip | end as in SD 1.x."""
+
+    def __init__(self, tokenizer: SimpleTokenizer, padding: str = "zero") -> None:
+        one_of("conditioner.padding", padding, ("zero", "end"))
+        self.tokenizer, self.padding = tokenizer, padding
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(B, L) int64."""
+        ids = self.tokenizer(list(captions))
+        end = self.tokenizer.eot_token_id
+        return ids if self.padding == "zero" else ids.masked_fill((ids == end).cumsum(1) > 0, end)
+
+    def lost(self, caption: str) -> str:
+        """The end of a caption that does not fit into the context; empty if all does."""
+        ids = self.tokenizer.encode(caption)
+        return self.tokenizer.decode(ids[self.tokenizer.context_length - 2 :]).strip()  # start and end take two places
+
+
 class Tower(nn.Module):
     """One half of a CLIP model, under the names of open_clip's CLIP class but for what `clip_names` says."""
 

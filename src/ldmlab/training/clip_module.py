@@ -9,15 +9,17 @@ from open_clip import ClipLoss
 from torch import Tensor, nn
 
 from ldmlab import distributed
+from ldmlab.contracts import IDS_PREFIX
 from ldmlab.errors import InputError
 from ldmlab.metrics.retrieval import retrieval
-from ldmlab.nn.openclip import OpenClip
+from ldmlab.nn.openclip import ClipTokens, OpenClip
 from ldmlab.nn.pixels import to_float
 from ldmlab.training.data_module import Batch
 from ldmlab.training.diffusion_module import first_images
 from ldmlab.training.stage import Losses, Stage
 
 _LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP
+_IDS = IDS_PREFIX + "clip"  # from the loader
 _PANEL_IMAGES, _PANEL_FOUND = 8, 4
 
 
@@ -55,6 +57,10 @@ class ClipStage(Stage):
         """The whole model, names as in open_clip."""
         return {"clip": self.clip}
 
+    def tokenizers(self) -> dict[str, Any]:
+        """Of the text tower."""
+        return {"clip": ClipTokens(self.open_clip.tokenizer)}
+
     def losses(self, group: str, batch: Batch) -> Losses:
         """Mean of both directions' cross-entropies; each process has its own pairs against those of all."""
         with torch.no_grad():
@@ -72,7 +78,7 @@ class ClipStage(Stage):
         """Of images and captions, unit length, float32, (B, D) each."""
         scale: Tensor = self.clip.logit_scale  # type: ignore[assignment]
         images = self.open_clip.pixels(to_float(batch["image"].to(self.device))).to(scale.dtype)
-        ids = self.open_clip.ids(batch["caption"]).to(self.device)
+        ids = batch[_IDS] if _IDS in batch else self.open_clip.ids(batch["caption"]).to(self.device)
         image = self.clip.encode_image(images, normalize=True)  # type: ignore[operator]
         text = self.clip.encode_text(ids, normalize=True)  # type: ignore[operator]
         return image.float(), text.float()

@@ -62,8 +62,13 @@ class DiffusionStage(Stage):
         metrics = {"loss": total}
         now_seen, now_cut = self._captions()
         if now_seen > seen:
-            metrics["captions_cut"] = total.new_tensor((now_cut - cut) / (now_seen - seen))
+            metrics["captions_cut"] = total.new_full((), (now_cut - cut) / (now_seen - seen))
         return Losses(total, metrics, {"loss": loss, "level": t / self.diffusion.schedule.steps})
+
+    def tokenizers(self) -> dict[str, Any]:
+        """Of the text conditioners."""
+        named = self.diffusion.conditioners.items()
+        return {name: c.tokenizer for name, c in named if hasattr(c, "cut") and hasattr(c, "tokenizer")}
 
     def _captions(self) -> tuple[int, int]:
         """Number of captions seen by text conditioners so far, and number of those that were cut."""

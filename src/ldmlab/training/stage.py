@@ -91,6 +91,10 @@ class Stage(Validated):
         """The modules that a checkpoint holds, by name."""
         raise NotImplementedError
 
+    def tokenizers(self) -> dict[str, Any]:
+        """What turns captions into token numbers, by name; loaders run it."""
+        return {}
+
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Images for the grids by name, uint8 (N, H, W, 3), with averaged weights, on the first process only."""
         return {}

@@ -29,19 +29,10 @@ from typing import Any
 
 from ldmlab.app.cli import at_least
 from ldmlab.app.commands.sample_prompts import add_prompt_options, check_prompts, model_inputs, prompt_lines
-from ldmlab.errors import InputError, one_of
+from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import SampleSettings, parsed, variants
 
-_OTHERS = (
-    "sweep",
-    "precision",
-    "compile",
-    "weights",
-    "device",
-    "guider",
-    "guider_image",
-    "classifier",
-)  # options in errors
+_OTHERS = ("sweep", "precision", "weights", "device", "guider", "guider_image", "classifier")  # options in errors
 _GUIDER = """squared | lpips: guide the decoded estimate to low_resolution, or to --guider-image;
 or package.Class"""
 
@@ -139,7 +130,8 @@ def _trust_classes(where: str, names: Set[str]) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     """Refuse options without effect, alone or in combination."""
     at_least(args, batch_size=1)
-    one_of("compile", args.compile, ("auto", "true", "false"))
+    if args.compile not in ("auto", "true", "false"):
+        raise InputError(f"--compile {args.compile} is unknown; choose auto, true or false.")
     if not 0 <= args.first_index < 2**62:
         raise InputError(f"--first-index {args.first_index} is outside 0 .. 2^62; choose a smaller number.")
     if args.trajectory and args.sweep:
