@@ -168,10 +168,14 @@ def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirst
 
 
 @torch.no_grad()
-def moments_of(first_stage: Any, images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (B, 3, H, W) => moments of their raw latents (B, 2C or C, h, w), float32, on the CPU."""
+def moments_of(first_stage: Any, images: torch.Tensor, precision: str = "float32") -> torch.Tensor:
+    """Images uint8 (B, 3, H, W) => moments of their raw latents (B, 2C or C, h, w), float32, on the CPU.
+
+    precision: of the network, float32 | bfloat16.
+    """
     device = next((p.device for p in first_stage.parameters()), images.device)
-    return first_stage.encode(to_float(images.to(device))).moments().float().cpu()
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return first_stage.encode(to_float(images.to(device))).moments().float().cpu()
 
 
 def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:

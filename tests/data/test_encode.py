@@ -60,6 +60,14 @@ def test_manifest_says_what_the_latents_are(images: Path, tmp_path: Path) -> Non
     assert manifest.fields == ["caption", "category", "class_id"]
 
 
+def test_the_precision_of_the_encoder_is_recorded_where_it_is_another(images: Path, tmp_path: Path) -> None:
+    assert "precision" not in (run(images, tmp_path / "latents").latents or {})  # as older ldmlab wrote them
+    lower = replace(SETTINGS, precision="bfloat16")
+    with pytest.raises(InputError, match="precision"):
+        run(images, tmp_path / "latents", settings=lower)
+    assert (run(images, tmp_path / "lower", settings=lower).latents or {})["precision"] == "bfloat16"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cached_and_online_views_agree(images: Path, tmp_path: Path, workers: int) -> None:
     run(images, tmp_path / "latents")

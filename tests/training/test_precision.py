@@ -10,15 +10,21 @@ import test_autoencoder_module
 import test_clip_module
 import torch
 from test_compiled import denoiser
-from toy_stages import settings, train
+from toy_stages import options, settings, train
 
+from ldmlab.build import moments_of
 from ldmlab.checkpoints import load_checkpoint
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
+from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
+from ldmlab.first_stages import KLAutoencoder
 from ldmlab.model_files import read_model
 from ldmlab.nn.openclip import OpenClip
+from ldmlab.nn.pixels import to_float
 from ldmlab.report.score_curves import read_curves
 from ldmlab.training import precision
 from ldmlab.training import settings as settings_file
+from ldmlab.training.classifier_module import ClassifierStage
 from ldmlab.training.engine import make_trainer
 from ldmlab.training.stage import Stage
 
@@ -179,3 +185,27 @@ def test_groups_see_the_gradients_that_they_would_without_a_scale(
 def test_lightning_says_what_is_missing_for_transformer_engine(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Lightning refuses these options: .*transformer[-_]engine"):
         make_trainer(first_stage(), settings(precision="transformer-engine"))
+
+
+def test_the_encoder_of_the_data_runs_in_bfloat16_by_option() -> None:
+    torch.manual_seed(0)
+    network = KLAutoencoder(channels=8, channel_mult=[1, 2], num_res_blocks=1, latent_channels=2, norm_groups=4)
+    seen: list[torch.dtype] = []
+    network.encoder.output.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for name in ("float32", "bfloat16"):
+        space = LatentSpace(network, LatentScale())
+        ClassifierStage(
+            space=space, schedule=Schedule(), classifier=torch.nn.Linear(1, 1), encoder_precision=name, **options()
+        )
+        found += [space.encode(to_float(images)), moments_of(network, images, name)[:, :2]]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(space.encode(to_float(images)), found[-2])  # whatever the precision of training
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    assert {part.dtype for part in found} == {torch.float32}
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert 0 < (found[2] - found[0]).abs().max() < 0.05
+    with pytest.raises(InputError, match=r"stage\.encoder_precision=int8 is unknown; choose one of float32, bfloat16"):
+        ClassifierStage(space=space, schedule=Schedule(), classifier=network, encoder_precision="int8", **options())

@@ -13,6 +13,7 @@ from ldmlab.distributed import launched
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
+from ldmlab.nn.compiling import compile_regions, wanted
 
 
 def encode_splits(config: dict[str, Any]) -> None:
@@ -24,8 +25,11 @@ def encode_splits(config: dict[str, Any]) -> None:
     if not first_stage.state_dict():
         raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")
     conditioners, _ = build_conditioners(config["conditioner"], latent_spec(first_stage, data.image_size))
+    device = pick_device(config["device"])
     for module in (first_stage, *conditioners.values()):
-        module.to(pick_device(config["device"]))
+        module.to(device)
+        if wanted(config["compile"], device):
+            compile_regions(module)
     settings = LatentSettings(
         fingerprint=loaded.fingerprint,
         latent_channels=first_stage.latent_channels,
@@ -33,6 +37,7 @@ def encode_splits(config: dict[str, Any]) -> None:
         image_size=data.image_size,
         mirrored=config["mirror"],
         dtype=config["dtype"],
+        precision=config["precision"],
         carries_images=config["carry_images"],
         first_stage=loaded.spec,
         states=states_record(conditioners),
@@ -58,7 +63,7 @@ def _encode_split(
         manifest = encode(
             data.folder(split, "images"),
             out,
-            lambda images: moments_of(first_stage, images),
+            lambda images: moments_of(first_stage, images, settings.precision),
             settings,
             rank=rank,
             world=world,

@@ -48,6 +48,7 @@ class LatentSettings:
     carries_images: bool = False  # store the image with its moments
     first_stage: dict[str, Any] | None = None  # how to build it, plain types
     states: dict[str, Any] | None = None  # by conditioner: what made the states stored with the moments, plain types
+    precision: str = "float32"  # of the first stage: float32 | bfloat16
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):
@@ -57,6 +58,10 @@ class LatentSettings:
                 f"data.image_size={self.image_size} is not divisible by the first stage's downsampling "
                 f"{self.downsampling}; choose a multiple of it."
             )
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest; precision only where it is not that of older latents."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("precision", "float32")}
 
     @property
     def read_fields(self) -> tuple[str, ...]:
@@ -87,7 +92,7 @@ def encode(
     """
     source, out = Path(source) if isinstance(source, str) else source, Path(out)
     manifest = _source_manifest(source, settings, sha256, option)
-    _begin(out, {"source": manifest.hash, **asdict(settings)})
+    _begin(out, {"source": manifest.hash, **settings.record()})
     if (out / MANIFEST).exists():
         return read_manifest(out)
     work = _Work(out, manifest, settings, encode_moments, encode_states, batch_size, f"rank-{rank}")
@@ -270,7 +275,7 @@ class _Work:
             image_size=self.source.image_size if settings.carries_images else settings.image_size,
             provenance=provenance(),
             latents={
-                **asdict(settings),
+                **settings.record(),
                 "has_logvar": max(shard.moment_channels for shard in done) > settings.latent_channels,
                 "statistics": statistics.summary(),
                 "source_hash": self.source.hash,

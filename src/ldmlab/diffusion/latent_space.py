@@ -59,6 +59,7 @@ class LatentSpace(nn.Module):
         super().__init__()
         self.first_stage = first_stage.requires_grad_(False).eval()
         self.latent_scale = latent_scale
+        self.encoder_precision = "float32"  # of images to latents: float32 | bfloat16
         self._instead: FirstStage | None = None
 
     def train(self, mode: bool = True) -> Self:
@@ -69,8 +70,8 @@ class LatentSpace(nn.Module):
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Raw latents of pixels, in float32 also under autocast."""
-        with torch.autocast(pixels.device.type, enabled=False):
+        """Raw latents of pixels, in the encoder's precision also under autocast."""
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.encoder_precision == "bfloat16"):
             return self._stage.encode(pixels.float())
 
     def encode(self, pixels: Tensor) -> Tensor:

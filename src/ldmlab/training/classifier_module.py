@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ldmlab import distributed
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.schedule import Schedule
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.randomness import integers, normal
 from ldmlab.training.data_module import Batch
 from ldmlab.training.stage import Losses, Stage
@@ -33,9 +33,12 @@ class ClassifierStage(Stage):
         classifier: nn.Module,  # x (B, C, h, w), t (B,) => logits (B, classes)
         val_draws: int = 4,  # fixed noise levels and noises for each validation image
         noise_bins: int = 10,  # equal parts of the diffusion times, each with an accuracy of its own
+        encoder_precision: str = "float32",  # of a first stage that runs while training: float32 | bfloat16
         **options: Any,  # of Stage
     ) -> None:
         super().__init__(**options)
+        one_of("stage.encoder_precision", encoder_precision, ("float32", "bfloat16"))
+        space.encoder_precision = encoder_precision
         if val_draws < 1 or noise_bins < 1:
             raise InputError(f"val_draws={val_draws} and noise_bins={noise_bins} must be at least 1.")
         self.space, self.schedule, self.classifier = space, schedule, classifier

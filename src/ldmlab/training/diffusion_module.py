@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Level, Sampler
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.inference.grids import labels_of
 from ldmlab.nn.pixels import to_bytes
 from ldmlab.training.data_module import Batch
@@ -33,9 +33,12 @@ class DiffusionStage(Stage):
         guidance_scale: float = 3.0,  # of the panels; 1 where conditions are never dropped
         panel_count: int = 16,  # images in a panel
         val_draws: int = 4,  # fixed noise levels and noises for each validation image
+        encoder_precision: str = "float32",  # of a first stage that runs while training: float32 | bfloat16
         **options: Any,  # of Stage
     ) -> None:
         super().__init__(**options)
+        one_of("stage.encoder_precision", encoder_precision, ("float32", "bfloat16"))
+        diffusion.encoder_precision = encoder_precision
         if val_draws < 1 or panel_count < 1:
             raise InputError(f"val_draws={val_draws} and panel_count={panel_count} must be at least 1.")
         self.diffusion = diffusion
