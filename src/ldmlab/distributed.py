@@ -15,7 +15,6 @@ from torch import Tensor
 from ldmlab.errors import InputError
 
 T = TypeVar("T")
-_BUCKET_ELEMENTS = 6_500_000  # 25 MB of float32 a bucket
 _MEETING = datetime.timedelta(minutes=5)  # how long srun's processes wait for each other at the start
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # SLURM_JOB_NAME of a shell
@@ -232,22 +231,3 @@ def say(sentence: str) -> None:
     """A line on stderr, from the first process only."""
     if rank() == 0:
         print(sentence, file=sys.stderr, flush=True)
-
-
-@torch.no_grad()
-def mean_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over processes, in flat buckets of at most 25 MB."""
-    if not joined():
-        return
-    for parameter in parameters:  # a process whose micro-batches did not reach a parameter must still take part
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    buckets: list[list[Tensor]] = []
-    for gradient in [p.grad for p in parameters if p.grad is not None]:
-        if not buckets or sum(g.numel() for g in buckets[-1]) >= _BUCKET_ELEMENTS:
-            buckets.append([])
-        buckets[-1].append(gradient)
-    for bucket in buckets:
-        flat = mean_(torch.cat([g.reshape(-1) for g in bucket]))
-        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))

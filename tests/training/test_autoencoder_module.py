@@ -1,6 +1,7 @@
 """The autoencoder stage: who is updated when, what is logged and seen, and that processes do not change gradients."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ldmlab.errors import InputError
 from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
 from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
 from ldmlab.training.autoencoder_module import AutoencoderStage
+from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.optim import AdamW
 
 NETWORK: dict[str, Any] = {
@@ -273,10 +275,12 @@ def gradients(made: AutoencoderStage, positions: range) -> dict[str, Any]:
     """Gradients of both groups for these images, averaged over processes, and what was logged."""
     found: dict[str, Any] = {}
     for group, parameters in made.groups().items():
-        with made._only(group):
+        means = MeanGradients(parameters) if distributed.joined() else None
+        with made._only(group), means.during() if means is not None else nullcontext():
             losses = made.losses(group, image_batch(positions))
             losses.total.backward()
-        distributed.mean_gradients(parameters)
+        if means is not None:
+            means.wait()
         found[group] = [p.grad for p in parameters]
         found[f"{group} metrics"] = {name: distributed.mean_(value.clone()) for name, value in losses.metrics.items()}
     return found

@@ -1,5 +1,6 @@
 """Splitting a step over processes or micro-batches changes nothing but its speed."""
 
+import cProfile
 import datetime
 import json
 import socket
@@ -11,13 +12,18 @@ import forked
 import pytest
 import torch
 from torch import nn
-from toy_stages import TwoGroups, diffusion_stage, train
+from toy_stages import TwoGroups, diffusion_stage, image_batch, options, train
 
 from ldmlab import distributed
 from ldmlab.build import pick_device
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
+from ldmlab.first_stages import KLAutoencoder
+from ldmlab.losses import AutoencoderLoss
+from ldmlab.training import gradients
+from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.engine import Launched, make_trainer
+from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
@@ -106,20 +112,106 @@ def test_a_refusal_reaches_every_process(tmp_path: Path) -> None:
     assert forked.finish(*forked.group(2, refused, tmp_path)) == [0, 0]
 
 
-def buckets(rank: int, world: int) -> None:
+def some_gradients(rank: int, world: int) -> None:
     distributed.join()
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
     parameters[0].grad = torch.full((3, 2), float(rank))
     parameters[1].grad = torch.arange(5.0) * rank
     if rank == 0:  # the last one was reached by one process only
         parameters[2].grad = torch.ones(2)
-    distributed.mean_gradients(parameters)
+    means = MeanGradients(parameters)
+    with means.during():
+        pass
+    means.wait()
     assert [p.grad.tolist()[-1] for p in parameters] == [[0.5, 0.5], 2.0, 0.5]
 
 
-def test_gradients_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_BUCKET_ELEMENTS", 7)
-    assert forked.finish(*forked.group(2, buckets)) == [0, 0]
+def overlapped(rank: int, world: int) -> None:
+    """Buckets of two layers leave, in one order, while the layers below are still to come; one process skips some."""
+    distributed.join()
+    layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6)))
+    events, sums = [], torch.distributed.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, **options: Any) -> Any:
+        events.append(f"sum of {len(tensor)}")
+        return sums(tensor, **options)
+
+    torch.distributed.all_reduce = all_reduce
+    for index, layer in enumerate(layers):
+        layer.register_full_backward_hook(lambda *_, index=index: events.append(f"layer {index}"))
+    means = MeanGradients(list(layers.parameters()))
+    for _ in range(2):
+        events.clear()
+        path = layers if rank == 0 else layers[:3]  # on rank 1 the loss does not reach the upper layers
+        with means.during():
+            path(torch.full((1, 4), 1.0 + rank, requires_grad=True)).sum().backward()
+        assert events.count("sum of 32") == 3
+        if rank == 0:
+            assert events.index("sum of 32") < events.index("layer 1")
+        means.wait()
+        own = [p.grad.clone() for p in layers.parameters()]
+        for mine, other in zip(own, distributed.gather(own)[1 - rank], strict=True):
+            assert torch.equal(mine, other)
+        assert own[5].abs().sum() > 0
+
+
+def linear(rank: int, world: int) -> None:
+    """Collectives and visits of parameters grow with their number, not with its square."""
+    distributed.join()
+    calls = []
+    for count in (100, 1000):
+        parameters = [nn.Parameter(torch.ones(4)) for _ in range(count)]
+        with cProfile.Profile() as profile:
+            means = MeanGradients(parameters)
+            with means.during():
+                sum(p.sum() for p in parameters).backward()
+            means.wait()
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+        assert len(means._buckets) == count / 10
+    assert calls[1] < 11 * calls[0]
+
+
+@pytest.mark.parametrize(("check", "bucket"), [(some_gradients, 7), (overlapped, 32), (linear, 40)])
+def test_gradients_are_averaged_in_buckets(check: Any, bucket: int, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(gradients, "_BUCKET_ELEMENTS", bucket)
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, check, log=log)) == [0, 0], log.read_text()
+
+
+def first_stage() -> Stage:
+    torch.manual_seed(2)
+    network = KLAutoencoder(channels=8, channel_mult=[1, 2], num_res_blocks=1, latent_channels=2, norm_groups=4)
+    loss = AutoencoderLoss(penalty_weights={"kl": 1e-6}, lpips_weight=0.0, reduction="mean", logvar="fixed")
+    return AutoencoderStage(first_stage=network, loss=loss, **options())
+
+
+def panels_of(rank: int, world: int, make: Callable[[], Stage], count: int, folder: Path) -> None:
+    """Panels from the first `count` validation images, of which every process reads its own."""
+    if world > 1:
+        distributed.join()
+    stage = make().eval()
+    calls, network = [], next(m for m in stage.modules() if isinstance(m, nn.Conv2d))
+    network.register_forward_hook(lambda *_: calls.append(1))
+    own = [[p] for p in range(rank, count, world)]
+    with torch.no_grad():
+        panels = stage.panels({**image_batch(range(p[0], p[0] + 1)), "skipped": ["bad"]} for p in own)
+    torch.save({"panels": panels, "labels": stage.panel_labels, "calls": len(calls)}, folder / f"{world}_{rank}.pt")
+    distributed.leave()
+
+
+@pytest.mark.parametrize("make", [diffusion_stage, first_stage])
+@pytest.mark.parametrize("count", [7, 1])  # with one image the second process has none of its own
+def test_panels_do_not_depend_on_processes(make: Callable[[], Stage], count: int, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, panels_of, make, count, tmp_path, log=log)) == [0, 0], log.read_text()
+    panels_of(0, 1, make, count, tmp_path)
+    one, two, other = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    assert one["panels"].keys() == two["panels"].keys()
+    for name, images in one["panels"].items():
+        assert torch.equal(images, two["panels"][name])
+        assert torch.equal(images, other["panels"][name])
+    assert one["labels"] == two["labels"]
+    assert one["calls"] == two["calls"] == other["calls"]  # also where a strategy shards the weights
 
 
 def test_srun_is_understood_and_a_batch_script_is_not_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

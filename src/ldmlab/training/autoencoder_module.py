@@ -15,6 +15,7 @@ from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasur
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import normal
 from ldmlab.training.data_module import Batch
+from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
 
 _log = logging.getLogger(__name__)
@@ -243,12 +244,8 @@ class AutoencoderStage(Stage):
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Rows of input | reconstruction | difference (grey where equal); decoded noise is never shown."""
-        chosen: list[Tensor] = []
-        for batch in batches:
-            chosen.extend(batch["image"][: _PANEL_IMAGES - len(chosen)])
-            if len(chosen) == _PANEL_IMAGES:
-                break
-        images = self._images_of({"image": torch.stack(chosen)})
+        shown = first_images(batches, _PANEL_IMAGES, self.device)
+        images = self._images_of(slice_of_process(shown))
         reconstructed = self.first_stage.decode(self.first_stage.encode(images).mean).float().clamp(-1, 1)
         row = torch.cat([images, reconstructed, (reconstructed - images) / 2], dim=3)  # (N, 3, H, 3 W)
-        return {"reconstructions": to_bytes(row).permute(0, 2, 3, 1).contiguous().cpu()}
+        return {"reconstructions": gathered(to_bytes(row).permute(0, 2, 3, 1), len(shown["position"]))}

@@ -15,7 +15,7 @@ from ldmlab.metrics.retrieval import retrieval
 from ldmlab.nn.openclip import ClipTokens, OpenClip
 from ldmlab.nn.pixels import to_float
 from ldmlab.training.data_module import Batch
-from ldmlab.training.diffusion_module import first_images
+from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
 
 _LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP
@@ -103,8 +103,8 @@ class ClipStage(Stage):
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Rows of a validation image | the images its caption finds first; and similarities, image by caption."""
-        batch = first_images(batches, 64)
-        image, text = (f.cpu() for f in self._features(batch))
+        batch = first_images(batches, 64, self.device)
+        image, text = (gathered(f, len(batch["position"])) for f in self._features(slice_of_process(batch)))
         images = batch["image"].cpu().permute(0, 2, 3, 1)  # (N, H, W, 3)
         similarity = image @ text.T  # (N, N)
         found = similarity.T.topk(min(_PANEL_FOUND, len(image)), dim=1).indices[:_PANEL_IMAGES]  # (P, found)

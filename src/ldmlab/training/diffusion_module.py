@@ -12,6 +12,7 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.inference.grids import labels_of
 from ldmlab.nn.pixels import to_bytes
 from ldmlab.training.data_module import Batch
+from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
 
 _VAL_SEED = 0x5EED  # the validation noise is the same in every run, so that curves of runs compare
@@ -94,8 +95,10 @@ class DiffusionStage(Stage):
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Samples for the first validation conditions and, of the same order, the real images as decoded latents."""
-        batch = first_images(batches, self.panel_count)
-        index = torch.arange(len(batch["position"]), device=self.device)
+        shown = first_images(batches, self.panel_count, self.device)
+        count = len(shown["position"])
+        batch = slice_of_process({**shown, "number": torch.arange(count, device=self.device)})
+        index = batch.pop("number")
         real = self.diffusion.latents(batch, _VAL_SEED)
         factor = int(self.diffusion.first_stage.downsampling)  # type: ignore[arg-type]
         size = (real.shape[2] * factor, real.shape[3] * factor)
@@ -104,28 +107,7 @@ class DiffusionStage(Stage):
             conditions, sampler=self.sampler, grid=self.grid, index=index, size=size,
             guidance_scale=self.guidance_scale, seed=self.seed,
         )  # fmt: skip
-        labels = labels_of(batch)
+        labels = labels_of(shown)
         self.panel_labels = {"samples": labels, "val": labels} if labels else {}
         images = {"samples": samples, "val": self.diffusion.decode(real)}
-        return {name: to_bytes(p.float()).permute(0, 2, 3, 1).cpu() for name, p in images.items()}
-
-
-def first_images(batches: Iterable[Batch], count: int) -> Batch:
-    """The first `count` images of the batches as one batch."""
-    parts: list[Batch] = []
-    for batch in batches:
-        parts.append(batch)
-        if sum(len(part["position"]) for part in parts) >= count:
-            break
-    if not parts:
-        raise InputError(
-            "the validation split is empty, so there is nothing to show in panels; give data.val, or callbacks=quiet."
-        )
-    joined: Batch = {}
-    for name, value in parts[0].items():
-        if isinstance(value, Tensor):
-            with torch.autocast(value.device.type, enabled=False):  # which refuses float16 on a CPU: stored states are
-                joined[name] = torch.cat([part[name] for part in parts])[:count]
-        else:
-            joined[name] = [item for part in parts for item in part[name]][:count]
-    return joined
+        return {name: gathered(to_bytes(p.float()).permute(0, 2, 3, 1), count) for name, p in images.items()}

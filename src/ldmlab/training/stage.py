@@ -5,18 +5,20 @@ update follows the last micro-batch of the step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ldmlab import distributed
 from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError
 from ldmlab.training.data_module import Batch
+from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
 from ldmlab.training.precision import StepScaler
 from ldmlab.training.rows import StepMetrics
@@ -68,6 +70,7 @@ class Stage(Validated):
         self.row_now = False  # whether that row is written at this step, also where none is due
         self.panel_labels: dict[str, list[str]] = {}  # of the images of the latest panels, by name
         self._groups: dict[str, list[nn.Parameter]] = {}  # by group, from the moment optimizers are made
+        self._means: dict[str, MeanGradients] = {}  # by group, where no strategy synchronises gradients
         self.one_by_one = False  # update each group before the loss of the next one is computed
         self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = self._images = 0
@@ -96,7 +99,7 @@ class Stage(Validated):
         return {}
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Images for the grids by name, uint8 (N, H, W, 3), with averaged weights, on the first process only."""
+        """Images for the grids by name, uint8 (N, H, W, 3), with averaged weights; called by all processes."""
         return {}
 
     def on_train_start(self) -> None:
@@ -105,6 +108,8 @@ class Stage(Validated):
         epoch.batch_progress.total.ready = self.step * self.accumulate
         epoch._batches_that_stepped = self.step + 1
         epoch.manual_optimization.optim_step_progress.total.completed = self.step  # trainer.global_step
+        if distributed.joined() and self._ddp is None and not any(isinstance(p, DTensor) for p in self.parameters()):
+            self._means = {group: MeanGradients(parameters) for group, parameters in self._groups.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One micro-batch; after the last one of a step all active groups are updated."""
@@ -122,8 +127,7 @@ class Stage(Validated):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.step
 
     def _backward(self, group: str, batch: Batch, last: bool) -> None:
-        # gradients of all micro-batches of a step but the last are not synchronised
-        with self._only(group), nullcontext() if last or self._ddp is None else self._ddp.no_sync():
+        with self._only(group), self._synchronised(group, last):
             losses = self.losses(group, batch)
             self.manual_backward(losses.total / self.accumulate)
         self.extras[group] = {name: value.detach() for name, value in losses.extras.items()}
@@ -147,10 +151,16 @@ class Stage(Validated):
         wrapped = self.trainer.strategy.model
         return wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
 
+    def _synchronised(self, group: str, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward: gradients meet those of other processes in the last micro-batch of a step."""
+        if self._ddp is not None:
+            return nullcontext() if last else self._ddp.no_sync()
+        return self._means[group].during() if last and group in self._means else nullcontext()
+
     def _update_group(self, group: str) -> None:
         self.updating = True
-        if self._ddp is None:
-            distributed.mean_gradients(self._groups[group])
+        if group in self._means:
+            self._means[group].wait()
         index = list(self._groups).index(group)
         self._rates[group].step()
         optimizer = self.optimizers(use_pl_optimizer=True)
