@@ -1,5 +1,6 @@
 """Image shards to latent shards by a composed configuration (conf/encode.yaml)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,19 @@ from ldmlab.app.plans import latent_spec
 from ldmlab.app.progress import bar
 from ldmlab.build import load_first_stage, moments_of, pick_device
 from ldmlab.data.encode_shards import LatentSettings, encode
+from ldmlab.data.manifest import MANIFEST
+from ldmlab.data.output_folder import Destination
 from ldmlab.data.shard_data import ShardData
 from ldmlab.distributed import launched
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.model_files import write_model_folder
+from ldmlab.model_files import DESCRIPTION, write_model_folder
 from ldmlab.nn.compiling import compile_regions, wanted
 
 
 def encode_splits(config: dict[str, Any]) -> None:
     """The splits of `config` one after the other; then the first stage, so that training needs no other file."""
+    out = Destination.of(config["out"], "out")
     loaded = load_first_stage(config["from_run"], config["weights"])
     images = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
     data: ShardData = instantiate(images, where="data", seed=config["seed"])
@@ -43,14 +47,22 @@ def encode_splits(config: dict[str, Any]) -> None:
         states=states_record(conditioners),
     )
     for split in config["splits"]:
-        _encode_split(split, config, data, first_stage, conditioners, settings)
+        _encode_split(split, out, config, data, first_stage, conditioners, settings)
     if launched()[0] == 0:
         spec = {"kind": "first_stage", "image_size": loaded.image_size, "first_stage": loaded.spec}
-        write_model_folder(Path(config["out"]) / "first_stage", spec, {"first_stage": first_stage.state_dict()})
+        write_model_folder(out.folder / "first_stage", spec, {"first_stage": first_stage.state_dict()})
+    if all(path.exists() for path in _last_files(out, config["splits"])):  # the process that ends last sees them all
+        with bar("sending", "files", quiet=out.address is None) as advance:
+            out.send(advance, "out")
+
+
+def _last_files(out: Destination, splits: Sequence[str]) -> list[Path]:
+    return [out.folder / "first_stage" / DESCRIPTION, *(out.folder / split / MANIFEST for split in splits)]
 
 
 def _encode_split(
     split: str,
+    where: Destination,
     config: dict[str, Any],
     data: ShardData,
     first_stage: Any,
@@ -58,7 +70,7 @@ def _encode_split(
     settings: LatentSettings,
 ) -> None:
     """One split into its folder, with a bar and a closing line."""
-    out, (rank, world) = Path(config["out"]) / split, launched()
+    out, (rank, world) = where.folder / split, launched()
     with bar(f"encoding {split}", "images", quiet=rank > 0) as advance:
         manifest = encode(
             data.folder(split, "images"),
@@ -81,4 +93,4 @@ def _encode_split(
         note = f", {skipped} unreadable" if skipped else ""
         note += "".join(f", states of {name}" for name in conditioners) + (f" ({cut} captions cut)" if cut else "")
         std = manifest.latents["statistics"]["overall_std"]
-        print(f"{out}: {manifest.total} images{note}, standard deviation of the latents {std:.3f}")
+        print(f"{where.named(split)}: {manifest.total} images{note}, standard deviation of the latents {std:.3f}")

@@ -186,7 +186,7 @@ def first_stage_of(config: Config, data: ShardData) -> tuple[nn.Module, dict[str
     the size of the images that latents were made from."""
     if data.latents is not None:
         manifest = data.manifest("train", "latents")
-        loaded = load_first_stage(config["from_run"] or data.latents)
+        loaded = load_first_stage(config["from_run"] or data.first_stage())
         recorded = manifest.latents or {}
         if recorded.get("fingerprint") != loaded.fingerprint:
             raise InputError(

@@ -1,17 +1,22 @@
 """The manifest of tars made by others, for instance by img2dataset: each is read once, none is changed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from ldmlab.data.decode import CAPTION, stored_fields
-from ldmlab.data.manifest import Manifest, read_manifest, write_manifest
-from ldmlab.data.output_folder import BAD
+from ldmlab.data.manifest import Manifest, write_manifest
+from ldmlab.data.output_folder import BAD, Destination
+from ldmlab.data.shard_cache import ShardCache, shards_folder
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import IMAGE_ENDINGS, image_ending, parse_sample, scan_tar
+from ldmlab.data.stores import Folder, Store, is_address, manifest_of, shards_at
 from ldmlab.data.workers import in_order
 from ldmlab.errors import InputError
-from ldmlab.files import write_json
+from ldmlab.files import disk_errors, write_json
 from ldmlab.open_image import open_image
 from ldmlab.provenance import provenance
 
@@ -34,27 +39,27 @@ class Indexed:
     """The manifest, and what the loaders will find in its samples."""
 
     manifest: Manifest
+    folder: str  # or address, where it lies now
     bad: list[tuple[str, str]]  # samples that will be skipped: name, reason
     without_caption: int  # 0 where no sample has one
 
 
 def index_tars(
-    tars: list[Path],
+    tars: Sequence[Path | str],
     *,
     split: str = "train",
-    origin: str = "",
+    origin: str | None = None,  # None: the folder's name
     licence: str = "",
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,  # tars done, of how many
 ) -> Indexed:
     """Writes `manifest.json` next to the tars, and `bad.json` if some samples cannot be used."""
-    paths = _paths(tars)
-    _check_replaced(paths[0].parent)
+    look, each, out = _remote(str(tars[0])) if is_address(str(tars[0])) else _local(tars)
     seen: list[_Seen] = []
-    for one in in_order(_look, paths, min(workers, len(paths))):
+    for one in in_order(look, each, min(workers, len(each))):
         seen.append(one)
         if progress:
-            progress(len(seen), len(paths))
+            progress(len(seen), len(each))
     if faults := [one.fault for one in seen if one.fault]:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(faults[0] + more)
@@ -67,21 +72,58 @@ def index_tars(
         fields=list(dict.fromkeys(name for one in seen for name in one.fields)),
         image_size=width if width == height else None,
         transform={},
-        source=origin,
+        source=origin or Path(out.given).resolve().name,
         licence=licence,
         provenance=provenance(),
     )
     if bad := [entry for one in seen for entry in one.bad]:
-        write_json(paths[0].parent / BAD, [{"name": name, "reason": reason} for name, reason in bad])
-    write_manifest(paths[0].parent, manifest)
+        write_json(out.folder / BAD, [{"name": name, "reason": reason} for name, reason in bad])
+    write_manifest(out.folder, manifest)
+    out.send(option="TARS")
     captions = sum(one.with_caption for one in seen)
-    return Indexed(manifest, bad, manifest.total - captions if captions else 0)
+    return Indexed(manifest, out.given, bad, manifest.total - captions if captions else 0)
 
 
-def _check_replaced(folder: Path) -> None:
+def _local(tars: Sequence[Path | str]) -> tuple[Callable[[Any], _Seen], Sequence[Any], Destination]:
+    """How a tar is looked at, the tars, and where their manifest goes."""
+    paths = _paths([Path(tar) for tar in tars])
+    _check_replaced(paths[0].parent)
+    return _look, paths, Destination.of(str(paths[0].parent))
+
+
+def _remote(address: str) -> tuple[Callable[[Any], _Seen], Sequence[Any], Destination]:
+    """The same of an address or pattern."""
+    store = shards_at(address, "TARS", ShardCache(shards_folder(), float("inf")))
+    assert isinstance(store, Store)
+    out = Destination.of(store.base, "TARS", shared=True)
+    sizes = store.sizes() or {}
+    if not (names := store.names or sorted(name for name in sizes if name.endswith(".tar"))):
+        raise InputError(f"TARS={address}: there is no .tar file; give the address of a folder with tars.")
+    if missing := [name for name in names if name not in sizes]:
+        raise InputError(f"TARS={address}: {missing[0]} does not exist; correct the pattern.")
+    _check_replaced(replace(store, names=None))
+    return partial(_look_at, store), [(name, sizes[name]) for name in names], out
+
+
+def _look_at(store: Store, tar: tuple[str, int]) -> _Seen:
+    """Scans one tar of a store, which is fetched for that."""
+    (name, size), place = tar, shards_folder()
+    with disk_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="index-", dir=place) as folder:
+        try:
+            store.fetch(name, path := Path(folder) / name, size)
+        except InputError as error:
+            return _Seen(fault=str(error))
+        seen = _look(path)
+        seen.fault = seen.fault and seen.fault.replace(str(path), store.url(name))
+        return seen
+
+
+def _check_replaced(folder: Folder) -> None:
     """Refuse a folder whose manifest `pack` or `encode` wrote: it says more than an index can find out."""
     try:
-        before = read_manifest(folder)
+        before = manifest_of(folder)
     except InputError:  # none, or a damaged one
         return
     if before.kind != "images" or before.transform:

@@ -1,28 +1,35 @@
-"""The folder a command writes shards to, and a shard being written.
+"""The folder a command writes shards to, or the address it sends them to, and a shard being written.
 
-A folder is never mixed with something else, and continued only with the same options.
+A folder is never mixed with something else, and continued only with the same options. What goes to an address is
+written to a folder of this machine first and sent when it is complete, manifests last.
 """
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import google_crc32c
 
-from ldmlab.data.manifest import MANIFEST, PLAN
+from ldmlab.data.manifest import MANIFEST, PLAN, file_sha256
+from ldmlab.data.shard_cache import shards_folder
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import END_MARKER
+from ldmlab.data.stores import files_at, is_address, key_of, upload
 from ldmlab.errors import InputError
 from ldmlab.files import disk_errors, locked, read_json, write_json
 
 T = TypeVar("T")
 BAD = "bad.json"  # next to a manifest: samples or images that cannot be used, with the reasons
 _LOCK = ".lock"
+_LAST = (MANIFEST, "model.yaml")  # without them the other files are unfinished
+_NOTED_SECONDS = 5.0  # between notes of what was sent
 _SHOWN = 3  # changed options named
 _WELCOME = (_LOCK, f"{_LOCK}.held", "README.md", "LICENSE")  # allowed next to the splits
 
@@ -40,6 +47,68 @@ def folder_in_use(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out / _LOCK, f"OUT={out} is in use by another process", remove=True):
             yield
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a command writes: a folder, or one of this machine whose files go to an address."""
+
+    given: str  # as typed
+    folder: Path
+    address: str | None = None
+
+    @classmethod
+    def of(cls, given: str, option: str = "OUT", shared: bool = False) -> "Destination":
+        """InputError where nothing can be written, or where something lies that was not sent from here; `shared`: the
+        files join others that lie there."""
+        if not is_address(given):
+            return cls(given, Path(given))
+        if given.startswith(("pipe:", "http://", "https://")) or "::" in given or "{" in given:
+            raise InputError(
+                f"{option}={given}: nothing can be written there; give a folder, or an address like s3://BUCKET/FOLDER."
+            )
+        address = given.rstrip("/")
+        where = cls(given, shards_folder() / "outgoing" / f"{'shared-' if shared else ''}{key_of(address)}", address)
+        sent = where._sent()
+        for name, there in files_at(address, option).items():
+            if not shared and sent.get(name, ["", ""])[1] not in (there, None):
+                raise InputError(f"{option}={given} holds something else ({name}); choose a new address.")
+        return where
+
+    def named(self, name: str) -> str:
+        """How messages call one of its folders."""
+        return f"{self.given.rstrip('/')}/{name}"
+
+    def _sent(self) -> dict[str, list[str | None]]:
+        """SHA-256 of files that were sent, or are about to be, and their stamps there."""
+        sent = read_json(self._note)
+        return sent if isinstance(sent, dict) else {}
+
+    @property
+    def _note(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.sent.json")
+
+    def send(self, progress: Callable[[int, int], None] | None = None, option: str = "OUT") -> None:
+        """Send what lies in the folder but is not at the address as it was sent; a folder stays as it is."""
+        if self.address is None:
+            return
+        with locked(self._note.with_suffix(".lock"), f"{option}={self.given} is being sent", wait=True, quiet=True):
+            files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
+            names = [str(f) for f in files if f.suffix != ".tmp" and not any(part.startswith(".") for part in f.parts)]
+            names.sort(key=lambda name: (Path(name).name in _LAST, name))
+            sums, before = {name: file_sha256(self.folder / name) for name in names}, self._sent()
+            there = files_at(self.address, option)
+            sent = {name: [sums[name], None] for name in names}
+            sent |= {n: e for n, e in before.items() if n in sums and n in there and e == [sums[n], there[n]]}
+            todo, noted = [name for name in names if sent[name][1] is None], 0.0
+            for number, name in enumerate(todo):
+                if time.monotonic() > noted + _NOTED_SECONDS:
+                    write_json(self._note, sent)
+                    noted = time.monotonic()
+                sent[name][1] = upload(self.folder / name, f"{self.address}/{name}", option)
+                if progress:
+                    progress(number + 1, len(todo))
+            write_json(self._note, sent)
 
 
 def open_plan(path: Path, plan: dict[str, Any], named: str, special: Mapping[str, str] | None = None) -> None:

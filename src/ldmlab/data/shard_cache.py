@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, sync_folder, weights_folder, write_atomically
+from ldmlab.files import disk_errors, read_json, sync_folder, weights_folder, write_atomically, write_json
 
 _ROOM_SECONDS = 60.0  # to wait for others to let go of shards
 _PAUSE_SECONDS = 0.1
@@ -86,10 +86,17 @@ class ShardCache:
             finally:
                 part.unlink(missing_ok=True)
 
-    def small_file(self, folder: str, name: str, fetch: Fetch) -> Path:
-        """A file that is fetched anew; whoever reads an older one keeps it."""
+    def file(self, folder: str, name: str, stamp: str | None, fetch: Fetch) -> Path:
+        """A file beside shards, fetched where `stamp` has changed or is None; whoever reads an older one keeps it."""
         path = self.folder / "files" / folder / name
-        write_atomically(path, fetch)
+        mark = path.with_name(f"{name}.stamp")
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked(f"file-{folder[:2]}", True):
+            if stamp is None or not path.exists() or read_json(mark) != stamp:
+                mark.unlink(missing_ok=True)
+                write_atomically(path, fetch)
+                write_json(mark, stamp)
         return path
 
     def _reserved(self, part: Path, size: int, wait: bool) -> bool:

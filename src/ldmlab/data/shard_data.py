@@ -104,6 +104,15 @@ class ShardData:
             raise InputError(f"data.latents={latents} names shards; give the folder in which train and val lie.")
         return latents.child(split)
 
+    def first_stage(self) -> Path:
+        """The folder of the latents, where their first stage lies; of a store that is fetched."""
+        latents = self._at(self.latents or "", "data.latents")
+        if not isinstance(latents, Store):
+            return latents
+        model = latents.child("first_stage")
+        model.file("first_stage.safetensors")
+        return model.file("model.yaml").parent
+
     def manifest(self, split: str = "train", kind: str | None = None) -> Manifest:
         """The manifest of a split."""
         return manifest_of(self.folder(split, kind), self._option(split, kind or self.kind))

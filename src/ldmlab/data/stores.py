@@ -9,7 +9,7 @@ other ends in its sentence at once. Credentials and endpoints are those of the e
 import hashlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice
@@ -29,6 +29,8 @@ _CONNECT_SECONDS, _READ_SECONDS = 20, 60  # of a server that says nothing
 _MOST_NAMES = 1_000_000  # that a pattern may stand for
 _PIPE = "pipe:"
 _TAR_OF_COMMAND = re.compile(r"[^\s/'\"=]+\.tar\b")
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss")  # have no folders; making one could make a bucket
+_IDENTITIES = ("ETag", "etag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # in fsspec's records
 _PASSING = (408, 425, 429)  # of 4xx
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _CREDENTIALS = re.compile("Credential|Token.*Error|ProfileNotFound|Unauthorized|RefreshError")  # errors by class
@@ -76,8 +78,8 @@ class Store:
             return self.local / name
         url = self.url(name)
         if url not in _FETCHED:
-            key = hashlib.sha256(self.base.encode()).hexdigest()[:16]
-            _FETCHED[url] = self.cache.small_file(key, name, lambda path: self._fetch(name, path))
+            mark = None if url.startswith(_PIPE) else tried(url, self.option, lambda: _stamp_at(url))
+            _FETCHED[url] = self.cache.file(key_of(self.base), name, mark, lambda path: self.fetch(name, path))
         return _FETCHED[url]
 
     def subset(self, manifest: Manifest) -> Manifest:
@@ -118,17 +120,18 @@ class Store:
 
     def opened(self, name: str, size: int, sha256: str) -> AbstractContextManager[IO[bytes]]:
         """A shard, open for reading; it is not removed from the cache meanwhile."""
-        return self.cache.opened(sha256, size, lambda path: self._fetch(name, path, size, sha256))
+        return self.cache.opened(sha256, size, lambda path: self.fetch(name, path, size, sha256))
 
     def fetch_ahead(self, name: str, size: int, sha256: str) -> None:
         """Bring a shard into the cache, unless another process is at it."""
-        self.cache.bring(sha256, size, lambda path: self._fetch(name, path, size, sha256), wait=False)
+        self.cache.bring(sha256, size, lambda path: self.fetch(name, path, size, sha256), wait=False)
 
-    def _fetch(self, name: str, path: Path, size: int = 0, sha256: str = "") -> None:
+    def fetch(self, name: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
+        """Write one of its files to `path`, whole, as far as its size and checksum are known."""
+
         def arrived() -> None:
             download(self.url(name), path)
-            if sha256:
-                _check_arrived(path, size, sha256)
+            _check_arrived(path, size, sha256)
 
         tried(self.url(name), self.option, arrived)
 
@@ -239,14 +242,60 @@ def download(url: str, path: Path) -> None:
             file.write(data)
 
 
+def upload(path: Path, url: str, option: str) -> str | None:
+    """Write a file to an address, whole; its stamp there."""
+
+    def put() -> str | None:
+        system, place = file_system(url)
+        if url.partition("://")[0] not in _BUCKETS:
+            system.makedirs(place.rpartition("/")[0], exist_ok=True)
+        system.put_file(str(path), place)
+        system.invalidate_cache()
+        if (size := system.info(place)["size"]) != path.stat().st_size:
+            raise _NotWhole(f"{size} bytes lie there of {path.stat().st_size} that were sent")
+        return stamp(system.info(place))
+
+    return tried(url, option, put)
+
+
+def files_at(address: str, option: str) -> dict[str, str | None]:
+    """Stamps of all files under an address, by their names in it."""
+
+    def find() -> dict[str, str | None]:
+        system, place = file_system(address)
+        system.invalidate_cache()
+        return {name[len(place) :].lstrip("/"): stamp(info) for name, info in system.find(place, detail=True).items()}
+
+    try:
+        return tried(address, option, find)
+    except NotThere:
+        return {}
+
+
+def stamp(info: Mapping[str, Any]) -> str | None:
+    """What changes with a file's content, as far as its store tells."""
+    return next((f"{info['size']} {info[name]}" for name in _IDENTITIES if info.get(name)), None)
+
+
+def _stamp_at(url: str) -> str | None:
+    system, place = file_system(url)
+    system.invalidate_cache()
+    return stamp(system.info(place))
+
+
+def key_of(address: str) -> str:
+    """A name for an address in a folder."""
+    return hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
 class _NotWhole(OSError):
-    """What arrived is not what the manifest records."""
+    """A file is not what it was to be."""
 
 
-def _check_arrived(path: Path, size: int, sha256: str) -> None:
-    if (found := path.stat().st_size) != size:
-        raise _NotWhole(f"{found} bytes arrived of the {size} that its manifest records")
-    if file_sha256(path) != sha256:
+def _check_arrived(path: Path, size: int | None, sha256: str | None) -> None:
+    if size is not None and (found := path.stat().st_size) != size:
+        raise _NotWhole(f"{found} bytes arrived of the {size} that are recorded")
+    if sha256 is not None and file_sha256(path) != sha256:
         raise _NotWhole("what arrived has another checksum than its manifest records")
 
 
@@ -261,7 +310,7 @@ def tried(url: str, option: str, action: Callable[[], T]) -> T:
             _raise_lasting(error, url, option)
             if number == TRIES:
                 raise InputError(
-                    f"{option}: {url} could not be had in {TRIES} tries ({_cause(error)}); check the network and what "
+                    f"{option}: {url} failed {TRIES} times ({_cause(error)}); check the network and what "
                     "lies there, and run the same command again to continue."
                 ) from None
         time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1))

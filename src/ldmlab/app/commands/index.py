@@ -1,7 +1,6 @@
 """`ldmlab index TARS...`: write the manifest of tars made by others."""
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -16,7 +15,7 @@ _SHOWN = 10  # samples named on the screen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("tars", metavar="TARS", type=Path, nargs="+", help="tars of one folder, or that folder")
+    add("tars", metavar="TARS", nargs="+", help="tars of one folder, or that folder; or one address or pattern")
     add("--split", metavar="NAME", default="train", help="what these images are called (train)")
     add("--workers", metavar="N", type=int, default=processors(), help="processes (all cores)")
     add("--origin", metavar="TEXT", help="where the images come from, for the manifest (the folder's name)")
@@ -25,17 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     at_least(args, workers=1)
-    first: Path = args.tars[0]
-    folder = first if first.is_dir() else first.parent
-    origin, own = args.origin or folder.resolve().name, {"split": args.split, "licence": args.licence}
+    own = {"split": args.split, "origin": args.origin, "licence": args.licence}
     with bar("reading", "tars") as progress:
-        found = index_tars(args.tars, origin=origin, workers=args.workers, progress=progress, **own)
+        found = index_tars(args.tars, workers=args.workers, progress=progress, **own)
     console, manifest = Console(stderr=True), found.manifest
     for name, reason in found.bad[:_SHOWN]:
         console.print(f"  {name}: {reason}", markup=False)
     if found.bad:
-        console.print(f"{len(found.bad)} samples will be skipped; all are listed in {folder / BAD}", markup=False)
+        console.print(f"{len(found.bad)} samples will be skipped; all are listed in {found.folder}/{BAD}", markup=False)
     if found.without_caption:
         console.print(f"{found.without_caption} samples have no caption; runs that read captions skip them")
     fields = ", ".join(manifest.fields)
-    console.print(f"{folder}: {manifest.total} samples, {len(manifest.shards)} shards, fields {fields}")
+    console.print(f"{found.folder}: {manifest.total} samples, {len(manifest.shards)} shards, fields {fields}")

@@ -10,7 +10,7 @@ from ldmlab.app.progress import bar
 from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
 from ldmlab.data.image_parts import MAPS
 from ldmlab.data.image_sources import LAYOUTS, Source, list_source
-from ldmlab.data.output_folder import BAD
+from ldmlab.data.output_folder import BAD, Destination
 from ldmlab.data.pack_images import FORMATS, Encoding
 from ldmlab.data.pack_shards import PackOptions, pack
 from ldmlab.data.splits import SplitRule
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options in the order of the work: find and annotate, hold out, change and write."""
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of images or tars, or a .jsonl, .csv, .tsv or .tar file")
-    add("out", metavar="OUT", type=Path, help="new folder; gets train/ and, with --val, val/")
+    add("out", metavar="OUT", help="new folder or address (s3://...); gets train/ and, with --val, val/")
     add("--layout", choices=LAYOUTS, default="auto", help=_LAYOUT)
     add("--file-field", metavar="NAME", help="column with the file names (default: file_name, file, image, path ...)")
     add("--caption-field", metavar="NAME", help="column of captions (default: caption or text; none: no captions)")
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     options, console = options_of(args), Console(stderr=True)
     at_least(args, workers=1)
     share("--max-bad", args.max_bad)
+    out = Destination.of(args.out)
     with console.status(f"listing {args.source}"):
         source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)
     found = _KINDS.get(source.layout, "with captions next to them")
@@ -86,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
     source = with_more(source, args, console)
     own = {"origin": args.origin or args.source.resolve().name, "licence": args.licence, "workers": args.workers}
     with bar("packing", "images") as progress:
-        result = pack(source, args.out, options, max_bad=args.max_bad, progress=progress, **own)
+        result = pack(source, out.folder, options, max_bad=args.max_bad, progress=progress, **own)
+    with bar("sending", "files", quiet=out.address is None) as progress:
+        out.send(progress)
     if result.complete_before:
         console.print(f"{args.out} is complete already; nothing to do")
     if result.bad:
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     for split, manifest in result.manifests.items():
         mebibytes = sum(shard.bytes for shard in manifest.shards) / 2**20
         console.print(
-            f"{args.out / split}: {manifest.total} images, {len(manifest.shards)} shards, {mebibytes:.1f} MiB"
+            f"{out.named(split)}: {manifest.total} images, {len(manifest.shards)} shards, {mebibytes:.1f} MiB"
         )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import boto3
 import fsspec
@@ -28,18 +29,18 @@ class Faults:
     """A WSGI application in front of another one; each planted fault hits the next requests for a name."""
 
     app: Any
-    planted: list[tuple[str, str, int]] = field(default_factory=list)  # kind, end of the name, how often
+    planted: list[tuple[str, str, int]] = field(default_factory=list)  # "KIND [METHOD]", end of the name, how often
     gets: Counter[str] = field(default_factory=Counter)  # answered requests for contents, by name
     puts: Counter[str] = field(default_factory=Counter)
 
     def plant(self, kind: str, name: str, times: int) -> None:
         self.planted.append((kind, name, times))
 
-    def _next(self, path: str) -> str | None:
+    def _next(self, method: str, path: str) -> str | None:
         for place, (kind, name, times) in enumerate(self.planted):
-            if path.endswith(name) and times:
+            if path.endswith(name) and times and method == (kind.split()[1:] or ["GET"])[0]:
                 self.planted[place] = kind, name, times - 1
-                return kind
+                return kind.split()[0]
         return None
 
     def __call__(self, environ: dict[str, Any], respond: Respond) -> Iterable[bytes]:
@@ -47,7 +48,7 @@ class Faults:
         signed = environ.get("HTTP_AUTHORIZATION", "")
         if signed and KEY not in signed:
             return self._error(respond, "403 Forbidden", b"InvalidAccessKeyId", b"no such key")
-        kind = self._next(path) if method == "GET" else None
+        kind = self._next(method, path)
         if method in ("GET", "PUT"):
             (self.gets if method == "GET" else self.puts)[path.rpartition("/")[2]] += 1
         if kind == "500":
@@ -110,6 +111,8 @@ def running_s3() -> Iterator[S3]:
             patch.setattr(stores, "FIRST_WAIT_SECONDS", 0.01)
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "LDMLAB_SHARDS"):
                 patch.delenv(name, raising=False)
+            urlopen(f"http://127.0.0.1:{server.port}/moto-api/reset", data=b"").close()  # buckets outlive a server
+            S3FileSystem.clear_instance_cache()  # of another server
             client = boto3.client("s3")
             client.create_bucket(Bucket="lab")
             yield S3(faults, server.port, client)
