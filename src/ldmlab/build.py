@@ -208,8 +208,8 @@ def load_classifier(path: Path | str, weights: str = "averaged") -> LoadedClassi
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: the GPU of this process if there is one; cpu | cuda | cuda:N."""
-    if name == "auto" and torch.cuda.is_available():
+    """auto: the GPU of this process if there is one; cuda: that GPU; cpu | cuda:N."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", distributed.local_rank() % max(torch.cuda.device_count(), 1))
     if name == "auto":
         return torch.device("cpu")
