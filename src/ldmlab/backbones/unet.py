@@ -138,15 +138,15 @@ class UNet(nn.Module):
         super().__init__()
         if (heads is None) == (head_channels is None):
             raise InputError(f"backbone.heads={heads} and backbone.head_channels={head_channels}: give exactly one.")
-        _check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0), heads=heads)
-        _check_sizes(1, head_channels=head_channels, transformer_depth=transformer_depth)
-        _check_sizes(0, num_res_blocks=num_res_blocks, frequency_shift=frequency_shift)
+        check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0), heads=heads)
+        check_sizes(1, head_channels=head_channels, transformer_depth=transformer_depth)
+        check_sizes(0, num_res_blocks=num_res_blocks, frequency_shift=frequency_shift)
         _check_rates(dropout, norm_eps, frequency_shift, model_channels // 2)
         self.in_channels, self.out_channels, self.coordinates = in_channels, out_channels, coordinates
         self.context_width, self.vector_width = context_width, vector_width
         self.gradient_checkpointing = gradient_checkpointing
         self.time = TimeMLP(model_channels, frequency_shift)
-        self.vector = _vector_projection(vector_width, self.time.width, project_vector)
+        self.vector = vector_projection(vector_width, self.time.width, project_vector)
         transformer = heads, head_channels, transformer_depth, context_width
         resampling = residual_resampling, asymmetric_downsampling
         blocks = Blocks(self.time.width, dropout, scale_shift, *transformer, *resampling)
@@ -251,7 +251,7 @@ class UNet(nn.Module):
         return block(h, emb, part)
 
 
-def _check_sizes(least: int, **sizes: int | None) -> None:
+def check_sizes(least: int, **sizes: int | None) -> None:
     """InputError for a size below `least`; None is no size."""
     for name, value in sizes.items():
         if value is not None and value < least:
@@ -266,7 +266,7 @@ def _check_rates(dropout: float, norm_eps: float, frequency_shift: int, half: in
         )
 
 
-def _vector_projection(width: int | None, time_width: int, project: bool) -> nn.Module | None:
+def vector_projection(width: int | None, time_width: int, project: bool) -> nn.Module | None:
     if not project and width not in (None, time_width):
         raise InputError(
             f"backbone.project_vector=false adds vectors of {width} to a time vector of {time_width}; "

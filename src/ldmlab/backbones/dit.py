@@ -1,0 +1,267 @@
+"""Diffusion transformers: DiT (Peebles and Xie 2023), SiT (Ma et al. 2024), LightningDiT (Yao et al. 2025).
+
+Shapes: B batch, C latent channels, h w latent size, p side of a patch, N = (h / p) (w / p) patches, D width of the
+network, L tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ldmlab.backbones.unet import check_sizes, vector_projection
+from ldmlab.contracts import Conditioning, Prepared
+from ldmlab.errors import InputError, one_of
+from ldmlab.nn.attention import KeysValues, TokenAttention, attend
+from ldmlab.nn.blocks import timestep_embedding, zero
+from ldmlab.nn.compiling import region
+from ldmlab.nn.positions import Rotation, rotary, rotate, sine_cosine
+
+_EPSILON = 1e-6  # of every norm but LayerNorm on queries and keys, which has 1e-5
+_TIME_CHANNELS = 256
+Context = Literal["cross", "in_context", "both"]
+Norm = Callable[[int], nn.Module]
+
+
+class DiTCache(NamedTuple):
+    """What does not change between the steps of one sample."""
+
+    kv: Sequence[KeysValues | None]  # of the tokens, for each block; None: no cross-attention
+    context: Tensor | None  # (B, L, D) tokens that join the sequence
+    vector: Tensor | None  # (B, D)
+
+
+class SelfAttention(nn.Module):
+    """Attention among all tokens, with norms and rotary positions on queries and keys where the network has them."""
+
+    def __init__(self, width: int, heads: int, norm: Norm | None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)  # rows: q | k | v, then head, then channel
+        self.norm_q, self.norm_k = (norm(width // heads) if norm else nn.Identity() for _ in range(2))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """(B, N, D) => (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.out(attend(q.to(v.dtype), k.to(v.dtype), v))
+
+
+class MLP(nn.Module):
+    """out(gelu(expand(x))) with the tanh form of GELU, four times as wide as x."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, int(width * ratio))
+        self.out = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.expand(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """out(silu(a) b), where a and b are the halves of expand(x), each 2 / 3 as wide as in `MLP` (Shazeer 2020)."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * int(width * ratio))
+        self.expand = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.expand(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """x (B, N, D), shift and scale (B, D) => x (1 + scale) + shift."""
+    x = x * (1 + scale[:, None])
+    return x if shift is None else x + shift[:, None]
+
+
+@region
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention to tokens where there are any, MLP; scales, shifts and gates from the condition.
+
+    adaLN-Zero: x + gate f(norm(x) (1 + scale) + shift), every gate 0 at the start (DiT, section 3.2).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        context_width: int | None,
+        mlp: nn.Module,
+        norm: Norm,
+        qk_norm: Norm | None,
+        shift: bool,
+    ) -> None:
+        super().__init__()
+        self.shift = shift
+        self.norm_attention, self.norm_mlp = norm(width), norm(width)
+        self.attention = SelfAttention(width, heads, qk_norm)
+        self.mlp = mlp
+        self.modulation = nn.Linear(width, (6 if shift else 4) * width)
+        self.cross_attention = self.norm_cross = None
+        if context_width is not None:
+            self.norm_cross = norm(width)
+            self.cross_attention = TokenAttention(width, heads, width // heads, context_width)
+
+    def forward(self, x: Tensor, condition: Tensor, rotation: Rotation | None, kv: KeysValues | None) -> Tensor:
+        """x (B, N, D), condition (B, D) after its SiLU => (B, N, D)."""
+        parts = self.modulation(condition).chunk(6 if self.shift else 4, dim=1)
+        if not self.shift:
+            parts = (None, *parts[:2], None, *parts[2:])
+        x = x + parts[2][:, None] * self.attention(modulate(self.norm_attention(x), parts[0], parts[1]), rotation)
+        if self.cross_attention is not None and self.norm_cross is not None:
+            x = x + self.cross_attention(self.norm_cross(x), kv)
+        return x + parts[5][:, None] * self.mlp(modulate(self.norm_mlp(x), parts[3], parts[4]))
+
+
+class DiT(nn.Module):
+    """prediction(x, t, conditioning) of the official DiT, SiT and LightningDiT; any size of x that p divides.
+
+    Official parameter counts at p = 2, C = 4, 1,000 classes: S 33M, B 130M, L 458M, XL 675M. The class is a vector
+    conditioner of width D (`slot: vector`). Time is embedded as it comes: 0 .. steps - 1 for DiT, 0 .. 1 for SiT.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # latent plus spatial conditioning; derived in wiring
+        out_channels: int,  # of the latent; derived in wiring
+        width: int,  # D
+        depth: int,  # blocks
+        heads: int,  # of attention
+        patch_size: int = 2,  # p
+        mlp_ratio: float = 4.0,  # width of the MLPs in multiples of D
+        context_width: int | None = None,  # of the tokens; None: no tokens; derived in wiring
+        vector_width: int | None = None,  # of vector conditioning; derived in wiring
+        project_vector: bool = False,  # a linear layer for it; False: D wide, added to the time embedding as it is
+        context: Context = "cross",  # tokens by cross-attention, in the sequence (in_context), or both
+        rms_norm: bool = False,  # RMSNorm with learned gains in place of LayerNorm without
+        swiglu: bool = False,  # gated MLPs
+        rotary_positions: bool = False,  # rotary positions, beside the sines and cosines added to the patches
+        qk_norm: bool = False,  # norms on queries and keys
+        shift: bool = True,  # blocks shift as well as scale
+        unused_half: bool = False,  # twice the output channels, the second half dropped (SiT's learn_sigma)
+        gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
+    ) -> None:
+        super().__init__()
+        check_sizes(1, width=width, depth=depth, heads=heads, patch_size=patch_size)
+        one_of("backbone.context", context, ("cross", "in_context", "both"))
+        if width % heads or width % 4 or (rotary_positions and width // heads % 4):
+            raise InputError(
+                f"backbone.width={width} with heads={heads}: heads must divide it, and positions need a multiple of 4, "
+                "of each head too where they are rotary; choose for instance width=384, heads=6."
+            )
+        self.in_channels, self.out_channels, self.size_step = in_channels, out_channels, patch_size
+        self.context_width, self.vector_width, self.context = context_width, vector_width, context
+        self.width, self.head_width = width, width // heads
+        self.rotary_positions, self.gradient_checkpointing = rotary_positions, gradient_checkpointing
+        norm: Norm = _rms_norm if rms_norm else _layer_norm
+        norm_qk: Norm | None = (_rms_norm if rms_norm else nn.LayerNorm) if qk_norm else None
+        crossing = context_width if context != "in_context" else None
+        joining = context_width if context != "cross" else None
+        self.patches = nn.Conv2d(in_channels, width, patch_size, patch_size)
+        self.time_expand, self.time_mix = nn.Linear(_TIME_CHANNELS, width), nn.Linear(width, width)
+        self.vector = vector_projection(vector_width, width, project_vector)
+        self.joining = nn.Linear(joining, width) if joining else None
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, crossing, (SwiGLU if swiglu else MLP)(width, mlp_ratio), norm, norm_qk, shift)
+            for _ in range(depth)
+        )
+        self.norm_out = norm(width)
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, (1 + unused_half) * out_channels * patch_size**2)
+        self._initialise()
+        self._positions: dict[tuple[int, int, torch.device], tuple[Tensor, Rotation | None]] = {}
+
+    def _initialise(self) -> None:
+        """Glorot's uniform for linear layers and patches, N(0, 0.02) for the time; modulations and outputs are zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (self.time_expand, self.time_mix):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in cast(Iterable[DiTBlock], self.blocks):
+            zero(block.modulation)
+            if block.cross_attention is not None:
+                zero(block.cross_attention.out)
+        zero(self.modulation_out)
+        zero(self.out)
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        """Slots of the conditioning this network was built for."""
+        slots = {"tokens": self.context_width, "vector": self.vector_width, "spatial": self.in_channels}
+        return frozenset(slot for slot, width in slots.items() if width)
+
+    def prepare(self, conditioning: Conditioning) -> Prepared:
+        """Keys and values of the tokens for every block, tokens that join the sequence, and the projected vector."""
+        for slot in ("tokens", "vector"):
+            if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
+                has = "needs" if slot in self.accepts else "does not take"
+                raise InputError(f"the DiT {has} {slot} conditioning; change conditioner or backbone.")
+        dtype = self.patches.weight.dtype
+        tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
+        cross = [cast(TokenAttention | None, block.cross_attention) for block in self.blocks]
+        kv = [None if part is None or tokens is None else part.keys_values(tokens) for part in cross]
+        context = None if tokens is None or self.joining is None else self.joining(tokens)
+        projected = None if vector is None or self.vector is None else self.vector(vector)
+        return Prepared(conditioning, DiTCache(kv, context, projected))
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
+        """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
+        prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
+        spatial, cache = prepared.conditioning.spatial, prepared.cache
+        if spatial is not None:
+            x = torch.cat([x, spatial.to(x.dtype)], dim=1)
+        dtype = self.patches.weight.dtype
+        maps = self.patches(x.to(dtype))  # (B, D, h / p, w / p)
+        rows, columns = maps.shape[2:]
+        positions, rotation = self._places(rows, columns, x.device)
+        h = maps.flatten(2).transpose(1, 2) + positions.to(dtype)  # (B, N, D)
+        condition = self.time_mix(F.silu(self.time_expand(timestep_embedding(t, _TIME_CHANNELS).to(dtype))))
+        condition = F.silu(condition if cache.vector is None else condition + cache.vector)
+        joined = 0 if cache.context is None else cache.context.shape[1]
+        if joined:
+            h = torch.cat([cache.context.to(h.dtype), h], dim=1)
+            if rotation is not None:  # tokens are not turned
+                rotation = (F.pad(rotation[0], (0, 0, joined, 0), value=1), F.pad(rotation[1], (0, 0, joined, 0)))
+        for block, kv in zip(self.blocks, cache.kv, strict=True):
+            h = self._run(block, h, condition, rotation, kv)
+        shift, scale = self.modulation_out(condition).chunk(2, dim=1)
+        out = self.out(modulate(self.norm_out(h[:, joined:]), shift, scale))  # (B, N, p p C)
+        p = self.size_step
+        out = out.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, p, p, C)
+        return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)[:, : self.out_channels]
+
+    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _places(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Rotation | None]:
+        """Positions added to the patches, (N, D), and rotations of queries and keys; computed once a size."""
+        key = (rows, columns, device)
+        if key not in self._positions:
+            added = sine_cosine(rows, columns, self.width, device)
+            rotation = rotary(rows, columns, self.head_width, device) if self.rotary_positions else None
+            self._positions[key] = added, rotation
+        return self._positions[key]
+
+
+def _layer_norm(width: int) -> nn.Module:
+    return nn.LayerNorm(width, eps=_EPSILON, elementwise_affine=False)
+
+
+def _rms_norm(width: int) -> nn.Module:
+    return nn.RMSNorm(width, eps=_EPSILON)

@@ -1,0 +1,13 @@
+"""The official LightningDiT (hustvl/LightningDiT, models/lightningdit.py): SiT's network with its options."""
+
+from ldmlab.interop.dit import OfficialTransformer, official
+from ldmlab.interop.renaming import Node, State
+
+_OPTIONS = {"use_swiglu": "swiglu", "use_rope": "rotary_positions", "use_rmsnorm": "rms_norm", "use_qknorm": "qk_norm"}
+
+
+def as_official(config: Node, state_dict: State) -> OfficialTransformer:
+    """The official `LightningDiT(**config)` with these weights: `model(x, t, y)` with t in 0 .. 1, 0 being noise."""
+    options = {ours: bool(config.get(theirs, False)) for theirs, ours in _OPTIONS.items()}
+    options |= {"shift": not config.get("wo_shift", False), "unused_half": bool(config.get("learn_sigma", False))}
+    return official(config, state_dict, options)

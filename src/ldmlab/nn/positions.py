@@ -1,0 +1,39 @@
+"""Positions of patches in two dimensions: sines and cosines to add, and rotations of queries and keys."""
+
+import torch
+from torch import Tensor
+
+_PERIOD = 10_000.0
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (1, 1, N, d), of angles that repeat in pairs
+
+
+def sine_cosine(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
+    """(rows columns, width) float32: the column in the first half of the channels, the row in the second.
+
+    Each half: sines, then cosines, of place 10000^(-i / q), i = 0 .. q - 1, q = width / 4 (DiT, models.py; computed in
+    float64).
+    """
+    rate = _PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in (rows, columns)), indexing="ij")
+    angles = (place.flatten()[:, None] * rate for place in (column, row))
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float().to(device)
+
+
+def rotary(rows: int, columns: int, head_width: int, device: torch.device | None = None) -> Rotation:
+    """Cosines and sines for heads of `head_width`: the row turns the first half of a head, the column the second.
+
+    Angles are place 10000^(-i / q), i = 0 .. q - 1, q = head_width / 4, each for two neighbouring channels
+    (LightningDiT's rotary embedding, after Su et al. 2021).
+    """
+    rate = _PERIOD ** -(torch.arange(head_width // 4, dtype=torch.float32) / (head_width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = torch.cat([place.flatten()[:, None] * rate for place in (row, column)], dim=1)
+    angles = angles.repeat_interleave(2, dim=1)[None, None].to(device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x (B, H, N, d) with every pair of neighbouring channels (a, b) => (a cos - b sin, b cos + a sin)."""
+    cosine, sine = (part.to(x.dtype) for part in rotation)
+    a, b = x.unflatten(3, (-1, 2)).unbind(4)
+    return x * cosine + torch.stack([-b, a], dim=4).flatten(3) * sine
