@@ -1,5 +1,6 @@
 """An S3 server of moto's in a thread of the test, with a layer in front of it that misbehaves when told to."""
 
+import socket
 import threading
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
-from ldmlab.data import stores
+from ldmlab.data import transfers
 
 KEY = "the-right-key"
 _DENIED = b'<?xml version="1.0"?><Error><Code>%s</Code><Message>%s</Message></Error>'
@@ -47,7 +48,8 @@ class Faults:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         signed = environ.get("HTTP_AUTHORIZATION", "")
         if signed and KEY not in signed:
-            return self._error(respond, "403 Forbidden", b"InvalidAccessKeyId", b"no such key")
+            answer = self._error(respond, "403 Forbidden", b"InvalidAccessKeyId", b"no such key")
+            return [] if method == "HEAD" else answer
         kind = self._next(method, path)
         if method in ("GET", "PUT"):
             (self.gets if method == "GET" else self.puts)[path.rpartition("/")[2]] += 1
@@ -55,8 +57,10 @@ class Faults:
             return self._error(respond, "500 Internal Server Error", b"InternalError", b"planted")
         if kind == "403":
             return self._error(respond, "403 Forbidden", b"AccessDenied", b"planted")
+        if kind == "reset":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         if kind == "slow":
-            time.sleep(3.0)
+            time.sleep(1.5)
         answer = self.app(environ, respond)
         if kind in ("cut", "altered"):
             content = b"".join(answer)
@@ -108,7 +112,7 @@ def running_s3() -> Iterator[S3]:
                 fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1, "retries": {"max_attempts": 0}}}
             )
             patch.setattr(S3FileSystem, "retries", 1)  # so that the tries are ours
-            patch.setattr(stores, "FIRST_WAIT_SECONDS", 0.01)
+            patch.setattr(transfers, "FIRST_WAIT_SECONDS", 0.01)
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "LDMLAB_SHARDS"):
                 patch.delenv(name, raising=False)
             urlopen(f"http://127.0.0.1:{server.port}/moto-api/reset", data=b"").close()  # buckets outlive a server

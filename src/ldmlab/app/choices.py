@@ -59,6 +59,8 @@ def check_names(config: Config) -> None:
 
 def check_choices(config: Config, chosen: Collection[str]) -> None:
     """InputError for the first option of `chosen` that would have no effect."""
+    from ldmlab.data.transfers import is_address
+
     stage, options = config["stage"]["name"], dict(leaves(config))
     for name in sorted(chosen):
         group = name.split(".")[0].split("/")[-1]
@@ -66,6 +68,10 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
             raise InputError(f"{name}: stage={stage} reads no {group}; leave it out, or choose another stage.")
         if name in _NEEDS and not options.get(_NEEDS[name]):
             raise InputError(f"{name} has no effect without {_NEEDS[name]}; set that too, or leave {name} out.")
+        if name.startswith("data.shard_cache") and not any(
+            is_address(str(options.get(f"data.{place}"))) for place in ("train", "val", "latents")
+        ):
+            raise InputError(f"{name} has no effect without shards at an address, such as s3://; leave it out.")
         if stage == "classifier" and group == "diffusion" and "." in name and not name.startswith("diffusion.schedule"):
             raise InputError(f"{name}: stage=classifier reads diffusion.schedule only; leave {name} out.")
     latents, run = config["data"].get("latents"), config["from_run"]

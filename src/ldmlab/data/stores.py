@@ -1,49 +1,26 @@
 """Folders of shards that are no folder of this disk: an address of an object store or a server, a command, a pattern.
 
 `s3://bucket/prefix`, `gs://`, `https://`, `file://` and every other protocol of fsspec; `pipe:COMMAND` whose output is
-a shard; a brace pattern, `FOLDER/train-{000000..000999}.tar`, names some shards of a folder or an address. Files arrive
-whole: a fault that may pass (time-outs, 5xx, broken connections, cut off bodies) is tried again with growing waits, any
-other ends in its sentence at once. Credentials and endpoints are those of the environment (AWS_*, FSSPEC_S3_*, ...).
+a shard; a brace pattern, `FOLDER/train-{000000..000999}.tar`, names some shards of a folder or an address. Credentials
+and endpoints are those of the environment (AWS_*, FSSPEC_S3_*, ...).
 """
 
-import hashlib
 import re
-import time
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import accumulate, count, islice
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO
 
-from ldmlab.data.manifest import MANIFEST, Manifest, check_shards, file_sha256, read_manifest
+from ldmlab.data.manifest import MANIFEST, Manifest, check_shards, read_manifest
 from ldmlab.data.shard_cache import ShardCache
 from ldmlab.data.shard_info import PLACES, read_places
+from ldmlab.data.transfers import PIPE, NotThere, download, is_address, key_of, sizes_at, stamp_at
 from ldmlab.errors import InputError
-from ldmlab.files import FULL
 
-T = TypeVar("T")
-TRIES = 6
-FIRST_WAIT_SECONDS = 1.0  # doubled after every try
-_CONNECT_SECONDS, _READ_SECONDS = 20, 60  # of a server that says nothing
 _MOST_NAMES = 1_000_000  # that a pattern may stand for
-_PIPE = "pipe:"
 _TAR_OF_COMMAND = re.compile(r"[^\s/'\"=]+\.tar\b")
-_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss")  # have no folders; making one could make a bucket
-_IDENTITIES = ("ETag", "etag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # in fsspec's records
-_PASSING = (408, 425, 429)  # of 4xx
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-_CREDENTIALS = re.compile("Credential|Token.*Error|ProfileNotFound|Unauthorized|RefreshError")  # errors by class
 _FETCHED: dict[str, Path] = {}  # small files of this process, by address
-
-
-class NotThere(InputError):
-    """The store says that it has no such file."""
-
-
-def is_address(text: str) -> bool:
-    """Whether a text names something else than a path of this disk."""
-    return "://" in text or text.startswith(_PIPE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +55,7 @@ class Store:
             return self.local / name
         url = self.url(name)
         if url not in _FETCHED:
-            mark = None if url.startswith(_PIPE) else tried(url, self.option, lambda: _stamp_at(url))
+            mark = None if url.startswith(PIPE) else stamp_at(url, self.option)
             _FETCHED[url] = self.cache.file(key_of(self.base), name, mark, lambda path: self.fetch(name, path))
         return _FETCHED[url]
 
@@ -108,15 +85,9 @@ class Store:
 
     def sizes(self) -> dict[str, int] | None:
         """Bytes of the files by name, in one listing; None where the protocol has none."""
-        if self.base.startswith((_PIPE, "http://", "https://")):
+        if self.base.startswith((PIPE, "http://", "https://")):
             return None
-
-        def listed() -> dict[str, int]:
-            system, path = file_system(self.base)
-            system.invalidate_cache()
-            return {Path(entry["name"]).name: entry["size"] for entry in system.ls(path, detail=True)}
-
-        return tried(self.base, self.option, listed)
+        return sizes_at(self.base, self.option)
 
     def opened(self, name: str, size: int, sha256: str) -> AbstractContextManager[IO[bytes]]:
         """A shard, open for reading; it is not removed from the cache meanwhile."""
@@ -128,12 +99,7 @@ class Store:
 
     def fetch(self, name: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
         """Write one of its files to `path`, whole, as far as its size and checksum are known."""
-
-        def arrived() -> None:
-            download(self.url(name), path)
-            _check_arrived(path, size, sha256)
-
-        tried(self.url(name), self.option, arrived)
+        download(self.url(name), path, self.option, size, sha256)
 
 
 Folder = Path | Store
@@ -154,12 +120,17 @@ def manifest_of(folder: Folder | str, option: str = "data") -> Manifest:
     if not isinstance(folder, Store):
         return read_manifest(folder, option)
     try:
-        return folder.subset(read_manifest(beside(folder, MANIFEST), option))
+        place = beside(folder, MANIFEST)
     except NotThere:
         written = "the folder of the shards" if "\0" in folder.base else folder.base
         raise InputError(
             f"{option}={folder} has no {MANIFEST} beside its shards; write it with `ldmlab index {written}`."
         ) from None
+    try:
+        manifest = read_manifest(place, option)
+    except InputError as error:
+        raise InputError(str(error).replace(str(place), folder.base.replace("\0", MANIFEST))) from None
+    return folder.subset(manifest)
 
 
 def has_manifest(folder: Folder) -> bool:
@@ -185,7 +156,7 @@ def check_there(folder: Folder | str, manifest: Manifest, sha256: bool = False) 
 
 def shards_at(text: str, option: str, cache: ShardCache) -> Path | Store:
     """What an option that takes shards names: a folder of this disk, or a store."""
-    if text.startswith(_PIPE):
+    if text.startswith(PIPE):
         found = list(_TAR_OF_COMMAND.finditer(text))
         if len(found) != 1:
             raise InputError(
@@ -213,133 +184,3 @@ def _expanded(pattern: str, named: str) -> tuple[str, ...]:
     if len(names) > _MOST_NAMES or any(not name.endswith(".tar") for name in names) or len({*names}) < len(names):
         raise InputError(f"{named} does not name at most {_MOST_NAMES} different tars; write NAME-{{000..999}}.tar.")
     return names
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it."""
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
-        from aiohttp import ClientTimeout
-
-        waits = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
-        options["client_kwargs"] = {"timeout": waits}
-    return fsspec.core.url_to_fs(url, **options)
-
-
-def download(url: str, path: Path) -> None:
-    """The bytes behind an address, or those that a command writes, into `path`."""
-    if not url.startswith(_PIPE):
-        system, place = file_system(url)
-        system.get_file(place, str(path))
-        return
-    from webdataset.gopen import gopen
-
-    stream: Any = gopen(url, "rb")
-    with stream, open(path, "wb") as file:
-        while data := stream.read(1 << 20):
-            file.write(data)
-
-
-def upload(path: Path, url: str, option: str) -> str | None:
-    """Write a file to an address, whole; its stamp there."""
-
-    def put() -> str | None:
-        system, place = file_system(url)
-        if url.partition("://")[0] not in _BUCKETS:
-            system.makedirs(place.rpartition("/")[0], exist_ok=True)
-        system.put_file(str(path), place)
-        system.invalidate_cache()
-        if (size := system.info(place)["size"]) != path.stat().st_size:
-            raise _NotWhole(f"{size} bytes lie there of {path.stat().st_size} that were sent")
-        return stamp(system.info(place))
-
-    return tried(url, option, put)
-
-
-def files_at(address: str, option: str) -> dict[str, str | None]:
-    """Stamps of all files under an address, by their names in it."""
-
-    def find() -> dict[str, str | None]:
-        system, place = file_system(address)
-        system.invalidate_cache()
-        return {name[len(place) :].lstrip("/"): stamp(info) for name, info in system.find(place, detail=True).items()}
-
-    try:
-        return tried(address, option, find)
-    except NotThere:
-        return {}
-
-
-def stamp(info: Mapping[str, Any]) -> str | None:
-    """What changes with a file's content, as far as its store tells."""
-    return next((f"{info['size']} {info[name]}" for name in _IDENTITIES if info.get(name)), None)
-
-
-def _stamp_at(url: str) -> str | None:
-    system, place = file_system(url)
-    system.invalidate_cache()
-    return stamp(system.info(place))
-
-
-def key_of(address: str) -> str:
-    """A name for an address in a folder."""
-    return hashlib.sha256(address.encode()).hexdigest()[:16]
-
-
-class _NotWhole(OSError):
-    """A file is not what it was to be."""
-
-
-def _check_arrived(path: Path, size: int | None, sha256: str | None) -> None:
-    if size is not None and (found := path.stat().st_size) != size:
-        raise _NotWhole(f"{found} bytes arrived of the {size} that are recorded")
-    if sha256 is not None and file_sha256(path) != sha256:
-        raise _NotWhole("what arrived has another checksum than its manifest records")
-
-
-def tried(url: str, option: str, action: Callable[[], T]) -> T:
-    """The outcome of `action`, tried again where its fault may pass; its faults are sentences."""
-    for number in count(1):
-        try:
-            return action()
-        except InputError:
-            raise
-        except Exception as error:
-            _raise_lasting(error, url, option)
-            if number == TRIES:
-                raise InputError(
-                    f"{option}: {url} failed {TRIES} times ({_cause(error)}); check the network and what "
-                    "lies there, and run the same command again to continue."
-                ) from None
-        time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1))
-    raise AssertionError
-
-
-def _raise_lasting(error: Exception, url: str, option: str) -> None:
-    """The sentence of a fault that another try would meet again."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    number = int(str(status)) if str(status).isdecimal() else 0
-    protocol = url.partition("://")[0]
-    if isinstance(error, OSError) and error.errno in FULL:
-        raise InputError(f"{option}: no space left for {url}; free some disk space and run the command again.")
-    if isinstance(error, FileNotFoundError) or number in (404, 410):
-        raise NotThere(f"{option}: {url} does not exist; check the address, or write there with `ldmlab pack`.")
-    if isinstance(error, PermissionError) or number in (401, 403) or _CREDENTIALS.search(type(error).__name__):
-        raise InputError(
-            f"{option}: access to {url} is refused ({_cause(error)}); check the credentials in the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS) and their "
-            "rights."
-        )
-    if isinstance(error, ImportError):
-        package = _PACKAGES.get(protocol, "the package it names")
-        raise InputError(f"{option}={url} needs {package} ({_cause(error)}); run `pip install {package}`.")
-    lasting = 400 <= number < 500 and number not in _PASSING
-    if lasting or isinstance(error, ValueError | TypeError | NotImplementedError):
-        raise InputError(f"{option}={url} cannot be used ({_cause(error)}); check the address.")
-
-
-def _cause(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200].rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
