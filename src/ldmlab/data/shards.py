@@ -18,9 +18,9 @@ from typing import IO, Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-from ldmlab.data.manifest import Manifest
+from ldmlab.data.manifest import MANIFEST, Manifest
 from ldmlab.data.shard_info import PLACES, TAR_BLOCK, ShardInfo, byte_range, map_places, read_places
-from ldmlab.data.stores import Folder, Store, beside, on_disk
+from ldmlab.data.stores import Folder, Store, beside
 from ldmlab.errors import InputError
 from ldmlab.files import open_regular
 
@@ -229,8 +229,8 @@ class ShardReader:
     """
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        self._folder = on_disk(folder)
-        self.store = folder if isinstance(folder, Store) and self._folder is None else None
+        self.folder = beside(folder, MANIFEST)  # on this disk; of a store without its shards
+        self.store = folder if isinstance(folder, Store) and folder.local is None else None
         self._stored = [(shard.name, shard.bytes, shard.sha256) for shard in manifest.shards] if self.store else []
         self.names = [shard.name for shard in manifest.shards]
         self.counts = [shard.samples for shard in manifest.shards]
@@ -239,8 +239,7 @@ class ShardReader:
         self._summed = [shard.summed for shard in manifest.shards]
         self._mapped = manifest.places_sha256 is not None
         if manifest.places_sha256:
-            self._beside = beside(folder, PLACES)
-            self._places = read_places(self._beside, manifest.shards, manifest.places_sha256)
+            self._places = read_places(beside(folder, PLACES), manifest.shards, manifest.places_sha256)
         else:
             self._places = np.concatenate([shard.places for shard in manifest.shards if shard.places is not None])
         self._open: OrderedDict[int, IO[bytes]] = OrderedDict()
@@ -286,7 +285,7 @@ class ShardReader:
             except (InputError, OSError) as error:
                 raise ShardLost(str(error)) from None
         if shard not in self._open:
-            self._open[shard] = open_regular((self._folder or Path()) / self.names[shard])
+            self._open[shard] = open_regular(self.folder / self.names[shard])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
@@ -302,4 +301,4 @@ class ShardReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         if self._mapped:
-            self._places = map_places(self._beside)
+            self._places = map_places(self.folder)

@@ -105,11 +105,6 @@ class Store:
 Folder = Path | Store
 
 
-def on_disk(folder: Folder | str) -> Path | None:
-    """The folder, where the shards lie on this disk."""
-    return folder.local if isinstance(folder, Store) else Path(folder)
-
-
 def beside(folder: Folder, name: str) -> Path:
     """The folder on this disk with a small file that lies beside the shards; of a store it is fetched first."""
     return folder.file(name).parent if isinstance(folder, Store) else folder
@@ -143,8 +138,8 @@ def has_manifest(folder: Folder) -> bool:
 
 def check_there(folder: Folder | str, manifest: Manifest, sha256: bool = False) -> None:
     """`check_shards`; of a store the sizes, where it lists them: sums are checked as the shards arrive."""
-    if (local := on_disk(folder)) is not None or not isinstance(folder, Store):
-        check_shards(local or Path(), manifest, sha256)
+    if not isinstance(folder, Store) or folder.local is not None:
+        check_shards(folder.base if isinstance(folder, Store) else folder, manifest, sha256)
         return
     if (sizes := folder.sizes()) is None:
         return
