@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+# Where the first backward pass of a process comes after its first compiled network, autograd starts threads, and then
+# no forked child may run a backward pass.
+torch.zeros((), requires_grad=True).backward()
+
 
 def start(function: Callable[..., Any], *arguments: Any, log: Path | None = None) -> ForkProcess:
     """Run in a forked child; `log` takes what it prints."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked  # noqa: F401 - before the first graph
 import pytest
 import pytorch_lightning as pl
 import test_autoencoder_module
@@ -134,6 +135,19 @@ def test_what_is_compiled(graphs: CompileCounterWithBackend) -> None:
         True,
         False,
     ]
+
+
+def test_more_sizes_than_graphs_are_run_without_them(
+    graphs: CompileCounterWithBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = MineInOneGraph()
+    compile_regions(mine)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in range(2, 6):
+            x = torch.randn(3, size)
+            assert torch.equal(mine(x), x.tanh())
+    assert graphs.frame_count == 2
+    assert caplog.text.count("it runs uncompiled from here on") == 1
 
 
 def test_networks_without_regions_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

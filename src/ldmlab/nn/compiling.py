@@ -4,6 +4,7 @@ A network declares its blocks with `region`. Each becomes one graph for any numb
 other sizes, no gradients and another precision are graphs of their own, made when they first come.
 """
 
+import logging
 from collections.abc import Iterator
 from functools import cache, partial
 from types import FunctionType
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 Choice = bool | Literal["auto"]
 BACKEND: Any = "inductor"
 _GRAPHS = 64  # of one region: sizes, with and without gradients, precisions
+_log = logging.getLogger(__name__)
 _REGIONS: dict[type, str] = {}  # class => its compiled method
 M = TypeVar("M", bound=type)
 
@@ -52,7 +54,7 @@ def compile_regions(*networks: nn.Module) -> int:
     for module, method in found.items():
         kind: Any = type(module)
         shapes = tuple(parameter.shape for parameter in module.parameters())
-        setattr(module, method, partial(_call, _compiled(kind, method, shapes, BACKEND), module))
+        setattr(module, method, partial(_call, _compiled(kind, method, shapes, BACKEND), module, method))
     return len(found)
 
 
@@ -77,11 +79,16 @@ def _compiled(kind: type, method: str, shapes: tuple[torch.Size, ...], backend: 
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
-def _call(compiled: Any, module: nn.Module, *args: Any, **options: Any) -> Any:
+def _call(compiled: Any, module: nn.Module, method: str, *args: Any, **options: Any) -> Any:
     """The number of images, the first axis of every tensor, is left open; everything else is part of the graph."""
     for value in (*args, *options.values()):
         _open(value)
-    return compiled(module, *args, **options)
+    try:
+        return compiled(module, *args, **options)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        _log.warning("%s has %d graphs, for as many sizes; it runs uncompiled from here on", type(module), _GRAPHS)
+        delattr(module, method)
+        return getattr(module, method)(*args, **options)
 
 
 def _open(value: Any) -> None:

@@ -53,7 +53,8 @@ def clip_pixels(images: Tensor, size: int, mean: Sequence[float], std: Sequence[
     """(B, 3, H, W) in [-1, 1], any size => (B, 3, size, size), resized bicubically and normalised."""
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    centre, spread = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    # filled on the device: a copy from here would wait for it
+    centre, spread = (torch.stack([images.new_full((1, 1), x) for x in v]) for v in (mean, std))  # (3, 1, 1)
     return ((images + 1) / 2 - centre) / spread
 
 
