@@ -1,13 +1,15 @@
 """Counter-based random numbers: against published values, the distributions, and any splitting of the work."""
 
+import hashlib
 import math
+import zlib
 
 import pytest
 import torch
 
 from ldmlab.data.order import image_random
 from ldmlab.errors import InputError
-from ldmlab.randomness import integers, normal, philox, uniform
+from ldmlab.randomness import _crc32, below, draw, integers, normal, philox, uniform
 
 
 def words(*values: int) -> tuple[torch.Tensor, ...]:
@@ -79,3 +81,45 @@ def test_a_images_own_generator_is_a_function_of_seed_epoch_and_key() -> None:
 def test_a_seed_that_is_no_seed_is_refused() -> None:
     with pytest.raises(InputError, match="seed=-1 is outside"):
         normal(-1, "noise", torch.arange(2), (2,))
+
+
+INDEX = torch.tensor([0, 5, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 17, 2**40 + 3, 2**62])
+
+
+def test_the_bits_are_those_of_the_first_release() -> None:
+    """A digest over seeds, purposes, steps and shapes, made by the plain 32-bit arithmetic that came before."""
+    digest = hashlib.sha256()
+    for seed in (0, 7, 0x5EED, 2**32 + 5, 2**63 + 11, 2**64 - 1):
+        for purpose in ("noise", "drop.text", "posterior of the adversary"):
+            for step in (0, 1, 1001, 2**31 + 3):
+                for shape in ((1,), (3,), (5,), (2, 3, 3), (4, 8, 8)):
+                    digest.update(normal(seed, purpose, INDEX, shape, step).numpy().tobytes())
+                    digest.update(uniform(seed, purpose, INDEX, shape, step).numpy().tobytes())
+                digest.update(integers(seed, purpose, INDEX, 1000, step).numpy().tobytes())
+    assert digest.hexdigest() == "e9cc797f7dfe55e5712d4a32dce36d54fa84a4a849c776607f0ee4b103472224"
+
+
+def test_joint_draws_are_those_of_each_purpose_alone() -> None:
+    drawn = draw(3, INDEX, {"posterior": (4, 5, 3), "noise": (2, 5)}, ("time", "drop.a"), step=2)
+    for purpose, shape in (("posterior", (4, 5, 3)), ("noise", (2, 5))):
+        assert torch.equal(drawn[purpose], normal(3, purpose, INDEX, shape, step=2))
+    for purpose in ("time", "drop.a"):
+        assert torch.equal(drawn[purpose], uniform(3, purpose, INDEX, step=2))
+    assert draw(3, INDEX, {}) == {}
+    assert torch.equal(draw(3, INDEX, {}, ["time"])["time"], uniform(3, "time", INDEX))
+
+
+def test_compiled_draws_have_the_same_bits() -> None:
+    def numbers(index: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+        drawn = draw(seed, index, {"posterior": (2, 3), "noise": (2, 3)}, ("time",))
+        return below(drawn["time"], 1000), drawn["noise"], drawn["posterior"]
+
+    compiled = torch.compile(numbers, backend="aot_eager", fullgraph=True)
+    for seed in (3, 2**32 + 5):
+        for got, expected in zip(compiled(INDEX, seed), numbers(INDEX, seed), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_streams_are_numbered_by_crc32() -> None:
+    for purpose in ("", "noise", "drop.text", "\u00fcbung"):
+        assert _crc32(purpose) == zlib.crc32(purpose.encode())

@@ -64,7 +64,10 @@ class Reconstruction:
 
 
 class FirstStage(Protocol):
-    """Images to raw latents and back; a `torch.nn.Module`."""
+    """Images to raw latents and back; a `torch.nn.Module`.
+
+    Optional: `uses_noise = False` where `reconstruct` draws no latents; its noise is then an empty tensor.
+    """
 
     downsampling: int
     latent_channels: int

@@ -3,10 +3,15 @@
 Every number is a pure function of (seed, purpose, index of the image, step, element): Philox 4x32 with ten rounds
 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), computed with integer tensors on any device,
 so that splitting the work over batches, processes or devices cannot change a single bit of it.
+
+A round multiplies the words c0 and c2 of a counter. They are the two rows of an int32 tensor, less 2^31: the product
+of a word s + 2^31 is s M + 2^31 M, one `addcmul` in int64, so a round is three kernels. None waits for a device.
 """
 
 import math
-import zlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,60 +20,149 @@ from ldmlab.errors import InputError
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
 _MASK = 0xFFFFFFFF
+_HALF = 2**31
+
+Shape = tuple[int, ...]
+Layout = tuple[tuple[str, int], ...]  # purposes, and how many counters an image has for each
+
+
+class _Keys(NamedTuple):
+    """Of a seed, on a device; each has a row for c0 and one for c2, (2, 1, 1)."""
+
+    rounds: list[Tensor]  # int32, less 2^31
+    factors: Tensor  # M, int64
+    offsets: Tensor  # 2^31 M
+
+
+class _Start(NamedTuple):
+    """Counters (block, index, step, stream of the purpose) after the first round, for index 0."""
+
+    keys: _Keys  # of the other rounds
+    lanes: Tensor  # c0 and c2, (2, 1, T) int32, less 2^31
+    others: Tensor  # c1 and c3, (2, 1, T) int32
+    index: Tensor  # the row that the index enters, (2, 1, 1) int32: 1, 0
+    middle: Tensor  # 1/2 + 2^-33, (1,) float64
+
+
+def _rows(first: int, second: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two numbers as (2, 1, 1), filled in on the device."""
+    return torch.cat([torch.full((1, 1, 1), value, dtype=dtype, device=device) for value in (first, second)])
+
+
+def _keys(seed: int, device: torch.device) -> _Keys:
+    low, high = ([(key + turn * weyl & _MASK) - _HALF for turn in range(_ROUNDS)]
+                 for key, weyl in zip((seed & _MASK, seed >> 32), _WEYL, strict=True))  # fmt: skip
+    rounds = [_rows(*pair, torch.int32, device) for pair in zip(low, high, strict=True)]
+    m0, m1 = _MULTIPLIERS
+    return _Keys(rounds, _rows(m0, m1, torch.int64, device), _rows(_HALF * m0, _HALF * m1, torch.int64, device))
+
+
+def _rounds(lanes: Tensor, others: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
+    """Rounds on c0 and c2, less 2^31, and c1 and c3, each (2, B, T) int32."""
+    for key in keys.rounds:
+        # rows c0 M0, c2 M1, c0 M0, c2 M1, so that c2 M1, from which c0 and c1 come, also stands above c0 M0
+        products = torch.addcmul(keys.offsets, lanes.expand(2, *lanes.shape), keys.factors).flatten(0, 1)[1:3]
+        if torch.compiler.is_compiling():  # which fuses this, but not a view of other numbers
+            high, low = (products >> 32).to(torch.int32), products.to(torch.int32)
+        else:
+            low, high = products.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
+        lanes, others = high ^ others ^ key, low
+    return lanes, others
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words per counter (int64 tensors of one broadcast shape holding values below 2^32)."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    lanes, others = (torch.stack(pair).flatten(1)[:, None] for pair in ((c0 - _HALF, c2 - _HALF), (c1, c3)))
+    lanes, others = _rounds(lanes.to(torch.int32), others.to(torch.int32), _keys(seed, c0.device))
+    words = torch.stack([lanes.long() + _HALF, others.long() & _MASK]).reshape(2, 2, *c0.shape)
+    return words[0, 0], words[1, 0], words[0, 1], words[1, 1]
 
 
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, in halves so that int64 never overflows."""
-    low = (word & 0xFFFF) * factor  # below 2^48
-    high = (word >> 16) * factor + (low >> 16)  # below 2^49
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+def _start(seed: int, layout: Layout, step: int, device: torch.device) -> _Start:
+    block = torch.cat([torch.arange(-_HALF, count - _HALF, device=device) for _, count in layout]).to(torch.int32)
+    stream = torch.cat(
+        [torch.full((n,), (_crc32(name) ^ _HALF) - _HALF, dtype=torch.int32, device=device) for name, n in layout]
+    )
+    keys = _keys(seed, device)
+    lanes = torch.stack([block, torch.full_like(block, (step & _MASK) - _HALF)])[:, None]
+    others = torch.stack([torch.zeros_like(stream), stream])[:, None]
+    lanes, others = _rounds(lanes, others, keys._replace(rounds=keys.rounds[:1]))
+    middle = torch.full((1,), 0.5 + 2.0**-33, dtype=torch.float64, device=device)
+    return _Start(keys._replace(rounds=keys.rounds[1:]), lanes, others, _rows(1, 0, torch.int32, device), middle)
 
 
-def _words(seed: int, purpose: str, index: Tensor, step: int, count: int) -> Tensor:
-    """At least `count` words per image, rounded up to a multiple of four: (B, 4 ceil(count / 4))."""
+_kept_start = lru_cache(maxsize=64)(_start)
+
+
+def _crc32(text: str) -> int:
+    """`zlib.crc32`, which torch.compile cannot trace."""
+    crc = _MASK
+    for byte in text.encode():
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0xEDB88320 if crc & 1 else 0)
+    return crc ^ _MASK
+
+
+def _units(seed: int, layout: Layout, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Uniform numbers in (0, 1), float64: of the words c0 and c2, and of c1 and c3, each (B, T, 2)."""
     if not 0 <= seed < 2**64:
         raise InputError(f"seed={seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
-    block = torch.arange((count + 3) // 4, device=index.device)[None, :]
-    stream = torch.tensor(zlib.crc32(purpose.encode()), device=index.device)
-    step_word = torch.tensor(step, device=index.device)
-    words = philox((block, index[:, None] & _MASK, step_word, stream), seed)
-    return torch.stack(words, dim=-1).flatten(1)
+    kept = type(index) is Tensor and not torch.compiler.is_compiling()  # no stand-in for one
+    start = (_kept_start if kept else _start)(seed, layout, step, index.device)
+    lanes = start.lanes ^ index.to(torch.int32)[None, :, None] * start.index  # its low 32 bits
+    lanes, others = _rounds(lanes, start.others, start.keys)
+    # (word + 1/2) / 2^32 of words less 2^31, without rounding
+    first, second = (torch.add(start.middle, s, alpha=2.0**-32).permute(1, 2, 0) for s in (lanes, others ^ -_HALF))
+    return first, second
 
 
-def uniform(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...] = (), step: int = 0) -> Tensor:
-    """Uniform numbers in (0, 1), float64, (B, *shape), for the images `index` (B,) int64."""
-    count = math.prod(shape)
-    words = _words(seed, purpose, index, step, count)[:, :count]
-    return ((words.double() + 0.5) / 2**32).reshape(len(index), *shape)
+def draw(
+    seed: int, index: Tensor, normals: Mapping[str, Shape], uniforms: Sequence[str] = (), step: int = 0
+) -> dict[str, Tensor]:
+    """Numbers for several purposes at once, for the images `index` (B,) int64: the same that each gets alone.
 
-
-def normal(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...], step: int = 0) -> Tensor:
-    """Standard normal numbers, float32, (B, *shape), by Box and Muller.
-
+    normals: standard normal, float32, (B, *shape), by Box and Muller; uniforms: in (0, 1), float64, (B,).
     The transform runs in float64, so that vector units of other widths, which may differ in its last bit, round to
     the same float32.
     """
+    counts = {purpose: math.prod(shape) for purpose, shape in normals.items()}
+    layout = [*((purpose, 1) for purpose in uniforms), *((purpose, (n + 3) // 4) for purpose, n in counts.items())]
+    if not layout:
+        return {}
+    first, second = _units(seed, tuple(layout), index, step)
+    drawn = {purpose: first[:, place, 0] for place, purpose in enumerate(uniforms)}
+    if not normals:
+        return drawn
+    radius = torch.sqrt(-2 * torch.log(first[:, len(uniforms) :]))
+    angle = 2 * math.pi * second[:, len(uniforms) :]
+    pairs = torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)  # (B, T, 2, 2)
+    values = (pairs * radius[..., None]).float().flatten(1)
+    for purpose, part in zip(counts, values.split([4 * n for _, n in layout[len(uniforms) :]], dim=1), strict=True):
+        drawn[purpose] = part[:, : counts[purpose]].reshape(len(index), *normals[purpose])
+    return drawn
+
+
+def normal(seed: int, purpose: str, index: Tensor, shape: Shape, step: int = 0) -> Tensor:
+    """Standard normal numbers, float32, (B, *shape)."""
+    return draw(seed, index, {purpose: shape}, step=step)[purpose]
+
+
+def uniform(seed: int, purpose: str, index: Tensor, shape: Shape = (), step: int = 0) -> Tensor:
+    """Uniform numbers in (0, 1), float64, (B, *shape), for the images `index` (B,) int64."""
     count = math.prod(shape)
-    words = _words(seed, purpose, index, step, count + count % 2)
-    pairs = ((words.double() + 0.5) / 2**32).unflatten(1, (-1, 2))
-    radius, angle = torch.sqrt(-2 * torch.log(pairs[..., 0])), 2 * math.pi * pairs[..., 1]
-    values = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(1)
-    return values[:, :count].float().reshape(len(index), *shape)
+    units = _units(seed, ((purpose, (count + 3) // 4),), index, step)
+    return torch.stack(units, dim=-1).flatten(1)[:, :count].reshape(len(index), *shape)
 
 
 def integers(seed: int, purpose: str, index: Tensor, high: int, step: int = 0) -> Tensor:
     """Integers in 0 .. high - 1, int64, (B,)."""
-    return (uniform(seed, purpose, index, (), step) * high).long().clamp_max(high - 1)
+    return below(uniform(seed, purpose, index, (), step), high)
+
+
+def below(uniform: Tensor, high: int) -> Tensor:
+    """Uniform numbers in (0, 1) => integers in 0 .. high - 1, int64."""
+    return (uniform * high).long().clamp_max(high - 1)

@@ -24,6 +24,7 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
 from ldmlab.nn.openclip import build_clip
+from ldmlab.randomness import draw
 
 SIZE = 16
 STAGE = {
@@ -111,7 +112,8 @@ def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch
     module = stage.diffusion.conditioners[name]
     batches, stored = losses(stage, data)
     assert all(batch[STATES_PREFIX + name].dtype == torch.float16 for batch in batches)
-    dropped = torch.cat([stage.diffusion.drops(batch, 0)[name] for batch in batches])
+    drawn = [draw(0, batch["position"], {}, [f"drop.{name}"]) for batch in batches]
+    dropped = torch.cat([stage.diffusion.drops(numbers)[name] for numbers in drawn])
     assert 0 < dropped.sum() < len(dropped)
     online, live_data = stage_and_data(root, *choice, "data.latents=null", f"from_run={root / 'stage'}")
     online.diffusion.latent_scale.load_state_dict(stage.diffusion.latent_scale.state_dict())

@@ -12,7 +12,7 @@ from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
-from ldmlab.randomness import normal
+from ldmlab.randomness import draw, normal
 from ldmlab.samplers.ddim import Ddim
 
 
@@ -194,7 +194,7 @@ def test_guidance_dropout_rate(together: bool) -> None:
     model = make(conditioners, drop_together=together)
     count = 10_000
     batch = {"position": torch.arange(count)} | {name: torch.zeros(count) for name in conditioners}
-    drops = model.drops(batch, 7)
+    drops = model.drops(draw(7, batch["position"], {}, sorted(set(model.drop_purposes.values()))))
     assert drops.keys() == {"a", "b"}
     told = model.conditioning(batch, drops)
     null_a, null_b = told.vector[:, 0] == -1, told.tokens[:, 0, 0] == -1

@@ -32,7 +32,7 @@ def test_running_means_are_those_of_the_paper() -> None:
     given = made(as_map([[1.0, 0.0], [3.0, 2.0], [9.0, 11.0]]))
     assert given.codes.flatten().tolist() == [0, 0, 1]
     assert not made.codebook.weight.requires_grad
-    assert len(made.update()) == 0
+    assert made.update() is None
     expected = torch.tensor([[0.4 / 1.1, 0.2 / 1.1], [(9 + 0.9), (9 + 1.1)], [-50, 0]])  # N: 1.1, 1.0, 0.9
     torch.testing.assert_close(made.codebook.weight.data, expected)
     made(as_map([[1.0, 1.0]]))
@@ -68,14 +68,14 @@ def test_micro_batches_of_a_step_count_together_and_evaluation_not_at_all() -> N
 def test_dead_codes_restart_at_vectors_of_the_batch(decay: float | None) -> None:
     made = quantiser([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]], decay=decay, restart_below=0.4)
     vectors = [[0.5, 0.25], [-0.5, 1.0], [1.0, -1.0]]
-    rows = torch.empty(0)
-    while not len(rows):
-        rows = torch.empty(0) if made(as_map(vectors)).codes.any() else made.update()
-    assert rows.tolist() == [1, 2]
+    rows = torch.zeros(3, dtype=torch.bool)
+    while not rows.any():
+        rows = rows if made(as_map(vectors)).codes.any() else made.update()
+    assert rows.tolist() == [False, True, True]
     assert all(code in vectors for code in made.codebook.weight[1:].tolist())
     again = made(as_map(vectors)).codes.unique()
     assert len(again) > 1  # now they are used
-    assert len(made.update()) == 0  # and have time before they could restart again
+    assert not made.update().any()  # and have time before they could restart again
     if decay is None:
         assert made.codebook.weight.requires_grad
 

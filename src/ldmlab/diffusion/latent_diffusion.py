@@ -32,7 +32,7 @@ from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.schedule import levels_of
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
 from ldmlab.errors import InputError, one_of
-from ldmlab.randomness import integers, normal, uniform
+from ldmlab.randomness import below, normal
 
 Named = list[tuple[str, Conditioner]]
 
@@ -93,15 +93,16 @@ class LatentDiffusion(LatentSpace):
 
         return joined(self._each_conditioner(), value)
 
-    def drops(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
-        """Guidance dropout: per conditioner with a rate, the images without it; (B,) bool."""
-        together = uniform(seed, "drop", batch["position"]) if self.drop_together else None
-        masks = {}
-        for name, conditioner in self._each_conditioner():
-            if conditioner.drop > 0:
-                draw = uniform(seed, f"drop.{name}", batch["position"]) if together is None else together
-                masks[name] = draw < conditioner.drop
-        return masks
+    @property
+    def drop_purposes(self) -> dict[str, str]:
+        """Guidance dropout: per conditioner with a rate, the purpose of its uniform number."""
+        dropped = [name for name, conditioner in self._each_conditioner() if conditioner.drop > 0]
+        return {name: "drop" if self.drop_together else f"drop.{name}" for name in dropped}
+
+    def drops(self, uniforms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Numbers (B,) by purpose => per conditioner with a rate, the images without it; (B,) bool."""
+        rates: dict[str, float] = {name: conditioner.drop for name, conditioner in self._each_conditioner()}
+        return {name: uniforms[purpose] < rates[name] for name, purpose in self.drop_purposes.items()}
 
     def _each_conditioner(self) -> Named:
         return list(self.conditioners.items())  # type: ignore[arg-type]
@@ -117,13 +118,12 @@ class LatentDiffusion(LatentSpace):
 
     def loss(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
         """Per-image loss (B,) float32 and its times (B,) int64; random numbers depend on (seed, position, purpose)."""
-        position = batch["position"]
-        clean = self.latents(batch, seed)  # (B, C, h, w)
-        t = integers(seed, "time", position, self.schedule.steps)  # (B,)
-        noise = normal(seed, "noise", position, tuple(clean.shape[1:]))
+        uniforms = {"time", *(self.drop_purposes.values() if self.training else ())}
+        clean, numbers = self.drawn(batch, seed, sorted(uniforms), noise=True)  # (B, C, h, w)
+        t, noise = below(numbers["time"], self.schedule.steps), numbers["noise"]  # t: (B,)
         alpha, sigma = self.schedule.levels(t)
         x = alpha * clean + sigma * noise
-        conditioning = self.conditioning(batch, self.drops(batch, seed) if self.training else None)
+        conditioning = self.conditioning(batch, self.drops(numbers) if self.training else None)
         check_size(conditioning, x)
         output = self.checked_output(self.backbone(x, t.float(), conditioning), x)
         error = output - self.prediction.target(clean, noise, alpha, sigma)

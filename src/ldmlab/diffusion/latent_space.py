@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import FirstStage, Posterior
 from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
-from ldmlab.randomness import normal
+from ldmlab.randomness import draw
 
 
 class LatentScale(nn.Module):
@@ -98,16 +98,24 @@ class LatentSpace(nn.Module):
     @torch.no_grad()
     def latents(self, batch: dict[str, Any], seed: int) -> Tensor:
         """Final latents of a training batch, sampled from the posterior by (seed, position); float32."""
+        return self.drawn(batch, seed)[0]
+
+    @torch.no_grad()
+    def drawn(
+        self, batch: dict[str, Any], seed: int, uniforms: Sequence[str] = (), noise: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `latents`, and random numbers by purpose, all drawn at once: "noise" of their shape, and (B,) uniform."""
         if "moments" in batch:
             posterior = Posterior.from_moments(batch["moments"].float(), self._stage.latent_channels)
         elif "image" in batch:
             posterior = self.posterior(to_float(batch["image"]))
         else:
             raise InputError("the batches hold neither latents nor images; choose data= with one of them.")
-        if posterior.logvar is None:
-            return self.latent_scale.normalise(posterior.mean)
-        noise = normal(seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
-        return self.latent_scale.normalise(posterior.sample(noise))
+        purposes = ["posterior"] * (posterior.logvar is not None) + ["noise"] * noise
+        shape = tuple(posterior.mean.shape[1:])
+        numbers = draw(seed, batch["position"], dict.fromkeys(purposes, shape), uniforms)
+        raw = posterior.sample(numbers["posterior"]) if "posterior" in numbers else posterior.mean
+        return self.latent_scale.normalise(raw), numbers
 
     @contextmanager
     def through(self, first_stage: FirstStage | None) -> Iterator[None]:

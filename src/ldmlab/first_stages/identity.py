@@ -11,6 +11,7 @@ class Identity(nn.Module):
 
     downsampling = 1
     latent_channels = 3
+    uses_noise = False
 
     def encode(self, images: Tensor) -> Posterior:
         return Posterior(images)

@@ -65,6 +65,8 @@ class Quantiser(nn.Module):
             self.register_buffer("uses", torch.ones(codebook_size))  # N: running mean of vectors a step and code
             self.register_buffer("sums", self.codebook.weight.detach().clone())  # m: running mean of their sum
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+            self.register_load_state_dict_post_hook(lambda *_: setattr(self, "_number", None))
+        self._number: int | None = None  # of updates, for the host; None: to be read
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step's micro-batches: n, sum of z, candidates
 
     def forward(self, latents: Tensor) -> Quantised:
@@ -100,17 +102,18 @@ class Quantiser(nn.Module):
     def _watch(self, latents: Tensor, codes: Tensor) -> None:
         """Record how often every code was chosen, by which vectors, and some vectors of every image."""
         vectors = latents.flatten(2).transpose(1, 2)  # (B, h w, C)
-        uses = torch.bincount(codes.flatten(), minlength=len(self.uses)).to(self.uses.dtype)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), vectors.flatten(0, 1))
+        codes = codes.flatten()
+        uses = torch.zeros_like(self.uses).scatter_add_(0, codes, torch.ones_like(codes, dtype=self.uses.dtype))
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.flatten(0, 1))
         stride = -(-vectors.shape[1] // _CANDIDATES)
         self._seen.append((uses, sums, vectors[:, ::stride].flatten(0, 1).clone()))
 
     @torch.no_grad()
-    def update(self) -> Tensor:
-        """Once a step, the same on every process: move codes to their means; rows of the codes that restarted."""
+    def update(self) -> Tensor | None:
+        """Once a step, the same on every process: move codes to their means; (K,) bool, which codes restarted."""
         seen, self._seen = self._seen, []
         if not seen:
-            return torch.empty(0, dtype=torch.int64)
+            return None
         uses, sums = (sum_(torch.stack(parts).sum(0)) for parts in list(zip(*seen, strict=True))[:2])
         decay = self.decay or _USES_DECAY
         self.uses.lerp_(uses, 1 - decay)
@@ -118,21 +121,24 @@ class Quantiser(nn.Module):
         if self.decay is not None:  # where nothing was added, N and m shrank alike and e = m / N is as it was
             means = self.sums / self.uses[:, None]
             self.codebook.weight.copy_(torch.where(uses[:, None] > 0, means, self.codebook.weight))
+        self._number = int(self.updates) + 1 if self._number is None else self._number + 1
         self.updates += 1
-        return self._restart(torch.cat([candidates for _, _, candidates in seen]))
+        if self.restart_below is None:
+            return None
+        return self._restart(torch.cat([candidates for _, _, candidates in seen]), self.restart_below, self._number)
 
-    def _restart(self, candidates: Tensor) -> Tensor:
-        """Replace rarely used codes by random vectors of the step's images; the number of updates is the seed."""
+    def _restart(self, candidates: Tensor, below: float, seed: int) -> Tensor:
+        """Replace rarely used codes by random vectors of the step's images, without waiting to know whether any is."""
         average = self.uses.mean()
-        rows = (self.uses < (self.restart_below or 0.0) * average).nonzero()[:, 0]
-        if len(rows):  # on every process or on none
-            if joined():
-                parts = [torch.empty_like(candidates) for _ in range(world_size())]
-                dist.all_gather(parts, candidates)
-                candidates = torch.cat(parts)
-            generator = torch.Generator().manual_seed(int(self.updates))
-            chosen = torch.randint(len(candidates), (len(rows),), generator=generator).to(candidates.device)
-            self.codebook.weight[rows] = candidates[chosen]
-            self.uses[rows] = average
-            self.sums[rows] = average * candidates[chosen]
-        return rows
+        rare = self.uses < below * average  # (K,)
+        if joined():
+            parts = [torch.empty_like(candidates) for _ in range(world_size())]
+            dist.all_gather(parts, candidates)
+            candidates = torch.cat(parts)
+        generator = torch.Generator(candidates.device).manual_seed(seed)
+        places = torch.randint(len(candidates), rare.shape, generator=generator, device=candidates.device)
+        fresh = candidates[places[rare.cumsum(0) - 1]]  # the first places, in the order of the codes
+        self.codebook.weight.copy_(torch.where(rare[:, None], fresh, self.codebook.weight))
+        self.sums.copy_(torch.where(rare[:, None], average * fresh, self.sums))
+        self.uses.copy_(torch.where(rare, average, self.uses))
+        return rare

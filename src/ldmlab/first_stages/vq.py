@@ -12,6 +12,8 @@ from ldmlab.first_stages.quantiser import Quantiser
 class VQModel(Autoencoder):
     """Images to latents in front of a quantiser and back (vq-f4 ... vq-f16 of the paper)."""
 
+    uses_noise = False
+
     def __init__(
         self,
         *,
@@ -70,6 +72,6 @@ class VQModel(Autoencoder):
         return Reconstruction(images, {"codebook": quantised.penalty}, quantised.codes)
 
     def update_codebook(self) -> dict[str, Tensor]:
-        """Once a training step: codebook updates as configured; the rows of parameters that were replaced, by name."""
+        """Once a training step: codebook updates as configured; by parameter, which rows may be new ones, bool."""
         rows = self.quantiser.update()
-        return {"quantiser.codebook.weight": rows} if len(rows) else {}
+        return {} if rows is None else {"quantiser.codebook.weight": rows}

@@ -13,7 +13,7 @@ from ldmlab.losses.adversary import RiseAlarm
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
 from ldmlab.nn.pixels import to_bytes, to_float
-from ldmlab.randomness import normal
+from ldmlab.randomness import draw
 from ldmlab.training.data_module import Batch
 from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
@@ -34,16 +34,18 @@ class CodebookWindow:
 
     def add(self, codes: Tensor) -> None:
         """The codes of a micro-batch, (B, h, w)."""
-        self._step = self._step.to(codes.device) + torch.bincount(codes.flatten(), minlength=len(self.counts))
+        codes = codes.flatten()
+        self.counts, self._step = self.counts.to(codes.device), self._step.to(codes.device)  # once
+        self._step.scatter_add_(0, codes, torch.ones_like(codes))
 
     def end_step(self, step: int, images: int) -> None:
         """A step on so many images of all processes has ended; a full window is read and a new one begins."""
-        self.counts += distributed.sum_(self._step).cpu()
+        self.counts += distributed.sum_(self._step)
         self._step = torch.zeros_like(self._step)
         self.counted += images
         if self.counted < self.images:
             return
-        self.numbers = codebook_use(self.counts)
+        self.numbers = codebook_use(self.counts.cpu())
         if self.numbers["codebook_use"] < self.alert and distributed.rank() == 0:
             _log.warning(
                 "step %d: only %.1f %% of the codebook was used over the last %d images; "
@@ -57,7 +59,7 @@ class CodebookWindow:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, between two steps."""
-        return {"counts": self.counts.clone(), "counted": self.counted, "numbers": dict(self.numbers)}
+        return {"counts": self.counts.clone().cpu(), "counted": self.counted, "numbers": dict(self.numbers)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -97,7 +99,7 @@ class AutoencoderStage(Stage):
         self.one_by_one = loss.adversary is not None and loss.adversary.official_order
         self.monitor, self.monitor_mode = ("psnr", "max") if self._lpips is None else ("lpips", "min")
         self._assigned = self._assign()
-        self._seen: tuple[Tensor, Tensor] | None = None  # images and reconstructions of this micro-batch
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # of this micro-batch: images, reconstructions, noise
 
     @property
     def _lpips(self) -> nn.Module | None:
@@ -140,11 +142,10 @@ class AutoencoderStage(Stage):
         if group == "generator":
             return self._autoencoder(batch)
         assert self._seen is not None
-        (images, reconstructed), self._seen = self._seen, None
+        (images, reconstructed, noise), self._seen = self._seen, None
         if not self.one_by_one:
             return Losses(*self.loss.discriminator(images, reconstructed))
         with torch.no_grad():
-            noise = self._noise(batch["position"], images, "posterior of the adversary")
             reconstructed = self.first_stage.reconstruct(images, noise).images
         total, metrics = self.loss.discriminator(images, reconstructed)
         assert self.loss.adversary is not None
@@ -152,9 +153,10 @@ class AutoencoderStage(Stage):
 
     def _autoencoder(self, batch: Batch) -> Losses:
         images = self._images_of(batch)
-        given = self.first_stage.reconstruct(images, self._noise(batch["position"], images))
+        noise, for_adversary = self._noise(batch["position"], images)
+        given = self.first_stage.reconstruct(images, noise)
         total, metrics = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
-        self._seen = (images, given.images.detach())
+        self._seen = (images, given.images.detach(), for_adversary)
         if "l1" in metrics:
             self._watch(metrics["l1"])
         return Losses(total, metrics | self._codebook_metrics(given.codes))
@@ -163,11 +165,15 @@ class AutoencoderStage(Stage):
         """(B, 3, H, W) in [-1, 1]."""
         return to_float(batch["image"].to(self.device)).contiguous(memory_format=self._memory_format)
 
-    def _noise(self, position: Tensor, images: Tensor, purpose: str = "posterior") -> Tensor:
-        """Posterior noise by training position: (B, C, H / f, W / f)."""
+    def _noise(self, position: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior noise by training position, (B, C, H / f, W / f), and that of the adversary's own pass."""
         f = self.first_stage.downsampling
         shape = (self.first_stage.latent_channels, images.shape[2] // f, images.shape[3] // f)
-        return normal(self.seed, purpose, position.to(self.device), shape)
+        purposes = ["posterior", *["posterior of the adversary"] * self.one_by_one]
+        purposes = purposes if getattr(self.first_stage, "uses_noise", True) else []
+        drawn = draw(self.seed, position.to(self.device), dict.fromkeys(purposes, shape))
+        nothing = images.new_empty(0)
+        return drawn.get("posterior", nothing), drawn.get("posterior of the adversary", nothing)
 
     def _watch(self, error: Tensor) -> None:
         """Warn when reconstruction has become clearly worse since the adversary's start."""
@@ -186,7 +192,7 @@ class AutoencoderStage(Stage):
         if self.codebook is None or codes is None:
             return {}
         self.codebook.add(codes)
-        return {name: torch.tensor(value, device=self.device) for name, value in self.codebook.numbers.items()}
+        return {name: torch.full((), value, device=self.device) for name, value in self.codebook.numbers.items()}
 
     def _update(self, active: list[str]) -> None:
         self.updating = True
@@ -201,7 +207,8 @@ class AutoencoderStage(Stage):
         restarted: dict[str, Tensor] = self.first_stage.update_codebook()  # type: ignore[operator]
         averages = self.average.weights() if self.average is not None else {}
         for name in restarted.keys() & averages.keys():
-            averages[name][restarted[name]] = self.first_stage.get_parameter(name)[restarted[name]]
+            live, average = self.first_stage.get_parameter(name), averages[name]
+            average.copy_(torch.where(restarted[name].reshape(-1, *[1] * (live.ndim - 1)), live, average))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With the codebook's open window."""

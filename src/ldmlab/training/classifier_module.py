@@ -10,7 +10,7 @@ from ldmlab import distributed
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError, one_of
-from ldmlab.randomness import integers, normal
+from ldmlab.randomness import below
 from ldmlab.training.data_module import Batch
 from ldmlab.training.stage import Losses, Stage
 
@@ -70,11 +70,11 @@ class ClassifierStage(Stage):
 
     def _classified(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Per image: cross-entropy, 1 where the class is right, noise level in [0, 1); each (B,) float32."""
-        position, labels = batch["position"], batch["class_id"]
-        clean = self.space.latents(batch, seed)  # (B, C, h, w)
-        t = integers(seed, "time", position, self.schedule.steps)  # (B,)
+        labels = batch["class_id"]
+        clean, numbers = self.space.drawn(batch, seed, ["time"], noise=True)  # (B, C, h, w)
+        t = below(numbers["time"], self.schedule.steps)  # (B,)
         alpha, sigma = self.schedule.levels(t)
-        x = alpha * clean + sigma * normal(seed, "noise", position, tuple(clean.shape[1:]))
+        x = alpha * clean + sigma * numbers["noise"]
         logits = self.classifier(x, t.float()).float()  # (B, classes)
         right = (logits.argmax(1) == labels).float()
         return F.cross_entropy(logits, labels, reduction="none"), right, t / self.schedule.steps
