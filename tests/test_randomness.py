@@ -3,9 +3,11 @@
 import hashlib
 import math
 import zlib
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmlab.data.order import image_random
 from ldmlab.errors import InputError
@@ -123,3 +125,26 @@ def test_compiled_draws_have_the_same_bits() -> None:
 def test_streams_are_numbered_by_crc32() -> None:
     for purpose in ("", "noise", "drop.text", "\u00fcbung"):
         assert _crc32(purpose) == zlib.crc32(purpose.encode())
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what runs on a device: no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view:
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_numbers_of_a_step_are_few_kernels_and_nothing_waits() -> None:
+    index = torch.arange(6)
+    shapes = {"posterior": (4, 8, 8), "noise": (4, 8, 8)}
+    draw(0, index, shapes, ["time", "drop.text"])  # what is constant is made once
+    with Kernels() as kernels:
+        draw(0, index, shapes, ["time", "drop.text"])
+    assert len(kernels.names) <= 45, kernels.names
+    assert not {"_local_scalar_dense", "nonzero", "lift_fresh", "arange", "full"} & set(kernels.names)

@@ -42,7 +42,7 @@ class _Start(NamedTuple):
     keys: _Keys  # of the other rounds
     lanes: Tensor  # c0 and c2, (2, 1, T) int32, less 2^31
     others: Tensor  # c1 and c3, (2, 1, T) int32
-    index: Tensor  # the row that the index enters, (2, 1, 1) int32: 1, 0
+    entry: Tensor  # the row that the index enters, (2, 1, 1) int32: 1, 0
     middle: Tensor  # 1/2 + 2^-33, (1,) float64
 
 
@@ -113,7 +113,7 @@ def _units(seed: int, layout: Layout, index: Tensor, step: int) -> tuple[Tensor,
         raise InputError(f"seed={seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
     kept = type(index) is Tensor and not torch.compiler.is_compiling()  # no stand-in for one
     start = (_kept_start if kept else _start)(seed, layout, step, index.device)
-    lanes = start.lanes ^ index.to(torch.int32)[None, :, None] * start.index  # its low 32 bits
+    lanes = start.lanes ^ index.to(torch.int32)[None, :, None] * start.entry  # its low 32 bits
     lanes, others = _rounds(lanes, start.others, start.keys)
     # (word + 1/2) / 2^32 of words less 2^31, without rounding
     first, second = (torch.add(start.middle, s, alpha=2.0**-32).permute(1, 2, 0) for s in (lanes, others ^ -_HALF))
