@@ -171,6 +171,16 @@ def test_a_missing_package_is_named(folder: Path, tmp_path: Path, monkeypatch: p
         data_at("gs://lab/train", tmp_path).train_dataset()
 
 
+def test_a_pass_over_all_shards_ends_at_a_lost_one(s3: S3, folder: Path, tmp_path: Path) -> None:
+    s3.faults.plant("403", "train/00002.tar", 1000)
+    with pytest.raises(InputError, match=r"access to s3://lab/train/00002.tar is refused"):
+        data_at("s3://lab/train", tmp_path, balance="category").train_dataset()
+    s3.faults.planted.clear()
+    there = data_at("s3://lab/train", tmp_path, balance="category")
+    here = data_at(str(folder), tmp_path, balance="category")
+    assert [b["key"] for b in first_batches(there)] == [b["key"] for b in first_batches(here)]
+
+
 def test_a_damaged_manifest_is_named_by_its_address(s3: S3, folder: Path, tmp_path: Path) -> None:
     s3.client.put_object(Bucket="lab", Key="damaged/manifest.json", Body=b"{}")
     with pytest.raises(InputError, match=r"s3://lab/damaged/manifest.json has format_version=None"):
