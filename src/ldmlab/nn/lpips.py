@@ -16,6 +16,7 @@ from ldmlab.nn.compiling import region
 
 # Positions of VGG16's convolutions in torchvision's `features`; features are read after the last of each group.
 _GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+_WIDTHS = (64, 128, 256, 512, 512)  # of each group
 _SMALLEST = 16  # px; the deepest features of smaller images are empty
 _MEAN = (-0.030, -0.088, -0.188)  # of ImageNet's pixels in [-1, 1]
 _DEVIATION = (0.458, 0.448, 0.450)
@@ -25,8 +26,9 @@ _DEVIATION = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """Perceptual distance of images; its weights are constants: never trained, never in a state dict."""
 
-    def __init__(self, vgg_weights: Path, head_weights: Path | None = None) -> None:
-        """`vgg_weights`: torchvision's VGG16; `head_weights`: the published channel weights (torchmetrics has them)."""
+    def __init__(self, vgg_weights: Path | None, head_weights: Path | None = None) -> None:
+        """`vgg_weights`: torchvision's VGG16, None: zeros, to estimate a cost; `head_weights`: the published channel
+        weights (torchmetrics has them)."""
         super().__init__()
         self._constant("mean", torch.tensor(_MEAN)[:, None, None])
         self._constant("deviation", torch.tensor(_DEVIATION)[:, None, None])
@@ -34,7 +36,7 @@ class LPIPS(nn.Module):
         assert package is not None
         assert package.origin is not None
         published = Path(package.origin).parent / "functional/image/lpips_models/vgg.pth"
-        vgg, heads = _read(vgg_weights), _read(head_weights or published)
+        vgg, heads = _zeros() if vgg_weights is None else _read(vgg_weights), _read(head_weights or published)
         for number, group in enumerate(_GROUPS):
             for index in group:
                 for part in ("weight", "bias"):
@@ -94,7 +96,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _entry(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:
+def _zeros() -> dict[str, Tensor]:
+    """Tensors of VGG16's shapes."""
+    entries: dict[str, Tensor] = {}
+    before = 3
+    for group, width in zip(_GROUPS, _WIDTHS, strict=True):
+        for index in group:
+            entries |= {f"{index}.weight": torch.zeros(width, before, 3, 3), f"{index}.bias": torch.zeros(width)}
+            before = width
+    return entries
+
+
+def _entry(weights: dict[str, Tensor], name: str, path: Path | None) -> Tensor:
     for key in (name, name.removeprefix("features.")):
         if key in weights:
             return weights[key]
