@@ -26,6 +26,7 @@ COMMANDS = {
     "pack": "images and captions to image shards",
     "scenes": "made-up images with known boxes and label maps, of emoji on textures",
     "index": "write the manifest of tars made by others",
+    "plan": "memory, time and cost of a training run, before a GPU is paid for",
     "train": "train a first stage, a CLIP or a denoiser (the same as python train.py)",
     "encode": "image shards to latent shards, with a trained first stage",
     "sample": "images from a model",
@@ -43,7 +44,7 @@ COMMANDS = {
 }
 FILES = {"import": "import_model", "sweep-file": "sweep_file"}  # names that Python does not take
 WITH_HYDRA = {"train", "evaluate"}  # verbs whose whole command line is Hydra's
-COMPOSING = {"encode", "score", "config", "sweep-file"}  # commands that take options of conf/
+COMPOSING = {"encode", "score", "config", "plan", "sweep-file"}  # commands that take options of conf/
 
 EPILOG = """options of train, evaluate and encode are Hydra's: group=file and key=value
   ldmlab train experiment=...           in a checkout also: python train.py experiment=...

@@ -1,10 +1,12 @@
 """What a training step costs, from its configuration alone: no weights, no data, no network."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +16,10 @@ from ldmlab.app.wiring import stage_options
 from ldmlab.data.loaders import collate
 from ldmlab.data.order import image_random
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, did_you_mean
 from ldmlab.evaluation.step_cost import BACKWARD, IMAGES, StepCost
 from ldmlab.instantiate import instantiate
+from ldmlab.nn import attention
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
@@ -52,12 +55,16 @@ def estimate(config: Config, settings: TrainerSettings) -> Estimate:
         raise InputError(f"stage={kind} has no step of its own; plan one of {', '.join(_STAGES)}.")
     options = stage_options(config, settings)
     stage, parts, batch = _STAGES[kind](config, options)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        filled(stage, "cpu")
-        return measured(stage, parts, batch, settings)
+    plain_products, attention._PRODUCTS_UP_TO = attention._PRODUCTS_UP_TO, 0  # attention is fused on a GPU
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            filled(stage)
+            return measured(stage, parts, batch, settings)
+    finally:
+        attention._PRODUCTS_UP_TO = plain_products
 
 
-def filled(module: nn.Module, device: str) -> None:
+def filled(module: nn.Module) -> None:
     """Memory for the weights that were built without, convolutions as on a GPU: channels-last."""
     made: dict[int, Tensor] = {}
     for part in module.modules():
@@ -67,37 +74,51 @@ def filled(module: nn.Module, device: str) -> None:
                     continue
                 if id(old) not in made:
                     layout = torch.channels_last if old.ndim == 4 else torch.contiguous_format
-                    new = torch.empty(old.shape, dtype=old.dtype, device=device, memory_format=layout)
+                    new = torch.empty(old.shape, dtype=old.dtype, memory_format=layout)
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 table[name] = made[id(old)]  # type: ignore[assignment]
 
 
 def measured(stage: Stage, parts: Parts, batch: dict[str, Any], settings: TrainerSettings) -> Estimate:
     """The step of a stage in memory, as the Trainer makes it: gradients are held between micro-batches."""
-    groups = stage._groups = stage.groups()
-    for parameter in (trained := [p for own in groups.values() for p in own]):
-        parameter.grad = torch.zeros_like(parameter)
-    held = [*stage.parameters(), *stage.buffers(), *(p.grad for p in trained if p.grad is not None)]
-    batch = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-    stage.train()
-    stage.step = settings.max_steps  # the adversary has joined
+    groups, held, batch = prepared(stage, batch, settings)
     step = StepCost(parts, held, len(batch["position"]))
     with step.counting():
-        for group in groups:
-            with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16-mixed"), stage._only(group):
-                total = stage.losses(group, batch).total
-                with step.owned_by(BACKWARD):
-                    (total / stage.accumulate).backward()
-            del total
+        train_step(stage, batch, settings, lambda: step.owned_by(BACKWARD))
     weights = {name: _bytes(part.parameters()) + _bytes(part.buffers()) for name, part in parts.items()}
     averaged = stage.saved().get(stage.averaged or "") if settings.averaging_decay is not None else None
     fixed = {f"weights of the {name}": size for name, size in weights.items() if size}
-    fixed["gradients"] = _bytes(trained)
+    fixed["gradients"] = sum(_bytes(own) for own in groups.values())
     fixed["optimizer"] = sum(round(_bytes(own) * _states(stage.factory(name))) for name, own in groups.items())
     if averaged is not None:
         fixed["averaged weights"] = _bytes(p for p in averaged.parameters() if p.requires_grad)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     return Estimate({name: count for name, count in counts.items() if count}, fixed, step)
+
+
+def prepared(
+    stage: Stage, batch: dict[str, Any], settings: TrainerSettings
+) -> tuple[dict[str, list[nn.Parameter]], list[Tensor], dict[str, Any]]:
+    """Optimizer groups with gradients, as between two micro-batches; all that is held by then; the batch in memory."""
+    groups = stage._groups = stage.groups()
+    for parameter in (parameter for own in groups.values() for parameter in own):
+        parameter.grad = torch.zeros_like(parameter)
+    stage.train()
+    stage.step = settings.max_steps  # the adversary has joined
+    held = [*stage.parameters(), *stage.buffers(), *(p.grad for p in stage.parameters() if p.grad is not None)]
+    copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return groups, held, copied
+
+
+def train_step(
+    stage: Stage, batch: dict[str, Any], settings: TrainerSettings, backward: Callable[[], Any] = nullcontext
+) -> None:
+    """Forward and backward pass of every group on one micro-batch, as `Stage.training_step` makes them."""
+    for group in stage.groups():
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16-mixed"), stage._only(group):
+            total = stage.losses(group, batch).total
+            with backward():
+                (total / stage.accumulate).backward()
 
 
 def _bytes(tensors: Any) -> int:
@@ -144,7 +165,7 @@ def _clip(config: Config, options: dict[str, Any]) -> tuple[Stage, Parts, dict[s
 
     size = config["data"]["image_size"]
     with torch.device("meta"):
-        model = instantiate({**config["clip"], "pretrained": None}, where="clip", image_size=size)
+        model = instantiate(_untrained(config["clip"]), where="clip", image_size=size)
     batch = _batch({"image": np.zeros((3, size, size), np.uint8), "caption": "a caption"})
     return ClipStage(model=model, **options), {"CLIP": model.model}, batch
 
@@ -156,7 +177,7 @@ def _diffusion(config: Config, options: dict[str, Any]) -> tuple[Stage, Parts, d
     task = instantiate(task_node(config, size), where="task") if config["task"] else None
     first_stage, sample = _latents(config, task)
     latent = latent_spec(first_stage, size)
-    given = {n: {**node, "pretrained": None} if "pretrained" in node else node for n, node in config["conditioner"].items()}
+    given = {name: _untrained(node) for name, node in config["conditioner"].items()}
     with torch.device("meta"):
         conditioners, _ = build_conditioners(given, latent)
         node = {**config["backbone"], **backbone_sizes(latent, conditioners, config["backbone"])}
@@ -170,9 +191,12 @@ def _diffusion(config: Config, options: dict[str, Any]) -> tuple[Stage, Parts, d
     model = instantiate(config["diffusion"], where="diffusion", conditioners=conditioners, task=task, **built)
     names = ("latent_scale", "panel_steps")
     stage = DiffusionStage(
-        diffusion=model, sampler=None, grid=[], **{k: v for k, v in options.items() if k not in names}  # type: ignore[arg-type]
+        diffusion=model,
+        sampler=None,
+        grid=[],
+        **{k: v for k, v in options.items() if k not in names},  # type: ignore[arg-type]
     )
-    parts = {"denoiser": backbone, "conditioners": model.conditioners, "first stage": first_stage}
+    parts = {"denoiser": backbone, "conditioners": model.conditioners, "frozen first stage": first_stage}
     return stage, parts, _batch(sample | (_stored(reads, size) | sample))
 
 
@@ -189,7 +213,7 @@ def _classifier(config: Config, options: dict[str, Any]) -> tuple[Stage, Parts, 
         classifier=classifier,
         **{name: value for name, value in options.items() if name != "latent_scale"},
     )
-    return stage, {"classifier": classifier, "first stage": first_stage}, _batch({**sample, "class_id": 0})
+    return stage, {"classifier": classifier, "frozen first stage": first_stage}, _batch({**sample, "class_id": 0})
 
 
 _STAGES = {"autoencoder": _autoencoder, "classifier": _classifier, "clip": _clip, "diffusion": _diffusion}
@@ -218,6 +242,19 @@ def _stored(names: frozenset[str], size: int) -> dict[str, Any]:
     maps = {"mask": image[:1], "segmentation": image[0], "image": image, "boxes": boxes}
     fields = {"caption": "a caption", "class_id": 0, "reference": image[:, :size, :size], "boxes": boxes, **maps}
     return {name: value for name, value in fields.items() if name in {*names, "image"}}
+
+
+def _untrained(node: Config) -> dict[str, Any]:
+    """The node of a published CLIP model by its architecture, without its weights; others as they are."""
+    if not isinstance(node.get("name"), str) or "pretrained" not in node:
+        return dict(node)
+    known = open_clip.get_model_config(node["name"])
+    if known is None:
+        raise InputError(
+            f"{node['name']} is no model of open_clip; {did_you_mean(node['name'], open_clip.list_models())}"
+        )
+    pixels = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    return {**node, "name": None, "pretrained": None, "config": known | pixels}
 
 
 class _NoVocabulary:

@@ -34,7 +34,8 @@ class ClassEmbedder(BaseConditioner):
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The vectors of `class_id` (B,); numbers outside 0 .. classes - 1 are refused."""
         ids = torch.as_tensor(batch["class_id"])
-        if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.classes:
+        on_cpu = type(ids) is Tensor and ids.device.type == "cpu"  # reading would wait for a GPU
+        if on_cpu and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.classes:
             raise InputError(
                 f"class_id {int(ids.min())} .. {int(ids.max())} does not fit conditioner.classes={self.classes}; "
                 "set the number of classes of the data, numbered from 0."

@@ -39,7 +39,8 @@ class SpatialRescaler(BaseConditioner):
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """Label maps `segmentation` (B, H, W), 0 .. classes - 1 => (B, channels, h, w)."""
         labels = torch.as_tensor(batch["segmentation"])
-        if labels.device.type == "cpu" and labels.numel() and not 0 <= labels.min() <= labels.max() < self.classes:
+        on_cpu = type(labels) is Tensor and labels.device.type == "cpu"  # reading would wait for a GPU
+        if on_cpu and labels.numel() and not 0 <= labels.min() <= labels.max() < self.classes:
             raise InputError(
                 f"segmentation {int(labels.min())} .. {int(labels.max())} does not fit "
                 f"conditioner.classes={self.classes}; set the number of classes of the data, numbered from 0."

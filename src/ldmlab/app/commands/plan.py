@@ -1,0 +1,150 @@
+"""`ldmlab plan`: what a training run costs, before a GPU is paid for.
+
+no weights, data or network are needed; options are key=value, as for train:
+  ldmlab plan experiment=paper/class/imagenet_ldm_4 --devices 8
+  ldmlab plan experiment=paper/text/sd1 --card a100-40gb --devices 16 --mfu 0.4 --price 1.9
+first_stage=NAME names the architecture that latents come from; without data.latents it is assumed that they exist, but
+for tasks that change images, pixels and from_run. Memory is that of eager training on one card, every card holding
+all weights; the tenth of the card that is left is for the CUDA context, kernels' workspace and fragmentation.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ldmlab.app.choices import check_added
+from ldmlab.app.cli import at_least
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.conf_files import find_file
+from ldmlab.errors import InputError, one_of
+
+CARDS = {  # memory that torch sees, GiB, and TFLOP/s of dense bfloat16 products (of float16: v100) by the data sheet
+    "v100-32gb": (31.7, 125),
+    "rtx4090": (23.5, 165),
+    "a100-40gb": (39.4, 312),
+    "a100-80gb": (79.2, 312),
+    "l40s": (44.4, 362),
+    "h100-80gb": (79.2, 989),
+    "h200-141gb": (139.8, 989),
+    "b200": (178.4, 2250),
+}
+USED = 0.9  # of a card's memory, at most
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="options of conf/train.yaml")
+    add("--card", default="h100-80gb", help=f"{' | '.join(CARDS)} (h100-80gb)")
+    add("--memory-gib", type=float, metavar="GIB", help="instead of the card's memory")
+    add("--devices", type=int, default=1, metavar="N", help="GPUs, one process each (1)")
+    add("--mfu", type=float, default=0.35, metavar="SHARE", help="of the card's products that training reaches (0.35)")
+    add("--price", type=float, default=2.5, metavar="PRICE", help="of a GPU for an hour (2.5)")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    one_of("--card", args.card, CARDS)
+    at_least(args, devices=1)
+    for name, most in (("mfu", 1.0), ("price", float("inf")), ("memory_gib", float("inf"))):
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= most:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be above 0{' and at most 1' * (most == 1)}.")
+    config = plain(compose("train", ["++data.train=unread", "++data.val=unread", *args.overrides]))
+    check_added("train", args.overrides)
+    check_first_stage(config, args.overrides)
+    memory, peak = CARDS[args.card]
+    found = planned(config, args.memory_gib or memory, args.devices)
+    found |= cost(found, peak * args.mfu, args.price)
+    print(json.dumps(found, indent=2) if args.json else table(found, args))
+
+
+def check_first_stage(config: dict[str, Any], words: Sequence[str]) -> None:
+    """Refuse an experiment that leaves its first stage to the latents: the default one would be counted."""
+    name = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), None)
+    file = find_file(f"experiment/{name}") if name else None
+    typed = any(re.match(r"\+?first_stage[=.]", word) for word in words)
+    if file is None or typed or config["stage"]["name"] not in ("diffusion", "classifier"):
+        return
+    if "override /first_stage:" not in file.read_text(encoding="utf-8"):
+        raise InputError(
+            f"experiment={name} takes its first stage from the latents, which a plan does not read; name its "
+            "architecture: first_stage=NAME, a file of conf/first_stage."
+        )
+
+
+def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, Any]:
+    """Parameters, FLOPs, the largest micro-batch that fits the card and divides the batch, and its memory by kind."""
+    from ldmlab.app.estimate import estimate
+    from ldmlab.instantiate import instantiate
+    from ldmlab.training.settings import images_a_step, trainer_node
+
+    node = trainer_node(config["trainer"])
+    settings = instantiate({**node, "global_batch": None, "accumulate": 1}, where="trainer")
+    images = images_a_step(node, devices)
+    if images % devices:
+        raise InputError(
+            f"--devices {devices} cannot share trainer.global_batch={images}; use a number that divides it."
+        )
+    counted, each = estimate(config, settings), images // devices
+    sizes = [size for size in range(1, each + 1) if each % size == 0]
+    if config["stage"]["name"] == "clip":  # its loss compares the pairs of a micro-batch, so that is given
+        sizes = [settings.micro_batch]
+    fitting = [size for size in sizes if sum(counted.memory(size).values()) <= USED * card_gib * 2**30]
+    micro = fitting[-1] if fitting else None
+    kinds = {kind: size / 2**30 for kind, size in counted.memory(micro or sizes[0]).items()}
+    return {
+        "parameters": counted.parameters,
+        "card_gib": card_gib,
+        "devices": devices,
+        "global_batch": images,
+        "micro_batch": micro,
+        "accumulate": each // micro if micro else None,
+        "memory_gib": kinds,
+        "peak_gib": sum(kinds.values()),
+        "configured_micro_batch": settings.micro_batch,
+        "configured_peak_gib": sum(counted.memory(settings.micro_batch).values()) / 2**30,
+        "tflop_an_image": counted.flops / 1e12,
+        "tflop_a_step": counted.flops * images / 1e12,
+        "precision": settings.precision,
+        "steps": settings.max_steps,
+        "images": settings.max_steps * images,
+    }
+
+
+def cost(found: dict[str, Any], tflops: float, price: float) -> dict[str, float]:
+    """Hours on all devices, GPU-hours and what they cost; tflops: of one card in bfloat16, half of it in float32."""
+    reached = tflops * (1 if found["precision"] == "bf16-mixed" else 0.5) * found["devices"]
+    hours = found["tflop_a_step"] * found["steps"] / reached / 3600
+    return {"hours": hours, "gpu_hours": hours * found["devices"], "cost": hours * found["devices"] * price}
+
+
+def table(found: dict[str, Any], args: argparse.Namespace) -> str:
+    """For people."""
+    card = f"{args.card if args.memory_gib is None else 'a card'} ({found['card_gib']:g} GiB)"
+    peak, micro = found["peak_gib"], found["micro_batch"]
+    share = f"{peak:.1f} GiB, {peak / found['card_gib']:.0%} of {card}"
+    if micro:
+        fits = (
+            f"{micro} x accumulate {found['accumulate']} x {found['devices']} GPU(s) = {found['global_batch']} images"
+        )
+        size = f"micro_batch      {fits}"
+    else:
+        size = (
+            "micro_batch      none fits: recompute activations (backbone.gradient_checkpointing), or take a larger card"
+        )
+    lines = [
+        *(f"{count / 1e6:>10,.1f} M  parameters of the {name}" for name, count in found["parameters"].items()),
+        "",
+        size,
+        f"peak memory      {share}, of it",
+        *(f"{gib:>10.2f} GiB  {kind}" for kind, gib in sorted(found["memory_gib"].items(), key=lambda item: -item[1])),
+        f"as configured    micro_batch {found['configured_micro_batch']}: {found['configured_peak_gib']:.1f} GiB",
+        "",
+        f"training         {found['tflop_an_image']:.3g} TFLOP an image, {found['tflop_a_step']:,.4g} a step",
+        f"steps            {found['steps']:,}, {found['images']:,} images",
+        f"time             {found['hours']:,.1f} hours on {found['devices']} GPU(s) at MFU {args.mfu:g}",
+        f"cost             {found['gpu_hours']:,.0f} GPU-hours, {found['cost']:,.0f} at {args.price:g} an hour",
+    ]
+    return "\n".join(lines)

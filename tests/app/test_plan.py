@@ -1,0 +1,95 @@
+"""`ldmlab plan` against what the processor's allocator hands out, and its refusals."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ldmlab.app import estimate as estimates
+from ldmlab.app.cli import dispatch
+from ldmlab.app.commands.plan import USED
+from ldmlab.app.compose import compose, plain
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.nn import attention
+from ldmlab.training.settings import TrainerSettings, trainer_node
+
+SMALL_UNET = ["backbone.model_channels=64", "data.image_size=128"]
+MODELS = {
+    "denoiser of captions": ["experiment=paper/text/sd1", "first_stage=kl_f8", "conditioner=text_transformer"]
+    + ["conditioner.text.depth=2", "conditioner.text.width=256", *SMALL_UNET],
+    "denoiser of classes": ["experiment=paper/class/imagenet_ldm_4", "first_stage=vq_f4", *SMALL_UNET],
+    "first stage with adversary": ["experiment=paper/first_stage/kl_f8", "first_stage.channels=32"]
+    + ["data.image_size=128", "loss.adversary.discriminator.channels=32"],
+    "first stage of pixels": ["experiment=demo/gpu_first_stage", "first_stage.channels=64"],
+    "clip": ["experiment=demo/gpu_clip"],
+}
+
+
+def made(words: list[str]) -> tuple[dict[str, Any], TrainerSettings]:
+    """Configuration and settings; LPIPS and a published tower are built without their weights."""
+    config = plain(compose("train", words))
+    return config, instantiate(trainer_node(config["trainer"]), where="trainer")
+
+
+def allocated(config: dict[str, Any], settings: TrainerSettings, images: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Most that torch's allocator hands out during one step on real tensors, on top of what is held before."""
+    monkeypatch.setattr(estimates, "IMAGES", images)
+    monkeypatch.setattr(attention, "_PRODUCTS_UP_TO", 0)
+    kind = config["stage"]["name"]
+    stage, _, batch = estimates._STAGES[kind](config, estimates.stage_options(config, settings))
+    estimates.filled(stage)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.fill_(0.01)
+    _, _held, batch = estimates.prepared(stage, batch, settings)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        estimates.train_step(stage, batch, settings)
+    results = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    now = most = 0
+    for _, size in events:
+        now += size
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_agrees_with_the_allocator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, settings = made([*MODELS[name], "trainer.precision=32-true"])
+    counted = sum(estimates.estimate(config, settings).step.peak(8).values())
+    measured = allocated(config, settings, 8, monkeypatch)
+    print(f"{name}: counted {counted / 2**20:.1f} MiB, allocated {measured / 2**20:.1f} MiB")
+    assert counted == pytest.approx(measured, rel=0.15)
+
+
+def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*MODELS["denoiser of classes"], "trainer.global_batch=1200", "trainer.accumulate=1"]
+    assert dispatch(["plan", *words, "--memory-gib", "4", "--devices", "8", "--json", "--price", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["micro_batch"] * found["accumulate"] * 8 == found["global_batch"] == 1200
+    assert found["peak_gib"] == pytest.approx(sum(found["memory_gib"].values()))
+    assert found["peak_gib"] <= USED * 4
+    assert found["cost"] == pytest.approx(2 * 8 * found["hours"])
+    assert found["parameters"].keys() == {"denoiser", "conditioners", "frozen first stage"}
+    dispatch(["plan", *words, "--memory-gib", "0.1"])
+    assert "none fits: recompute activations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--card", "h100"], "--card=h100 is unknown; choose one of v100-32gb"),
+        (["--mfu", "35"], "--mfu 35.0 must be above 0 and at most 1"),
+        (["--devices", "0"], "--devices 0 must be at least 1"),
+        (["experiment=mine/text_to_image"], "name its architecture: first_stage=NAME"),
+        (["stage=all"], "stage=all has no step of its own"),
+        (["first_stage=kl_f8", "trainer.global_batch=10", "--devices", "3"], "cannot share trainer.global_batch=10"),
+        (["first_stage=kl_f8", "conditioner=text"], "give either name or config"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        dispatch(["plan", *words])
