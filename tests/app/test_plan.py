@@ -18,11 +18,21 @@ from ldmlab.training.settings import TrainerSettings, trainer_node
 
 SMALL_UNET = ["backbone.model_channels=64", "data.image_size=128"]
 MODELS = {
-    "denoiser of captions": ["experiment=paper/text/sd1", "first_stage=kl_f8", "conditioner=text_transformer"]
-    + ["conditioner.text.depth=2", "conditioner.text.width=256", *SMALL_UNET],
+    "denoiser of captions": [
+        "experiment=paper/text/sd1",
+        "first_stage=kl_f8",
+        "conditioner=text_transformer",
+        "conditioner.text.depth=2",
+        "conditioner.text.width=256",
+        *SMALL_UNET,
+    ],
     "denoiser of classes": ["experiment=paper/class/imagenet_ldm_4", "first_stage=vq_f4", *SMALL_UNET],
-    "first stage with adversary": ["experiment=paper/first_stage/kl_f8", "first_stage.channels=32"]
-    + ["data.image_size=128", "loss.adversary.discriminator.channels=32"],
+    "first stage with adversary": [
+        "experiment=paper/first_stage/kl_f8",
+        "first_stage.channels=32",
+        "data.image_size=128",
+        "loss.adversary.discriminator.channels=32",
+    ],
     "first stage of pixels": ["experiment=demo/gpu_first_stage", "first_stage.channels=64"],
     "clip": ["experiment=demo/gpu_clip"],
 }

@@ -192,9 +192,9 @@ def _diffusion(config: Config, options: dict[str, Any]) -> tuple[Stage, Parts, d
     names = ("latent_scale", "panel_steps")
     stage = DiffusionStage(
         diffusion=model,
-        sampler=None,
+        sampler=None,  # type: ignore[arg-type]  # draws panels only
         grid=[],
-        **{k: v for k, v in options.items() if k not in names},  # type: ignore[arg-type]
+        **{k: v for k, v in options.items() if k not in names},
     )
     parts = {"denoiser": backbone, "conditioners": model.conditioners, "frozen first stage": first_stage}
     return stage, parts, _batch(sample | (_stored(reads, size) | sample))
