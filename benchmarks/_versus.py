@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ldmlab.nn import compiling
 from ldmlab.nn.compiling import compile_regions
 
 Work = Callable[[], object]
@@ -124,7 +125,7 @@ def compiled(call: Any, name: str) -> Any:
     if not name.endswith(COMPILED):
         return call
     if "ldmlab" not in name:
-        return torch.compile(call)
+        return torch.compile(call, backend=compiling.BACKEND)
     compile_regions(call if isinstance(call, torch.nn.Module) else call.__self__)
     return call
 

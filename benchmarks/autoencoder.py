@@ -12,8 +12,8 @@ from collections.abc import Callable
 import _versus
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from ldmlab.evaluation.flops import flops_of
 from ldmlab.first_stages import KLAutoencoder
 
 CHANNEL_MULT, LATENT = (1, 2, 4, 4), 4
@@ -59,10 +59,9 @@ def work_of(direction: str, name: str, device: torch.device, args: argparse.Name
 def flops(direction: str, args: argparse.Namespace) -> int:
     """Products of one pass."""
     side = args.size if direction == "encode" else args.size // 8
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        x = torch.empty(args.batch, 3 if direction == "encode" else LATENT, side, side)
-        getattr(ours(args.channels), direction)(x)
-    return int(counter.get_total_flops())
+    with torch.device("meta"), torch.no_grad():
+        x, stage = torch.empty(args.batch, 3 if direction == "encode" else LATENT, side, side), ours(args.channels)
+        return flops_of(lambda: getattr(stage, direction)(x))
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ COLUMNS = ("kind", "faults", "survived", "named clearly", "silent losses", "trac
 
 
 def main() -> int:
-    """Build the flow, plant, judge, print."""
+    """Build the flow, plant faults, classify the outcomes, print."""
     args = _arguments()
     folder = Path(args.out or tempfile.mkdtemp(prefix="campaign-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -65,28 +65,31 @@ def torch_fidelity(count: int, width: int) -> dict[str, float]:
     return {**fid, **score, **kid, **pr}
 
 
-def extractors(folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
-    """Both on one file of drawn weights: speed does not ask for the real ones."""
+def extractors(folder: Path, device: torch.device) -> dict[str, Callable[[torch.Tensor], object]]:
+    """Both on one file of random weights, on which the speed does not depend."""
     from torch_fidelity import feature_extractor_inceptionv3 as port
 
-    class Drawn(port.FeatureExtractorInceptionV3):
+    class Random(port.FeatureExtractorInceptionV3):
         def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
             return None
 
     weights = folder / "inception.pth"
     torch.save({}, weights)
     names = ["2048", "logits_unbiased"]
-    drawn = Drawn("inception-v3-compat", names, feature_extractor_weights_path=str(weights))
-    torch.save(drawn.state_dict(), weights)
+    network = Random("inception-v3-compat", names, feature_extractor_weights_path=str(weights))
+    torch.save(network.state_dict(), weights)
     theirs = port.FeatureExtractorInceptionV3("inception-v3-compat", names, feature_extractor_weights_path=str(weights))
-    return {"ours": Inception2015(weights), "torch-fidelity": torch.inference_mode()(theirs.eval())}
+    return {
+        "ours": Inception2015(weights).to(device),
+        "torch-fidelity": torch.inference_mode()(theirs.to(device).eval()),
+    }
 
 
 def extraction(images: int, rounds: int) -> None:
     """Images of 256 px to features and logits, in turns."""
     batch = torch.randint(0, 256, (images, 3, 256, 256), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        work = extractors(Path(folder))
+        work = extractors(Path(folder), batch.device)
         seconds: dict[str, list[float]] = {name: [] for name in work}
         for i in range(rounds + 1):  # the first warms up
             for name in work if i % 2 else reversed(work):

@@ -52,12 +52,12 @@ def scores(seed: int) -> dict[str, Any]:
 
 def evaluation(folder: Path, seed: int) -> Path:
     """What evaluate.py writes."""
-    drawn = write_images(folder / "images", "sample", seed)
+    samples = write_images(folder / "images", "sample", seed)
     real = write_images(folder / "images", "real", seed + 10_000)
     record = {
         "format_version": 1,
         "scores": scores(seed),
-        "images": {"samples": drawn, "real": real},
+        "images": {"samples": samples, "real": real},
         "protocol": {"name": "benchmark", "reference": "val", "samples": 1000, "metrics": {}},
         "sampling": {
             **{"steps": 50, "guidance_scale": 1.0, "eta": 0.0, "seed": 0, "size": "256x256", "sampler": "ddim"},
@@ -94,12 +94,12 @@ def job(folder: Path, seed: int) -> Path:
     factor, steps = 2 ** (seed % 6), 10_000
     first_stage = folder.parent / f"first_stage-{factor}"
     if not first_stage.exists():
-        write_images(first_stage / "evaluation" / "tradeoff-0" / "images", "rebuilt", 20_000 + factor)
+        write_images(first_stage / "evaluation" / "tradeoff-0" / "images", "reconstruction", 20_000 + factor)
     write_images(folder / "evaluation" / f"step_{steps:08d}-100-0" / "images", "sample", seed)
 
     def point(step: int, sampler_steps: int) -> dict[str, Any]:
-        told = {"step": step, "sampler_steps": sampler_steps, "seconds": 0.1 * step, "flops": step * 10**12 // factor}
-        return told | {"scores": scores(seed + step), "scored_by": {"features": {"name": "benchmark"}}}
+        scored = {"step": step, "sampler_steps": sampler_steps, "seconds": 0.1 * step, "flops": step * 10**12 // factor}
+        return scored | {"scores": scores(seed + step), "scored_by": {"features": {"name": "benchmark"}}}
 
     training = [point(step, 100) for step in range(2_000, steps + 1, 2_000)]
     record = {

@@ -9,32 +9,33 @@ memory, which does not depend on their number, is taken with two.
 """
 
 import argparse
-from collections.abc import Callable
 
 import _versus
 import autoencoder
 import torch
 import unet_step
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
+from ldmlab.evaluation.flops import flops_of
 from ldmlab.samplers.ddim import Ddim
 
-GUIDANCE, SCALE, TOKENS = 3.0, 0.18215, 77
+GUIDANCE, SCALE = 3.0, 0.18215
 
 
 def our_work(name: str, device: torch.device, args: argparse.Namespace, inputs: list[torch.Tensor]) -> _versus.Work:
     """Denoise with our sampler, decode."""
     noise, given, null = inputs
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-    unet = _versus.compiled(unet_step.ours(4, args.channels).to(dtype), name)
-    stage, schedule = autoencoder.ours(args.channels // 2).to(dtype), Schedule("scaled_linear")
+    unet = _versus.compiled(unet_step.ours(args.shape).to(dtype), name)
+    stage, schedule = autoencoder.ours(args.decoder).to(dtype), Schedule("scaled_linear")
     model = LatentDiffusion(stage, LatentScale(SCALE), unet, {}, schedule, EpsPrediction(), guidance_trained=True)
     model.to(device).eval()
+    if device.type == "cuda":  # as a loaded model
+        model.to(memory_format=torch.channels_last)
     grid = ddim_grid(schedule, args.steps)
 
     @torch.no_grad()
@@ -50,35 +51,42 @@ def their_work(name: str, device: torch.device, args: argparse.Namespace, inputs
     from diffusers import DDIMScheduler
 
     dtype, layout = torch.bfloat16 if "bfloat16" in name else torch.float32, _versus.layout(name)
-    noise, given, null = (tensor.to(dtype) for tensor in inputs)
-    unet = unet_step.theirs(4, args.channels).to(device, dtype, memory_format=layout).eval()  # type: ignore[call-overload]
-    stage = autoencoder.theirs(args.channels // 2).to(device, dtype, memory_format=layout).eval()  # type: ignore[call-overload]
+    noise, prompt, null = (tensor.to(dtype) for tensor in inputs)
+    unet = unet_step.theirs(args.shape).to(device, dtype, memory_format=layout).eval()  # type: ignore[call-overload]
+    stage = autoencoder.theirs(args.decoder).to(device, dtype, memory_format=layout).eval()  # type: ignore[call-overload]
     unet = _versus.compiled(unet, name)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     scheduler.set_timesteps(args.steps)
-    tokens = torch.cat([null, given])
+    tokens = torch.cat([null, prompt])
 
     @torch.no_grad()
     def once() -> torch.Tensor:
         x = noise
         for t in scheduler.timesteps:
-            without, told = unet(torch.cat([x, x]), t, tokens).sample.chunk(2)
-            x = scheduler.step(without + GUIDANCE * (told - without), t, x).prev_sample
+            without, given = unet(torch.cat([x, x]), t, tokens).sample.chunk(2)
+            x = scheduler.step(without + GUIDANCE * (given - without), t, x).prev_sample
         return stage.decode(x / SCALE).sample
 
     return once
 
 
+def work_of(name: str, device: torch.device, args: argparse.Namespace) -> _versus.Work:
+    """Sampling of a variant from its noise and token states."""
+    torch.manual_seed(0)
+    shape: unet_step.Shape = args.shape
+    noise = torch.randn(shape.batch, *shape.latent, device=device)
+    given, null = (torch.randn(shape.batch, shape.tokens, shape.width, device=device) for _ in range(2))
+    return (our_work if "ldmlab" in name else their_work)(name, device, args, [noise, given, null])
+
+
 def flops(args: argparse.Namespace) -> int:
     """Products of all passes of the U-Net and of the decoder."""
-    side = args.latent
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tokens = torch.empty(2 * args.batch, TOKENS, unet_step.WIDTH)
-        x = torch.empty(2 * args.batch, 4, side, side)
-        unet_step.ours(4, args.channels)(x, torch.empty(2 * args.batch), Conditioning(tokens=tokens))
-        pass_ = counter.get_total_flops()
-        autoencoder.ours(args.channels // 2).decode(x[: args.batch])
-    return int(counter.get_total_flops() + (args.steps - 1) * pass_)
+    shape: unet_step.Shape = args.shape
+    with torch.device("meta"), torch.no_grad():
+        tokens = Conditioning(tokens=torch.empty(2 * shape.batch, shape.tokens, shape.width))
+        x, t = torch.empty(2 * shape.batch, *shape.latent), torch.empty(2 * shape.batch)
+        unet, stage = unet_step.ours(shape), autoencoder.ours(args.decoder)
+        return args.steps * flops_of(lambda: unet(x, t, tokens)) + flops_of(lambda: stage.decode(x[: shape.batch]))
 
 
 def main() -> None:
@@ -91,13 +99,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
 
-    def make(name: str, device: torch.device) -> Callable[[], object]:
-        torch.manual_seed(0)
-        noise = torch.randn(args.batch, 4, args.latent, args.latent, device=device)
-        given, null = (torch.randn(args.batch, TOKENS, unet_step.WIDTH, device=device) for _ in range(2))
-        return (our_work if "ldmlab" in name else their_work)(name, device, args, [noise, given, null])
-
+    args.decoder = args.channels // 2
+    args.shape = unet_step.Shape(args.channels, (4, args.latent, args.latent), args.batch, tokens=77)
     side = 8 * args.latent
+    make = lambda name, device: work_of(name, device, args)  # noqa: E731
     title = f"sampling: {args.batch} images of {side}x{side}, {args.steps} steps, guidance {GUIDANCE:g}"
     _versus.run(_versus.Benchmark(title, make, args.batch, lambda: flops(args), only=("--steps", "2")), args)
 

@@ -35,8 +35,8 @@ def makers() -> dict[str, Make]:
     """All that is timed, by name."""
     jpg = Encoding("jpg")
     found: dict[str, Make] = {
-        "scene, drawn": lambda number: draw_scene(SCENES, f"train-{number}"),
-        "scene, drawn and encoded (jpg)": lambda number: scene_part([Item(f"{number}", "", "")], SCENES, jpg),
+        "scene, made": lambda number: draw_scene(SCENES, f"train-{number}"),
+        "scene, made and encoded (jpg)": lambda number: scene_part([Item(f"{number}", "", "")], SCENES, jpg),
     }
     for preset in ("lama_training", "thin_256", "medium_256", "thick_256"):
         found[f"inpainting, masks {preset}"] = given(Inpainting(SIZE, masks=preset))

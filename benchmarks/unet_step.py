@@ -7,40 +7,52 @@ median over rounds of theirs divided by ours (1.0 or more: at least as fast). As
 tuned it has bfloat16 autocast, as ours has, in either memory layout.
 """
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import _versus
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
-
-CHANNEL_MULT, RES_BLOCKS, HEADS, TOKENS, WIDTH = (1, 2, 3), 2, 4, 32, 256
-ATTENTION = (2, 4)
+from ldmlab.evaluation.flops import flops_of
 
 
-def ours(latent: int, channels: int) -> UNet:
-    """Our network for the shape above."""
-    return UNet(latent, latent, channels, CHANNEL_MULT, RES_BLOCKS, ATTENTION, heads=HEADS, context_width=WIDTH)
+@dataclass(frozen=True)
+class Shape:
+    """A U-Net with token conditioning, and a batch for it."""
+
+    channels: int = 128  # width of the finest level
+    latent: tuple[int, int, int] = (4, 32, 32)  # channels, height, width
+    batch: int = 4
+    channel_mult: tuple[int, ...] = (1, 2, 3)
+    attention: tuple[int, ...] = (2, 4)  # downsampling factors of the levels that attend
+    heads: int = 4
+    tokens: int = 32
+    width: int = 256  # of a token
 
 
-def theirs(latent: int, channels: int) -> nn.Module:
-    """diffusers' network for the same shape; its `attention_head_dim` is the number of heads."""
+def ours(shape: Shape) -> UNet:
+    """Our network."""
+    c, levels = shape.latent[0], shape.channel_mult
+    return UNet(c, c, shape.channels, levels, 2, shape.attention, heads=shape.heads, context_width=shape.width)
+
+
+def theirs(shape: Shape) -> nn.Module:
+    """The same network in diffusers, whose `attention_head_dim` is the number of heads."""
     from diffusers import UNet2DConditionModel
 
-    attends = [2**i in ATTENTION for i in range(len(CHANNEL_MULT))]
+    attends = [2**i in shape.attention for i in range(len(shape.channel_mult))]
     return UNet2DConditionModel(
-        in_channels=latent,
-        out_channels=latent,
-        block_out_channels=[channels * m for m in CHANNEL_MULT],
-        layers_per_block=RES_BLOCKS,
+        in_channels=shape.latent[0],
+        out_channels=shape.latent[0],
+        block_out_channels=[shape.channels * m for m in shape.channel_mult],
+        layers_per_block=2,
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        attention_head_dim=HEADS,
-        cross_attention_dim=WIDTH,
+        attention_head_dim=shape.heads,
+        cross_attention_dim=shape.width,
     )
 
 
@@ -58,31 +70,29 @@ def training_step(network: nn.Module, call: Callable[[], Tensor], target: Tensor
     return step
 
 
-def step_of(name: str, device: torch.device, args: argparse.Namespace) -> Callable[[], None]:
+def step_of(name: str, device: torch.device, shape: Shape) -> Callable[[], None]:
     """The training step of a variant."""
     torch.manual_seed(0)
-    c, h, w = (int(n) for n in args.latent.split("x"))
     layout = _versus.layout(name)
-    x = torch.randn(args.batch, c, h, w, device=device).contiguous(memory_format=layout)
-    t = torch.randint(0, 1000, (args.batch,), device=device)
-    tokens, target = torch.randn(args.batch, TOKENS, WIDTH, device=device), torch.randn_like(x)
+    x = torch.randn(shape.batch, *shape.latent, device=device).contiguous(memory_format=layout)
+    t = torch.randint(0, 1000, (shape.batch,), device=device)
+    tokens, target = torch.randn(shape.batch, shape.tokens, shape.width, device=device), torch.randn_like(x)
     bfloat16 = "bfloat16" in name
     if "ldmlab" in name:
         condition = Conditioning(tokens=tokens)
-        mine = _versus.compiled(ours(c, args.channels).to(device), name)
+        mine = _versus.compiled(ours(shape).to(device), name)
         return training_step(mine, lambda: mine(x, t, condition), target, bfloat16)
-    network = theirs(c, args.channels).to(device, memory_format=layout)  # type: ignore[call-overload]
+    network = theirs(shape).to(device, memory_format=layout)  # type: ignore[call-overload]
     network = _versus.compiled(network, name)
     return training_step(network, lambda: network(x, t, tokens).sample, target, bfloat16)
 
 
-def flops(args: argparse.Namespace) -> int:
+def flops(shape: Shape) -> int:
     """Products of forward and backward; one multiplication and one addition are two."""
-    c, h, w = (int(n) for n in args.latent.split("x"))
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x, tokens = torch.empty(args.batch, c, h, w), torch.empty(args.batch, TOKENS, WIDTH)
-        ours(c, args.channels)(x, torch.empty(args.batch), Conditioning(tokens=tokens)).sum().backward()
-    return int(counter.get_total_flops())
+    with torch.device("meta"):
+        x, tokens = torch.empty(shape.batch, *shape.latent), torch.empty(shape.batch, shape.tokens, shape.width)
+        network, t = ours(shape), torch.empty(shape.batch)
+        return flops_of(lambda: network(x, t, Conditioning(tokens=tokens)).sum().backward())
 
 
 def main() -> None:
@@ -91,12 +101,14 @@ def main() -> None:
     parser.add_argument("--latent", default="4x32x32", help="channels x height x width")
     parser.add_argument("--batch", type=int, default=4)
     args = parser.parse_args()
+    c, h, w = (int(n) for n in args.latent.split("x"))
+    shape = Shape(args.channels, (c, h, w), args.batch)
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in make(4, args.channels).parameters()) for make in (ours, theirs)]
+        sizes = [sum(p.numel() for p in make(shape).parameters()) for make in (ours, theirs)]
     assert sizes[0] == sizes[1], f"the networks differ: {sizes}"
     title = f"U-Net training step: {sizes[0] / 1e6:.1f}M parameters, batch {args.batch} of {args.latent}"
-    make = lambda name, device: step_of(name, device, args)  # noqa: E731
-    _versus.run(_versus.Benchmark(title, make, args.batch, lambda: flops(args)), args)
+    make = lambda name, device: step_of(name, device, shape)  # noqa: E731
+    _versus.run(_versus.Benchmark(title, make, args.batch, lambda: flops(shape)), args)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Case:
         if order.index(how) > order.index(self.outcome.how):
             self.outcome.how, self.outcome.detail = how, detail[:600]
 
-    def judge(self, result: Result, name: str, *, same: Callable[[], bool] | None = None) -> None:
+    def classify(self, result: Result, name: str, *, same: Callable[[], bool] | None = None) -> None:
         """A command of the flow (`name`) after a fault: refused in a sentence, said, without effect, or silent."""
         if self.outcome.how not in GOOD:
             return

@@ -138,7 +138,7 @@ def wrong_options(case: Case) -> None:
     if case.outcome.how not in GOOD:
         return
     if result.code == 0 or not result.sentence:
-        case.judge(result, name)
+        case.classify(result, name)
     elif not any(text and text in result.sentence for text in (option.lstrip("-"), word, value)) and value:
         case.set("silent", f"the sentence does not name {option}: {result.sentence}")
     elif made.exists() and MAKES[name] not in NEEDS[name]:
@@ -224,7 +224,7 @@ def own_yaml(case: Case) -> None:
     result = case.run(argv)
     if case.outcome.how not in GOOD:
         return
-    case.judge(result, "denoiser")
+    case.classify(result, "denoiser")
     if result.code and (case.work / "denoiser").exists():
         case.set("silent", f"refused, but a run folder is left: {result.sentence or last_lines(result)}")
 

@@ -18,7 +18,7 @@ def _bytes(case: Case, folder: Path) -> str:
 
 
 def _train(case: Case, name: str) -> None:
-    case.judge(case.run(COMMANDS[name]), name)
+    case.classify(case.run(COMMANDS[name]), name)
 
 
 def images_train_bytes(case: Case) -> None:
@@ -61,12 +61,12 @@ def images_of_others(case: Case) -> None:
     case.outcome.planted = _others(case, split)
     indexed = case.run(["index", f"packed/{split}", "--split", split, "--workers", "1"])
     if indexed.code != 0:
-        case.judge(indexed, "pack")
+        case.classify(indexed, "pack")
         return
     trained = case.run(COMMANDS["first_stage"])
     if lines := said(indexed, case.base.results["index"]):
         case.set("said", lines[0])
-    case.judge(trained, "first_stage", same=lambda: _as_indexed(case, split))
+    case.classify(trained, "first_stage", same=lambda: _as_indexed(case, split))
 
 
 _OTHER_DATA = ("members: sort", "members: dots", "members: twice", "members: hostile")  # same images in another order
@@ -97,7 +97,7 @@ def images_encode(case: Case) -> None:
     else:
         case.outcome.planted = plant.manifest(case.work / "packed" / split, case.rng)
     checked = ["data.sha256=true"] if case.rng.random() < 0.2 else []
-    case.judge(case.run([*COMMANDS["encode"], *checked]), "encode")
+    case.classify(case.run([*COMMANDS["encode"], *checked]), "encode")
 
 
 def images_evaluate(case: Case) -> None:
@@ -114,7 +114,7 @@ def images_evaluate(case: Case) -> None:
         case.outcome.planted = plant.sample_image(content, case.rng, case.canary)
         plant.write_tar(path, content)
         _checksums(path)
-    case.judge(case.run(COMMANDS["evaluate"]), "evaluate")
+    case.classify(case.run(COMMANDS["evaluate"]), "evaluate")
 
 
 def images_pack(case: Case) -> None:
@@ -133,7 +133,7 @@ def images_pack(case: Case) -> None:
     else:
         what = _strange_folder(case, folder)
     case.outcome.planted = what
-    case.judge(case.run(COMMANDS["pack"]), "pack", same=lambda: _packed_whole(case))
+    case.classify(case.run(COMMANDS["pack"]), "pack", same=lambda: _packed_whole(case))
 
 
 def _packed_whole(case: Case) -> bool:
@@ -211,7 +211,7 @@ def _judge_moments(case: Case, values: bool) -> None:
     result = case.run(COMMANDS["denoiser"])
     if values and result.code == 0:
         return
-    case.judge(result, "denoiser")
+    case.classify(result, "denoiser")
 
 
 def _checksums(path: Path) -> None:

@@ -37,9 +37,9 @@ def _and_again(case: Case, name: str, result: Result, argv: list[str]) -> None:
     if case.outcome.how not in GOOD:
         return
     if result.code == 0:
-        case.judge(result, name)
+        case.classify(result, name)
         return
-    case.judge(result, name)
+    case.classify(result, name)
     again = case.run(argv)
     if again.code != 0:
         case.set("silent", f"cannot be run again: {again.sentence or last_lines(again)}")
@@ -116,7 +116,7 @@ def read_only(case: Case) -> None:
     else:
         argv[2] = target
     case.outcome.planted = f"{name} to {target[:20]!r}"
-    case.judge(case.run(argv), name, same=lambda: False)
+    case.classify(case.run(argv), name, same=lambda: False)
 
 
 KINDS = {"disk full": full_disk, "disk: no place": read_only}

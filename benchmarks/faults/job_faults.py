@@ -26,16 +26,16 @@ def kill_and_resume(case: Case) -> None:
     case.copy(*(("packed", "latents") if name == "denoiser" else ("packed",)))
     workers = case.rng.choice((0, 0, 2))
     argv = [word.replace("data.workers=0", f"data.workers={workers}") for word in COMMANDS[name]]
-    run, told = case.work / MADE[name], []
+    run, sent = case.work / MADE[name], []
     usual = case.base.results[name].seconds
     for _ in range(case.rng.choice((1, 1, 2))):
         number = case.rng.choice(SIGNALS)
         moment, what = any_moment(case.rng, run, usual)
-        told.append(f"{signal.Signals(number).name} {what}")
+        sent.append(f"{signal.Signals(number).name} {what}")
         result = case.run(argv, beside=killer(number, moment))
         if result.code is not None and result.code > 0 and result.code < 128 and not result.sentence:
             case.set("traceback", f"killed by {number}: {last_lines(result)}")
-    case.outcome.planted = f"{name}, {workers} workers, {', '.join(told)}"
+    case.outcome.planted = f"{name}, {workers} workers, {', '.join(sent)}"
     result = case.run(argv)
     if case.outcome.how != "harmless":
         return
@@ -130,7 +130,7 @@ def environments(case: Case) -> None:
         environment, workers = case.rng.choice(ENVIRONMENTS), case.rng.choice((0, 0, 2))
     case.outcome.planted = f"{environment}, {workers} workers"
     argv = [word.replace("data.workers=0", f"data.workers={workers}") for word in DENOISER]
-    case.judge(case.run(argv, environment=environment, anew=True), "denoiser")
+    case.classify(case.run(argv, environment=environment, anew=True), "denoiser")
 
 
 def two_commands(case: Case) -> None:
@@ -155,7 +155,7 @@ def two_commands(case: Case) -> None:
     first = case.run(COMMANDS[name], beside=beside)
     how, _, detail = note.read_text().partition("\n") if note.exists() else ("hang", "", "has no end")
     case.set(how, f"the second: {detail}")
-    case.judge(first, name)
+    case.classify(first, name)
 
 
 KINDS = {

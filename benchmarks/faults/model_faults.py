@@ -19,7 +19,7 @@ def description(case: Case) -> None:
     """model.yaml of a model folder from a stranger."""
     case.copy("model")
     case.outcome.planted = plant.edit_yaml(case.work / "model" / "model.yaml", case.rng, case.canary)
-    case.judge(case.run(SAMPLE, seconds=60.0), "sample")
+    case.classify(case.run(SAMPLE, seconds=60.0), "sample")
 
 
 def weights(case: Case) -> None:
@@ -34,7 +34,7 @@ def weights(case: Case) -> None:
     else:
         what = _other_tensors(case, path)
     case.outcome.planted = what
-    case.judge(case.run(SAMPLE), "sample")
+    case.classify(case.run(SAMPLE), "sample")
 
 
 def _other_tensors(case: Case, path: Path) -> str:
@@ -70,9 +70,9 @@ def checkpoint(case: Case) -> None:
     else:
         case.outcome.planted = _other_content(case, path)
     if case.rng.random() < 0.3 and path.exists():  # without it, the one before is the model
-        case.judge(case.run(["sample", *["denoiser" if w == "model" else w for w in SAMPLE[1:]]]), "sample")
+        case.classify(case.run(["sample", *["denoiser" if w == "model" else w for w in SAMPLE[1:]]]), "sample")
     else:
-        case.judge(case.run(COMMANDS["denoiser"]), "denoiser")
+        case.classify(case.run(COMMANDS["denoiser"]), "denoiser")
 
 
 def _unfinished(run: Path) -> None:
@@ -130,7 +130,7 @@ def pickles(case: Case) -> None:
     )
     case.outcome.planted = f"{how} read by {where}"
     argv = _placed(case, path, where)
-    case.judge(case.run(argv), "sample", same=lambda: False)
+    case.classify(case.run(argv), "sample", same=lambda: False)
 
 
 def _placed(case: Case, path: Path, where: str) -> list[str]:
@@ -189,9 +189,9 @@ def run_folder(case: Case) -> None:
         what = plant.any_bytes(path, case.rng)
     case.outcome.planted = what
     if resumed:
-        case.judge(case.run(COMMANDS["denoiser"], seconds=90.0), "denoiser")
+        case.classify(case.run(COMMANDS["denoiser"], seconds=90.0), "denoiser")
     else:
-        case.judge(case.run(["sample", "denoiser", *SAMPLE[2:]], seconds=60.0), "sample")
+        case.classify(case.run(["sample", "denoiser", *SAMPLE[2:]], seconds=60.0), "sample")
 
 
 def _config(case: Case, path: Path) -> str:

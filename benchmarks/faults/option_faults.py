@@ -74,7 +74,7 @@ def wrong_options(case: Case) -> None:
     if result.code == 0:
         if word in HARMLESS:
             return
-        case.judge(result, "denoiser")
+        case.classify(result, "denoiser")
     elif not result.sentence:
         case.set("traceback", last_lines(result))
     elif option and option not in result.sentence and word not in result.sentence and value not in result.sentence:
