@@ -68,7 +68,9 @@ def load(
 def ready(model: "LatentDiffusion", files: ModelFiles, device: str, path: Path | str = "") -> "LoadedModel":
     """A filled model, frozen and on its device, as `load` gives it; path: where it was loaded from."""
     from ldmlab.inference.model import LoadedModel
+    from ldmlab.nn import numerics
 
+    numerics.fast()
     info = {
         "path": str(path or files.folder),
         "weights": files.weights,

@@ -11,7 +11,7 @@ from ldmlab.nn.attention import attend
 @pytest.mark.parametrize("products", [0, 2**19], ids=["fused", "products"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attend(products: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_PRODUCTS_UP_TO", products)
+    monkeypatch.setattr(attention, "_PRODUCTS_UP_TO", {"cpu": products})
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 16, generator=generator).to(dtype).requires_grad_() for n in (40, 7, 7))
     exact = [part.detach().double().requires_grad_() for part in (q, k, v)]

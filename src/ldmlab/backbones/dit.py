@@ -16,7 +16,7 @@ from ldmlab.backbones.unet import check_sizes, vector_projection
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import KeysValues, TokenAttention, attend
-from ldmlab.nn.blocks import timestep_embedding, zero
+from ldmlab.nn.blocks import LayerNorm, timestep_embedding, zero
 from ldmlab.nn.compiling import region
 from ldmlab.nn.positions import Rotation, rotary, rotate, sine_cosine
 
@@ -165,7 +165,7 @@ class DiT(nn.Module):
         self.width, self.head_width = width, width // heads
         self.rotary_positions, self.gradient_checkpointing = rotary_positions, gradient_checkpointing
         norm: Norm = _rms_norm if rms_norm else _layer_norm
-        norm_qk: Norm | None = (_rms_norm if rms_norm else nn.LayerNorm) if qk_norm else None
+        norm_qk: Norm | None = (_rms_norm if rms_norm else LayerNorm) if qk_norm else None
         crossing = context_width if context != "in_context" else None
         joining = context_width if context != "cross" else None
         self.patches = nn.Conv2d(in_channels, width, patch_size, patch_size)
@@ -260,7 +260,7 @@ class DiT(nn.Module):
 
 
 def _layer_norm(width: int) -> nn.Module:
-    return nn.LayerNorm(width, eps=_EPSILON, elementwise_affine=False)
+    return LayerNorm(width, eps=_EPSILON, elementwise_affine=False)
 
 
 def _rms_norm(width: int) -> nn.Module:

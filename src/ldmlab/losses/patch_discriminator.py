@@ -8,10 +8,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError, one_of
+from ldmlab.nn.blocks import GroupNorm
 from ldmlab.nn.compiling import region
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "group": lambda width: nn.GroupNorm(min(32, width // 2), width),  # each image by itself: any split is the same
+    "group": lambda width: GroupNorm(min(32, width // 2), width),  # each image by itself: any split is the same
     "sync_batch": nn.SyncBatchNorm,  # as released; statistics over all processes
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldmlab.checkpoints import fingerprint
 from ldmlab.errors import InputError
+from ldmlab.nn import numerics
 from ldmlab.nn.openclip import OpenClip, build_clip
 from ldmlab.nn.pixels import to_float
 
@@ -71,6 +72,7 @@ class Inception2015(nn.Module):
     def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._map = output
 
+    @numerics.exact()
     @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """features (B, 2048), logits (B, 1008), spatial (B, 2023) with the channel as the fastest axis."""
@@ -109,6 +111,7 @@ class OpenClipFeatures(nn.Module):
         blank = torch.zeros(1, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
         self.width = int(self(blank)["features"].shape[1])
 
+    @numerics.exact()
     @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """features and clip, both (B, D); images are resized to the tower's size, bicubic with antialiasing."""
@@ -118,6 +121,7 @@ class OpenClipFeatures(nn.Module):
         found = encode(self._pixels(to_float(images.to(next(self.model.parameters()).device))))
         return {"features": found, "clip": found}
 
+    @numerics.exact()
     @torch.inference_mode()
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions => (B, D), in the space of the images' features."""

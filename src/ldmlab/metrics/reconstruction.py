@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldmlab.contracts import Posterior
+from ldmlab.nn import numerics
 
 _SMALLEST_ERROR = 1e-10  # a perfect image counts as 100 dB
 _FAINT = 8  # levels of 255 that a background pixel may be off
@@ -66,6 +67,7 @@ class ReconstructionMeasures(Metric):
         for name in ("object_values", "images"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    @numerics.exact()
     def update(self, original: Tensor, reconstructed: Tensor) -> None:
         """Two batches of uint8 images (B, 3, H, W)."""
         x, y = original.float(), reconstructed.float()

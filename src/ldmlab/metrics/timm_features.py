@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ldmlab.errors import InputError, did_you_mean
 from ldmlab.metrics.features import check_images, safe_file
+from ldmlab.nn import numerics
 
 
 class TimmFeatures(nn.Module):
@@ -39,6 +40,7 @@ class TimmFeatures(nn.Module):
         self.register_buffer("deviation", torch.tensor(given["std"])[:, None, None], persistent=False)
         self.width = int(self.network.num_features)
 
+    @numerics.exact()
     @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """features (B, D); images are resized to the network's size, bicubic with antialiasing."""

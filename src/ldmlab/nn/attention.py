@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.nn.blocks import group_norm, zero
+from ldmlab.nn.blocks import LayerNorm, group_norm, zero
 from ldmlab.nn.compiling import region
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, L, d)
 CrossKV = KeysValues | Tensor  # a single token needs no attention: (B, 1, C), the term it adds to every pixel
-_PRODUCTS_UP_TO = 2**19  # scores per head that are formed at once on a CPU
+_PRODUCTS_UP_TO = {"cpu": 2**19, "cuda": 2**20}  # scores per head that are formed at once
+_FUSED_HEAD = 256  # widest head that a GPU's flash kernel takes
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -34,13 +35,19 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: (B, H, N, d) => (B, N, H d), fused but for half precision on a CPU.
+def by_products(device: str, dtype: torch.dtype, queries: int, keys: int, width: int) -> bool:
+    """Whether attention in half precision is two matrix products, as long as its scores (B, H, N, L) stay small.
 
-    There plain products are two to five times faster, as long as their scores (B, H, N, L) stay small.
+    On a CPU they were measured two to five times faster; on a GPU fast fused kernels end at heads of 256 channels.
     """
-    if q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] * k.shape[2] <= _PRODUCTS_UP_TO:
-        with torch.autocast("cpu", enabled=False):  # softmax sums in float32 and gives back the scores' dtype
+    small = queries * keys <= _PRODUCTS_UP_TO.get(device, 0)
+    return dtype in (torch.float16, torch.bfloat16) and small and (device == "cpu" or width > _FUSED_HEAD)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: (B, H, N, d) => (B, N, H d), fused or by plain products."""
+    if by_products(q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3]):
+        with torch.autocast(q.device.type, enabled=False):  # softmax sums in float32 and gives back the scores' dtype
             scores = torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))
             return torch.matmul(scores.softmax(dim=3), v).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -108,11 +115,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, head_channels: int, context_width: int) -> None:
         super().__init__()
-        self.norm_self = nn.LayerNorm(width)
+        self.norm_self = LayerNorm(width)
         self.self_attention = TokenAttention(width, heads, head_channels)
-        self.norm_cross = nn.LayerNorm(width)
+        self.norm_cross = LayerNorm(width)
         self.cross_attention = TokenAttention(width, heads, head_channels, context_width)
-        self.norm_mlp = nn.LayerNorm(width)
+        self.norm_mlp = LayerNorm(width)
         self.mlp = GatedMLP(width)
 
     def precompute_kv(self, context: Tensor) -> CrossKV:
@@ -170,9 +177,9 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(width)
+        self.norm_attention = LayerNorm(width)
         self.attention = TokenAttention(width, heads, _HEAD_CHANNELS)
-        self.norm_mlp = nn.LayerNorm(width)
+        self.norm_mlp = LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
         self.shrink = nn.Linear(4 * width, width)
 
@@ -198,7 +205,7 @@ class TransformerEncoder(nn.Module):
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         for table in (self.tokens, self.positions):
             nn.init.normal_(table.weight, std=0.02)
         self.unused_head = nn.Linear(width, vocabulary).requires_grad_(False) if unused_head else None

@@ -19,14 +19,39 @@ M = TypeVar("M", bound=nn.Module)
 Size = tuple[int, int]
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm that keeps x's dtype under autocast of a GPU, whose own rule is float32; sums are float32 anyway."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _under_cuda_autocast(x):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that keeps x's dtype, as `GroupNorm` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _under_cuda_autocast(x):
+            return super().forward(x)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def _under_cuda_autocast(x: Tensor) -> bool:
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
+
+
 def group_norm(channels: int, eps: float = 1e-5, groups: int = 32) -> nn.GroupNorm:
-    """Group norm; its sums run in float32 whatever the dtype, also under autocast."""
+    """Group norm of widths that `groups` divides."""
     if channels % groups:
         raise InputError(
             f"{channels} channels do not split into norm_groups={groups}; use multiples of {groups} as widths, "
             "channels * channel_mult, or other norm_groups where that is an option."
         )
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 def zero(module: M) -> M:

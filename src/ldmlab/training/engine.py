@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
+from ldmlab.nn import numerics
 from ldmlab.training import precision
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
@@ -90,6 +91,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """A Trainer for `stage`; InputError where Lightning's arguments contradict each other."""
     _quiet()
+    numerics.fast()
     chosen = dict(settings.lightning)
     more, own = chosen.pop("plugins", []), precision.plugin(settings.precision)
     ours = {
