@@ -8,7 +8,7 @@ from typing import Any
 from ldmlab.app.compose import compose, conf_dir, group_choices, plain
 
 PAPER = [name for name in group_choices("experiment") if name.startswith("paper/")]
-_ENTRIES = ("Settings", "First stage", "Cost", "Rows", "Zoo", "Score", "assumed")
+_ENTRIES = ("Settings", "First stage", "Cost", "Plan", "Rows", "Zoo", "Score", "assumed")
 
 
 @cache
@@ -78,7 +78,7 @@ def released() -> dict[str, str]:
 def settings(config: dict[str, Any]) -> str:
     """What a header must say of its experiment, from the composed configuration."""
     trainer, schedule = config["trainer"], config["lr_schedule"]
-    batch, rate = trainer["micro_batch"] * trainer["accumulate"], config["optimizer"]["learning_rate"]
+    batch, rate = trainer["global_batch"], config["optimizer"]["learning_rate"]
     shape = schedule["_target_"].rpartition(".")[2].lower()
     told = [f"batch {batch}", f"rate {rate:g} {shape}", f"{trainer['max_steps']:,} steps"]
     if schedule["warmup_steps"]:

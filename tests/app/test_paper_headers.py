@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from paper_experiments import PAPER, composed, first_stage_experiment, header, of_stage, released, rows, settings
 
+from ldmlab.app.commands.plan import USED, check_first_stage, planned
 from ldmlab.report.paper_source import paper_tables
 
 ROOT = Path(__file__).parents[2]
@@ -64,12 +65,27 @@ def test_the_documentation_lists_the_experiment(name: str) -> None:
         assert zoo.split(" ")[0] in line
 
 
+PLANNED = {"paper/first_stage/vq_f4_noattn", "paper/class/imagenet_ldm_4", "paper/super_resolution/pixel"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in PLANNED else pytest.mark.slow) for n in PAPER])
+def test_a_header_tells_what_the_plan_counts(name: str) -> None:
+    config = composed(name)
+    check_first_stage(config, [f"experiment={name}"])
+    found = planned(config, 79.2, 1)
+    peak, micro = found["configured_peak_gib"], config["trainer"]["micro_batch"]
+    step = found["tflop_a_step"]
+    assert header(name)["Plan"] == [f"{peak:.1f} GiB of an 80 GB card at micro_batch {micro}, {step:.3g} TFLOP a step"]
+    assert peak <= USED * 79.2
+
+
 @pytest.mark.parametrize("name", of_stage("diffusion"))
 def test_the_settings_are_those_of_the_paper(name: str) -> None:
     config, key = composed(name), name.removeprefix("paper/")
     trainer, schedule = config["trainer"], config["diffusion"]["schedule"]
     batch, rate, steps, betas, loss, scale = SETTINGS[key]
-    assert trainer["micro_batch"] * trainer["accumulate"] == batch
+    assert trainer["global_batch"] == batch
+    assert batch % trainer["micro_batch"] == 0
     assert config["optimizer"]["learning_rate"] == pytest.approx(rate)
     assert config["optimizer"]["lr_scaling"] == "none"
     assert trainer["max_steps"] == steps

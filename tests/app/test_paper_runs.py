@@ -70,7 +70,7 @@ def reduced(name: str, root: Path) -> dict[str, Any]:
     config = composed(name)
     size = next((px for part, px in SIZES.items() if part in name), 32)
     config["data"] |= {"train": f"{root}/train", "val": f"{root}/val", "image_size": size, "workers": 0}
-    config["trainer"] |= {"max_steps": 2, "micro_batch": 2, "accumulate": 1, "precision": "32-true"}
+    config["trainer"] |= {"max_steps": 2, "micro_batch": 2, "global_batch": None, "precision": "32-true"}
     config["trainer"] |= {"log_every": 1, "validate_every": 2, "checkpoint_every": 2}
     config["logger"] = {}
     config["run"]["dir"] = str(root / "runs" / name)

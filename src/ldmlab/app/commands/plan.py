@@ -62,16 +62,21 @@ def run(args: argparse.Namespace) -> None:
 
 def check_first_stage(config: dict[str, Any], words: Sequence[str]) -> None:
     """Refuse an experiment that leaves its first stage to the latents: the default one would be counted."""
-    name = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), None)
-    file = find_file(f"experiment/{name}") if name else None
+    name = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), "")
     typed = any(re.match(r"\+?first_stage[=.]", word) for word in words)
-    if file is None or typed or config["stage"]["name"] not in ("diffusion", "classifier"):
-        return
-    if "override /first_stage:" not in file.read_text(encoding="utf-8"):
+    if name and not typed and config["stage"]["name"] in ("diffusion", "classifier") and not _names_one(name):
         raise InputError(
             f"experiment={name} takes its first stage from the latents, which a plan does not read; name its "
             "architecture: first_stage=NAME, a file of conf/first_stage."
         )
+
+
+def _names_one(experiment: str) -> bool:
+    """Whether the file of an experiment, or the one that it builds on, chooses a first stage."""
+    file = find_file(f"experiment/{experiment}")
+    text = file.read_text(encoding="utf-8") if file else ""
+    parents = re.findall(r"^  - ([a-z]\w*/[\w/]+)$", text, re.MULTILINE)
+    return "override /first_stage:" in text or any(map(_names_one, parents))
 
 
 def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, Any]:
