@@ -1,17 +1,20 @@
 """Counters, groups, averaging, rates and the guard against numbers that are not finite."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toy_stages import TwoGroups, diffusion_stage, image_batch, options, train
 
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
+from ldmlab.training.loggers import read_metrics
 from ldmlab.training.optim import AdamW, Constant
+from ldmlab.training.rows import GradientAlarm
 from ldmlab.training.stage import Losses, StepMetrics
 
 
@@ -89,6 +92,53 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path:
     with pytest.raises(InputError, match=r"^opponent became -?inf at step 8"):
         train(Poisoned(), tmp_path / "run")
     assert max(p.name for p in (tmp_path / "run" / "checkpoints").glob("step*")) == "step_00000006.ckpt"
+
+
+class Exploding(TwoGroups):
+    """The gradient of a group is not finite at some steps."""
+
+    at: ClassVar[tuple[int, ...]] = ()
+
+    def losses(self, group: str, batch: dict[str, Any]) -> Losses:
+        losses = super().losses(group, batch)
+        if self.step + 1 in self.at and group == "main":
+            losses.total = losses.total * float("nan")
+        batch["key"] = [f"image-{int(number)}" for number in batch["position"]]
+        return losses
+
+
+def test_steps_without_a_finite_gradient_are_left_out_up_to_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Exploding, "at", (4, 5))
+    made = Exploding(skip_nonfinite=2)
+    before: dict[int, Tensor] = {}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            before[pl_module.step] = torch.cat([p.detach().flatten().clone() for p in pl_module.groups()["main"]])
+
+    train(made, tmp_path / "run", callbacks=[Watch()])
+    assert torch.equal(before[3], before[4])
+    assert torch.equal(before[4], before[5])
+    assert not torch.equal(before[5], before[6])
+    said = capsys.readouterr()
+    assert "step 4 is left out: gradient_norm/main became nan. Its images here: image-" in said.out + said.err
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")[1]
+    assert float(rows[-1]["skipped_steps"]) == 2
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
+    with pytest.raises(InputError, match=r"main became nan at step 5, 2 steps in a row .*skip_nonfinite=1;"):
+        train(Exploding(skip_nonfinite=1), tmp_path / "stops")
+
+
+def test_a_gradient_that_jumps_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    alarm = GradientAlarm(10.0)
+    steady = {"gradient_norm/main": [1.0, 1.2] * 15, "loss": [100.0]}
+    assert alarm.look(steady, 30) == {}
+    assert alarm.look({"gradient_norm/main": [1.1, 40.0, 1.0]}, 33) == {"alarm/gradient_norm/main": 1.0}
+    said = capsys.readouterr()
+    assert "gradient_norm/main jumped to 40 before step 33: its median" in said.out + said.err
+    assert GradientAlarm(10.0).look({"gradient_norm/main": [1.0, 40.0]}, 2) == {}  # nothing is usual yet
 
 
 def test_terms_are_means_over_micro_batches_and_steps() -> None:

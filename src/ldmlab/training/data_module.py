@@ -1,5 +1,6 @@
 """The data of a run as Lightning's Trainer takes them."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ class Batches(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train, self.val, self.manifest_hash = train, val, manifest_hash
+        self.waited = 0.0  # seconds that training waited for its batches
         self.by_shard = True  # see `order.training_batches`; a run keeps what its first checkpoint records
 
     @property
@@ -30,7 +32,17 @@ class Batches(pl.LightningDataModule):
 
     def train_dataloader(self) -> Iterable[Batch]:
         """Endless, without a length, so that one epoch is the whole run unless `limit_train_batches` ends it."""
-        return _Restarted(self._training)
+        return _Restarted(self._training, self._timed)
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each has come is added to `waited`."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def val_dataloader(self) -> Iterable[Batch]:
         """Batches of this process on the host."""
@@ -47,9 +59,11 @@ class Batches(pl.LightningDataModule):
 class _Restarted:
     """An iterable that begins anew at every `iter`, without a trace in the random state."""
 
-    def __init__(self, start: Callable[[], Iterable[Batch]]) -> None:
-        self._start = start
+    def __init__(
+        self, start: Callable[[], Iterable[Batch]], watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter
+    ) -> None:
+        self._start, self._watch = start, watch
 
     def __iter__(self) -> Iterator[Batch]:
         with isolated_random(0):
-            return iter(self._start())
+            return self._watch(iter(self._start()))

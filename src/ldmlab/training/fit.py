@@ -71,7 +71,7 @@ def fit(
             Averaging(),
             RandomState(),
             *chosen,
-            Rows(),
+            Rows(settings.gradient_alarm),
             progress,
             keep,
         ]

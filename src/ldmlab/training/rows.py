@@ -1,6 +1,9 @@
 """Metrics of the steps, and the rows of the log that they become."""
 
 import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +13,9 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.errors import InputError
 
+_NAMED = 5  # images of a step in a message
+_WINDOW, _LEAST = 100, 20  # steps of a running median, and before there is one
+
 
 class StepMetrics:
     """Named scalars by step; reading them is the only moment when the host waits for the device."""
@@ -17,7 +23,8 @@ class StepMetrics:
     def __init__(self) -> None:
         self._row: dict[str, Tensor] = {}  # of the unfinished step
         self._last: dict[str, Tensor] = {}  # of the latest finished one
-        self._unread: list[tuple[int, dict[str, Tensor]]] = []  # on the device, by step
+        self._unread: list[tuple[int, dict[str, Tensor], list[str]]] = []  # on the device, by step, with its images
+        self.skipped = self.in_a_row = 0  # steps that were left out: all, and the latest ones
         self.checked: dict[str, list[float]] = {}  # since the last `read`
 
     def add(self, name: str, value: Tensor, share: float = 1.0) -> None:
@@ -25,10 +32,24 @@ class StepMetrics:
         part = value.detach().float() * share
         self._row[name] = self._row[name] + part if name in self._row else part
 
-    def close(self, step: int) -> None:
-        """The step is complete."""
-        self._unread.append((step, self._row))
+    def close(self, step: int, images: Sequence[str] = ()) -> None:
+        """The step is complete; `images`: keys of those that this process saw."""
+        self._unread.append((step, self._row, list(images)))
         self._last, self._row = self._row, {}
+        self.in_a_row = 0
+
+    def leave_out(self, step: int, images: Sequence[str], most: int) -> None:
+        """The running step updated nothing and is no part of a row; InputError after more than `most` in a row."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        name, value = next(((n, float(v)) for n, v in self._row.items() if not math.isfinite(float(v))), ("", math.nan))
+        if self.in_a_row > most:
+            raise InputError(
+                f"{name} became {value} at step {step}, {self.in_a_row} steps in a row have no finite gradient, more "
+                f"than trainer.skip_nonfinite={most}; a lower optimizer.learning_rate may help, and the same command "
+                f"resumes the run.{_named(images)}"
+            )
+        distributed.say(f"step {step} is left out: {name} became {value}.{_named(images)}")
+        self._row = {}
 
     def latest(self) -> str:
         """The first metric of the latest step, of this process: `loss 0.1234`."""
@@ -38,15 +59,16 @@ class StepMetrics:
         """Fetch what has not been seen; InputError names the first metric that is not finite, and its step."""
         if not self._unread:
             return
-        stacked = torch.stack([value for _, row in self._unread for value in row.values()])
+        stacked = torch.stack([value for _, row, _ in self._unread for value in row.values()])
         values = iter(distributed.mean_(stacked).tolist())
-        for step, row in self._unread:
+        for step, row, images in self._unread:
             for name in row:
                 value = next(values)
                 if not math.isfinite(value):
                     raise InputError(
                         f"{name} became {value} at step {step}; no checkpoint was written since. A lower "
-                        "optimizer.learning_rate or trainer.gradient_clip=1 may help; the same command resumes the run."
+                        "optimizer.learning_rate, trainer.gradient_clip=1 or trainer.skip_nonfinite=3 may help; the "
+                        f"same command resumes the run.{_named(images)}"
                     )
                 self.checked.setdefault(name, []).append(value)
         self._unread = []
@@ -59,11 +81,49 @@ class StepMetrics:
         return means
 
 
+def _named(images: Sequence[str]) -> str:
+    """A sentence with the keys of a step's images."""
+    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
+    return f" Its images here: {', '.join(images[:_NAMED])}{more}." if images else ""
+
+
+class GradientAlarm:
+    """Says where the norm of a group's gradient is `factor` times its median over the last steps."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self._norms: dict[str, deque[float]] = {}
+
+    def look(self, checked: Mapping[str, Sequence[float]], step: int) -> dict[str, float]:
+        """Norms since the last row, up to `step` => alarm/NAME: how often it jumped, where it did."""
+        found = {}
+        for name, values in checked.items():
+            if not name.startswith("gradient_norm/"):
+                continue
+            norms = self._norms.setdefault(name, deque(maxlen=_WINDOW))
+            jumps = []
+            for norm in values:
+                if len(norms) >= _LEAST and norm > self.factor * (usual := median(norms)):
+                    jumps.append((norm, usual))
+                norms.append(norm)
+            if jumps:
+                found[f"alarm/{name}"] = float(len(jumps))
+                norm, usual = max(jumps)
+                distributed.say(
+                    f"{name} jumped to {norm:.4g} before step {step}: its median over {_WINDOW} steps is {usual:.4g} "
+                    "(trainer.gradient_clip limits it)"
+                )
+        return found
+
+
 class Rows(pl.Callback):
     """One row a step at every logger: training metrics when due, and what was logged in validation or by scores.
 
     It comes after all callbacks that log and before the one that saves checkpoints.
     """
+
+    def __init__(self, gradient_alarm: float | None = None) -> None:
+        self._alarm = GradientAlarm(gradient_alarm) if gradient_alarm else None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Training metrics; the row waits for a validation that follows in this step."""
@@ -71,7 +131,11 @@ class Rows(pl.Callback):
             return
         if pl_module.row_due:
             rates = {f"learning_rate/{group}": rate for group, rate in pl_module.rates().items()}
-            row = pl_module.metrics.read() | rates | {"images": float(pl_module.position)}
+            pl_module.metrics.check()
+            alarms = self._alarm.look(pl_module.metrics.checked, pl_module.step) if self._alarm else {}
+            row = pl_module.metrics.read() | rates | {"images": float(pl_module.position)} | alarms
+            if pl_module.metrics.skipped:
+                row["skipped_steps"] = float(pl_module.metrics.skipped)
             pl_module.row = row | pl_module.row
             for name, value in pl_module.row.items():  # for callbacks that monitor a metric
                 pl.LightningModule.log(pl_module, name, value, logger=False)

@@ -47,6 +47,8 @@ class TrainerSettings:
     accumulate: int = 1  # micro-batches a step
     global_batch: int | None = None  # images a step of all processes, from which accumulate follows
     gradient_clip: float | None = None  # largest norm of the gradient
+    skip_nonfinite: int = 0  # steps in a row that are left out where a gradient is not finite; 0: the run stops
+    gradient_alarm: float | None = 10.0  # say where a gradient's norm is so many times its median; None: never
     averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
     precision: Precision = "bf16-mixed"  # auto becomes what the processor computes fast
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -85,7 +87,9 @@ class TrainerSettings:
             value = getattr(self, name)
             if isinstance(value, str) and value not in choices:
                 raise InputError(f"trainer.{name}={value} is unknown; choose {' or '.join(choices)}.")
-        for name in ("gradient_clip", "checkpoint_every_minutes"):
+        if self.skip_nonfinite < 0:
+            raise InputError(f"trainer.skip_nonfinite={self.skip_nonfinite} must be 0 or more steps.")
+        for name in ("gradient_clip", "gradient_alarm", "checkpoint_every_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"trainer.{name}={value} must be above 0, or null for none.")

@@ -54,13 +54,14 @@ class Stage(Validated):
         max_steps: int,
         accumulate: int = 1,  # micro-batches a step
         gradient_clip: float | None = None,  # largest norm of a group's gradient
+        skip_nonfinite: int = 0,  # steps in a row that are left out where a gradient is not finite
         averaging_decay: float | None = None,  # None: no averaged weights
     ) -> None:
         super().__init__(seed)
         self.automatic_optimization, self.strict_loading = False, False
         self.max_steps, self.accumulate = max_steps, accumulate
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.gradient_clip, self.averaging_decay = gradient_clip, averaging_decay
+        self.gradient_clip, self.skip_nonfinite, self.averaging_decay = gradient_clip, skip_nonfinite, averaging_decay
         self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
         self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
@@ -74,6 +75,8 @@ class Stage(Validated):
         self.one_by_one = False  # update each group before the loss of the next one is computed
         self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = self._images = 0
+        self._keys: list[str] = []  # of this step's images
+        self._left_out = False  # whether a gradient of this step was not finite
         self._waiting: dict[str, Any] | None = None  # optimizer states of a checkpoint
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
@@ -121,6 +124,7 @@ class Stage(Validated):
             if last and self.one_by_one:
                 self._update_group(group)
         self._micro_batches += 1
+        self._keys += batch.get("key") or []
         self._images = len(batch["position"])
         if last:
             self._update([] if self.one_by_one else active)
@@ -175,6 +179,10 @@ class Stage(Validated):
         if self._scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             self._scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, which do it later
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.skip_nonfinite and self._scaler is None and not bool(norm.isfinite()):  # waits for the device
+            self._left_out = True
+            for parameter in parameters:
+                parameter.grad = None  # which leaves weights and the optimizer's state as they are
         if self.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
         if self._scaler is not None:  # an update whose gradient overflowed is left out
@@ -196,7 +204,11 @@ class Stage(Validated):
             self._scaler.end_step()
         self.step += 1
         self.position += self._images * self.accumulate * distributed.world_size()
-        self.metrics.close(self.step)
+        if self._left_out:
+            self.metrics.leave_out(self.step, self._keys, self.skip_nonfinite)
+        else:
+            self.metrics.close(self.step, self._keys)
+        self._left_out, self._keys = False, []
         self._micro_batches, self.step_complete, self.updating = 0, True, False
         self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.step
         if self.step >= self.max_steps:
