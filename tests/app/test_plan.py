@@ -47,7 +47,7 @@ def made(words: list[str]) -> tuple[dict[str, Any], TrainerSettings]:
 def allocated(config: dict[str, Any], settings: TrainerSettings, images: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Most that torch's allocator hands out during one step on real tensors, on top of what is held before."""
     monkeypatch.setattr(estimates, "IMAGES", images)
-    monkeypatch.setattr(attention, "_PRODUCTS_UP_TO", 0)
+    monkeypatch.setattr(attention, "by_products", lambda *_: False)
     kind = config["stage"]["name"]
     stage, _, batch = estimates._STAGES[kind](config, estimates.stage_options(config, settings))
     estimates.filled(stage)

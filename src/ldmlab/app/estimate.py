@@ -55,13 +55,13 @@ def estimate(config: Config, settings: TrainerSettings) -> Estimate:
         raise InputError(f"stage={kind} has no step of its own; plan one of {', '.join(_STAGES)}.")
     options = stage_options(config, settings)
     stage, parts, batch = _STAGES[kind](config, options)
-    plain_products, attention._PRODUCTS_UP_TO = attention._PRODUCTS_UP_TO, 0  # attention is fused on a GPU
+    choice, attention.by_products = attention.by_products, lambda *_: False  # the scores of fused attention stay inside
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             filled(stage)
             return measured(stage, parts, batch, settings)
     finally:
-        attention._PRODUCTS_UP_TO = plain_products
+        attention.by_products = choice
 
 
 def filled(module: nn.Module) -> None:
