@@ -11,6 +11,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from toy_stages import TwoGroups, diffusion_stage, image_batch, options, train
 
@@ -19,6 +20,7 @@ from ldmlab.build import pick_device
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.first_stages import KLAutoencoder
+from ldmlab.instantiate import instantiate
 from ldmlab.losses import AutoencoderLoss
 from ldmlab.training import gradients
 from ldmlab.training.autoencoder_module import AutoencoderStage
@@ -83,6 +85,24 @@ def test_both_at_once(tmp_path: Path) -> None:
     assert forked.finish(*forked.group(2, member, diffusion, tmp_path / "both", 2, 2, log=tmp_path / "log")) == [0, 0]
     train(diffusion(1), tmp_path / "one", 8)
     assert_close(weights(tmp_path / "one"), weights(tmp_path / "both"))
+
+
+def own_strategy(rank: int, world: int, make: Callable[[int], Stage], folder: Path) -> None:
+    strategy = {"_target_": "pytorch_lightning.strategies.DDPStrategy", "find_unused_parameters": False}
+    node = {"_target_": "ldmlab.training.settings.TrainerSettings", "max_steps": 1, "micro_batch": 4}
+    built = instantiate({**node, "strategy": strategy}, where="trainer", trust=True).strategy  # typed
+    assert isinstance(built, DDPStrategy)
+    train(make(1), folder, 4, world, rank, strategy=built)
+
+
+def test_a_strategy_of_lightning_by_its_target(tmp_path: Path) -> None:
+    """As `trainer.strategy={_target_: ...}` gives it."""
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, own_strategy, diffusion, tmp_path / "two", log=log)) == [0, 0], (
+        log.read_text()
+    )
+    train(diffusion(1), tmp_path / "one", 8)
+    assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
 def create(rank: int, world: int, root: Path) -> None:
