@@ -1,0 +1,83 @@
+"""Kernels and waits of one micro-batch outside the networks, counted as torch hands them to a device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from test_autoencoder_module import stage as autoencoder_stage
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_stages import diffusion_stage, image_batch
+
+# what a GPU makes the host wait for: a number read, an unknown size, numbers copied from the host
+WAITS = {"_local_scalar_dense", "nonzero", "bincount", "lift_fresh", "_unique2", "masked_select", "equal"}
+VIEWS = {"empty", "empty_like", "new_empty", "detach", "_unsafe_view", "_reshape_alias", "lift_fresh"}
+
+
+class Outside(TorchDispatchMode):
+    """Counts what runs outside the calls of these modules."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.kernels: list[str] = []
+        self.waits: list[str] = []
+        self._depth = 0
+        for network in networks:
+            network.register_forward_pre_hook(lambda *_: self._move(1))
+            network.register_forward_hook(lambda *_: self._move(-1))
+
+    def _move(self, by: int) -> None:
+        self._depth += by
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in WAITS:
+            self.waits.append(name)  # in the networks too
+        if self._depth == 0 and name not in VIEWS and not func.is_view:
+            self.kernels.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(run: Callable[[], Any], *networks: nn.Module) -> Outside:
+    """Of the second time: the first fills caches."""
+    run()
+    with Outside(*networks) as outside:
+        run()
+    return outside
+
+
+def test_denoiser() -> None:
+    made = diffusion_stage()
+    images = image_batch(range(8))
+    batch = {**images, "moments": torch.cat([images["image"] / 127.5 - 1, torch.full((8, 3, 8, 8), -6.0)], dim=1)}
+    made.train()
+    networks = made.diffusion.backbone, *made.diffusion.conditioners.values()
+    found = counted(lambda: made.losses("denoiser", batch), *networks)
+    assert found.waits == []
+    assert len(found.kernels) <= 65, " ".join(found.kernels)
+    assert len([name for name in found.kernels if name == "addcmul"]) == 9  # one Philox call
+
+
+def test_kl_autoencoder() -> None:
+    made = autoencoder_stage(adversary=False)
+    part, batch = made.first_stage, image_batch(range(4))
+    networks = part.encoder, part.decoder, part.to_moments, part.from_latent
+    found = counted(lambda: made.losses("generator", batch), *networks)
+    assert found.waits == []
+    assert len(found.kernels) <= 69, " ".join(found.kernels)
+
+
+def test_vq_autoencoder() -> None:
+    made = autoencoder_stage(adversary=False, vq=16, network={"codebook_decay": 0.9, "restart_below": 0.9})
+    part, batch = made.first_stage, image_batch(range(4))
+
+    def step() -> None:
+        made.losses("generator", batch)
+        assert made.codebook is not None
+        made.codebook.end_step(1, 4)
+        made._update_codebook()
+
+    found = counted(step, part.encoder, part.decoder, part.to_latent, part.from_latent, part.quantiser)
+    assert found.waits == []
+    assert "addcmul" not in found.kernels  # no noise is drawn
+    assert len(found.kernels) <= 60, " ".join(found.kernels)
