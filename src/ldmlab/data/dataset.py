@@ -1,7 +1,7 @@
 """Shards as a data set keyed by position, in the order that `order.py` gives them."""
 
 import mmap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ldmlab.annotations import BOXES
 from ldmlab.contracts import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, Task
+from ldmlab.data.answers import answers, of_field, of_rule
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
 from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
 from ldmlab.data.manifest import Manifest
@@ -142,9 +143,10 @@ class ShardDataset(Dataset[Batch]):
         if spec.moments and (latents := manifest.latents):
             side = latents["image_size"] // latents["downsampling"]
             self._moment_shape = latents["latent_channels"] * (2 if latents["has_logvar"] else 1), side, side
-        self._kept: list[list[int]] | None = None  # per shard the samples that take part; None: all
-        if spec.task and spec.task.keeps:
-            self._kept = self._kept_samples(spec.task.keeps)
+        self._hash = manifest.hash
+        self._kept: list[NDArray[np.int64]] | None = None  # per shard the samples that take part; None: all
+        if spec.task and (keeps := spec.task.keeps):
+            self._kept = self._kept_samples(spec.task, keeps)
         self.order = SequentialOrder(self.counts)  # of the samples that take part; the caller may set another
         self._cache: ImageCache | None = None
         self._check_samples()
@@ -159,20 +161,21 @@ class ShardDataset(Dataset[Batch]):
         """Samples per shard that take part."""
         return self.reader.counts if self._kept is None else [len(samples) for samples in self._kept]
 
-    def labels(self, field: str) -> list[str]:
-        """The value of `field` for every sample that takes part; "" where it is missing or unreadable."""
-        labels, lacking = [], list[str]()
-        for shard, sample, known in self._all_fields():
-            if known is not None and field not in known:
-                label = self.reader.label(shard, sample)
-                lacking.append(f"{label} has no such field (it has {', '.join(sorted(known))})")
-            labels.append(str((known or {}).get(field, "")))
-        if 2 * len(lacking) > len(labels):
+    def labels(self, field: str) -> NDArray[Any]:
+        """The value of `field` as text for every sample that takes part; "" where it is missing or unreadable."""
+        found = answers(self.reader, self._hash, of_field(field), self.named)
+        if self._kept is not None:
+            found = found._replace(numbers=found.numbers[self._keeps])
+        lacks = [number for number, value in enumerate(found.values) if value is None]
+        if lacks and 2 * np.count_nonzero(lacking := found.numbers == lacks[0]) > len(lacking):
+            place = self._place(int(lacking.argmax()))
+            known = sample_fields(self.reader.read(place.shard, place.sample)[1])
             raise InputError(
-                f"data.balance={field}: {len(lacking)} of {len(labels)} samples lack it: sample {lacking[0]}; "
-                "name another."
+                f"data.balance={field}: {np.count_nonzero(lacking)} of {len(lacking)} samples lack it: sample "
+                f"{self.reader.label(place.shard, place.sample)} has no such field (it has "
+                f"{', '.join(sorted(known))}); name another."
             )
-        return labels
+        return found.texts()
 
     def keep_decoded(self, limit_gib: float) -> None:
         """Decode every image once and keep it in memory."""
@@ -209,7 +212,7 @@ class ShardDataset(Dataset[Batch]):
 
     def _place(self, position: int) -> Place:
         place = self.order.locate(position)
-        return place._replace(sample=self._kept[place.shard][place.sample]) if self._kept else place
+        return place._replace(sample=int(self._kept[place.shard][place.sample])) if self._kept else place
 
     def _sample(self, place: Place) -> Batch:
         """One decoded sample; `flip` picks the same side for the image, its moments and all that lies on it."""
@@ -287,24 +290,10 @@ class ShardDataset(Dataset[Batch]):
                 return {**sample, "position": position, "skipped": []}
         raise InputError(f"{self.named}: none of the first samples can be read ({skipped[-1]}); pack it again.")
 
-    def _kept_samples(self, keeps: Callable[[Mapping[str, Any]], bool]) -> list[list[int]]:
+    def _kept_samples(self, task: Task, keeps: Callable[[Mapping[str, Any]], bool]) -> list[NDArray[np.int64]]:
         """Per shard the samples whose KEY.json is kept; unreadable ones stay, to be counted as such."""
-        kept: list[list[int]] = [[] for _ in self.reader.counts]
-        for shard, sample, fields in self._all_fields((BOXES,)):
-            if fields is None or keeps(fields):
-                kept[shard].append(sample)
-        if not any(kept):
+        found = answers(self.reader, self._hash, of_rule(task, keeps, (BOXES,)), self.named)
+        self._keeps = np.array([*(value == "yes" for value in found.values), True])[found.numbers]
+        if not self._keeps.any():
             raise InputError(f"task: it leaves out all images of {self.named}; loosen its limits.")
-        return kept
-
-    def _all_fields(self, names: Collection[str] = ()) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
-        """Shard, sample and fields, `names` validated, of all samples that take part; None: they cannot be read."""
-        for shard, count in enumerate(self.reader.counts):
-            for sample in range(count) if self._kept is None else self._kept[shard]:
-                try:
-                    fields = sample_fields(self.reader.read(shard, sample)[1], names)
-                except ShardLost:
-                    raise
-                except BAD_SAMPLE:
-                    fields = None
-                yield shard, sample, fields
+        return [np.flatnonzero(part) for part in np.split(self._keeps, self.reader.ends[:-1])]

@@ -9,7 +9,7 @@ own shuffles draw.
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,9 +115,10 @@ class BalancedOrder(SequentialOrder):
 
     Each class runs through its own samples in shuffled cycles that continue over epochs, so within a class no sample is
     ever more than one draw ahead of another. Temperature 1 keeps the rates of the data, 0 makes all classes equal.
+    labels: the class of each sample, a sequence or an array of texts.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, labels: Sequence[str], temperature: float) -> None:
+    def __init__(self, counts: Sequence[int], seed: int, labels: Any, temperature: float) -> None:
         if not 0 <= temperature <= 1:
             raise InputError(f"data.balance_temperature={temperature} is outside 0 (equal) .. 1 (as the data are).")
         super().__init__(counts)

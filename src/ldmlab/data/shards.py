@@ -234,7 +234,7 @@ class ShardReader:
         self._stored = [(shard.name, shard.bytes, shard.sha256) for shard in manifest.shards] if self.store else []
         self.names = [shard.name for shard in manifest.shards]
         self.counts = [shard.samples for shard in manifest.shards]
-        self._first = np.cumsum([0, *self.counts])  # where a shard's samples begin
+        self.ends = np.cumsum(self.counts)  # of each shard's samples, counted over all
         self._sizes = [shard.bytes for shard in manifest.shards]
         self._summed = [shard.summed for shard in manifest.shards]
         self._mapped = manifest.places_sha256 is not None
@@ -246,7 +246,7 @@ class ShardReader:
 
     def read(self, shard: int, sample: int) -> tuple[str, Files]:
         """Key and files of a sample; OSError, ValueError or tarfile's errors where the shard is damaged."""
-        index = int(self._first[shard]) + sample
+        index = self.index(shard, sample)
         last = sample + 1 == self.counts[shard]
         with ExitStack() as held:
             file = self._file(shard, held)
@@ -257,7 +257,7 @@ class ShardReader:
 
     def index(self, shard: int, sample: int) -> int:
         """Number of a sample, counted over all shards."""
-        return int(self._first[shard]) + sample
+        return int(self.ends[shard]) - self.counts[shard] + sample
 
     def label(self, shard: int, sample: int) -> str:
         """How messages name a sample whose key may be unreadable."""
