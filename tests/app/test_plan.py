@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from ldmlab.app import estimate as estimates
@@ -12,6 +13,7 @@ from ldmlab.app.cli import dispatch
 from ldmlab.app.commands.plan import USED
 from ldmlab.app.compose import compose, plain
 from ldmlab.errors import InputError
+from ldmlab.evaluation.step_cost import StepCost
 from ldmlab.instantiate import instantiate
 from ldmlab.nn import attention
 from ldmlab.training.settings import TrainerSettings, trainer_node
@@ -73,6 +75,20 @@ def test_a_plan_agrees_with_the_allocator(name: str, monkeypatch: pytest.MonkeyP
     measured = allocated(config, settings, 8, monkeypatch)
     print(f"{name}: counted {counted / 2**20:.1f} MiB, allocated {measured / 2**20:.1f} MiB")
     assert counted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("width", "formed"), [(64, 0), (256, 0), (512, 2 * 2)])  # scores and their softmax, bfloat16
+def test_attention_counts_as_a_gpu_computes_it(width: int, formed: int) -> None:
+    tokens, images = 1024, 3
+    with FakeTensorMode(), estimates.attention_of_a_gpu():
+        q, k, v = (torch.empty(images, 1, tokens, width, dtype=torch.bfloat16) for _ in range(3))
+        step = StepCost({}, [q, k, v], images)
+        with step.counting():
+            attention.attend(q, k, v)
+    inputs_and_outputs = 4 * images * tokens * width * 2
+    assert images * tokens**2 * formed <= sum(step.peak(images).values())
+    assert sum(step.peak(images).values()) < images * tokens**2 * formed + inputs_and_outputs
+    assert attention.by_products("cpu", torch.bfloat16, 64, 64, 64)  # the choice of this processor is back
 
 
 def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """What a training step costs, from its configuration alone: no weights, no data, no network."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +55,18 @@ def estimate(config: Config, settings: TrainerSettings) -> Estimate:
         raise InputError(f"stage={kind} has no step of its own; plan one of {', '.join(_STAGES)}.")
     options = stage_options(config, settings)
     stage, parts, batch = _STAGES[kind](config, options)
-    choice, attention.by_products = attention.by_products, lambda *_: False  # the scores of fused attention stay inside
+    with FakeTensorMode(allow_non_fake_inputs=True), attention_of_a_gpu():
+        filled(stage)
+        return measured(stage, parts, batch, settings)
+
+
+@contextmanager
+def attention_of_a_gpu() -> Iterator[None]:
+    """Inside, attention holds what a GPU's kernels hold: scores only where a GPU would form them."""
+    choice = attention.by_products
+    attention.by_products = lambda _, *sizes: choice("cuda", *sizes)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            filled(stage)
-            return measured(stage, parts, batch, settings)
+        yield
     finally:
         attention.by_products = choice
 
