@@ -1,5 +1,6 @@
 """Files of tensors: written atomically, read without running code."""
 
+import copy
 import hashlib
 import os
 import re
@@ -38,18 +39,20 @@ def _torch_save(content: dict[str, Any], path: Path) -> None:
         raise
 
 
-def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, lazily: bool = False, checked: bool = False) -> dict[str, Any]:
     """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data.
 
     Every byte is checked against the checksums that torch.save writes into the file and torch.load ignores, the content
     against its inventory where it has one.
 
-    lazily: tensors stay in the file until they are used, which must not be deleted before.
+    lazily: tensors stay in the file until they are used, in memory that all processes of a machine share.
+    checked: another process has read and checked the file just now.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the path of a checkpoint or of a run folder.")
     try:
-        _check_sums(path)
+        if not checked:
+            _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -57,8 +60,35 @@ def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
         raise InputError(
             f"{path} cannot be read as a checkpoint ({unreadable(path, error)}); use another one."
         ) from error
-    _check_inventory(path, content)
+    if not checked:
+        _check_inventory(path, content)
     return content
+
+
+def in_host_memory(content: Any) -> Any:
+    """The same structure, its tensors copied: those of a GPU to pinned memory, while the GPU goes on for the others.
+
+    What shared memory shares it still. Call it where the values are complete; they may change from then on.
+    """
+    copies: dict[Any, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
+            if key not in copies:
+                host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+                copies[key] = host.copy_(value.detach(), non_blocking=True)
+            return copies[key]
+        if isinstance(value, Mapping):
+            new = copy.copy(value)
+            new.update({name: copied(part) for name, part in value.items()})  # type: ignore[attr-defined]
+            return new
+        return type(value)([copied(part) for part in value]) if type(value) in (list, tuple) else value
+
+    whole = copied(content)
+    if any(tensor.is_pinned() for tensor in copies.values()):
+        torch.cuda.synchronize()
+    return whole
 
 
 def _check_sums(path: Path) -> None:

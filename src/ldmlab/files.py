@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import sys
@@ -50,6 +51,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def link(path: Path, other: Path) -> None:
+    """A second name for a file, or a copy where its file system has no hard links; what had the name is replaced."""
+
+    def same(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+    write_atomically(other, same)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import re
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def test_checkpoints_hold_plain_types_and_the_newest_and_best_are_kept(tmp_path:
     ]  # fmt: skip
     best = torch.load(folder / "best_step_00000004_error_1.ckpt", weights_only=True)
     assert best["step"] == 4
+    assert (folder / "best_step_00000004_error_1.ckpt").samefile(folder / "step_00000004.ckpt")  # written once
     assert best["notes"]["best"] == {"name": "error", "value": 1.0, "step": 4}
     assert set(best["modules"]) == {"main", "adversary"}
     assert {
@@ -77,7 +79,7 @@ def test_the_best_checkpoint_of_an_older_run_gives_way_to_a_better_one(tmp_path:
     assert kept.best() == tmp_path / "best.ckpt"
     note = {"name": "kid", "value": -0.00125, "step": 5}
     checkpoints.save_checkpoint(kept.best_path(note), {"step": 5})
-    kept.prune_best(note)
+    kept.prune(note)
     assert [path.name for path in tmp_path.iterdir()] == ["best_step_00000005_kid_-0.00125.ckpt"]
     assert kept.best() == tmp_path / "best_step_00000005_kid_-0.00125.ckpt"
     assert kept.by_age() == []  # never taken up by a resumed run
@@ -340,14 +342,66 @@ def test_what_a_checkpoint_held_is_freed_before_the_first_step(tmp_path: Path, m
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            gc.collect()
             freed.extend(ref() is None for ref in held)
+            mapped.append(".ckpt" in Path("/proc/self/maps").read_text())
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            gc.collect()
+            mapped.append(".ckpt" in Path("/proc/self/maps").read_text())
 
     freed: list[bool] = []
+    mapped: list[bool] = []
     monkeypatch.setattr(Files, "load_checkpoint", watched)
-    for steps in (2, 4):
+    for steps in (4, 6):  # the opponent's optimizer has a state from step 3 on
         train(TwoGroups(max_steps=steps), tmp_path / "run", callbacks=[Watch()])
     assert freed == [True, True]
+    assert mapped == [False] * 5 + [True] + [False] * 2  # the random state, until the first step; no view is left
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(TwoGroups(max_steps=3), tmp_path / "straight")
+    write, begun, later = checkpoints._torch_save, threading.Event(), threading.Event()
+
+    class Meet(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if pl_module.step == 5:
+                met.append(begun.wait(60))
+                later.set()
+
+    def slowly(content: dict[str, Any], path: Path) -> None:
+        begun.set()
+        met.append(later.wait(60))
+        write(content, path)
+
+    met: list[bool] = []
+    monkeypatch.setattr(checkpoints, "_torch_save", slowly)
+    train(TwoGroups(max_steps=6), tmp_path / "run", callbacks=[Meet()], validate_every=10)
+    assert met == [True, True, True]  # step 5 was made before step 3 was written
+    read = [load_checkpoint(tmp_path / n / "checkpoints" / "step_00000003.ckpt") for n in ("straight", "run")]
+    for part in ("modules", "averaged", "optimizers", "rng", "step"):
+        forked.same(read[0][part], read[1][part])
+
+
+def test_the_best_is_a_copy_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("ldmlab.files.os.link", no_links)
+    path = train(TwoGroups(max_steps=3), tmp_path / "run")
+    (best,) = path.parent.glob("best*")
+    assert best.read_bytes() == path.read_bytes()
+    assert not best.samefile(path)
+
+
+def test_what_keeps_a_checkpoint_from_being_written_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(content: dict[str, Any], path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoints, "_torch_save", broken)
+    with pytest.raises(InputError, match=r"step_00000003.ckpt was not written \(OSError\(5, 'Input/output error'\)\)"):
+        train(TwoGroups(max_steps=4), tmp_path / "run", validate_every=10)
 
 
 def test_the_best_checkpoint_resumes_a_run_whose_others_are_lost(tmp_path: Path) -> None:

@@ -124,8 +124,7 @@ def test_after_five_saves_one_artifact_goes_up(tmp_path: Path, upload: str) -> N
         save_checkpoint(saved.path(step), {"step": step})
         note = {"name": "fid", "value": 9.5 - step, "step": step}
         save_checkpoint(saved.best_path(note), {"step": step})
-        saved.prune()
-        saved.prune_best(note)
+        saved.prune(note)
     start(run, 0, upload=upload)
     artifacts = [record.artifact for record in records(folders(run)[0]) if record.HasField("artifact")]
     names = [[entry.path for entry in artifact.manifest.contents] for artifact in artifacts]

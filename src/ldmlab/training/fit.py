@@ -11,14 +11,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ldmlab import distributed
-from ldmlab.checkpoints import load_checkpoint, load_exactly
+from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError, memory_ran_out
 from ldmlab.training import precision
 from ldmlab.training.callbacks.compiled import Compiled
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.weight_averaging import Averaging
-from ldmlab.training.checkpointing import Checkpoints, Files, complete
+from ldmlab.training.checkpointing import Checkpoints, Files, reread
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.loggers import RunFiles, close_all, lost_rows, open_all
@@ -78,7 +78,7 @@ def fit(
         trainer = make_trainer(stage, settings, parts, loggers, [files], run.path)
         _introduce(stage, settings, progress, path, changes)
         open_all(loggers, run, fields, stage.step)
-        _train(trainer, stage, batches, path, stop, checkpoints)
+        _train(trainer, stage, batches, path, stop, checkpoints, files)
     last = _end(stage, run, settings, stop, checkpoints, resume_command)
     for line in skipped.summary():
         distributed.say(line)
@@ -86,13 +86,20 @@ def fit(
 
 
 def _train(
-    trainer: pl.Trainer, stage: Stage, batches: Batches, path: Path | None, stop: StopRequest, checkpoints: Checkpoints
+    trainer: pl.Trainer,
+    stage: Stage,
+    batches: Batches,
+    path: Path | None,
+    stop: StopRequest,
+    checkpoints: Checkpoints,
+    files: Files,
 ) -> None:
     """Fit, and close the loggers; a fault is raised in a sentence where there is one."""
     success = False
     stage.train()
     try:
-        trainer.fit(stage, batches, ckpt_path=path, weights_only=True)
+        with files:
+            trainer.fit(stage, batches, ckpt_path=path, weights_only=True)
         success = True
     except Interrupted:
         pass
@@ -151,7 +158,7 @@ def _take_up(
     path = distributed.shared(look)
     if path is None:
         return None, []
-    content = files.held = files.held or complete(load_checkpoint(path), path)
+    content = files.held = files.held or reread(path)
     if content["kind"] != stage.kind:
         raise InputError(f"{path} is of stage={content['kind']}, this run is stage={stage.kind}; resume its own run.")
     if content["seed"] != stage.seed:

@@ -152,7 +152,10 @@ def restore_optimizer(optimizer: Optimizer, state: Any, name: str) -> None:
         group.update(options)
     for parameter, moments in optimizer.state.items():
         for kind, moment in moments.items():
-            if not isinstance(moment, Tensor) or not moment.ndim:
+            if not isinstance(moment, Tensor):
+                continue
+            if not moment.ndim:
+                moments[kind] = moment.clone()  # else it stays in the file's memory
                 continue
             if moment.shape != parameter.shape:
                 raise InputError(f"the checkpoint's optimizer state of {name} has another shape than its weights.")

@@ -77,6 +77,7 @@ class RandomState(pl.Callback):
             restore_random_state(self._states[distributed.rank()])
         else:  # a new run, or one resumed with another number of processes
             seed_process(pl_module.seed + pl_module.step, distributed.rank())
+        self._states = []
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """A collective call."""

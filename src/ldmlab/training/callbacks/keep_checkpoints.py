@@ -80,22 +80,24 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
         self._end_step(trainer, pl_module)
 
     def _end_step(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.improved:  # before the checkpoint that refers to this one
-            trainer.save_checkpoint(self.files.best_path(self.notes["best"]))
-            if distributed.rank() == 0:
-                self.files.prune_best(self.notes["best"])
-            self.improved = False
+        trainer.strategy.checkpoint_io.wait(for_end=False)  # type: ignore[attr-defined]
         due = self.stop.save_due or pl_module.step % self.settings.checkpoint_every == 0
-        if due or self.stop.stopping or trainer.should_stop:
-            self.save(trainer, pl_module)
+        due = due or self.stop.stopping or trainer.should_stop
+        if self.improved or due:
+            self.save(trainer, pl_module, due)
         if self.stop.stopping:
             raise Interrupted
 
-    def save(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """A checkpoint of this step; a collective call."""
-        trainer.save_checkpoint(self.files.path(pl_module.step))
-        if distributed.rank() == 0:
-            self.files.prune()
+    def save(self, trainer: pl.Trainer, pl_module: Any, due: bool = True) -> None:
+        """A checkpoint of this step; a collective call.
+
+        due: also if it is not the best. The best comes first: the other one refers to it.
+        """
+        paths = [self.files.best_path(self.notes["best"])] if self.improved else []
+        paths += [self.files.path(pl_module.step)] if due else []
+        note = dict(self.notes["best"]) if self.improved else None
+        self.improved = False
+        trainer.save_checkpoint(paths[0], storage_options=(paths[1:], lambda: self.files.prune(note)))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """A signal may have reached the loader's workers too; the state is still that of the last complete step."""
