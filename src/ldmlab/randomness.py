@@ -134,16 +134,16 @@ def draw(
     if not layout:
         return {}
     first, second = _units(seed, tuple(layout), index, step)
-    drawn = {purpose: first[:, place, 0] for place, purpose in enumerate(uniforms)}
+    numbers = {purpose: first[:, place, 0] for place, purpose in enumerate(uniforms)}
     if not normals:
-        return drawn
+        return numbers
     radius = torch.sqrt(-2 * torch.log(first[:, len(uniforms) :]))
     angle = 2 * math.pi * second[:, len(uniforms) :]
     pairs = torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)  # (B, T, 2, 2)
     values = (pairs * radius[..., None]).float().flatten(1)
     for purpose, part in zip(counts, values.split([4 * n for _, n in layout[len(uniforms) :]], dim=1), strict=True):
-        drawn[purpose] = part[:, : counts[purpose]].reshape(len(index), *normals[purpose])
-    return drawn
+        numbers[purpose] = part[:, : counts[purpose]].reshape(len(index), *normals[purpose])
+    return numbers
 
 
 def normal(seed: int, purpose: str, index: Tensor, shape: Shape, step: int = 0) -> Tensor:

@@ -50,7 +50,7 @@ class Answers(NamedTuple):
 class Question(NamedTuple):
     """What is asked of every sample; `text` stands for all that the answers depend on besides the samples."""
 
-    text: str | None  # None: that cannot be told, so answers are not kept
+    text: str | None  # None: unknown, so answers are not kept
     ask: Ask
     validated: Collection[str] = ()  # fields in which a fault makes the sample an unreadable one
 

@@ -119,7 +119,7 @@ class LatentDiffusion(LatentSpace):
     def loss(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
         """Per-image loss (B,) float32 and its times (B,) int64; random numbers depend on (seed, position, purpose)."""
         uniforms = {"time", *(self.drop_purposes.values() if self.training else ())}
-        clean, numbers = self.drawn(batch, seed, sorted(uniforms), noise=True)  # (B, C, h, w)
+        clean, numbers = self.latents_and_numbers(batch, seed, sorted(uniforms), noise=True)  # (B, C, h, w)
         t, noise = below(numbers["time"], self.schedule.steps), numbers["noise"]  # t: (B,)
         alpha, sigma = self.schedule.levels(t)
         x = alpha * clean + sigma * noise

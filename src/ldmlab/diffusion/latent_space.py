@@ -98,13 +98,13 @@ class LatentSpace(nn.Module):
     @torch.no_grad()
     def latents(self, batch: dict[str, Any], seed: int) -> Tensor:
         """Final latents of a training batch, sampled from the posterior by (seed, position); float32."""
-        return self.drawn(batch, seed)[0]
+        return self.latents_and_numbers(batch, seed)[0]
 
     @torch.no_grad()
-    def drawn(
+    def latents_and_numbers(
         self, batch: dict[str, Any], seed: int, uniforms: Sequence[str] = (), noise: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `latents`, and random numbers by purpose, all drawn at once: "noise" of their shape, and (B,) uniform."""
+        """As `latents`, and random numbers by purpose, of one call: "noise" of their shape, and (B,) uniform."""
         if "moments" in batch:
             posterior = Posterior.from_moments(batch["moments"].float(), self._stage.latent_channels)
         elif "image" in batch:

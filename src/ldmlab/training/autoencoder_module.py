@@ -171,9 +171,9 @@ class AutoencoderStage(Stage):
         shape = (self.first_stage.latent_channels, images.shape[2] // f, images.shape[3] // f)
         purposes = ["posterior", *["posterior of the adversary"] * self.one_by_one]
         purposes = purposes if getattr(self.first_stage, "uses_noise", True) else []
-        drawn = draw(self.seed, position.to(self.device), dict.fromkeys(purposes, shape))
+        numbers = draw(self.seed, position.to(self.device), dict.fromkeys(purposes, shape))
         nothing = images.new_empty(0)
-        return drawn.get("posterior", nothing), drawn.get("posterior of the adversary", nothing)
+        return numbers.get("posterior", nothing), numbers.get("posterior of the adversary", nothing)
 
     def _watch(self, error: Tensor) -> None:
         """Warn when reconstruction has become clearly worse since the adversary's start."""

@@ -71,7 +71,7 @@ class ClassifierStage(Stage):
     def _classified(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Per image: cross-entropy, 1 where the class is right, noise level in [0, 1); each (B,) float32."""
         labels = batch["class_id"]
-        clean, numbers = self.space.drawn(batch, seed, ["time"], noise=True)  # (B, C, h, w)
+        clean, numbers = self.space.latents_and_numbers(batch, seed, ["time"], noise=True)  # (B, C, h, w)
         t = below(numbers["time"], self.schedule.steps)  # (B,)
         alpha, sigma = self.schedule.levels(t)
         x = alpha * clean + sigma * numbers["noise"]
