@@ -1,8 +1,8 @@
-"""A question about the fields of every sample, asked once: the answers lie in `.cache/` beside the manifest.
+"""Answers that the fields of every sample give, found once: they lie in `.cache/` beside the manifest.
 
-A file is named after the manifest's hash, the question and the code that answers it, so that a change of any of them
-asks again. It holds a line of JSON (the different answers, a CRC32C) and a little-endian int32 a sample: the number of
-its answer, or -1 for one that could not be read, which is asked again at every start. One process of a machine reads
+A file is named after the manifest's hash, the question and the code that answers it; a change of any of them makes
+another. It holds a line of JSON (the different answers, a CRC32C) and a little-endian int32 a sample: the number of
+its answer, or -1 for one that could not be read, which is tried again at every start. One process of a machine reads
 the shards and the others wait for it. Beside a manifest that cannot be written to, the file goes to `answers` in the
 folder of fetched files; where neither can be written, every process reads the shards at every start, which is logged.
 """
@@ -48,7 +48,7 @@ class Answers(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked of every sample; `text` stands for all that the answers depend on besides the samples."""
+    """What is found out about every sample; `text` stands for all that the answers depend on besides the samples."""
 
     text: str | None  # None: unknown, so answers are not kept
     ask: Ask
@@ -83,8 +83,8 @@ def answers(reader: ShardReader, manifest_hash: str, question: Question, named: 
     """The answers of all samples, from the file or else from the shards; `named`: "OPTION=FOLDER"."""
     total = int(sum(reader.counts))
     if question.text is None:
-        logger.info("%s: what is asked of its samples cannot be kept, so every start reads all of them.", named)
-        return _asked(reader, question)
+        logger.info("%s: what its task keeps cannot be stored, so every start reads all samples.", named)
+        return _computed(reader, question)
     name = hashlib.sha256(f"{manifest_hash} {question.text}".encode()).hexdigest()
     places = [folder / f"{name}.answers" for folder in (reader.folder / ".cache", weights_folder() / "answers")]
     found = next((one for place in places if (one := _read(place, total))), None)
@@ -92,17 +92,17 @@ def answers(reader: ShardReader, manifest_hash: str, question: Question, named: 
         place = next(filter(_writable, places), None)
         if place is None:
             logger.warning("%s and %s cannot be written to: every start reads all samples of %s.", *places, named)
-            return _asked(reader, question)
+            return _computed(reader, question)
         with locked(place.with_suffix(".lock"), f"{named} is being read", wait=True, quiet=True, remove=True):
             found = _read(place, total)  # another process was first
             if found is None:
-                return _write(place, _asked(reader, question))
-    return _asked(reader, question, found)
+                return _write(place, _computed(reader, question))
+    return _computed(reader, question, found)
 
 
-def _asked(reader: ShardReader, question: Question, found: Answers | None = None) -> Answers:
-    """The answers by reading every sample, or those that are unread in `found`."""
-    values, numbers = found or Answers([], np.full(sum(reader.counts), UNREAD, np.int32))
+def _computed(reader: ShardReader, question: Question, before: Answers | None = None) -> Answers:
+    """The answers by reading every sample, or those that `before` lacks."""
+    values, numbers = before or Answers([], np.full(sum(reader.counts), UNREAD, np.int32))
     known = {value: number for number, value in enumerate(values)}
     for index in np.flatnonzero(numbers == UNREAD):
         try:
