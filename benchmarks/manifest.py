@@ -24,7 +24,7 @@ from ldmlab.data.manifest import Manifest, write_manifest
 from ldmlab.data.order import EpochOrder, training_batches
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.shards import END_MARKER, scan_tar, tar_bytes
+from ldmlab.data.tars import END_MARKER, scan_tar, tar_bytes
 
 GIB = 2**30
 WORLD, MICRO_BATCH = 64, 60

@@ -56,7 +56,7 @@ def write_scenes(
 ) -> None:
     """Shards of scenes, (width, height) `size`, with their manifest; objects: how many each image has."""
     from ldmlab.data.index_tars import index_tars
-    from ldmlab.data.shards import END_MARKER, tar_bytes
+    from ldmlab.data.tars import END_MARKER, tar_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, count, per_shard):

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ldmlab.data.manifest import Manifest, read_manifest, write_manifest
-from ldmlab.data.shards import END_MARKER, ShardReader, scan_tar, tar_bytes
+from ldmlab.data.shards import ShardReader
+from ldmlab.data.tars import END_MARKER, scan_tar, tar_bytes
 
 
 def toy_image(number: int, size: int) -> Image.Image:

@@ -29,7 +29,8 @@ from ldmlab.data.index_tars import index_tars
 from ldmlab.data.manifest import Manifest, read_manifest, write_manifest
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.shards import END_MARKER, ShardReader, parse_sample, scan_tar, tar_bytes
+from ldmlab.data.shards import ShardReader
+from ldmlab.data.tars import END_MARKER, parse_sample, scan_tar, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 from ldmlab.open_image import open_image

@@ -16,7 +16,7 @@ from ldmlab.app.commands import index as command
 from ldmlab.data.decode import sample_fields
 from ldmlab.data.index_tars import index_tars
 from ldmlab.data.manifest import Manifest, check_shards, read_manifest, write_manifest
-from ldmlab.data.shards import read_range, scan_tar
+from ldmlab.data.tars import read_range, scan_tar
 from ldmlab.errors import InputError
 
 

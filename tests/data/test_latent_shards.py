@@ -11,7 +11,8 @@ from ldmlab.data.decode import decode_moments
 from ldmlab.data.latent_shards import Statistics, npy_bytes
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.output_folder import ShardFile
-from ldmlab.data.shards import ShardReader, tar_bytes
+from ldmlab.data.shards import ShardReader
+from ldmlab.data.tars import tar_bytes
 from ldmlab.errors import InputError
 
 

@@ -17,7 +17,7 @@ from ldmlab.data.decode import decode_image
 from ldmlab.data.image_parts import decode_parts, packed_map
 from ldmlab.data.image_sources import list_source
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
-from ldmlab.data.shards import tar_bytes
+from ldmlab.data.tars import tar_bytes
 from ldmlab.data.transforms import Transform
 from scenes import Scene
 

@@ -17,8 +17,9 @@ from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import Place, SequentialOrder, image_random
 from ldmlab.data.shard_cache import Ahead
-from ldmlab.data.shards import Files, ShardLost, ShardReader
+from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.data.stores import Folder, check_there, manifest_of
+from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
 
 TRIES = 100  # samples in a row that may be bad before the data are given up, and samples checked at the start

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldmlab.annotations import BOXES, checked, middle_square, whole_class
-from ldmlab.data.shards import Files, image_ending
+from ldmlab.data.tars import Files, image_ending
 from ldmlab.data.transforms import to_rgb
 from ldmlab.open_image import open_image
 

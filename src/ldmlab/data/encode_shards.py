@@ -22,8 +22,9 @@ from ldmlab.data.loaders import IndexBatches, QuietLoader
 from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, read_manifest, write_manifest
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.shards import Files, ShardLost, ShardReader, image_ending, tar_bytes
+from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.data.stores import Folder, check_there, manifest_of
+from ldmlab.data.tars import Files, image_ending, tar_bytes
 from ldmlab.errors import InputError
 from ldmlab.files import FileLock, disk_errors, locked, write_json
 from ldmlab.provenance import provenance

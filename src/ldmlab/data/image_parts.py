@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ldmlab import annotations
 from ldmlab.annotations import BOXES
 from ldmlab.data.decode import decoded, required_fields, sample_fields
-from ldmlab.data.shards import Files, image_ending
+from ldmlab.data.tars import Files, image_ending
 from ldmlab.open_image import open_image
 
 MAPS = {"segmentation": "seg.png", "mask": "mask.png"}

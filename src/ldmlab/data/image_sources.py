@@ -14,7 +14,7 @@ from typing import Any
 from ldmlab.data import listings
 from ldmlab.data.decode import BAD_SAMPLE, checked_fields, clean_fields, is_missing, sample_fields
 from ldmlab.data.image_parts import MAPS
-from ldmlab.data.shards import IMAGE_ENDINGS, read_range, scan_tar
+from ldmlab.data.tars import IMAGE_ENDINGS, read_range, scan_tar
 from ldmlab.errors import InputError
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}

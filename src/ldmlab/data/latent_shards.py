@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldmlab.data.decode import states_ending
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.shards import Files
+from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it

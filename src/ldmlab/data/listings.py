@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.data.image_parts import MAPS
-from ldmlab.data.shards import IMAGE_ENDINGS
+from ldmlab.data.tars import IMAGE_ENDINGS
 from ldmlab.errors import InputError
 
 FILE_COLUMNS = ("file_name", "file", "filename", "image", "path", "image_path")

@@ -20,7 +20,7 @@ import google_crc32c
 from ldmlab.data.manifest import MANIFEST, PLAN, file_sha256
 from ldmlab.data.shard_cache import shards_folder
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.shards import END_MARKER
+from ldmlab.data.tars import END_MARKER
 from ldmlab.data.transfers import files_at, is_address, key_of, upload
 from ldmlab.errors import InputError
 from ldmlab.files import disk_errors, locked, read_json, write_json

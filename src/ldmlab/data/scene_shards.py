@@ -25,8 +25,8 @@ from ldmlab.data.manifest import Manifest, read_manifest
 from ldmlab.data.order import image_random
 from ldmlab.data.pack_images import Encoding, Part
 from ldmlab.data.pack_shards import PackOptions, Progress, pack
-from ldmlab.data.shards import image_ending, parse_sample, scan_tar, tar_bytes
 from ldmlab.data.splits import SplitRule
+from ldmlab.data.tars import image_ending, parse_sample, scan_tar, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
 from ldmlab.open_image import open_image

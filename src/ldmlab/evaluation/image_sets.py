@@ -16,7 +16,7 @@ from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
 from ldmlab.data.loaders import eval_loader, quiet_worker
 from ldmlab.data.manifest import read_manifest
-from ldmlab.data.shards import IMAGE_ENDINGS
+from ldmlab.data.tars import IMAGE_ENDINGS
 from ldmlab.data.transforms import WHITE
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
