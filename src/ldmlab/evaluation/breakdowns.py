@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.data.dataset import BatchSpec, ShardDataset
+from ldmlab.data.batch_spec import BatchSpec
+from ldmlab.data.dataset import ShardDataset
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.scoring import EvaluationPass, Track
