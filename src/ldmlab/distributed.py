@@ -75,10 +75,10 @@ def launched() -> tuple[int, int]:
     return rank(), world_size()
 
 
-def join(timeout: datetime.timedelta | None = None) -> tuple[int, int]:
+def join(timeout_minutes: float | None = None) -> tuple[int, int]:
     """Rank and number of processes; opens the group that the launcher prepared: nccl with GPUs, gloo without.
 
-    timeout: of collectives; None: torch's own. The environment variable LDMLAB_TIMEOUT_SECONDS precedes both.
+    timeout_minutes: of collectives; None: torch's own. The environment variable LDMLAB_TIMEOUT_SECONDS precedes both.
     """
     if joined() or world_size() == 1:
         return rank(), world_size()
@@ -91,7 +91,7 @@ def join(timeout: datetime.timedelta | None = None) -> tuple[int, int]:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     store = _meet() if by_srun else None
-    timeout = _patience() or timeout
+    timeout = _patience() or (datetime.timedelta(minutes=timeout_minutes) if timeout_minutes else None)
     try:
         dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, timeout=timeout)
     except (RuntimeError, ValueError) as error:  # torch's own for variables, names of hosts, ports and time

@@ -1,5 +1,6 @@
 """Faults while training: a lost process, exhausted memory, a metric that is no number, images that cannot be read."""
 
+import datetime
 import json
 import multiprocessing
 import os
@@ -79,6 +80,23 @@ def test_a_process_that_finds_no_other_says_so(flow: Flow, tmp_path: Path) -> No
     assert "the 2 processes of this run did not find each other (" in log
     assert "Traceback" not in log
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("words", "minutes"), [(["trainer.timeout_minutes=7.5"], 7.5), ([], None)])
+def test_the_patience_of_a_run_is_that_of_its_group(
+    words: list[str], minutes: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def opened(*_: Any, **options: Any) -> None:
+        given.update(options)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", opened)
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
+    for stage in ("autoencoder", "all"):
+        assert "did not find each other (seen)" in refusal(lambda: cli.dispatch(["train", f"stage={stage}", *words]))  # noqa: B023
+        assert given.pop("timeout") == (minutes and datetime.timedelta(minutes=minutes))
 
 
 @pytest.mark.parametrize(

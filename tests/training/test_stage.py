@@ -131,6 +131,16 @@ def test_steps_without_a_finite_gradient_are_left_out_up_to_a_number(
         train(Exploding(skip_nonfinite=1), tmp_path / "stops")
 
 
+def test_steps_left_out_stay_counted_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exploding, "at", (3, 4, 5))
+    train(Exploding(skip_nonfinite=2, max_steps=4), tmp_path / "run")
+    with pytest.raises(InputError, match=r"at step 5, 3 steps in a row .*skip_nonfinite=2;"):
+        train(Exploding(skip_nonfinite=2), tmp_path / "run")
+    monkeypatch.setattr(Exploding, "at", (6,))
+    train(Exploding(skip_nonfinite=2), tmp_path / "run")
+    assert float(read_metrics(tmp_path / "run" / "metrics.csv")[1][-1]["skipped_steps"]) == 3
+
+
 def test_a_gradient_that_jumps_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     alarm = GradientAlarm(10.0)
     steady = {"gradient_norm/main": [1.0, 1.2] * 15, "loss": [100.0]}

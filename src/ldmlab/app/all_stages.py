@@ -39,7 +39,7 @@ def train_all_stages(config: Config) -> Factor:
             raise InputError(f"{name}={value}: stage=all names its folders by their content; leave {name} out.")
     if config["data"]["latents"] is not None:
         raise InputError("data.latents: stage=all encodes by itself; leave it out, or use stage=diffusion.")
-    distributed.join()
+    distributed.join(config["trainer"].get("timeout_minutes"))
     factor = Factor(config).train()
     FactorScores(factor).keep()
     return factor

@@ -38,7 +38,10 @@ _NOT_OF_DATA = (  # how images are read, not which
     *("train", "val", "latents", "states", "workers", "cache", "cache_limit_gib", "sha256", "object_background"),
     *("shard_cache", "shard_cache_gib"),
 )
-_NOT_OF_TRAINER = ("log_every", "validate_every", "checkpoint_every", "keep", "accelerator", "devices", "compile")
+_NOT_OF_TRAINER = (
+    *("log_every", "validate_every", "checkpoint_every", "checkpoint_every_minutes", "keep", "accelerator", "devices"),
+    *("compile", "timeout_minutes", "gradient_alarm"),
+)
 
 
 class Factor:

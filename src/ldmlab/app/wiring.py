@@ -41,6 +41,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
     if name not in PLANS:
         raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
     check_choices(config, chosen)
+    distributed.join(settings.timeout_minutes)
     folder, runs = config["run"]["dir"], config["paths"]["runs"]  # run.dir: exactly there, where a run is resumed
     run = RunFolder.create(runs, config["run"]["name"]) if folder is None else RunFolder.at(folder)
     plan: Plan | None = None

@@ -23,8 +23,9 @@ _APPLIED = (  # read at every start; changes are reported
 )
 _HARMLESS = (  # of the place and the machine, or held against the checkpoint by content
     *("run", "paths", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-    *("trainer.compile", "trainer.plugins", "data.workers", "data.cache", "data.cache_limit_gib", "data.sha256"),
-    *("data.shard_cache", "data.shard_cache_gib", "data.max_bad", "data.states", "plugins", "stage.codebook_window"),
+    *("trainer.timeout_minutes", "trainer.compile", "trainer.plugins", "data.workers", "data.cache", "data.sha256"),
+    *("data.cache_limit_gib", "data.shard_cache", "data.shard_cache_gib", "data.max_bad", "data.states", "plugins"),
+    "stage.codebook_window",
     *("trainer.micro_batch", "trainer.accumulate", "trainer.accumulate_grad_batches"),  # their product with processes
     "trainer.global_batch",
     *("data.train", "data.latents", "from_run", "seed"),  # the manifest and the weights; the seed by `fit`

@@ -51,6 +51,15 @@ class StepMetrics:
         distributed.say(f"step {step} is left out: {name} became {value}.{_named(images)}")
         self._row = {}
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, after `check`."""
+        return {"metrics": self.checked, "left_out": [self.skipped, self.in_a_row]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`; older checkpoints hold no steps that were left out."""
+        self.checked = state["metrics"]
+        self.skipped, self.in_a_row = state.get("left_out", (0, 0))
+
     def latest(self) -> str:
         """The first metric of the latest step, of this process: `loss 0.1234`."""
         return next((f"{name} {float(value):.4f}" for name, value in self._last.items()), "")
@@ -149,7 +158,7 @@ class Rows(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Nothing that is not finite gets into a checkpoint; a collective call."""
         pl_module.metrics.check()
-        checkpoint["metrics"] = pl_module.metrics.checked
+        checkpoint |= pl_module.metrics.state()
 
     @staticmethod
     def _write(trainer: pl.Trainer, stage: Any) -> None:

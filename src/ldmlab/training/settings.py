@@ -54,6 +54,7 @@ class TrainerSettings:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
     strategy: Any = "auto"  # auto | ddp, or a strategy of Lightning by its _target_
+    timeout_minutes: float | None = None  # how long a process waits for another one; None: torch's own
     compile: Choice = "auto"  # torch.compile all networks, block by block; auto: on a GPU
     log_every: int = 50  # steps between two rows of metrics.csv
     validate_every: int = 1000  # steps between two evaluations on validation images
@@ -89,7 +90,7 @@ class TrainerSettings:
                 raise InputError(f"trainer.{name}={value} is unknown; choose {' or '.join(choices)}.")
         if self.skip_nonfinite < 0:
             raise InputError(f"trainer.skip_nonfinite={self.skip_nonfinite} must be 0 or more steps.")
-        for name in ("gradient_clip", "gradient_alarm", "checkpoint_every_minutes"):
+        for name in ("gradient_clip", "gradient_alarm", "timeout_minutes", "checkpoint_every_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"trainer.{name}={value} must be above 0, or null for none.")

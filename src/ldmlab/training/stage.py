@@ -300,7 +300,7 @@ class Stage(Validated):
                 raise InputError(f"the checkpoint of step {state['step']} holds no {name}; resume its own run.")
             load_exactly(module, state["modules"][name], f"the checkpoint's {name}")
         self.step, self.position = state["step"], state["position"]
-        self.metrics.checked = state["metrics"]
+        self.metrics.restore(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimizer states wait for the optimizers."""

@@ -18,7 +18,6 @@ examples:
 """
 
 import argparse
-import datetime
 import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out is not None:
         check_folder(args.out)
-    rank, _ = distributed.join(datetime.timedelta(hours=2))  # only short messages pass, some after a long wait
+    rank, _ = distributed.join(timeout_minutes=120)  # only short messages pass, some after a long wait
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
         model.compiled({"true": True, "false": False}.get(args.compile, "auto"))
