@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
 
 from ldmlab import distributed
+from ldmlab.errors import InputError
 from ldmlab.inference.grids import labels_of
 from ldmlab.training.loggers import (
     RunFiles,
@@ -44,6 +46,11 @@ def test_a_grid_keeps_every_image() -> None:
     assert np.array_equal(grid[:4, :6], images()[0].numpy())
     assert np.array_equal(grid[6:, 8:14], images()[4].numpy())
     assert (grid[4:6] == 255).all()
+
+
+def test_a_logger_that_cannot_write_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^/proc/here cannot be made because /proc takes no new files; choose"):
+        open_all([CSVLogger("/proc/here/logs")], RunFolder.create(tmp_path, "toy"), {"seed": 0}, 0)
 
 
 @pytest.mark.parametrize(

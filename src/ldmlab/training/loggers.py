@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 from ldmlab import distributed, format1
 from ldmlab.errors import InputError
-from ldmlab.files import open_regular, write_text
+from ldmlab.files import disk_errors, open_regular, write_text
 from ldmlab.inference.grids import grid as label_grid
 from ldmlab.training.run_folder import RunFolder
 
@@ -131,10 +131,9 @@ def open_all(loggers: Sequence[Any], run: RunFolder, settings: dict[str, Any], s
     """Ours learn the run, others its settings; where one fails, those before are closed."""
     with ExitStack() as opened:
         for logger in loggers:
-            if hasattr(logger, "open"):
-                logger.open(run, settings, step)
-            else:
-                logger.log_hyperparams(settings)
+            own = hasattr(logger, "open")
+            with disk_errors(run.path if own else logger.save_dir or run.path):
+                logger.open(run, settings, step) if own else logger.log_hyperparams(settings)
             opened.callback(logger.finalize, "failed")
         opened.pop_all()
 
