@@ -18,6 +18,7 @@ GROUND = {
     "plugins",
     "annotations",
     "files",
+    "locks",
     "open_image",
     "format1",
     "distributed",

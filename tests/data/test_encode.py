@@ -258,7 +258,7 @@ def test_faults_of_the_disk_name_the_path(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldmlab.data.shards.os.replace", fail)
+        patch.setattr("ldmlab.data.output_folder.os.replace", fail)
         with pytest.raises(InputError, match=rf"{tmp_path}/out/train.*|{words}") as caught:
             run(images, tmp_path / "out")
     assert words in str(caught.value)

@@ -27,7 +27,7 @@ from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
-from ldmlab.files import FileLock
+from ldmlab.locks import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -254,7 +254,7 @@ def test_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldmlab.data.shards.os.fsync", full)
+        patch.setattr("ldmlab.data.output_folder.os.fsync", full)
         with pytest.raises(InputError, match=r"no space left for .*out/train/.*; free some disk space"):
             _pack(source, tmp_path / "out")
     assert not list(tmp_path.rglob("*.tmp"))

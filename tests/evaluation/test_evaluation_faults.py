@@ -29,8 +29,8 @@ from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.run import TrainingScores
 from ldmlab.evaluation.sources import Reconstructions
-from ldmlab.files import own_folder
 from ldmlab.inference.sample_settings import SampleSettings
+from ldmlab.locks import own_folder
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance

@@ -13,10 +13,10 @@ from ldmlab.app import cli
 from ldmlab.app.cli import dispatch
 from ldmlab.build import load
 from ldmlab.errors import InputError
-from ldmlab.files import locked
 from ldmlab.interop import verify
 from ldmlab.interop.diffusers import diffusers_build
 from ldmlab.interop.diffusers.diffusers_export import plan
+from ldmlab.locks import locked
 from ldmlab.model_files import write_model_folder
 
 

@@ -26,8 +26,8 @@ from ldmlab.contracts import LatentSpec
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import DenoiserCost, denoiser_cost
-from ldmlab.files import FileLock
 from ldmlab.instantiate import accepts, instantiate
+from ldmlab.locks import FileLock
 from ldmlab.training.run_folder import FINISHED
 from ldmlab.training.settings import images_a_step
 

@@ -28,7 +28,8 @@ from ldmlab.data.decode import BAD_SAMPLE, sample_fields
 from ldmlab.data.order import split_index
 from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.errors import InputError
-from ldmlab.files import locked, open_regular, weights_folder, write_atomically
+from ldmlab.files import open_regular, weights_folder, write_atomically
+from ldmlab.locks import locked
 
 logger = logging.getLogger(__name__)
 UNREAD = -1

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
-from ldmlab.files import FileLock, disk_errors, read_json, write_json, write_text
+from ldmlab.files import disk_errors, read_json, write_json, write_text
+from ldmlab.locks import FileLock
 from ldmlab.provenance import provenance
 
 _RECORD = "provenance.json"
