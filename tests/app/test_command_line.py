@@ -279,16 +279,27 @@ def test_faults_of_the_machine_are_sentences(
     assert capsys.readouterr().err == f"ldmlab: {sentence}\n"
 
 
-def test_a_launcher_s_variable_that_is_no_number_is_named_before_lightning_reads_it() -> None:
+@pytest.mark.parametrize(
+    ("variable", "way_out"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "start with torchrun or srun"),
+        ({"OMP_NUM_THREADS": "x"}, "give a number of threads, or unset it"),
+        ({"OMP_NUM_THREADS": "0"}, "give a number of threads, or unset it"),
+        ({"MKL_NUM_THREADS": "2.5"}, "give a number of threads, or unset it"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named_before_a_library_reads_it(variable, way_out) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "ldmlab", "train", "experiment=demo/cpu_first_stage"],
-        env={**os.environ, "RANK": "x", "WORLD_SIZE": "2"},
+        env={**os.environ, **variable},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr == "ldmlab: the environment variable RANK=x is no number; start with torchrun or srun.\n"
+    (name, value), *_ = variable.items()
+    sentence = f"ldmlab: the environment variable {name}={value} is no number; {way_out}."
+    assert result.stderr.splitlines()[-1] == sentence
 
 
 def test_a_part_that_no_memory_can_hold_is_named_with_its_size() -> None:

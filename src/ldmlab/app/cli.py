@@ -60,6 +60,12 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EROFS), "choose a folder that you may write to"),
     **dict.fromkeys(_PATH_ERRORS, "choose another path"),
 }
+_NUMBERS = {  # environment variables that libraries read while they are imported, and ignore or fail at if malformed
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "SLURM_PROCID"), (r"\d+", "start with torchrun or srun")),
+    **dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), (r"0*[1-9]\d*(,\d+)*", "give a number of threads, or unset it")
+    ),
+}
 
 
 def main(*first: str) -> None:
@@ -71,6 +77,9 @@ def run_command(command: Callable[[], int | None]) -> int:
     """The exit code of `command`: 2 with one sentence on stderr for user errors, 130 for Ctrl-C."""
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
+        for name, (pattern, way_out) in _NUMBERS.items():
+            if (value := os.environ.get(name)) is not None and not re.fullmatch(pattern, value.strip()):
+                raise InputError(f"the environment variable {name}={value} is no number; {way_out}.")
         return command() or 0
     except InputError as error:
         sentence, code = str(error), 2

@@ -96,10 +96,6 @@ def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
     import hydra
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks to its own frames otherwise
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # Lightning reads them when it is imported
-        if not os.environ.get(name, "0").isdecimal():
-            value = os.environ[name]
-            raise InputError(f"the environment variable {name}={value} is no number; start with torchrun or srun.")
     overrides, several = _command_line(sys.argv[1:])
     flags = [word for word in sys.argv[1:] if word not in overrides]
     sys.argv[1:] = [*overrides, *flags]  # Hydra takes no flag between two options
