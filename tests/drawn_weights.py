@@ -26,3 +26,9 @@ def weight_by_rule(key: str, shape: Sequence[int], salt: int = 0) -> Tensor:
 def drawn(case: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a recorded case (names, shapes, salt), without a prefix of their names."""
     return {k.removeprefix(prefix): weight_by_rule(k, shape, case["salt"]) for k, shape in case["keys"].items()}
+
+
+def named_normal(name: str, *shape: int) -> Tensor:
+    """A recorded run's draw of this name."""
+    values = np.random.RandomState(zlib.crc32(name.encode()) % 2**32).standard_normal(shape)
+    return torch.from_numpy(values.astype(np.float32))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
@@ -33,6 +34,9 @@ class ClassEmbedder(BaseConditioner):
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The vectors of `class_id` (B,); numbers outside 0 .. classes - 1 are refused."""
+        return self._rows(self._checked(batch))
+
+    def _checked(self, batch: dict[str, Any]) -> Tensor:
         ids = torch.as_tensor(batch["class_id"])
         on_cpu = type(ids) is Tensor and ids.device.type == "cpu"  # reading would wait for a GPU
         if on_cpu and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.classes:
@@ -40,7 +44,7 @@ class ClassEmbedder(BaseConditioner):
                 f"class_id {int(ids.min())} .. {int(ids.max())} does not fit conditioner.classes={self.classes}; "
                 "set the number of classes of the data, numbered from 0."
             )
-        return self._rows(ids)
+        return ids
 
     def check(self, fields: Mapping[str, Any]) -> None:
         """Refuse a class that the model was not trained on."""
@@ -56,3 +60,20 @@ class ClassEmbedder(BaseConditioner):
     def _rows(self, ids: Tensor) -> Tensor:
         vectors = self.embedding(ids.to(self.embedding.weight.device))
         return vectors[:, None, :] if self.slot == "tokens" else vectors
+
+
+class OneHotClass(ClassEmbedder):
+    """(B, classes): sqrt(classes) where the class is, so that the mean square is 1; zeros for "no class" (EDM2)."""
+
+    place: Tensor  # the device
+
+    def __init__(self, classes: int, drop: float = 0.1) -> None:
+        BaseConditioner.__init__(self, drop, classes)
+        self.classes, self.slot = classes, "vector"
+        self.register_buffer("place", torch.zeros(0), persistent=False)
+
+    def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
+        return torch.zeros(len(batch["class_id"]), self.classes, device=self.place.device)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return self.classes**0.5 * F.one_hot(ids.to(self.place.device).long(), self.classes).float()

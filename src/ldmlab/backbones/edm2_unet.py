@@ -1,0 +1,222 @@
+"""The magnitude-preserving U-Net of EDM2 (Karras et al. 2024, arXiv 2312.02696, configuration G).
+
+Shapes: B batch, C channels, h w latent size, E width of the embedding, N = h w.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldmlab.backbones.unet import check_sizes
+from ldmlab.contracts import Conditioning, Prepared
+from ldmlab.errors import InputError
+from ldmlab.nn.attention import attend, to_map, to_tokens
+from ldmlab.nn.blocks import ChannelsLast
+from ldmlab.nn.compiling import region
+from ldmlab.nn.magnitude import MPConv, MPFourier, Resampling, mp_cat, mp_silu, mp_sum, normalize, resample
+
+
+@dataclass(frozen=True)
+class Balances:
+    """Options that every block of a network shares."""
+
+    residual: float  # weight of a residual branch against its input, 0 .. 1
+    attention: float  # likewise of attention
+    concat: float  # of the feature maps that come from the way down
+    filter: Sequence[float]  # of resampling
+    dropout: float
+    clip: float | None  # largest magnitude of a block's output
+
+
+@region
+class EDM2Block(nn.Module):
+    """x + branch(x), then attention over pixels; every sum keeps the magnitude.
+
+    Encoder: the 1 x 1 convolution and a norm over channels come first; decoder: it is on the way around the branch.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        emb_width: int,
+        balances: Balances,
+        *,
+        decoder: bool = False,
+        resampling: Resampling = "keep",
+        heads: int = 0,  # of attention; 0: none
+    ) -> None:
+        super().__init__()
+        self.balances, self.decoder, self.resampling, self.heads = balances, decoder, resampling, heads
+        self.skip = MPConv(width_in, width, 1) if width_in != width else None
+        self.conv_in = MPConv(width_in if decoder else width, width, 3)
+        self.emb, self.emb_gain = MPConv(emb_width, width), nn.Parameter(torch.zeros(1))
+        self.dropout = nn.Dropout(balances.dropout)
+        self.conv_out = MPConv(width, width, 3)
+        self.qkv = MPConv(width, 3 * width) if heads else None  # rows: head, then channel, then q | k | v
+        self.out = MPConv(width, width) if heads else None
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w), emb (B, E), a feature map of x's size from the way down => (B, C', h', w')."""
+        if skip is not None:
+            x = mp_cat(x, skip, self.balances.concat)
+        x = resample(x, self.resampling, self.balances.filter)
+        if not self.decoder:
+            x = normalize(x if self.skip is None else self.skip(x), 1)
+        y = self.conv_in(mp_silu(x))
+        y = mp_silu(y * (self.emb(emb, self.emb_gain) + 1)[:, :, None, None].to(y.dtype))
+        y = self.conv_out(self.dropout(y))
+        if self.decoder and self.skip is not None:
+            x = self.skip(x)
+        x = mp_sum(x, y, self.balances.residual)
+        if self.qkv is not None and self.out is not None:
+            qkv = self.qkv(to_tokens(x)).unflatten(2, (self.heads, -1, 3)).transpose(1, 2)  # (B, H, N, d, 3)
+            q, k, v = normalize(qkv, 3).unbind(4)
+            x = mp_sum(x, to_map(self.out(attend(q, k, v)), x), self.balances.attention)
+        return x if self.balances.clip is None else x.clamp(-self.balances.clip, self.balances.clip)
+
+
+class EDM2UNet(ChannelsLast):
+    """F(x, t, conditioning) with the weights of the official U-Net; t is its noise label, log(sigma) / 4 there.
+
+    Inputs have unit variance, vectors too: a class is sqrt(classes) times its one-hot row (`slot: vector`). While
+    training, filters that an optimizer has changed get unit magnitude before they are used.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # latent plus spatial conditioning; derived in wiring
+        out_channels: int,  # of the latent; derived in wiring
+        model_channels: int,  # width of the finest level
+        channel_mult: Sequence[int] = (1, 2, 3, 4),  # width of every level, in multiples of model_channels
+        num_res_blocks: int = 3,  # per level on the way down; one more on the way up
+        attention_downsampling: Sequence[int] = (4, 8),  # levels with attention, by downsampling factor: 1, 2, 4, ...
+        middle_attention: bool = True,  # in the first block of the way up, whatever attention_downsampling is
+        head_channels: int = 64,  # width of a head
+        noise_channels: int | None = None,  # of the noise label's Fourier features; None: model_channels
+        emb_channels: int | None = None,  # E; None: the widest level
+        vector_width: int | None = None,  # of vector conditioning; derived in wiring
+        dropout: float = 0.0,  # in the residual branches
+        vector_balance: float = 0.5,  # weights of sums, 0 .. 1: of the vector beside the noise label
+        concat_balance: float = 0.5,  # of maps from the way down
+        residual_balance: float = 0.3,  # of residual branches
+        attention_balance: float = 0.3,  # of attention
+        resample_filter: Sequence[float] = (1, 1),
+        clip: float | None = 256.0,  # largest magnitude of a block's output
+        log_variance_channels: int = 0,  # of the head that a learned loss weighting needs, 128 as official; 0: none
+        gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
+    ) -> None:
+        super().__init__()
+        check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0))
+        check_sizes(1, head_channels=head_channels, noise_channels=noise_channels, emb_channels=emb_channels)
+        check_sizes(0, num_res_blocks=num_res_blocks, log_variance_channels=log_variance_channels)
+        widths = [model_channels * m for m in channel_mult]
+        self.in_channels, self.out_channels, self.vector_width = in_channels, out_channels, vector_width
+        self.size_step, self.gradient_checkpointing = 2 ** (len(widths) - 1), gradient_checkpointing
+        self.head_channels, self.vector_balance = head_channels, vector_balance
+        self.emb_width = emb_channels or max(widths)
+        self.fourier = MPFourier(noise_channels or model_channels)
+        self.noise = MPConv(noise_channels or model_channels, self.emb_width)
+        self.vector = MPConv(vector_width, self.emb_width) if vector_width else None
+        self.balances = Balances(
+            residual_balance, attention_balance, concat_balance, tuple(resample_filter), dropout, clip
+        )
+        self._build(widths, num_res_blocks, set(attention_downsampling), middle_attention)
+        self.log_variance_fourier = MPFourier(log_variance_channels) if log_variance_channels else None
+        self.log_variance_out = MPConv(log_variance_channels, 1) if log_variance_channels else None
+
+    def _build(self, widths: Sequence[int], per_level: int, at: set[int], middle_attention: bool) -> None:
+        """The way down, and the way up, where every block but those that resample meets a map of the way down."""
+        first = MPConv(self.in_channels + 1, widths[0], 3)
+        encoder: list[nn.Module] = [first]
+        skips, width_in = [widths[0]], widths[0]
+        for i, width in enumerate(widths):
+            if i:
+                encoder.append(self._block(width_in, width_in, resampling="down"))
+                skips.append(width_in)
+            for _ in range(per_level):
+                encoder.append(self._block(width_in, width, 2**i in at))
+                skips.append(width)
+                width_in = width
+        decoder = [self._block(width_in, width_in, middle_attention, decoder=True)]
+        decoder.append(self._block(width_in, width_in, decoder=True))
+        self.meets = [False, False]  # a map of the way down, each block of the way up
+        for i, width in reversed(list(enumerate(widths))):
+            if i < len(widths) - 1:
+                decoder.append(self._block(width_in, width_in, decoder=True, resampling="up"))
+                self.meets.append(False)
+            for _ in range(per_level + 1):
+                decoder.append(self._block(width_in + skips.pop(), width, 2**i in at, decoder=True))
+                self.meets.append(True)
+                width_in = width
+        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
+        self.conv_out, self.gain_out = MPConv(widths[0], self.out_channels, 3), nn.Parameter(torch.zeros(1))
+
+    def _block(self, width_in: int, width: int, attention: bool = False, **options: Any) -> EDM2Block:
+        heads = width // self.head_channels if attention else 0
+        if attention and (not heads or width % heads):
+            raise InputError(
+                f"backbone.head_channels={self.head_channels} does not fit a level of {width} channels with attention; "
+                "choose a divisor of every such width, or attention_downsampling and middle_attention without it."
+            )
+        return EDM2Block(width_in, width, self.emb_width, self.balances, heads=heads, **options)
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        """Slots of the conditioning this network was built for."""
+        return frozenset({"spatial", "vector"} if self.vector_width else {"spatial"})
+
+    def prepare(self, conditioning: Conditioning) -> Prepared:
+        """The projected vector; all weights have unit magnitude from here on while training."""
+        for slot in ("tokens", "vector"):
+            if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
+                has = "needs" if slot in self.accepts else "does not take"
+                raise InputError(f"the EDM2 U-Net {has} {slot} conditioning; change conditioner or backbone.")
+        if self.training:
+            self.force_normal()
+        vector = conditioning.vector
+        return Prepared(conditioning, None if vector is None or self.vector is None else self.vector(vector.float()))
+
+    def force_normal(self, again: bool = False) -> None:
+        """Unit magnitude for all filters but the log-variance's (forced weight normalisation)."""
+        for layer in self.modules():
+            if isinstance(layer, MPConv) and layer is not self.log_variance_out:
+                layer.force_normal(again)
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
+        """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
+        prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
+        spatial, emb = prepared.conditioning.spatial, self._embedding(t, prepared.cache)
+        parts = [x, *([] if spatial is None else [spatial.to(x.dtype)]), torch.ones_like(x[:, :1])]
+        h = torch.cat(parts, dim=1).to(self.noise.weight.dtype, memory_format=self._layout)
+        skips = []
+        for i, block in enumerate(self.encoder):
+            h = self._run(block, h, emb) if i else block(h)
+            skips.append(h)
+        for block, meets in zip(self.decoder, self.meets, strict=True):
+            h = self._run(block, h, emb, *([skips.pop()] if meets else []))
+        return self.conv_out(h, self.gain_out)
+
+    def log_variance(self, t: Tensor) -> Tensor:
+        """u(t), (B,) float32, of the loss exp(-u) L + u (equation 21); needs `log_variance_channels`."""
+        if self.log_variance_fourier is None or self.log_variance_out is None:
+            raise InputError("backbone.log_variance_channels=0: a learned loss weighting needs the head; choose 128.")
+        if self.training:
+            self.log_variance_out.force_normal()
+        with torch.autocast(t.device.type, enabled=False):
+            return self.log_variance_out(self.log_variance_fourier(t))[:, 0]
+
+    def _embedding(self, t: Tensor, vector: Tensor | None) -> Tensor:
+        """(B, E), float32 under autocast too."""
+        with torch.autocast(t.device.type, enabled=False):
+            emb = self.noise(self.fourier(t))
+            return mp_silu(emb if vector is None else mp_sum(emb, vector.to(emb.dtype), self.vector_balance))
+
+    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+        return cast(Tensor, block(*inputs))

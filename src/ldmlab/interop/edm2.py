@@ -1,0 +1,139 @@
+"""The official EDM2 network (NVlabs/edm2, training/networks_edm2.py: `Precond` over `UNet`) and its tensors' names."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldmlab.backbones.edm2_unet import EDM2UNet
+from ldmlab.contracts import Conditioning
+from ldmlab.interop.renaming import Names, Node, Part, State, StateDict, unfilled
+
+_TARGET = "ldmlab.backbones.edm2_unet.EDM2UNet"
+_OPTIONS = {  # theirs => ours
+    **{"model_channels": "model_channels", "num_blocks": "num_res_blocks", "channels_per_head": "head_channels"},
+    **{"label_balance": "vector_balance", "concat_balance": "concat_balance", "res_balance": "residual_balance"},
+    **{"attn_balance": "attention_balance", "resample_filter": "resample_filter", "dropout": "dropout"},
+    **{"clip_act": "clip", "channel_mult": "channel_mult"},
+}
+_IN_BLOCK = {
+    **{"conv_in": "conv_res0", "conv_out": "conv_res1", "skip": "conv_skip", "emb": "emb_linear"},
+    **{"qkv": "attn_qkv", "out": "attn_proj"},
+}
+_OUTSIDE = {
+    **{"fourier": "unet.emb_fourier", "noise": "unet.emb_noise", "vector": "unet.emb_label"},
+    **{"conv_out": "unet.out_conv", "gain_out": "unet.out_gain"},
+    **{"log_variance_fourier": "logvar_fourier", "log_variance_out": "logvar_linear"},
+}
+_LEAF = {"frequencies": "freqs"}
+
+
+def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
+    """The official `Precond(**config)` with these weights: `model(x, sigma, class_labels, return_logvar=False)`.
+
+    `use_fp16` has no effect: it runs in float32. InputError: the weights are not those of the configuration.
+    """
+    part = network_part(config)
+    part.filled({name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in state_dict.items()})
+    return OfficialPrecond(part, config.get("sigma_data", 0.5), config.get("label_dim", 0)).eval()
+
+
+def backbone_node(config: Node) -> dict[str, Any]:
+    """Our backbone for the arguments of `Precond`."""
+    node = {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
+    width, mults = config.get("model_channels", 192), config.get("channel_mult", [1, 2, 3, 4])
+    of_head = config.get("channels_per_head", 64)
+    resolutions = [config["img_resolution"] >> level for level in range(len(mults))]
+    attending = [
+        2**level  # where levels are narrower than a head there is no attention, without a word
+        for level, (resolution, mult) in enumerate(zip(resolutions, mults, strict=True))
+        if resolution in config.get("attn_resolutions", [16, 8]) and width * mult >= of_head
+    ]
+    for theirs, ours in (("channel_mult_noise", "noise_channels"), ("channel_mult_emb", "emb_channels")):
+        if config.get(theirs) is not None:
+            node[ours] = width * config[theirs]
+    return {
+        "_target_": _TARGET,
+        **{"in_channels": config["img_channels"], "out_channels": config["img_channels"], "model_channels": width},
+        **{"vector_width": config.get("label_dim") or None, "attention_downsampling": attending},
+        **{"middle_attention": width * mults[-1] >= of_head, "num_res_blocks": 3},
+        **{"log_variance_channels": config.get("logvar_channels", 128)},
+        **node,
+    }
+
+
+def network_part(config: Node) -> Part:
+    """Our network for the arguments of `Precond`, without weights, and the official names of its tensors."""
+    network = unfilled(backbone_node(config), "backbone")
+    mults = config.get("channel_mult", [1, 2, 3, 4])
+    blocks = list(_blocks(config["img_resolution"], len(mults), config.get("num_blocks", 3)))
+    names: Names = {}
+    for ours in network.state_dict():
+        parent, _, leaf = ours.rpartition(".")
+        if parent.startswith(("encoder.", "decoder.")):
+            side, number, *module = parent.split(".")
+            block = [name for name in blocks if name.startswith(side[:3])][int(number)]
+            names[ours] = (".".join(["unet", block, *(_IN_BLOCK[name] for name in module), leaf]),)
+        else:
+            names[ours] = (_OUTSIDE[ours] if ours in _OUTSIDE else f"{_OUTSIDE[parent]}.{_LEAF.get(leaf, leaf)}",)
+    matrices = {name: 4 for name in names if name.endswith((".qkv.weight", ".out.weight"))}
+    return Part("network", network, names, matrices)
+
+
+def _blocks(resolution: int, levels: int, per_level: int) -> Iterator[str]:
+    """Official names of the blocks in the order they run."""
+    sides = [f"{resolution >> level}x{resolution >> level}" for level in range(levels)]
+    for level, side in enumerate(sides):
+        yield f"enc.{side}_{'down' if level else 'conv'}"
+        yield from (f"enc.{side}_block{i}" for i in range(per_level))
+    for level, side in reversed(list(enumerate(sides))):
+        yield from (f"dec.{side}_{name}" for name in (("up",) if level < levels - 1 else ("in0", "in1")))
+        yield from (f"dec.{side}_block{i}" for i in range(per_level + 1))
+
+
+class OfficialPrecond(nn.Module):
+    """Our network behind the official signature: clean estimate of x at noise level sigma."""
+
+    def __init__(self, part: Part, sigma_data: float, classes: int) -> None:
+        super().__init__()
+        self.network: EDM2UNet = part.module  # type: ignore[assignment]
+        self._part, self.sigma_data, self.label_dim = part, sigma_data, classes
+
+    def forward(
+        self,
+        x: Tensor,  # (B, C, h, w) = clean + sigma noise
+        sigma: Tensor,  # (B,), or one for all
+        class_labels: Tensor | None = None,  # (B, classes), one-hot; None: no class
+        force_fp32: bool = True,  # it always is
+        return_logvar: bool = False,  # log-variance of the loss, (B, 1, 1, 1), as well
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """c_skip x + c_out F(c_in x, log(sigma) / 4) (EDM, equation 7), float32."""
+        x, sigma, data = x.float(), sigma.float().reshape(-1, 1, 1, 1), self.sigma_data
+        if self.training:
+            self.network.force_normal(again=True)  # as every official pass does
+        total = (sigma**2 + data**2).sqrt()
+        time = (sigma.flatten().log() / 4).expand(len(x))
+        out = data**2 / total**2 * x + sigma * data / total * self.raw(x / total, time, class_labels)
+        return (out, self.network.log_variance(time).reshape(-1, 1, 1, 1)) if return_logvar else out
+
+    def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """The official `UNet`: F, before preconditioning."""
+        vector = None
+        if self.label_dim:
+            labels = x.new_zeros(1, self.label_dim) if class_labels is None else class_labels.float()
+            vector = labels.reshape(-1, self.label_dim) * math.sqrt(self.label_dim)
+        return self.network(x, c_noise, Conditioning(vector=vector))
+
+    def official_state(self) -> StateDict:
+        """The tensors as they are now, under their official names."""
+        return self._named(self.network.state_dict())
+
+    def official_gradients(self) -> StateDict:
+        """Gradients of the parameters that have one, likewise."""
+        found = ((name, parameter.grad) for name, parameter in self.network.named_parameters())
+        return self._named({name: gradient for name, gradient in found if gradient is not None})
+
+    def _named(self, tensors: State) -> StateDict:
+        foreign = self._part.to_foreign(tensors)  # gains are scalars there
+        return {name: tensor[0] if name.endswith("gain") else tensor for name, tensor in foreign.items()}
