@@ -96,6 +96,46 @@ def _named(images: Sequence[str]) -> str:
     return f" Its images here: {', '.join(images[:_NAMED])}{more}." if images else ""
 
 
+class Logged(pl.LightningModule):
+    """What a stage logs becomes the rows of `Rows`."""
+
+    step: int  # updates of the main group
+    max_steps: int
+    accumulate: int  # micro-batches a step
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = StepMetrics()
+        self.row: dict[str, Any] = {}  # logged outside `training_step`, for the next row
+        self.row_now = False  # whether that row is written at this step, also where none is due
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """A metric of the next row of the log.
+
+        In `training_step` its mean over micro-batches, processes and the steps since the last row, elsewhere its latest
+        value; rows come at step 1, every `trainer.log_every` steps, at the last step, and after each validation.
+        """
+        if self._current_fx_name == "training_step":
+            self.metrics.add(name, torch.as_tensor(value), 1 / self.accumulate)
+            return
+        self.row[name] = value
+        if self.trainer.validating:
+            self.row_now = True
+            super().log(name, value, logger=False)
+
+    @property
+    def row_due(self) -> bool:
+        """Whether a row of training metrics belongs to this step."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.step % every == 0 or self.step in (1, self.max_steps)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the Trainer validates at the end of this step."""
+        due = self.step * self.accumulate % self.trainer.val_check_interval == 0
+        return bool(self.trainer.enable_validation and (due or self.trainer.should_stop))
+
+
 class GradientAlarm:
     """Says where the norm of a group's gradient is `factor` times its median over the last steps."""
 

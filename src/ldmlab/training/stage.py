@@ -4,12 +4,11 @@ The Trainer's hooks call it; optimization is manual, since each micro-batch goes
 update follows the last micro-batch of the step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -19,12 +18,9 @@ from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError
 from ldmlab.training.data_module import Batch
 from ldmlab.training.gradients import MeanGradients
-from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
+from ldmlab.training.optim import OptimizerFactory
+from ldmlab.training.optimizer_groups import OptimizerGroups, RateSchedule
 from ldmlab.training.precision import StepScaler
-from ldmlab.training.rows import StepMetrics
-from ldmlab.training.validation import Validated
-
-RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
 
 
 @dataclass
@@ -36,7 +32,7 @@ class Losses:
     extras: dict[str, Tensor] = field(default_factory=dict)  # per image, for callbacks
 
 
-class Stage(Validated):
+class Stage(OptimizerGroups):
     """The base of all trained stages; a subclass defines optimizer groups, losses and what is saved."""
 
     kind: ClassVar[str]  # name of the stage in checkpoints
@@ -57,37 +53,23 @@ class Stage(Validated):
         skip_nonfinite: int = 0,  # steps in a row that are left out where a gradient is not finite
         averaging_decay: float | None = None,  # None: no averaged weights
     ) -> None:
-        super().__init__(seed)
+        super().__init__(seed, optimizer, lr_schedule)
         self.automatic_optimization, self.strict_loading = False, False
         self.max_steps, self.accumulate = max_steps, accumulate
-        self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.gradient_clip, self.skip_nonfinite, self.averaging_decay = gradient_clip, skip_nonfinite, averaging_decay
         self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
         self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
         self.step_complete = True  # between two steps
-        self.metrics = StepMetrics()
-        self.row: dict[str, Any] = {}  # logged outside `training_step`, for the next row
-        self.row_now = False  # whether that row is written at this step, also where none is due
         self.panel_labels: dict[str, list[str]] = {}  # of the images of the latest panels, by name
-        self._groups: dict[str, list[nn.Parameter]] = {}  # by group, from the moment optimizers are made
         self._means: dict[str, MeanGradients] = {}  # by group, where no strategy synchronises gradients
         self.one_by_one = False  # update each group before the loss of the next one is computed
         self.updating = False  # in the middle of an update, where no state may be saved
         self._micro_batches = self._images = 0
         self._keys: list[str] = []  # of this step's images
         self._left_out = False  # whether a gradient of this step was not finite
-        self._waiting: dict[str, Any] | None = None  # optimizer states of a checkpoint
 
-    # -- what a subclass defines -------------------------------------------------------------------------------------
-
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by group, the main one first; each parameter belongs to exactly one."""
-        raise NotImplementedError
-
-    def active(self, group: str) -> bool:
-        """Whether the group is updated at this step."""
-        return True
+    # -- what a subclass defines, with `groups` and `active` ---------------------------------------------------------
 
     def losses(self, group: str, batch: Batch) -> Losses:
         """The group's loss for a micro-batch; only its own parameters require gradients meanwhile."""
@@ -136,18 +118,6 @@ class Stage(Validated):
             self.manual_backward(losses.total / self.accumulate)
         self.extras[group] = {name: value.detach() for name, value in losses.extras.items()}
         self.log_dict(losses.metrics or {"loss": losses.total})
-
-    @contextmanager
-    def _only(self, group: str) -> Iterator[None]:
-        """Inside, only this group's parameters require gradients."""
-        others = [p for name, parameters in self._groups.items() if name != group for p in parameters]
-        for parameter in others:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
 
     @property
     def _ddp(self) -> nn.parallel.DistributedDataParallel | None:
@@ -214,63 +184,6 @@ class Stage(Validated):
         if self.step >= self.max_steps:
             self.trainer.should_stop = True  # after a last validation
 
-    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """A metric of the next row of the log.
-
-        In `training_step` its mean over micro-batches, processes and the steps since the last row, elsewhere its latest
-        value; rows come at step 1, every `trainer.log_every` steps, at the last step, and after each validation.
-        """
-        if self._current_fx_name == "training_step":
-            self.metrics.add(name, torch.as_tensor(value), 1 / self.accumulate)
-            return
-        self.row[name] = value
-        if self.trainer.validating:
-            self.row_now = True
-            super().log(name, value, logger=False)
-
-    @property
-    def row_due(self) -> bool:
-        """Whether a row of training metrics belongs to this step."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.step % every == 0 or self.step in (1, self.max_steps)
-
-    @property
-    def validation_due(self) -> bool:
-        """Whether the Trainer validates at the end of this step."""
-        due = self.step * self.accumulate % self.trainer.val_check_interval == 0
-        return bool(self.trainer.enable_validation and (due or self.trainer.should_stop))
-
-    def configure_optimizers(self) -> Any:
-        """One optimizer a group, each with its schedule of the learning rate."""
-        self._groups = self.groups()
-        owned = [id(p) for parameters in self._groups.values() for p in parameters]
-        assert len(owned) == len(set(owned)), "a parameter belongs to two groups"
-        stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in set(owned)]
-        assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
-        self._optimizers = {group: self.factory(group)(parameters) for group, parameters in self._groups.items()}
-        self._rates = {
-            group: RateBySteps(optimizer, lambda: self.lr_schedule(self.step))
-            for group, optimizer in self._optimizers.items()
-        }
-        return list(self._optimizers.values()), [{"scheduler": r, "interval": "step"} for r in self._rates.values()]
-
-    def factory(self, group: str) -> OptimizerFactory:
-        """What makes the group's optimizer: its own entry, or the one for all."""
-        if not isinstance(self.optimizer, Mapping):
-            return self.optimizer
-        if group not in self.optimizer:
-            known = ", ".join(self.optimizer)
-            raise InputError(f"optimizer has entries for {known} but none for {group}; add one or give a single one.")
-        return self.optimizer[group]
-
-    def optimizers_by_group(self) -> dict[str, Optimizer]:
-        """The optimizers under the names of their groups."""
-        return self._optimizers
-
-    def rates(self) -> dict[str, float]:
-        """The learning rate of each group's latest update."""
-        return {group: o.param_groups[0]["lr"] for group, o in self.optimizers_by_group().items()}
-
     def train(self, mode: bool = True) -> "Stage":
         """Training mode, but frozen parts (all parameters frozen) stay in evaluation mode."""
         super().train(mode)
@@ -301,14 +214,3 @@ class Stage(Validated):
             load_exactly(module, state["modules"][name], f"the checkpoint's {name}")
         self.step, self.position = state["step"], state["position"]
         self.metrics.restore(state)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizer states wait for the optimizers."""
-        self._waiting = checkpoint["optimizers"]
-
-    def on_fit_start(self) -> None:
-        """The weights are on their device and the optimizers exist."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            for name, optimizer in self.optimizers_by_group().items():
-                restore_optimizer(optimizer, waiting.get(name), name)

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.averaging import AveragedWeights
 from ldmlab.training.random_state import isolated_random
+from ldmlab.training.rows import Logged
 
 
-class Validated(pl.LightningModule):
+class Validated(Logged):
     """Hooks of validation; `on_validation_epoch_start`, `validation_step` and `validation_metrics` are a subclass's."""
 
     def __init__(self, seed: int) -> None:

@@ -1,0 +1,91 @@
+"""Which parameters each optimizer updates, by its schedule of the learning rate, and its state in checkpoints."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ldmlab.errors import InputError
+from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
+from ldmlab.training.validation import Validated
+
+RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
+
+
+class OptimizerGroups(Validated):
+    """Optimizers by the name of a group of parameters, the main group first."""
+
+    def __init__(
+        self,
+        seed: int,
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],  # one for all groups, or one each
+        lr_schedule: RateSchedule,
+    ) -> None:
+        super().__init__(seed)
+        self.optimizer, self.lr_schedule = optimizer, lr_schedule
+        self._groups: dict[str, list[nn.Parameter]] = {}  # by group, from the moment optimizers are made
+        self._waiting: dict[str, Any] | None = None  # optimizer states of a checkpoint
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by group, the main one first; each parameter belongs to exactly one."""
+        raise NotImplementedError
+
+    def active(self, group: str) -> bool:
+        """Whether the group is updated at this step."""
+        return True
+
+    @contextmanager
+    def _only(self, group: str) -> Iterator[None]:
+        """Inside, only this group's parameters require gradients."""
+        others = [p for name, parameters in self._groups.items() if name != group for p in parameters]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer a group, each with its schedule of the learning rate."""
+        self._groups = self.groups()
+        owned = [id(p) for parameters in self._groups.values() for p in parameters]
+        assert len(owned) == len(set(owned)), "a parameter belongs to two groups"
+        stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in set(owned)]
+        assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
+        self._optimizers = {group: self.factory(group)(parameters) for group, parameters in self._groups.items()}
+        self._rates = {
+            group: RateBySteps(optimizer, lambda: self.lr_schedule(self.step))
+            for group, optimizer in self._optimizers.items()
+        }
+        return list(self._optimizers.values()), [{"scheduler": r, "interval": "step"} for r in self._rates.values()]
+
+    def factory(self, group: str) -> OptimizerFactory:
+        """What makes the group's optimizer: its own entry, or the one for all."""
+        if not isinstance(self.optimizer, Mapping):
+            return self.optimizer
+        if group not in self.optimizer:
+            known = ", ".join(self.optimizer)
+            raise InputError(f"optimizer has entries for {known} but none for {group}; add one or give a single one.")
+        return self.optimizer[group]
+
+    def optimizers_by_group(self) -> dict[str, Optimizer]:
+        """The optimizers under the names of their groups."""
+        return self._optimizers
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each group's latest update."""
+        return {group: o.param_groups[0]["lr"] for group, o in self.optimizers_by_group().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizer states wait for the optimizers."""
+        self._waiting = checkpoint["optimizers"]
+
+    def on_fit_start(self) -> None:
+        """The weights are on their device and the optimizers exist."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            for name, optimizer in self.optimizers_by_group().items():
+                restore_optimizer(optimizer, waiting.get(name), name)
