@@ -22,6 +22,7 @@ GROUND = {
     "open_image",
     "format1",
     "distributed",
+    "sharded",
 }
 MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),

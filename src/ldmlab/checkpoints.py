@@ -1,6 +1,5 @@
 """Files of tensors: written atomically, read without running code."""
 
-import copy
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ldmlab import sharded
 from ldmlab.errors import InputError
 from ldmlab.files import write_atomically
 
@@ -39,56 +39,56 @@ def _torch_save(content: dict[str, Any], path: Path) -> None:
         raise
 
 
-def load_checkpoint(path: Path, *, lazily: bool = False, checked: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, lazily: bool = False, process: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """The content of a checkpoint on the CPU; InputError when it is missing, damaged or holds more than data.
 
     Every byte is checked against the checksums that torch.save writes into the file and torch.load ignores, the content
-    against its inventory where it has one.
+    against its inventory where it has one. A checkpoint may be a folder of shards (`sharded.py`).
 
-    lazily: tensors stay in the file until they are used, in memory that all processes of a machine share.
-    checked: another process has read and checked the file just now.
+    lazily: tensors stay in the file until they are used, in memory that all processes of a machine share; those of
+    shards are `StoredTensor`s.
+    process: rank and number of those that read it together: the first one checks the file, each one its shards.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give the path of a checkpoint or of a run folder.")
+    folder = path if path.is_dir() else None
+    file = path / sharded.STATE if folder else path
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; give the path of a checkpoint or of a run folder.")
     try:
-        if not checked:
-            _check_sums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+        if process[0] == 0:
+            _check_sums(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily or folder is not None)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except Exception as error:
         raise InputError(
-            f"{path} cannot be read as a checkpoint ({unreadable(path, error)}); use another one."
+            f"{path} cannot be read as a checkpoint ({unreadable(file, error)}); use another one."
         ) from error
-    if not checked:
+    if process[0] == 0:
         _check_inventory(path, content)
-    return content
+    try:
+        content = sharded.attach(content, folder, process)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as a checkpoint ({_first_line(error)}); use another one.") from error
+    return content if lazily else sharded.whole(content)
 
 
 def in_host_memory(content: Any) -> Any:
-    """The same structure, its tensors copied: those of a GPU to pinned memory, while the GPU goes on for the others.
-
-    What shared memory shares it still. Call it where the values are complete; they may change from then on.
-    """
+    """The same structure, its tensors copied: those of a GPU to pinned memory. What shared memory shares it still."""
     copies: dict[Any, Tensor] = {}
 
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
-            if key not in copies:
-                host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-                copies[key] = host.copy_(value.detach(), non_blocking=True)
-            return copies[key]
-        if isinstance(value, Mapping):
-            new = copy.copy(value)
-            new.update({name: copied(part) for name, part in value.items()})  # type: ignore[attr-defined]
-            return new
-        return type(value)([copied(part) for part in value]) if type(value) in (list, tuple) else value
+    def copied(value: Any, _: str) -> Any:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
+        if key not in copies:
+            host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+            copies[key] = host.copy_(value.detach(), non_blocking=True)
+        return copies[key]
 
-    whole = copied(content)
+    result = sharded.mapped(content, copied)
     if any(tensor.is_pinned() for tensor in copies.values()):
         torch.cuda.synchronize()
-    return whole
+    return result
 
 
 def _check_sums(path: Path) -> None:
@@ -130,6 +130,8 @@ def inventory(content: Any) -> str:
 
 def _sum(tensor: Tensor) -> int:
     """Of the numbers' bytes in their order, as integers of 8 bytes and the rest."""
+    if tensor.is_meta:
+        return 0
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded: it may grow to any size
         tensor = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -46,7 +46,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def link(path: Path, other: Path) -> None:
-    """A second name for a file, or a copy where its file system has no hard links; what had the name is replaced."""
+    """A second name for a file, or for each file of a folder; a copy where there are no hard links.
+
+    What had that name is replaced.
+    """
 
     def same(temporary: Path) -> None:
         temporary.unlink()
@@ -55,7 +58,35 @@ def link(path: Path, other: Path) -> None:
         except OSError:
             shutil.copyfile(path, temporary)
 
-    write_atomically(other, same)
+    if not path.is_dir():
+        write_atomically(other, same)
+        return
+    for file in path.iterdir():
+        link(file, beside(other) / file.name)
+    put(beside(other), other)
+
+
+def beside(path: Path) -> Path:
+    """Where a folder that will be at `path` is filled."""
+    return path.with_name(f".{path.name}.part")
+
+
+def put(folder: Path, path: Path) -> None:
+    """Rename a complete folder, whose files are on disk; what had that name is removed."""
+    with disk_errors(path):
+        remove(path)
+        os.replace(folder, path)
+        sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, which first gets a name that nobody reads; nothing where there is none."""
+    if path.is_dir():
+        aside = path.with_name(f".{path.name}.removed.part")
+        path.rename(aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from ldmlab import format1, plugins
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
 from ldmlab.errors import InputError, shown
 from ldmlab.files import by_step, write_text
+from ldmlab.sharded import STATE, whole
 
 FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
@@ -67,8 +68,8 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
         return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), step)
     content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
     try:
-        modules = {name: dict(state) for name, state in content["modules"].items()}
-        averages = content.get("averaged", {}) if weights == "averaged" else {}
+        modules = {name: dict(whole(state)) for name, state in content["modules"].items()}
+        averages = whole(content.get("averaged", {})) if weights == "averaged" else {}
         for name, average in averages.items():
             state = modules[name]
             found = average["weights"].items()
@@ -208,7 +209,7 @@ def sha256(file: Path) -> str:
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """The folder with model.yaml, and the checkpoint when it is a run's."""
-    if path.is_file() and path.suffix == ".ckpt":
+    if path.suffix == ".ckpt" and (path.is_file() or (path / STATE).is_file()):
         return path.parents[1], path
     if not path.is_dir():
         raise InputError(f"{path} is neither a folder nor a checkpoint; give a run folder, model folder or .ckpt file.")

@@ -1,17 +1,21 @@
 """The checkpoints of a run: atomic writes, the newest few are kept, the newest readable one is used to resume."""
 
+import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from ldmlab import distributed, format1
-from ldmlab.checkpoints import in_host_memory, inventory, load_checkpoint, save_checkpoint
+from ldmlab import distributed, format1, sharded
+from ldmlab.checkpoints import in_host_memory, inventory, load_checkpoint, save_checkpoint, save_tensors
 from ldmlab.errors import InputError
-from ldmlab.files import by_step, link
+from ldmlab.files import beside, by_step, link, put, remove
+from ldmlab.sharded import STATE, Parts, mark, shard_name
 from ldmlab.training.signals import Interrupted
 
 FORMAT_VERSION = 2
@@ -42,7 +46,7 @@ class Checkpoints:
         """Delete all but the newest `keep`, and the best ones of before where `best` is the note on a new one."""
         before = set(self.folder.glob(_BEST)) - {self.best_path(best)} if best else ()
         for old in [*self.by_age()[: -self.keep], *before]:
-            old.unlink()
+            remove(old)
 
     def best(self) -> Path | None:
         """The best checkpoint so far, if there is one."""
@@ -57,23 +61,30 @@ class Checkpoints:
         return next(iter(self.by_age()[-1:]), None)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, else the best one, with its content; None in a run without any."""
-        damaged = 0
-        for path in [*reversed(self.by_age()), *sorted(self.folder.glob(_BEST), reverse=True)]:
+        """The newest checkpoint that can be read, else the best one, with its content; None in a run without any.
+
+        A collective call: each process has the content, in the memory of the file, and checks its share of the shards.
+        """
+        found = distributed.from_first([*reversed(self.by_age()), *sorted(self.folder.glob(_BEST), reverse=True)])
+        for path in found:
+            content, fault = {}, ""
+            process = (distributed.rank(), distributed.world_size())
             try:
-                return path, complete(load_checkpoint(path, lazily=True), path)
+                content = complete(load_checkpoint(path, lazily=True, process=process), path)
             except InputError as error:
-                distributed.say(f"ldmlab: {error} Trying the one before it.")
-                damaged += 1
-        if damaged:
-            raise InputError(f"none of the {damaged} checkpoints in {self.folder} can be read; start a new run.")
+                fault = str(error)
+            if not (faults := [fault for fault in distributed.gather(fault) if fault]):
+                return path, content
+            distributed.say(f"ldmlab: {faults[0]} Trying the one before it.")
+        if found:
+            raise InputError(f"none of the {len(found)} checkpoints in {self.folder} can be read; start a new run.")
         return None
 
     def sweep(self) -> None:
         """Delete incomplete files of killed processes, also those next to the folder of checkpoints."""
-        beside = [part for name in _BESIDE for part in self.folder.parent.glob(f".{name}.*.part")]
-        for part in [*self.folder.glob(".*.part"), *beside] if distributed.rank() == 0 else []:
-            part.unlink(missing_ok=True)
+        others = [part for name in _BESIDE for part in self.folder.parent.glob(f".{name}.*.part")]
+        for part in [*self.folder.glob(".*.part"), *others] if distributed.rank() == 0 else []:
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 _BESIDE = ("metrics.csv", "config.yaml", "model.yaml", "provenance.json", "finished.json")
@@ -90,6 +101,7 @@ class Files(CheckpointIO):
         self.held: dict[str, Any] | None = None  # content of the checkpoint to resume, until it is taken up
         self._writing: threading.Thread | None = None
         self._fault: InputError | None = None
+        self._group: Any = None  # of the threads, which gather what became of their shards
 
     def __enter__(self) -> "Files":
         return self
@@ -102,27 +114,64 @@ class Files(CheckpointIO):
                 raise
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """With an inventory; only the first process calls it.
+        """With an inventory; the first process calls it, or, where there are sharded tensors, every process.
 
         storage_options: the other paths of a run's own checkpoint, and what to do once all are there. Without, as other
         callbacks call it, the file exists on return.
         """
         self.wait()
+        others, then = storage_options or ([], lambda: None)
+        content, parts = sharded.split(checkpoint)
+        if parts.found and self._group is None and distributed.joined():
+            self._group = torch.distributed.new_group(backend="gloo")  # for the threads alone
+        content, parts.tensors = in_host_memory((content if distributed.rank() == 0 else {}, parts.tensors))
+        arguments = (content, parts, [Path(path), *others], then)
         if storage_options is None:
-            _write(checkpoint, [Path(path)])
-            return
-        others, then = storage_options
-        held = in_host_memory(checkpoint)
-        self._writing = threading.Thread(target=self._write, args=(held, [Path(path), *others], then), daemon=True)
-        self._writing.start()
+            self._write(*arguments)
+            self.wait()
+        else:
+            self._writing = threading.Thread(target=self._write, args=arguments, daemon=True)
+            self._writing.start()
 
-    def _write(self, content: dict[str, Any], paths: list[Path], then: Callable[[], None]) -> None:
+    def _write(self, content: dict[str, Any], parts: Parts, paths: list[Path], then: Callable[[], None]) -> None:
+        path = paths[0]
+        with self._noted(path):
+            if parts.found:
+                content["shards"] = self._write_shards(parts, beside(path))
+            if distributed.rank() == 0:
+                file = beside(path) / STATE if parts.found else path
+                save_checkpoint(file, {**content, "inventory": inventory(content)})
+                if parts.found:
+                    put(beside(path), path)
+                for other in paths[1:]:
+                    link(path, other)
+                then()
+
+    @contextmanager
+    def _noted(self, path: Path) -> Iterator[None]:
+        """A fault inside is raised by `wait`, in a sentence."""
         try:
-            _write(content, paths, then)
+            yield
         except InputError as error:
             self._fault = error
         except Exception as error:
-            self._fault = InputError(f"{paths[0]} was not written ({error!r}); mend that and run the command again.")
+            self._fault = InputError(f"{path} was not written ({error!r}); mend that and run the command again.")
+
+    def _write_shards(self, parts: Parts, folder: Path) -> dict[str, list[int]]:
+        """Every process its own; size and checksum of all."""
+        noted: list[int] = []
+        name = shard_name(distributed.rank())
+        with self._noted(folder / name):
+            save_tensors(folder / name, parts.tensors, parts.begins)
+            noted = mark(folder / name)
+        found: list[Any] = [(name, noted, self._fault)]
+        if self._group is not None:
+            found *= distributed.world_size()
+            torch.distributed.all_gather_object(found, found[0], self._group)
+        for _, _, fault in found:
+            if fault is not None:
+                raise fault
+        return {name: noted for name, noted, _ in found}
 
     def wait(self, for_end: bool = True) -> None:
         """Until the checkpoint is written, if it is not yet; what kept it from being written is raised.
@@ -132,13 +181,13 @@ class Files(CheckpointIO):
         if self._writing is not None and (for_end or not self._writing.is_alive()):
             self._writing.join()
             self._writing = None
+        if self._writing is None and self._fault is not None:
             fault, self._fault = self._fault, None
-            if fault is not None:
-                raise fault
+            raise fault
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """The content with the keys that the Trainer demands; our hooks restore the rest."""
-        content, self.held = self.held or reread(Path(path)), None
+        content, self.held = self.held or complete(load_checkpoint(Path(path), lazily=True), Path(path)), None
         demanded = {"global_step": content["step"], "epoch": 0, "pytorch-lightning_version": pl.__version__}
         empty: dict[str, Any] = {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
         return {**empty, **demanded, **content}
@@ -146,19 +195,7 @@ class Files(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Of a callback that keeps its own."""
         self.wait()
-        Path(path).unlink(missing_ok=True)
-
-
-def _write(content: dict[str, Any], paths: list[Path], then: Callable[[], None] = lambda: None) -> None:
-    save_checkpoint(paths[0], {**content, "inventory": inventory(content)})
-    for other in paths[1:]:
-        link(paths[0], other)
-    then()
-
-
-def reread(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that the first process has checked."""
-    return complete(load_checkpoint(path, lazily=True, checked=True), path)
+        remove(Path(path))
 
 
 def complete(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ldmlab.training.callbacks.compiled import Compiled
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.weight_averaging import Averaging
-from ldmlab.training.checkpointing import Checkpoints, Files, reread
+from ldmlab.training.checkpointing import Checkpoints, Files
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.loggers import RunFiles, close_all, lost_rows, open_all
@@ -150,15 +150,11 @@ def _take_up(
 ) -> tuple[Path | None, list[str]]:
     """Load the newest checkpoint, the same one in all processes; return it and the changed options that apply."""
 
-    def look() -> Path | None:
-        found = checkpoints.newest()
-        files.held = found[1] if found else None  # read by the first process while it searches
-        return found[0] if found else None
-
-    path = distributed.shared(look)
-    if path is None:
+    found = checkpoints.newest()
+    if found is None:
         return None, []
-    content = files.held = files.held or reread(path)
+    path, content = found
+    files.held = content
     if content["kind"] != stage.kind:
         raise InputError(f"{path} is of stage={content['kind']}, this run is stage={stage.kind}; resume its own run.")
     if content["seed"] != stage.seed:

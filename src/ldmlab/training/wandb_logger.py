@@ -137,7 +137,8 @@ class WandB(WandbLogger):
         path = checkpoints.best() if self.upload == "best" else next(iter(checkpoints.by_age()[-1:]), None)
         if path is not None:
             artifact = wandb.Artifact(f"model-{run.run_id}", type="model")
-            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no second copy on this disk
+            add = artifact.add_dir if path.is_dir() else artifact.add_file
+            add(str(path), path.name, policy="immutable", skip_cache=True)  # no second copy on this disk
             self.experiment.log_artifact(artifact)
 
 

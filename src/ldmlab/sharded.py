@@ -1,0 +1,185 @@
+"""Tensors of which each process holds a part, in the files of a checkpoint that is a folder.
+
+    step_00000100.ckpt/
+        state.ckpt                 the content, as in a checkpoint of one file, but these tensors have no data (meta)
+        shard_00000.safetensors    parts of one process by the path of their tensor; the header has where they begin
+
+`state.ckpt` is written last and lists size and CRC-32C of the shards. Any number of processes reads any boxes of them.
+torch.distributed.checkpoint has no checksums, and its files are pickles, which may run code.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import safetensors
+import torch
+from torch import Tensor
+
+STATE = "state.ckpt"
+_NAME = re.compile(r"shard_\d{5,}\.safetensors")
+_CHUNK_BYTES = 2**20
+
+
+def mapped(content: Any, change: Callable[[Any, str], Any], path: str = "") -> Any:
+    """The same structure with `change(value, path)` in place of each value; paths are keys and indices: `/a/0/b`."""
+    if isinstance(content, Mapping):
+        new: Any = copy.copy(content)
+        new.update({name: mapped(part, change, f"{path}/{name}") for name, part in content.items()})
+        return new
+    if type(content) in (list, tuple):
+        return type(content)([mapped(part, change, f"{path}/{index}") for index, part in enumerate(content)])
+    return change(content, path)
+
+
+@dataclass
+class Parts:
+    """What a process holds of the sharded tensors of a checkpoint, by path."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    begins: dict[str, str] = field(default_factory=dict)  # indices of the first element in the tensor, as JSON
+    found: bool = False  # whether there are sharded tensors, of which this process may hold nothing
+
+
+def split(content: Any) -> tuple[Any, Parts]:
+    """The content with tensors without data in place of sharded ones, and this process's parts of those.
+
+    Of equal parts on several processes the first one counts.
+    """
+    parts = Parts()
+
+    def cut(value: Any, path: str) -> Any:
+        if not is_sharded(value):
+            return value
+        parts.found = True
+        begin, own = box_of(value)
+        place: Sequence[int] = value.device_mesh.get_coordinate() or ()
+        if prod(own) and all(p.is_shard() or not at for p, at in zip(value.placements, place, strict=True)):
+            parts.tensors[path] = value.to_local().detach()
+            parts.begins[path] = json.dumps(begin)
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+    return mapped(content, cut), parts
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, whose import takes seconds that a program with one process does not need."""
+    return isinstance(value, Tensor) and hasattr(value, "placements")
+
+
+def box_of(tensor: Any) -> tuple[list[int], list[int]]:
+    """First element and shape of this process's part."""
+    (chunk,) = tensor.__create_chunk_list__()
+    return list(chunk.offsets), list(chunk.sizes)
+
+
+def shard_name(rank: int) -> str:
+    """`shard_<rank>.safetensors`."""
+    return f"shard_{rank:05d}.safetensors"
+
+
+def mark(path: Path) -> list[int]:
+    """Size in bytes and CRC-32C of a file."""
+    sums = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sums.update(chunk)
+    return [path.stat().st_size, int.from_bytes(sums.digest(), "big")]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    file: Any  # of safetensors; it maps the file
+    path: str
+    begin: list[int]
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in the shards of a checkpoint, of which any box is read when it is needed."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    pieces: Sequence[_Piece]
+    ndim = property(lambda self: len(self.shape))
+
+    def read(self, begin: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        """The box of `shape` from the indices `begin` on; without them the whole tensor. On the CPU."""
+        begin, shape = begin or [0] * self.ndim, self.shape if shape is None else shape
+        box = torch.empty(tuple(shape), dtype=self.dtype)
+        for piece in self.pieces:
+            low = [max(a, b) for a, b in zip(begin, piece.begin, strict=True)]
+            ends = zip(begin, shape, piece.begin, piece.shape, strict=True)
+            high = [min(a + n, b + m) for a, n, b, m in ends]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.begin, strict=True))
+                target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))
+                box[target] = piece.file.get_slice(piece.path)[source]
+        return box
+
+    def laid_out(self, like: Any) -> Tensor:
+        """This process's part, where `like` is sharded, else the whole tensor."""
+        if not is_sharded(like):
+            return self.read()
+        from torch.distributed.tensor import DTensor
+
+        local = self.read(*box_of(like)).to(like.device)
+        mesh, places = like.device_mesh, like.placements
+        return DTensor.from_local(local, mesh, places, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def attach(content: Any, folder: Path | None, process: tuple[int, int] = (0, 1)) -> Any:
+    """`StoredTensor`s in place of the tensors without data; ValueError where shards are damaged or do not hold them.
+
+    folder: None for a checkpoint of one file, which holds all of its tensors; process: its rank and the number of
+    those that check the sums, each of its own shards.
+    """
+    index = _index(folder, content.pop("shards", None), process) if folder is not None else {}
+
+    def stored(value: Any, path: str) -> Any:
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return value
+        pieces = index.get(path, [])
+        if sum(prod(piece.shape) for piece in pieces) != value.numel():
+            raise ValueError(f"it lacks parts of {path}")
+        for piece in pieces:
+            inside = all(
+                type(b) is int and 0 <= b <= m - n
+                for b, n, m in zip(piece.begin, piece.shape, value.shape, strict=True)
+            )
+            if not inside or piece.file.get_slice(piece.path)[:0].dtype != value.dtype:
+                raise ValueError(f"it holds a part of {path} that does not fit")
+        return StoredTensor(value.shape, value.dtype, pieces)
+
+    return mapped(content, stored)
+
+
+def _index(folder: Path, marks: Any, process: tuple[int, int]) -> dict[str, list[_Piece]]:
+    """The pieces of each tensor, by its path."""
+    if not isinstance(marks, dict) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in marks):
+        raise ValueError("it lists no shards")
+    rank, world = process
+    found: dict[str, list[_Piece]] = {}
+    for number, (name, noted) in enumerate(sorted(marks.items())):
+        if not (folder / name).is_file():
+            raise ValueError(f"its {name} is missing")
+        if number % world == rank and mark(folder / name) != noted:
+            raise ValueError(f"its {name} is damaged: the checksum differs")
+        file = safetensors.safe_open(folder / name, framework="pt")
+        begins = file.metadata() or {}
+        for path in file.keys():  # noqa: SIM118 - it is no mapping
+            piece = _Piece(file, path, json.loads(begins.get(path, "[]")), file.get_slice(path).get_shape())
+            found.setdefault(path, []).append(piece)
+    return found
+
+
+def whole(content: Any) -> Any:
+    """The same structure with its stored tensors read."""
+    return mapped(content, lambda value, _: value.read() if isinstance(value, StoredTensor) else value)

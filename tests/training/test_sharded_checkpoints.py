@@ -1,0 +1,225 @@
+"""Checkpoints of which every process writes its part, read by any number of processes."""
+
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from ldmlab import checkpoints, distributed, sharded
+from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
+from ldmlab.errors import InputError
+from ldmlab.training.checkpointing import Files
+
+
+def network(shape: tuple[int, ...]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Sizes that no number of processes divides; one weight has a single row, so most of them hold none of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7), nn.Conv1d(1, 1, 2))
+    if shape:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "parts")[-len(shape) :])
+        for part in net:
+            fully_shard(part, mesh=mesh)
+    return net, torch.optim.AdamW(net.parameters(), lr=0.1)
+
+
+def content_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "modules": {"net": net.state_dict()},
+        "optimizers": {"main": optimizer.state_dict()},
+        "step": 3,
+        "plain": [torch.arange(4)],
+    }
+
+
+def trained(shape: tuple[int, ...]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    net, optimizer = network(shape)
+    for _ in range(2):
+        net[2](net[1](net[0](torch.ones(1, 3)))[:, None]).sum().backward()
+        optimizer.step()
+    return net, optimizer
+
+
+def save(rank: int, world: int, path: Path, shape: tuple[int, ...]) -> None:
+    """The checkpoint of a sharded network, and the whole tensors beside it, as torch gathers them."""
+    distributed.join()
+    content = content_of(*trained(shape))
+    full = sharded.mapped(content, lambda v, _: v.full_tensor() if isinstance(v, DTensor) else v)
+    if rank == 0:
+        torch.save(full, path.with_suffix(".full"))
+    with Files() as files:
+        files.save_checkpoint(content, path, ([], lambda: None))
+        for value in content["modules"]["net"].values():
+            value.to_local().zero_()  # training goes on
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two processes, of which tests change copies."""
+    path = tmp_path_factory.mktemp("two") / "step_00000003.ckpt"
+    assert forked.finish(*forked.group(2, save, path, (2,))) == [0, 0]
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder, tmp_path / folder.name)
+    return tmp_path / folder.name
+
+
+def full(folder: Path) -> dict[str, Any]:
+    return torch.load(folder.with_suffix(".full"), weights_only=True)
+
+
+def same(read: dict[str, Any], expected: dict[str, Any]) -> None:
+    forked.same({name: read[name] for name in expected}, expected)
+
+
+def test_shards_of_two_processes_are_the_whole_tensors(folder: Path) -> None:
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *("shard_00000.safetensors", "shard_00001.safetensors", "state.ckpt"),
+    ]
+    same(load_checkpoint(folder), full(folder))
+    for file in folder.glob("shard*"):
+        held = sum(tensor.numel() for tensor in load_file(file).values())
+        whole = sum(p.numel() for p in network(())[0].parameters())
+        assert held < 0.65 * 3 * whole  # weights and two moments; rows are not split
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_hsdp_writes_each_part_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    assert forked.finish(*forked.group(4, save, path, (2, 2))) == [0] * 4
+    same(load_checkpoint(path), full(path))
+    assert [len(load_file(file)) > 0 for file in sorted(path.glob("shard*"))] == [True, True, False, False]
+
+
+def take_up(rank: int, world: int, path: Path, expected: Path) -> None:
+    """Another number of processes reads its own parts and nothing else."""
+    distributed.join()
+    net, _ = network((world,))
+    content = load_checkpoint(path, lazily=True, process=(rank, world))["modules"]["net"]
+    read, stored = [], sharded.StoredTensor.read
+
+    def counted(self: sharded.StoredTensor, *box: Any) -> torch.Tensor:
+        read.append(stored(self, *box))
+        return read[-1]
+
+    sharded.StoredTensor.read = counted  # type: ignore[method-assign]
+    whole = torch.load(expected, weights_only=True)["modules"]["net"]
+    for name, own in net.state_dict().items():
+        own.copy_(content[name].laid_out(own))
+        assert read[-1].shape == own.to_local().shape
+        assert torch.equal(own.full_tensor(), whole[name])
+
+
+def test_three_processes_take_up_what_two_saved(folder: Path) -> None:
+    assert forked.finish(*forked.group(3, take_up, folder, folder.with_suffix(".full"))) == [0] * 3
+
+
+def test_any_box_is_read(folder: Path) -> None:
+    weight = full(folder)["modules"]["net"]["1.weight"]  # (7, 5)
+    stored = load_checkpoint(folder, lazily=True)["modules"]["net"]["1.weight"]
+    for begin, shape in (((0, 0), (7, 5)), ((2, 1), (3, 2)), ((6, 4), (1, 1)), ((3, 0), (0, 5))):
+        box = tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))
+        assert torch.equal(stored.read(begin, shape), weight[box])
+
+
+def spoil(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda c: spoil(c / "shard_00001.safetensors"), "its shard_00001.safetensors is damaged"),
+        (lambda c: (c / "shard_00000.safetensors").unlink(), "its shard_00000.safetensors is missing"),
+        (lambda c: (c / "state.ckpt").unlink(), "state.ckpt does not exist"),
+        (lambda c: shutil.copy(c / "shard_00000.safetensors", c / "shard_00001.safetensors"), "damaged"),
+    ],
+    ids=["a flipped bit", "no shard", "not complete", "exchanged"],
+)
+@pytest.mark.parametrize("lazily", [True, False])
+def test_damage_is_named(copy: Path, damage: Any, sentence: str, lazily: bool) -> None:
+    damage(copy)
+    with pytest.raises(InputError, match=sentence):
+        load_checkpoint(copy, lazily=lazily)
+
+
+def vouched(folder: Path, **changes: Any) -> None:
+    """As whoever gives the folder away would write it."""
+    content = torch.load(folder / "state.ckpt", weights_only=True)
+    del content["inventory"]
+    content["shards"] = {f.name: sharded.mark(f) for f in folder.glob("shard*")}
+    content |= changes
+    save_checkpoint(folder / "state.ckpt", {**content, "inventory": inventory(content)})
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("it_ran",)
+
+
+def test_a_strangers_folder_runs_nothing_and_reads_nothing_else(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    shard = copy / "shard_00001.safetensors"
+    tensors = load_file(shard)
+    name = "/modules/net/1.weight"
+    for begins in ({}, {name: "[99, 0]"}, {name: "[-1, 0]"}, {name: "[0]"}, {name: "nonsense"}, {name: '{"a": 1}'}):
+        save_file(tensors, shard, begins)
+        vouched(copy)
+        with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+            load_checkpoint(copy)
+    for names in (["../shard_00001.safetensors"], {"../../etc/passwd": [1, 1]}, None, {1: [1, 1]}):
+        vouched(copy, shards=names)
+        with pytest.raises(InputError, match="lists no shards"):
+            load_checkpoint(copy)
+    for file in (shard, copy / "state.ckpt"):
+        kept = file.read_bytes()
+        file.write_bytes(pickle.dumps(Evil()))
+        if file is shard:
+            vouched(copy)
+        with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+            load_checkpoint(copy)
+        file.write_bytes(kept)
+    assert not Path("it_ran").exists()
+    save_checkpoint(copy.parent / "plain.ckpt", {"weight": torch.empty(3, device="meta")})
+    with pytest.raises(InputError, match="lacks parts of /weight"):
+        load_checkpoint(copy.parent / "plain.ckpt")
+
+
+def die(rank: int, world: int, path: Path) -> None:
+    """The second process is killed while it writes a second checkpoint over the first."""
+    write = checkpoints.safetensors.torch.save_file
+    if rank == 1:
+
+        def half(tensors: Any, file: Path, metadata: Any) -> None:
+            write(tensors, file, metadata)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoints.safetensors.torch.save_file = half
+    try:
+        save(rank, world, path, (2,))
+    except InputError as error:
+        path.with_suffix(".said").write_text(str(error))
+        raise SystemExit(3) from None
+
+
+def test_a_kill_while_a_shard_is_written_leaves_the_one_before(copy: Path) -> None:
+    before = load_checkpoint(copy)
+    assert forked.finish(*forked.group(2, die, copy)) == [3, -signal.SIGKILL]
+    forked.same(load_checkpoint(copy), before)
+    assert "was not written" in copy.with_suffix(".said").read_text()
+    assert [path.name for path in copy.parent.glob(".*")] == [f".{copy.name}.part"]
