@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldmlab.distributed import laid_out
+
 
 class AveragedWeights:
     """An exponential moving average of a module's trainable parameters, at least float32, besides the raw ones."""
@@ -56,4 +58,4 @@ class AveragedWeights:
             raise ValueError("the averaged weights belong to another network: parameter names differ")
         self.updates = int(state["updates"])
         for name, value in state["weights"].items():
-            self._average[name].copy_(value)
+            self._average[name].copy_(laid_out(value, self._average[name]))

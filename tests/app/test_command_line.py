@@ -73,7 +73,7 @@ def start(*words: str) -> None:
         (["trainer=true"], "trainer=true: there is no such file in conf/trainer/"),
         (["+experiment=2"], "experiment=2: there is no such file in conf/experiment/"),
         (["+trainer.max_steps=3"], "+trainer.max_steps: the option exists already"),
-        (["trainer.strategy=fsdp"], "trainer.strategy=fsdp is unknown; choose auto or ddp."),
+        (["trainer.strategy=dp"], "trainer.strategy=dp is unknown; choose auto or ddp or fsdp or hsdp."),
         (["stage.panel_steps=3"], "stage.panel_steps: there is no such option"),
         (["data.train=/x/with=equals"], "write 'data.train=\"/x/with=equals\"'"),
         (

@@ -29,7 +29,7 @@ Norm = Callable[[int], nn.Module]
 class DiTCache(NamedTuple):
     """What does not change between the steps of one sample."""
 
-    kv: Sequence[KeysValues | None]  # of the tokens, for each block; None: no cross-attention
+    kv: Sequence[KeysValues | Tensor | None]  # of the tokens, for each block; None: no cross-attention
     context: Tensor | None  # (B, L, D) tokens that join the sequence
     vector: Tensor | None  # (B, D)
 
@@ -113,8 +113,10 @@ class DiTBlock(nn.Module):
             self.norm_cross = norm(width)
             self.cross_attention = TokenAttention(width, heads, width // heads, context_width)
 
-    def forward(self, x: Tensor, condition: Tensor, rotation: Rotation | None, kv: KeysValues | None) -> Tensor:
-        """x (B, N, D), condition (B, D) after its SiLU => (B, N, D)."""
+    def forward(
+        self, x: Tensor, condition: Tensor, rotation: Rotation | None, kv: KeysValues | Tensor | None
+    ) -> Tensor:
+        """x (B, N, D), condition (B, D) after its SiLU, tokens or their keys and values => (B, N, D)."""
         parts = self.modulation(condition).chunk(6 if self.shift else 4, dim=1)
         if not self.shift:
             parts = (None, *parts[:2], None, *parts[2:])
@@ -206,22 +208,30 @@ class DiT(nn.Module):
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block, tokens that join the sequence, and the projected vector."""
+        tokens, cache = self._projected(conditioning)
+        cross = [cast(TokenAttention | None, block.cross_attention) for block in self.blocks]
+        kv = [None if part is None or tokens is None else part.keys_values(tokens) for part in cross]
+        return Prepared(conditioning, cache._replace(kv=kv))
+
+    def _projected(self, conditioning: Conditioning) -> tuple[Tensor | None, DiTCache]:
+        """Tokens (B, L, D'), and the cache with them in place of keys and values: each block makes its own."""
         for slot in ("tokens", "vector"):
             if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
                 has = "needs" if slot in self.accepts else "does not take"
                 raise InputError(f"the DiT {has} {slot} conditioning; change conditioner or backbone.")
         dtype = self.patches.weight.dtype
         tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
-        cross = [cast(TokenAttention | None, block.cross_attention) for block in self.blocks]
-        kv = [None if part is None or tokens is None else part.keys_values(tokens) for part in cross]
         context = None if tokens is None or self.joining is None else self.joining(tokens)
         projected = None if vector is None or self.vector is None else self.vector(vector)
-        return Prepared(conditioning, DiTCache(kv, context, projected))
+        crossed = None if self.context == "in_context" else tokens
+        return tokens, DiTCache([crossed] * len(self.blocks), context, projected)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
-        prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
-        spatial, cache = prepared.conditioning.spatial, prepared.cache
+        if isinstance(conditioning, Prepared):
+            spatial, cache = conditioning.conditioning.spatial, conditioning.cache
+        else:
+            spatial, cache = conditioning.spatial, self._projected(conditioning)[1]
         if spatial is not None:
             x = torch.cat([x, spatial.to(x.dtype)], dim=1)
         dtype = self.patches.weight.dtype

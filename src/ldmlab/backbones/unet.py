@@ -5,7 +5,7 @@ Shapes: B batch, C channels, h w latent size, E = 4 model_channels, L conditioni
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import NamedTuple, cast
 
 import torch
@@ -49,7 +49,7 @@ class UNetBlock(nn.Module):
         self.res = res
         self.attention = attention
 
-    def forward(self, x: Tensor, emb: Tensor, kv: list[CrossKV] | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, kv: list[CrossKV] | Tensor | None) -> Tensor:
         x = self.res(x, emb)
         if isinstance(self.attention, SpatialTransformer):
             return self.attention(x, kv)
@@ -189,28 +189,36 @@ class UNet(ChannelsLast):
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block (of one token: its output), and the projected vector."""
+        tokens, vector = self._projected(conditioning)
+        transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]  # as they run
+        kv = [] if tokens is None else [transformer.precompute_kv(tokens) for transformer in transformers]
+        return Prepared(conditioning, UNetCache(kv, vector))
+
+    def _projected(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens (B, L, D) and the projected vector (B, E)."""
         for slot in ("tokens", "vector"):
             if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
                 has = "needs" if slot in self.accepts else "does not take"
                 raise InputError(f"the U-Net {has} {slot} conditioning; change conditioner or backbone.")
         dtype = self.conv_in.weight.dtype
         tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
-        transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]  # as they run
-        kv = [] if tokens is None else [transformer.precompute_kv(tokens) for transformer in transformers]
-        projected = None if vector is None or self.vector is None else self.vector(vector)
-        return Prepared(conditioning, UNetCache(kv, projected))
+        return tokens, None if vector is None or self.vector is None else self.vector(vector)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w); weights may be half precision."""
-        prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
-        spatial, cache = prepared.conditioning.spatial, prepared.cache
+        kv: Iterator[list[CrossKV] | Tensor | None]
+        if isinstance(conditioning, Prepared):
+            spatial, vector = conditioning.conditioning.spatial, conditioning.cache.vector
+            kv = iter(conditioning.cache.kv)
+        else:  # each block makes its own keys and values
+            tokens, vector = self._projected(conditioning)
+            spatial, kv = conditioning.spatial, repeat(tokens)
         if spatial is not None:
             x = torch.cat([x, spatial.to(x.dtype)], dim=1)
         if self.coordinates:
             x = with_coordinates(x)
         emb = self.time(t)  # (B, E)
-        emb = F.silu(emb if cache.vector is None else emb + cache.vector)
-        kv = iter(cache.kv)
+        emb = F.silu(emb if vector is None else emb + vector)
 
         h = self.conv_in(x.to(self.conv_in.weight.dtype, memory_format=self._layout))
         skips = [h]
@@ -230,7 +238,7 @@ class UNet(ChannelsLast):
                 h = level.resample(h, emb, tuple(skips[-1].shape[2:]))
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, kv: Iterator[list[CrossKV]]) -> Tensor:
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor, kv: Iterator[list[CrossKV] | Tensor | None]) -> Tensor:
         part = next(kv) if isinstance(block.attention, SpatialTransformer) else None
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, part, use_reentrant=False)

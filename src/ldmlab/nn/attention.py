@@ -88,9 +88,9 @@ class TokenAttention(nn.Module):
         """(B, L, D) => keys and values of the heads."""
         return split_heads(self.k(context), self.heads), split_heads(self.v(context), self.heads)
 
-    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
-        """(B, N, width) => (B, N, width); without keys and values, attention among the tokens themselves."""
-        k, v = self.keys_values(x) if keys_values is None else keys_values
+    def forward(self, x: Tensor, context: KeysValues | Tensor | None = None) -> Tensor:
+        """(B, N, width), tokens (B, L, D) or their keys and values => (B, N, width); None: x's own tokens."""
+        k, v = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
         return self.out(attend(split_heads(self.q(x), self.heads), k, v))
 
 
@@ -158,8 +158,9 @@ class SpatialTransformer(nn.Module):
         """Tokens (B, L, D) => keys and values of every block."""
         return [block.precompute_kv(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
 
-    def forward(self, x: Tensor, kv: list[CrossKV]) -> Tensor:
-        """(B, C, h, w), with what `precompute_kv` gave => (B, C, h, w)."""
+    def forward(self, x: Tensor, kv: list[CrossKV] | Tensor) -> Tensor:
+        """(B, C, h, w), with tokens (B, L, D) or what `precompute_kv` gave for them => (B, C, h, w)."""
+        kv = self.precompute_kv(kv) if isinstance(kv, Tensor) else kv
         tokens = self.proj_in(to_tokens(self.norm(x)))  # (B, N, width)
         for block, part in zip(self.blocks, kv, strict=True):
             tokens = block(tokens, part)

@@ -68,8 +68,8 @@ class ChannelsLast(nn.Module):
     def _layout(self) -> torch.memory_format:
         """The layout of the weights, which feature maps follow."""
         weight = next(parameter for parameter in self.parameters() if parameter.ndim == 4)
-        last = torch.channels_last
-        return last if weight.is_contiguous(memory_format=last) else torch.contiguous_format
+        last = torch.channels_last  # on a GPU also where the weights are sharded, which are gathered contiguous
+        return last if weight.is_cuda or weight.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def zero(module: M) -> M:

@@ -52,6 +52,10 @@ class ClassifierStage(Stage):
         """The classifier only; the latent space is described, not stored."""
         return {"classifier": self.classifier}
 
+    def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """The classifier."""
+        return [(self.classifier, ())]
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """As usual, but labels without an output are refused here, where reading them does not wait for the device."""
         labels, classes = batch["class_id"], int(self.classifier.classes)  # type: ignore[arg-type]

@@ -58,6 +58,11 @@ class DiffusionStage(Stage):
             modules["conditioner"] = self.diffusion.conditioners
         return modules
 
+    def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """The backbone, and conditioners that are trained."""
+        trained = [c for c in self.diffusion.conditioners.values() if any(p.requires_grad for p in c.parameters())]
+        return [(self.diffusion.backbone, ()), *((conditioner, ("null",)) for conditioner in trained)]
+
     def losses(self, group: str, batch: Batch) -> Losses:
         """Mean of the images' losses; their noise levels as a share of the schedule, 0 the cleanest."""
         seen, cut = self._captions()

@@ -10,7 +10,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import ClusterEnvironment
-from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldmlab import distributed
@@ -19,6 +18,7 @@ from ldmlab.nn import numerics
 from ldmlab.training import precision
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
+from ldmlab.training.strategies import strategy_of
 
 _EXPECTED_WARNINGS = (
     ".*eval mode at the start.*",
@@ -31,6 +31,7 @@ _EXPECTED_WARNINGS = (
     ".*You have overridden `transfer_batch_to_device`.*",
     ".*`broadcast_buffers` is deprecated.*",  # its successor is unknown to older torch
     ".*sync_dist=True.*",  # metrics are means over processes already
+    ".*returned a view tensor.*",  # of a conditioner, which nothing changes in place
     ".*callbacks used to create the checkpoint.*",  # a changed callback is reported by the comparison
 )
 _DECIDING = (
@@ -70,17 +71,6 @@ class Launched(ClusterEnvironment):
         return distributed.rank() // max(distributed.local_world_size(), 1)
 
 
-class SeveralGroups(DDPStrategy):
-    """Processes without DDP's wrapper, which expects every parameter in every backward pass; the stage syncs."""
-
-    def configure_ddp(self) -> None:
-        """All processes start from the first one's weights."""
-        assert self.model is not None
-        if distributed.joined():
-            for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                torch.distributed.broadcast(tensor.data, 0)
-
-
 def make_trainer(
     stage: Stage,
     settings: TrainerSettings,
@@ -97,7 +87,7 @@ def make_trainer(
     ours = {
         "accelerator": settings.accelerator,
         **_processes(settings, chosen),
-        "strategy": _strategy(stage, settings),
+        "strategy": strategy_of(stage, settings),
         "precision": settings.precision if own is None else None,
         "plugins": [
             Launched(),
@@ -154,16 +144,6 @@ def _processes(settings: TrainerSettings, chosen: dict[str, Any]) -> dict[str, A
     return {"devices": min(local, visible or local) if world > 1 else 1, "num_nodes": nodes}
 
 
-def _strategy(stage: Stage, settings: TrainerSettings) -> Any:
-    if not isinstance(settings.strategy, str):
-        return settings.strategy
-    if distributed.world_size() == 1:
-        return "auto"
-    if len(stage.groups()) > 1:
-        return SeveralGroups()
-    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
 _HOOKS = [name for name, _ in inspect.getmembers(pl.Callback, inspect.isfunction) if not name.startswith("_")]
 _KINDS = {  # group => what a part of it must have, and the class that has it
     "callbacks": (_HOOKS, "pytorch_lightning.Callback"),
@@ -195,6 +175,7 @@ def summary(stage: Stage, settings: TrainerSettings) -> str:
     world = distributed.world_size()
     images = settings.micro_batch * settings.accumulate * world
     how = f"micro_batch {settings.micro_batch} x accumulate {settings.accumulate} x {world} processes"
+    how += f", sharded by {settings.strategy}" if settings.strategy in ("fsdp", "hsdp") and world > 1 else ""
     return f"{stage.kind}: {parts}; {images} images a step ({how}), {stage.max_steps} steps, {settings.precision}"
 
 

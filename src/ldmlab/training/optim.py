@@ -1,7 +1,7 @@
 """Optimizers and learning rates; the configured rate is used unless `lr_scaling` changes it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ldmlab.distributed import laid_out
 from ldmlab.errors import InputError
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -144,19 +145,30 @@ def restore_optimizer(optimizer: Optimizer, state: Any, name: str) -> None:
     States take the layout of their parameter: a fused optimizer pairs the elements of both by their place in memory.
     """
     configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        optimizer.load_state_dict(state)
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        own = {n: state["state"][n] for n in numbers if n in state["state"]}
+        laid = {n: _like(p, own[n], name) for n, p in zip(numbers, parameters, strict=True) if n in own}
+        optimizer.load_state_dict({**state, "state": laid})
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the checkpoint's optimizer state of {name} is missing or of another network.") from error
     for group, options in zip(optimizer.param_groups, configured, strict=True):
         group.update(options)
-    for parameter, moments in optimizer.state.items():
-        for kind, moment in moments.items():
-            if not isinstance(moment, Tensor):
-                continue
-            if not moment.ndim:
-                moments[kind] = moment.clone()  # else it stays in the file's memory
-                continue
-            if moment.shape != parameter.shape:
-                raise InputError(f"the checkpoint's optimizer state of {name} has another shape than its weights.")
-            moments[kind] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+
+
+def _like(parameter: nn.Parameter, moments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The states of one parameter in its layout, and in its part of it where it is sharded."""
+    made = dict(moments)
+    for kind, moment in moments.items():
+        if not isinstance(moment, Tensor):
+            continue
+        if not moment.ndim:
+            made[kind] = moment.clone()  # else it stays in the file's memory
+            continue
+        if moment.shape != parameter.shape:
+            raise InputError(f"the checkpoint's optimizer state of {name} has another shape than its weights.")
+        made[kind] = torch.empty_like(parameter, dtype=moment.dtype).copy_(laid_out(moment, parameter))
+    return made

@@ -19,7 +19,7 @@ from ldmlab.training.precision import Precision, check_precision
 _CHOICES = {
     "precision": get_args(Precision),
     "accelerator": ("auto", "cpu", "gpu"),
-    "strategy": ("auto", "ddp"),
+    "strategy": ("auto", "ddp", "fsdp", "hsdp"),
 }
 _ALSO = {"accumulate_grad_batches": "accumulate", "gradient_clip_val": "gradient_clip"}  # Lightning's name => ours
 _REPLACED = {  # arguments of the Trainer that contradict what a run does => the way out
@@ -53,7 +53,7 @@ class TrainerSettings:
     precision: Precision = "bf16-mixed"  # auto becomes what the processor computes fast
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
-    strategy: Any = "auto"  # auto | ddp, or a strategy of Lightning by its _target_
+    strategy: Any = "auto"  # auto | ddp | fsdp | hsdp, or a strategy of Lightning by its _target_
     timeout_minutes: float | None = None  # how long a process waits for another one; None: torch's own
     compile: Choice = "auto"  # torch.compile all networks, block by block; auto: on a GPU
     log_every: int = 50  # steps between two rows of metrics.csv

@@ -83,6 +83,10 @@ class Stage(OptimizerGroups):
         """What turns captions into token numbers, by name; loaders run it."""
         return {}
 
+    def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """What FSDP may shard, all that is trained, each with its methods besides forward; []: it cannot be sharded."""
+        return []
+
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Images for the grids by name, uint8 (N, H, W, 3), with averaged weights; called by all processes."""
         return {}
@@ -149,6 +153,7 @@ class Stage(OptimizerGroups):
         if self._scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             self._scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, which do it later
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.skip_nonfinite and self._scaler is None and not bool(norm.isfinite()):  # waits for the device
             self._left_out = True
             for parameter in parameters:

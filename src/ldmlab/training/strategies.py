@@ -1,0 +1,147 @@
+"""How the processes of a run share its work: DDP, gradients averaged by the stage, or networks that are sharded.
+
+FSDP2 keeps a part of every weight, gradient, optimizer state and average on each process. A unit, one for each region
+of a network (`nn/compiling.py`) and one for the rest of it, is whole only while it runs. HSDP does so within a machine
+and averages gradients between machines. In mixed precision a region's products are gathered in half precision.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from ldmlab import distributed
+from ldmlab.errors import InputError
+from ldmlab.nn.blocks import Grow
+from ldmlab.nn.compiling import regions
+from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.stage import Stage
+
+_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_PRODUCTS = (nn.Linear, nn.Conv2d)  # what autocast computes in half precision
+
+
+class SeveralGroups(DDPStrategy):
+    """Processes without DDP's wrapper, which expects every parameter in every backward pass; the stage syncs."""
+
+    def configure_ddp(self) -> None:
+        """All processes start from the first one's weights."""
+        assert self.model is not None
+        if distributed.joined():
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                dist.broadcast(tensor.data, 0)
+
+
+class Sharded(SeveralGroups):
+    """The stage's networks as units of `fully_shard`, over all processes or over those of each machine."""
+
+    def __init__(self, precision: str = "32-true", by_machine: bool = False) -> None:
+        super().__init__()
+        self._dtype, self._by_machine = _HALF.get(precision), by_machine
+
+    def configure_ddp(self) -> None:
+        """Shard the networks, once their weights are on the device and in their layout."""
+        super().configure_ddp()
+        stage: Any = self.lightning_module
+        world, local = distributed.world_size(), distributed.local_world_size()
+        shape = (world // local, local) if self._by_machine else (world,)
+        mesh = init_device_mesh(self.root_device.type, shape)
+        for network, methods in stage.networks():
+            shard(network, mesh, self._dtype)
+            for method in methods:
+                register_fsdp_forward_method(network, method)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Gradients are summed in parts after every micro-batch, between machines after the last one of a step."""
+        super().pre_backward(closure_loss)
+        stage: Any = self.lightning_module
+        for network, _ in stage.networks():
+            network.set_requires_all_reduce(stage._micro_batches + 1 == stage.accumulate)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """One file with whole tensors, by the first process; a collective call."""
+        super().save_checkpoint(whole(checkpoint), filepath, storage_options)
+
+    def teardown(self) -> None:
+        """The weights stay on their device, where their parts belong."""
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
+            if part is not None:
+                part.teardown()
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+    """Split a network's weights over the processes of `mesh`; `dtype`: of the products in its regions."""
+    if hasattr(network, "prepare"):  # keys and values belong to the units of their blocks, which make their own
+        network.prepare = lambda conditioning: conditioning  # type: ignore[assignment]
+    for parameter in network.parameters():
+        parameter.data = parameter.data.contiguous()  # the only layout that can be gathered
+    for unit, method in [*regions(network)]:
+        if method == "forward" and unit is not network:
+            fully_shard(unit, mesh=mesh, mp_policy=_policy(unit, dtype), reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else averaged weights would miss a gathered one
+
+
+def _policy(unit: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Weights of products as autocast would cast them; norms and what is computed from weights stay float32."""
+    if dtype is None or isinstance(unit, Grow):
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    products = {p for module in unit.modules() if isinstance(module, _PRODUCTS) for p in module.parameters(False)}
+    return MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=lambda parameter: None if parameter in products else parameter.dtype,
+    )
+
+
+def whole(value: Any) -> Any:
+    """The same value with tensors in place of sharded ones: on the CPU of the first process, None on the others."""
+    if isinstance(value, DTensor):
+        full = value.full_tensor().detach()
+        return full.cpu() if distributed.rank() == 0 else None
+    if isinstance(value, dict):
+        return {name: whole(part) for name, part in value.items()}
+    return [whole(part) for part in value] if isinstance(value, list) else value
+
+
+def strategy_of(stage: Stage, settings: TrainerSettings) -> Any:
+    """Lightning's strategy for a stage; InputError where its networks cannot be sharded."""
+    name, world, local = settings.strategy, distributed.world_size(), distributed.local_world_size()
+    if not isinstance(name, str):
+        return name
+    if name in ("fsdp", "hsdp"):
+        if not stage.networks():
+            raise InputError(
+                f"trainer.strategy={name} shards denoisers and latent classifiers, and stage={stage.kind} trains "
+                "neither; use trainer.strategy=ddp."
+            )
+        if any(hasattr(network, "force_normal") for network, _ in stage.networks()):
+            raise InputError(
+                f"trainer.strategy={name}: EDM2's networks change their own weights while they run, which cannot be "
+                "sharded; use trainer.strategy=ddp."
+            )
+        if settings.precision in _HALF and "param_dtype_override_fn" not in {
+            f.name for f in fields(MixedPrecisionPolicy)
+        }:
+            raise InputError(
+                f"trainer.strategy={name} with trainer.precision={settings.precision} needs torch 2.15 or newer, this "
+                f"is {torch.__version__}; use trainer.precision=32-true, or trainer.strategy=ddp."
+            )
+        if name == "hsdp" and world % local:
+            raise InputError(
+                f"trainer.strategy=hsdp needs equally many processes on every machine, and {local} of {world} are on "
+                "this one; use trainer.strategy=fsdp."
+            )
+    if world == 1:
+        return "auto"
+    if name in ("fsdp", "hsdp"):
+        return Sharded(settings.precision, by_machine=name == "hsdp")
+    if len(stage.groups()) > 1:
+        return SeveralGroups()
+    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)
