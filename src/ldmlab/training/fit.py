@@ -62,29 +62,28 @@ def fit(
     run.begin()
     checkpoints.sweep()
     begin()
-    skipped = next((part for part in callbacks if isinstance(part, Skipped)), Skipped(float("inf")))
-    fields, loggers = {**record.config, **(fields or {})}, [RunFiles(), *loggers]
     with StopRequest(settings.checkpoint_every_minutes) as stop, StepProgress(distributed.rank() == 0) as progress:
         keep = KeepCheckpoints(checkpoints, settings, stop, batches.record, record)
-        chosen = [*callbacks, *([] if skipped in callbacks else [skipped])]
-        parts = [
-            Compiled(settings.compile, progress.say),
-            stop,
-            Averaging(),
-            RandomState(),
-            *chosen,
-            Rows(settings.gradient_alarm),
-            progress,
-            keep,
-        ]
-        trainer = make_trainer(stage, settings, parts, loggers, [files], run.path)
+        parts = _in_order(callbacks, settings, stop, progress, keep)
+        trainer = make_trainer(stage, settings, parts, [RunFiles(), *loggers], [files], run.path)
         _introduce(stage, settings, progress, path, changes)
-        open_all(loggers, run, fields, stage.step)
+        open_all(trainer.loggers, run, {**record.config, **(fields or {})}, stage.step)
         _train(trainer, stage, batches, path, stop, checkpoints, files)
-    last = _end(stage, run, settings, stop, checkpoints, resume_command)
-    for line in skipped.summary():
-        distributed.say(line)
-    return last
+    return _end(stage, run, settings, stop, checkpoints, resume_command)
+
+
+def _in_order(
+    callbacks: Sequence[Any],
+    settings: TrainerSettings,
+    stop: StopRequest,
+    progress: StepProgress,
+    keep: KeepCheckpoints,
+) -> list[Any]:
+    """All callbacks: what logs comes before the row, and the row before the checkpoint."""
+    counted = any(isinstance(part, Skipped) for part in callbacks)
+    given = [*callbacks, *([] if counted else [Skipped(float("inf"))])]
+    before = [Compiled(settings.compile, progress.say), stop, Averaging(), RandomState()]
+    return [*before, *given, Rows(settings.gradient_alarm), progress, keep]
 
 
 def _train(

@@ -74,15 +74,13 @@ class Skipped(pl.Callback):
                 f"callbacks.skipped.max_fraction={self.max_fraction}; fix the shards or raise it."
             )
 
-    def summary(self) -> list[str]:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Last lines of a run, where images could not be read."""
-        lines = []
         for what, names in self.names.items():
             if names:
                 examples = "; ".join(f"{name}: {why}" for name, why in sorted(names.items())[:_SHOWN])
                 total = f" of {self._val_total}" if what == "validation" else ""
-                lines.append(f"{len(names)}{total} {what} images could not be read: {examples}; all in {FILE}")
-        return lines
+                distributed.say(f"{len(names)}{total} {what} images could not be read: {examples}; all in {FILE}")
 
 
 def _named(batch: dict[str, Any]) -> dict[str, str]:
