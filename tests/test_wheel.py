@@ -23,7 +23,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_file_travels(unpacked: Path) -> None:
-    for folder, inside in (("src/ldmlab", "ldmlab"), ("conf", "ldmlab/conf")):
+    for folder, inside in (("src/ldmlab", "ldmlab"), ("src/hydra_plugins", "hydra_plugins"), ("conf", "ldmlab/conf")):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:  # templates and tables too
                 assert (unpacked / inside / path.relative_to(ROOT / folder)).exists(), path

@@ -10,7 +10,8 @@ import pytest
 
 from ldmlab.app.cli import dispatch
 from ldmlab.app.commands.config import origins
-from ldmlab.app.compose import check_words, compose, group_choices, hydra_main
+from ldmlab.app.compose import check_words, compose, group_choices
+from ldmlab.app.hydra_main import hydra_main
 from ldmlab.errors import InputError
 
 ROOT = Path(__file__).parents[2]

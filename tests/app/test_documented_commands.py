@@ -10,7 +10,7 @@ import pytest
 
 from ldmlab.app.cli import COMMANDS, FILES, WITH_HYDRA, Parser, add_own_options
 from ldmlab.app.commands.demo import flow
-from ldmlab.app.compose import compose, conf_dir
+from ldmlab.app.compose import compose, conf_dir, parse_override
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -54,9 +54,12 @@ def check(words: list[str]) -> None:
 
 
 def swept(option: str) -> list[str]:
-    """`seed=0,1` of a sweep as the values of its jobs; a list in brackets is one value."""
-    name, _, values = option.partition("=")
-    return [option] if values.startswith("[") else [f"{name}={value}" for value in values.split(",")]
+    """`seed=0,1` of a sweep as the values of its jobs, an interval as its ends; a list in brackets is one value."""
+    item = parse_override(option)
+    if item.is_interval_sweep():
+        return [f"{item.key_or_group}={end}" for end in (item.value().start, item.value().end)]
+    texts = item.sweep_string_iterator() if item.is_sweep_override() else [item.get_value_element_as_str()]
+    return [f"{item.get_key_element()}={text}" for text in texts]
 
 
 @pytest.fixture(autouse=True)

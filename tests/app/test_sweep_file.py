@@ -88,7 +88,7 @@ def test_intervals_several_processes_and_a_goal(tmp_path: Path) -> None:
         (["seed=0,1", "seed=2"], "seed is given twice"),
         (["+new=0,1"], r"a swept option cannot begin with \+ or ~"),
         (["seed=0,1", "optimizer.learning_rate=interval(1e-5,1e-3)"], "method=grid needs listed values"),
-        (["seed=glob(*)"], "W&B supports lists and intervals"),
+        (["seed=glob(*)"], "a search takes lists and intervals"),
         (["experiment=tradeoff/emoji", "first_stage=f4,f8"], "stage=all is several runs a job"),
         (["seed=0,1", "oops"], "oops is no option; write options as key=value"),
         (["seed=0,1", "--name", "a/b"], "becomes a group's name"),

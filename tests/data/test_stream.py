@@ -277,7 +277,7 @@ def check_signals(folder: Path) -> None:
     batches = iter(data(folder, workers=1).train_loader(2))
     next(batches)
     worker = batches._workers[0]  # type: ignore[attr-defined]
-    for name in (signal.SIGINT, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(worker.pid, name)
     sender = multiprocessing.get_context("fork").Process(target=os.kill, args=(worker.pid, signal.SIGTERM))
     sender.start()

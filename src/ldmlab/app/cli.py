@@ -17,8 +17,9 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from ldmlab.app.choices import check_added, chosen_options
-from ldmlab.app.compose import hydra_main, plain, searching
+from ldmlab.app.compose import plain, searching
 from ldmlab.app.conf_files import conf_dir, group_choices
+from ldmlab.app.hydra_main import hydra_main
 from ldmlab.errors import InputError, did_you_mean, memory_ran_out
 from ldmlab.plugins import allow
 
@@ -171,16 +172,16 @@ def at_least(args: argparse.Namespace, **least: int) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least {bound}.")
 
 
-def _train(config: Any) -> None:
+def _train(config: Any) -> str:
+    """The run's folder; of stage=all that of the denoiser."""
     content = plain(config)
     if content["stage"]["name"] == "all":
         from ldmlab.app.all_stages import train_all_stages
 
-        train_all_stages(content)
-    else:
-        from ldmlab.app.wiring import train
+        return str(train_all_stages(content).denoiser)
+    from ldmlab.app.wiring import train
 
-        train(content, chosen=chosen_options())
+    return str(train(content, chosen=chosen_options()))
 
 
 def _evaluate(config: Any) -> None:

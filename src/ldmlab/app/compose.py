@@ -1,14 +1,12 @@
 """Hydra's composition over our files and a user's own, with errors as one sentence that names the nearest choice."""
 
-import os
 import re
 import shlex
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from ldmlab.app.conf_files import OWN, conf_dir, conf_dirs, folder_of, group_choices, groups, leaves
 from ldmlab.errors import InputError, did_you_mean, share, shown
@@ -78,7 +76,7 @@ def composing(config_name: str, overrides: Sequence[str]) -> Iterator[list[str]]
     words = [word for word in overrides if word.partition("=")[0].lstrip("+") != _SEARCHPATH]
     with searching(overrides):
         check_words(overrides)
-        if own := [_quoted(entry) for entry in OWN if folder_of(entry) is not None]:
+        if own := [quoted(entry) for entry in OWN if folder_of(entry) is not None]:
             words.append(f"{_SEARCHPATH}=[{','.join(own)}]")
         running = GlobalHydra.instance().hydra  # it allows one global composition, so that one waits
         GlobalHydra.instance().clear()
@@ -89,48 +87,6 @@ def composing(config_name: str, overrides: Sequence[str]) -> Iterator[list[str]]
             raise explained(error, config_name, overrides) from error
         finally:
             GlobalHydra.instance().hydra = running
-
-
-def hydra_main(config_name: str, job: Callable[[Any], None]) -> None:
-    """Run `job` under Hydra's own command line: overrides, `--multirun`, `--cfg job --resolve`, `--config-dir`."""
-    import hydra
-
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks to its own frames otherwise
-    overrides, several = _command_line(sys.argv[1:])
-    flags = [word for word in sys.argv[1:] if word not in overrides]
-    sys.argv[1:] = [*overrides, *flags]  # Hydra takes no flag between two options
-    failed: list[Exception] = []
-
-    def guarded(config: Any) -> None:
-        try:
-            job(config)
-        except Exception as error:  # kept for later: Hydra would print its own message and end the sweep
-            failed.append(error)
-
-    with searching(sys.argv[1:]):
-        check_words(overrides, several=several)
-        try:
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
-        except Exception as error:
-            raise explained(error, config_name, overrides) from error
-    if failed:
-        raise failed[0]
-
-
-def _command_line(words: Sequence[str]) -> tuple[list[str], bool]:
-    """The `key=value` words of Hydra's command line, and whether it is a multirun; a flag that it lacks is refused."""
-    from hydra._internal.utils import get_args_parser
-
-    def refuse(message: str) -> NoReturn:
-        raise InputError(f"{message}; --hydra-help explains the flags.")
-
-    parser = get_args_parser()
-    parser.allow_abbrev, parser.error = False, refuse  # type: ignore[method-assign]
-    known, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        raise InputError(f"{unknown[0]}: there is no such flag; options are written key=value, such as {name}=VALUE.")
-    return known.overrides, known.multirun
 
 
 def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
@@ -184,10 +140,10 @@ def parse_override(word: str) -> Any:
 
 
 def _for_shell(key: str, value: str) -> str:
-    return shlex.quote(f"{key}={_quoted(value)}")
+    return shlex.quote(f"{key}={quoted(value)}")
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """Text as a quoted value of Hydra's grammar."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
@@ -242,6 +198,8 @@ def _at_fault(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _missing_choice(path: str) -> InputError:
+    if path.startswith("hydra/launcher/submitit"):
+        return InputError("launcher=slurm needs hydra-submitit-launcher; install it: pip install 'ldmlab[cluster]'.")
     group, _, name = path.rpartition("/")
     while group and not any((folder / group).is_dir() for folder in conf_dirs()):
         group, _, head = group.rpartition("/")

@@ -32,8 +32,8 @@ from ldmlab.training.settings import TrainerSettings, trainer_node
 Config = Mapping[str, Any]
 
 
-def train(config: Config, resume: str | None = None, chosen: Collection[str] = ()) -> None:
-    """One training run from its resolved configuration, the command that resumes it and the options that were typed."""
+def train(config: Config, resume: str | None = None, chosen: Collection[str] = ()) -> Path:
+    """The folder of a training run, from its configuration, the command that resumes it and the typed options."""
     check_names(config)
     settings: TrainerSettings = instantiate(trainer_node(config["trainer"]), where="trainer")
     check_accelerator(settings)
@@ -66,6 +66,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         elif not settings.fast_dev_run:
             run.finish(plan.stage.step)
             distributed.say(closing(run.path, config, nested=resume is not None))
+        return run.path
     except BaseException:
         if plan is None or plan.stage.step == 0:
             run.discard()

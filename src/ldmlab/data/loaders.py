@@ -74,7 +74,7 @@ def quiet_worker(worker: int) -> None:
     parent = os.getppid()
     sys.excepthook = partial(_unless_orphaned, parent, sys.excepthook)
     setattr(Queue, "_on_queue_feeder_error", staticmethod(_end_without_room))  # noqa: B010  multiprocessing's own hook
-    for name in (signal.SIGINT, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return

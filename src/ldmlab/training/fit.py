@@ -135,6 +135,7 @@ def _end(
         distributed.say(f"saved step {stage.step} in {last}{how}")
         distributed.barrier()
         run.close()
+        stop.pass_on()
         raise SystemExit(stop.exit_code)
     if settings.fast_dev_run:
         run.discard()

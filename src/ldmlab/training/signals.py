@@ -12,7 +12,7 @@ import torch
 from ldmlab import distributed
 from ldmlab.errors import InputError
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _AGREE_EVERY_SECONDS = 5.0  # between two questions to the other processes, each of which waits for the device
 
 
@@ -79,6 +79,12 @@ class StopRequest(pl.Callback):
         """Whether the fault is that loader workers died of the signal, between two complete steps."""
         fault = isinstance(error, Exception) and not isinstance(error, Interrupted | InputError)
         return fault and self.signal is not None and not pl_module.updating and not distributed.joined()
+
+    def pass_on(self) -> None:
+        """Call the handler that waited during training: submitit's puts the job into the queue again."""
+        handler = self._before.get(self.signal or 0)
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(self.signal, None)
 
     @property
     def exit_code(self) -> int:

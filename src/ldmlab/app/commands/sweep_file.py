@@ -5,7 +5,7 @@ The agent's arguments are Hydra overrides, `key=value` without hyphens.
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,13 @@ import yaml
 
 from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, parse_override
+from ldmlab.app.sweep_metric import GOALS, checked_metric, goal_of, swept_values
 from ldmlab.errors import InputError
 from ldmlab.files import write_text
 
 METHODS = ("grid", "random", "bayes")
-GOALS = ("minimize", "maximize")
 _OVERRIDES = """as after `python train.py -m`: experiment=NAME seed=0,1,2
 optimizer.learning_rate=interval(1e-5,1e-3) or tag(log,interval(1e-5,1e-3))"""
-_LOGGED: dict[str, tuple[str, ...]] = {  # stage => columns of metrics.csv, the one of the best checkpoint first
-    "diffusion": ("val/loss", "loss", "gradient_norm/denoiser"),
-    "classifier": ("val/accuracy", "val/loss", "accuracy", "loss", "gradient_norm/classifier"),
-    "clip": (
-        *("val/recall_5_of_50", "val/recall_1_of_50", "val/recall_5_of_all", "val/recall_1_of_all", "loss"),
-        *("val/image_to_text_recall_1_of_50", "val/image_to_text_recall_5_of_50", "val/text_to_image_recall_1_of_50"),
-        *("val/text_to_image_recall_5_of_50", "val/similarity_matched", "gradient_norm/clip"),
-    ),
-    "autoencoder": ("val/psnr", "val/ssim", "val/latent_std", "l1", "reconstruction", "gradient_norm/generator"),
-}
-_MORE_IS_BETTER = re.compile(r"psnr|ssim|accuracy|recall|matched|images_per_second|/(is|precision|density|coverage)$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +49,7 @@ def sweep_file(args: argparse.Namespace) -> dict[str, Any]:
     given = [item.key_or_group for item in parsed]
     if twice := [name for name in given if given.count(name) > 1]:
         raise InputError(f"{twice[0]} is given twice; give it once, with all its values.")
-    swept = {item.key_or_group: _values(item, args.method) for item in parsed if item.is_sweep_override()}
+    swept = {item.key_or_group: _parameter(item, args.method) for item in parsed if item.is_sweep_override()}
     if not swept:
         raise InputError("nothing is swept: give an option several values, such as seed=0,1,2.")
     fixed = [item.input_line for item in parsed if not item.is_sweep_override()]
@@ -68,51 +57,28 @@ def sweep_file(args: argparse.Namespace) -> dict[str, Any]:
     fixed += [line for line in always if line.split("=")[0] not in given]
     metric = args.metric
     for config in _check(fixed, swept):
-        metric = _checked_metric(config, metric)
+        metric = checked_metric(config, metric, "--metric ")
     processes = ["-m", "torch.distributed.run", f"--nproc-per-node={args.processes}"] if args.processes > 1 else []
     return {
         "name": args.name,
         "program": "train.py",
         "method": args.method,
-        "metric": {"name": metric, "goal": args.goal or GOALS[bool(_MORE_IS_BETTER.search(str(metric)))]},
+        "metric": {"name": metric, "goal": args.goal or goal_of(str(metric))},
         **({"run_cap": args.runs} if args.runs is not None else {}),
         "command": ["${env}", "${interpreter}", *processes, "${program}", *fixed, "${args_no_hyphens}"],
         "parameters": swept,
     }
 
 
-def _values(item: Any, method: str) -> dict[str, Any]:
+def _parameter(item: Any, method: str) -> dict[str, Any]:
     """One parameter of the file: a list of values, or an interval."""
-    from hydra.core.override_parser.types import Glob, IntervalSweep
-
-    given = item.value()
-    if item.input_line.startswith(("+", "~")):
-        raise InputError(f"{item.input_line}: a swept option cannot begin with + or ~; W&B passes it as key=value.")
-    if isinstance(given, Glob):
-        raise InputError(f"{item.input_line}: W&B supports lists and intervals; write the names out.")
-    if not isinstance(given, IntervalSweep):  # numbers, so that W&B can plot them; else Hydra's own text, unchanged
-        texts = item.sweep_string_iterator()
-        values = [(text, parse_override(f"{item.key_or_group}={text}").value()) for text in texts]
-        return {"values": [value if type(value) in (int, float) else text for text, value in values]}
+    values = swept_values(item)
+    if isinstance(values, list):
+        return {"values": values}
     if method == "grid":
         raise InputError(f"{item.input_line}: method=grid needs listed values; list some, or use --method random.")
-    kind = "log_uniform_values" if "log" in given.tags else "uniform"
-    return {"distribution": kind, "min": given.start, "max": given.end}
-
-
-def _checked_metric(config: Any, metric: str | None) -> str:
-    """The metric of a composed run; InputError where its stage does not log it."""
-    stage = config.stage.name
-    logged = list(_LOGGED[stage])
-    if stage == "autoencoder" and config.loss.get("lpips_weight"):
-        logged.insert(0, "val/lpips")
-    scores: Mapping[str, Any] = (config.callbacks or {}).get("scores") or {}
-    logged += [f"in_training/{name}" for name in (scores.get("protocol") or {}).get("metrics") or {}]
-    if metric is None:
-        return f"in_training/{scores['monitor']}" if scores.get("monitor") else logged[0]
-    if metric not in logged:
-        raise InputError(f"--metric {metric}: stage={stage} logs no such metric; choose among {', '.join(logged)}.")
-    return metric
+    kind = "log_uniform_values" if "log" in values.tags else "uniform"
+    return {"distribution": kind, "min": values.start, "max": values.end}
 
 
 def _check(fixed: Sequence[str], swept: dict[str, dict[str, Any]]) -> list[Any]:
