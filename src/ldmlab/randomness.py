@@ -42,7 +42,6 @@ class _Start(NamedTuple):
     keys: _Keys  # of the other rounds
     lanes: Tensor  # c0 and c2, (2, 1, T) int32, less 2^31
     others: Tensor  # c1 and c3, (2, 1, T) int32
-    entry: Tensor  # the row that the index enters, (2, 1, 1) int32: 1, 0
     middle: Tensor  # 1/2 + 2^-33, (1,) float64
 
 
@@ -59,16 +58,22 @@ def _keys(seed: int, device: torch.device) -> _Keys:
     return _Keys(rounds, _rows(m0, m1, torch.int64, device), _rows(_HALF * m0, _HALF * m1, torch.int64, device))
 
 
+def _mixed(lanes: Tensor, others: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
+    """A round before its key: c0 and c2, less 2^31, and c1 and c3, each (2, B, T) int32."""
+    # rows c0 M0, c2 M1, c0 M0, c2 M1, so that c2 M1, from which c0 and c1 come, also stands above c0 M0
+    products = torch.addcmul(keys.offsets, lanes.expand(2, *lanes.shape), keys.factors).flatten(0, 1)[1:3]
+    if torch.compiler.is_compiling():  # which fuses this, but not a view of other numbers
+        high, low = (products >> 32).to(torch.int32), products.to(torch.int32)
+    else:
+        low, high = products.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
+    return high ^ others, low
+
+
 def _rounds(lanes: Tensor, others: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
     """Rounds on c0 and c2, less 2^31, and c1 and c3, each (2, B, T) int32."""
     for key in keys.rounds:
-        # rows c0 M0, c2 M1, c0 M0, c2 M1, so that c2 M1, from which c0 and c1 come, also stands above c0 M0
-        products = torch.addcmul(keys.offsets, lanes.expand(2, *lanes.shape), keys.factors).flatten(0, 1)[1:3]
-        if torch.compiler.is_compiling():  # which fuses this, but not a view of other numbers
-            high, low = (products >> 32).to(torch.int32), products.to(torch.int32)
-        else:
-            low, high = products.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
-        lanes, others = high ^ others ^ key, low
+        mixed, others = _mixed(lanes, others, keys)
+        lanes = mixed ^ key
     return lanes, others
 
 
@@ -91,7 +96,7 @@ def _start(seed: int, layout: Layout, step: int, device: torch.device) -> _Start
     others = torch.stack([torch.zeros_like(stream), stream])[:, None]
     lanes, others = _rounds(lanes, others, keys._replace(rounds=keys.rounds[:1]))
     middle = torch.full((1,), 0.5 + 2.0**-33, dtype=torch.float64, device=device)
-    return _Start(keys._replace(rounds=keys.rounds[1:]), lanes, others, _rows(1, 0, torch.int32, device), middle)
+    return _Start(keys._replace(rounds=keys.rounds[1:]), lanes, others, middle)
 
 
 _kept_start = lru_cache(maxsize=64)(_start)
@@ -107,17 +112,43 @@ def _crc32(text: str) -> int:
     return crc ^ _MASK
 
 
-def _units(seed: int, layout: Layout, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Uniform numbers in (0, 1), float64: of the words c0 and c2, and of c1 and c3, each (B, T, 2)."""
+def _units(seed: int, layout: Layout, index: Tensor, step: int) -> Tensor:
+    """Uniform numbers in (0, 1), float64, (2, 2, B, T): of the words c0 and c2, and of c1 and c3."""
     if not 0 <= seed < 2**64:
         raise InputError(f"seed={seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
-    kept = type(index) is Tensor and not torch.compiler.is_compiling()  # no stand-in for one
+    compiling = torch.compiler.is_compiling()
+    if compiling and seed >= 2**63:  # no int64 that a graph could take: a graph of its own for each of these seeds
+        seed = max({seed})
+    kept = type(index) is Tensor and not compiling  # no stand-in for one
     start = (_kept_start if kept else _start)(seed, layout, step, index.device)
-    lanes = start.lanes ^ index.to(torch.int32)[None, :, None] * start.entry  # its low 32 bits
-    lanes, others = _rounds(lanes, start.others, start.keys)
-    # (word + 1/2) / 2^32 of words less 2^31, without rounding
-    first, second = (torch.add(start.middle, s, alpha=2.0**-32).permute(1, 2, 0) for s in (lanes, others ^ -_HALF))
-    return first, second
+    if compiling:  # the low 32 bits of the index enter the row of c0
+        lanes = start.lanes ^ torch.stack([index, torch.zeros_like(index)]).to(torch.int32)[..., None]
+    else:
+        low = (index & _MASK).view(torch.int32).unflatten(0, (-1, 2)).T[..., None]  # (2, B, 1)
+        lanes = start.lanes.new_empty(2, len(index), start.lanes.shape[2])
+        torch.bitwise_xor(start.lanes, low, out=lanes)
+    *before, last = start.keys.rounds
+    mixed, low = _mixed(*_rounds(lanes, start.others, start.keys._replace(rounds=before)), start.keys)
+    if compiling:
+        words = torch.stack([mixed ^ last, low ^ -_HALF])
+    else:
+        words = mixed.new_empty(2, *mixed.shape)
+        torch.bitwise_xor(mixed, last, out=words[0])
+        torch.bitwise_xor(low, -_HALF, out=words[1])
+    return torch.add(start.middle, words, alpha=2.0**-32)  # (word + 1/2) / 2^32 of words less 2^31, without rounding
+
+
+def _normals(units: Tensor) -> Tensor:
+    """Box and Muller's transform of uniform numbers (2, 2, B, T), in float64; (B, 4 T) float32."""
+    radius, angle = torch.sqrt(-2 * torch.log(units[0])), 2 * math.pi * units[1]  # each (2, B, T)
+    if torch.compiler.is_compiling():  # which fuses a stack
+        pairs = torch.stack([torch.cos(angle), torch.sin(angle)]) * radius
+    else:
+        pairs = angle.new_empty(2, *angle.shape)
+        torch.cos(angle, out=pairs[0])
+        torch.sin(angle, out=pairs[1])
+        pairs *= radius
+    return pairs.permute(2, 3, 1, 0).to(torch.float32, memory_format=torch.contiguous_format).flatten(1)
 
 
 def draw(
@@ -133,14 +164,11 @@ def draw(
     layout = [*((purpose, 1) for purpose in uniforms), *((purpose, (n + 3) // 4) for purpose, n in counts.items())]
     if not layout:
         return {}
-    first, second = _units(seed, tuple(layout), index, step)
-    numbers = {purpose: first[:, place, 0] for place, purpose in enumerate(uniforms)}
+    units = _units(seed, tuple(layout), index, step)
+    numbers = {purpose: units[0, 0, :, place] for place, purpose in enumerate(uniforms)}
     if not normals:
         return numbers
-    radius = torch.sqrt(-2 * torch.log(first[:, len(uniforms) :]))
-    angle = 2 * math.pi * second[:, len(uniforms) :]
-    pairs = torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)  # (B, T, 2, 2)
-    values = (pairs * radius[..., None]).float().flatten(1)
+    values = _normals(units[..., len(uniforms) :])
     for purpose, part in zip(counts, values.split([4 * n for _, n in layout[len(uniforms) :]], dim=1), strict=True):
         numbers[purpose] = part[:, : counts[purpose]].reshape(len(index), *normals[purpose])
     return numbers
@@ -155,7 +183,7 @@ def uniform(seed: int, purpose: str, index: Tensor, shape: Shape = (), step: int
     """Uniform numbers in (0, 1), float64, (B, *shape), for the images `index` (B,) int64."""
     count = math.prod(shape)
     units = _units(seed, ((purpose, (count + 3) // 4),), index, step)
-    return torch.stack(units, dim=-1).flatten(1)[:, :count].reshape(len(index), *shape)
+    return units.permute(2, 3, 1, 0).flatten(1)[:, :count].reshape(len(index), *shape)
 
 
 def integers(seed: int, purpose: str, index: Tensor, high: int, step: int = 0) -> Tensor:
@@ -164,5 +192,5 @@ def integers(seed: int, purpose: str, index: Tensor, high: int, step: int = 0) -
 
 
 def below(uniform: Tensor, high: int) -> Tensor:
-    """Uniform numbers in (0, 1) => integers in 0 .. high - 1, int64."""
-    return (uniform * high).long().clamp_max(high - 1)
+    """Uniform numbers in (0, 1), at most 1 - 2^-33 as all here => integers in 0 .. high - 1, int64."""
+    return (uniform * high).long()
