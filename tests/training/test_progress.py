@@ -18,8 +18,8 @@ def run(console: Console, shown: bool = True) -> str:
         progress.on_train_start(None, stage)
         for step in (1, 2, 3):
             stage.step, stage.position = step, 4 * step
-            stage.metrics.add("error", torch.tensor(1 / (1 + step)))
-            stage.metrics.add("opponent", torch.tensor(9.0))
+            stage.metrics.add({"error": torch.tensor(1 / (1 + step))})
+            stage.metrics.add({"opponent": torch.tensor(9.0)})
             stage.metrics.close(step)
             progress.on_train_batch_end(None, stage)
     return console.file.getvalue()

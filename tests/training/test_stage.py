@@ -155,7 +155,7 @@ def test_terms_are_means_over_micro_batches_and_steps() -> None:
     terms = StepMetrics()
     for step in (1, 2):
         for value in (1.0, 3.0):
-            terms.add("loss", torch.tensor(value * step), 0.5)
+            terms.add({"loss": torch.tensor(value * step)}, 0.5)
         terms.close(step)
     assert terms.read() == {"loss": 3.0}
     assert terms.read() == {}

@@ -54,7 +54,7 @@ def test_denoiser() -> None:
     networks = made.diffusion.backbone, *made.diffusion.conditioners.values()
     found = counted(lambda: made.losses("denoiser", batch), *networks)
     assert found.waits == []
-    assert len(found.kernels) <= 65, " ".join(found.kernels)
+    assert len(found.kernels) <= 60, " ".join(found.kernels)
     assert len([name for name in found.kernels if name == "addcmul"]) == 9  # one Philox call
 
 
@@ -64,7 +64,7 @@ def test_kl_autoencoder() -> None:
     networks = part.encoder, part.decoder, part.to_moments, part.from_latent
     found = counted(lambda: made.losses("generator", batch), *networks)
     assert found.waits == []
-    assert len(found.kernels) <= 69, " ".join(found.kernels)
+    assert len(found.kernels) <= 60, " ".join(found.kernels)
 
 
 def test_vq_autoencoder() -> None:
@@ -79,5 +79,5 @@ def test_vq_autoencoder() -> None:
 
     found = counted(step, part.encoder, part.decoder, part.to_latent, part.from_latent, part.quantiser)
     assert found.waits == []
-    assert "addcmul" not in found.kernels  # no noise is drawn
+    assert "bitwise_xor" not in found.kernels  # no noise is drawn
     assert len(found.kernels) <= 60, " ".join(found.kernels)

@@ -55,7 +55,7 @@ class ClassEmbedder(BaseConditioner):
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         if self.embedding.num_embeddings == self.classes:
             raise InputError("conditioner.null_row=false: this model has no vector for no class; use guidance_scale=1.")
-        return self._rows(torch.full((len(batch["class_id"]),), self.classes))
+        return self._rows(torch.full((len(batch["class_id"]),), self.classes, device=self.embedding.weight.device))
 
     def _rows(self, ids: Tensor) -> Tensor:
         vectors = self.embedding(ids.to(self.embedding.weight.device))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldmlab.contracts import (
     CUT_PREFIX,
@@ -126,8 +127,9 @@ class LatentDiffusion(LatentSpace):
         conditioning = self.conditioning(batch, self.drops(numbers) if self.training else None)
         check_size(conditioning, x)
         output = self.checked_output(self.backbone(x, t.float(), conditioning), x)
-        error = output - self.prediction.target(clean, noise, alpha, sigma)
-        return (error.square() if self.loss_kind == "l2" else error.abs()).mean(dim=(1, 2, 3)), t
+        error = F.mse_loss if self.loss_kind == "l2" else F.l1_loss
+        target = self.prediction.target(clean, noise, alpha, sigma)
+        return error(output, target, reduction="none").mean(dim=(1, 2, 3)), t
 
     @staticmethod
     def checked_output(output: Tensor, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class AutoencoderLoss(nn.Module):
                 f"({', '.join(given.penalties) or 'nothing'}); choose loss=kl for KL models, loss=vq for VQ models."
             )
         error, terms = self.reconstruction(images, given.images)
-        total = error + sum(self.penalty_weights[name] * value for name, value in given.penalties.items())
+        total = sum((self.penalty_weights[name] * value for name, value in given.penalties.items()), error)
         terms |= {"reconstruction": error, **given.penalties}
         weight = self.adversary.weight_at(step) if self.adversary is not None else 0.0
         if self.adversary is not None and weight > 0:

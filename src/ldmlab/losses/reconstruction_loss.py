@@ -42,6 +42,7 @@ class ReconstructionLoss(nn.Module):
             self.logvar: Tensor = nn.Parameter(torch.zeros(()))
         else:
             self.register_buffer("logvar", torch.zeros(()))
+        self._fixed: tuple[Tensor, int, Tensor] | None = None  # logvar, its version, exp(-logvar)
 
     def forward(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Two batches (B, 3, H, W) in [-1, 1] => loss, and the plain means of its terms (`l1`, `lpips`)."""
@@ -50,7 +51,15 @@ class ReconstructionLoss(nn.Module):
         if self.lpips is not None:
             terms["lpips"] = self.lpips(images, reconstructed).mean()
             error = error + self.lpips_weight * terms["lpips"]
-        loss = error * torch.exp(-self.logvar) + self.logvar  # mean over values
+        loss = torch.addcmul(self.logvar, error, self._scale())  # mean over values
         if self.reduction == "sum_per_image":
             loss = loss * math.prod(images.shape[1:])
         return loss, terms
+
+    def _scale(self) -> Tensor:
+        """exp(-logvar), of a fixed logvar computed again only where it was replaced or written to."""
+        if isinstance(self.logvar, nn.Parameter):
+            return torch.exp(-self.logvar)
+        if self._fixed is None or self._fixed[0] is not self.logvar or self._fixed[1] != self.logvar._version:
+            self._fixed = self.logvar, self.logvar._version, torch.exp(-self.logvar)
+        return self._fixed[2]

@@ -8,7 +8,7 @@ from ldmlab.errors import InputError
 
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 0 .. 255 => float32 in [-1, 1], any shape: x / 127.5 - 1."""
-    return pixels.float().div_(127.5).sub_(1.0)
+    return pixels.div(127.5).sub_(1.0)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -177,8 +177,9 @@ class AutoencoderStage(Stage):
 
     def _watch(self, error: Tensor) -> None:
         """Warn when reconstruction has become clearly worse since the adversary's start."""
-        started = self.loss.adversary is not None and self.loss.adversary.weight_at(self.step) > 0
-        rise = self.rise_alarm.update(error, started)
+        if self.loss.adversary is None:
+            return
+        rise = self.rise_alarm.update(error, self.loss.adversary.weight_at(self.step) > 0)
         if rise is not None and self.global_rank == 0:
             _log.warning(
                 "step %d: reconstruction is %.0f %% worse than before the adversary joined; "

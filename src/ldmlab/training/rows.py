@@ -27,10 +27,11 @@ class StepMetrics:
         self.skipped = self.in_a_row = 0  # steps that were left out: all, and the latest ones
         self.checked: dict[str, list[float]] = {}  # since the last `read`
 
-    def add(self, name: str, value: Tensor, share: float = 1.0) -> None:
-        """A part of the running step's value: micro-batches add 1 / accumulate of theirs."""
-        part = value.detach().float() * share
-        self._row[name] = self._row[name] + part if name in self._row else part
+    def add(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Parts of the running step's values: micro-batches add 1 / accumulate of theirs."""
+        parts = torch._foreach_mul([value.detach().float() for value in values.values()], share)
+        for name, part in zip(values, parts, strict=True):
+            self._row[name] = self._row[name] + part if name in self._row else part
 
     def close(self, step: int, images: Sequence[str] = ()) -> None:
         """The step is complete; `images`: keys of those that this process saw."""
@@ -116,7 +117,7 @@ class Logged(pl.LightningModule):
         value; rows come at step 1, every `trainer.log_every` steps, at the last step, and after each validation.
         """
         if self._current_fx_name == "training_step":
-            self.metrics.add(name, torch.as_tensor(value), 1 / self.accumulate)
+            self.metrics.add({name: torch.as_tensor(value)}, 1 / self.accumulate)
             return
         self.row[name] = value
         if self.trainer.validating:

@@ -119,9 +119,9 @@ class Stage(OptimizerGroups):
     def _backward(self, group: str, batch: Batch, last: bool) -> None:
         with self._only(group), self._synchronised(group, last):
             losses = self.losses(group, batch)
-            self.manual_backward(losses.total / self.accumulate)
+            self.manual_backward(losses.total / self.accumulate if self.accumulate > 1 else losses.total)
         self.extras[group] = {name: value.detach() for name, value in losses.extras.items()}
-        self.log_dict(losses.metrics or {"loss": losses.total})
+        self.metrics.add(losses.metrics or {"loss": losses.total}, 1 / self.accumulate)
 
     @property
     def _ddp(self) -> nn.parallel.DistributedDataParallel | None:
@@ -162,9 +162,9 @@ class Stage(OptimizerGroups):
             nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
         if self._scaler is not None:  # an update whose gradient overflowed is left out
             overflow = ~norm.isfinite()
-            self.metrics.add(f"overflow/{group}", overflow)
+            self.metrics.add({f"overflow/{group}": overflow})
             norm = norm.masked_fill(overflow, 0.0)
-        self.metrics.add(f"gradient_norm/{group}", norm)
+        self.metrics.add({f"gradient_norm/{group}": norm})
 
     @property
     def _scaler(self) -> Any:
