@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from ldmlab import locks, model_files
+from ldmlab import disks, model_files
+from ldmlab.disks import FileLock, disk_sentence, locked, own_folder
 from ldmlab.errors import InputError
-from ldmlab.files import by_step, disk_sentence, read_json, write_atomically, write_json, write_text
-from ldmlab.locks import FileLock, locked, own_folder
+from ldmlab.files import by_step, read_json, write_atomically, write_json, write_text
 
 
 def test_text_and_json_are_written_and_read(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def no_record_locks(*_: Any) -> None:
 @pytest.fixture(params=["record lock", "exclusive file"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "exclusive file":
-        monkeypatch.setattr(locks.fcntl, "lockf", no_record_locks)
+        monkeypatch.setattr(disks.fcntl, "lockf", no_record_locks)
     return str(request.param)
 
 
@@ -86,7 +86,7 @@ def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def taken(path: Path) -> bool:
-    locks._HELD.clear()  # a fork starts with its parent's
+    disks._HELD.clear()  # a fork starts with its parent's
     return FileLock(path).take()
 
 
@@ -113,17 +113,17 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, system: str)
     ("signature", "free"),
     [
         ({"host": "another-machine", "pid": 1, "started": None}, False),
-        ({"host": locks.socket.gethostname(), "pid": os.getppid(), "started": None}, False),
-        ({"host": locks.socket.gethostname(), "pid": os.getppid(), "started": "0"}, True),  # the number is used again
-        ({"host": locks.socket.gethostname(), "pid": 2**22 + 1, "started": "7"}, True),
-        ({"host": locks.socket.gethostname(), "pid": "x", "started": "7"}, False),
+        ({"host": disks.socket.gethostname(), "pid": os.getppid(), "started": None}, False),
+        ({"host": disks.socket.gethostname(), "pid": os.getppid(), "started": "0"}, True),  # the number is used again
+        ({"host": disks.socket.gethostname(), "pid": 2**22 + 1, "started": "7"}, True),
+        ({"host": disks.socket.gethostname(), "pid": "x", "started": "7"}, False),
         ("half", False),  # perhaps being written at this moment
     ],
 )
 def test_whose_exclusive_file_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signature: Any, free: bool
 ) -> None:
-    monkeypatch.setattr(locks.fcntl, "lockf", no_record_locks)
+    monkeypatch.setattr(disks.fcntl, "lockf", no_record_locks)
     (tmp_path / ".lock.held").write_text(json.dumps(signature) if isinstance(signature, dict) else signature)
     lock = FileLock(tmp_path / ".lock")
     assert lock.take() is free
@@ -134,7 +134,7 @@ def test_a_held_lock_refuses_with_its_holder(tmp_path: Path) -> None:
     code = f"""
         import sys
         from pathlib import Path
-        from ldmlab.locks import locked
+        from ldmlab.disks import locked
         with locked(Path({str(tmp_path)!r}) / ".lock", "OUT is in use"):
             print("held", flush=True)
             sys.stdin.read()
@@ -160,7 +160,7 @@ def test_waiting_for_a_lock(
 ) -> None:
     lock = FileLock(tmp_path / ".lock")
     assert lock.take()
-    monkeypatch.setattr(locks.time, "sleep", lambda _: lock.release())
+    monkeypatch.setattr(disks.time, "sleep", lambda _: lock.release())
     with locked(tmp_path / ".lock", "OUT is in use", wait=True):
         assert "waiting for it" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ GROUND = {
     "plugins",
     "annotations",
     "files",
-    "locks",
+    "disks",
     "open_image",
     "format1",
     "distributed",

@@ -1,4 +1,4 @@
-"""Files written completely or not at all, and faults of disks as sentences.
+"""Files written completely or not at all.
 
 `write_atomically`, `write_text` and `write_json` replace a file by rename after fsync, so that neither a kill nor a
 power cut leaves half of one.
@@ -9,17 +9,12 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from io import FileIO
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldmlab.errors import InputError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from ldmlab.disks import disk_errors, open_regular
 
 
 def weights_folder() -> Path:
@@ -99,15 +94,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def open_regular(path: Path) -> FileIO:
-    """A file opened for reading, unbuffered; OSError for pipes, devices, sockets and folders, which could block."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(handle, "rb", buffering=0)
-
-
 def read_json(path: Path) -> Any:
     """The value in a small JSON file; None where the file is missing, damaged or no file, or its text is no text."""
     try:
@@ -124,36 +110,6 @@ def by_step(folder: Path, ending: str) -> list[Path]:
     pattern = re.compile(rf"step_(\d{{8,}}){re.escape(ending)}")
     found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := pattern.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
-
-
-@contextmanager
-def disk_errors(path: Path | str) -> Iterator[None]:
-    """Inside, a full or read-only disk and missing permissions become an InputError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        if (sentence := disk_sentence(error, path)) is None:
-            raise
-        raise InputError(sentence) from error
-
-
-def disk_sentence(error: OSError, path: Path | str) -> str | None:
-    """What went wrong with the disk and what helps; None for any other fault."""
-    if error.errno in FULL:
-        return f"no space left for {path}; free some disk space and run the command again."
-    if error.errno == errno.EROFS:
-        return f"{path} cannot be written because its disk is read-only; choose a folder on another disk."
-    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-        return f"{path} cannot be written because a folder and a file of this path have one name; choose another path."
-    place, target = Path(error.filename or ""), Path(path)
-    beside = place.parent == Path(os.path.abspath(target)).parent  # a temporary file
-    ours = beside or place in (target, *target.parents)
-    if error.errno == errno.ENOENT and ours and place.parent.is_dir():  # /proc
-        made = place if place in (target, *target.parents) else target
-        return f"{made} cannot be made because {made.parent} takes no new files; choose another folder."
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{path} cannot be written (permission denied); allow it or choose another folder."
-    return None
 
 
 def sync_folder(folder: Path) -> None:

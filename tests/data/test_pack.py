@@ -26,8 +26,8 @@ from ldmlab.data.pack_images import Encoding
 from ldmlab.data.pack_shards import PackOptions, PackResult, pack
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import Transform
+from ldmlab.disks import FileLock
 from ldmlab.errors import InputError
-from ldmlab.locks import FileLock
 
 ROOT = Path(__file__).parents[2]
 

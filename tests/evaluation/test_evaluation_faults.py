@@ -18,9 +18,10 @@ from test_reference_statistics import Means
 from torch import Tensor
 from torchmetrics import Metric
 
-from ldmlab import files
+from ldmlab import disks
 from ldmlab.app.evaluate import clip_quality, curves, reference_data, run_record, scores_text
 from ldmlab.data.shard_data import ShardData
+from ldmlab.disks import own_folder
 from ldmlab.errors import InputError
 from ldmlab.evaluation import model_evaluation, run
 from ldmlab.evaluation.image_sets import image_set, score_sets
@@ -30,7 +31,6 @@ from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.run import TrainingScores
 from ldmlab.evaluation.sources import Reconstructions
 from ldmlab.inference.sample_settings import SampleSettings
-from ldmlab.locks import own_folder
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.kernel import KernelDistance
@@ -429,4 +429,4 @@ def test_weights_that_are_no_tensors_are_one_sentence(
         network(path)
     assert "\n" not in str(caught.value)
     assert "must not run" not in capsys.readouterr().out
-    assert files.disk_sentence(OSError(errno.EIO, ""), path) is None
+    assert disks.disk_sentence(OSError(errno.EIO, ""), path) is None

@@ -18,7 +18,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.first_stages.kl import KLAutoencoder
-from ldmlab.inference import model as parts
+from ldmlab.inference import sample_settings as parts
 from ldmlab.inference.model import LoadedModel
 from ldmlab.inference.sample_settings import SampleSettings
 from sampling_models import sample_command
@@ -114,7 +114,7 @@ def test_encode_and_decode_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         used.append(choices)
         return stage
 
-    monkeypatch.setattr(parts, "TiledFirstStage", watched)
+    monkeypatch.setattr("ldmlab.inference.model.TiledFirstStage", watched)
     model.decode(latents)
     model.encode(images)
     assert used == [(512, "shared")] * 2

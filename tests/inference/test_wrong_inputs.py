@@ -11,10 +11,10 @@ from PIL import Image
 
 from ldmlab.app.cli import Parser
 from ldmlab.app.commands import sample
+from ldmlab.disks import FileLock
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import read_settings
 from ldmlab.inference.sample_settings import SampleSettings, parsed
-from ldmlab.locks import FileLock
 from sampling_models import sample_command, tiny_model
 
 NUMBERS = ["nan", "inf", "-inf", "abc", "", "1e400", "--1", "0x10", "1,5", "٣٫٥"]

@@ -12,11 +12,11 @@ from exported_models import Spec, clip_text, describe, kl, model, spatial, unet,
 from ldmlab.app import cli
 from ldmlab.app.cli import dispatch
 from ldmlab.build import load
+from ldmlab.disks import locked
 from ldmlab.errors import InputError
 from ldmlab.interop import verify
 from ldmlab.interop.diffusers import diffusers_build
 from ldmlab.interop.diffusers.diffusers_export import plan
-from ldmlab.locks import locked
 from ldmlab.model_files import write_model_folder
 
 

@@ -17,6 +17,7 @@ from ldmlab.app.progress import track
 from ldmlab.app.wandb_runs import send_scores
 from ldmlab.build import load, load_clip, load_first_stage, pick_device
 from ldmlab.data.shard_data import ShardData
+from ldmlab.disks import disk_errors
 from ldmlab.errors import InputError
 from ldmlab.evaluation.model_evaluation import Evaluation, ReconstructionEvaluation
 from ldmlab.evaluation.protocol import Protocol
@@ -25,7 +26,6 @@ from ldmlab.evaluation.reference_statistics import statistics_folder
 from ldmlab.evaluation.run import TrainingScores, check_out
 from ldmlab.evaluation.scoring import OptionNames, in_words_of, untracked
 from ldmlab.evaluation.sources import Reconstructions, Samples, Source
-from ldmlab.files import disk_errors
 from ldmlab.inference.model import LoadedModel
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_path

@@ -24,10 +24,10 @@ from ldmlab.app.wiring import train
 from ldmlab.build import LoadedFirstStage, load_first_stage
 from ldmlab.contracts import LatentSpec
 from ldmlab.data.shard_data import ShardData
+from ldmlab.disks import FileLock
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import DenoiserCost, denoiser_cost
 from ldmlab.instantiate import accepts, instantiate
-from ldmlab.locks import FileLock
 from ldmlab.training.run_folder import FINISHED
 from ldmlab.training.settings import images_a_step
 

@@ -27,9 +27,9 @@ from ldmlab.data import decode
 from ldmlab.data.decode import BAD_SAMPLE, sample_fields
 from ldmlab.data.order import split_index
 from ldmlab.data.shards import ShardLost, ShardReader
+from ldmlab.disks import locked, open_regular
 from ldmlab.errors import InputError
-from ldmlab.files import open_regular, weights_folder, write_atomically
-from ldmlab.locks import locked
+from ldmlab.files import weights_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 UNREAD = -1

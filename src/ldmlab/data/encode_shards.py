@@ -25,9 +25,9 @@ from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.data.stores import Folder, check_there, manifest_of
 from ldmlab.data.tars import Files, image_ending, tar_bytes
+from ldmlab.disks import FileLock, disk_errors, locked
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, write_json
-from ldmlab.locks import FileLock, locked
+from ldmlab.files import write_json
 from ldmlab.provenance import provenance
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU

@@ -16,8 +16,9 @@ from ldmlab.data.stores import Folder, Store, manifest_of, shards_at
 from ldmlab.data.tars import IMAGE_ENDINGS, image_ending, parse_sample, scan_tar
 from ldmlab.data.transfers import is_address
 from ldmlab.data.workers import in_order
+from ldmlab.disks import disk_errors
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, write_json
+from ldmlab.files import write_json
 from ldmlab.open_image import open_image
 from ldmlab.provenance import provenance
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from ldmlab import format1
 from ldmlab.argument_types import check_type, check_types
 from ldmlab.data.shard_info import ShardInfo, is_count, is_sha256, places_sha256, write_places
+from ldmlab.disks import open_regular
 from ldmlab.errors import LARGEST_SIDE, InputError
-from ldmlab.files import open_regular, write_text
+from ldmlab.files import write_text
 
 FORMAT_VERSION = 3  # 1: without checksums of samples; 2: places of samples in the JSON
 MANIFEST = "manifest.json"

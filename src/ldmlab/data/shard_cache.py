@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ldmlab.disks import disk_errors
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, read_json, sync_folder, weights_folder, write_atomically, write_json
+from ldmlab.files import read_json, sync_folder, weights_folder, write_atomically, write_json
 
 _ROOM_SECONDS = 60.0  # to wait for others to let go of shards
 _PAUSE_SECONDS = 0.1

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
-from ldmlab.files import open_regular, write_atomically
+from ldmlab.files import write_atomically
 
 PLACES = "manifest.places"
 TAR_BLOCK = 512  # headers and contents are padded to this

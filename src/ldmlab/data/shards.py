@@ -11,8 +11,8 @@ from ldmlab.data.manifest import MANIFEST, Manifest
 from ldmlab.data.shard_info import PLACES, byte_range, map_places, read_places
 from ldmlab.data.stores import Folder, Store, beside
 from ldmlab.data.tars import Files, parse_sample, read_bytes
+from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
-from ldmlab.files import open_regular
 
 OPEN_SHARDS = 32  # file handles kept per process
 

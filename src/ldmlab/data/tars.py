@@ -17,8 +17,8 @@ import google_crc32c
 import numpy as np
 
 from ldmlab.data.shard_info import TAR_BLOCK, ShardInfo
+from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
-from ldmlab.files import open_regular
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic", "pgm", "ppm")
 MAX_SAMPLE_BYTES = 1 << 28

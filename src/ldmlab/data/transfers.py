@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldmlab.data.manifest import file_sha256
+from ldmlab.disks import FULL
 from ldmlab.errors import InputError
-from ldmlab.files import FULL
 
 T = TypeVar("T")
 TRIES = 6

@@ -16,14 +16,14 @@ from torchmetrics import Metric
 
 from ldmlab import distributed
 from ldmlab.data.shard_data import ShardData
+from ldmlab.disks import disk_errors, own_folder
 from ldmlab.errors import InputError
 from ldmlab.evaluation import protocol as protocols
 from ldmlab.evaluation.real_images import RealImages, SplitReference
 from ldmlab.evaluation.record import FORMAT_VERSION, Paper, check_reference, features_record
 from ldmlab.evaluation.scoring import EVALUATE, EvaluationPass, Numbered, OptionNames, Score, Track, untracked
 from ldmlab.evaluation.sources import Source
-from ldmlab.files import disk_errors, write_json
-from ldmlab.locks import own_folder
+from ldmlab.files import write_json
 from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.provenance import provenance

@@ -33,13 +33,11 @@ from ldmlab.inference.inputs import (
     implied_size,
     rows_of,
 )
-from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings
+from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, chosen_tile
 from ldmlab.nn.compiling import Choice, compile_regions, wanted
-from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
+from ldmlab.nn.pixels import as_images, to_float
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
-TILE = 512  # px
 
 
 class LoadedModel:
@@ -82,7 +80,6 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.diffusion.parameters()).device
 
     @property
@@ -165,8 +162,7 @@ class LoadedModel:
 
     def grid(self, settings: SampleSettings) -> list[Level]:
         """The noise levels that resolved settings visit."""
-        assert settings.steps is not None
-        assert settings.spacing is not None
+        assert settings.steps is not None and settings.spacing is not None  # noqa: PT018
         schedule = self.diffusion.schedule
         grid = ddim_grid(schedule, settings.steps, settings.spacing)
         return grid if settings.strength is None else started_at(grid, settings.strength, schedule.steps)
@@ -236,8 +232,7 @@ class LoadedModel:
         """The ends of captions that the model cannot read because they are too long."""
         conditioners = [c for _, c in self.diffusion.conditioners.items() if hasattr(c, "lost")]
         captions = [inputs[name] for name in TEXTS if inputs.get(name)]
-        ends = [c.lost(caption) for c in conditioners for caption in captions]  # type: ignore[operator]
-        return [end for end in ends if end]
+        return [end for c in conditioners for text in captions if (end := c.lost(text))]  # type: ignore[operator]
 
     # ---- latents
 
@@ -302,13 +297,3 @@ def generate(
         chunk = mine[start : start + batch_size]
         numbers = [first_index + i for i in chunk]
         yield numbers, model.sample_batch([inputs[i] for i in chunk], resolved, numbers, after_step)
-
-
-def chosen_tile(tile: int | None, pixels: int) -> int:
-    """Tile side in px: `tile`, or 512 for images above 1024 x 1024; 0: the full image at once."""
-    return (TILE if pixels > LARGE else 0) if tile is None else tile
-
-
-def as_images(pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] => uint8 (B, H, W, 3) on the CPU."""
-    return to_bytes(numbers_only(pixels)).permute(0, 2, 3, 1).contiguous().cpu()

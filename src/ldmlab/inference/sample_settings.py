@@ -21,6 +21,8 @@ SAMPLERS = sorted(path.stem for path in (Path(__file__).parents[1] / "samplers")
 STRENGTH = 0.6  # default of image to image
 REPEATS = 5  # default where a model fills holes without having been trained for it
 LONGEST = 2**16  # px
+LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
+TILE = 512  # px
 _SOMETIMES = ("temperature", "quantize_x0", "strength", "repeats", "tile", "window")  # recorded where they are used
 
 
@@ -113,6 +115,11 @@ class SampleSettings:
 
 class ResolvedSettings(SampleSettings):
     """Checked against a model and its inputs, every default filled in."""
+
+
+def chosen_tile(tile: int | None, pixels: int) -> int:
+    """Tile side in px: `tile`, or 512 for images above 1024 x 1024; 0: the full image at once."""
+    return (TILE if pixels > LARGE else 0) if tile is None else tile
 
 
 def sampler_by_name(name: str, **options: Any) -> "Sampler":

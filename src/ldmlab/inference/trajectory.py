@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ldmlab.inference.grids import save_animation, table
 from ldmlab.inference.inputs import Inputs
-from ldmlab.inference.model import LoadedModel, as_images
+from ldmlab.inference.model import LoadedModel
 from ldmlab.inference.sample_settings import SampleSettings
+from ldmlab.nn.pixels import as_images
 
 FRAMES = 48  # of an animation, at most
 COLUMNS = 10  # of a row

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ldmlab.checkpoints import save_checkpoint
 from ldmlab.contracts import Conditioning
+from ldmlab.disks import disk_errors, locked
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors
 from ldmlab.interop import compvis, verify
 from ldmlab.interop.imported import assembled, assembled_first_stage
-from ldmlab.locks import locked
 from ldmlab.model_files import ModelFiles, read_model, write_model_folder
 
 PARTS = ("first_stage", "denoiser", "conditioner", "clip", "classifier")  # what a model is; a run keeps more

@@ -25,3 +25,8 @@ def numbers_only(images: Tensor) -> Tensor:
             "weights have diverged or its precision is too low: take an earlier checkpoint or precision=float32."
         )
     return images
+
+
+def as_images(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] => uint8 (B, H, W, 3) on the CPU."""
+    return to_bytes(numbers_only(pixels)).permute(0, 2, 3, 1).contiguous().cpu()

@@ -14,8 +14,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from ldmlab import distributed, format1
+from ldmlab.disks import disk_errors, open_regular
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, open_regular, write_text
+from ldmlab.files import write_text
 from ldmlab.inference.grids import grid as label_grid
 from ldmlab.training.run_folder import RunFolder
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldmlab import distributed
+from ldmlab.disks import FileLock, disk_errors
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, read_json, write_json, write_text
-from ldmlab.locks import FileLock
+from ldmlab.files import read_json, write_json, write_text
 from ldmlab.provenance import provenance
 
 _RECORD = "provenance.json"

@@ -73,7 +73,7 @@ def noised_row(
     import torch
 
     from ldmlab.diffusion.schedule import decibels, even_time, levels_of, signal_to_noise
-    from ldmlab.inference.model import as_images
+    from ldmlab.nn.pixels import as_images
     from ldmlab.randomness import normal
 
     schedule = model.diffusion.schedule

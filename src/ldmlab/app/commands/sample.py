@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     from ldmlab.app.guiders import guiders_by_option
     from ldmlab.app.sample_files import BUSY, LOCK, Job, check_folder, memory_explained, output_folder
     from ldmlab.build import load
+    from ldmlab.disks import own_folder
     from ldmlab.inference.inputs import check_size
-    from ldmlab.locks import own_folder
 
     if args.out is not None:
         check_folder(args.out)

@@ -1,24 +1,68 @@
-"""Locks that work on every file system: one process on one machine at a time has a file or a folder to itself."""
+"""Disks: their faults as sentences, and locks that work on every file system, held by one process at a time."""
 
 import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
 from ldmlab.errors import InputError
-from ldmlab.files import disk_errors, read_json
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _HELD: set[str] = set()  # paths of the locks that this process holds: POSIX locks do not exclude their own process
 _WAIT_SECONDS = 0.2
 _TAKEOVER_SECONDS = 60.0  # after that the removal of a dead process's lock was itself interrupted
+
+
+def open_regular(path: Path) -> FileIO:
+    """A file opened for reading, unbuffered; OSError for pipes, devices, sockets and folders, which could block."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb", buffering=0)
+
+
+@contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Inside, a full or read-only disk and missing permissions become an InputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if (sentence := disk_sentence(error, path)) is None:
+            raise
+        raise InputError(sentence) from error
+
+
+def disk_sentence(error: OSError, path: Path | str) -> str | None:
+    """What went wrong with the disk and what helps; None for any other fault."""
+    if error.errno in FULL:
+        return f"no space left for {path}; free some disk space and run the command again."
+    if error.errno == errno.EROFS:
+        return f"{path} cannot be written because its disk is read-only; choose a folder on another disk."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return f"{path} cannot be written because a folder and a file of this path have one name; choose another path."
+    place, target = Path(error.filename or ""), Path(path)
+    beside = place.parent == Path(os.path.abspath(target)).parent  # a temporary file
+    ours = beside or place in (target, *target.parents)
+    if error.errno == errno.ENOENT and ours and place.parent.is_dir():  # /proc
+        made = place if place in (target, *target.parents) else target
+        return f"{made} cannot be made because {made.parent} takes no new files; choose another folder."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{path} cannot be written (permission denied); allow it or choose another folder."
+    return None
+
+
+# ---- locks
 
 
 @contextmanager
@@ -169,7 +213,11 @@ def _signature() -> str:
 
 
 def _read_signature(path: Path) -> dict[str, Any] | None:
-    found = read_json(path)
+    try:
+        with open_regular(path) as file:
+            found = json.loads(file.read())
+    except (OSError, ValueError, RecursionError):
+        return None
     return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
 
 
