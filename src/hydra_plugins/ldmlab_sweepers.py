@@ -160,7 +160,7 @@ class OptunaSweeper(GridSweeper):
 
     def _unfinished(self) -> list[Job]:
         """Trials without a value in whose folders no process works; one that is finished gets its value."""
-        from ldmlab.locks import FileLock
+        from ldmlab.disks import FileLock
         from ldmlab.training.run_folder import FINISHED
 
         left = []
