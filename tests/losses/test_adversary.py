@@ -57,6 +57,19 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
     torch.testing.assert_close(player.adaptive_weight(layer.sum(), layer.sum(), layer), torch.tensor(1.0))
 
 
+def test_adaptive_weight_behind_float16_takes_the_scale_of_the_losses() -> None:
+    player, layer = adversary(), torch.ones(1, requires_grad=True)
+
+    def weight(scale: float | None) -> Tensor:
+        player.loss_scale = None if scale is None else torch.tensor(scale)
+        output = layer.half().float()  # gradients on their way back to the layer are float16
+        return player.adaptive_weight(1e-8 * output.sum(), output.sum(), layer)
+
+    assert weight(None) == 0  # below the smallest float16
+    torch.testing.assert_close(weight(2.0**12), torch.tensor(1e-8), rtol=0.02, atol=0)  # 12 bits above it
+    assert weight(2.0**17).isnan()  # beyond the largest
+
+
 def test_discriminator_judges_each_image_by_itself() -> None:
     torch.manual_seed(0)
     network = PatchDiscriminator(16, 3)

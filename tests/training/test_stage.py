@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -139,6 +140,18 @@ def test_steps_left_out_stay_counted_after_a_resume(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Exploding, "at", (6,))
     train(Exploding(skip_nonfinite=2), tmp_path / "run")
     assert float(read_metrics(tmp_path / "run" / "metrics.csv")[1][-1]["skipped_steps"]) == 3
+
+
+@pytest.mark.parametrize(("device", "layout"), [("cuda", torch.channels_last), ("cpu", torch.contiguous_format)])
+def test_convolutions_are_laid_out_for_the_device_before_they_move(device: str, layout: torch.memory_format) -> None:
+    made = diffusion_stage()
+    made.diffusion.first_stage = nn.Conv2d(3, 4, 3).requires_grad_(False)  # frozen, encodes on the fly
+    made._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))  # type: ignore[assignment]
+    assert made.device.type == "cpu"
+    made.setup("fit")
+    convolutions = [parameter for parameter in made.parameters() if parameter.ndim == 4]
+    assert len(convolutions) == 3
+    assert all(weight.is_contiguous(memory_format=layout) for weight in convolutions)
 
 
 def test_a_gradient_that_jumps_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,7 @@ class Adversary(nn.Module):
         self.weight, self.adaptive, self.official_order = weight, adaptive, official_order
         self.discriminator_start, self.adversary_start = discriminator_start, adversary_start
         self.ramp_steps = ramp_steps
+        self.loss_scale: Tensor | None = None  # of float16's small gradients; None: they are float32 or bfloat16
 
     def trains_at(self, step: int) -> bool:
         """Whether the discriminator is updated after `step` updates of the autoencoder."""
@@ -72,13 +73,17 @@ class Adversary(nn.Module):
         """|d reconstruction / d last layer| / (|d generator / d last layer| + 1e-4), at most 1e4, without gradient.
 
         The gradients are averaged over processes before their norms are taken, so the number of processes does
-        not matter; float32 throughout.
+        not matter; float32 throughout, but behind float16 layers, where `loss_scale` keeps small gradients. NaN where
+        one overflows under that scale, as the step's own gradient then does, so that it is left out.
         """
         if not self.adaptive:
             return torch.ones((), device=last_layer.device)
-        losses = (reconstruction_loss, generator_loss)
+        scale = self.loss_scale
+        losses = [loss if scale is None else loss * scale for loss in (reconstruction_loss, generator_loss)]
         gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
         norms = mean_(torch.stack(gradients)).flatten(1).norm(dim=1)
+        if scale is not None:
+            norms = (norms / scale).masked_fill(~norms.isfinite().all(), float("nan"))
         return (norms[0] / (norms[1] + _EPSILON)).clamp(max=_WEIGHT_LIMIT).detach()
 
 

@@ -56,7 +56,10 @@ class AutoencoderLoss(nn.Module):
             generator, logit = self.adversary.generator_loss(given.images)
             adaptive = self.adversary.adaptive_weight(error, generator, last_layer)
             total = total + weight * adaptive * generator
-            terms |= {"adversary/adaptive_weight": adaptive, "adversary/generator": generator}
+            shown = (
+                adaptive if self.adversary.loss_scale is None else adaptive.nan_to_num()
+            )  # NaN: the step is left out
+            terms |= {"adversary/adaptive_weight": shown, "adversary/generator": generator}
             terms["adversary/logits_generator"] = logit
         return total, {name: value.detach() for name, value in terms.items()}
 

@@ -114,16 +114,6 @@ class AutoencoderStage(Stage):
             groups["discriminator"] = list(self.loss.adversary.parameters())
         return groups
 
-    def setup(self, stage: str) -> None:
-        """Channels-last convolutions on a GPU (slower on a CPU, measured), before DDP lays out its gradients."""
-        if self._memory_format == torch.channels_last:
-            self.first_stage.to(memory_format=torch.channels_last)
-            self.loss.to(memory_format=torch.channels_last)
-
-    @property
-    def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The autoencoder (with a learned log-variance) and the adversary, if there is one."""
         return self._assigned
@@ -155,6 +145,8 @@ class AutoencoderStage(Stage):
         images = self._images_of(batch)
         noise, for_adversary = self._noise(batch["position"], images)
         given = self.first_stage.reconstruct(images, noise)
+        if self._scaler is not None and self.loss.adversary is not None:
+            self.loss.adversary.loss_scale = self._scaler.scale(torch.ones((), device=self.device))
         total, metrics = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
         self._seen = (images, given.images.detach(), for_adversary)
         if "l1" in metrics:
