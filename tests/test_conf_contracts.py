@@ -46,7 +46,8 @@ def test_a_file_keeps_its_contract(group: str, name: str) -> None:
 
 def test_every_group_is_a_folder_or_lies_in_one() -> None:
     folders = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
-    inside = {"schedule": "diffusion", "prediction": "diffusion", "guider": "guiders"}
+    of_diffusion = ("schedule", "prediction", "time_sampling", "weighting", "diffusion_loss")
+    inside = {**dict.fromkeys(of_diffusion, "diffusion"), "guider": "guiders"}
     assert {inside.get(group, group) for group in CONTRACTS} <= folders
 
 

@@ -155,6 +155,7 @@ def fill_latent_diffusion(model: "LatentDiffusion", files: ModelFiles) -> None:
     for name, module in targets.items():
         if module.state_dict():
             load_exactly(module, _part(files, name), f"{files.folder} ({name})")
+    model.objective.weighting = None  # serves training alone; learned weights lie in checkpoints, not in models
 
 
 def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirstStage:

@@ -99,8 +99,8 @@ class Backbone(Protocol):
     accepts: frozenset[str]  # slots of Conditioning
 
     def prepare(self, conditioning: Conditioning) -> Prepared: ...  # once per sample
-    # x: (B, in_channels, h, w); t: (B,) float32, the schedule's time in 0 .. steps - 1, between two of them with a
-    # fraction, not divided by steps => (B, out_channels, h, w)
+    # x: (B, in_channels, h, w); t: (B,) float32, the path's time: 0 .. steps - 1 of a discrete schedule, with a
+    # fraction between two of them; 0 .. 1000 of a flow unless its yaml says otherwise => (B, out_channels, h, w)
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor: ...
 
 
@@ -153,24 +153,87 @@ Noise = Callable[[int], Tensor]  # of a step, in x's shape
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, x, clean estimate) => x
 
 
-class Schedule(Protocol):
-    """Discrete noise levels; time 0 is the least noisy.
+class Solver(NamedTuple):
+    """The sampler, spacing and number of steps that a path is sampled with unless others are named."""
 
+    sampler: str
+    spacing: str
+    steps: int
+
+
+class Schedule(Protocol):
+    """Noise levels: either discrete ones, with `steps` and `levels`, or all of `Path`.
+
+    Discrete: an int `steps` (T), and times t (B,) int64 in 0 .. T - 1, 0 the least noisy; a backbone's t is the same.
     `betas` (T,) float64 is needed only by `ldmlab export --format compvis` and diffusers' formats.
     """
 
-    steps: int  # T; a backbone's t lies in 0 .. T - 1
-    alpha_bar: Tensor  # (T,) float64, falling: the squared alpha of each time
-
-    # alpha and sigma, float32 (B, 1, 1, 1), of times t (B,) int64; sampling uses these levels too
+    # alpha and sigma, float32 (B, 1, 1, 1), of times t (B,); sampling uses these levels too
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class Path(Protocol):
+    """Noise levels over times, discrete or continuous; a time is what the network receives."""
+
+    solver: Solver
+
+    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]: ...  # (B,) => alpha, sigma, float32 (B, 1, 1, 1)
+    def rates(self, times: Tensor) -> tuple[Tensor, Tensor]: ...  # their derivatives by the position, likewise
+    def level(self, time: float) -> Level: ...  # also between discrete ones
+    def quantile(self, u: Tensor) -> Tensor: ...  # uniform numbers (B,) => times (B,); a larger one is noisier
+    def position(self, times: Tensor) -> Tensor: ...  # times => 0, the clean end, to 1, the noise end
+    def time_of(self, ratio: Tensor) -> Tensor: ...  # sigma / alpha (B,) => times (B,)
+    def grid(self, steps: int, spacing: str) -> list[Level]: ...  # from the noise end; `auto`: the solver's spacing
+    def at_size(self, values: int) -> "Path": ...  # for latents of that many values, where the times depend on it
+
+
+class Noised(NamedTuple):
+    """A training batch at its noise levels."""
+
+    clean: Tensor  # (B, C, h, w)
+    noise: Tensor  # (B, C, h, w)
+    x: Tensor  # alpha clean + sigma noise
+    times: Tensor  # (B,)
+    alpha: Tensor  # (B, 1, 1, 1)
+    sigma: Tensor
+    path: Path
+    prediction: "Prediction"
+    output: Tensor  # of the network, (B, C or 2 C, h, w) float32
+
+
 class Prediction(Protocol):
-    """Prediction type: training target, and network output => estimate of the clean latent."""
+    """Prediction type: training target, and network output => estimate of the clean latent.
+
+    Optional: `outputs = 2`, channels out per channel of the latent, of which the first half is compared with the
+    target; `scaled(x, alpha, sigma)`, the network's input; `compared(output, alpha, sigma)`, what the target is
+    compared with; `uses_rates = True`, then `target` and `clean` take the path's `rates` as a last argument;
+    `clean_slope(alpha, sigma)`, d clean / d output, which weightings need.
+    """
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...  # alpha: (B, 1, 1, 1)
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor: ...  # float64
+
+
+class TimeSampling(Protocol):
+    """Distribution of the training times; every time is a function of the image's own numbers."""
+
+    # u (B,) uniform in (0, 1), position (B,) int64 of the image in training => times (B,)
+    def __call__(self, u: Tensor, position: Tensor, path: Path) -> Tensor: ...
+
+
+class Weighting(Protocol):
+    """Factor of an image's loss by its noise level, as if the squared error were that of the clean estimate.
+
+    Optional: `finished(loss, times)`, (B,) => (B,), for weights that are learned.
+    """
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, rates: Callable[[], tuple[Tensor, Tensor]]) -> Tensor: ...
+
+
+class DiffusionLoss(Protocol):
+    """Loss of each image (B,); factor: (B,), of the weighting, or None."""
+
+    def __call__(self, output: Tensor, target: Tensor, factor: Tensor | None, at: Noised) -> Tensor: ...
 
 
 class Sampler(Protocol):
@@ -184,7 +247,7 @@ class Sampler(Protocol):
 class NamedSampler(Sampler, Protocol):
     """A sampler of the group `sampler`, with the grid that it is used with unless the command line names another."""
 
-    spacing: str  # official | quad | linspace | trailing | karras | log_snr
+    spacing: str  # official | quad | linspace | trailing | karras | log_snr | auto, the path's
     steps: int
 
 
@@ -285,6 +348,9 @@ CONTRACTS: dict[str, type] = {  # configuration group => what its parts must hav
     "conditioner": Conditioner,
     "schedule": Schedule,
     "prediction": Prediction,
+    "time_sampling": TimeSampling,
+    "weighting": Weighting,
+    "diffusion_loss": DiffusionLoss,
     "sampler": NamedSampler,
     "guider": Guider,
     "task": Task,

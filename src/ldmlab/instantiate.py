@@ -23,7 +23,10 @@ _GROUPS = {  # package of ldmlab => the groups whose classes it holds
     "first_stages": ("first_stage",),
     "backbones": ("backbone", "classifier"),
     "conditioners": ("conditioner",),
-    "diffusion": ("diffusion", "latent_scale", "schedule", "prediction"),
+    "diffusion": (
+        *("diffusion", "latent_scale", "schedule", "prediction"),
+        *("time_sampling", "weighting", "diffusion_loss"),
+    ),
     "samplers": ("sampler",),
     "tasks": ("task",),
     "losses": ("loss",),
@@ -108,7 +111,7 @@ def group_of(where: str) -> tuple[str, bool]:
             group, whole = _SEVERAL[name], True
             next(names, None)  # the entry's own name
         elif name in ROOMS or name in CONTRACTS or not group:
-            group, whole = name, True
+            group, whole = ("diffusion_loss" if group == "diffusion" and name == "loss" else name), True
         else:
             whole = False
     return group, whole

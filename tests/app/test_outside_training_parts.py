@@ -201,7 +201,7 @@ def test_options_of_the_stage(shards: Path, tmp_path: Path, word: str, expected:
 @pytest.mark.parametrize(
     ("words", "lacking"),
     [
-        ([f"diffusion.schedule={{_target_: {__name__}.NoAlphaBar}}"], "NoAlphaBar has no levels(), alpha_bar"),
+        ([f"diffusion.schedule={{_target_: {__name__}.NoAlphaBar}}"], "NoAlphaBar has no levels()"),
         ([f"backbone={{_target_: {__name__}.Nothing}}"], "Nothing has no prepare()"),
         ([f"sampler={{_target_: {__name__}.Nothing}}"], "Nothing has no __call__()"),
         ([f"diffusion.prediction={{_target_: {__name__}.Nothing}}"], "Nothing has no target()"),

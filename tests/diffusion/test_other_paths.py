@@ -139,9 +139,9 @@ def test_what_is_no_schedule_is_refused(schedule: Any, sentence: str) -> None:
 def test_learned_variances_are_refused() -> None:
     batch = {"position": torch.arange(2), "image": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}
     network = model(Schedule(), times=2)
-    with pytest.raises(InputError, match=r"\(3, 4, 4\) into \(6, 4, 4\).*learned variances are not supported"):
+    with pytest.raises(InputError, match=r"\(3, 4, 4\) into \(6, 4, 4\).*prediction=LearnedVariance"):
         network.loss(batch, seed=0)
-    with pytest.raises(InputError, match="learned variances"):
+    with pytest.raises(InputError, match="learned variance"):
         network.sample(
             {}, sampler=sampler_by_name("ddim"), grid=ddim_grid(Schedule(), 2), index=torch.arange(1), size=(4, 4)
         )

@@ -187,7 +187,8 @@ def _diffusion(config: Config, options: dict[str, Any]) -> tuple[Stage, Parts, d
     given = {name: _untrained(node) for name, node in config["conditioner"].items()}
     with torch.device("meta"):
         conditioners, _ = build_conditioners(given, latent)
-        node = {**config["backbone"], **backbone_sizes(latent, conditioners, config["backbone"])}
+        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"]["prediction"])
+        node = {**config["backbone"], **sizes}
         backbone = instantiate(node, where="backbone")
     for conditioner in conditioners.values():
         if hasattr(getattr(conditioner, "tokenizer", None), "path"):  # of a vocabulary that may not be here

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldmlab.build import load_classifier
 from ldmlab.checkpoints import fingerprint
 from ldmlab.contracts import Guider
 from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, squared_error
-from ldmlab.diffusion.schedule import levels_of
+from ldmlab.diffusion.schedule import as_path, same_path
 from ldmlab.errors import InputError
 from ldmlab.inference.inputs import row
 from ldmlab.inference.model import LoadedModel
@@ -48,11 +47,11 @@ def classifier_guider(run: Path | str, model: LoadedModel, scale: float = 10.0) 
     loaded = load_classifier(run)
     spec, diffusion, ours = loaded.spec, model.diffusion, model.diffusion.latent_scale
     own = instantiate(spec["latent_scale"], where="latent_scale")
-    schedules = (levels_of(s) for s in (instantiate(spec["schedule"], where="schedule"), diffusion.schedule))
+    path = as_path(instantiate(spec["schedule"], where="schedule"))
     differs = {
         "first stage": spec["first_stage_fingerprint"] != fingerprint(diffusion.first_stage.state_dict()),
         "latent scale": not (_near(own.std, ours.std, ours.std) and _near(own.shift, ours.shift, ours.std)),
-        "noise schedule": not all(map(torch.equal, *schedules)),
+        "noise schedule": not same_path(path, diffusion.path),
     }
     if found := [name for name, yes in differs.items() if yes]:
         raise InputError(

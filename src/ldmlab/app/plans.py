@@ -18,7 +18,7 @@ from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError
-from ldmlab.instantiate import accepts, check_arguments, instantiate
+from ldmlab.instantiate import accepts, check_arguments, instantiate, locate
 from ldmlab.interop.published_weights import weights_path
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.training.stage import Stage
@@ -71,7 +71,6 @@ def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
 
 def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     """A denoiser on latent shards, or on image shards with the first stage run on the fly."""
-    from ldmlab.diffusion.schedule import ddim_grid
     from ldmlab.training.diffusion_module import DiffusionStage
 
     _check_stage_options(DiffusionStage, config)
@@ -79,7 +78,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     latent = latent_spec(first_stage, data.image_size)
     conditioners, nodes = build_conditioners(config["conditioner"], latent)
     check_fields_given(conditioners, data)
-    backbone_node = {**config["backbone"], **backbone_sizes(latent, conditioners, config["backbone"])}
+    sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"]["prediction"])
+    backbone_node = {**config["backbone"], **sizes}
     scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
     spec = {
         "kind": "latent_diffusion",
@@ -96,7 +96,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     ready: dict[str, Any] = {"first_stage": first_stage, "conditioners": conditioners, "task": data.task}
     model = build_latent_diffusion(spec, **ready)
     sampler = instantiate(config["sampler"], where="sampler")
-    grid = ddim_grid(model.schedule, options.pop("panel_steps"), sampler.spacing)
+    spacing = sampler.spacing if hasattr(model.schedule, "steps") else "auto"  # a continuous path has its own
+    grid = model.path.at_size(latent.channels * latent.height * latent.width).grid(options.pop("panel_steps"), spacing)
     stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
     frozen: dict[str, nn.Module] = {"first_stage": model.first_stage}
     if "conditioner" not in stage.saved():
@@ -236,12 +237,15 @@ def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
     return statistics.summary()
 
 
-def backbone_sizes(latent: LatentSpec, conditioners: Mapping[str, Any], node: Config) -> dict[str, Any]:
-    """Channels and widths that follow from the latent and the conditioning."""
+def backbone_sizes(
+    latent: LatentSpec, conditioners: Mapping[str, Any], node: Config, prediction: Config | None = None
+) -> dict[str, Any]:
+    """Channels and widths that follow from the latent, the conditioning and the prediction."""
+    outputs = 1 if prediction is None else getattr(locate(prediction, where="diffusion.prediction"), "outputs", 1)
     widths = context_widths(conditioners, latent)
     sizes = {
         "in_channels": latent.channels + widths["spatial"],
-        "out_channels": latent.channels,
+        "out_channels": outputs * latent.channels,
         "context_width": widths["tokens"] or None,
         "vector_width": widths["vector"] or None,
     }

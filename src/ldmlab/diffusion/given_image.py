@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Sampler
+from ldmlab.diffusion.parameterization import begun
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class GivenImage:
 
     def begin(self, noise: Tensor, level: Level) -> Tensor:
         """x at the first level of the grid."""
-        return self.kept(noise if self.source is None else _noised(self.source, noise, level), noise, level)
+        x = begun(noise, level) if self.source is None else _noised(self.source, noise, level)
+        return self.kept(x, noise, level)
 
     def around(self, sampler: Sampler, fresh: Noise) -> Sampler:
         """A sampler that starts from or keeps these latents; `fresh`: noise by number, for going back."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ldmlab.contracts import (
     CUT_PREFIX,
@@ -20,20 +19,24 @@ from ldmlab.contracts import (
     Conditioner,
     Conditioning,
     Denoise,
+    DiffusionLoss,
     Guider,
     Level,
     Prediction,
     Sampler,
     Task,
+    TimeSampling,
+    Weighting,
     checked_drop,
 )
 from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import check_guidance
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
-from ldmlab.diffusion.schedule import levels_of
+from ldmlab.diffusion.objective import Objective
+from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
-from ldmlab.errors import InputError, one_of
-from ldmlab.randomness import below, normal
+from ldmlab.errors import InputError
+from ldmlab.randomness import normal
 
 Named = list[tuple[str, Conditioner]]
 
@@ -47,22 +50,25 @@ class LatentDiffusion(LatentSpace):
         latent_scale: LatentScale,
         backbone: nn.Module,
         conditioners: Mapping[str, nn.Module],  # in the order in which one slot is filled
-        schedule: Any,  # contracts.Schedule
+        schedule: Any,  # contracts.Path, or a discrete schedule of `steps` and `levels`
         prediction: Prediction,
         task: Task | None = None,
         guidance_trained: bool | None = None,  # was conditioning dropped in training? None: unknown, an imported model
-        loss: str = "l2",  # l2 | l1
+        loss: str | DiffusionLoss = "l2",  # l2 | l1 | one of diffusion_loss.py
         drop_together: bool = False,  # one draw drops all conditioners, instead of one draw for each
+        time_sampling: TimeSampling | None = None,  # None: uniform
+        weighting: Weighting | None = None,  # None: the loss of the prediction as it is
+        offset_noise: float = 0.0,  # of a number per image and channel added to the training noise (0.1 is usual)
     ) -> None:
         super().__init__(first_stage, latent_scale)
-        one_of("diffusion.loss", loss, ("l1", "l2"))
         check_slots(conditioners, backbone)
-        levels_of(schedule)  # refused here if it lacks any
         self.backbone = backbone
         self.conditioners = nn.ModuleDict(dict(conditioners))
-        self.schedule, self.prediction, self.task = schedule, prediction, task
+        self.objective = Objective(schedule, prediction, time_sampling, weighting, loss)
+        self.schedule, self.path, self.task = schedule, self.objective.path, task
+        self.prediction = prediction
         self.guidance_trained = guidance_trained
-        self.loss_kind, self.drop_together = loss, drop_together
+        self.drop_together, self.offset_noise = drop_together, offset_noise
 
     # ---- conditioning
 
@@ -118,28 +124,23 @@ class LatentDiffusion(LatentSpace):
     # ---- training
 
     def loss(self, batch: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-        """Per-image loss (B,) float32 and its times (B,) int64; random numbers depend on (seed, position, purpose)."""
+        """Per-image loss (B,) float32 and its times (B,); random numbers depend on (seed, position, purpose)."""
         uniforms = {"time", *(self.drop_purposes.values() if self.training else ())}
-        clean, numbers = self.latents_and_numbers(batch, seed, sorted(uniforms), noise=True)  # (B, C, h, w)
-        t, noise = below(numbers["time"], self.schedule.steps), numbers["noise"]  # t: (B,)
-        alpha, sigma = self.schedule.levels(t)
-        x = alpha * clean + sigma * noise
+        offset = self.offset_noise != 0
+        clean, numbers = self.latents_and_numbers(
+            batch, seed, sorted(uniforms), noise=True, offset=offset
+        )  # (B, C, h, w)
+        noise = numbers["noise"]
+        if offset:
+            noise = noise + self.offset_noise * numbers["offset"]
+        times = self.objective.times(numbers["time"], batch["position"], clean[0].numel())  # (B,)
         conditioning = self.conditioning(batch, self.drops(numbers) if self.training else None)
-        check_size(conditioning, x)
-        output = self.checked_output(self.backbone(x, t.float(), conditioning), x)
-        error = F.mse_loss if self.loss_kind == "l2" else F.l1_loss
-        target = self.prediction.target(clean, noise, alpha, sigma)
-        return error(output, target, reduction="none").mean(dim=(1, 2, 3)), t
+        check_size(conditioning, clean)
 
-    @staticmethod
-    def checked_output(output: Tensor, x: Tensor) -> Tensor:
-        """The network's output, float32; one value for each of the latent's, so learned variances are not supported."""
-        if output.shape != x.shape:
-            raise InputError(
-                f"the backbone turns latents of {tuple(x.shape[1:])} into {tuple(output.shape[1:])} (channels, height, "
-                "width); it must keep the shape, and learned variances are not supported."
-            )
-        return output.float()
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return self.backbone(x, t, conditioning)
+
+        return self.objective(network, clean, noise, times), times
 
     # ---- sampling
 
@@ -147,18 +148,19 @@ class LatentDiffusion(LatentSpace):
         self, conditioning: Conditioning, null: Conditioning | None = None, guidance_scale: float = 1.0
     ) -> Denoise:
         """eps_null + guidance_scale (eps_cond - eps_null) in one doubled pass; constants are computed once."""
-        guided = null is not None and guidance_scale != 1
+        guided, form = null is not None and guidance_scale != 1, self.objective.form
         prepared = self.backbone.prepare(stacked(conditioning, null) if guided else conditioning)  # type: ignore
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             copies = torch.cat([x, x]) if guided else x  # (2B or B, C, h, w)
             assert level.time is not None  # None at the end only, which no network sees
             time = torch.full((len(copies),), level.time, device=x.device)
-            output = self.checked_output(self.backbone(copies, time, prepared), copies)
+            given = form.scaled(copies, level.alpha, level.sigma)
+            output, _ = form.split(form.checked(self.backbone(given, time, prepared), copies))
             if guided:
                 conditional, unconditional = output.chunk(2)
                 output = torch.lerp(unconditional, conditional, guidance_scale)
-            return self.prediction.clean(x, output, level)
+            return form.clean(x, output, level)
 
         return denoise
 
@@ -195,10 +197,14 @@ class LatentDiffusion(LatentSpace):
         def noise(step: int, purpose: str = "sample") -> Tensor:
             return normal(seed, purpose, index, shape, step=step + 1)
 
+        if hasattr(sampler, "along"):
+            sampler = sampler.along(self.path)
         if getattr(sampler, "quantize_x0", False):
             self.quantised(x)  # refused before any step
             sampler = sampler.with_codebook(self.quantised)  # type: ignore[attr-defined]
-        if given is not None:
+        if given is None:
+            x = begun(x, grid[0])
+        else:
             sampler = given.around(sampler, partial(noise, purpose="again"))
         images = self.decode(sampler(denoise, x, grid, noise=noise, after_step=after_step))
         return images if self.task is None else self.task.finish(images, batch)

@@ -102,9 +102,13 @@ class LatentSpace(nn.Module):
 
     @torch.no_grad()
     def latents_and_numbers(
-        self, batch: dict[str, Any], seed: int, uniforms: Sequence[str] = (), noise: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `latents`, and random numbers by purpose, of one call: "noise" of their shape, and (B,) uniform."""
+        self, batch: dict[str, Any], seed: int, uniforms: Sequence[str] = (), noise: bool = False,
+        offset: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """As `latents`, and random numbers by purpose, of one call: "noise" of their shape, and (B,) uniform.
+
+        offset: normal numbers (B, C, 1, 1) too.
+        """
         if "moments" in batch:
             posterior = Posterior.from_moments(batch["moments"].float(), self._stage.latent_channels)
         elif "image" in batch:
@@ -113,7 +117,8 @@ class LatentSpace(nn.Module):
             raise InputError("the batches hold neither latents nor images; choose data= with one of them.")
         purposes = ["posterior"] * (posterior.logvar is not None) + ["noise"] * noise
         shape = tuple(posterior.mean.shape[1:])
-        numbers = draw(seed, batch["position"], dict.fromkeys(purposes, shape), uniforms)
+        shapes = dict.fromkeys(purposes, shape) | ({"offset": (shape[0], 1, 1)} if offset else {})
+        numbers = draw(seed, batch["position"], shapes, uniforms)
         raw = posterior.sample(numbers["posterior"]) if "posterior" in numbers else posterior.mean
         return self.latent_scale.normalise(raw), numbers
 

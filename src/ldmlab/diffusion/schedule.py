@@ -2,17 +2,18 @@
 
 x_t = alpha_t x_0 + sigma_t eps, T times, time 0 is the least noisy. For the schedules here alpha_t^2 = alpha_bar_t =
 prod(1 - beta) and sigma_t^2 = 1 - alpha_bar_t (Ho et al. 2020, eq. 4), computed in float64; networks see float32.
-Everything else takes alpha and sigma from `levels`, so other paths may have any (contracts.Schedule).
+Everything else takes alpha and sigma from the path (contracts.Path); `as_path` makes one of any discrete schedule.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from ldmlab.contracts import Level
+from ldmlab.contracts import Level, Path, Solver
 from ldmlab.errors import InputError, one_of
+from ldmlab.randomness import below
 
 NAMES = ("scaled_linear", "linear", "cosine", "sqrt")
 _ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scaled_linear
@@ -21,7 +22,74 @@ RHO = 7  # Karras et al. 2022, eq. 5
 _SAME = 1e-5  # relative; float32 rounds to 1e-7
 
 
-class Schedule:
+class DiscretePath:
+    """The path of T discrete levels, from `steps` and `levels`; a time is an index, 0 the least noisy."""
+
+    solver = Solver("ddim", "official", 50)
+    steps: int
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Uniform numbers (B,) in (0, 1) => times (B,) int64."""
+        return below(u, self.steps)
+
+    def position(self, times: Tensor) -> Tensor:
+        """times / (T - 1)."""
+        return times / max(self.steps - 1, 1)
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """The times (B,) int64 whose sigma / alpha is nearest on a logarithmic scale."""
+        levels = levels_of(self)
+        known = (levels.sigma / levels.alpha).log().to(ratio.device)
+        return (ratio.double().log()[:, None] - known).abs().argmin(1)
+
+    def level(self, time: float) -> Level:
+        """The level of a time; between two of them alpha and sigma are interpolated."""
+        levels, left = levels_of(self), min(int(time), self.steps - 1)
+        if time == left:
+            return levels.at(left)
+        alpha, sigma = (float(torch.lerp(v[left], v[min(left + 1, self.steps - 1)], time - left)) for v in levels)
+        return Level(alpha, sigma, float(time))
+
+    def rates(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """A discrete schedule has no derivatives."""
+        raise InputError(
+            "diffusion.prediction: the velocity of a flow is undefined on a discrete schedule; choose v or eps, or a "
+            "continuous path such as diffusion=flow."
+        )
+
+    def grid(self, steps: int, spacing: str = "auto") -> list[Level]:
+        """As `ddim_grid`; auto is official."""
+        return ddim_grid(self, steps, self.solver.spacing if spacing == "auto" else spacing)
+
+    def at_size(self, values: int) -> Self:
+        """The same at every size."""
+        return self
+
+
+class _Adapted(DiscretePath):
+    """The path of a schedule from outside, which has `steps` and `levels` alone."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule, self.steps, self.levels = schedule, schedule.steps, schedule.levels
+        self.alpha_bar = getattr(schedule, "alpha_bar", None)
+
+
+def as_path(schedule: Any) -> Path:
+    """What is a path as it is; a schedule with `steps` and `levels` as one."""
+    if hasattr(schedule, "grid"):
+        return schedule
+    levels_of(schedule)  # refused here if it lacks any
+    return _Adapted(schedule)
+
+
+def same_path(first: Path, second: Path) -> bool:
+    """Equal times and levels at a thousand quantiles, which are all levels of a schedule of up to as many."""
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    times = first.quantile(u), second.quantile(u)
+    return torch.equal(*times) and all(map(torch.equal, first.levels(times[0]), second.levels(times[1])))
+
+
+class Schedule(DiscretePath):
     """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma for each device."""
 
     def __init__(
@@ -100,8 +168,8 @@ def levels_of(schedule: Any, *, rounded: bool = False) -> Levels:
     """
     if missing := [name for name in ("steps", "levels") if not hasattr(schedule, name)]:
         raise InputError(
-            f"diffusion.schedule={type(schedule).__name__} has no {' and no '.join(missing)}; a schedule needs steps, "
-            "alpha_bar and levels(t), see contracts.Schedule."
+            f"diffusion.schedule={type(schedule).__name__} has no {' and no '.join(missing)}; a schedule needs steps "
+            "and levels(t), see contracts.Schedule."
         )
     found = schedule.levels(torch.arange(schedule.steps))
     if len(found) != 2 or any(part.shape != (schedule.steps, 1, 1, 1) for part in found):
@@ -213,8 +281,12 @@ def signal_to_noise(schedule: Any, variance: float) -> Tensor:
     return variance * (levels.alpha / levels.sigma).square()
 
 
-def even_time(schedule: Any, variance: float) -> int | None:
+def even_time(schedule: Any, variance: float) -> float | None:
     """The first time at which noise is at least as strong as signal; None if that never happens."""
+    if not hasattr(schedule, "steps"):  # a continuous path
+        time = schedule.time_of(torch.tensor([variance], dtype=torch.float64).sqrt())
+        alpha, sigma = schedule.levels(time)
+        return float(time) if float(variance * (alpha / sigma) ** 2) <= 1.001 else None
     weaker = torch.nonzero(signal_to_noise(schedule, variance) <= 1)
     return int(weaker[0]) if len(weaker) else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.contracts import Level
+from ldmlab.contracts import Level, Path
 from ldmlab.diffusion.given_image import GivenImage, hole_of_latents, painted_over
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.errors import InputError
@@ -19,10 +19,11 @@ from ldmlab.inference.inputs import ON_THE_IMAGE, SMALL
 from ldmlab.nn.pixels import to_float
 
 
-def started_at(grid: list[Level], strength: float, times: int) -> list[Level]:
-    """The levels of a grid up to that fraction of the schedule's times, and the end."""
-    last = strength * (times - 1) + 1e-6
-    kept = [level for level in grid if level.time is None or level.time <= last]
+def started_at(grid: list[Level], strength: float, path: Path) -> list[Level]:
+    """The levels of a grid up to that fraction of the path, and the end."""
+    times = torch.tensor([level.time for level in grid[:-1]], dtype=torch.float64)
+    inside = (path.position(times) <= strength + 1e-9).tolist()
+    kept = [level for level, keep in zip(grid, [*inside, True], strict=True) if keep]
     if len(kept) < 2:
         raise InputError(f"strength={strength} leaves none of {len(grid) - 1} steps; raise the strength or the steps.")
     return kept

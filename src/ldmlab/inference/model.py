@@ -3,6 +3,7 @@
 Images are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from ldmlab.contracts import AfterStep, Conditioning, Guider, Level
 from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import check_guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.schedule import ddim_grid, levels_of
+from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.windowed import latent_windows
 from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
@@ -136,7 +137,8 @@ class LoadedModel:
         if size != implied:  # an input image's size is padded to what fits
             self.diffusion.latent_shape(size)
         resolved = settings.filled(
-            levels=self.diffusion.schedule.steps,
+            solver=self.diffusion.path.solver,
+            levels=getattr(self.diffusion.schedule, "steps", None),
             guidance_scale=scale,
             size=size,
             inputs=None if first is None else first.keys() - {n for n in first if first[n] is None},
@@ -163,9 +165,12 @@ class LoadedModel:
     def grid(self, settings: SampleSettings) -> list[Level]:
         """The noise levels that resolved settings visit."""
         assert settings.steps is not None and settings.spacing is not None  # noqa: PT018
-        schedule = self.diffusion.schedule
-        grid = ddim_grid(schedule, settings.steps, settings.spacing)
-        return grid if settings.strength is None else started_at(grid, settings.strength, schedule.steps)
+        assert isinstance(settings.size, tuple)
+        stage: Any = self.diffusion.first_stage
+        values = stage.latent_channels * math.prod(-(-side // stage.downsampling) for side in settings.size)
+        path = self.diffusion.path.at_size(values)
+        grid = path.grid(settings.steps, settings.spacing)
+        return grid if settings.strength is None else started_at(grid, settings.strength, path)
 
     @torch.no_grad()  # not inference_mode: guiders need gradients
     def sample_batch(
@@ -207,7 +212,8 @@ class LoadedModel:
         batch = self.batch(inputs, numbers)
         canvas, _, given = self._started(batch, settings.size, None)
         start = self.diffusion.start(batch["position"], canvas, settings.seed)
-        return start if given is None else given.begin(start, self.grid(settings)[0])
+        first = self.grid(settings)[0]
+        return begun(start, first) if given is None else given.begin(start, first)
 
     def _started(
         self, batch: dict[str, Any], size: tuple[int, int], repeats: int | None
@@ -258,9 +264,9 @@ class LoadedModel:
         return self.diffusion.conditioning(self.batch(rows_of(columns, self.reads, None), first_index=0))
 
     @torch.inference_mode()
-    def denoise(self, x: Tensor, t: int, conditioning: Conditioning | None = None) -> Tensor:
-        """Noisy latents at time t (0 .. T - 1) of the schedule => the clean estimate."""
-        level = levels_of(self.diffusion.schedule).at(t)
+    def denoise(self, x: Tensor, t: float, conditioning: Conditioning | None = None) -> Tensor:
+        """Noisy latents at a time of the path (0 .. T - 1 of a discrete schedule) => the clean estimate."""
+        level = self.diffusion.path.level(t)
         with self.autocast():
             return self.diffusion.denoiser(conditioning or Conditioning())(x.to(self.device), level).float()
 

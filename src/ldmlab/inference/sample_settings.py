@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
-    from ldmlab.contracts import Sampler
+    from ldmlab.contracts import Sampler, Solver
 
 SAMPLERS = sorted(path.stem for path in (Path(__file__).parents[1] / "samplers").glob("[!_]*.py"))
 STRENGTH = 0.6  # default of image to image
@@ -42,9 +42,9 @@ class SampleSettings:
     eta: float | None = _option(None, "fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)", 0)
     seed: int = _option(0, "with an image's number it decides the noise (0)", 0, 2**64 - 1)
     size: int | tuple[int, int] | None = _option(None, "HEIGHTxWIDTH or one side, px (as trained)", 1, LONGEST)
-    sampler: str = _option("ddim", f"{' | '.join(SAMPLERS)}; or package.Class (ddim)")
+    sampler: str = _option("auto", f"auto | {' | '.join(SAMPLERS)}; or package.Class (auto: of the path)")
     spacing: str | None = _option(
-        None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's own)"
+        None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's, or a flow's)"
     )
     temperature: float | None = _option(None, "factor of the fresh noise, for samplers that draw some (1)", 0)
     quantize_x0: bool | None = _option(None, "clean estimates to the nearest codebook vectors, for VQ first stages")
@@ -79,16 +79,26 @@ class SampleSettings:
         return sampler_by_name(self.sampler, **other) if other else sampler
 
     def filled(
-        self, *, levels: int, inputs: Set[str] | None = None, fills_holes: bool = True, **known: Any
+        self,
+        *,
+        solver: "Solver",
+        levels: int | None,
+        inputs: Set[str] | None = None,
+        fills_holes: bool = True,
+        **known: Any,
     ) -> "ResolvedSettings":
         """With the sampler's defaults and what is `known` of the model.
 
-        levels: of the schedule. inputs: names of those of an image; None: unknown. fills_holes: by a model that was
-        not trained for it.
+        solver: the path's, for `auto`. levels: of a discrete schedule; None: of a continuous path.
+        inputs: names of those of an image; None: unknown. fills_holes: by a model that was not trained for it.
         """
+        if self.sampler == "auto":
+            auto = replace(self, sampler=solver.sampler, steps=self.steps or solver.steps)
+            return auto.filled(solver=solver, levels=levels, inputs=inputs, fills_holes=fills_holes, **known)
         sampler = self.build_sampler()
-        known["steps"] = (getattr(sampler, "steps", None) or levels) if self.steps is None else self.steps
-        known["spacing"] = self.spacing or getattr(sampler, "spacing", "linspace")
+        known["steps"] = self.steps or getattr(sampler, "steps", None) or levels or solver.steps
+        own = getattr(sampler, "spacing", "linspace") if levels else solver.spacing  # a continuous path has its own
+        known["spacing"] = self.spacing or own
         known["eta"] = getattr(sampler, "eta", 0.0)
         if inputs is not None:
             starts, fills = "init_image" in inputs, fills_holes and "mask" in inputs

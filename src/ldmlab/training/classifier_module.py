@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from ldmlab import distributed
 from ldmlab.diffusion.latent_space import LatentSpace
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import as_path
 from ldmlab.errors import InputError, one_of
-from ldmlab.randomness import below
 from ldmlab.training.data_module import Batch
 from ldmlab.training.stage import Losses, Stage
 
@@ -18,7 +17,7 @@ _VAL_SEED = 0x5EED  # the validation noise is the same in every run, so that cur
 
 
 class ClassifierStage(Stage):
-    """Cross-entropy of a class given a noisy latent and its time, at times sampled uniformly from the schedule."""
+    """Cross-entropy of a class given a noisy latent and its time, at times sampled uniformly from the path."""
 
     kind: ClassVar[str] = "classifier"
     averaged: ClassVar[str | None] = "classifier"
@@ -29,7 +28,7 @@ class ClassifierStage(Stage):
         self,
         *,
         space: LatentSpace,
-        schedule: Schedule,
+        schedule: Any,  # contracts.Path, or a discrete schedule
         classifier: nn.Module,  # x (B, C, h, w), t (B,) => logits (B, classes)
         val_draws: int = 4,  # fixed noise levels and noises for each validation image
         noise_bins: int = 10,  # equal parts of the diffusion times, each with an accuracy of its own
@@ -42,6 +41,7 @@ class ClassifierStage(Stage):
         if val_draws < 1 or noise_bins < 1:
             raise InputError(f"val_draws={val_draws} and noise_bins={noise_bins} must be at least 1.")
         self.space, self.schedule, self.classifier = space, schedule, classifier
+        self.path = as_path(schedule)
         self.val_draws, self.noise_bins = val_draws, noise_bins
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -67,21 +67,22 @@ class ClassifierStage(Stage):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def losses(self, group: str, batch: Batch) -> Losses:
-        """Mean cross-entropy and accuracy; the noise levels as a share of the schedule, 0 the cleanest."""
+        """Mean cross-entropy and accuracy; the noise levels by position on the path, 0 the cleanest."""
         loss, right, level = self._classified(batch, self.seed)
         total = loss.mean()
         return Losses(total, {"loss": total, "accuracy": right.mean()}, {"loss": loss, "level": level})
 
     def _classified(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Per image: cross-entropy, 1 where the class is right, noise level in [0, 1); each (B,) float32."""
+        """Per image: cross-entropy, 1 where the class is right, noise level in [0, 1]; each (B,) float32."""
         labels = batch["class_id"]
         clean, numbers = self.space.latents_and_numbers(batch, seed, ["time"], noise=True)  # (B, C, h, w)
-        t = below(numbers["time"], self.schedule.steps)  # (B,)
-        alpha, sigma = self.schedule.levels(t)
+        path = self.path.at_size(clean[0].numel())
+        t = path.quantile(numbers["time"])  # (B,)
+        alpha, sigma = path.levels(t)
         x = alpha * clean + sigma * numbers["noise"]
         logits = self.classifier(x, t.float()).float()  # (B, classes)
         right = (logits.argmax(1) == labels).float()
-        return F.cross_entropy(logits, labels, reduction="none"), right, t / self.schedule.steps
+        return F.cross_entropy(logits, labels, reduction="none"), right, path.position(t)
 
     def on_validation_epoch_start(self) -> None:
         """Empty sums: loss, right, count by noise level."""

@@ -56,6 +56,8 @@ class DiffusionStage(Stage):
         modules = {"denoiser": self.diffusion.backbone, "latent_scale": self.diffusion.latent_scale}
         if any(p.requires_grad for p in self.diffusion.conditioners.parameters()):
             modules["conditioner"] = self.diffusion.conditioners
+        if any(True for _ in self.diffusion.objective.parameters()):  # of a learned weighting
+            modules["objective"] = self.diffusion.objective
         return modules
 
     def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
@@ -64,7 +66,7 @@ class DiffusionStage(Stage):
         return [(self.diffusion.backbone, ()), *((conditioner, ("null",)) for conditioner in trained)]
 
     def losses(self, group: str, batch: Batch) -> Losses:
-        """Mean of the images' losses; their noise levels as a share of the schedule, 0 the cleanest."""
+        """Mean of the images' losses; their noise levels by position on the path, 0 the cleanest."""
         seen, cut = self._captions()
         loss, t = self.diffusion.loss(batch, self.seed)
         total = loss.mean()
@@ -72,7 +74,7 @@ class DiffusionStage(Stage):
         now_seen, now_cut = self._captions()
         if now_seen > seen:
             metrics["captions_cut"] = total.new_full((), (now_cut - cut) / (now_seen - seen))
-        return Losses(total, metrics, {"loss": loss, "level": t / self.diffusion.schedule.steps})
+        return Losses(total, metrics, {"loss": loss, "level": self.diffusion.path.position(t)})
 
     def tokenizers(self) -> dict[str, Any]:
         """Of the text conditioners."""

@@ -9,7 +9,8 @@ examples:
 """
 
 import argparse
-from pathlib import Path
+import math
+from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from ldmlab.errors import InputError
@@ -17,6 +18,7 @@ from ldmlab.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldmlab.contracts import Path
     from ldmlab.diffusion.latent_space import LatentScale
     from ldmlab.inference.model import LoadedModel
 
@@ -25,12 +27,12 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, help="model folder, run folder or checkpoint")
-    add("image", type=Path, help="an image; its size is cut to what the model divides")
+    add("model", type=File, help="model folder, run folder or checkpoint")
+    add("image", type=File, help="an image; its size is cut to what the model divides")
     add("--scale", nargs="+", default=["none"], help="other scales: none (latents as they are) or a factor (none)")
-    add("--times", default="0,200,400,600,800,999", help="of the schedule (0,200,400,600,800,999)")
+    add("--times", help="of the path, as the network receives them (six from its clean end to its noise end)")
     add("--seed", type=int, default=0, help="of the noise (0)")
-    add("--out", type=Path, default=Path("noise.png"), help="the grid (noise.png)")
+    add("--out", type=File, default=File("noise.png"), help="the grid (noise.png)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
 
 
@@ -44,12 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} is not an image file; give a name that ends in {', '.join(_ENDINGS)}.")
     scales = {name: LatentScale.fixed(_factor(name)) for name in args.scale}
     model = load(args.model, device=args.device)
-    words, steps = args.times.split(","), model.diffusion.schedule.steps
-    if not all(word.strip().isascii() and word.strip().isdecimal() and int(word) < steps for word in words):
-        raise InputError(
-            f"--times {args.times}: write times of the schedule, 0 .. {steps - 1}, such as 0,{steps // 2}."
-        )
-    times = [int(word) for word in words]
+    times = _times(args.times, model.diffusion.path)
     image = _image(args.image, model.diffusion.size_step)
     raw = model.diffusion.posterior(image.to(model.device)).mean
     rows, titles = [], []
@@ -62,36 +59,57 @@ def run(args: argparse.Namespace) -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"--out {args.out}: its folder cannot be made ({error.strerror}); give another.") from error
-    table(rows, [f"t = {t}" for t in times], titles).save(args.out)
+    table(rows, [f"t = {t:.4g}" for t in times], titles).save(args.out)
     print(args.out)
 
 
 def noised_row(
-    model: "LoadedModel", raw: "Tensor", scale: "LatentScale", times: list[int], seed: int
+    model: "LoadedModel", raw: "Tensor", scale: "LatentScale", times: list[float], seed: int
 ) -> tuple[list[Any], str]:
     """One image per time from raw latents (1, C, h, w), and the signal-to-noise ratios as text."""
     import torch
 
-    from ldmlab.diffusion.schedule import decibels, even_time, levels_of, signal_to_noise
+    from ldmlab.diffusion.schedule import decibels, even_time
     from ldmlab.nn.pixels import as_images
     from ldmlab.randomness import normal
 
-    schedule = model.diffusion.schedule
+    path = model.diffusion.path
     clean = scale.normalise(raw)
     variance = float(clean.var(correction=0))
     index = torch.zeros(1, dtype=torch.int64, device=raw.device)
     noise = normal(seed, "start", index, tuple(clean.shape[1:]))
-    levels, frames = levels_of(schedule), []
-    for t in times:
-        x = float(levels.alpha[t]) * clean + float(levels.sigma[t]) * noise
+    levels, frames = [path.level(t) for t in times], []
+    for level in levels:
+        x = level.alpha * clean + level.sigma * noise
         with torch.no_grad():
             pixels = model.diffusion.first_stage.decode(scale.denormalise(x))  # type: ignore[operator]
         frames.append(as_images(pixels)[0].numpy())
-    ratios = signal_to_noise(schedule, variance)
-    in_decibels = ", ".join(f"{decibels(float(ratios[t])):.0f}" for t in times)
-    even = even_time(schedule, variance)
-    when = "never" if even is None else f"from t = {even}"
+    ratios = [variance * (one.alpha / one.sigma) ** 2 if one.sigma else math.inf for one in levels]
+    in_decibels = ", ".join(f"{decibels(ratio):.0f}" for ratio in ratios)
+    even = even_time(path, variance)
+    when = "never" if even is None else f"from t = {even:.4g}"
     return frames, f"variance {variance:.2f}; {in_decibels} dB; noise is stronger {when}"
+
+
+def _times(text: str | None, path: "Path") -> list[float]:
+    """Times that lie on the path; by default six with equal parts between them."""
+    import torch
+
+    known = path.quantile(torch.linspace(0, 1, 6, dtype=torch.float64).clamp_max(1 - 2**-33)).tolist()
+    if text is None:
+        return known
+    ends = known[0], known[-1]
+    try:
+        times = [float(word) for word in text.split(",")]
+        whole = all(time == int(time) for time in times) or not hasattr(path, "steps")  # indices, or a flow's times
+        fits = whole and all(min(ends) <= time <= max(ends) for time in times)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"--times {text}: write times of the schedule, {ends[0]:g} .. {ends[1]:g}, such as {ends[1]:g}."
+        )
+    return times
 
 
 def _factor(name: str) -> float:
@@ -104,7 +122,7 @@ def _factor(name: str) -> float:
     return factor
 
 
-def _image(path: Path, step: int) -> "Tensor":
+def _image(path: File, step: int) -> "Tensor":
     """(1, 3, H, W) in [-1, 1], the middle as far as `step` divides it."""
     from ldmlab.inference.inputs import row
     from ldmlab.nn.pixels import to_float

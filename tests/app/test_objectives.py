@@ -1,0 +1,70 @@
+"""Objectives of conf/diffusion other than the paper's: trained, stopped and resumed, sampled, shown, exported."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldmlab
+from ldmlab.app import cli
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.wiring import train
+from ldmlab.checkpoints import load_checkpoint
+from refusals import refusal
+
+SMALL = ["trainer.validate_every=2", "trainer.checkpoint_every=2", "trainer.log_every=1", "trainer.micro_batch=4"]
+SMALL += ["trainer.precision=32-true", "data.workers=0", "first_stage=identity", "data=shards", "data.image_size=8"]
+SMALL += ["data.fields=[]", "conditioner=none", "stage=diffusion", "stage.panel_steps=2", "stage.panel_count=2"]
+SMALL += ["backbone.model_channels=32", "backbone.channel_mult=[1]", "sampler=auto"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("objectives")
+    (root / "images").mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+    words = [str(root / "images"), str(root / "packed"), "--size", "8", "--val", "0.3", "--workers", "1"]
+    assert cli.dispatch(["pack", *words]) == 0
+    return root / "packed"
+
+
+def run(packed: Path, out: Path, objective: str, steps: int, *more: str) -> dict:
+    data = [f"data.train={packed}/train", f"data.val={packed}/val", f"run.dir={out}", f"trainer.max_steps={steps}"]
+    train(plain(compose("train", [*SMALL, *data, f"diffusion={objective}", *more])))
+    return load_checkpoint(out / "checkpoints" / f"step_{steps:08d}.ckpt")
+
+
+@pytest.mark.parametrize("objective", ["flow", "edm", "dit", "lightningdit"])
+def test_from_training_to_an_export(packed: Path, tmp_path: Path, objective: str) -> None:
+    straight = run(packed, tmp_path / "straight", objective, 4)
+    run(packed, tmp_path / "run", objective, 2)
+    resumed = run(packed, tmp_path / "run", objective, 4)
+    for name, tensors in straight["modules"].items():
+        assert all(bool((tensors[key] == resumed["modules"][name][key]).all()) for key in tensors), name
+    assert ("objective" in straight["modules"]) == (objective == "edm")  # its learned weights resume too
+    model = ldmlab.load(tmp_path / "run", device="cpu")
+    images = model.sample(count=2, steps=4, seed=1)
+    assert images.shape == (2, 8, 8, 3)
+    again = model.sample(count=2, steps=4, seed=1, init_image=[images[0], images[1]], strength=0.7)
+    assert again.shape == images.shape
+    out = tmp_path / "exported"
+    assert cli.dispatch(["export", str(tmp_path / "run"), str(out)]) == 0
+    assert bool((ldmlab.load(out, device="cpu").sample(count=2, steps=4, seed=1) == images).all())
+    picture = tmp_path / "picture.png"
+    Image.fromarray(images[0].numpy()).save(picture)
+    assert cli.dispatch(["noise", str(out), str(picture), "--out", str(tmp_path / "noise.png")]) == 0
+
+
+def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path) -> None:
+    def refused(*more: str, objective: str = "flow") -> str:
+        return refusal(lambda: run(packed, tmp_path / "none", objective, 2, *more))
+
+    velocity = "diffusion.prediction={_target_: ldmlab.diffusion.parameterization.VelocityPrediction}"
+    assert "undefined on a discrete schedule" in refused(velocity, objective="scaled_linear")
+    assert "shift=0.0" in refused("diffusion.schedule.shift=0.0")
+    assert "diffusion.time_sampling.std=0.0" in refused("diffusion.time_sampling.std=0.0")
+    assert "has no __call__()" in refused("diffusion.loss={_target_: collections.UserDict}")
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,206 @@
+"""Training losses and their gradients against those that SiT, DiT, LightningDiT, EDM and diffusers computed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmlab.diffusion.diffusion_loss import CosineLoss, VariationalLoss
+from ldmlab.diffusion.objective import Objective
+from ldmlab.diffusion.parameterization import (
+    CleanPrediction,
+    EdmPrediction,
+    EpsPrediction,
+    LearnedVariance,
+    ScorePrediction,
+    VelocityPrediction,
+)
+from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.time_sampling import LogitNormalTimes, LogNormalSigma, ModeTimes, UniformTimes
+from ldmlab.diffusion.weighting import EdmWeighting, FlowWeighting, LearnedLogVariance, MinSnr, Sd3Weighting, Snr
+from modern_cases import assert_near, drawn_noise, field, preconditioned, recorded
+
+PATHS: dict[str, ContinuousPath] = {  # as SiT counts: 0 is noise, 1 data
+    "Linear": LinearPath(1.0, 0.0),
+    "GVP": CosinePath(1.0, 0.0),
+    "VP": VariancePreservingPath(1.0, 0.0),
+}
+PREDICTIONS: dict[str, Any] = {
+    "velocity": VelocityPrediction("data"),
+    "noise": EpsPrediction(),
+    "score": ScorePrediction(),
+}
+SIT, SIT_CASES = recorded("sit/losses")
+
+
+def run(objective: Objective, network: Any, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (B,), and the gradient of their sum by the network's output."""
+    outputs = []
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        outputs.append(network(x, t).requires_grad_())
+        return outputs[0]
+
+    loss = objective(watched, clean, noise, times)
+    (gradient,) = torch.autograd.grad(loss.sum(), outputs)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("case", SIT_CASES)
+def test_sit(case: str) -> None:
+    kind, predicted, weight = case.split(".")
+    weighting = None if weight == "None" else FlowWeighting(weight)
+    objective = Objective(PATHS[kind], PREDICTIONS[predicted], weighting=weighting)
+    loss, gradient = run(objective, field, SIT["x1"], SIT["x0"], SIT["t"])
+    assert_near(loss, SIT[f"{case}.loss"])
+    assert_near(gradient[:, :1], SIT[f"{case}.grad_output"])
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_paths_of_sit(kind: str) -> None:
+    tensors, _ = recorded("sit/paths")
+    path, t = PATHS[kind], tensors["t"]
+    for name, found in (("", path.levels(t)), ("d_", path.rates(t))):
+        for part, value in zip(("alpha", "sigma"), found, strict=True):
+            sign = -1 if name else 1  # SiT's derivatives are by a time that runs to the data
+            assert_near(sign * value.flatten(), tensors[f"{kind}.{name}{part}"])
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_velocity_and_direction_of_lightningdit(kind: str) -> None:
+    tensors, _ = recorded("lightningdit/transport")
+    objective = Objective(PATHS[kind], VelocityPrediction("data"), loss=CosineLoss())
+    loss, gradient = run(objective, field, tensors["x1"], tensors["x0"], tensors["t"])
+    assert_near(loss, tensors[f"{kind}.loss"] + tensors[f"{kind}.cos_loss"])
+    assert_near(gradient / len(loss), tensors[f"{kind}.grad_output"])
+
+
+def test_times_of_lightningdit() -> None:
+    tensors, _ = recorded("lightningdit/transport")
+    u = torch.special.ndtr(-tensors["t_normals"])  # theirs grows towards the data
+    position = torch.zeros(len(u), dtype=torch.int64)
+    for name, mean, kind in (("lognorm", 0.0, "Linear"), ("lognorm_shifted", 0.7, "Linear")):
+        assert_near(LogitNormalTimes(mean)(u, position, PATHS[kind]), tensors[f"times.{name}"])
+
+
+DIT, _ = recorded("dit/losses")
+DIT_CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "hybrid": (LearnedVariance(EpsPrediction()), VariationalLoss(), {}),
+    "hybrid_rescaled": (LearnedVariance(EpsPrediction()), VariationalLoss(), {}),
+    "kl": (LearnedVariance(EpsPrediction()), VariationalLoss(alone=True), {}),
+    "x0": (LearnedVariance(CleanPrediction()), VariationalLoss(), {}),
+    "mse": (EpsPrediction(), "l2", {}),
+    "cosine_hybrid": (LearnedVariance(EpsPrediction()), VariationalLoss(), {"name": "cosine"}),
+}
+
+
+@pytest.mark.parametrize("case", DIT_CASES)
+def test_dit(case: str) -> None:
+    prediction, loss_kind, schedule = DIT_CASES[case]
+    betas = schedule or {"name": "linear", "start": 0.0001, "end": 0.02}
+    objective = Objective(Schedule(**betas), prediction, loss=loss_kind)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        first = field(x, t / 1000)
+        if not hasattr(prediction, "outputs"):
+            return first
+        return torch.cat([first, 0.6 * torch.sin(3 * x + 2 * (t / 1000)[:, None, None, None])], dim=1)
+
+    loss, gradient = run(objective, network, DIT["x_start"], DIT["noise"], DIT["t"])
+    assert_near(loss, DIT[f"{case}.loss"])
+    assert_near(gradient[:4], DIT[f"{case}.grad_output"])
+
+
+EDM, EDM_CASES = recorded("edm/losses")
+
+
+@pytest.mark.parametrize(("case", "mean", "std"), [("edm", -1.2, 1.2), ("edm_wide", -0.4, 1.0)])
+def test_edm(case: str, mean: float, std: float) -> None:
+    """The times of the recorded draws, the loss of each image; with a log-variance as in EDM2 around it."""
+    path = EdmPath()
+    normals = drawn_noise("noise.1", 4, 1, 1, 1).flatten()
+    noise = drawn_noise("noise.2", 4, 3, 6, 6)
+    position = torch.zeros(4, dtype=torch.int64)
+    times = LogNormalSigma(mean, std)(torch.special.ndtr(normals.double()), position, path)
+    assert_near(torch.exp(4 * times), EDM[f"{case}.sigma"])
+    images = EDM["images"]
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return field(x, t)
+
+    plain = Objective(path, EdmPrediction(0.5), weighting=EdmWeighting(0.5))
+    loss = plain(network, images, noise, times)
+    expected = EDM[f"{case}.loss"].mean(dim=(1, 2, 3))
+    assert_near(loss, expected)
+    learned = LearnedLogVariance(EdmWeighting(0.5))
+    found = Objective(path, EdmPrediction(0.5), weighting=learned)(network, images, noise, times)
+    log_variance = learned.finished(torch.zeros(4), times)  # 0 / exp(u) + u
+    assert_near(found, expected / log_variance.exp() + log_variance)
+    found.sum().backward()
+    assert learned.linear.grad is not None
+    assert float(learned.linear.grad.norm()) > 0
+
+
+K, K_CASES = recorded("kdiffusion/weights")
+
+
+@pytest.mark.parametrize("sd", [0.5, 1.0])
+@pytest.mark.parametrize(("case", "weighting"), [("karras", None), ("soft-min-snr", True), ("snr", Snr())])
+def test_k_diffusion(case: str, weighting: Any, sd: float) -> None:
+    path = EdmPath(1e-4, 1e4)
+    soft = MinSnr(gamma=sd**-2, soft=True)
+    objective = Objective(path, EdmPrediction(sd), weighting=soft if weighting is True else weighting)
+    times = K["sigma"].log() / 4
+    loss = objective(lambda x, t: field(x, t), K["images"], K["noise"], times)
+    assert_near(loss, K[f"loss.{case}.sigma_data={sd}.scales=1"])
+
+
+def test_densities_and_weights_of_sd3() -> None:
+    tensors, _ = recorded("diffusers/flow_match")
+    u = torch.special.ndtr(tensors["density.n"].double())
+    path, position = LinearPath(0.0, 1.0), torch.zeros(len(u), dtype=torch.int64)
+    for name, times in (("logit_normal", LogitNormalTimes()), ("mode", ModeTimes()), ("none", UniformTimes())):
+        assert_near(times(u, position, path), tensors[f"density.{name}"])
+    sigma = tensors["weighting.sigmas"][:, None, None, None]
+    for kind in ("cosmap", "sigma_sqrt"):
+        factor = Sd3Weighting(kind)(1 - sigma, sigma, lambda: path.rates(sigma.flatten()))
+        slope = VelocityPrediction().clean_slope(1 - sigma, sigma, path.rates(sigma.flatten()))
+        assert_near((factor * slope**2).flatten(), tensors[f"weighting.{kind}"])
+
+
+def test_min_snr_of_each_prediction() -> None:
+    """The published factors: min(SNR, 5) / SNR of the noise, / (SNR + 1) of v."""
+    schedule = Schedule()
+    t = torch.arange(0, 1000, 37)
+    alpha, sigma = schedule.levels(t)
+    snr = (alpha / sigma).double().square().flatten()
+    clean, noise = torch.randn(2, len(t), 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for prediction, factor in ((EpsPrediction(), snr.clamp_max(5) / snr), (CleanPrediction(), snr.clamp_max(5))):
+        plain, weighted = (
+            Objective(schedule, prediction, weighting=w)(lambda x, t: 0.3 * x, clean, noise, t)
+            for w in (None, MinSnr(5.0))
+        )
+        torch.testing.assert_close(weighted.double(), plain.double() * factor, rtol=1e-5, atol=1e-7)
+
+
+def test_the_preconditioned_estimate_is_edms() -> None:
+    x, sigma = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.01, 0.7, 50.0])
+    path, objective = EdmPath(), Objective(EdmPath(), EdmPrediction(0.5))
+    for row, value in zip(x, sigma, strict=True):
+        level = path.level(float(value.log() / 4))
+        given = objective.form.scaled(row[None], level.alpha, level.sigma)
+        found = objective.form.clean(row[None], field(given, torch.tensor([level.time])), level)
+        assert_near(found.float(), preconditioned(row[None], value[None]))
+
+
+def test_strata_and_shift() -> None:
+    """n images in a row have one time in each n-th; a shift is that of SD3's eq. 23, in the grid too."""
+    u = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = UniformTimes(strata=16)(u, torch.arange(64) + 5, LinearPath(0.0, 1.0))
+    counts = torch.histc(times.reshape(4, 16)[1], 16, 0, 1)
+    assert counts.tolist() == [1] * 16
+    shifted = LinearPath(0.0, 1.0, shift_base=1024).at_size(4096)
+    assert_near(shifted.quantile(u).double(), 2 * u / (1 + u), 1e-6)
+    assert [level.sigma for level in shifted.grid(2)[:-1]] == pytest.approx([1.0, 2 * 0.5 / 1.5])
