@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """JSON with one key a line, written atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a regular file; OSError for anything else, UnicodeDecodeError for other bytes."""
+    with TextIOWrapper(BufferedReader(open_regular(path)), encoding=encoding) as file:
+        return file.read()
 
 
 def read_json(path: Path) -> Any:

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from shard_maker import stored_samples, webp
 
+from ldmlab.data.annotation_files import read_annotations, read_classes
 from ldmlab.data.decode import (
     BAD_SAMPLE,
     checked_fields,
+    clean_fields,
     decode_image,
     decode_moments,
     required_fields,
@@ -33,7 +35,10 @@ from ldmlab.data.shards import ShardReader
 from ldmlab.data.tars import END_MARKER, parse_sample, scan_tar, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError
+from ldmlab.inference.inputs import boxes_of
+from ldmlab.interop.diffusers import diffusers_config
 from ldmlab.open_image import open_image
+from ldmlab.report.metrics_json import read_record
 
 FORMAT_2 = Path(__file__).parents[1] / "assets/format2/train"  # made with the code of that format
 HALF = "\ud83d"  # of a surrogate pair
@@ -324,27 +329,67 @@ def test_bombs_and_absurd_sizes_are_refused_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
+def no_file(path: Path, kind: str) -> None:
+    """Something else than a file under the name of one."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to a device"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("metadata.jsonl", lambda path: list_source(path.parent)),
+        ("names.csv", lambda path: list_source(path.parent)),
+        ("list.txt", lambda path: list_source(path.parent, only=path)),
+        ("boxes.json", lambda path: read_annotations([path], None, set())),
+        ("boxes.csv", lambda path: read_annotations([path], path.parent / "known.tsv.txt", set())),
+        ("classes.csv", lambda path: read_classes(path)),
+        ("input.json", boxes_of),
+        ("metrics.json", lambda path: read_record(path, "leave it out.")),
+        ("config.json", diffusers_config.read_json),
+    ],
+)
+def test_texts_that_are_no_files_block_nothing(tmp_path: Path, kind: str, name: str, read) -> None:
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "known.tsv.txt").write_text("0\ta\n")
+    no_file(tmp_path / name, kind)
+    with pytest.raises(InputError, match=name):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "<NA>"])
+def test_a_word_for_a_missing_caption_is_no_caption(tmp_path: Path, word: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+    table = tmp_path / "metadata.csv"
+    table.write_text(f"file_name,caption\na.png,{word}\nb.png,one\n")
+    assert [item.fault for item in list_source(tmp_path).items] == ["its row has no caption", None]
+    assert clean_fields({"caption": word}) == clean_fields({"caption": [word, None]}) == {}
+    assert checked_fields({"caption": [word, "one"]})["captions"] == ["one"]
+    table.unlink()
+    (tmp_path / "a.txt").write_text(word)
+    (tmp_path / "b.txt").write_text("one")
+    assert [item.fault for item in list_source(tmp_path).items] == ["its caption file holds no caption", None]
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link to a device"])
 def test_shards_and_images_that_are_no_files(tmp_path: Path, kind: str) -> None:
-    def make(path: Path) -> None:
-        if kind == "fifo":
-            os.mkfifo(path)
-        elif kind == "folder":
-            path.mkdir()
-        else:
-            path.symlink_to("/dev/zero")
-
     shard = tar(tmp_path / "set/a.tar", with_fields({"caption": "a"}))
     index_tars([shard])
     shard.unlink()
-    make(shard)
+    no_file(shard, kind)
     with pytest.raises(InputError, match=r"a\.tar is no regular file"):
         data(tmp_path / "set").val_dataset()
     with pytest.raises(InputError, match=r"a\.tar"):
         scan_tar(shard)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/good.png").write_bytes(png())
-    make(tmp_path / "images/bad.png")
+    no_file(tmp_path / "images/bad.png", kind)
     found = packed(tmp_path / "images", tmp_path / "out")
     assert found.manifests["train"].total == 1
     assert [name for name, _ in found.bad] == ([] if kind == "folder" else ["bad.png"])

@@ -8,12 +8,14 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from ldmlab.annotations import Boxes
 from ldmlab.data.image_sources import Source
 from ldmlab.data.listings import read_text
+from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
 
 _FLAGS = {"IsGroupOf": "group_of", "IsOccluded": "occluded", "IsDepiction": "depiction", "IsInside": "inside"}
@@ -82,8 +84,8 @@ def read_classes(path: Path) -> Classes:
 
 def _coco_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path, f"annotations={path}", "give another file"))
+    except ValueError as error:
         raise InputError(f"annotations={path} cannot be read as JSON ({error}); give another file.") from None
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise InputError(f"annotations={path} has no `images` and `annotations` as COCO's files have; give another.")
@@ -112,7 +114,7 @@ def _add_coco(
 
 def _add_open_images(found: Annotations, path: Path, table: Classes, names: set[str]) -> None:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with TextIOWrapper(BufferedReader(open_regular(path)), encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             at = {name: place for place, name in enumerate(next(rows, []))}
             if not {"ImageID", "LabelName", *_SIDES} <= at.keys():

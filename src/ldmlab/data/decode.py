@@ -38,6 +38,7 @@ _NPY_HEADER = re.compile(
 _NPY_START = b"\x93NUMPY\x01\x00"
 _DEEPEST = 40  # levels of lists and objects in KEY.json
 _LONGEST_JSON, _LONGEST_TEXT = 1 << 24, 1 << 20  # bytes
+_NO_CAPTION = ("nan", "null", "none", "<na>")
 
 
 def decode_image(files: Files, size: int | None, background: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -150,7 +151,7 @@ def _raw_fields(files: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("KEY.json is nested too deeply") from None
     if not isinstance(fields, dict):
         raise ValueError("KEY.json is not an object")
-    if "txt" in files and is_missing(fields.get(CAPTION)):
+    if "txt" in files and is_no_caption(fields.get(CAPTION)):
         fields[CAPTION] = _text(files["txt"])
     if "cls" in files and is_missing(fields.get(CLASS)):
         text = _text(files["cls"])
@@ -169,11 +170,17 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_no_caption(value: Any) -> bool:
+    """Null, NaN, and the words that programs write in their place."""
+    return is_missing(value) or (isinstance(value, str) and value.strip().lower() in _NO_CAPTION)
+
+
 def clean_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields without those that are missing, all text such that UTF-8 can hold it."""
     found = {_clean_text(str(name)): _clean(value) for name, value in fields.items() if not is_missing(value)}
-    if isinstance(found.get(CAPTION), list) and all(map(is_missing, found[CAPTION])):
-        del found[CAPTION]
+    caption = found.get(CAPTION)
+    if all(map(is_no_caption, caption)) if isinstance(caption, list) else is_no_caption(caption):
+        found.pop(CAPTION, None)
     return found
 
 
@@ -205,7 +212,8 @@ def checked_fields(
     found = dict(fields)
     if CAPTION in found and CAPTION in names:
         value = found[CAPTION]
-        texts = [_caption(entry) for entry in (value if isinstance(value, list) else [value]) if not is_missing(entry)]
+        entries = value if isinstance(value, list) else [value]
+        texts = [_caption(entry) for entry in entries if not is_no_caption(entry)]
         if not texts:
             raise ValueError("its list of captions is empty")
         if isinstance(value, list):

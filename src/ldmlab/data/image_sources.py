@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.data import listings
-from ldmlab.data.decode import BAD_SAMPLE, checked_fields, clean_fields, is_missing, sample_fields
+from ldmlab.data.decode import BAD_SAMPLE, checked_fields, clean_fields, is_no_caption, sample_fields
 from ldmlab.data.image_parts import MAPS
 from ldmlab.data.tars import IMAGE_ENDINGS, read_range, scan_tar
 from ldmlab.errors import InputError
+from ldmlab.files import read_text
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
 LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
@@ -145,11 +146,12 @@ def _caption_beside(image: Path) -> tuple[str | None, str | None]:
     if path is None:
         return None, "has no caption file next to it"
     try:
-        return path.read_text(encoding="utf-8-sig").strip(), None
+        text = read_text(path, "utf-8-sig").strip()
     except UnicodeDecodeError:
         return None, "its caption file is not UTF-8"
     except OSError as error:
         return None, f"its caption file cannot be read ({(error.strerror or str(error)).lower()})"
+    return (None, "its caption file holds no caption") if is_no_caption(text) else (text, None)
 
 
 def _table(source: Path, file_column: str | None, caption: str | None) -> Source:
@@ -193,7 +195,7 @@ def _beside(folder: Path, name: str, found: Mapping[str, dict[str, str]]) -> dic
 
 def _captions(value: Any) -> tuple[dict[str, Any], str | None]:
     """One caption, and all of them where a row holds a list; what is wrong with it."""
-    if is_missing(value):
+    if is_no_caption(value):
         return {"caption": None}, "its row has no caption"
     try:
         return checked_fields({"caption": value}), None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ldmlab import files
 from ldmlab.data.image_parts import MAPS
 from ldmlab.data.tars import IMAGE_ENDINGS
 from ldmlab.errors import InputError
@@ -49,7 +50,7 @@ def _has_header(path: Path) -> bool:
 def read_text(path: Path, named: str, instead: str) -> str:
     """A text file without its byte order mark; InputError where it cannot be read or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return files.read_text(path, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{named} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
@@ -116,10 +117,10 @@ def walk_images(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     `folder` and to what contains it are not followed. A map without image comes as an image.
     """
     seen = {os.path.realpath(folder)}
-    for where, folders, files in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in sorted(folders) if _is_new_folder(folder, os.path.join(where, name), seen)]
         inside = os.path.relpath(where, folder)
-        shown = {n for n in files if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS}
+        shown = {n for n in names if not n.startswith(".") and n.rpartition(".")[2].lower() in IMAGE_ENDINGS}
         stems = {name.rpartition(".")[0] for name in shown}
         for name in sorted(shown):
             if (ending := map_ending(name)) and name.removesuffix(f".{ending}") in stems:

@@ -25,6 +25,7 @@ from ldmlab.annotations import WHOLE
 from ldmlab.data.transforms import to_rgb
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
+from ldmlab.files import read_text
 from ldmlab.open_image import open_image
 
 Inputs = Mapping[str, Any]  # of one image, by name
@@ -129,7 +130,7 @@ def boxes_of(value: Any) -> Any:
     if not isinstance(value, str | Path):
         return value
     try:
-        found = json.loads(Path(value).read_text(encoding="utf-8"))
+        found = json.loads(read_text(Path(value)))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"boxes={value} cannot be read as JSON ({error}); give another file.") from error
     return found.get("boxes", found) if isinstance(found, dict) else found

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldmlab import format1
 from ldmlab.errors import InputError
+from ldmlab.files import read_text
 
 VERSIONS = (1, 2)
 _MOST_BYTES = 1 << 28
@@ -20,7 +21,7 @@ def read_record(path: Path, way_out: str, versions: Sequence[int] = VERSIONS) ->
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB, which no evaluation writes; {way_out}")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
+from ldmlab.files import read_text
 from ldmlab.interop import imported
 
 SIGNATURES = yaml.safe_load(files("ldmlab.interop.diffusers").joinpath("signatures.yaml").read_text(encoding="utf-8"))
@@ -23,7 +24,7 @@ _VARIANTS = ("", ".non_ema", ".fp32", ".bf16", ".fp16")  # of the same weights, 
 def read_json(path: Path) -> dict[str, Any]:
     """A file of settings; InputError when it is missing or no JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; copy the folder again, or give one that diffusers wrote.") from None
     except (OSError, ValueError, RecursionError) as error:
