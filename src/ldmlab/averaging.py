@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldmlab.distributed import laid_out
+from ldmlab.sharded import laid_out
 
 
 class AveragedWeights:

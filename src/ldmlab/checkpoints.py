@@ -247,11 +247,21 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     )
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_exactly(module: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
     """Tensors into a module; names and shapes must match exactly, else InputError with counts.
 
-    They are copied, or taken over by a module that was built `without_weights`.
+    They are copied, to each process its part where the module is sharded, or taken over by a module that was built
+    `without_weights`.
     """
+    own = check_fit(module, tensors, source)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        fill(module, tensors)
+    else:
+        module.load_state_dict({name: sharded.laid_out(tensor, own[name]) for name, tensor in tensors.items()})
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The module's own tensors; InputError where the names or shapes of the given ones differ."""
     own = module.state_dict()
     missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
     shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
@@ -261,10 +271,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
             f"{source} does not fit the network: {len(missing)} tensors missing, {len(extra)} unknown, "
             f"{len(shapes)} of another shape (such as {example}); use the configuration it was trained with."
         )
-    if any(parameter.is_meta for parameter in module.parameters()):
-        fill(module, tensors)
-    else:
-        module.load_state_dict(dict(tensors))
+    return own
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:

@@ -221,15 +221,6 @@ def shared(find: Callable[[], T]) -> T:
     return found
 
 
-def laid_out(value: Tensor, like: Any) -> Tensor:
-    """A whole tensor as this process's part of it, where `like` is sharded."""
-    if not hasattr(like, "placements") or hasattr(value, "placements"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def barrier() -> None:
     """Wait for all processes."""
     if joined():

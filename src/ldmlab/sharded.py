@@ -2,14 +2,13 @@
 
     step_00000100.ckpt/
         state.ckpt                 the content, as in a checkpoint of one file, but these tensors have no data (meta)
-        shard_00000.safetensors    parts of one process by the path of their tensor; the header has where they begin
+        shard_00000.safetensors    parts of one process by the path of their tensor and where they begin: /a/0/b@4,0
 
 `state.ckpt` is written last and lists size and CRC-32C of the shards. Any number of processes reads any boxes of them.
 torch.distributed.checkpoint has no checksums, and its files are pickles, which may run code.
 """
 
 import copy
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,10 +39,9 @@ def mapped(content: Any, change: Callable[[Any, str], Any], path: str = "") -> A
 
 @dataclass
 class Parts:
-    """What a process holds of the sharded tensors of a checkpoint, by path."""
+    """What a process holds of the sharded tensors of a checkpoint."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    begins: dict[str, str] = field(default_factory=dict)  # indices of the first element in the tensor, as JSON
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by path and the indices of the first element
     found: bool = False  # whether there are sharded tensors, of which this process may hold nothing
 
 
@@ -61,8 +59,7 @@ def split(content: Any) -> tuple[Any, Parts]:
         begin, own = box_of(value)
         place: Sequence[int] = value.device_mesh.get_coordinate() or ()
         if prod(own) and all(p.is_shard() or not at for p, at in zip(value.placements, place, strict=True)):
-            parts.tensors[path] = value.to_local().detach()
-            parts.begins[path] = json.dumps(begin)
+            parts.tensors[f"{path}@{','.join(map(str, begin))}"] = value.to_local().detach()
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
     return mapped(content, cut), parts
@@ -96,7 +93,7 @@ def mark(path: Path) -> list[int]:
 @dataclass(frozen=True)
 class _Piece:
     file: Any  # of safetensors; it maps the file
-    path: str
+    name: str
     begin: list[int]
     shape: list[int]
 
@@ -113,7 +110,7 @@ class StoredTensor:
     def read(self, begin: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
         """The box of `shape` from the indices `begin` on; without them the whole tensor. On the CPU."""
         begin, shape = begin or [0] * self.ndim, self.shape if shape is None else shape
-        box = torch.empty(tuple(shape), dtype=self.dtype)
+        box = torch.zeros(tuple(shape), dtype=self.dtype)
         for piece in self.pieces:
             low = [max(a, b) for a, b in zip(begin, piece.begin, strict=True)]
             ends = zip(begin, shape, piece.begin, piece.shape, strict=True)
@@ -121,18 +118,22 @@ class StoredTensor:
             if all(a < b for a, b in zip(low, high, strict=True)):
                 source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.begin, strict=True))
                 target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))
-                box[target] = piece.file.get_slice(piece.path)[source]
+                box[target] = piece.file.get_slice(piece.name)[source]
         return box
 
-    def laid_out(self, like: Any) -> Tensor:
-        """This process's part, where `like` is sharded, else the whole tensor."""
-        if not is_sharded(like):
-            return self.read()
-        from torch.distributed.tensor import DTensor
 
-        local = self.read(*box_of(like)).to(like.device)
-        mesh, places = like.device_mesh, like.placements
-        return DTensor.from_local(local, mesh, places, run_check=False, shape=like.shape, stride=like.stride())
+def laid_out(value: Any, like: Any) -> Tensor:
+    """This process's part of a whole or stored tensor where `like` is sharded, else the whole one."""
+    stored = isinstance(value, StoredTensor)
+    if not is_sharded(like) or is_sharded(value):
+        return value.read() if stored else value
+    from torch.distributed.tensor import DTensor
+
+    begin, shape = box_of(like)
+    box = tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))
+    local = (value.read(begin, shape) if stored else value[box]).to(like.device)
+    mesh, places = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, places, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def attach(content: Any, folder: Path | None, process: tuple[int, int] = (0, 1)) -> Any:
@@ -147,14 +148,15 @@ def attach(content: Any, folder: Path | None, process: tuple[int, int] = (0, 1))
         if not isinstance(value, Tensor) or not value.is_meta:
             return value
         pieces = index.get(path, [])
-        if sum(prod(piece.shape) for piece in pieces) != value.numel():
+        different = len({tuple(piece.begin) for piece in pieces}) == len(pieces)
+        if sum(prod(piece.shape) for piece in pieces) != value.numel() or not different:
             raise ValueError(f"it lacks parts of {path}")
         for piece in pieces:
             inside = all(
                 type(b) is int and 0 <= b <= m - n
                 for b, n, m in zip(piece.begin, piece.shape, value.shape, strict=True)
             )
-            if not inside or piece.file.get_slice(piece.path)[:0].dtype != value.dtype:
+            if not inside or piece.file.get_slice(piece.name)[:0].dtype != value.dtype:
                 raise ValueError(f"it holds a part of {path} that does not fit")
         return StoredTensor(value.shape, value.dtype, pieces)
 
@@ -173,9 +175,9 @@ def _index(folder: Path, marks: Any, process: tuple[int, int]) -> dict[str, list
         if number % world == rank and mark(folder / name) != noted:
             raise ValueError(f"its {name} is damaged: the checksum differs")
         file = safetensors.safe_open(folder / name, framework="pt")
-        begins = file.metadata() or {}
-        for path in file.keys():  # noqa: SIM118 - it is no mapping
-            piece = _Piece(file, path, json.loads(begins.get(path, "[]")), file.get_slice(path).get_shape())
+        for key in file.keys():  # noqa: SIM118 - it is no mapping
+            path, _, begin = key.rpartition("@")
+            piece = _Piece(file, key, [int(index) for index in begin.split(",")], file.get_slice(key).get_shape())
             found.setdefault(path, []).append(piece)
     return found
 

@@ -1,20 +1,25 @@
 """Checkpoints of which every process writes its part, read by any number of processes."""
 
+import csv
 import os
 import pickle
+import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from toy_stages import Keys, diffusion_stage, train
 
 from ldmlab import checkpoints, distributed, sharded
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
@@ -118,7 +123,7 @@ def take_up(rank: int, world: int, path: Path, expected: Path) -> None:
     sharded.StoredTensor.read = counted  # type: ignore[method-assign]
     whole = torch.load(expected, weights_only=True)["modules"]["net"]
     for name, own in net.state_dict().items():
-        own.copy_(content[name].laid_out(own))
+        own.copy_(sharded.laid_out(content[name], own))
         assert read[-1].shape == own.to_local().shape
         assert torch.equal(own.full_tensor(), whole[name])
 
@@ -176,9 +181,9 @@ def test_a_strangers_folder_runs_nothing_and_reads_nothing_else(copy: Path, monk
     monkeypatch.chdir(copy.parent)
     shard = copy / "shard_00001.safetensors"
     tensors = load_file(shard)
-    name = "/modules/net/1.weight"
-    for begins in ({}, {name: "[99, 0]"}, {name: "[-1, 0]"}, {name: "[0]"}, {name: "nonsense"}, {name: '{"a": 1}'}):
-        save_file(tensors, shard, begins)
+    (name,) = (name for name in tensors if name.startswith("/modules/net/1.weight@"))
+    for other in ("@99,0", "@-1,0", "@0", "@0,0,0", "@nonsense", "@", "", "@0,0"):
+        save_file({name.partition("@")[0] + other if n == name else n: t for n, t in tensors.items()}, shard)
         vouched(copy)
         with pytest.raises(InputError, match="cannot be read as a checkpoint"):
             load_checkpoint(copy)
@@ -223,3 +228,141 @@ def test_a_kill_while_a_shard_is_written_leaves_the_one_before(copy: Path) -> No
     forked.same(load_checkpoint(copy), before)
     assert "was not written" in copy.with_suffix(".said").read_text()
     assert [path.name for path in copy.parent.glob(".*")] == [f".{copy.name}.part"]
+
+
+class Slow(pl.Callback):
+    """Gives the test time to kill."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(0.02)
+
+
+class Sharded(pl.Callback):
+    """That no process holds or reads more than its part, but for the sizes that are odd."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.read, self.stored = share, 0, sharded.StoredTensor.read
+        sharded.StoredTensor.read = self._count  # type: ignore[method-assign]
+
+    @property
+    def _count(self) -> Any:
+        def read(stored: sharded.StoredTensor, *box: Any) -> torch.Tensor:
+            part = self.stored(stored, *box)
+            self.read += part.numel()
+            return part
+
+        return read
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        sharded.StoredTensor.read = self.stored  # type: ignore[method-assign]
+        own = sum(p.numel() for p in pl_module.parameters())
+        assert self.read <= 4.5 * own * self.share  # weights, averages and two moments
+
+
+def fsdp(rank: int, world: int, run: Path, steps: int, accumulate: int = 1, slow: bool = False) -> None:
+    """A run of 8 images a step over any number of processes."""
+    callbacks = [Keys(run.with_suffix(f".{world}.{rank}")), Sharded(1 if world == 1 else 1.25 / world)]
+    callbacks += [Slow()] if slow else []
+    given = {"max_steps": steps, "dropout": 0.3 if slow else 0.0, "accumulate": accumulate}
+    every = {"log_every": 1, "validate_every": 3, "keep": 9, "strategy": "fsdp"}
+    train(diffusion_stage(**given), run, 8 // world // accumulate, world, rank, callbacks, **every)
+
+
+def go(world: int, run: Path, steps: int, *options: Any) -> Path:
+    log = run.with_suffix(".log")
+    assert forked.finish(*forked.group(world, fsdp, run, steps, *options, log=log)) == [0] * world, log.read_text()
+    return run / "checkpoints" / f"step_{steps:08d}.ckpt"
+
+
+def cut(run: Path, copy: Path, step: int) -> Path:
+    """The run as it was when this step was its last one."""
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.partition("step_")[2][:8]) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return copy
+
+
+def losses(run: Path) -> dict[int, float]:
+    with open(run / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+
+
+def close(one: Any, other: Any, path: str = "") -> None:
+    """Equal but for the order of sums over images; network dropout is off."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for name in one:
+            close(one[name], other[name], f"{path}/{name}")
+    elif torch.is_tensor(one):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text: f"{path}: {text}")
+
+
+def went_on(one: Path, other: Path) -> None:
+    """Two runs made the same steps of the same images."""
+    a, b = (load_checkpoint(run / "checkpoints" / "step_00000009.ckpt") for run in (one, other))
+    assert a["position"] == b["position"] == 72
+    for part in ("modules", "averaged", "optimizers"):
+        close(a[part], b[part])
+    before, now = losses(one), losses(other)
+    assert sorted(now) == sorted(before) == list(range(1, 10))
+    assert [now[step] for step in range(1, 10)] == pytest.approx([before[step] for step in range(1, 10)], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine steps over two processes."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    path = go(2, run, 9)
+    assert {p.name for p in path.iterdir()} == {"shard_00000.safetensors", "shard_00001.safetensors", "state.ckpt"}
+    (best,) = path.parent.glob("best*")
+    step = path.parent / best.name[5:18]
+    assert all((best / f.name).samefile(f) for f in step.with_suffix(".ckpt").iterdir())
+    return run
+
+
+def test_two_processes_go_on_bit_for_bit(straight: Path, tmp_path: Path) -> None:
+    go(2, cut(straight, tmp_path / "run", 6), 9)
+    one, other = (load_checkpoint(r / "checkpoints" / "step_00000009.ckpt") for r in (straight, tmp_path / "run"))
+    forked.same(one, other)
+
+
+def test_one_process_goes_on_from_two(straight: Path, tmp_path: Path) -> None:
+    run = cut(straight, tmp_path / "run", 6)
+    go(1, run, 9)
+    assert (run / "checkpoints" / "step_00000009.ckpt").is_file()
+    went_on(straight, run)
+
+
+@pytest.mark.slow
+def test_four_two_and_one_process(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    go(4, run, 3)
+    go(2, run, 6)
+    go(1, run, 9)
+    went_on(straight, run)
+    run = tmp_path / "back"
+    go(1, run, 3)
+    go(2, run, 6, 2)
+    go(4, run, 9, 2)
+    went_on(straight, run)
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_bit_for_bit(tmp_path: Path) -> None:
+    go(2, tmp_path / "straight", 12, 2, True)
+    run, log = tmp_path / "killed", tmp_path / "killed.log"
+    moments = random.Random(0)
+    keys = run.with_suffix(".2.1")
+    for _ in range(3):
+        children = forked.group(2, fsdp, run, 12, 2, True, log=log)
+        start = len(keys.read_text().splitlines()) if keys.exists() else 0
+        while children[0].is_alive() and (not keys.exists() or len(keys.read_text().splitlines()) < start + 7):
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.05)
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+        assert forked.finish(*children) == [-signal.SIGKILL] * 2, log.read_text()
+    go(2, run, 12, 2, True)
+    assert log.read_text().count("resuming from step") > 1
+    forked.same(*(load_checkpoint(r / "checkpoints" / "step_00000012.ckpt") for r in (tmp_path / "straight", run)))

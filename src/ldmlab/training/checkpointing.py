@@ -162,7 +162,7 @@ class Files(CheckpointIO):
         noted: list[int] = []
         name = shard_name(distributed.rank())
         with self._noted(folder / name):
-            save_tensors(folder / name, parts.tensors, parts.begins)
+            save_tensors(folder / name, parts.tensors)
             noted = mark(folder / name)
         found: list[Any] = [(name, noted, self._fault)]
         if self._group is not None:

@@ -30,7 +30,7 @@ from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.signals import Interrupted, StopRequest
 from ldmlab.training.stage import Stage
 from ldmlab.training.step_progress import StepProgress
-from ldmlab.training.strategies import strategy_of
+from ldmlab.training.strategies import Sharded, strategy_of
 
 
 def fit(
@@ -51,7 +51,7 @@ def fit(
     Nothing is written before the newest checkpoint was read and compared, nor in a run that is finished.
     """
     distributed.join()
-    strategy_of(stage, settings)  # refused before anything is written
+    stage.sharded = isinstance(strategy_of(stage, settings), Sharded)  # or refused before anything is written
     record = record or Record()
     checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
     if (own := precision.plugin(settings.precision)) is not None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldmlab.distributed import laid_out
 from ldmlab.errors import InputError
+from ldmlab.sharded import StoredTensor, laid_out
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -163,10 +163,10 @@ def _like(parameter: nn.Parameter, moments: Mapping[str, Any], name: str) -> dic
     """The states of one parameter in its layout, and in its part of it where it is sharded."""
     made = dict(moments)
     for kind, moment in moments.items():
-        if not isinstance(moment, Tensor):
+        if not isinstance(moment, Tensor | StoredTensor):
             continue
         if not moment.ndim:
-            made[kind] = moment.clone()  # else it stays in the file's memory
+            made[kind] = laid_out(moment, None).clone()  # else it stays in the file's memory
             continue
         if moment.shape != parameter.shape:
             raise InputError(f"the checkpoint's optimizer state of {name} has another shape than its weights.")

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ldmlab import distributed
-from ldmlab.checkpoints import load_exactly
+from ldmlab.checkpoints import check_fit, load_exactly
 from ldmlab.errors import InputError
 from ldmlab.training.data_module import Batch
 from ldmlab.training.gradients import MeanGradients
@@ -60,6 +60,8 @@ class Stage(OptimizerGroups):
         self.gradient_clip, self.skip_nonfinite, self.averaging_decay = gradient_clip, skip_nonfinite, averaging_decay
         self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
+        self.sharded = False  # whether the strategy shards the networks when it sets up
+        self._weights: dict[str, Any] = {}  # of a checkpoint, which wait for that
         self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
         self.step_complete = True  # between two steps
         self.panel_labels: dict[str, list[str]] = {}  # of the images of the latest panels, by name
@@ -224,10 +226,23 @@ class Stage(OptimizerGroups):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Weights and counters of a checkpoint, before the Trainer starts."""
+        """Weights and counters of a checkpoint, before the Trainer starts; sharded weights wait until they are."""
         for name, module in self.saved().items():
             if name not in state["modules"]:
                 raise InputError(f"the checkpoint of step {state['step']} holds no {name}; resume its own run.")
-            load_exactly(module, state["modules"][name], f"the checkpoint's {name}")
+            take = check_fit if self.sharded else load_exactly
+            take(module, state["modules"][name], f"the checkpoint's {name}")
         self.step, self.position = state["step"], state["position"]
         self.metrics.restore(state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What waits for sharded networks and for the optimizers."""
+        super().on_load_checkpoint(checkpoint)
+        self._weights = checkpoint["modules"] if self.sharded else {}
+
+    def on_fit_start(self) -> None:
+        """The weights are on their device and the optimizers exist."""
+        weights, self._weights = self._weights, {}
+        for name, module in self.saved().items() if weights else ():
+            load_exactly(module, weights[name], f"the checkpoint's {name}")
+        super().on_fit_start()

@@ -14,7 +14,6 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
@@ -65,8 +64,8 @@ class Sharded(SeveralGroups):
             network.set_requires_all_reduce(stage._micro_batches + 1 == stage.accumulate)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """One file with whole tensors, by the first process; a collective call."""
-        super().save_checkpoint(whole(checkpoint), filepath, storage_options)
+        """Every process writes its parts; a collective call."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def teardown(self) -> None:
         """The weights stay on their device, where their parts belong."""
@@ -98,16 +97,6 @@ def _policy(unit: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
         cast_forward_inputs=False,
         param_dtype_override_fn=lambda parameter: None if parameter in products else parameter.dtype,
     )
-
-
-def whole(value: Any) -> Any:
-    """The same value with tensors in place of sharded ones: on the CPU of the first process, None on the others."""
-    if isinstance(value, DTensor):
-        full = value.full_tensor().detach()
-        return full.cpu() if distributed.rank() == 0 else None
-    if isinstance(value, dict):
-        return {name: whole(part) for name, part in value.items()}
-    return [whole(part) for part in value] if isinstance(value, list) else value
 
 
 def strategy_of(stage: Stage, settings: TrainerSettings) -> Any:
