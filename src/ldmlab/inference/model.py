@@ -37,6 +37,7 @@ from ldmlab.inference.inputs import (
 from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, chosen_tile
 from ldmlab.nn.compiling import Choice, compile_regions, wanted
 from ldmlab.nn.pixels import as_images, to_float
+from ldmlab.sharded import is_sharded
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -303,3 +304,6 @@ def generate(
         chunk = mine[start : start + batch_size]
         numbers = [first_index + i for i in chunk]
         yield numbers, model.sample_batch([inputs[i] for i in chunk], resolved, numbers, after_step)
+    batches, most = (-(-images // batch_size) for images in (len(mine), -(-len(inputs) // world)))
+    if batches < most and any(is_sharded(p) for p in model.diffusion.parameters()):  # others' last batch needs us too
+        model.sample_batch(inputs[:1], resolved, [first_index])

@@ -93,7 +93,8 @@ class ClassifierStage(Stage):
         for draw in range(self.val_draws):
             loss, right, level = self._classified(batch, _VAL_SEED + draw)
             place = (level * self.noise_bins).long().clamp_max(self.noise_bins - 1)
-            self._sums.index_add_(1, place, torch.stack([loss, right, torch.ones_like(loss)]).double())
+            values = torch.stack([loss, right, torch.ones_like(loss)]).double()
+            self._sums.index_add_(1, place, ("filler" not in batch) * values)
 
     def validation_metrics(self) -> dict[str, float]:
         """Loss and accuracy, accuracy also by noise level."""

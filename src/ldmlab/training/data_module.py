@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ldmlab import distributed
 from ldmlab.training.random_state import isolated_random
 
 Batch = dict[str, Any]
@@ -45,8 +46,18 @@ class Batches(pl.LightningDataModule):
             yield batch
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """Batches of this process on the host."""
-        return _Restarted(self.val)
+        """Batches of this process on the host; where networks are sharded, equally many on all processes."""
+        trainer: Any = self.trainer
+        return _Restarted(self._filled if getattr(trainer.strategy, "shards", False) else self.val)
+
+    def _filled(self) -> Iterator[Batch]:
+        """A process without a batch left repeats one, marked `filler`, since every pass needs all processes."""
+        own, latest = iter(self.val()), None
+        while any(found := distributed.gather((batch := next(own, None)) is not None)):
+            if latest is None and not all(found):
+                latest = next(part for part in distributed.gather(batch) if part is not None)
+            latest = batch or latest
+            yield batch or {**latest, "skipped": [], "filler": True}
 
     def _training(self) -> Iterable[Batch]:
         trainer: Any = self.trainer

@@ -87,7 +87,10 @@ class Stage(OptimizerGroups):
         return {}
 
     def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
-        """What FSDP may shard, all that is trained, each with its methods besides forward; []: it cannot be sharded."""
+        """All that is trained, each network with its methods besides forward, for FSDP; []: it cannot be sharded.
+
+        `validation_step` then runs them for a batch with `filler` too, and adds nothing to the metrics.
+        """
         return []
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:

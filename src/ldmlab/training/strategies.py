@@ -40,6 +40,8 @@ class SeveralGroups(DDPStrategy):
 class Sharded(SeveralGroups):
     """The stage's networks as units of `fully_shard`, over all processes or over those of each machine."""
 
+    shards = True  # all processes must run the networks equally often
+
     def __init__(self, precision: str = "32-true", by_machine: bool = False) -> None:
         super().__init__()
         self._dtype, self._by_machine = _HALF.get(precision), by_machine

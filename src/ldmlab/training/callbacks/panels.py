@@ -24,7 +24,7 @@ class Panels(pl.Callback):
         if not pl_module.step_complete or not due:
             return
         with pl_module.evaluating():
-            batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            batches = trainer.datamodule.val()  # type: ignore[attr-defined]
             device = pl_module.device
             panels = pl_module.panels(pl_module.transfer_batch_to_device(part, device, 0) for part in batches)
         for name, images in panels.items() if distributed.rank() == 0 else ():
