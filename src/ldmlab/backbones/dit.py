@@ -5,6 +5,7 @@ network, L tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -21,7 +22,7 @@ from ldmlab.nn.compiling import region
 from ldmlab.nn.positions import Rotation, rotary, rotate, sine_cosine
 
 _EPSILON = 1e-6  # of every norm but LayerNorm on queries and keys, which has 1e-5
-_TIME_CHANNELS = 256
+TIME_CHANNELS = 256
 Context = Literal["cross", "in_context", "both"]
 Norm = Callable[[int], nn.Module]
 
@@ -99,12 +100,13 @@ class DiTBlock(nn.Module):
         context_width: int | None,
         mlp: nn.Module,
         norm: Norm,
+        mlp_norm: Norm,
         qk_norm: Norm | None,
         shift: bool,
     ) -> None:
         super().__init__()
         self.shift = shift
-        self.norm_attention, self.norm_mlp = norm(width), norm(width)
+        self.norm_attention, self.norm_mlp = norm(width), mlp_norm(width)
         self.attention = SelfAttention(width, heads, qk_norm)
         self.mlp = mlp
         self.modulation = nn.Linear(width, (6 if shift else 4) * width)
@@ -151,6 +153,8 @@ class DiT(nn.Module):
         rotary_positions: bool = False,  # rotary positions, beside the sines and cosines added to the patches
         qk_norm: bool = False,  # norms on queries and keys
         shift: bool = True,  # blocks shift as well as scale
+        mlp_norm_eps: float = _EPSILON,  # of the LayerNorm before the MLPs; diffusers' converted weights: 1e-5
+        frequency_shift: int = 0,  # of the time embedding's frequencies; diffusers' DiTTransformer2DModel: 1
         unused_half: bool = False,  # twice the output channels, the second half dropped (SiT's learn_sigma)
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
@@ -164,18 +168,20 @@ class DiT(nn.Module):
             )
         self.in_channels, self.out_channels, self.size_step = in_channels, out_channels, patch_size
         self.context_width, self.vector_width, self.context = context_width, vector_width, context
-        self.width, self.head_width = width, width // heads
+        self.width, self.head_width, self.frequency_shift = width, width // heads, frequency_shift
         self.rotary_positions, self.gradient_checkpointing = rotary_positions, gradient_checkpointing
-        norm: Norm = _rms_norm if rms_norm else _layer_norm
-        norm_qk: Norm | None = (_rms_norm if rms_norm else LayerNorm) if qk_norm else None
+        norm: Norm = gained_norm if rms_norm else plain_norm
+        mlp_norm: Norm = gained_norm if rms_norm else partial(plain_norm, eps=mlp_norm_eps)
+        norm_qk: Norm | None = (gained_norm if rms_norm else LayerNorm) if qk_norm else None
         crossing = context_width if context != "in_context" else None
         joining = context_width if context != "cross" else None
         self.patches = nn.Conv2d(in_channels, width, patch_size, patch_size)
-        self.time_expand, self.time_mix = nn.Linear(_TIME_CHANNELS, width), nn.Linear(width, width)
+        self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
         self.vector = vector_projection(vector_width, width, project_vector)
         self.joining = nn.Linear(joining, width) if joining else None
+        mlp = SwiGLU if swiglu else MLP
         self.blocks = nn.ModuleList(
-            DiTBlock(width, heads, crossing, (SwiGLU if swiglu else MLP)(width, mlp_ratio), norm, norm_qk, shift)
+            DiTBlock(width, heads, crossing, mlp(width, mlp_ratio), norm, mlp_norm, norm_qk, shift)
             for _ in range(depth)
         )
         self.norm_out = norm(width)
@@ -232,6 +238,13 @@ class DiT(nn.Module):
             spatial, cache = conditioning.conditioning.spatial, conditioning.cache
         else:
             spatial, cache = conditioning.spatial, self._projected(conditioning)[1]
+        times = timestep_embedding(t, TIME_CHANNELS, shift=self.frequency_shift).to(self.patches.weight.dtype)
+        condition = self.time_mix(F.silu(self.time_expand(times)))
+        condition = F.silu(condition if cache.vector is None else condition + cache.vector)
+        return self.conditioned(x, [condition] * (len(self.blocks) + 1), spatial, cache)
+
+    def conditioned(self, x: Tensor, conditions: Sequence[Tensor], spatial: Tensor | None, cache: DiTCache) -> Tensor:
+        """`forward`, given the condition (B, D) after its SiLU of each block and, last, of the output."""
         if spatial is not None:
             x = torch.cat([x, spatial.to(x.dtype)], dim=1)
         dtype = self.patches.weight.dtype
@@ -239,20 +252,16 @@ class DiT(nn.Module):
         rows, columns = maps.shape[2:]
         positions, rotation = self._places(rows, columns, x.device)
         h = maps.flatten(2).transpose(1, 2) + positions.to(dtype)  # (B, N, D)
-        condition = self.time_mix(F.silu(self.time_expand(timestep_embedding(t, _TIME_CHANNELS).to(dtype))))
-        condition = F.silu(condition if cache.vector is None else condition + cache.vector)
         joined = 0 if cache.context is None else cache.context.shape[1]
         if joined:
             h = torch.cat([cache.context.to(h.dtype), h], dim=1)
             if rotation is not None:  # tokens are not turned
                 rotation = (F.pad(rotation[0], (0, 0, joined, 0), value=1), F.pad(rotation[1], (0, 0, joined, 0)))
-        for block, kv in zip(self.blocks, cache.kv, strict=True):
+        for block, condition, kv in zip(self.blocks, conditions[:-1], cache.kv, strict=True):
             h = self._run(block, h, condition, rotation, kv)
-        shift, scale = self.modulation_out(condition).chunk(2, dim=1)
+        shift, scale = self.modulation_out(conditions[-1]).chunk(2, dim=1)
         out = self.out(modulate(self.norm_out(h[:, joined:]), shift, scale))  # (B, N, p p C)
-        p = self.size_step
-        out = out.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, p, p, C)
-        return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)[:, : self.out_channels]
+        return unpatched(out, self.size_step, rows, columns)[:, : self.out_channels]
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -269,9 +278,15 @@ class DiT(nn.Module):
         return self._positions[key]
 
 
-def _layer_norm(width: int) -> nn.Module:
-    return LayerNorm(width, eps=_EPSILON, elementwise_affine=False)
+def unpatched(tokens: Tensor, p: int, rows: int, columns: int) -> Tensor:
+    """(B, rows columns, p p C) => (B, C, p rows, p columns)."""
+    out = tokens.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, p, p, C)
+    return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def _rms_norm(width: int) -> nn.Module:
+def plain_norm(width: int, eps: float = _EPSILON) -> nn.Module:
+    return LayerNorm(width, eps=eps, elementwise_affine=False)
+
+
+def gained_norm(width: int) -> nn.Module:
     return nn.RMSNorm(width, eps=_EPSILON)

@@ -7,14 +7,24 @@ _PERIOD = 10_000.0
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (1, 1, N, d), of angles that repeat in pairs
 
 
-def sine_cosine(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
+def sine_cosine(
+    rows: int,
+    columns: int,
+    width: int,
+    device: torch.device | None = None,
+    *,
+    origin: tuple[int, int] = (0, 0),  # number of the first row and column
+    scale: float = 1.0,  # place of a number
+) -> Tensor:
     """(rows columns, width) float32: the column in the first half of the channels, the row in the second.
 
     Each half: sines, then cosines, of place 10000^(-i / q), i = 0 .. q - 1, q = width / 4 (DiT, models.py; computed in
     float64).
     """
     rate = _PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in (rows, columns)), indexing="ij")
+    numbers = zip(origin, (rows, columns), strict=True)
+    places = (scale * torch.arange(first, first + side, dtype=torch.float64) for first, side in numbers)
+    row, column = torch.meshgrid(*places, indexing="ij")
     angles = (place.flatten()[:, None] * rate for place in (column, row))
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float().to(device)
 

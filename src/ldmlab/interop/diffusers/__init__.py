@@ -2,5 +2,6 @@
 
 from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_text, build_unet
 from ldmlab.interop.diffusers.diffusers_read import read_folder
+from ldmlab.interop.diffusers.diffusers_transformers import as_official
 
-__all__ = ["build_first_stage", "build_text", "build_unet", "read_folder"]
+__all__ = ["as_official", "build_first_stage", "build_text", "build_unet", "read_folder"]
