@@ -246,6 +246,7 @@ def main() -> None:
     device, rounds = torch.device("cpu" if tiny else "cuda"), 1 if tiny else args.rounds
     if tiny:
         compiling.BACKEND = "eager"  # the compiler of kernels would take minutes
+        torch.set_num_threads(1)  # threads that share so little work wait for each other, on a busy machine for long
     else:
         torch.backends.cudnn.benchmark = True
     warnings.filterwarnings("ignore", "Dynamo detected a call")  # of diffusers

@@ -25,7 +25,7 @@ class EpsPrediction:
                 f"a noise prediction gives no clean estimate at time {level.time}, where alpha = 0; "
                 "use a schedule that keeps some signal, or a model with another prediction."
             )
-        return (x.double() - level.sigma * output.double()) / level.alpha
+        return (x - level.sigma * output.double()) / level.alpha
 
     def clean_slope(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """-sigma / alpha."""

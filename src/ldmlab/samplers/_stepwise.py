@@ -94,7 +94,7 @@ def first_order(x: Tensor, clean: Tensor, here: Level, there: Level) -> Tensor:
 
 def noise_of(x: Tensor, clean: Tensor, level: Level) -> Tensor:
     """eps = (x - alpha clean) / sigma: exactly a float32 network's, where `clean` has kept its digits in float64."""
-    return ((x.double() - level.alpha * clean.double()) / level.sigma).to(x.dtype)
+    return ((x - level.alpha * clean.double()) / level.sigma).to(x.dtype)
 
 
 def posterior_variance(here: Level, there: Level) -> float:
