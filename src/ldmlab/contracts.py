@@ -1,4 +1,4 @@
-"""Contracts of the parts: the types that several packages share, and the interface of a class from outside.
+"""Contracts of the parts: the interface of a class from outside, with the values that parts hand to each other.
 
 A part is any class with the attributes and methods of its contract below; it inherits from nothing of ldmlab.
 `CONTRACTS` lists the contract of each configuration group, and `check_part` holds what was built to it.
@@ -6,7 +6,6 @@ Shapes: B batch, C latent channels, h w latent height and width, H W image heigh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -14,53 +13,22 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
+from ldmlab.values import (
+    AfterStep,
+    Conditioning,
+    Denoise,
+    Encode,
+    LatentSpec,
+    Level,
+    Noise,
+    Posterior,
+    Prepared,
+    Reconstruction,
+    Solver,
+)
 
-IDS_PREFIX, CUT_PREFIX = "ids.", "cut."  # likewise: the caption as token numbers, and whether its end is lost
 STATES_PREFIX = "states."  # and the name of a conditioner: batch field of its output, stored with the encoded latents
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Inputs of the denoiser in addition to the noisy latent; a backbone lists the slots it accepts."""
-
-    tokens: Tensor | None = None  # (B, L, D)     text, class, boxes: cross-attention
-    spatial: Tensor | None = None  # (B, C, h, w)  mask, low resolution, semantic map: concatenated to x
-    vector: Tensor | None = None  # (B, D)        added to the time embedding
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """Raw latents as a diagonal Gaussian; without `logvar` there is no spread and the mean is the latent."""
-
-    mean: Tensor  # (B, C, h, w)  VQ: the vector before the quantiser; identity: the pixels
-    logvar: Tensor | None = None  # (B, C, h, w), clamped to [-30, 20]
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """mean + exp(logvar / 2) * noise, (B, C, h, w)."""
-        if self.logvar is None:
-            return self.mean
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
-
-    def moments(self) -> Tensor:
-        """Mean and, if there is one, log-variance stacked on the channel axis: (B, 2C or C, h, w)."""
-        return self.mean if self.logvar is None else torch.cat([self.mean, self.logvar], dim=1)
-
-    @staticmethod
-    def from_moments(moments: Tensor, latent_channels: int) -> "Posterior":
-        """The inverse of `moments`."""
-        if moments.shape[1] == latent_channels:
-            return Posterior(moments)
-        mean, logvar = moments.split(latent_channels, dim=1)
-        return Posterior(mean, logvar)
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Output of a first stage for a batch of images."""
-
-    images: Tensor  # (B, 3, H, W) in [-1, 1]
-    penalties: dict[str, Tensor]  # by name (kl | codebook): scalar, mean over the batch
-    codes: Tensor | None = None  # (B, h, w) indices into the codebook, VQ only
+IDS_PREFIX, CUT_PREFIX = "ids.", "cut."  # likewise: the caption as token numbers, and whether its end is lost
 
 
 class FirstStage(Protocol):
@@ -79,14 +47,6 @@ class FirstStage(Protocol):
     def last_layer(self) -> Tensor: ...  # weight of the last convolution, for the adversary's adaptive weight
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A conditioning with everything derived from it that is the same at every step of one sample."""
-
-    conditioning: Conditioning
-    cache: Any  # the backbone's own: text keys and values, projections
-
-
 class Backbone(Protocol):
     """The denoising network; a `torch.nn.Module`.
 
@@ -102,19 +62,6 @@ class Backbone(Protocol):
     # x: (B, in_channels, h, w); t: (B,) float32, the path's time: 0 .. steps - 1 of a discrete schedule, with a
     # fraction between two of them; 0 .. 1000 of a flow unless its yaml says otherwise => (B, out_channels, h, w)
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """The size of a final latent."""
-
-    channels: int
-    height: int
-    width: int
-    downsampling: int
-
-
-Encode = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in [-1, 1] => final latents (posterior mean)
 
 
 class Conditioner(Protocol):
@@ -138,27 +85,6 @@ def checked_drop(drop: float, name: str = "conditioner") -> float:
     if not 0 <= drop < 1:
         raise InputError(f"{name}.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
     return drop
-
-
-class Level(NamedTuple):
-    """A noise level: x = alpha clean + sigma noise; `time` is the network's input t, None at the end."""
-
-    alpha: float
-    sigma: float
-    time: float | None
-
-
-Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => clean estimate, x's dtype or float64
-Noise = Callable[[int], Tensor]  # of a step, in x's shape
-AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, x, clean estimate) => x
-
-
-class Solver(NamedTuple):
-    """The sampler, spacing and number of steps that a path is sampled with unless others are named."""
-
-    sampler: str
-    spacing: str
-    steps: int
 
 
 class Schedule(Protocol):

@@ -1,0 +1,97 @@
+"""Values that parts hand to each other; `contracts.py` has them too, under the same names.
+
+Shapes: B batch, C latent channels, h w latent height and width, H W image height and width, L tokens, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Inputs of the denoiser in addition to the noisy latent; a backbone lists the slots it accepts."""
+
+    tokens: Tensor | None = None  # (B, L, D)     text, class, boxes: cross-attention
+    spatial: Tensor | None = None  # (B, C, h, w)  mask, low resolution, semantic map: concatenated to x
+    vector: Tensor | None = None  # (B, D)        added to the time embedding
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Raw latents as a diagonal Gaussian; without `logvar` there is no spread and the mean is the latent."""
+
+    mean: Tensor  # (B, C, h, w)  VQ: the vector before the quantiser; identity: the pixels
+    logvar: Tensor | None = None  # (B, C, h, w), clamped to [-30, 20]
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + exp(logvar / 2) * noise, (B, C, h, w)."""
+        if self.logvar is None:
+            return self.mean
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def moments(self) -> Tensor:
+        """Mean and, if there is one, log-variance stacked on the channel axis: (B, 2C or C, h, w)."""
+        return self.mean if self.logvar is None else torch.cat([self.mean, self.logvar], dim=1)
+
+    @staticmethod
+    def from_moments(moments: Tensor, latent_channels: int) -> "Posterior":
+        """The inverse of `moments`."""
+        if moments.shape[1] == latent_channels:
+            return Posterior(moments)
+        mean, logvar = moments.split(latent_channels, dim=1)
+        return Posterior(mean, logvar)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Output of a first stage for a batch of images."""
+
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    penalties: dict[str, Tensor]  # by name (kl | codebook): scalar, mean over the batch
+    codes: Tensor | None = None  # (B, h, w) indices into the codebook, VQ only
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conditioning with everything derived from it that is the same at every step of one sample."""
+
+    conditioning: Conditioning
+    cache: Any  # the backbone's own: text keys and values, projections
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The size of a final latent."""
+
+    channels: int
+    height: int
+    width: int
+    downsampling: int
+
+
+Encode = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in [-1, 1] => final latents (posterior mean)
+
+
+class Level(NamedTuple):
+    """A noise level: x = alpha clean + sigma noise; `time` is the network's input t, None at the end."""
+
+    alpha: float
+    sigma: float
+    time: float | None
+
+
+Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => clean estimate, x's dtype or float64
+Noise = Callable[[int], Tensor]  # of a step, in x's shape
+AfterStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, x, clean estimate) => x
+
+
+class Solver(NamedTuple):
+    """The sampler, spacing and number of steps that a path is sampled with unless others are named."""
+
+    sampler: str
+    spacing: str
+    steps: int
