@@ -16,6 +16,7 @@ from ldmlab.app.plans import Plan
 from ldmlab.app.progress import track
 from ldmlab.app.wandb_runs import send_scores
 from ldmlab.build import load, load_clip, load_first_stage, pick_device
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.shard_data import ShardData
 from ldmlab.disks import disk_errors
 from ldmlab.errors import InputError
@@ -29,7 +30,6 @@ from ldmlab.evaluation.sources import Reconstructions, Samples, Source
 from ldmlab.inference.model import LoadedModel
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_path
-from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.model_files import read_config, read_description
 from ldmlab.nn.compiling import compile_regions, wanted
 from ldmlab.nn.lpips import LPIPS

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from ldmlab import distributed
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.batch_spec import BatchSpec
 from ldmlab.data.dataset import ShardDataset
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
@@ -25,7 +26,7 @@ from ldmlab.evaluation.npz import images_shape, read_images, read_statistics
 from ldmlab.evaluation.record import check_transform
 from ldmlab.evaluation.run import Run
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, OptionNames, Track, numbered, untracked
-from ldmlab.metrics.features import FeatureExtractor, Inception2015
+from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 
 _LOSSY = ("jpg", "jpeg")

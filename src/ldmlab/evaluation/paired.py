@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import Derived
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Score, described
-from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.metrics.reconstruction import ReconstructionMeasures
 

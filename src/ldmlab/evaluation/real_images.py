@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldmlab import distributed
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.batch_spec import BatchSpec
 from ldmlab.data.dataset import ShardDataset
 from ldmlab.data.shard_data import ShardData
@@ -17,7 +18,6 @@ from ldmlab.evaluation.record import reference_record, save_image
 from ldmlab.evaluation.reference_statistics import ReferenceKey, see_reference
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, numbered, untracked
 from ldmlab.inference.inputs import OPTIONAL, as_input
-from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance
 
 Fields = Mapping[str, Any]

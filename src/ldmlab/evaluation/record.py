@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ldmlab import distributed
 from ldmlab.checkpoints import fingerprint
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stores import Folder
 from ldmlab.data.transforms import RULES
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.metrics.features import FeatureExtractor
 
 FORMAT_VERSION = 1
 IMAGES = "images"  # folder of small PNG files next to metrics.json, which holds their paths

@@ -19,11 +19,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ldmlab import distributed
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, inputs_of
 from ldmlab.files import weights_folder, write_atomically
-from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.metrics.frechet import FrechetDistance, whole
 
 FORMAT_VERSION = 1

@@ -15,6 +15,7 @@ import torch
 from torchmetrics import Metric
 
 from ldmlab import distributed
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.shard_data import ShardData
 from ldmlab.disks import disk_errors, own_folder
 from ldmlab.errors import InputError
@@ -24,7 +25,6 @@ from ldmlab.evaluation.record import FORMAT_VERSION, Paper, check_reference, fea
 from ldmlab.evaluation.scoring import EVALUATE, EvaluationPass, Numbered, OptionNames, Score, Track, untracked
 from ldmlab.evaluation.sources import Source
 from ldmlab.files import write_json
-from ldmlab.metrics.features import FeatureExtractor
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.provenance import provenance
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from ldmlab import distributed
+from ldmlab.contracts import FeatureExtractor
 from ldmlab.errors import InputError
-from ldmlab.metrics.features import SPATIAL_WIDTH, FeatureExtractor
+from ldmlab.metrics.features import SPATIAL_WIDTH
 from ldmlab.metrics.frechet import SMALL_SAMPLE
 from ldmlab.metrics.frechet_limit import ENOUGH_A_FEATURE, FrechetLimit
 

@@ -6,7 +6,6 @@ Shapes: B batch, D feature width, K logits; images are uint8 (B, 3, H, W).
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,6 @@ from ldmlab.nn.pixels import to_float
 
 SPATIAL_CHANNELS = 7
 SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17  # 2023, whatever the images' size
-
-
-class FeatureExtractor(Protocol):
-    """A network whose features the scores compare."""
-
-    name: str
-    weights_hash: str
-    width: int
-    gives: frozenset[str]  # of features | logits | spatial | clip | text
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...  # features (B, D) and the rest but text, by name
 
 
 def check_images(images: Tensor) -> None:
