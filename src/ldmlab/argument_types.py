@@ -26,7 +26,6 @@ def check_types(target: Callable[..., Any], arguments: Mapping[str, Any], where:
 
 
 def check_type(value: Any, annotation: Any, option: str) -> None:
-    """One value against one annotation."""
     if not _fits(value, annotation):
         raise InputError(f"{option}={shown(value)} {_fault(value, annotation, option)}")
 

@@ -182,7 +182,6 @@ def moments_of(first_stage: Any, images: torch.Tensor, precision: str = "float32
 
 
 def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:
-    """Description and weights of a CLIP run."""
     return _read(path, weights, "clip")
 
 

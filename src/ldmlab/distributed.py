@@ -21,7 +21,6 @@ _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # SLURM_JOB_NAME of a sh
 
 
 def joined() -> bool:
-    """Whether this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -145,7 +144,6 @@ def _first_host() -> str:
 
 
 def leave() -> None:
-    """Close the process group."""
     if joined():
         dist.destroy_process_group()
 
@@ -222,7 +220,6 @@ def shared(find: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
     if joined():
         dist.barrier()
 

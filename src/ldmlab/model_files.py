@@ -202,7 +202,6 @@ def check_hashes(folder: Path, spec: Mapping[str, Any]) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

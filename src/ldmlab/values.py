@@ -65,8 +65,6 @@ class Prepared:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The size of a final latent."""
-
     channels: int
     height: int
     width: int

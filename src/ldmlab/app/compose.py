@@ -121,7 +121,6 @@ def check_words(overrides: Sequence[str], *, several: bool = False) -> None:
 
 
 def parse_override(word: str) -> Any:
-    """One override as Hydra understands it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 

@@ -32,7 +32,6 @@ def group_choices(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    """The configuration groups, one folder each."""
     folders = [p for conf in conf_dirs() for p in conf.iterdir() if p.is_dir()]
     return sorted({p.name for p in folders if p.name != "hydra" and any(p.rglob("*.yaml"))})
 

@@ -39,7 +39,6 @@ def score_names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def by_stage(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs of each stage, in the order of the flow."""
     found = {stage: [run for run in runs if run.stage == stage] for stage in STAGES}
     return {stage: members for stage, members in found.items() if members}
 
@@ -139,7 +138,6 @@ def _images(runs: Sequence[RunRecord]) -> list[Block]:
 
 
 def _runs(runs: Sequence[RunRecord]) -> Table:
-    """Every run with the fields it is compared by."""
     names = list(dict.fromkeys(name for run in runs for name in run.fields))
     rows = []
     for run in runs:

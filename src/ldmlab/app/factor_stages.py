@@ -85,7 +85,6 @@ class Factor:
 
     @cached_property
     def cost(self) -> DenoiserCost:
-        """Parameters and FLOPs of the denoiser."""
         conditioners, backbone = build_conditioners(self.config["conditioner"], self.latent)[0], self.config["backbone"]
         sizes = backbone_sizes(self.latent, conditioners, backbone)
         return denoiser_cost({**backbone, **sizes}, self.latent, context_widths(conditioners, self.latent))

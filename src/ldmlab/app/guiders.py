@@ -22,7 +22,6 @@ _SAME_SCALE = 0.01  # relative; a classifier does not notice less, and two measu
 
 
 def build_guiders(config: Mapping[str, Mapping[str, Any]], model: LoadedModel) -> list[Guider]:
-    """The guiders of conf/guiders, in their order."""
     return [instantiate(node, where=f"guiders.{name}", model=model) for name, node in config.items()]
 
 

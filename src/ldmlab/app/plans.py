@@ -58,7 +58,6 @@ def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Pla
 
 
 def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
-    """A CLIP model and its contrastive training."""
     from ldmlab.training.clip_module import ClipStage
 
     _check_stage_options(ClipStage, config)

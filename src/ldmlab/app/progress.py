@@ -38,7 +38,6 @@ def bar(title: str, unit: str = "batches", *, quiet: bool = False) -> Iterator[A
 
 
 def track(items: Iterable[T], count: int, title: str) -> Iterator[T]:
-    """The same items under a progress bar."""
     with bar(title) as advance:
         for done, item in enumerate(items, 1):
             yield item

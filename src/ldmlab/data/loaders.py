@@ -125,7 +125,6 @@ class Skipped:
         return [f"{label}: {reason}" for label, reason in sorted(self.reasons.items())]
 
     def add(self, batch: Batch) -> None:
-        """Take note of what a batch left out."""
         for entry in batch["skipped"]:
             label, _, reason = entry.partition(": ")
             self.reasons[label] = reason

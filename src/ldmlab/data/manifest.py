@@ -188,6 +188,5 @@ def _fault(path: Path, shard: ShardInfo, sha256: bool) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -115,7 +115,6 @@ class ShardData:
         return model.file("model.yaml").parent
 
     def manifest(self, split: str = "train", kind: str | None = None) -> Manifest:
-        """The manifest of a split."""
         return manifest_of(self.folder(split, kind), self._option(split, kind or self.kind))
 
     def _option(self, split: str, kind: str) -> str:

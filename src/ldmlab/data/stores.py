@@ -46,7 +46,6 @@ class Store:
         return self.base.replace("\0", name) if "\0" in self.base else f"{self.base}/{name}"
 
     def child(self, name: str) -> "Store":
-        """A folder in this one."""
         return replace(self, given=f"{self.given}/{name}", base=f"{self.base}/{name}")
 
     def file(self, name: str) -> Path:
@@ -129,7 +128,6 @@ def manifest_of(folder: Folder | str, option: str = "data") -> Manifest:
 
 
 def has_manifest(folder: Folder) -> bool:
-    """Whether there are shards with a manifest."""
     try:
         return (beside(folder, MANIFEST) / MANIFEST).exists()
     except NotThere:

@@ -133,8 +133,6 @@ def stamp(info: Mapping[str, Any]) -> str | None:
 
 
 def stamp_at(url: str, option: str) -> str | None:
-    """The stamp of one file."""
-
     def found() -> str | None:
         system, place = file_system(url)
         system.invalidate_cache()

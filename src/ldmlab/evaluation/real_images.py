@@ -59,7 +59,6 @@ class RealImages:
             yield self.extractor(images)["features"].float().cpu(), index
 
     def image(self, split: str, number: int) -> Fields:
-        """One image with its fields."""
         sample = self.data.val_dataset("images", split)[number]
         return {**sample, "image": torch.as_tensor(sample["image"])}
 
@@ -148,8 +147,6 @@ def conditions(data: ShardData, split: str, fields: Sequence[str], limit: int | 
 
 
 class Lazy(Sequence[Fields]):
-    """A sequence whose entries are computed on access."""
-
     def __init__(self, count: int, at: Callable[[int], Fields]) -> None:
         self._count, self._at = count, at
 

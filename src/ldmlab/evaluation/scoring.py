@@ -152,7 +152,6 @@ class EvaluationPass:
             other._take(seen, real, index)
 
     def add_all(self, batches: Iterable[Numbered], real: bool) -> None:
-        """A stream of numbered images."""
         for index, images in batches:
             self.add(images, real, index)
 
@@ -232,7 +231,6 @@ def _of_the_sample(name: str, fewest: int, width: int) -> list[str]:
 
 
 def numbered(batches: Iterable[Mapping[str, Any]]) -> Iterable[Numbered]:
-    """Batches of a loader as numbered images."""
     for batch in batches:
         if len(batch["key"]):
             yield torch.as_tensor(batch["position"]), batch["image"]

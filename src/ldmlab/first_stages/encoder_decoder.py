@@ -52,7 +52,6 @@ class Architecture:
         return [self.channels * factor for factor in self.channel_mult]
 
     def norm(self, width: int) -> nn.GroupNorm:
-        """The group norm of a map of `width` channels."""
         return group_norm(width, _EPSILON, self.norm_groups)
 
 

@@ -64,7 +64,6 @@ class Fitted:
 
 
 def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
-    """One field of a batch."""
     if field in IMAGES or field in ON_THE_IMAGE:
         rows = [row(field, value) for value in values]
         if field == LOOKED_AT:

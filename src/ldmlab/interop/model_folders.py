@@ -128,8 +128,6 @@ def card(files: ModelFiles, origin: str, facts: Sequence[str] = (), usage: str =
 
 
 class Written(NamedTuple):
-    """Content of the finished folder."""
-
     what: str
     differences: verify.Differences  # the largest of each part between their program and ours
     usage: str  # lines of Python

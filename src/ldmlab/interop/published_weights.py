@@ -49,7 +49,6 @@ def weights_path(name: str) -> Path:
 
 
 def entry_of(name: str) -> Weights:
-    """The entry of a name."""
     if name not in WEIGHTS:
         raise InputError(f"{name}: there are no such weights; there are {', '.join([*WEIGHTS, CLIP])}.")
     return WEIGHTS[name]

@@ -77,7 +77,6 @@ class Points:
         return len(self.exact)
 
     def part(self, rows: slice | Tensor) -> "Points":
-        """Some of them."""
         low = self.low and Low(self.low.q[rows], self.low.scale, self.low.error[rows])
         return Points(self.exact[rows], self.squares[rows], low)
 
@@ -133,7 +132,6 @@ class Block:
     def upper_bounds(
         self, lower: Tensor, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)
     ) -> Tensor:
-        """From lower ones."""
         left, right = 2 * (self.a.squares - self.left), 2 * (self.b.squares - self.right)
         return lower + left[rows, None] + right[columns]
 

@@ -87,7 +87,6 @@ def full_evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def folder_name(result: Mapping[str, Any]) -> str:
-    """The name of the model's folder."""
     return Path(str(result["model"].get("path", "model"))).name
 
 

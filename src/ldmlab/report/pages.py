@@ -143,7 +143,6 @@ def write_report(folder: Path) -> Path:
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
-    """One page for several evaluations, side by side."""
     return write_pages(out, comparison_page(folders))
 
 

@@ -59,7 +59,6 @@ def methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, str]:
-    """The measurement of a row, in words."""
     sampling, training, first = (row.get(name) or {} for name in ("sampling", "training", "first_stage"))
     facts = {
         "task": row.get("task"),

@@ -85,7 +85,6 @@ def points_csv(charts: Sequence[tuple[str, Chart]]) -> str:
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """The rows as CSV."""
     file = io.StringIO()
     csv.writer(file).writerows(rows)
     return _text_of(file.getvalue())
@@ -124,7 +123,6 @@ def as_latex(tables: Sequence[Table]) -> str:
 
 
 def as_html(tables: Sequence[Table]) -> str:
-    """One page."""
     return html(Page("Results", f"{len(tables)} tables.", [Section(table.title, [table]) for table in tables]))
 
 

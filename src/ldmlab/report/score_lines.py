@@ -23,8 +23,6 @@ _SAME_VALUE = frozenset({"_target_", "small_sample", "spread_groups", "spread", 
 
 @dataclass(frozen=True)
 class ScoreLine:
-    """One printed score."""
-
     name: str
     title: str
     value: str

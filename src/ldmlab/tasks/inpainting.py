@@ -214,7 +214,6 @@ PRESETS = {
 
 
 def preset(name: str) -> MaskKind:
-    """A preset by name."""
     if name not in PRESETS:
         raise InputError(f"task.masks={name} is unknown; choose stored or one of {', '.join(PRESETS)}.")
     return PRESETS[name]

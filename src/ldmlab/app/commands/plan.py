@@ -126,7 +126,6 @@ def cost(found: dict[str, Any], tflops: float, price: float) -> dict[str, float]
 
 
 def table(found: dict[str, Any], args: argparse.Namespace) -> str:
-    """For people."""
     card = f"{args.card if args.memory_gib is None else 'a card'} ({found['card_gib']:g} GiB)"
     peak, micro = found["peak_gib"], found["micro_batch"]
     share = f"{peak:.1f} GiB, {peak / found['card_gib']:.0%} of {card}"

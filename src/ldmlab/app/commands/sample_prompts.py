@@ -164,7 +164,6 @@ def _fields(args: argparse.Namespace, line: str, reads: frozenset[str]) -> Input
 
 
 def label(inputs: Inputs) -> str:
-    """A short description of an image's inputs."""
     return ", ".join(text for name, value in inputs.items() if (text := _shown(name, value)))
 
 

@@ -55,7 +55,6 @@ def target_of(params: Mapping[str, Any]) -> str:
 
 
 def _check(params: Mapping[str, Any], *, vq: bool) -> None:
-    """Refuse options that ours does not support."""
     network = params.get("ddconfig", {})
     missing = [name for name in ("embed_dim", "ddconfig", *(("n_embed",) if vq else ())) if name not in params]
     needed = {*_NETWORK, "attn_resolutions", "resolution"} - {"dropout"}

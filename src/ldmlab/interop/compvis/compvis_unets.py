@@ -59,7 +59,6 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(params: Mapping[str, Any]) -> None:
-    """Refuse options that ours does not support."""
     missing = [name for name in _OPTIONS if name not in _DEFAULTS.keys() | params.keys()]
     missing += ["context_dim"] if params.get("use_spatial_transformer") and not params.get("context_dim") else []
     if missing:

@@ -36,7 +36,6 @@ class Plan:
 
 
 def plan(spec: Node) -> Plan:
-    """For a latent diffusion model's description."""
     stage = kind(spec["first_stage"])
     text = next((node for node in spec["conditioners"].values() if node["_target_"] in _TEXTS), None)
     found, why = _pipeline(spec, stage, text)

@@ -88,7 +88,6 @@ def configuration(ours: Node) -> tuple[str, Config]:
 
 
 def text_length(ours: Node) -> int:
-    """Tokens of a text conditioner's node."""
     if ours["_target_"] == BERT_TARGET:
         return int(ours.get("length", _LDM_LENGTH))
     if not ours.get("config"):
@@ -125,7 +124,6 @@ def clip_length(folder: Path) -> int | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The settings in a tokenizer's own files."""
     files = (folder / name for name in ("special_tokens_map.json", "tokenizer_config.json"))
     return {key: value for file in files if file.is_file() for key, value in read_json(file).items()}
 
