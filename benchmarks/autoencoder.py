@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ldmlab.evaluation.flops import flops_of
-from ldmlab.first_stages import KLAutoencoder
+from ldmlab.first_stages.kl import KLAutoencoder
 
 CHANNEL_MULT, LATENT = (1, 2, 4, 4), 4
 

@@ -34,7 +34,9 @@ import metrics
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.contracts import Reconstruction
 from ldmlab.evaluation.flops import flops_of
-from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
+from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
+from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.nn import compiling
 from ldmlab.nn.lpips import LPIPS
 

@@ -9,7 +9,7 @@ from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import backbone_sizes
 from ldmlab.contracts import LatentSpec
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.first_stages import Identity
+from ldmlab.first_stages.identity import Identity
 from ldmlab.instantiate import instantiate
 
 GROUPS = ("backbone", "diffusion", "sampler", "conditioner", "first_stage")

@@ -13,7 +13,7 @@ from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
 from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid, levels_of, signal_to_noise
 from ldmlab.errors import InputError
-from ldmlab.first_stages import Identity
+from ldmlab.first_stages.identity import Identity
 from ldmlab.inference.sample_settings import sampler_by_name
 
 SPREAD = 0.1  # deviation of the toy data, whose mean is 2

@@ -15,7 +15,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.diffusion.windowed import latent_windows, windowed
 from ldmlab.errors import InputError
-from ldmlab.first_stages import Identity
+from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal
 from ldmlab.samplers.ddim import Ddim
 

@@ -12,8 +12,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.metrics.kernel import KernelDistance
-from ldmlab.report.paper_conditions import PAPER_FEATURES
-from ldmlab.report.paper_source import conditions_of, paper_tables
+from ldmlab.report.paper_source import PAPER_FEATURES, conditions_of, paper_tables
 
 CONF = Path(__file__).parents[2] / "conf"
 

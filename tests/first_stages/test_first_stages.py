@@ -9,7 +9,9 @@ from torch import nn
 
 from conf_files import conf_names, conf_node
 from ldmlab.errors import InputError
-from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
+from ldmlab.first_stages.identity import Identity
+from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.first_stages.vq import VQModel
 
 TINY: dict[str, Any] = {
     "channels": 8,

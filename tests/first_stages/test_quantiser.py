@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError
-from ldmlab.first_stages import VQModel
 from ldmlab.first_stages.quantiser import Quantiser
+from ldmlab.first_stages.vq import VQModel
 
 
 def quantiser(codes: list[list[float]], **options: Any) -> Quantiser:

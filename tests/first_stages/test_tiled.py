@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from ldmlab.contracts import Posterior
 from ldmlab.errors import InputError
-from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
+from ldmlab.first_stages.identity import Identity
+from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.first_stages.tiled import TiledFirstStage
+from ldmlab.first_stages.vq import VQModel
 from ldmlab.nn.tiling import spans
 
 SMALL = {"latent_channels": 4, "channels": 8, "num_res_blocks": 1, "norm_groups": 4, "initialisation": "he"}

@@ -9,7 +9,9 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
-from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
+from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
+from ldmlab.losses.patch_discriminator import PatchDiscriminator
 
 LOSSES = sorted((Path(__file__).parents[2] / "conf/loss").glob("*.yaml"))
 

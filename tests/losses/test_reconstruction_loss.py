@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Reconstruction
 from ldmlab.errors import InputError
-from ldmlab.losses import AutoencoderLoss, ReconstructionLoss
 from ldmlab.losses.adversary import RiseAlarm
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
+from ldmlab.losses.reconstruction_loss import ReconstructionLoss
 
 
 class FakeLPIPS(nn.Module):

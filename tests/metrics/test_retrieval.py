@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldmlab.metrics.retrieval import retrieval
+from ldmlab.metrics.clip_scores import retrieval
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:

@@ -8,9 +8,8 @@ import pytest
 
 from ldmlab.errors import InputError
 from ldmlab.interop.published_weights import WEIGHTS
-from ldmlab.report import paper_conditions
-from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
-from ldmlab.report.paper_source import paper_tables
+from ldmlab.report import paper_source
+from ldmlab.report.paper_source import PAPER_FEATURES, PAPER_WEIGHTS, paper_tables
 from ldmlab.report.paper_table import place
 
 LIKE_THE_PAPER: dict[str, Any] = {
@@ -35,7 +34,7 @@ LIKE_THE_PAPER: dict[str, Any] = {
 def manifest(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The manifest that lies in the folder of the reference."""
     found = SimpleNamespace(hash="a" * 64)
-    monkeypatch.setattr(paper_conditions, "read_manifest", lambda folder: found)
+    monkeypatch.setattr(paper_source, "read_manifest", lambda folder: found)
     return found
 
 

@@ -15,7 +15,7 @@ from ldmlab.report.evaluation_page import score_lines
 from ldmlab.report.metrics_json import comparable_groups
 from ldmlab.report.page_content import Row, Table
 from ldmlab.report.pages import comparison_tables, printed_tables, write_comparison
-from ldmlab.report.paper_conditions import PAPER_FEATURES, PAPER_WEIGHTS
+from ldmlab.report.paper_source import PAPER_FEATURES, PAPER_WEIGHTS
 from ldmlab.report.paper_table import filled_table, paper_report
 from ldmlab.report.render import FORMATS, as_latex, latex
 from ldmlab.report.score_lines import ScoreLine, number_text

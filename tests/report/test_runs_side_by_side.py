@@ -15,7 +15,7 @@ from ldmlab.app.cli import dispatch
 from ldmlab.app.dashboard_page import dashboard
 from ldmlab.app.run_records import by_configuration, has_trained, read_runs
 from ldmlab.errors import InputError
-from ldmlab.report.paper_conditions import PAPER_FEATURES
+from ldmlab.report.paper_source import PAPER_FEATURES
 from ldmlab.report.render import html, points_csv
 
 

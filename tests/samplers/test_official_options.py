@@ -14,7 +14,8 @@ from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
-from ldmlab.first_stages import KLAutoencoder, VQModel
+from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.first_stages.vq import VQModel
 from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 
 SHAPE = (2, 3, 4, 4)

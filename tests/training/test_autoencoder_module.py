@@ -14,8 +14,12 @@ from toy_stages import image_batch, options, train
 from ldmlab import distributed
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.first_stages import Identity, KLAutoencoder, VQModel
-from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
+from ldmlab.first_stages.identity import Identity
+from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.first_stages.vq import VQModel
+from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
+from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.optim import AdamW

@@ -17,7 +17,7 @@ from toy_stages import diffusion_stage, image_batch, train
 from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.inference.model import LoadedModel
-from ldmlab.losses import PatchDiscriminator
+from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.nn import compiling
 from ldmlab.nn.compiling import compile_regions, region, regions, wanted
 from ldmlab.training.stage import Stage

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from toy_stages import image_batch, options, train
 
-from ldmlab.first_stages import KLAutoencoder
-from ldmlab.losses import Adversary, AutoencoderLoss, PatchDiscriminator
+from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
+from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.randomness import normal
 from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.optim import AdamW, Constant

@@ -17,7 +17,7 @@ from ldmlab.checkpoints import load_checkpoint
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
-from ldmlab.first_stages import KLAutoencoder
+from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.model_files import read_model
 from ldmlab.nn.openclip import OpenClip
 from ldmlab.nn.pixels import to_float

@@ -19,9 +19,9 @@ from ldmlab import distributed
 from ldmlab.build import pick_device
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.first_stages import KLAutoencoder
+from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.instantiate import instantiate
-from ldmlab.losses import AutoencoderLoss
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.training import gradients
 from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.engine import Launched, make_trainer

@@ -15,7 +15,7 @@ from ldmlab.instantiate import instantiate
 from ldmlab.model_files import read_config, read_description
 from ldmlab.report.line_chart import Points
 from ldmlab.report.metrics_json import read_evaluation
-from ldmlab.report.paper_conditions import PAPER_FEATURES
+from ldmlab.report.paper_source import PAPER_FEATURES
 from ldmlab.report.score_curves import read_curves
 from ldmlab.report.score_lines import by_features, described
 from ldmlab.report.tradeoff_jobs import is_job, read_job

@@ -8,8 +8,7 @@ from typing import Any
 from ldmlab.errors import InputError
 from ldmlab.report.metrics_json import repeat_line
 from ldmlab.report.page_content import ARROW, DASH, Row, Table
-from ldmlab.report.paper_conditions import barred, reasons
-from ldmlab.report.paper_source import PARAMETERS, amount, known_table, methods, remarks, source
+from ldmlab.report.paper_source import PARAMETERS, amount, barred, known_table, methods, reasons, remarks, source
 
 
 @dataclass(frozen=True)

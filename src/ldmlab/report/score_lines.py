@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ldmlab.report.page_content import ARROW
-from ldmlab.report.paper_conditions import PAPER_FEATURES
+from ldmlab.report.paper_source import PAPER_FEATURES
 
 FEW_IMAGES = 1000  # below, k-NN balls are too wide for precision and recall to separate images from noise
 _SHARES = frozenset({"precision", "recall", "coverage", "copies"})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldmlab import distributed
 from ldmlab.contracts import IDS_PREFIX
 from ldmlab.errors import InputError
-from ldmlab.metrics.retrieval import retrieval
+from ldmlab.metrics.clip_scores import retrieval
 from ldmlab.nn.openclip import ClipTokens, OpenClip
 from ldmlab.nn.pixels import to_float
 from ldmlab.training.data_module import Batch
