@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ldmlab import format1, plugins
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
 from ldmlab.errors import InputError, shown
 from ldmlab.files import by_step, write_text
-from ldmlab.sharded import STATE, whole
+from ldmlab.sharded import STATE, laid_out
 
 FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
@@ -68,19 +67,25 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
         return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), step)
     content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
     try:
-        modules = {name: dict(whole(state)) for name, state in content["modules"].items()}
-        averages = whole(content.get("averaged", {})) if weights == "averaged" else {}
+        modules = {name: dict(state) for name, state in content["modules"].items()}
+        averages = content.get("averaged", {}) if weights == "averaged" else {}
         for name, average in averages.items():
-            state = modules[name]
-            found = average["weights"].items()
-            state.update({key: t.to(torch.promote_types(state[key].dtype, t.dtype)) for key, t in found})
-        for name, state in modules.items():  # float32 whatever the precision of training
-            parts[name] = {key: (t.float() if t.is_floating_point() else t).clone() for key, t in state.items()}
+            if unknown := average["weights"].keys() - modules[name].keys():
+                raise KeyError(min(unknown))
+            modules[name].update(average["weights"])
+        for name, state in modules.items():
+            parts[name] = {key: _own(tensor) for key, tensor in state.items()}
         return ModelFiles(folder, spec, parts, "averaged" if averages else "raw", content["step"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{checkpoint} is not a checkpoint of ours ({type(error).__name__}: {error}); use another one."
         ) from error
+
+
+def _own(tensor: Any) -> Tensor:
+    """In memory of its own, float32 whatever the precision of training."""
+    tensor = laid_out(tensor, None)
+    return (tensor.float() if tensor.is_floating_point() else tensor).clone()
 
 
 def read_description(folder: Path) -> dict[str, Any]:

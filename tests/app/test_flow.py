@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from walk import SMALL, TINY_CLIP, Flow
+from walk import SMALL, TINY_CLIP, TINY_UNET, Flow
 
 import ldmlab
 from ldmlab.app import cli
@@ -118,6 +118,37 @@ def test_two_processes_score_a_first_stage_as_one_does(flow: Flow) -> None:
     assert together["images"] == alone["images"]
     for name, score in alone["scores"].items():
         assert together["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_run_in_parts_is_loaded_exported_scored_and_continued(flow: Flow, tmp_path: Path) -> None:
+    """What two processes trained, each a part of the weights, is a run as any other."""
+    run = flow.root / "parts"
+    given = [*SMALL, "trainer=fsdp", "trainer.micro_batch=4", *flow.data, *TINY_UNET, f"run.dir={run}"]
+    given += [f"data.latents={flow.root}/latents", f"conditioner.text.from_run={flow.root}/clip"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(ROOT / "train.py"), "experiment=mine/text_to_image", *given]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    checkpoint = run / "checkpoints" / "step_00000002.ckpt"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        *("shard_00000.safetensors", "shard_00001.safetensors", "state.ckpt"),
+    }
+    assert cli.dispatch(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
+    images = [
+        ldmlab.load(path, device="cpu").sample(caption=["red circle"], steps=2, seed=3)
+        for path in (run, checkpoint, tmp_path / "exported", flow.root / "model")
+    ]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    torch.testing.assert_close(images[0], images[3], rtol=0, atol=0.02)  # two steps of Adam from the same start
+    small = ["protocol.samples=8", "protocol.steps=2", "protocol.neighbours=2", "protocol.metrics.kid.subset_size=4"]
+    options = [f"model={checkpoint}", "features=clip_run", f"features.run={flow.root}/clip", f"out={tmp_path / 'out'}"]
+    evaluate(plain(compose("evaluate", [*options, *small, "protocol=images", "device=cpu"])))
+    assert "kid" in json.loads((tmp_path / "out" / "metrics.json").read_text())["scores"]
+    flow.denoiser(f"init_from={checkpoint}", "trainer.max_steps=1", out="from_parts")
+    flow.denoiser("trainer.max_steps=3", out="parts")
+    assert load_checkpoint(run / "checkpoints" / "step_00000003.ckpt")["position"] == 24
 
 
 def test_a_run_starts_from_another_ones_weights(flow: Flow) -> None:

@@ -1,15 +1,18 @@
 """`ldmlab.load` holds a model's weights once: nothing is allocated to be overwritten."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import pytest
 import torch
 from exported_models import describe, kl, unet, weights
 
 import ldmlab
-from ldmlab.checkpoints import save_checkpoint, save_tensors
+from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint, save_tensors
 from ldmlab.model_files import write_description, write_model_folder
 
 PROGRAM = """
@@ -49,17 +52,61 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float
     return root / "model", root / "run", size(parts)
 
 
-@pytest.mark.parametrize("kind", ["model folder", "run"])
-def test_weights_are_in_memory_once(folders: tuple[Path, Path, float], kind: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def in_parts(folders: tuple[Path, Path, float], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, had three processes trained it: rows of every tensor in three files, as the documentation has it."""
+    run = tmp_path_factory.mktemp("parts") / "run"
+    shutil.copytree(folders[1], run)
+    file = run / "checkpoints" / "step_00000001.ckpt"
+    content, shards = load_checkpoint(file), [{}, {}, {}]
+    file.unlink()
+
+    def cut(part: Any, path: str) -> Any:
+        if isinstance(part, dict):
+            return {name: cut(value, f"{path}/{name}") for name, value in part.items()}
+        if isinstance(part, list):
+            return [cut(value, f"{path}/{index}") for index, value in enumerate(part)]
+        if not isinstance(part, torch.Tensor):
+            return part
+        begin = 0
+        for shard, rows in zip(shards, part.tensor_split(3), strict=True):
+            if len(rows):
+                shard[f"{path}@{','.join(map(str, [begin] + [0] * (part.ndim - 1)))}"] = rows.contiguous()
+            begin += len(rows)
+        return part.to("meta")
+
+    content = cut(content, "")
+    for number, shard in enumerate(shards):
+        save_tensors(file / f"shard_{number:05d}.safetensors", shard)
+    content["shards"] = {
+        f.name: [f.stat().st_size, google_crc32c.value(f.read_bytes())] for f in file.glob("*.safetensors")
+    }
+    save_checkpoint(file / "state.ckpt", {**content, "inventory": inventory(content)})
+    return run
+
+
+@pytest.mark.parametrize("kind", ["model folder", "run", "run in parts"])
+def test_weights_are_in_memory_once(
+    folders: tuple[Path, Path, float], in_parts: Path, kind: str, tmp_path: Path
+) -> None:
     small = describe(kl(2), unet(4))
     write_model_folder(tmp_path / "small", small, weights(small))
-    folder = folders[kind == "run"]
+    folder = {"model folder": folders[0], "run": folders[1], "run in parts": in_parts}[kind]
     program = [sys.executable, "-c", PROGRAM, str(tmp_path / "small"), str(folder)]
     message = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     # a run's averages are read from the file's pages and kept: those pages count until the file is closed
     limit = 1.4 if kind == "model folder" else 2.4
     assert float(message.split()[-1]) < limit * folders[2], f"{message.strip()} of {folders[2]:.0f} MiB"
     assert float(message.split()[-1]) > 0.8 * folders[2]
+
+
+def test_a_run_in_parts_gives_the_same_weights(folders: tuple[Path, Path, float], in_parts: Path) -> None:
+    for kind in ("averaged", "raw"):
+        whole = ldmlab.load(folders[1], weights=kind, device="cpu").diffusion.state_dict()
+        for path in (in_parts, in_parts / "checkpoints" / "step_00000001.ckpt"):
+            read = ldmlab.load(path, weights=kind, device="cpu").diffusion.state_dict()
+            assert read.keys() == whole.keys()
+            assert all(torch.equal(read[name], tensor) for name, tensor in whole.items())
 
 
 def test_both_give_the_weights(folders: tuple[Path, Path, float]) -> None:
