@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --cpu-smoke         tiny networks on a CPU: whether this program works, no speed
 
 Times are medians over rounds with an empty queue; memory is the peak of all tensors. MFU is the rate of the networks'
-products over that of the fastest bfloat16 product measured in this run. Weights are random: speed does not depend on
-them. The last section trains on the card, stops, resumes, and compares all tensors with a run that did not stop.
+products over that of the card's data sheet (`ldmlab.nn.cards`), or, of a card that is not listed there, over that of
+the fastest bfloat16 product measured in this run. Weights are random: speed does not depend on them. The last section
+trains on the card, stops, resumes, and compares all tensors with a run that did not stop.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from ldmlab.losses.adversary import Adversary
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.nn import compiling
+from ldmlab.nn.cards import card_named
 from ldmlab.nn.lpips import LPIPS
 
 ROOT = Path(__file__).parents[1]
@@ -253,9 +255,12 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
     warnings.filterwarnings("ignore", "Dynamo detected a call")  # of diffusers
     diffusers.utils.logging.set_verbosity_error()
-    peak = product_rate(device, 256 if tiny else 8192)
+    reached = product_rate(device, 256 if tiny else 8192)
     name = "CPU, tiny networks: no speed" if tiny else torch.cuda.get_device_name()
-    print(f"{name}; torch {torch.__version__}; bfloat16 products {peak / 1e12:.1f} TFLOP/s")
+    card = card_named(name)
+    peak = reached if card is None else card.half * 1e12
+    products = f"bfloat16 products {reached / 1e12:.1f} TFLOP/s, MFU is of {peak / 1e12:.1f}"
+    print(f"{name}; torch {torch.__version__}; {products}")
     chosen = args.section or SECTIONS
     ldm, sd = (TINY, TINY) if tiny else (LDM_4, SD)
     image = (

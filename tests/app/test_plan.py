@@ -1,6 +1,8 @@
 """`ldmlab plan` against what the processor's allocator hands out, and its refusals."""
 
+import io
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from ldmlab.app.cli import dispatch
 from ldmlab.app.commands.plan import USED
 from ldmlab.app.compose import compose, plain
 from ldmlab.errors import InputError
+from ldmlab.evaluation.flops import flops_of
 from ldmlab.evaluation.step_cost import StepCost
 from ldmlab.instantiate import instantiate
 from ldmlab.nn import attention
@@ -89,6 +92,23 @@ def test_attention_counts_as_a_gpu_computes_it(width: int, formed: int) -> None:
     assert images * tokens**2 * formed <= sum(step.peak(images).values())
     assert sum(step.peak(images).values()) < images * tokens**2 * formed + inputs_and_outputs
     assert attention.by_products("cpu", torch.bfloat16, 64, 64, 64)  # the choice of this processor is back
+
+
+@pytest.mark.parametrize("step", [0, 100_000])
+def test_flops_are_those_of_the_step_at_hand(
+    step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before and after the adversary has joined, against torch's counter on real tensors."""
+    words = [*MODELS["first stage with adversary"], "trainer.precision=32-true", "data.image_size=64"]
+    config, settings = made([*words, "loss.lpips_weight=0", "first_stage.num_res_blocks=1"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"config": config, "step": step})))
+    estimates.main()
+    stage, _, batch = estimates._STAGES["autoencoder"](config, estimates.stage_options(config, settings))
+    estimates.filled(stage)
+    _, _, batch = estimates.prepared(stage, {name: value[:1] for name, value in batch.items()}, settings)
+    stage.step = step
+    counted = flops_of(lambda: estimates.train_step(stage, batch, settings))
+    assert float(capsys.readouterr().out) == pytest.approx(counted, rel=1e-3)
 
 
 def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """What a training step costs, from its configuration alone: no weights, no data, no network."""
 
+import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ from ldmlab.data.order import image_random
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError, did_you_mean
 from ldmlab.evaluation.step_cost import BACKWARD, IMAGES, StepCost
-from ldmlab.instantiate import instantiate
+from ldmlab.instantiate import instantiate, trust_typed
 from ldmlab.nn import attention
 from ldmlab.nn.lpips import LPIPS
-from ldmlab.training.settings import TrainerSettings
+from ldmlab.plugins import allow
+from ldmlab.training.settings import TrainerSettings, trainer_node
 from ldmlab.training.stage import Stage
 
 Config = Mapping[str, Any]
@@ -46,8 +49,8 @@ class Estimate:
         return self.fixed | self.step.peak(micro_batch)
 
 
-def estimate(config: Config, settings: TrainerSettings) -> Estimate:
-    """Build the stage without weights and run one step of every optimizer group on a batch without values."""
+def estimate(config: Config, settings: TrainerSettings, step: int | None = None) -> Estimate:
+    """Build the stage without weights; run the step after `step` (None: the last) on a batch without values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kind = config["stage"]["name"]
@@ -57,7 +60,7 @@ def estimate(config: Config, settings: TrainerSettings) -> Estimate:
     stage, parts, batch = _STAGES[kind](config, options)
     with FakeTensorMode(allow_non_fake_inputs=True), attention_of_a_gpu():
         filled(stage)
-        return measured(stage, parts, batch, settings)
+        return measured(stage, parts, batch, settings, step)
 
 
 @contextmanager
@@ -86,12 +89,15 @@ def filled(module: nn.Module) -> None:
                 table[name] = made[id(old)]  # type: ignore[assignment]
 
 
-def measured(stage: Stage, parts: Parts, batch: dict[str, Any], settings: TrainerSettings) -> Estimate:
+def measured(
+    stage: Stage, parts: Parts, batch: dict[str, Any], settings: TrainerSettings, step: int | None = None
+) -> Estimate:
     """The step of a stage in memory, as the Trainer makes it: gradients are held between micro-batches."""
     groups, held, batch = prepared(stage, batch, settings)
-    step = StepCost(parts, held, len(batch["position"]))
-    with step.counting():
-        train_step(stage, batch, settings, lambda: step.owned_by(BACKWARD))
+    stage.step = settings.max_steps if step is None else step
+    cost = StepCost(parts, held, len(batch["position"]))
+    with cost.counting():
+        train_step(stage, batch, settings, lambda: cost.owned_by(BACKWARD))
     weights = {name: _bytes(part.parameters()) + _bytes(part.buffers()) for name, part in parts.items()}
     averaged = stage.saved().get(stage.averaged or "") if settings.averaging_decay is not None else None
     fixed = {f"weights of the {name}": size for name, size in weights.items() if size}
@@ -100,7 +106,7 @@ def measured(stage: Stage, parts: Parts, batch: dict[str, Any], settings: Traine
     if averaged is not None:
         fixed["averaged weights"] = _bytes(p for p in averaged.parameters() if p.requires_grad)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return Estimate({name: count for name, count in counts.items() if count}, fixed, step)
+    return Estimate({name: count for name, count in counts.items() if count}, fixed, cost)
 
 
 def prepared(
@@ -111,7 +117,7 @@ def prepared(
     for parameter in (parameter for own in groups.values() for parameter in own):
         parameter.grad = torch.zeros_like(parameter)
     stage.train()
-    stage.step = settings.max_steps  # the adversary has joined
+    stage.step = settings.max_steps
     held = [*stage.parameters(), *stage.buffers(), *(p.grad for p in stage.parameters() if p.grad is not None)]
     copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
     return groups, held, copied
@@ -121,7 +127,7 @@ def train_step(
     stage: Stage, batch: dict[str, Any], settings: TrainerSettings, backward: Callable[[], Any] = nullcontext
 ) -> None:
     """Forward and backward pass of every group on one micro-batch, as `Stage.training_step` makes them."""
-    for group in stage.groups():
+    for group in filter(stage.active, stage.groups()):
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16-mixed"), stage._only(group):
             total = stage.losses(group, batch).total
             with backward():
@@ -282,3 +288,18 @@ class _NoVocabulary:
 def _batch(sample: dict[str, Any]) -> dict[str, Any]:
     rows = [{**sample, "key": str(number), "position": number, "skipped": []} for number in range(IMAGES)]
     return collate(rows, rows[0])
+
+
+def main() -> None:
+    """FLOPs of training on an image, for a configuration and a step on stdin: a process of its own beside a run."""
+    given = json.load(sys.stdin)
+    allow(given["config"].get("plugins"))
+    trust_typed(given["config"])
+    config = given["config"]
+    config["from_run"] = config["from_run"] or config["data"]["latents"] is None  # images are encoded as they come
+    settings = instantiate(trainer_node(config["trainer"]), where="trainer")
+    print(estimate(config, settings, given["step"]).flops)
+
+
+if __name__ == "__main__":
+    main()

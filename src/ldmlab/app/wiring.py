@@ -21,6 +21,7 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
 from ldmlab.report.score_curves import read_curves
+from ldmlab.training.callbacks.step_flops import StepFlops
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import checked
 from ldmlab.training.fit import fit, load_initial_weights
@@ -30,6 +31,7 @@ from ldmlab.training.run_folder import FINISHED, RunFolder
 from ldmlab.training.settings import TrainerSettings, trainer_node
 
 Config = Mapping[str, Any]
+_COUNT = (sys.executable, "-W", "ignore", "-m", "ldmlab.app.estimate")
 
 
 def train(config: Config, resume: str | None = None, chosen: Collection[str] = ()) -> Path:
@@ -181,8 +183,10 @@ def _callbacks(config: Config, plan: Plan, data: ShardData) -> list[tuple[str, A
     for name, node in _by_name(config, "callbacks"):
         where = f"callbacks.{name}"
         if node:
-            scored = accepts(node, "scorer", where=where)
-            made.append((where, scores_callback(node, plan, data) if scored else instantiate(node, where=where)))
+            if accepts(node, "scorer", where=where):
+                made.append((where, scores_callback(node, plan, data)))
+                continue
+            made.append((where, instantiate_with(node, where=where, flops=StepFlops(_COUNT, config))))
     return made
 
 

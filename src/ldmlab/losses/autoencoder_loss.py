@@ -56,9 +56,8 @@ class AutoencoderLoss(nn.Module):
             generator, logit = self.adversary.generator_loss(given.images)
             adaptive = self.adversary.adaptive_weight(error, generator, last_layer)
             total = total + weight * adaptive * generator
-            shown = (
-                adaptive if self.adversary.loss_scale is None else adaptive.nan_to_num()
-            )  # NaN: the step is left out
+            # NaN under float16's scale: the step is left out
+            shown = adaptive if self.adversary.loss_scale is None else adaptive.nan_to_num()
             terms |= {"adversary/adaptive_weight": shown, "adversary/generator": generator}
             terms["adversary/logits_generator"] = logit
         return total, {name: value.detach() for name, value in terms.items()}

@@ -123,6 +123,12 @@ class AutoencoderStage(Stage):
         adversary = self.loss.adversary
         return group == "generator" or (adversary is not None and (self.one_by_one or adversary.trains_at(self.step)))
 
+    @property
+    def phase(self) -> tuple[Any, ...]:
+        """Also whether the adversary is part of the autoencoder's loss."""
+        adversary = self.loss.adversary
+        return *super().phase, adversary is not None and adversary.weight_at(self.step) > 0
+
     def saved(self) -> dict[str, nn.Module]:
         """The first stage, and the loss with its discriminator and log-variance."""
         return {"first_stage": self.first_stage, "loss": self.loss}

@@ -98,6 +98,11 @@ class Stage(OptimizerGroups):
         return {}
 
     @property
+    def phase(self) -> tuple[Any, ...]:
+        """What this step's cost depends on: the groups that it updates."""
+        return tuple(filter(self.active, self._groups))
+
+    @property
     def _memory_format(self) -> torch.memory_format:
         """Of images and convolutions, frozen ones too: channels-last on a GPU (slower on a CPU, measured)."""
         device = self.device if self._trainer is None else self._trainer.strategy.root_device

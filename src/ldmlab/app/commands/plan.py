@@ -19,17 +19,8 @@ from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conf_files import find_file
 from ldmlab.errors import InputError, one_of
+from ldmlab.nn.cards import CARDS
 
-CARDS = {  # memory that torch sees, GiB, and TFLOP/s of dense bfloat16 products (of float16: v100) by the data sheet
-    "v100-32gb": (31.7, 125),
-    "rtx4090": (23.5, 165),
-    "a100-40gb": (39.4, 312),
-    "a100-80gb": (79.2, 312),
-    "l40s": (44.4, 362),
-    "h100-80gb": (79.2, 989),
-    "h200-141gb": (139.8, 989),
-    "b200": (178.4, 2250),
-}
 USED = 0.9  # of a card's memory, at most
 
 
@@ -54,9 +45,9 @@ def run(args: argparse.Namespace) -> None:
     config = plain(compose("train", ["++data.train=unread", "++data.val=unread", *args.overrides]))
     check_added("train", args.overrides)
     check_first_stage(config, args.overrides)
-    memory, peak = CARDS[args.card]
-    found = planned(config, args.memory_gib or memory, args.devices)
-    found |= cost(found, peak * args.mfu, args.price)
+    card = CARDS[args.card]
+    found = planned(config, args.memory_gib or card.memory_gib, args.devices)
+    found |= cost(found, card.tflops(found["precision"]) * args.mfu, args.price)
     print(json.dumps(found, indent=2) if args.json else table(found, args))
 
 
@@ -119,9 +110,8 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
 
 
 def cost(found: dict[str, Any], tflops: float, price: float) -> dict[str, float]:
-    """Hours on all devices, GPU-hours and what they cost; tflops: of one card in bfloat16, half of it in float32."""
-    reached = tflops * (1 if found["precision"] == "bf16-mixed" else 0.5) * found["devices"]
-    hours = found["tflop_a_step"] * found["steps"] / reached / 3600
+    """Hours on all devices, GPU-hours and what they cost; tflops: that one card reaches."""
+    hours = found["tflop_a_step"] * found["steps"] / (tflops * found["devices"]) / 3600
     return {"hours": hours, "gpu_hours": hours * found["devices"], "cost": hours * found["devices"] * price}
 
 

@@ -4,30 +4,51 @@ import resource
 import sys
 import time
 from collections import deque
+from statistics import mean
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from ldmlab import distributed
+from ldmlab.nn.cards import card_named
+from ldmlab.training.callbacks.step_flops import StepFlops
+
+_COUNTED_AFTER_SECONDS = 20.0  # a shorter run is not worth the process that counts its FLOPs
 
 
 class Throughput(pl.Callback):
     """Speed over the last `window` rows of the log, waiting for data, and peak memory, of all processes.
 
-    speed/images_per_second, speed/images_per_second_and_device; speed/data_wait: share of the time that a process waits
-    for batches, speed/data_wait_worst of the one that waits most; memory/: of the process with most.
+    speed/images_per_second, speed/images_per_second_and_device; speed/tflops_per_device and, of a known GPU, speed/mfu:
+    their share of its data sheet; speed/data_wait: share of the time that a process waits for batches,
+    speed/data_wait_worst of the one that waits most; speed/slowest_rank: the process with most seconds of its own a
+    step, which are waiting for data and forward passes, since in backward passes all wait for each other,
+    speed/slowest_rank_seconds and speed/mean_rank_seconds, since the last row; memory/: of the process with most.
     """
 
-    def __init__(self, window: int = 5) -> None:
+    def __init__(self, window: int = 5, flops: StepFlops | None = None) -> None:
+        self.flops = flops  # None: TFLOP/s are not logged
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=window + 1)  # time, images, seconds of waiting
+        self._forward = ForwardTime()
+        self._last = (0, 0.0)  # step and seconds of waiting, at the last row
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the clock."""
+        self._start = time.perf_counter()
         self._mark(trainer, pl_module)
+        self._last = (pl_module.step, self._marks[-1][2])
 
     def _mark(self, trainer: Any, pl_module: Any) -> None:
         self._marks.append((time.perf_counter(), pl_module.position, getattr(trainer.datamodule, "waited", 0.0)))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """The batch is here."""
+        self._forward.start(pl_module.device)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
+        """The loss is here."""
+        self._forward.stop()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """The numbers of a row; evaluations between two rows count as time spent."""
@@ -36,17 +57,77 @@ class Throughput(pl.Callback):
         self._mark(trainer, pl_module)
         (start, first, waited), (end, last, waited_since) = self._marks[0], self._marks[-1]
         seconds = max(end - start, 1e-9)
+        own = self._own_seconds(pl_module.step, waited_since)
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        shares = distributed.gather(((waited_since - waited) / seconds, peak_memory_bytes(), gpu))
-        waits, memory, gpus = zip(*shares, strict=True)
-        pl_module.log("speed/images_per_second", (last - first) / seconds)
-        pl_module.log("speed/images_per_second_and_device", (last - first) / seconds / len(shares))
-        pl_module.log("speed/data_wait", sum(waits) / len(waits))
+        shares = distributed.gather(((waited_since - waited) / seconds, peak_memory_bytes(), gpu, own))
+        waits, memory, gpus, owns = zip(*shares, strict=True)
+        speed = (last - first) / seconds / len(shares)
+        pl_module.log("speed/images_per_second", speed * len(shares))
+        pl_module.log("speed/images_per_second_and_device", speed)
+        pl_module.log("speed/data_wait", mean(waits))
         if len(shares) > 1:
             pl_module.log("speed/data_wait_worst", max(waits))
+            pl_module.log("speed/slowest_rank", float(owns.index(max(owns))))
+            pl_module.log("speed/slowest_rank_seconds", max(owns))
+            pl_module.log("speed/mean_rank_seconds", mean(owns))
         pl_module.log("memory/peak_gib", max(memory) / 2**30)
         if gpu:
             pl_module.log("memory/gpu_peak_gib", max(gpus) / 2**30)
+        self._log_products(pl_module, speed)
+
+    def _own_seconds(self, step: int, waited: float) -> float:
+        """Of a step since the last row: waiting for data and forward passes of this process."""
+        (last, before), self._last = self._last, (step, waited)
+        return (waited - before + self._forward.take()) / max(step - last, 1)
+
+    def _log_products(self, stage: Any, speed: float) -> None:
+        """TFLOP/s of a device and, of a known one, the share of its data sheet; by the first process, which logs."""
+        if self.flops is None or distributed.rank() or time.perf_counter() - self._start < _COUNTED_AFTER_SECONDS:
+            return
+        if (flops := self.flops.of(stage)) is None:
+            return
+        stage.log("speed/tflops_per_device", speed * flops / 1e12)
+        card = card_named(torch.cuda.get_device_name()) if stage.device.type == "cuda" else None
+        if card is not None:
+            stage.log("speed/mfu", speed * flops / 1e12 / card.tflops(stage.trainer.precision))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Nothing is counted any more."""
+        if self.flops is not None:
+            self.flops.close()
+
+
+class ForwardTime:
+    """Seconds from the beginning of a micro-batch to its first loss, on the device; only `take` waits for it."""
+
+    def __init__(self) -> None:
+        self._begun: Any = None
+        self._passed: list[tuple[Any, Any]] = []  # beginning and end of each, as events of CUDA or seconds
+
+    def start(self, device: torch.device) -> None:
+        """A micro-batch begins."""
+        self._begun = _event() if device.type == "cuda" else time.perf_counter()
+
+    def stop(self) -> None:
+        """A loss is computed; of several in a micro-batch the first one counts."""
+        if self._begun is not None:
+            end = _event() if isinstance(self._begun, torch.cuda.Event) else time.perf_counter()
+            self._passed.append((self._begun, end))
+            self._begun = None
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        passed, self._passed = self._passed, []
+        if passed and isinstance(passed[-1][1], torch.cuda.Event):
+            passed[-1][1].synchronize()
+            return sum(begin.elapsed_time(end) for begin, end in passed) / 1e3
+        return sum(end - begin for begin, end in passed)
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def peak_memory_bytes() -> int:
