@@ -1,0 +1,170 @@
+"""Stages without weights and a batch for each, from configuration alone, as `plans.py` builds them from data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from ldmlab.app.conditioning import build_conditioners
+from ldmlab.app.plans import backbone_sizes, check_divides, latent_spec, task_node
+from ldmlab.app.wiring import stage_options
+from ldmlab.data.loaders import collate
+from ldmlab.data.order import image_random
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
+from ldmlab.errors import InputError, did_you_mean
+from ldmlab.evaluation.step_cost import IMAGES
+from ldmlab.instantiate import instantiate
+from ldmlab.nn.lpips import LPIPS
+from ldmlab.training.settings import TrainerSettings
+from ldmlab.training.stage import Stage
+
+Config = Mapping[str, Any]
+Parts = dict[str, nn.Module]
+Made = tuple[Stage, Parts, dict[str, Any]]  # the stage, its modules by name on the meta device, a batch on the host
+
+
+def build(config: Config, settings: TrainerSettings) -> Made:
+    """The stage of a configuration; InputError where it has no step of its own."""
+    kind = config["stage"]["name"]
+    if kind not in _STAGES:
+        raise InputError(f"stage={kind} has no step of its own; plan one of {', '.join(_STAGES)}.")
+    return _STAGES[kind](config, stage_options(config, settings))
+
+
+def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
+    from ldmlab.training.autoencoder_module import AutoencoderStage
+
+    size = config["data"]["image_size"]
+    with torch.device("meta"):
+        first_stage = instantiate(config["first_stage"], where="first_stage")
+        lpips: dict[str, Any] = {"lpips": LPIPS(None)} if config["loss"].get("lpips_weight") else {}
+        loss = instantiate(config["loss"], where="loss", **lpips)
+    check_divides(size, first_stage.downsampling)
+    stage = AutoencoderStage(first_stage=first_stage, loss=loss, **options)
+    stage.codebook = None  # counts codes, which have no values
+    parts: Parts = {"first stage": first_stage}
+    if loss.adversary is not None:
+        parts["discriminator"] = loss.adversary
+    if getattr(loss, "lpips", None) is not None:
+        parts["LPIPS"] = loss.lpips
+    return stage, parts, _batch({"image": np.zeros((3, size, size), np.uint8)})
+
+
+def _clip(config: Config, options: dict[str, Any]) -> Made:
+    from ldmlab.training.clip_module import ClipStage
+
+    size = config["data"]["image_size"]
+    with torch.device("meta"):
+        model = instantiate(_untrained(config["clip"]), where="clip", image_size=size)
+    batch = _batch({"image": np.zeros((3, size, size), np.uint8), "caption": "a caption"})
+    return ClipStage(model=model, **options), {"CLIP": model.model}, batch
+
+
+def _diffusion(config: Config, options: dict[str, Any]) -> Made:
+    from ldmlab.training.diffusion_module import DiffusionStage
+
+    size = config["data"]["image_size"]
+    task = instantiate(task_node(config, size), where="task") if config["task"] else None
+    first_stage, sample = _latents(config, task)
+    latent = latent_spec(first_stage, size)
+    given = {name: _untrained(node) for name, node in config["conditioner"].items()}
+    with torch.device("meta"):
+        conditioners, _ = build_conditioners(given, latent)
+        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"]["prediction"])
+        node = {**config["backbone"], **sizes}
+        backbone = instantiate(node, where="backbone")
+    for conditioner in conditioners.values():
+        if hasattr(getattr(conditioner, "tokenizer", None), "path"):  # of a vocabulary that may not be here
+            conditioner.tokenizer = _NoVocabulary(conditioner.tokenizer.length)
+    reads = frozenset().union(*(conditioner.reads for conditioner in conditioners.values()))
+    sample |= _stored(reads, size) if task is None else task.give(_stored(task.stored, size), image_random(0, 0, ""))
+    built = {"first_stage": first_stage, "latent_scale": LatentScale(), "backbone": backbone}
+    model = instantiate(config["diffusion"], where="diffusion", conditioners=conditioners, task=task, **built)
+    names = ("latent_scale", "panel_steps")
+    stage = DiffusionStage(
+        diffusion=model,
+        sampler=None,  # type: ignore[arg-type]  # draws panels only
+        grid=[],
+        **{k: v for k, v in options.items() if k not in names},
+    )
+    parts = {"denoiser": backbone, "conditioners": model.conditioners, "frozen first stage": first_stage}
+    return stage, parts, _batch(sample | (_stored(reads, size) | sample))
+
+
+def _classifier(config: Config, options: dict[str, Any]) -> Made:
+    from ldmlab.training.classifier_module import ClassifierStage
+
+    first_stage, sample = _latents(config, None)
+    channels = latent_spec(first_stage, config["data"]["image_size"]).channels
+    with torch.device("meta"):
+        classifier = instantiate({**config["classifier"], "latent_channels": channels}, where="classifier")
+    stage = ClassifierStage(
+        space=LatentSpace(first_stage, LatentScale()),
+        schedule=instantiate(config["diffusion"]["schedule"], where="diffusion.schedule"),
+        classifier=classifier,
+        **{name: value for name, value in options.items() if name != "latent_scale"},
+    )
+    return stage, {"classifier": classifier, "frozen first stage": first_stage}, _batch({**sample, "class_id": 0})
+
+
+def _latents(config: Config, task: Any) -> tuple[Any, dict[str, Any]]:
+    """The first stage, and what a sample holds of an image: its moments, or the image where it is encoded on the fly.
+
+    Pixels and tasks that cut or change images are trained on images, as is whatever names from_run.
+    """
+    size = config["data"]["image_size"]
+    with torch.device("meta"):
+        first_stage = instantiate(config["first_stage"], where="first_stage").eval()
+        check_divides(size, first_stage.downsampling)
+        if config["from_run"] or not first_stage.state_dict() or (task is not None and "image" in task.needs):
+            return first_stage, {"image": np.zeros((3, size, size), np.uint8)}
+        with torch.no_grad():
+            moments = first_stage.encode(torch.zeros(1, 3, size, size)).moments()
+    return first_stage, {"moments": np.zeros(moments.shape[1:], np.float16)}
+
+
+def _stored(names: frozenset[str], size: int) -> dict[str, Any]:
+    """Fields of a sample that conditioners read, or that a task starts from."""
+    boxes = [{"class_id": 0, "box": [0.1, 0.1, 0.9, 0.9]}] * 3
+    image = np.zeros((3, 2 * size, 2 * size), np.uint8)
+    maps = {"mask": image[:1], "segmentation": image[0], "image": image, "boxes": boxes}
+    fields = {"caption": "a caption", "class_id": 0, "reference": image[:, :size, :size], "boxes": boxes, **maps}
+    return {name: value for name, value in fields.items() if name in {*names, "image"}}
+
+
+def _untrained(node: Config) -> dict[str, Any]:
+    """The node of a published CLIP model by its architecture, without its weights; others as they are."""
+    if not isinstance(node.get("name"), str) or "pretrained" not in node:
+        return dict(node)
+    known = open_clip.get_model_config(node["name"])
+    if known is None:
+        raise InputError(
+            f"{node['name']} is no model of open_clip; {did_you_mean(node['name'], open_clip.list_models())}"
+        )
+    pixels = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    return {**node, "name": None, "pretrained": None, "config": known | pixels}
+
+
+class _NoVocabulary:
+    """Stands for a tokenizer whose vocabulary is not needed: captions of full length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        return torch.zeros(len(captions), self.length, dtype=torch.int64)
+
+    def lost(self, caption: str) -> str:
+        """None of it."""
+        return ""
+
+
+def _batch(sample: dict[str, Any]) -> dict[str, Any]:
+    rows = [{**sample, "key": str(number), "position": number, "skipped": []} for number in range(IMAGES)]
+    return collate(rows, rows[0])
+
+
+_STAGES = {"autoencoder": _autoencoder, "classifier": _classifier, "clip": _clip, "diffusion": _diffusion}
