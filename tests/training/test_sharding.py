@@ -202,8 +202,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     whole, _, _ = run(tmp_path / "whole", make, 2, "fsdp", checkpoint_every=2)
     held = tmp_path / "whole" / "checkpoints" / "step_00000002.ckpt"
     for name in ("again", "alone"):
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-        shutil.copy(held, tmp_path / name / "checkpoints")
+        shutil.copytree(held, tmp_path / name / "checkpoints" / held.name)
     again, _, _ = run(tmp_path / "again", make, 2, "fsdp", checkpoint_every=2)
     for part in ("modules", "averaged", "optimizers", "rng"):
         forked.same(whole[part], again[part], part)
