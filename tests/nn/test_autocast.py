@@ -2,16 +2,21 @@
 
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import nn
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldmlab.backbones.dit import gained_norm
 from ldmlab.nn.attention import PixelAttention, SpatialTransformer, by_products
 from ldmlab.nn.blocks import GroupNorm, LayerNorm, ResBlock
+from ldmlab.nn.openclip import build_clip
 
-KERNELS = ("convolution", "native_group_norm", "native_layer_norm", "silu", "gelu", "mm", "addmm")
+KERNELS = ("convolution", "native_group_norm", "native_layer_norm", "silu", "gelu", "mm", "addmm", "_fused_rms_norm")
 
 
 class Dtypes(TorchDispatchMode):
@@ -39,9 +44,17 @@ def on_a_gpu(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_norms_and_activations_keep_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def autocast(monkeypatch: pytest.MonkeyPatch) -> torch.autocast:
+    """Of a GPU in bfloat16, which torch refuses where there is none."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    return torch.autocast("cuda", torch.bfloat16)
+
+
+def test_norms_and_activations_keep_half_precision_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, autocast: torch.autocast
+) -> None:
     attended: list[torch.dtype] = []
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -55,7 +68,7 @@ def test_norms_and_activations_keep_half_precision_on_a_gpu(monkeypatch: pytest.
     with FakeTensorMode():
         res, pixels, tokens = (on_a_gpu(part) for part in parts)
         x, emb, context = (torch.empty(size, device="cuda") for size in ((2, 64, 8, 8), (2, 32), (2, 5, 16)))
-        with torch.autocast("cuda", torch.bfloat16), Dtypes() as dtypes:
+        with autocast, Dtypes() as dtypes:
             assert torch.is_autocast_enabled("cuda")
             x = res.conv_in(x.to(memory_format=torch.channels_last))
             x = tokens(pixels(res(x, emb)), tokens.precompute_kv(context))
@@ -63,6 +76,35 @@ def test_norms_and_activations_keep_half_precision_on_a_gpu(monkeypatch: pytest.
     assert {"convolution", "native_group_norm", "native_layer_norm", "silu", "gelu"} <= dtypes.seen.keys()
     assert attended == [torch.bfloat16] * 3  # without a device torch runs its plain form, in float32 inside
     assert {name: kinds for name, kinds in dtypes.seen.items() if kinds != {torch.bfloat16}} == {}
+
+
+def test_norms_of_transformers_keep_half_precision_too(autocast: torch.autocast) -> None:
+    vision, text = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8}, {"width": 32, "heads": 2, "layers": 1}
+    clip = build_clip(config={"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, image_size=16).model
+    norms = [module for module in clip.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 7  # two a block, before and after the image's blocks, after the text's
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(norms[0](x), open_clip.transformer.LayerNorm(32)(x))
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 32, device="cuda", dtype=torch.bfloat16)
+        with autocast, Dtypes() as dtypes:
+            for norm in (*norms, gained_norm(32)):
+                assert on_a_gpu(norm)(x).dtype == torch.bfloat16
+    assert dtypes.seen == {name: {torch.bfloat16} for name in ("native_layer_norm", "_fused_rms_norm")}
+
+
+def test_compiled_norms_on_a_gpu_keep_channels_last_without_a_copy(autocast: torch.autocast) -> None:
+    with FakeTensorMode():
+        norm = on_a_gpu(GroupNorm(32, 64))
+        x = torch.empty(2, 64, 8, 6, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        with autocast, torch.no_grad():
+            made = make_fx(lambda x: nn.functional.silu(norm(x)), decomposition_table=select_decomp_table())(x)
+    values = [node.meta["val"] for node in made.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    maps = [value for value in values if value.shape == x.shape]
+    assert len(maps) > 4  # the sums and what follows them
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in maps)
+    assert not {node.target for node in made.graph.nodes} & {torch.ops.aten.clone.default, torch.ops.aten.copy.default}
+    assert maps[-1].dtype == torch.bfloat16
 
 
 def test_on_a_cpu_norms_are_those_of_torch() -> None:

@@ -17,7 +17,7 @@ from ldmlab.backbones.unet import check_sizes, vector_projection
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import KeysValues, TokenAttention, attend
-from ldmlab.nn.blocks import LayerNorm, timestep_embedding, zero
+from ldmlab.nn.blocks import LayerNorm, RMSNorm, timestep_embedding, zero
 from ldmlab.nn.compiling import region
 from ldmlab.nn.positions import Rotation, rotary, rotate, sine_cosine
 
@@ -289,4 +289,4 @@ def plain_norm(width: int, eps: float = _EPSILON) -> nn.Module:
 
 
 def gained_norm(width: int) -> nn.Module:
-    return nn.RMSNorm(width, eps=_EPSILON)
+    return RMSNorm(width, eps=_EPSILON)

@@ -20,7 +20,10 @@ Size = tuple[int, int]
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm that keeps x's dtype under autocast of a GPU, whose own rule is float32; sums are float32 anyway."""
+    """Group norm that keeps x's dtype under autocast of a GPU, whose own rule is float32; sums are float32 anyway.
+
+    Compiled, as networks on a GPU are, it keeps channels-last too; torch's own kernel copies such maps there and back.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not _under_cuda_autocast(x):
@@ -38,6 +41,16 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         with torch.autocast("cuda", enabled=False):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm that keeps x's dtype, as `GroupNorm` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _under_cuda_autocast(x):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def _under_cuda_autocast(x: Tensor) -> bool:

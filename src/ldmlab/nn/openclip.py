@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ldmlab.errors import InputError, did_you_mean, one_of
 from ldmlab.files import weights_folder
+from ldmlab.nn.blocks import LayerNorm
 from ldmlab.nn.compiling import region
 
 region(ResidualAttentionBlock)
@@ -87,9 +88,17 @@ def _from_config(config: Mapping[str, Any]) -> Any:
     arguments = {k: v for k, v in _plain(config).items() if k not in ("mean", "std", "custom_text")}
     kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
     try:
-        return kind(**arguments)
+        return _keeping_dtypes(kind(**arguments))
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"clip.config cannot be built: {error}; see conf/clip/ for ones that can.") from error
+
+
+def _keeping_dtypes(model: nn.Module) -> nn.Module:
+    """The model with its layer norms as ours: the same, but for the dtype under autocast of a GPU."""
+    for module in model.modules():
+        if type(module) is open_clip.transformer.LayerNorm:
+            module.__class__ = LayerNorm
+    return model
 
 
 def _sized(config: Mapping[str, Any], image_size: int | None) -> Config:
@@ -128,7 +137,7 @@ def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:
         ) from error
     gelu = any(isinstance(module, QuickGELU) for module in model.modules())
     given = open_clip.get_model_preprocess_cfg(model) | {k: cfg[k] for k in ("mean", "std") if k in cfg}
-    return model, _plain(config) | {"quick_gelu": gelu, "mean": given["mean"], "std": given["std"]}
+    return _keeping_dtypes(model), _plain(config) | {"quick_gelu": gelu, "mean": given["mean"], "std": given["std"]}
 
 
 def published_file(name: str, pretrained: str) -> Path | None:
