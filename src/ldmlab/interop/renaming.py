@@ -20,7 +20,10 @@ Node = Mapping[str, Any]
 State = Mapping[str, Tensor]
 StateDict = dict[str, Tensor]
 Names = dict[str, tuple[str, ...]]  # tensor here => tensor there, or those of q, k and v
-_TABLES = yaml.safe_load(files("ldmlab.interop").joinpath("names.yaml").read_text(encoding="utf-8"))
+_TABLES, OPTIONS = (
+    yaml.safe_load(files("ldmlab.interop").joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    for name in ("names", "options")
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -181,13 +184,7 @@ def clip_names(tensors: Iterable[str], prefix: str) -> Names:
     return renamed(run, {ours: prefix + foreign for ours, foreign in names_of("shared", "clip").items()})
 
 
-CLIP_TEXT = {  # transformers' CLIPTextConfig => open_clip's text_cfg, the default of both
-    "max_position_embeddings": ("context_length", 77),
-    "vocab_size": ("vocab_size", 49408),
-    "hidden_size": ("width", 512),
-    "num_attention_heads": ("heads", 8),
-    "num_hidden_layers": ("layers", 12),
-}
+CLIP_TEXT = OPTIONS["diffusers"]["clip"]
 
 
 def clip_node(config: Node, *, layer: str = "last", padding: str = "end") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.conditioners.text import OpenClipText, TransformerText
 from ldmlab.errors import InputError
-from ldmlab.interop.renaming import State, clip_node
+from ldmlab.interop.renaming import OPTIONS, State, clip_node
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
@@ -17,24 +17,8 @@ _HOME = "ldmlab.conditioners."
 MODULES = "ldm.modules.encoders.modules."
 _HEADS = 8  # of the paper's transformer, always
 _IMAGENET_ROWS = 1001  # the classes and, last, "no class"
-_TRANSFORMER = {  # official => ours, default
-    "n_embed": ("width", None),
-    "n_layer": ("depth", None),
-    "vocab_size": ("vocab_size", 30522),
-}
-_RESCALER = {
-    "in_channels": ("classes", 3),
-    "out_channels": ("channels", None),
-    "n_stages": ("stages", 1),
-    "multiplier": ("multiplier", 0.5),
-    "method": ("method", "bilinear"),
-    "bias": ("bias", False),
-}
+_TRANSFORMER, _RESCALER, _TEXT = (OPTIONS["compvis"][name] for name in ("transformer", "rescaler", "texts"))
 _VIT_L, _VIT_H = "openai/clip-vit-large-patch14", "ViT-H-14"
-_TEXT = {  # official `version` or `arch` => open_clip's text configuration
-    _VIT_L: {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
-    _VIT_H: {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
-}
 _TEXT_NAMES = (  # tokens, positions, blocks and their first linear layer, as Hugging Face and open_clip name them
     ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "layers.", "mlp.fc1.weight"),
     ("model.token_embedding.weight", "model.positional_embedding", "resblocks.", "mlp.c_fc.weight"),

@@ -10,38 +10,21 @@ from ldmlab.errors import InputError
 from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
 from ldmlab.interop.compvis.compvis_conditioners import arguments
 from ldmlab.interop.compvis.compvis_networks import SCHEDULES
+from ldmlab.interop.renaming import OPTIONS
 from ldmlab.model_files import read_yaml
 
 Params = Mapping[str, Any]
 Node = dict[str, Any]
 UNET_TARGET = "ldmlab.backbones.unet.UNet"
 _HOME = "ldmlab.conditioners."
-_NAMES = {  # class of ours => name of the conditioner in model.yaml
-    "ClassEmbedder": "class_label",
-    "TransformerText": "text",
-    "open_clip_text": "text",
-    "LayoutTokens": "layout",
-    "SpatialRescaler": "semantic",
-}
+_NAMES, BETAS, _REFUSED = (OPTIONS["compvis"][name] for name in ("conditioner_names", "betas", "refused"))
 # Inpainting inputs: Stable Diffusion's order, mask and colour of holes; the paper's model has them otherwise.
 SD_MASK = {"keep": 0.0, "hole": 1.0}
 SD_HOLE = 0.0
 LDM_MASK = {"keep": -1.0, "hole": 1.0}
 LDM_HOLE = -1.0
 PREDICTIONS = {"eps": "EpsPrediction", "v": "VPrediction"}  # official => ours
-BETAS = {  # official => ours, the official default
-    "linear_start": ("start", 1e-4),
-    "linear_end": ("end", 2e-2),
-    "timesteps": ("steps", 1000),
-    "cosine_s": ("cosine_offset", 8e-3),
-}
 _IDENTITIES = ("Identity", "IdentityEncoder")
-_REFUSED = {
-    "given_betas": "betas of its own",
-    "low_scale_config": "an upscaler of noised images",
-    "depth_stage_config": "depth maps",
-    "embedder_config": "an image embedder",
-}
 
 
 def read_config(path: Path) -> Node:

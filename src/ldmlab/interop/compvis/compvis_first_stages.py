@@ -4,25 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.interop.renaming import refuse_cosine
+from ldmlab.interop.renaming import OPTIONS, refuse_cosine
 
 RESOLUTION = 256  # of the official files: the image size at which `attn_resolutions` are counted
 _CLASSES = {"AutoencoderKL": "kl.KLAutoencoder", "VQModel": "vq.VQModel", "VQModelInterface": "vq.VQModel"}
-_NETWORK = {  # official `ddconfig` => ours
-    "ch": "channels",
-    "ch_mult": "channel_mult",
-    "num_res_blocks": "num_res_blocks",
-    "z_channels": "bottleneck_channels",
-    "dropout": "dropout",
-}
-_WITHOUT_EFFECT = {
-    *("monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key", "remap", "sane_index_shape"),
-    *("batch_resize_range", "scheduler_config", "lr_g_factor", "use_ema", "colorize_nlabels"),
-}
-_ONLY = {
-    **{"in_channels": 3, "out_ch": 3, "resamp_with_conv": True, "use_linear_attn": False, "tanh_out": False},
-    "give_pre_end": False,
-}
+_TABLES = OPTIONS["compvis"]["first_stage"]
+_NETWORK, _ONLY = _TABLES["ours"], _TABLES["only"]
 _KNOWN = {*_NETWORK, *_ONLY, "attn_resolutions", "resolution", "attn_type", "double_z"}
 
 
@@ -61,7 +48,7 @@ def _check(params: Mapping[str, Any], *, vq: bool) -> None:
     missing += [f"ddconfig.{name}" for name in sorted(needed - network.keys()) if "ddconfig" in params]
     if missing:
         raise InputError(f"first_stage_config.params has no {', '.join(missing)}; give the whole configuration.")
-    for name in params.keys() - _WITHOUT_EFFECT - {"embed_dim", "ddconfig", "n_embed"}:
+    for name in params.keys() - {*_TABLES["without_effect"]} - {"embed_dim", "ddconfig", "n_embed"}:
         raise InputError(f"first_stage_config.params.{name} is no option of the official first stages; check the file.")
     for name, value in network.items():
         if name in _ONLY and value != _ONLY[name]:

@@ -23,12 +23,7 @@ AVERAGED = "model_ema."
 LOSS = "loss."  # discriminator and perceptual network of a first stage's training
 CLASS_TABLE = "label_emb.weight"  # with num_classes: rows are the U-Net's vector conditioning, in a conditioner here
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine", "sqrt": "sqrt"}  # official => ours
-BUFFERS = (
-    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
-    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
-    *("scale_factor", "logvar", "cond_ids", "lvlb_weights"),
-)
+BUFFERS = tuple(renaming.OPTIONS["compvis"]["buffers"])
 _TABLES = ("position_ids", "attn_mask")  # counters and masks that libraries stored with a text encoder's weights
 
 

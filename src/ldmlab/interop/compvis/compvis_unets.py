@@ -4,39 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmlab.errors import InputError
+from ldmlab.interop.renaming import OPTIONS
 
-_OPTIONS = {  # official => ours
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "model_channels": "model_channels",
-    "num_res_blocks": "num_res_blocks",
-    "attention_resolutions": "attention_downsampling",
-    "channel_mult": "channel_mult",
-    "num_heads": "heads",
-    "num_head_channels": "head_channels",
-    "transformer_depth": "transformer_depth",
-    "context_dim": "context_width",
-    "dropout": "dropout",
-    "use_scale_shift_norm": "scale_shift",
-    "resblock_updown": "residual_resampling",
-}
-_DEFAULTS = {  # of the official class; the first five have none
-    "channel_mult": (1, 2, 4, 8),
-    "num_heads": -1,
-    "num_head_channels": -1,
-    "transformer_depth": 1,
-    "context_dim": None,
-    "dropout": 0.0,
-    "use_scale_shift_norm": False,
-    "resblock_updown": False,
-}
-_ONE = ("num_res_blocks", "transformer_depth", "context_dim")  # which Stability's files may repeat for every level
-_WITHOUT_EFFECT = {"image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "use_linear_in_transformer"}
-_ONLY = {  # the only value that ours is built for
-    **{"conv_resample": True, "dims": 2, "use_new_attention_order": False, "disable_middle_self_attn": False},
-    **dict.fromkeys(("n_embed", "disable_self_attentions", "num_attention_blocks", "adm_in_channels")),
-}
-_KNOWN = {*_OPTIONS, *_ONLY, *_WITHOUT_EFFECT, "num_heads_upsample", "use_spatial_transformer", "num_classes"}
+_TABLES = OPTIONS["compvis"]["unet"]
+_OURS, _DEFAULTS, _ONLY = (_TABLES[name] for name in ("ours", "defaults", "only"))
+_KNOWN = {*_OURS, *_ONLY, *_TABLES["without_effect"], "num_heads_upsample", "use_spatial_transformer", "num_classes"}
 
 
 def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +19,7 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
         options["context_dim"] = None
     if options["num_head_channels"] != -1:  # wins over num_heads in the official code
         options["num_heads"] = -1
-    ours = {name: _plain(official, options[official]) for official, name in _OPTIONS.items()}
+    ours = {name: _plain(official, options[official]) for official, name in _OURS.items()}
     ours |= {name: None for name in ("heads", "head_channels") if ours[name] == -1}
     classes = params.get("num_classes")
     if classes is None:
@@ -59,7 +31,7 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(params: Mapping[str, Any]) -> None:
-    missing = [name for name in _OPTIONS if name not in _DEFAULTS.keys() | params.keys()]
+    missing = [name for name in _OURS if name not in _DEFAULTS.keys() | params.keys()]
     missing += ["context_dim"] if params.get("use_spatial_transformer") and not params.get("context_dim") else []
     if missing:
         raise InputError(f"unet_config.params has no {', '.join(missing)}; give the whole official configuration.")
@@ -76,7 +48,7 @@ def _check(params: Mapping[str, Any]) -> None:
 
 def _plain(name: str, value: Any) -> Any:
     """Lists as lists, and one number for what may be repeated."""
-    if name in _ONE and value is not None:
+    if name in _TABLES["one"] and value is not None:
         numbers = {value} if isinstance(value, int) else set(value)
         if len(numbers) != 1:
             raise InputError(
@@ -99,7 +71,7 @@ def params_of(node: Mapping[str, Any], classes: int | None = None) -> dict[str, 
             raise InputError(
                 f"backbone.{option}={node[option]} is no option of the official U-Net; use --format ldmlab."
             )
-    given = {official: node[ours] for official, ours in _OPTIONS.items() if node.get(ours) is not None}
+    given = {official: node[ours] for official, ours in _OURS.items() if node.get(ours) is not None}
     params = {official: _plain(official, value) for official, value in given.items()}
     params["image_size"] = 32  # read by nothing
     if node.get("context_width"):

@@ -8,16 +8,12 @@ from torch import Tensor
 
 from ldmlab.errors import InputError
 from ldmlab.interop.diffusers.diffusers_config import levels_with_attention, multiples, named_class, resolved
-from ldmlab.interop.renaming import Node, State, StateDict, refuse_cosine
+from ldmlab.interop.renaming import OPTIONS, Node, State, StateDict, refuse_cosine
 
 KL, VQ = "AutoencoderKL", "VQModel"
 _TARGETS = {KL: "ldmlab.first_stages.kl.KLAutoencoder", VQ: "ldmlab.first_stages.vq.VQModel"}
 Config = Mapping[str, Any]
-_SAME = {  # diffusers => ours, our default
-    "layers_per_block": ("num_res_blocks", 2),
-    "mid_block_add_attention": ("mid_attention", True),
-    "norm_num_groups": ("norm_groups", 32),
-}
+_SAME = OPTIONS["diffusers"]["first_stage"]  # diffusers => ours, our default
 _BLOCKS = {f"{prefix}{way}coderBlock2D" for prefix in ("", "Attn") for way in ("DownEn", "UpDe")}
 
 

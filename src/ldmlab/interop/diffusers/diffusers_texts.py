@@ -11,20 +11,14 @@ from open_clip.tokenizer import SimpleTokenizer
 from ldmlab.errors import InputError
 from ldmlab.interop.diffusers.diffusers_config import read_json
 from ldmlab.interop.published_weights import WEIGHTS
-from ldmlab.interop.renaming import CLIP_TEXT, Node, clip_node
+from ldmlab.interop.renaming import CLIP_TEXT, OPTIONS, Node, clip_node
 
 CLIP, BERT = "CLIPTextModel", "LDMBertModel"
 _NO_LENGTH = 1_000_000  # from here on, transformers' tokenizers mean none
 _LDM_LENGTH = 77  # fixed in LDMTextToImagePipeline
 Config = Mapping[str, Any]
 _CLIP_DEFAULTS = {"intermediate_size": 2048, "projection_dim": 512}  # of transformers' CLIPTextConfig
-_BERT = {  # diffusers' LDMBertConfig => ours, the default of both
-    "vocab_size": ("vocab_size", 30522),
-    "max_position_embeddings": ("length", 77),
-    "encoder_layers": ("depth", 32),
-    "encoder_attention_heads": ("heads", 8),
-    "d_model": ("width", 1280),
-}
+_BERT = OPTIONS["diffusers"]["bert"]  # diffusers' LDMBertConfig => ours, the default of both
 HOME = "ldmlab.conditioners."
 CLIP_TARGET, BERT_TARGET = f"{HOME}text.open_clip_text", f"{HOME}text.TransformerText"
 

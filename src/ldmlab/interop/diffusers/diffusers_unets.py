@@ -8,18 +8,12 @@ from typing import Any
 
 from ldmlab.errors import InputError
 from ldmlab.interop.diffusers.diffusers_config import levels_with_attention, multiples, named_class, resolved
+from ldmlab.interop.renaming import OPTIONS
 
 CONDITION, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 TARGET = "ldmlab.backbones.unet.UNet"
 Config = Mapping[str, Any]
-_SAME = {  # diffusers => ours, default
-    "in_channels": ("in_channels", None),
-    "out_channels": ("out_channels", None),
-    "layers_per_block": ("num_res_blocks", None),
-    "dropout": ("dropout", 0.0),
-    "norm_eps": ("norm_eps", 1e-5),
-    "freq_shift": ("frequency_shift", 0),
-}
+_SAME = OPTIONS["diffusers"]["unet"]  # diffusers => ours, default
 WITH_ATTENTION = {CONDITION: "CrossAttn", PLAIN: "Attn"}
 
 
