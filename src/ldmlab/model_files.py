@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldmlab import format1, plugins
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
-from ldmlab.errors import InputError, shown
+from ldmlab.errors import InputError, one_of, shown
 from ldmlab.files import by_step, write_text
 from ldmlab.sharded import STATE, laid_out
 
@@ -50,8 +50,7 @@ class ModelFiles:
 
 def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
     """Description and weights of the model at `path`; InputError naming what is missing or damaged."""
-    if weights not in ("averaged", "raw"):
-        raise InputError(f"weights={shown(weights)} is unknown; choose averaged or raw.")
+    one_of("weights", weights, ("averaged", "raw"))
     folder, checkpoint = _locate(Path(path))
     spec = read_description(folder)
     check_hashes(folder, spec)

@@ -131,7 +131,7 @@ def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
         (["0", "--classifier-scale", "3"], "--classifier-scale 3.0 does nothing without --classifier"),
         (["--guider", "squared"], "--guider squared needs an image"),
         (["--guider", "squared", "--guider-image", "nowhere.png"], "nowhere.png cannot be read"),
-        (["--guider", "cubic", "--guider-image", "IMAGE"], "--guider cubic is unknown; choose squared or lpips."),
+        (["--guider", "cubic", "--guider-image", "IMAGE"], "--guider cubic is unknown; choose one of squared, lpips."),
         (["--guider-image", "IMAGE"], "does nothing without --guider"),
         (["--classifier", "CLASSIFIER"], "this model takes class_id as input"),
         (["0", "--classifier", "CLASSIFIER", "--guidance-scale", "3"], "--guidance-scale 3.0 needs conditions"),

@@ -116,7 +116,7 @@ def test_without_diffusers(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_unknown_format(folder: Path, tmp_path: Path) -> None:
     message = refused(folder, tmp_path / "out", "--format", "onnx")
-    assert "--format=onnx is unknown; choose ldmlab, safetensors, compvis, diffusers" in message
+    assert "--format=onnx is unknown; choose one of ldmlab, safetensors, compvis, diffusers" in message
 
 
 def test_out_is_taken(folder: Path, tmp_path: Path) -> None:

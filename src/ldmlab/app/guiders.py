@@ -11,7 +11,7 @@ from ldmlab.checkpoints import fingerprint
 from ldmlab.contracts import Guider
 from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, squared_error
 from ldmlab.diffusion.schedule import as_path, same_path
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.inference.inputs import row
 from ldmlab.inference.model import LoadedModel
 from ldmlab.instantiate import instantiate
@@ -76,8 +76,7 @@ def image_guider(
             f"guider={distance} needs an image, and low_resolution is no input of this model; name a file "
             "(--guider-image FILE, or guiders.NAME.image=FILE)."
         )
-    if distance not in ("squared", "lpips"):
-        raise InputError(f"guider={distance} is unknown; choose squared or lpips.")
+    one_of("guider", distance, ("squared", "lpips"))
     target = None if image is None else row("guider_image", Path(image))  # uint8 (3, h, w)
     measure = squared_error if distance == "squared" else LPIPS(weights_path("lpips")).to(model.device)
     name = distance if image is None else f"{distance} to {image}"

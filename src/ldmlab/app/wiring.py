@@ -17,7 +17,7 @@ from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_records import comparison_fields
 from ldmlab.checkpoints import fingerprint, save_tensors
 from ldmlab.data.shard_data import ShardData
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
 from ldmlab.report.score_curves import read_curves
@@ -40,8 +40,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
     settings: TrainerSettings = instantiate(trainer_node(config["trainer"]), where="trainer")
     check_accelerator(settings)
     name = config["stage"]["name"]
-    if name not in PLANS:
-        raise InputError(f"stage.name={name} is unknown; choose {', '.join(PLANS)}.")
+    one_of("stage.name", name, PLANS)
     check_choices(config, chosen)
     distributed.join(settings.timeout_minutes)
     folder, runs = config["run"]["dir"], config["paths"]["runs"]  # run.dir: exactly there, where a run is resumed

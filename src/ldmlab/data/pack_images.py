@@ -16,7 +16,7 @@ from ldmlab.data.image_parts import MAPS, centre_cropped, packed_map, upright_si
 from ldmlab.data.image_sources import Item
 from ldmlab.data.tars import image_ending, read_range, tar_bytes
 from ldmlab.data.transforms import Transform
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.open_image import open_image, read_image
 
 FORMATS = ("webp", "png", "jpg")
@@ -30,8 +30,7 @@ class Encoding:
     quality: int | None = None  # 1 .. 100
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise InputError(f"format={self.format} is unknown; choose one of {', '.join(FORMATS)}.")
+        one_of("format", self.format, FORMATS)
         if self.quality is not None and (self.format == "png" or not 1 <= self.quality <= 100):
             raise InputError(f"quality={self.quality} with format={self.format}; give 1 .. 100 to webp or jpg only.")
 

@@ -17,7 +17,7 @@ from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder, training_batches
 from ldmlab.data.shard_cache import ShardCache, shards_folder
 from ldmlab.data.stores import Folder, Store, manifest_of, shards_at
-from ldmlab.errors import InputError, check_side
+from ldmlab.errors import InputError, check_side, one_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,7 @@ class ShardData:
 
     def folder(self, split: str, kind: str | None = None) -> Folder:
         """Where the shards of a split lie; split: train | val, kind: images | latents."""
-        if split not in ("train", "val"):
-            raise InputError(f"split={split} is unknown; choose train or val.")
+        one_of("split", split, ("train", "val"))
         if (kind or self.kind) == "images":
             return self._at(self.train if split == "train" else self.val, f"data.{split}")
         if self.latents is None:

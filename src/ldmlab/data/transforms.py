@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from ldmlab.errors import InputError, check_side
+from ldmlab.errors import InputError, check_side, one_of
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -63,8 +63,7 @@ class Transform:
     background: Colour = WHITE
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise InputError(f"crop={self.rule} is unknown; choose one of {', '.join(RULES)}.")
+        one_of("crop", self.rule, RULES)
         if self.rule == "keep" and self.size is not None:
             raise InputError(f"crop=keep leaves images as they are, so size={self.size} cannot be met; drop one.")
         if self.rule != "keep":

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ldmlab.errors import InputError
+from ldmlab.errors import one_of
 
 FORMATS = """ldmlab       our model folder: model.yaml, NAME.safetensors, README.md (default)
 safetensors  another name for ldmlab
@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from ldmlab.model_files import read_model
 
     check_new(args.out)
-    if args.format not in WRITERS:
-        raise InputError(f"--format={args.format} is unknown; choose {', '.join(WRITERS)}.")
+    one_of("--format", args.format, WRITERS)
     files = read_model(args.model, args.weights)
     weights = f"{files.weights} weights" + (f" of step {files.step}" if files.step is not None else "")
     with new_folder(args.out) as folder:

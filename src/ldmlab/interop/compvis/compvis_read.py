@@ -13,7 +13,7 @@ from torch import nn
 
 from ldmlab.build import ready
 from ldmlab.contracts import LatentSpec
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.compvis import compvis_conditioners, compvis_config, compvis_first_stages, compvis_unets
 from ldmlab.interop.compvis import compvis_networks as networks
@@ -38,10 +38,8 @@ def read(
     prediction: str | None = None,
 ) -> ModelFiles:
     """An official checkpoint with its YAML file (or the file's content); one InputError lists all differences."""
-    if weights not in ("averaged", "raw"):
-        raise InputError(f"weights={weights} is unknown; choose averaged or raw.")
-    if prediction not in (None, "eps", "v"):
-        raise InputError(f"prediction={prediction} is unknown; choose eps or v.")
+    one_of("weights", weights, ("averaged", "raw"))
+    one_of("prediction", prediction or "eps", ("eps", "v"))
     state, step = read_weights(Path(path))
     content = compvis_config.read_config(Path(config)) if isinstance(config, (str, Path)) else config
     return describe(state, content, source=str(path), weights=weights, prediction=prediction, step=step)
