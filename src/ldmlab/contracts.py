@@ -106,7 +106,9 @@ class Path(Protocol):
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]: ...  # (B,) => alpha, sigma, float32 (B, 1, 1, 1)
     def rates(self, times: Tensor) -> tuple[Tensor, Tensor]: ...  # their derivatives by the position, likewise
     def level(self, time: float) -> Level: ...  # also between discrete ones
+    def level_at(self, ratio: float) -> Level: ...  # of a sigma / alpha, also between discrete ones
     def quantile(self, u: Tensor) -> Tensor: ...  # uniform numbers (B,) => times (B,); a larger one is noisier
+    def time(self, s: Tensor) -> Tensor: ...  # the inverse of `position`
     def position(self, times: Tensor) -> Tensor: ...  # times => 0, the clean end, to 1, the noise end
     def time_of(self, ratio: Tensor) -> Tensor: ...  # sigma / alpha (B,) => times (B,)
     def grid(self, steps: int, spacing: str) -> list[Level]: ...  # from the noise end; `auto`: the solver's spacing

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,11 @@ def rows(heading: str) -> dict[str, list[str]]:
 def test_every_sampler_and_spacing_is_named() -> None:
     assert sorted(rows("Which sampler")) == SAMPLERS
     assert sorted(rows("Which steps")) == sorted(SPACINGS)
-    assert sorted(rows("Measured")) == [n for n in SAMPLERS if sampler_by_name(n).order is not None]  # type: ignore[attr-defined]
+    assert sorted(rows("Measured")) == [
+        name
+        for name in SAMPLERS
+        if sampler_by_name(name).order is not None and name != "ode"  # type: ignore[attr-defined]
+    ]
 
 
 @pytest.mark.parametrize("name", rows("Which sampler"))
@@ -54,9 +59,10 @@ def test_orders_evaluations_and_steps_are_the_code_s(name: str) -> None:
 
 @pytest.mark.parametrize("name", rows("Measured"))
 def test_errors_of_samplers(name: str) -> None:
-    sampler = sampler_by_name(name)
-    steps = [budget // 2 if name == "heun" else budget for budget in BUDGETS]
-    measured = [error(sampler, sampler.spacing, s) for s in steps]  # type: ignore[attr-defined]
+    sampler: Any = sampler_by_name(name)
+    sampler = sampler.along(Schedule())
+    steps = [budget // 2 if name in ("heun", "dpm_2") else budget for budget in BUDGETS]
+    measured = [error(sampler, sampler.spacing, s) for s in steps]
     assert [float(cell) for cell in rows("Measured")[name]] == pytest.approx(measured, rel=0.01, abs=6e-5)
 
 

@@ -105,6 +105,10 @@ class ContinuousPath(ABC):
         alpha, sigma = self.curve(self.position(torch.tensor(time, dtype=torch.float64)))
         return Level(float(alpha), float(sigma), float(time))
 
+    def level_at(self, ratio: float) -> Level:
+        """The level of a sigma / alpha."""
+        return self.level(float(self.time(self.position_of(torch.tensor(ratio, dtype=torch.float64)))))
+
     def grid(self, steps: int, spacing: str = "auto") -> list[Level]:
         """`steps` levels from the noise end down, and the clean end.
 

@@ -36,6 +36,10 @@ class DiscretePath:
         """times / (T - 1)."""
         return times / max(self.steps - 1, 1)
 
+    def time(self, s: Tensor) -> Tensor:
+        """s (T - 1)."""
+        return s * (self.steps - 1)
+
     def time_of(self, ratio: Tensor) -> Tensor:
         """The times (B,) int64 whose sigma / alpha is nearest on a logarithmic scale."""
         levels = levels_of(self)
@@ -50,11 +54,17 @@ class DiscretePath:
         alpha, sigma = (float(torch.lerp(v[left], v[min(left + 1, self.steps - 1)], time - left)) for v in levels)
         return Level(alpha, sigma, float(time))
 
+    def level_at(self, ratio: float) -> Level:
+        """The level of a sigma / alpha, between the known ones."""
+        levels = levels_of(self)
+        radius = torch.hypot(levels.alpha, levels.sigma)
+        return _between(levels.log_snr, radius, torch.tensor(-math.log(ratio), dtype=torch.float64))
+
     def rates(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """A discrete schedule has no derivatives."""
         raise InputError(
-            "diffusion.prediction: the velocity of a flow is undefined on a discrete schedule; choose v or eps, or a "
-            "continuous path such as diffusion=flow."
+            "the velocity of a flow is undefined on a discrete schedule; choose the prediction v or eps and a sampler "
+            "other than ode and sde, or a continuous path such as diffusion=flow."
         )
 
     def grid(self, steps: int, spacing: str = "auto") -> list[Level]:

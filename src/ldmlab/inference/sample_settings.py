@@ -23,7 +23,7 @@ REPEATS = 5  # default where a model fills holes without having been trained for
 LONGEST = 2**16  # px
 LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
 TILE = 512  # px
-_SOMETIMES = ("temperature", "quantize_x0", "strength", "repeats", "tile", "window")  # recorded where they are used
+_SOMETIMES = ("temperature", "churn", "quantize_x0", "strength", "repeats", "tile", "window")  # recorded if used
 
 
 def _option(default: Any, text: str, least: float | None = None, most: float = math.inf, words: str = "") -> Any:
@@ -47,6 +47,7 @@ class SampleSettings:
         None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's, or a flow's)"
     )
     temperature: float | None = _option(None, "factor of the fresh noise, for samplers that draw some (1)", 0)
+    churn: float | None = _option(None, "noise before each step of euler or heun (0; EDM: 40)", 0)
     quantize_x0: bool | None = _option(None, "clean estimates to the nearest codebook vectors, for VQ first stages")
     strength: float | None = _option(
         None, f"with --from: near 0 keeps the image, 1 forgets it ({STRENGTH}; with --mask 1)", 1e-6, 1
@@ -73,7 +74,7 @@ class SampleSettings:
     def build_sampler(self) -> "Sampler":
         """Built with the options that differ from the sampler's own; a missing option may have its neutral value."""
         sampler = sampler_by_name(self.sampler)
-        neutral = {"eta": 0.0, "temperature": 1.0, "quantize_x0": False}
+        neutral = {"eta": 0.0, "temperature": 1.0, "churn": 0.0, "quantize_x0": False}
         chosen = {name: getattr(self, name) for name in neutral if getattr(self, name) is not None}
         other = {name: value for name, value in chosen.items() if value != getattr(sampler, name, neutral[name])}
         return sampler_by_name(self.sampler, **other) if other else sampler
@@ -227,6 +228,7 @@ def _way_out(name: str) -> str:
         "spacing": "choose one of those in docs/samplers.md.",
         "temperature": "choose 1 (the sampler's noise) or a smaller factor.",
         "eta": "choose 0 (no fresh noise) or 1 (as DDPM).",
+        "churn": "choose 0 (none) or for instance 40.",
         "quantize_x0": "choose one of them.",
         "tile_norms": "choose shared or separate.",
     }

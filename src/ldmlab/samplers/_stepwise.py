@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from ldmlab.contracts import AfterStep, Denoise, Level, Noise
+from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path
 from ldmlab.errors import InputError
 
 
@@ -26,6 +26,7 @@ class Step:
     noise: Noise
     past: list[Any]  # what a sampler keeps from step to step, empty at first
     nearest: Callable[[Tensor], Tensor]  # of a clean estimate: its codebook vectors with `quantize_x0`, else itself
+    path: Path | None = None  # for samplers that evaluate the network between the levels of the grid
 
 
 class Stepwise(ABC):
@@ -37,6 +38,9 @@ class Stepwise(ABC):
     temperature: float = 1.0  # factor of the noise that steps add
     quantize_x0: bool = False  # replace each clean estimate by the nearest codebook vectors of a VQ first stage
     repeats: bool = False  # take the step between equal levels, which grids of the paper's code may hold
+    _churn: "Churn | None" = None  # noise that is added before a step, which then begins at a higher level
+    needs_path: bool = False
+    path: Path | None = None
     _nearest: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
@@ -55,21 +59,63 @@ class Stepwise(ABC):
         def fresh(step: int) -> Tensor:
             return self.temperature * noise(step) if self.temperature != 1 else noise(step)
 
+        if self.path is None and (self.needs_path or self._churn):
+            raise InputError(f"sampler={type(self).__name__} evaluates between the levels of a grid; call along(path).")
         for number, (here, there) in enumerate(pairwise(grid)):
             if here[:2] == there[:2] and not self.repeats:
                 continue
+            if self._churn and self.path:
+                x, here = self._churn.raised(x, here, len(grid) - 1, self.path, noise, number)
             unrounded = denoise(x, here)
             clean = unrounded.to(x.dtype)
-            x = self.step(x, clean, Step(number, here, there, unrounded, denoise, fresh, past, nearest))
+            x = self.step(x, clean, Step(number, here, there, unrounded, denoise, fresh, past, nearest, self.path))
             if after_step is not None:
                 x = after_step(number, x, clean)
         return x
+
+    def along(self, path: Path) -> Self:
+        """The same sampler, which knows the levels between those of a grid."""
+        if not (self.needs_path or self._churn):
+            return self
+        other = copy.copy(self)
+        other.path = path
+        return other
 
     def with_codebook(self, nearest: Callable[[Tensor], Tensor]) -> Self:
         """The same sampler for `quantize_x0`; `nearest`: clean latents (B, C, h, w) => those of their codes."""
         other = copy.copy(self)
         other._nearest = nearest
         return other
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise before each step (Karras et al. 2022, algorithm 2): sigma / alpha grows by at most the factor sqrt(2).
+
+    The factor is 1 + min(amount / steps, sqrt(2) - 1) where low <= sigma / alpha <= high.
+    """
+
+    amount: float
+    low: float
+    high: float
+    scale: float  # of the added noise; the paper's best is 1.003
+
+    def raised(self, x: Tensor, here: Level, steps: int, path: Path, noise: Noise, number: int) -> tuple[Tensor, Level]:
+        """x at a noisier level, and that level."""
+        ratio = here.sigma / here.alpha if here.alpha else math.inf
+        if not (math.isfinite(ratio) and self.low <= ratio <= self.high):
+            return x, here
+        up = path.level_at(ratio * (1 + min(self.amount / steps, math.sqrt(2) - 1)))
+        change = up.alpha / here.alpha
+        added = math.sqrt(max(up.sigma**2 - (change * here.sigma) ** 2, 0.0))
+        return change * x + self.scale * added * noise(number), up
+
+
+def checked_churn(churn: float, low: float, high: float, scale: float) -> Churn | None:
+    """The options of a sampler with churn; None for 0."""
+    if not (0 <= churn < math.inf and 0 <= low <= high and scale > 0):
+        raise InputError(f"churn={churn}, churn_min={low}, churn_max={high}, churn_noise={scale} are no churn; use 0.")
+    return Churn(churn, low, high, scale) if churn else None
 
 
 def checked_temperature(temperature: float) -> float:
@@ -95,6 +141,13 @@ def first_order(x: Tensor, clean: Tensor, here: Level, there: Level) -> Tensor:
 def noise_of(x: Tensor, clean: Tensor, level: Level) -> Tensor:
     """eps = (x - alpha clean) / sigma: exactly a float32 network's, where `clean` has kept its digits in float64."""
     return ((x - level.alpha * clean.double()) / level.sigma).to(x.dtype)
+
+
+def middle(here: Level, there: Level, path: Path | None) -> Level | None:
+    """The level halfway in log(sigma / alpha); None where an end is infinite."""
+    if path is None or here.alpha == 0 or there.sigma == 0:
+        return None
+    return path.level_at(math.sqrt(here.sigma / here.alpha * there.sigma / there.alpha))
 
 
 def posterior_variance(here: Level, there: Level) -> float:

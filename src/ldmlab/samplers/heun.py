@@ -1,16 +1,24 @@
 """Heun's method on the probability flow (Karras et al. 2022, "Elucidating the design space", algorithm 1)."""
 
+import math
+
 from torch import Tensor
 
-from ldmlab.samplers._stepwise import Step, Stepwise, first_order, noise_of
+from ldmlab.samplers._stepwise import Step, Stepwise, checked_churn, first_order, noise_of
 
 
 class Heun(Stepwise):
     """Two evaluations a step, at its start and at its end; one where the network cannot be evaluated at the end."""
 
-    order = 2
     spacing = "log_snr"
     steps = 25  # 49 evaluations
+
+    def __init__(
+        self, churn: float = 0.0, churn_min: float = 0.0, churn_max: float = math.inf, churn_noise: float = 1.0
+    ) -> None:
+        """churn: noise added before each step (Karras et al.: 40), between two values of sigma / alpha."""
+        self._churn = checked_churn(churn, churn_min, churn_max, churn_noise)
+        self.order = None if churn else 2
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         """x' by the mean of the slopes eps at both ends, in x / alpha over sigma / alpha."""

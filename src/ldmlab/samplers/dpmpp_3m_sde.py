@@ -1,0 +1,48 @@
+"""DPM-Solver++ as a stochastic differential equation, multistep, in log-SNR (Lu et al. 2022; Crowson, k-diffusion)."""
+
+import math
+
+from torch import Tensor
+
+from ldmlab.samplers._stepwise import Step, Stepwise, checked_temperature, first_order, log_snr
+
+
+class Dpmpp3MSde(Stepwise):
+    """One evaluation and one noise a step; of third order without noise. Steps to or from infinity are first-order."""
+
+    spacing = "log_snr"
+    steps = 25
+    depth = 3  # estimates that are used
+
+    def __init__(self, eta: float = 1.0, temperature: float = 1.0) -> None:
+        """eta: 0 no fresh noise; 1 that of the reverse diffusion."""
+        self.eta, self.temperature = eta, checked_temperature(temperature)
+        self.order: int | None = None if eta > 0 else self.depth
+
+    def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
+        """sigma'/sigma e^(-eta h) x + alpha' ((1 - e^-k) D + phi_2 D' h - phi_3 D'' h^2), k = (1 + eta) h, + noise."""
+        here, there, past = step.here, step.there, step.past  # past: (h, clean) of the steps before, newest first
+        length = log_snr(there) - log_snr(here)  # h
+        if not math.isfinite(length):
+            past.clear()
+            return first_order(x, clean, here, there)
+        decay, whole = math.exp(-self.eta * length), (1 + self.eta) * length
+        x = there.sigma / here.sigma * decay * x - there.alpha * math.expm1(-whole) * clean
+        x = x + there.alpha * self.bend(clean, past, length, whole)
+        past[:] = [(length, clean), *past][: self.depth - 1]
+        fresh = there.sigma * math.sqrt(-math.expm1(-2 * self.eta * length))
+        return x + fresh * step.noise(step.number) if fresh > 0 else x
+
+    def bend(self, clean: Tensor, past: list[tuple[float, Tensor]], length: float, whole: float) -> Tensor | float:
+        """What derivatives of the estimate, from those before, add to the first-order step."""
+        if not past:
+            return 0.0
+        second = math.expm1(-whole) / whole + 1  # phi_2
+        ratio = past[0][0] / length
+        slope = (clean - past[0][1]) / ratio
+        if len(past) == 1:
+            return second * slope
+        before = past[1][0] / length
+        earlier = (past[0][1] - past[1][1]) / before
+        slope, curve = slope + (slope - earlier) * ratio / (ratio + before), (slope - earlier) / (ratio + before)
+        return second * slope - (second / whole - 0.5) * curve  # phi_3

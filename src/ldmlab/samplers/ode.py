@@ -1,0 +1,76 @@
+"""The probability flow of a path by the solvers of torchdiffeq: adaptive dopri5, or fixed steps of higher order."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path
+from ldmlab.errors import InputError, one_of
+from ldmlab.samplers._stepwise import noise_of
+
+ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "dopri5": 5, "dopri8": 8, "bosh3": 3}
+_LEAST = 1e-6  # position and sigma of the evaluation at the clean end itself, where eps is undefined
+
+
+class Ode:
+    """d x / d s = alpha' clean + sigma' eps from the first level of a grid to its end.
+
+    Fixed methods step over the grid; adaptive ones (dopri5, dopri8, bosh3) choose their steps by the tolerances and use
+    the grid's ends alone. They look at the largest error of a batch, so images differ a little between batches.
+    """
+
+    spacing = "linspace"
+    steps = 50
+
+    def __init__(self, method: str = "dopri5", rtol: float = 1e-3, atol: float = 1e-6) -> None:
+        """rtol, atol: of adaptive methods; SiT samples with 1e-3 and 1e-6."""
+        one_of("sampler.method", method, ORDERS)
+        if not (rtol > 0 and atol > 0):
+            raise InputError(f"sampler.rtol={rtol} and atol={atol} must be above 0, for instance 1e-3 and 1e-6.")
+        self.method, self.rtol, self.atol = method, rtol, atol
+        self.order = ORDERS[method]
+        self.path: Path | None = None
+
+    def along(self, path: Path) -> "Ode":
+        """The same sampler on a path."""
+        other = Ode(self.method, self.rtol, self.atol)
+        other.path = path
+        return other
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
+    ) -> Tensor:
+        """As a sampler; `after_step` is not called, since an adaptive method's steps are its own."""
+        if self.path is None:
+            raise InputError("sampler=ode evaluates between the levels of a grid; call along(path).")
+        if after_step is not None:
+            raise InputError("sampler=ode has no steps to show or to change; choose another, for instance heun.")
+        adaptive = self.method in ("dopri5", "dopri8", "bosh3")
+        places = positions(self.path, grid)
+        places = places[[0, -1]] if adaptive else places
+        times = 1 - places.to(x.device)  # growing, as the solvers' step rules expect
+        more: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol} if adaptive else {}
+        path = self.path
+        return odeint(lambda t, y: -slope(denoise, path, y, 1 - t), x, times, method=self.method, **more)[-1]
+
+
+def positions(path: Path, grid: list[Level]) -> Tensor:
+    """s of the levels of a grid, float64; the end is the clean end."""
+    times = torch.tensor([level.time for level in grid if level.time is not None], dtype=torch.float64)
+    places = path.position(times)
+    end = places.new_full((1,), getattr(path, "first", 0.0))
+    return places if grid[-1].time is not None else torch.cat([places, end])
+
+
+def slope(denoise: Denoise, path: Path, x: Tensor, s: Tensor) -> Tensor:
+    """d x / d s at a position, in x's dtype."""
+    time = path.time(s.detach().cpu().double())
+    level = path.level(float(time))
+    if not abs(level.sigma) >= _LEAST:  # the end; adaptive methods look beyond it, where a path may not go on
+        time = path.time(s.new_tensor(_LEAST, device="cpu", dtype=torch.float64))
+        level = path.level(float(time))
+    d_alpha, d_sigma = (float(rate) for rate in path.rates(time[None]))
+    clean = denoise(x, level)
+    return d_alpha * clean.to(x.dtype) + d_sigma * noise_of(x, clean, level)

@@ -1,0 +1,170 @@
+"""End points of SiT's, REPA's, k-diffusion's, EDM's and diffusers' samplers, on their analytic stand-in networks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmlab.contracts import Level
+from ldmlab.diffusion.parameterization import EpsPrediction, Parameterization, ScorePrediction, VelocityPrediction
+from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
+from ldmlab.inference.sample_settings import sampler_by_name
+from modern_cases import assert_near, drawn_noise, field, preconditioned, recorded
+
+END = Level(1.0, 0.0, None)
+EDM = EdmPath(1e-4, 1e4)
+K, K_CASES = recorded("kdiffusion/samplers")
+SAMPLERS = {  # of k-diffusion => ours, with their options' names
+    "euler": ("euler", {}),
+    "heun": ("heun", {}),
+    "dpm_2": ("dpm_2", {}),
+    "dpm_2_ancestral": ("dpm_2", {"eta": 1.0}),
+    "euler_ancestral": ("euler_ancestral", {}),
+    "lms": ("lms", {}),
+    "dpmpp_2s_ancestral": ("dpmpp_2s_ancestral", {}),
+    "dpmpp_2m": ("dpmpp_2m", {}),
+    "dpmpp_2m_sde": ("dpmpp_2m_sde", {}),
+    "dpmpp_3m_sde": ("dpmpp_3m_sde", {}),
+}
+RUN = [case for case in K_CASES if case.split(".")[0] in SAMPLERS and "n" in K_CASES[case]]
+
+
+def by_number(shape: Any, dtype: torch.dtype = torch.float32) -> Callable[[int], Tensor]:
+    """The noises of a recorded run, in their order."""
+    return lambda step: drawn_noise(f"noise.{step + 1}", *shape).to(dtype)
+
+
+def sigma_levels(sigmas: Tensor) -> list[Level]:
+    """alpha = 1, to the clean end."""
+    return [*(Level(1.0, float(s), float(s.log() / 4)) for s in sigmas.double() if s > 0), END]
+
+
+def denoise(x: Tensor, level: Level) -> Tensor:
+    return preconditioned(x, torch.tensor([level.sigma], dtype=torch.float64).to(x.dtype))
+
+
+def sigmas_of(case: dict[str, Any]) -> Tensor:
+    n, low, high = case["n"], 0.0292, 14.6146
+    if case["sigmas"] == "vp":
+        t = torch.linspace(1, 1e-3, n)
+        return torch.sqrt(torch.exp(19.9 * t**2 / 2 + 0.1 * t) - 1)
+    if case["sigmas"] == "karras":
+        ramp = torch.linspace(0, 1, n)
+        return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    return torch.linspace(torch.tensor(high).log(), torch.tensor(low).log(), n).exp()
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_k_diffusion(case: str) -> None:
+    settings = K_CASES[case]
+    name, options = SAMPLERS[case.split(".")[0]]
+    options = dict(options)
+    if "s_churn" in settings:
+        options |= {"churn": settings["s_churn"], "churn_min": settings["s_tmin"], "churn_max": settings["s_tmax"]}
+        options["churn_noise"] = settings["s_noise"]
+    if "order" in settings:
+        options["depth"] = settings["order"]
+    if "solver_type" in settings:
+        options["midpoint"] = False
+    for theirs, ours in (("eta", "eta"), ("s_noise", "temperature")):
+        if theirs in settings and "s_churn" not in settings:
+            options[ours] = settings[theirs]
+    grid = sigma_levels(sigmas_of(settings))
+    x = K["x_T"] * grid[0].sigma
+    sampler: Any = sampler_by_name(name, **options)
+    sampler = sampler.along(EDM)
+    assert_near(sampler(denoise, x, grid, noise=by_number(x.shape)), K[case])
+
+
+E, E_CASES = recorded("edm/samplers")
+
+
+@pytest.mark.parametrize(("case", "path", "options"), [
+    ("edm.18", EdmPath(), {}),
+    ("edm.churn", EdmPath(), {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}),
+])  # fmt: skip
+def test_edm(case: str, path: EdmPath, options: dict[str, float]) -> None:
+    grid = path.grid(E_CASES[case]["num_steps"], "karras")
+    x = E["latents" if "latents" in E else "x_T"].double() * grid[0].sigma
+    sampler: Any = sampler_by_name("heun", **options)
+    found = sampler.along(path)(denoise, x, grid, noise=by_number(x.shape, torch.float64))
+    assert_near(found, E[case], 1e-7)
+
+
+PATHS: dict[str, ContinuousPath] = {
+    "Linear": LinearPath(1.0, 0.0),
+    "GVP": CosinePath(1.0, 0.0),
+    "VP": VariancePreservingPath(1.0, 0.0, margins=(0.0, 0.0)),
+}
+PREDICTIONS: dict[str, Any] = {
+    "velocity": VelocityPrediction("data"),
+    "noise": EpsPrediction(),
+    "score": ScorePrediction(),
+}
+
+
+def network(kind: str, predicted: str) -> Callable[[Tensor, Level], Tensor]:
+    """The clean estimate of SiT's stand-in."""
+    form = Parameterization(PREDICTIONS[predicted], PATHS[kind])
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        assert level.time is not None
+        time = torch.tensor([level.time], dtype=torch.float64).to(x.dtype)
+        return form.clean(x, field(x, time), level)
+
+    return denoise
+
+
+def levels(kind: str, start: float, end: float, steps: int, *, clean: bool) -> list[Level]:
+    """Even times of SiT; clean: and its last step, to the data."""
+    times = torch.linspace(start, end, steps, dtype=torch.float64).tolist()
+    grid = [PATHS[kind].level(time) for time in times]
+    return [*grid, END] if clean else grid
+
+
+S, S_CASES = recorded("sit/sdes")
+FORMS = {"SBDM": "sbdm", "inccreasing-decreasing": "increasing_decreasing"}
+
+
+@pytest.mark.parametrize("case", [c for c in S_CASES if c in S and S_CASES[c]["last_step"] is not None])
+def test_sdes_of_sit(case: str) -> None:
+    one = S_CASES[case]
+    kind, predicted, form = one["path_type"], one["prediction"], one["diffusion_form"]
+    exact = predicted == "velocity" and kind != "VP"
+    start = 0.0 if exact or kind == "VP" else 0.001
+    size = one["last_step_size"]
+    grid = levels(kind, start, 1 - size, one["num_steps"], clean=True)
+    options = {"method": one["sampling_method"].lower(), "form": FORMS.get(form, form), "norm": one["diffusion_norm"]}
+    sampler: Any = sampler_by_name("sde", **options, last=one["last_step"].lower())
+    x = S["x_T"]
+    found = sampler.along(PATHS[kind])(network(kind, predicted), x, grid, noise=by_number(x.shape))
+    assert_near(found, S[case])
+
+
+ODES, ODE_CASES = recorded("sit/odes")
+
+
+FLOWS = [case for case in ODE_CASES if case in ODES and not {"reverse", "guided"} & set(case.split("."))]
+
+
+@pytest.mark.parametrize("case", FLOWS)
+def test_odes_of_sit(case: str) -> None:
+    one = ODE_CASES[case]
+    kind, predicted = one["path_type"], one["prediction"]
+    start, end = (0.0, 1.0) if predicted == "velocity" else (0.001, 0.999)
+    start, end = (0.0, 0.999) if kind == "VP" else (start, end)
+    grid = levels(kind, start, end, one["num_steps"], clean=False)
+    if end == 1.0:
+        grid[-1] = END
+    tight = "tight" in case
+    options = {"rtol": 1e-9, "atol": 1e-9} if tight else {}
+    sampler: Any = sampler_by_name("ode", method=one["sampling_method"], **options)
+    x = ODES["x_T"].double() if tight else ODES["x_T"]
+    found = sampler.along(PATHS[kind])(network(kind, predicted), x, grid, noise=by_number(x.shape))
+    assert_near(found, ODES[case], 1e-7 if tight else 5e-5)
+    if one["sampling_method"] == "euler":  # which the sampler over levels takes too, on straight paths
+        again = sampler_by_name("euler")(network(kind, predicted), x, grid, noise=by_number(x.shape))
+        if kind == "Linear":
+            assert_near(again, ODES[case])
