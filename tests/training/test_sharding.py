@@ -25,6 +25,7 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
+from ldmlab.diffusion.weighting import LearnedLogVariance, Snr
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.inference.model import LoadedModel, generate
@@ -70,7 +71,7 @@ def stage(network: str, told: str, recompute: bool = False, **changes: Any) -> D
             parameter.add_(0.02 * torch.randn_like(parameter))
     model = LatentDiffusion(
         Identity(), LatentScale(1.0), backbone, {"told": told_by}, Schedule("scaled_linear"), EpsPrediction(),
-        guidance_trained=True,
+        guidance_trained=True, weighting=LearnedLogVariance(Snr()) if told == "vector" else None,
     )  # fmt: skip
     given = {"optimizer": descent, "gradient_clip": 0.5, "averaging_decay": 0.9, **changes}
     return DiffusionStage(diffusion=model, sampler=Ddim(), grid=ddim_grid(model.schedule, 2), **options(**given))
@@ -165,7 +166,7 @@ def compare(tmp_path: Path, make: Callable[..., Stage], world: int, strategy: st
 def test_two_processes_train_as_one(
     network: str, told: str, recompute: bool, accumulate: int, compiled: bool, tmp_path: Path
 ) -> None:
-    """Every kind of unit: blocks told by tokens, a trained text transformer, a class embedding."""
+    """Every kind of unit: blocks told by tokens, a trained text transformer, a class embedding, a learned weighting."""
     make = partial(stage, network, told, recompute, accumulate=accumulate)
     compare(tmp_path, make, 2, "fsdp", 4, compile=compiled)
 

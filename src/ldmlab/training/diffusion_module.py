@@ -61,9 +61,11 @@ class DiffusionStage(Stage):
         return modules
 
     def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
-        """The backbone, and conditioners that are trained."""
-        trained = [c for c in self.diffusion.conditioners.values() if any(p.requires_grad for p in c.parameters())]
-        return [(self.diffusion.backbone, ()), *((conditioner, ("null",)) for conditioner in trained)]
+        """The backbone, and conditioners and a weighting that are trained."""
+        found = [(self.diffusion.backbone, ()), *((part, ("null",)) for part in self.diffusion.conditioners.values())]
+        if isinstance(weighting := self.diffusion.objective.weighting, nn.Module):
+            found.append((weighting, ("finished",)))
+        return [one for one in found if any(p.requires_grad for p in one[0].parameters())]
 
     def losses(self, group: str, batch: Batch) -> Losses:
         """Mean of the images' losses; their noise levels by position on the path, 0 the cleanest."""
