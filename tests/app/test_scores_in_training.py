@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from walk import SMALL, TINY_CLIP, TINY_STAGE, Flow
+from walk import SMALL, TINY_CLIP, TINY_STAGE, TINY_UNET, Flow
 
+import ldmlab
 from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.evaluate import evaluate
@@ -126,6 +127,28 @@ def test_two_processes_score_as_one_does(flow: Flow, tmp_path: Path) -> None:
     assert together["in_training"] == alone["in_training"]
     for name in ("fid", "kid"):
         assert together["scores"][name]["value"] == pytest.approx(alone["scores"][name]["value"], rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_validated_scored_resumed_loaded_and_exported(flow: Flow, tmp_path: Path) -> None:
+    """Scores and samples are those of its last checkpoint in one process."""
+    small = [option for option in SMALL if not option.startswith("trainer.micro_batch")]
+    given = [f"data.latents={flow.root}/latents", f"conditioner.text.from_run={flow.root}/clip", *TINY_UNET]
+    options = ["experiment=mine/text_to_image", *small, *flow.data, *given, *scores(flow), "trainer.micro_batch=4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(ROOT / "train.py"), *options, "trainer=fsdp", "trainer.accelerator=cpu"]
+    for steps in (1, 2):
+        words = [*command, f"run.dir={tmp_path / 'run'}", f"trainer.max_steps={steps}", "callbacks.panels.every=1"]
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    assert "resuming from step 1" in result.stdout + result.stderr
+    words = [f"features.run={flow.root}/clip", "protocol=in_training", *(f"protocol.{option}" for option in PROTOCOL)]
+    expected = evaluated(tmp_path / "run", tmp_path / "scored", *words)
+    assert record(tmp_path / "run")["scores"]["fid"]["value"] == pytest.approx(expected["fid"]["value"], rel=1e-3)
+    assert dispatch(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    run, model = (ldmlab.load(tmp_path / name, device="cpu") for name in ("run", "model"))
+    ask = {"caption": ["red circle"], "steps": 2, "seed": 3}
+    assert torch.equal(run.sample(**ask), model.sample(**ask))
 
 
 def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_path: Path) -> None:

@@ -78,14 +78,18 @@ class Sharded(SeveralGroups):
 
 def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     """Split a network's weights over the processes of `mesh`; `dtype`: of the products in its regions."""
-    if hasattr(network, "prepare"):  # keys and values belong to the units of their blocks, which make their own
-        network.prepare = lambda conditioning: conditioning  # type: ignore[assignment]
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous()  # the only layout that can be gathered
     for unit, method in [*regions(network)]:
         if method == "forward" and unit is not network:
             fully_shard(unit, mesh=mesh, mp_policy=_policy(unit, dtype), reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else averaged weights would miss a gathered one
+    if prepare := getattr(network, "prepare", None):
+        running: list[bool] = []
+        network.register_forward_pre_hook(lambda *_: running.append(True))
+        network.register_forward_hook(lambda *_: running.clear(), always_call=True)
+        # elsewhere its weights are not whole: conditions stay as they are, and each pass prepares them
+        network.prepare = lambda given: prepare(given) if running else given  # type: ignore[assignment]
 
 
 def _policy(unit: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
