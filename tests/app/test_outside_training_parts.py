@@ -297,7 +297,9 @@ def test_a_run_that_a_callback_stops_is_not_finished(
     run(shards, tmp_path / "run", f"+callbacks.x={{_target_: {__name__}.StopsAtTwo}}")
     said = capsys.readouterr().err
     assert "ended at step 2 of trainer.max_steps=4" in said
-    assert f"run.dir={tmp_path / 'run'} goes on" in said
+    assert "; validation at step 2: loss " in said
+    assert said.rstrip().splitlines()[-1].startswith("to go on: ")
+    assert said.rstrip().endswith(f"run.dir={tmp_path / 'run'}")
     assert not (tmp_path / "run" / "finished.json").exists()
     run(shards, tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2", "3", "4"]

@@ -14,13 +14,13 @@ from ldmlab import distributed
 from ldmlab.app.choices import check_built, check_choices, check_names
 from ldmlab.app.conditioning import check_states, class_bound, with_classes_of
 from ldmlab.app.plans import PLANS, Plan, task_node
+from ldmlab.app.run_end import ended_early, finished
 from ldmlab.app.run_records import comparison_fields
 from ldmlab.checkpoints import fingerprint, save_tensors
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError, one_of
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
-from ldmlab.report.score_curves import read_curves
 from ldmlab.training.callbacks.step_flops import StepFlops
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import checked
@@ -58,15 +58,13 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         data = data.with_tokenizers(plan.stage.tokenizers(), pinned=on_gpu)
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config, plan, data)
-        _fit(run, {**config, **plan.used}, plan, settings, data, resume)
+        command = resume or shlex.join(["ldmlab", "train", *_typed(), f"run.dir={run.path}"])
+        _fit(run, {**config, **plan.used}, plan, settings, data, command)
         if plan.stage.step < settings.max_steps and not settings.fast_dev_run:  # by a callback, or trainer.max_time
-            distributed.say(
-                f"ended at step {plan.stage.step} of trainer.max_steps={settings.max_steps} by a callback or limit of "
-                f"the trainer: {run.path}; the same command with run.dir={shlex.quote(str(run.path))} goes on."
-            )
+            distributed.say(ended_early(run.path, plan.stage, settings.max_steps, command))
         elif not settings.fast_dev_run:
             run.finish(plan.stage.step)
-            distributed.say(closing(run.path, config, nested=resume is not None))
+            distributed.say(finished(run.path, config, nested=resume is not None))
         return run.path
     except BaseException:
         if plan is None or plan.stage.step == 0:
@@ -135,11 +133,8 @@ def check_towers(config: Config, modules: Mapping[str, Any], given: Mapping[str,
             )
 
 
-def _fit(
-    run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, resume: str | None
-) -> None:
+def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, data: ShardData, command: str) -> None:
     rank, world = distributed.rank(), distributed.world_size()
-    typed = [word for word in sys.argv[1:] if not word.startswith("run.dir=")]
     callbacks = checked("callbacks", _callbacks(config, plan, data))
     loggers = [(f"logger.{name}", node) for name, node in _by_name(config, "logger") if node]
     data.manifest("val", plan.reads)  # refused now, not at the first validation
@@ -157,11 +152,16 @@ def _fit(
         settings=settings,
         callbacks=callbacks,
         loggers=checked("logger", [(where, instantiate(node, where=where)) for where, node in loggers]),
-        resume_command=resume or shlex.join(["ldmlab", "train", *typed, f"run.dir={run.path}"]),
+        resume_command=command,
         record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
         fields=comparison_fields(plan.spec),
         begin=lambda: _write_start(run, config, plan),
     )
+
+
+def _typed() -> list[str]:
+    """The command's own words, without a run folder."""
+    return [word for word in sys.argv[1:] if not word.startswith("run.dir=")]
 
 
 def _by_name(config: Config, group: str) -> Iterable[tuple[str, Any]]:
@@ -216,27 +216,6 @@ def _lr_schedule(node: Config, max_steps: int) -> Callable[[int], float]:
             "write a class whose __call__(step) returns one."
         ) from error
     return schedule
-
-
-def closing(run: Path, config: Config, *, nested: bool) -> str:
-    """Where a finished run lies, its last validation metrics, and the next command unless it is part of another one."""
-    try:
-        curves = read_curves(run / "metrics.csv")
-    except InputError:  # the table is damaged or gone; the checkpoints are there
-        curves = {}
-    points = {name.removeprefix("val/"): curve[-1] for name, curve in curves.items() if name.startswith("val/")}
-    last = max((step for step, _ in points.values()), default=0)
-    shown = [f"{name} {value:.4g}" for name, (step, value) in points.items() if step == last and "/" not in name]
-    lines = [f"finished: {run}" + (f"; validation at step {last:.0f}: {', '.join(shown[:6])}" if shown else "")]
-    place = shlex.quote(str(run))
-    data = shlex.join(f"data.{split}={config['data'].get(split)}" for split in ("train", "val"))
-    following = {
-        "autoencoder": f"ldmlab encode data=shards {data} from_run={place} out={place}-latents",
-        "clip": f"ldmlab train conditioner=text conditioner.text.from_run={place} data.latents=LATENTS",
-        "classifier": f"ldmlab sample MODEL 0 --classifier {place}",
-        "diffusion": f"ldmlab evaluate model={place}",
-    }
-    return "\n".join(lines if nested else [*lines, f"next: {following[config['stage']['name']]}"])
 
 
 def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:

@@ -31,6 +31,7 @@ from ldmlab.training.signals import Interrupted, StopRequest
 from ldmlab.training.stage import Stage
 from ldmlab.training.step_progress import StepProgress
 from ldmlab.training.strategies import Sharded, strategy_of
+from ldmlab.training.validation import validation_line
 
 
 def fit(
@@ -132,7 +133,8 @@ def _end(
         )
     if stop.signal is not None:
         how = f"; resume with: {resume_command}" if resume_command else ""
-        distributed.say(f"saved step {stage.step} in {last}{how}")
+        line = validation_line(stage.validated, stage.validated_at)
+        distributed.say(f"saved step {stage.step} in {last}{line}{how}")
         distributed.barrier()
         run.close()
         stop.pass_on()

@@ -1,6 +1,6 @@
 """Validation of a stage by the Trainer, and evaluation of its averaged weights at any other moment."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,8 @@ from ldmlab.averaging import AveragedWeights
 from ldmlab.training.random_state import isolated_random
 from ldmlab.training.rows import Logged
 
+_SHOWN = 6  # metrics in a sentence
+
 
 class Validated(Logged):
     """Hooks of validation; `on_validation_epoch_start`, `validation_step` and `validation_metrics` are a subclass's."""
@@ -21,6 +23,7 @@ class Validated(Logged):
         self.seed = seed
         self.average: AveragedWeights | None = None  # made by callbacks.weight_averaging
         self.validated: dict[str, float] = {}  # metrics of the latest validation
+        self.validated_at = 0  # its step
         self._evaluation = ExitStack()
 
     def validation_metrics(self) -> dict[str, float]:
@@ -37,7 +40,7 @@ class Validated(Logged):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics as val/NAME; raw weights come back before any checkpoint can be saved."""
-        self.validated = self.validation_metrics()
+        self.validated, self.validated_at = self.validation_metrics(), self.step
         self.leave_evaluation()
         if not self.trainer.sanity_checking:
             self.log_dict({f"val/{name}": value for name, value in self.validated.items()})
@@ -72,3 +75,9 @@ class Validated(Logged):
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def validation_line(values: Mapping[str, float], step: int) -> str:
+    """The end of a sentence with the first few metrics of a validation; empty without any."""
+    shown = [f"{name} {value:.4g}" for name, value in values.items() if "/" not in name]
+    return f"; validation at step {step}: {', '.join(shown[:_SHOWN])}" if shown else ""
