@@ -52,7 +52,8 @@ class Sharded(SeveralGroups):
         stage: Any = self.lightning_module
         world, local = distributed.world_size(), distributed.local_world_size()
         shape = (world // local, local) if self._by_machine else (world,)
-        mesh = init_device_mesh(self.root_device.type, shape)
+        names = ("machines", "parts")[-len(shape) :]
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
         for network, methods in stage.networks():
             shard(network, mesh, self._dtype)
             for method in methods:
