@@ -75,6 +75,7 @@ def load_checkpoint(path: Path, *, lazily: bool = False, process: tuple[int, int
 def in_host_memory(content: Any) -> Any:
     """The same structure, its tensors copied: those of a GPU to pinned memory. What shared memory shares it still."""
     copies: dict[Any, Tensor] = {}
+    on_gpu: set[bool] = set()
 
     def copied(value: Any, _: str) -> Any:
         if not isinstance(value, Tensor) or value.is_meta:
@@ -83,10 +84,11 @@ def in_host_memory(content: Any) -> Any:
         if key not in copies:
             host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
             copies[key] = host.copy_(value.detach(), non_blocking=True)
+            on_gpu.add(value.is_cuda)
         return copies[key]
 
     result = sharded.mapped(content, copied)
-    if any(tensor.is_pinned() for tensor in copies.values()):
+    if True in on_gpu:
         torch.cuda.synchronize()
     return result
 

@@ -24,7 +24,8 @@ from toy_stages import Keys, diffusion_stage, train
 from ldmlab import checkpoints, distributed, sharded
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.training.checkpointing import Files
+from ldmlab.files import beside, link
+from ldmlab.training.checkpointing import Checkpoints, Files
 
 
 def network(shape: tuple[int, ...]) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -227,7 +228,7 @@ def test_a_kill_while_a_shard_is_written_leaves_the_one_before(copy: Path) -> No
     assert forked.finish(*forked.group(2, die, copy)) == [3, -signal.SIGKILL]
     forked.same(load_checkpoint(copy), before)
     assert "was not written" in copy.with_suffix(".said").read_text()
-    assert [path.name for path in copy.parent.glob(".*")] == [f".{copy.name}.part"]
+    assert not list(copy.parent.glob(".*"))
 
 
 class Slow(pl.Callback):
@@ -332,6 +333,30 @@ def test_one_process_goes_on_from_two(straight: Path, tmp_path: Path) -> None:
     go(1, run, 9)
     assert (run / "checkpoints" / "step_00000009.ckpt").is_file()
     went_on(straight, run)
+
+
+def test_the_newest_that_is_whole_is_taken_and_old_ones_go(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = Checkpoints(cut(straight, tmp_path / "run", 9) / "checkpoints", keep=2)
+    spoil(kept.path(9) / "shard_00001.safetensors")
+    (kept.path(6) / "shard_00000.safetensors").unlink()
+    path, content = kept.newest() or (None, {})
+    assert (path, content["step"]) == (kept.path(3), 3)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (its ")[2] for line in told] == [
+        "shard_00001.safetensors is damaged: the checksum differs); use another one. Trying the one before it.",
+        "shard_00000.safetensors is missing); use another one. Trying the one before it.",
+    ]
+    note = {"name": "loss", "value": 0.5, "step": 9}
+    link(kept.path(3), kept.best_path(note))
+    assert load_checkpoint(kept.best_path(note))["step"] == 3
+    beside(kept.path(12)).mkdir()  # of a process that was killed
+    kept.prune(note)
+    kept.sweep()
+    assert sorted(path.name for path in kept.folder.iterdir()) == [
+        *("best_step_00000009_loss_0.5.ckpt", "step_00000006.ckpt", "step_00000009.ckpt"),
+    ]
 
 
 @pytest.mark.slow

@@ -146,6 +146,8 @@ class Files(CheckpointIO):
                 for other in paths[1:]:
                     link(path, other)
                 then()
+        if self._fault is not None and distributed.rank() == 0:
+            shutil.rmtree(beside(path), ignore_errors=True)
 
     @contextmanager
     def _noted(self, path: Path) -> Iterator[None]:
@@ -155,7 +157,8 @@ class Files(CheckpointIO):
         except InputError as error:
             self._fault = error
         except Exception as error:
-            self._fault = InputError(f"{path} was not written ({error!r}); mend that and run the command again.")
+            reason = repr(error).partition("\\n")[0][:300]
+            self._fault = InputError(f"{path} was not written ({reason}); mend that and run the command again.")
 
     def _write_shards(self, parts: Parts, folder: Path) -> dict[str, list[int]]:
         """Every process its own; size and checksum of all."""
