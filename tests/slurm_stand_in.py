@@ -34,7 +34,19 @@ _SIGNAL = re.compile(r"(?P<batch>B:)?(?P<name>[A-Z0-9]+)@(?P<seconds>\d+)")
 def options_of_a_job(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for name in ("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "gpus-per-task"):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("job-name", "output", "error", "array", "time", "signal", "open-mode", "partition", "account", "mem"):
+    for name in (
+        "job-name",
+        "output",
+        "error",
+        "array",
+        "time",
+        "signal",
+        "open-mode",
+        "partition",
+        "account",
+        "mem",
+        "wckey",
+    ):
         parser.add_argument(f"--{name}")
     for name in ("requeue", "exclusive", "parsable", "unbuffered", "wait"):
         parser.add_argument(f"--{name}", action="store_true")

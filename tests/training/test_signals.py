@@ -49,7 +49,7 @@ def wait_for(path: Path) -> None:
     raise AssertionError(f"{path} did not appear")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_code(number: signal.Signals, tmp_path: Path) -> None:
     child = forked.start(endless_run, tmp_path / "run", log=tmp_path / "log")
     wait_for(tmp_path / "started.0")
@@ -64,6 +64,39 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_code(number: signal.Si
     stage = diffusion_stage(max_steps=step + 2, accumulate=2)
     train(stage, tmp_path / "run", 2)
     assert (stage.step, stage.position) == (step + 2, (step + 2) * 4)
+
+
+def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+
+    def meanwhile(answers: torch.Tensor) -> torch.Tensor:
+        if step == 1:
+            stop._note(signal.SIGUSR1, None)
+        return answers
+
+    monkeypatch.setattr(distributed, "largest_", meanwhile)
+    stopping = []
+    for step in (1, 2):
+        stop._agree(step, torch.device("cpu"))
+        stopping.append((stop.stopping, stop.interrupted))
+    assert stopping == [(False, False), (True, True)]  # as soon as the others know
+    assert stop.signal == signal.SIGUSR1
+
+
+def test_the_handler_before_training_is_called_after_it_saved() -> None:
+    """Such as submitit's, which puts the job into the queue again; Python's own of Ctrl-C is none."""
+    called: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: called.append(number))
+    try:
+        for number in (signal.SIGUSR2, signal.SIGINT):
+            with StopRequest() as stop:
+                os.kill(os.getpid(), number)
+            assert stop.signal == number
+            stop.pass_on()
+        assert called == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:

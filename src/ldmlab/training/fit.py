@@ -131,7 +131,7 @@ def _end(
         raise InputError(
             "no step was trained, so there is no checkpoint; change the options of trainer that forbid it."
         )
-    if stop.signal is not None:
+    if stop.interrupted:
         how = f"; resume with: {resume_command}" if resume_command else ""
         line = validation_line(stage.validated, stage.validated_at)
         distributed.say(f"saved step {stage.step} in {last}{line}{how}")

@@ -60,20 +60,25 @@ class StopRequest(pl.Callback):
     def _agree(self, step: int, device: torch.device) -> None:
         """All processes get the same answers at the same step; on a GPU they ask every few seconds."""
         now = time.monotonic()
-        due = now - self._saved >= self._interval
+        due, number = now - self._saved >= self._interval, self.signal or 0
         if distributed.world_size() > 1:
             if step < self._ask_at:
                 self.save_due = False
                 return
             pace = (step - self._agreed_step) / max(now - self._agreed, 1e-3)  # steps a second
             ahead = 1 if device.type == "cpu" else max(int(pace * _AGREE_EVERY_SECONDS), 1)
-            answer = torch.tensor([self.signal or 0, int(due), -ahead], device=device)
+            answer = torch.tensor([number, int(due), -ahead], device=device)
             number, due, negative = distributed.largest_(answer).tolist()
-            self.signal = number or None
+            self.signal = number or self.signal  # one may have arrived while this process waited for the others
             self._ask_at, self._agreed_step, self._agreed = step - negative, step, now
-        self.stopping, self.save_due = self.signal is not None, bool(due)
+        self.stopping, self.save_due = bool(number), bool(due)
         if due:
             self._saved = now
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether training ended by a signal; several processes must have agreed on it."""
+        return self.stopping or (self.signal is not None and distributed.world_size() == 1)
 
     def lost_workers(self, pl_module: Any, error: BaseException) -> bool:
         """Whether the fault is that loader workers died of the signal, between two complete steps."""
