@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn, optim
 
 from ldmlab.errors import InputError
 from ldmlab.values import (
@@ -26,9 +25,6 @@ from ldmlab.values import (
     Reconstruction,
     Solver,
 )
-
-STATES_PREFIX = "states."  # and the name of a conditioner: batch field of its output, stored with the encoded latents
-IDS_PREFIX, CUT_PREFIX = "ids.", "cut."  # likewise: the caption as token numbers, and whether its end is lost
 
 
 class FirstStage(Protocol):
@@ -78,13 +74,6 @@ class Conditioner(Protocol):
     def __call__(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
     # the value without this condition, of the same shape; it may hold learned parameters
     def null(self, batch: dict[str, Any], encode: Encode) -> Tensor: ...
-
-
-def checked_drop(drop: float, name: str = "conditioner") -> float:
-    """A conditioner's `drop`; at 1 it would never be trained, so that is refused as anything outside [0, 1) is."""
-    if not 0 <= drop < 1:
-        raise InputError(f"{name}.drop={drop} is no rate; choose 0 to below 1, for instance 0.1.")
-    return drop
 
 
 class Schedule(Protocol):
@@ -225,7 +214,7 @@ class OptimizerFactory(Protocol):
     A class of torch.optim serves with `_partial_: true`. `global_batch` (images a step) is handed over where taken.
     """
 
-    def __call__(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer: ...
+    def __call__(self, parameters: list[nn.Parameter]) -> optim.Optimizer: ...
 
 
 class LrSchedule(Protocol):
@@ -294,10 +283,10 @@ CONTRACTS: dict[str, type] = {  # configuration group => what its parts must hav
 def members(contract: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names that a Protocol demands: methods, and attributes or properties."""
     bases = [base for base in contract.__mro__ if getattr(base, "_is_protocol", False) and base is not Protocol]
-    own = {name: value for base in bases for name, value in vars(base).items()}
-    public = {name: value for name, value in own.items() if not name.startswith("_") or name == "__call__"}
+    every = ((name, value) for base in bases for name, value in vars(base).items())
+    public = {name: value for name, value in every if not name.startswith("_") or name == "__call__"}
     methods = tuple(name for name, value in public.items() if callable(value))
-    properties = tuple(name for name, value in public.items() if isinstance(value, property))
+    properties = (name for name, value in public.items() if isinstance(value, property))
     return methods, (*(name for base in bases for name in base.__annotations__), *properties)
 
 

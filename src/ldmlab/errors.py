@@ -33,7 +33,7 @@ def one_of(option: str, value: Any, known: Iterable[str]) -> None:
 
 
 def share(option: str, value: float) -> None:
-    """InputError for what is no share of a whole that may be lost."""
+    """InputError for what is no share of a whole of which some must stay."""
     if not 0 <= value < 1:
         raise InputError(f"{option}={value} is not a share; choose 0 or more, below 1.")
 

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+STATES_PREFIX = "states."  # and the name of a conditioner: batch field of its output, stored with the encoded latents
+IDS_PREFIX, CUT_PREFIX = "ids.", "cut."  # likewise: the caption as token numbers, and whether its end is lost
+
 
 @dataclass(frozen=True)
 class Conditioning:

@@ -15,7 +15,6 @@ from ldmlab.app.encode_splits import encode_splits
 from ldmlab.app.plans import diffusion
 from ldmlab.app.wiring import stage_options, train, with_task
 from ldmlab.checkpoints import fingerprint
-from ldmlab.contracts import STATES_PREFIX
 from ldmlab.data.decode import decode_states
 from ldmlab.data.latent_shards import state_files
 from ldmlab.data.manifest import read_manifest
@@ -25,6 +24,7 @@ from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
 from ldmlab.nn.openclip import build_clip
 from ldmlab.randomness import draw
+from ldmlab.values import STATES_PREFIX
 
 SIZE = 16
 STAGE = {

@@ -10,11 +10,11 @@ import torch
 from shard_maker import write_shards
 
 from ldmlab.conditioners.text import TransformerText, open_clip_text
-from ldmlab.contracts import CUT_PREFIX, IDS_PREFIX
 from ldmlab.data.decode import decode_moments
 from ldmlab.data.latent_shards import npy_bytes
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
+from ldmlab.values import CUT_PREFIX, IDS_PREFIX
 
 CLIP: dict[str, Any] = {
     "embed_dim": 16,

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmlab.contracts import Encode, LatentSpec, checked_drop
+from ldmlab.contracts import Encode, LatentSpec
+from ldmlab.errors import share
 
 
 class BaseConditioner(nn.Module):
@@ -16,7 +17,8 @@ class BaseConditioner(nn.Module):
 
     def __init__(self, drop: float, width: int = 0) -> None:  # 0: it depends on the latent, so `width` is overridden
         super().__init__()
-        self.drop, self._width = checked_drop(drop), width
+        share("conditioner.drop", drop)
+        self.drop, self._width = drop, width
 
     def width(self, latent: LatentSpec) -> int:
         """D of tokens and vectors, channels of spatial."""

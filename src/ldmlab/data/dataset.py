@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from ldmlab.annotations import BOXES
-from ldmlab.contracts import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, Task
+from ldmlab.contracts import Task
 from ldmlab.data.answers import answers, of_field, of_rule
 from ldmlab.data.batch_spec import BatchSpec, check_spec
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
@@ -20,6 +20,7 @@ from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.data.stores import Folder, check_there, manifest_of
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
+from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
 
 TRIES = 100  # samples in a row that may be bad before the data are given up, and samples checked at the start
 

@@ -12,9 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import (
-    CUT_PREFIX,
-    IDS_PREFIX,
-    STATES_PREFIX,
     AfterStep,
     Conditioner,
     Conditioning,
@@ -27,7 +24,6 @@ from ldmlab.contracts import (
     Task,
     TimeSampling,
     Weighting,
-    checked_drop,
 )
 from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import check_guidance
@@ -35,8 +31,9 @@ from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, share
 from ldmlab.randomness import normal
+from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
 
 Named = list[tuple[str, Conditioner]]
 
@@ -233,7 +230,7 @@ class LatentDiffusion(LatentSpace):
 def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> None:
     accepts: frozenset[str] = backbone.accepts  # type: ignore[assignment]
     for name, conditioner in conditioners.items():
-        checked_drop(conditioner.drop, f"conditioner.{name}")  # type: ignore[arg-type]
+        share(f"conditioner.{name}.drop", conditioner.drop)  # type: ignore[arg-type]
         if conditioner.slot not in accepts:
             taken = ", ".join(sorted(accepts)) or "nothing"
             raise InputError(
