@@ -29,7 +29,8 @@ MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),
     "nn": GROUND,
     "checkpoints": GROUND,
-    "model_files": GROUND | {"checkpoints"},
+    "power_averages": GROUND | {"checkpoints"},
+    "model_files": GROUND | {"checkpoints", "power_averages"},
     **{
         room: GROUND | {"nn", "checkpoints"}
         for room in (

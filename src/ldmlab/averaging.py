@@ -24,10 +24,14 @@ class AveragedWeights:
     def update(self) -> None:
         """One optimizer update of the live weights has been made: average += (1 - decay) (live - average)."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self._kept()
         average = list(self._average.values())
         live = [p.detach().to(a.device, a.dtype) for p, a in zip(self._live.values(), average, strict=True)]
         torch._foreach_lerp_(average, live, 1 - decay)
+
+    def _kept(self) -> float:
+        """The share of the average that stays at this update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

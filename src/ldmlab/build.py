@@ -47,15 +47,15 @@ class LoadedFirstStage:
 def load(
     path: Path | str,
     *,
-    weights: str = "averaged",
+    weights: str | float = "averaged",
     device: str = "auto",
     plugins: list[str] | str = (),  # type: ignore[assignment]
     trust: bool = False,
 ) -> "LoadedModel":
     """The latent diffusion model of a run folder, checkpoint or model folder, ready to sample.
 
-    weights: averaged | raw, for runs. plugins: packages from outside whose classes the folder may name. trust: it may
-    name anything at all, which can run any code.
+    weights: averaged | raw | the length of an average, for runs. plugins: packages from outside whose classes the
+    folder may name. trust: it may name anything at all, which can run any code.
     """
     allow(plugins)
     files = _read(path, weights, "latent_diffusion")
@@ -158,7 +158,7 @@ def fill_latent_diffusion(model: "LatentDiffusion", files: ModelFiles) -> None:
     model.objective.weighting = None  # serves training alone; learned weights lie in checkpoints, not in models
 
 
-def load_first_stage(path: Path | str, weights: str = "averaged") -> LoadedFirstStage:
+def load_first_stage(path: Path | str, weights: str | float = "averaged") -> LoadedFirstStage:
     """The first stage of an autoencoder run, of a model, or next to latent shards; float32, frozen, on the CPU."""
     path = Path(path)
     if (path / "first_stage").is_dir():  # a folder of latent shards includes its first stage
@@ -181,11 +181,11 @@ def moments_of(first_stage: Any, images: torch.Tensor, precision: str = "float32
         return first_stage.encode(to_float(images.to(device))).moments().float().cpu()
 
 
-def read_clip(path: Path | str, weights: str = "averaged") -> ModelFiles:
+def read_clip(path: Path | str, weights: str | float = "averaged") -> ModelFiles:
     return _read(path, weights, "clip")
 
 
-def load_clip(path: Path | str, weights: str = "averaged") -> "OpenClip":
+def load_clip(path: Path | str, weights: str | float = "averaged") -> "OpenClip":
     """A CLIP run with its weights, frozen."""
     files = read_clip(path, weights)
     with building(files):
@@ -203,7 +203,7 @@ class LoadedClassifier:
     spec: dict[str, Any]  # model.yaml
 
 
-def load_classifier(path: Path | str, weights: str = "averaged") -> LoadedClassifier:
+def load_classifier(path: Path | str, weights: str | float = "averaged") -> LoadedClassifier:
     """The classifier of a stage=classifier run; float32, on the CPU."""
     files = _read(path, weights, "classifier")
     return LoadedClassifier(_frozen(files, "classifier", path), files.spec)
@@ -224,7 +224,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _read(path: Path | str, weights: str, kind: str) -> ModelFiles:
+def _read(path: Path | str, weights: str | float, kind: str) -> ModelFiles:
     files = read_model(path, weights)
     if files.spec["kind"] != kind:
         raise InputError(f"{files.folder} is a model of kind {files.spec['kind']}, not {kind}; give another run.")

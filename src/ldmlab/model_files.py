@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ldmlab import format1, plugins
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
-from ldmlab.errors import InputError, one_of, shown
+from ldmlab.errors import InputError, shown
 from ldmlab.files import by_step, write_text
+from ldmlab.power_averages import checked_length, reconstruct
 from ldmlab.sharded import STATE, laid_out
 
 FORMAT_VERSION = 2
@@ -43,14 +44,17 @@ class ModelFiles:
     folder: Path  # or the file, or what else it was read from
     spec: dict[str, Any]  # model.yaml
     parts: dict[str, StateDict]  # first_stage | denoiser | conditioner | clip
-    weights: str  # averaged | raw: what the trained part holds
+    weights: str  # averaged | raw | average of length L: what the trained part holds
     step: int | None = None  # optimizer updates, where known
     notes: tuple[str, ...] = ()  # for the user, from an import
 
 
-def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
-    """Description and weights of the model at `path`; InputError naming what is missing or damaged."""
-    one_of("weights", weights, ("averaged", "raw"))
+def read_model(path: Path | str, weights: str | float = "averaged") -> ModelFiles:
+    """Description and weights of the model at `path`; InputError naming what is missing or damaged.
+
+    weights: averaged | raw | the length of an average, made from the snapshots of a run (`power_averages.py`).
+    """
+    length = _length(weights)
     folder, checkpoint = _locate(Path(path))
     spec = read_description(folder)
     check_hashes(folder, spec)
@@ -62,6 +66,8 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
         for file in files:
             if Path(file).stem not in parts:
                 raise InputError(f"{folder / file} is missing although model.yaml lists it; {_AGAIN}.")
+        if length is not None:
+            raise InputError(f"weights={length}: {folder} is a model folder with weights of its own; give the run.")
         step = step if isinstance(step, int) and not isinstance(step, bool) else None
         return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), step)
     content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
@@ -74,7 +80,14 @@ def read_model(path: Path | str, weights: str = "averaged") -> ModelFiles:
             modules[name].update(average["weights"])
         for name, state in modules.items():
             parts[name] = {key: _own(tensor) for key, tensor in state.items()}
+        if length is not None:
+            made = reconstruct(folder, length, content["step"])
+            for name, tensors in made.parts.items():
+                parts[name].update(tensors)
+            return ModelFiles(folder, spec, parts, f"average of length {length:g}", made.step)
         return ModelFiles(folder, spec, parts, "averaged" if averages else "raw", content["step"])
+    except InputError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{checkpoint} is not a checkpoint of ours ({type(error).__name__}: {error}); use another one."
@@ -85,6 +98,19 @@ def _own(tensor: Any) -> Tensor:
     """In memory of its own, float32 whatever the precision of training."""
     tensor = laid_out(tensor, None)
     return (tensor.float() if tensor.is_floating_point() else tensor).clone()
+
+
+def _length(weights: str | float) -> float | None:
+    """The length of an average that an option `weights` names."""
+    if weights in ("averaged", "raw"):
+        return None
+    try:
+        length = float(weights)
+    except ValueError:
+        raise InputError(
+            f"weights={shown(weights)} is unknown; choose averaged, raw, or the length of an average such as 0.10."
+        ) from None
+    return checked_length(length, "weights")
 
 
 def read_description(folder: Path) -> dict[str, Any]:

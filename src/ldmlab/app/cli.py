@@ -39,6 +39,7 @@ COMMANDS = {
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
+    "average": "the weights of a run as an average of any length, from its snapshots",
     "export": "a run to a folder to give away: ours, the official code's or diffusers'",
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the images shipped in the repository",
@@ -138,7 +139,9 @@ def dispatch(arguments: list[str]) -> int:
         hint = did_you_mean(name, COMMANDS, f"there are {', '.join(COMMANDS)}.")
         raise InputError(f"{name}: there is no such command; {hint}")
     if name in WITH_HYDRA:
-        sys.argv[1:] = rest  # Hydra reads it
+        several = {"-m", "--multirun"} & set(rest)
+        lengths = re.compile(r"weights=([\d.]+(,[\d.]+)+)")  # of averages, in one evaluation
+        sys.argv[1:] = rest if several else [lengths.sub(r"weights=[\1]", word) for word in rest]  # Hydra reads it
         if {"-h", "--help"} & set(rest):
             print(hydra_help(name))
         else:

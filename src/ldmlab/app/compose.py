@@ -21,7 +21,7 @@ _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor c
     "plugins": str | list[str],
     "splits": list[str],
     "images": list[tuple[str, str]],
-    "weights": Literal["averaged", "raw"],
+    "weights": Literal["averaged", "raw"] | float | list[float],
     "precision": Literal["float32", "bfloat16"],
     "compile": bool | Literal["auto"],
     "dtype": Literal["float16", "float32"],

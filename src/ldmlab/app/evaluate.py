@@ -33,6 +33,7 @@ from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_pa
 from ldmlab.model_files import read_config, read_description
 from ldmlab.nn.compiling import compile_regions, wanted
 from ldmlab.nn.lpips import LPIPS
+from ldmlab.report.lengths_page import lengths_page
 from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.report.pages import write_report
 from ldmlab.report.paper_table import paper_record
@@ -45,10 +46,9 @@ _CLIP_QUALITY = ("recall_1_of_50", "chance_recall_1_of_50", "recall_5_of_50", "c
 def evaluate(config: Mapping[str, Any]) -> None:
     """Score config["model"]; all checks are made before the first image."""
     rank, _ = distributed.join()
-    model, name = Path(str(config["model"])), config["protocol"]["name"]
-    folder = run_folder(model)
-    default = f"{name}-{model.stem}" if model.suffix == ".ckpt" else name  # checkpoints of one run have one each
-    out = Path(config["out"] or folder / "evaluation" / default)
+    folder, out = run_folder(Path(str(config["model"]))), out_folder(config)
+    if isinstance(config["weights"], list):
+        return lengths_page(out, {length: _of_length(config, out, length) for length in config["weights"]})
     # a full disk or a kill left the scores without their pages
     if distributed.shared(lambda: (out / "metrics.json").exists() and not (out / "report.html").exists()):
         distributed.say(
@@ -73,6 +73,22 @@ def evaluate(config: Mapping[str, Any]) -> None:
     }
     score(config, run_record(folder), shared)
     _report(config, folder, out)
+
+
+def out_folder(config: Mapping[str, Any]) -> Path:
+    """Where the scores go: of one run, checkpoints and lengths of averages have a folder each."""
+    model, weights = Path(str(config["model"])), config["weights"]
+    ckpt = f"-{model.stem}" if model.suffix == ".ckpt" else ""
+    length = "-lengths" if isinstance(weights, list) else f"-length_{weights:g}" if isinstance(weights, float) else ""
+    return Path(config["out"] or run_folder(model) / "evaluation" / f"{config['protocol']['name']}{ckpt}{length}")
+
+
+def _of_length(config: Mapping[str, Any], out: Path, length: float) -> Path:
+    """The finished evaluation of an average of one length; one that exists is kept."""
+    folder = out / f"length_{length:g}"
+    if not distributed.shared((folder / "report.html").exists):
+        evaluate({**config, "weights": length, "out": str(folder)})
+    return folder
 
 
 def _report(config: Mapping[str, Any], folder: Path, out: Path) -> None:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--format", default="ldmlab", metavar="NAME", help=FORMATS)
-    parser.add_argument("--weights", default="averaged", help="averaged | raw (averaged)")
+    parser.add_argument("--weights", default="averaged", help="averaged | raw | length of an average (averaged)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trajectory", action="store_true", help="also the denoising trajectory, as a row and as an animation")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")
     add("--batch-size", type=int, default=16, help="images at once; changes the speed only (16)")
-    add("--weights", default="averaged", help="averaged | raw, for runs (averaged)")
+    add("--weights", default="averaged", help="averaged | raw | length of an average, for runs (averaged)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
     add("--precision", default="float32", help="float32 | bfloat16 | float16 (float32)")
     add(

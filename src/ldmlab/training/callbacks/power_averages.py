@@ -1,0 +1,72 @@
+"""Averages of several lengths while training, kept as snapshots from which any length is made afterwards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldmlab import distributed
+from ldmlab.disks import disk_errors
+from ldmlab.errors import InputError
+from ldmlab.power_averages import PowerAverage, checked_length, write_snapshot
+
+
+class PowerAverages(pl.Callback):
+    """Updates an average of each length once a step, and writes them to RUN/averages/ every `every` steps.
+
+    They exist beside the average of `trainer.averaging_decay`, and like it are part of checkpoints.
+    """
+
+    def __init__(
+        self,
+        every: int,  # steps
+        lengths: Sequence[float] = (0.05, 0.10),  # standard deviations of the profiles, relative to the training so far
+    ) -> None:
+        if every < 1:
+            raise InputError(f"callbacks.power_averages.every={every} must be at least 1 step.")
+        self.every, self.lengths = every, [checked_length(one, "callbacks.power_averages.lengths") for one in lengths]
+        if len(set(self.lengths)) < 2:
+            raise InputError(
+                f"callbacks.power_averages.lengths={list(lengths)}: others are made from at least two different "
+                "ones; give for instance [0.05,0.10]."
+            )
+        self.averages: dict[str, PowerAverage] = {}
+        self._waiting: dict[str, Any] | None = None
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The averages wait until the weights are on their device."""
+        self._waiting = checkpoint.get("power_averages", {})
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Make the averages, or take up those of a checkpoint."""
+        waiting, self._waiting = self._waiting, None
+        if pl_module.averaged is None:
+            raise InputError(f"callbacks.power_averages: stage={pl_module.kind} averages nothing; leave it out.")
+        module = pl_module.saved()[pl_module.averaged]
+        self.averages = {f"{length:.3f}": PowerAverage(module, length) for length in self.lengths}
+        if waiting is None:
+            return
+        if waiting.keys() != self.averages.keys():
+            has = ", ".join(waiting) or "none"
+            raise InputError(
+                f"callbacks.power_averages.lengths={self.lengths}: the checkpoint holds those of {has}; averages begin "
+                "with the training, so start a new run, or leave them as they are."
+            )
+        for length, state in waiting.items():
+            self.averages[length].load_state_dict(state)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """One update a step, and a snapshot when due."""
+        if not pl_module.step_complete:
+            return
+        step, run = pl_module.step, Path(trainer.default_root_dir)
+        for length, average in zip(self.lengths, self.averages.values(), strict=True):
+            average.update()
+            if step % self.every == 0 or step == pl_module.max_steps:
+                with disk_errors(run):
+                    write_snapshot(run, step, length, pl_module.averaged, average.weights(), distributed.rank() == 0)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """By length."""
+        checkpoint["power_averages"] = {length: average.state_dict() for length, average in self.averages.items()}

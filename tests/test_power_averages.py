@@ -1,0 +1,82 @@
+"""Averages by a power of time against the official EDM2 code, and averages that are made afterwards."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ldmlab.errors import InputError
+from ldmlab.power_averages import PowerAverage, coefficients, exponents, reconstruct, write_snapshot
+
+RECORDED = load_file(Path(__file__).parent / "assets/reference/modern/edm2_ema.safetensors")  # float64
+ROWS = (1, 2, 10, 50, 100, 150, 200)  # updates of the recorded averages
+
+
+def test_exponents_and_coefficients_are_the_official_ones() -> None:
+    """In float64; a solver of linear equations may differ in the last digits."""
+    assert np.allclose(exponents(RECORDED["std_to_exp.std"].numpy()), RECORDED["std_to_exp.exp"].numpy(), rtol=1e-12)
+    times, lengths = (RECORDED[f"posthoc.in_{part}"].numpy() for part in ("ofs", "std"))
+    goals = zip(*(RECORDED[f"posthoc.out_{part}"].tolist() for part in ("ofs", "std")), strict=True)
+    for column, (time, length) in enumerate(goals):
+        ours, _ = coefficients(times, lengths, time, length)
+        assert np.abs(ours - RECORDED["posthoc.coefficients"][:, column].numpy()).max() < 1e-7
+        made = ours @ RECORDED["posthoc.snapshots"].numpy()
+        assert np.abs(made - RECORDED["posthoc.reconstructed"][column].numpy()).max() < 1e-7
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.15])
+def test_tracked_averages_are_the_official_ones(length: float) -> None:
+    """The recorded run: weight k is sin(0.05 i k) + 0.01 i after update i."""
+    net = nn.Linear(6, 1, bias=False).double()
+    average, k = PowerAverage(net, length), torch.arange(1, 7, dtype=torch.float64)
+    rows = []
+    for i in range(1, 201):
+        with torch.no_grad():
+            net.weight.copy_((0.05 * i * k).sin() + 0.01 * i)
+        average.update()
+        if i in ROWS:
+            rows.append(average.weights()["weight"][0].clone())
+    assert torch.allclose(torch.stack(rows), RECORDED[f"power.{length:g}"], atol=1e-7)
+
+
+def walked(folder: Path, count: int, updates: int = 2000) -> dict[float, torch.Tensor]:
+    """A random walk of 400 weights with `count` snapshots of two averages; those of other lengths, tracked."""
+    torch.manual_seed(0)
+    net = nn.Linear(400, 1, bias=False)
+    tracked = {length: PowerAverage(net, length) for length in (0.05, 0.1, 0.075, 0.15, 0.2)}
+    for step in range(1, updates + 1):
+        with torch.no_grad():
+            net.weight.add_(0.01 * torch.randn_like(net.weight))
+        for length, average in tracked.items():
+            average.update()
+            if step % (updates // count) == 0 and length in (0.05, 0.1):
+                write_snapshot(folder, step, length, "denoiser", average.weights(), True)
+    return {length: average.weights()["weight"] for length, average in tracked.items()}
+
+
+def test_forty_snapshots_make_any_length(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for length, tracked in walked(tmp_path, 40).items():
+        made = reconstruct(tmp_path, length, 2000)
+        difference = (made.parts["denoiser"]["weight"] - tracked).norm() / tracked.norm()
+        assert float(difference) < 1e-3, length
+        assert made.step == 2000
+        assert made.error < 0.005
+    assert not recwarn.list
+
+
+def test_too_few_snapshots_are_said_and_none_refused(tmp_path: Path) -> None:
+    walked(tmp_path, 4, updates=200)
+    with pytest.warns(UserWarning, match=r"weights=0\.2: the 8 snapshots up to step 200 only come within 2\d% of that"):
+        assert reconstruct(tmp_path, 0.2, 10_000).error > 0.2
+    with pytest.warns(UserWarning, match=r"the 4 snapshots up to step 100 "):
+        assert reconstruct(tmp_path, 0.2, 149).step == 100
+    with pytest.raises(InputError, match=r"has no snapshots of averages up to step 40; train with callbacks=power"):
+        reconstruct(tmp_path, 0.1, 40)
+    with pytest.raises(InputError, match=r"weights=0\.5 is no length of an average"):
+        reconstruct(tmp_path, 0.5, 200)
+    (tmp_path / "averages/step_00000050_length_0.050.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"step_00000050_length_0\.050\.safetensors is damaged"):
+        reconstruct(tmp_path, 0.1, 200)
