@@ -120,6 +120,8 @@ def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]
     assert found["peak_gib"] <= USED * 4
     assert found["cost"] == pytest.approx(2 * 8 * found["hours"])
     assert found["parameters"].keys() == {"denoiser", "conditioners", "frozen first stage"}
+    copies = 5  # weights, gradients, two moments, averages, in float32
+    assert found["trained_gib"] * 2**30 == pytest.approx(copies * 4 * found["parameters"]["denoiser"], rel=0.02)
     dispatch(["plan", *words, "--memory-gib", "0.1"])
     assert "none fits: recompute activations" in capsys.readouterr().out
 

@@ -18,6 +18,8 @@ from ldmlab.plugins import allow
 from ldmlab.training.settings import TrainerSettings, trainer_node
 from ldmlab.training.stage import Stage
 
+GRADIENTS, OPTIMIZER, AVERAGES = "gradients", "optimizer", "averaged weights"  # kinds of memory
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -31,6 +33,11 @@ class Estimate:
     def flops(self) -> float:
         """Of training on one image: forward, backward, and what checkpointing computes again."""
         return self.step.flops / self.step.images
+
+    @property
+    def trained(self) -> int:
+        """Bytes of trained weights, as many of gradients, optimizer and averages."""
+        return sum(self.fixed.get(kind, 0) for kind in (GRADIENTS, GRADIENTS, OPTIMIZER, AVERAGES))
 
     def memory(self, micro_batch: int) -> dict[str, int]:
         """By kind, at the moment at which most is held."""
@@ -85,10 +92,10 @@ def measured(
     weights = {name: _bytes(part.parameters()) + _bytes(part.buffers()) for name, part in parts.items()}
     averaged = stage.saved().get(stage.averaged or "") if settings.averaging_decay is not None else None
     fixed = {f"weights of the {name}": size for name, size in weights.items() if size}
-    fixed["gradients"] = sum(_bytes(own) for own in groups.values())
-    fixed["optimizer"] = sum(round(_bytes(own) * _states(stage.factory(name))) for name, own in groups.items())
+    fixed[GRADIENTS] = sum(_bytes(own) for own in groups.values())
+    fixed[OPTIMIZER] = sum(round(_bytes(own) * _states(stage.factory(name))) for name, own in groups.items())
     if averaged is not None:
-        fixed["averaged weights"] = _bytes(p for p in averaged.parameters() if p.requires_grad)
+        fixed[AVERAGES] = _bytes(p for p in averaged.parameters() if p.requires_grad)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     return Estimate({name: count for name, count in counts.items() if count}, fixed, cost)
 

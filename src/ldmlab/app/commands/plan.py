@@ -91,6 +91,7 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
     micro = fitting[-1] if fitting else None
     kinds = {kind: size / 2**30 for kind, size in counted.memory(micro or sizes[0]).items()}
     return {
+        "stage": config["stage"]["name"],
         "parameters": counted.parameters,
         "card_gib": card_gib,
         "devices": devices,
@@ -99,6 +100,7 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
         "accumulate": each // micro if micro else None,
         "memory_gib": kinds,
         "peak_gib": sum(kinds.values()),
+        "trained_gib": counted.trained / 2**30,
         "configured_micro_batch": settings.micro_batch,
         "configured_peak_gib": sum(counted.memory(settings.micro_batch).values()) / 2**30,
         "tflop_an_image": counted.flops / 1e12,
@@ -135,6 +137,7 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> str:
         f"peak memory      {share}, of it",
         *(f"{gib:>10.2f} GiB  {kind}" for kind, gib in sorted(found["memory_gib"].items(), key=lambda item: -item[1])),
         f"as configured    micro_batch {found['configured_micro_batch']}: {found['configured_peak_gib']:.1f} GiB",
+        *sharded(found),
         "",
         f"training         {found['tflop_an_image']:.3g} TFLOP an image, {found['tflop_a_step']:,.4g} a step",
         f"steps            {found['steps']:,}, {found['images']:,} images",
@@ -142,3 +145,12 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> str:
         f"cost             {found['gpu_hours']:,.0f} GPU-hours, {found['cost']:,.0f} at {args.price:g} an hour",
     ]
     return "\n".join(lines)
+
+
+def sharded(found: dict[str, Any]) -> list[str]:
+    """A line on what FSDP would divide; the memory above is that of cards which hold all weights."""
+    whole, devices = found["trained_gib"], found["devices"]
+    if devices == 1 or found["stage"] not in ("diffusion", "classifier"):
+        return []
+    kept = f"leaves {whole / devices:.2f} of {whole:.2f} GiB of trained weights, gradients, optimizer and averages"
+    return [f"trainer=fsdp     {kept} on each GPU, beside the blocks that are gathered while they run"]
