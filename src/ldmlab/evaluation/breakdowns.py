@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.data.batch_spec import BatchSpec
-from ldmlab.data.dataset import ShardDataset
-from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.scoring import EvaluationPass, Track
 from ldmlab.evaluation.sources import Samples
@@ -69,28 +66,13 @@ def sample_classes(
     found = {}
     for number, request in enumerate(conditions):
         entry = request if field in request else known[number % len(known)] if len(known) else {}
-        why = "samples with protocol.conditions=none belong to no class; leave protocol.class_field null."
-        found[number] = class_of(entry, field, why)
+        if field not in entry:
+            raise InputError(
+                f"protocol.class_field={field}: samples with protocol.conditions=none belong to no class; leave "
+                "protocol.class_field null."
+            )
+        found[number] = str(entry[field])
     return found
-
-
-def labels(data: ShardData, split: str, field: str, limit: int | None) -> dict[int, str]:
-    """The field's value by the image's number, of those that can be read."""
-    dataset = ShardDataset(data.folder(split, "images"), BatchSpec(data.image_size, images=False, fields=(field,)))
-    found = {}
-    for number in range(min(len(dataset), limit or len(dataset))):
-        sample = dataset[number]
-        if "key" in sample:
-            why = f"image {sample['key']} of {split} has no such field; choose one that every KEY.json holds"
-            found[number] = class_of(sample, field, f"{why}, or null.")
-    return found
-
-
-def class_of(entry: Mapping[str, Any], field: str, why: str) -> str:
-    """A sample's or an image's class as text; `why`: the message for one without a class."""
-    if field not in entry:
-        raise InputError(f"protocol.class_field={field}: {why}")
-    return str(entry[field])
 
 
 class GuidanceCurve:

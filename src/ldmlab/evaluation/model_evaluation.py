@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmlab.evaluation.breakdowns import GuidanceCurve, by_class, labels, sample_classes
+from ldmlab.evaluation.breakdowns import GuidanceCurve, by_class, sample_classes
 from ldmlab.evaluation.evaluators import Baseline, Evaluator
 from ldmlab.evaluation.memorisation import Audit
 from ldmlab.evaluation.paired import PairedPass, pair_scores
-from ldmlab.evaluation.real_images import Fields, SplitReference, conditions
+from ldmlab.evaluation.real_images import Fields, SplitReference, conditions, fields_of
 from ldmlab.evaluation.record import (
     all_items,
     copied,
@@ -78,7 +78,8 @@ class Evaluation(Setup):
             audit = Audit(protocol, self.real_images, self.samples, self.out, self.known)
             result["neighbours"] = audit.run(seen, self.shown["samples"])
         if name := protocol.class_field:
-            real = labels(self.data, protocol.reference, name, protocol.reference_limit)
+            known = fields_of(self.data, protocol.reference, (name,), protocol.reference_limit)
+            real = {number: str(one[name]) for number, one in known.items()}
             result["by_class"] = by_class(seen, sample_classes(name, self.samples.requests, self.known), real)
         return result
 

@@ -141,9 +141,14 @@ def conditions(data: ShardData, split: str, fields: Sequence[str], limit: int | 
     """Some fields of every readable image of a split, in stored order; a task's fields are derived on access."""
     if data.task is not None:
         return Derived(data, split, fields, limit)
+    return list(fields_of(data, split, fields, limit).values())
+
+
+def fields_of(data: ShardData, split: str, fields: Sequence[str], limit: int | None = None) -> dict[int, Fields]:
+    """Some fields of every readable image of a split by its number; no image is decoded."""
     dataset = ShardDataset(data.folder(split, "images"), BatchSpec(data.image_size, images=False, fields=tuple(fields)))
-    samples = (dataset[i] for i in range(min(len(dataset), limit or len(dataset))))
-    return [{name: sample[name] for name in fields} for sample in samples if "key" in sample]
+    samples = ((number, dataset[number]) for number in range(min(len(dataset), limit or len(dataset))))
+    return {number: {name: one[name] for name in fields} for number, one in samples if "key" in one}
 
 
 class Lazy(Sequence[Fields]):
