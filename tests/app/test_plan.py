@@ -126,9 +126,25 @@ def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]
     assert "none fits: recompute activations" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("strategy", "parts"), [("fsdp", 16), ("hsdp", 8)])
+def test_what_is_sharded_is_divided_by_the_processes(
+    strategy: str, parts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*MODELS["denoiser of captions"], f"trainer={strategy}"]
+    one, many = ({}, {})
+    for found, devices in ((one, 1), (many, 16)):
+        assert dispatch(["plan", *words, "--devices", str(devices), "--json"]) == 0
+        found |= json.loads(capsys.readouterr().out)["memory_gib"]
+    for kind in ("weights of the denoiser", "gradients", "optimizer", "averaged weights"):
+        assert many[kind] == pytest.approx(one[kind] / parts, rel=1e-3)
+    assert many["weights of the frozen first stage"] == one["weights of the frozen first stage"]
+    assert 0 < many["whole units"] < one["weights of the denoiser"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["stage=autoencoder", "trainer=fsdp", "--devices", "8"], "shards denoisers and latent classifiers"),
         (["--card", "h100"], "--card=h100 is unknown; choose one of v100-32gb"),
         (["--mfu", "35"], "--mfu 35.0 must be above 0 and at most 1"),
         (["--devices", "0"], "--devices 0 must be at least 1"),

@@ -4,19 +4,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldmlab.app.weightless import Config, Parts, build
-from ldmlab.evaluation.step_cost import BACKWARD, StepCost
+from ldmlab.evaluation.step_cost import BACKWARD, COPIES, StepCost
 from ldmlab.instantiate import instantiate, trust_typed
 from ldmlab.nn import attention
+from ldmlab.nn.compiling import regions
 from ldmlab.plugins import allow
 from ldmlab.training.settings import TrainerSettings, trainer_node
 from ldmlab.training.stage import Stage
+from ldmlab.training.strategies import strategy_of
+
+_UNITS = "whole units"  # of sharded networks, in half precision in place of copies of all weights
 
 GRADIENTS, OPTIMIZER, AVERAGES = "gradients", "optimizer", "averaged weights"  # kinds of memory
 
@@ -41,17 +46,41 @@ class Estimate:
 
     def memory(self, micro_batch: int) -> dict[str, int]:
         """By kind, at the moment at which most is held."""
-        return self.fixed | self.step.peak(micro_batch)
+        found = self.fixed | self.step.peak(micro_batch)
+        return {kind: size for kind, size in found.items() if kind != COPIES or _UNITS not in found}
 
 
-def estimate(config: Config, settings: TrainerSettings, step: int | None = None) -> Estimate:
-    """Build the stage without weights; run the step after `step` (None: the last) on a batch without values."""
+def estimate(config: Config, settings: TrainerSettings, step: int | None = None, processes: int = 1) -> Estimate:
+    """Build the stage without weights; run the step after `step` (None: the last) on a batch without values.
+
+    processes: over which `trainer.strategy` shards, if it does.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     stage, parts, batch = build(config, settings)
     with FakeTensorMode(allow_non_fake_inputs=True), attention_of_a_gpu():
         filled(stage)
-        return measured(stage, parts, batch, settings, step)
+        found = measured(stage, parts, batch, settings, step)
+    if settings.strategy in ("fsdp", "hsdp") and processes > 1:
+        return replace(found, fixed=_in_parts(found.fixed, parts, stage, settings, processes))
+    return found
+
+
+def _in_parts(
+    fixed: dict[str, int], parts: Parts, stage: Stage, settings: TrainerSettings, processes: int
+) -> dict[str, int]:
+    """Held all the time where networks are sharded, with the two largest units whole and one's gradient in float32."""
+    strategy_of(stage, settings)  # refuses what cannot be sharded
+    networks = [network for network, _ in stage.networks()]
+    split = {parameter for network in networks for parameter in network.parameters()}
+    made = {kind: size if kind.startswith("weights of") else size // processes for kind, size in fixed.items()}
+    for name, part in parts.items():
+        own = _bytes(parameter for parameter in part.parameters() if parameter in split)
+        made[f"weights of the {name}"] -= own - own // processes
+    found = [sorted(_bytes(u.parameters()) for u, _ in regions(network)) for network in networks]
+    units = [*chain(*found), *(_bytes(n.parameters()) - sum(own) for n, own in zip(networks, found, strict=True))]
+    largest = sorted(units)[-2:]
+    return made | {_UNITS: sum(largest) // (2 if settings.precision.endswith("-mixed") else 1) + largest[-1]}
 
 
 @contextmanager

@@ -5,7 +5,8 @@ no weights, data or network are needed; options are key=value, as for train:
   ldmlab plan experiment=paper/text/sd1 --card a100-40gb --devices 16 --mfu 0.4 --price 1.9
 first_stage=NAME names the architecture that latents come from; without data.latents it is assumed that they exist, but
 for tasks that change images, pixels and from_run. Memory is that of eager training on one card, every card holding
-all weights; the tenth of the card that is left is for the CUDA context, kernels' workspace and fragmentation.
+all weights, or its part with trainer=fsdp (hsdp: of the GPUs of a machine, trainer.devices, else 8); the tenth of the
+card that is left is for the CUDA context, kernels' workspace and fragmentation.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.nn.cards import CARDS
 
 USED = 0.9  # of a card's memory, at most
+_MACHINE = 8  # GPUs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +85,8 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
         raise InputError(
             f"--devices {devices} cannot share trainer.global_batch={images}; use a number that divides it."
         )
-    counted, each = estimate(config, settings), images // devices
+    processes = min(devices, settings.devices or _MACHINE) if settings.strategy == "hsdp" else devices
+    counted, each = estimate(config, settings, processes=processes), images // devices
     sizes = [size for size in range(1, each + 1) if each % size == 0]
     if config["stage"]["name"] == "clip":  # its loss compares the pairs of a micro-batch, so that is given
         sizes = [settings.micro_batch]
