@@ -1,6 +1,7 @@
 """Each kind of slip on a command line of Hydra's is one sentence that names the option in full and the way out."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -300,6 +301,18 @@ def test_a_variable_that_is_no_number_is_named_before_a_library_reads_it(variabl
     (name, value), *_ = variable.items()
     sentence = f"ldmlab: the environment variable {name}={value} is no number; {way_out}."
     assert result.stderr.splitlines()[-1] == sentence
+
+
+def test_a_fault_of_the_disk_while_a_run_starts_is_one_sentence(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ldmlab", "train", "experiment=demo/cpu_first_stage", f"run.dir={'x' * 300}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert re.fullmatch(r"ldmlab: File name too long \(x+/provenance\.json\); choose another path\.\n", result.stderr)
 
 
 def test_a_part_that_no_memory_can_hold_is_named_with_its_size() -> None:

@@ -38,6 +38,7 @@ def hydra_main(config_name: str, job: Callable[[Any], Any]) -> None:
         except Exception as error:  # kept for later: Hydra would print its own message and end the sweep
             if swept is None:
                 failed.append(error)
+                return None
             return error if isinstance(error, InputError) else _printed(error)
 
     with searching(sys.argv[1:]):
