@@ -107,13 +107,12 @@ class EDM2UNet(ChannelsLast):
         attention_balance: float = 0.3,  # of attention
         resample_filter: Sequence[float] = (1, 1),
         clip: float | None = 256.0,  # largest magnitude of a block's output
-        log_variance_channels: int = 0,  # of the head that a learned loss weighting needs, 128 as official; 0: none
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
         check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0))
         check_sizes(1, head_channels=head_channels, noise_channels=noise_channels, emb_channels=emb_channels)
-        check_sizes(0, num_res_blocks=num_res_blocks, log_variance_channels=log_variance_channels)
+        check_sizes(0, num_res_blocks=num_res_blocks)
         widths = [model_channels * m for m in channel_mult]
         self.in_channels, self.out_channels, self.vector_width = in_channels, out_channels, vector_width
         self.size_step, self.gradient_checkpointing = 2 ** (len(widths) - 1), gradient_checkpointing
@@ -126,8 +125,6 @@ class EDM2UNet(ChannelsLast):
             residual_balance, attention_balance, concat_balance, tuple(resample_filter), dropout, clip
         )
         self._build(widths, num_res_blocks, set(attention_downsampling), middle_attention)
-        self.log_variance_fourier = MPFourier(log_variance_channels) if log_variance_channels else None
-        self.log_variance_out = MPConv(log_variance_channels, 1) if log_variance_channels else None
 
     def _build(self, widths: Sequence[int], per_level: int, at: set[int], middle_attention: bool) -> None:
         """The way down, and the way up, where every block but those that resample meets a map of the way down."""
@@ -182,9 +179,9 @@ class EDM2UNet(ChannelsLast):
         return Prepared(conditioning, None if vector is None or self.vector is None else self.vector(vector.float()))
 
     def force_normal(self, again: bool = False) -> None:
-        """Unit magnitude for all filters but the log-variance's (forced weight normalisation)."""
+        """Unit magnitude for all filters (forced weight normalisation)."""
         for layer in self.modules():
-            if isinstance(layer, MPConv) and layer is not self.log_variance_out:
+            if isinstance(layer, MPConv):
                 layer.force_normal(again)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
@@ -200,15 +197,6 @@ class EDM2UNet(ChannelsLast):
         for block, meets in zip(self.decoder, self.meets, strict=True):
             h = self._run(block, h, emb, *([skips.pop()] if meets else []))
         return self.conv_out(h, self.gain_out)
-
-    def log_variance(self, t: Tensor) -> Tensor:
-        """u(t), (B,) float32, of the loss exp(-u) L + u (equation 21); needs `log_variance_channels`."""
-        if self.log_variance_fourier is None or self.log_variance_out is None:
-            raise InputError("backbone.log_variance_channels=0: a learned loss weighting needs the head; choose 128.")
-        if self.training:
-            self.log_variance_out.force_normal()
-        with torch.autocast(t.device.type, enabled=False):
-            return self.log_variance_out(self.log_variance_fourier(t))[:, 0]
 
     def _embedding(self, t: Tensor, vector: Tensor | None) -> Tensor:
         """(B, E), float32 under autocast too."""

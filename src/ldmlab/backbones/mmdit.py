@@ -117,7 +117,6 @@ class MMDiT(nn.Module):
         dual_attention: Sequence[int] = (),  # blocks, from 0, in which patches attend a second time, to themselves
         position_grid: int = 192,  # side of the grid whose centre the patches take
         position_base: int = 64,  # side at which places count 1 from patch to patch: base / grid in between
-        time_factor: float = 1.0,  # of times before their embedding; SD3: 1,000 for times in 0 .. 1
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
@@ -132,7 +131,7 @@ class MMDiT(nn.Module):
             raise InputError("backbone MMDiT needs tokens; add a conditioner with slot tokens, or choose a DiT.")
         self.in_channels, self.out_channels, self.size_step = in_channels, out_channels, patch_size
         self.width, self.context_width, self.vector_width = width, context_width, vector_width
-        self.position_grid, self.position_base, self.time_factor = position_grid, position_base, time_factor
+        self.position_grid, self.position_base = position_grid, position_base
         self.gradient_checkpointing = gradient_checkpointing
         self.patches = nn.Conv2d(in_channels, width, patch_size, patch_size)
         self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
@@ -190,7 +189,7 @@ class MMDiT(nn.Module):
         maps = self.patches(x.to(dtype))  # (B, D, h / p, w / p)
         rows, columns = maps.shape[2:]
         h = maps.flatten(2).transpose(1, 2) + self._places(rows, columns, x.device).to(dtype)  # (B, N, D)
-        times = timestep_embedding(self.time_factor * t.float(), TIME_CHANNELS).to(dtype)
+        times = timestep_embedding(t, TIME_CHANNELS).to(dtype)
         condition = self.time_mix(F.silu(self.time_expand(times)))
         condition = F.silu(condition if vector is None else condition + vector)
         for block in self.blocks:

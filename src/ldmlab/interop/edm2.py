@@ -1,14 +1,16 @@
 """The official EDM2 network (NVlabs/edm2, training/networks_edm2.py: `Precond` over `UNet`) and its tensors' names."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ldmlab.backbones.edm2_unet import EDM2UNet
+from ldmlab.checkpoints import without_weights
 from ldmlab.contracts import Conditioning
-from ldmlab.interop.renaming import Names, Node, Part, State, StateDict, unfilled
+from ldmlab.interop.renaming import Names, Node, Part, State, StateDict, refuse_mismatch, unfilled
+from ldmlab.nn.magnitude import MPConv, MPFourier
 
 _TARGET = "ldmlab.backbones.edm2_unet.EDM2UNet"
 _OPTIONS = {  # theirs => ours
@@ -24,9 +26,9 @@ _IN_BLOCK = {
 _OUTSIDE = {
     **{"fourier": "unet.emb_fourier", "noise": "unet.emb_noise", "vector": "unet.emb_label"},
     **{"conv_out": "unet.out_conv", "gain_out": "unet.out_gain"},
-    **{"log_variance_fourier": "logvar_fourier", "log_variance_out": "logvar_linear"},
 }
 _LEAF = {"frequencies": "freqs"}
+HEAD = "logvar_"  # how the names of the log-variance's tensors begin: it serves training alone
 
 
 def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
@@ -34,9 +36,22 @@ def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
 
     `use_fp16` has no effect: it runs in float32. InputError: the weights are not those of the configuration.
     """
-    part = network_part(config)
-    part.filled({name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in state_dict.items()})
-    return OfficialPrecond(part, config.get("sigma_data", 0.5), config.get("label_dim", 0)).eval()
+    with without_weights():
+        head = LogVariance(config.get("logvar_channels", 128))
+    names = {"fourier.frequencies": "fourier.freqs", "fourier.phases": "fourier.phases", "out.weight": "linear.weight"}
+    parts = [network_part(config), Part("head", head, {ours: (HEAD + name,) for ours, name in names.items()})]
+    own = {name: tensor for name, tensor in state_dict.items() if name.startswith(HEAD)}
+    tensors = [{name: vector(tensor) for name, tensor in state_dict.items() if name not in own}, own]
+    found = zip(parts, tensors, strict=True)
+    refuse_mismatch({part.title: part.mismatch(mine) for part, mine in found})
+    for part, mine in zip(parts, tensors, strict=True):
+        part.filled(mine)
+    return OfficialPrecond(parts, config.get("sigma_data", 0.5), config.get("label_dim", 0)).eval()
+
+
+def vector(tensor: Tensor) -> Tensor:
+    """A gain, which is a scalar there, as one element."""
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
 
 def backbone_node(config: Node) -> dict[str, Any]:
@@ -58,7 +73,6 @@ def backbone_node(config: Node) -> dict[str, Any]:
         **{"in_channels": config["img_channels"], "out_channels": config["img_channels"], "model_channels": width},
         **{"vector_width": config.get("label_dim") or None, "attention_downsampling": attending},
         **{"middle_attention": width * mults[-1] >= of_head, "num_res_blocks": 3},
-        **{"log_variance_channels": config.get("logvar_channels", 128)},
         **node,
     }
 
@@ -92,13 +106,24 @@ def _blocks(resolution: int, levels: int, per_level: int) -> Iterator[str]:
         yield from (f"dec.{side}_block{i}" for i in range(per_level + 1))
 
 
+class LogVariance(nn.Module):
+    """u(time), (B,), of the loss exp(-u) L + u (equation 21)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fourier, self.out = MPFourier(channels), MPConv(channels, 1)
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.out(self.fourier(time))[:, 0]
+
+
 class OfficialPrecond(nn.Module):
     """Our network behind the official signature: clean estimate of x at noise level sigma."""
 
-    def __init__(self, part: Part, sigma_data: float, classes: int) -> None:
+    def __init__(self, parts: Sequence[Part], sigma_data: float, classes: int) -> None:
         super().__init__()
-        self.network: EDM2UNet = part.module  # type: ignore[assignment]
-        self._part, self.sigma_data, self.label_dim = part, sigma_data, classes
+        self.network, self.head = cast(EDM2UNet, parts[0].module), cast(LogVariance, parts[1].module)
+        self._parts, self.sigma_data, self.label_dim = parts, sigma_data, classes
 
     def forward(
         self,
@@ -112,10 +137,12 @@ class OfficialPrecond(nn.Module):
         x, sigma, data = x.float(), sigma.float().reshape(-1, 1, 1, 1), self.sigma_data
         if self.training:
             self.network.force_normal(again=True)  # as every official pass does
+            if return_logvar:
+                self.head.out.force_normal(again=True)
         total = (sigma**2 + data**2).sqrt()
         time = (sigma.flatten().log() / 4).expand(len(x))
         out = data**2 / total**2 * x + sigma * data / total * self.raw(x / total, time, class_labels)
-        return (out, self.network.log_variance(time).reshape(-1, 1, 1, 1)) if return_logvar else out
+        return (out, self.head(time).reshape(-1, 1, 1, 1)) if return_logvar else out
 
     def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The official `UNet`: F, before preconditioning."""
@@ -127,13 +154,16 @@ class OfficialPrecond(nn.Module):
 
     def official_state(self) -> StateDict:
         """The tensors as they are now, under their official names."""
-        return self._named(self.network.state_dict())
+        return self._named(lambda module: module.state_dict())
 
     def official_gradients(self) -> StateDict:
         """Gradients of the parameters that have one, likewise."""
-        found = ((name, parameter.grad) for name, parameter in self.network.named_parameters())
-        return self._named({name: gradient for name, gradient in found if gradient is not None})
 
-    def _named(self, tensors: State) -> StateDict:
-        foreign = self._part.to_foreign(tensors)  # gains are scalars there
+        def found(module: nn.Module) -> StateDict:
+            return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+        return self._named(found)
+
+    def _named(self, tensors: Callable[[nn.Module], State]) -> StateDict:
+        foreign = {k: tensor for part in self._parts for k, tensor in part.to_foreign(tensors(part.module)).items()}
         return {name: tensor[0] if name.endswith("gain") else tensor for name, tensor in foreign.items()}
