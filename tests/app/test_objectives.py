@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ldmlab
@@ -11,6 +12,8 @@ from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.wiring import train
 from ldmlab.checkpoints import load_checkpoint
+from ldmlab.errors import InputError
+from ldmlab.inference.sample_settings import SAMPLERS
 from refusals import refusal
 
 SMALL = ["trainer.validate_every=2", "trainer.checkpoint_every=2", "trainer.log_every=1", "trainer.micro_batch=4"]
@@ -68,3 +71,37 @@ def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path) -> None:
     assert "diffusion.time_sampling.std=0.0" in refused("diffusion.time_sampling.std=0.0")
     assert "has no __call__()" in refused("diffusion.loss={_target_: collections.UserDict}")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_transformer_on_a_flow(packed: Path, tmp_path: Path) -> None:
+    """Every sampler that fits, guided by an image; formats of schedules alone are refused in a sentence."""
+    dit = ["backbone=dit_s_2", "backbone.depth=1", "backbone.width=32", "backbone.heads=2"]
+    small = [word for word in SMALL if not word.startswith("backbone.")]
+    data = [f"data.train={packed}/train", f"data.val={packed}/val", f"run.dir={tmp_path / 'run'}"]
+    train(plain(compose("train", [*small, *data, "trainer.max_steps=2", "diffusion=flow", *dit])))
+    model = ldmlab.load(tmp_path / "run", device="cpu")
+    ends = {}
+    for sampler in ["auto", *SAMPLERS]:
+        ends[sampler] = model.sample(count=1, steps=4, seed=1, sampler=sampler)
+        assert ends[sampler].float().std() > 0
+    assert torch.equal(ends["auto"], ends["euler"])
+    with pytest.raises(InputError, match="spacing=official is a rule for the paper's discrete schedules"):
+        model.sample(count=1, steps=4, spacing="official")
+    picture = tmp_path / "picture.png"
+    Image.fromarray(ends["auto"][0].numpy()).save(picture)
+    words = [
+        str(tmp_path / "run"),
+        "--count",
+        "1",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "guided"),
+        "--device",
+        "cpu",
+    ]
+    assert cli.dispatch(["sample", *words, "--guider", "squared", "--guider-image", str(picture)]) == 0
+    for form in ("compvis", "diffusers"):
+        words = ["export", str(tmp_path / "run"), str(tmp_path / form), "--format", form]
+        assert "--format ldmlab" in refusal(lambda words=words: cli.dispatch(words))  # type: ignore[misc]
+        assert not (tmp_path / form).exists()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.contracts import Denoise, Level
+from ldmlab.contracts import Denoise, Level, Path
 from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
 
@@ -50,6 +50,13 @@ def _gradient(values: Tensor, leaf: Tensor) -> Tensor:
     with torch.autocast(leaf.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient
+
+
+def with_signal(grid: list[Level], path: Path) -> list[Level]:
+    """A grid of a continuous path that begins at 0.999 of it where it would begin without any signal to guide by."""
+    if grid[0].alpha > 0 or hasattr(path, "steps"):
+        return grid
+    return [path.level(float(path.time(torch.tensor(0.999, dtype=torch.float64)))), *grid[1:]]
 
 
 def _shifted(clean: Tensor, gradient: Tensor, level: Level, scale: float) -> Tensor:

@@ -26,7 +26,7 @@ from ldmlab.contracts import (
     Weighting,
 )
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.guidance import check_guidance
+from ldmlab.diffusion.guidance import check_guidance, with_signal
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import begun
@@ -187,6 +187,7 @@ class LatentDiffusion(LatentSpace):
         if window is not None:
             bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
         denoise = bind(conditioning, self.null(batch) if guidance_scale != 1 else None)
+        grid = with_signal(grid, self.path) if guiders else grid
         for guider in guiders:
             denoise = guider(denoise, batch)
         shape = tuple(x.shape[1:])

@@ -179,8 +179,11 @@ def scheduler_options(node: Mapping[str, Any]) -> Config:
     """Options of a DDIMScheduler that steps as the official DDIM sampler does, for a diffusion node of ours."""
     prediction = str(node["prediction"]["_target_"]).rpartition(".")[2]
     foreign = {ours: name for name, ours in _PREDICTIONS.items()}
-    if prediction not in foreign:
-        raise InputError(f"diffusion.prediction={prediction} has no scheduler in diffusers; use --format ldmlab.")
+    path = str(node["schedule"]["_target_"]).rpartition(".")[2]
+    if prediction not in foreign or path != "Schedule":
+        raise InputError(
+            f"diffusion.prediction={prediction} on {path} has no scheduler that this export writes; use --format ldmlab."
+        )
     options = {key: value for key, value in node["schedule"].items() if key != "_target_"}
     rescaled = bool(options.pop("zero_terminal_snr", False))  # by the scheduler itself
     schedule = Schedule(**options)
