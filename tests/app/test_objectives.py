@@ -13,6 +13,7 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.app.wiring import train
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
+from ldmlab.inference.likelihood import bits_per_dimension
 from ldmlab.inference.sample_settings import SAMPLERS
 from refusals import refusal
 
@@ -105,3 +106,17 @@ def test_a_transformer_on_a_flow(packed: Path, tmp_path: Path) -> None:
         words = ["export", str(tmp_path / "run"), str(tmp_path / form), "--format", form]
         assert "--format ldmlab" in refusal(lambda words=words: cli.dispatch(words))  # type: ignore[misc]
         assert not (tmp_path / form).exists()
+
+
+def test_bits_of_a_trained_flow(packed: Path, tmp_path: Path) -> None:
+    """A number for each image, the same in any batch up to the solver's tolerance; schedules are refused."""
+    run(packed, tmp_path / "run", "flow", 2)
+    model = ldmlab.load(tmp_path / "run", device="cpu")
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = bits_per_dimension(model, latents, steps=4)
+    alone = bits_per_dimension(model, latents[1:], index=torch.tensor([1]), steps=4)
+    assert together.shape == (2,)
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+    run(packed, tmp_path / "schedule", "linear", 2)
+    with pytest.raises(InputError, match="undefined on a discrete schedule"):
+        bits_per_dimension(ldmlab.load(tmp_path / "schedule", device="cpu"), latents)

@@ -3,13 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
+import exact_mixture
 import pytest
 import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.parameterization import EpsPrediction, Parameterization, ScorePrediction, VelocityPrediction
+from ldmlab.diffusion.parameterization import (
+    CleanPrediction,
+    EpsPrediction,
+    Parameterization,
+    ScorePrediction,
+    VelocityPrediction,
+)
 from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.inference.likelihood import log_likelihood
 from ldmlab.inference.sample_settings import sampler_by_name
 from modern_cases import assert_near, drawn_noise, field, preconditioned, recorded
 
@@ -168,3 +177,65 @@ def test_odes_of_sit(case: str) -> None:
         again = sampler_by_name("euler")(network(kind, predicted), x, grid, noise=by_number(x.shape))
         if kind == "Linear":
             assert_near(again, ODES[case])
+
+
+DIT, DIT_CASES = recorded("dit/trajectories")
+CHAINS = [case for case in DIT_CASES if case.startswith(("p.", "ddim.")) and "clip=False" in case and "-" not in case]
+
+
+@pytest.mark.parametrize("case", [c for c in CHAINS if "learn_sigma=False.clip" not in c])
+def test_chains_of_dit(case: str) -> None:
+    """p_sample_loop with the learned variance, or the posterior's, and DDIM; a step's noise is drawn at its end."""
+    made = DIT_CASES[case]["create_diffusion"]
+    schedule, spacing = Schedule("linear", 0.0001, 0.02), made["timestep_respacing"]
+    count = int(spacing.removeprefix("ddim"))
+    times = list(range(0, 1000, 1000 // count))[::-1] if spacing.startswith("ddim") else None
+    grid = schedule.grid(count, "linspace") if times is None else [*(schedule.level(t) for t in times), END]
+    prediction = CleanPrediction() if made.get("predict_xstart") else EpsPrediction()
+    learned: list[Tensor] = []
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        assert level.time is not None
+        learned[:] = [0.6 * torch.sin(3 * x + 2 * level.time / 1000)]
+        return prediction.clean(x, field(x, level.time / 1000), level)
+
+    x = DIT["x_T"]
+    sampler: Any = sampler_by_name("ddim", eta=DIT_CASES[case]["eta"]) if case[0] == "d" else sampler_by_name("ddpm")
+    if case[0] == "p" and made.get("learn_sigma", True):
+        sampler = sampler.with_variance(learned)
+    assert_near(sampler(denoise, x, grid, noise=by_number(x.shape)), DIT[case])
+
+
+L, L_CASES = recorded("sit/likelihoods")
+
+
+@pytest.mark.parametrize("case", L_CASES)
+def test_likelihoods_of_sit(case: str) -> None:
+    one = L_CASES[case]
+    kind, predicted = one["path_type"], one["prediction"]
+    least, most = torch.tensor([0.001, 0.999]).tolist()  # the program's times are float32
+    ends = (0.0, 0.0) if predicted == "velocity" else (0.0 if kind == "VP" else least, 1 - most)
+    path = type(PATHS[kind])(1.0, 0.0, margins=ends)
+    x = L["x"] if "euler" in case else L["x"].double()
+    options = {"steps": 10} if "euler" in case else {"rtol": 1e-9, "atol": 1e-9}
+    signs = torch.ones_like(x)  # the stand-in's Jacobian is diagonal
+    nats, noise = log_likelihood(network(kind, predicted), path, x, signs, **options)  # type: ignore[arg-type]
+    # its alpha and sigma are float32 too, which noises feel at 0.001 from the noise end
+    tolerance = 5e-5 if "euler" in case else 5e-7 if predicted == "noise" else 1e-7
+    assert_near(nats, L[f"{case}.logp"], tolerance)
+    assert_near(noise, L[f"{case}.latent"], tolerance)
+
+
+def test_the_likelihood_of_k_diffusion() -> None:
+    x = K["likelihood.x"].double()
+    nats, _ = log_likelihood(denoise, EdmPath(0.02, 20.0), x, torch.ones_like(x), rtol=1e-9, atol=1e-9)
+    assert_near(nats, K["likelihood.ll"], 1e-7)
+
+
+def test_the_likelihood_of_a_known_density() -> None:
+    """A mixture of Gaussians: the density itself, within the tolerance of the solver."""
+    x = torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None, None, None]
+    nats, _ = log_likelihood(exact_mixture.denoise, LinearPath(0.0, 1.0), x, torch.ones_like(x), rtol=1e-8, atol=1e-8)
+    parts = [p / s * torch.exp(-0.5 * ((x - m) / s) ** 2) for p, m, s in exact_mixture.PARTS]
+    known = torch.stack(parts).sum(0) / (2 * torch.pi) ** 0.5
+    assert_near(nats, known.log().flatten(), 1e-4)

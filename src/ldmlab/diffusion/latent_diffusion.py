@@ -142,7 +142,11 @@ class LatentDiffusion(LatentSpace):
     # ---- sampling
 
     def denoiser(
-        self, conditioning: Conditioning, null: Conditioning | None = None, guidance_scale: float = 1.0
+        self,
+        conditioning: Conditioning,
+        null: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+        variance: list[Tensor] | None = None,  # filled with the learned variance's part of each output
     ) -> Denoise:
         """eps_null + guidance_scale (eps_cond - eps_null) in one doubled pass; constants are computed once."""
         guided, form = null is not None and guidance_scale != 1, self.objective.form
@@ -153,7 +157,9 @@ class LatentDiffusion(LatentSpace):
             assert level.time is not None  # None at the end only, which no network sees
             time = torch.full((len(copies),), level.time, device=x.device)
             given = form.scaled(copies, level.alpha, level.sigma)
-            output, _ = form.split(form.checked(self.backbone(given, time, prepared), copies))
+            output, learned = form.split(form.checked(self.backbone(given, time, prepared), copies))
+            if variance is not None and learned is not None:
+                variance[:] = [learned[: len(x)]]  # with the conditions, as the official programs
             if guided:
                 conditional, unconditional = output.chunk(2)
                 output = torch.lerp(unconditional, conditional, guidance_scale)
@@ -183,7 +189,10 @@ class LatentDiffusion(LatentSpace):
         conditioning = self.conditioning(batch)
         x = self.start(index, size, seed)
         check_size(conditioning, x)
-        bind: Bind = partial(self.denoiser, guidance_scale=guidance_scale)
+        learned: list[Tensor] = []
+        bind: Bind = partial(self.denoiser, guidance_scale=guidance_scale, variance=learned)
+        if self.objective.form.outputs == 2 and window is None and hasattr(sampler, "with_variance"):
+            sampler = sampler.with_variance(learned)
         if window is not None:
             bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
         denoise = bind(conditioning, self.null(batch) if guidance_scale != 1 else None)

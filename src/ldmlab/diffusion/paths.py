@@ -97,8 +97,9 @@ class ContinuousPath(ABC):
         return _columns(self.curve(self.position(times)))
 
     def rates(self, times: Tensor) -> Pair:
-        """d alpha / d s and d sigma / d s of times (B,), float32, each (B, 1, 1, 1)."""
-        return _columns(self.slopes(self.position(times)))
+        """d alpha / d s and d sigma / d s of times (B,), float32 unless the times are float64, each (B, 1, 1, 1)."""
+        dtype = torch.float64 if times.dtype == torch.float64 else torch.float32
+        return _columns(self.slopes(self.position(times)), dtype)
 
     def level(self, time: float) -> Level:
         """The level of one time."""
@@ -151,8 +152,8 @@ class ContinuousPath(ABC):
         return s
 
 
-def _columns(pair: Pair) -> Pair:
-    alpha, sigma = (part.float()[:, None, None, None] for part in pair)
+def _columns(pair: Pair, dtype: torch.dtype = torch.float32) -> Pair:
+    alpha, sigma = (part.to(dtype)[:, None, None, None] for part in pair)
     return alpha, sigma
 
 

@@ -181,9 +181,7 @@ def scheduler_options(node: Mapping[str, Any]) -> Config:
     foreign = {ours: name for name, ours in _PREDICTIONS.items()}
     path = str(node["schedule"]["_target_"]).rpartition(".")[2]
     if prediction not in foreign or path != "Schedule":
-        raise InputError(
-            f"diffusion.prediction={prediction} on {path} has no scheduler that this export writes; use --format ldmlab."
-        )
+        raise InputError(f"diffusion.prediction={prediction} on {path} has no scheduler here; use --format ldmlab.")
     options = {key: value for key, value in node["schedule"].items() if key != "_target_"}
     rescaled = bool(options.pop("zero_terminal_snr", False))  # by the scheduler itself
     schedule = Schedule(**options)
