@@ -19,10 +19,12 @@ from ldmlab.backbones.dit import DiT
 from ldmlab.backbones.mmdit import MMDiT
 from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
+from ldmlab.errors import InputError
 from ldmlab.inference.model import LoadedModel
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.nn import compiling
 from ldmlab.nn.compiling import compile_regions, region, regions, wanted
+from ldmlab.training.callbacks.compiled import Compiled, check_graphs
 from ldmlab.training.stage import Stage
 from sampling_models import tiny_model
 
@@ -183,6 +185,41 @@ def test_more_sizes_than_graphs_are_run_without_them(
             assert torch.equal(mine(x), x.tanh())
     assert graphs.frame_count == 2
     assert caplog.text.count("it runs uncompiled from here on") == 1
+
+
+def test_recorded_passes_are_those_with_gradients_and_steps_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: Any, inputs: Any, mode: str | None = None) -> Any:
+        modes.append((mode, torch.is_grad_enabled()))
+        return graph
+
+    modes: list[tuple[str | None, bool]] = []
+    marks: list[int] = []
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: marks.append(stage.step))
+    stage = denoiser()
+    callback: Any = Compiled("cuda_graphs", print)
+    callback.on_fit_start(None, stage)
+    for stage.step, stage.step_complete in ((0, True), (0, False), (1, True)):  # two micro-batches, one
+        callback.on_train_batch_start(None, stage, None, 0)
+    assert marks == [0, 1]
+    stage.losses("denoiser", image_batch(range(4)))
+    with torch.no_grad():
+        stage.losses("denoiser", image_batch(range(4)))
+    assert set(modes) == {("reduce-overhead", True), (None, False)}
+
+
+def test_what_cannot_be_recorded_is_refused() -> None:
+    one, two = denoiser(), first_stage()
+    check_graphs("cuda_graphs", one)
+    check_graphs(True, two)
+    with pytest.raises(
+        InputError, match=r"cuda_graphs: an adversary runs parts of a pass twice; use trainer.compile=true"
+    ):
+        check_graphs("cuda_graphs", two)
+    one.sharded = True
+    with pytest.raises(InputError, match=r"cuda_graphs: trainer.strategy shards the weights"):
+        check_graphs("cuda_graphs", one)
 
 
 def test_networks_without_regions_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -207,6 +207,7 @@ def test_weights_to_start_from_must_fit_exactly() -> None:
             "trainer.precision=8-bit is unknown; choose auto or bf16-mixed or 16-mixed or 32-true",
         ),
         ({"precision": "16-mixed"}, "trainer.precision=16-mixed needs a CUDA GPU; use bf16-mixed or 32-true on a CPU"),
+        ({"compile": "cuda_graphs"}, "trainer.compile=cuda_graphs needs a CUDA GPU; use true or false on a CPU"),
         ({"max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
         ({"averaging_decay": 1.0}, "trainer.averaging_decay=1.0 must lie"),
         ({"gradient_clip": 0.0}, "trainer.gradient_clip=0.0 must be above 0"),

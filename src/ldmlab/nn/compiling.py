@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Choice = bool | Literal["auto"]
+TrainingChoice = Choice | Literal["cuda_graphs"]
 BACKEND: Any = "inductor"
 _GRAPHS = 64  # of one region: sizes, with and without gradients, precisions
 _log = logging.getLogger(__name__)
@@ -37,13 +38,17 @@ def regions(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield from regions(child)
 
 
-def wanted(choice: Choice, device: torch.device) -> bool:
+def wanted(choice: TrainingChoice, device: torch.device) -> bool:
     """auto: on a GPU; on a CPU the wait is longer than what most runs gain."""
-    return device.type == "cuda" if choice == "auto" else choice
+    return device.type == "cuda" if choice == "auto" else bool(choice)
 
 
-def compile_regions(*networks: nn.Module) -> int:
-    """Compile the regions of the networks, when they are first called; the number of regions."""
+def compile_regions(*networks: nn.Module, cuda_graphs: bool = False) -> int:
+    """Compile the regions of the networks, when they are first called; the number of regions.
+
+    cuda_graphs: calls with gradients are recorded and replayed, so that a region is one launch. Who calls them states
+    where a step begins, by `torch.compiler.cudagraph_mark_step_begin`: what a region gave is kept until then.
+    """
     found = {module: method for network in networks for module, method in regions(network)}
     if found:
         from torch import _dynamo, _functorch
@@ -54,7 +59,9 @@ def compile_regions(*networks: nn.Module) -> int:
     for module, method in found.items():
         kind: Any = type(module)
         shapes = tuple(parameter.shape for parameter in module.parameters())
-        setattr(module, method, partial(_call, _compiled(kind, method, shapes, BACKEND), module, method))
+        modes = (None, "reduce-overhead" if cuda_graphs else None)  # without and with gradients
+        variants = tuple(_compiled(kind, method, shapes, BACKEND, mode) for mode in modes)
+        setattr(module, method, partial(_call, variants, module, method))
     return len(found)
 
 
@@ -66,7 +73,7 @@ def seconds() -> float:
 
 
 @cache
-def _compiled(kind: type, method: str, shapes: tuple[torch.Size, ...], backend: Any) -> Any:
+def _compiled(kind: type, method: str, shapes: tuple[torch.Size, ...], backend: Any, mode: str | None) -> Any:
     """The method, compiled for all modules of these shapes: torch keeps graphs by code object, and tries each in turn,
     so that all regions in one list would make every call slow."""
     own = getattr(kind, method)
@@ -76,15 +83,15 @@ def _compiled(kind: type, method: str, shapes: tuple[torch.Size, ...], backend: 
 
     code = run.__code__.replace(co_name=f"{kind.__name__}_{_compiled.cache_info().misses}")
     function = FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
 
-def _call(compiled: Any, module: nn.Module, method: str, *args: Any, **options: Any) -> Any:
+def _call(variants: tuple[Any, Any], module: nn.Module, method: str, *args: Any, **options: Any) -> Any:
     """The number of images, the first axis of every tensor, is left open; everything else is part of the graph."""
     for value in (*args, *options.values()):
         _open(value)
     try:
-        return compiled(module, *args, **options)
+        return variants[torch.is_grad_enabled()](module, *args, **options)
     except torch._dynamo.exc.FailOnRecompileLimitHit:
         _log.warning("%s has %d graphs, for as many sizes; it runs uncompiled from here on", type(module), _GRAPHS)
         delattr(module, method)

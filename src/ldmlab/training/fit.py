@@ -14,7 +14,7 @@ from ldmlab import distributed
 from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError, memory_ran_out
 from ldmlab.training import precision
-from ldmlab.training.callbacks.compiled import Compiled
+from ldmlab.training.callbacks.compiled import Compiled, check_graphs
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.weight_averaging import Averaging
@@ -53,6 +53,7 @@ def fit(
     """
     distributed.join()
     stage.sharded = isinstance(strategy_of(stage, settings), Sharded)  # or refused before anything is written
+    check_graphs(settings.compile, stage)
     record = record or Record()
     checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
     if (own := precision.plugin(settings.precision)) is not None:

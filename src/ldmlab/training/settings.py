@@ -13,7 +13,7 @@ from ldmlab import distributed
 from ldmlab.argument_types import check_types
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.nn.compiling import Choice
+from ldmlab.nn.compiling import TrainingChoice
 from ldmlab.training.precision import Precision, check_precision
 
 _CHOICES = {
@@ -55,7 +55,7 @@ class TrainerSettings:
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
     strategy: Any = "auto"  # auto | ddp | fsdp | hsdp, or a strategy of Lightning by its _target_
     timeout_minutes: float | None = None  # how long a process waits for another one; None: torch's own
-    compile: Choice = "auto"  # torch.compile all networks, block by block; auto: on a GPU
+    compile: TrainingChoice = "auto"  # torch.compile all networks, block by block; auto: on a GPU
     log_every: int = 50  # steps between two rows of metrics.csv
     validate_every: int = 1000  # steps between two evaluations on validation images
     checkpoint_every: int = 1000  # steps between two checkpoints
@@ -101,6 +101,8 @@ class TrainerSettings:
         if self.precision == "auto":
             self.precision = fast_precision(self.accelerator)
         check_precision(self.precision, self.accelerator)
+        if self.compile == "cuda_graphs" and (self.accelerator == "cpu" or not torch.cuda.is_available()):
+            raise InputError("trainer.compile=cuda_graphs needs a CUDA GPU; use true or false on a CPU.")
 
     def _accumulate(self, images: int) -> None:
         """As many micro-batches as global_batch needs; InputError where accumulate says otherwise."""
