@@ -99,6 +99,29 @@ def test_the_handler_before_training_is_called_after_it_saved() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+class KilledLater(pl.Callback):
+    """A signal in step 4, as the scheduler sends it; in step 5, once the state is saved, its kill."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.step_complete and pl_module.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if pl_module.step_complete and pl_module.step == 5:
+            trainer.strategy.checkpoint_io.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_later(folder: Path) -> None:
+    train(diffusion_stage(dropout=0.3), folder, callbacks=[KilledLater()])
+
+
+def test_what_a_signal_saves_at_once_is_the_whole_step(tmp_path: Path) -> None:
+    assert forked.finish(forked.start(killed_later, tmp_path / "run")) == [-signal.SIGKILL]
+    assert (tmp_path / "run" / "checkpoints" / "step_00000005.ckpt").exists()
+    runs = [load_checkpoint(train(diffusion_stage(dropout=0.3), tmp_path / name)) for name in ("run", "straight")]
+    for part in ("modules", "averaged", "optimizers", "rng"):
+        forked.same(runs[0][part], runs[1][part])
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     class Stuck(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -81,10 +81,10 @@ def _in_order(
     progress: StepProgress,
     keep: KeepCheckpoints,
 ) -> list[Any]:
-    """All callbacks: what logs comes before the row, and the row before the checkpoint."""
+    """All callbacks: averages before a stop saves, what logs before the row, and the row before the checkpoint."""
     counted = any(isinstance(part, Skipped) for part in callbacks)
     given = [*callbacks, *([] if counted else [Skipped(float("inf"))])]
-    before = [Compiled(settings.compile, progress.say), stop, Averaging(), RandomState()]
+    before = [Compiled(settings.compile, progress.say), Averaging(), stop, RandomState()]
     return [*before, *given, Rows(settings.gradient_alarm), progress, keep]
 
 

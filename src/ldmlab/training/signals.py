@@ -21,7 +21,7 @@ class Interrupted(Exception):
 
 
 class StopRequest(pl.Callback):
-    """Context that notes the first signal; a second Ctrl-C stops at once. As the first callback it saves at once."""
+    """Context that notes the first signal and saves before what else is due; a second Ctrl-C stops at once."""
 
     def __init__(self, save_every_minutes: float | None = None) -> None:
         self.signal: int | None = None
