@@ -17,6 +17,7 @@ from toy_stages import TwoGroups, image_batch, options, train
 
 from ldmlab import distributed
 from ldmlab.backbones.dit import DiT
+from ldmlab.backbones.edm2_unet import EDM2UNet
 from ldmlab.backbones.mmdit import MMDiT
 from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
@@ -64,6 +65,8 @@ def stage(network: str, told: str, recompute: bool = False, **changes: Any) -> D
     width: dict[str, Any] = {"vector_width": 16} if told == "vector" else {"context_width": 6}
     if network == "unet":
         backbone: nn.Module = UNet(3, 3, 32, [1, 2], 1, [2], heads=2, gradient_checkpointing=recompute, **width)
+    elif network == "edm2":
+        backbone = EDM2UNet(3, 3, 16, [1, 2], 1, [2], head_channels=16, gradient_checkpointing=recompute, **width)
     else:
         kind: Any = DiT if network == "dit" else MMDiT
         backbone = kind(3, 3, 16, 2, heads=2, gradient_checkpointing=recompute, **width)
@@ -177,7 +180,10 @@ def test_two_processes_train_as_one(
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
 @pytest.mark.parametrize(
     ("network", "told", "recompute", "accumulate"),
-    [("unet", "text", False, 3), ("unet", "tokens", True, 1), ("dit", "text", True, 3), ("mmdit", "text", False, 1)],
+    [
+        *(("unet", "text", False, 3), ("unet", "tokens", True, 1), ("dit", "text", True, 3)),
+        *(("mmdit", "text", False, 1), ("edm2", "vector", True, 3)),
+    ],
 )
 def test_four_processes_train_as_one(
     strategy: str, network: str, told: str, recompute: bool, accumulate: int, tmp_path: Path

@@ -85,6 +85,9 @@ def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> No
         if method == "forward" and unit is not network:
             fully_shard(unit, mesh=mesh, mp_policy=_policy(unit, dtype), reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else averaged weights would miss a gathered one
+    if force := getattr(network, "force_normal", None):  # before a pass gathers the weights, not on its copies
+        network.register_forward_pre_hook(lambda *_: force() if network.training else None, prepend=True)
+        network.force_normal = lambda again=False: None  # type: ignore[assignment]
     if prepare := getattr(network, "prepare", None):
         running: list[bool] = []
         network.register_forward_pre_hook(lambda *_: running.append(True))
@@ -116,11 +119,6 @@ def strategy_of(stage: Stage, settings: TrainerSettings) -> Any:
             raise InputError(
                 f"trainer.strategy={name} shards denoisers and latent classifiers, and stage={stage.kind} trains "
                 "neither; use trainer.strategy=ddp."
-            )
-        if any(hasattr(network, "force_normal") for network, _ in stage.networks()):
-            raise InputError(
-                f"trainer.strategy={name}: EDM2's networks change their own weights while they run, which cannot be "
-                "sharded; use trainer.strategy=ddp."
             )
         if settings.precision in _HALF and "param_dtype_override_fn" not in {
             f.name for f in fields(MixedPrecisionPolicy)
