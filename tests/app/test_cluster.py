@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -98,10 +99,15 @@ def slurm(tmp_path: Path) -> Slurm:
     return Slurm(tmp_path / "slurm")
 
 
-def words_of(flow: Flow, runs: Path, *more: str) -> list[str]:
-    options = [*SMALL, *flow.data, *TINY_CLIP, "trainer.accelerator=cpu", "trainer.micro_batch=4", *more]
-    options += [f"trainer.max_steps={STEPS}", "trainer.validate_every=40", "trainer.checkpoint_every=20"]
+def two_steps(flow: Flow, runs: Path, *more: str) -> list[str]:
+    options = [*SMALL, *flow.data, *TINY_CLIP, "trainer.accelerator=cpu", *more]
     return ["experiment=mine/clip", f"paths.runs={runs}", "run.name=job", *options]
+
+
+def words_of(flow: Flow, runs: Path, *more: str) -> list[str]:
+    """Steps enough to be stopped between."""
+    options = ["trainer.micro_batch=4", *more, f"trainer.max_steps={STEPS}", "trainer.validate_every=40"]
+    return two_steps(flow, runs, *options, "trainer.checkpoint_every=20")
 
 
 def only_run(runs: Path) -> Path:
@@ -197,8 +203,8 @@ def rows(runs: Path) -> int:
 
 @pytest.mark.slow
 def test_a_job_array_is_a_sweep(flow: Flow, slurm: Slurm, tmp_path: Path) -> None:
-    words = words_of(flow, tmp_path / "runs", "trainer.max_steps=2")
-    first = int(slurm.submit("job_array.sh", *words[:-3], options=["--array=1,4%1"]))
+    words = two_steps(flow, tmp_path / "runs")
+    first = int(slurm.submit("job_array.sh", *words, options=["--array=1,4%1"]))
     for number in (first, first + 1):
         slurm.finished(str(number))
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in (tmp_path / "runs").iterdir()]
@@ -207,7 +213,8 @@ def test_a_job_array_is_a_sweep(flow: Flow, slurm: Slurm, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_agents_of_a_sweep_file(flow: Flow, slurm: Slurm, tmp_path: Path) -> None:
-    words = words_of(flow, tmp_path / "runs", "trainer.max_steps=2")[:-3]
+    words = [word for word in two_steps(flow, tmp_path / "runs") if word != "logger=csv"]
+    words.append("logger.wandb.mode=offline")
     sweep = tmp_path / "sweep.yaml"
     slurm.call("ldmlab", "sweep-file", *words, "seed=5,6", "--out", str(sweep))
     first = int(slurm.submit("wandb_agents.sh", str(sweep), options=["--array=0-1%1"]))
@@ -215,6 +222,7 @@ def test_agents_of_a_sweep_file(flow: Flow, slurm: Slurm, tmp_path: Path) -> Non
         slurm.finished(str(number))
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in (tmp_path / "runs").iterdir()]
     assert sorted((config["seed"], config["run"]["group"]) for config in configs) == [(5, "sweep"), (6, "sweep")]
+    assert len([*(tmp_path / "runs").glob("*/wandb/offline-run-*")]) == 2
 
 
 @pytest.mark.slow
@@ -242,6 +250,31 @@ def test_a_sweep_by_launcher_slurm_is_requeued_and_summed_up(
     command = shlex.split(said.partition("to train it for twice as many steps: ")[2].splitlines()[0])
     assert not {"-m", "launcher=slurm"} & {*command}
     assert compose("train", command[2:]).trainer.max_steps == 2 * STEPS
+
+
+@pytest.mark.slow
+def test_a_search_launches_its_trials_together(flow: Flow, slurm: Slurm, tmp_path: Path) -> None:
+    """By launcher=slurm; and one after another in two processes of torchrun, of which the first asks and tells."""
+    words = two_steps(flow, tmp_path / "runs", "sweeper=optuna", "hydra.sweeper.search.n_trials=2")
+    words += ["optimizer.learning_rate=tag(log,interval(1e-5,1e-3))"]
+    on_slurm = ["launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.sweeper.search.n_jobs=2"]
+    slurm.call(sys.executable, "train.py", "-m", *words, *on_slurm)
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "train.py", "-m", *words]
+    slurm.call(*torchrun, "hydra.sweeper.search.study=two")
+    tasks = [slurm.job(path.stem) for path in slurm.state.glob("*.json")]
+    assert [task["state"] for task in tasks] == ["COMPLETED"] * 2
+    assert len({task["array"] for task in tasks}) == 1
+    runs = {path.parent.name: yaml.safe_load(path.read_text()) for path in (tmp_path / "runs").glob("*/config.yaml")}
+    assert sorted(runs) == ["job-0000", "job-0001", "two-0000", "two-0001"]
+    rates = {name: config["optimizer"]["learning_rate"] for name, config in runs.items()}
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "runs" / "optuna.journal"))
+    )
+    for study in ("job", "two"):
+        for trial in optuna.load_study(study_name=study, storage=storage).trials:
+            assert trial.state.name == "COMPLETE"
+            assert trial.params == {"optimizer.learning_rate": rates[f"{study}-{trial.number:04d}"]}
+    assert rates["job-0000"] == rates["two-0000"]  # the same seed asks for the same first trial
 
 
 @pytest.mark.slow
