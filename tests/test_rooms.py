@@ -19,6 +19,7 @@ GROUND = {
     "plugins",
     "annotations",
     "files",
+    "file_kinds",
     "disks",
     "open_image",
     "format1",
