@@ -23,7 +23,6 @@ from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
 from ldmlab.inference.input_images import finished, given_image, on_canvas, started_at
 from ldmlab.inference.inputs import (
-    SMALL,
     TEXTS,
     Inputs,
     batch_of,
@@ -34,7 +33,7 @@ from ldmlab.inference.inputs import (
     implied_size,
     rows_of,
 )
-from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, chosen_tile
+from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, chosen_tile, chosen_window
 from ldmlab.nn.compiling import Choice, compile_regions, wanted
 from ldmlab.nn.pixels import as_images, to_float
 from ldmlab.sharded import is_sharded
@@ -96,8 +95,6 @@ class LoadedModel:
         names = (c.reads for _, c in self.diffusion.conditioners.items())
         return frozenset().union(*names, *(guider.reads for guider in self.guiders))  # type: ignore[arg-type]
 
-    # ---- sampling
-
     def sample(
         self,
         *,
@@ -145,23 +142,14 @@ class LoadedModel:
             inputs=None if first is None else first.keys() - {n for n in first if first[n] is None},
             fills_holes="mask" not in self.reads,
             tile=chosen_tile(settings.tile, size[0] * size[1]),
-            window=self._window(settings.window, size),
+            window=chosen_window(settings.window, size, min(self.image_size), self.reads),
         )
         if resolved.tile:
             TiledFirstStage(self.diffusion.first_stage, resolved.tile, resolved.tile_norms)
+        if resolved.window:
+            latent_windows(size, resolved.window, int(self.diffusion.first_stage.downsampling))  # type: ignore[arg-type]
         self.grid(resolved)  # steps that the rule cannot take are refused
         return resolved
-
-    def _window(self, window: int | None, size: tuple[int, int]) -> int:
-        """Side of the windows, px; 0: the whole image at once."""
-        trained = min(self.image_size)
-        if window is None:
-            window = trained if SMALL in self.reads and max(size) > 2 * trained else 0
-        if window:
-            latent_windows(size, window, int(self.diffusion.first_stage.downsampling))  # type: ignore[arg-type]
-            if "boxes" in self.reads:
-                raise InputError(f"window={window} would place all boxes in every window; leave it out.")
-        return window
 
     def grid(self, settings: SampleSettings) -> list[Level]:
         """The noise levels that resolved settings visit."""
@@ -240,8 +228,6 @@ class LoadedModel:
         conditioners = [c for _, c in self.diffusion.conditioners.items() if hasattr(c, "lost")]
         captions = [inputs[name] for name in TEXTS if inputs.get(name)]
         return [end for c in conditioners for text in captions if (end := c.lost(text))]  # type: ignore[operator]
-
-    # ---- latents
 
     @torch.inference_mode()
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:

@@ -133,6 +133,15 @@ def chosen_tile(tile: int | None, pixels: int) -> int:
     return (TILE if pixels > LARGE else 0) if tile is None else tile
 
 
+def chosen_window(window: int | None, size: tuple[int, int], trained: int, reads: Set[str]) -> int:
+    """Side of windows in px: `window`, or `trained` where an image is enlarged beyond twice that; 0: all at once."""
+    if window is None:
+        window = trained if "low_resolution" in reads and max(size) > 2 * trained else 0
+    if window and "boxes" in reads:
+        raise InputError(f"window={window} would place all boxes in every window; leave it out.")
+    return window
+
+
 def sampler_by_name(name: str, **options: Any) -> "Sampler":
     """Build samplers/NAME.py's class, or a plugin's class by its full name; an option that it lacks is refused."""
     from ldmlab.instantiate import instantiate
