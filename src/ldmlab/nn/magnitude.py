@@ -5,7 +5,7 @@ Equation numbers are that paper's. Shapes: B batch, C channels, h w size of a fe
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ def normalize(x: Tensor, dims: int | None = None) -> Tensor:
     """x / (1e-4 + rms), the root mean square over `dims`, None: all but the first; in x's dtype (equations 30, 66)."""
     axes = list(range(1, x.ndim)) if dims is None else [dims]
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
-    return x / (_EPSILON + norm / math.sqrt(math.prod(x.shape[a] for a in axes))).to(x.dtype)
+    return x / (_EPSILON + norm / math.sqrt(x.shape[1:].numel() if dims is None else x.shape[dims])).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -102,6 +102,7 @@ class MPConv(nn.Module):
     def force_normal(self, again: bool = False) -> None:
         """Once for each change, so that no pass of a step changes the weights of another; `again`: in any case."""
         if again or self._normal != (id(self.weight), self.weight._version):
-            weight = self.weight.to_local() if is_sharded(self.weight) else self.weight  # whole filters
+            weight: Any = self.weight
+            weight = weight.to_local() if is_sharded(weight) else weight  # whole filters
             weight.copy_(normalize(weight.float()))
             self._normal = id(self.weight), self.weight._version
