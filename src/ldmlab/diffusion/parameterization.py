@@ -148,10 +148,17 @@ class LearnedVariance:
 
     def __init__(self, mean: Prediction) -> None:
         self.mean = mean
-        self.target, self.clean = mean.target, mean.clean
-        for optional in ("scaled", "compared", "clean_slope"):
+        for optional in ("scaled", "compared", "clean_slope", "uses_rates"):
             if hasattr(mean, optional):
                 setattr(self, optional, getattr(mean, optional))
+
+    def target(self, *inputs: Any) -> Tensor:
+        """The mean's."""
+        return self.mean.target(*inputs)
+
+    def clean(self, *inputs: Any) -> Tensor:
+        """The mean's."""
+        return self.mean.clean(*inputs)
 
 
 class Parameterization:

@@ -42,7 +42,7 @@ def assembled_first_stage(files: ModelFiles) -> nn.Module:
 
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 # Old trainers stored objects of these packages with the weights; they are read as `Note`, which does nothing.
-_NOTES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "typing.")
+_NOTES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "typing.", "argparse.")
 
 
 class Note:
@@ -59,7 +59,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], int | None]:
         raise InputError(f"{path} does not exist; give a {', '.join(ENDINGS)} file or a diffusers folder.")
     if path.suffix == ".safetensors":
         return _without_copy(path), None
-    content = _unpickled(path)
+    content = unpickled(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__} instead of tensors by name; give another file.")
     state = content.get("state_dict", content)
@@ -82,7 +82,7 @@ def _without_copy(path: Path) -> dict[str, Tensor]:
         return load_tensors(path)  # explains what is wrong with it
 
 
-def _unpickled(path: Path) -> Any:
+def unpickled(path: Path) -> Any:
     """The content of a torch file, left on disk where it can be, by torch's restricted unpickler."""
     archive = zipfile.is_zipfile(path)
     try:

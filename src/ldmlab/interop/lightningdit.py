@@ -8,6 +8,10 @@ _OPTIONS = {"use_swiglu": "swiglu", "use_rope": "rotary_positions", "use_rmsnorm
 
 def as_official(config: Node, state_dict: State) -> OfficialTransformer:
     """The official `LightningDiT(**config)` with these weights: `model(x, t, y)` with t in 0 .. 1, 0 being noise."""
-    options = {ours: bool(config.get(theirs, False)) for theirs, ours in _OPTIONS.items()}
-    options |= {"shift": not config.get("wo_shift", False), "unused_half": bool(config.get("learn_sigma", False))}
-    return official(config, state_dict, options)
+    return official(config, state_dict, options(config))
+
+
+def options(config: Node) -> dict[str, bool]:
+    """What LightningDiT changes of our DiT."""
+    own = {ours: bool(config.get(theirs, False)) for theirs, ours in _OPTIONS.items()}
+    return own | {"shift": not config.get("wo_shift", False), "unused_half": bool(config.get("learn_sigma", False))}

@@ -90,19 +90,21 @@ def check_runs(files: ModelFiles) -> None:
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
             raise InputError(f"{files.folder}: {part} holds values that are no numbers ({bad[0]}); use another file.")
-    outputs = {}
+    outputs: dict[str, Any] = {}
+    stage: Any
     if files.spec["kind"] == "first_stage":
-        stage: Any = assembled_first_stage(files)
+        stage = assembled_first_stage(files)
     else:
         model, node, noise = assembled(files), files.spec["backbone"], verify.noise
-        stage, extra = model.first_stage, node["in_channels"] - node["out_channels"]
+        stage = model.first_stage
+        extra = node["in_channels"] - stage.latent_channels  # a learned variance doubles out_channels
         context, vector = node.get("context_width"), node.get("vector_width")
         conditioning = Conditioning(  # in every slot that the U-Net has
             tokens=noise(1, 4, context) if context else None,
             spatial=noise(1, extra, _SIDE, _SIDE) if extra else None,
             vector=noise(1, vector) if vector else None,
         )
-        latents = noise(1, node["out_channels"], _SIDE, _SIDE)
+        latents = noise(1, stage.latent_channels, _SIDE, _SIDE)
         outputs["denoiser"] = model.backbone(latents, torch.tensor([500.0]), conditioning)
     side = _SIDE * stage.downsampling
     outputs["encoder"] = stage.encode(verify.noise(1, 3, side, side).clamp(-1, 1)).mean

@@ -6,26 +6,41 @@ from pathlib import Path
 from ldmlab.errors import InputError
 
 _SOURCE = """official .ckpt, .pt or .safetensors (latent diffusion, a first stage, Stable Diffusion 1.x or 2.x),
-or a diffusers folder"""
+a diffusers folder, or a network alone (--format)"""
+_FORMATS = "dit | sit | lightningdit | edm2: a class-conditional network alone; without: as the content of SRC tells"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help=_SOURCE)
     add("out", type=Path, metavar="OUT", help="new model folder")
+    add("--format", metavar="NAME", help=_FORMATS)
     add("--config", type=Path, help="official YAML file of the weights; not needed for Stable Diffusion")
+    add("--first-stage", type=Path, metavar="DIR", help="of dit, sit, lightningdit, edm2: a diffusers or model folder")
+    add("--statistics", type=Path, metavar="FILE", help="of lightningdit: latents_stats.pt")
     add("--weights", choices=("averaged", "raw"), help="averaged | raw (averaged, where there are any)")
     add("--prediction", choices=("eps", "v"), help="what the network predicts, where neither file nor config has it")
 
 
 def run(args: argparse.Namespace) -> None:
     """Read, check, write; a diffusers folder describes itself."""
-    from ldmlab.interop import compvis, diffusers
+    from ldmlab.interop import class_models, compvis, diffusers
     from ldmlab.interop.model_folders import check_new, write_import
-    from ldmlab.model_files import ModelFiles
+    from ldmlab.model_files import ModelFiles, read_yaml
 
     check_new(args.out)
-    if args.source.is_dir():
+    if args.format is None and (args.first_stage or args.statistics):
+        raise InputError("--first-stage and --statistics belong to a network alone; add --format dit, for instance.")
+    if args.format is not None:
+        imported = class_models.read(
+            args.source,
+            args.format,
+            args.first_stage,
+            config=read_yaml(args.config) if args.config else None,
+            weights=args.weights or "averaged",
+            statistics=args.statistics,
+        )
+    elif args.source.is_dir():
         for option in ("config", "weights", "prediction"):
             if (value := getattr(args, option)) is not None:
                 raise InputError(f"--{option}={value}: a diffusers folder contains that; leave it out.")

@@ -28,6 +28,13 @@ def as_official(config: Node, state_dict: State) -> "OfficialTransformer":
 
 def official(config: Node, state_dict: State, options: Mapping[str, Any], doubled: int = 1) -> "OfficialTransformer":
     """A transformer of the family; `options`: more arguments of our DiT, `doubled`: output channels for each of x."""
+    parts = parts_of(*nodes(config, options, doubled))
+    fill_parts(parts, state_dict)
+    return OfficialTransformer(parts["network"].module, parts["label table"].module).eval()  # type: ignore[arg-type]
+
+
+def nodes(config: Node, options: Mapping[str, Any], doubled: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nodes of model.yaml for the official arguments: the backbone, and the conditioner with the table of classes."""
     width, channels = config.get("hidden_size", 1152), config.get("in_channels", 4)
     node = {
         "_target_": "ldmlab.backbones.dit.DiT",
@@ -41,18 +48,28 @@ def official(config: Node, state_dict: State, options: Mapping[str, Any], double
         "_target_": "ldmlab.conditioners.class_label.ClassEmbedder",
         **{"classes": classes, "width": width, "slot": "vector", "drop": drop, "null_row": drop > 0},
     }
+    return node, labels
+
+
+def parts_of(node: Node, labels: Node) -> dict[str, Part]:
+    """The network and the table of classes, without weights, and the official names of their tensors."""
     network, table = unfilled(node, "backbone"), unfilled(labels, "conditioner")
-    parts = [
-        Part("network", network, network_names(network)),
-        Part("label table", table, renamed(table.state_dict(), names_of("dit", "classes"))),
-    ]
+    names = renamed(table.state_dict(), names_of("dit", "classes"))
+    return {
+        "network": Part("network", network, network_names(network)),
+        "label table": Part("label table", table, names),
+    }
+
+
+def fill_parts(parts: Mapping[str, Part], state_dict: State) -> None:
+    """The file's tensors into the parts, the first of which counts what belongs to none; one InputError for all."""
     weights = {name: tensor for name, tensor in state_dict.items() if name not in _CONSTANTS}
-    mine = [{name: weights[name] for name in part.expected if name in weights} for part in parts]
-    stray = {name: tensor for name, tensor in weights.items() if not any(name in part for part in mine)}
-    refuse_mismatch({"network": parts[0].mismatch({**mine[0], **stray}), "label table": parts[1].mismatch(mine[1])})
-    for part, tensors in zip(parts, mine, strict=True):
-        part.filled(tensors)
-    return OfficialTransformer(network, table).eval()
+    mine = {title: {k: weights[k] for k in part.expected if k in weights} for title, part in parts.items()}
+    stray = {k: tensor for k, tensor in weights.items() if not any(k in found for found in mine.values())}
+    mine[next(iter(parts))] |= stray
+    refuse_mismatch({title: part.mismatch(mine[title]) for title, part in parts.items()})
+    for title, part in parts.items():
+        part.filled(mine[title])
 
 
 def network_names(network: nn.Module) -> Names:

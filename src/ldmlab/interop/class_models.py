@@ -1,0 +1,218 @@
+"""Published class-conditional networks (DiT, SiT, LightningDiT, EDM2) with a first stage as models of ours.
+
+Their files hold a network alone: the first stage is a folder of its own, and latents are scaled as each program does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.contracts import Conditioning
+from ldmlab.errors import InputError, one_of
+from ldmlab.interop import diffusers, dit, edm2, lightningdit, sit, verify
+from ldmlab.interop.class_model_shapes import edm2_config, transformer_config
+from ldmlab.interop.imported import assembled, read_weights, unpickled
+from ldmlab.interop.renaming import Node, Part, State
+from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
+
+_HOME = "ldmlab.diffusion."
+_SD = {"std": [1 / 0.18215], "shift": [0.0]}  # of Stable Diffusion's first stage in DiT and SiT
+_EDM2_DATA = 0.5  # deviation of EDM2's latents, from these means and deviations of the same first stage
+_EDM2 = {"std": [2 * 4.17, 2 * 4.62, 2 * 3.71, 2 * 3.28], "shift": [5.81, 3.25, 0.12, -2.15]}
+_FLOW = {
+    "schedule": {"_target_": f"{_HOME}paths.LinearPath", "clean_time": 1.0, "noise_time": 0.0},
+    "prediction": {"_target_": f"{_HOME}parameterization.VelocityPrediction", "towards": "data"},
+}
+
+
+class Program(NamedTuple):
+    """How one family of files is read."""
+
+    config: Callable[[State], dict[str, Any]]  # the official class's arguments, from names and shapes
+    parts: Callable[[Node], tuple[dict[str, Any], dict[str, Any], dict[str, Part]]]  # backbone, labels, what is filled
+    diffusion: Callable[[Node], dict[str, Any]]
+    scale: Mapping[str, Sequence[float]] | None  # of latents; None: by statistics
+    output: Callable[[Node, State], Callable[[Tensor, Tensor, Tensor], Tensor]]  # official network: x, t, classes
+
+
+def _transformer(options: Callable[[Node], Mapping[str, Any]], doubled: Callable[[Node], int]) -> Callable[..., Any]:
+    def parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
+        backbone, labels = dit.nodes(config, options(config), doubled(config))
+        return backbone, labels, dit.parts_of(backbone, labels)
+
+    return parts
+
+
+def _edm2_parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
+    labels = {"_target_": "ldmlab.conditioners.class_label.OneHotClass", "classes": config["label_dim"], "drop": 0.0}
+    return edm2.backbone_node(config), labels, {"network": edm2.network_part(config)}
+
+
+def _dit_diffusion(config: Node) -> dict[str, Any]:
+    mean = {"_target_": f"{_HOME}parameterization.EpsPrediction"}
+    learned = config.get("learn_sigma", True)
+    return {
+        "schedule": {"_target_": f"{_HOME}schedule.Schedule", "name": "linear", "start": 1e-4, "end": 0.02},
+        "prediction": {"_target_": f"{_HOME}parameterization.LearnedVariance", "mean": mean} if learned else mean,
+        **({"loss": {"_target_": f"{_HOME}diffusion_loss.VariationalLoss"}} if learned else {}),
+    }
+
+
+def _edm2_diffusion(config: Node) -> dict[str, Any]:
+    data = config.get("sigma_data", _EDM2_DATA)
+    return {
+        "schedule": {"_target_": f"{_HOME}paths.EdmPath"},
+        "prediction": {"_target_": f"{_HOME}parameterization.EdmPrediction", "sigma_data": data},
+    }
+
+
+def _edm2_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    model, classes = edm2.as_official(config, state), config["label_dim"]
+    return lambda x, t, y: model.raw(x, t, nn.functional.one_hot(y, classes))
+
+
+PROGRAMS = {
+    "dit": Program(
+        lambda state: transformer_config(state, "dit"),
+        _transformer(lambda config: {}, lambda config: 2 if config.get("learn_sigma", True) else 1),
+        _dit_diffusion,
+        _SD,
+        dit.as_official,
+    ),
+    "sit": Program(
+        lambda state: transformer_config(state, "sit"),
+        _transformer(sit.options, lambda config: 1),
+        lambda config: dict(_FLOW),
+        _SD,
+        sit.as_official,
+    ),
+    "lightningdit": Program(
+        lambda state: transformer_config(state, "lightningdit"),
+        _transformer(lightningdit.options, lambda config: 1),
+        lambda config: dict(_FLOW),
+        None,
+        lightningdit.as_official,
+    ),
+    "edm2": Program(edm2_config, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output),
+}
+
+
+def read(
+    path: Path,
+    program: str,
+    first_stage: Path | None,
+    *,
+    config: Mapping[str, Any] | None = None,  # arguments of the official class that shapes do not tell
+    weights: str = "averaged",
+    statistics: Path | None = None,  # LightningDiT's latents_stats.pt
+) -> ModelFiles:
+    """The file and its first stage, run beside the official form; InputError for all that does not fit."""
+    one_of("format", program, tuple(PROGRAMS))
+    family = PROGRAMS[program]
+    if first_stage is None:
+        raise InputError(
+            f"{path} holds a network alone; give its first stage by --first-stage FOLDER, an AutoencoderKL "
+            "of diffusers or a model folder."
+        )
+    state, used = _state(path, weights)
+    found = {**family.config(state), **(config or {})}
+    if program != "edm2" and "num_heads" not in found:
+        raise InputError(f"{path}: shapes do not tell the heads of this width; give num_heads in a --config file.")
+    backbone, labels, parts = family.parts(found)
+    known = {name: tensor for name, tensor in state.items() if program != "edm2" or not name.startswith(edm2.HEAD)}
+    known = {name: edm2.vector(tensor) for name, tensor in known.items()}
+    dit.fill_parts(parts, known)
+    for part in parts.values():
+        _check_bits(part, known)
+    stage = _first_stage(first_stage)
+    channels, f = stage.spec["first_stage"].get("latent_channels", 3), _downsampling(stage.spec["first_stage"])
+    if channels != backbone["in_channels"]:
+        raise InputError(f"{first_stage} has {channels} latent channels, {path} takes {backbone['in_channels']}.")
+    scale = family.scale or _statistics(statistics, program)
+    conditioning = {} if program == "edm2" else {"class_label": parts["label table"].module.state_dict()}
+    spec = {
+        **{"kind": "latent_diffusion", "image_size": found.get("input_size", found.get("img_resolution", 0)) * f},
+        **{"first_stage": stage.spec["first_stage"], "backbone": backbone, "conditioners": {"class_label": labels}},
+        "latent_scale": {"_target_": f"{_HOME}latent_space.LatentScale", **scale},
+        "diffusion": {"_target_": f"{_HOME}latent_diffusion.LatentDiffusion", **family.diffusion(found)},
+        "guidance_trained": bool(labels.get("null_row")),
+        "sampler": {"_target_": "ldmlab.samplers._auto.Auto"},
+        "origin": {"format": program},
+        "weights": used,
+    }
+    tensors = {
+        "first_stage": stage.parts["first_stage"],
+        "denoiser": parts["network"].module.state_dict(),
+        "conditioner": {f"{name}.{key}": t for name, one in conditioning.items() for key, t in one.items()},
+    }
+    files = ModelFiles(path, spec, {name: part for name, part in tensors.items() if part}, used)
+    _compare(files, family.output(found, state))
+    return files
+
+
+def _state(path: Path, weights: str) -> tuple[State, str]:
+    """The averaged or the other weights of a file, and which they are."""
+    if path.suffix == ".pkl":
+        raise InputError(
+            f"{path} is a pickle of classes, which could run any code, and is not opened; where you trust it, save its "
+            "state_dict as .safetensors with the official code (docs/import.md, EDM2) and import that file."
+        )
+    content: Any = read_weights(path)[0] if path.suffix == ".safetensors" else unpickled(path)
+    kinds = {"averaged": "ema", "raw": "model"}
+    if not any(isinstance(content.get(kind), Mapping) for kind in kinds.values()):
+        state, used = content.get("state_dict", content), "averaged"
+    elif isinstance(content.get(kinds[weights]), Mapping):
+        state, used = content[kinds[weights]], weights
+    else:
+        raise InputError(f"{path} holds no {weights} weights; choose the others by --weights.")
+    plain = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    if strange := [name for name, tensor in plain.items() if not isinstance(tensor, Tensor)]:
+        raise InputError(f"{path}: {strange[0]} is no tensor; give a file of weights.")
+    return plain, used
+
+
+def _check_bits(part: Part, state: State) -> None:
+    """The tensors come back from ours bit for bit."""
+    own = {name: state[name].float() for name in part.expected}
+    for name, tensor in part.to_foreign(part.module.state_dict()).items():
+        if not torch.equal(tensor.reshape(own[name].shape), own[name]):
+            raise InputError(f"{name} of the {part.title} is not the same when it is written again.")
+
+
+def _first_stage(folder: Path) -> ModelFiles:
+    ours = (folder / DESCRIPTION).is_file()
+    files = read_model(folder) if ours else ModelFiles(folder, *diffusers.read_folder(folder), "raw")
+    if "first_stage" not in files.spec:
+        raise InputError(f"{folder} has no first stage; give an AutoencoderKL of diffusers or a model folder with one.")
+    return files
+
+
+def _downsampling(node: Node) -> int:
+    return int(2 ** (len(node.get("channel_mult", [1])) - 1))
+
+
+def _statistics(path: Path | None, program: str) -> dict[str, list[float]]:
+    """Means and deviations of latents by channel."""
+    if path is None:
+        raise InputError(f"--format={program} scales latents by statistics; give --statistics latents_stats.pt.")
+    content = unpickled(path)
+    found = [content.get(name) for name in ("std", "mean")] if isinstance(content, Mapping) else []
+    values = [value.flatten().tolist() for value in found if isinstance(value, Tensor)]
+    if len(values) != 2:
+        raise InputError(f"{path} holds no tensors mean and std; give LightningDiT's latents_stats.pt.")
+    return {"std": values[0], "shift": values[1]}
+
+
+@torch.no_grad()
+def _compare(files: ModelFiles, official: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """The model, as it will be read, against the official form on the same input."""
+    model = assembled(files)
+    node = files.spec["backbone"]
+    side = 8 * int(getattr(model.backbone, "size_step", 1))
+    x, y = verify.noise(2, node["in_channels"], side, side), torch.tensor([0, 1])
+    t = torch.tensor([0.25, 0.75]) if not hasattr(model.schedule, "steps") else torch.tensor([1.0, 500.0])
+    vector = model.conditioners["class_label"]({"class_id": y}, model.encode)
+    verify.check_close("network", model.backbone(x, t, Conditioning(vector=vector)), official(x, t, y))
