@@ -252,8 +252,9 @@ class DiT(nn.Module):
         rows, columns = maps.shape[2:]
         positions, rotation = self._places(rows, columns, x.device)
         h = maps.flatten(2).transpose(1, 2) + positions.to(dtype)  # (B, N, D)
-        joined = 0 if cache.context is None else cache.context.shape[1]
-        if joined:
+        joined = 0
+        if cache.context is not None:
+            joined = cache.context.shape[1]
             h = torch.cat([cache.context.to(h.dtype), h], dim=1)
             if rotation is not None:  # tokens are not turned
                 rotation = (F.pad(rotation[0], (0, 0, joined, 0), value=1), F.pad(rotation[1], (0, 0, joined, 0)))
