@@ -90,8 +90,7 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
     sizes = [size for size in range(1, each + 1) if each % size == 0]
     if config["stage"]["name"] == "clip":  # its loss compares the pairs of a micro-batch, so that is given
         sizes = [settings.micro_batch]
-    fitting = [size for size in sizes if sum(counted.memory(size).values()) <= USED * card_gib * 2**30]
-    micro = fitting[-1] if fitting else None
+    micro = max((n for n in sizes if sum(counted.memory(n).values()) <= USED * card_gib * 2**30), default=None)
     kinds = {kind: size / 2**30 for kind, size in counted.memory(micro or sizes[0]).items()}
     return {
         "stage": config["stage"]["name"],
