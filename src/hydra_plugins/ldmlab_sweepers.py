@@ -61,7 +61,9 @@ class GridSweeper(BasicSweeper):
         loader = self.hydra_context.config_loader  # type: ignore[union-attr]
         config = loader.load_sweep_config(self.config, [_first(item) for item in items])  # type: ignore[arg-type]
         self.runs = Path(config.paths.runs)
-        if config.stage.name != "all":  # the latent spaces of whose runs differ: `ldmlab report` compares them
+        if config.stage.name == "all":  # the latent spaces of its runs differ: `ldmlab report` compares them
+            self.metric = None
+        else:
             self.metric = checked_metric(config, self.metric, "hydra.sweeper.metric=")
             self.direction = self.direction or goal_of(self.metric)
 
@@ -103,6 +105,10 @@ class OptunaSweeper(GridSweeper):
         self.fixed = [item.input_line for item in items if not item.is_sweep_override()]
         if self.metric is None or any(word.startswith("run.dir=") for word in self.fixed):
             raise InputError("sweeper=optuna names the folder of each run, of one stage; leave out run.dir, stage=all.")
+        for item in items:  # a typo among the values is found now
+            others = [_first(other) for other in items if other is not item]
+            values = item.sweep_string_iterator() if item.is_choice_sweep() else []
+            self.validate_batch_is_legal([[*others, f"{item.key_or_group}={value}"] for value in values])
         if distributed.world_size() > 1:
             distributed.join()  # each of torchrun's processes runs the sweep; the first one asks and tells
         distributed.shared(lambda: self._open([item for item in items if item.is_sweep_override()]))
@@ -111,7 +117,6 @@ class OptunaSweeper(GridSweeper):
             batch, left = left[: self.search.n_jobs], left[self.search.n_jobs :]
             jobs = [words for _, words in batch]
             try:
-                self.validate_batch_is_legal(jobs)
                 results = self.launcher.launch(jobs, initial_job_idx=batch[0][0])  # type: ignore[union-attr]
             except BaseException:
                 distributed.say("the sweep has stopped; the same command continues it, unfinished trials first.")

@@ -17,6 +17,7 @@ from walk import SMALL, TINY_CLIP, Flow
 from ldmlab.app import cli, wiring
 from ldmlab.app.hydra_main import hydra_main
 from ldmlab.checkpoints import load_checkpoint
+from ldmlab.disks import FileLock
 from ldmlab.errors import InputError
 
 RATES = "optimizer.learning_rate=tag(log,interval(1e-5,1e-2))"
@@ -48,7 +49,7 @@ def parabola(seen: list[float], stop_at: int = -1, bad: float = math.inf) -> Cal
     return train
 
 
-def search(runs: Path, *more: str, trials: int = 6) -> list[str]:
+def search(runs: Path, *more: str, trials: int = 5) -> list[str]:
     words = [
         "sweeper=optuna",
         "+hydra.sweeper.search.sampler.n_startup_trials=2",
@@ -71,22 +72,45 @@ def test_a_search_finds_the_best_and_goes_on_after_a_stop_as_if_there_was_none(
 ) -> None:
     unbroken, broken = list[float](), list[float]()
     monkeypatch.setattr(wiring, "train", parabola(unbroken))
-    start(monkeypatch, *search(tmp_path / "a", trials=6))
+    start(monkeypatch, *search(tmp_path / "a", trials=5))
     best = min(trials_of(tmp_path / "a"), key=lambda trial: trial.value)
     assert best.value == min(math.log10(rate / 1e-3) ** 2 for rate in unbroken)  # of step 2, not the last one
     said = capsys.readouterr().err
     assert f"best: val/loss {best.value:.5g}  {tmp_path}/a/rates-{best.number:04d}  optimizer.learning_rate=" in said
-    monkeypatch.setattr(wiring, "train", parabola(broken, stop_at=3))
+    monkeypatch.setattr(wiring, "train", parabola(broken, stop_at=2))
     with pytest.raises(KeyboardInterrupt):
-        start(monkeypatch, *search(tmp_path / "b", trials=6))
+        start(monkeypatch, *search(tmp_path / "b", trials=5))
     assert "the same command continues it" in capsys.readouterr().err
-    assert [trial.state.name for trial in trials_of(tmp_path / "b")] == ["COMPLETE"] * 3 + ["RUNNING"]
+    assert [trial.state.name for trial in trials_of(tmp_path / "b")] == ["COMPLETE"] * 2 + ["RUNNING"]
     monkeypatch.setattr(wiring, "train", parabola(broken))
-    start(monkeypatch, *search(tmp_path / "b", trials=6))
+    start(monkeypatch, *search(tmp_path / "b", trials=5))
     assert broken == unbroken
     assert [t.value for t in trials_of(tmp_path / "b")] == [t.value for t in trials_of(tmp_path / "a")]
-    start(monkeypatch, *search(tmp_path / "b", trials=6))  # nothing is left to do
-    assert len(broken) == 6
+    start(monkeypatch, *search(tmp_path / "b", trials=5))  # nothing is left to do
+    assert len(broken) == 5
+
+
+def test_a_trial_that_ended_or_runs_elsewhere_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As jobs of a launcher do when the command that waits for them was stopped."""
+    for _ in range(3):  # three trials are asked for, none has run
+        monkeypatch.setattr(wiring, "train", parabola([], stop_at=0))
+        with pytest.raises(KeyboardInterrupt):
+            start(monkeypatch, *search(tmp_path, "hydra.sweeper.search.n_jobs=3", trials=3))
+    rate = [trial.params["optimizer.learning_rate"] for trial in trials_of(tmp_path)]
+    for number in (0, 1):  # meanwhile one ends, and a process works on another
+        parabola([])({"optimizer": {"learning_rate": rate[number]}, "run": {"dir": f"{tmp_path}/rates-000{number}"}})
+    (tmp_path / "rates-0000" / "finished.json").write_text("{}")
+    lock = FileLock(tmp_path / "rates-0001" / ".lock")
+    assert lock.take()
+    seen: list[float] = []
+    monkeypatch.setattr(wiring, "train", parabola(seen))
+    start(monkeypatch, *search(tmp_path, "hydra.sweeper.search.n_jobs=3", trials=3))
+    assert seen == [rate[2]]
+    assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE", "RUNNING", "COMPLETE"]
+    assert trials_of(tmp_path)[0].value == pytest.approx(math.log10(rate[0] / 1e-3) ** 2)
+    lock.release()
 
 
 def test_a_search_over_lists_numbers_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +144,15 @@ def test_a_trial_that_fails_has_no_value_and_too_many_end_the_sweep(
     [
         (["sweeper=optuna"], "needs an option with an interval or values"),
         (["sweeper=optuna", RATES, "run.dir=runs/x"], "run.dir=runs/x is one folder for several runs"),
-        (["sweeper=optuna", RATES, "experiment=tradeoff/emoji"], "leave out run.dir, stage=all"),
+        (
+            ["sweeper=optuna", RATES, "experiment=tradeoff/emoji", "hydra.sweeper.metric=val/loss"],
+            "leave out run.dir, stage=all",
+        ),
         (
             ["sweeper=optuna", RATES, "hydra.sweeper.metric=val/psnr"],
             "hydra.sweeper.metric=val/psnr: stage=diffusion logs",
         ),
+        (["sweeper=optuna", RATES, "backbone=unet_small,unet_smell"], "backbone=unet_smell: there is no such file"),
         (["seed=0,1", "hydra.sweeper.direction=down"], "choose minimize or maximize"),
         ([RATES], "an interval needs sweeper=optuna"),
         (
