@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.nn.blocks import double, halve
+from ldmlab.nn.compiling import region
 from ldmlab.sharded import is_sharded
 
 _EPSILON = 1e-4
@@ -79,6 +80,7 @@ class MPFourier(nn.Module):
         return math.sqrt(2) * torch.cos(t.float()[:, None] * self.frequencies + self.phases)
 
 
+@region  # outside of blocks; sharded networks have its weights in parts when they are made normal
 class MPConv(nn.Module):
     """Convolution, or linear layer on the last axis, whose filters have unit magnitude in use (equation 47).
 
