@@ -131,6 +131,11 @@ def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
         assert sentence.endswith(f"max_bad={float(value):g} is not a share; choose 0 or more, below 1."), sentence
     words = ["encode", "data=shards", *flow.data[:2], f"from_run={flow.root}/first_stage", "out=''"]
     assert refusal(lambda: cli.dispatch(words)) == "out='' is empty; give a value, or leave the option out."
+    assert refusal(lambda: flow.encode("splits=[]", out="never")).startswith("splits=[] is empty")
+    words = ["evaluate", "model=none", "features=clip_run", "features.run=3"]
+    assert refusal(lambda: cli.dispatch(words)).startswith("features.run=3 is not text; quote it twice")
+    sentence = refusal(lambda: flow.denoiser("conditioner.text.from_run=3", out="never"))
+    assert sentence.startswith("conditioner.text.from_run=3 is not text; quote it twice")
     words = ["export", str(flow.root / "first_stage"), str(tmp_path / "out"), "--weights", "both"]
     assert "weights=both is unknown" in refusal(lambda: cli.dispatch(words))
     words = ["pack", str(flow.images), str(tmp_path / "out"), "--layout", "tars"]

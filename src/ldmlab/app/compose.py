@@ -16,7 +16,7 @@ _NO_VALUE = "{0} has no value; give it on the command line as {0}=VALUE."
 _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor checks
     **dict.fromkeys(("seed", "batch_size"), int),
     **dict.fromkeys(("keep_reference", "wandb", "mirror", "carry_images"), bool),
-    **dict.fromkeys(("model", "device", "run.name", "paths.runs"), str),
+    **dict.fromkeys(("model", "device", "run.name", "paths.runs", "features.run"), str),
     **dict.fromkeys(("run.dir", "run.group", "from_run", "init_from", "out"), str | None),
     "plugins": str | list[str],
     "splits": list[str],
@@ -266,8 +266,8 @@ def _check_option(content: dict[Any, Any], key: str, annotation: Any) -> None:
         return
     value = node[name]
     check_type(value, annotation, key)
-    if value == "":
-        raise InputError(f"{key}='' is empty; give a value, or leave the option out.")
+    if value == "" or (name == "splits" and not value):
+        raise InputError(f"{key}={value!r} is empty; give a value, or leave the option out.")
     if name == "batch_size" and value < 1:
         raise InputError(f"{key}={value} must be at least 1.")
     if name == "max_bad":

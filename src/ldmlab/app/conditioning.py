@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldmlab.argument_types import check_type
 from ldmlab.build import read_clip
 from ldmlab.contracts import LatentSpec
 from ldmlab.data.latent_shards import DTYPE, EncodeStates
@@ -31,6 +32,7 @@ def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSp
     for name, given in config.items():
         where, node = f"conditioner.{name}", dict(given)
         run = node.pop("from_run", None)
+        check_type(run, str | None, f"{where}.from_run")
         files = None if run is None else read_clip(run)
         if files is not None:
             node["config"] = files.spec["clip"]["config"]
