@@ -101,6 +101,7 @@ class Path(Protocol):
     def position(self, times: Tensor) -> Tensor: ...  # times => 0, the clean end, to 1, the noise end
     def time_of(self, ratio: Tensor) -> Tensor: ...  # sigma / alpha (B,) => times (B,)
     def grid(self, steps: int, spacing: str) -> list[Level]: ...  # from the noise end; `auto`: the solver's spacing
+    def with_shift(self, shift: float) -> "Path": ...  # with its times shifted otherwise
     def at_size(self, values: int) -> "Path": ...  # for latents of that many values, where the times depend on it
 
 

@@ -239,3 +239,68 @@ def test_the_likelihood_of_a_known_density() -> None:
     parts = [p / s * torch.exp(-0.5 * ((x - m) / s) ** 2) for p, m, s in exact_mixture.PARTS]
     known = torch.stack(parts).sum(0) / (2 * torch.pi) ** 0.5
     assert_near(nats, known.log().flatten(), 1e-4)
+
+
+LIGHTNING, LIGHTNING_CASES = recorded("lightningdit/transport")
+
+
+@pytest.mark.parametrize("case", [case for case in LIGHTNING_CASES if case.startswith("ode.")])
+def test_shifted_times_of_lightningdit(case: str) -> None:
+    """Its shift is of times that run to the data, the inverse of ours; dopri5 sees the ends alone."""
+    one = LIGHTNING_CASES[case]
+    path = LinearPath(1.0, 0.0).with_shift(1 / one["timestep_shift"] if one["timestep_shift"] else 1.0)
+    grid = path.grid(one["num_steps"] - 1)
+    x = LIGHTNING["x_T"]
+    sampler: Any = sampler_by_name("ode", method=one["sampling_method"])
+    assert_near(sampler.along(path)(network("Linear", "velocity"), x, grid, noise=by_number(x.shape)), LIGHTNING[case])
+
+
+SD3, SD3_CASES = recorded("diffusers/flow_match")
+
+
+@pytest.mark.parametrize(("case", "shift"), [("shift1", 1.0), ("sigmas.shift3", 3.0)])
+def test_shifted_steps_of_sd3(case: str, shift: float) -> None:
+    """FlowMatchEulerDiscreteScheduler with sigmas 1 .. 1 / N; without them it also shifts the lower end."""
+    path = LinearPath(0.0, 1000.0, shift=shift)
+    grid = path.grid(10) if shift > 1 else [*(path.level(float(t)) for t in SD3[f"{case}.timesteps"]), END]
+    if shift > 1:
+        assert_near(torch.tensor([level.sigma for level in grid]), SD3[f"{case}.sigmas"])
+        assert_near(torch.tensor([level.time for level in grid[:-1]]) / 1000, SD3[f"{case}.timesteps"] / 1000)
+    form = Parameterization(VelocityPrediction(), path)
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        assert level.time is not None
+        return form.clean(x, field(x, level.time / 1000), level)
+
+    x = SD3["x_T"]
+    assert_near(sampler_by_name("euler")(denoise, x, grid, noise=by_number(x.shape)), SD3[case])
+
+
+REPA, REPA_CASES = recorded("repa/samplers")
+UNGUIDED = [c for c in REPA_CASES if "cfg_scale=1.0" in c]
+
+
+@pytest.mark.parametrize("case", UNGUIDED)
+def test_samplers_of_repa(case: str) -> None:
+    """Euler, Heun, and Euler-Maruyama with w = t from 1 to 0.04 and a last step without noise; data at t = 0."""
+    one = REPA_CASES[case]
+    path = (CosinePath if one.get("path_type") == "cosine" else LinearPath)(0.0, 1.0)
+    form, label = Parameterization(VelocityPrediction(), path), REPA["y"]
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        time, c = torch.tensor([level.time], dtype=torch.float32), 0.5 * label.float() - 0.7
+        return form.clean(x, field(x.float(), time, c).double(), level)
+
+    x, steps = REPA["x_T"].double(), one["num_steps"]
+    if one["function"] == "euler_sampler":
+        grid = path.grid(steps)
+        sampler: Any = sampler_by_name("ode", method="heun2" if one.get("heun") else "euler")
+        if one.get("heun"):  # its last step is Euler's
+            x = sampler.along(path)(denoise, x, grid[:-1], noise=by_number(x.shape))
+            grid, sampler = grid[-2:], sampler_by_name("ode", method="euler")
+    else:
+        sampler = sampler_by_name("sde", form="linear")
+        times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist()
+        grid = [*(path.level(time) for time in times), END]
+    found = sampler.along(path)(denoise, x, grid, noise=by_number(x.shape, torch.float64))
+    assert_near(found, REPA[case])

@@ -71,6 +71,10 @@ class DiscretePath:
         """As `ddim_grid`; auto is official."""
         return ddim_grid(self, steps, self.solver.spacing if spacing == "auto" else spacing)
 
+    def with_shift(self, shift: float) -> Self:
+        """Refused: discrete times are not shifted."""
+        raise InputError(f"shift={shift} is for flows, and this model has a discrete schedule; leave it out.")
+
     def at_size(self, values: int) -> Self:
         """The same at every size."""
         return self

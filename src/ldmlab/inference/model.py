@@ -158,6 +158,7 @@ class LoadedModel:
         stage: Any = self.diffusion.first_stage
         values = stage.latent_channels * math.prod(-(-side // stage.downsampling) for side in settings.size)
         path = self.diffusion.path.at_size(values)
+        path = path if settings.shift is None else path.with_shift(settings.shift)
         grid = path.grid(settings.steps, settings.spacing)
         return grid if settings.strength is None else started_at(grid, settings.strength, path)
 

@@ -23,7 +23,10 @@ REPEATS = 5  # default where a model fills holes without having been trained for
 LONGEST = 2**16  # px
 LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
 TILE = 512  # px
-_SOMETIMES = ("temperature", "churn", "quantize_x0", "strength", "repeats", "tile", "window")  # recorded if used
+_SOMETIMES = (  # recorded where they are used
+    *("shift", "temperature", "churn", "quantize_x0"),
+    *("strength", "repeats", "tile", "window"),
+)
 
 
 def _option(default: Any, text: str, least: float | None = None, most: float = math.inf, words: str = "") -> Any:
@@ -46,6 +49,7 @@ class SampleSettings:
     spacing: str | None = _option(
         None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's, or a flow's)"
     )
+    shift: float | None = _option(None, "of a flow's times; above 1: more steps at high noise (the model's)", 1e-6)
     temperature: float | None = _option(None, "factor of the fresh noise, for samplers that draw some (1)", 0)
     churn: float | None = _option(None, "noise before each step of euler or heun (0; EDM: 40)", 0)
     quantize_x0: bool | None = _option(None, "clean estimates to the nearest codebook vectors, for VQ first stages")
@@ -237,6 +241,7 @@ def _way_out(name: str) -> str:
         "spacing": "choose one of those in docs/samplers.md.",
         "temperature": "choose 1 (the sampler's noise) or a smaller factor.",
         "eta": "choose 0 (no fresh noise) or 1 (as DDPM).",
+        "shift": "choose 1 (none) or for instance 3.",
         "churn": "choose 0 (none) or for instance 40.",
         "quantize_x0": "choose one of them.",
         "tile_norms": "choose shared or separate.",
