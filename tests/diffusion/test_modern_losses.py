@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmlab.diffusion.diffusion_loss import CosineLoss, VariationalLoss
+from ldmlab.diffusion.diffusion_loss import ContrastiveLoss, CosineLoss, VariationalLoss
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import (
     CleanPrediction,
@@ -19,7 +20,9 @@ from ldmlab.diffusion.parameterization import (
 from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.diffusion.time_sampling import LogitNormalTimes, LogNormalSigma, ModeTimes, UniformTimes
-from ldmlab.diffusion.weighting import EdmWeighting, FlowWeighting, LearnedLogVariance, MinSnr, Sd3Weighting, Snr
+from ldmlab.diffusion.weighting import P2, EdmWeighting, FlowWeighting, LearnedLogVariance, MinSnr, Sd3Weighting, Snr
+from ldmlab.errors import InputError
+from ldmlab.first_stages.identity import Identity
 from modern_cases import assert_near, drawn_noise, field, preconditioned, recorded
 
 PATHS: dict[str, ContinuousPath] = {  # as SiT counts: 0 is noise, 1 data
@@ -204,3 +207,24 @@ def test_strata_and_shift() -> None:
     shifted = LinearPath(0.0, 1.0, shift_base=1024).at_size(4096)
     assert_near(shifted.quantile(u).double(), 2 * u / (1 + u), 1e-6)
     assert [level.sigma for level in shifted.grid(2)[:-1]] == pytest.approx([1.0, 2 * 0.5 / 1.5])
+
+
+def test_p2_contrast_and_offset_noise() -> None:
+    """By their formulas: 1 / (k + SNR) of the noise; less a part of the neighbour's loss; a number a channel."""
+    schedule, t = Schedule(), torch.tensor([50, 400, 900])
+    alpha, sigma = schedule.levels(t)
+    clean, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    error = (0.3 * (alpha * clean + sigma * noise) - noise).square().mean(dim=(1, 2, 3))
+    run_with = [{"weighting": P2(1.0, 1.0)}, {"loss": ContrastiveLoss(0.05)}]
+    found = [Objective(schedule, EpsPrediction(), **o)(lambda x, t: 0.3 * x, clean, noise, t) for o in run_with]
+    torch.testing.assert_close(found[0], error / (1 + (alpha / sigma).square().flatten()), rtol=1e-5, atol=1e-7)
+    other = (0.3 * (alpha * clean + sigma * noise) - noise[[2, 0, 1]]).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found[1], error - 0.05 * other, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="two images in a micro-batch"):
+        Objective(schedule, EpsPrediction(), loss=ContrastiveLoss())(lambda x, t: x, clean[:1], noise[:1], t[:1])
+    space = LatentSpace(Identity(), LatentScale())
+    batch = {"position": torch.arange(2000), "image": torch.zeros(2000, 3, 1, 1, dtype=torch.uint8)}
+    _, numbers = space.latents_and_numbers(batch, 0, noise=True, offset=True)
+    assert numbers["offset"].shape == (2000, 3, 1, 1)
+    both = torch.stack([numbers["offset"].flatten(), numbers["noise"].flatten()])
+    assert_near(torch.cov(both), torch.eye(2), 0.05)  # independent, each of variance 1; 6,000 draws

@@ -304,3 +304,24 @@ def test_samplers_of_repa(case: str) -> None:
         grid = [*(path.level(time) for time in times), END]
     found = sampler.along(path)(denoise, x, grid, noise=by_number(x.shape, torch.float64))
     assert_near(found, REPA[case])
+
+
+EDM2, EDM2_CASES = recorded("edm2/samplers")
+CHURN = {"S_churn": "churn", "S_min": "churn_min", "S_max": "churn_max", "S_noise": "churn_noise"}
+
+
+@pytest.mark.parametrize("case", [case for case in EDM2_CASES if case.split(".")[0] in ("plain", "churn", "churn_max")])
+def test_edm2(case: str) -> None:
+    """Heun's steps, in float32 and float64; this program draws a noise on steps with churn alone."""
+    one, drawn = EDM2_CASES[case], []
+    x = EDM2["x_T"].to(getattr(torch, one.get("dtype", "float32")))
+
+    def noise(step: int) -> Tensor:
+        drawn.append(step)
+        return drawn_noise(f"noise.{len(drawn)}", *x.shape).to(x.dtype)
+
+    grid = EdmPath().grid(one["num_steps"], "karras")
+    sampler: Any = sampler_by_name("heun", **{ours: one[name] for name, ours in CHURN.items() if name in one})
+    found = sampler.along(EdmPath())(denoise, x * grid[0].sigma, grid, noise=noise)
+    assert_near(found, EDM2[case], 1e-7 if x.dtype == torch.float64 else 5e-5)
+    assert len(drawn) == one["noises_drawn"]

@@ -92,6 +92,9 @@ class Sd3Weighting:
 class LearnedLogVariance(nn.Module):
     """loss / exp(u) + u with a learned u(time), by which all levels weigh the same (Karras et al. 2024, eq. 21)."""
 
+    frequencies: Tensor
+    phases: Tensor
+
     def __init__(self, weighting: Weighting | None = None, channels: int = 128) -> None:
         """weighting: what is multiplied before, EDM's for EDM2; channels: of the Fourier features of the time."""
         super().__init__()
@@ -108,8 +111,8 @@ class LearnedLogVariance(nn.Module):
 
     def finished(self, loss: Tensor, times: Tensor) -> Tensor:
         """(B,) => (B,)."""
-        angles = torch.outer(times.float(), self.frequencies) + self.phases  # type: ignore[arg-type, operator]
-        u = (math.sqrt(2) * torch.cos(angles)) @ (self.linear / self.linear.norm())
+        angles = times.float()[:, None] * self.frequencies + self.phases  # (B, channels)
+        u = (math.sqrt(2) * torch.cos(angles) * self.linear / self.linear.norm()).sum(1)  # float32 under autocast too
         return loss / u.exp() + u
 
 
