@@ -15,6 +15,7 @@ from ldmlab.diffusion.parameterization import (
     Parameterization,
     ScorePrediction,
     VelocityPrediction,
+    VPrediction,
 )
 from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
 from ldmlab.diffusion.schedule import Schedule
@@ -325,3 +326,27 @@ def test_edm2(case: str) -> None:
     found = sampler.along(EdmPath())(denoise, x * grid[0].sigma, grid, noise=noise)
     assert_near(found, EDM2[case], 1e-7 if x.dtype == torch.float64 else 5e-5)
     assert len(drawn) == one["noises_drawn"]
+
+
+DDPM, DDPM_CASES = recorded("diffusers/ddpm_family")
+MULTISTEP = ["2m_sde", "2m_sde.heun", "2m_sde.trailing", "2m_sde.v", "2m_sde.long", "2m", "2m.leading"]
+
+
+@pytest.mark.parametrize("case", [*MULTISTEP, "ddpm.fixed_small", "ddim.zero_snr.v.trailing"])
+def test_multistep_solvers_of_diffusers(case: str) -> None:
+    """On the levels of a discrete schedule, where alpha is not 1; the times are those that it visits."""
+    one = DDPM_CASES[case]
+    zero = bool(one.get("rescale_betas_zero_snr"))
+    schedule = Schedule("scaled_linear", 0.00085, 0.012, zero_terminal_snr=zero)
+    prediction = VPrediction() if one.get("prediction_type") == "v_prediction" else EpsPrediction()
+    grid = [*(schedule.level(float(t)) for t in DDPM[f"{case}.timesteps"]), END]
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        assert level.time is not None
+        return prediction.clean(x, field(x, level.time / 1000), level)
+
+    sde = one.get("algorithm_type") == "sde-dpmsolver++"
+    name = "dpmpp_2m_sde" if sde else case.split(".")[0].replace("2m", "dpmpp_2m")
+    sampler: Any = sampler_by_name(name, **({"midpoint": one.get("solver_type") != "heun"} if sde else {}))
+    x = DDPM["x_T"]
+    assert_near(sampler.along(schedule)(denoise, x, grid, noise=by_number(x.shape)), DDPM[case])
