@@ -36,7 +36,7 @@ def checked_length(length: float, name: str) -> float:
 
 
 def exponents(lengths: ArrayLike) -> Numbers:
-    """g of each length l: the largest root of l^2 (g + 2)^2 (g + 3) = g + 1 (equation 123)."""
+    """g of each length l: the largest root of l^2 (g + 2)^2 (g + 3) = g + 1 (equation 126)."""
     squares = np.asarray(lengths, dtype=np.float64).flatten() ** -2.0
     return np.array([np.roots([1, 7, 16 - s, 12 - s]).real.max() for s in squares])
 
@@ -51,7 +51,7 @@ def correlations(times_a: Numbers, g_a: Numbers, times_b: Numbers, g_b: Numbers)
 def coefficients(times: ArrayLike, lengths: ArrayLike, time: float, length: float) -> tuple[Numbers, float]:
     """Weights (A,) of averages, of sum 1, that come closest to the average of `time` and `length`; and their error.
 
-    Least squares between profiles (equation 142). The error is the norm of the difference relative to the profile's.
+    Least squares between profiles (algorithm 3). The error is the norm of the difference relative to the profile's.
     """
     at, g = np.asarray(times, dtype=np.float64).flatten(), exponents(lengths)
     goal, g_goal = np.array([time], dtype=np.float64), exponents([length])

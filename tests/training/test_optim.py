@@ -5,13 +5,15 @@ import torch
 from torch import nn
 
 from ldmlab.errors import InputError
-from ldmlab.training.optim import AdamW, Constant, Cosine, Linear, restore_optimizer
+from ldmlab.training.optim import AdamW, Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay, restore_optimizer
 
 TABLE = [
     (Constant(), {0: 1.0, 50: 1.0, 100: 1.0}),
     (Constant(warmup_steps=9), {0: 0.1, 4: 0.5, 9: 1.0, 100: 1.0}),
     (Linear(max_steps=100), {0: 1.0, 25: 0.75, 100: 0.0, 120: 0.0}),
     (Linear(max_steps=110, warmup_steps=10, final=0.5), {10: 1.0, 60: 0.75, 110: 0.5}),
+    (InverseSqrt(steady_steps=50, warmup_steps=9), {0: 0.1, 9: 1.0, 50: 1.0, 200: 0.5}),
+    (WarmupStableDecay(max_steps=110, warmup_steps=10, final=0.1), {0: 1 / 11, 90: 1.0, 100: 0.55, 110: 0.1}),
     (Cosine(max_steps=100), {0: 1.0, 50: 0.5, 100: 0.0}),
     (Cosine(max_steps=110, warmup_steps=10, final=0.2), {0: 1 / 11, 10: 1.0, 60: 0.6, 110: 0.2}),
 ]
@@ -61,3 +63,19 @@ def test_states_of_another_memory_layout_move_the_same_weights() -> None:
         optimizer.step()
         moved[layout] = here.weight.detach()
     torch.testing.assert_close(*moved.values(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "factor"), [(1e7, 1.0), (1e8, 1.0), (1e9, 0.3786291061183754)])
+def test_the_inverse_root_is_edm2s(images: float, factor: float) -> None:
+    """Recorded from its learning_rate_schedule: 2,048 images a step, steady for 70,000 steps, after the rise."""
+    schedule = InverseSqrt(steady_steps=70_000)
+    below, above = (schedule(int(images / 2048) + more) for more in (0, 1))  # the official time is not a whole step
+    assert above <= factor <= below
+    assert below - above < 1e-6
+
+
+def test_schedules_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InputError, match=r"lr_schedule\.decay=0\.0 must be above 0"):
+        WarmupStableDecay(max_steps=10, decay=0.0)
+    with pytest.raises(InputError, match=r"lr_schedule\.steady_steps=0 must be at least 1"):
+        InverseSqrt(steady_steps=0)

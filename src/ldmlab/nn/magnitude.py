@@ -20,7 +20,7 @@ Resampling = Literal["keep", "down", "up"]
 
 
 def normalize(x: Tensor, dims: int | None = None) -> Tensor:
-    """x / (1e-4 + rms), the root mean square over `dims`, None: all but the first; in x's dtype (equations 30, 66)."""
+    """x / (1e-4 + rms), the root mean square over `dims`, None: all but the first; in x's dtype."""
     axes = list(range(1, x.ndim)) if dims is None else [dims]
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
     return x / (_EPSILON + norm / math.sqrt(x.shape[1:].numel() if dims is None else x.shape[dims])).to(x.dtype)

@@ -24,7 +24,7 @@ def lengths_page(out: Path, evaluations: Mapping[float, Path]) -> None:
     charts = [Chart(lines[min(lines)][name].title, {"": points}, "length") for name, points in values.items()]
     rows = [Row("ours", f"{length:g}", [row[name].value for name in names]) for length, row in lines.items()]
     table = Table("", [lines[min(lines)][name].head for name in names], rows, head="length")
-    lead = "Scores of one run by the length of its averaged weights, relative to the training (EDM2, figure 5)."
+    lead = "Scores of one run by the length of its averaged weights, relative to the training (Karras et al. 2024)."
     with disk_errors(out):
         page = write_pages(out, Page("Lengths of averages", lead, [Section("Scores", [Charts(charts), table])]))
         cells = [[length, *(points[i][1] for points in values.values())] for i, length in enumerate(lines)]

@@ -122,6 +122,41 @@ class Cosine(_Schedule):
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class InverseSqrt(_Schedule):
+    """1 until `steady_steps`, then sqrt(steady_steps / step), after a linear rise (Karras et al. 2024)."""
+
+    steady_steps: int
+    warmup_steps: int = 0
+    max_steps: int | None = None  # given to every schedule; unused here
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steady_steps < 1:
+            raise InputError(f"lr_schedule.steady_steps={self.steady_steps} must be at least 1.")
+
+    def __call__(self, step: int) -> float:
+        return super().__call__(step) / math.sqrt(max(step / self.steady_steps, 1.0))
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay(_Schedule):
+    """1 after a linear rise, then a straight line to `final` over the last `decay` of what follows the rise."""
+
+    max_steps: int
+    warmup_steps: int = 0
+    final: float = 0.0  # factor at the end
+    decay: float = 0.2  # in 0 .. 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay <= 1:
+            raise InputError(f"lr_schedule.decay={self.decay} must be above 0 and at most 1, a part of the run.")
+
+    def _curve(self, progress: float) -> float:
+        return 1 + (self.final - 1) * max(1 - (1 - progress) / self.decay, 0.0)
+
+
 class RateBySteps(LRScheduler):
     """The configured rates times a factor of our step counter, which no state needs to keep."""
 
