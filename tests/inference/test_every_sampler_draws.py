@@ -13,7 +13,7 @@ def model() -> LoadedModel:
     return tiny_model()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("ode", "sde")])  # which are for flows
 def test_a_image_is_the_same_in_any_company(model: LoadedModel, name: str) -> None:
     options = {"steps": 5, "guidance_scale": 2.0, "sampler": name}
     together = model.sample(class_id=[1, 2, 3], batch_size=3, **options)  # type: ignore[arg-type]

@@ -259,3 +259,16 @@ def test_a_step_from_a_level_that_churn_raised() -> None:
         grid = ddim_grid(Schedule(), 250, "karras")
         x = run(name, start(grid), grid, churn=40.0, churn_noise=1.0)
         assert float(x.std()) == pytest.approx(STD, abs=0.03)
+
+
+def test_a_name_may_hold_options() -> None:
+    sampler: Any = sampler_by_name("sde:form=linear:norm=0.5:method=heun")
+    assert (sampler.form, sampler.norm, sampler.method) == ("linear", 0.5, "heun")
+    assert sampler_by_name("lms:depth=2", depth=3).depth == 3  # type: ignore[attr-defined]
+    for name, sentence in (
+        ("sde:form=blue", "sampler.form=blue is unknown"),
+        ("sde:norm=much", "sampler.norm=much does not fit"),
+        ("heun:depth=2", "depth=2: the sampler heun has no such setting"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            sampler_by_name(name)

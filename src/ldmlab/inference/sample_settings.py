@@ -45,7 +45,7 @@ class SampleSettings:
     eta: float | None = _option(None, "fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)", 0)
     seed: int = _option(0, "with an image's number it decides the noise (0)", 0, 2**64 - 1)
     size: int | tuple[int, int] | None = _option(None, "HEIGHTxWIDTH or one side, px (as trained)", 1, LONGEST)
-    sampler: str = _option("auto", f"auto | {' | '.join(SAMPLERS)}; or package.Class (auto: of the path)")
+    sampler: str = _option("auto", f"auto | {' | '.join(SAMPLERS)}; NAME:option=value; or package.Class (auto)")
     spacing: str | None = _option(
         None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's, or a flow's)"
     )
@@ -147,9 +147,14 @@ def chosen_window(window: int | None, size: tuple[int, int], trained: int, reads
 
 
 def sampler_by_name(name: str, **options: Any) -> "Sampler":
-    """Build samplers/NAME.py's class, or a plugin's class by its full name; an option that it lacks is refused."""
+    """Build samplers/NAME.py's class, or a plugin's class by its full name; an option that it lacks is refused.
+
+    The name may hold options: `sde:form=linear:norm=0.5`.
+    """
     from ldmlab.instantiate import instantiate
 
+    name, *words = name.split(":")
+    options = dict(map(_named, words)) | options
     if "." in name:
         return instantiate({"_target_": name, **options}, where="sampler")
     if name not in SAMPLERS:
@@ -157,7 +162,22 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     target = getattr(importlib.import_module(f"ldmlab.samplers.{name}"), name.title().replace("_", ""))
     for option in options.keys() - inspect.signature(target).parameters.keys():
         raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
+    if words:
+        from ldmlab.argument_types import check_types
+
+        check_types(target, options, "sampler")
     return target(**options)
+
+
+def _named(word: str) -> tuple[str, Any]:
+    """`form=linear` => its name and value: a number, true, false or a word."""
+    name, _, text = word.partition("=")
+    for kind in (int, float):
+        try:
+            return name, kind(text)
+        except ValueError:
+            continue
+    return name, {"true": True, "false": False}.get(text, text)
 
 
 def parsed(name: str, text: str) -> Any:
