@@ -52,9 +52,10 @@ class Batches(pl.LightningDataModule):
 
     def _filled(self) -> Iterator[Batch]:
         """A process without a batch left repeats one, marked `filler`, since every pass needs all processes."""
-        own, latest = iter(self.val()), None
+        own: Iterator[Batch] = iter(self.val())
+        latest: Batch = {}
         while any(found := distributed.gather((batch := next(own, None)) is not None)):
-            if latest is None and not all(found):
+            if not latest and not all(found):
                 latest = next(part for part in distributed.gather(batch) if part is not None)
             latest = batch or latest
             yield batch or {**latest, "skipped": [], "filler": True}
