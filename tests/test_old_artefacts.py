@@ -26,6 +26,16 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def processor() -> str:
+    """Vendor, family and model, which choose the kernels of oneDNN and MKL; empty where Linux does not tell."""
+    file = Path("/proc/cpuinfo")
+    lines = (
+        dict(line.split("\t: ", 1) for line in file.read_text().splitlines() if "\t: " in line) if file.exists() else {}
+    )
+    found = {name.strip(): value for name, value in lines.items()}
+    return " ".join(found.get(name, "") for name in ("vendor_id", "cpu family", "model"))
+
+
 def resumed(run: str) -> list[dict[str, str]]:
     config = config_of(Path(run))
     config["trainer"]["max_steps"] = 6
@@ -44,12 +54,13 @@ def test_a_run_goes_on_as_it_would_have_then(run: str, old: Path) -> None:
                 compared += 1
     assert compared > 15
     content = load_checkpoint(old / run / "checkpoints" / "step_00000006.ckpt")
-    if torch.__version__ == EXPECTED[run]["torch"] and torch.get_num_threads() == 1:  # the same kernels: the same bits
+    known = EXPECTED[run]["modules_sha256"].get(processor())
+    if known and torch.__version__ == EXPECTED[run]["torch"] and torch.get_num_threads() == 1:  # the same kernels
         digest = hashlib.sha256()
         for module in content["modules"].values():
             for name in sorted(module):
                 digest.update(module[name].contiguous().numpy().tobytes())
-        assert digest.hexdigest() == EXPECTED[run]["modules_sha256"]
+        assert digest.hexdigest() == known
 
 
 @pytest.mark.parametrize("run", ["first_stage", "model"])
