@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from ldmlab.app import estimate as estimates
 from ldmlab.app import weightless
 from ldmlab.app.cli import dispatch
-from ldmlab.app.commands.plan import USED
+from ldmlab.app.commands.plan import USED, saved_by_sharding
 from ldmlab.app.compose import compose, plain
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import flops_of
@@ -120,6 +120,7 @@ def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]
     assert found["peak_gib"] <= USED * 4
     assert found["cost"] == pytest.approx(2 * 8 * found["hours"])
     assert found["parameters"].keys() == {"denoiser", "conditioners", "frozen first stage"}
+    assert saved_by_sharding(found)
     copies = 5  # weights, gradients, two moments, averages, in float32
     assert found["trained_gib"] * 2**30 == pytest.approx(copies * 4 * found["parameters"]["denoiser"], rel=0.02)
     dispatch(["plan", *words, "--memory-gib", "0.1"])
@@ -134,7 +135,9 @@ def test_what_is_sharded_is_divided_by_the_processes(
     one, many = ({}, {})
     for found, devices in ((one, 1), (many, 16)):
         assert dispatch(["plan", *words, "--devices", str(devices), "--json"]) == 0
-        found |= json.loads(capsys.readouterr().out)["memory_gib"]
+        printed = json.loads(capsys.readouterr().out)
+        found |= printed["memory_gib"]
+        assert not saved_by_sharding(printed)  # of what is divided already
     for kind in ("weights of the denoiser", "gradients", "optimizer", "averaged weights"):
         assert many[kind] == pytest.approx(one[kind] / parts, rel=1e-3)
     assert many["weights of the frozen first stage"] == one["weights of the frozen first stage"]

@@ -1,12 +1,12 @@
 """`ldmlab plan`: what a training run costs, before a GPU is paid for.
 
-no weights, data or network are needed; options are key=value, as for train:
+It needs no weights, data or network; options are key=value, as for train:
   ldmlab plan experiment=paper/class/imagenet_ldm_4 --devices 8
   ldmlab plan experiment=paper/text/sd1 --card a100-40gb --devices 16 --mfu 0.4 --price 1.9
-first_stage=NAME names the architecture that latents come from; without data.latents it is assumed that they exist, but
-for tasks that change images, pixels and from_run. Memory is that of eager training on one card, every card holding
-all weights, or its part with trainer=fsdp (hsdp: of the GPUs of a machine, trainer.devices, else 8); the tenth of the
-card that is left is for the CUDA context, kernels' workspace and fragmentation.
+first_stage=NAME is the architecture that encoded the latents. Without data.latents, stored latents are assumed, except
+for tasks that change images, pixels and from_run. Memory is that of eager training on one card, which holds all
+weights, or its shard with trainer=fsdp (hsdp: over the GPUs of a machine, trainer.devices, else 8). A tenth of the card
+is left for the CUDA context, kernels' workspace and fragmentation.
 """
 
 import argparse
@@ -102,6 +102,7 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
         "accumulate": each // micro if micro else None,
         "memory_gib": kinds,
         "peak_gib": sum(kinds.values()),
+        "sharded": settings.strategy in ("fsdp", "hsdp"),
         "trained_gib": counted.trained / 2**30,
         "configured_micro_batch": settings.micro_batch,
         "configured_peak_gib": sum(counted.memory(settings.micro_batch).values()) / 2**30,
@@ -139,7 +140,7 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> str:
         f"peak memory      {share}, of it",
         *(f"{gib:>10.2f} GiB  {kind}" for kind, gib in sorted(found["memory_gib"].items(), key=lambda item: -item[1])),
         f"as configured    micro_batch {found['configured_micro_batch']}: {found['configured_peak_gib']:.1f} GiB",
-        *sharded(found),
+        *saved_by_sharding(found),
         "",
         f"training         {found['tflop_an_image']:.3g} TFLOP an image, {found['tflop_a_step']:,.4g} a step",
         f"steps            {found['steps']:,}, {found['images']:,} images",
@@ -149,10 +150,10 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def sharded(found: dict[str, Any]) -> list[str]:
-    """A line on what FSDP would divide; the memory above is that of cards which hold all weights."""
+def saved_by_sharding(found: dict[str, Any]) -> list[str]:
+    """A line on what FSDP would divide, where the memory above is that of cards which hold all weights."""
     whole, devices = found["trained_gib"], found["devices"]
-    if devices == 1 or found["stage"] not in ("diffusion", "classifier"):
+    if devices == 1 or found["sharded"] or found["stage"] not in ("diffusion", "classifier"):
         return []
     kept = f"leaves {whole / devices:.2f} of {whole:.2f} GiB of trained weights, gradients, optimizer and averages"
     return [f"trainer=fsdp     {kept} on each GPU, beside the blocks that are gathered while they run"]
