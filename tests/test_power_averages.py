@@ -69,13 +69,15 @@ def test_forty_snapshots_make_any_length(tmp_path: Path, recwarn: pytest.Warning
 
 def test_too_few_snapshots_are_said_and_none_refused(tmp_path: Path) -> None:
     walked(tmp_path, 4, updates=200)
-    with pytest.warns(UserWarning, match=r"weights=0\.2: the 8 snapshots up to step 200 only come within 2\d% of that"):
+    with pytest.warns(
+        UserWarning, match=r"weights=0\.2: the average made from the 8 snapshots up to step 200 has an error of 2\d%"
+    ):
         assert reconstruct(tmp_path, 0.2, 10_000).error > 0.2
     with pytest.warns(UserWarning, match=r"the 4 snapshots up to step 100 "):
         assert reconstruct(tmp_path, 0.2, 149).step == 100
     with pytest.raises(InputError, match=r"has no snapshots of averages up to step 40; train with callbacks=power"):
         reconstruct(tmp_path, 0.1, 40)
-    with pytest.raises(InputError, match=r"weights=0\.5 is no length of an average"):
+    with pytest.raises(InputError, match=r"weights=0\.5 is not the length of an average"):
         reconstruct(tmp_path, 0.5, 200)
     (tmp_path / "averages/step_00000050_length_0.050.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"step_00000050_length_0\.050\.safetensors is damaged"):

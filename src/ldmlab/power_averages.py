@@ -1,7 +1,8 @@
-"""Averages by a power of time, whose length may be chosen after training (Karras et al. 2024, EDM2, section 3).
+"""Power-function averages, whose length may be chosen after training (Karras et al. 2024, EDM2, section 3).
 
-An average of exponent g at time t is (g + 1) / t^(g+1) times the integral of s^g w(s) over s = 0 .. t. Its length is
-the standard deviation of that profile relative to t. A few averages, kept at several times, nearly span all others.
+The average of exponent g at time t is (g + 1) / t^(g+1) times the integral of s^g w(s) over s = 0 .. t, w being the
+weights. Its length is the standard deviation of the profile s^g relative to t. An average of any length is close to a
+linear combination of a few, saved at several times.
 """
 
 import re
@@ -29,9 +30,9 @@ Numbers = NDArray[Any]  # float64
 
 
 def checked_length(length: float, name: str) -> float:
-    """InputError for a length that no power has."""
+    """The length; InputError where it has no exponent."""
     if not 0 < length <= _LONGEST:
-        raise InputError(f"{name}={length} is no length of an average; choose more than 0 and at most {_LONGEST}.")
+        raise InputError(f"{name}={length} is not the length of an average; choose more than 0, at most {_LONGEST}.")
     return float(length)
 
 
@@ -49,9 +50,9 @@ def correlations(times_a: Numbers, g_a: Numbers, times_b: Numbers, g_b: Numbers)
 
 
 def coefficients(times: ArrayLike, lengths: ArrayLike, time: float, length: float) -> tuple[Numbers, float]:
-    """Weights (A,) of averages, of sum 1, that come closest to the average of `time` and `length`; and their error.
+    """Weights (A,) of sum 1 whose combination of averages is closest to that of `time` and `length`, and its error.
 
-    Least squares between profiles (algorithm 3). The error is the norm of the difference relative to the profile's.
+    Least squares between profiles (algorithm 3). The error is the norm of the difference over that of the profile.
     """
     at, g = np.asarray(times, dtype=np.float64).flatten(), exponents(lengths)
     goal, g_goal = np.array([time], dtype=np.float64), exponents([length])
@@ -63,9 +64,9 @@ def coefficients(times: ArrayLike, lengths: ArrayLike, time: float, length: floa
 
 
 class PowerAverage(AveragedWeights):
-    """The average of a length beside the live weights: after update n, average += ((1 - 1 / n)^(g+1)) (average - live).
+    """The average of a length: at update n it becomes live + (1 - 1 / n)^(g+1) (average - live) (equation 127).
 
-    Times count updates, all of as many images (equation 127).
+    Time is counted in updates, which all have the same number of images.
     """
 
     def __init__(self, module: nn.Module, length: float) -> None:
@@ -85,9 +86,9 @@ class Snapshot(NamedTuple):
 
 
 def write_snapshot(run: Path, step: int, length: float, part: str, weights: Mapping[str, Tensor], here: bool) -> None:
-    """Keep an average of a part of the model in a run folder, float32.
+    """Save an average of a part of the model in a run folder, float32.
 
-    Every process calls it, since weights may be sharded; `here`: this one writes the file.
+    A collective call, since weights may be sharded; `here`: this process writes the file.
     """
     content = {}
     for name, tensor in weights.items():
@@ -126,8 +127,9 @@ def reconstruct(run: Path, length: float, step: int) -> Reconstruction:
     weights, error = coefficients([one.step for one in used], [one.length for one in used], last, length)
     if error > ACCEPTED:
         warnings.warn(
-            f"weights={length}: the {len(used)} snapshots up to step {last} only come within {error:.0%} of that "
-            "average; train with more of them (callbacks.power_averages.every), or choose a length nearer to theirs.",
+            f"weights={length}: the average made from the {len(used)} snapshots up to step {last} has an error of "
+            f"{error:.0%}; train with more snapshots (callbacks.power_averages.every), or choose a length nearer to "
+            "theirs.",
             stacklevel=2,
         )
     parts: dict[str, dict[str, Tensor]] = {}
@@ -143,7 +145,7 @@ def _weighted(used: Sequence[Snapshot], weights: Numbers) -> dict[str, Tensor]:
     names = sorted(files[0].keys())
     for one, file in zip(used, files, strict=True):
         if sorted(file.keys()) != names:
-            raise InputError(f"{one.path} holds other tensors than {used[0].path}; delete what is of another run.")
+            raise InputError(f"{one.path} and {used[0].path} hold different tensors; delete the file of another run.")
     result = {}
     for name in names:
         total = torch.zeros((), dtype=torch.float64)

@@ -11,7 +11,7 @@ from toy_stages import TwoGroups, diffusion_stage, train
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.power_averages import snapshots
-from ldmlab.training.callbacks.power_averages import PowerAverages
+from ldmlab.training.callbacks.average_snapshots import PowerAverages
 
 
 class NotAveraged(TwoGroups):
@@ -38,13 +38,13 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(tmp_path: Path) -> No
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     train(diffusion_stage(max_steps=2), tmp_path / "run")
-    with pytest.raises(InputError, match="the checkpoint holds those of none; averages begin with the training"):
+    with pytest.raises(InputError, match="of these lengths: none; others cannot start in the middle"):
         train(diffusion_stage(max_steps=4), tmp_path / "run", callbacks=[PowerAverages(4)])
-    with pytest.raises(InputError, match=r"lengths=\[0\.1\]: others are made from at least two"):
+    with pytest.raises(InputError, match=r"lengths=\[0\.1\]: an average of another length needs at least two"):
         PowerAverages(4, [0.1])
     with pytest.raises(InputError, match="every=0 must be at least 1 step"):
         PowerAverages(0)
-    with pytest.raises(InputError, match="averages nothing; leave it out"):
+    with pytest.raises(InputError, match="has no averaged weights; leave it out"):
         train(NotAveraged(), tmp_path / "other", callbacks=[PowerAverages(4)])
 
 

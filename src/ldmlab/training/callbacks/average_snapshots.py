@@ -1,4 +1,4 @@
-"""Averages of several lengths while training, kept as snapshots from which any length is made afterwards."""
+"""Averages of several lengths in training, saved as snapshots from which one of any length is made afterwards."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ from ldmlab.power_averages import PowerAverage, checked_length, write_snapshot
 
 
 class PowerAverages(pl.Callback):
-    """Updates an average of each length once a step, and writes them to RUN/averages/ every `every` steps.
+    """Update an average of each length once a step; save them in RUN/averages/ every `every` steps.
 
-    They exist beside the average of `trainer.averaging_decay`, and like it are part of checkpoints.
+    They are kept besides the average of `trainer.averaging_decay`, and in checkpoints too.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class PowerAverages(pl.Callback):
         self.every, self.lengths = every, [checked_length(one, "callbacks.power_averages.lengths") for one in lengths]
         if len(set(self.lengths)) < 2:
             raise InputError(
-                f"callbacks.power_averages.lengths={list(lengths)}: others are made from at least two different "
-                "ones; give for instance [0.05,0.10]."
+                f"callbacks.power_averages.lengths={list(lengths)}: an average of another length needs at least two "
+                "different ones; give for instance [0.05,0.10]."
             )
         self.averages: dict[str, PowerAverage] = {}
         self._waiting: dict[str, Any] | None = None
@@ -39,10 +39,10 @@ class PowerAverages(pl.Callback):
         self._waiting = checkpoint.get("power_averages", {})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Make the averages, or take up those of a checkpoint."""
+        """Start the averages, or restore those of a checkpoint."""
         waiting, self._waiting = self._waiting, None
         if pl_module.averaged is None:
-            raise InputError(f"callbacks.power_averages: stage={pl_module.kind} averages nothing; leave it out.")
+            raise InputError(f"callbacks.power_averages: stage={pl_module.kind} has no averaged weights; leave it out.")
         module = pl_module.saved()[pl_module.averaged]
         self.averages = {f"{length:.3f}": PowerAverage(module, length) for length in self.lengths}
         if waiting is None:
@@ -50,8 +50,8 @@ class PowerAverages(pl.Callback):
         if waiting.keys() != self.averages.keys():
             has = ", ".join(waiting) or "none"
             raise InputError(
-                f"callbacks.power_averages.lengths={self.lengths}: the checkpoint holds those of {has}; averages begin "
-                "with the training, so start a new run, or leave them as they are."
+                f"callbacks.power_averages.lengths={self.lengths}: the checkpoint has averages of these lengths: {has}; "
+                "others cannot start in the middle of a run, so keep them, or start a new run."
             )
         for length, state in waiting.items():
             self.averages[length].load_state_dict(state)
