@@ -38,7 +38,7 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(tmp_path: Path) -> No
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     train(diffusion_stage(max_steps=2), tmp_path / "run")
-    with pytest.raises(InputError, match="of these lengths: none; others cannot start in the middle"):
+    with pytest.raises(InputError, match="has these lengths: none; others cannot start in the middle"):
         train(diffusion_stage(max_steps=4), tmp_path / "run", callbacks=[PowerAverages(4)])
     with pytest.raises(InputError, match=r"lengths=\[0\.1\]: an average of another length needs at least two"):
         PowerAverages(4, [0.1])

@@ -50,8 +50,8 @@ class PowerAverages(pl.Callback):
         if waiting.keys() != self.averages.keys():
             has = ", ".join(waiting) or "none"
             raise InputError(
-                f"callbacks.power_averages.lengths={self.lengths}: the checkpoint has averages of these lengths: {has}; "
-                "others cannot start in the middle of a run, so keep them, or start a new run."
+                f"callbacks.power_averages.lengths={self.lengths}: the checkpoint has these lengths: {has}; others "
+                "cannot start in the middle of a run, so keep them, or start a new run."
             )
         for length, state in waiting.items():
             self.averages[length].load_state_dict(state)
