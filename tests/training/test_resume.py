@@ -25,6 +25,7 @@ from ldmlab.losses.adversary import Adversary
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.training.autoencoder_module import AutoencoderStage
+from ldmlab.training.muon import MuonAdamW
 from ldmlab.training.stage import Stage
 
 
@@ -37,6 +38,10 @@ class Slow(pl.Callback):
 
 def with_dropout() -> Stage:
     return diffusion_stage(dropout=0.3, accumulate=2)
+
+
+def muon() -> Stage:
+    return diffusion_stage(dropout=0.3, layers=2, accumulate=2, optimizer=MuonAdamW(1e-3))
 
 
 def two_groups() -> Stage:
@@ -75,7 +80,7 @@ def latest_keys(path: Path) -> dict[str, list[str]]:
     return {position: keys[-2:] for position, keys in steps.items()}
 
 
-@pytest.mark.parametrize("make", [with_dropout, two_groups, autoencoder])
+@pytest.mark.parametrize("make", [with_dropout, muon, two_groups, autoencoder])
 def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stage], tmp_path: Path) -> None:
     assert forked.finish(forked.start(run, make, tmp_path / "straight", tmp_path / "straight.keys", False)) == [0]
     moments = random.Random(make.__name__)

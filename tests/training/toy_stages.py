@@ -30,23 +30,27 @@ IMAGES = 50
 
 
 class ToyBackbone(nn.Module):
-    """Two convolutions that are told the time and a class vector."""
+    """Two convolutions that are told the time and a class vector, and `layers` matrices between them."""
 
     accepts = frozenset({"vector"})
 
-    def __init__(self, channels: int = 3, width: int = 8, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int = 3, width: int = 8, dropout: float = 0.0, layers: int = 0) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, width, 3, padding=1)
         self.told = nn.Linear(5, width)
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Conv2d(width, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         return conditioning
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         told = torch.cat([t[:, None] / 1000, conditioning.vector], dim=1)  # (B, 5)
-        return self.last(self.dropout(torch.tanh(self.first(x) + self.told(told)[:, :, None, None])))
+        h = torch.tanh(self.first(x) + self.told(told)[:, :, None, None])  # (B, width, h, w)
+        for block in self.blocks:
+            h = h + torch.tanh(block(h.movedim(1, -1)).movedim(-1, 1))
+        return self.last(self.dropout(h))
 
 
 class ToyClass(nn.Module):
@@ -73,13 +77,13 @@ def options(**changes: Any) -> dict[str, Any]:
     return {**base, "averaging_decay": 0.99, "gradient_clip": 1.0, **changes}
 
 
-def diffusion_stage(dropout: float = 0.0, **changes: Any) -> DiffusionStage:
+def diffusion_stage(dropout: float = 0.0, layers: int = 0, **changes: Any) -> DiffusionStage:
     """A diffusion stage on 8 x 8 pixels."""
     torch.manual_seed(0)
     schedule = Schedule("scaled_linear", steps=100)
     model = LatentDiffusion(
-        Identity(), LatentScale(1.0), ToyBackbone(dropout=dropout), {"class": ToyClass()}, schedule, EpsPrediction(),
-        guidance_trained=True,
+        Identity(), LatentScale(1.0), ToyBackbone(dropout=dropout, layers=layers), {"class": ToyClass()}, schedule,
+        EpsPrediction(), guidance_trained=True,
     )  # fmt: skip
     return DiffusionStage(
         diffusion=model, sampler=Ddim(), grid=ddim_grid(schedule, 4), panel_count=4, **options(**changes)

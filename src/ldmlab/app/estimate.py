@@ -122,7 +122,9 @@ def measured(
     averaged = stage.saved().get(stage.averaged or "") if settings.averaging_decay is not None else None
     fixed = {f"weights of the {name}": size for name, size in weights.items() if size}
     fixed[GRADIENTS] = sum(_bytes(own) for own in groups.values())
-    fixed[OPTIMIZER] = sum(round(_bytes(own) * _states(stage.factory(name))) for name, own in groups.items())
+    fixed[OPTIMIZER] = sum(
+        round(_bytes(own) * _states(make)) for name, group in groups.items() for make, own in stage.parts(name, group)
+    )
     if averaged is not None:
         fixed[AVERAGES] = _bytes(p for p in averaged.parameters() if p.requires_grad)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

@@ -180,5 +180,11 @@ def summary(stage: Stage, settings: TrainerSettings) -> str:
 
 
 def rates_line(stage: Stage) -> str:
-    """The learning rates that will be used."""
-    return "; ".join(f"{group}: {stage.factory(group)}" for group in stage.groups())
+    """The learning rates that will be used, and how many tensors (and values) each optimizer of a group updates."""
+    lines = []
+    for group, parameters in stage.groups().items():
+        owned = [own for _, own in stage.parts(group, parameters)]
+        sizes = [f"{len(own)} ({sum(p.numel() for p in own) / 1e6:.3g}M values)" for own in reversed(owned)]
+        counts = f", {sizes[0]} by Muon, {sizes[1]} by AdamW" if len(sizes) > 1 else ""
+        lines.append(f"{group}: {stage.factory(group)}{counts}")
+    return "; ".join(lines)

@@ -54,6 +54,7 @@ def fit(
     distributed.join()
     stage.sharded = isinstance(strategy_of(stage, settings), Sharded)  # or refused before anything is written
     check_graphs(settings.compile, stage)
+    lines = [summary(stage, settings), rates_line(stage)]  # or an optimizer that does not fit is refused
     record = record or Record()
     checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
     if (own := precision.plugin(settings.precision)) is not None:
@@ -68,7 +69,7 @@ def fit(
         keep = KeepCheckpoints(checkpoints, settings, stop, batches.record, record)
         parts = _in_order(callbacks, settings, stop, progress, keep)
         trainer = make_trainer(stage, settings, parts, [RunFiles(), *loggers], [files], run.path)
-        _introduce(stage, settings, progress, path, changes)
+        _introduce(lines, stage.step, progress, path, changes)
         open_all(trainer.loggers, run, {**record.config, **(fields or {})}, stage.step)
         _train(trainer, stage, batches, path, stop, checkpoints, files)
     return _end(stage, run, settings, stop, checkpoints, resume_command)
@@ -183,11 +184,10 @@ def _take_up(
 
 
 def _introduce(
-    stage: Stage, settings: TrainerSettings, progress: StepProgress, path: Path | None, changes: Sequence[str]
+    lines: Sequence[str], step: int, progress: StepProgress, path: Path | None, changes: Sequence[str]
 ) -> None:
-    lines = [summary(stage, settings), rates_line(stage)]
-    lines += [f"resuming from step {stage.step} in {path}"] if path is not None else []
-    for line in [*lines, *(f"changed option: {change}" for change in changes)]:
+    resumed = [f"resuming from step {step} in {path}"] if path is not None else []
+    for line in [*lines, *resumed, *(f"changed option: {change}" for change in changes)]:
         progress.say(line)
 
 

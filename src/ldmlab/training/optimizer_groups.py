@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ldmlab.errors import InputError
+from ldmlab.training.muon import Joined, MuonAdamW, Part, hidden_matrices
 from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
 from ldmlab.training.validation import Validated
 
@@ -55,7 +56,7 @@ class OptimizerGroups(Validated):
         assert len(owned) == len(set(owned)), "a parameter belongs to two groups"
         stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in set(owned)]
         assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
-        self._optimizers = {group: self.factory(group)(parameters) for group, parameters in self._groups.items()}
+        self._optimizers = {group: self._joined(group) for group in self._groups}
         self._rates = {
             group: RateBySteps(optimizer, lambda: self.lr_schedule(self.step))
             for group, optimizer in self._optimizers.items()
@@ -70,6 +71,17 @@ class OptimizerGroups(Validated):
             known = ", ".join(self.optimizer)
             raise InputError(f"optimizer has entries for {known} but none for {group}; add one or give a single one.")
         return self.optimizer[group]
+
+    def parts(self, group: str, parameters: list[nn.Parameter]) -> list[Part]:
+        """What makes the group's optimizers, mostly one, and the parameters of each."""
+        factory = self.factory(group)
+        if isinstance(factory, MuonAdamW):
+            return factory.parts(parameters, hidden_matrices(self), group)
+        return [(factory, parameters)]
+
+    def _joined(self, group: str) -> Optimizer:
+        made = [make(own) for make, own in self.parts(group, self._groups[group])]
+        return made[0] if len(made) == 1 else Joined(made)
 
     def optimizers_by_group(self) -> dict[str, Optimizer]:
         """The optimizers under the names of their groups."""

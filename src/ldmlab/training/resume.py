@@ -17,7 +17,8 @@ Fate = Literal["applied", "harmless", "refused"]
 
 _APPLIED = (  # read at every start; changes are reported
     *("optimizer.learning_rate", "optimizer.lr_scaling", "optimizer.betas", "optimizer.epsilon"),
-    *("optimizer.weight_decay", "lr_schedule", "sampler", "trainer", "callbacks", "logger", "data.val"),
+    *("optimizer.weight_decay", "optimizer.matrix_learning_rate", "optimizer.momentum", "lr_schedule", "sampler"),
+    *("trainer", "callbacks", "logger", "data.val"),
     *("data.object_background", "stage.panel_steps", "stage.panel_count", "stage.guidance_scale"),
     *("stage.val_draws", "stage.noise_bins", "stage.codebook_alert"),
 )
