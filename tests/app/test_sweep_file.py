@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from optuna.distributions import FloatDistribution, IntDistribution
 from wandb.sdk.launch.sweeps import utils as agent
+from wandb.sdk.sweeps.scheduler.optuna import sweep_parameter_to_distribution
 
 from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, plain
@@ -80,8 +82,33 @@ def test_intervals_several_processes_and_a_goal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("interval", "ours", "expected"),
+    [
+        ("int(interval(2,6))", {"distribution": "int_uniform"}, IntDistribution(2, 6)),
+        (
+            "tag(log,int(interval(2,6)))",
+            {"distribution": "q_log_uniform_values", "q": 1},
+            IntDistribution(2, 6, log=True),
+        ),
+        ("interval(2,6)", {"distribution": "uniform"}, FloatDistribution(2.0, 6.0)),
+    ],
+)
+def test_an_interval_of_whole_numbers_gives_whole_numbers(
+    interval: str, ours: dict[str, Any], expected: Any, tmp_path: Path
+) -> None:
+    """As W&B's own scheduler reads the parameter."""
+    option = "lr_schedule.warmup_steps" if "int(" in interval else "trainer.gradient_clip"
+    parameter = written(tmp_path / "s.yaml", f"{option}={interval}", "--method", "random")["parameters"][option]
+    assert parameter == {**ours, "min": expected.low, "max": expected.high}
+    assert sweep_parameter_to_distribution(parameter) == expected
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["seed=0,1", "logger=csv"], "a W&B sweep reads its metric from what logger=wandb sends"),
+        (["seed=0,1", "logger=tensorboard"], "logger: a W&B sweep reads"),
+        (["logger=wandb,csv"], "logger: a W&B sweep reads"),
         (["stage=autoencoder"], "nothing is swept"),
         (["first_stage=kl_f4,kl_f9"], "first_stage=kl_f9: there is no such file"),
         (["sede=0,1"], "sede: there is no such option; did you mean seed?"),

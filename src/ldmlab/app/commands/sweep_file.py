@@ -53,11 +53,14 @@ def sweep_file(args: argparse.Namespace) -> dict[str, Any]:
     if not swept:
         raise InputError("nothing is swept: give an option several values, such as seed=0,1,2.")
     fixed = [item.input_line for item in parsed if not item.is_sweep_override()]
-    always = ["logger=wandb", "logger.wandb.mode=online", f"run.group={args.name}"]  # the sweep's name is their group
+    always = ["logger=wandb", f"run.group={args.name}"]  # the sweep's name is their group
     fixed += [line for line in always if line.split("=")[0] not in given]
     metric = args.metric
     for config in _check(fixed, swept):
+        if "mode" not in ((config.logger or {}).get("wandb") or {}):
+            raise InputError("logger: a W&B sweep reads its metric from what logger=wandb sends; give that, or none.")
         metric = checked_metric(config, metric, "--metric ")
+    fixed += [] if "logger.wandb.mode" in given else ["logger.wandb.mode=online"]
     processes = ["-m", "torch.distributed.run", f"--nproc-per-node={args.processes}"] if args.processes > 1 else []
     return {
         "name": args.name,
@@ -78,7 +81,10 @@ def _parameter(item: Any, method: str) -> dict[str, Any]:
     if method == "grid":
         raise InputError(f"{item.input_line}: method=grid needs listed values; list some, or use --method random.")
     kind = "log_uniform_values" if "log" in values.tags else "uniform"
-    return {"distribution": kind, "min": values.start, "max": values.end}
+    more: dict[str, int] = {}
+    if isinstance(values.start, int):  # of int(...)
+        kind, more = ("q_" + kind, {"q": 1}) if "log" in values.tags else ("int_uniform", {})
+    return {"distribution": kind, "min": values.start, "max": values.end, **more}
 
 
 def _check(fixed: Sequence[str], swept: dict[str, dict[str, Any]]) -> list[Any]:
