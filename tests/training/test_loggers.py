@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
@@ -48,9 +48,10 @@ def test_a_grid_keeps_every_image() -> None:
     assert (grid[4:6] == 255).all()
 
 
-def test_a_logger_that_cannot_write_is_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_a_logger_that_cannot_write_is_a_sentence(kind: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^/proc/here cannot be made because /proc takes no new files; choose"):
-        open_all([CSVLogger("/proc/here/logs")], RunFolder.create(tmp_path, "toy"), {"seed": 0}, 0)
+        open_all([kind("/proc/here/logs")], RunFolder.create(tmp_path, "toy"), {"seed": 0}, 0)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def open_all(loggers: Sequence[Any], run: RunFolder, settings: dict[str, Any], s
         for logger in loggers:
             own = hasattr(logger, "open")
             with disk_errors(run.path if own else logger.save_dir or run.path):
+                if isinstance(logger, TensorBoardLogger) and not own:
+                    logger.experiment  # noqa: B018  opens its file; log_hyperparams would hide what prevents it
                 logger.open(run, settings, step) if own else logger.log_hyperparams(settings)
             opened.callback(logger.finalize, "failed")
         opened.pop_all()
