@@ -7,7 +7,7 @@ trains in checkpoints, and what it only uses (a frozen first stage, a frozen tex
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,16 @@ def read_model(path: Path | str, weights: str | float = "averaged") -> ModelFile
             raise InputError(f"weights={length}: {folder} is a model folder with weights of its own; give the run.")
         step = step if isinstance(step, int) and not isinstance(step, bool) else None
         return ModelFiles(folder, spec, parts, str(spec.get("weights", "averaged")), step)
+    return _of_checkpoint(ModelFiles(folder, spec, parts, str(weights)), checkpoint, length)
+
+
+def _of_checkpoint(files: ModelFiles, checkpoint: Path, length: float | None) -> ModelFiles:
+    """The files with the raw weights of a checkpoint of the run, its averages, or an average of `length`."""
+    parts = files.parts
     content = load_checkpoint(checkpoint, lazily=True)  # half of it and more is the optimizer's
     try:
         modules = {name: dict(state) for name, state in content["modules"].items()}
-        averages = content.get("averaged", {}) if weights == "averaged" else {}
+        averages = content.get("averaged", {}) if files.weights == "averaged" else {}
         for name, average in averages.items():
             if unknown := average["weights"].keys() - modules[name].keys():
                 raise KeyError(min(unknown))
@@ -81,11 +87,11 @@ def read_model(path: Path | str, weights: str | float = "averaged") -> ModelFile
         for name, state in modules.items():
             parts[name] = {key: _own(tensor) for key, tensor in state.items()}
         if length is not None:
-            made = reconstruct(folder, length, content["step"])
+            made = reconstruct(files.folder, length, content["step"])
             for name, tensors in made.parts.items():
                 parts[name].update(tensors)
-            return ModelFiles(folder, spec, parts, f"average of length {length:g}", made.step)
-        return ModelFiles(folder, spec, parts, "averaged" if averages else "raw", content["step"])
+            return replace(files, weights=f"average of length {length:g}", step=made.step)
+        return replace(files, weights="averaged" if averages else "raw", step=content["step"])
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -153,7 +153,7 @@ def test_what_is_sharded_is_divided_by_the_processes(
         (["--devices", "0"], "--devices 0 must be at least 1"),
         (["experiment=mine/text_to_image"], "name its architecture: first_stage=NAME"),
         (["stage=all"], "stage=all has no step of its own"),
-        (["first_stage=kl_f8", "trainer.global_batch=10", "--devices", "3"], "cannot share trainer.global_batch=10"),
+        (["first_stage=kl_f8", "trainer.global_batch=10", "--devices", "3"], "does not divide trainer.global_batch=10"),
         (["first_stage=kl_f8", "conditioner=text"], "give either name or config"),
     ],
 )

@@ -176,7 +176,7 @@ def test_its_blocks_are_compiled() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match=r"backbone\.width=30 with heads=4: heads must divide it"):
+    with pytest.raises(InputError, match=r"backbone\.width=30 with heads=4: heads and 4 must divide the width"):
         DiT(4, 4, width=30, depth=1, heads=4)
     with pytest.raises(InputError, match=r"backbone\.context=between is unknown"):
         DiT(4, 4, width=32, depth=1, heads=4, context="between")  # type: ignore[arg-type]

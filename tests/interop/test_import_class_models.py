@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         return sentence
 
-    assert "give its first stage by --first-stage FOLDER" in refused("model.pt", "--format", "dit")
+    assert "give its first stage by --first-stage DIR" in refused("model.pt", "--format", "dit")
     assert "--first-stage and --statistics belong to a network alone" in refused("model.pt", "--first-stage", stage)
     pickled = refused("edm2.pkl", "--format", "edm2", "--first-stage", stage)
     assert "save its state_dict as .safetensors with the official code" in pickled

@@ -128,6 +128,23 @@ class DiTBlock(nn.Module):
         return x + parts[5][:, None] * self.mlp(modulate(self.norm_mlp(x), parts[3], parts[4]))
 
 
+def _check(width: int, heads: int, rotary_positions: bool, context: str) -> None:
+    """InputError where heads or positional embeddings do not fit the width, or `context` is unknown."""
+    one_of("backbone.context", context, ("cross", "in_context", "both"))
+    if width % heads or width % 4 or (rotary_positions and width // heads % 4):
+        raise InputError(
+            f"backbone.width={width} with heads={heads}: heads and 4 must divide the width, and with rotary "
+            "positions 4 must divide the width of a head; choose for instance width=384, heads=6."
+        )
+
+
+def _norms(rms_norm: bool, qk_norm: bool, mlp_norm_eps: float) -> tuple[Norm, Norm, Norm | None]:
+    """Before attention and the output, before MLPs, and on queries and keys."""
+    if rms_norm:
+        return gained_norm, gained_norm, gained_norm if qk_norm else None
+    return plain_norm, partial(plain_norm, eps=mlp_norm_eps), LayerNorm if qk_norm else None
+
+
 class DiT(nn.Module):
     """prediction(x, t, conditioning) of the official DiT, SiT and LightningDiT; any size of x that p divides.
 
@@ -160,35 +177,35 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(1, width=width, depth=depth, heads=heads, patch_size=patch_size)
-        one_of("backbone.context", context, ("cross", "in_context", "both"))
-        if width % heads or width % 4 or (rotary_positions and width // heads % 4):
-            raise InputError(
-                f"backbone.width={width} with heads={heads}: heads must divide it, and positions need a multiple of 4, "
-                "of each head too where they are rotary; choose for instance width=384, heads=6."
-            )
+        _check(width, heads, rotary_positions, context)
         self.in_channels, self.out_channels, self.size_step = in_channels, out_channels, patch_size
         self.context_width, self.vector_width, self.context = context_width, vector_width, context
         self.width, self.head_width, self.frequency_shift = width, width // heads, frequency_shift
         self.rotary_positions, self.gradient_checkpointing = rotary_positions, gradient_checkpointing
-        norm: Norm = gained_norm if rms_norm else plain_norm
-        mlp_norm: Norm = gained_norm if rms_norm else partial(plain_norm, eps=mlp_norm_eps)
-        norm_qk: Norm | None = (gained_norm if rms_norm else LayerNorm) if qk_norm else None
-        crossing = context_width if context != "in_context" else None
-        joining = context_width if context != "cross" else None
-        self.patches = nn.Conv2d(in_channels, width, patch_size, patch_size)
-        self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
-        self.vector = vector_projection(vector_width, width, project_vector)
-        self.joining = nn.Linear(joining, width) if joining else None
-        mlp = SwiGLU if swiglu else MLP
+        norm, mlp_norm, norm_qk = _norms(rms_norm, qk_norm, mlp_norm_eps)
+        crossing, mlp = context_width if context != "in_context" else None, SwiGLU if swiglu else MLP
+        self._make_inputs(project_vector)
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, crossing, mlp(width, mlp_ratio), norm, mlp_norm, norm_qk, shift)
             for _ in range(depth)
         )
-        self.norm_out = norm(width)
-        self.modulation_out = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, (1 + unused_half) * out_channels * patch_size**2)
+        self._make_output(norm, (1 + unused_half) * out_channels)
         self._initialise()
+
+    def _make_inputs(self, project_vector: bool) -> None:
+        """Layers for patches, time, vector and the tokens that join the sequence."""
+        width, joining = self.width, self.context_width if self.context != "cross" else None
+        self.patches = nn.Conv2d(self.in_channels, width, self.size_step, self.size_step)
+        self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
+        self.vector = vector_projection(self.vector_width, width, project_vector)
+        self.joining = nn.Linear(joining, width) if joining else None
         self._positions: dict[tuple[int, int, torch.device], tuple[Tensor, Rotation | None]] = {}
+
+    def _make_output(self, norm: Norm, channels: int) -> None:
+        """The final layer: norm, modulation, and the linear layer to patches of `channels`."""
+        self.norm_out = norm(self.width)
+        self.modulation_out = nn.Linear(self.width, 2 * self.width)
+        self.out = nn.Linear(self.width, channels * self.size_step**2)
 
     def _initialise(self) -> None:
         """Glorot's uniform for linear layers and patches, N(0, 0.02) for the time; modulations and outputs are zero."""

@@ -99,7 +99,7 @@ class MMDiTBlock(nn.Module):
 class MMDiT(nn.Module):
     """prediction(x, t, conditioning) of SD3's and SD3.5's transformers; any size of x that p divides.
 
-    Texts are tokens (their states) and, where there is one, a vector (the pooled states).
+    The text is conditioned on as tokens (states of its encoders) and, optionally, a vector (pooled states).
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class MMDiT(nn.Module):
         vector_width: int | None = None,  # of vector conditioning; derived in wiring
         qk_norm: bool = True,  # RMSNorm on queries and keys, as in SD3.5; False: as in SD3
         dual_attention: Sequence[int] = (),  # blocks, from 0, in which patches attend a second time, to themselves
-        position_grid: int = 192,  # side of the grid whose centre the patches take
-        position_base: int = 64,  # side at which places count 1 from patch to patch: base / grid in between
+        position_grid: int = 192,  # side of the grid of positional embeddings; x takes its centre
+        position_base: int = 64,  # positions in the grid are 0 .. base, base / grid apart
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
@@ -133,19 +133,23 @@ class MMDiT(nn.Module):
         self.width, self.context_width, self.vector_width = width, context_width, vector_width
         self.position_grid, self.position_base = position_grid, position_base
         self.gradient_checkpointing = gradient_checkpointing
-        self.patches = nn.Conv2d(in_channels, width, patch_size, patch_size)
-        self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
-        self.vector_expand = nn.Linear(vector_width, width) if vector_width else None
-        self.vector_mix = nn.Linear(width, width) if vector_width else None
-        self.context = nn.Linear(context_width, width)
+        self._make_inputs()
         self.blocks = nn.ModuleList(
             MMDiTBlock(width, heads, mlp_ratio, qk_norm, i in set(dual_attention), i == depth - 1) for i in range(depth)
         )
-        self.norm_out = plain_norm(width)
-        self.modulation_out = nn.Linear(width, 2 * width)  # scale, shift
+        self.norm_out, self.modulation_out = plain_norm(width), nn.Linear(width, 2 * width)  # scale, shift
         self.out = nn.Linear(width, out_channels * patch_size**2)
         self._initialise()
         self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def _make_inputs(self) -> None:
+        """Layers for patches, time, vector and tokens."""
+        width, vector_width = self.width, self.vector_width
+        self.patches = nn.Conv2d(self.in_channels, width, self.size_step, self.size_step)
+        self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
+        self.vector_expand = nn.Linear(vector_width, width) if vector_width else None
+        self.vector_mix = nn.Linear(width, width) if vector_width else None
+        self.context = nn.Linear(self.context_width, width)
 
     def _initialise(self) -> None:
         """As DiT: Glorot's uniform, N(0, 0.02) for time and vector; modulations and outputs are zero."""

@@ -191,30 +191,34 @@ class LatentDiffusion(LatentSpace):
         check_size(conditioning, x)
         learned: list[Tensor] = []
         bind: Bind = partial(self.denoiser, guidance_scale=guidance_scale, variance=learned)
-        if self.objective.form.outputs == 2 and window is None and hasattr(sampler, "with_variance"):
-            sampler = sampler.with_variance(learned)
         if window is not None:
             bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
         denoise = bind(conditioning, self.null(batch) if guidance_scale != 1 else None)
         grid = with_signal(grid, self.path) if guiders else grid
         for guider in guiders:
             denoise = guider(denoise, batch)
-        shape = tuple(x.shape[1:])
 
         def noise(step: int, purpose: str = "sample") -> Tensor:
-            return normal(seed, purpose, index, shape, step=step + 1)
+            return normal(seed, purpose, index, self.latent_shape(size), step=step + 1)
 
-        if hasattr(sampler, "along"):
-            sampler = sampler.along(self.path)
-        if getattr(sampler, "quantize_x0", False):
-            self.quantised(x)  # refused before any step
-            sampler = sampler.with_codebook(self.quantised)  # type: ignore[attr-defined]
+        sampler = self._for_model(sampler, x, None if window is not None else learned)
         if given is None:
             x = begun(x, grid[0])
         else:
             sampler = given.around(sampler, partial(noise, purpose="again"))
         images = self.decode(sampler(denoise, x, grid, noise=noise, after_step=after_step))
         return images if self.task is None else self.task.finish(images, batch)
+
+    def _for_model(self, sampler: Sampler, x: Tensor, learned: list[Tensor] | None) -> Sampler:
+        """The sampler with what it takes of the model: path, codebook, and the learned variance of each evaluation."""
+        if learned is not None and self.objective.form.outputs == 2 and hasattr(sampler, "with_variance"):
+            sampler = sampler.with_variance(learned)
+        if hasattr(sampler, "along"):
+            sampler = sampler.along(self.path)
+        if getattr(sampler, "quantize_x0", False):
+            self.quantised(x)  # refused before any step
+            sampler = sampler.with_codebook(self.quantised)  # type: ignore[attr-defined]
+        return sampler
 
     def start(self, index: Tensor, size: tuple[int, int], seed: int) -> Tensor:
         """The initial noise of sampling, (B, C, h, w) float32, for images of (height, width)."""

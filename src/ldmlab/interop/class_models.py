@@ -15,7 +15,7 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.interop import diffusers, dit, edm2, lightningdit, sit, verify
 from ldmlab.interop.class_model_shapes import edm2_config, transformer_config
 from ldmlab.interop.imported import assembled, read_weights, unpickled
-from ldmlab.interop.renaming import Node, Part, State
+from ldmlab.interop.renaming import Node, Part, State, StateDict
 from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
 
 _HOME = "ldmlab.diffusion."
@@ -105,7 +105,7 @@ def read(
     program: str,
     first_stage: Path | None,
     *,
-    config: Mapping[str, Any] | None = None,  # arguments of the official class that shapes do not tell
+    config: Mapping[str, Any] | None = None,  # arguments of the official class that do not follow from shapes
     weights: str = "averaged",
     statistics: Path | None = None,  # LightningDiT's latents_stats.pt
 ) -> ModelFiles:
@@ -114,43 +114,45 @@ def read(
     family = PROGRAMS[program]
     if first_stage is None:
         raise InputError(
-            f"{path} holds a network alone; give its first stage by --first-stage FOLDER, an AutoencoderKL "
-            "of diffusers or a model folder."
+            f"{path} holds only the denoiser; give its first stage by --first-stage DIR, an AutoencoderKL of "
+            "diffusers or a model folder."
         )
     state, used = _state(path, weights)
     found = {**family.config(state), **(config or {})}
     if program != "edm2" and "num_heads" not in found:
-        raise InputError(f"{path}: shapes do not tell the heads of this width; give num_heads in a --config file.")
+        raise InputError(f"{path}: the number of heads does not follow from shapes; give num_heads in a --config file.")
     backbone, labels, parts = family.parts(found)
-    known = {name: tensor for name, tensor in state.items() if program != "edm2" or not name.startswith(edm2.HEAD)}
-    known = {name: edm2.vector(tensor) for name, tensor in known.items()}
-    dit.fill_parts(parts, known)
-    for part in parts.values():
-        _check_bits(part, known)
+    tensors = _tensors(parts, state, program)
     stage = _first_stage(first_stage)
-    channels, f = stage.spec["first_stage"].get("latent_channels", 3), _downsampling(stage.spec["first_stage"])
-    if channels != backbone["in_channels"]:
+    if (channels := stage.spec["first_stage"].get("latent_channels", 3)) != backbone["in_channels"]:
         raise InputError(f"{first_stage} has {channels} latent channels, {path} takes {backbone['in_channels']}.")
+    f = _downsampling(stage.spec["first_stage"])
     scale = family.scale or _statistics(statistics, program)
-    conditioning = {} if program == "edm2" else {"class_label": parts["label table"].module.state_dict()}
     spec = {
         **{"kind": "latent_diffusion", "image_size": found.get("input_size", found.get("img_resolution", 0)) * f},
         **{"first_stage": stage.spec["first_stage"], "backbone": backbone, "conditioners": {"class_label": labels}},
         "latent_scale": {"_target_": f"{_HOME}latent_space.LatentScale", **scale},
         "diffusion": {"_target_": f"{_HOME}latent_diffusion.LatentDiffusion", **family.diffusion(found)},
         "guidance_trained": bool(labels.get("null_row")),
-        "sampler": {"_target_": "ldmlab.samplers._auto.Auto"},
-        "origin": {"format": program},
-        "weights": used,
+        **{"sampler": {"_target_": "ldmlab.samplers._auto.Auto"}, "origin": {"format": program}, "weights": used},
     }
-    tensors = {
-        "first_stage": stage.parts["first_stage"],
-        "denoiser": parts["network"].module.state_dict(),
-        "conditioner": {f"{name}.{key}": t for name, one in conditioning.items() for key, t in one.items()},
-    }
-    files = ModelFiles(path, spec, {name: part for name, part in tensors.items() if part}, used)
+    files = ModelFiles(path, spec, {"first_stage": stage.parts["first_stage"], **tensors}, used)
     _compare(files, family.output(found, state))
     return files
+
+
+def _tensors(parts: Mapping[str, Part], state: State, program: str) -> dict[str, StateDict]:
+    """Ours from the official ones, without EDM2's log-variance head; the inverse gives the same bits."""
+    known = {name: tensor for name, tensor in state.items() if program != "edm2" or not name.startswith(edm2.HEAD)}
+    known = {name: edm2.vector(tensor) for name, tensor in known.items()}
+    dit.fill_parts(parts, known)
+    for part in parts.values():
+        _check_bits(part, known)
+    tensors = {"denoiser": parts["network"].module.state_dict()}
+    if program != "edm2":
+        table = parts["label table"].module.state_dict()
+        tensors["conditioner"] = {f"class_label.{name}": tensor for name, tensor in table.items()}
+    return tensors
 
 
 def _state(path: Path, weights: str) -> tuple[State, str]:

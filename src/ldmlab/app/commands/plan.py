@@ -82,9 +82,7 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
     settings = instantiate({**node, "global_batch": None, "accumulate": 1}, where="trainer")
     images = images_a_step(node, devices)
     if images % devices:
-        raise InputError(
-            f"--devices {devices} cannot share trainer.global_batch={images}; use a number that divides it."
-        )
+        raise InputError(f"--devices {devices} does not divide trainer.global_batch={images}; use a number that does.")
     processes = min(devices, settings.devices or _MACHINE) if settings.strategy == "hsdp" else devices
     counted, each = estimate(config, settings, processes=processes), images // devices
     sizes = [size for size in range(1, each + 1) if each % size == 0]
