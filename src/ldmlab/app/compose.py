@@ -16,8 +16,8 @@ _NO_VALUE = "{0} has no value; give it on the command line as {0}=VALUE."
 _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor checks
     **dict.fromkeys(("seed", "batch_size"), int),
     **dict.fromkeys(("keep_reference", "wandb", "mirror", "carry_images"), bool),
-    **dict.fromkeys(("model", "device", "run.name", "paths.runs", "features.run"), str),
-    **dict.fromkeys(("run.dir", "run.group", "from_run", "init_from", "out"), str | None),
+    **dict.fromkeys(("model", "device", "run.name", "paths.runs"), str),
+    **dict.fromkeys(("run.dir", "run.group", "from_run", "init_from", "out", "features.run"), str | None),
     "plugins": str | list[str],
     "splits": list[str],
     "images": list[tuple[str, str]],
