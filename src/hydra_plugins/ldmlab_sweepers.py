@@ -4,6 +4,7 @@ Hydra takes sweepers only from the package hydra_plugins, and imports this file 
 """
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -53,19 +54,31 @@ class GridSweeper(BasicSweeper):
             )
 
     def check(self, items: Sequence[Any]) -> None:
-        """Compose the first run, and derive the metric and its direction from it."""
-        from ldmlab.app.sweep_metric import GOALS, checked_metric, goal_of
+        """Check all listed values, and derive the metric and its direction from the first run."""
+        from ldmlab.app.sweep_metric import GOALS, check_options, checked_metric, goal_of, whole_number
 
         if self.direction not in (None, *GOALS):
             raise InputError(f"hydra.sweeper.direction={self.direction} is unknown; choose {' or '.join(GOALS)}.")
-        loader = self.hydra_context.config_loader  # type: ignore[union-attr]
-        config = loader.load_sweep_config(self.config, [_first(item) for item in items])  # type: ignore[arg-type]
+        whole_number("hydra.sweeper.max_batch_size", 1 if self.max_batch_size is None else self.max_batch_size, 1)
+        config = self._composed(first := [_first(item) for item in items])
+        if "Slurm" in config.hydra.launcher._target_ and not shutil.which("srun"):
+            raise InputError(
+                "launcher=slurm: srun is not found; start on a machine of a SLURM cluster, or leave it out."
+            )
         self.runs = Path(config.paths.runs)
         if config.stage.name == "all":  # the latent spaces of its runs differ: `ldmlab report` compares them
             self.metric = None
-        else:
-            self.metric = checked_metric(config, self.metric, "hydra.sweeper.metric=")
-            self.direction = self.direction or goal_of(self.metric)
+            return
+        self.metric = checked_metric(config, self.metric, "hydra.sweeper.metric=")
+        self.direction = self.direction or goal_of(self.metric)
+        check_options(config)
+        for at, item in enumerate(items):  # a typo among the values is found now
+            values = [*item.sweep_string_iterator()][1:] if item.is_choice_sweep() else []
+            for value in [item.value().end] if item.is_interval_sweep() else values:
+                check_options(self._composed([*first[:at], f"{item.key_or_group}={value}", *first[at + 1 :]]))
+
+    def _composed(self, words: list[str]) -> Any:
+        return self.hydra_context.config_loader.load_sweep_config(self.config, words)  # type: ignore
 
     def value(self, run: str) -> float | None:
         """The run's best value of the metric; None where it was never logged."""
@@ -99,16 +112,14 @@ class OptunaSweeper(GridSweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Continue the trials that an earlier start left, then ask for more up to `n_trials`."""
         from ldmlab import distributed
+        from ldmlab.app.sweep_metric import check_search
 
         items = [parse_override(word) for word in [*self._parse_config(), *arguments]]
+        check_search(self.search)
         self.check(items)
         self.fixed = [item.input_line for item in items if not item.is_sweep_override()]
         if self.metric is None or any(word.startswith("run.dir=") for word in self.fixed):
             raise InputError("sweeper=optuna names the folder of each run, of one stage; leave out run.dir, stage=all.")
-        for item in items:  # a typo among the values is found now
-            others = [_first(other) for other in items if other is not item]
-            values = item.sweep_string_iterator() if item.is_choice_sweep() else []
-            self.validate_batch_is_legal([[*others, f"{item.key_or_group}={value}"] for value in values])
         if distributed.world_size() > 1:
             distributed.join()  # each of torchrun's processes runs the sweep; the first one asks and tells
         distributed.shared(lambda: self._open([item for item in items if item.is_sweep_override()]))
@@ -127,23 +138,37 @@ class OptunaSweeper(GridSweeper):
 
     def _open(self, swept: list[Any]) -> None:
         """The study, new or with its earlier trials, which had the same options."""
+        from hydra.utils import instantiate
+
+        from ldmlab.app.sweep_metric import distribution
+        from ldmlab.disks import open_regular
+
         try:
             import optuna
             from optuna.storages.journal import JournalFileBackend
         except ImportError as error:
             raise InputError("sweeper=optuna needs optuna; install it: pip install 'ldmlab[cluster]'.") from error
-        if not swept or self.search.n_jobs < 1:
-            raise InputError(
-                "sweeper=optuna needs an option with an interval or values, and hydra.sweeper.search.n_jobs>0."
-            )
+        if not swept:
+            raise InputError("sweeper=optuna needs an option with an interval or values, such as seed=0,1,2.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.space = {item.key_or_group: _distribution(item) for item in swept}
+        self.space = {item.key_or_group: distribution(item) for item in swept}
         name, place = self.search.study, str(self.search.storage)
-        if "://" not in place:
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
-        storage = place if "://" in place else optuna.storages.JournalStorage(JournalFileBackend(place))
         goal: Any = self.direction
-        self.study = optuna.create_study(storage=storage, study_name=name, direction=goal, load_if_exists=True)
+        try:
+            instantiate(self.search.sampler, seed=self.search.seed)
+        except Exception as error:
+            raise InputError(f"hydra.sweeper.search.sampler: {_reason(error)}; name a sampler of Optuna.") from error
+        try:
+            if "://" not in place:
+                Path(place).parent.mkdir(parents=True, exist_ok=True)
+                if Path(place).exists():
+                    open_regular(Path(place)).close()  # a pipe would block
+            storage = place if "://" in place else optuna.storages.JournalStorage(JournalFileBackend(place))
+            self.study = optuna.create_study(storage=storage, study_name=name, direction=goal, load_if_exists=True)
+        except Exception as error:  # of any class: a file's or a database's
+            raise InputError(
+                f"hydra.sweeper.search.storage={place} cannot hold the study ({_reason(error)}); name another place."
+            ) from error
         now = [*(word for word in self.fixed if not chooses_a_sweep(word)), *(item.input_line for item in swept)]
         now = sorted([*now, f"metric={self.metric}", f"direction={self.direction}"])
         before = self.study.user_attrs.get("options", now)
@@ -210,7 +235,12 @@ class OptunaSweeper(GridSweeper):
         done = [(t.value, t) for t in self.study.trials if t.value is not None]
         self.summarise([(value, self._folder(t.number), self._job(t.number, t.params)[1]) for value, t in done])
         if not done:
-            raise InputError(f"no trial of the study {self.search.study} has a value; {'; '.join(self.failures[-1:])}.")
+            why = [*self.failures, "all failed earlier, so name a new one: hydra.sweeper.search.study=NAME"][0]
+            raise InputError(f"no trial of the study {self.search.study} has a value; {why.rstrip('.')}.")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
 
 
 def _first(item: Any) -> str:
@@ -220,19 +250,3 @@ def _first(item: Any) -> str:
     return (
         f"{item.key_or_group}={item.value().start if item.is_interval_sweep() else next(item.sweep_string_iterator())}"
     )
-
-
-def _distribution(item: Any) -> Any:
-    """Optuna's distribution of `interval(a,b)`, with `tag(log,...)` and `int(...)`, of `range(a,b,c)` and of a list."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    from ldmlab.app.sweep_metric import swept_values
-
-    values = swept_values(item)
-    if item.is_interval_sweep():
-        kind = IntDistribution if isinstance(values.start, int) else FloatDistribution
-        return kind(values.start, values.end, log="log" in values.tags)
-    if item.is_range_sweep() and len(values) > 1:
-        kind = IntDistribution if isinstance(values[0], int) else FloatDistribution
-        return kind(min(values), max(values), step=abs(values[1] - values[0]))
-    return CategoricalDistribution(values)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from ldmlab.app.hydra_main import hydra_main
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.disks import FileLock
 from ldmlab.errors import InputError
+from refusals import refusal
 
 RATES = "optimizer.learning_rate=tag(log,interval(1e-5,1e-2))"
 
@@ -159,6 +161,23 @@ def test_a_trial_that_fails_has_no_value_and_too_many_end_the_sweep(
             ["launcher=slurms", "seed=0,1"],
             "launcher=slurms: there is no such file in conf/launcher/; did you mean slurm",
         ),
+        (["seed=0,y"], "seed=y does not fit; give a whole number"),
+        (["sweeper=optuna", "seed=x,y"], "seed=x does not fit"),
+        (["backbone.num_res_blocks=1,two"], "backbone.num_res_blocks=two does not fit"),
+        (["sweeper=optuna", "trainer.micro_batch=interval(0.5,4)"], r"trainer.micro_batch=0.5 does not fit"),
+        (["sweeper=optuna", "optimizer.learning_rate=interval(0.1,0.01)"], r"give interval\(LOW,HIGH\)"),
+        (["sweeper=optuna", "optimizer.learning_rate=tag(log,interval(0,0.1))"], "above 0"),
+        (["sweeper=optuna", "optimizer.learning_rate=tag(lgo,interval(0.01,0.1))"], r"or tag\(log"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.n_trials=0"], "n_trials=0 must be at least 1"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.n_jobs=x"], "n_jobs=x does not fit; give a whole number"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.max_failures=x"], "max_failures=x does not fit"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.seed=x"], "search.seed=x does not fit"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.study=../x"], "study=../x becomes folder names"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.sampler._target_=optuna.Nope"], "name a sampler of Optuna"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.storage=foo://x"], "storage=foo://x cannot hold the study"),
+        (["sweeper=optuna", RATES, "hydra.sweeper.search.storage=/proc/no/x"], "storage=/proc/no/x cannot hold"),
+        (["seed=0,1", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 must be at least 1"),
+        (["launcher=slurm", "seed=0,1"], "launcher=slurm: srun is not found"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_a_run(
@@ -168,7 +187,21 @@ def test_a_sweep_that_cannot_be_is_refused_before_a_run(
     monkeypatch.setattr(wiring, "train", parabola([]))
     with pytest.raises(InputError, match=sentence):
         start(monkeypatch, "data.train=x", "data.val=x", *words)
-    assert not list(tmp_path.rglob("metrics.csv"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "pipe", "folder"])
+def test_a_file_that_holds_no_study_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "studies"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.write_bytes({"text": b"no journal {\n", "bytes": bytes(range(256))}[kind])
+    words = search(tmp_path / "runs", f"hydra.sweeper.search.storage={place}")
+    assert f"search.storage={place} cannot hold the study (" in refusal(lambda: start(monkeypatch, *words))
+    assert [path.name for path in tmp_path.iterdir()] == ["studies"]
 
 
 def test_a_study_keeps_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +227,7 @@ def test_a_missing_extra_is_one_sentence(
         start(monkeypatch, *words)
 
 
-@pytest.mark.parametrize("word", ["launcher=slurm", "sweeper=optuna"])
+@pytest.mark.parametrize("word", ["launcher=slurm", "sweeper=optuna", "hydra.sweeper.metric=loss"])
 def test_how_runs_start_has_no_meaning_for_one_that_starts_here(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train", word])
     with pytest.raises(InputError, match=f"{word} is for several runs, or one that a launcher starts; add --multirun"):

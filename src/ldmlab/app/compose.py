@@ -1,5 +1,6 @@
 """Hydra's composition over our files and a user's own, with errors as one sentence that names the nearest choice."""
 
+import os
 import re
 import shlex
 import traceback
@@ -192,7 +193,7 @@ def _of_hydra(error: Exception) -> bool:
 def _at_fault(error: Exception, overrides: Sequence[str]) -> str:
     """The file that Hydra was reading, else the words that were typed."""
     frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
-    files = [names["config_path"] for names in frames if names.get("config_path")]
+    files = [path for names in frames if (path := names.get("config_path")) and not os.path.isdir(path)]
     return f"the configuration file {files[-1]}" if files else f"the command line {' '.join(map(shown, overrides))!r}"
 
 

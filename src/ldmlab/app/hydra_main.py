@@ -43,7 +43,7 @@ def hydra_main(config_name: str, job: Callable[[Any], Any]) -> None:
 
     with searching(sys.argv[1:]):
         check_words(overrides, several=several)
-        if not several and (chosen := [word for word in overrides if chooses_a_sweep(word)]):
+        if not several and (chosen := [word for word in overrides if chooses_a_sweep(word) or _of_a_sweep(word)]):
             raise InputError(f"{chosen[0]} is for several runs, or one that a launcher starts; add --multirun.")
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
@@ -68,6 +68,10 @@ def _words_of_a_swept_run() -> list[str] | None:
 
 def chooses_a_sweep(word: str) -> bool:
     return word.partition("=")[0].lstrip("+") in _OF_SWEEPS
+
+
+def _of_a_sweep(word: str) -> bool:
+    return word.lstrip("+~").startswith(tuple(f"hydra.{group}." for group in _OF_SWEEPS))
 
 
 def _printed(error: Exception) -> InputError:

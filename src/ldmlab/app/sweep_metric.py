@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldmlab.app.compose import parse_override
+from ldmlab.app.compose import parse_override, plain
+from ldmlab.argument_types import check_type
 from ldmlab.errors import InputError
 from ldmlab.report.score_curves import read_curves
 
@@ -43,6 +44,38 @@ def checked_metric(config: Any, metric: str | None, option: str) -> str:
     return metric
 
 
+def whole_number(option: str, value: Any, least: int) -> None:
+    """InputError for what is no whole number of at least so much."""
+    check_type(value, int, option)
+    if value < least:
+        raise InputError(f"{option}={value} must be at least {least}.")
+
+
+def check_search(search: Any) -> None:
+    """Refuse numbers and a name with which a search would break after its first trials."""
+    for name, least in {"n_trials": 1, "n_jobs": 1, "max_failures": 0, "seed": 0}.items():
+        whole_number(f"hydra.sweeper.search.{name}", search[name], least)
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", str(search.study)):
+        raise InputError(
+            f"hydra.sweeper.search.study={search.study} becomes folder names; use letters, digits, dots, dashes."
+        )
+
+
+def check_options(config: Any) -> None:
+    """Refuse what a composed run would refuse of the types of its options, before a search keeps them."""
+    from omegaconf import OmegaConf
+
+    from ldmlab.argument_types import check_types
+    from ldmlab.instantiate import check_arguments, locate
+
+    content = plain(OmegaConf.masked_copy(config, [name for name in config if name != "hydra"]))
+    for name in ("trainer", "optimizer", "lr_schedule", "backbone", "diffusion"):
+        if isinstance(node := content.get(name), dict) and "_target_" in node:
+            given = {k: v for k, v in node.items() if not k.startswith("_") and not isinstance(v, dict)}
+            check_arguments(target := locate(node, where=name), given, name, complete=False)
+            check_types(target, given, name)
+
+
 def swept_values(item: Any) -> Any:
     """The values of an override: a list with numbers as numbers and else Hydra's text, or its IntervalSweep."""
     from hydra.core.override_parser.types import Glob, IntervalSweep
@@ -57,6 +90,22 @@ def swept_values(item: Any) -> Any:
     texts = item.sweep_string_iterator()
     values = [(text, parse_override(f"{item.key_or_group}={text}").value()) for text in texts]
     return [value if type(value) in (int, float) else text for text, value in values]
+
+
+def distribution(item: Any) -> Any:
+    """Optuna's distribution of `interval(a,b)`, with `tag(log,...)` and `int(...)`, of `range(a,b,c)` and of a list."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    values = swept_values(item)
+    if item.is_interval_sweep():
+        if not values.start < values.end or not values.tags <= {"log"} or ("log" in values.tags and values.start <= 0):
+            raise InputError(f"{item.input_line}: give interval(LOW,HIGH), or tag(log,interval(LOW,HIGH)) above 0.")
+        kind = IntDistribution if isinstance(values.start, int) else FloatDistribution
+        return kind(values.start, values.end, log="log" in values.tags)
+    if item.is_range_sweep() and len(values) > 1:
+        kind = IntDistribution if isinstance(values[0], int) else FloatDistribution
+        return kind(min(values), max(values), step=abs(values[1] - values[0]))
+    return CategoricalDistribution(values)
 
 
 def best_value(run: Path, metric: str, goal: str) -> float | None:
