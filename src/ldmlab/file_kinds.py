@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from ldmlab.disks import open_regular
+
 _KINDS = (  # first bytes of a file => what it is and what to do
     (b"version https://git-lfs", "it is a Git LFS pointer in place of the file; run `git lfs pull`"),
     (b"PK\x03\x04", "it is an archive as torch.save writes them, of which a part is missing or damaged"),
@@ -24,7 +26,7 @@ _KINDS = (  # first bytes of a file => what it is and what to do
 def unreadable(path: Path, error: Exception) -> str:
     """Why a file of tensors cannot be read: the kind of file recognised from its first bytes, else the error."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start, size = file.read(64), path.stat().st_size
     except OSError as failed:
         return failed.strerror or str(failed)

@@ -286,6 +286,8 @@ def test_faults_of_the_machine_are_sentences(
         ({"RANK": "x", "WORLD_SIZE": "2"}, "start with torchrun or srun"),
         ({"OMP_NUM_THREADS": "x"}, "give a number of threads, or unset it"),
         ({"OMP_NUM_THREADS": "0"}, "give a number of threads, or unset it"),
+        ({"OMP_NUM_THREADS": "99999999999"}, "give a number of threads, or unset it"),
+        ({"OMP_NUM_THREADS": "4,0"}, "give a number of threads, or unset it"),
         ({"MKL_NUM_THREADS": "2.5"}, "give a number of threads, or unset it"),
     ],
 )

@@ -144,6 +144,12 @@ def test_what_is_sharded_is_divided_by_the_processes(
     assert 0 < many["whole units"] < one["weights of the denoiser"]
 
 
+def test_a_part_without_weights_is_not_divided(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["backbone=dit_s_2", "backbone.depth=1", "first_stage=identity", "data.image_size=8", "trainer=fsdp"]
+    assert dispatch(["plan", *words, "--devices", "2", "--json"]) == 0
+    assert "weights of the conditioners" not in json.loads(capsys.readouterr().out)["memory_gib"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

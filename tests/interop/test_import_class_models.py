@@ -1,6 +1,7 @@
 """DiT, SiT, LightningDiT and EDM2 files with a first stage become models that give the official outputs."""
 
 import json
+import os
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -114,3 +115,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "heads.yaml").write_text("num_heads: 4\n")
     heads = ["--format", "dit", "--config", str(tmp_path / "heads.yaml"), "--first-stage"]
     assert "has 3 latent channels" in refused("model.pt", *heads, other)
+    assert "--format dit decides that" in refused("model.pt", *heads, stage, "--prediction", "v")
+    assert "has its own scale of latents" in refused("model.pt", *heads, stage, "--statistics", str(tmp_path))
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "holds no tensors by name" in refused("list.pt", *heads, stage)
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert "cannot be read as plain tensors (not a regular file)" in refused("pipe.pt", *heads, stage)

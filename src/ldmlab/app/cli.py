@@ -65,7 +65,8 @@ _ADVICE = {
 _NUMBERS = {  # environment variables that libraries read while they are imported, and ignore or fail at if malformed
     **dict.fromkeys(("RANK", "LOCAL_RANK", "SLURM_PROCID"), (r"\d+", "start with torchrun or srun")),
     **dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), (r"0*[1-9]\d*(,\d+)*", "give a number of threads, or unset it")
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+        (r"0*[1-9]\d{0,4}(,0*[1-9]\d{0,4})*", "give a number of threads, or unset it"),
     ),
 }
 

@@ -76,7 +76,8 @@ def _in_parts(
     made = {kind: size if kind.startswith("weights of") else size // processes for kind, size in fixed.items()}
     for name, part in parts.items():
         own = _bytes(parameter for parameter in part.parameters() if parameter in split)
-        made[f"weights of the {name}"] -= own - own // processes
+        if own:  # a part without weights has no row
+            made[f"weights of the {name}"] -= own - own // processes
     found = [sorted(_bytes(u.parameters()) for u, _ in regions(network)) for network in networks]
     units = [*chain(*found), *(_bytes(n.parameters()) - sum(own) for n, own in zip(networks, found, strict=True))]
     largest = sorted(units)[-2:]

@@ -163,6 +163,8 @@ def _state(path: Path, weights: str) -> tuple[State, str]:
             "state_dict as .safetensors with the official code (docs/import.md, EDM2) and import that file."
         )
     content: Any = read_weights(path)[0] if path.suffix == ".safetensors" else unpickled(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds no tensors by name; give a file of weights.")
     kinds = {"averaged": "ema", "raw": "model"}
     if not any(isinstance(content.get(kind), Mapping) for kind in kinds.values()):
         state, used = content.get("state_dict", content), "averaged"

@@ -15,6 +15,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldmlab.build import build_latent_diffusion, fill_latent_diffusion
 from ldmlab.checkpoints import load_exactly, load_tensors, without_weights
+from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
 from ldmlab.file_kinds import unreadable
 from ldmlab.instantiate import instantiate
@@ -84,8 +85,9 @@ def _without_copy(path: Path) -> dict[str, Tensor]:
 
 def unpickled(path: Path) -> Any:
     """The content of a torch file, left on disk where it can be, by torch's restricted unpickler."""
-    archive = zipfile.is_zipfile(path)
     try:
+        open_regular(path).close()  # a pipe would block
+        archive = zipfile.is_zipfile(path)
         if archive:
             with zipfile.ZipFile(path) as files:
                 if not any(name.endswith("data.pkl") for name in files.namelist()):

@@ -32,6 +32,12 @@ def run(args: argparse.Namespace) -> None:
     if args.format is None and (args.first_stage or args.statistics):
         raise InputError("--first-stage and --statistics belong to a network alone; add --format dit, for instance.")
     if args.format is not None:
+        if args.prediction is not None:
+            raise InputError(f"--prediction={args.prediction}: --format {args.format} decides that; leave it out.")
+        if args.statistics and args.format != "lightningdit":
+            raise InputError(
+                f"--statistics={args.statistics}: --format {args.format} has its own scale of latents; leave it out."
+            )
         imported = class_models.read(
             args.source,
             args.format,
