@@ -10,11 +10,11 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ldmlab.annotations import BOXES
 from ldmlab.contracts import Task
-from ldmlab.data.answers import answers, of_field, of_rule
 from ldmlab.data.batch_spec import BatchSpec, check_spec
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
 from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
 from ldmlab.data.order import Place, SequentialOrder, image_random
+from ldmlab.data.sample_values import field_value, kept_by, sample_values
 from ldmlab.data.shard_cache import Ahead
 from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.data.stores import Folder, check_there, manifest_of
@@ -102,7 +102,7 @@ class ShardDataset(Dataset[Batch]):
 
     def labels(self, field: str) -> NDArray[Any]:
         """The value of `field` as text for every sample that takes part; "" where it is missing or unreadable."""
-        found = answers(self.reader, self._hash, of_field(field), self.named)
+        found = sample_values(self.reader, self._hash, field_value(field), self.named)
         if self._kept is not None:
             found = found._replace(numbers=found.numbers[self._keeps])
         lacks = [number for number, value in enumerate(found.values) if value is None]
@@ -231,7 +231,7 @@ class ShardDataset(Dataset[Batch]):
 
     def _kept_samples(self, task: Task, keeps: Callable[[Mapping[str, Any]], bool]) -> list[NDArray[np.int64]]:
         """Per shard the samples whose KEY.json is kept; unreadable ones stay, to be counted as such."""
-        found = answers(self.reader, self._hash, of_rule(task, keeps, (BOXES,)), self.named)
+        found = sample_values(self.reader, self._hash, kept_by(task, keeps, (BOXES,)), self.named)
         self._keeps = np.array([*(value == "yes" for value in found.values), True])[found.numbers]
         if not self._keeps.any():
             raise InputError(f"task: it leaves out all images of {self.named}; loosen its limits.")

@@ -1,4 +1,4 @@
-"""What is asked of all samples is kept beside the manifest, and asked again when anything it depends on changes."""
+"""Values of all samples are cached beside the manifest, and computed again when anything they depend on changes."""
 
 import json
 import logging
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, damage: bytes | None, r
     assert kept.read_bytes() == whole
 
 
-def test_unreadable_samples_are_asked_again(tmp_path: Path, reads: Counter[tuple[int, int]]) -> None:
+def test_unreadable_samples_are_tried_again(tmp_path: Path, reads: Counter[tuple[int, int]]) -> None:
     write_shards(tmp_path, COUNTS)
     tar = tmp_path / "00001.tar"
     whole = tar.read_bytes()
@@ -113,7 +113,7 @@ class Odd(Layout):
     """A task of a user, whose rule stands in a file of its own."""
 
 
-def test_what_a_task_keeps_is_kept(tmp_path: Path, reads: Counter[tuple[int, int]]) -> None:
+def test_what_a_task_keeps_is_cached(tmp_path: Path, reads: Counter[tuple[int, int]]) -> None:
     write_scenes(tmp_path, 8, (24, 16), objects=[2, 1, 3, 2, 1, 4, 2, 3])
     data = ShardData(str(tmp_path), str(tmp_path), 16, workers=0)
 
@@ -126,7 +126,7 @@ def test_what_a_task_keeps_is_kept(tmp_path: Path, reads: Counter[tuple[int, int
         assert (kept(Layout(16, least=4)), len(reads)) == (1, 1 if number else 8)
         assert (kept(Odd(16, least=4)), len(reads)) == (1, 1 if number else 8)
     task = Layout(16, least=3)
-    object.__setattr__(task, "classes", np.int64(99))  # no plain value: what it stands for cannot be told
+    object.__setattr__(task, "classes", np.int64(99))  # no plain value, so there is no key
     assert [(kept(task), len(reads)) for _ in range(2)] == [(3, 8), (3, 8)]
 
 
