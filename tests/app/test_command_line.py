@@ -50,7 +50,7 @@ def start(*words: str) -> None:
             ["trainer.precision=16"],
             "trainer.precision=16 does not fit; give auto or bf16-mixed or 16-mixed or 32-true or",
         ),
-        (["trainer.compile=1"], "trainer.compile=1 does not fit; give true or false or auto."),
+        (["trainer.compile=1"], "trainer.compile=1 does not fit; give true or false or auto or cuda_graphs."),
         (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan is not finite"),
         (["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf is not finite"),
         (["optimizer.learning_rate=-inf"], "optimizer.learning_rate=-inf is not finite"),

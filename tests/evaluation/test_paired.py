@@ -24,6 +24,7 @@ from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.report.pages import write_report
 from ldmlab.report.paper_table import paper_report
 from ldmlab.tasks.inpainting import Inpainting
+from ldmlab.values import Solver
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from shard_maker import write_shards
@@ -54,7 +55,7 @@ class Darkener:
     precision, diffusion = "float32", torch.nn.Identity()
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
-        return settings.filled(guidance_scale=1.0, size=(SIZE, SIZE), levels=10)
+        return settings.filled(solver=Solver("ddim", "uniform", 5), guidance_scale=1.0, size=(SIZE, SIZE), levels=10)
 
     def sample_batch(self, requests: Sequence[Mapping[str, Any]], *rest: Any) -> Tensor:
         return torch.stack([torch.from_numpy(darkened(one["image"], one["mask"])) for one in requests])
