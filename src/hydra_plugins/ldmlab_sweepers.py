@@ -103,14 +103,14 @@ class GridSweeper(BasicSweeper):
 
 
 class OptunaSweeper(GridSweeper):
-    """A search by Optuna's ask and tell; trial n is the run paths.runs/STUDY-n, where it is resumed."""
+    """A search with Optuna; trial n is the run paths.runs/STUDY-n, where it is resumed."""
 
     def __init__(self, search: Any, **options: Any) -> None:
         super().__init__(**options)
         self.search, self.failures = search, list[str]()
 
     def sweep(self, arguments: list[str]) -> None:
-        """Continue the trials that an earlier start left, then ask for more up to `n_trials`."""
+        """Resume the unfinished trials of an earlier start, then sample new ones up to `n_trials`."""
         from ldmlab import distributed
         from ldmlab.app.sweep_metric import check_search
 
@@ -119,9 +119,9 @@ class OptunaSweeper(GridSweeper):
         self.check(items)
         self.fixed = [item.input_line for item in items if not item.is_sweep_override()]
         if self.metric is None or any(word.startswith("run.dir=") for word in self.fixed):
-            raise InputError("sweeper=optuna names the folder of each run, of one stage; leave out run.dir, stage=all.")
+            raise InputError("sweeper=optuna sets run.dir and takes a run of one stage; leave out run.dir, stage=all.")
         if distributed.world_size() > 1:
-            distributed.join()  # each of torchrun's processes runs the sweep; the first one asks and tells
+            distributed.join()  # each of torchrun's processes runs the sweep; only the first one uses the study
         distributed.shared(lambda: self._open([item for item in items if item.is_sweep_override()]))
         left: list[Job] = distributed.shared(self._unfinished)
         while left or (left := distributed.shared(self._ask)):
@@ -137,7 +137,7 @@ class OptunaSweeper(GridSweeper):
         distributed.shared(self._end)
 
     def _open(self, swept: list[Any]) -> None:
-        """The study, new or with its earlier trials, which had the same options."""
+        """Create or load the study; InputError if its trials had other options."""
         from hydra.utils import instantiate
 
         from ldmlab.app.sweep_metric import distribution
@@ -189,7 +189,7 @@ class OptunaSweeper(GridSweeper):
         return str(self.runs / f"{self.search.study}-{number:04d}")
 
     def _unfinished(self) -> list[Job]:
-        """Trials without a value in whose folders no process works; one that is finished gets its value."""
+        """Trials without a value whose folders are not locked; the value of a finished run is recorded."""
         from ldmlab.disks import FileLock
         from ldmlab.training.run_folder import FINISHED
 
@@ -207,7 +207,7 @@ class OptunaSweeper(GridSweeper):
         return left
 
     def _ask(self) -> list[Job]:
-        """The next trials; the sampler's seed depends on the trial, so that a stopped sweep goes on unchanged."""
+        """The next trials; the sampler's seed depends on the trial, so a resumed sweep has the same trials."""
         from hydra.utils import instantiate
 
         jobs = []
@@ -218,7 +218,7 @@ class OptunaSweeper(GridSweeper):
         return jobs
 
     def _tell(self, batch: list[Job], outcomes: list[Any]) -> None:
-        """Each trial's value to the study; a failed one has none."""
+        """Record the value of each trial in the study; a failed one has none."""
         from optuna.trial import TrialState
 
         for (number, _), outcome in zip(batch, outcomes, strict=True):

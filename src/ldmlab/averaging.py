@@ -30,7 +30,7 @@ class AveragedWeights:
         torch._foreach_lerp_(average, live, 1 - decay)
 
     def _kept(self) -> float:
-        """The share of the average that stays at this update."""
+        """The decay at this update."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @contextmanager

@@ -101,7 +101,7 @@ class Path(Protocol):
     def position(self, times: Tensor) -> Tensor: ...  # times => 0, the clean end, to 1, the noise end
     def time_of(self, ratio: Tensor) -> Tensor: ...  # sigma / alpha (B,) => times (B,)
     def grid(self, steps: int, spacing: str) -> list[Level]: ...  # from the noise end; `auto`: the solver's spacing
-    def with_shift(self, shift: float) -> "Path": ...  # with its times shifted otherwise
+    def with_shift(self, shift: float) -> "Path": ...  # with another shift of its times
     def at_size(self, values: int) -> "Path": ...  # for latents of that many values, where the times depend on it
 
 
@@ -133,7 +133,7 @@ class Prediction(Protocol):
 
 
 class TimeSampling(Protocol):
-    """Distribution of the training times; every time is a function of the image's own numbers."""
+    """Distribution of the training times; a time depends only on the random number and the position of its image."""
 
     # u (B,) uniform in (0, 1), position (B,) int64 of the image in training => times (B,)
     def __call__(self, u: Tensor, position: Tensor, path: Path) -> Tensor: ...

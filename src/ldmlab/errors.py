@@ -33,13 +33,13 @@ def one_of(option: str, value: Any, known: Iterable[str]) -> None:
 
 
 def share(option: str, value: float) -> None:
-    """InputError for what is no share of a whole of which some must stay."""
+    """InputError outside of [0, 1)."""
     if not 0 <= value < 1:
         raise InputError(f"{option}={value} is not a share; choose 0 or more, below 1.")
 
 
 def check_side(option: str, value: int | None) -> None:
-    """InputError for what is no side of an image in pixels."""
+    """InputError for an invalid side of an image in pixels."""
     if value is None or not 1 <= value <= LARGEST_SIDE:
         raise InputError(f"{option}={value} is no side of an image; choose 1 .. {LARGEST_SIDE} px.")
 

@@ -45,6 +45,6 @@ def unreadable(path: Path, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of what it says; torch's advice to read a file without protection is left out."""
+    """The reason in torch's message, without its advice to load with weights_only=False."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition("Weights only load failed")[0].strip()[:200] or "more than plain tensors, or damaged"

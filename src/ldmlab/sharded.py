@@ -1,10 +1,10 @@
-"""Tensors of which each process holds a part, in the files of a checkpoint that is a folder.
+"""Sharded tensors (DTensor) in a checkpoint that is a folder.
 
     step_00000100.ckpt/
-        state.ckpt                 the content, as in a checkpoint of one file, but these tensors have no data (meta)
-        shard_00000.safetensors    parts of one process by the path of their tensor and where they begin: /a/0/b@4,0
+        state.ckpt                 the content, as in a checkpoint of one file; sharded tensors are on the meta device
+        shard_00000.safetensors    shards of one process, named by the tensor's path and their first index: /a/0/b@4,0
 
-`state.ckpt` is written last and lists size and CRC-32C of the shards. Any number of processes reads any boxes of them.
+`state.ckpt` is written last and lists size and CRC-32C of the files. Any number of processes can read any slices.
 torch.distributed.checkpoint has no checksums, and its files are pickles, which may run code.
 """
 
@@ -39,16 +39,16 @@ def mapped(content: Any, change: Callable[[Any, str], Any], path: str = "") -> A
 
 @dataclass
 class Parts:
-    """What a process holds of the sharded tensors of a checkpoint."""
+    """The shards that one process holds of the tensors of a checkpoint."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by path and the indices of the first element
-    found: bool = False  # whether there are sharded tensors, of which this process may hold nothing
+    found: bool = False  # whether any tensor is sharded, even if this process has an empty shard
 
 
 def split(content: Any) -> tuple[Any, Parts]:
-    """The content with tensors without data in place of sharded ones, and this process's parts of those.
+    """The content with meta tensors in place of sharded ones, and this process's shards.
 
-    Of equal parts on several processes the first one counts.
+    Of a replicated shard (HSDP) only the first process has it.
     """
     parts = Parts()
 
@@ -66,12 +66,12 @@ def split(content: Any) -> tuple[Any, Parts]:
 
 
 def is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor, whose import takes seconds that a program with one process does not need."""
+    """Whether it is a DTensor, without importing DTensor, which takes seconds."""
     return isinstance(value, Tensor) and hasattr(value, "placements")
 
 
 def box_of(tensor: Any) -> tuple[list[int], list[int]]:
-    """First element and shape of this process's part."""
+    """First index and shape of this process's shard."""
     (chunk,) = tensor.__create_chunk_list__()
     return list(chunk.offsets), list(chunk.sizes)
 
@@ -100,7 +100,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in the shards of a checkpoint, of which any box is read when it is needed."""
+    """A tensor in the shards of a checkpoint, read lazily and by slices."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -108,7 +108,7 @@ class StoredTensor:
     ndim = property(lambda self: len(self.shape))
 
     def read(self, begin: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
-        """The box of `shape` from the indices `begin` on; without them the whole tensor. On the CPU."""
+        """The slice of `shape` that begins at the indices `begin`, or the full tensor, on the CPU."""
         begin, shape = begin or [0] * self.ndim, self.shape if shape is None else shape
         box = torch.zeros(tuple(shape), dtype=self.dtype)
         for piece in self.pieces:
@@ -123,7 +123,7 @@ class StoredTensor:
 
 
 def laid_out(value: Any, like: Any) -> Tensor:
-    """This process's part of a whole or stored tensor where `like` is sharded, else the whole one."""
+    """The tensor sharded as `like` is; the full tensor if `like` is not sharded."""
     stored = isinstance(value, StoredTensor)
     if not is_sharded(like) or is_sharded(value):
         return value.read() if stored else value
@@ -137,10 +137,10 @@ def laid_out(value: Any, like: Any) -> Tensor:
 
 
 def attach(content: Any, folder: Path | None, process: tuple[int, int] = (0, 1)) -> Any:
-    """`StoredTensor`s in place of the tensors without data; ValueError where shards are damaged or do not hold them.
+    """`StoredTensor`s in place of the meta tensors; ValueError where shards are damaged or missing.
 
-    folder: None for a checkpoint of one file, which holds all of its tensors; process: its rank and the number of
-    those that check the sums, each of its own shards.
+    folder: None for a checkpoint of one file; process: rank and world size of the processes that check the checksums,
+    each of every world-size-th file.
     """
     index = _index(folder, content.pop("shards", None), process) if folder is not None else {}
 
@@ -183,5 +183,5 @@ def _index(folder: Path, marks: Any, process: tuple[int, int]) -> dict[str, list
 
 
 def whole(content: Any) -> Any:
-    """The same structure with its stored tensors read."""
+    """The same structure with its stored tensors read in full."""
     return mapped(content, lambda value, _: value.read() if isinstance(value, StoredTensor) else value)

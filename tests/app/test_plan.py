@@ -141,7 +141,7 @@ def test_what_is_sharded_is_divided_by_the_processes(
     for kind in ("weights of the denoiser", "gradients", "optimizer", "averaged weights"):
         assert many[kind] == pytest.approx(one[kind] / parts, rel=1e-3)
     assert many["weights of the frozen first stage"] == one["weights of the frozen first stage"]
-    assert 0 < many["whole units"] < one["weights of the denoiser"]
+    assert 0 < many["gathered units"] < one["weights of the denoiser"]
 
 
 def test_a_part_without_weights_is_not_divided(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         return sentence
 
     assert "give its first stage by --first-stage DIR" in refused("model.pt", "--format", "dit")
-    assert "--first-stage and --statistics belong to a network alone" in refused("model.pt", "--first-stage", stage)
+    assert "--first-stage and --statistics are for denoisers" in refused("model.pt", "--first-stage", stage)
     pickled = refused("edm2.pkl", "--format", "edm2", "--first-stage", stage)
     assert "save its state_dict as .safetensors with the official code" in pickled
     assert "give num_heads in a --config file" in refused("model.pt", "--format", "dit", "--first-stage", stage)

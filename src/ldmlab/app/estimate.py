@@ -21,7 +21,7 @@ from ldmlab.training.settings import TrainerSettings, trainer_node
 from ldmlab.training.stage import Stage
 from ldmlab.training.strategies import strategy_of
 
-_UNITS = "whole units"  # of sharded networks, in half precision in place of copies of all weights
+_UNITS = "gathered units"  # of sharded networks, in half precision in place of copies of all weights
 
 GRADIENTS, OPTIMIZER, AVERAGES = "gradients", "optimizer", "averaged weights"  # kinds of memory
 
@@ -69,7 +69,7 @@ def estimate(config: Config, settings: TrainerSettings, step: int | None = None,
 def _in_parts(
     fixed: dict[str, int], parts: Parts, stage: Stage, settings: TrainerSettings, processes: int
 ) -> dict[str, int]:
-    """Held all the time where networks are sharded, with the two largest units whole and one's gradient in float32."""
+    """Memory of one process with sharded networks: its shards, the two largest units gathered, a gradient of one."""
     strategy_of(stage, settings)  # refuses what cannot be sharded
     networks = [network for network, _ in stage.networks()]
     split = {parameter for network in networks for parameter in network.parameters()}

@@ -1,4 +1,4 @@
-"""The last lines of a run: where it lies, its last validation, and the next command."""
+"""The last lines that a run prints: its folder, its last validation, and the next command."""
 
 import shlex
 from collections.abc import Mapping

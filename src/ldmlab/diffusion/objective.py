@@ -1,4 +1,4 @@
-"""What a denoiser learns: path, prediction, distribution of times, weighting and loss, and its clean estimate."""
+"""The training objective of a denoiser: path, prediction, distribution of times, weighting and loss."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ Network = Callable[[Tensor, Tensor], Tensor]  # input (B, C, h, w), times (B,) f
 
 
 class Objective(nn.Module):
-    """Plain parts put together; holds parameters only where the weighting does."""
+    """The loss from its exchangeable parts; has parameters only if the weighting has."""
 
     def __init__(
         self,

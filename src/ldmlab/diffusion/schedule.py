@@ -79,7 +79,7 @@ class DiscretePath:
 
 
 class _Adapted(DiscretePath):
-    """The path of a schedule from outside, which has `steps` and `levels` alone."""
+    """The path of a schedule that has only `steps` and `levels`, as of a plugin."""
 
     def __init__(self, schedule: Any) -> None:
         self.schedule, self.steps, self.levels = schedule, schedule.steps, schedule.levels

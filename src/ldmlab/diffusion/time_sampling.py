@@ -1,4 +1,4 @@
-"""Distributions of the training times: an image's uniform number, and its position in training, to its time.
+"""Distributions of the training times: an image's uniform number and its position in training => its time.
 
 All are quantile functions, so a time belongs to its image however a batch is split. Times are then shifted by the
 path (`shift`, `shift_base`), as at sampling.
@@ -19,7 +19,7 @@ class UniformTimes:
     def __init__(self, strata: int | None = None) -> None:
         """strata: usually the global batch; None: independent times."""
         if strata is not None and strata < 1:
-            raise InputError(f"diffusion.time_sampling.strata={strata} is no number of parts; choose 1 or more.")
+            raise InputError(f"diffusion.time_sampling.strata={strata} must be at least 1.")
         self.strata = strata
 
     def stratified(self, u: Tensor, position: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class LogitNormalTimes(UniformTimes):
 
 
 class ModeTimes(UniformTimes):
-    """Positions 1 - u - scale (cos^2(pi u / 2) - 1 + u) (SD3, eq. 20); above 0 the middle is drawn more often."""
+    """Positions 1 - u - scale (cos^2(pi u / 2) - 1 + u) (SD3, eq. 20); scale above 0: more times in the middle."""
 
     def __init__(self, scale: float = 1.29, strata: int | None = None) -> None:
         super().__init__(strata)
@@ -71,5 +71,5 @@ class LogNormalSigma(UniformTimes):
 def checked_std(option: str, std: float) -> float:
     """A deviation above 0."""
     if not std > 0:
-        raise InputError(f"diffusion.{option}.std={std} is no deviation; choose a number above 0.")
+        raise InputError(f"diffusion.{option}.std={std} must be above 0.")
     return std

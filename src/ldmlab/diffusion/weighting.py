@@ -90,13 +90,13 @@ class Sd3Weighting:
 
 
 class LearnedLogVariance(nn.Module):
-    """loss / exp(u) + u with a learned u(time), by which all levels weigh the same (Karras et al. 2024, eq. 21)."""
+    """loss / exp(u) + u with a learned u(time), equalising the noise levels (Karras et al. 2024, eq. 21)."""
 
     frequencies: Tensor
     phases: Tensor
 
     def __init__(self, weighting: Weighting | None = None, channels: int = 128) -> None:
-        """weighting: what is multiplied before, EDM's for EDM2; channels: of the Fourier features of the time."""
+        """weighting: a fixed factor of the loss (EDM2: EDM's); channels: of the Fourier features of the time."""
         super().__init__()
         self.weighting = weighting
         generator = torch.Generator().manual_seed(0)
@@ -106,11 +106,11 @@ class LearnedLogVariance(nn.Module):
 
     def __call__(self, alpha: Tensor, sigma: Tensor, rates: Rates) -> Tensor:
         if self.weighting is None:
-            raise InputError("diffusion.weighting.weighting=null has no factor; choose for instance EdmWeighting.")
+            raise InputError("diffusion.weighting.weighting=null is no weighting; choose for instance EdmWeighting.")
         return self.weighting(alpha, sigma, rates)
 
     def finished(self, loss: Tensor, times: Tensor) -> Tensor:
-        """(B,) => (B,)."""
+        """Losses after the fixed factor (B,) => (B,)."""
         angles = times.float()[:, None] * self.frequencies + self.phases  # (B, channels)
         u = (math.sqrt(2) * torch.cos(angles) * self.linear / self.linear.norm()).sum(1)  # float32 under autocast too
         return loss / u.exp() + u

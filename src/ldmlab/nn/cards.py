@@ -1,4 +1,4 @@
-"""Memory and speed of GPUs, by which training is planned and its speed is judged."""
+"""Memory and peak TFLOP/s of GPUs, for `ldmlab plan` and MFU."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 class Card:
     """TFLOP/s of dense products by the data sheet, without sparsity."""
 
-    memory_gib: float  # that torch sees
+    memory_gib: float  # available to torch
     half: float  # TFLOP/s in bfloat16; of a V100 in float16
     single: float  # TFLOP/s in float32, as TF32 where there is one
     name: str  # pattern of torch's name for it

@@ -1,4 +1,4 @@
-"""The sampler that the model's path names."""
+"""The default sampler of the model's path."""
 
 import importlib
 from typing import Any
@@ -21,5 +21,5 @@ class Auto:
     def __call__(
         self, denoise: Denoise, x: Any, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
     ) -> Any:
-        """Not without a path."""
-        raise InputError("sampler=auto is known with a model only; name a sampler, for instance ddim.")
+        """Refused: the sampler follows from a path."""
+        raise InputError("sampler=auto needs the path of a model; name a sampler, for instance ddim.")

@@ -74,7 +74,7 @@ class Stepwise(ABC):
         return x
 
     def along(self, path: Path) -> Self:
-        """The same sampler, which knows the levels between those of a grid."""
+        """The same sampler with a path, for levels between those of a grid."""
         if not (self.needs_path or self._churn):
             return self
         other = copy.copy(self)

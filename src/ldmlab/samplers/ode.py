@@ -18,7 +18,8 @@ class Ode:
     """d x / d s = alpha' clean + sigma' eps from the first level of a grid to its end.
 
     Fixed methods step over the grid; adaptive ones (dopri5, dopri8, bosh3) choose their steps by the tolerances and use
-    the grid's ends alone. They look at the largest error of a batch, so images differ a little between batches.
+    only the ends of the grid. Their steps depend on the largest error in a batch, so images differ a little between
+    batches.
     """
 
     spacing = "linspace"
@@ -42,9 +43,9 @@ class Ode:
     def __call__(
         self, denoise: Denoise, x: Tensor, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
     ) -> Tensor:
-        """As a sampler; `after_step` is not called, since an adaptive method's steps are its own."""
+        """As a sampler; InputError for `after_step`, since steps of adaptive methods are not those of the grid."""
         if self.path is None:
-            raise InputError("sampler=ode evaluates between the levels of a grid; call along(path).")
+            raise InputError("sampler=ode evaluates between the levels of a grid; give it a path by along(path).")
         if after_step is not None:
             raise InputError("sampler=ode has no steps to show or to change; choose another, for instance heun.")
         adaptive = self.method in ("dopri5", "dopri8", "bosh3")
@@ -68,7 +69,7 @@ def slope(denoise: Denoise, path: Path, x: Tensor, s: Tensor) -> Tensor:
     """d x / d s at a position, in x's dtype."""
     time = path.time(s.detach().cpu().double())
     level = path.level(float(time))
-    if not abs(level.sigma) >= _LEAST:  # the end; adaptive methods look beyond it, where a path may not go on
+    if not abs(level.sigma) >= _LEAST:  # the end; adaptive methods may evaluate beyond it, where a path is undefined
         time = path.time(s.new_tensor(_LEAST, device="cpu", dtype=torch.float64))
         level = path.level(float(time))
     d_alpha, d_sigma = (float(rate) for rate in path.rates(time[None]))

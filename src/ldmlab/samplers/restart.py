@@ -1,4 +1,4 @@
-"""Restart sampling (Xu et al. 2023, algorithm 1): a part of the flow is run several times, with noise in between."""
+"""Restart sampling (Xu et al. 2023, algorithm 1): an interval of the ODE is repeated, with noise added in between."""
 
 import math
 from itertools import pairwise
@@ -13,7 +13,7 @@ from ldmlab.samplers.heun import Heun
 class Restart(Heun):
     """Heun's steps; at the level nearest `low` the sample is noised to that nearest `high`, `restarts` times.
 
-    The noise of an error made above is forgotten, so the end needs fewer steps than an SDE's for the same contraction.
+    The added noise contracts errors made before it, as an SDE's does, with the discretisation error of an ODE.
     """
 
     def __init__(self, restarts: int = 2, low: float = 0.1, high: float = 2.0) -> None:
@@ -27,7 +27,7 @@ class Restart(Heun):
     def __call__(
         self, denoise: Denoise, x: Tensor, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
     ) -> Tensor:
-        """As a sampler; `after_step` sees the last time that a step is made, noises are numbered as they are drawn."""
+        """As a sampler; of a repeated step `after_step` is called for the last pass; noises are numbered in order."""
         ratios = [level.sigma / level.alpha if level.alpha else math.inf for level in grid[:-1]]
         first, last = (_nearest(ratios, value) for value in (self.high, self.low))
         turns = self.restarts if first < last else 0

@@ -63,7 +63,7 @@ class Checkpoints:
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read, else the best one, with its content; None in a run without any.
 
-        A collective call: each process has the content, in the memory of the file, and checks its share of the shards.
+        A collective call: each process maps the content from the file and checks its part of the shards' checksums.
         """
         found = distributed.from_first([*reversed(self.by_age()), *sorted(self.folder.glob(_BEST), reverse=True)])
         for path in found:
@@ -91,17 +91,17 @@ _BESIDE = ("metrics.csv", "config.yaml", "model.yaml", "provenance.json", "finis
 
 
 class Files(CheckpointIO):
-    """Checkpoints of the Trainer, written whole or not at all; what was read to compare is not read again.
+    """Atomic checkpoints of the Trainer.
 
-    Those of a run are copied to host memory and written by a thread while training goes on, one at a time. Inside the
-    context nothing is left unwritten: what kept the last one from it is raised at its end.
+    Those of a run are copied to host memory and written by a thread while training goes on, one at a time. At the end
+    of the context the last one is written, or its error is raised.
     """
 
     def __init__(self) -> None:
-        self.held: dict[str, Any] | None = None  # content of the checkpoint to resume, until it is taken up
+        self.held: dict[str, Any] | None = None  # content of the checkpoint to resume, until the Trainer loads it
         self._writing: threading.Thread | None = None
         self._fault: InputError | None = None
-        self._group: Any = None  # of the threads, which gather what became of their shards
+        self._group: Any = None  # process group of the writing threads
 
     def __enter__(self) -> "Files":
         return self
@@ -116,14 +116,14 @@ class Files(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """With an inventory; the first process calls it, or, where there are sharded tensors, every process.
 
-        storage_options: the other paths of a run's own checkpoint, and what to do once all are there. Without, as other
-        callbacks call it, the file exists on return.
+        storage_options: the other paths of a run's own checkpoint, and what to call when all are written. Without it,
+        as in calls of other callbacks, the file is written on return.
         """
         self.wait()
         others, then = storage_options or ([], lambda: None)
         content, parts = sharded.split(checkpoint)
         if parts.found and self._group is None and distributed.joined():
-            self._group = torch.distributed.new_group(backend="gloo")  # for the threads alone
+            self._group = torch.distributed.new_group(backend="gloo")  # used by the threads only
         content, parts.tensors = in_host_memory((content if distributed.rank() == 0 else {}, parts.tensors))
         arguments = (content, parts, [Path(path), *others], then)
         if storage_options is None:
@@ -151,17 +151,17 @@ class Files(CheckpointIO):
 
     @contextmanager
     def _noted(self, path: Path) -> Iterator[None]:
-        """A fault inside is raised by `wait`, in a sentence."""
+        """An exception inside is raised by `wait`, as an InputError."""
         try:
             yield
         except InputError as error:
             self._fault = error
         except Exception as error:
             reason = repr(error).partition("\\n")[0][:300]
-            self._fault = InputError(f"{path} was not written ({reason}); mend that and run the command again.")
+            self._fault = InputError(f"{path} was not written ({reason}); solve that and run the command again.")
 
     def _write_shards(self, parts: Parts, folder: Path) -> dict[str, list[int]]:
-        """Every process its own; size and checksum of all."""
+        """Write this process's shards; size and checksum of those of all processes."""
         noted: list[int] = []
         name = shard_name(distributed.rank())
         with self._noted(folder / name):
@@ -177,9 +177,9 @@ class Files(CheckpointIO):
         return {name: noted for name, noted, _ in found}
 
     def wait(self, for_end: bool = True) -> None:
-        """Until the checkpoint is written, if it is not yet; what kept it from being written is raised.
+        """Wait for the checkpoint that is being written; raise the error of writing it.
 
-        for_end=False: do not wait.
+        for_end=False: do not wait, raise only.
         """
         if self._writing is not None and (for_end or not self._writing.is_alive()):
             self._writing.join()
@@ -189,7 +189,7 @@ class Files(CheckpointIO):
             raise fault
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        """The content with the keys that the Trainer demands; our hooks restore the rest."""
+        """The content with the keys that the Trainer requires; our hooks restore the rest."""
         content, self.held = self.held or complete(load_checkpoint(Path(path), lazily=True), Path(path)), None
         demanded = {"global_step": content["step"], "epoch": 0, "pytorch-lightning_version": pl.__version__}
         empty: dict[str, Any] = {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}

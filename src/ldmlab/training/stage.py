@@ -234,7 +234,7 @@ class Stage(OptimizerGroups):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Weights and counters of a checkpoint, before the Trainer starts; sharded weights wait until they are."""
+        """Weights and counters of a checkpoint, before the Trainer starts; sharded ones are loaded after sharding."""
         for name, module in self.saved().items():
             if name not in state["modules"]:
                 raise InputError(f"the checkpoint of step {state['step']} holds no {name}; resume its own run.")
@@ -244,7 +244,7 @@ class Stage(OptimizerGroups):
         self.metrics.restore(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What waits for sharded networks and for the optimizers."""
+        """Keep the weights until the networks are sharded, and optimizer states until the optimizers exist."""
         super().on_load_checkpoint(checkpoint)
         self._weights = checkpoint["modules"] if self.sharded else {}
 

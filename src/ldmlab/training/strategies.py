@@ -1,8 +1,9 @@
-"""How the processes of a run share its work: DDP, gradients averaged by the stage, or networks that are sharded.
+"""Strategies of several processes: DDP, gradients averaged by the stage, and networks sharded by FSDP2 or HSDP.
 
-FSDP2 keeps a part of every weight, gradient, optimizer state and average on each process. A unit, one for each region
-of a network (`nn/compiling.py`) and one for the rest of it, is whole only while it runs. HSDP does so within a machine
-and averages gradients between machines. In mixed precision a region's products are gathered in half precision.
+FSDP2 shards every weight, gradient, optimizer state and average over the processes. A unit, one for each region of a
+network (`nn/compiling.py`) and one for the rest of it, is gathered only while it runs. HSDP shards within a machine and
+averages gradients between machines. In mixed precision the weights of a region's linear layers and convolutions are
+gathered in half precision.
 """
 
 from dataclasses import fields
@@ -24,11 +25,11 @@ from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
 _HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_PRODUCTS = (nn.Linear, nn.Conv2d)  # what autocast computes in half precision
+_PRODUCTS = (nn.Linear, nn.Conv2d)  # autocast computes these in half precision
 
 
 class SeveralGroups(DDPStrategy):
-    """Processes without DDP's wrapper, which expects every parameter in every backward pass; the stage syncs."""
+    """Several optimizer groups: the stage averages gradients, since DDP expects every parameter in every backward."""
 
     def configure_ddp(self) -> None:
         """All processes start from the first one's weights."""
@@ -61,25 +62,25 @@ class Sharded(SeveralGroups):
                 register_fsdp_forward_method(network, method)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Gradients are summed in parts after every micro-batch, between machines after the last one of a step."""
+        """Reduce-scatter after every micro-batch; all-reduce between machines after the last one of a step."""
         super().pre_backward(closure_loss)
         stage: Any = self.lightning_module
         for network, _ in stage.networks():
             network.set_requires_all_reduce(stage._micro_batches + 1 == stage.accumulate)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Every process writes its parts; a collective call."""
+        """Every process writes its shards; a collective call."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def teardown(self) -> None:
-        """The weights stay on their device, where their parts belong."""
+        """As DDP's, but the sharded weights stay on their device."""
         for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
             if part is not None:
                 part.teardown()
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """Split a network's weights over the processes of `mesh`; `dtype`: of the products in its regions."""
+    """Shard a network's weights over the processes of `mesh`; `dtype`: of linear layers and convolutions."""
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous()  # the only layout that can be gathered
     for unit, method in [*regions(network)]:
@@ -93,12 +94,12 @@ def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> No
         running: list[bool] = []
         network.register_forward_pre_hook(lambda *_: running.append(True))
         network.register_forward_hook(lambda *_: running.clear(), always_call=True)
-        # elsewhere its weights are not whole: conditions stay as they are, and each pass prepares them
+        # outside of a forward pass the weights are sharded, so each pass prepares the conditions itself
         network.prepare = lambda given: prepare(given) if running else given  # type: ignore[assignment]
 
 
 def _policy(unit: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    """Weights of products as autocast would cast them; norms and what is computed from weights stay float32."""
+    """Casts the weights that autocast casts; norms stay float32."""
     if dtype is None or isinstance(unit, Grow):
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     products = {p for module in unit.modules() if isinstance(module, _PRODUCTS) for p in module.parameters(False)}

@@ -6,8 +6,8 @@ from pathlib import Path
 from ldmlab.errors import InputError
 
 _SOURCE = """official .ckpt, .pt or .safetensors (latent diffusion, a first stage, Stable Diffusion 1.x or 2.x),
-a diffusers folder, or a network alone (--format)"""
-_FORMATS = "dit | sit | lightningdit | edm2: a class-conditional network alone; without: as the content of SRC tells"
+a diffusers folder, or a denoiser without first stage (--format)"""
+_FORMATS = "dit | sit | lightningdit | edm2: a class-conditional denoiser (default: recognised from SRC)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_new(args.out)
     if args.format is None and (args.first_stage or args.statistics):
-        raise InputError("--first-stage and --statistics belong to a network alone; add --format dit, for instance.")
+        raise InputError("--first-stage and --statistics are for denoisers; add for instance --format dit.")
     if args.format is not None:
         if args.prediction is not None:
             raise InputError(f"--prediction={args.prediction}: --format {args.format} decides that; leave it out.")

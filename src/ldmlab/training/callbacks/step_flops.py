@@ -10,10 +10,10 @@ from ldmlab import distributed
 
 
 class StepFlops:
-    """FLOPs of training on an image, from a program that counts a step without its weights.
+    """FLOPs of training on an image, from a program that counts a step without weights.
 
-    The program gets {config, step} as JSON on stdin and prints a number. It runs in a process of its own, again where a
-    step begins to cost something else, so that training neither waits for it nor shares its random state.
+    The program reads {config, step} as JSON from stdin and prints a number. It runs in a process of its own, so that
+    training neither waits for it nor shares its random state, and again when the cost of a step changes.
     """
 
     def __init__(self, program: Sequence[str], config: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class StepFlops:
             self.program, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )  # a session of its own: Ctrl-C is for the run
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError), self._process.stdin as file:  # it ended at once, and its output says why
+        with suppress(BrokenPipeError), self._process.stdin as file:  # it ended at once; the reason is in its output
             json.dump({"config": self.config, "step": step}, file)
 
     def _read(self, process: subprocess.Popen[str]) -> None:

@@ -20,11 +20,11 @@ _COUNTED_AFTER_SECONDS = 20.0  # a shorter run is not worth the process that cou
 class Throughput(pl.Callback):
     """Speed over the last `window` rows of the log, waiting for data, and peak memory, of all processes.
 
-    speed/images_per_second, speed/images_per_second_and_device; speed/tflops_per_device and, of a known GPU, speed/mfu:
-    their share of its data sheet; speed/data_wait: share of the time that a process waits for batches,
-    speed/data_wait_worst of the one that waits most; speed/slowest_rank: the process with most seconds of its own a
-    step, which are waiting for data and forward passes, since in backward passes all wait for each other,
-    speed/slowest_rank_seconds and speed/mean_rank_seconds, since the last row; memory/: of the process with most.
+    speed/images_per_second, speed/images_per_second_and_device; speed/tflops_per_device and, for a GPU of CARDS,
+    speed/mfu; speed/data_wait: fraction of the time spent waiting for batches, speed/data_wait_worst of the process
+    that waits most; speed/slowest_rank, speed/slowest_rank_seconds, speed/mean_rank_seconds: time per step since the
+    last row in waiting for data and forward passes (in backward passes processes wait for each other); memory/: the
+    maximum over processes.
     """
 
     def __init__(self, window: int = 5, flops: StepFlops | None = None) -> None:
@@ -51,7 +51,7 @@ class Throughput(pl.Callback):
         self._forward.stop()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        """The numbers of a row; evaluations between two rows count as time spent."""
+        """Log the columns of a row; evaluations between two rows are part of its time."""
         if not (pl_module.step_complete and pl_module.row_due):
             return
         self._mark(trainer, pl_module)
@@ -81,7 +81,7 @@ class Throughput(pl.Callback):
         return (waited - before + self._forward.take()) / max(step - last, 1)
 
     def _log_products(self, stage: Any, speed: float) -> None:
-        """TFLOP/s of a device and, of a known one, the share of its data sheet; by the first process, which logs."""
+        """TFLOP/s of a device and, for a GPU of CARDS, MFU; logged by the first process."""
         if self.flops is None or distributed.rank() or time.perf_counter() - self._start < _COUNTED_AFTER_SECONDS:
             return
         if (flops := self.flops.of(stage)) is None:
@@ -92,7 +92,7 @@ class Throughput(pl.Callback):
             stage.log("speed/mfu", speed * flops / 1e12 / card.tflops(stage.trainer.precision))
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Nothing is counted any more."""
+        """End the process that counts."""
         if self.flops is not None:
             self.flops.close()
 
