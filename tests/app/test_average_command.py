@@ -55,6 +55,6 @@ def test_what_has_no_snapshots_is_refused(flow: Flow, run: Path) -> None:
         return refusal(lambda: cli.dispatch(list(words)))
 
     assert "has no snapshots of averages up to step 2" in refused("average", f"{flow.root}/model", "--length", "0.1")
-    assert "is not the length of an average" in refused("average", str(run), "--length", "0.9")
+    assert "--length=0.9 is not the length of an average" in refused("average", str(run), "--length", "0.9")
     wrong = refused("sample", str(run), "a", "--weights", "best")
     assert wrong == "--weights best is unknown; choose averaged, raw, or the length of an average such as 0.10."

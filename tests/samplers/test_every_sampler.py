@@ -265,10 +265,14 @@ def test_a_step_from_a_level_that_churn_raised() -> None:
 def test_a_name_may_hold_options() -> None:
     sampler: Any = sampler_by_name("sde:form=linear:norm=0.5:method=heun")
     assert (sampler.form, sampler.norm, sampler.method) == ("linear", 0.5, "heun")
-    assert sampler_by_name("lms:depth=2", depth=3).depth == 3  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="sampler=lms:depth=2 and its options give one of them twice"):
+        sampler_by_name("lms:depth=2", depth=3)
     for name, sentence in (
         ("sde:form=blue", "sampler.form=blue is unknown"),
         ("sde:norm=much", "sampler.norm=much does not fit"),
+        ("sde:norm=1:norm=2", "give one of them twice"),
+        ("euler:", "sampler=NAME: has no option"),
+        ("euler:churn", "sampler=NAME:churn has no option"),
         ("heun:depth=2", "depth=2: the sampler heun has no such setting"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -46,6 +46,7 @@ class Job:
             show(0, total)
             for name, settings in self.variants.items():
                 frames = Trajectory(self.model, settings) if trajectory else None
+                shows = trajectory or getattr(settings.build_sampler(), "shows_steps", True)
 
                 def after_step(step: int, x: Any, clean: Any, frames: Trajectory | None = frames) -> Any:
                     nonlocal done
@@ -54,7 +55,12 @@ class Job:
                     return x if frames is None else frames(step, x, clean)
 
                 part = {"rank": rank, "world": world, "first_index": self.first, "batch_size": batch_size}
-                for numbers, images in generate(self.model, self.inputs, settings, after_step=after_step, **part):
+                for numbers, images in generate(
+                    self.model, self.inputs, settings, after_step=after_step if shows else None, **part
+                ):
+                    if not shows:  # a solver with steps of its own
+                        done += len(numbers) * (len(self.model.grid(settings)) - 1)
+                        show(done, total)
                     for number, image in zip(numbers, images.numpy(), strict=True):
                         file = self.folder / f"{number:06d}{name}.png"  # in a sweep 000012_steps-5.png
                         save_png(file, image, self._record(number, settings))

@@ -101,6 +101,8 @@ class SampleSettings:
             auto = replace(self, sampler=solver.sampler, steps=self.steps or solver.steps)
             return auto.filled(solver=solver, levels=levels, inputs=inputs, fills_holes=fills_holes, **known)
         sampler = self.build_sampler()
+        if levels and self.sampler.partition(":")[0] in ("ode", "sde"):
+            raise InputError(f"sampler={self.sampler} is for flows, and this model has a discrete schedule; use heun.")
         known["steps"] = self.steps or getattr(sampler, "steps", None) or levels or solver.steps
         own = getattr(sampler, "spacing", "linspace") if levels else solver.spacing  # a continuous path has its own
         known["spacing"] = self.spacing or own
@@ -154,7 +156,9 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     from ldmlab.instantiate import instantiate
 
     name, *words = name.split(":")
-    options = dict(map(_named, words)) | options
+    pairs = [*map(_named, words), *options.items()]
+    if len(options := dict(pairs)) < len(pairs):
+        raise InputError(f"sampler={':'.join([name, *words])} and its options give one of them twice; give it once.")
     if "." in name:
         return instantiate({"_target_": name, **options}, where="sampler")
     if name not in SAMPLERS:
@@ -171,7 +175,9 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
 
 def _named(word: str) -> tuple[str, Any]:
     """`form=linear` => its name and value: a number, true, false or a word."""
-    name, _, text = word.partition("=")
+    name, equals, text = word.partition("=")
+    if not (name and equals and text):
+        raise InputError(f"sampler=NAME:{word} has no option; write for instance sde:form=linear.")
     for kind in (int, float):
         try:
             return name, kind(text)

@@ -24,6 +24,8 @@ class Ode:
 
     spacing = "linspace"
     steps = 50
+    needs_path = True
+    shows_steps = False  # after_step is refused
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-3, atol: float = 1e-6) -> None:
         """rtol, atol: of adaptive methods; SiT samples with 1e-3 and 1e-6."""

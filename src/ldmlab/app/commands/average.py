@@ -18,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ldmlab.interop.model_folders import card, check_new, new_folder, write_ldmlab
     from ldmlab.model_files import read_model
-    from ldmlab.power_averages import FOLDER, snapshots
+    from ldmlab.power_averages import FOLDER, checked_length, snapshots
 
+    checked_length(args.length, "--length")
     files = read_model(args.run, args.length)
     out = args.out or files.folder / FOLDER / f"length_{args.length:g}-step_{files.step:08d}"
     check_new(out)

@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
         model.check(inputs)
         resolved = {name: model.resolved(variant, inputs) for name, variant in by_name.items()}
         for variant in resolved.values():
+            if args.trajectory and not getattr(variant.build_sampler(), "shows_steps", True):
+                raise InputError(f"sampler={variant.sampler} has no steps for --trajectory; use heun, for instance.")
             assert isinstance(variant.size, tuple)
             for one in inputs[:: args.count]:
                 check_size(one, variant.size, model.enlargement)
