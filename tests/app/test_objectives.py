@@ -69,6 +69,14 @@ def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path) -> None:
     velocity = "diffusion.prediction={_target_: ldmlab.diffusion.parameterization.VelocityPrediction}"
     assert "undefined on a discrete schedule" in refused(velocity, objective="scaled_linear")
     assert "shift=0.0" in refused("diffusion.schedule.shift=0.0")
+    assert "diffusion.prediction=null" in refused("diffusion.prediction=null")
+    assert "offset_noise=-1.0" in refused("diffusion.offset_noise=-1.0")
+    assert "channels=0 learns nothing" in refused("diffusion.weighting.channels=0", objective="edm")
+    small = [word for word in SMALL if not word.startswith("backbone.")]
+    data = [f"data.train={packed}/train", f"data.val={packed}/val", f"run.dir={tmp_path / 'none'}"]
+    for name, option in (("dit_s_2", "patch_size=3"), ("edm2_xs", "channel_mult=[1,1,1,1,1]")):
+        config = plain(compose("train", [*small, *data, f"backbone={name}", f"backbone.{option}"]))
+        assert "data.image_size=8 is not a multiple of" in refusal(lambda config=config: train(config))  # type: ignore[misc]
     assert "diffusion.time_sampling.std=0.0" in refused("diffusion.time_sampling.std=0.0")
     assert "has no __call__()" in refused("diffusion.loss={_target_: collections.UserDict}")
     assert not (tmp_path / "none").exists()
@@ -86,6 +94,12 @@ def test_a_transformer_on_a_flow(packed: Path, tmp_path: Path) -> None:
         ends[sampler] = model.sample(count=1, steps=4, seed=1, sampler=sampler)
         assert ends[sampler].float().std() > 0
     assert torch.equal(ends["auto"], ends["euler"])
+    words = ["sample", str(tmp_path / "run"), "--steps", "4", "--seed", "1", "--device", "cpu", "--sampler", "ode"]
+    assert cli.dispatch([*words, "--out", str(tmp_path / "by_ode")]) == 0  # its steps are its own
+    assert (np.asarray(Image.open(tmp_path / "by_ode" / "000000.png")) == ends["ode"][0].numpy()).all()
+    words = [*words, "--trajectory", "--out", str(tmp_path / "shown")]
+    assert "--sampler ode has no steps for --trajectory" in refusal(lambda: cli.dispatch(words))
+    assert not (tmp_path / "shown").exists()
     with pytest.raises(InputError, match="spacing=official is a rule for the paper's discrete schedules"):
         model.sample(count=1, steps=4, spacing="official")
     picture = tmp_path / "picture.png"
@@ -108,7 +122,7 @@ def test_a_transformer_on_a_flow(packed: Path, tmp_path: Path) -> None:
         assert not (tmp_path / form).exists()
 
 
-def test_bits_of_a_trained_flow(packed: Path, tmp_path: Path) -> None:
+def test_bits_of_a_trained_flow(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number for each image, the same in any batch up to the solver's tolerance; schedules are refused."""
     run(packed, tmp_path / "run", "flow", 2)
     model = ldmlab.load(tmp_path / "run", device="cpu")
@@ -118,5 +132,10 @@ def test_bits_of_a_trained_flow(packed: Path, tmp_path: Path) -> None:
     assert together.shape == (2,)
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
     run(packed, tmp_path / "schedule", "linear", 2)
+    monkeypatch.chdir(tmp_path)
+    for sampler in ("ode", "sde:form=linear"):
+        words = ["sample", str(tmp_path / "schedule"), "--device", "cpu", "--sampler", sampler]
+        assert f"--sampler {sampler} is for flows" in refusal(lambda words=words: cli.dispatch(words))  # type: ignore[misc]
+    assert not (tmp_path / "outputs").exists()
     with pytest.raises(InputError, match="undefined on a discrete schedule"):
         bits_per_dimension(ldmlab.load(tmp_path / "schedule", device="cpu"), latents)

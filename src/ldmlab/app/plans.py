@@ -94,6 +94,11 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     }
     ready: dict[str, Any] = {"first_stage": first_stage, "conditioners": conditioners, "task": data.task}
     model = build_latent_diffusion(spec, **ready)
+    if data.image_size % model.size_step:
+        raise InputError(
+            f"data.image_size={data.image_size} is not a multiple of {model.size_step}, the pixels of the backbone's "
+            "patches or narrowest level; choose a multiple, or another backbone.patch_size or number of levels."
+        )
     sampler = instantiate(config["sampler"], where="sampler")
     spacing = sampler.spacing if hasattr(model.schedule, "steps") else "auto"  # a continuous path has its own
     grid = model.path.at_size(latent.channels * latent.height * latent.width).grid(options.pop("panel_steps"), spacing)

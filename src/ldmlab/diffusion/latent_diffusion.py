@@ -59,6 +59,10 @@ class LatentDiffusion(LatentSpace):
     ) -> None:
         super().__init__(first_stage, latent_scale)
         check_slots(conditioners, backbone)
+        if prediction is None:
+            raise InputError("diffusion.prediction=null predicts nothing; give a class of diffusion.parameterization.")
+        if offset_noise < 0:
+            raise InputError(f"diffusion.offset_noise={offset_noise} must be 0 or more.")
         self.backbone = backbone
         self.conditioners = nn.ModuleDict(dict(conditioners))
         self.objective = Objective(schedule, prediction, time_sampling, weighting, loss)

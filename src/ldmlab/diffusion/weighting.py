@@ -99,6 +99,8 @@ class LearnedLogVariance(nn.Module):
         """weighting: a fixed factor of the loss (EDM2: EDM's); channels: of the Fourier features of the time."""
         super().__init__()
         self.weighting = weighting
+        if channels < 1:
+            raise InputError(f"diffusion.weighting.channels={channels} learns nothing; choose 1 or more, such as 128.")
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels, generator=generator))
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels, generator=generator))
