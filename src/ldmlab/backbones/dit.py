@@ -17,7 +17,7 @@ from ldmlab.backbones.unet import check_sizes, vector_projection
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import KeysValues, TokenAttention, attend
-from ldmlab.nn.blocks import LayerNorm, RMSNorm, timestep_embedding, zero
+from ldmlab.nn.blocks import MLP, LayerNorm, RMSNorm, SwiGLU, timestep_embedding, zero
 from ldmlab.nn.compiling import region
 from ldmlab.nn.positions import Rotation, rotary, rotate, sine_cosine
 
@@ -52,32 +52,6 @@ class SelfAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return self.out(attend(q.to(v.dtype), k.to(v.dtype), v))
-
-
-class MLP(nn.Module):
-    """out(gelu(expand(x))) with the tanh form of GELU, four times as wide as x."""
-
-    def __init__(self, width: int, ratio: float) -> None:
-        super().__init__()
-        self.expand = nn.Linear(width, int(width * ratio))
-        self.out = nn.Linear(int(width * ratio), width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.gelu(self.expand(x), approximate="tanh"))
-
-
-class SwiGLU(nn.Module):
-    """out(silu(a) b), where a and b are the halves of expand(x), each 2 / 3 as wide as in `MLP` (Shazeer 2020)."""
-
-    def __init__(self, width: int, ratio: float) -> None:
-        super().__init__()
-        hidden = int(2 / 3 * int(width * ratio))
-        self.expand = nn.Linear(width, 2 * hidden)
-        self.out = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.expand(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * value)
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:

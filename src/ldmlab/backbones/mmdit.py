@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.dit import MLP, TIME_CHANNELS, gained_norm, modulate, plain_norm, unpatched
+from ldmlab.backbones.dit import TIME_CHANNELS, gained_norm, modulate, plain_norm, unpatched
 from ldmlab.backbones.unet import check_sizes
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend
-from ldmlab.nn.blocks import timestep_embedding, zero
+from ldmlab.nn.blocks import MLP, timestep_embedding, zero
 from ldmlab.nn.compiling import region
 from ldmlab.nn.positions import sine_cosine
 

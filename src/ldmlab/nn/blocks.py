@@ -224,6 +224,32 @@ class TimeMLP(nn.Module):
         return self.mix(F.silu(self.expand(embedding)))
 
 
+class MLP(nn.Module):
+    """out(gelu(expand(x))) with the tanh form of GELU, four times as wide as x."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, int(width * ratio))
+        self.out = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.expand(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """out(silu(a) b), where a and b are the halves of expand(x), each 2 / 3 as wide as in `MLP` (Shazeer 2020)."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * int(width * ratio))
+        self.expand = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.expand(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
 COORDINATES = 2
 
 

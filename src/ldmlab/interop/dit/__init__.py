@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmlab.backbones.dit import DiT, SwiGLU
+from ldmlab.backbones.dit import DiT
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.contracts import Conditioning
 from ldmlab.interop.renaming import Names, Node, Part, State, names_of, refuse_mismatch, renamed, unfilled
+from ldmlab.nn.blocks import SwiGLU
 
 _GUIDED = 3  # channels that the official programs guide, however many there are
 _CONSTANTS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed here
