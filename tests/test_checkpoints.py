@@ -24,6 +24,16 @@ from ldmlab.checkpoints import (
 )
 from ldmlab.errors import InputError
 from ldmlab.files import write_atomically
+from ldmlab.sharded import STATE
+
+
+def test_a_folder_whose_state_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000002.ckpt"
+    folder.mkdir()
+    (folder / STATE).write_bytes(b"junk")
+    with pytest.raises(InputError, match="cannot be read as a checkpoint") as caught:
+        load_checkpoint(folder)
+    assert "mmap" not in str(caught.value)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:

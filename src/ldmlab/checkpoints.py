@@ -57,7 +57,8 @@ def load_checkpoint(path: Path, *, lazily: bool = False, process: tuple[int, int
     try:
         if process[0] == 0:
             _check_sums(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily or folder is not None)
+        mapped = (lazily or folder is not None) and zipfile.is_zipfile(file)  # else torch speaks of mmap alone
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except Exception as error:

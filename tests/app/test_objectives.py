@@ -72,6 +72,9 @@ def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path) -> None:
     assert "diffusion.prediction=null" in refused("diffusion.prediction=null")
     assert "offset_noise=-1.0" in refused("diffusion.offset_noise=-1.0")
     assert "channels=0 learns nothing" in refused("diffusion.weighting.channels=0", objective="edm")
+    for option in ("vector_balance=2.0", "resample_filter=[0,0]", "clip=-1.0"):
+        words = ["backbone=edm2_xs", "first_stage=identity", "data.image_size=8", f"backbone.{option}"]
+        assert "within 0 .. 1" in refusal(lambda words=words: cli.dispatch(["plan", *words]))  # type: ignore[misc]
     small = [word for word in SMALL if not word.startswith("backbone.")]
     data = [f"data.train={packed}/train", f"data.val={packed}/val", f"run.dir={tmp_path / 'none'}"]
     for name, option in (("dit_s_2", "patch_size=3"), ("edm2_xs", "channel_mult=[1,1,1,1,1]")):

@@ -113,6 +113,13 @@ class EDM2UNet(ChannelsLast):
         check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0))
         check_sizes(1, head_channels=head_channels, noise_channels=noise_channels, emb_channels=emb_channels)
         check_sizes(0, num_res_blocks=num_res_blocks)
+        balances = (vector_balance, concat_balance, residual_balance, attention_balance)
+        bounded = clip is None or clip > 0
+        if not (bounded and sum(resample_filter) and all(0 <= balance <= 1 for balance in balances)):
+            raise InputError(
+                f"backbone: balances {balances} lie within 0 .. 1, resample_filter={list(resample_filter)} has a sum, "
+                f"clip={clip} is above 0 or null; choose for instance 0.5, [1,1] and 256."
+            )
         widths = [model_channels * m for m in channel_mult]
         self.in_channels, self.out_channels, self.vector_width = in_channels, out_channels, vector_width
         self.size_step, self.gradient_checkpointing = 2 ** (len(widths) - 1), gradient_checkpointing
