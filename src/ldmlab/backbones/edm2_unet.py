@@ -115,7 +115,7 @@ class EDM2UNet(ChannelsLast):
         check_sizes(0, num_res_blocks=num_res_blocks)
         balances = (vector_balance, concat_balance, residual_balance, attention_balance)
         bounded = clip is None or clip > 0
-        if not (bounded and sum(resample_filter) and all(0 <= balance <= 1 for balance in balances)):
+        if not (bounded and sum(resample_filter) != 0 and all(0 <= balance <= 1 for balance in balances)):
             raise InputError(
                 f"backbone: balances {balances} lie within 0 .. 1, resample_filter={list(resample_filter)} has a sum, "
                 f"clip={clip} is above 0 or null; choose for instance 0.5, [1,1] and 256."
