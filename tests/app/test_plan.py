@@ -160,6 +160,7 @@ def test_a_part_without_weights_is_not_divided(capsys: pytest.CaptureFixture[str
         (["experiment=mine/text_to_image"], "name its architecture: first_stage=NAME"),
         (["stage=all"], "stage=all has no step of its own"),
         (["first_stage=kl_f8", "trainer.global_batch=10", "--devices", "3"], "does not divide trainer.global_batch=10"),
+        (["first_stage=kl_f8", "backbone=edm2_s"], "data.image_size=32 is not a multiple of 64"),
         (["first_stage=kl_f8", "conditioner=text"], "give either name or config"),
     ],
 )

@@ -94,11 +94,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     }
     ready: dict[str, Any] = {"first_stage": first_stage, "conditioners": conditioners, "task": data.task}
     model = build_latent_diffusion(spec, **ready)
-    if data.image_size % model.size_step:
-        raise InputError(
-            f"data.image_size={data.image_size} is not a multiple of {model.size_step}, the pixels of the backbone's "
-            "patches or narrowest level; choose a multiple, or another backbone.patch_size or number of levels."
-        )
+    check_size_step(data.image_size, model.size_step)
     sampler = instantiate(config["sampler"], where="sampler")
     spacing = sampler.spacing if hasattr(model.schedule, "steps") else "auto"  # a continuous path has its own
     grid = model.path.at_size(latent.channels * latent.height * latent.width).grid(options.pop("panel_steps"), spacing)
@@ -177,6 +173,14 @@ def check_divides(image_size: int, downsampling: int) -> None:
         raise InputError(
             f"data.image_size={image_size} is not a multiple of the first stage's downsampling factor {downsampling}; "
             f"use {below} or {below + downsampling}, or a first_stage with another factor."
+        )
+
+
+def check_size_step(image_size: int, step: int) -> None:
+    if image_size % step:
+        raise InputError(
+            f"data.image_size={image_size} is not a multiple of {step}, the pixels of the backbone's patches or "
+            "narrowest level; choose a multiple, or another backbone.patch_size or number of levels."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.app.conditioning import build_conditioners
-from ldmlab.app.plans import backbone_sizes, check_divides, latent_spec, task_node
+from ldmlab.app.plans import backbone_sizes, check_divides, check_size_step, latent_spec, task_node
 from ldmlab.app.wiring import stage_options
 from ldmlab.data.loaders import collate
 from ldmlab.data.order import image_random
@@ -83,6 +83,7 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     sample |= _stored(reads, size) if task is None else task.give(_stored(task.stored, size), image_random(0, 0, ""))
     built = {"first_stage": first_stage, "latent_scale": LatentScale(), "backbone": backbone}
     model = instantiate(config["diffusion"], where="diffusion", conditioners=conditioners, task=task, **built)
+    check_size_step(size, model.size_step)
     names = ("latent_scale", "panel_steps")
     stage = DiffusionStage(
         diffusion=model,
