@@ -14,9 +14,8 @@ from ldmlab.conditioners.mask import Mask, MaskedLatent
 from ldmlab.conditioners.semantic_map import SpatialRescaler
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.samplers.ddim import Ddim

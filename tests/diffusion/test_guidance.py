@@ -11,9 +11,8 @@ from ldmlab.contracts import Denoise, Level
 from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, guided_by_noisy, shrunk, squared_error
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.randomness import normal

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from ldmlab.contracts import Conditioning, Level, Posterior, Prepared
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.randomness import draw, normal
 from ldmlab.samplers.ddim import Ddim

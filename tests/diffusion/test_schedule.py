@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldmlab.diffusion.level_grids import ddim_grid
-from ldmlab.diffusion.schedule import NAMES, Schedule
+from ldmlab.diffusion.schedule import NAMES, Schedule, ddim_grid
 from ldmlab.errors import InputError
 
 REFERENCE = Path(__file__).parents[1] / "assets" / "reference"

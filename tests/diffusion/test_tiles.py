@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from ldmlab.contracts import Conditioning, Level, Posterior
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.diffusion.windowed import latent_windows, windowed
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity

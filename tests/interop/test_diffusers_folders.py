@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from ldmlab.app.cli import dispatch
 from ldmlab.build import build_latent_diffusion
 from ldmlab.contracts import Conditioning, Level
-from ldmlab.diffusion.level_grids import ddim_grid
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.interop import diffusers

@@ -13,7 +13,7 @@ from exported_models import MODULES, PIPELINES, Parts, Spec, model, weights
 from torch import Tensor
 
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.diffusion.level_grids import ddim_grid
+from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.interop import diffusers, verify
 from ldmlab.interop.diffusers.diffusers_export import export_folder

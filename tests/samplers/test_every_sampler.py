@@ -11,9 +11,8 @@ from exact_mixture import MEAN, STD, denoise, exact_end
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.paths import ContinuousPath, CosinePath, LinearPath
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import SAMPLERS as ALL
 from ldmlab.inference.sample_settings import sampler_by_name

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ldmlab.contracts import Level
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.first_stages.vq import VQModel

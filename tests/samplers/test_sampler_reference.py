@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.samplers.ddim import Ddim
 from ldmlab.samplers.ddpm import Ddpm
 from ldmlab.samplers.plms import Plms

@@ -10,8 +10,7 @@ import torch
 from exact_mixture import denoise, exact_end
 
 from ldmlab.contracts import Sampler
-from ldmlab.diffusion.level_grids import SPACINGS, ddim_grid
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 

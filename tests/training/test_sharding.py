@@ -25,9 +25,8 @@ from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.conditioners.text import TransformerText
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.diffusion.weighting import LearnedLogVariance, Snr
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity

@@ -12,9 +12,8 @@ from ldmlab.checkpoints import load_checkpoint
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.level_grids import ddim_grid
 from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.first_stages.identity import Identity
 from ldmlab.nn import compiling
 from ldmlab.samplers.ddim import Ddim

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmlab.contracts import DiffusionLoss, Noised, Path
-from ldmlab.diffusion.level_grids import levels_of
 from ldmlab.diffusion.parameterization import EpsPrediction
+from ldmlab.diffusion.schedule import levels_of
 from ldmlab.errors import InputError, one_of
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level, Solver
-from ldmlab.diffusion.level_grids import RHO
+from ldmlab.diffusion.schedule import RHO
 from ldmlab.errors import InputError, one_of
 
 Pair = tuple[Tensor, Tensor]  # of alpha and of sigma

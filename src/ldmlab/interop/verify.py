@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
-from ldmlab.diffusion.level_grids import ddim_grid
+from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.interop.imported import assembled, assembled_first_stage
 from ldmlab.model_files import ModelFiles

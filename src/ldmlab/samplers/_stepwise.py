@@ -33,7 +33,7 @@ class Stepwise(ABC):
     """Evaluates the clean estimate and steps to the next level, down the grid; stateless between calls."""
 
     order: int | None  # of the error in the length of a step; None: it draws noise
-    spacing: str  # default rule of diffusion/level_grids.py
+    spacing: str  # default rule of diffusion/schedule.py
     steps: int | None  # default number; None: all levels of the schedule
     temperature: float = 1.0  # factor of the noise that steps add
     quantize_x0: bool = False  # replace each clean estimate by the nearest codebook vectors of a VQ first stage
