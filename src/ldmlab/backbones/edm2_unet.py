@@ -114,12 +114,7 @@ class EDM2UNet(ChannelsLast):
         check_sizes(1, head_channels=head_channels, noise_channels=noise_channels, emb_channels=emb_channels)
         check_sizes(0, num_res_blocks=num_res_blocks)
         balances = (vector_balance, concat_balance, residual_balance, attention_balance)
-        bounded = clip is None or clip > 0
-        if not (bounded and sum(resample_filter) != 0 and all(0 <= balance <= 1 for balance in balances)):
-            raise InputError(
-                f"backbone: balances {balances} lie within 0 .. 1, resample_filter={list(resample_filter)} has a sum, "
-                f"clip={clip} is above 0 or null; choose for instance 0.5, [1,1] and 256."
-            )
+        _check_numbers(balances, resample_filter, clip)
         widths = [model_channels * m for m in channel_mult]
         self.in_channels, self.out_channels, self.vector_width = in_channels, out_channels, vector_width
         self.size_step, self.gradient_checkpointing = 2 ** (len(widths) - 1), gradient_checkpointing
@@ -215,3 +210,12 @@ class EDM2UNet(ChannelsLast):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         return cast(Tensor, block(*inputs))
+
+
+def _check_numbers(balances: Sequence[float], resample_filter: Sequence[float], clip: float | None) -> None:
+    bounded = clip is None or clip > 0
+    if not (bounded and sum(resample_filter) != 0 and all(0 <= balance <= 1 for balance in balances)):
+        raise InputError(
+            f"backbone: balances {balances} must lie within 0 .. 1, resample_filter={list(resample_filter)} must not "
+            f"sum to 0, and clip={clip} must be above 0 or null; choose for instance 0.5, [1,1] and 256."
+        )
