@@ -135,7 +135,7 @@ def _fork(argv: list[str], folder: Path, limits: Limits, place: Path) -> int:
             os.dup2(os.open(path, flags, 0o644), number)
         os.chdir(folder)
         sys.path.insert(0, "")  # as `python -m ldmlab` has it
-        os.environ.update(limits.environment)
+        os.environ.update({"OMP_NUM_THREADS": "1", **limits.environment})  # as `preload` sets it, for a new interpreter
         tempfile.tempdir = None  # found anew in this environment
         _limit(limits)
         if limits.anew:
