@@ -201,7 +201,7 @@ class Autoencoder(nn.Module, ABC):
     They add `from_latent` after their own way in: the order of parameters is that of optimizer states on disk.
     """
 
-    from_latent: nn.Conv2d
+    from_latent: nn.Module
 
     def __init__(self, arch: Architecture, *, latent_channels: int, encoder_channels: int) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Autoencoder(nn.Module, ABC):
 
     def features_of(self, raw_latents: Tensor) -> Tensor:
         """(B, C, h, w) => what the decoder takes, (B, C', h, w)."""
-        return self.from_latent(raw_latents.to(self.from_latent.weight.dtype))
+        return self.from_latent(raw_latents.to(self.decoder.input.weight.dtype))
 
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => raw latents (B, C, H / f, W / f), float32."""

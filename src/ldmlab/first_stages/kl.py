@@ -1,11 +1,13 @@
 """The KL first stage: a Gaussian posterior per image, pulled slightly towards a standard normal."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior, Reconstruction
+from ldmlab.errors import InputError
 from ldmlab.first_stages.encoder_decoder import Architecture, Autoencoder, initialise
 
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -28,18 +30,24 @@ class KLAutoencoder(Autoencoder):
         dropout: float = 0.0,
         initialisation: str = "torch",  # of the convolutions: torch, as released | he, for short runs
         initial_logvar: float = 0.0,  # added to the posterior's log-variance at the start; -6 is nearly no noise
+        latent_projection: bool = True,  # 1 x 1 convolutions around the latent; False: none, as in SD3 and Flux
     ) -> None:
         inner = bottleneck_channels or latent_channels
+        if not latent_projection and inner != latent_channels:
+            raise InputError(
+                f"first_stage.bottleneck_channels={inner} needs a projection to latent_channels={latent_channels}; "
+                "leave it out, or set latent_projection=true."
+            )
         arch = Architecture(
             channels, channel_mult, num_res_blocks, attention_downsampling, mid_attention, inner, norm_groups, dropout
         )
         super().__init__(arch, latent_channels=latent_channels, encoder_channels=2 * inner)
-        self.to_moments = nn.Conv2d(2 * inner, 2 * latent_channels, 1)
-        self.from_latent = nn.Conv2d(latent_channels, inner, 1)
+        self.to_moments = nn.Conv2d(2 * inner, 2 * latent_channels, 1) if latent_projection else nn.Identity()
+        self.from_latent = nn.Conv2d(latent_channels, inner, 1) if latent_projection else nn.Identity()
         initialise(self, initialisation)
-        assert self.to_moments.bias is not None
+        last = cast(nn.Conv2d, self.to_moments if latent_projection else self.encoder.output)
         with torch.no_grad():
-            self.to_moments.bias[latent_channels:] += initial_logvar
+            cast(Tensor, last.bias)[latent_channels:] += initial_logvar
 
     def posterior_of(self, features: Tensor) -> Posterior:
         """What the encoder gives, (B, C', h, w) => mean and log-variance (B, C, h, w), float32."""

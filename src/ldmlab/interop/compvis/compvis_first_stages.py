@@ -65,8 +65,10 @@ def params_of(node: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The official target and `params` of a first stage of ours: the inverse of `arguments`."""
     refuse_cosine(node)
     kind = str(node["_target_"]).rpartition(".")[2]
-    if kind not in ("KLAutoencoder", "VQModel") or node.get("norm_groups", 32) != 32:
-        raise InputError(f"first_stage={kind} (norm_groups={node.get('norm_groups')}) has no official counterpart.")
+    plain = node.get("norm_groups", 32) == 32 and node.get("latent_projection", True)
+    if kind not in ("KLAutoencoder", "VQModel") or not plain:
+        options = {name: node[name] for name in ("norm_groups", "latent_projection") if name in node}
+        raise InputError(f"first_stage={kind} ({options}) has no official counterpart.")
     width = node["latent_channels"]
     full = {"channels": 128, "num_res_blocks": 2, "dropout": 0.0, **node}
     full["bottleneck_channels"] = node.get("bottleneck_channels") or width

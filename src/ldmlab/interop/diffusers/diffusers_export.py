@@ -166,7 +166,7 @@ class Export:
         if self.plan.first_stage is not None:
             node, state = spec["first_stage"], self.parts["first_stage"]
             if self.fold:
-                state = folded(state, self.std, self.shift, node["latent_channels"])
+                node, state = folded(node, state, self.std, self.shift)
             stage = build.diffusers_first_stage(self.diffusers, node, state, side, self.factor)
             modules[self.plan.first_stage] = stage
         if self.plan.text is not None and self.text is not None:

@@ -14,6 +14,7 @@ KL, VQ = "AutoencoderKL", "VQModel"
 _TARGETS = {KL: "ldmlab.first_stages.kl.KLAutoencoder", VQ: "ldmlab.first_stages.vq.VQModel"}
 Config = Mapping[str, Any]
 _SAME = OPTIONS["diffusers"]["first_stage"]  # diffusers => ours, our default
+_CONVOLUTIONS = ("use_quant_conv", "use_post_quant_conv")
 _BLOCKS = {f"{prefix}{way}coderBlock2D" for prefix in ("", "Attn") for way in ("DownEn", "UpDe")}
 
 
@@ -37,6 +38,7 @@ def arguments(config: Config) -> dict[str, Any]:
         "latent_channels": options.get("vq_embed_dim") or inner,
         "bottleneck_channels": inner,
         **({"codebook_size": options["num_vq_embeddings"]} if kind == VQ else {}),
+        **({} if kind == VQ or any(options[name] for name in _CONVOLUTIONS) else {"latent_projection": False}),
     }
 
 
@@ -63,6 +65,7 @@ def configuration(node: Node, *, image_size: int, scaling_factor: float) -> tupl
         "sample_size": image_size,
         "scaling_factor": scaling_factor,
         **({"num_vq_embeddings": node["codebook_size"], "vq_embed_dim": width} if kind == VQ else {}),
+        **({} if node.get("latent_projection", True) else dict.fromkeys(_CONVOLUTIONS, False)),
     }
 
 
@@ -80,8 +83,13 @@ def single_factor(std: Tensor, shift: Tensor) -> float | None:
     return float(f"{1 / float(std[0]):.7g}")
 
 
-def folded(state: State, std: Tensor, shift: Tensor, channels: int) -> StateDict:
-    """The weights (our names) of a first stage whose raw latents are the final latents of this one."""
+def folded(node: Node, state: State, std: Tensor, shift: Tensor) -> tuple[Node, StateDict]:
+    """Node and weights (our names) of a first stage whose raw latents are the final latents of this one."""
+    channels = node["latent_channels"]
+    if not node.get("latent_projection", True):
+        node, eye = {**node, "latent_projection": True}, {"to_moments": 2 * channels, "from_latent": channels}
+        weights = {f"{name}.weight": torch.eye(width)[:, :, None, None] for name, width in eye.items()}
+        state = {**state, **weights, **{f"{name}.bias": torch.zeros(width) for name, width in eye.items()}}
     changed = ("to_latent.", "to_moments.", "from_latent.", "quantiser.codebook.")
     result = {name: tensor.double() if name.startswith(changed) else tensor for name, tensor in state.items()}
     std, shift = (value.expand(channels) for value in (std, shift))
@@ -103,4 +111,4 @@ def folded(state: State, std: Tensor, shift: Tensor, channels: int) -> StateDict
     result |= {f"{before}.weight": weight, f"{before}.bias": bias}
     result["from_latent.bias"] = result["from_latent.bias"] + behind[:, :, 0, 0] @ shift
     result["from_latent.weight"] = behind * std[:, None, None]
-    return {name: tensor.float() for name, tensor in result.items()}
+    return node, {name: tensor.float() for name, tensor in result.items()}

@@ -72,10 +72,11 @@ def unet_tensors(state: State, config: Mapping[str, Any]) -> StateDict:
 
 
 def first_stage_tensors(state: State, config: Mapping[str, Any]) -> StateDict:
-    """An autoencoder's; those without the convolutions around the latent get identity ones."""
+    """An autoencoder's; with a convolution on one side of the latent alone, the other is the identity."""
     tensors, channels = modern_names(state), config.get("latent_channels", 4)
+    used = {name: config.get(f"use_{name}", True) for name in ("quant_conv", "post_quant_conv")}
     for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
-        if not config.get(f"use_{name}", True):
+        if any(used.values()) and not used[name]:
             tensors |= {f"{name}.weight": torch.eye(width)[:, :, None, None], f"{name}.bias": torch.zeros(width)}
     return tensors
 
