@@ -15,16 +15,11 @@ import forked
 import pytest
 import pytorch_lightning as pl
 import torch
-from toy_stages import Keys, TwoGroups, diffusion_stage, image_batch, options, train
+from toy_stages import Keys, TwoGroups, autoencoder, diffusion_stage, image_batch, train
 
 from ldmlab import checkpoints
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.first_stages.kl import KLAutoencoder
-from ldmlab.losses.adversary import Adversary
-from ldmlab.losses.autoencoder_loss import AutoencoderLoss
-from ldmlab.losses.patch_discriminator import PatchDiscriminator
-from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.muon import MuonAdamW
 from ldmlab.training.stage import Stage
 
@@ -46,17 +41,6 @@ def muon() -> Stage:
 
 def two_groups() -> Stage:
     return TwoGroups(accumulate=2)
-
-
-def autoencoder() -> Stage:
-    """The real first stage with its adversary, which starts in the middle of the run."""
-    torch.manual_seed(2)
-    first_stage = KLAutoencoder(channels=8, channel_mult=[1, 1], num_res_blocks=1, latent_channels=2, norm_groups=4)
-    critic = Adversary(
-        discriminator=PatchDiscriminator(8, layers=1), weight=0.5, discriminator_start=3, adversary_start=5
-    )
-    loss = AutoencoderLoss(penalty_weights={"kl": 1e-6}, lpips_weight=0.0, reduction="mean", adversary=critic)
-    return AutoencoderStage(first_stage=first_stage, loss=loss, **options(max_steps=12, accumulate=2))
 
 
 def run(make: Callable[[], Stage], folder: Path, keys: Path, slow: bool) -> None:

@@ -15,8 +15,13 @@ from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.first_stages.identity import Identity
+from ldmlab.first_stages.kl import KLAutoencoder
+from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.autoencoder_loss import AutoencoderLoss
+from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.randomness import normal
 from ldmlab.samplers.ddim import Ddim
+from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.data_module import Batches
 from ldmlab.training.diffusion_module import DiffusionStage
 from ldmlab.training.fit import fit
@@ -87,6 +92,17 @@ def diffusion_stage(dropout: float = 0.0, layers: int = 0, **changes: Any) -> Di
     return DiffusionStage(
         diffusion=model, sampler=Ddim(), grid=ddim_grid(schedule, 4), panel_count=4, **options(**changes)
     )
+
+
+def autoencoder(**changes: Any) -> AutoencoderStage:
+    """The real first stage with its adversary, which starts in the middle of the run."""
+    torch.manual_seed(2)
+    first_stage = KLAutoencoder(channels=8, channel_mult=[1, 1], num_res_blocks=1, latent_channels=2, norm_groups=4)
+    critic = Adversary(
+        discriminator=PatchDiscriminator(8, layers=1), weight=0.5, discriminator_start=3, adversary_start=5
+    )
+    loss = AutoencoderLoss(penalty_weights={"kl": 1e-6}, lpips_weight=0.0, reduction="mean", adversary=critic)
+    return AutoencoderStage(first_stage=first_stage, loss=loss, **options(accumulate=2, **changes))
 
 
 class TwoGroups(Stage):
