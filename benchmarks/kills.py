@@ -37,11 +37,11 @@ from faults.kill_points import MODELS, PATIENCE_SECONDS, POINTS, RESUMING, arm
 from toy_stages import train
 
 from ldmlab import power_averages
+from ldmlab.app.cli import run_command
 from ldmlab.checkpoints import load_checkpoint
-from ldmlab.errors import InputError
 from ldmlab.training.callbacks.average_snapshots import PowerAverages
 
-STEPS, SAID = 12, 3  # SAID: exit code of a process that ended with one sentence
+STEPS, SAID = 12, 2  # SAID: exit code of a process that ended with one sentence
 ANY, GOOD = "any moment", "bit-identical"
 
 
@@ -85,11 +85,8 @@ def member(rank: int, world: int, run: Run, point: str, turn: int, at: int) -> N
         turns = {turn} if name == point and at == rank else set()
         arm(name, turns, run.path.with_name(f"{run.path.name}.reached.{rank}"), calls, type(stage))
     every = {"log_every": 2, "validate_every": 4, "checkpoint_every": 3, "strategy": run.strategy}
-    try:
-        train(stage, run.path, 2, world, rank, [PowerAverages(every=5)], **every)
-    except InputError as error:
-        print(f"process {rank}: {error}")
-        sys.exit(SAID)
+    if code := run_command(lambda: train(stage, run.path, 2, world, rank, [PowerAverages(every=5)], **every) and None):
+        sys.exit(code)
     run.counts(rank).write_text(json.dumps(calls))
 
 
