@@ -18,6 +18,7 @@ T = TypeVar("T")
 _MEETING = datetime.timedelta(minutes=5)  # how long srun's processes wait for each other at the start
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # SLURM_JOB_NAME of a shell
+_chosen: dict[str, datetime.timedelta | None] = {"timeout": None}  # of collectives; None: torch's own
 
 
 def joined() -> bool:
@@ -90,9 +91,9 @@ def join(timeout_minutes: float | None = None) -> tuple[int, int]:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     store = _meet() if by_srun else None
-    timeout = _patience() or (datetime.timedelta(minutes=timeout_minutes) if timeout_minutes else None)
+    _chosen["timeout"] = _patience() or (datetime.timedelta(minutes=timeout_minutes) if timeout_minutes else None)
     try:
-        dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, timeout=timeout)
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, **_chosen)
     except (RuntimeError, ValueError) as error:  # torch's own for variables, names of hosts, ports and time
         raise InputError(
             f"the {world_size()} processes of this run did not find each other ({_first_line(error)}); start all of "
@@ -100,6 +101,11 @@ def join(timeout_minutes: float | None = None) -> tuple[int, int]:
         ) from error
     atexit.register(leave)
     return rank(), world_size()
+
+
+def subgroup(ranks: list[list[int]], backend: str | None = None) -> Any:
+    """This process's group, where every process is in one of `ranks`, with the timeout of `join`; a collective call."""
+    return dist.new_subgroups_by_enumeration(ranks, backend=backend, **_chosen)[0]
 
 
 def _patience() -> datetime.timedelta | None:

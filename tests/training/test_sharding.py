@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.nn import compiling
 from ldmlab.samplers.ddim import Ddim
+from ldmlab.training import strategies
 from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.diffusion_module import DiffusionStage
 from ldmlab.training.optim import AdamW
@@ -216,6 +219,30 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     again, _, _ = run(tmp_path / "again", make, 2, "fsdp", checkpoint_every=2)
     for part in ("modules", "averaged", "optimizers", "rng"):
         forked.same(whole[part], again[part], part)
+
+
+def waiting(rank: int, world: int, met: Path) -> None:
+    """In the group of its machine, and in that of the writing threads, the last process never comes."""
+    os.environ.update(LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank % 2))
+    distributed.join(timeout_minutes=0.05)
+    mesh = strategies.mesh_of("cpu", by_machine=True)
+    assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
+    for number, group in enumerate([*mesh.get_all_groups(), distributed.subgroup([[0, 1, 2, 3]], "gloo")]):
+        if rank < 3:
+            inside = 3 in torch.distributed.get_process_group_ranks(group)
+            with pytest.raises(RuntimeError) if inside else nullcontext():
+                torch.distributed.all_reduce(torch.ones(1), group=group)
+            met.with_suffix(f".{number}.{rank}").touch()
+        while not all(met.with_suffix(f".{number}.{r}").exists() for r in range(3)):
+            time.sleep(0.01)
+    distributed.forget()
+    os._exit(0)
+
+
+def test_the_groups_of_hsdp_have_the_timeout_of_the_run(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    codes = forked.finish(*forked.group(4, waiting, tmp_path / "met", log=log), seconds=60)
+    assert codes == [0] * 4, log.read_text()
 
 
 def test_what_cannot_be_sharded_is_refused_before_anything_is_written(tmp_path: Path) -> None:

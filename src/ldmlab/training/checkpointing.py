@@ -123,7 +123,7 @@ class Files(CheckpointIO):
         others, then = storage_options or ([], lambda: None)
         content, parts = sharded.split(checkpoint)
         if parts.found and self._group is None and distributed.joined():
-            self._group = torch.distributed.new_group(backend="gloo")  # used by the threads only
+            self._group = distributed.subgroup([[*range(distributed.world_size())]], "gloo")  # used by the threads only
         content, parts.tensors = in_host_memory((content if distributed.rank() == 0 else {}, parts.tensors))
         arguments = (content, parts, [Path(path), *others], then)
         if storage_options is None:

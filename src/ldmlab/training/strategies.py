@@ -52,10 +52,7 @@ class Sharded(SeveralGroups):
         """Shard the networks, once their weights are on the device and in their layout."""
         super().configure_ddp()
         stage: Any = self.lightning_module
-        world, local = distributed.world_size(), distributed.local_world_size()
-        shape = (world // local, local) if self._by_machine else (world,)
-        names = ("machines", "parts")[-len(shape) :]
-        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        mesh = mesh_of(self.root_device.type, self._by_machine)
         for network, methods in stage.networks():
             shard(network, mesh, self._dtype)
             for method in methods:
@@ -77,6 +74,15 @@ class Sharded(SeveralGroups):
         for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
             if part is not None:
                 part.teardown()
+
+
+def mesh_of(device: str, by_machine: bool) -> DeviceMesh:
+    """(machines, parts) or (parts,): the processes, by what they do with a weight; groups with the run's timeout."""
+    if not by_machine:
+        return init_device_mesh(device, (distributed.world_size(),), mesh_dim_names=("parts",))
+    ranks = torch.arange(distributed.world_size()).view(-1, distributed.local_world_size())
+    groups = [distributed.subgroup(rows.tolist()) for rows in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("machines", "parts"))
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
