@@ -144,6 +144,24 @@ def test_what_is_sharded_is_divided_by_the_processes(
     assert 0 < many["gathered units"] < one["weights of the denoiser"]
 
 
+def test_more_images_fit_where_weights_are_sharded(capsys: pytest.CaptureFixture[str]) -> None:
+    """On cards that just hold one image beside all weights; a plan needs no GPU for what it plans."""
+    words = ["backbone=dit_s_2", "backbone.depth=2", "first_stage=identity", "data.image_size=8", "--devices", "8"]
+    words += ["trainer.global_batch=64", "--json"]
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert dispatch(["plan", *words, *more]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    one = planned("--memory-gib", "0.01")
+    card = ["--memory-gib", str(1.01 * one["peak_gib"] / USED)]
+    whole, split = (
+        planned(*card, "trainer.compile=cuda_graphs"),
+        planned(*card, "trainer=fsdp", "trainer.precision=16-mixed"),
+    )
+    assert (one["micro_batch"], whole["micro_batch"], split["micro_batch"]) == (None, 1, 8)
+
+
 def test_a_part_without_weights_is_not_divided(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["backbone=dit_s_2", "backbone.depth=1", "first_stage=identity", "data.image_size=8", "trainer=fsdp"]
     assert dispatch(["plan", *words, "--devices", "2", "--json"]) == 0

@@ -216,7 +216,7 @@ def test_weights_to_start_from_must_fit_exactly() -> None:
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        settings(**change)
+        settings(**change).check_device()
 
 
 @pytest.mark.parametrize(("bf16", "amx", "expected"), [(False, False, "32-true"), (True, False, "bf16-mixed")])

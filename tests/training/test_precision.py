@@ -23,9 +23,9 @@ from ldmlab.nn.openclip import OpenClip
 from ldmlab.nn.pixels import to_float
 from ldmlab.report.score_curves import read_curves
 from ldmlab.training import precision
-from ldmlab.training import settings as settings_file
 from ldmlab.training.classifier_module import ClassifierStage
 from ldmlab.training.engine import make_trainer
+from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
 TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
@@ -117,7 +117,7 @@ class Scales(pl.Callback):
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """16-mixed without a GPU: the same scaler and the same code, float16 by emulation."""
     monkeypatch.setattr(precision, "SCALED_ON", "cpu")
-    monkeypatch.setattr(settings_file, "check_precision", lambda name, accelerator: None)
+    monkeypatch.setattr(TrainerSettings, "check_device", lambda _: None)
 
 
 @pytest.mark.usefixtures("on_cpu")

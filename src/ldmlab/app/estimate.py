@@ -151,7 +151,7 @@ def train_step(
 ) -> None:
     """Forward and backward pass of every group on one micro-batch, as `Stage.training_step` makes them."""
     for group in filter(stage.active, stage.groups()):
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16-mixed"), stage._only(group):
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision.endswith("-mixed")), stage._only(group):
             total = stage.losses(group, batch).total
             with backward():
                 (total / stage.accumulate).backward()

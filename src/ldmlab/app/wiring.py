@@ -38,7 +38,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
     """The folder of a training run, from its configuration, the command that resumes it and the typed options."""
     check_names(config)
     settings: TrainerSettings = instantiate(trainer_node(config["trainer"]), where="trainer")
-    check_accelerator(settings)
+    settings.check_device()
     name = config["stage"]["name"]
     one_of("stage.name", name, PLANS)
     check_choices(config, chosen)
@@ -72,15 +72,6 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         raise
     finally:
         run.close()
-
-
-def check_accelerator(settings: TrainerSettings) -> None:
-    """Refuse a requested GPU that is not available, before anything is written."""
-    if settings.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise InputError(
-            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or check the "
-            "driver with nvidia-smi."
-        )
 
 
 def read_data(config: Config) -> tuple[ShardData, Config]:

@@ -51,6 +51,7 @@ def fit(
 
     Nothing is written before the newest checkpoint was read and compared, nor in a run that is finished.
     """
+    settings.check_device()
     distributed.join()
     stage.sharded = isinstance(strategy_of(stage, settings), Sharded)  # or refused before anything is written
     check_graphs(settings.compile, stage)

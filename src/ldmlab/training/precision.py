@@ -13,8 +13,6 @@ import torch
 from pytorch_lightning.plugins import precision as plugins
 from torch import nn
 
-from ldmlab.errors import InputError
-
 SCALED_ON = "cuda"  # where 16-mixed runs
 Precision = Literal[
     "auto", "bf16-mixed", "16-mixed", "32-true", "64-true", "bf16-true", "16-true",
@@ -72,12 +70,6 @@ class StepScaler(torch.amp.GradScaler):
     def end_step(self) -> None:
         """All optimizers have made their update, or left it out where a gradient overflowed."""
         super().update()
-
-
-def check_precision(name: str, accelerator: str) -> None:
-    """Refuse a precision that the device cannot compute."""
-    if name == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
-        raise InputError("trainer.precision=16-mixed needs a CUDA GPU; use bf16-mixed or 32-true on a CPU.")
 
 
 def plugin(name: Precision) -> plugins.Precision | None:

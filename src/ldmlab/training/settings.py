@@ -14,7 +14,7 @@ from ldmlab.argument_types import check_types
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.nn.compiling import TrainingChoice
-from ldmlab.training.precision import Precision, check_precision
+from ldmlab.training.precision import Precision
 
 _CHOICES = {
     "precision": get_args(Precision),
@@ -100,8 +100,19 @@ class TrainerSettings:
             raise InputError(f"trainer.averaging_decay={self.averaging_decay} must lie in [0, 1), or null for none.")
         if self.precision == "auto":
             self.precision = fast_precision(self.accelerator)
-        check_precision(self.precision, self.accelerator)
-        if self.compile == "cuda_graphs" and (self.accelerator == "cpu" or not torch.cuda.is_available()):
+
+    def check_device(self) -> None:
+        """InputError where this machine cannot compute what was chosen; a plan for another machine does not ask."""
+        if self.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            raise InputError(
+                "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu or auto, or check the "
+                "driver with nvidia-smi."
+            )
+        if self.accelerator != "cpu" and torch.cuda.is_available():
+            return
+        if self.precision == "16-mixed":
+            raise InputError("trainer.precision=16-mixed needs a CUDA GPU; use bf16-mixed or 32-true on a CPU.")
+        if self.compile == "cuda_graphs":
             raise InputError("trainer.compile=cuda_graphs needs a CUDA GPU; use true or false on a CPU.")
 
     def _accumulate(self, images: int) -> None:
