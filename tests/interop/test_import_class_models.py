@@ -57,16 +57,19 @@ def imported(tmp_path: Path, name: str, *more: str) -> Any:
         other = {f"module.{key}": torch.zeros_like(tensor) for key, tensor in state.items()}
         torch.save({"ema": state, "model": other, "args": Namespace(seed=1)}, source)
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({"num_heads": case["config"].get("num_heads")} | case["config"]))
+    config.write_text(json.dumps(case["config"]))
     words = ["--format", case["kind"], "--config", str(config), "--first-stage"]
     words += [str(first_stage(tmp_path / "stage", channels)), *more]
     assert cli.dispatch(["import", str(source), str(tmp_path / "out"), *words]) == 0
     return ldmlab.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["dit_p2_sigma", "sit_p2_sigma", "ldit_released", "edm2_class"])
+NAMES = ["dit_p2_sigma", "dit_p1_nodrop", "sit_p2_sigma", "ldit_released", "repa_sit_two_encoders", "edm2_class"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_the_model_gives_the_recorded_output(name: str, tmp_path: Path) -> None:
+def test_the_model_gives_the_recorded_output(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, recorded = weights(name)
     case, more = CASES[name], []
     if case["kind"] == "lightningdit":
@@ -75,6 +78,9 @@ def test_the_model_gives_the_recorded_output(name: str, tmp_path: Path) -> None:
         torch.save({"mean": numbers, "std": 2 * numbers}, tmp_path / "stats.pt")
         more = ["--statistics", str(tmp_path / "stats.pt")]
     model = imported(tmp_path, name, *more)
+    left = {"repa": "projectors.* (12 tensors)", "edm2": "logvar_* (3 tensors)"}.get(case["kind"])
+    note = f"note: {left} serve training alone and were left out" if left else "note:"
+    assert (note in capsys.readouterr().out) == (left is not None)
     diffusion = model.diffusion
     if case["kind"] == "edm2":
         sigma, data = recorded["sigma"], case["config"]["sigma_data"]
@@ -109,7 +115,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     pickled = refused("edm2.pkl", "--format", "edm2", "--first-stage", stage)
     assert "save its state_dict as .safetensors with the official code" in pickled
     assert "give num_heads in a --config file" in refused("model.pt", "--format", "dit", "--first-stage", stage)
-    assert "so it is no class-conditional edm2" in refused("model.pt", "--format", "edm2", "--first-stage", stage)
+    assert "so it is no network of this --format" in refused("model.pt", "--format", "edm2", "--first-stage", stage)
     assert "format=pixart is unknown" in refused("model.pt", "--format", "pixart", "--first-stage", stage)
     other = str(first_stage(tmp_path / "other", 3))
     (tmp_path / "heads.yaml").write_text("num_heads: 4\n")

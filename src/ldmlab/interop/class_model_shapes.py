@@ -4,50 +4,76 @@ import re
 from typing import Any
 
 from ldmlab.errors import InputError
-from ldmlab.interop.renaming import State
+from ldmlab.interop.renaming import Node, State
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # of the published widths
 Config = dict[str, Any]
 
 
-def transformer_config(state: State, program: str) -> Config:
-    """Those of `DiT`, `SiT` or `LightningDiT`; `num_heads` only where the width is a published one."""
-    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", program)
-    rows, places = _shape(state, "final_layer.linear.weight", program)[0], _shape(state, "pos_embed", program)[1]
-    mlp = "blocks.0.mlp.fc1.weight" if "blocks.0.mlp.fc1.weight" in state else "blocks.0.mlp.w12.weight"
-    config = {
+def transformer_config(state: State, given: Node) -> Config:
+    """Those of `DiT` and `SiT`; `num_heads` only where the width is a published one. `given`: those a user gave."""
+    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight")
+    rows, places = _shape(state, "final_layer.linear.weight")[0], _shape(state, "pos_embed")[1]
+    null_row = given.get("class_dropout_prob", 0.1) > 0
+    return {
         **{"input_size": round(places**0.5) * patch, "patch_size": patch, "in_channels": channels},
         **{"hidden_size": width, "depth": 1 + max(_numbers(state, r"blocks\.(\d+)\."), default=0)},
         **({"num_heads": _HEADS[width]} if width in _HEADS else {}),
-        "num_classes": _shape(state, "y_embedder.embedding_table.weight", program)[0] - 1,
+        "num_classes": _shape(state, "y_embedder.embedding_table.weight")[0] - null_row,
         "learn_sigma": rows == 2 * channels * patch**2,
+        "mlp_ratio": _mlp_ratio(state, width),
     }
-    if program != "lightningdit":
-        return config | {"mlp_ratio": _shape(state, mlp, program)[0] / width}
+
+
+def repa_config(state: State, given: Node) -> Config:
+    """Those of REPA's `SiT`; the projectors' block does not follow from shapes."""
+    config = transformer_config(state, given)
+    del config["learn_sigma"]
+    projectors = 1 + max(_numbers(state, r"projectors\.(\d+)\."), default=-1)
     return config | {
-        **{"use_swiglu": mlp.endswith("w12.weight"), "use_rmsnorm": "blocks.0.norm1.weight" in state},
-        **{"use_qknorm": "blocks.0.attn.q_norm.weight" in state, "use_rope": "feat_rope.freqs_cos" in state},
-        "wo_shift": _shape(state, "blocks.0.adaLN_modulation.1.weight", program)[0] == 4 * width,
+        "encoder_depth": min(8, config["depth"]),
+        "z_dims": [_shape(state, f"projectors.{i}.4.weight")[0] for i in range(projectors)],
+        **({"projector_dim": _shape(state, "projectors.0.0.weight")[0]} if projectors else {}),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
 
 
-def edm2_config(state: State) -> Config:
+def lightningdit_config(state: State, given: Node) -> Config:
+    """Those of `LightningDiT`."""
+    config = transformer_config(state, given)
+    return config | {
+        **{"use_swiglu": "blocks.0.mlp.w12.weight" in state, "use_rmsnorm": "blocks.0.norm1.weight" in state},
+        **{"use_qknorm": "blocks.0.attn.q_norm.weight" in state, "use_rope": "feat_rope.freqs_cos" in state},
+        "wo_shift": _shape(state, "blocks.0.adaLN_modulation.1.weight")[0] == 4 * config["hidden_size"],
+    }
+
+
+def _mlp_ratio(state: State, width: int) -> float:
+    """A ratio that gives the MLP's width; gated MLPs are 2 / 3 as wide. Published ones have 4."""
+    gated = "blocks.0.mlp.w12.weight" in state
+    hidden = _shape(state, f"blocks.0.mlp.{'w12' if gated else 'fc1'}.weight")[0]
+    if hidden == (2 * int(2 / 3 * 4 * width) if gated else 4 * width):
+        return 4.0
+    return ((-(-3 * hidden // 4) if gated else hidden) + 0.5) / width  # its product with the width is rounded down
+
+
+def edm2_config(state: State, given: Node) -> Config:
     """Those of EDM2's `Precond`, its balances and the width of heads at their defaults."""
     sides = sorted(set(_numbers(state, r"unet\.enc\.(\d+)x")), reverse=True)
     if not sides:
-        _shape(state, "unet.enc", "edm2")
+        _shape(state, "unet.enc")
     first, *_ = sides
-    widths = [_shape(state, f"unet.enc.{side}x{side}_block0.conv_res0.weight", "edm2")[0] for side in sides]
-    embedding, noise = _shape(state, "unet.emb_noise.weight", "edm2")
+    widths = [_shape(state, f"unet.enc.{side}x{side}_block0.conv_res0.weight")[0] for side in sides]
+    embedding, noise = _shape(state, "unet.emb_noise.weight")
     return {
         "img_resolution": first,
-        "img_channels": _shape(state, f"unet.enc.{first}x{first}_conv.weight", "edm2")[1] - 1,
+        "img_channels": _shape(state, f"unet.enc.{first}x{first}_conv.weight")[1] - 1,
         **{"model_channels": widths[0], "channel_mult": [width // widths[0] for width in widths]},
         **{"channel_mult_noise": noise // widths[0], "channel_mult_emb": embedding // widths[0]},
         "num_blocks": 1 + max(_numbers(state, rf"unet\.enc\.{first}x{first}_block(\d+)\.")),
         "attn_resolutions": [s for s in sides if f"unet.enc.{s}x{s}_block0.attn_qkv.weight" in state],
-        "label_dim": _shape(state, "unet.emb_label.weight", "edm2")[1],
-        "logvar_channels": _shape(state, "logvar_linear.weight", "edm2")[1],
+        "label_dim": _shape(state, "unet.emb_label.weight")[1],
+        "logvar_channels": _shape(state, "logvar_linear.weight")[1],
     }
 
 
@@ -55,7 +81,7 @@ def _numbers(state: State, pattern: str) -> list[int]:
     return [int(match[1]) for name in state if (match := re.match(pattern, name))]
 
 
-def _shape(state: State, name: str, program: str) -> tuple[int, ...]:
+def _shape(state: State, name: str) -> tuple[int, ...]:
     if name not in state:
-        raise InputError(f"the file has no tensor {name}, so it is no class-conditional {program}; give its format.")
+        raise InputError(f"the file has no tensor {name}, so it is no network of this --format; give its own.")
     return tuple(state[name].shape)

@@ -1,4 +1,4 @@
-"""Published class-conditional networks (DiT, SiT, LightningDiT, EDM2) with a first stage as models of ours.
+"""Published class-conditional networks (DiT, SiT, REPA, LightningDiT, EDM2) with a first stage as models of ours.
 
 Their files hold a network alone: the first stage is a folder of its own, and latents are scaled as each program does.
 """
@@ -12,35 +12,32 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError, one_of
-from ldmlab.interop import diffusers, dit, edm2, lightningdit, sit, verify
-from ldmlab.interop.class_model_shapes import edm2_config, transformer_config
+from ldmlab.interop import diffusers, dit, edm2, lightningdit, repa, sit, verify
+from ldmlab.interop.class_model_shapes import edm2_config, lightningdit_config, repa_config, transformer_config
 from ldmlab.interop.imported import assembled, read_weights, unpickled
-from ldmlab.interop.renaming import Node, Part, State, StateDict
+from ldmlab.interop.renaming import Node, Part, State, StateDict, fill_parts
 from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
 
 _HOME = "ldmlab.diffusion."
 _SD = {"std": [1 / 0.18215], "shift": [0.0]}  # of Stable Diffusion's first stage in DiT and SiT
 _EDM2_DATA = 0.5  # deviation of EDM2's latents, from these means and deviations of the same first stage
 _EDM2 = {"std": [2 * 4.17, 2 * 4.62, 2 * 3.71, 2 * 3.28], "shift": [5.81, 3.25, 0.12, -2.15]}
-_FLOW = {
-    "schedule": {"_target_": f"{_HOME}paths.LinearPath", "clean_time": 1.0, "noise_time": 0.0},
-    "prediction": {"_target_": f"{_HOME}parameterization.VelocityPrediction", "towards": "data"},
-}
 
 
 class Program(NamedTuple):
     """How one family of files is read."""
 
-    config: Callable[[State], dict[str, Any]]  # the official class's arguments, from names and shapes
+    config: Callable[[State, Node], dict[str, Any]]  # the official class's arguments, from names and shapes
     parts: Callable[[Node], tuple[dict[str, Any], dict[str, Any], dict[str, Part]]]  # backbone, labels, what is filled
     diffusion: Callable[[Node], dict[str, Any]]
     scale: Mapping[str, Sequence[float]] | None  # of latents; None: by statistics
     output: Callable[[Node, State], Callable[[Tensor, Tensor, Tensor], Tensor]]  # official network: x, t, classes
+    unused: str = "-"  # how the names of tensors begin that serve training alone
 
 
-def _transformer(options: Callable[[Node], Mapping[str, Any]], doubled: Callable[[Node], int]) -> Callable[..., Any]:
+def _transformer(options: Callable[[Node], Mapping[str, Any]]) -> Callable[..., Any]:
     def parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
-        backbone, labels = dit.nodes(config, options(config), doubled(config))
+        backbone, labels = dit.nodes(config, options(config))
         return backbone, labels, dit.parts_of(backbone, labels)
 
     return parts
@@ -61,6 +58,21 @@ def _dit_diffusion(config: Node) -> dict[str, Any]:
     }
 
 
+def _flow(clean: float, towards: str) -> Callable[[Node], dict[str, Any]]:
+    """A straight path, or REPA's cosine; times are `clean` at the data and 1 - clean at the noise."""
+
+    def diffusion(config: Node) -> dict[str, Any]:
+        kind = config.get("path_type", "linear")
+        one_of("path_type", kind, ("linear", "cosine"))
+        path = f"{_HOME}paths.{kind.title()}Path"
+        return {
+            "schedule": {"_target_": path, "clean_time": clean, "noise_time": 1 - clean},
+            "prediction": {"_target_": f"{_HOME}parameterization.VelocityPrediction", "towards": towards},
+        }
+
+    return diffusion
+
+
 def _edm2_diffusion(config: Node) -> dict[str, Any]:
     data = config.get("sigma_data", _EDM2_DATA)
     return {
@@ -74,29 +86,23 @@ def _edm2_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor
     return lambda x, t, y: model.raw(x, t, nn.functional.one_hot(y, classes))
 
 
+def _repa_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    model = repa.as_official(config, state)
+    return lambda x, t, y: model(x, t, y)[0]
+
+
 PROGRAMS = {
-    "dit": Program(
-        lambda state: transformer_config(state, "dit"),
-        _transformer(lambda config: {}, lambda config: 2 if config.get("learn_sigma", True) else 1),
-        _dit_diffusion,
-        _SD,
-        dit.as_official,
-    ),
-    "sit": Program(
-        lambda state: transformer_config(state, "sit"),
-        _transformer(sit.options, lambda config: 1),
-        lambda config: dict(_FLOW),
-        _SD,
-        sit.as_official,
-    ),
+    "dit": Program(transformer_config, _transformer(dit.options), _dit_diffusion, _SD, dit.as_official),
+    "sit": Program(transformer_config, _transformer(sit.options), _flow(1.0, "data"), _SD, sit.as_official),
+    "repa": Program(repa_config, _transformer(repa.options), _flow(0.0, "noise"), _SD, _repa_output, repa.PROJECTORS),
     "lightningdit": Program(
-        lambda state: transformer_config(state, "lightningdit"),
-        _transformer(lightningdit.options, lambda config: 1),
-        lambda config: dict(_FLOW),
+        lightningdit_config,
+        _transformer(lightningdit.options),
+        _flow(1.0, "data"),
         None,
         lightningdit.as_official,
     ),
-    "edm2": Program(edm2_config, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output),
+    "edm2": Program(edm2_config, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output, edm2.HEAD),
 }
 
 
@@ -118,11 +124,12 @@ def read(
             "diffusers or a model folder."
         )
     state, used = _state(path, weights)
-    found = {**family.config(state), **(config or {})}
+    found = {**family.config(state, config or {}), **(config or {})}
     if program != "edm2" and "num_heads" not in found:
         raise InputError(f"{path}: the number of heads does not follow from shapes; give num_heads in a --config file.")
     backbone, labels, parts = family.parts(found)
-    tensors = _tensors(parts, state, program)
+    known = {name: edm2.vector(tensor) for name, tensor in state.items() if not name.startswith(family.unused)}
+    tensors = _tensors(parts, known)
     stage = _first_stage(first_stage)
     if (channels := stage.spec["first_stage"].get("latent_channels", 3)) != backbone["in_channels"]:
         raise InputError(f"{first_stage} has {channels} latent channels, {path} takes {backbone['in_channels']}.")
@@ -136,21 +143,22 @@ def read(
         "guidance_trained": bool(labels.get("null_row")),
         **{"sampler": {"_target_": "ldmlab.samplers._auto.Auto"}, "origin": {"format": program}, "weights": used},
     }
-    files = ModelFiles(path, spec, {"first_stage": stage.parts["first_stage"], **tensors}, used)
+    left = len(state) - len(known)
+    notes = (f"{family.unused}* ({left} tensors) serve training alone and were left out",) if left else ()
+    files = ModelFiles(path, spec, {"first_stage": stage.parts["first_stage"], **tensors}, used, notes=notes)
     _compare(files, family.output(found, state))
     return files
 
 
-def _tensors(parts: Mapping[str, Part], state: State, program: str) -> dict[str, StateDict]:
-    """Ours from the official ones, without EDM2's log-variance head; the inverse gives the same bits."""
-    known = {name: tensor for name, tensor in state.items() if program != "edm2" or not name.startswith(edm2.HEAD)}
-    known = {name: edm2.vector(tensor) for name, tensor in known.items()}
-    dit.fill_parts(parts, known)
+def _tensors(parts: Mapping[str, Part], known: State) -> dict[str, StateDict]:
+    """Ours from the official ones; the inverse gives the same bits."""
+    weights = {name: tensor for name, tensor in known.items() if name not in dit.CONSTANTS}
+    fill_parts(parts, weights)
     for part in parts.values():
-        _check_bits(part, known)
+        _check_bits(part, weights)
     tensors = {"denoiser": parts["network"].module.state_dict()}
-    if program != "edm2":
-        table = parts["label table"].module.state_dict()
+    if "labels" in parts:
+        table = parts["labels"].module.state_dict()
         tensors["conditioner"] = {f"class_label.{name}": tensor for name, tensor in table.items()}
     return tensors
 

@@ -1,15 +1,25 @@
 """The official EDM2 network (NVlabs/edm2, training/networks_edm2.py: `Precond` over `UNet`) and its tensors' names."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from ldmlab.backbones.edm2_unet import EDM2UNet
 from ldmlab.checkpoints import without_weights
 from ldmlab.contracts import Conditioning
-from ldmlab.interop.renaming import Names, Node, Part, State, StateDict, refuse_mismatch, unfilled
+from ldmlab.interop.renaming import (
+    Names,
+    Node,
+    OfficialModule,
+    Part,
+    State,
+    StateDict,
+    fill_parts,
+    refuse_unknown,
+    unfilled,
+)
 from ldmlab.nn.magnitude import MPConv, MPFourier
 
 _TARGET = "ldmlab.backbones.edm2_unet.EDM2UNet"
@@ -18,6 +28,11 @@ _OPTIONS = {  # theirs => ours
     **{"label_balance": "vector_balance", "concat_balance": "concat_balance", "res_balance": "residual_balance"},
     **{"attn_balance": "attention_balance", "resample_filter": "resample_filter", "dropout": "dropout"},
     **{"clip_act": "clip", "channel_mult": "channel_mult"},
+}
+_ARGUMENTS = {  # of `Precond` and its `UNet`
+    *_OPTIONS,
+    *("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels"),
+    *("channel_mult_noise", "channel_mult_emb", "attn_resolutions"),
 }
 _IN_BLOCK = {
     **{"conv_in": "conv_res0", "conv_out": "conv_res1", "skip": "conv_skip", "emb": "emb_linear"},
@@ -36,16 +51,13 @@ def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
 
     `use_fp16` has no effect: it runs in float32. InputError: the weights are not those of the configuration.
     """
+    refuse_unknown(config, _ARGUMENTS)
     with without_weights():
         head = LogVariance(config.get("logvar_channels", 128))
     names = {"fourier.frequencies": "fourier.freqs", "fourier.phases": "fourier.phases", "out.weight": "linear.weight"}
-    parts = [network_part(config), Part("head", head, {ours: (HEAD + name,) for ours, name in names.items()})]
-    own = {name: tensor for name, tensor in state_dict.items() if name.startswith(HEAD)}
-    tensors = [{name: vector(tensor) for name, tensor in state_dict.items() if name not in own}, own]
-    found = zip(parts, tensors, strict=True)
-    refuse_mismatch({part.title: part.mismatch(mine) for part, mine in found})
-    for part, mine in zip(parts, tensors, strict=True):
-        part.filled(mine)
+    of_head = Part("head", head, {ours: (HEAD + name,) for ours, name in names.items()})
+    parts = {"network": network_part(config), "head": of_head}
+    fill_parts(parts, {name: vector(tensor) for name, tensor in state_dict.items()})
     return OfficialPrecond(parts, config.get("sigma_data", 0.5), config.get("label_dim", 0)).eval()
 
 
@@ -117,13 +129,15 @@ class LogVariance(nn.Module):
         return self.out(self.fourier(time))[:, 0]
 
 
-class OfficialPrecond(nn.Module):
+class OfficialPrecond(OfficialModule):
     """Our network behind the official signature: clean estimate of x at noise level sigma."""
 
-    def __init__(self, parts: Sequence[Part], sigma_data: float, classes: int) -> None:
-        super().__init__()
-        self.network, self.head = cast(EDM2UNet, parts[0].module), cast(LogVariance, parts[1].module)
-        self._parts, self.sigma_data, self.label_dim = parts, sigma_data, classes
+    network: EDM2UNet
+    head: LogVariance
+
+    def __init__(self, parts: Mapping[str, Part], sigma_data: float, classes: int) -> None:
+        super().__init__(parts)
+        self.sigma_data, self.label_dim = sigma_data, classes
 
     def forward(
         self,
@@ -152,18 +166,6 @@ class OfficialPrecond(nn.Module):
             vector = labels.reshape(-1, self.label_dim) * math.sqrt(self.label_dim)
         return self.network(x, c_noise, Conditioning(vector=vector))
 
-    def official_state(self) -> StateDict:
-        """The tensors as they are now, under their official names."""
-        return self._named(lambda module: module.state_dict())
-
-    def official_gradients(self) -> StateDict:
-        """Gradients of the parameters that have one, likewise."""
-
-        def found(module: nn.Module) -> StateDict:
-            return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-
-        return self._named(found)
-
     def _named(self, tensors: Callable[[nn.Module], State]) -> StateDict:
-        foreign = {k: tensor for part in self._parts for k, tensor in part.to_foreign(tensors(part.module)).items()}
-        return {name: tensor[0] if name.endswith("gain") else tensor for name, tensor in foreign.items()}
+        named = super()._named(tensors)
+        return {name: tensor[0] if name.endswith("gain") else tensor for name, tensor in named.items()}

@@ -153,6 +153,49 @@ class Part:
         return self.module
 
 
+def fill_parts(parts: Mapping[str, Part], state: State) -> None:
+    """The tensors of a file into parts, the first of which counts what belongs to none; one InputError for all."""
+    mine = {title: {k: state[k] for k in part.expected if k in state} for title, part in parts.items()}
+    found = {name for tensors in mine.values() for name in tensors}
+    mine[next(iter(parts))] |= {name: tensor for name, tensor in state.items() if name not in found}
+    refuse_mismatch({part.title: part.mismatch(mine[title]) for title, part in parts.items()})
+    for title, part in parts.items():
+        part.filled(mine[title])
+
+
+class OfficialModule(nn.Module):
+    """Our modules behind the signature of an official network."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        super().__init__()
+        self._parts = parts
+        for title, part in parts.items():
+            self.add_module(title, part.module)
+
+    def official_state(self) -> StateDict:
+        """The tensors as they are now, under their official names."""
+        return self._named(lambda module: module.state_dict())
+
+    def official_gradients(self) -> StateDict:
+        """Gradients of the parameters that have one, likewise."""
+
+        def found(module: nn.Module) -> StateDict:
+            return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+        return self._named(found)
+
+    def _named(self, tensors: Callable[[nn.Module], State]) -> StateDict:
+        own = [part.to_foreign(tensors(getattr(self, title))) for title, part in self._parts.items()]
+        return {name: tensor for state in own for name, tensor in state.items()}
+
+
+def refuse_unknown(config: Node, arguments: Iterable[str]) -> None:
+    """InputError for what is no argument of the official class."""
+    known = sorted(arguments)
+    if strange := sorted(config.keys() - set(known)):
+        raise InputError(f"{strange[0]} is no argument of the official network; arguments: {', '.join(known)}.")
+
+
 def unfilled(node: Node, where: str) -> Any:
     """The module of a node of model.yaml, without memory for weights."""
     with without_weights():

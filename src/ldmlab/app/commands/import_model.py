@@ -7,7 +7,7 @@ from ldmlab.errors import InputError
 
 _SOURCE = """official .ckpt, .pt or .safetensors (latent diffusion, a first stage, Stable Diffusion 1.x or 2.x),
 a diffusers folder, or a denoiser without first stage (--format)"""
-_FORMATS = "dit | sit | lightningdit | edm2: a class-conditional denoiser (default: recognised from SRC)"
+_FORMATS = "dit | sit | repa | lightningdit | edm2: a class-conditional denoiser (default: recognised from SRC)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT", help="new model folder")
     add("--format", metavar="NAME", help=_FORMATS)
     add("--config", type=Path, help="official YAML file of the weights; not needed for Stable Diffusion")
-    add("--first-stage", type=Path, metavar="DIR", help="of dit, sit, lightningdit, edm2: a diffusers or model folder")
+    add("--first-stage", type=Path, metavar="DIR", help="of a denoiser: a diffusers or model folder")
     add("--statistics", type=Path, metavar="FILE", help="of lightningdit: latents_stats.pt")
     add("--weights", choices=("averaged", "raw"), help="averaged | raw (averaged, where there are any)")
     add("--prediction", choices=("eps", "v"), help="what the network predicts, where neither file nor config has it")

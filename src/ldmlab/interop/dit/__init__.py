@@ -1,6 +1,7 @@
 """The official DiT (facebookresearch/DiT, models.py): its arguments and tensors here, and its calls over our modules.
 
-SiT, LightningDiT and REPA name their tensors in the same way; `sit.py` and `lightningdit.py` add what they change.
+SiT, LightningDiT and REPA name their tensors in the same way; `sit.py`, `lightningdit.py` and `repa.py` add what they
+change.
 """
 
 from collections.abc import Mapping
@@ -12,42 +13,57 @@ from torch import Tensor, nn
 from ldmlab.backbones.dit import DiT
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.contracts import Conditioning
-from ldmlab.interop.renaming import Names, Node, Part, State, names_of, refuse_mismatch, renamed, unfilled
+from ldmlab.interop.renaming import (
+    Names,
+    Node,
+    OfficialModule,
+    Part,
+    State,
+    fill_parts,
+    names_of,
+    refuse_unknown,
+    renamed,
+    unfilled,
+)
 from ldmlab.nn.blocks import SwiGLU
 
+ARGUMENTS: dict[str, Any] = {  # of the official class => default; the side of latents is not fixed here
+    **{"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16},
+    **{"mlp_ratio": 4.0, "class_dropout_prob": 0.1, "num_classes": 1000, "learn_sigma": True},
+}
 _GUIDED = 3  # channels that the official programs guide, however many there are
-_CONSTANTS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed here
+CONSTANTS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed here
 
 
 def as_official(config: Node, state_dict: State) -> "OfficialTransformer":
     """The official `DiT(**config)` with these weights, called as theirs: `model(x, t, y)`, `forward_with_cfg`.
 
-    With `learn_sigma` the output has 2 C channels. InputError: the weights are not those of the configuration.
+    t counts the steps 0 .. T - 1. With `learn_sigma` the output has 2 C channels. InputError: an argument is unknown,
+    or the weights are not those of the configuration.
     """
-    return official(config, state_dict, {}, doubled=2 if config.get("learn_sigma", True) else 1)
+    refuse_unknown(config, ARGUMENTS)
+    return OfficialTransformer(filled_parts(config, state_dict, options(config))).eval()
 
 
-def official(config: Node, state_dict: State, options: Mapping[str, Any], doubled: int = 1) -> "OfficialTransformer":
-    """A transformer of the family; `options`: more arguments of our DiT, `doubled`: output channels for each of x."""
-    parts = parts_of(*nodes(config, options, doubled))
-    fill_parts(parts, state_dict)
-    return OfficialTransformer(parts["network"].module, parts["label table"].module).eval()  # type: ignore[arg-type]
+def options(config: Node) -> dict[str, Any]:
+    """What DiT changes of our network: the second half of the output is the variance."""
+    arguments = {**ARGUMENTS, **config}
+    return {"out_channels": (1 + bool(arguments["learn_sigma"])) * arguments["in_channels"]}
 
 
-def nodes(config: Node, options: Mapping[str, Any], doubled: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+def nodes(config: Node, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Nodes of model.yaml for the official arguments: the backbone, and the conditioner with the table of classes."""
-    width, channels = config.get("hidden_size", 1152), config.get("in_channels", 4)
+    of = {**ARGUMENTS, **config}
+    width, drop = of["hidden_size"], of["class_dropout_prob"]
     node = {
         "_target_": "ldmlab.backbones.dit.DiT",
-        **{"in_channels": channels, "out_channels": doubled * channels, "width": width, "vector_width": width},
-        **{"depth": config.get("depth", 28), "heads": config.get("num_heads", 16)},
-        **{"patch_size": config.get("patch_size", 2), "mlp_ratio": config.get("mlp_ratio", 4.0)},
-        **options,
+        **{"in_channels": of["in_channels"], "out_channels": of["in_channels"], "width": width, "vector_width": width},
+        **{"depth": of["depth"], "heads": of["num_heads"], "patch_size": of["patch_size"]},
+        **{"mlp_ratio": of["mlp_ratio"], **options},
     }
-    drop, classes = config.get("class_dropout_prob", 0.1), config.get("num_classes", 1000)
     labels = {
         "_target_": "ldmlab.conditioners.class_label.ClassEmbedder",
-        **{"classes": classes, "width": width, "slot": "vector", "drop": drop, "null_row": drop > 0},
+        **{"classes": of["num_classes"], "width": width, "slot": "vector", "drop": drop, "null_row": drop > 0},
     }
     return node, labels
 
@@ -56,21 +72,16 @@ def parts_of(node: Node, labels: Node) -> dict[str, Part]:
     """The network and the table of classes, without weights, and the official names of their tensors."""
     network, table = unfilled(node, "backbone"), unfilled(labels, "conditioner")
     names = renamed(table.state_dict(), names_of("dit", "classes"))
-    return {
-        "network": Part("network", network, network_names(network)),
-        "label table": Part("label table", table, names),
-    }
+    return {"network": Part("network", network, network_names(network)), "labels": Part("label table", table, names)}
 
 
-def fill_parts(parts: Mapping[str, Part], state_dict: State) -> None:
-    """The file's tensors into the parts, the first of which counts what belongs to none; one InputError for all."""
-    weights = {name: tensor for name, tensor in state_dict.items() if name not in _CONSTANTS}
-    mine = {title: {k: weights[k] for k in part.expected if k in weights} for title, part in parts.items()}
-    stray = {k: tensor for k, tensor in weights.items() if not any(k in found for found in mine.values())}
-    mine[next(iter(parts))] |= stray
-    refuse_mismatch({title: part.mismatch(mine[title]) for title, part in parts.items()})
-    for title, part in parts.items():
-        part.filled(mine[title])
+def filled_parts(
+    config: Node, state_dict: State, options: Mapping[str, Any], more: Mapping[str, Part] | None = None
+) -> dict[str, Part]:
+    """The parts of `config` and `more`, with the file's tensors."""
+    parts = {**parts_of(*nodes(config, options)), **(more or {})}
+    fill_parts(parts, {name: tensor for name, tensor in state_dict.items() if name not in CONSTANTS})
+    return parts
 
 
 def network_names(network: nn.Module) -> Names:
@@ -79,12 +90,11 @@ def network_names(network: nn.Module) -> Names:
     return renamed(network.state_dict(), names_of("dit", "network", "swiglu" if gated else "mlp"))
 
 
-class OfficialTransformer(nn.Module):
+class OfficialTransformer(OfficialModule):
     """Our modules behind the official signatures: class numbers y (B,), where `num_classes` is no class."""
 
-    def __init__(self, network: DiT, labels: ClassEmbedder) -> None:
-        super().__init__()
-        self.network, self.labels = network, labels
+    network: DiT
+    labels: ClassEmbedder
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, h, w), t (B,) as the program counts it => (B, C or 2 C, h, w)."""
@@ -96,8 +106,8 @@ class OfficialTransformer(nn.Module):
         t: Tensor,
         y: Tensor,
         cfg_scale: float,
-        cfg_interval: bool = False,  # LightningDiT's: no guidance where
-        cfg_interval_start: float = 0.0,  # t is below this
+        cfg_interval: bool | None = None,  # LightningDiT's: no guidance where
+        cfg_interval_start: float | None = None,  # t is below this
         channels: int | None = _GUIDED,  # that are guided, the first ones; None: all of x
     ) -> Tensor:
         """The first half of x with the conditions in the first half of y and none in the second, guided.
@@ -108,6 +118,6 @@ class OfficialTransformer(nn.Module):
         out = self(torch.cat([half, half]), t, y)
         count = x.shape[1] if channels is None else channels
         with_class, without = out[:, :count].chunk(2)
-        off = cfg_interval and bool(t[0] < cfg_interval_start)
+        off = cfg_interval and bool(t[0] < (cfg_interval_start or 0.0))
         guided = with_class if off else without + cfg_scale * (with_class - without)
         return torch.cat([torch.cat([guided, guided]), out[:, count:]], dim=1)
