@@ -163,9 +163,12 @@ class Sampler(Protocol):
 
 
 class NamedSampler(Sampler, Protocol):
-    """A sampler of the group `sampler`, with the grid that it is used with unless the command line names another."""
+    """A sampler of the group `sampler`, with the grid that it is used with unless the command line names another.
 
-    spacing: str  # official | quad | linspace | trailing | karras | log_snr | auto, the path's
+    Optional: `one_image = True` where its steps depend on all of a batch: images are then sampled one by one.
+    """
+
+    spacing: str  # of diffusion/schedule.py (SPACINGS), or auto, the path's
     steps: int
 
 

@@ -97,6 +97,9 @@ def test_a_transformer_on_a_flow(packed: Path, tmp_path: Path) -> None:
         ends[sampler] = model.sample(count=1, steps=4, seed=1, sampler=sampler)
         assert ends[sampler].float().std() > 0
     assert torch.equal(ends["auto"], ends["euler"])
+    for sampler in ("ode", "dpm_adaptive"):  # whose steps would depend on the batch
+        both = model.sample(count=2, steps=4, seed=1, sampler=sampler)
+        assert torch.equal(both[:1], ends[sampler])
     words = ["sample", str(tmp_path / "run"), "--steps", "4", "--seed", "1", "--device", "cpu", "--sampler", "ode"]
     assert cli.dispatch([*words, "--out", str(tmp_path / "by_ode")]) == 0  # its steps are its own
     assert (np.asarray(Image.open(tmp_path / "by_ode" / "000000.png")) == ends["ode"][0].numpy()).all()

@@ -1,12 +1,14 @@
 """Training losses and their gradients against those that SiT, DiT, LightningDiT, EDM and diffusers computed."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldmlab.diffusion.diffusion_loss import ContrastiveLoss, CosineLoss, VariationalLoss
+from ldmlab.contracts import Level
+from ldmlab.diffusion.diffusion_loss import ContrastiveLoss, CosineLoss, MultiScaleLoss, VariationalLoss
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import (
@@ -19,7 +21,17 @@ from ldmlab.diffusion.parameterization import (
 )
 from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
 from ldmlab.diffusion.schedule import Schedule
-from ldmlab.diffusion.time_sampling import LogitNormalTimes, LogNormalSigma, ModeTimes, UniformTimes
+from ldmlab.diffusion.time_sampling import (
+    AngleSigma,
+    CosineInterpolatedSigma,
+    LogitNormalTimes,
+    LogLogisticSigma,
+    LogNormalSigma,
+    LogUniformSigma,
+    ModeTimes,
+    SplitLogNormalSigma,
+    UniformTimes,
+)
 from ldmlab.diffusion.weighting import P2, EdmWeighting, FlowWeighting, LearnedLogVariance, MinSnr, Sd3Weighting, Snr
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
@@ -149,15 +161,74 @@ def test_edm(case: str, mean: float, std: float) -> None:
 K, K_CASES = recorded("kdiffusion/weights")
 
 
+class LogVariance(LearnedLogVariance):
+    """That of the recorded case: 0.1 log sigma, four times the time being log sigma."""
+
+    def log_variance(self, times: Tensor) -> Tensor:
+        return 0.4 * times
+
+
 @pytest.mark.parametrize("sd", [0.5, 1.0])
-@pytest.mark.parametrize(("case", "weighting"), [("karras", None), ("soft-min-snr", True), ("snr", Snr())])
-def test_k_diffusion(case: str, weighting: Any, sd: float) -> None:
+@pytest.mark.parametrize("case", ["karras", "soft-min-snr", "snr", "simple", "variance"])
+@pytest.mark.parametrize("scales", [1, 4])
+def test_k_diffusion(case: str, scales: int, sd: float) -> None:
+    """Weightings of the network's output, the multi-scale loss, the noise's loss, a learned variance (half ours)."""
+    weightings = {"karras": None, "soft-min-snr": MinSnr(gamma=sd**-2, soft=True), "snr": Snr(), "simple": Snr()}
+    weighting = weightings.get(case, LogVariance(EdmWeighting(sd)))
+    loss_kind = "l2" if scales == 1 else MultiScaleLoss(scales)
+    objective = Objective(EdmPath(1e-4, 1e4), EdmPrediction(sd), weighting=weighting, loss=loss_kind)
+    loss = objective(lambda x, t: field(x, t), K["images"], K["noise"], K["sigma"].log() / 4)
+    name = f"loss.{case}.sigma_data={sd}" + ("" if case in ("simple", "variance") else f".scales={scales}")
+    if scales == 1 or case in ("karras", "soft-min-snr", "snr"):
+        assert_near(loss.detach() / (2 if case == "variance" else 1), K[name])
+
+
+@pytest.mark.parametrize("sd", [0.5, 1.0])
+def test_preconditioning_of_k_diffusion(sd: float) -> None:
+    """Its scalings, weights of the output and denoised images."""
+    form, path, sigma = EdmPrediction(sd), EdmPath(1e-4, 1e4), K["sigma"]
+    one = torch.ones_like(sigma)
+    skip, out, scale = K[f"scalings.sigma_data={sd}"]
+    assert_near(form.scaled(one, 1.0, sigma), scale)
+    assert_near(form.clean_slope(one, sigma), out)
+    columns = one[:, None, None, None], sigma[:, None, None, None]
+    for name, weighting in (("soft-min-snr", MinSnr(gamma=sd**-2, soft=True)), ("snr", Snr()), ("karras", None)):
+        factor = 1.0 if weighting is None else weighting(*columns, dict).flatten() * out**2
+        assert_near(one * factor, K[f"weight.{name}.sigma_data={sd}.scales=1"])
+    for image, noise, value, expected in zip(
+        K["images"], K["noise"], sigma, K[f"denoised.sigma_data={sd}"], strict=True
+    ):
+        level = path.level(float(value.log() / 4))
+        x = (image + value * noise)[None]
+        given = form.scaled(x, level.alpha, level.sigma)
+        assert_near(form.clean(x, field(given, torch.tensor([level.time])), level).float(), expected[None])
+    assert_near(form.clean(one, torch.zeros(len(sigma)), Level(1.0, sigma, None)), skip.double())  # type: ignore[arg-type]
+
+
+DENSITIES = {  # of k-diffusion => ours; its strata make every draw but one of a uniform number
+    "log_normal": LogNormalSigma(-1.2, 1.2),
+    "log_uniform": LogUniformSigma(1e-3, 1e3),
+    "log_logistic": LogLogisticSigma(math.log(0.5), 0.5, 1e-3, 1e3),
+    "v_diffusion": AngleSigma(0.5, 1e-3, 1e3),
+    "cosine_interpolated": CosineInterpolatedSigma(64, 32, 256, 0.5, 1e-3, 1e3),
+    "split_log_normal": SplitLogNormalSigma(-1.2, 0.6, 1.2),
+}
+
+
+@pytest.mark.parametrize("case", DENSITIES)
+def test_densities_of_k_diffusion(case: str) -> None:
+    u = K["u"]
+    if case == "cosine_interpolated":  # whose larger numbers are less noisy
+        u = 1 - u
+    if case == "split_log_normal":  # by a sign of probability 0.6 / 1.8 and the magnitude of a normal number
+        n, share = K["n"].double().abs(), 1 / 3
+        u = torch.where(
+            u < share, 2 * share * torch.special.ndtr(-n), share + (1 - share) * (1 - 2 * torch.special.ndtr(-n))
+        )
+    assert_near((DENSITIES[case].quantile(u) / K[f"density.{case}"].double()), torch.ones(8).double())
     path = EdmPath(1e-4, 1e4)
-    soft = MinSnr(gamma=sd**-2, soft=True)
-    objective = Objective(path, EdmPrediction(sd), weighting=soft if weighting is True else weighting)
-    times = K["sigma"].log() / 4
-    loss = objective(lambda x, t: field(x, t), K["images"], K["noise"], times)
-    assert_near(loss, K[f"loss.{case}.sigma_data={sd}.scales=1"])
+    times = DENSITIES[case](u, torch.zeros(8, dtype=torch.int64), path)
+    assert_near(torch.exp(4 * times), K[f"density.{case}"])
 
 
 def test_densities_and_weights_of_sd3() -> None:

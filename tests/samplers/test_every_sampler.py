@@ -22,8 +22,9 @@ from ldmlab.samplers.unipc import moment
 
 FLOWS = ["ode", "sde"]  # of continuous paths alone
 SAMPLERS = [name for name in ALL if name not in FLOWS]
-DETERMINISTIC = [name for name in SAMPLERS if sampler_by_name(name).order is not None]  # type: ignore[attr-defined]
-STOCHASTIC = [name for name in SAMPLERS if name not in DETERMINISTIC]
+STEPWISE = [name for name in SAMPLERS if getattr(sampler_by_name(name), "shows_steps", True)]
+DETERMINISTIC = [name for name in STEPWISE if sampler_by_name(name).order is not None]  # type: ignore[attr-defined]
+STOCHASTIC = [name for name in SAMPLERS if sampler_by_name(name).order is None]  # type: ignore[attr-defined]
 
 
 def draw(step: int) -> Tensor:
@@ -109,6 +110,32 @@ def test_order(name: str, kind: str) -> None:
         assert found == pytest.approx([order] * 2, abs=0.2)
 
 
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize(("counts", "order"), [((81, 162, 324), 2), ((79, 160, 322), 2), ((80, 161, 323), 3)])
+def test_order_of_dpm_fast(counts: tuple[int, ...], order: int, kind: str) -> None:
+    """Of order 3 unless the last step, by what is left of the evaluations, is one of order 1."""
+    assert orders("dpm_fast", kind, counts) == pytest.approx([order] * 2, abs=0.2)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpm_adaptive_meets_its_tolerance(order: int, kind: str) -> None:
+    curve, first, last = PATHS[kind]
+    grid = path(10, first, last, curve)
+    x = torch.linspace(-1.8, 1.8, 41, dtype=torch.float64) * math.hypot(grid[0].alpha, grid[0].sigma)
+    for tolerance in (1e-2, 1e-4):
+        found = run("dpm_adaptive", x, grid, path=curve, rtol=tolerance, atol=tolerance, order=order)
+        assert float((found - exact_end(x, grid[0], grid[-1])).abs().max()) < 5 * tolerance
+
+
+def test_samplers_that_choose_their_steps_have_none_to_show() -> None:
+    for name in ("dpm_fast", "dpm_adaptive"):
+        with pytest.raises(InputError, match="has no steps to show or to change"):
+            run(name, torch.zeros(3), ddim_grid(Schedule(), 5), after_step=lambda step, x, clean: x)
+        with pytest.raises(InputError, match="give it a path by along"):
+            sampler_by_name(name)(denoise, torch.zeros(3), ddim_grid(Schedule(), 5), noise=draw)
+
+
 @pytest.mark.parametrize(("predictor_order", "corrector", "order"), [(1, False, 1), (1, True, 2), (2, False, 2)])
 def test_order_of_unipc_by_its_settings(predictor_order: int, corrector: bool, order: int) -> None:
     found = orders("unipc", "rectified flow", predictor_order=predictor_order, corrector=corrector)
@@ -170,7 +197,7 @@ def test_noise_matters(name: str) -> None:
     assert float((ends[0] - ends[2]).abs().mean()) > 0.1
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if not getattr(sampler_by_name(n), "one_image", False)])
 def test_a_image_is_the_same_in_any_batch(name: str) -> None:
     grid = ddim_grid(Schedule(), 10)
     x = start(grid)
@@ -192,7 +219,7 @@ def test_ancestral_steps_draw_as_ddim_with_eta() -> None:
         torch.testing.assert_close(run("euler_ancestral", x, grid, eta=eta), run("ddim", x, grid, eta=eta))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPWISE)
 def test_after_step_sees_every_step_and_may_change_x(name: str) -> None:
     seen = []
 
@@ -217,9 +244,15 @@ def test_names_and_settings_that_do_not_exist_are_refused() -> None:
         sampler_by_name("dimm")
     with pytest.raises(InputError, match=r"eta=0.5: the sampler ddpm has no such setting"):
         sampler_by_name("ddpm", eta=0.5)
-    for name in ("ddim", "euler_ancestral"):
-        with pytest.raises(InputError, match=r"eta=1.5 is not within"):
-            sampler_by_name(name, eta=1.5)
+    with pytest.raises(InputError, match=r"eta=1.5 is not within 0 .. 1;"):
+        sampler_by_name("ddim", eta=1.5)
+    for name in ("euler_ancestral", "dpm_2", "dpmpp_sde", "dpmpp_3m_sde", "dpm_fast"):
+        with pytest.raises(InputError, match="eta=-1 is not a finite number of 0 or more"):
+            sampler_by_name(name, eta=-1)
+    with pytest.raises(InputError, match="r=1 is no place within a step"):
+        sampler_by_name("dpmpp_sde", r=1)
+    with pytest.raises(InputError, match="rtol=0"):
+        sampler_by_name("dpm_adaptive", rtol=0)
     with pytest.raises(InputError, match="predictor_order=4 is not 1, 2 or 3"):
         sampler_by_name("unipc", predictor_order=4)
 

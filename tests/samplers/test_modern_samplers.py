@@ -21,6 +21,8 @@ from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPa
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.inference.likelihood import log_likelihood
 from ldmlab.inference.sample_settings import sampler_by_name
+from ldmlab.samplers._stepwise import ancestral
+from ldmlab.samplers.lms import coefficients
 from modern_cases import assert_near, drawn_noise, field, preconditioned, recorded
 
 END = Level(1.0, 0.0, None)
@@ -34,6 +36,7 @@ SAMPLERS = {  # of k-diffusion => ours, with their options' names
     "euler_ancestral": ("euler_ancestral", {}),
     "lms": ("lms", {}),
     "dpmpp_2s_ancestral": ("dpmpp_2s_ancestral", {}),
+    "dpmpp_sde": ("dpmpp_sde", {}),
     "dpmpp_2m": ("dpmpp_2m", {}),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", {}),
     "dpmpp_3m_sde": ("dpmpp_3m_sde", {}),
@@ -55,15 +58,23 @@ def denoise(x: Tensor, level: Level) -> Tensor:
     return preconditioned(x, torch.tensor([level.sigma], dtype=torch.float64).to(x.dtype))
 
 
-def sigmas_of(case: dict[str, Any]) -> Tensor:
-    n, low, high = case["n"], 0.0292, 14.6146
-    if case["sigmas"] == "vp":
-        t = torch.linspace(1, 1e-3, n)
-        return torch.sqrt(torch.exp(19.9 * t**2 / 2 + 0.1 * t) - 1)
-    if case["sigmas"] == "karras":
-        ramp = torch.linspace(0, 1, n)
-        return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    return torch.linspace(torch.tensor(high).log(), torch.tensor(low).log(), n).exp()
+def grid_of(kind: str, n: int, low: float = 0.0292, high: float = 14.6146, rho: float = 1.5) -> list[Level]:
+    """k-diffusion's sigmas by our spacings, as levels with alpha = 1."""
+    if kind == "vp":  # even times of the VP path, whose smallest sigma float32 rounds by 1e-4
+        grid = VariancePreservingPath(0.0, 1.0, 0.1, 20.0, margins=(1e-3, 0.0)).grid(n)[:-1]
+        t = torch.tensor([level.time for level in grid])
+        rounded = torch.sqrt(torch.exp(19.9 * t**2 / 2 + 0.1 * t) - 1)
+        torch.testing.assert_close(torch.tensor([v.sigma / v.alpha for v in grid]), rounded, rtol=3e-4, atol=0)
+        return sigma_levels(rounded)
+    spacing = {"exponential": "log_snr", "polyexponential": f"polyexponential:{rho}"}.get(kind, kind)
+    return EdmPath(low, high).grid(n, spacing)
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential", "polyexponential", "vp"])
+def test_steps_of_k_diffusion(kind: str) -> None:
+    one = K_CASES[f"sigmas.{kind}"]
+    found = grid_of(kind, one["n"], one["sigma_min"], one["sigma_max"], one.get("rho", 1.0))
+    assert_near(torch.tensor([level.sigma for level in found]), K[f"sigmas.{kind}"])
 
 
 @pytest.mark.parametrize("case", RUN)
@@ -78,14 +89,59 @@ def test_k_diffusion(case: str) -> None:
         options["depth"] = settings["order"]
     if "solver_type" in settings:
         options["midpoint"] = False
-    for theirs, ours in (("eta", "eta"), ("s_noise", "temperature")):
+    for theirs, ours in (("eta", "eta"), ("s_noise", "temperature"), ("r", "r")):
         if theirs in settings and "s_churn" not in settings:
             options[ours] = settings[theirs]
-    grid = sigma_levels(sigmas_of(settings))
+    grid = grid_of(settings["sigmas"], settings["n"])
     x = K["x_T"] * grid[0].sigma
     sampler: Any = sampler_by_name(name, **options)
     sampler = sampler.along(EDM)
     assert_near(sampler(denoise, x, grid, noise=by_number(x.shape)), K[case])
+
+
+def test_guided_steps_of_k_diffusion() -> None:
+    one, x = K_CASES["guided.dpmpp_2m_sde"], K["x_T"]
+    label = torch.tensor(one["c"])
+
+    def guided(x: Tensor, level: Level) -> Tensor:
+        sigma = torch.tensor([level.sigma]).to(x.dtype)
+        plain = preconditioned(x, sigma)
+        return plain + one["guidance"] * (preconditioned(x, sigma, label) - plain)
+
+    grid = grid_of(one["sigmas"], one["n"])
+    found = sampler_by_name("dpmpp_2m_sde")(guided, x * grid[0].sigma, grid, noise=by_number(x.shape))
+    assert_near(found, K["guided.dpmpp_2m_sde"])
+
+
+@pytest.mark.parametrize("case", [case for case in K_CASES if case.startswith(("dpm_fast", "dpm_adaptive"))])
+def test_dpm_solver_of_k_diffusion(case: str) -> None:
+    """To sigma_min; dpm_fast makes n evaluations, the other chooses its steps by the error of the batch."""
+    one, x, evaluations = K_CASES[case], K["x_T"], []
+    fast = case.startswith("dpm_fast")
+    grid = EdmPath(one["sigma_min"], one["sigma_max"]).grid(one.get("n", 10) + fast, "log_snr")[:-1]
+
+    def counted(x: Tensor, level: Level) -> Tensor:
+        evaluations.append(level)
+        return denoise(x, level)
+
+    sampler: Any = sampler_by_name(case.split(".")[0], **{key: one[key] for key in ("eta",) if key in one})
+    found = sampler.along(EDM)(counted, x * grid[0].sigma, grid, noise=by_number(x.shape))
+    assert_near(found, K[case])
+    assert len(evaluations) == one.get("n", one.get("nfe"))
+
+
+def test_ancestral_steps_and_multistep_weights_of_k_diffusion() -> None:
+    """sigma_down and sigma_up for eta 1, 0.5, 2.5; Adams-Bashforth weights of orders 1 to 4."""
+    found = []
+    for here, there in K["ancestral.sigmas"].tolist():
+        for eta in (1.0, 0.5, 2.5):
+            down, up = ancestral(Level(1.0, here, None), Level(1.0, there, None), eta)
+            found.append([down.sigma, up])
+    assert_near(torch.tensor(found), K["ancestral.steps"])
+    one = K_CASES["lms.coefficients"]
+    places, i = one["t"], one["i"]
+    weights = [w for order in range(1, 5) for w in coefficients(places[i::-1][:order], places[i + 1])]
+    assert_near(torch.tensor(weights, dtype=torch.float64), K["lms.coefficients"], 1e-7)
 
 
 E, E_CASES = recorded("edm/samplers")

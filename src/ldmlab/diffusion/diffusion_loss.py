@@ -27,6 +27,38 @@ class L1:
         return weighted(F.l1_loss(output, target, reduction="none").mean(dim=(1, 2, 3)), factor)
 
 
+class MultiScaleLoss(L2):
+    """Mean of squares of the cosine transform, low frequencies weighted up (Crowson et al. 2024, k-diffusion).
+
+    Coefficient (i, j) of n x m counts min(w(i / n), w(j / m)), w(f) = min(-log2(f / 2), scales) from 1 at the finest.
+    """
+
+    def __init__(self, scales: int = 4) -> None:
+        """scales: octaves of different weight; 1 is the mean of squares."""
+        if scales < 1:
+            raise InputError(f"diffusion.loss.scales={scales} must be 1 or more; k-diffusion's configurations have 1.")
+        self.scales = scales
+
+    def __call__(self, output: Tensor, target: Tensor, factor: Tensor | None, at: Noised) -> Tensor:
+        down, across = (cosine_basis(side, output) for side in output.shape[2:])
+        found = down @ (output - target) @ across.T  # (B, C, h, w)
+        height, width = (self.frequency_weights(side, output) for side in output.shape[2:])
+        squares = torch.minimum(height[:, None], width) * found.square()
+        return weighted(squares.mean(dim=(1, 2, 3)), factor)
+
+    def frequency_weights(self, side: int, like: Tensor) -> Tensor:
+        """(side,), of frequencies 1 / 2 side .. 1 / 2."""
+        return -torch.linspace(0.5 / side, 0.5, side, device=like.device).log2().clamp_min(-self.scales)
+
+
+def cosine_basis(side: int, like: Tensor) -> Tensor:
+    """The orthonormal cosine transform (DCT-II), (side, side) float32: rows are frequencies."""
+    k = torch.arange(side, device=like.device, dtype=torch.float64)
+    basis = torch.cos(math.pi / side * k[:, None] * (k + 0.5)) * math.sqrt(2 / side)
+    basis[0] /= math.sqrt(2)
+    return basis.float()
+
+
 class CosineLoss(L2):
     """Mean of squares, and `cosine` times 1 - the cosine over channels, averaged over places (LightningDiT)."""
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level, Solver
-from ldmlab.diffusion.schedule import RHO
-from ldmlab.errors import InputError, one_of
+from ldmlab.diffusion.schedule import checked_spacing, even_ratios
+from ldmlab.errors import InputError
 
 Pair = tuple[Tensor, Tensor]  # of alpha and of sigma
-SPACINGS = ("linspace", "trailing", "karras", "log_snr")
+SPACINGS = ("linspace", "trailing", "karras", "log_snr", "polyexponential")
 _EDGE = 1e-3  # positions this far from an infinite log-SNR end the spacings in log-SNR
 
 
@@ -113,17 +113,17 @@ class ContinuousPath(ABC):
     def grid(self, steps: int, spacing: str = "auto") -> list[Level]:
         """`steps` levels from the noise end down, and the clean end.
 
-        linspace, trailing: even in s, shifted as in training; karras: even in (sigma / alpha)^(1 / 7); log_snr: even
-        in log(alpha / sigma), which begins and ends 0.001 from an end where it is infinite; auto: the path's own.
+        linspace, trailing: even in s, shifted as in training; karras, log_snr, polyexponential: as `even_ratios`, which
+        begin and end 0.001 from an end where that is infinite; auto: the path's own.
         """
         spacing = self.solver.spacing if spacing == "auto" else spacing
         if steps < 1:
             raise InputError(f"steps={steps} is no number of steps; choose 1 or more.")
         if spacing in ("official", "quad"):
             raise InputError(f"spacing={spacing} is a rule for the paper's discrete schedules; use linspace.")
-        one_of("spacing", spacing, SPACINGS)
+        name, _ = checked_spacing(spacing, SPACINGS)
         at_clean, _ = self._ratios()
-        if spacing in ("linspace", "trailing"):
+        if name in ("linspace", "trailing"):
             ends = steps if at_clean == 0 else max(steps - 1, 1)  # the clean end is a level of its own otherwise
             u = 1 - torch.arange(steps, dtype=torch.float64) / ends
             s = self.first + self.shifted_position(u) * (self.last - self.first)
@@ -142,12 +142,7 @@ class ContinuousPath(ABC):
         edges = torch.tensor([self.last - _EDGE if math.isinf(high) else self.last, self.first + _EDGE * (low == 0)])
         alpha, sigma = self.curve(edges.double())
         top, bottom = sigma / alpha
-        u = torch.linspace(0, 1, steps, dtype=torch.float64)
-        if spacing == "karras":
-            ratio = torch.lerp(top ** (1 / RHO), bottom ** (1 / RHO), u) ** RHO
-        else:
-            ratio = torch.exp(torch.lerp(top.log(), bottom.log(), u))
-        s = self.position_of(ratio)
+        s = self.position_of(even_ratios(top.log(), bottom.log(), steps, spacing).exp())
         s[0] = self.last  # pure noise, from which sampling begins
         return s
 

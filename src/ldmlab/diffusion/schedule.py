@@ -6,6 +6,7 @@ Everything else takes alpha and sigma from the path (contracts.Path); `as_path` 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,8 +18,8 @@ from ldmlab.randomness import below
 
 NAMES = ("scaled_linear", "linear", "cosine", "sqrt")
 _ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scaled_linear
-SPACINGS = ("official", "quad", "linspace", "trailing", "karras", "log_snr")
-RHO = 7  # Karras et al. 2022, eq. 5
+SPACINGS = ("official", "quad", "linspace", "trailing", "karras", "log_snr", "polyexponential")
+_POWERS = {"karras": 7.0, "log_snr": 1.0, "polyexponential": 1.0}  # defaults; Karras et al. 2022, eq. 5: 7
 _SAME = 1e-5  # relative; float32 rounds to 1e-7
 
 
@@ -207,9 +208,8 @@ def ddim_grid(schedule: Any, steps: int, spacing: str = "official") -> list[Leve
     official: stride T // steps from 0, every index + 1, ending at the level of time 0 (paper's code);
     quad: the squares of `steps` even numbers up to sqrt(0.8 T), rounded down, + 1, ending as official (paper's code);
     linspace: T - 1 .. 0 with both ends; trailing: T - 1 down in steps of T / steps;
-    karras: even in (sigma / alpha)^(1 / 7), log_snr: even in log(alpha / sigma), both with both ends, between the
-    schedule's levels too, where the network's time has a fraction.
-    All but the first two end at the clean latent.
+    karras, log_snr, polyexponential: as `even_ratios`, between the schedule's levels too, where the network's time has
+    a fraction. All but the first two end at the clean latent.
     """
     total = schedule.steps
     if not 1 <= steps <= total:
@@ -229,21 +229,42 @@ def _visited(levels: Levels, steps: int, spacing: str) -> list[Level]:
         return [levels.at(t) for t in times]
     if spacing == "trailing":
         return [levels.at(round(total - k * total / steps) - 1) for k in range(steps)]
-    one_of("spacing", spacing, SPACINGS)
+    checked_spacing(spacing, SPACINGS)
     known = levels.log_snr
     if not bool(known.isfinite().all()):
         lacks = "signal" if float(levels.alpha.min()) == 0 else "noise"
         raise InputError(
             f"spacing={spacing} is undefined for a schedule without {lacks} at its end; use linspace or trailing."
         )
-    top, bottom = known[-1], known[0]
-    position = torch.linspace(0, 1, steps, dtype=torch.float64)
-    if spacing == "log_snr":
-        targets = torch.lerp(top, bottom, position)
-    else:  # (sigma / alpha)^(1 / rho) = exp(-log_snr / rho)
-        targets = -RHO * torch.log(torch.lerp(torch.exp(-top / RHO), torch.exp(-bottom / RHO), position))
     radius = torch.hypot(levels.alpha, levels.sigma)  # 1 for the schedules above
-    return [_between(known, radius, value) for value in targets]
+    return [_between(known, radius, -value) for value in even_ratios(-known[-1], -known[0], steps, spacing)]
+
+
+def checked_spacing(spacing: str, known: Sequence[str]) -> tuple[str, float]:
+    """The name of a spacing and its power rho, which may follow it: `karras:5`."""
+    name, colon, text = spacing.partition(":")
+    one_of("spacing", name, known)
+    try:
+        power = float(text) if colon else _POWERS.get(name, 1.0)
+        fits = math.isfinite(power) and power > 0 and not (colon and name not in ("karras", "polyexponential"))
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(f"spacing={spacing} has no such power; write for instance karras:5 or polyexponential:1.5.")
+    return name, power
+
+
+def even_ratios(top: Tensor, bottom: Tensor, steps: int, spacing: str) -> Tensor:
+    """log(sigma / alpha) from the noisiest to the least, (steps,) float64, with both ends.
+
+    karras: even in (sigma / alpha)^(1 / rho); log_snr: even in log(sigma / alpha); polyexponential: of that the power
+    rho of even numbers (k-diffusion, get_sigmas_polyexponential).
+    """
+    name, power = checked_spacing(spacing, tuple(_POWERS))
+    position = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if name == "karras":
+        return power * torch.log(torch.lerp(torch.exp(top / power), torch.exp(bottom / power), position))
+    return torch.lerp(bottom, top, (1 - position) ** power)
 
 
 def _between(known: Tensor, radius: Tensor, target: Tensor) -> Level:

@@ -57,19 +57,140 @@ class ModeTimes(UniformTimes):
         return path.quantile(1 - u - self.scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u))
 
 
-class LogNormalSigma(UniformTimes):
+class SigmaTimes(UniformTimes):
+    """Times by a distribution of sigma / alpha, given as its quantile function."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Uniform numbers (B,) => sigma / alpha (B,)."""
+        raise NotImplementedError
+
+    def __call__(self, u: Tensor, position: Tensor, path: Path) -> Tensor:
+        return path.time_of(self.quantile(self.stratified(u, position)))
+
+
+class LogNormalSigma(SigmaTimes):
     """log(sigma / alpha) = mean + std n (Karras et al. 2022, table 1; EDM2: -0.4, 1; REPA's lognormal: 0, 1)."""
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, strata: int | None = None) -> None:
         super().__init__(strata)
         self.mean, self.std = mean, checked_std("time_sampling", std)
 
-    def __call__(self, u: Tensor, position: Tensor, path: Path) -> Tensor:
-        return path.time_of(torch.exp(self.mean + self.std * torch.special.ndtri(self.stratified(u, position))))
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.exp(self.mean + self.std * torch.special.ndtri(u))
 
 
-def checked_std(option: str, std: float) -> float:
+class SplitLogNormalSigma(SigmaTimes):
+    """Log-normal with another deviation below the mode than above; continuous there (k-diffusion, split-lognormal)."""
+
+    def __init__(
+        self, mean: float = -1.2, std_below: float = 1.2, std_above: float = 1.2, strata: int | None = None
+    ) -> None:
+        """mean: of log sigma, the mode."""
+        super().__init__(strata)
+        self.mean = mean
+        self.below, self.above = (checked_std("time_sampling", std) for std in (std_below, std_above))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """mean + std n of a normal n below 0 with probability std_below / (std_below + std_above)."""
+        share = self.below / (self.below + self.above)
+        low = torch.special.ndtri(0.5 * u / share) * self.below
+        high = torch.special.ndtri(0.5 + 0.5 * (u - share) / (1 - share)) * self.above
+        return torch.exp(self.mean + torch.where(u < share, low, high))
+
+
+class LogUniformSigma(SigmaTimes):
+    """log(sigma / alpha) uniform over a range."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, strata: int | None = None) -> None:
+        super().__init__(strata)
+        self.range = checked_range(sigma_min, sigma_max, least=1e-9)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        low, high = self.range
+        return low * (high / low) ** u
+
+
+class LogLogisticSigma(SigmaTimes):
+    """log(sigma / alpha) = mean + scale logit(u), within a range (Crowson et al. 2024, "HDiT")."""
+
+    def __init__(
+        self,
+        mean: float = math.log(0.5),  # HDiT: log sigma_data
+        scale: float = 0.5,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
+        strata: int | None = None,
+    ) -> None:
+        super().__init__(strata)
+        self.mean, self.scale = mean, checked_std("time_sampling", scale, "scale")
+        self.range = checked_range(sigma_min, sigma_max)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        low, high = torch.sigmoid((torch.tensor(self.range).to(u).log() - self.mean) / self.scale)
+        return torch.exp(self.mean + self.scale * torch.logit(torch.lerp(low, high, u)))
+
+
+class AngleSigma(SigmaTimes):
+    """sigma / alpha = sigma_data tan(angle), the angle uniform within a range of sigma (k-diffusion, v-diffusion).
+
+    Salimans & Ho 2022: cos and sin of a uniform angle, where sigma_data is 1.
+    """
+
+    def __init__(
+        self, sigma_data: float = 1.0, sigma_min: float = 0.0, sigma_max: float = math.inf, strata: int | None = None
+    ) -> None:
+        super().__init__(strata)
+        self.sigma_data = checked_std("time_sampling", sigma_data, "sigma_data")
+        self.range = checked_range(sigma_min, sigma_max)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return self.tangent(u, 1.0)
+
+    def tangent(self, u: Tensor, factor: float) -> Tensor:
+        """Quantiles of sigma_data / factor tan(angle)."""
+        scale = self.sigma_data / factor
+        low, high = (torch.tensor(self.range).to(u) / scale).atan()
+        return scale * torch.lerp(low, high, u).tan()
+
+
+class CosineInterpolatedSigma(AngleSigma):
+    """Between the shifted cosine schedules of two resolutions (Hoogeboom et al. 2023, "simple diffusion", eq. 10).
+
+    Noise is like that of images of `noise_size_low` px where it is strong, of `noise_size_high` px where it is weak.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 64,  # px
+        noise_size_low: int = 32,  # px
+        noise_size_high: int = 256,  # px
+        sigma_data: float = 0.5,
+        sigma_min: float = 1e-3,
+        sigma_max: float = 1e3,
+        strata: int | None = None,
+    ) -> None:
+        super().__init__(sigma_data, sigma_min, sigma_max, strata)
+        if min(image_size, noise_size_low, noise_size_high) < 1:
+            raise InputError("diffusion.time_sampling: image_size and both noise sizes are px of 1 or more.")
+        self.factors = noise_size_low / image_size, noise_size_high / image_size
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Geometric mean of both schedules, of weights u and 1 - u."""
+        low, high = (self.tangent(u, factor) for factor in self.factors)
+        return low**u * high ** (1 - u)
+
+
+def checked_range(low: float, high: float, least: float = 0.0) -> tuple[float, float]:
+    """sigma_min and sigma_max."""
+    if not least <= low < high:
+        raise InputError(
+            f"diffusion.time_sampling.sigma_min={low} and sigma_max={high} are no range; give for instance 0.001, 1000."
+        )
+    return low, high
+
+
+def checked_std(option: str, std: float, name: str = "std") -> float:
     """A deviation above 0."""
     if not std > 0:
-        raise InputError(f"diffusion.{option}.std={std} must be above 0.")
+        raise InputError(f"diffusion.{option}.{name}={std} must be above 0.")
     return std

@@ -111,10 +111,14 @@ class LearnedLogVariance(nn.Module):
             raise InputError("diffusion.weighting.weighting=null is no weighting; choose for instance EdmWeighting.")
         return self.weighting(alpha, sigma, rates)
 
+    def log_variance(self, times: Tensor) -> Tensor:
+        """u of times, (B,) float32."""
+        angles = times.float()[:, None] * self.frequencies + self.phases  # (B, channels)
+        return (math.sqrt(2) * torch.cos(angles) * self.linear / self.linear.norm()).sum(1)  # float32 by autocast too
+
     def finished(self, loss: Tensor, times: Tensor) -> Tensor:
         """Losses after the fixed factor (B,) => (B,)."""
-        angles = times.float()[:, None] * self.frequencies + self.phases  # (B, channels)
-        u = (math.sqrt(2) * torch.cos(angles) * self.linear / self.linear.norm()).sum(1)  # float32 under autocast too
+        u = self.log_variance(times)
         return loss / u.exp() + u
 
 

@@ -84,6 +84,11 @@ class LoadedModel:
         return next(self.diffusion.parameters()).device
 
     @property
+    def sharded(self) -> bool:
+        """Whether processes share the weights."""
+        return any(is_sharded(p) for p in self.diffusion.parameters())
+
+    @property
     def enlargement(self) -> int:
         """Side of a result / side of its low-resolution image."""
         factors = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
@@ -173,6 +178,11 @@ class LoadedModel:
         """One batch of images, uint8 (B, H, W, 3) on the CPU."""
         assert settings.guidance_scale is not None
         assert isinstance(settings.size, tuple)
+        sampler = settings.build_sampler()
+        if len(inputs) > 1 and getattr(sampler, "one_image", False):
+            numbers = range(first_index, first_index + len(inputs)) if isinstance(first_index, int) else first_index
+            alone = zip(inputs, numbers, strict=True)
+            return torch.cat([self.sample_batch([one], settings, number, after_step) for one, number in alone])
         batch = self.batch(inputs, first_index)
         check_size(batch, settings.size, self.enlargement)
         tiles = self.in_tiles(settings.tile, settings.tile_norms)
@@ -181,7 +191,7 @@ class LoadedModel:
             canvas, padded, given = self._started(batch, settings.size, settings.repeats)
             images = self.diffusion.sample(
                 padded,
-                sampler=settings.build_sampler(),
+                sampler=sampler,
                 grid=self.grid(settings),
                 index=batch["position"],
                 size=canvas,
@@ -286,11 +296,16 @@ def generate(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} holds no image; choose 1 or more.")
     resolved = settings if isinstance(settings, ResolvedSettings) else model.resolved(settings, inputs)
+    if world > 1 and getattr(resolved.build_sampler(), "one_image", False) and model.sharded:
+        raise InputError(
+            f"sampler={resolved.sampler} takes as many steps as an image needs, which processes that share a sharded "
+            "model cannot; choose one of fixed steps, for instance heun or ode:method=rk4."
+        )
     mine = range(rank, len(inputs), world)
     for start in range(0, len(mine), batch_size):
         chunk = mine[start : start + batch_size]
         numbers = [first_index + i for i in chunk]
         yield numbers, model.sample_batch([inputs[i] for i in chunk], resolved, numbers, after_step)
     batches, most = (-(-images // batch_size) for images in (len(mine), -(-len(inputs) // world)))
-    if batches < most and any(is_sharded(p) for p in model.diffusion.parameters()):  # others' last batch needs us too
+    if batches < most and model.sharded:  # others' last batch needs us too
         model.sample_batch(inputs[:1], resolved, [first_index])

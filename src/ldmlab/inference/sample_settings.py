@@ -47,7 +47,7 @@ class SampleSettings:
     size: int | tuple[int, int] | None = _option(None, "HEIGHTxWIDTH or one side, px (as trained)", 1, LONGEST)
     sampler: str = _option("auto", f"auto | {' | '.join(SAMPLERS)}; NAME:option=value; or package.Class (auto)")
     spacing: str | None = _option(
-        None, "of the steps: official | quad | linspace | trailing | karras | log_snr (the sampler's, or a flow's)"
+        None, "of the steps: official | quad | linspace | trailing | karras | log_snr | polyexponential (the sampler's)"
     )
     shift: float | None = _option(None, "of a flow's times; above 1: more steps at high noise (the model's)", 1e-6)
     temperature: float | None = _option(None, "factor of the fresh noise, for samplers that draw some (1)", 0)

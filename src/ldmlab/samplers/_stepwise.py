@@ -125,11 +125,22 @@ def checked_temperature(temperature: float) -> float:
     return temperature
 
 
-def checked_eta(eta: float) -> float:
+def checked_eta(eta: float, most: float = 1.0) -> float:
     """Fraction of a step's noise that is new random noise."""
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta={eta} is not within 0 .. 1; 0 draws no noise in sampling, 1 as much as DDPM.")
+    if not (0 <= eta <= most and math.isfinite(eta)):
+        within = f"within 0 .. {most:g}" if math.isfinite(most) else "a finite number of 0 or more"
+        raise InputError(f"eta={eta} is not {within}; 0 draws no noise in sampling, 1 as much as DDPM.")
     return eta
+
+
+def without_steps(sampler: Any, after_step: AfterStep | None) -> Path:
+    """The path of a sampler that chooses its steps itself, which cannot be shown or changed."""
+    name = type(sampler).__name__
+    if sampler.path is None:
+        raise InputError(f"sampler={name} evaluates between the levels of a grid; give it a path by along(path).")
+    if after_step is not None:
+        raise InputError(f"sampler={name} has no steps to show or to change; choose another, for instance heun.")
+    return sampler.path
 
 
 def first_order(x: Tensor, clean: Tensor, here: Level, there: Level) -> Tensor:
@@ -143,11 +154,20 @@ def noise_of(x: Tensor, clean: Tensor, level: Level) -> Tensor:
     return ((x - level.alpha * clean.double()) / level.sigma).to(x.dtype)
 
 
-def middle(here: Level, there: Level, path: Path | None) -> Level | None:
-    """The level halfway in log(sigma / alpha); None where an end is infinite."""
+def middle(here: Level, there: Level, path: Path | None, fraction: float = 0.5) -> Level | None:
+    """The level at a fraction of the step in log(sigma / alpha); None where an end is infinite."""
     if path is None or here.alpha == 0 or there.sigma == 0:
         return None
-    return path.level_at(math.sqrt(here.sigma / here.alpha * there.sigma / there.alpha))
+    return path.level_at((here.sigma / here.alpha) ** (1 - fraction) * (there.sigma / there.alpha) ** fraction)
+
+
+def ancestral(here: Level, there: Level, eta: float) -> tuple[Level, float]:
+    """`there` with sigma_down, and the deviation sigma_up of the noise from it; sigma_up^2 + sigma_down^2 = sigma'^2.
+
+    eta 1: the posterior's, as DDPM; above 1, at most sigma' (k-diffusion, get_ancestral_step).
+    """
+    up = min(eta * math.sqrt(posterior_variance(here, there)), there.sigma)
+    return there._replace(sigma=math.sqrt(there.sigma**2 - up**2)), up
 
 
 def posterior_variance(here: Level, there: Level) -> float:

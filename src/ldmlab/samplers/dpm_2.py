@@ -8,13 +8,13 @@ from ldmlab.contracts import Level
 from ldmlab.samplers._stepwise import (
     Step,
     Stepwise,
+    ancestral,
     checked_churn,
     checked_eta,
     checked_temperature,
     first_order,
     middle,
     noise_of,
-    posterior_variance,
 )
 
 
@@ -34,14 +34,13 @@ class Dpm2(Stepwise):
         churn_max: float = math.inf,
         churn_noise: float = 1.0,
     ) -> None:
-        self.eta, self.temperature = checked_eta(eta), checked_temperature(temperature)
+        self.eta, self.temperature = checked_eta(eta, math.inf), checked_temperature(temperature)
         self._churn = checked_churn(churn, churn_min, churn_max, churn_noise)
         self.order: int | None = None if eta > 0 or churn else 2
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         """To sigma_down by two evaluations, and noise up to sigma'."""
-        fresh = self.eta * math.sqrt(posterior_variance(step.here, step.there))  # sigma_up
-        down = step.there._replace(sigma=math.sqrt(step.there.sigma**2 - fresh**2))
+        down, fresh = ancestral(step.here, step.there, self.eta)
         halfway = middle(step.here, down, step.path)
         if halfway is None:
             x = first_order(x, clean, step.here, down)

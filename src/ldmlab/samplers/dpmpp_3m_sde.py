@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ldmlab.samplers._stepwise import Step, Stepwise, checked_temperature, first_order, log_snr
+from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, checked_temperature, first_order, log_snr
 
 
 class Dpmpp3MSde(Stepwise):
@@ -16,7 +16,7 @@ class Dpmpp3MSde(Stepwise):
 
     def __init__(self, eta: float = 1.0, temperature: float = 1.0) -> None:
         """eta: 0 no fresh noise; 1 that of the reverse diffusion."""
-        self.eta, self.temperature = eta, checked_temperature(temperature)
+        self.eta, self.temperature = checked_eta(eta, math.inf), checked_temperature(temperature)
         self.order: int | None = None if eta > 0 else self.depth
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, checked_temperature, first_order, posterior_variance
+from ldmlab.samplers._stepwise import Step, Stepwise, ancestral, checked_eta, checked_temperature, first_order
 
 
 class EulerAncestral(Stepwise):
@@ -15,12 +15,10 @@ class EulerAncestral(Stepwise):
     steps = 50
 
     def __init__(self, eta: float = 1.0, temperature: float = 1.0) -> None:
-        self.eta, self.temperature = checked_eta(eta), checked_temperature(temperature)
+        self.eta, self.temperature = checked_eta(eta, math.inf), checked_temperature(temperature)
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         """alpha' clean + sigma_down eps + sigma_up noise; sigma_down^2 + sigma_up^2 = sigma'^2."""
-        here, there = step.here, step.there
-        fresh = self.eta * math.sqrt(posterior_variance(here, there))  # sigma_up
-        down = math.sqrt(there.sigma**2 - fresh**2)  # sigma_down
-        x = first_order(x, clean, here, there._replace(sigma=down))
+        down, fresh = ancestral(step.here, step.there, self.eta)
+        x = first_order(x, clean, step.here, down)
         return x + fresh * step.noise(step.number) if fresh > 0 else x

@@ -8,7 +8,7 @@ from torchdiffeq import odeint
 
 from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path
 from ldmlab.errors import InputError, one_of
-from ldmlab.samplers._stepwise import noise_of
+from ldmlab.samplers._stepwise import noise_of, without_steps
 
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "dopri5": 5, "dopri8": 8, "bosh3": 3}
 _LEAST = 1e-6  # position and sigma of the evaluation at the clean end itself, where eps is undefined
@@ -18,8 +18,7 @@ class Ode:
     """d x / d s = alpha' clean + sigma' eps from the first level of a grid to its end.
 
     Fixed methods step over the grid; adaptive ones (dopri5, dopri8, bosh3) choose their steps by the tolerances and use
-    only the ends of the grid. Their steps depend on the largest error in a batch, so images differ a little between
-    batches.
+    only the ends of the grid. Their steps depend on the error of a whole batch; a model samples its images one by one.
     """
 
     spacing = "linspace"
@@ -34,6 +33,7 @@ class Ode:
             raise InputError(f"sampler.rtol={rtol} and atol={atol} must be above 0, for instance 1e-3 and 1e-6.")
         self.method, self.rtol, self.atol = method, rtol, atol
         self.order = ORDERS[method]
+        self.one_image = method in ("dopri5", "dopri8", "bosh3")  # adaptive
         self.path: Path | None = None
 
     def along(self, path: Path) -> "Ode":
@@ -46,16 +46,11 @@ class Ode:
         self, denoise: Denoise, x: Tensor, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None
     ) -> Tensor:
         """As a sampler; InputError for `after_step`, since steps of adaptive methods are not those of the grid."""
-        if self.path is None:
-            raise InputError("sampler=ode evaluates between the levels of a grid; give it a path by along(path).")
-        if after_step is not None:
-            raise InputError("sampler=ode has no steps to show or to change; choose another, for instance heun.")
-        adaptive = self.method in ("dopri5", "dopri8", "bosh3")
-        places = positions(self.path, grid)
-        places = places[[0, -1]] if adaptive else places
+        path = without_steps(self, after_step)
+        places = positions(path, grid)
+        places = places[[0, -1]] if self.one_image else places
         times = 1 - places.to(x.device)  # growing, as the solvers' step rules expect
-        more: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol} if adaptive else {}
-        path = self.path
+        more: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol} if self.one_image else {}
         return odeint(lambda t, y: -slope(denoise, path, y, 1 - t), x, times, method=self.method, **more)[-1]
 
 

@@ -31,12 +31,12 @@ class Restart(Heun):
         ratios = [level.sigma / level.alpha if level.alpha else math.inf for level in grid[:-1]]
         first, last = (_nearest(ratios, value) for value in (self.high, self.low))
         turns = self.restarts if first < last else 0
-        drawn = 0
+        noises = 0
         for number, pair in enumerate(pairwise(grid)):
             x = self._one(denoise, x, pair, number, noise, None if first <= number < last and turns else after_step)
             if number + 1 == last:
                 for turn in range(turns):
-                    x, drawn = _noised(x, grid[last], grid[first], noise(drawn)), drawn + 1
+                    x, noises = _noised(x, grid[last], grid[first], noise(noises)), noises + 1
                     shown = after_step if turn + 1 == turns else None
                     for again in range(first, last):
                         x = self._one(denoise, x, (grid[again], grid[again + 1]), again, noise, shown)
