@@ -137,6 +137,15 @@ def model(name: str, folder: Path) -> Spec:
         "class_vector": lambda: describe(
             vq(), unet(3, head_channels=32, vector_width=24), {"label": class_label("vector", 24)}
         ),
+        "flow": lambda: describe(
+            kl(3), unet(4, head_channels=16), prediction="VelocityPrediction",
+            schedule={"_target_": f"{HOME}diffusion.paths.LinearPath", "shift": 3.0},
+        ),
+        "flow_match": lambda: describe(
+            kl(3), unet(4, head_channels=16), prediction="VelocityPrediction",
+            schedule={"_target_": f"{HOME}diffusion.flow_match.FlowMatchPath", "dynamic": [1024, 0.5, 16384, 1.15],
+                      "terminal": 0.05, "rule": "karras"},
+        ),
         "cosine": lambda: describe(vq(), unet(3, head_channels=32), schedule={"name": "cosine"}),
         "sqrt": lambda: describe(
             vq(), unet(3, head_channels=32), schedule={"name": "sqrt", "start": 1e-6, "end": 4e-4}
@@ -158,7 +167,7 @@ PIPELINES = {
     "ldm_text": "LDMTextToImagePipeline",
     "super_resolution": "LDMSuperResolutionPipeline",
 }
-MODULES = ("class_tokens", "class_vector")
+MODULES = ("class_tokens", "class_vector", "flow", "flow_match")
 
 
 def weights(spec: Spec, seed: int = 0) -> Parts:

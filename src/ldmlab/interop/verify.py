@@ -110,8 +110,10 @@ def compare_text(text: Any, tokenizer: Any, encoder: Any, length: int) -> float:
     return check_close("text encoder", text({"caption": captions}, None), encoder(foreign)[0])
 
 
-def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
-    """alpha_bar of all levels, and the levels that DDIM visits."""
+def compare_schedule(model: LatentDiffusion, scheduler: Any, token_values: int) -> float:
+    """alpha_bar of all levels, and the levels that DDIM visits; of a flow, the levels of ten steps."""
+    if not hasattr(model.schedule, "steps"):
+        return compare_flow(model.schedule, scheduler, token_values)
     total = model.schedule.steps
     steps = next((count for count in (50, 20, 10, 5, 2, 1) if total % count == 0 and count < total), None)
     if steps is not None:
@@ -121,6 +123,21 @@ def compare_schedule(model: LatentDiffusion, scheduler: Any) -> float:
         if visited != scheduler.timesteps.tolist():
             raise InputError(f"export: DDIM visits other levels there than {visited[:3]} ...; use --format ldmlab.")
     return check_close("schedule", model.schedule.alpha_bar, scheduler.alphas_cumprod)
+
+
+def compare_flow(path: Any, scheduler: Any, token_values: int) -> float:
+    """Levels and times of ten steps; those of a plain path are handed to the scheduler, whose own are others."""
+    steps, tokens, config = 10, 1024, scheduler.config
+    given: dict[str, Any] = {} if hasattr(path, "rule") else {"sigmas": [1 - i / steps for i in range(steps)]}
+    if config.use_dynamic_shifting:
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        given["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    scheduler.set_timesteps(steps, **given)
+    grid = path.at_size(tokens * token_values).grid(steps)
+    sigma = torch.tensor([level.alpha if config.invert_sigmas else level.sigma for level in grid])
+    times = torch.tensor([level.time for level in grid[:-1]]) / config.num_train_timesteps
+    check_close("times", times, scheduler.timesteps / config.num_train_timesteps)
+    return check_close("schedule", sigma, scheduler.sigmas)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Files of diffusers' folders: settings with defaults filled in, weights, and noise schedules."""
+"""Files of diffusers' folders: settings with defaults filled in, and weights."""
 
 import json
 import re
@@ -7,11 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
-from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.files import read_text
 from ldmlab.interop import imported
@@ -120,82 +118,3 @@ def levels_with_attention(
 def _plain(value: Any) -> Any:
     """Tuples as lists, as they come from a file."""
     return list(value) if isinstance(value, tuple) else value
-
-
-Config = Mapping[str, Any]
-_NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}  # diffusers => ours
-_PREDICTIONS = {"epsilon": "EpsPrediction", "v_prediction": "VPrediction"}
-_HOME = "ldmlab.diffusion."
-_SAME = 1e-6  # float32 of betas below 0.02 is much closer
-
-
-def diffusion_node(config: Config) -> dict[str, Any]:
-    """Our diffusion node for a `scheduler_config.json`: the noise levels and what is predicted, not the steps taken."""
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS:
-        raise InputError(
-            f"scheduler prediction_type={prediction} is not supported; supported: {', '.join(_PREDICTIONS)}."
-        )
-    schedule = {"_target_": f"{_HOME}schedule.Schedule", **_schedule(config)}
-    if config.get("rescale_betas_zero_snr"):
-        schedule["zero_terminal_snr"] = True
-    return {
-        "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
-        "prediction": {"_target_": f"{_HOME}parameterization.{_PREDICTIONS[prediction]}"},
-        "schedule": schedule,
-    }
-
-
-def _schedule(config: Config) -> dict[str, Any]:
-    """Name and options of the schedule of ours, by its name there or by its betas."""
-    if (betas := config.get("trained_betas")) is not None:
-        table = torch.tensor(betas, dtype=torch.float64)
-        start, end = float(table[0]), float(table[-1])
-        plain, squares = {"start": start, "end": end}, {"start": start**2, "end": end**2}
-        ends = {"scaled_linear": plain, "linear": plain, "sqrt": squares, "cosine": {}}
-        for name, options in ends.items():
-            found: dict[str, Any] = {"name": name, **options, "steps": len(table)}
-            if torch.allclose(Schedule(**found).betas, table, atol=_SAME, rtol=0):
-                return found
-        raise InputError(
-            f"scheduler trained_betas={start} .. {end} belong to none of the supported schedules; use another model."
-        )
-    name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-    if name not in _NAMES:
-        raise InputError(f"scheduler beta_schedule={name} is not supported; supported: {', '.join(_NAMES)}.")
-    if name == "squaredcos_cap_v2":
-        return {"name": "cosine", "steps": steps}
-    ends = {"start": config.get("beta_start", 0.0001), "end": config.get("beta_end", 0.02)}
-    return {"name": _NAMES[name], **ends, "steps": steps}
-
-
-def sampler_node(config: Config) -> dict[str, Any]:
-    """DDIM with the scheduler's step rule where it is `trailing`, as models without a terminal signal need."""
-    node = {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0}
-    return node | ({"spacing": "trailing"} if config.get("timestep_spacing") == "trailing" else {})
-
-
-def scheduler_options(node: Mapping[str, Any]) -> Config:
-    """Options of a DDIMScheduler that steps as the official DDIM sampler does, for a diffusion node of ours."""
-    prediction = str(node["prediction"]["_target_"]).rpartition(".")[2]
-    foreign = {ours: name for name, ours in _PREDICTIONS.items()}
-    path = str(node["schedule"]["_target_"]).rpartition(".")[2]
-    if prediction not in foreign or path != "Schedule":
-        raise InputError(f"diffusion.prediction={prediction} on {path} has no scheduler here; use --format ldmlab.")
-    options = {key: value for key, value in node["schedule"].items() if key != "_target_"}
-    rescaled = bool(options.pop("zero_terminal_snr", False))  # by the scheduler itself
-    schedule = Schedule(**options)
-    config: dict[str, Any] = {
-        "num_train_timesteps": schedule.steps,
-        "prediction_type": foreign[prediction],
-        "clip_sample": False,
-        "set_alpha_to_one": False,  # the last step goes to the first level of the schedule
-    }
-    if rescaled:
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    else:
-        config |= {"steps_offset": 1, "timestep_spacing": "leading"}
-    if schedule.name in ("scaled_linear", "linear"):
-        ends = {"beta_start": options.get("start", 0.0015), "beta_end": options.get("end", 0.0195)}
-        return config | {"beta_schedule": schedule.name, **ends}
-    return config | {"trained_betas": schedule.betas.tolist()}

@@ -11,8 +11,9 @@ from torch import Tensor
 from ldmlab.checkpoints import save_tensors
 from ldmlab.errors import InputError
 from ldmlab.interop import verify
-from ldmlab.interop.diffusers import diffusers_build, diffusers_config
+from ldmlab.interop.diffusers import diffusers_build
 from ldmlab.interop.diffusers.diffusers_first_stages import folded, scale_of, single_factor
+from ldmlab.interop.diffusers.diffusers_schedulers import scheduler_options, token_values
 from ldmlab.interop.diffusers.diffusers_texts import BERT_TARGET, CLIP_TARGET, text_length
 from ldmlab.interop.imported import assembled, assembled_first_stage
 from ldmlab.interop.renaming import Node
@@ -51,6 +52,8 @@ def _pipeline(spec: Node, stage: str, text: Node | None) -> tuple[str | None, st
     kinds = [kind(node) for node in spec["conditioners"].values()]
     others = [node for node in spec["conditioners"].values() if node is not text]
     none = f"no pipeline of diffusers takes {', '.join(kinds)}"
+    if kind(spec["diffusion"]["prediction"]) == "VelocityPrediction":
+        return None, "no pipeline of diffusers runs this network on a flow"
     if stage == "Identity":
         return (None, none) if kinds else ("DDIMPipeline", "")
     if not kinds:
@@ -161,7 +164,7 @@ class Export:
         latent_side = side // downsampling(spec["first_stage"])
         modules = {
             "unet": build.diffusers_unet(self.diffusers, spec, self.parts, latent_side, self.rows),
-            "scheduler": self.diffusers.DDIMScheduler(**diffusers_config.scheduler_options(spec["diffusion"])),
+            "scheduler": self._scheduler(),
         }
         if self.plan.first_stage is not None:
             node, state = spec["first_stage"], self.parts["first_stage"]
@@ -176,6 +179,10 @@ class Export:
             path = getattr(self._conditioner.tokenizer, "path", None)
             modules["tokenizer"] = build.diffusers_tokenizer(node, path, self.folder / _SCRATCH)
         return modules
+
+    def _scheduler(self) -> Any:
+        name, options = scheduler_options(self.spec["diffusion"], token_values(self.spec))
+        return getattr(self.diffusers, name)(**options)
 
     @property
     def _conditioner(self) -> Any:
@@ -206,7 +213,7 @@ class Export:
             return found["unet"](x, t, **{name: value for name, value in inputs.items() if value is not None}).sample
 
         result = {"U-Net": verify.compare_unet(self.ours.backbone, unet, self.rows)}
-        result["schedule"] = verify.compare_schedule(self.ours, found["scheduler"])
+        result["schedule"] = verify.compare_schedule(self.ours, found["scheduler"], token_values(self.spec))
         if self.plan.first_stage is not None:
             result |= _compare_first_stage(self.ours, found[self.plan.first_stage], self.factor)
         if self.plan.text is not None and self.text is not None:

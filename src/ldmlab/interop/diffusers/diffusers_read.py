@@ -10,9 +10,10 @@ from ldmlab.errors import InputError
 from ldmlab.interop.diffusers import diffusers_texts as texts
 from ldmlab.interop.diffusers import diffusers_unets
 from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_unet, filled_text
-from ldmlab.interop.diffusers.diffusers_config import diffusion_node, read_json, read_weights, sampler_node
+from ldmlab.interop.diffusers.diffusers_config import read_json, read_weights
 from ldmlab.interop.diffusers.diffusers_first_stages import KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE
+from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, sampler_node
 from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
 from ldmlab.interop.diffusers.diffusers_unets import CONDITION, PLAIN, TARGET
 
