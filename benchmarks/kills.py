@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -119,8 +120,12 @@ def kill(run: Run, straight: Run, rng: random.Random) -> None:
 
 def compare(run: Run, straight: Run) -> None:
     """The verdict on a run that has ended."""
+    ours, theirs = result(run.path), result(straight.path)
+    for part in ("checkpoints", "files"):  # where the last kill came before old ones were deleted, they are still there
+        old = [name for name in ours[part] if re.fullmatch(r"(checkpoints/)?(best_)?step_.*", name)]
+        ours[part] = {n: v for n, v in ours[part].items() if n in theirs[part] or n not in old}
     try:
-        forked.same(result(run.path), result(straight.path))
+        forked.same(ours, theirs)
     except AssertionError as error:
         run.verdict = f"differs: {str(error).splitlines()[0]}"
 
@@ -135,7 +140,7 @@ def result(path: Path) -> dict[str, Any]:
     averages = sorted((path / power_averages.FOLDER).iterdir())
     return {
         "metrics.csv": rows,
-        "files": sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.name != ".lock"),
+        "files": {str(f.relative_to(path)): f.is_dir() for f in sorted(path.rglob("*")) if f.name != ".lock"},
         "checkpoints": {file.name: load_checkpoint(file) for file in kept if not file.name.startswith(".")},
         "averages": {file.name: safetensors.torch.load_file(file) for file in averages},
     }

@@ -172,8 +172,11 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     path = train(TwoGroups(max_steps=4), tmp_path / "run")
     written = path.stat().st_mtime_ns
+    killed = path.with_name(".step_00000002.ckpt.removed.part")  # while it was deleted
+    killed.mkdir()
     assert train(TwoGroups(max_steps=4), tmp_path / "run") == path
     assert path.stat().st_mtime_ns == written
+    assert not killed.exists()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def fit(
 ) -> Path:
     """Train to `stage.max_steps`; the path of the last checkpoint. A signal saves and ends in SystemExit(128 + n).
 
-    Nothing is written before the newest checkpoint was read and compared, nor in a run that is finished.
+    Nothing is written before the newest checkpoint was read and compared, nor in a run that is finished, where only
+    incomplete files of killed processes are deleted.
     """
     settings.check_device()
     distributed.join()
@@ -62,6 +63,7 @@ def fit(
         own.convert_module(stage)  # before a checkpoint of that precision is taken up
     path, changes = _take_up(stage, checkpoints, files, settings, batches, record)
     if path is not None and stage.step >= stage.max_steps:
+        checkpoints.sweep()  # it may have been killed while it deleted an old one, after its last step
         return path
     run.begin()
     checkpoints.sweep()
