@@ -14,21 +14,21 @@ class NoiseLevels(pl.Callback):
 
     def __init__(self, bins: int = 10) -> None:
         self.bins = bins
-        self._sums: Tensor | None = None  # (2, bins): loss and count, on the device
+        self._seen: list[tuple[Tensor, Tensor]] = []  # losses and levels of micro-batches since the last row, (B,) each
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        """Add the micro-batch's images to their bins; log those that saw images since the last row."""
+        """Log the bins that saw images since the last row, once a row is due: until then nothing is computed."""
         extras = next((e for e in pl_module.extras.values() if {"loss", "level"} <= e.keys()), None)
         if extras is None:
             return
-        loss = extras["loss"].float()  # (B,)
-        place = (extras["level"] * self.bins).long().clamp(0, self.bins - 1)  # level: (B,) in [0, 1)
-        if self._sums is None:
-            self._sums = torch.zeros(2, self.bins, device=loss.device)
-        self._sums.index_add_(1, place, torch.stack([loss, torch.ones_like(loss)]))
-        if pl_module.step_complete and pl_module.row_due:
-            sums, counts = distributed.sum_(self._sums.clone()).tolist()
-            self._sums.zero_()
-            for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
-                if count:
-                    pl_module.log(f"loss_by_noise/{index / self.bins:.2f}", total / count)
+        self._seen.append((extras["loss"], extras["level"]))
+        if not (pl_module.step_complete and pl_module.row_due):
+            return
+        loss, level = (torch.cat(parts).float() for parts in zip(*self._seen, strict=True))
+        self._seen = []
+        place = (level * self.bins).long().clamp(0, self.bins - 1)  # level: in [0, 1)
+        sums = torch.zeros(2, self.bins, device=loss.device)
+        sums.index_add_(1, place, torch.stack([loss, torch.ones_like(loss)]))
+        for index, (total, count) in enumerate(distributed.sum_(sums).T.tolist()):
+            if count:
+                pl_module.log(f"loss_by_noise/{index / self.bins:.2f}", total / count)
