@@ -79,7 +79,7 @@ def member(rank: int, world: int, run: Run, point: str, turn: int, at: int) -> N
     os.dup2(sys.stderr.fileno(), 2)  # what torch itself says of a lost process goes into the log too
     local = world // 2 if run.strategy == "hsdp" else world
     os.environ.update(LOCAL_WORLD_SIZE=str(local), LOCAL_RANK=str(rank % local))
-    os.environ["LDMLAB_TIMEOUT_SECONDS"] = str(PATIENCE_SECONDS // 2)
+    os.environ["LDMLAB_TIMEOUT_SECONDS"] = str(PATIENCE_SECONDS // 5)
     calls: Counter[str] = Counter()
     stage = MODELS[run.model]()
     for name in POINTS:

@@ -29,7 +29,7 @@ from ldmlab.training.optimizer_groups import OptimizerGroups
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.stage import Stage
 
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 150  # torch connects twice before it gives up
 RESUMING = "checkpoint chosen for resuming"
 # point => whose function (None: the stage's), its name, and when: before, after, or with half of its file on the disk
 POINTS: dict[str, tuple[Any, str, str]] = {
