@@ -3,15 +3,15 @@
 Shapes: B batch, C channels, h w latent size, E width of the embedding, N = h w.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.unet import check_sizes
+from ldmlab.backbones.unet import check_sizes, check_slots
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend, to_map, to_tokens
@@ -129,40 +129,18 @@ class EDM2UNet(ChannelsLast):
         self._build(widths, num_res_blocks, set(attention_downsampling), middle_attention)
 
     def _build(self, widths: Sequence[int], per_level: int, at: set[int], middle_attention: bool) -> None:
-        """The way down, and the way up, where every block but those that resample meets a map of the way down."""
-        first = MPConv(self.in_channels + 1, widths[0], 3)
-        encoder: list[nn.Module] = [first]
-        skips, width_in = [widths[0]], widths[0]
-        for i, width in enumerate(widths):
-            if i:
-                encoder.append(self._block(width_in, width_in, resampling="down"))
-                skips.append(width_in)
-            for _ in range(per_level):
-                encoder.append(self._block(width_in, width, 2**i in at))
-                skips.append(width)
-                width_in = width
-        decoder = [self._block(width_in, width_in, middle_attention, decoder=True)]
-        decoder.append(self._block(width_in, width_in, decoder=True))
-        self.meets = [False, False]  # a map of the way down, each block of the way up
-        for i, width in reversed(list(enumerate(widths))):
-            if i < len(widths) - 1:
-                decoder.append(self._block(width_in, width_in, decoder=True, resampling="up"))
-                self.meets.append(False)
-            for _ in range(per_level + 1):
-                decoder.append(self._block(width_in + skips.pop(), width, 2**i in at, decoder=True))
-                self.meets.append(True)
-                width_in = width
-        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
-        self.conv_out, self.gain_out = MPConv(widths[0], self.out_channels, 3), nn.Parameter(torch.zeros(1))
+        def block(width_in: int, width: int, level: int, role: Role) -> EDM2Block:
+            attention = middle_attention if role == "middle" else 2**level in at and role in ("encoder", "decoder", "exit")
+            resampling: Resampling = role if role in ("down", "up") else "keep"  # type: ignore[assignment]
+            return EDM2Block(
+                width_in, width, self.emb_width, self.balances, decoder=role not in ("encoder", "down"),
+                resampling=resampling, heads=heads_of(width, self.head_channels) if attention else 0,
+            )  # fmt: skip
 
-    def _block(self, width_in: int, width: int, attention: bool = False, **options: Any) -> EDM2Block:
-        heads = width // self.head_channels if attention else 0
-        if attention and (not heads or width % heads):
-            raise InputError(
-                f"backbone.head_channels={self.head_channels} does not fit a level of {width} channels with attention; "
-                "choose a divisor of every such width, or attention_downsampling and middle_attention without it."
-            )
-        return EDM2Block(width_in, width, self.emb_width, self.balances, heads=heads, **options)
+        first = MPConv(self.in_channels + 1, widths[0], 3)
+        encoder, decoder, self.meets = pyramid(widths[0], widths, per_level, block)
+        self.encoder, self.decoder = nn.ModuleList([first, *encoder]), nn.ModuleList(decoder)
+        self.conv_out, self.gain_out = MPConv(widths[0], self.out_channels, 3), nn.Parameter(torch.zeros(1))
 
     @property
     def accepts(self) -> frozenset[str]:
@@ -171,10 +149,7 @@ class EDM2UNet(ChannelsLast):
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """The projected vector; all weights have unit magnitude from here on while training."""
-        for slot in ("tokens", "vector"):
-            if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
-                has = "needs" if slot in self.accepts else "does not take"
-                raise InputError(f"the EDM2 U-Net {has} {slot} conditioning; change conditioner or backbone.")
+        check_slots("the EDM2 U-Net", self.accepts, conditioning)
         if self.training:
             self.force_normal()
         vector = conditioning.vector
@@ -194,10 +169,10 @@ class EDM2UNet(ChannelsLast):
         h = torch.cat(parts, dim=1).to(self.noise.weight.dtype, memory_format=self._layout)
         skips = []
         for i, block in enumerate(self.encoder):
-            h = self._run(block, h, emb) if i else block(h)
+            h = run(self.gradient_checkpointing, block, h, emb) if i else block(h)
             skips.append(h)
         for block, meets in zip(self.decoder, self.meets, strict=True):
-            h = self._run(block, h, emb, *([skips.pop()] if meets else []))
+            h = run(self.gradient_checkpointing, block, h, emb, *([skips.pop()] if meets else []))
         return self.conv_out(h, self.gain_out)
 
     def _embedding(self, t: Tensor, vector: Tensor | None) -> Tensor:
@@ -206,10 +181,54 @@ class EDM2UNet(ChannelsLast):
             emb = self.noise(self.fourier(t))
             return mp_silu(emb if vector is None else mp_sum(emb, vector.to(emb.dtype), self.vector_balance))
 
-    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-        return cast(Tensor, block(*inputs))
+
+Role = Literal["encoder", "down", "middle", "plain", "up", "decoder", "exit"]  # exit: the last block of a level
+
+
+def pyramid(
+    base: int, widths: Sequence[int], per_level: int, block: Callable[[int, int, int, Role], nn.Module]
+) -> tuple[list[nn.Module], list[nn.Module], list[bool]]:
+    """Blocks of the way down and of the way up, and which of the latter meet a map of the way down.
+
+    base: width of the first map; block: of two widths, the level and the role. All but those that resample and the
+    middle ones meet a map.
+    """
+    encoder, decoder, meets, skips, width_in, last = [], [], [], [base], base, len(widths) - 1
+    for i, width in enumerate(widths):
+        if i:
+            encoder.append(block(width_in, width_in, i, "down"))
+            skips.append(width_in)
+        for _ in range(per_level):
+            encoder.append(block(width_in, width, i, "encoder"))
+            skips.append(width)
+            width_in = width
+    for i, width in reversed(list(enumerate(widths))):
+        between: tuple[Role, ...] = ("up",) if i < last else ("middle", "plain")
+        decoder += [block(width_in, width_in, i, role) for role in between]
+        meets += [False] * len(between)
+        for j in range(per_level + 1):
+            decoder.append(block(width_in + skips.pop(), width, i, "exit" if j == per_level else "decoder"))
+            meets.append(True)
+            width_in = width
+    return encoder, decoder, meets
+
+
+def heads_of(width: int, head_channels: int) -> int:
+    """Heads of a level's attention."""
+    heads = width // head_channels
+    if not heads or width % heads:
+        raise InputError(
+            f"backbone.head_channels={head_channels} does not fit a level of {width} channels with attention; "
+            "choose a divisor of every such width, or attention_downsampling and middle_attention without it."
+        )
+    return heads
+
+
+def run(again: bool, block: nn.Module, *inputs: object) -> Tensor:
+    """The block's output; again: recomputed in the backward pass."""
+    if again and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+    return cast(Tensor, block(*inputs))
 
 
 def _check_numbers(balances: Sequence[float], resample_filter: Sequence[float], clip: float | None) -> None:

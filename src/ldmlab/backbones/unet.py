@@ -196,10 +196,7 @@ class UNet(ChannelsLast):
 
     def _projected(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None]:
         """Tokens (B, L, D) and the projected vector (B, E)."""
-        for slot in ("tokens", "vector"):
-            if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
-                has = "needs" if slot in self.accepts else "does not take"
-                raise InputError(f"the U-Net {has} {slot} conditioning; change conditioner or backbone.")
+        check_slots("the U-Net", self.accepts, conditioning)
         dtype = self.conv_in.weight.dtype
         tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
         return tokens, None if vector is None or self.vector is None else self.vector(vector)
@@ -243,6 +240,14 @@ class UNet(ChannelsLast):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, part, use_reentrant=False)
         return block(h, emb, part)
+
+
+def check_slots(network: str, accepts: frozenset[str], conditioning: Conditioning) -> None:
+    """InputError for tokens or a vector that the network lacks or was not built for."""
+    for slot in ("tokens", "vector"):
+        if (slot in accepts) != (getattr(conditioning, slot) is not None):
+            has = "needs" if slot in accepts else "does not take"
+            raise InputError(f"{network} {has} {slot} conditioning; change conditioner or backbone.")
 
 
 def check_sizes(least: int, **sizes: int | None) -> None:

@@ -93,7 +93,7 @@ def network_part(config: Node) -> Part:
     """Our network for the arguments of `Precond`, without weights, and the official names of its tensors."""
     network = unfilled(backbone_node(config), "backbone")
     mults = config.get("channel_mult", [1, 2, 3, 4])
-    blocks = list(_blocks(config["img_resolution"], len(mults), config.get("num_blocks", 3)))
+    blocks = list(block_names(config["img_resolution"], len(mults), config.get("num_blocks", 3)))
     names: Names = {}
     for ours in network.state_dict():
         parent, _, leaf = ours.rpartition(".")
@@ -107,7 +107,7 @@ def network_part(config: Node) -> Part:
     return Part("network", network, names, matrices)
 
 
-def _blocks(resolution: int, levels: int, per_level: int) -> Iterator[str]:
+def block_names(resolution: int, levels: int, per_level: int) -> Iterator[str]:
     """Official names of the blocks in the order they run."""
     sides = [f"{resolution >> level}x{resolution >> level}" for level in range(levels)]
     for level, side in enumerate(sides):

@@ -167,17 +167,20 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         resample: Callable[..., Tensor] | None = None,  # halve | double, applied in the branch and on the way around it
+        norm: Callable[[int], nn.Module] = group_norm,
+        project: bool = False,  # a 1 x 1 convolution on the way around where the width stays, too
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample
-        self.norm_in = group_norm(channels_in)
+        self.norm_in = norm(channels_in)
         self.conv_in = conv3(channels_in, channels_out)
         self.emb = nn.Linear(emb_width, 2 * channels_out if scale_shift else channels_out)
-        self.norm_out = group_norm(channels_out)
+        self.norm_out = norm(channels_out)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero(conv3(channels_out, channels_out))
-        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        project = project or channels_in != channels_out
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if project else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, size: Size | None = None) -> Tensor:
         """x (B, C, h, w), emb (B, E) after its SiLU => (B, C', h', w'); `size` is for a growing block."""

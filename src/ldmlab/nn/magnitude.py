@@ -43,21 +43,35 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
     return torch.cat([a * (scale * (1 - t) / math.sqrt(count_a)), b * (scale * t / math.sqrt(count_b))], dim=1)
 
 
-def resample(x: Tensor, mode: Resampling, weights: Sequence[float] = (1, 1)) -> Tensor:
-    """Half or twice the size by a separable filter of even length; (1, 1) is a mean of 2 x 2 or repeated pixels."""
+def resample(x: Tensor, mode: Resampling, weights: Sequence[float] = (1, 1), pad: int | None = None) -> Tensor:
+    """Half or twice the size by a separable filter of even length; (1, 1) is a mean of 2 x 2 or repeated pixels.
+
+    pad: zeros on each side; None: as many as keep the size even where x's is.
+    """
     if mode == "keep":
         return x
     if tuple(weights) == (1, 1):
         return halve(x) if mode == "down" else double(x, (2 * x.shape[2], 2 * x.shape[3]))
     row = torch.tensor(weights, dtype=torch.float32, device=x.device)
     kernel = (torch.outer(row, row) / row.sum() ** 2).to(x.dtype).expand(x.shape[1], 1, -1, -1)
-    pad = (len(weights) - 1) // 2
+    pad = (len(weights) - 1) // 2 if pad is None else pad
     if mode == "down":
         return F.conv2d(x, kernel, stride=2, padding=pad, groups=x.shape[1])
     return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=pad, groups=x.shape[1])
 
 
-class MPFourier(nn.Module):
+class ExactBuffers(nn.Module):
+    """A module whose buffers stay float32 where weights are made half precision: angles are up to some tens."""
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "ExactBuffers":
+        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class MPFourier(ExactBuffers):
     """(B,) => (B, channels) float32: sqrt(2) cos(f t + p), random f ~ 2 pi N(0, 1) and p, fixed (equation 75)."""
 
     frequencies: Tensor  # (channels,)
@@ -67,14 +81,6 @@ class MPFourier(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels))
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "MPFourier":
-        """They stay float32 where weights are made half precision: angles are up to some tens."""
-        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
 
     def forward(self, t: Tensor) -> Tensor:
         return math.sqrt(2) * torch.cos(t.float()[:, None] * self.frequencies + self.phases)

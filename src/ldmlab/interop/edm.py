@@ -1,0 +1,179 @@
+"""The official EDM networks (NVlabs/edm, training/networks.py): preconditionings over `SongUNet` and `DhariwalUNet`."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ldmlab.backbones.edm_unet import EdmUNet
+from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.errors import InputError, one_of
+from ldmlab.interop.edm2 import block_names
+from ldmlab.interop.renaming import Names, Node, Part, State, StateDict, unfilled
+
+PRECONDS = {  # class => its network unless another is named
+    **{"EDMPrecond": "DhariwalUNet", "iDDPMPrecond": "DhariwalUNet"},
+    **{"VPPrecond": "SongUNet", "VEPrecond": "SongUNet"},
+}
+_OPTIONS = {"num_blocks": "num_res_blocks", "encoder_type": "encoder", "decoder_type": "decoder", "dropout": "dropout"}
+_DEFAULTS = {  # of options that depend on the network
+    "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]},
+    "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3},
+}
+_HEAD = 64  # channels of a head of DhariwalUNet
+_IN_BLOCK = {
+    **{"res.norm_in": "norm0", "res.conv_in": "conv0", "res.emb": "affine", "res.norm_out": "norm1"},
+    **{"res.conv_out": "conv1", "res.skip": "skip", "norm": "norm2", "qkv": "qkv", "out": "proj"},
+}
+_OUTSIDE = {"expand": "map_layer0", "mix": "map_layer1", "label": "map_label", "augment": "map_augment"}
+_FILTER = "resample_filter"
+
+
+def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
+    """The official `EDMPrecond`, `VPPrecond`, `VEPrecond` or `iDDPMPrecond` with these weights.
+
+    config: the arguments of the class, and its name as `precond` (EDMPrecond). `use_fp16` and `label_dropout` have no
+    effect: it runs in float32 with the labels it is given. InputError: weights of another configuration.
+    """
+    part = network_part(config)
+    part.filled(without_filters(config, state_dict))
+    return OfficialPrecond(config, cast(EdmUNet, part.module)).eval()
+
+
+def precond_of(config: Node) -> str:
+    """The class."""
+    one_of("precond", name := config.get("precond", "EDMPrecond"), tuple(PRECONDS))
+    return name
+
+
+def with_defaults(config: Node) -> dict[str, Any]:
+    """The arguments, and those left out that shape the network."""
+    one_of("model_type", kind := config.get("model_type", PRECONDS[precond_of(config)]), tuple(_DEFAULTS))
+    general = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4, "channel_mult_noise": 1, _FILTER: [1, 1]}
+    return {**general, "attn_resolutions": [32, 16, 8], "model_type": kind, **_DEFAULTS[kind], **config}
+
+
+def backbone_node(config: Node) -> dict[str, Any]:
+    """Our backbone for the arguments of a class."""
+    config = with_defaults(config)
+    song, width, mults = config["model_type"] == "SongUNet", config["model_channels"], config["channel_mult"]
+    attending = [
+        2**level  # where levels are narrower than a head there is no attention, without a word
+        for level, mult in enumerate(mults)
+        if config["img_resolution"] >> level in config["attn_resolutions"] and (song or width * mult >= _HEAD)
+    ]
+    channels = config["img_channels"]
+    return {
+        "_target_": "ldmlab.backbones.edm_unet.EdmUNet",
+        **{"in_channels": channels, "out_channels": channels * (2 if precond_of(config) == "iDDPMPrecond" else 1)},
+        **{"form": "song" if song else "adm", "model_channels": width, "channel_mult": list(mults)},
+        **{"attention_downsampling": attending, "middle_attention": song or width * mults[-1] >= _HEAD},
+        **{"head_channels": None if song else _HEAD, "emb_channels": width * config["channel_mult_emb"]},
+        "noise_channels": width * (config["channel_mult_noise"] if song else 1),
+        **{"vector_width": config["label_dim"] + config["augment_dim"] or None, "augment_width": config["augment_dim"]},
+        **{"fourier": config.get("embedding_type") == "fourier", _FILTER: list(config[_FILTER])},
+        **{ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config},
+    }
+
+
+def network_part(config: Node) -> Part:
+    """Our network for the arguments of a class, without weights, and the official names of its tensors."""
+    config, network = with_defaults(config), unfilled(backbone_node(config), "backbone")
+    sides = [config["img_resolution"] >> level for level in range(len(config["channel_mult"]))]
+    blocks = list(block_names(config["img_resolution"], len(sides), config["num_blocks"]))
+    places = {side: [f"model.{name}" for name in blocks if name.startswith(side)] for side in ("enc", "dec")}
+    outside = {ours: f"model.{name}" for ours, name in _OUTSIDE.items()}
+    outside |= {"conv_in": places["enc"][0], "fourier.frequencies": "model.map_noise.freqs"}
+    outside |= {f"encoder.{i}": name for i, name in enumerate(places["enc"][1:])}
+    outside |= {f"decoder.{i}": name for i, name in enumerate(places["dec"])}
+    kind = config.get("encoder_type")
+    outside |= {f"inputs.{i}": f"model.enc.{side}x{side}_aux_{kind}" for i, side in enumerate(sides[1:])}
+    shown = sides[::-1] if config.get("decoder_type") == "skip" else sides[:1]
+    for i, side in enumerate(shown):
+        place = f"dec.{side}x{side}_aux" if config["model_type"] == "SongUNet" else "out"
+        outside |= {f"norms_out.{i}": f"model.{place}_norm", f"convs_out.{i}": f"model.{place}_conv"}
+    names: Names = {}
+    for ours in network.state_dict():
+        parent, _, leaf = ours.rpartition(".")
+        side, number, *inside = parent.split(".") if "." in parent else (parent, "")
+        if ours in outside:
+            names[ours] = (outside[ours],)
+        elif inside:
+            names[ours] = (f"{outside[f'{side}.{number}']}.{_IN_BLOCK['.'.join(inside)]}.{leaf}",)
+        else:
+            names[ours] = (f"{outside[parent]}.{leaf}",)
+    return Part("network", network, names, {name: 4 for name in names if name.endswith(("qkv.weight", ".out.weight"))})
+
+
+def without_filters(config: Node, state: State) -> StateDict:
+    """The tensors but those of resampling filters, which must be the configuration's."""
+    row = torch.tensor(with_defaults(config)[_FILTER], dtype=torch.float32)
+    known = torch.outer(row, row) / row.sum() ** 2
+    for name, tensor in state.items():
+        if name.endswith(_FILTER) and not (
+            tensor.shape[2:] == known.shape and torch.allclose(tensor.float()[0, 0], known, atol=1e-6)
+        ):
+            raise InputError(f"{name} of the file is not {_FILTER}={row.tolist()}; give the configuration's.")
+    return {name: tensor for name, tensor in state.items() if not name.endswith(_FILTER)}
+
+
+class OfficialPrecond(nn.Module):
+    """Our network behind the official signature: clean estimate of x = clean + sigma noise."""
+
+    def __init__(self, config: Node, network: EdmUNet) -> None:
+        super().__init__()
+        self.config, self.precond, self.network = with_defaults(config), precond_of(config), network
+
+    def forward(
+        self,
+        x: Tensor,  # (B, C, h, w)
+        sigma: Tensor,  # (B,), or one for all
+        class_labels: Tensor | None = None,  # (B, classes), one-hot; None: no class
+        force_fp32: bool = True,  # it always is
+        augment_labels: Tensor | None = None,  # (B, augment_dim); None: not augmented
+    ) -> Tensor:
+        """c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, equation 7 and table 1), float32."""
+        x, sigma = x.float(), torch.as_tensor(sigma).float().reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in = self.scales(sigma)
+        time = self.c_noise(sigma.flatten()).expand(len(x))
+        return c_skip * x + c_out * self.raw(c_in * x, time, class_labels, augment_labels)[:, : x.shape[1]]
+
+    def scales(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float]:
+        """c_skip, c_out and c_in."""
+        if self.precond == "VEPrecond":
+            return 1.0, sigma, 1.0
+        if self.precond != "EDMPrecond":
+            return 1.0, -sigma, 1 / (sigma**2 + 1).sqrt()
+        data = self.config.get("sigma_data", 0.5)
+        total = sigma**2 + data**2
+        return data**2 / total, sigma * data / total.sqrt(), 1 / total.sqrt()
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """What the network receives, (B,), rounded as it is there."""
+        steps = self.config.get("M", 1000)
+        if self.precond == "EDMPrecond":
+            return sigma.log() / 4
+        if self.precond == "VEPrecond":
+            return (0.5 * sigma).log()
+        if self.precond == "VPPrecond":
+            width, least = self.config.get("beta_d", 19.9), self.config.get("beta_min", 0.1)
+            return (steps - 1) * ((least**2 + 2 * width * (1 + sigma**2).log()).sqrt() - least) / width
+        known = Schedule("cosine", steps=steps, cosine_offset=self.config.get("C_2", 0.008)).alpha_bar
+        levels = torch.cat([known.new_zeros(1), (1 / known - 1).sqrt()]).to(sigma)
+        return (sigma[:, None] - levels).abs().argmin(1).to(sigma) - 1
+
+    def raw(
+        self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """The official `SongUNet` or `DhariwalUNet`: F, before preconditioning."""
+        parts = []
+        for width, labels, scale in (
+            (self.config["label_dim"], class_labels, math.sqrt(self.config["label_dim"])),
+            (self.config["augment_dim"], augment_labels, 1.0),
+        ):
+            if width:
+                labels = x.new_zeros(1, width) if labels is None else labels.to(x).reshape(-1, width)
+                parts.append((scale * labels).expand(len(x), -1))
+        return self.network(x, c_noise, Conditioning(vector=torch.cat(parts, dim=1) if parts else None))
