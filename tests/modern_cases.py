@@ -11,12 +11,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drawn_weights import drawn
+
 ASSETS = Path(__file__).parent / "assets" / "reference" / "modern"
 
 
 def recorded(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and settings of PROGRAM/CASE."""
     return load_file(ASSETS / f"{case}.safetensors"), json.loads((ASSETS / f"{case}.json").read_text())["cases"]
+
+
+def networks(file: str) -> dict[str, dict[str, Any]]:
+    """The recorded networks of FILE.json by name: configuration, names of tensors, and more."""
+    return json.loads((ASSETS / f"{file}.json").read_text())
+
+
+def weights_of(case: dict[str, Any], file: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dict of a recorded network, and the recorded tensors of FILE.safetensors."""
+    tensors = load_file(ASSETS / f"{file}.safetensors")
+    return drawn(case) | {key: tensors[f"kept.{key}"] for key in case["kept"]}, tensors
 
 
 def drawn_noise(name: str, *shape: int) -> Tensor:

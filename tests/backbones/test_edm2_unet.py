@@ -1,8 +1,6 @@
 """The magnitude-preserving U-Net gives the official EDM2 outputs and gradients, and has the official sizes."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,26 +13,25 @@ from drawn_weights import drawn, named_normal
 from ldmlab.backbones.edm2_unet import EDM2UNet
 from ldmlab.conditioners.class_label import OneHotClass
 from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.objective import Objective
+from ldmlab.diffusion.parameterization import EdmPrediction
+from ldmlab.diffusion.paths import EdmPath
+from ldmlab.diffusion.time_sampling import LogNormalSigma
+from ldmlab.diffusion.weighting import EdmWeighting, LearnedLogVariance
 from ldmlab.errors import InputError
 from ldmlab.interop import edm2
 from ldmlab.nn.compiling import compile_regions
 from ldmlab.nn.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize, resample
+from modern_cases import ASSETS, assert_near, networks, weights_of
 
-ASSETS = Path(__file__).parents[1] / "assets/reference/modern"
-CASES: dict[str, dict[str, Any]] = json.loads((ASSETS / "edm2.json").read_text())
+CASES = networks("edm2")
 TOLERANCE = 1e-5  # of the largest value; float32 runs of one network differ by 1e-6
 
 
 def case_of(name: str) -> tuple[edm2.OfficialPrecond, dict[str, Tensor]]:
     """The network with the case's weights, and its recorded tensors."""
-    case, recorded = CASES[name], load_file(ASSETS / f"{name}.safetensors")
-    state = drawn(case) | {key: recorded[f"kept.{key}"] for key in case["kept"]}
-    return edm2.as_official(case["config"], state), recorded
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
+    state, recorded = weights_of(CASES[name], name)
+    return edm2.as_official(CASES[name]["config"], state), recorded
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -43,15 +40,15 @@ def test_outputs_and_log_variance(name: str) -> None:
     model, recorded = case_of(name)
     labels, data = recorded.get("labels"), CASES[name]["config"]["sigma_data"]
     out, log_variance = model(recorded["x"], recorded["sigma"], labels, return_logvar=True)
-    assert distance(out, recorded["out"]) < TOLERANCE
-    assert distance(log_variance, recorded["logvar"]) < TOLERANCE
+    assert_near(out, recorded["out"], TOLERANCE)
+    assert_near(log_variance, recorded["logvar"], TOLERANCE)
     if labels is not None:
-        assert distance(model(recorded["x"], recorded["sigma"]), recorded["out_nolabel"]) < TOLERANCE
+        assert_near(model(recorded["x"], recorded["sigma"]), recorded["out_nolabel"], TOLERANCE)
     sigma = recorded["sigma"]
     scaled = recorded["x"] / (sigma**2 + data**2).sqrt()[:, None, None, None]
-    assert distance(model.raw(scaled, sigma.log() / 4, labels), recorded["raw"]) < TOLERANCE
+    assert_near(model.raw(scaled, sigma.log() / 4, labels), recorded["raw"], TOLERANCE)
     padded = torch.cat([recorded["x"], torch.ones_like(recorded["x"][:, :1])], dim=1)
-    assert distance(model.network.encoder[0](padded), recorded["first_conv"]) < TOLERANCE
+    assert_near(model.network.encoder[0](padded), recorded["first_conv"], TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,23 +62,55 @@ def test_training_forces_unit_weights_and_has_the_official_gradients(name: str) 
     weight = (sigma**2 + data**2) / (sigma * data) ** 2
     clean, log_variance = model.train()(noisy, sigma, labels, return_logvar=True)
     loss = weight * (clean - images) ** 2 / log_variance.exp() + log_variance
-    assert distance(loss.detach(), recorded["loss"]) < TOLERANCE
+    assert_near(loss.detach(), recorded["loss"], TOLERANCE)
     loss.mean().backward()
     gradients = model.official_gradients()
     squares = weight * (model(noisy, sigma, labels) - images) ** 2  # weights change a second time, as in the run
-    assert distance(squares.detach(), recorded["loss_without_logvar"]) < TOLERANCE
+    assert_near(squares.detach(), recorded["loss_without_logvar"], TOLERANCE)
     weights = model.official_state()
     for key, theirs in recorded.items():
         kind, _, tensor = key.partition(".")
         if kind == "after":
-            assert distance(weights[tensor], theirs) < TOLERANCE, tensor
+            assert_near(weights[tensor], theirs, TOLERANCE)
         elif kind == "grad":
-            assert distance(gradients[tensor], theirs) < TOLERANCE, tensor
+            assert_near(gradients[tensor], theirs, TOLERANCE)
     for tensor, norm in CASES[name]["grad_norm"].items():
         assert abs(float(gradients[tensor].norm()) - norm) < 1e-4 * max(norm, 1e-2), tensor
     with torch.no_grad():
         again = model.eval()(recorded["x"], recorded["sigma"], labels)
-    assert distance(again, recorded["out_after_training_forward"]) < TOLERANCE
+    assert_near(again, recorded["out_after_training_forward"], TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("learned", [True, False])
+def test_our_objective_is_the_official_loss(name: str, learned: bool) -> None:
+    """EDM's path, prediction and weighting, with EDM2's log-variance: the mean over the values of an image."""
+    model, recorded = case_of(name)
+    settings = {"P_mean": -0.4, "P_std": 1.0, "sigma_data": 0.5} | CASES[name]["arguments"]["loss"]
+    images, labels = recorded["images"], recorded.get("labels")
+    weighting: Any = EdmWeighting(settings["sigma_data"])
+    if learned:
+        model.head.weighting = weighting
+        weighting = model.head
+    times = LogNormalSigma(settings["P_mean"], settings["P_std"])
+    objective = Objective(EdmPath(), EdmPrediction(CASES[name]["config"]["sigma_data"]), times, weighting).train()
+    model.train()
+    if not learned:  # the recorded run's second
+        model.network.force_normal(again=True)
+    u = torch.special.ndtr(named_normal("noise.1", len(images), 1, 1, 1).flatten().double())
+    t = objective.times(u, torch.zeros(len(u), dtype=torch.int64), images[0].numel())
+    loss = objective(lambda x, t: model.raw(x, t, labels), images, named_normal("noise.2", *images.shape), t)
+    assert_near(loss, recorded["loss" if learned else "loss_without_logvar"].mean(dim=(1, 2, 3)), 5e-5)
+    if not learned:
+        return
+    loss.mean().backward()
+    gradients = model.official_gradients()
+    for tensor, norm in CASES[name]["grad_norm"].items():
+        assert abs(float(gradients[tensor].norm()) - norm) < 1e-4 * max(norm, 1e-2), tensor
+    model.network.force_normal(again=True)  # the run's second forward pass, before its weights were recorded
+    for kind, found in (("grad.", gradients), ("after.", model.official_state())):
+        for key in (key for key in recorded if key.startswith(kind)):
+            assert_near(found[key.removeprefix(kind)], recorded[key], TOLERANCE)
 
 
 def test_parts_are_the_official_ones() -> None:
@@ -100,8 +129,8 @@ def test_parts_are_the_official_ones() -> None:
         ours[f"resample.{mode}.1-3-3-1"] = resample(a, mode, (1, 3, 3, 1))
     assert ours.keys() == recorded.keys() - {"a", "b", "fourier.freqs", "fourier.phases"}
     for name, tensor in ours.items():
-        assert distance(tensor, recorded[name]) < TOLERANCE, name
-    assert distance(fourier.half()(torch.tensor([1.1]))[0], recorded["fourier"][3]) < TOLERANCE
+        assert_near(tensor, recorded[name], TOLERANCE)
+    assert_near(fourier.half()(torch.tensor([1.1]))[0], recorded["fourier"][3], TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +150,7 @@ def test_the_start_is_standard_normal_and_silent() -> None:
     node = edm2.backbone_node(CASES["edm2_class"]["config"])
     network = EDM2UNet(**{name: value for name, value in node.items() if name != "_target_"})
     model.network.load_state_dict(network.state_dict())
-    model.head = edm2.LogVariance(32)
+    model.head = LearnedLogVariance(channels=32)
     state = model.official_state()
     assert state.keys() == CASES["edm2_class"]["init"].keys()
     for name, (_, deviation, largest) in CASES["edm2_class"]["init"].items():

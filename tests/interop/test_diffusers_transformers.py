@@ -1,12 +1,9 @@
 """diffusers' transformers give their recorded outputs with our modules, and have their sizes."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conf_files import conf_node
@@ -16,21 +13,16 @@ from ldmlab.instantiate import instantiate
 from ldmlab.interop.diffusers import as_official
 from ldmlab.interop.diffusers.diffusers_transformers import SD3, backbone_node
 from ldmlab.nn.positions import sine_cosine
+from modern_cases import assert_near, networks, weights_of
 
-ASSETS = Path(__file__).parents[1] / "assets/reference/modern"
-CASES: dict[str, dict[str, Any]] = json.loads((ASSETS / "diffusers.json").read_text())
+CASES = networks("diffusers")
 TOLERANCE = 1e-5  # of the largest output; float32 runs of one network differ by 1e-6
 
 
 def case_of(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The network with the case's weights, and its recorded tensors."""
-    case, recorded = CASES[name], load_file(ASSETS / f"diffusers_{name}.safetensors")
-    state = drawn(case) | {key: recorded[f"kept.{key}"] for key in case["kept"]}
-    return as_official(case["config"], state), recorded
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1))
+    state, recorded = weights_of(CASES[name], f"diffusers_{name}")
+    return as_official(CASES[name]["config"], state), recorded
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -43,9 +35,9 @@ def test_outputs_and_parameters(name: str) -> None:
     else:
         texts = {"encoder_hidden_states": recorded["context"], "pooled_projections": recorded["pooled"]}
         inputs = {"timestep": recorded["t"], **texts}
-    assert distance(model(recorded["x"], **inputs).sample, recorded["out"]) < TOLERANCE
+    assert_near(model(recorded["x"], **inputs).sample, recorded["out"], TOLERANCE)
     if "x_wide" in recorded:
-        assert distance(model(recorded["x_wide"], **inputs)[0], recorded["out_wide"]) < TOLERANCE
+        assert_near(model(recorded["x_wide"], **inputs)[0], recorded["out_wide"], TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd35"])

@@ -9,29 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import ldmlab
-from drawn_weights import drawn
 from ldmlab.app import cli
 from ldmlab.contracts import Conditioning
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.model_files import write_model_folder
+from modern_cases import networks, weights_of
 from refusals import refusal
 
-ASSETS = Path(__file__).parents[1] / "assets/reference/modern"
-CASES: dict[str, dict[str, Any]] = {
-    **json.loads((ASSETS / "transformers.json").read_text()),
-    **json.loads((ASSETS / "edm2.json").read_text()),
-}
+CASES = networks("transformers") | networks("edm2") | networks("edm")
 STAGE = {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
 
 
 def weights(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The case's state dict, and its recorded tensors."""
-    recorded = load_file(ASSETS / f"{name}.safetensors")
-    return drawn(CASES[name]) | {key: recorded[f"kept.{key}"] for key in CASES[name]["kept"]}, recorded
+    return weights_of(CASES[name], name)
 
 
 def first_stage(folder: Path, channels: int) -> Path:

@@ -32,6 +32,55 @@ class Balances:
     clip: float | None  # largest magnitude of a block's output
 
 
+Role = Literal["encoder", "down", "middle", "plain", "up", "decoder", "exit"]  # exit: the last block of a level
+
+
+def pyramid(
+    base: int, widths: Sequence[int], per_level: int, block: Callable[[int, int, int, Role], nn.Module]
+) -> tuple[list[nn.Module], list[nn.Module], list[bool]]:
+    """Blocks of the way down and of the way up, and which of the latter meet a map of the way down.
+
+    base: width of the first map; block: of two widths, the level and the role. All but those that resample and the
+    middle ones meet a map.
+    """
+    encoder, decoder, meets, skips, width_in, last = [], [], [], [base], base, len(widths) - 1
+    for i, width in enumerate(widths):
+        if i:
+            encoder.append(block(width_in, width_in, i, "down"))
+            skips.append(width_in)
+        for _ in range(per_level):
+            encoder.append(block(width_in, width, i, "encoder"))
+            skips.append(width)
+            width_in = width
+    for i, width in reversed(list(enumerate(widths))):
+        between: tuple[Role, ...] = ("up",) if i < last else ("middle", "plain")
+        decoder += [block(width_in, width_in, i, role) for role in between]
+        meets += [False] * len(between)
+        for j in range(per_level + 1):
+            decoder.append(block(width_in + skips.pop(), width, i, "exit" if j == per_level else "decoder"))
+            meets.append(True)
+            width_in = width
+    return encoder, decoder, meets
+
+
+def heads_of(width: int, head_channels: int) -> int:
+    """Heads of a level's attention."""
+    heads = width // head_channels
+    if not heads or width % heads:
+        raise InputError(
+            f"backbone.head_channels={head_channels} does not fit a level of {width} channels with attention; "
+            "choose a divisor of every such width, or attention_downsampling and middle_attention without it."
+        )
+    return heads
+
+
+def run(again: bool, block: nn.Module, *inputs: object) -> Tensor:
+    """The block's output; again: recomputed in the backward pass."""
+    if again and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+    return cast(Tensor, block(*inputs))
+
+
 @region
 class EDM2Block(nn.Module):
     """x + branch(x), then attention over pixels; every sum keeps the magnitude.
@@ -130,12 +179,13 @@ class EDM2UNet(ChannelsLast):
 
     def _build(self, widths: Sequence[int], per_level: int, at: set[int], middle_attention: bool) -> None:
         def block(width_in: int, width: int, level: int, role: Role) -> EDM2Block:
-            attention = middle_attention if role == "middle" else 2**level in at and role in ("encoder", "decoder", "exit")
-            resampling: Resampling = role if role in ("down", "up") else "keep"  # type: ignore[assignment]
+            attention = role in ("encoder", "decoder", "exit") and 2**level in at
+            heads = heads_of(width, self.head_channels) if attention or (role == "middle" and middle_attention) else 0
+            resampling: Resampling = role if role in ("down", "up") else "keep"
+            decoder = role not in ("encoder", "down")
             return EDM2Block(
-                width_in, width, self.emb_width, self.balances, decoder=role not in ("encoder", "down"),
-                resampling=resampling, heads=heads_of(width, self.head_channels) if attention else 0,
-            )  # fmt: skip
+                width_in, width, self.emb_width, self.balances, decoder=decoder, resampling=resampling, heads=heads
+            )
 
         first = MPConv(self.in_channels + 1, widths[0], 3)
         encoder, decoder, self.meets = pyramid(widths[0], widths, per_level, block)
@@ -180,55 +230,6 @@ class EDM2UNet(ChannelsLast):
         with torch.autocast(t.device.type, enabled=False):
             emb = self.noise(self.fourier(t))
             return mp_silu(emb if vector is None else mp_sum(emb, vector.to(emb.dtype), self.vector_balance))
-
-
-Role = Literal["encoder", "down", "middle", "plain", "up", "decoder", "exit"]  # exit: the last block of a level
-
-
-def pyramid(
-    base: int, widths: Sequence[int], per_level: int, block: Callable[[int, int, int, Role], nn.Module]
-) -> tuple[list[nn.Module], list[nn.Module], list[bool]]:
-    """Blocks of the way down and of the way up, and which of the latter meet a map of the way down.
-
-    base: width of the first map; block: of two widths, the level and the role. All but those that resample and the
-    middle ones meet a map.
-    """
-    encoder, decoder, meets, skips, width_in, last = [], [], [], [base], base, len(widths) - 1
-    for i, width in enumerate(widths):
-        if i:
-            encoder.append(block(width_in, width_in, i, "down"))
-            skips.append(width_in)
-        for _ in range(per_level):
-            encoder.append(block(width_in, width, i, "encoder"))
-            skips.append(width)
-            width_in = width
-    for i, width in reversed(list(enumerate(widths))):
-        between: tuple[Role, ...] = ("up",) if i < last else ("middle", "plain")
-        decoder += [block(width_in, width_in, i, role) for role in between]
-        meets += [False] * len(between)
-        for j in range(per_level + 1):
-            decoder.append(block(width_in + skips.pop(), width, i, "exit" if j == per_level else "decoder"))
-            meets.append(True)
-            width_in = width
-    return encoder, decoder, meets
-
-
-def heads_of(width: int, head_channels: int) -> int:
-    """Heads of a level's attention."""
-    heads = width // head_channels
-    if not heads or width % heads:
-        raise InputError(
-            f"backbone.head_channels={head_channels} does not fit a level of {width} channels with attention; "
-            "choose a divisor of every such width, or attention_downsampling and middle_attention without it."
-        )
-    return heads
-
-
-def run(again: bool, block: nn.Module, *inputs: object) -> Tensor:
-    """The block's output; again: recomputed in the backward pass."""
-    if again and torch.is_grad_enabled():
-        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-    return cast(Tensor, block(*inputs))
 
 
 def _check_numbers(balances: Sequence[float], resample_filter: Sequence[float], clip: float | None) -> None:

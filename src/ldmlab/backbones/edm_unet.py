@@ -5,10 +5,10 @@ Shapes: B batch, C channels, h w latent size, N width of the noise embedding, E 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class EdmUNet(ChannelsLast):
         form: str = "adm",  # adm | song (DDPM++ and NCSN++)
         channel_mult: Sequence[int] = (1, 2, 3, 4),  # width of every level, in multiples of model_channels
         num_res_blocks: int = 3,  # per level on the way down; one more on the way up
-        attention_downsampling: Sequence[int] = (2, 4, 8),  # levels with attention, by downsampling factor: 1, 2, 4, ...
+        attention_downsampling: Sequence[int] = (2, 4, 8),  # by downsampling factor: 1, 2, 4, ...
         middle_attention: bool = True,  # in the first block of the way up, whatever attention_downsampling is
         head_channels: int | None = 64,  # width of a head; None: a single head, as song has
         noise_channels: int | None = None,  # N; None: model_channels
@@ -120,7 +120,8 @@ class EdmUNet(ChannelsLast):
     ) -> None:
         super().__init__()
         check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0))
-        check_sizes(1, num_res_blocks=num_res_blocks, head_channels=head_channels, noise_channels=noise_channels, emb_channels=emb_channels)
+        check_sizes(1, num_res_blocks=num_res_blocks, head_channels=head_channels)
+        check_sizes(1, noise_channels=noise_channels, emb_channels=emb_channels)
         check_sizes(0, augment_width=augment_width)
         one_of("backbone.form", form, ("adm", "song"))
         one_of("backbone.encoder", encoder, ("standard", "skip", "residual"))
@@ -152,7 +153,7 @@ class EdmUNet(ChannelsLast):
         def block(width_in: int, width: int, level: int, role: Role) -> EdmBlock:
             attention = middle_attention if role == "middle" else role in at and 2**level in attending
             heads = heads_of(width, self.head_channels or width) if attention else 0
-            return EdmBlock(width_in, width, self.style, role if role in ("down", "up") else "keep", heads)  # type: ignore
+            return EdmBlock(width_in, width, self.style, role if role in ("down", "up") else "keep", heads)
 
         self.conv_in = conv3(self.in_channels, base)
         encoder, decoder, self.meets = pyramid(base, widths, per_level, block)
@@ -168,9 +169,8 @@ class EdmUNet(ChannelsLast):
         shown = widths[::-1] if self.decoder_kind == "skip" else widths[:1]
         self.norms_out = nn.ModuleList(self.style.norm(width) for width in shown)
         self.convs_out = nn.ModuleList(zero(conv3(width, self.out_channels)) for width in shown)
-        per_up = [2 + per_level + 1, *[1 + per_level + 1] * (len(widths) - 1)]  # blocks of each level of the way up
-        ends = torch.tensor(per_up).cumsum(0).tolist()
-        self.exits = [end - 1 for end in (ends if self.decoder_kind == "skip" else ends[-1:])]
+        ends = [(i + 1) * (per_level + 2) for i in range(len(widths))]  # the last block of each level of the way up
+        self.exits = ends if self.decoder_kind == "skip" else ends[-1:]
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -234,7 +234,7 @@ class EdmUNet(ChannelsLast):
         """The map of the lowest level, and those that the way up meets."""
         h, inputs = self.conv_in(x), iter(self.inputs)
         skips = [h]
-        for block in self.encoder:
+        for block in cast(Iterable[EdmBlock], self.encoder):
             h = run(self.gradient_checkpointing, block, h, emb)
             if block.res.resample is not None and self.encoder_kind == "residual":
                 h = x = (h + resample(next(inputs)(x), "down", self.style.filter, pad=0)) / math.sqrt(2)

@@ -33,15 +33,19 @@ class EpsPrediction:
 
 
 class ScorePrediction(EpsPrediction):
-    """The network predicts the score -eps / sigma; what is compared with the noise is -sigma times its output (SiT)."""
+    """The network predicts the score -eps / sigma (SiT); what is compared with the noise is -sigma times its output."""
 
-    def compared(self, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """eps of a score."""
-        return -sigma * output
+    def __init__(self, times_sigma: bool = False) -> None:
+        """times_sigma: it predicts sigma times the score, as NCSN++ (Song et al. 2021; c_out = sigma in EDM)."""
+        self.times_sigma = times_sigma
+
+    def compared(self, output: Tensor, alpha: Any, sigma: Any) -> Tensor:
+        """eps of the network's output."""
+        return -output if self.times_sigma else -sigma * output
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
         """(x + sigma^2 score) / alpha, in float64."""
-        return super().clean(x, -level.sigma * output.double(), level)
+        return super().clean(x, self.compared(output.double(), level.alpha, level.sigma), level)
 
 
 class CleanPrediction:

@@ -214,23 +214,34 @@ class EdmPath(ContinuousPath):
     """alpha = 1; log sigma is linear in s, and the network receives log(sigma) / 4 (Karras et al. 2022, table 1)."""
 
     solver = Solver("heun", "karras", 18)
+    unit, rate = 1.0, 4.0  # sigma = unit exp(rate time)
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         if not 0 < sigma_min < sigma_max:
             raise InputError(f"diffusion.schedule.sigma_min={sigma_min} must be above 0 and below {sigma_max}.")
-        super().__init__(math.log(sigma_min) / 4, math.log(sigma_max) / 4)
+        super().__init__(math.log(sigma_min / self.unit) / self.rate, math.log(sigma_max / self.unit) / self.rate)
         self.width = math.log(sigma_max / sigma_min)
 
     def curve(self, s: Tensor) -> Pair:
-        sigma = torch.exp(4 * self.time(s))
+        sigma = self.unit * torch.exp(self.rate * self.time(s))
         return torch.ones_like(sigma), sigma
 
     def slopes(self, s: Tensor) -> Pair:
         return torch.zeros_like(s), self.width * self.curve(s)[1]
 
     def position_of(self, ratio: Tensor) -> Tensor:
-        return self.position(ratio.log() / 4)
+        return self.position((ratio / self.unit).log() / self.rate)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         """As the others, but beyond both ends too: training draws any sigma."""
         return self.time(self.position_of(ratio.double())).float()
+
+
+class VarianceExplodingPath(EdmPath):
+    """EDM's path with the times of NCSN++, log(sigma / 2) (Song et al. 2021; VE of Karras et al. 2022, table 1)."""
+
+    solver = Solver("heun", "log_snr", 18)
+    unit, rate = 2.0, 1.0
+
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0) -> None:
+        super().__init__(sigma_min, sigma_max)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Weighting
 from ldmlab.errors import InputError, one_of
+from ldmlab.nn.magnitude import MPConv
 
 Rates = Callable[[], tuple[Tensor, Tensor]]  # d alpha / d s and d sigma / d s
 
@@ -90,7 +91,10 @@ class Sd3Weighting:
 
 
 class LearnedLogVariance(nn.Module):
-    """loss / exp(u) + u with a learned u(time), equalising the noise levels (Karras et al. 2024, eq. 21)."""
+    """loss / exp(u) + u with a learned u(time), equalising the noise levels (Karras et al. 2024, eq. 21).
+
+    The loss of an image is the mean over its values; EDM2's code sums them, which is their number times this one.
+    """
 
     frequencies: Tensor
     phases: Tensor
@@ -104,22 +108,26 @@ class LearnedLogVariance(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels, generator=generator))
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels, generator=generator))
-        self.linear = nn.Parameter(torch.randn(channels, generator=generator))
+        self.linear = MPConv(channels, 1)
+        nn.init.normal_(self.linear.weight, generator=generator)
 
     def __call__(self, alpha: Tensor, sigma: Tensor, rates: Rates) -> Tensor:
         if self.weighting is None:
             raise InputError("diffusion.weighting.weighting=null is no weighting; choose for instance EdmWeighting.")
+        if self.training:
+            self.linear.force_normal()  # before `finished`, for which sharded weights are gathered
         return self.weighting(alpha, sigma, rates)
-
-    def log_variance(self, times: Tensor) -> Tensor:
-        """u of times, (B,) float32."""
-        angles = times.float()[:, None] * self.frequencies + self.phases  # (B, channels)
-        return (math.sqrt(2) * torch.cos(angles) * self.linear / self.linear.norm()).sum(1)  # float32 by autocast too
 
     def finished(self, loss: Tensor, times: Tensor) -> Tensor:
         """Losses after the fixed factor (B,) => (B,)."""
         u = self.log_variance(times)
         return loss / u.exp() + u
+
+    def log_variance(self, times: Tensor) -> Tensor:
+        """u, (B,), float32 under autocast too."""
+        with torch.autocast(times.device.type, enabled=False):
+            angles = times.float()[:, None] * self.frequencies + self.phases  # (B, channels)
+            return self.linear(math.sqrt(2) * torch.cos(angles))[:, 0]
 
 
 def _positive(name: str, value: float) -> float:

@@ -1,17 +1,28 @@
 """The official EDM networks (NVlabs/edm, training/networks.py): preconditionings over `SongUNet` and `DhariwalUNet`."""
 
 import math
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmlab.backbones.edm_unet import EdmUNet
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError, one_of
 from ldmlab.interop.edm2 import block_names
-from ldmlab.interop.renaming import Names, Node, Part, State, StateDict, unfilled
+from ldmlab.interop.renaming import (
+    Names,
+    Node,
+    OfficialModule,
+    Part,
+    State,
+    StateDict,
+    fill_parts,
+    refuse_unknown,
+    unfilled,
+)
 
 PRECONDS = {  # class => its network unless another is named
     **{"EDMPrecond": "DhariwalUNet", "iDDPMPrecond": "DhariwalUNet"},
@@ -21,6 +32,13 @@ _OPTIONS = {"num_blocks": "num_res_blocks", "encoder_type": "encoder", "decoder_
 _DEFAULTS = {  # of options that depend on the network
     "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]},
     "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3},
+}
+_ARGUMENTS = {  # of the classes and their networks
+    *_OPTIONS,
+    *("precond", "model_type", "img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max"),
+    *("sigma_data", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2", "model_channels", "channel_mult"),
+    *("channel_mult_emb", "channel_mult_noise", "attn_resolutions", "augment_dim", "label_dropout"),
+    *("embedding_type", "resample_filter"),
 }
 _HEAD = 64  # channels of a head of DhariwalUNet
 _IN_BLOCK = {
@@ -37,9 +55,10 @@ def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
     config: the arguments of the class, and its name as `precond` (EDMPrecond). `use_fp16` and `label_dropout` have no
     effect: it runs in float32 with the labels it is given. InputError: weights of another configuration.
     """
-    part = network_part(config)
-    part.filled(without_filters(config, state_dict))
-    return OfficialPrecond(config, cast(EdmUNet, part.module)).eval()
+    refuse_unknown(config, _ARGUMENTS)
+    parts = {"network": network_part(config)}
+    fill_parts(parts, without_filters(config, state_dict))
+    return OfficialPrecond(config, parts).eval()
 
 
 def precond_of(config: Node) -> str:
@@ -119,12 +138,14 @@ def without_filters(config: Node, state: State) -> StateDict:
     return {name: tensor for name, tensor in state.items() if not name.endswith(_FILTER)}
 
 
-class OfficialPrecond(nn.Module):
+class OfficialPrecond(OfficialModule):
     """Our network behind the official signature: clean estimate of x = clean + sigma noise."""
 
-    def __init__(self, config: Node, network: EdmUNet) -> None:
-        super().__init__()
-        self.config, self.precond, self.network = with_defaults(config), precond_of(config), network
+    network: EdmUNet
+
+    def __init__(self, config: Node, parts: Mapping[str, Part]) -> None:
+        super().__init__(parts)
+        self.config, self.precond = with_defaults(config), precond_of(config)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldmlab.backbones.edm2_unet import EDM2UNet
 from ldmlab.checkpoints import without_weights
 from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.weighting import LearnedLogVariance
 from ldmlab.interop.renaming import (
     Names,
     Node,
@@ -20,7 +21,6 @@ from ldmlab.interop.renaming import (
     refuse_unknown,
     unfilled,
 )
-from ldmlab.nn.magnitude import MPConv, MPFourier
 
 _TARGET = "ldmlab.backbones.edm2_unet.EDM2UNet"
 _OPTIONS = {  # theirs => ours
@@ -53,8 +53,8 @@ def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
     """
     refuse_unknown(config, _ARGUMENTS)
     with without_weights():
-        head = LogVariance(config.get("logvar_channels", 128))
-    names = {"fourier.frequencies": "fourier.freqs", "fourier.phases": "fourier.phases", "out.weight": "linear.weight"}
+        head = LearnedLogVariance(channels=config.get("logvar_channels", 128))
+    names = {"frequencies": "fourier.freqs", "phases": "fourier.phases", "linear.weight": "linear.weight"}
     of_head = Part("head", head, {ours: (HEAD + name,) for ours, name in names.items()})
     parts = {"network": network_part(config), "head": of_head}
     fill_parts(parts, {name: vector(tensor) for name, tensor in state_dict.items()})
@@ -118,22 +118,11 @@ def block_names(resolution: int, levels: int, per_level: int) -> Iterator[str]:
         yield from (f"dec.{side}_block{i}" for i in range(per_level + 1))
 
 
-class LogVariance(nn.Module):
-    """u(time), (B,), of the loss exp(-u) L + u (equation 21)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.fourier, self.out = MPFourier(channels), MPConv(channels, 1)
-
-    def forward(self, time: Tensor) -> Tensor:
-        return self.out(self.fourier(time))[:, 0]
-
-
 class OfficialPrecond(OfficialModule):
     """Our network behind the official signature: clean estimate of x at noise level sigma."""
 
     network: EDM2UNet
-    head: LogVariance
+    head: LearnedLogVariance
 
     def __init__(self, parts: Mapping[str, Part], sigma_data: float, classes: int) -> None:
         super().__init__(parts)
@@ -152,11 +141,11 @@ class OfficialPrecond(OfficialModule):
         if self.training:
             self.network.force_normal(again=True)  # as every official pass does
             if return_logvar:
-                self.head.out.force_normal(again=True)
+                self.head.linear.force_normal(again=True)
         total = (sigma**2 + data**2).sqrt()
         time = (sigma.flatten().log() / 4).expand(len(x))
         out = data**2 / total**2 * x + sigma * data / total * self.raw(x / total, time, class_labels)
-        return (out, self.head(time).reshape(-1, 1, 1, 1)) if return_logvar else out
+        return (out, self.head.log_variance(time).reshape(-1, 1, 1, 1)) if return_logvar else out
 
     def raw(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The official `UNet`: F, before preconditioning."""
