@@ -96,36 +96,63 @@ def test_times_of_lightningdit() -> None:
     tensors, _ = recorded("lightningdit/transport")
     u = torch.special.ndtr(-tensors["t_normals"])  # theirs grows towards the data
     position = torch.zeros(len(u), dtype=torch.int64)
-    for name, mean, kind in (("lognorm", 0.0, "Linear"), ("lognorm_shifted", 0.7, "Linear")):
+    for name, mean, kind in (("lognorm", 0.0, "Linear"), ("lognorm_shifted", 0.7, "Linear"), ("lognorm_VP", 0.0, "VP")):
         assert_near(LogitNormalTimes(mean)(u, position, PATHS[kind]), tensors[f"times.{name}"])
 
 
+class Respaced:
+    """Some levels of a schedule, as one of its own."""
+
+    def __init__(self, schedule: Schedule, times: Tensor) -> None:
+        self.steps, self.times, self.alpha_bar = len(times), times, schedule.alpha_bar[times]
+        self.levels = lambda t: schedule.levels(times[t])
+
+
 DIT, _ = recorded("dit/losses")
-DIT_CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "hybrid": (LearnedVariance(EpsPrediction()), VariationalLoss(), {}),
-    "hybrid_rescaled": (LearnedVariance(EpsPrediction()), VariationalLoss(), {}),
-    "kl": (LearnedVariance(EpsPrediction()), VariationalLoss(alone=True), {}),
-    "x0": (LearnedVariance(CleanPrediction()), VariationalLoss(), {}),
-    "mse": (EpsPrediction(), "l2", {}),
-    "cosine_hybrid": (LearnedVariance(EpsPrediction()), VariationalLoss(), {"name": "cosine"}),
+LINEAR = Schedule("linear", 0.0001, 0.02)
+EVERY_FOURTH = torch.linspace(0, 999, 250, dtype=torch.float64).round().long()
+HYBRID, ALONE = VariationalLoss(), VariationalLoss(alone=True)
+DIT_CASES: dict[str, tuple[Any, Any, Any]] = {
+    "hybrid": (EpsPrediction(), HYBRID, LINEAR),
+    "hybrid_rescaled": (EpsPrediction(), HYBRID, LINEAR),
+    "kl": (EpsPrediction(), ALONE, LINEAR),
+    "x0": (CleanPrediction(), HYBRID, LINEAR),
+    "mse": (EpsPrediction(), "l2", LINEAR),
+    "mse_small": (EpsPrediction(), "l2", LINEAR),  # a fixed variance has no part in it
+    "kl_fixed_small": (EpsPrediction(), ALONE, LINEAR),
+    "kl_fixed_large": (EpsPrediction(), ALONE, LINEAR),
+    "cosine_hybrid": (EpsPrediction(), HYBRID, Schedule("cosine")),
+    "respaced_hybrid": (EpsPrediction(), VariationalLoss(250 / 1000), Respaced(LINEAR, EVERY_FOURTH)),
 }
 
 
 @pytest.mark.parametrize("case", DIT_CASES)
 def test_dit(case: str) -> None:
-    prediction, loss_kind, schedule = DIT_CASES[case]
-    betas = schedule or {"name": "linear", "start": 0.0001, "end": 0.02}
-    objective = Objective(Schedule(**betas), prediction, loss=loss_kind)
+    """The loss, its terms and its gradient; fixed variances are the ends of the learned range."""
+    mean, loss_kind, schedule = DIT_CASES[case]
+    plain = isinstance(loss_kind, str)
+    objective = Objective(schedule, mean if plain else LearnedVariance(mean), loss=loss_kind)
+    respaced = isinstance(schedule, Respaced)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        first = field(x, t / 1000)
-        if not hasattr(prediction, "outputs"):
-            return first
-        return torch.cat([first, 0.6 * torch.sin(3 * x + 2 * (t / 1000)[:, None, None, None])], dim=1)
+        t = schedule.times[t.long()] if respaced else t
+        first, column = field(x, t / 1000), t[:, None, None, None]
+        if "fixed" in case:  # large: beta, but at 0 the posterior's after it
+            v = torch.full_like(x, -1.0) if "small" in case else torch.where(column > 0, 1.0, -1.0).expand_as(x)
+        else:
+            v = 0.6 * torch.sin(3 * x + 2 * column / 1000)
+        return first if plain else torch.cat([first, v], dim=1)
 
-    loss, gradient = run(objective, network, DIT["x_start"], DIT["noise"], DIT["t"])
+    times = DIT["respaced_hybrid.t" if respaced else "t"]
+    loss, gradient = run(objective, network, DIT["x_start"], DIT["noise"], times)
+    expected = DIT[f"{case}.grad_output"]
     assert_near(loss, DIT[f"{case}.loss"])
-    assert_near(gradient[:4], DIT[f"{case}.grad_output"])
+    assert_near(gradient[:4, : expected.shape[1]], expected)
+    if f"{case}.vb" in DIT:
+        squares = Objective(schedule, LearnedVariance(mean), loss="l2")
+        mse, _ = run(squares, network, DIT["x_start"], DIT["noise"], times)
+        assert_near(mse, DIT[f"{case}.mse"])
+        assert_near(loss - mse, DIT[f"{case}.vb"])
 
 
 EDM, EDM_CASES = recorded("edm/losses")

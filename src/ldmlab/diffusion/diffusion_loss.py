@@ -122,7 +122,7 @@ class VariationalLoss(L2):
         clean = scale * at.x - ratio * output if noise else at.clean + off
         gap = (from_clean * off).square() * torch.exp(-log_variance)
         divergence = 0.5 * (log_variance - low - 1 + torch.exp(low - log_variance) + gap)
-        first = -_log_of_bins(at.clean, clean, 0.5 * log_variance)
+        first = -log_of_bins(at.clean, clean, 0.5 * log_variance)
         nats = torch.where(at.times[:, None, None, None] == 0, first, divergence)
         return nats.mean(dim=(1, 2, 3)) / math.log(2)
 
@@ -140,7 +140,7 @@ def step_variances(path: Path) -> Tensor:
     return torch.stack([low, beta.log(), before[0] * beta / levels.sigma**2, 1 / levels.alpha, ratio])
 
 
-def _log_of_bins(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+def log_of_bins(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-probability of the bin of width 2 / 255 around a value in -1 .. 1; the outer bins are open."""
     from_mean, narrow = value - mean, torch.exp(-log_std)
     below, above = (_normal_below(narrow * (from_mean + side / 255)) for side in (-1, 1))

@@ -77,9 +77,11 @@ def backbone_node(config: Node) -> dict[str, Any]:
         for level, (resolution, mult) in enumerate(zip(resolutions, mults, strict=True))
         if resolution in config.get("attn_resolutions", [16, 8]) and width * mult >= of_head
     ]
-    for theirs, ours in (("channel_mult_noise", "noise_channels"), ("channel_mult_emb", "emb_channels")):
-        if config.get(theirs) is not None:
-            node[ours] = width * config[theirs]
+    noise = config.get("channel_mult_noise")
+    if noise is not None or mults[0] != 1:  # theirs follows the first level where it is not given
+        node["noise_channels"] = width * (mults[0] if noise is None else noise)
+    if config.get("channel_mult_emb") is not None:
+        node["emb_channels"] = width * config["channel_mult_emb"]
     return {
         "_target_": _TARGET,
         **{"in_channels": config["img_channels"], "out_channels": config["img_channels"], "model_channels": width},

@@ -38,7 +38,7 @@ class Ddim(Stepwise):
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
         """alpha' clean + sqrt(sigma'^2 - fresh^2) eps + fresh noise (eq. 12)."""
         here, there = step.here, step.there
-        fresh = self.eta * math.sqrt(posterior_variance(here, there))  # eq. 16
+        fresh = self.eta * math.sqrt(posterior_variance(here, there)) if self.eta else 0.0  # eq. 16
         quieter = there._replace(sigma=math.sqrt(there.sigma**2 - fresh**2))
         if here.alpha == 0:
             x = first_order(x, step.nearest(clean), here, quieter)
