@@ -56,11 +56,11 @@ def _listed(names: Any, option: str) -> list[str]:
 def is_allowed(package: str) -> bool:
     """Whether classes of this top-level package may be named by files."""
     by_variable = _listed(os.environ.get(VARIABLE, ""), VARIABLE)
-    return package in _ALLOWED or package in by_variable or package in _by_entry_point()
+    return package in _ALLOWED or package in by_variable or package in by_entry_point()
 
 
 @cache
-def _by_entry_point() -> frozenset[str]:
+def by_entry_point() -> frozenset[str]:
     points = importlib.metadata.entry_points(group=ENTRY_POINTS)
     return frozenset(point.module.partition(".")[0] for point in points)
 

@@ -1,7 +1,7 @@
 """The `ldmlab` command: one subcommand a step of the flow; a subcommand's code is imported only when it runs.
 
-A file of commands/ has add_arguments(parser), for which nothing heavy may be imported, and run(args); its docstring but
-for the first sentence stands below the options in the help.
+A file of commands/ has add_arguments(parser), for which nothing heavy may be imported, and run(args), which may return
+an exit code; its docstring but for the first sentence stands below the options in the help.
 """
 
 import argparse
@@ -37,6 +37,7 @@ COMMANDS = {
     "report": "a page about runs and their scores",
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
+    "doctor": "what this machine has for ldmlab, and what is wrong with it",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
     "average": "the weights of a run as an average of any length, from its snapshots",
@@ -158,8 +159,7 @@ def dispatch(arguments: list[str]) -> int:
         allow(args.plugins, "--plugins")
     folder = getattr(args, "config_dir", None)
     with searching(["--config-dir", folder]) if folder else nullcontext():
-        module.run(args)
-    return 0
+        return module.run(args) or 0
 
 
 def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
