@@ -1,12 +1,14 @@
 """`ldmlab sample` from words to files."""
 
 import argparse
+import errno
 import json
 import multiprocessing
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 from ldmlab.app.commands.sample_prompts import prompt_lines
 from ldmlab.app.sample_files import check_folder
 from ldmlab.errors import InputError
-from ldmlab.inference.grids import read_settings
+from ldmlab.inference.grids import read_settings, save_png
 from sampling_models import sample_as_rank, sample_command
 
 
@@ -181,7 +183,30 @@ def test_help_imports_no_torch() -> None:
 def test_the_lock_of_a_killed_command_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".sampling").write_text("{}")
-    check_folder(tmp_path / "out")
+    check_folder(tmp_path / "out", "")
     (tmp_path / "out" / "000000.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"holds files already \(000000.png\)"):
-        check_folder(tmp_path / "out")
+        check_folder(tmp_path / "out", "")
+
+
+def test_an_interrupted_command_may_be_run_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["runs/tiny", "1", "2", "3", "--steps", "2", "--out"]
+    sample_command([*words, str(tmp_path / "whole")])
+    again = [*words, str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("ldmlab.app.sample_files.save_png", _no_space_after_one)
+        with pytest.raises(OSError, match="No space"):
+            sample_command(again)
+    assert (tmp_path / "out" / "000000.png").exists()
+    with pytest.raises(InputError, match="holds files already"):
+        sample_command([*again, "--seed", "3"])
+    sample_command([*again, "--batch-size", "2"])
+    assert names(tmp_path / "out") == names(tmp_path / "whole")
+    for name in names(tmp_path / "out"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def _no_space_after_one(path: Path, *image: Any) -> None:
+    if path.name != "000000.png":
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    save_png(path, *image)

@@ -18,6 +18,7 @@ from ldmlab.inference.trajectory import Trajectory
 
 MOST_SHOWN = 144  # images in one grid
 LOCK = ".sampling"  # in the folder of a command that runs
+UNFINISHED = ".unfinished"  # in the folder of a command that has not ended: what was asked for
 BUSY = "--out {} is in use by another process"
 
 
@@ -90,17 +91,29 @@ class Job:
             grid([row[0] for row in rows], labels, columns).save(self.folder / "grid.png")
 
 
-def check_folder(out: Path) -> None:
-    """A new or empty folder; the lock that a killed command left does not count."""
-    held = [entry.name for entry in out.iterdir() if entry.name != LOCK] if out.is_dir() else [out.name] * out.exists()
-    if held:
+@contextmanager
+def unfinished(folder: Path, command: str) -> Iterator[None]:
+    """Inside, the folder notes `command`, so that the same one may be run again after a failure."""
+    if distributed.rank() == 0:
+        (folder / UNFINISHED).write_text(command, encoding="utf-8")
+    yield
+    if distributed.rank() == 0:
+        (folder / UNFINISHED).unlink()
+
+
+def check_folder(out: Path, command: str) -> None:
+    """A new or empty folder, or that of this very command when it did not end: its images are made again."""
+    names = [entry.name for entry in out.iterdir()] if out.is_dir() else [out.name] * out.exists()
+    held = [name for name in names if name not in (LOCK, UNFINISHED)]
+    note = out / UNFINISHED
+    if held and not (note.is_file() and note.read_text(encoding="utf-8", errors="replace") == command):
         raise InputError(f"--out {out} holds files already ({min(held)}); give a new or empty folder.")
 
 
-def output_folder(out: Path | None, model: Path) -> Path:
+def output_folder(out: Path | None, model: Path, command: str) -> Path:
     """The folder of --out, or the first free outputs/MODEL-N, made now."""
     if out is not None:
-        check_folder(out)
+        check_folder(out, command)
     number = 0
     while True:
         number += 1

@@ -19,19 +19,24 @@ examples:
 
 import argparse
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldmlab.app.cli import at_least
 from ldmlab.app.commands.sample_prompts import add_prompt_options, check_prompts, model_inputs, prompt_lines
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import SampleSettings, parsed, variants
 
+if TYPE_CHECKING:
+    from ldmlab.app.commands.sample_prompts import Inputs
+    from ldmlab.inference.sample_settings import ResolvedSettings
+
 _OTHERS = ("sweep", "precision", "weights", "device", "guider", "guider_image", "classifier")  # options in errors
+_SAME_IMAGES = ("batch_size", "device", "compile")  # options that change how images are made, not which
 _GUIDER = """squared | lpips: guide the decoded estimate to low_resolution, or to --guider-image;
 or package.Class"""
 
@@ -87,13 +92,13 @@ def run(args: argparse.Namespace) -> None:
 
     from ldmlab import distributed
     from ldmlab.app.guiders import guiders_by_option
-    from ldmlab.app.sample_files import BUSY, LOCK, Job, check_folder, memory_explained, output_folder
+    from ldmlab.app.sample_files import BUSY, LOCK, Job, check_folder, memory_explained, output_folder, unfinished
     from ldmlab.build import load
     from ldmlab.disks import own_folder
-    from ldmlab.inference.inputs import check_size
 
+    command = repr([sorted((key, str(value)) for key, value in vars(args).items() if key not in _SAME_IMAGES), lines])
     if args.out is not None:
-        check_folder(args.out)
+        check_folder(args.out, command)
     rank, _ = distributed.join(timeout_minutes=120)  # only short messages pass, some after a long wait
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
@@ -103,13 +108,9 @@ def run(args: argparse.Namespace) -> None:
         inputs = model_inputs(args, model, lines, settings.size if isinstance(settings.size, tuple) else None)
         model.check(inputs)
         resolved = {name: model.resolved(variant, inputs) for name, variant in by_name.items()}
-        for variant in resolved.values():
-            if args.trajectory and not getattr(variant.build_sampler(), "shows_steps", True):
-                raise InputError(f"sampler={variant.sampler} has no steps for --trajectory; use heun, for instance.")
-            assert isinstance(variant.size, tuple)
-            for one in inputs[:: args.count]:
-                check_size(one, variant.size, model.enlargement)
-        with own_folder(partial(output_folder, args.out, args.model), LOCK, BUSY) as folder, memory_explained():
+        _check_variants(resolved.values(), inputs, model.enlargement, args)
+        find = partial(output_folder, args.out, args.model, command)
+        with own_folder(find, LOCK, BUSY) as folder, memory_explained(), unfinished(folder, command):
             job = Job(model, inputs, resolved, folder, args.first_index)
             shown = distributed.gather(job.sample(args.batch_size, trajectory=args.trajectory))
             if rank == 0:
@@ -117,6 +118,20 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{len(inputs) * len(resolved)} images in {folder}")
     finally:
         distributed.leave()
+
+
+def _check_variants(
+    variants: Iterable["ResolvedSettings"], inputs: list["Inputs"], enlargement: int, args: argparse.Namespace
+) -> None:
+    """Refuse --trajectory of a sampler without steps, and sizes that the inputs do not fit."""
+    from ldmlab.inference.inputs import check_size
+
+    for variant in variants:
+        if args.trajectory and not getattr(variant.build_sampler(), "shows_steps", True):
+            raise InputError(f"sampler={variant.sampler} has no steps for --trajectory; use heun, for instance.")
+        assert isinstance(variant.size, tuple)
+        for one in inputs[:: args.count]:
+            check_size(one, variant.size, enlargement)
 
 
 def _trust_classes(where: str, names: Set[str]) -> None:
