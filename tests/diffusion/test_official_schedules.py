@@ -148,3 +148,12 @@ def test_statistics_of_lightningdits_latents() -> None:
     assert_near(torch.tensor(statistics["mean"]), tensors["mean"].flatten())
     count = latents[:, 0].numel()  # theirs divides by one less
     assert_near(torch.tensor(statistics["std"]) * (count / (count - 1)) ** 0.5, tensors["std"].flatten())
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 2.0])
+def test_times_of_lightningdits_steps(shift: float) -> None:
+    """Its shift is of times that run to the data; 0 is none."""
+    tensors, _ = recorded("lightningdit/transport")
+    grid = LinearPath(1.0, 0.0).with_shift(1 / (shift or 1.0)).grid(10)
+    found = torch.tensor([level.time for level in grid[:-1]], dtype=torch.float64)
+    assert_near(found, tensors[f"ode.euler.11.shift={shift}.times"])

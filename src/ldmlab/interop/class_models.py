@@ -224,7 +224,8 @@ def _compare(files: ModelFiles, official: Callable[[Tensor, Tensor, Tensor], Ten
     model = assembled(files)
     node = files.spec["backbone"]
     side = 8 * int(getattr(model.backbone, "size_step", 1))
-    x, y = verify.noise(2, node["in_channels"], side, side), torch.tensor([0, 1])
+    last = files.spec["conditioners"]["class_label"]["classes"] - 1
+    x, y = verify.noise(2, node["in_channels"], side, side), torch.tensor([0, last])
     t = torch.tensor([0.25, 0.75]) if not hasattr(model.schedule, "steps") else torch.tensor([1.0, 500.0])
     vector = model.conditioners["class_label"]({"class_id": y}, model.encode)
     verify.check_close("network", model.backbone(x, t, Conditioning(vector=vector)), official(x, t, y))
