@@ -25,6 +25,7 @@ from ldmlab.first_stages.identity import Identity
 from ldmlab.samplers.ddim import Ddim
 from ldmlab.training import checkpointing, loggers
 from ldmlab.training.diffusion_module import DiffusionStage
+from ldmlab.training.muon import MuonAdamW
 from ldmlab.training.optimizer_groups import OptimizerGroups
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.stage import Stage
@@ -72,7 +73,7 @@ def denoiser() -> DiffusionStage:
 
 MODELS: dict[str, Callable[[], Stage]] = {
     "denoiser": denoiser,
-    "dropout": lambda: diffusion_stage(dropout=0.3, layers=2, accumulate=2),
+    "dropout": lambda: diffusion_stage(dropout=0.3, layers=2, accumulate=2, optimizer=MuonAdamW(1e-3)),
     "autoencoder with adversary": autoencoder,
 }
 

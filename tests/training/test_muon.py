@@ -1,14 +1,19 @@
 """Muon for hidden matrices and AdamW for the rest: the numbers of torch's optimizers, stepped one by one."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from toy_stages import TwoGroups, diffusion_stage, train
 
+from ldmlab import distributed
 from ldmlab.app.compose import compose, plain
 from ldmlab.backbones.dit import DiT
 from ldmlab.backbones.mmdit import MMDiT
@@ -16,7 +21,8 @@ from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.training.muon import MuonAdamW, hidden_matrices
+from ldmlab.sharded import laid_out
+from ldmlab.training.muon import Joined, MuonAdamW, hidden_matrices
 from ldmlab.training.optim import Constant
 from ldmlab.training.stage import Stage
 
@@ -139,12 +145,39 @@ def test_first_and_last_layers_embeddings_and_kernels_are_adamws() -> None:
 
 
 def test_where_muon_cannot_work_it_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    for strategy in ("fsdp", "hsdp"):
-        with pytest.raises(InputError, match=f"strategy={strategy} keeps parts of each matrix and optimizer=muon"):
-            train(muon(optimizer=MuonAdamW(1e-3)), tmp_path / "run", strategy=strategy)
     with pytest.raises(InputError, match=r"main has none .* use optimizer=adamw"):
         train(TwoGroups(optimizer=MuonAdamW(1e-3)), tmp_path / "run")
     assert not list((tmp_path / "run").glob("*"))
+
+
+def sharded(rank: int, world: int) -> None:
+    """Parts of matrices with sides that two does not divide, one of them with a single row in the second process."""
+    distributed.join()
+    torch.manual_seed(0)
+    whole = nn.ModuleList(nn.Linear(*sides, bias=False) for sides in ((5, 8), (7, 3), (6, 6)))
+    parts = copy.deepcopy(whole)
+    for part in parts:
+        fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+    factory = MuonAdamW(1e-2, nesterov=False, weight_decay=0.1)
+    one, many = (Joined([factory.muon(list(net.parameters()))]) for net in (whole, parts))
+    for step in range(4):
+        for own, full in zip(parts.parameters(), whole.parameters(), strict=True):
+            full.grad = torch.randn_like(full) if step != 1 else None
+            own.grad = None if full.grad is None else laid_out(full.grad, own)
+        one.step()
+        many.step()
+        if step == 2:  # as a resumed run continues
+            many.load_state_dict(many.state_dict())
+    for own, full in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert own.to_local().numel() < full.numel()
+        assert torch.equal(own.full_tensor(), full)
+        assert torch.equal(many.state[own]["momentum_buffer"].full_tensor(), one.state[full]["momentum_buffer"])
+    assert len(many.state) == 3
+
+
+def test_sharded_matrices_have_the_updates_of_whole_ones(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, sharded, log=log)) == [0, 0], log.read_text()
 
 
 @pytest.mark.parametrize(

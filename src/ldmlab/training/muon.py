@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ldmlab.errors import InputError, one_of
+from ldmlab.sharded import is_sharded, laid_out
 from ldmlab.training.optim import AdamW
 
 Part = tuple[Callable[[list[nn.Parameter]], Optimizer], list[nn.Parameter]]  # what makes an optimizer, and of what
@@ -68,13 +69,43 @@ class MuonAdamW(AdamW):
         """torch's Muon of 2-D parameters."""
         rate = self.rate * (self.matrix_learning_rate or self.learning_rate) / self.learning_rate
         options: dict[str, Any] = {"nesterov": self.nesterov, "ns_steps": self.ns_steps}
-        return torch.optim.Muon(
+        return WholeMatrices(
             matrices, rate, self.weight_decay, self.momentum, adjust_lr_fn=self.adjust_lr_fn, **options
         )
 
     def __str__(self) -> str:
         rate = "" if self.matrix_learning_rate is None else f", of matrices {self.matrix_learning_rate:g}"
         return f"Muon for hidden matrices; {super().__str__()}{rate}"
+
+
+class WholeMatrices(torch.optim.Muon):
+    """torch's Muon, also of sharded matrices.
+
+    Each is gathered with its gradient and its momentum, one at a time, and updated alike by every process, which keeps
+    its shard: what one process computes from the same gradient, bit for bit.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every matrix; a collective call where they are sharded."""
+        groups, loss = self.param_groups, None
+        if not any(is_sharded(p) for group in groups for p in group["params"]):
+            return super().step(closure)
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for options, own in ((group, p) for group in groups for p in group["params"] if p.grad is not None):
+            momentum = self.state[own].setdefault("momentum_buffer", torch.zeros_like(own.grad))
+            whole = nn.Parameter(own.full_tensor())
+            whole.grad, buffer = own.grad.full_tensor(), momentum.full_tensor()
+            self.state[whole]["momentum_buffer"] = buffer
+            self.param_groups = [{**options, "params": [whole]}]
+            super().step()
+            del self.state[whole]
+            own.copy_(laid_out(whole, own))
+            momentum.copy_(laid_out(buffer, momentum))
+        self.param_groups = groups
+        return loss
 
 
 class Joined(Optimizer):

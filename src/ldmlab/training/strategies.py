@@ -20,7 +20,6 @@ from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.nn.blocks import Grow
 from ldmlab.nn.compiling import regions
-from ldmlab.training.muon import MuonAdamW
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
@@ -127,11 +126,6 @@ def strategy_of(stage: Stage, settings: TrainerSettings) -> Any:
             raise InputError(
                 f"trainer.strategy={name} shards denoisers and latent classifiers, and stage={stage.kind} trains "
                 "neither; use trainer.strategy=ddp."
-            )
-        if any(isinstance(stage.factory(group), MuonAdamW) for group in stage.groups()):
-            raise InputError(
-                f"trainer.strategy={name} keeps parts of each matrix and optimizer=muon needs whole ones; use "
-                "trainer.strategy=ddp, or optimizer=adamw."
             )
         if settings.precision in _HALF and "param_dtype_override_fn" not in {
             f.name for f in fields(MixedPrecisionPolicy)
