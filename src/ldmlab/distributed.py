@@ -18,7 +18,7 @@ T = TypeVar("T")
 _MEETING = datetime.timedelta(minutes=5)  # how long srun's processes wait for each other at the start
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # SLURM_JOB_NAME of a shell
-_chosen: dict[str, datetime.timedelta | None] = {"timeout": None}  # of collectives; None: torch's own
+_chosen: dict[str, Any] = {"timeout": None}  # of collectives, a timedelta; None: torch's own
 
 
 def joined() -> bool:

@@ -17,8 +17,6 @@ from ldmlab.training.loggers import (
     RunFiles,
     TensorBoard,
     close_all,
-    image_grid,
-    labelled_grid,
     log_images,
     open_all,
     read_metrics,
@@ -40,12 +38,24 @@ def log_some(loggers: list[Any], run: RunFolder, first_step: int) -> None:
     close_all(loggers, "success")
 
 
+class Shown:
+    """A logger that keeps its images."""
+
+    def log_image(self, key: str, images: list[np.ndarray], step: int) -> None:
+        (self.grid,) = images
+
+
+def grid_of(labels: list[str] | None, title: str) -> np.ndarray:
+    shown = Shown()
+    log_images([shown], "samples", images(), 1, labels, title)
+    return shown.grid
+
+
 def test_a_grid_keeps_every_image() -> None:
-    grid = image_grid(images())
-    assert grid.shape == (2 * 4 + 2, 3 * 6 + 4, 3)
-    assert np.array_equal(grid[:4, :6], images()[0].numpy())
-    assert np.array_equal(grid[6:, 8:14], images()[4].numpy())
-    assert (grid[4:6] == 255).all()
+    large = images().numpy().repeat(32, axis=1).repeat(32, axis=2)  # 4 x 6 px to 128 x 192
+    grid = grid_of(None, "")
+    assert np.array_equal(grid[8:136, 8:200], large[0])
+    assert any(np.array_equal(grid[-136:-8, left : left + 192], large[4]) for left in (8, 208, 408))
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
@@ -59,7 +69,7 @@ def test_a_logger_that_cannot_write_is_a_sentence(kind: Any, tmp_path: Path) -> 
     [(["a red apple", "猫", "", "class 3", "x" * 300], ""), (None, "input | output"), (["a"] * 5, "b")],
 )
 def test_labels_and_titles_are_written_beside_the_images(labels: list[str] | None, title: str) -> None:
-    plain, marked = labelled_grid(images(), [""] * 5, ""), labelled_grid(images(), labels, title)
+    plain, marked = grid_of([""] * 5, ""), grid_of(labels, title)
     assert marked.shape[1] == plain.shape[1]
     ink = [int((grid == 40).all(axis=2).sum()) for grid in (plain, marked)]  # the colour of letters
     assert ink[1] > ink[0]
@@ -80,7 +90,7 @@ def test_files_grow_columns_and_are_cut_at_the_checkpoint(tmp_path: Path) -> Non
         {"step": "4", "loss": "1.5", "val/loss": ""},
         {"step": "5", "loss": "1.25", "val/loss": "2"},
     ]
-    assert Image.open(run.samples / "samples" / "step_00000005.png").size == (22, 10)
+    assert Image.open(run.samples / "samples" / "step_00000005.png").size == (408, 416)  # two columns
     files = RunFiles()
     files.open(run, {}, 4)
     assert [row["step"] for row in read_metrics(run.metrics)[1]] == ["4"]

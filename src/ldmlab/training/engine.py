@@ -84,17 +84,13 @@ def make_trainer(
     numerics.fast()
     chosen = dict(settings.lightning)
     more, own = chosen.pop("plugins", []), precision.plugin(settings.precision)
+    more = more if isinstance(more, list | tuple) else [more]
     ours = {
         "accelerator": settings.accelerator,
         **_processes(settings, chosen),
         "strategy": strategy_of(stage, settings),
         "precision": settings.precision if own is None else None,
-        "plugins": [
-            Launched(),
-            *plugins,
-            *([] if own is None else [own]),
-            *(more if isinstance(more, list | tuple) else [more]),
-        ],
+        "plugins": [Launched(), *plugins, *([] if own is None else [own]), *more],
         "callbacks": list(callbacks),
         "logger": list(loggers),
         "max_steps": stage.max_steps,

@@ -52,11 +52,8 @@ def fit(
     Nothing is written before the newest checkpoint was read and compared, nor in a run that is finished, where only
     incomplete files of killed processes are deleted.
     """
-    settings.check_device()
     distributed.join()
-    stage.sharded = isinstance(strategy_of(stage, settings), Sharded)  # or refused before anything is written
-    check_graphs(settings.compile, stage)
-    lines = [summary(stage, settings), rates_line(stage)]  # or an optimizer that does not fit is refused
+    lines = _checked(stage, settings)
     record = record or Record()
     checkpoints, files = Checkpoints(run.checkpoints, settings.keep), Files()
     if (own := precision.plugin(settings.precision)) is not None:
@@ -76,6 +73,14 @@ def fit(
         open_all(trainer.loggers, run, {**record.config, **(fields or {})}, stage.step)
         _train(trainer, stage, batches, path, stop, checkpoints, files)
     return _end(stage, run, settings, stop, checkpoints, resume_command)
+
+
+def _checked(stage: Stage, settings: TrainerSettings) -> list[str]:
+    """What a run prints first; InputError, before anything is written, where stage and settings do not fit."""
+    settings.check_device()
+    stage.sharded = isinstance(strategy_of(stage, settings), Sharded)
+    check_graphs(settings.compile, stage)
+    return [summary(stage, settings), rates_line(stage)]
 
 
 def _in_order(

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from ldmlab import distributed, format1
 from ldmlab.disks import disk_errors, open_regular
@@ -152,23 +151,9 @@ def log_images(
     loggers: Sequence[Any], name: str, images: Tensor, step: int, labels: Sequence[str] | None = None, title: str = ""
 ) -> None:
     """Images uint8 (N, H, W, 3) as one grid to every logger that takes images, with a label each and a title."""
-    grid = labelled_grid(images, labels, title) if labels or title else image_grid(images)
+    grid = np.asarray(label_grid(list(images.cpu().numpy()), labels, title=title))
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, grid, step, dataformats="HWC")
         elif hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[grid], step=step)
-
-
-def labelled_grid(images: Tensor, labels: Sequence[str] | None, title: str) -> np.ndarray:
-    """As `image_grid`, small images enlarged, each with its label below: uint8 (H', W', 3)."""
-    columns = int(np.ceil(np.sqrt(len(images))))
-    return np.asarray(label_grid(list(images.cpu().numpy()), labels, columns, title))
-
-
-def image_grid(images: Tensor, gap: int = 2) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) in rows of about sqrt(N), white between them: uint8 (H', W', 3)."""
-    columns = int(np.ceil(np.sqrt(len(images))))
-    bordered = make_grid(images.permute(0, 3, 1, 2), columns, gap, pad_value=255)  # one image alone gets no border
-    grid = bordered[:, gap:-gap, gap:-gap] if len(images) > 1 else bordered
-    return np.ascontiguousarray(grid.permute(1, 2, 0).cpu().numpy())
