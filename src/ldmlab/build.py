@@ -6,9 +6,11 @@ guidance_trained, sampler, task where there is one; classifier: classifier, firs
 schedule. A description comes with a folder, maybe a stranger's: see `instantiate` for what it may name.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +81,15 @@ def ready(model: "LatentDiffusion", files: ModelFiles, device: str, path: Path |
         "spec": files.spec,
     }
     model.eval().requires_grad_(False)
-    return LoadedModel(model.to(pick_device(device)), image_size=files.spec["image_size"], info=info)
+    weak = partial(_load_weak, device=device)
+    return LoadedModel(model.to(pick_device(device)), image_size=files.spec["image_size"], info=info, load=weak)
+
+
+def _load_weak(name: str, device: str) -> "LoadedModel":
+    """The model PATH, or PATH@WEIGHTS with `weights` of `load`."""
+    path, at, weights = name.rpartition("@")
+    known = weights in ("averaged", "raw") or re.fullmatch(r"0?\.\d+", weights)
+    return load(path, weights=weights, device=device) if at and known else load(name, device=device)
 
 
 @contextmanager

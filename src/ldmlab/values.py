@@ -83,6 +83,7 @@ class Level(NamedTuple):
     alpha: float
     sigma: float
     time: float | None
+    start: float | None = None  # of a further evaluation in a step: the time of the first one, see `Guidance.acts`
 
 
 Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => clean estimate, x's dtype or float64

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning, Level, Posterior, Prepared
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
@@ -248,10 +249,10 @@ def test_a_backbone_that_is_not_told_refuses_the_conditioner() -> None:
 def test_guidance_is_one_doubled_pass_prepared_once() -> None:
     model, batch = make(guidance_trained=True).eval(), {"told": torch.tensor([3, 4])}
     options = {"sampler": Ddim(), "grid": ddim_grid(model.schedule, 5), "size": (8, 8), "index": torch.arange(2)}
-    model.sample(batch, guidance_scale=1, **options)
+    model.sample(batch, guidance=Guidance(1), **options)
     assert model.backbone.batches == [2] * 5
     model.backbone.batches.clear()
-    model.sample(batch, guidance_scale=3, **options)
+    model.sample(batch, guidance=Guidance(3), **options)
     assert model.backbone.batches == [4] * 5
     assert model.backbone.prepared == 2
 
@@ -263,7 +264,7 @@ def test_guidance_formula() -> None:
     given, null = model.conditioning(batch), model.null(batch)
     clean = [model.denoiser(told)(x, level) for told in (given, null)]
     for scale in (0.0, 0.5, 3.0):
-        guided = model.denoiser(given, null, scale)(x, level)
+        guided = model.denoiser(given, null, Guidance(scale))(x, level)
         torch.testing.assert_close(guided, clean[1] + scale * (clean[0] - clean[1]), atol=1e-5, rtol=1e-5)
 
 
@@ -273,7 +274,7 @@ def test_guidance_that_the_model_cannot_know() -> None:
     def sample(model: LatentDiffusion, guidance_scale: float, batch: dict[str, Any] = batch) -> Tensor:
         grid = ddim_grid(model.schedule, 2)
         return model.eval().sample(
-            batch, sampler=Ddim(), grid=grid, size=(8, 8), index=torch.arange(2), guidance_scale=guidance_scale
+            batch, sampler=Ddim(), grid=grid, size=(8, 8), index=torch.arange(2), guidance=Guidance(guidance_scale)
         )
 
     with pytest.raises(InputError, match="guidance_scale=3 needs a model trained with dropped conditions"):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab.contracts import Conditioning, Level, Posterior
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
@@ -70,8 +71,8 @@ def sampled(kernel: int, window: int | None, size: int = 96, **options: Any) -> 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_a_network_of_single_pixels_does_not_notice(guidance_scale: float) -> None:
-    whole, _ = sampled(1, None, guidance_scale=guidance_scale)
-    parts, network = sampled(1, 32, guidance_scale=guidance_scale)
+    whole, _ = sampled(1, None, guidance=Guidance(guidance_scale))
+    parts, network = sampled(1, 32, guidance=Guidance(guidance_scale))
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
     assert network.largest == 32 * 32
 

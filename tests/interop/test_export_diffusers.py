@@ -12,6 +12,7 @@ import torch
 from exported_models import MODULES, PIPELINES, Parts, Spec, model, weights
 from torch import Tensor
 
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
@@ -80,7 +81,7 @@ def drawn(given: Exported, noise: Tensor, batch: dict[str, Any], guidance_scale:
     found.start = lambda *_: noise  # type: ignore[method-assign, assignment]
     size, index = (given.spec["image_size"],) * 2, torch.arange(len(noise))
     grid = ddim_grid(found.schedule, STEPS)
-    images = found.sample(batch, sampler=Ddim(), grid=grid, index=index, size=size, guidance_scale=guidance_scale)
+    images = found.sample(batch, sampler=Ddim(), grid=grid, index=index, size=size, guidance=Guidance(guidance_scale))
     return (images / 2 + 0.5).clamp(0, 1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
@@ -56,7 +57,7 @@ class Operations(TorchDispatchMode):
 def ours(name: str, steps: int) -> Callable[[], Any]:
     sampler, schedule, tokens = sampler_by_name(name), Schedule(), Conditioning(tokens=torch.ones(2, 3, 8))
     model = LatentDiffusion(Identity(), LatentScale(), Network(), {}, schedule, EpsPrediction(), guidance_trained=True)
-    grid, denoise = ddim_grid(schedule, steps, sampler.spacing), model.denoiser(tokens, tokens, 3.0)
+    grid, denoise = ddim_grid(schedule, steps, sampler.spacing), model.denoiser(tokens, tokens, Guidance(3.0))
     return lambda: sampler(denoise, NOISE, grid, noise=lambda step: torch.randn_like(NOISE))
 
 

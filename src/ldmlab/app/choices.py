@@ -99,11 +99,14 @@ def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
             f"data.image_size={size}: data.latents={latents} were made from images of {plan.spec['image_size']} px; "
             "leave data.image_size out, or encode again."
         )
-    if "stage.guidance_scale" in chosen and not plan.spec.get("guidance_trained", True):
+    guided = sorted(name for name in chosen if name.startswith(("stage.guidance_", "stage.guided_")))
+    if guided and not plan.spec.get("guidance_trained", True):
         raise InputError(
-            "stage.guidance_scale: this model's conditions are never dropped in training, so it cannot be guided; "
+            f"{guided[0]}: this model's conditions are never dropped in training, so it cannot be guided; "
             "leave it out, or set conditioner.NAME.drop=0.1."
         )
+    if config["stage"].get("guidance_scale") == 1 and (more := [name for name in guided if name[-5:] != "scale"]):
+        raise InputError(f"{more[0]} does nothing at stage.guidance_scale=1 (off); choose another scale.")
     for name in sorted(chosen):
         if name.startswith("stage.codebook_") and plan.stage.codebook is None:
             raise InputError(f"{name}: this first stage has no codebook; leave it out, or choose a first_stage=vq_*.")

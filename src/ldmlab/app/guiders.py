@@ -4,21 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ldmlab.build import load_classifier
-from ldmlab.checkpoints import fingerprint
 from ldmlab.contracts import Guider
-from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, squared_error
+from ldmlab.diffusion.gradient_guidance import ClassifierGuider, ImageGuider, squared_error
 from ldmlab.diffusion.schedule import as_path, same_path
 from ldmlab.errors import InputError, one_of
 from ldmlab.inference.inputs import row
 from ldmlab.inference.model import LoadedModel
+from ldmlab.inference.weak_model import of_other_latents
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.published_weights import weights_path
 from ldmlab.nn.lpips import LPIPS
-
-_SAME_SCALE = 0.01  # relative; a classifier does not notice less, and two measurements of one scale may differ so
 
 
 def build_guiders(config: Mapping[str, Mapping[str, Any]], model: LoadedModel) -> list[Guider]:
@@ -44,24 +40,17 @@ def guiders_by_option(options: Mapping[str, Any], model: LoadedModel) -> list[Gu
 def classifier_guider(run: Path | str, model: LoadedModel, scale: float = 10.0) -> ClassifierGuider:
     """By the classifier of a stage=classifier run; one of other latents or another schedule is refused."""
     loaded = load_classifier(run)
-    spec, diffusion, ours = loaded.spec, model.diffusion, model.diffusion.latent_scale
+    spec, diffusion = loaded.spec, model.diffusion
     own = instantiate(spec["latent_scale"], where="latent_scale")
     path = as_path(instantiate(spec["schedule"], where="schedule"))
-    differs = {
-        "first stage": spec["first_stage_fingerprint"] != fingerprint(diffusion.first_stage.state_dict()),
-        "latent scale": not (_near(own.std, ours.std, ours.std) and _near(own.shift, ours.shift, ours.std)),
-        "noise schedule": not same_path(path, diffusion.path),
-    }
-    if found := [name for name, yes in differs.items() if yes]:
+    found = of_other_latents(diffusion, spec["first_stage_fingerprint"], own)
+    found += [] if same_path(path, diffusion.path) else ["noise schedule"]
+    if found:
         raise InputError(
             f"classifier={run} was trained with another {' and '.join(found)} than the model; train one with the "
             "model's data.latents, stage.latent_scale and diffusion (python train.py stage=classifier)."
         )
     return ClassifierGuider(loaded.module.to(model.device), scale, name=str(run))
-
-
-def _near(first: Tensor, second: Tensor, unit: Tensor) -> bool:
-    return bool(((first.cpu() - second.cpu()).abs() <= _SAME_SCALE * unit.cpu().abs()).all())
 
 
 def image_guider(

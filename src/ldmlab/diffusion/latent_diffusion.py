@@ -5,7 +5,7 @@ see; final latents (B, C, h, w), normalised, everywhere else. A batch is a plain
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from ldmlab.contracts import (
     Weighting,
 )
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.guidance import check_guidance, with_signal
+from ldmlab.diffusion.gradient_guidance import with_signal
+from ldmlab.diffusion.guidance import Guidance, check_guidance, stacked
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import begun
@@ -36,6 +37,7 @@ from ldmlab.randomness import normal
 from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
 
 Named = list[tuple[str, Conditioner]]
+Output = Callable[[Tensor, Level], tuple[Tensor, Tensor | None]]  # prediction, the learned variance's part
 
 
 class LatentDiffusion(LatentSpace):
@@ -148,28 +150,43 @@ class LatentDiffusion(LatentSpace):
     def denoiser(
         self,
         conditioning: Conditioning,
-        null: Conditioning | None = None,
-        guidance_scale: float = 1.0,
+        other: Conditioning | None = None,  # what is guided away from: without conditions, or the weak model's own
+        guidance: Guidance | None = None,  # None: off
         variance: list[Tensor] | None = None,  # filled with the learned variance's part of each output
     ) -> Denoise:
-        """eps_null + guidance_scale (eps_cond - eps_null) in one doubled pass; constants are computed once."""
-        guided, form = null is not None and guidance_scale != 1, self.objective.form
-        prepared = self.backbone.prepare(stacked(conditioning, null) if guided else conditioning)  # type: ignore
+        """Clean estimates, guided by one doubled pass or a weak model; what a level does not need is not computed."""
+        guidance = None if other is None or guidance is None or guidance.scale == 1 else guidance
+        weak = None if guidance is None or guidance.weak is None else guidance.weak.output(other)
+
+        @cache
+        def of(doubled: bool) -> Output:  # constants are computed once
+            return self.output(stacked(conditioning, other) if doubled else conditioning)  # type: ignore[arg-type]
 
         def denoise(x: Tensor, level: Level) -> Tensor:
-            copies = torch.cat([x, x]) if guided else x  # (2B or B, C, h, w)
-            assert level.time is not None  # None at the end only, which no network sees
-            time = torch.full((len(copies),), level.time, device=x.device)
-            given = form.scaled(copies, level.alpha, level.sigma)
-            output, learned = form.split(form.checked(self.backbone(given, time, prepared), copies))
+            acting = guidance if guidance is not None and guidance.acts(level, self.path) else None
+            doubled = acting is not None and weak is None
+            output, learned = of(doubled)(torch.cat([x, x]) if doubled else x, level)  # (2B or B, C, h, w)
             if variance is not None and learned is not None:
                 variance[:] = [learned[: len(x)]]  # with the conditions, as the official programs
-            if guided:
-                conditional, unconditional = output.chunk(2)
-                output = torch.lerp(unconditional, conditional, guidance_scale)
-            return form.clean(x, output, level)
+            if acting is not None:
+                output, without = output.chunk(2) if weak is None else (output, weak(x, level)[0])
+                guided = torch.lerp(without, output, acting.scale)
+                output = acting.corrected(guided, output) if acting.corrects else guided
+            return self.objective.form.clean(x, output, level)
 
         return denoise
+
+    def output(self, conditioning: Conditioning) -> Output:
+        """The network's prediction, and the learned variance's part, of latents at a level; float32."""
+        form, prepared = self.objective.form, self.backbone.prepare(conditioning)  # type: ignore[operator]
+
+        def output(x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
+            assert level.time is not None  # None at the end only, which no network sees
+            time = torch.full((len(x),), level.time, device=x.device)
+            given = form.scaled(x, level.alpha, level.sigma)
+            return form.split(form.checked(self.backbone(given, time, prepared), x))
+
+        return output
 
     @torch.no_grad()
     def sample(
@@ -180,24 +197,27 @@ class LatentDiffusion(LatentSpace):
         grid: list[Level],
         index: Tensor,  # (B,) int64, the image's number: with the seed it decides the noise
         size: tuple[int, int],  # height and width in pixels
-        guidance_scale: float = 1.0,
-        guiders: Sequence[Guider] = (),  # besides classifier-free guidance; each wraps those before it
+        guidance: Guidance | None = None,  # None: off
+        guiders: Sequence[Guider] = (),  # besides that guidance; each wraps those before it
         seed: int = 0,
         after_step: AfterStep | None = None,
         given: GivenImage | None = None,  # an image to start from or to keep in part
         window: int | None = None,  # side of windows that are denoised one by one, px; None: the full latent at once
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same image in any batch."""
-        check_guidance(guidance_scale, self.guidance_trained, conditioned=bool(self.conditioners))
+        weak = None if guidance is None else guidance.weak
+        if guidance is not None:
+            check_guidance(guidance.scale, self.guidance_trained, bool(self.conditioners), weak is not None)
         batch = {"position": index, **batch}
         conditioning = self.conditioning(batch)
         x = self.start(index, size, seed)
         check_size(conditioning, x)
         learned: list[Tensor] = []
-        bind: Bind = partial(self.denoiser, guidance_scale=guidance_scale, variance=learned)
+        bind: Bind = partial(self.denoiser, guidance=guidance, variance=learned)
         if window is not None:
             bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
-        denoise = bind(conditioning, self.null(batch) if guidance_scale != 1 else None)
+        on = guidance is not None and guidance.scale != 1
+        denoise = bind(conditioning, (self.null if weak is None else weak.conditioning)(batch) if on else None)
         grid = with_signal(grid, self.path) if guiders else grid
         for guider in guiders:
             denoise = guider(denoise, batch)
@@ -280,12 +300,3 @@ def check_size(conditioning: Conditioning, x: Tensor) -> None:
             f"spatial conditions are {spatial.shape[2]} x {spatial.shape[3]}, the latent {x.shape[2]} x "
             f"{x.shape[3]}; give images of the size to be made, or a low resolution of the latent's size."
         )
-
-
-def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Two conditionings as one batch of twice the size."""
-    slots = {}
-    for slot in ("tokens", "spatial", "vector"):
-        pair = getattr(first, slot), getattr(second, slot)
-        slots[slot] = None if pair[0] is None else torch.cat(pair)
-    return Conditioning(**slots)

@@ -5,17 +5,17 @@ Images are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ldmlab.contracts import AfterStep, Conditioning, Guider, Level
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.guidance import check_guidance
+from ldmlab.diffusion.guidance import Guidance, check_guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.windowed import latent_windows
@@ -51,6 +51,7 @@ class LoadedModel:
         info: Mapping[str, Any],  # path, weights, fingerprint, step, ...
         precision: str = "float32",  # of the denoiser: float32 | bfloat16 | float16
         frozen: bool = True,  # False: of a model in training, whose modes and gradients stay
+        load: "Callable[[str], LoadedModel] | None" = None,  # of a weak model by its name; None: there is none
     ) -> None:
         self.diffusion = diffusion.eval().requires_grad_(False) if frozen else diffusion
         if self.device.type == "cuda":  # on a CPU this layout was measured to be slower
@@ -58,12 +59,25 @@ class LoadedModel:
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.info = dict(info)
         self.guiders: tuple[Guider, ...] = ()
+        self._load, self._compile = load, cast(Choice, False)
+        self._weak: dict[str, LatentDiffusion] = {}  # by name
         self.in_precision(precision)
 
     def with_guiders(self, *guiders: Guider) -> "LoadedModel":
         """The same model, with guiders in addition to classifier-free guidance."""
         self.guiders = guiders
         self.info["guiders"] = {name: value for guider in guiders for name, value in guider.as_text().items()}
+        return self
+
+    def with_weak_model(self, name: str, other: "LoadedModel") -> "LoadedModel":
+        """The same model, with another one of the same latents that `weak_model=name` guides away from."""
+        from ldmlab.inference.weak_model import check_weak
+
+        check_weak(self.diffusion, other.diffusion, name)
+        other.diffusion.first_stage = self.diffusion.first_stage  # the same weights once
+        self._weak[name] = other.compiled(self._compile).diffusion
+        known = {key: other.info[key] for key in ("path", "fingerprint", "weights", "step") if key in other.info}
+        self.info["weak_models"] = {**self.info.get("weak_models", {}), name: known}
         return self
 
     def in_precision(self, precision: str) -> "LoadedModel":
@@ -75,6 +89,7 @@ class LoadedModel:
 
     def compiled(self, choice: Choice) -> "LoadedModel":
         """The same model; its networks are compiled block by block where chosen: true | false | auto, on a GPU."""
+        self._compile = choice
         if wanted(choice, self.device):
             compile_regions(self.diffusion)
         return self
@@ -130,10 +145,13 @@ class LoadedModel:
         first, conditioned = (inputs[0] if len(inputs) else None), bool(self.diffusion.conditioners)
         scale = settings.guidance_scale
         if scale is None:
-            scale = 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
-        check_guidance(scale, self.diffusion.guidance_trained, conditioned=conditioned)
-        if scale == 1 and first and first.get("negative_prompt"):
-            raise InputError("guidance_scale=1 makes no use of negative_prompt; choose a scale above 1.")
+            scale = 2.0 if settings.weak_model else 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
+        check_guidance(scale, self.diffusion.guidance_trained, conditioned, settings.weak_model is not None)
+        if (scale == 1 or settings.weak_model) and first and first.get("negative_prompt"):
+            why = f"weak_model={settings.weak_model}" if scale != 1 else "guidance_scale=1"
+            way = "leave out one of them" if scale != 1 else "choose a scale above 1"
+            raise InputError(f"{why} makes no use of negative_prompt; {way}.")
+        self._guidance(replace(settings, guidance_scale=scale))  # refused before any work
         implied = None if first is None else implied_size(first, self.enlargement)
         size = implied or self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -156,6 +174,19 @@ class LoadedModel:
         self.grid(resolved)  # steps that the rule cannot take are refused
         return resolved
 
+    def _guidance(self, settings: SampleSettings) -> Guidance:
+        """By settings with a scale; their weak model is loaded once."""
+        assert settings.guidance_scale is not None
+        name, channels = settings.weak_model, int(self.diffusion.first_stage.latent_channels)  # type: ignore[arg-type]
+        guidance = settings.guidance(settings.guidance_scale, channels)
+        if name is not None and name not in self._weak:
+            if self._load is None:
+                raise InputError(
+                    f"weak_model={name} cannot be loaded here; add it by model.with_weak_model(name, other)."
+                )
+            self.with_weak_model(name, self._load(name))
+        return replace(guidance, weak=self._weak[name]) if name else guidance
+
     def grid(self, settings: SampleSettings) -> list[Level]:
         """The noise levels that resolved settings visit."""
         assert settings.steps is not None and settings.spacing is not None  # noqa: PT018
@@ -176,7 +207,6 @@ class LoadedModel:
         after_step: AfterStep | None = None,
     ) -> Tensor:
         """One batch of images, uint8 (B, H, W, 3) on the CPU."""
-        assert settings.guidance_scale is not None
         assert isinstance(settings.size, tuple)
         sampler = settings.build_sampler()
         if len(inputs) > 1 and getattr(sampler, "one_image", False):
@@ -195,7 +225,7 @@ class LoadedModel:
                 grid=self.grid(settings),
                 index=batch["position"],
                 size=canvas,
-                guidance_scale=settings.guidance_scale,
+                guidance=self._guidance(settings),
                 guiders=self.guiders,
                 seed=settings.seed,
                 after_step=after_step,

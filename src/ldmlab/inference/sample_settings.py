@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
     from ldmlab.contracts import Sampler, Solver
+    from ldmlab.diffusion.guidance import Guidance
 
 SAMPLERS = sorted(path.stem for path in (Path(__file__).parents[1] / "samplers").glob("[!_]*.py"))
 STRENGTH = 0.6  # default of image to image
@@ -24,6 +25,7 @@ LONGEST = 2**16  # px
 LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
 TILE = 512  # px
 _SOMETIMES = (  # recorded where they are used
+    *("guidance_interval", "guidance_rescale", "guided_channels", "weak_model"),
     *("shift", "temperature", "churn", "quantize_x0"),
     *("strength", "repeats", "tile", "window"),
 )
@@ -41,6 +43,17 @@ class SampleSettings:
     steps: int | None = _option(None, "sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)", 1)
     guidance_scale: float | None = _option(
         None, "of classifier-free guidance; 1 is off (3 if the model was trained for it, else 1)"
+    )
+    guidance_interval: tuple[float, float] | None = _option(
+        None, "LOW..HIGH: guided only between these positions of the path, 0 (clean) .. 1 (noise) (everywhere)", 0
+    )
+    guidance_interval_unit: str = _option(
+        "position", "position | sigma: what the interval's bounds are; sigma / alpha (position)", words="position sigma"
+    )
+    guidance_rescale: float | None = _option(None, "how far guidance keeps the output's deviation, 0 .. 1 (0)", 0, 1)
+    guided_channels: int | None = _option(None, "only the first channels of the latent are guided; DiT: 3 (all)", 1)
+    weak_model: str | None = _option(
+        None, "guide away from this weaker model: run, checkpoint or model folder; PATH@raw, PATH@0.05: its weights"
     )
     eta: float | None = _option(None, "fresh noise per step: 0 none, 1 as DDPM (0; sampler euler_ancestral: 1)", 0)
     seed: int = _option(0, "with an image's number it decides the noise (0)", 0, 2**64 - 1)
@@ -68,10 +81,10 @@ class SampleSettings:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name == "size" and isinstance(value, tuple | list):
-                if len(value) != 2:
-                    raise InputError(f"size={value!r:.40} is not a size; give one side, or height and width, px.")
-                object.__setattr__(self, "size", tuple(_checked("size", side) for side in value))
+            if one.name in _PAIRS and (isinstance(value, tuple | list) or (one.name != "size" and value is not None)):
+                if not isinstance(value, tuple | list) or len(value) != 2:
+                    raise InputError(f"{one.name}={value!r:.40} is {_PAIRS[one.name]}")
+                object.__setattr__(self, one.name, tuple(_checked(one.name, part) for part in value))
             elif value is not None or one.default is not None:
                 object.__setattr__(self, one.name, _checked(one.name, value))
 
@@ -82,6 +95,29 @@ class SampleSettings:
         chosen = {name: getattr(self, name) for name in neutral if getattr(self, name) is not None}
         other = {name: value for name, value in chosen.items() if value != getattr(sampler, name, neutral[name])}
         return sampler_by_name(self.sampler, **other) if other else sampler
+
+    def guidance(self, scale: float, channels: int) -> "Guidance":
+        """Guidance by these settings but for the weak model, for latents of that many channels.
+
+        Settings without effect are refused.
+        """
+        from ldmlab.diffusion.guidance import Guidance
+
+        names = ("guidance_interval", "guidance_rescale", "guided_channels", "weak_model")
+        found = {name: value for name in names if (value := getattr(self, name))}
+        if scale == 1 and found:
+            name, value = next(iter(found.items()))
+            raise InputError(
+                f"{name}={written(name, value)} does nothing at guidance_scale=1 (off); choose another scale."
+            )
+        if self.guidance_interval is None and self.guidance_interval_unit != "position":
+            raise InputError(f"guidance_interval_unit={self.guidance_interval_unit} needs a guidance_interval; add it.")
+        if (self.guided_channels or 0) > channels:
+            raise InputError(
+                f"guided_channels={self.guided_channels} is more than the {channels} of the latent; lower it."
+            )
+        where = self.guidance_interval, self.guidance_interval_unit
+        return Guidance(scale, *where, self.guidance_rescale or 0.0, self.guided_channels)
 
     def filled(
         self,
@@ -123,11 +159,9 @@ class SampleSettings:
         """Plain values for files, the size as HEIGHTxWIDTH; options of images and tiles only where they are used."""
         values = asdict(self)
         absent = [name for name in _SOMETIMES if values[name] in (None, 0)]
-        absent += ["tile_norms"] * (not self.tile)
+        absent += ["tile_norms"] * (not self.tile) + ["guidance_interval_unit"] * (not self.guidance_interval)
         values = {name: value for name, value in values.items() if name not in absent}
-        if isinstance(self.size, tuple):
-            values["size"] = f"{self.size[0]}x{self.size[1]}"
-        return values
+        return {name: written(name, value) if name in _PAIRS else value for name, value in values.items()}
 
 
 class ResolvedSettings(SampleSettings):
@@ -193,6 +227,15 @@ def parsed(name: str, text: str) -> Any:
         if len(sides) > 2 or not all(side.isascii() and side.isdecimal() for side in sides):
             raise InputError(f"size={text} is not a size; write HEIGHTxWIDTH, for instance 64x96.")
         return (_checked("size", int(sides[0]), text), _checked("size", int(sides[-1]), text))
+    if name == "guidance_interval":
+        low, dots, high = text.partition("..")
+        if not (low and dots and high):
+            raise InputError(f"{name}={text:.40} is {_PAIRS[name]}")
+        return tuple(_of_text(name, part) for part in (low, high))
+    return _of_text(name, text)
+
+
+def _of_text(name: str, text: str) -> Any:
     kind = _kind(name)
     try:
         value = {"true": True, "false": False}.get(text.lower(), text) if kind is bool else kind(text)
@@ -210,12 +253,20 @@ def variants(settings: SampleSettings, sweep: str | None) -> tuple[str | None, d
     if name not in names or not values.strip(","):
         raise InputError(f"sweep={sweep} is not a sweep; write one of {', '.join(names)} with values: steps=1,2,5.")
     found = [parsed(name, text.strip()) for text in values.split(",")]
-    written = ["x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in found]
     return name, {
-        f"_{name}-{text}": replace(settings, **{name: value}) for text, value in zip(written, found, strict=True)
+        f"_{name}-{written(name, value).replace('/', '_')}": replace(settings, **{name: value}) for value in found
     }
 
 
+def written(name: str, value: Any) -> str:
+    """As `parsed` reads it."""
+    return ("x" if name == "size" else "..").join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+_PAIRS = {  # settings of two numbers
+    "size": "not a size; give one side, or height and width, px.",
+    "guidance_interval": "not an interval; give two numbers, LOW..HIGH, for instance 0.1..0.8.",
+}
 _KINDS: dict[Callable[[Any], Any], str] = {
     int: "a whole number",
     float: "a finite number",
@@ -227,7 +278,8 @@ _KINDS: dict[Callable[[Any], Any], str] = {
 def _kind(name: str) -> Callable[[Any], Any]:
     """int, float, str or bool: what a setting's annotation begins with."""
     annotation = SampleSettings.__annotations__[name]
-    return next(kind for kind in _KINDS if kind in getattr(annotation, "__args__", (annotation,)))
+    kinds = [kind for one in get_args(annotation) or (annotation,) for kind in get_args(one) or (one,)]
+    return next(kind for kind in _KINDS if kind in kinds)
 
 
 def _checked(name: str, value: Any, typed: str | None = None) -> Any:
@@ -258,6 +310,10 @@ def _checked(name: str, value: Any, typed: str | None = None) -> Any:
 def _way_out(name: str) -> str:
     ways = {
         "guidance_scale": "choose 1 (off) or for instance 3.",
+        "guidance_interval": "give two numbers, LOW..HIGH, for instance 0.1..0.8.",
+        "guidance_rescale": "choose 0 (off) or for instance 0.7.",
+        "guided_channels": "choose for instance 3, as DiT, or leave it out.",
+        "weak_model": "give a run, a checkpoint or a model folder.",
         "strength": "choose 0.3 for small changes, 0.8 for large ones.",
         "repeats": f"choose 1 (fastest) or {REPEATS} (fits better).",
         "seed": "choose a non-negative integer.",

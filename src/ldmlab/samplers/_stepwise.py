@@ -68,7 +68,8 @@ class Stepwise(ABC):
                 x, here = self._churn.raised(x, here, len(grid) - 1, self.path, noise, number)
             unrounded = denoise(x, here)
             clean = unrounded.to(x.dtype)
-            x = self.step(x, clean, Step(number, here, there, unrounded, denoise, fresh, past, nearest, self.path))
+            again = further(denoise, here)
+            x = self.step(x, clean, Step(number, here, there, unrounded, again, fresh, past, nearest, self.path))
             if after_step is not None:
                 x = after_step(number, x, clean)
         return x
@@ -109,6 +110,11 @@ class Churn:
         change = up.alpha / here.alpha
         added = math.sqrt(max(up.sigma**2 - (change * here.sigma) ** 2, 0.0))
         return change * x + self.scale * added * noise(number), up
+
+
+def further(denoise: Denoise, here: Level) -> Denoise:
+    """For the further evaluations of a step from `here`, which a guidance interval treats like the first one."""
+    return lambda x, level: denoise(x, level._replace(start=here.time))
 
 
 def checked_churn(churn: float, low: float, high: float, scale: float) -> Churn | None:

@@ -1,6 +1,6 @@
 """The probability flow of a path by the solvers of torchdiffeq: adaptive dopri5, or fixed steps of higher order."""
 
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torchdiffeq import odeint
 
 from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path
 from ldmlab.errors import InputError, one_of
-from ldmlab.samplers._stepwise import noise_of, without_steps
+from ldmlab.samplers._stepwise import further, noise_of, without_steps
 
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "dopri5": 5, "dopri8": 8, "bosh3": 3}
 _LEAST = 1e-6  # position and sigma of the evaluation at the clean end itself, where eps is undefined
@@ -50,8 +50,13 @@ class Ode:
         places = positions(path, grid)
         places = places[[0, -1]] if self.one_image else places
         times = 1 - places.to(x.device)  # growing, as the solvers' step rules expect
-        more: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol} if self.one_image else {}
-        return odeint(lambda t, y: -slope(denoise, path, y, 1 - t), x, times, method=self.method, **more)[-1]
+        more = {"rtol": self.rtol, "atol": self.atol} if self.one_image else {}
+        for here, ends in zip(grid, pairwise(times), strict=False):  # one step, or one stretch
+            run = denoise if self.one_image else further(denoise, here)
+            x = odeint(
+                lambda t, y, run=run: -slope(run, path, y, 1 - t), x, torch.stack(ends), method=self.method, **more
+            )[-1]
+        return x
 
 
 def positions(path: Path, grid: list[Level]) -> Tensor:

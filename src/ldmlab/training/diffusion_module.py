@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Level, Sampler
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError, one_of
 from ldmlab.inference.grids import labels_of
@@ -32,6 +33,9 @@ class DiffusionStage(Stage):
         sampler: Sampler,  # for the panels
         grid: list[Level],  # its noise levels
         guidance_scale: float = 3.0,  # of the panels; 1 where conditions are never dropped
+        guidance_interval: tuple[float, float] | None = None,  # positions between which the panels are guided
+        guidance_rescale: float = 0.0,  # of the panels, 0 .. 1
+        guided_channels: int | None = None,  # of the panels, the first of the latent; None: all
         panel_count: int = 16,  # images in a panel
         val_draws: int = 4,  # fixed noise levels and noises for each validation image
         encoder_precision: str = "float32",  # of a first stage that runs while training: float32 | bfloat16
@@ -44,7 +48,9 @@ class DiffusionStage(Stage):
             raise InputError(f"val_draws={val_draws} and panel_count={panel_count} must be at least 1.")
         self.diffusion = diffusion
         self.sampler, self.grid = sampler, grid
-        self.guidance_scale = guidance_scale if diffusion.guidance_trained and len(diffusion.conditioners) else 1.0
+        scale = guidance_scale if diffusion.guidance_trained and len(diffusion.conditioners) else 1.0
+        interval = None if guidance_interval is None else (guidance_interval[0], guidance_interval[1])
+        self.guidance = Guidance(scale, interval, rescale=guidance_rescale, channels=guided_channels)
         self.panel_count, self.val_draws = panel_count, val_draws
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -115,7 +121,7 @@ class DiffusionStage(Stage):
         conditions = {name: value for name, value in batch.items() if name not in ("moments", "position")}
         samples = self.diffusion.sample(
             conditions, sampler=self.sampler, grid=self.grid, index=index, size=size,
-            guidance_scale=self.guidance_scale, seed=self.seed,
+            guidance=self.guidance, seed=self.seed,
         )  # fmt: skip
         labels = labels_of(shown)
         self.panel_labels = {"samples": labels, "val": labels} if labels else {}

@@ -20,6 +20,7 @@ _APPLIED = (  # read at every start; changes are reported
     *("optimizer.weight_decay", "optimizer.matrix_learning_rate", "optimizer.momentum", "lr_schedule", "sampler"),
     *("trainer", "callbacks", "logger", "data.val"),
     *("data.object_background", "stage.panel_steps", "stage.panel_count", "stage.guidance_scale"),
+    *("stage.guidance_interval", "stage.guidance_rescale", "stage.guided_channels"),
     *("stage.val_draws", "stage.noise_bins", "stage.codebook_alert"),
 )
 _HARMLESS = (  # of the place and the machine, or held against the checkpoint by content
