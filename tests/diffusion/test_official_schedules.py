@@ -16,6 +16,7 @@ from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import Parameterization, ScorePrediction, VelocityPrediction
 from ldmlab.diffusion.paths import ContinuousPath, CosinePath, LinearPath, VariancePreservingPath
 from ldmlab.diffusion.schedule import Schedule
+from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import sampler_by_name
 from ldmlab.samplers._stepwise import noise_of, posterior_variance
 from ldmlab.samplers.ode import slope
@@ -36,10 +37,23 @@ def test_betas_of_dit(case: str) -> None:
     assert_near(found.betas, DIT[case], EXACT)
 
 
-@pytest.mark.parametrize("respacing", ["", "10", "50", "250", "1000"])
-def test_times_that_dit_visits(respacing: str) -> None:
-    grid = Schedule().grid(int(respacing or 1000), "linspace")
-    assert [level.time for level in grid[-2::-1]] == DIT[f"timestep_map.{respacing or 'none'}"].tolist()
+@pytest.mark.parametrize("case", [case for case in DIT_CASES if case.startswith("timestep_map")])
+def test_times_that_dit_visits(case: str) -> None:
+    respacing, expected = DIT_CASES[case]["timestep_respacing"], DIT[case].tolist()
+    spacings = ["leading"] if respacing.startswith("ddim") else [f"linspace:{respacing or 1000}"]
+    for spacing in spacings if "," in respacing or spacings == ["leading"] else [*spacings, "linspace"]:
+        grid = Schedule().grid(len(expected), spacing)
+        assert [level.time for level in grid[-2::-1]] == expected
+
+
+def test_sections_that_do_not_fit_are_refused() -> None:
+    for text, steps in (("10,15,20", 50), ("10,x", 10), ("5,0", 5), ("", 5), ("-3,8", 5)):
+        with pytest.raises(InputError, match=rf"spacing=linspace:{text} with steps={steps}: give a count of 1 or more"):
+            Schedule().grid(steps, f"linspace:{text}")
+    with pytest.raises(InputError, match="a section of 3 noise levels has no 4 of them"):
+        Schedule(steps=10).grid(6, "linspace:1,1,4")
+    with pytest.raises(InputError, match="has no such power"):
+        LinearPath().grid(10, "linspace:5,5")
 
 
 @pytest.mark.parametrize("case", [case for case in DIT_CASES if case.startswith("respaced")])

@@ -17,7 +17,6 @@ from ldmlab.inference.sample_settings import sampler_by_name
 from ldmlab.samplers._stepwise import noise_of
 from modern_cases import assert_near, drawn_noise, field, recorded
 
-END = Level(1.0, 0.0, None)
 DIT, DIT_CASES = recorded("dit/trajectories")
 
 
@@ -25,15 +24,9 @@ def by_number(like: Tensor) -> Callable[[int], Tensor]:
     return lambda step: drawn_noise(f"noise.{step + 1}", *like.shape)
 
 
-def visited(respacing: str) -> list[int]:
-    """The times of "10" or "ddim25", or of sections of equal length with a count each, noisiest first."""
-    if respacing.startswith("ddim"):
-        return list(range(0, 1000, 1000 // int(respacing.removeprefix("ddim"))))[::-1]
-    counts = [int(count) for count in respacing.split(",")]
-    sizes = [1000 // len(counts) + (i < 1000 % len(counts)) for i in range(len(counts))]
-    starts = [sum(sizes[:i]) for i in range(len(counts))]
-    sections = zip(starts, sizes, counts, strict=True)
-    return sorted({start + round(k * (size - 1) / (n - 1)) for start, size, n in sections for k in range(n)})[::-1]
+def levels_of(schedule: Schedule, respacing: str) -> list[Level]:
+    """Of DiT's respacing, and the end."""
+    return schedule.grid(sum(int(count) for count in respacing.split(",")), f"linspace:{respacing}")
 
 
 def dit_network(learned: list[Tensor], *, clip: bool = False, at: list[Tensor] | None = None) -> Any:
@@ -62,7 +55,7 @@ def test_chains_of_dit(case: str) -> None:
     one = DIT_CASES[case]
     made = one["create_diffusion"]
     schedule = Schedule("cosine") if "noise_schedule" in made else Schedule("linear", 0.0001, 0.02)
-    grid = [*(schedule.level(t) for t in visited(made["timestep_respacing"])), END]
+    grid = levels_of(schedule, made["timestep_respacing"])
     learned: list[Tensor] = []
     denoise = dit_network(learned, clip=one["clip_denoised"])
     sampler: Any = sampler_by_name("ddim", eta=one["eta"]) if case.startswith("ddim") else sampler_by_name("ddpm")
@@ -75,7 +68,7 @@ def test_chains_of_dit(case: str) -> None:
 def test_inversion_of_ddim() -> None:
     """Up the levels; the last step is to pure noise."""
     schedule = Schedule("linear", 0.0001, 0.02)
-    grid = [*(schedule.level(t) for t in visited("10")[::-1]), Level(0.0, 1.0, None)]
+    grid = [*levels_of(schedule, "10")[-2::-1], Level(0.0, 1.0, None)]
     x = 0.3 * DIT["x_T"]
     found = sampler_by_name("ddim", eta=0.0)(dit_network([]), x, grid, noise=by_number(x))
     assert_near(found, DIT["ddim_reverse.10.clip=False"])
@@ -84,7 +77,7 @@ def test_inversion_of_ddim() -> None:
 def test_the_bound_of_dit() -> None:
     """calc_bpd_loop: each term, their sum, and the errors of the clipped estimates."""
     schedule = Schedule("linear", 0.0001, 0.02)
-    grid = [*(schedule.level(t) for t in visited("10")), END]
+    grid = levels_of(schedule, "10")
     clean, learned, seen = DIT["bpd.x_start"], list[Tensor](), list[Tensor]()
     noise = by_number(clean)
     terms = variational_bound(dit_network(learned, clip=True, at=seen), grid, clean, noise, learned)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level, Path, Solver
+from ldmlab.diffusion.respacing import sectioned
 from ldmlab.errors import InputError, one_of
 from ldmlab.randomness import below
 
 NAMES = ("scaled_linear", "linear", "cosine", "sqrt")
 _ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scaled_linear
-SPACINGS = ("official", "quad", "linspace", "trailing", "karras", "log_snr", "polyexponential")
+SPACINGS = ("official", "quad", "linspace", "leading", "trailing", "karras", "log_snr", "polyexponential")
 _POWERS = {"karras": 7.0, "log_snr": 1.0, "polyexponential": 1.0}  # defaults; Karras et al. 2022, eq. 5: 7
 _SAME = 1e-5  # relative; float32 rounds to 1e-7
 
@@ -207,7 +208,8 @@ def ddim_grid(schedule: Any, steps: int, spacing: str = "official") -> list[Leve
 
     official: stride T // steps from 0, every index + 1, ending at the level of time 0 (paper's code);
     quad: the squares of `steps` even numbers up to sqrt(0.8 T), rounded down, + 1, ending as official (paper's code);
-    linspace: T - 1 .. 0 with both ends; trailing: T - 1 down in steps of T / steps;
+    linspace: T - 1 .. 0 with both ends, or in sections (`linspace:10,15,20`, see `sectioned`);
+    leading: every T // steps-th from 0 up; trailing: T - 1 down in steps of T / steps;
     karras, log_snr, polyexponential: as `even_ratios`, between the schedule's levels too, where the network's time has
     a fraction. All but the first two end at the clean latent.
     """
@@ -227,6 +229,10 @@ def _visited(levels: Levels, steps: int, spacing: str) -> list[Level]:
     if spacing == "linspace":
         times = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().long().tolist()
         return [levels.at(t) for t in times]
+    if spacing.startswith("linspace:"):
+        return [levels.at(t) for t in sectioned(total, steps, spacing.partition(":")[2])]
+    if spacing == "leading":
+        return [levels.at(t * (total // steps)) for t in reversed(range(steps))]
     if spacing == "trailing":
         return [levels.at(round(total - k * total / steps) - 1) for k in range(steps)]
     checked_spacing(spacing, SPACINGS)

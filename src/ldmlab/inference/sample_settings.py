@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldmlab.diffusion.guidance import Guidance
 
 SAMPLERS = sorted(path.stem for path in (Path(__file__).parents[1] / "samplers").glob("[!_]*.py"))
+_SPACINGS = "official | quad | linspace | leading | trailing | karras | log_snr | polyexponential"
 STRENGTH = 0.6  # default of image to image
 REPEATS = 5  # default where a model fills holes without having been trained for it
 LONGEST = 2**16  # px
@@ -59,9 +60,7 @@ class SampleSettings:
     seed: int = _option(0, "with an image's number it decides the noise (0)", 0, 2**64 - 1)
     size: int | tuple[int, int] | None = _option(None, "HEIGHTxWIDTH or one side, px (as trained)", 1, LONGEST)
     sampler: str = _option("auto", f"auto | {' | '.join(SAMPLERS)}; NAME:option=value; or package.Class (auto)")
-    spacing: str | None = _option(
-        None, "of the steps: official | quad | linspace | trailing | karras | log_snr | polyexponential (the sampler's)"
-    )
+    spacing: str | None = _option(None, f"of the steps: {_SPACINGS} (the sampler's)")
     shift: float | None = _option(None, "of a flow's times; above 1: more steps at high noise (the model's)", 1e-6)
     temperature: float | None = _option(None, "factor of the fresh noise, for samplers that draw some (1)", 0)
     churn: float | None = _option(None, "noise before each step of euler or heun (0; EDM: 40)", 0)
