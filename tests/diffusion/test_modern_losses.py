@@ -19,7 +19,14 @@ from ldmlab.diffusion.parameterization import (
     ScorePrediction,
     VelocityPrediction,
 )
-from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
+from ldmlab.diffusion.paths import (
+    ContinuousPath,
+    CosinePath,
+    EdmPath,
+    LinearPath,
+    VarianceExplodingPath,
+    VariancePreservingPath,
+)
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.diffusion.time_sampling import (
     AngleSigma,
@@ -183,6 +190,26 @@ def test_edm(case: str, mean: float, std: float) -> None:
     found.sum().backward()
     assert learned.linear.weight.grad is not None
     assert float(learned.linear.weight.grad.norm()) > 0
+
+
+@pytest.mark.parametrize(("case", "path"), [
+    ("vp", VariancePreservingPath(0.0, 999.0, margins=(1e-5, 0.0))), ("ve", VarianceExplodingPath()),
+])  # fmt: skip
+def test_the_losses_that_edm_was_compared_with(case: str, path: ContinuousPath) -> None:
+    """VPLoss and VELoss: uniform times and the noise's error, here of EDM's preconditioned stand-in."""
+    u = torch.special.ndtr(drawn_noise("noise.1", 4, 1, 1, 1).flatten().double())
+    u = 1 - u if case == "vp" else u  # a larger number is less noise there
+    times = UniformTimes()(u, torch.zeros(4, dtype=torch.int64), path)
+    alpha, sigma = path.levels(times)
+    ratio = (sigma / alpha).flatten()
+    assert_near(ratio / EDM[f"{case}.sigma"], torch.ones(4))
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return field(x, ratio.log() / 4)
+
+    noise, objective = drawn_noise("noise.2", 4, 3, 6, 6), Objective(path, EdmPrediction(0.5), weighting=Snr())
+    loss = objective(network, EDM["images"], noise, times)
+    assert_near(loss, EDM[f"{case}.loss"].mean(dim=(1, 2, 3)))
 
 
 K, K_CASES = recorded("kdiffusion/weights")

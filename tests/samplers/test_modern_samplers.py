@@ -1,5 +1,6 @@
 """End points of SiT's, REPA's, k-diffusion's, EDM's and diffusers' samplers, on their analytic stand-in networks."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,14 @@ from ldmlab.diffusion.parameterization import (
     VelocityPrediction,
     VPrediction,
 )
-from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath, VariancePreservingPath
+from ldmlab.diffusion.paths import (
+    ContinuousPath,
+    CosinePath,
+    EdmPath,
+    LinearPath,
+    VarianceExplodingPath,
+    VariancePreservingPath,
+)
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.inference.likelihood import log_likelihood
 from ldmlab.inference.sample_settings import sampler_by_name
@@ -147,15 +155,63 @@ def test_ancestral_steps_and_multistep_weights_of_k_diffusion() -> None:
 E, E_CASES = recorded("edm/samplers")
 
 
-@pytest.mark.parametrize(("case", "path", "options"), [
-    ("edm.18", EdmPath(), {}),
-    ("edm.churn", EdmPath(), {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}),
-])  # fmt: skip
-def test_edm(case: str, path: EdmPath, options: dict[str, float]) -> None:
-    grid = path.grid(E_CASES[case]["num_steps"], "karras")
+CHURN = {"S_churn": "churn", "S_min": "churn_min", "S_max": "churn_max", "S_noise": "churn_noise"}
+
+
+def vp_path(sigma_min: float, sigma_max: float, least: float = 1e-3) -> VariancePreservingPath:
+    """EDM's VP path between two values of sigma / alpha, the smaller of which is at the position `least`."""
+    low, high = (math.log1p(sigma**2) for sigma in (sigma_min, sigma_max))
+    width = 2 * (low / least - high) / (least - 1)
+    beta_min = high - width / 2
+    return VariancePreservingPath(0.0, 999.0, beta_min, beta_min + width, margins=(least, 0.0))
+
+
+def iddpm_ratios() -> Tensor:
+    """sigma / alpha of the cosine schedule, noisiest first, from alpha_bar in float32 as the program has it."""
+    j = torch.arange(1001)
+    alpha_bar = (0.5 * math.pi * j / 1000 / 1.008).sin() ** 2
+    u = torch.zeros(1001, dtype=torch.float64)
+    for i in range(1000, 0, -1):
+        u[i - 1] = ((u[i] ** 2 + 1) / (alpha_bar[i - 1] / alpha_bar[i]).clamp_min(0.001) - 1).sqrt()
+    return u[:-1]
+
+
+def edm_grid(kind: str, schedule: str, one: dict[str, Any]) -> tuple[ContinuousPath, list[Level]]:
+    """A path with the steps of EDM's comparison, which begin and end at the levels of each program."""
+    vp = VariancePreservingPath(0.0, 999.0, 0.1, 20.0, margins=(1e-3, 0.0))
+    n, low, high = one["num_steps"], one.get("sigma_min", 0.002), one.get("sigma_max", 80.0)
+    if kind == "vp":
+        return vp, vp.grid(n, "linspace")
+    if kind == "ve":
+        path: ContinuousPath = VarianceExplodingPath(0.02, 100.0)
+        return path, path.grid(n, "log_snr")
+    path = vp_path(low, high) if schedule == "vp" else EdmPath(low, high)
+    if kind == "edm":
+        return path, path.grid(n, f"karras:{one.get('rho', 7)}")
+    ratios = iddpm_ratios()
+    visited = Schedule("cosine").grid(1000, "linspace")[:-1]
+    ours = torch.tensor([level.sigma / level.alpha for level in visited], dtype=torch.float64)
+    assert_near(ours / ratios, torch.ones(1000), 1e-3)  # what float32 costs the program at its least noise
+    ratios = ratios[(ratios >= 0.002) & (ratios <= 81)]
+    return path, sigma_levels(ratios[torch.linspace(0, len(ratios) - 1, n, dtype=torch.float64).round().long()])
+
+
+@pytest.mark.parametrize("case", E_CASES)
+def test_edm(case: str) -> None:
+    """edm_sampler and ablation_sampler: any steps, straight in any variable; every step draws a noise."""
+    one = E_CASES[case]
+    solver, kind, schedule = one.get("solver", "heun"), one.get("discretization", "edm"), one.get("schedule", "linear")
+    path, grid = edm_grid(kind, schedule, one)
+    options: dict[str, Any] = {ours: one[theirs] for theirs, ours in CHURN.items() if theirs in one}
+    options |= {"alpha": one["alpha"]} if "alpha" in one else {}
+    variable = {"vp": "position", "ve": "variance", "linear": "sigma"}[schedule]
+    sampler: Any = sampler_by_name(solver, variable=variable, **options)
     x = E["latents" if "latents" in E else "x_T"].double() * grid[0].sigma
-    sampler: Any = sampler_by_name("heun", **options)
-    found = sampler.along(path)(denoise, x, grid, noise=by_number(x.shape, torch.float64))
+
+    def unscaled(x: Tensor, level: Level) -> Tensor:
+        return denoise(x / level.alpha, Level(1.0, level.sigma / level.alpha, level.time))
+
+    found = sampler.along(path)(unscaled, x, grid, noise=by_number(x.shape, torch.float64))
     assert_near(found, E[case], 1e-7)
 
 
@@ -364,10 +420,9 @@ def test_samplers_of_repa(case: str) -> None:
 
 
 EDM2, EDM2_CASES = recorded("edm2/samplers")
-CHURN = {"S_churn": "churn", "S_min": "churn_min", "S_max": "churn_max", "S_noise": "churn_noise"}
 
 
-@pytest.mark.parametrize("case", [case for case in EDM2_CASES if case.split(".")[0] in ("plain", "churn", "churn_max")])
+@pytest.mark.parametrize("case", [case for case, one in EDM2_CASES.items() if "guidance" not in one])
 def test_edm2(case: str) -> None:
     """Heun's steps, in float32 and float64; this program draws a noise on steps with churn alone."""
     one, drawn = EDM2_CASES[case], []
@@ -377,9 +432,15 @@ def test_edm2(case: str) -> None:
         drawn.append(step)
         return drawn_noise(f"noise.{len(drawn)}", *x.shape).to(x.dtype)
 
-    grid = EdmPath().grid(one["num_steps"], "karras")
+    path = EdmPath(one.get("sigma_min", 0.002), one.get("sigma_max", 80.0))
+    grid = path.grid(one["num_steps"], f"karras:{one.get('rho', 7)}")
     sampler: Any = sampler_by_name("heun", **{ours: one[name] for name, ours in CHURN.items() if name in one})
-    found = sampler.along(EdmPath())(denoise, x * grid[0].sigma, grid, noise=noise)
+    labels = EDM2["c"] if one["labels"] else None
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        return preconditioned(x, torch.tensor([level.sigma], dtype=torch.float64).to(x.dtype), labels)
+
+    found = sampler.along(path)(denoise, x * grid[0].sigma, grid, noise=noise)
     assert_near(found, EDM2[case], 1e-7 if x.dtype == torch.float64 else 5e-5)
     assert len(drawn) == one["noises_drawn"]
 

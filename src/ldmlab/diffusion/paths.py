@@ -192,8 +192,11 @@ class VariancePreservingPath(ContinuousPath):
         margins: tuple[float, float] = (1e-5, 0.0),  # at s = 0 the derivative of sigma is infinite
     ) -> None:
         super().__init__(clean_time, noise_time, margins=margins)
-        if not 0 < beta_min < beta_max:
-            raise InputError(f"diffusion.schedule.beta_min={beta_min} must be above 0 and below beta_max={beta_max}.")
+        if not (beta_min < beta_max and beta_min + margins[0] * (beta_max - beta_min) / 2 > 0):
+            raise InputError(
+                f"diffusion.schedule.beta_min={beta_min} must be below beta_max={beta_max}, and above 0 unless a "
+                "margin of the clean end leaves out the times without noise."
+            )
         self.beta_min, self.width = beta_min, beta_max - beta_min
 
     def curve(self, s: Tensor) -> Pair:

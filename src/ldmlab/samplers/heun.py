@@ -5,6 +5,7 @@ import math
 from torch import Tensor
 
 from ldmlab.samplers._stepwise import Step, Stepwise, checked_churn, first_order, noise_of
+from ldmlab.samplers._straight import checked_variable, straight_step
 
 
 class Heun(Stepwise):
@@ -14,14 +15,23 @@ class Heun(Stepwise):
     steps = 25  # 49 evaluations
 
     def __init__(
-        self, churn: float = 0.0, churn_min: float = 0.0, churn_max: float = math.inf, churn_noise: float = 1.0
+        self,
+        churn: float = 0.0,  # noise added before each step (Karras et al.: 40), between two values of sigma / alpha
+        churn_min: float = 0.0,
+        churn_max: float = math.inf,
+        churn_noise: float = 1.0,
+        variable: str = "sigma",  # sigma | variance | position: in which steps are straight (`_straight.py`)
+        alpha: float = 1.0,  # where in a step the second evaluation is; 0.5: the midpoint, 2/3: Ralston's method
     ) -> None:
-        """churn: noise added before each step (Karras et al.: 40), between two values of sigma / alpha."""
         self._churn = checked_churn(churn, churn_min, churn_max, churn_noise)
+        self.variable, self.alpha = checked_variable(variable, alpha), alpha
+        self.needs_path = variable == "position" or alpha != 1
         self.order = None if churn else 2
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:
-        """x' by the mean of the slopes eps at both ends, in x / alpha over sigma / alpha."""
+        """x' by the mean of the slopes eps at both ends, in x / alpha over sigma / alpha or by `variable`."""
+        if (self.variable, self.alpha) != ("sigma", 1):
+            return straight_step(x, clean, step, self.variable, self.alpha)
         here, there = step.here, step.there
         guess = first_order(x, clean, here, there)
         if there.time is None or there.sigma == 0 or here.alpha == 0:
