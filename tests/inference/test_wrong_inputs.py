@@ -11,6 +11,7 @@ from PIL import Image
 
 from ldmlab.app.cli import Parser
 from ldmlab.app.commands import sample
+from ldmlab.diffusion.paths import EdmPath
 from ldmlab.disks import FileLock
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import read_settings
@@ -213,6 +214,16 @@ def test_a_folder_belongs_to_one_command_at_a_time(tmp_path: Path) -> None:
     lock.release(remove=True)
     sample_command(["runs/tiny", "1", "--steps", "1", "--out", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.png", "grid.png"]
+
+
+def test_a_shift_without_effect_is_refused() -> None:
+    """Steps even in sigma / alpha are the same with any shift, and EDM's path has such by default."""
+    model = tiny_model()
+    model.diffusion.schedule = model.diffusion.path = EdmPath()
+    with pytest.raises(InputError, match=r"shift=3\.0 has no effect on spacing=karras, .* add spacing=linspace"):
+        model.resolved(SampleSettings(shift=3.0))
+    plain, shifted = (model.grid(model.resolved(SampleSettings(shift=s, spacing="linspace"))) for s in (None, 3.0))
+    assert shifted[5].sigma > 1.5 * plain[5].sigma
 
 
 def test_every_setting_is_an_option() -> None:

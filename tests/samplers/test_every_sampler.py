@@ -249,6 +249,12 @@ def test_names_and_settings_that_do_not_exist_are_refused() -> None:
     for name in ("euler_ancestral", "dpm_2", "dpmpp_sde", "dpmpp_3m_sde", "dpm_fast"):
         with pytest.raises(InputError, match="eta=-1 is not a finite number of 0 or more"):
             sampler_by_name(name, eta=-1)
+    with pytest.raises(InputError, match=r"sampler\.variable=time is unknown; choose"):
+        sampler_by_name("euler:variable=time")
+    with pytest.raises(InputError, match=r"sampler\.alpha=1\.5 is not above 0 and up to 1"):
+        sampler_by_name("heun", alpha=1.5)
+    with pytest.raises(InputError, match="undefined on a discrete schedule"):
+        run("heun", torch.zeros(4000, dtype=torch.float64), ddim_grid(Schedule(), 5), variable="position")
     with pytest.raises(InputError, match="r=1 is no place within a step"):
         sampler_by_name("dpmpp_sde", r=1)
     with pytest.raises(InputError, match="rtol=0"):
@@ -261,6 +267,14 @@ def test_names_and_settings_that_do_not_exist_are_refused() -> None:
 @pytest.mark.parametrize("kind", ["variance preserving", "rectified flow"])
 def test_order_of_the_solvers_of_a_flow(method: str, order: int, kind: str) -> None:
     assert orders("ode", kind, (20, 40, 80), method=method) == pytest.approx([order] * 2, abs=0.4)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("variable", ["sigma", "variance", "position"])
+def test_order_of_steps_in_any_variable(variable: str, kind: str) -> None:
+    assert orders("euler", kind, variable=variable) == pytest.approx([1] * 2, abs=0.2)
+    for alpha in (0.5, 1.0):
+        assert orders("heun", kind, variable=variable, alpha=alpha) == pytest.approx([2] * 2, abs=0.4)
 
 
 def test_an_adaptive_solver_meets_its_tolerance_from_pure_noise_to_the_clean_end() -> None:

@@ -20,6 +20,7 @@ from toy_stages import TwoGroups, image_batch, options, train
 from ldmlab import distributed
 from ldmlab.backbones.dit import DiT
 from ldmlab.backbones.edm2_unet import EDM2UNet
+from ldmlab.backbones.edm_unet import EdmUNet
 from ldmlab.backbones.mmdit import MMDiT
 from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
@@ -27,9 +28,11 @@ from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.conditioners.text import TransformerText
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.parameterization import EpsPrediction
-from ldmlab.diffusion.schedule import Schedule, ddim_grid
-from ldmlab.diffusion.weighting import LearnedLogVariance, Snr
+from ldmlab.diffusion.parameterization import EdmPrediction, EpsPrediction
+from ldmlab.diffusion.paths import EdmPath
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.time_sampling import LogNormalSigma
+from ldmlab.diffusion.weighting import EdmWeighting, LearnedLogVariance, Snr
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.inference.model import LoadedModel, generate
@@ -68,6 +71,9 @@ def stage(network: str, told: str, recompute: bool = False, **changes: Any) -> D
     width: dict[str, Any] = {"vector_width": 16} if told == "vector" else {"context_width": 6}
     if network == "unet":
         backbone: nn.Module = UNet(3, 3, 32, [1, 2], 1, [2], heads=2, gradient_checkpointing=recompute, **width)
+    elif network == "edm":
+        backbone = EdmUNet(3, 3, 16, "song", [1, 2], 1, [2], head_channels=16, dropout=0.0, encoder="residual",
+                           gradient_checkpointing=recompute, **width)  # fmt: skip
     elif network == "edm2":
         backbone = EDM2UNet(3, 3, 16, [1, 2], 1, [2], head_channels=16, gradient_checkpointing=recompute, **width)
     else:
@@ -77,12 +83,18 @@ def stage(network: str, told: str, recompute: bool = False, **changes: Any) -> D
     with torch.no_grad():
         for parameter in [*backbone.parameters(), *told_by.parameters()]:  # layers that start at zero hide everything
             parameter.add_(0.02 * torch.randn_like(parameter))
+    path, prediction, weighting = (  # diffusion=edm, or the paper's
+        (EdmPath(), EdmPrediction(1.0), EdmWeighting(1.0))
+        if network == "edm"
+        else (Schedule("scaled_linear"), EpsPrediction(), Snr())
+    )
     model = LatentDiffusion(
-        Identity(), LatentScale(1.0), backbone, {"told": told_by}, Schedule("scaled_linear"), EpsPrediction(),
-        guidance_trained=True, weighting=LearnedLogVariance(Snr()) if told == "vector" else None,
+        Identity(), LatentScale(1.0), backbone, {"told": told_by}, path, prediction, guidance_trained=True,
+        time_sampling=LogNormalSigma(-0.4, 1.0) if network == "edm" else None,
+        weighting=LearnedLogVariance(weighting) if told == "vector" else None,
     )  # fmt: skip
     given = {"optimizer": descent, "gradient_clip": 0.5, "averaging_decay": 0.9, **changes}
-    return DiffusionStage(diffusion=model, sampler=Ddim(), grid=ddim_grid(model.schedule, 2), **options(**given))
+    return DiffusionStage(diffusion=model, sampler=Ddim(), grid=model.path.grid(2), **options(**given))
 
 
 class Watched(pl.Callback):
@@ -169,7 +181,7 @@ def compare(tmp_path: Path, make: Callable[..., Stage], world: int, strategy: st
 
 @pytest.mark.parametrize(
     ("network", "told", "recompute", "accumulate", "compiled"),
-    [("unet", "text", True, 1, False), ("dit", "vector", False, 3, True)],
+    [("unet", "text", True, 1, False), ("dit", "vector", False, 3, True), ("edm", "vector", True, 1, True)],
 )
 def test_two_processes_train_as_one(
     network: str, told: str, recompute: bool, accumulate: int, compiled: bool, tmp_path: Path
@@ -185,7 +197,7 @@ def test_two_processes_train_as_one(
     ("network", "told", "recompute", "accumulate"),
     [
         *(("unet", "text", False, 3), ("unet", "tokens", True, 1), ("dit", "text", True, 3)),
-        *(("mmdit", "text", False, 1), ("edm2", "vector", True, 3)),
+        *(("mmdit", "text", False, 1), ("edm2", "vector", True, 3), ("edm", "vector", True, 3)),
     ],
 )
 def test_four_processes_train_as_one(

@@ -20,7 +20,7 @@ from ldmlab.randomness import below
 NAMES = ("scaled_linear", "linear", "cosine", "sqrt")
 _ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scaled_linear
 SPACINGS = ("official", "quad", "linspace", "leading", "trailing", "karras", "log_snr", "polyexponential")
-_POWERS = {"karras": 7.0, "log_snr": 1.0, "polyexponential": 1.0}  # defaults; Karras et al. 2022, eq. 5: 7
+POWERS = {"karras": 7.0, "log_snr": 1.0, "polyexponential": 1.0}  # of spacings by sigma / alpha (eq. 5 of EDM: 7)
 _SAME = 1e-5  # relative; float32 rounds to 1e-7
 
 
@@ -251,7 +251,7 @@ def checked_spacing(spacing: str, known: Sequence[str]) -> tuple[str, float]:
     name, colon, text = spacing.partition(":")
     one_of("spacing", name, known)
     try:
-        power = float(text) if colon else _POWERS.get(name, 1.0)
+        power = float(text) if colon else POWERS.get(name, 1.0)
         fits = math.isfinite(power) and power > 0 and not (colon and name not in ("karras", "polyexponential"))
     except ValueError:
         fits = False
@@ -266,7 +266,7 @@ def even_ratios(top: Tensor, bottom: Tensor, steps: int, spacing: str) -> Tensor
     karras: even in (sigma / alpha)^(1 / rho); log_snr: even in log(sigma / alpha); polyexponential: of that the power
     rho of even numbers (k-diffusion, get_sigmas_polyexponential).
     """
-    name, power = checked_spacing(spacing, tuple(_POWERS))
+    name, power = checked_spacing(spacing, tuple(POWERS))
     position = torch.linspace(0, 1, steps, dtype=torch.float64)
     if name == "karras":
         return power * torch.log(torch.lerp(torch.exp(top / power), torch.exp(bottom / power), position))

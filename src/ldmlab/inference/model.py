@@ -18,6 +18,7 @@ from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import Guidance, check_guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
+from ldmlab.diffusion.schedule import POWERS
 from ldmlab.diffusion.windowed import latent_windows
 from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
@@ -195,6 +196,11 @@ class LoadedModel:
         values = stage.latent_channels * math.prod(-(-side // stage.downsampling) for side in settings.size)
         path = self.diffusion.path.at_size(values)
         path = path if settings.shift is None else path.with_shift(settings.shift)
+        if settings.shift is not None and settings.spacing.partition(":")[0] in POWERS:
+            raise InputError(
+                f"shift={settings.shift} has no effect on spacing={settings.spacing}, whose steps are even in sigma / "
+                "alpha; leave it out, or add spacing=linspace."
+            )
         grid = path.grid(settings.steps, settings.spacing)
         return grid if settings.strength is None else started_at(grid, settings.strength, path)
 

@@ -46,10 +46,11 @@ def _scale(level: Level, variable: str) -> float:
 
 
 def _place(level: Level, variable: str, path: Path | None) -> float:
-    if level.time is None or level.sigma == 0:
+    if level.sigma == 0:
         return 0.0
     if variable == "position" and path is not None:
-        return float(path.position(_time(level)))
+        timed = path.level_at(level.sigma / level.alpha) if level.time is None else level  # the end of a grid
+        return float(path.position(_time(timed)))
     return (level.sigma / level.alpha) ** (1 if variable == "sigma" else 2)
 
 
