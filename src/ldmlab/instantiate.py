@@ -51,7 +51,10 @@ _REACHING_OUT = {  # arguments by which a class would read, write or run somethi
     *("trust", "command", "cmd", "args", "path", "file", "folder", "dir", "directory", "filename", "root", "url"),
     *("run", "from_run", "weights", "pretrained", "vocab", "checkpoint", "save_dir", "module", "code"),
 }
-_READ_AS_WORDS = {("ldmlab.conditioners.text.TransformerText", "vocab")}  # path of a vocabulary, or refused
+_READ_AS_WORDS = {  # path of a vocabulary, or refused
+    ("ldmlab.conditioners.text.TransformerText", "vocab"),
+    ("ldmlab.conditioners.sd3_text.Sd3Text", "vocab"),
+}
 _LARGEST = 2**31  # of whole numbers in a file
 _OURS = "_target_", "_partial_"
 _TYPED: set[tuple[str, str]] = set()  # (group, target) of this process's own configuration

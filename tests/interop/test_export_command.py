@@ -58,7 +58,7 @@ def test_compvis(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert content["global_step"] == 7
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["model"]["target"].startswith("ldm.")
-    assert "U-Net: largest difference" in capsys.readouterr().out
+    assert "denoiser: largest difference" in capsys.readouterr().out
 
 
 def test_diffusers(folder: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_difference_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(diffusers_build, "_filled", spoiled)
     message = refused(folder, tmp_path / "out", "--format", "diffusers")
-    assert "the U-Net differs by" in message
+    assert "the denoiser differs by" in message
     assert "nothing was written" in message
 
 

@@ -113,6 +113,8 @@ class MMDiT(nn.Module):
         mlp_ratio: float = 4.0,  # width of the MLPs in multiples of D
         context_width: int | None = None,  # of the tokens; derived in wiring
         vector_width: int | None = None,  # of vector conditioning; derived in wiring
+        pooled_width: int
+        | None = None,  # of a vector in the first tokens, as Sd3Text gives it, instead of vector_width
         qk_norm: bool = True,  # RMSNorm on queries and keys, as in SD3.5; False: as in SD3
         dual_attention: Sequence[int] = (),  # blocks, from 0, in which patches attend a second time, to themselves
         position_grid: int = 192,  # side of the grid of positional embeddings; x takes its centre
@@ -127,12 +129,17 @@ class MMDiT(nn.Module):
                 f"backbone.width={width}, heads={heads}, depth={depth}, dual_attention={list(dual_attention)}: heads "
                 "and 4 must divide the width, and dual_attention names blocks from 0 to depth - 1."
             )
+        if pooled_width and vector_width:
+            raise InputError(
+                f"backbone.pooled_width={pooled_width}: a vector conditioner fills its place; leave one out."
+            )
         if context_width is None:
             raise InputError("backbone MMDiT needs tokens; add a conditioner with slot tokens, or choose a DiT.")
         self.in_channels, self.out_channels, self.size_step = in_channels, out_channels, patch_size
         self.width, self.context_width, self.vector_width = width, context_width, vector_width
         self.position_grid, self.position_base = position_grid, position_base
         self.gradient_checkpointing = gradient_checkpointing
+        self.pooled_width = pooled_width
         self._make_inputs()
         self.blocks = nn.ModuleList(
             MMDiTBlock(width, heads, mlp_ratio, qk_norm, i in set(dual_attention), i == depth - 1) for i in range(depth)
@@ -144,7 +151,7 @@ class MMDiT(nn.Module):
 
     def _make_inputs(self) -> None:
         """Layers for patches, time, vector and tokens."""
-        width, vector_width = self.width, self.vector_width
+        width, vector_width = self.width, self.pooled_width or self.vector_width
         self.patches = nn.Conv2d(self.in_channels, width, self.size_step, self.size_step)
         self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
         self.vector_expand = nn.Linear(vector_width, width) if vector_width else None
@@ -178,10 +185,14 @@ class MMDiT(nn.Module):
             if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
                 has = "needs" if slot in self.accepts else "does not take"
                 raise InputError(f"the MMDiT {has} {slot} conditioning; change conditioner or backbone.")
-        dtype, vector = self.patches.weight.dtype, None
-        if self.vector_expand is not None and self.vector_mix is not None and conditioning.vector is not None:
-            vector = self.vector_mix(F.silu(self.vector_expand(conditioning.vector.to(dtype))))
-        return Prepared(conditioning, MMDiTCache(self.context(cast(Tensor, conditioning.tokens).to(dtype)), vector))
+        dtype = self.patches.weight.dtype
+        tokens, vector = cast(Tensor, conditioning.tokens).to(dtype), conditioning.vector
+        if self.pooled_width:
+            rows = -(-self.pooled_width // tokens.shape[2])
+            vector, tokens = tokens[:, :rows].flatten(1)[:, : self.pooled_width], tokens[:, rows:]
+        if self.vector_expand is not None and self.vector_mix is not None and vector is not None:
+            vector = self.vector_mix(F.silu(self.vector_expand(vector.to(dtype))))
+        return Prepared(conditioning, MMDiTCache(self.context(tokens), vector))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""

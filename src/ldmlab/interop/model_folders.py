@@ -166,7 +166,9 @@ def write_diffusers(files: ModelFiles, folder: Path) -> Written:
     loader = what.split()[0]
     if loader == "modules":
         return Written(what, differences, "")
-    usage = f'from diffusers import {loader}\n\npipeline = {loader}.from_pretrained("THIS_FOLDER")'
+    absent = loader.startswith("StableDiffusion3") and not (folder / "text_encoder_3").is_dir()
+    more = ", text_encoder_3=None, tokenizer_3=None" if absent else ""
+    usage = f'from diffusers import {loader}\n\npipeline = {loader}.from_pretrained("THIS_FOLDER"{more})'
     return Written(what, differences, usage, _CAPTIONS if (folder / "tokenizer" / "merges.txt").is_file() else "")
 
 

@@ -16,6 +16,7 @@ from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.interop.imported import assembled, assembled_first_stage
 from ldmlab.model_files import ModelFiles
+from ldmlab.nn.blocks import pooled_first
 
 LIMIT = 1e-4  # float32 runs of one network differ by about 1e-5
 CAPTIONS = ("", "a red apple", "Grüße aus Köln: 2 CATS & one dog, it's 5 o'clock!", "one of many words " * 40)
@@ -43,19 +44,25 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def compare_unet(unet: Any, foreign: Callable[..., Tensor], rows: Tensor | None = None) -> float:
+def compare_denoiser(network: Any, foreign: Callable[..., Tensor], rows: Tensor | None = None) -> float:
     """Outputs for random latents at two times; with `rows` the other takes their numbers in place of a vector.
 
     foreign: x, t, tokens or None, vector or numbers or None => output.
     """
-    side = max(2 ** len(unet.down), 8)
-    x, t = noise(2, unet.in_channels, side, side), torch.tensor([1.0, 500.0])
-    tokens = None if unet.context_width is None else noise(2, 7, unet.context_width, seed=1)
-    vector = labels = None if unet.vector_width is None else noise(2, unet.vector_width, seed=2)
+    side = max(2 ** len(getattr(network, "down", ())), 4 * getattr(network, "size_step", 2))
+    x, t = noise(2, network.in_channels, side, side), torch.tensor([1.0, 500.0])
+    tokens = None if network.context_width is None else noise(2, 7, network.context_width, seed=1)
+    width = getattr(network, "pooled_width", None) or network.vector_width
+    vector = labels = None if width is None else noise(2, width, seed=2)
     if rows is not None:
         labels = torch.tensor([0, len(rows) - 1])
         vector = rows[labels]
-    return check_close("U-Net", unet(x, t, Conditioning(tokens=tokens, vector=vector)), foreign(x, t, tokens, labels))
+    own = Conditioning(tokens=tokens, vector=vector)
+    if getattr(network, "pooled_width", None):
+        assert vector is not None and tokens is not None  # noqa: PT018
+        own = Conditioning(tokens=pooled_first(vector, tokens))
+    ours = network(x, t, own)
+    return check_close("denoiser", ours, foreign(x, t, tokens, labels))
 
 
 def raw_latents(stage: nn.Module) -> LatentSpace:
@@ -151,7 +158,7 @@ def compare_imports(ours: ModelFiles, foreign: ModelFiles) -> Differences:
     def run(x: Tensor, t: Tensor, tokens: Tensor | None, vector: Tensor | None) -> Tensor:
         return found.backbone(x, t, Conditioning(tokens=tokens, vector=vector))
 
-    result = {"U-Net": compare_unet(model.backbone, run)}
+    result = {"denoiser": compare_denoiser(model.backbone, run)}
     result |= compare_first_stage(model, lambda images: latent_distribution(found, images), found.decode)
     result["schedule"] = check_close("schedule", model.schedule.alpha_bar, found.schedule.alpha_bar)
     # without the names that a model gives to its conditioners

@@ -253,6 +253,13 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(gate) * value)
 
 
+def pooled_first(pooled: Tensor, tokens: Tensor) -> Tensor:
+    """A vector (B, W) in the first ceil(W / D) of the tokens (B, L, D), filled up with zeros."""
+    width = tokens.shape[2]
+    rows = F.pad(pooled, (0, -pooled.shape[1] % width)).unflatten(1, (-1, width))
+    return torch.cat([rows.to(tokens.dtype), tokens], dim=1)
+
+
 COORDINATES = 2
 
 

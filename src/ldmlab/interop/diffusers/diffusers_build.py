@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_networks, diffusers_texts, diffusers_unets
+from ldmlab.interop.diffusers import (
+    diffusers_first_stages,
+    diffusers_networks,
+    diffusers_sd3,
+    diffusers_texts,
+    diffusers_transformers,
+    diffusers_unets,
+)
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE
 from ldmlab.interop.renaming import Node, State, with_unused_head
 
@@ -114,9 +121,24 @@ def diffusers_unet(
     return _filled(getattr(diffusers, kind)(**config), foreign)
 
 
-def diffusers_first_stage(diffusers: Any, node: Node, state: State, image_size: int, factor: float) -> Any:
+def diffusers_transformer(diffusers: Any, spec: Node, state: State, sample_size: int, rows: Tensor | None) -> Any:
+    """DiTTransformer2DModel or SD3Transformer2DModel."""
+    vectors = [node for node in spec["conditioners"].values() if node.get("slot") == "vector"]
+    if rows is not None and not vectors[0].get("null_row", True):
+        raise InputError(
+            "conditioner.null_row=false: DiTTransformer2DModel requires a row for no class; use --format ldmlab."
+        )
+    node = spec["backbone"]
+    kind, config = diffusers_transformers.configuration(node, sample_size, rows)
+    foreign = diffusers_transformers.foreign_state(node, state, rows)
+    return _filled(getattr(diffusers, kind)(**config), foreign)
+
+
+def diffusers_first_stage(
+    diffusers: Any, node: Node, state: State, image_size: int, factor: float, shift: float = 0.0
+) -> Any:
     """AutoencoderKL or VQModel."""
-    kind, config = diffusers_first_stages.configuration(node, image_size=image_size, scaling_factor=factor)
+    kind, config = diffusers_first_stages.configuration(node, image_size=image_size, scaling_factor=factor, shift=shift)
     foreign = diffusers_networks.first_stage_part(node, kind).to_foreign(state)
     return _filled(getattr(diffusers, kind)(**config), foreign)
 
@@ -139,7 +161,7 @@ def diffusers_text_encoder(node: Node, state: State) -> Any:
 
 def diffusers_tokenizer(node: Node, vocabulary: Path | None, scratch: Path) -> Any:
     """CLIPTokenizer or BertTokenizer that cuts and pads as ours; their files stay in `scratch`."""
-    from transformers import AddedToken, BertTokenizer, CLIPTokenizer
+    from transformers import BertTokenizer
 
     length = diffusers_texts.text_length(node)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -147,10 +169,13 @@ def diffusers_tokenizer(node: Node, vocabulary: Path | None, scratch: Path) -> A
         assert vocabulary is not None
         (scratch / "vocab.txt").write_bytes(vocabulary.read_bytes())
         return BertTokenizer.from_pretrained(scratch, model_max_length=length, do_lower_case=True)
-    diffusers_texts.write_clip_files(scratch)
-    token = diffusers_texts.PAD_TOKENS[node.get("padding", "zero")]
-    pad = AddedToken(token, single_word=True, normalized=False)  # where it is "!", one at a word's end is no padding
-    return CLIPTokenizer.from_pretrained(scratch, model_max_length=length, pad_token=pad)
+    return diffusers_texts.tokenizer_of(node, scratch)
+
+
+def diffusers_sd3_texts(node: Node, state: State, scratch: Path) -> dict[str, Any]:
+    """Folder name => text encoder or tokenizer of Stable Diffusion 3's pipeline; None where there is no T5."""
+    found = diffusers_sd3.foreign_texts(node, state, scratch)
+    return {name: module if tensors is None else _filled(module, tensors) for name, (module, tensors) in found.items()}
 
 
 def _filled(module: Any, state: State) -> Any:

@@ -11,9 +11,10 @@ from torch import Tensor
 from ldmlab.checkpoints import save_tensors
 from ldmlab.errors import InputError
 from ldmlab.interop import verify
-from ldmlab.interop.diffusers import diffusers_build
+from ldmlab.interop.diffusers import diffusers_build as build
 from ldmlab.interop.diffusers.diffusers_first_stages import folded, scale_of, single_factor
 from ldmlab.interop.diffusers.diffusers_schedulers import scheduler_options, token_values
+from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, compare_texts
 from ldmlab.interop.diffusers.diffusers_texts import BERT_TARGET, CLIP_TARGET, text_length
 from ldmlab.interop.imported import assembled, assembled_first_stage
 from ldmlab.interop.renaming import Node
@@ -34,6 +35,7 @@ class Plan:
     first_stage: str | None  # folder of the first stage; None: there are only pixels
     text: str | None  # folder of the text encoder
     why: str = ""
+    denoiser: str = "unet"  # its folder
 
 
 def plan(spec: Node) -> Plan:
@@ -44,7 +46,8 @@ def plan(spec: Node) -> Plan:
     if found is not None and found.startswith("LDM"):
         folder = "vqvae"
     text_folder = "bert" if found == "LDMTextToImagePipeline" else "text_encoder"
-    return Plan(found, folder, None if text is None else text_folder, why)
+    denoiser = "transformer" if kind(spec["backbone"]) in ("DiT", "MMDiT") else "unet"
+    return Plan(found, folder, None if text is None else text_folder, why, denoiser)
 
 
 def _pipeline(spec: Node, stage: str, text: Node | None) -> tuple[str | None, str]:
@@ -52,8 +55,15 @@ def _pipeline(spec: Node, stage: str, text: Node | None) -> tuple[str | None, st
     kinds = [kind(node) for node in spec["conditioners"].values()]
     others = [node for node in spec["conditioners"].values() if node is not text]
     none = f"no pipeline of diffusers takes {', '.join(kinds)}"
-    if kind(spec["diffusion"]["prediction"]) == "VelocityPrediction":
+    if kind(spec["diffusion"]["prediction"]) == "VelocityPrediction" and kinds != ["Sd3Text"]:
         return None, "no pipeline of diffusers runs this network on a flow"
+    if kinds == ["Sd3Text"] and stage == "KLAutoencoder" and kind(spec["backbone"]) == "MMDiT":
+        return SD3_PIPELINE, ""
+    if kind(spec["backbone"]) in ("DiT", "MMDiT"):
+        if stage != "KLAutoencoder" or kinds != ["ClassEmbedder"] or kind(spec["backbone"]) != "DiT":
+            return None, none
+        classes = others[0]["classes"]
+        return ("DiTPipeline", "") if classes == 1000 else (None, f"DiTPipeline requires 1000 classes, not {classes}")
     if stage == "Identity":
         return (None, none) if kinds else ("DDIMPipeline", "")
     if not kinds:
@@ -99,10 +109,10 @@ def export_folder(ours: ModelFiles, folder: Path) -> Exported:
     InputError for what diffusers cannot hold and for a difference of 1e-4 or more; the caller then drops the folder.
     """
     spec = ours.spec
-    with diffusers_build.quiet_diffusers() as diffusers:
+    with build.quiet_diffusers() as diffusers:
         if spec["kind"] == "first_stage":  # its latents are raw
             state, size = ours.parts["first_stage"], spec["image_size"]
-            module = diffusers_build.diffusers_first_stage(diffusers, spec["first_stage"], state, size, 1.0)
+            module = build.diffusers_first_stage(diffusers, spec["first_stage"], state, size, 1.0)
             module.save_pretrained(folder)
             stage, found = assembled_first_stage(ours), type(module).from_pretrained(folder)
             return type(module).__name__, _compare_first_stage(verify.raw_latents(stage), found, 1.0)
@@ -111,14 +121,14 @@ def export_folder(ours: ModelFiles, folder: Path) -> Exported:
         return Export(diffusers, ours, folder).run()
 
 
-def _compare_first_stage(ours: Any, found: Any, factor: float) -> verify.Differences:
+def _compare_first_stage(ours: Any, found: Any, factor: float, shift: float = 0.0) -> verify.Differences:
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
         encoded = found.encode(images)
         if hasattr(encoded, "latents"):
             return encoded.latents * factor, None
-        return encoded.latent_dist.mean * factor, encoded.latent_dist.std * factor
+        return (encoded.latent_dist.mean - shift) * factor, encoded.latent_dist.std * factor
 
-    return verify.compare_first_stage(ours, encode, lambda latents: found.decode(latents / factor).sample)
+    return verify.compare_first_stage(ours, encode, lambda latents: found.decode(latents / factor + shift).sample)
 
 
 class Export:
@@ -128,11 +138,13 @@ class Export:
         self.diffusers, self.spec, self.parts, self.folder = diffusers, files.spec, files.parts, folder
         self.plan = plan(self.spec)
         self.std, self.shift = scale_of(self.spec["latent_scale"])
-        factor = single_factor(self.std, self.shift)
+        sd3 = self.plan.pipeline == SD3_PIPELINE and len(self.shift.unique()) == 1  # which shifts latents too
+        self.moved = float(self.shift[0]) if sd3 else 0.0
+        factor = single_factor(self.std, self.shift - self.moved)
         # the super-resolution pipeline hands latents to the first stage as they are
         self.fold = factor is None or (self.plan.pipeline == _SUPER_RESOLUTION and factor != 1)
         self.factor = 1.0 if factor is None or self.fold else factor
-        self.rows = diffusers_build.class_rows(self.spec, self.parts)
+        self.rows = build.class_rows(self.spec, self.parts)
         conditioners = self.spec["conditioners"]
         self.text = next((name for name, node in conditioners.items() if node["_target_"] in _TEXTS), None)
         self.ours = assembled(files)
@@ -148,30 +160,45 @@ class Export:
             self._keep_conditioner()
         else:  # Stable Diffusion's pipelines have parts that check images; ldmlab has none
             stable = str(self.plan.pipeline).startswith("StableDiffusion")
-            absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipeline_class(**modules, **(absent if stable else {})).save_pretrained(self.folder)
+            more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            labels = {"id2label": self.spec.get("origin", {}).get("id2label")}
+            more = (
+                {}
+                if self.plan.pipeline == SD3_PIPELINE
+                else more
+                if stable
+                else labels
+                if self.plan.pipeline == "DiTPipeline"
+                else {}
+            )
+            pipeline_class(**modules, **more).save_pretrained(self.folder)
         self._keep_vocabulary()
+        absent = {name: None for name, module in modules.items() if module is None}
         del modules
         if pipeline_class is None:
             found = {name: kind.from_pretrained(self.folder / name) for name, kind in kinds.items()}
             return f"modules {', '.join(sorted(found))} ({self.plan.why})", self._compare(found)
-        return str(self.plan.pipeline), self._compare(pipeline_class.from_pretrained(self.folder).components)
+        return str(self.plan.pipeline), self._compare(pipeline_class.from_pretrained(self.folder, **absent).components)
 
     def _modules(self) -> dict[str, Any]:
         """Folder name => module of diffusers."""
-        spec, build = self.spec, diffusers_build
+        spec = self.spec
         side = spec["image_size"] if isinstance(spec["image_size"], int) else min(spec["image_size"])  # squares
         latent_side = side // downsampling(spec["first_stage"])
         modules = {
-            "unet": build.diffusers_unet(self.diffusers, spec, self.parts, latent_side, self.rows),
+            self.plan.denoiser: self._denoiser(latent_side),
             "scheduler": self._scheduler(),
         }
         if self.plan.first_stage is not None:
             node, state = spec["first_stage"], self.parts["first_stage"]
             if self.fold:
                 node, state = folded(node, state, self.std, self.shift)
-            stage = build.diffusers_first_stage(self.diffusers, node, state, side, self.factor)
+            stage = build.diffusers_first_stage(self.diffusers, node, state, side, self.factor, self.moved)
             modules[self.plan.first_stage] = stage
+        if self.plan.pipeline == SD3_PIPELINE:
+            ((name, node),) = spec["conditioners"].items()
+            state = {k.removeprefix(f"{name}."): t for k, t in self.parts["conditioner"].items()}
+            modules |= build.diffusers_sd3_texts(node, state, self.folder / _SCRATCH)
         if self.plan.text is not None and self.text is not None:
             node, prefix = spec["conditioners"][self.text], f"{self.text}."
             state = {k.removeprefix(prefix): t for k, t in self.parts["conditioner"].items() if k.startswith(prefix)}
@@ -180,8 +207,13 @@ class Export:
             modules["tokenizer"] = build.diffusers_tokenizer(node, path, self.folder / _SCRATCH)
         return modules
 
+    def _denoiser(self, side: int) -> Any:
+        if self.plan.denoiser == "transformer":
+            return build.diffusers_transformer(self.diffusers, self.spec, self.parts["denoiser"], side, self.rows)
+        return build.diffusers_unet(self.diffusers, self.spec, self.parts, side, self.rows)
+
     def _scheduler(self) -> Any:
-        name, options = scheduler_options(self.spec["diffusion"], token_values(self.spec))
+        name, options = scheduler_options(self.spec["diffusion"], token_values(self.spec["backbone"]))
         return getattr(self.diffusers, name)(**options)
 
     @property
@@ -208,14 +240,18 @@ class Export:
     def _compare(self, found: Mapping[str, Any]) -> verify.Differences:
         """Every part of the written folder against ours."""
 
-        def unet(x: Tensor, t: Tensor, tokens: Tensor | None, vector: Tensor | None) -> Tensor:
-            inputs = {"encoder_hidden_states": tokens, "class_labels": vector}
-            return found["unet"](x, t, **{name: value for name, value in inputs.items() if value is not None}).sample
+        def denoiser(x: Tensor, t: Tensor, tokens: Tensor | None, vector: Tensor | None) -> Tensor:
+            name = "pooled_projections" if kind(self.spec["backbone"]) == "MMDiT" else "class_labels"
+            inputs = {"encoder_hidden_states": tokens, name: vector, "timestep": t}
+            given = {name: value for name, value in inputs.items() if value is not None}
+            return found[self.plan.denoiser](x, **given).sample
 
-        result = {"U-Net": verify.compare_unet(self.ours.backbone, unet, self.rows)}
-        result["schedule"] = verify.compare_schedule(self.ours, found["scheduler"], token_values(self.spec))
+        result = {"denoiser": verify.compare_denoiser(self.ours.backbone, denoiser, self.rows)}
+        result["schedule"] = verify.compare_schedule(self.ours, found["scheduler"], token_values(self.spec["backbone"]))
         if self.plan.first_stage is not None:
-            result |= _compare_first_stage(self.ours, found[self.plan.first_stage], self.factor)
+            result |= _compare_first_stage(self.ours, found[self.plan.first_stage], self.factor, self.moved)
+        if self.plan.pipeline == SD3_PIPELINE:
+            result["text encoders"] = compare_texts(next(iter(self.ours.conditioners.values())), found)
         if self.plan.text is not None and self.text is not None:
             length = text_length(self.spec["conditioners"][self.text])
             encoder, tokenizer = found[self.plan.text], found["tokenizer"]

@@ -42,7 +42,7 @@ def arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def configuration(node: Node, *, image_size: int, scaling_factor: float) -> tuple[str, Config]:
+def configuration(node: Node, *, image_size: int, scaling_factor: float, shift: float) -> tuple[str, Config]:
     """diffusers' class and options for the node of a first stage of ours; InputError for what it cannot hold."""
     kind = next((kind for kind, target in _TARGETS.items() if target == node["_target_"]), None)
     if kind is None:
@@ -65,6 +65,7 @@ def configuration(node: Node, *, image_size: int, scaling_factor: float) -> tupl
         "sample_size": image_size,
         "scaling_factor": scaling_factor,
         **({"num_vq_embeddings": node["codebook_size"], "vq_embed_dim": width} if kind == VQ else {}),
+        **({"shift_factor": shift} if shift else {}),
         **({} if node.get("latent_projection", True) else dict.fromkeys(_CONVOLUTIONS, False)),
     }
 

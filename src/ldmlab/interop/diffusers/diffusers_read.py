@@ -13,20 +13,35 @@ from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_un
 from ldmlab.interop.diffusers.diffusers_config import read_json, read_weights
 from ldmlab.interop.diffusers.diffusers_first_stages import KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE
-from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, sampler_node
+from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, sampler_node, token_values
+from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, read_texts
 from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
+from ldmlab.interop.diffusers.diffusers_transformers import DIT, OLD, SD3, read_transformer
 from ldmlab.interop.diffusers.diffusers_unets import CONDITION, PLAIN, TARGET
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]
-_HOME = "ldmlab.conditioners."
+_HOME, _DIFFUSION = "ldmlab.conditioners.", "ldmlab.diffusion."
 _INPAINTING, _SUPER_RESOLUTION = "StableDiffusionInpaintPipeline", "LDMSuperResolutionPipeline"
 _PIXELS = ("DDIMPipeline", "DDPMPipeline")
+_DIT = "DiTPipeline"
+_TRANSFORMERS = (_DIT, SD3_PIPELINE)
 _PIPELINES = (
+    *_TRANSFORMERS,
     *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", _INPAINTING),
     *("LDMTextToImagePipeline", "LDMPipeline", _SUPER_RESOLUTION, *_PIXELS),
 )
-_KINDS = {CONDITION: "unet", PLAIN: "unet", KL: "first_stage", VQ: "first_stage", CLIP: "text", BERT: "text"}
+_KINDS = {
+    CONDITION: "unet",
+    PLAIN: "unet",
+    DIT: "transformer",
+    OLD: "transformer",
+    SD3: "transformer",
+    KL: "first_stage",
+    VQ: "first_stage",
+    CLIP: "text",
+    BERT: "text",
+}
 _IGNORED = ("scheduler", "tokenizer", "safety_checker", "feature_extractor")  # or read with their module
 
 
@@ -58,50 +73,82 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
         stage_config = read_json(found["first_stage"] / "config.json")
         stage_node = arguments(stage_config)
         parts["first_stage"] = build_first_stage(stage_config, read_weights(found["first_stage"])).state_dict()
-    unet_config, unet_weights = read_json(found["unet"] / "config.json"), read_weights(found["unet"])
-    unet = build_unet(unet_config, unet_weights)
-    parts["denoiser"] = unet.state_dict()
+    config = read_json(found["denoiser"] / "config.json")
     f = 2 ** (len(stage_node.get("channel_mult", [1])) - 1)
-    extra = _extra_inputs(folder, name, unet.in_channels, stage_node.get("latent_channels", 3), f)
-    conditioners, parts["conditioner"] = _read_text(folder, found.get("text"))
-    if CLASS_TABLE in unet_weights and unet_config.get("num_class_embeds") is not None:
-        rows, width = unet_weights[CLASS_TABLE].shape
-        options = {"classes": rows, "width": width, "slot": "vector", "drop": 0.0, "null_row": False}
-        conditioners["class_label"] = {"_target_": f"{_HOME}class_label.ClassEmbedder", **options}
-        parts["conditioner"]["class_label.embedding.weight"] = unet_weights[CLASS_TABLE].float()
-    conditioners |= extra
+    backbone, parts["denoiser"], rows = _read_denoiser(config, found["denoiser"], name)
+    conditioners, parts["conditioner"] = _conditioners(folder, index, found.get("text"), backbone, rows)
+    conditioners |= _extra_inputs(folder, name, backbone["in_channels"], stage_node.get("latent_channels", 3), f)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    side = _side(unet_config.get("sample_size"), f) or _side(stage_config.get("sample_size"), 1) or 256
-    spec = {
+    side = _side(config.get("sample_size"), f) or _side(stage_config.get("sample_size"), 1) or 256
+    origin = {"linear_projection": bool(config.get("use_linear_projection", False))}
+    origin |= {"id2label": index["id2label"]} if index.get("id2label") else {}
+    spec: Spec = {
         "kind": "latent_diffusion",
         "image_size": side,
         "first_stage": stage_node,
         "latent_scale": _scale_node(folder, name, stage_config),
-        "backbone": {"_target_": TARGET, **diffusers_unets.arguments(unet_config)},
+        "backbone": backbone,
         "conditioners": conditioners,
-        "diffusion": diffusion_node(scheduler),
-        "guidance_trained": None if conditioners else False,
+        "diffusion": _learned_variance(diffusion_node(scheduler, token_values(backbone)), backbone),
+        "guidance_trained": True if name in _TRANSFORMERS else None if conditioners else False,
         "sampler": sampler_node(scheduler),
-        "origin": {"format": "diffusers", "linear_projection": bool(unet_config.get("use_linear_projection", False))},
+        "origin": {"format": "diffusers", **origin},
     }
     return spec, {part: tensors for part, tensors in parts.items() if tensors}
 
 
+def _conditioners(
+    folder: Path, index: Spec, encoder: Path | None, backbone: Spec, rows: Tensor | None
+) -> tuple[dict[str, Spec], dict[str, Tensor]]:
+    """Nodes and weights of captions and classes; SD3's captions hold the pooled states that its backbone takes."""
+    if index["_class_name"] == SD3_PIPELINE:
+        backbone["pooled_width"] = backbone.pop("vector_width")
+        node, tensors = read_texts(folder, index, backbone["context_width"])
+        return {"text": node}, tensors
+    nodes, tensors = _read_text(folder, encoder)
+    if rows is not None:
+        none = int(index["_class_name"] == _DIT)  # a row for "no class"
+        options = {"classes": len(rows) - none, "width": rows.shape[1], "drop": 0.1 * none, "null_row": bool(none)}
+        nodes["class_label"] = {"_target_": f"{_HOME}class_label.ClassEmbedder", "slot": "vector", **options}
+        tensors["class_label.embedding.weight"] = rows.float()
+    return nodes, tensors
+
+
+def _read_denoiser(config: Spec, folder: Path, pipeline: str) -> tuple[Spec, dict[str, Tensor], Tensor | None]:
+    """Our backbone's node and weights, and a table of classes inside the network."""
+    weights = read_weights(folder)
+    if pipeline in _TRANSFORMERS:
+        return read_transformer(config, weights)
+    rows = weights.get(CLASS_TABLE) if config.get("num_class_embeds") is not None else None
+    return {"_target_": TARGET, **diffusers_unets.arguments(config)}, build_unet(config, weights).state_dict(), rows
+
+
+def _learned_variance(node: Spec, backbone: Spec) -> Spec:
+    """The diffusion node of a network whose output has a second half."""
+    if backbone["out_channels"] != 2 * backbone["in_channels"]:
+        return node
+    prediction = {"_target_": f"{_DIFFUSION}parameterization.LearnedVariance", "mean": node["prediction"]}
+    return node | {"prediction": prediction, "loss": {"_target_": f"{_DIFFUSION}diffusion_loss.VariationalLoss"}}
+
+
 def _components(folder: Path, index: Spec) -> dict[str, Path]:
-    """Folders of the U-Net, the first stage and the text encoder, whatever the pipeline calls them."""
+    """Folders of the denoiser, the first stage and the text encoder, whatever the pipeline calls them."""
     found = {}
     for name, value in index.items():
         if name.startswith("_") or name in _IGNORED or not isinstance(value, list) or value[1] is None:
+            continue
+        if index["_class_name"] == SD3_PIPELINE and name.startswith(("text_encoder", "tokenizer")):
             continue
         if value[1] not in _KINDS:
             raise InputError(
                 f"{folder} has a {value[1]} ({name}), which is not supported; supported: {', '.join(_KINDS)}."
             )
         found[_KINDS[value[1]]] = folder / name
-    for part in ("unet",) if index["_class_name"] in _PIXELS else ("unet", "first_stage"):
+    denoiser = "transformer" if index["_class_name"] in _TRANSFORMERS else "unet"
+    for part in (denoiser,) if index["_class_name"] in _PIXELS else (denoiser, "first_stage"):
         if part not in found:
             raise InputError(f"{folder / 'model_index.json'} names no {part}; give a whole pipeline's folder.")
-    return found
+    return found | {"denoiser": found[denoiser]}
 
 
 def _extra_inputs(folder: Path, pipeline: str, channels: int, latent_channels: int, f: int) -> dict[str, Spec]:

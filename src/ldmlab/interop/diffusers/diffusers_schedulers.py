@@ -48,9 +48,9 @@ def diffusion_node(config: Config, token_values: int = 64) -> dict[str, Any]:
     }
 
 
-def token_values(spec: Mapping[str, Any]) -> int:
+def token_values(backbone: Mapping[str, Any]) -> int:
     """Values of a latent for each patch, by whose number diffusers shifts the times of flows."""
-    return int(spec["first_stage"].get("latent_channels", 3) * spec["backbone"].get("patch_size", 2) ** 2)
+    return int(backbone["in_channels"] * backbone.get("patch_size", 2) ** 2)
 
 
 def _flow_node(config: Config, token_values: int) -> dict[str, Any]:

@@ -147,6 +147,16 @@ def write_clip_files(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
+def tokenizer_of(node: Node, scratch: Path) -> Any:
+    """transformers' CLIPTokenizer that cuts and pads as ours; its files are made in `scratch`."""
+    from transformers import AddedToken, CLIPTokenizer
+
+    write_clip_files(scratch)
+    token = PAD_TOKENS[node.get("padding", "zero")]
+    pad = AddedToken(token, single_word=True, normalized=False)  # where it is "!", one at a word's end is no padding
+    return CLIPTokenizer.from_pretrained(scratch, model_max_length=text_length(node), pad_token=pad)
+
+
 def bert_vocabulary(folder: Path) -> str | None:
     """Path of the vocabulary, or None for the published one, which `ldmlab fetch wordpiece` brings."""
     file, fast = folder / "vocab.txt", folder / "tokenizer.json"
