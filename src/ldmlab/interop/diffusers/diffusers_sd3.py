@@ -1,6 +1,7 @@
 """The three text encoders of Stable Diffusion 3's pipeline and our `Sd3Text`, both ways."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,11 +90,11 @@ def parts_of(text: Sd3Text) -> dict[str, Part]:
 
 def foreign_texts(node: Node, state: State, scratch: Path) -> dict[str, tuple[Any, dict[str, Tensor] | None]]:
     """Folder name => module of transformers, fresh, and its tensors; tokenizers, made in `scratch`, have none."""
-    import transformers
-
-    parts, found = parts_of(unfilled(node, "conditioner")), {}
+    transformers: Any = import_module("transformers")
+    parts, module = parts_of(unfilled(node, "conditioner")), None
+    found: dict[str, tuple[Any, dict[str, Tensor] | None]] = {}
     if "t5" not in parts:
-        found = dict.fromkeys(("text_encoder_3", "tokenizer_3"), (None, None))
+        found["text_encoder_3"] = found["tokenizer_3"] = None, None
     for ours, part in parts.items():
         own = {name.removeprefix(f"{ours}."): tensor for name, tensor in state.items() if name.startswith(f"{ours}.")}
         foreign = part.to_foreign(own)
