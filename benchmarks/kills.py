@@ -37,7 +37,7 @@ import forked
 from faults.kill_points import MODELS, PATIENCE_SECONDS, POINTS, RESUMING, arm
 from toy_stages import train
 
-from ldmlab import power_averages
+from ldmlab import distributed, power_averages
 from ldmlab.app.cli import run_command
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.training.callbacks.average_snapshots import PowerAverages
@@ -79,7 +79,7 @@ def member(rank: int, world: int, run: Run, point: str, turn: int, at: int) -> N
     os.dup2(sys.stderr.fileno(), 2)  # what torch itself says of a lost process goes into the log too
     local = world // 2 if run.strategy == "hsdp" else world
     os.environ.update(LOCAL_WORLD_SIZE=str(local), LOCAL_RANK=str(rank % local))
-    os.environ["LDMLAB_TIMEOUT_SECONDS"] = str(PATIENCE_SECONDS // 5)
+    distributed.join(timeout_minutes=PATIENCE_SECONDS / 300)
     calls: Counter[str] = Counter()
     stage = MODELS[run.model]()
     for name in POINTS:

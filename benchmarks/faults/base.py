@@ -64,7 +64,7 @@ COMMANDS: dict[str, list[str]] = {  # in the order in which they need each other
     "evaluate": ["evaluate", *EVALUATION],
     "sample": ["sample", "model", "4", "--steps", "4", "--out", "samples", "--seed", "1"],
 }
-PAIR = ["train", *DENOISER, "run.dir=denoiser", "trainer.micro_batch=3"]  # for two processes
+PAIR = ["train", *DENOISER, "run.dir=denoiser", "trainer.micro_batch=3", "trainer.timeout_minutes=0.33"]  # for two
 MADE = {"pack": "packed", "first_stage": "first_stage", "encode": "latents", "denoiser": "denoiser", "export": "model"}
 
 

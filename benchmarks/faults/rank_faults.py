@@ -17,7 +17,6 @@ from faults.cases import GOOD, Case, last_lines
 from faults.commands import Beside, Result
 from faults.job_faults import any_moment, table_rows
 
-_PATIENCE_SECONDS = 20  # of collectives, so that a job whose process is stopped ends while the campaign looks
 _BEHIND = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGSTOP, signal.SIGSEGV)
 _BOTH = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -29,7 +28,6 @@ def environments(world: int = 2) -> list[dict[str, str]]:
         port = str(probe.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    common |= {"LDMLAB_TIMEOUT_SECONDS": str(_PATIENCE_SECONDS)}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 

@@ -142,14 +142,18 @@ class TimeSampling(Protocol):
 class Weighting(Protocol):
     """Factor of an image's loss by its noise level, as if the squared error were that of the clean estimate.
 
-    Optional: `finished(loss, times)`, (B,) => (B,), for weights that are learned.
+    Optional: `finished(loss, times)`, (B,) => (B,), for weights that are learned; `of_flows = True` where it needs
+    `rates`, which discrete schedules lack.
     """
 
     def __call__(self, alpha: Tensor, sigma: Tensor, rates: Callable[[], tuple[Tensor, Tensor]]) -> Tensor: ...
 
 
 class DiffusionLoss(Protocol):
-    """Loss of each image (B,); factor: (B,), of the weighting, or None."""
+    """Loss of each image (B,); factor: (B,), of the weighting, or None.
+
+    Optional: `learns_variance = True` of a loss for prediction=LearnedVariance.
+    """
 
     def __call__(self, output: Tensor, target: Tensor, factor: Tensor | None, at: Noised) -> Tensor: ...
 

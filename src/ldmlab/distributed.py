@@ -78,7 +78,7 @@ def launched() -> tuple[int, int]:
 def join(timeout_minutes: float | None = None) -> tuple[int, int]:
     """Rank and number of processes; opens the group that the launcher prepared: nccl with GPUs, gloo without.
 
-    timeout_minutes: of collectives; None: torch's own. The environment variable LDMLAB_TIMEOUT_SECONDS precedes both.
+    timeout_minutes: of collectives, where a process waits for one that no longer answers; None: torch's own.
     """
     if joined() or world_size() == 1:
         return rank(), world_size()
@@ -91,7 +91,7 @@ def join(timeout_minutes: float | None = None) -> tuple[int, int]:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     store = _meet() if by_srun else None
-    _chosen["timeout"] = _patience() or (datetime.timedelta(minutes=timeout_minutes) if timeout_minutes else None)
+    _chosen["timeout"] = datetime.timedelta(minutes=timeout_minutes) if timeout_minutes else None
     try:
         dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, **_chosen)
     except (RuntimeError, ValueError) as error:  # torch's own for variables, names of hosts, ports and time
@@ -106,14 +106,6 @@ def join(timeout_minutes: float | None = None) -> tuple[int, int]:
 def subgroup(ranks: list[list[int]], backend: str | None = None) -> Any:
     """This process's group, where every process is in one of `ranks`, with the timeout of `join`; a collective call."""
     return dist.new_subgroups_by_enumeration(ranks, backend=backend, **_chosen)[0]
-
-
-def _patience() -> datetime.timedelta | None:
-    """LDMLAB_TIMEOUT_SECONDS: how long a process waits in a collective for another one that no longer answers."""
-    text = os.environ.get("LDMLAB_TIMEOUT_SECONDS", "")
-    if text and not re.fullmatch(r"[1-9]\d{0,6}", text):
-        raise InputError(f"the environment variable LDMLAB_TIMEOUT_SECONDS={text} must be a whole number from 1.")
-    return datetime.timedelta(seconds=int(text)) if text else None
 
 
 def _meet() -> dist.Store:

@@ -32,10 +32,10 @@ def one_of(option: str, value: Any, known: Iterable[str]) -> None:
         raise InputError(f"{option}={shown(value)} is unknown; choose one of {', '.join(choices)}.")
 
 
-def share(option: str, value: float) -> None:
+def check_fraction(option: str, value: float) -> None:
     """InputError outside of [0, 1)."""
     if not 0 <= value < 1:
-        raise InputError(f"{option}={value} is not a share; choose 0 or more, below 1.")
+        raise InputError(f"{option}={value} is no fraction; choose 0 or more, below 1.")
 
 
 def check_side(option: str, value: int | None) -> None:

@@ -36,11 +36,22 @@ def allow(names: Any, option: str = "plugins") -> None:
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise InputError(f"{option}={name} cannot be imported: it needs {error.name}; install that.") from error
-            raise InputError(
-                f"{option}={name} is not installed; run `pip install {name.replace('_', '-')}`, or put its folder on "
-                "PYTHONPATH."
-            ) from error
+            raise _not_installed(name, option) from error
         _ALLOWED.add(name)
+
+
+def check_variable() -> None:
+    """InputError for a package of LDMLAB_PLUGINS that is not installed; none is imported."""
+    for name in _listed(os.environ.get(VARIABLE, ""), VARIABLE):
+        if name not in sys.modules and not (name.isidentifier() and importlib.util.find_spec(name)):
+            raise _not_installed(name, VARIABLE)
+
+
+def _not_installed(name: str, option: str) -> InputError:
+    return InputError(
+        f"{option}={name} is not installed; run `pip install {name.replace('_', '-')}`, or put its folder on "
+        "PYTHONPATH."
+    )
 
 
 def _listed(names: Any, option: str) -> list[str]:

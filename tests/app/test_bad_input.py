@@ -128,7 +128,7 @@ def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
     assert sentence.endswith("data.image_size=100000000 is no side of an image; choose 1 .. 65536 px."), sentence
     for value in ("-1", "1"):
         sentence = refusal(lambda value=value: flow.encode(f"max_bad={value}", out="never"))
-        assert sentence.endswith(f"max_bad={float(value):g} is not a share; choose 0 or more, below 1."), sentence
+        assert sentence.endswith(f"max_bad={float(value):g} is no fraction; choose 0 or more, below 1."), sentence
     words = ["encode", "data=shards", *flow.data[:2], f"from_run={flow.root}/first_stage", "out=''"]
     assert refusal(lambda: cli.dispatch(words)) == "out='' is empty; give a value, or leave the option out."
     assert refusal(lambda: flow.encode("splits=[]", out="never")).startswith("splits=[] is empty")

@@ -253,6 +253,19 @@ def test_a_sweep_by_launcher_slurm_is_requeued_and_summed_up(
 
 
 @pytest.mark.slow
+def test_a_run_that_fails_is_a_failed_job(flow: Flow, slurm: Slurm, tmp_path: Path) -> None:
+    """Its sentence reaches the sweep and its log, and the other runs go on."""
+    words = two_steps(flow, tmp_path / "runs", "launcher=slurm", "hydra.launcher.cpus_per_task=1")
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *words, "init_from=/nowhere,null"]
+    sweep = subprocess.run(command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=400)
+    assert sweep.returncode == 2
+    assert "1 of 2 runs failed;" in sweep.stderr
+    jobs = sorted((slurm.job(path.stem) for path in slurm.state.glob("*.json")), key=lambda job: job["task"])
+    assert [(job["state"], job["code"]) for job in jobs] == [("FAILED", 2), ("COMPLETED", 0)]
+    assert any("ldmlab: init_from=/nowhere" in path.read_text() for path in tmp_path.rglob("*_log.err"))
+
+
+@pytest.mark.slow
 def test_a_search_launches_its_trials_together(flow: Flow, slurm: Slurm, tmp_path: Path) -> None:
     """By launcher=slurm; and one after another in two processes of torchrun, of which the first asks and tells."""
     words = two_steps(flow, tmp_path / "runs", "sweeper=optuna", "hydra.sweeper.search.n_trials=2")

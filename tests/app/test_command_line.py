@@ -100,6 +100,12 @@ def test_one_sentence(words: list[str], expected: str) -> None:
     assert "Hydra" not in sentence
 
 
+def test_packages_of_the_variable_are_looked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDMLAB_PLUGINS", "json,no_such_package_here")
+    for words in (["train"], ["sample", "nowhere", "1"]):
+        assert "LDMLAB_PLUGINS=no_such_package_here is not installed" in refusal(lambda: cli.dispatch(words))  # noqa: B023
+
+
 @pytest.mark.parametrize(
     "path", ["/x/a=b", "/x/a,b", "/x/(a)", "/x/[a]", "/x/{a}", "/x/a#b", "/x/it's", '/x/"a"', "/x/ a"]
 )

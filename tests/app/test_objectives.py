@@ -68,6 +68,12 @@ def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path) -> None:
 
     velocity = "diffusion.prediction={_target_: ldmlab.diffusion.parameterization.VelocityPrediction}"
     assert "undefined on a discrete schedule" in refused(velocity, objective="scaled_linear")
+    assert "diffusion.loss=l2 never trains the variance" in refused("diffusion.loss=l2", objective="dit")
+    assert "variational loss needs prediction=Learned" in refused(
+        "diffusion.loss={_target_: ldmlab.diffusion.diffusion_loss.VariationalLoss}"
+    )
+    weighting = "+diffusion.weighting={_target_: ldmlab.diffusion.weighting.FlowWeighting}"
+    assert "FlowWeighting weighs velocities of a flow" in refused(weighting, objective="scaled_linear")
     assert "shift=0.0" in refused("diffusion.schedule.shift=0.0")
     assert "diffusion.prediction=null" in refused("diffusion.prediction=null")
     assert "offset_noise=-1.0" in refused("diffusion.offset_noise=-1.0")

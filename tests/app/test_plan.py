@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from ldmlab.app import estimate as estimates
-from ldmlab.app import weightless
+from ldmlab.app import meta_stages
 from ldmlab.app.cli import dispatch
 from ldmlab.app.commands.plan import USED, saved_by_sharding
 from ldmlab.app.compose import compose, plain
@@ -52,9 +52,9 @@ def made(words: list[str]) -> tuple[dict[str, Any], TrainerSettings]:
 
 def allocated(config: dict[str, Any], settings: TrainerSettings, images: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Most that torch's allocator hands out during one step on real tensors, on top of what is held before."""
-    monkeypatch.setattr(weightless, "IMAGES", images)
+    monkeypatch.setattr(meta_stages, "IMAGES", images)
     monkeypatch.setattr(attention, "by_products", lambda *_: False)
-    stage, _, batch = weightless.build(config, settings)
+    stage, _, batch = meta_stages.build(config, settings)
     estimates.filled(stage)
     with torch.no_grad():
         for parameter in stage.parameters():
@@ -103,7 +103,7 @@ def test_flops_are_those_of_the_step_at_hand(
     config, settings = made([*words, "loss.lpips_weight=0", "first_stage.num_res_blocks=1"])
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"config": config, "step": step})))
     estimates.main()
-    stage, _, batch = weightless.build(config, settings)
+    stage, _, batch = meta_stages.build(config, settings)
     estimates.filled(stage)
     _, _, batch = estimates.prepared(stage, {name: value[:1] for name, value in batch.items()}, settings)
     stage.step = step

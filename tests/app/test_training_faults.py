@@ -28,25 +28,22 @@ def words(flow: Flow, out: Path, *more: str) -> list[str]:
     return ["train", "experiment=mine/first_stage", *SMALL, *flow.data, *TINY_STAGE, f"run.dir={out}", *more]
 
 
-def process(rank: int, port: int, log: Path, argv: Sequence[str], patience: int) -> None:
+def process(rank: int, port: int, log: Path, argv: Sequence[str]) -> None:
     """One of two processes of a command, as torchrun starts them."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115  until the process ends
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    os.environ["LDMLAB_TIMEOUT_SECONDS"] = str(patience)
     sys.exit(cli.run_command(lambda: cli.dispatch(list(argv))))
 
 
-def pair(folder: Path, argv: Sequence[str], ranks: Sequence[int] = (0, 1), patience: int = 200) -> list[ForkProcess]:
+def pair(folder: Path, argv: Sequence[str], ranks: Sequence[int] = (0, 1), minutes: float = 3) -> list[ForkProcess]:
     """The processes of a command; what they print goes to FOLDER/RANK.log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    start = multiprocessing.get_context("fork").Process
-    members = [
-        start(target=process, args=(rank, port, folder / f"{rank}.log", argv, patience), daemon=True) for rank in ranks
-    ]
+    start, argv = multiprocessing.get_context("fork").Process, [*argv, f"trainer.timeout_minutes={minutes}"]
+    members = [start(target=process, args=(rank, port, folder / f"{rank}.log", argv), daemon=True) for rank in ranks]
     for member in members:
         member.start()
     return members
@@ -74,7 +71,7 @@ def test_a_process_whose_partner_is_killed_says_so_and_the_run_goes_on(flow: Flo
 
 
 def test_a_process_that_finds_no_other_says_so(flow: Flow, tmp_path: Path) -> None:
-    members = pair(tmp_path, words(flow, tmp_path / "run"), ranks=[0], patience=2)
+    members = pair(tmp_path, words(flow, tmp_path / "run"), ranks=[0], minutes=0.03)
     assert codes(members) == [2]
     log = (tmp_path / "0.log").read_text()
     assert "the 2 processes of this run did not find each other (" in log

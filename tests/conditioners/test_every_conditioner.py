@@ -125,6 +125,6 @@ def test_what_can_learn_does(conditioner: Any) -> None:
 
 @pytest.mark.parametrize("name", conf_names("conditioner", "none"))
 def test_every_option_is_in_the_file(name: str, vocabulary: str) -> None:
-    with pytest.raises(InputError, match=r"conditioner\.drop=1\.5 is not a share"):
+    with pytest.raises(InputError, match=r"conditioner\.drop=1\.5 is no fraction"):
         instantiate({**node_of(name, vocabulary), "drop": 1.5}, where="conditioner", trust=True)
     assert (conf_dir() / "conditioner" / f"{name}.yaml").read_text().startswith("# @package conditioner.")

@@ -52,6 +52,7 @@ def test_a_second_start_reads_no_shard(tmp_path: Path, reads: Counter[tuple[int,
     reads.clear()
     assert balanced(tmp_path) != first
     assert len(reads) == sum(COUNTS)
+    assert len([*(tmp_path / ".cache").iterdir()]) == 1  # the old manifest's is deleted
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}\n", None])

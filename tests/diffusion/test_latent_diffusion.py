@@ -207,7 +207,7 @@ def test_guidance_dropout_rate(together: bool) -> None:
 
 @pytest.mark.parametrize("drop", [1.0, -0.1, float("nan")])
 def test_a_drop_that_is_no_rate_is_refused_of_any_conditioner(drop: float) -> None:
-    with pytest.raises(InputError, match=rf"conditioner\.told\.drop={drop} is not a share"):
+    with pytest.raises(InputError, match=rf"conditioner\.told\.drop={drop} is no fraction"):
         make({"told": Told(drop=drop)})
 
 

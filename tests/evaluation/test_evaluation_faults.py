@@ -126,7 +126,7 @@ def test_more_unreadable_images_than_allowed_are_refused_before_a_sample(tmp_pat
     allowed = evaluation(data, tmp_path / "out", replace(PROTOCOL, max_bad=0.2)).run()
     assert allowed["reference"]["unreadable"]["count"] == 2
     for wrong in (1.0, -0.1):
-        with pytest.raises(InputError, match="is not a share"):
+        with pytest.raises(InputError, match="is no fraction"):
             replace(PROTOCOL, max_bad=wrong)
 
 

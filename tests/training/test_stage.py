@@ -15,8 +15,8 @@ from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.training.loggers import read_metrics
 from ldmlab.training.optim import AdamW, Constant
-from ldmlab.training.rows import GradientAlarm, StepMetrics
 from ldmlab.training.stage import Losses
+from ldmlab.training.step_metrics import GradientAlarm, StepMetrics
 
 
 def test_every_player_is_updated_with_every_batch_from_its_start(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldmlab.app.conf_files import OWN, conf_dir, conf_dirs, folder_of, group_choices, groups, leaves
-from ldmlab.errors import InputError, did_you_mean, share, shown
+from ldmlab.errors import InputError, check_fraction, did_you_mean, shown
 
 _SEARCHPATH = "hydra.searchpath"
 _NO_VALUE = "{0} has no value; give it on the command line as {0}=VALUE."
@@ -272,4 +272,4 @@ def _check_option(content: dict[Any, Any], key: str, annotation: Any) -> None:
     if name == "batch_size" and value < 1:
         raise InputError(f"{key}={value} must be at least 1.")
     if name == "max_bad":
-        share(key, value)
+        check_fraction(key, value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmlab.app.weightless import Config, Parts, build
+from ldmlab.app.meta_stages import Config, Parts, build
 from ldmlab.evaluation.step_cost import BACKWARD, COPIES, StepCost
 from ldmlab.instantiate import instantiate, trust_typed
 from ldmlab.nn import attention

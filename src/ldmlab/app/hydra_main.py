@@ -1,5 +1,6 @@
 """Hydra's own command line over our files: one run, or the runs of a sweep, here or where a launcher starts them."""
 
+import atexit
 import os
 import sys
 import traceback
@@ -32,12 +33,14 @@ def hydra_main(config_name: str, job: Callable[[Any], Any]) -> None:
         swept = _words_of_a_swept_run()
         if swept is not None:
             sys.argv[:] = [program, *swept, *kept]
+            if "SUBMITIT_FOLDER" in os.environ:  # before what the run registers, which then ends first
+                atexit.register(_end_of_job, failed)
         try:
             with searching(sys.argv[1:]):
                 return job(config)
         except Exception as error:  # kept for later: Hydra would print its own message and end the sweep
+            failed.append(error)
             if swept is None:
-                failed.append(error)
                 return None
             return error if isinstance(error, InputError) else _printed(error)
 
@@ -52,7 +55,7 @@ def hydra_main(config_name: str, job: Callable[[Any], Any]) -> None:
                 line = " ".join(str(error).split())[-500:].rstrip(".")
                 raise InputError(f"launcher=slurm: {line}; logs are in the folder .submitit of paths.runs.") from error
             raise explained(error, config_name, overrides) from error
-    if failed:
+    if failed and not several:  # a sweeper raises what failed in its runs
         raise failed[0]
 
 
@@ -72,6 +75,14 @@ def chooses_a_sweep(word: str) -> bool:
 
 def _of_a_sweep(word: str) -> bool:
     return word.lstrip("+~").startswith(tuple(f"hydra.{group}." for group in _OF_SWEEPS))
+
+
+def _end_of_job(failed: Sequence[Exception]) -> None:
+    """A job of submitit ends with 0 once its result is written; after a fault it is to fail in sacct too."""
+    if failed:
+        print(f"ldmlab: {failed[0]}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2 if isinstance(failed[0], InputError) else 1)
 
 
 def _printed(error: Exception) -> InputError:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Encode, LatentSpec
-from ldmlab.errors import share
+from ldmlab.errors import check_fraction
 
 
 class BaseConditioner(nn.Module):
@@ -17,7 +17,7 @@ class BaseConditioner(nn.Module):
 
     def __init__(self, drop: float, width: int = 0) -> None:  # 0: it depends on the latent, so `width` is overridden
         super().__init__()
-        share("conditioner.drop", drop)
+        check_fraction("conditioner.drop", drop)
         self.drop, self._width = drop, width
 
     def width(self, latent: LatentSpec) -> int:

@@ -1,6 +1,7 @@
 """Values computed from the fields of every sample, cached in `.cache/` beside the manifest.
 
-A file is named by a hash of the manifest, of what is computed and of its code; a change of any of them makes another.
+A file is named by hashes of the manifest, and of what is computed and its code; a change of any of them makes another.
+Files of earlier manifests are deleted when one is written.
 It holds a line of JSON (the different values, a CRC32C) and a little-endian int32 a sample: the number of its value, or
 -1 for a sample that could not be read, which is tried again at every start. One process of a machine reads the shards
 and the others wait for it. If `.cache/` cannot be written, the file goes to `sample_values` in the folder of fetched
@@ -86,7 +87,8 @@ def sample_values(reader: ShardReader, manifest_hash: str, function: SampleFunct
     if function.key is None:
         logger.info("%s: the samples that its task keeps cannot be cached, so every start reads all samples.", named)
         return _computed(reader, function)
-    name = hashlib.sha256(f"{manifest_hash} {function.key}".encode()).hexdigest()
+    manifest, name = (hashlib.sha256(text.encode()).hexdigest()[:32] for text in (manifest_hash, function.key))
+    name = f"{manifest}-{name}"
     places = [folder / f"{name}.values" for folder in (reader.folder / ".cache", weights_folder() / "sample_values")]
     found = next((one for place in places if (one := _read(place, total))), None)
     if found is None:
@@ -97,6 +99,9 @@ def sample_values(reader: ShardReader, manifest_hash: str, function: SampleFunct
         with locked(place.with_suffix(".lock"), f"{named} is being read", wait=True, quiet=True, remove=True):
             found = _read(place, total)  # another process was first
             if found is None:
+                if place == places[0]:  # the other folder is shared by all data
+                    for old in {*place.parent.glob("*.values")} - {*place.parent.glob(f"{manifest}-*.values")}:
+                        old.unlink(missing_ok=True)
                 return _write(place, _computed(reader, function))
     return _computed(reader, function, found)
 

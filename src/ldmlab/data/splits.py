@@ -25,7 +25,7 @@ class SplitRule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.val < 1:
-            raise InputError(f"val={self.val} is not a share; choose 0 <= val < 1.")
+            raise InputError(f"val={self.val} is no fraction; choose 0 <= val < 1.")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise InputError(f"split={self.name} is not a folder's name; use letters, digits, _ and -.")
         if self.group_strip is not None and self.group is None:

@@ -32,7 +32,7 @@ from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
-from ldmlab.errors import InputError, share
+from ldmlab.errors import InputError, check_fraction
 from ldmlab.randomness import normal
 from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
 
@@ -268,7 +268,7 @@ class LatentDiffusion(LatentSpace):
 def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> None:
     accepts: frozenset[str] = backbone.accepts  # type: ignore[assignment]
     for name, conditioner in conditioners.items():
-        share(f"conditioner.{name}.drop", conditioner.drop)  # type: ignore[arg-type]
+        check_fraction(f"conditioner.{name}.drop", conditioner.drop)  # type: ignore[arg-type]
         if conditioner.slot not in accepts:
             taken = ", ".join(sorted(accepts)) or "nothing"
             raise InputError(

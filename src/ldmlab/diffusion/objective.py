@@ -11,6 +11,7 @@ from ldmlab.diffusion.diffusion_loss import named
 from ldmlab.diffusion.parameterization import Parameterization
 from ldmlab.diffusion.schedule import as_path
 from ldmlab.diffusion.time_sampling import UniformTimes
+from ldmlab.errors import InputError
 
 Network = Callable[[Tensor, Tensor], Tensor]  # input (B, C, h, w), times (B,) float32 => output
 
@@ -33,6 +34,27 @@ class Objective(nn.Module):
         self.time_sampling = time_sampling or UniformTimes()
         self.weighting = weighting
         self.form = Parameterization(prediction, self.path)
+        self._check()
+
+    def _check(self) -> None:
+        """InputError where loss or weighting do not fit prediction and path."""
+        learned, discrete = self.form.outputs == 2, hasattr(self.path, "steps")
+        taught = getattr(self.loss, "learns_variance", False)
+        if learned and not taught:
+            raise InputError(
+                f"diffusion.loss={type(self.loss).__name__.lower()} never trains the variance that "
+                f"diffusion.prediction={type(self.prediction).__name__} has; choose VariationalLoss, or a prediction "
+                "without a variance."
+            )
+        if taught and not (learned and discrete):
+            raise InputError(
+                "diffusion.loss: the variational loss needs prediction=LearnedVariance and a discrete schedule."
+            )
+        if discrete and getattr(self.weighting, "of_flows", False):
+            raise InputError(
+                f"diffusion.weighting={type(self.weighting).__name__} weighs velocities of a flow, and this diffusion "
+                "has a discrete schedule; choose MinSnr, Snr or P2, or a continuous path such as diffusion=flow."
+            )
 
     def times(self, u: Tensor, position: Tensor, values: int) -> Tensor:
         """Training times (B,) of uniform numbers and positions, for latents of that many values."""

@@ -67,6 +67,8 @@ class FlowWeighting:
     With fall = sigma' alpha - sigma alpha': velocity (fall / sigma)^2, likelihood alpha fall / sigma^3.
     """
 
+    of_flows = True  # not for discrete schedules
+
     def __init__(self, kind: str = "velocity") -> None:
         one_of("diffusion.weighting.kind", kind, ("velocity", "likelihood"))
         self.kind = kind
@@ -102,7 +104,7 @@ class LearnedLogVariance(nn.Module):
     def __init__(self, weighting: Weighting | None = None, channels: int = 128) -> None:
         """weighting: a fixed factor of the loss (EDM2: EDM's); channels: of the Fourier features of the time."""
         super().__init__()
-        self.weighting = weighting
+        self.weighting, self.of_flows = weighting, getattr(weighting, "of_flows", False)
         if channels < 1:
             raise InputError(f"diffusion.weighting.channels={channels} learns nothing; choose 1 or more, such as 128.")
         generator = torch.Generator().manual_seed(0)

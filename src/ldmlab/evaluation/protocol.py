@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ldmlab.errors import InputError, check_side, one_of, share
+from ldmlab.errors import InputError, check_fraction, check_side, one_of
 from ldmlab.inference.sample_settings import SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
@@ -75,7 +75,7 @@ class Protocol:
         for name in ("shown", "neighbours"):
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"protocol.{name}={value} is below 0; choose 0 for none.")
-        share("protocol.max_bad", self.max_bad)
+        check_fraction("protocol.max_bad", self.max_bad)
         if self.mask_buckets and not self.pairs:
             raise InputError(
                 "protocol.mask_buckets compares samples with their originals; set protocol.pairs=true too."

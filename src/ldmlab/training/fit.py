@@ -24,11 +24,11 @@ from ldmlab.training.engine import make_trainer, rates_line, summary
 from ldmlab.training.loggers import RunFiles, close_all, lost_rows, open_all
 from ldmlab.training.random_state import RandomState
 from ldmlab.training.resume import Record, compare
-from ldmlab.training.rows import Rows
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.signals import Interrupted, StopRequest
 from ldmlab.training.stage import Stage
+from ldmlab.training.step_metrics import LogMetrics
 from ldmlab.training.step_progress import StepProgress
 from ldmlab.training.strategies import Sharded, strategy_of
 from ldmlab.training.validation import validation_line
@@ -94,7 +94,7 @@ def _in_order(
     counted = any(isinstance(part, Skipped) for part in callbacks)
     given = [*callbacks, *([] if counted else [Skipped(float("inf"))])]
     before = [Compiled(settings.compile, progress.say), Averaging(), stop, RandomState()]
-    return [*before, *given, Rows(settings.gradient_alarm), progress, keep]
+    return [*before, *given, LogMetrics(settings.gradient_alarm), progress, keep]
 
 
 def _train(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.averaging import AveragedWeights
 from ldmlab.training.random_state import isolated_random
-from ldmlab.training.rows import Logged
+from ldmlab.training.step_metrics import Logged
 
 _SHOWN = 6  # metrics in a sentence
 

@@ -16,7 +16,7 @@ from ldmlab.data.pack_shards import PackOptions, pack
 from ldmlab.data.splits import SplitRule
 from ldmlab.data.transforms import RULES, Transform, parse_colour
 from ldmlab.data.workers import processors
-from ldmlab.errors import InputError, share
+from ldmlab.errors import InputError, check_fraction
 
 _SHOWN = 10  # unreadable images named on the screen; the file names all
 _KINDS = {"table": "in a table", "classes": "in a folder per class", "tars": "in tars", "plain": "without captions"}
@@ -74,7 +74,7 @@ def options_of(args: argparse.Namespace) -> PackOptions:
 def run(args: argparse.Namespace) -> None:
     options, console = options_of(args), Console(stderr=True)
     at_least(args, workers=1)
-    share("--max-bad", args.max_bad)
+    check_fraction("--max-bad", args.max_bad)
     out = Destination.of(args.out)
     with console.status(f"listing {args.source}"):
         source = list_source(args.source, args.layout, args.file_field, args.caption_field, args.list)

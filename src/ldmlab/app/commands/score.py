@@ -17,7 +17,7 @@ from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conf_files import group_choices
 from ldmlab.app.progress import track
-from ldmlab.errors import InputError, share
+from ldmlab.errors import InputError, check_fraction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from ldmlab.files import write_json
 
     at_least(args, batch_size=1, workers=0)
-    share("--max-bad", args.max_bad)
+    check_fraction("--max-bad", args.max_bad)
     rank, world = distributed.join()
     if args.npz is not None and world > 1:
         raise InputError("--npz is written by one process; run the command without torchrun.")

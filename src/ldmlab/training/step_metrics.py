@@ -99,7 +99,7 @@ def _named(images: Sequence[str]) -> str:
 
 
 class Logged(pl.LightningModule):
-    """What a stage logs becomes the rows of `Rows`."""
+    """What a stage logs becomes the rows of `LogMetrics`."""
 
     step: int  # updates of the main group
     max_steps: int
@@ -167,7 +167,7 @@ class GradientAlarm:
         return found
 
 
-class Rows(pl.Callback):
+class LogMetrics(pl.Callback):
     """One row a step at every logger: training metrics when due, and what was logged in validation or by scores.
 
     It comes after all callbacks that log and before the one that saves checkpoints.

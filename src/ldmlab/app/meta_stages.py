@@ -1,4 +1,4 @@
-"""Stages without weights and a batch for each, from configuration alone, as `plans.py` builds them from data."""
+"""Stages on the meta device and a batch for each, from configuration alone, as `plans.py` builds them from data."""
 
 from collections.abc import Mapping
 from typing import Any
