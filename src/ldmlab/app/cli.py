@@ -21,7 +21,7 @@ from ldmlab.app.compose import plain, searching
 from ldmlab.app.conf_files import conf_dir, group_choices
 from ldmlab.app.hydra_main import hydra_main
 from ldmlab.errors import InputError, did_you_mean, memory_ran_out
-from ldmlab.plugins import allow, check_variable
+from ldmlab.plugins import VARIABLE, allow, check_variable
 
 COMMANDS = {
     "pack": "images and captions to image shards",
@@ -140,7 +140,8 @@ def dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS, f"there are {', '.join(COMMANDS)}.")
         raise InputError(f"{name}: there is no such command; {hint}")
-    check_variable()
+    if os.environ.get(VARIABLE):
+        check_variable()
     if name in WITH_HYDRA:
         several = {"-m", "--multirun"} & set(rest)
         lengths = re.compile(r"weights=([\d.]+(,[\d.]+)+)")  # of averages, in one evaluation
