@@ -47,7 +47,8 @@ class Backbone(Protocol):
     """The denoising network; a `torch.nn.Module`.
 
     Its constructor receives, where it has arguments of these names: `in_channels` (latent and spatial conditioning),
-    `out_channels`, `context_width` (D of tokens, or None), `vector_width` (D of the vector, or None).
+    `out_channels`, `context_width` (D of tokens, or None), `vector_width` (D of the vector, or None), `numbers` (how
+    many the slot of that name has, which models of few steps need).
     Optional: `size_step`, an int; latent heights and widths must be multiples of it (a patch size, a product of
     strides), and other sizes are refused in one sentence. Without it every size is passed on.
     """

@@ -137,6 +137,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     return spec
 
 
+def describe(path: Path | str) -> dict[str, Any]:
+    """model.yaml of a run folder, checkpoint or model folder, without its weights."""
+    return read_description(_locate(Path(path))[0])
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's config.yaml in today's words; model.yaml in the same folder has the format version."""
     config = read_yaml(folder / CONFIG)

@@ -21,6 +21,7 @@ class Conditioning:
     tokens: Tensor | None = None  # (B, L, D)     text, class, boxes: cross-attention
     spatial: Tensor | None = None  # (B, C, h, w)  mask, low resolution, semantic map: concatenated to x
     vector: Tensor | None = None  # (B, D)        added to the time embedding
+    numbers: Tensor | None = None  # (B or 1, n)  embedded beside the time: t - r of a step, a guidance scale
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class LatentSpec:
     width: int
     downsampling: int
 
+    @property
+    def values(self) -> int:
+        """Of one latent."""
+        return self.channels * self.height * self.width
+
 
 Encode = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in [-1, 1] => final latents (posterior mean)
 
@@ -84,6 +90,7 @@ class Level(NamedTuple):
     sigma: float
     time: float | None
     start: float | None = None  # of a further evaluation in a step: the time of the first one, see `Guidance.acts`
+    to: "Level | None" = None  # where the step goes, for networks of average velocities; None: they give that at t
 
 
 Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => clean estimate, x's dtype or float64

@@ -17,6 +17,10 @@ EXPERIMENTS = group_choices("experiment")
 DATA = ["data.train=nowhere/train", "data.val=nowhere/val"]
 PUBLISHED = ("image", "image_vit_l_14", "text", "text_transformer", "text_transformer_640")  # need weights or words
 PUBLISHED = (*PUBLISHED, "text_vit_h_14", "text_vit_l_14")
+TEACHER = {  # whose path and prediction a distilled model gets
+    "schedule": {"_target_": "ldmlab.diffusion.schedule.Schedule"},
+    "prediction": {"_target_": "ldmlab.diffusion.parameterization.EpsPrediction"},
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -59,8 +63,9 @@ def test_another_choice_builds(number: int) -> None:
     instantiate(config["sampler"], where="sampler")
     parts = {"latent_scale": LatentScale(), "conditioners": {}, "guidance_trained": True}
     backbone = Identity()
-    backbone.accepts = frozenset()  # type: ignore[assignment]
-    instantiate(config["diffusion"], where="diffusion", first_stage=Identity(), backbone=backbone, **parts)
+    backbone.accepts = frozenset({"numbers"})  # type: ignore[assignment]
+    node = {**({} if "schedule" in config["diffusion"] else TEACHER), **config["diffusion"]}
+    instantiate(node, where="diffusion", first_stage=Identity(), backbone=backbone, **parts)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS[:: len(EXPERIMENTS) // 8])

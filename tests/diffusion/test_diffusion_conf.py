@@ -11,13 +11,16 @@ from ldmlab.instantiate import instantiate
 
 
 class NoBackbone(Identity):
-    accepts: frozenset[str] = frozenset()
+    accepts: frozenset[str] = frozenset({"numbers"})
 
 
 @pytest.mark.parametrize("name", conf_names("diffusion"))
 def test_diffusion(name: str) -> None:
     parts = {"first_stage": Identity(), "latent_scale": LatentScale(), "backbone": NoBackbone(), "conditioners": {}}
-    model = instantiate(conf_node("diffusion", name), where="diffusion", **parts, guidance_trained=True)
+    flow = conf_node("diffusion", "flow")
+    teacher = {part: flow[part] for part in ("schedule", "prediction")}  # for consistency, which has none of its own
+    node = {**teacher, **conf_node("diffusion", name)}
+    model = instantiate(node, where="diffusion", **parts, guidance_trained=True)
     if name.startswith("paper_") or name in NAMES:
         assert model.schedule.name == ("scaled_linear" if name.startswith("paper_") else name)
     else:  # a recipe with a path or a loss of its own, which samples with what its path names

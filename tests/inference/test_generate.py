@@ -111,7 +111,7 @@ def test_defaults(model: LoadedModel) -> None:
         ({"steps": 3}, r"steps=3: .*steps=2 or 4"),
         ({"steps": 0}, "steps=0 is outside 1 and above"),
         ({"size": 15}, "size=15x15"),
-        ({"sampler": "dpm"}, "choose one of ddim, ddpm"),
+        ({"sampler": "dpm"}, "choose one of consistency, ddim"),
         ({"sampler": "ddpm", "eta": 0.5}, "eta=0.5: the sampler ddpm"),
         ({"eta": -1.0}, "eta=-1.0 is outside"),
         ({"seed": -1}, "seed=-1 is outside"),

@@ -13,7 +13,19 @@ Config = Mapping[str, Any]
 NAMES = (
     *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
     *("sampler", "task", "optimizer"),
-    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "init_from", "plugins"),
+    *(
+        "lr_schedule",
+        "trainer",
+        "callbacks",
+        "logger",
+        "paths",
+        "seed",
+        "run",
+        "from_run",
+        "init_from",
+        "teacher",
+        "plugins",
+    ),
 )
 _READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
     "first_stage": ("autoencoder", "classifier", "diffusion"),
@@ -26,6 +38,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
     "sampler": ("diffusion",),
     "task": ("diffusion",),
     "from_run": ("classifier", "diffusion"),
+    "teacher": ("diffusion",),
 }
 _NEEDS = {  # option => the one without which nothing reads it
     "data.balance_temperature": "data.balance",

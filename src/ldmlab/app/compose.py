@@ -18,7 +18,7 @@ _TYPES: dict[str, Any] = {  # options outside the groups, which no constructor c
     **dict.fromkeys(("seed", "batch_size"), int),
     **dict.fromkeys(("keep_reference", "wandb", "mirror", "carry_images"), bool),
     **dict.fromkeys(("model", "device", "run.name", "paths.runs"), str),
-    **dict.fromkeys(("run.dir", "run.group", "from_run", "init_from", "out", "features.run"), str | None),
+    **dict.fromkeys(("run.dir", "run.group", "from_run", "init_from", "teacher", "out", "features.run"), str | None),
     "plugins": str | list[str],
     "splits": list[str],
     "images": list[tuple[str, str]],

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import backbone_sizes, check_divides, check_size_step, latent_spec, task_node
+from ldmlab.app.teacher import taught
 from ldmlab.app.wiring import stage_options
 from ldmlab.data.loaders import collate
 from ldmlab.data.order import image_random
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError, did_you_mean
 from ldmlab.evaluation.step_cost import IMAGES
@@ -31,7 +33,7 @@ def build(config: Config, settings: TrainerSettings) -> Made:
     kind = config["stage"]["name"]
     if kind not in _STAGES:
         raise InputError(f"stage={kind} has no step of its own; plan one of {', '.join(_STAGES)}.")
-    return _STAGES[kind](config, stage_options(config, settings))
+    return _STAGES[kind](taught(config), stage_options(config, settings))
 
 
 def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
@@ -73,7 +75,7 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     given = {name: _untrained(node) for name, node in config["conditioner"].items()}
     with torch.device("meta"):
         conditioners, _ = build_conditioners(given, latent)
-        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"]["prediction"])
+        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"])
         node = {**config["backbone"], **sizes}
         backbone = instantiate(node, where="backbone")
     for conditioner in conditioners.values():
@@ -92,6 +94,12 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
         **{k: v for k, v in options.items() if k not in names},
     )
     parts = {"denoiser": backbone, "conditioners": model.conditioners, "frozen first stage": first_stage}
+    if config.get("teacher"):
+        with torch.device("meta"):
+            parts["teacher"] = instantiate({k: v for k, v in node.items() if k != "numbers"}, where="backbone")
+        known = first_stage, built["latent_scale"], parts["teacher"], conditioners, model.schedule, model.prediction
+        model.distil(LatentDiffusion(*known, guidance_trained=True), latent.values)
+        model.conditioners.requires_grad_(False)
     return stage, parts, _batch(sample | (_stored(reads, size) | sample))
 
 

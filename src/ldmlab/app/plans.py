@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldmlab.app.conditioning import build_conditioners, check_fields_given, context_widths
+from ldmlab.app.teacher import Teacher
 from ldmlab.argument_types import check_type, check_types
 from ldmlab.build import build_latent_diffusion, load_first_stage, moments_of
 from ldmlab.checkpoints import fingerprint
@@ -76,10 +77,12 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     first_stage, first_node, manifest, data = first_stage_of(config, data)
     latent = latent_spec(first_stage, data.image_size)
     conditioners, nodes = build_conditioners(config["conditioner"], latent)
+    teacher, scale_choice = Teacher.of(config), options.pop("latent_scale")
+    lent = None if teacher is None else teacher.lend(first_stage, conditioners)
     check_fields_given(conditioners, data)
-    sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"]["prediction"])
+    sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"])
     backbone_node = {**config["backbone"], **sizes}
-    scale_node = latent_scale_node(options.pop("latent_scale"), first_stage, data, manifest)
+    scale_node = lent or latent_scale_node(scale_choice, first_stage, data, manifest)
     spec = {
         "kind": "latent_diffusion",
         "image_size": data.image_size,
@@ -94,10 +97,13 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     }
     ready: dict[str, Any] = {"first_stage": first_stage, "conditioners": conditioners, "task": data.task}
     model = build_latent_diffusion(spec, **ready)
+    spec["guidance_trained"] = model.guidance_trained
+    if teacher is not None:
+        spec["teacher_fingerprint"] = teacher.teach(model, latent.values)  # type: ignore[arg-type]
     check_size_step(data.image_size, model.size_step)
     sampler = instantiate(config["sampler"], where="sampler")
     spacing = sampler.spacing if hasattr(model.schedule, "steps") else "auto"  # a continuous path has its own
-    grid = model.path.at_size(latent.channels * latent.height * latent.width).grid(options.pop("panel_steps"), spacing)
+    grid = model.path.at_size(latent.values).grid(options.pop("panel_steps"), spacing)
     stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
     frozen: dict[str, nn.Module] = {"first_stage": model.first_stage}
     if "conditioner" not in stage.saved():
@@ -246,15 +252,20 @@ def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
 
 
 def backbone_sizes(
-    latent: LatentSpec, conditioners: Mapping[str, Any], node: Config, prediction: Config | None = None
+    latent: LatentSpec, conditioners: Mapping[str, Any], node: Config, diffusion: Config | None = None
 ) -> dict[str, Any]:
-    """Channels and widths that follow from the latent, the conditioning and the prediction."""
-    outputs = 1 if prediction is None else getattr(locate(prediction, where="diffusion.prediction"), "outputs", 1)
+    """Channels, widths and numbers that follow from the latent, the conditioning and the diffusion."""
+    outputs, numbers = 1, 0
+    if diffusion is not None:
+        outputs = getattr(locate(diffusion["prediction"], where="diffusion.prediction"), "outputs", 1)
+        counted = getattr(locate(diffusion, where="diffusion"), "numbers", None)
+        numbers = counted(diffusion) if counted else 0
     widths = context_widths(conditioners, latent)
     sizes = {
         "in_channels": latent.channels + widths["spatial"],
         "out_channels": outputs * latent.channels,
         "context_width": widths["tokens"] or None,
         "vector_width": widths["vector"] or None,
+        **({"numbers": numbers} if numbers else {}),
     }
     return {name: value for name, value in sizes.items() if accepts(node, name, where="backbone")}

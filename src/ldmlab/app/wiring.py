@@ -16,6 +16,7 @@ from ldmlab.app.conditioning import check_states, class_bound, with_classes_of
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_end import ended_early, finished
 from ldmlab.app.run_records import comparison_fields
+from ldmlab.app.teacher import taught
 from ldmlab.checkpoints import fingerprint, save_tensors
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError, one_of
@@ -42,6 +43,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
     name = config["stage"]["name"]
     one_of("stage.name", name, PLANS)
     check_choices(config, chosen)
+    config = taught(config, chosen)
     distributed.join(settings.timeout_minutes)
     folder, runs = config["run"]["dir"], config["paths"]["runs"]  # run.dir: exactly there, where a run is resumed
     run = RunFolder.create(runs, config["run"]["name"]) if folder is None else RunFolder.at(folder)

@@ -19,6 +19,7 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import KeysValues, TokenAttention, attend
 from ldmlab.nn.blocks import MLP, LayerNorm, RMSNorm, SwiGLU, timestep_embedding, zero
 from ldmlab.nn.compiling import region
+from ldmlab.nn.number_embedding import number_embedding
 from ldmlab.nn.positions import Rotation, rotary, rotate, sine_cosine
 
 _EPSILON = 1e-6  # of every norm but LayerNorm on queries and keys, which has 1e-5
@@ -137,6 +138,7 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,  # width of the MLPs in multiples of D
         context_width: int | None = None,  # of the tokens; None: no tokens; derived in wiring
         vector_width: int | None = None,  # of vector conditioning; derived in wiring
+        numbers: int = 0,  # embedded beside the time; derived in wiring
         project_vector: bool = False,  # a linear layer for it; False: D wide, added to the time embedding as it is
         context: Context = "cross",  # tokens by cross-attention, in the sequence (in_context), or both
         rms_norm: bool = False,  # RMSNorm with learned gains in place of LayerNorm without
@@ -158,7 +160,7 @@ class DiT(nn.Module):
         self.rotary_positions, self.gradient_checkpointing = rotary_positions, gradient_checkpointing
         norm, mlp_norm, norm_qk = _norms(rms_norm, qk_norm, mlp_norm_eps)
         crossing, mlp = context_width if context != "in_context" else None, SwiGLU if swiglu else MLP
-        self._make_inputs(project_vector)
+        self._make_inputs(project_vector, numbers)
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, crossing, mlp(width, mlp_ratio), norm, mlp_norm, norm_qk, shift)
             for _ in range(depth)
@@ -166,11 +168,12 @@ class DiT(nn.Module):
         self._make_output(norm, (1 + unused_half) * out_channels)
         self._initialise()
 
-    def _make_inputs(self, project_vector: bool) -> None:
-        """Layers for patches, time, vector and the tokens that join the sequence."""
+    def _make_inputs(self, project_vector: bool, numbers: int) -> None:
+        """Layers for patches, time, numbers, vector and the tokens that join the sequence."""
         width, joining = self.width, self.context_width if self.context != "cross" else None
         self.patches = nn.Conv2d(self.in_channels, width, self.size_step, self.size_step)
         self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
+        self.numbers = number_embedding(numbers, width)
         self.vector = vector_projection(self.vector_width, width, project_vector)
         self.joining = nn.Linear(joining, width) if joining else None
         self._positions: dict[tuple[int, int, torch.device], tuple[Tensor, Rotation | None]] = {}
@@ -196,12 +199,14 @@ class DiT(nn.Module):
                 zero(block.cross_attention.out)
         zero(self.modulation_out)
         zero(self.out)
+        if self.numbers is not None:
+            zero(self.numbers.mix)
 
     @property
     def accepts(self) -> frozenset[str]:
         """Slots of the conditioning this network was built for."""
         slots = {"tokens": self.context_width, "vector": self.vector_width, "spatial": self.in_channels}
-        return frozenset(slot for slot, width in slots.items() if width)
+        return frozenset(slot for slot, width in {**slots, "numbers": self.numbers}.items() if width)
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block, tokens that join the sequence, and the projected vector."""
@@ -226,13 +231,15 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
         if isinstance(conditioning, Prepared):
-            spatial, cache = conditioning.conditioning.spatial, conditioning.cache
+            conditioning, cache = conditioning.conditioning, conditioning.cache
         else:
-            spatial, cache = conditioning.spatial, self._projected(conditioning)[1]
-        times = timestep_embedding(t, TIME_CHANNELS, shift=self.frequency_shift).to(self.patches.weight.dtype)
+            cache = self._projected(conditioning)[1]
+        times = timestep_embedding(t, TIME_CHANNELS, shift=self.frequency_shift, like=self.patches.weight)
         condition = self.time_mix(F.silu(self.time_expand(times)))
+        if self.numbers is not None:
+            condition = condition + self.numbers(conditioning.numbers)
         condition = F.silu(condition if cache.vector is None else condition + cache.vector)
-        return self.conditioned(x, [condition] * (len(self.blocks) + 1), spatial, cache)
+        return self.conditioned(x, [condition] * (len(self.blocks) + 1), conditioning.spatial, cache)
 
     def conditioned(self, x: Tensor, conditions: Sequence[Tensor], spatial: Tensor | None, cache: DiTCache) -> Tensor:
         """`forward`, given the condition (B, D) after its SiLU of each block and, last, of the output."""

@@ -31,6 +31,7 @@ from ldmlab.nn.blocks import (
     zero,
 )
 from ldmlab.nn.compiling import region
+from ldmlab.nn.number_embedding import number_embedding
 
 
 class UNetCache(NamedTuple):
@@ -126,6 +127,7 @@ class UNet(ChannelsLast):
         transformer_depth: int = 1,  # blocks per spatial transformer; with tokens only
         context_width: int | None = None,  # D of the tokens; None: no cross-attention; derived in wiring
         vector_width: int | None = None,  # width of vector conditioning; derived in wiring
+        numbers: int = 0,  # embedded beside the time; derived in wiring
         project_vector: bool = True,  # a linear layer for it; False: 4 model_channels wide, added as it is (label_emb)
         dropout: float = 0.0,  # in the residual blocks
         scale_shift: bool = False,  # the time vector scales and shifts norms instead of being added
@@ -147,6 +149,7 @@ class UNet(ChannelsLast):
         self.context_width, self.vector_width = context_width, vector_width
         self.gradient_checkpointing = gradient_checkpointing
         self.time = TimeMLP(model_channels, frequency_shift)
+        self.numbers = number_embedding(numbers, self.time.width)
         self.vector = vector_projection(vector_width, self.time.width, project_vector)
         transformer = heads, head_channels, transformer_depth, context_width
         resampling = residual_resampling, asymmetric_downsampling
@@ -185,7 +188,7 @@ class UNet(ChannelsLast):
     def accepts(self) -> frozenset[str]:
         """Slots of the conditioning this network was built for."""
         slots = {"tokens": self.context_width, "vector": self.vector_width, "spatial": self.in_channels}
-        return frozenset(slot for slot, width in slots.items() if width)
+        return frozenset(slot for slot, width in {**slots, "numbers": self.numbers}.items() if width)
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block (of one token: its output), and the projected vector."""
@@ -205,16 +208,17 @@ class UNet(ChannelsLast):
         """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w); weights may be half precision."""
         kv: Iterator[list[CrossKV] | Tensor | None]
         if isinstance(conditioning, Prepared):
-            spatial, vector = conditioning.conditioning.spatial, conditioning.cache.vector
-            kv = iter(conditioning.cache.kv)
+            conditioning, vector, kv = conditioning.conditioning, conditioning.cache.vector, iter(conditioning.cache.kv)
         else:  # each block makes its own keys and values
             tokens, vector = self._projected(conditioning)
-            spatial, kv = conditioning.spatial, repeat(tokens)
-        if spatial is not None:
-            x = torch.cat([x, spatial.to(x.dtype)], dim=1)
+            kv = repeat(tokens)
+        if conditioning.spatial is not None:
+            x = torch.cat([x, conditioning.spatial.to(x.dtype)], dim=1)
         if self.coordinates:
             x = with_coordinates(x)
         emb = self.time(t)  # (B, E)
+        if self.numbers is not None:
+            emb = emb + self.numbers(conditioning.numbers)
         emb = F.silu(emb if vector is None else emb + vector)
 
         h = self.conv_in(x.to(self.conv_in.weight.dtype, memory_format=self._layout))

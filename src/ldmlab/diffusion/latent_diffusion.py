@@ -147,6 +147,15 @@ class LatentDiffusion(LatentSpace):
 
     # ---- sampling
 
+    @property
+    def usual_guidance(self) -> float:
+        """The scale of sampling where none is named."""
+        return 3.0 if self.guidance_trained and self.conditioners else 1.0
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """InputError for guidance that this model cannot be sampled with."""
+        check_guidance(guidance.scale, self.guidance_trained, bool(self.conditioners), guidance.weak is not None)
+
     def denoiser(
         self,
         conditioning: Conditioning,
@@ -207,7 +216,7 @@ class LatentDiffusion(LatentSpace):
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same image in any batch."""
         weak = None if guidance is None else guidance.weak
         if guidance is not None:
-            check_guidance(guidance.scale, self.guidance_trained, bool(self.conditioners), weak is not None)
+            self.check_guidance(guidance)
         batch = {"position": index, **batch}
         conditioning = self.conditioning(batch)
         x = self.start(index, size, seed)

@@ -47,6 +47,7 @@ def denoiser_cost(node: Mapping[str, Any], latent: LatentSpec, widths: Mapping[s
             tokens=torch.empty(1, TOKENS, widths["tokens"]) if widths.get("tokens") else None,
             spatial=torch.empty(1, widths["spatial"], latent.height, latent.width) if widths.get("spatial") else None,
             vector=torch.empty(1, widths["vector"]) if widths.get("vector") else None,
+            numbers=torch.empty(1, node["numbers"]) if node.get("numbers") else None,
         )
 
     def forward() -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldmlab.contracts import AfterStep, Conditioning, Guider, Level
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.guidance import Guidance, check_guidance
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.schedule import POWERS
@@ -143,16 +143,14 @@ class LoadedModel:
 
         Without a size, that of the first entry's image is used, if it has one.
         """
-        first, conditioned = (inputs[0] if len(inputs) else None), bool(self.diffusion.conditioners)
-        scale = settings.guidance_scale
+        first, scale = (inputs[0] if len(inputs) else None), settings.guidance_scale
         if scale is None:
-            scale = 2.0 if settings.weak_model else 3.0 if self.diffusion.guidance_trained and conditioned else 1.0
-        check_guidance(scale, self.diffusion.guidance_trained, conditioned, settings.weak_model is not None)
+            scale = 2.0 if settings.weak_model else self.diffusion.usual_guidance
         if (scale == 1 or settings.weak_model) and first and first.get("negative_prompt"):
             why = f"weak_model={settings.weak_model}" if scale != 1 else "guidance_scale=1"
             way = "leave out one of them" if scale != 1 else "choose a scale above 1"
             raise InputError(f"{why} makes no use of negative_prompt; {way}.")
-        self._guidance(replace(settings, guidance_scale=scale))  # refused before any work
+        self.diffusion.check_guidance(self._guidance(replace(settings, guidance_scale=scale)))  # before any work
         implied = None if first is None else implied_size(first, self.enlargement)
         size = implied or self.image_size if settings.size is None else settings.size
         size = (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ldmlab.checkpoints import save_checkpoint
 from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.few_steps import FewSteps
 from ldmlab.disks import disk_errors, locked
 from ldmlab.errors import InputError
+from ldmlab.instantiate import locate
 from ldmlab.interop import compvis, verify
 from ldmlab.interop.imported import assembled, assembled_first_stage
 from ldmlab.model_files import ModelFiles, read_model, write_model_folder
@@ -147,8 +149,16 @@ def write_ldmlab(files: ModelFiles, folder: Path) -> Written:
     return Written(what, {}, _USAGE)
 
 
+def check_many_steps(files: ModelFiles) -> None:
+    """Other programs would sample a model of few steps as what it is not."""
+    kind = locate(files.spec["diffusion"], where="diffusion") if "diffusion" in files.spec else None
+    if isinstance(kind, type) and issubclass(kind, FewSteps):
+        raise InputError(f"{files.folder} is a {kind.__name__} model, of few steps; use --format ldmlab.")
+
+
 def write_compvis(files: ModelFiles, folder: Path) -> Written:
     """model.ckpt and config.yaml as the official code reads them; imported again and compared with our model."""
+    check_many_steps(files)
     state, config = compvis.export(files.spec, files.parts)
     save_checkpoint(folder / "model.ckpt", {"state_dict": state, "global_step": files.step or 0})
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -162,6 +172,7 @@ def write_diffusers(files: ModelFiles, folder: Path) -> Written:
     """A pipeline, or modules where none exists; loaded by diffusers and compared with our model."""
     from ldmlab.interop.diffusers.diffusers_export import export_folder
 
+    check_many_steps(files)
     what, differences = export_folder(files, folder)
     loader = what.split()[0]
     if loader == "modules":

@@ -198,18 +198,22 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
 
 
-def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0, shift: int = 0) -> Tensor:
-    """(B,) times => (B, width) float32: cosines first, then sines, of t max_period^(-i / (half - shift)).
+def timestep_embedding(
+    t: Tensor, width: int, max_period: float = 10_000.0, shift: int = 0, like: Tensor | None = None
+) -> Tensor:
+    """(B,) times => (B, width): cosines first, then sines, of t max_period^(-i / (half - shift)).
 
     half = width // 2, i = 0 .. half - 1; Vaswani et al. 2017, section 3.5, as the official code orders it. An odd width
-    ends in a zero.
+    ends in a zero. Computed in float32, or in float64 if `like` is, and given in the dtype of `like` (None: float32).
     """
     half = width // 2
+    dtype = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
     rate = -math.log(max_period) / (half - shift)
-    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * rate)
-    angle = t.float()[:, None] * frequency[None, :]
+    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * rate)
+    angle = t.to(dtype)[:, None] * frequency[None, :]
     embedding = torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
-    return F.pad(embedding, (0, 1)) if width % 2 else embedding
+    embedding = F.pad(embedding, (0, 1)) if width % 2 else embedding
+    return embedding if like is None else embedding.to(like.dtype)
 
 
 class TimeMLP(nn.Module):
@@ -223,7 +227,7 @@ class TimeMLP(nn.Module):
         self.mix = nn.Linear(self.width, self.width)
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = timestep_embedding(t, self.channels, shift=self.shift).to(self.expand.weight.dtype)
+        embedding = timestep_embedding(t, self.channels, shift=self.shift, like=self.expand.weight)
         return self.mix(F.silu(self.expand(embedding)))
 
 

@@ -51,6 +51,7 @@ class DiffusionStage(Stage):
         scale = guidance_scale if diffusion.guidance_trained and len(diffusion.conditioners) else 1.0
         interval = None if guidance_interval is None else (guidance_interval[0], guidance_interval[1])
         self.guidance = Guidance(scale, interval, rescale=guidance_rescale, channels=guided_channels)
+        diffusion.check_guidance(self.guidance)
         self.panel_count, self.val_draws = panel_count, val_draws
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -64,6 +65,8 @@ class DiffusionStage(Stage):
             modules["conditioner"] = self.diffusion.conditioners
         if any(True for _ in self.diffusion.objective.parameters()):  # of a learned weighting
             modules["objective"] = self.diffusion.objective
+        if (target := getattr(self.diffusion, "target_network", None)) is not None:  # of a consistency model
+            modules["target"] = target
         return modules
 
     def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
@@ -83,6 +86,11 @@ class DiffusionStage(Stage):
         if now_seen > seen:
             metrics["captions_cut"] = total.new_full((), (now_cut - cut) / (now_seen - seen))
         return Losses(total, metrics, {"loss": loss, "level": self.diffusion.path.position(t)})
+
+    def _update(self, active: list[str]) -> None:
+        super()._update(active)
+        if (taken := getattr(self.diffusion, "step_taken", None)) is not None:
+            taken()
 
     def tokenizers(self) -> dict[str, Any]:
         """Of the text conditioners."""

@@ -30,7 +30,7 @@ _HARMLESS = (  # of the place and the machine, or held against the checkpoint by
     "stage.codebook_window",
     *("trainer.micro_batch", "trainer.accumulate", "trainer.accumulate_grad_batches"),  # their product with processes
     "trainer.global_batch",
-    *("data.train", "data.latents", "from_run", "seed"),  # the manifest and the weights; the seed by `fit`
+    *("data.train", "data.latents", "from_run", "teacher", "seed"),  # the manifest and the weights; the seed by `fit`
 )
 _IMAGES = "trainer.micro_batch * accumulate * processes"  # of a step
 _KEPT = (
@@ -49,10 +49,11 @@ _SPEC_NAMES = {  # entries of model.yaml => the option that decides them
     "image_size": "data.image_size",
     "latent_scale": "stage.latent_scale",
     "first_stage_fingerprint": "first_stage",
+    "teacher_fingerprint": "weights of the teacher",
 }
 _SPEC_KEPT = (
     *("kind", "image_size", "first_stage", "clip", "classifier", "backbone", "conditioners", "diffusion"),
-    *("task", "first_stage_fingerprint", "schedule"),
+    *("task", "first_stage_fingerprint", "teacher_fingerprint", "schedule"),
 )
 
 

@@ -66,7 +66,7 @@ def params_of(node: Mapping[str, Any], classes: int | None = None) -> dict[str, 
             "(backbone.project_vector=false); export another format."
         )
     usual = {"coordinates": False, "asymmetric_downsampling": False, "norm_eps": 1e-5, "frequency_shift": 0}
-    for option, value in usual.items():
+    for option, value in {**usual, "numbers": 0}.items():
         if node.get(option, value) != value:
             raise InputError(
                 f"backbone.{option}={node[option]} is no option of the official U-Net; use --format ldmlab."
