@@ -102,7 +102,11 @@ class Teacher:
 
         values: of a latent.
         """
-        shared = {"first_stage": student.first_stage, "conditioners": dict(student.conditioners), "task": student.task}
+        shared: dict[str, Any] = {
+            "first_stage": student.first_stage,
+            "conditioners": dict(student.conditioners),
+            "task": student.task,
+        }
         with building(self.files):
             teacher = build_latent_diffusion(self.files.spec, latent_scale=student.latent_scale, **shared)
         weights = self.files.parts["denoiser"]

@@ -231,15 +231,15 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
         if isinstance(conditioning, Prepared):
-            conditioning, cache = conditioning.conditioning, conditioning.cache
+            given, cache = conditioning.conditioning, conditioning.cache
         else:
-            cache = self._projected(conditioning)[1]
+            given, cache = conditioning, self._projected(conditioning)[1]
         times = timestep_embedding(t, TIME_CHANNELS, shift=self.frequency_shift, like=self.patches.weight)
         condition = self.time_mix(F.silu(self.time_expand(times)))
         if self.numbers is not None:
-            condition = condition + self.numbers(conditioning.numbers)
+            condition = condition + self.numbers(given.numbers)
         condition = F.silu(condition if cache.vector is None else condition + cache.vector)
-        return self.conditioned(x, [condition] * (len(self.blocks) + 1), conditioning.spatial, cache)
+        return self.conditioned(x, [condition] * (len(self.blocks) + 1), given.spatial, cache)
 
     def conditioned(self, x: Tensor, conditions: Sequence[Tensor], spatial: Tensor | None, cache: DiTCache) -> Tensor:
         """`forward`, given the condition (B, D) after its SiLU of each block and, last, of the output."""

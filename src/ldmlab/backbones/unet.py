@@ -208,17 +208,17 @@ class UNet(ChannelsLast):
         """x (B, C, h, w), t (B,), whole or fractional => (B, out_channels, h, w); weights may be half precision."""
         kv: Iterator[list[CrossKV] | Tensor | None]
         if isinstance(conditioning, Prepared):
-            conditioning, vector, kv = conditioning.conditioning, conditioning.cache.vector, iter(conditioning.cache.kv)
+            given, vector, kv = conditioning.conditioning, conditioning.cache.vector, iter(conditioning.cache.kv)
         else:  # each block makes its own keys and values
             tokens, vector = self._projected(conditioning)
-            kv = repeat(tokens)
-        if conditioning.spatial is not None:
-            x = torch.cat([x, conditioning.spatial.to(x.dtype)], dim=1)
+            given, kv = conditioning, repeat(tokens)
+        if given.spatial is not None:
+            x = torch.cat([x, given.spatial.to(x.dtype)], dim=1)
         if self.coordinates:
             x = with_coordinates(x)
         emb = self.time(t)  # (B, E)
         if self.numbers is not None:
-            emb = emb + self.numbers(conditioning.numbers)
+            emb = emb + self.numbers(given.numbers)
         emb = F.silu(emb if vector is None else emb + vector)
 
         h = self.conv_in(x.to(self.conv_in.weight.dtype, memory_format=self._layout))

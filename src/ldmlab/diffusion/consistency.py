@@ -86,7 +86,8 @@ class Consistency(FewSteps):
     def step_taken(self) -> None:
         """After an update of the student: the weights behind the target follow it."""
         if self.target_network is not None and self.target_decay is not None:
-            live = [p.full_tensor() if is_sharded(p) else p for p in self.backbone.parameters()]  # type: ignore[operator]
+            live: list[Any] = list(self.backbone.parameters())
+            live = [p.full_tensor() if is_sharded(p) else p for p in live]
             torch._foreach_lerp_(list(self.target_network.parameters()), live, 1 - self.target_decay)
 
     # ---- training
@@ -143,8 +144,8 @@ class Consistency(FewSteps):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """x at the next level by the teacher's solver, first order or the path's Heun; and its D at `here`."""
         assert self.teacher is not None
-        network, conditions = self.teacher.backbone, given[0] if given[1] is None else stacked(*given)
-        scales = None if given[1] is None else scale
+        network, (mine, null) = self.teacher.backbone, given
+        conditions, scales = (mine, None) if null is None else (stacked(mine, null), scale)
         clean = self.estimate(network, x, here, conditions, scales)
         kept = there.sigma / here.sigma
         first = kept * x + (there.alpha - kept * here.alpha) * clean
