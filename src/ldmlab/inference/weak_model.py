@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ldmlab.checkpoints import fingerprint
 from ldmlab.contracts import Path
+from ldmlab.diffusion.few_steps import FewSteps
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.schedule import same_path
@@ -30,6 +31,8 @@ def _near(first: Tensor, second: Tensor, unit: Tensor) -> bool:
 
 def check_weak(model: LatentDiffusion, weak: LatentDiffusion, name: str) -> None:
     """InputError for a model of other latents, noise levels, prediction or inputs; it may lack inputs."""
+    if isinstance(weak, FewSteps):
+        raise InputError(f"weak_model={name} is a model of few steps, with guidance inside; give one of many steps.")
     found = of_other_latents(model, fingerprint(weak.first_stage.state_dict()), weak.latent_scale)
     found += [] if same_path(_unshifted(weak.path), _unshifted(model.path)) else ["noise schedule"]
     found += [] if _meaning(weak.prediction) == _meaning(model.prediction) else ["prediction"]
