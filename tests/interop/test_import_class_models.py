@@ -98,6 +98,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     state, _ = weights("dit_p4_plain")
     torch.save(state, tmp_path / "model.pt")
     (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"ema": 1}))
+    (tmp_path / "torn.pkl").write_bytes(pickle.dumps({"ema": 1})[:-4])
+    state_of_edm, _ = weights("edm_adm")
+    torch.save(state_of_edm, tmp_path / "edm.pt")
     stage = str(first_stage(tmp_path / "stage", 4))
 
     def refused(source: str, *words: str) -> str:
@@ -107,8 +110,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     assert "give its first stage by --first-stage DIR" in refused("model.pt", "--format", "dit")
     assert "--first-stage and --statistics are for denoisers" in refused("model.pt", "--first-stage", stage)
-    pickled = refused("edm2.pkl", "--format", "edm2", "--first-stage", stage)
-    assert "save its state_dict as .safetensors with the official code" in pickled
+    edm2 = ["--format", "edm2", "--first-stage", stage]
+    assert "holds no averaged network (ema)" in refused("edm2.pkl", *edm2)
+    assert "cannot be read as a network's pickle (it is a pickle)" in refused("torn.pkl", *edm2)
+    assert "holds no raw weights" in refused("edm2.pkl", *edm2, "--weights", "raw")
+    assert "give its first stage by --first-stage DIR" in refused("edm.pt", "--format", "edm")  # of 4 channels
     assert "give num_heads in a --config file" in refused("model.pt", "--format", "dit", "--first-stage", stage)
     assert "so it is no network of this --format" in refused("model.pt", "--format", "edm2", "--first-stage", stage)
     assert "format=pixart is unknown" in refused("model.pt", "--format", "pixart", "--first-stage", stage)

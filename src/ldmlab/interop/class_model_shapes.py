@@ -1,4 +1,4 @@
-"""Arguments of the official DiT, SiT, LightningDiT and EDM2 classes, from the names and shapes of their tensors."""
+"""Arguments of the official DiT, SiT, LightningDiT, EDM and EDM2 classes, from names and shapes of tensors."""
 
 import re
 from typing import Any
@@ -74,6 +74,34 @@ def edm2_config(state: State, given: Node) -> Config:
         "attn_resolutions": [s for s in sides if f"unet.enc.{s}x{s}_block0.attn_qkv.weight" in state],
         "label_dim": _shape(state, "unet.emb_label.weight")[1],
         "logvar_channels": _shape(state, "logvar_linear.weight")[1],
+    }
+
+
+def edm_config(state: State, given: Node) -> Config:
+    """Those of EDM's classes; augmentation labels serve training alone, so the network is read without them."""
+    sides = sorted(set(_numbers(state, r"model\.enc\.(\d+)x")), reverse=True)
+    if not sides:
+        _shape(state, "model.enc")
+    first, song = sides[0], "model.out_norm.weight" not in state
+    widths = [_shape(state, f"model.enc.{side}x{side}_block0.conv0.weight")[0] for side in sides]
+    base, channels = _shape(state, f"model.enc.{first}x{first}_conv.weight")[:2]
+    embedding, noise = _shape(state, "model.map_layer0.weight")
+    width = base if song else noise  # ADM's first convolution is as wide as the first level
+    rows = _shape(state, f"model.dec.{first}x{first}_aux_conv.weight" if song else "model.out_conv.weight")[0]
+    joined = [kind for kind in ("residual", "skip") if any(name.endswith(f"_aux_{kind}.weight") for name in state)]
+    filters = [tensor[0, 0].float().sum(0) for name, tensor in state.items() if name.endswith("resample_filter")]
+    return {
+        **{"precond": "iDDPMPrecond" if rows == 2 * channels else "EDMPrecond"},
+        **{"model_type": "SongUNet" if song else "DhariwalUNet", "img_resolution": first, "img_channels": channels},
+        **{"model_channels": width, "channel_mult": [each // width for each in widths]},
+        **{"channel_mult_emb": embedding // width, "channel_mult_noise": noise // width if song else 1},
+        "num_blocks": 1 + max(_numbers(state, rf"model\.enc\.{first}x{first}_block(\d+)\.")),
+        "attn_resolutions": [s for s in sides if f"model.enc.{s}x{s}_block0.qkv.weight" in state],
+        "label_dim": state["model.map_label.weight"].shape[1] if "model.map_label.weight" in state else 0,
+        "embedding_type": "fourier" if "model.map_noise.freqs" in state else "positional",
+        **{"encoder_type": joined[0] if joined else "standard"},
+        "decoder_type": "skip" if len(_numbers(state, r"model\.dec\.(\d+)x\d+_aux_norm\.w")) > 1 else "standard",
+        **({"resample_filter": (filters[0] / filters[0][0]).tolist()} if filters else {}),
     }
 
 

@@ -1,6 +1,7 @@
-"""Published class-conditional networks (DiT, SiT, REPA, LightningDiT, EDM2) with a first stage as models of ours.
+"""Published class-conditional networks (DiT, SiT, REPA, LightningDiT, EDM, EDM2) as models of ours.
 
 Their files hold a network alone: the first stage is a folder of its own, and latents are scaled as each program does.
+EDM's networks are of pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +13,23 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError, one_of
-from ldmlab.interop import diffusers, dit, edm2, lightningdit, repa, sit, verify
-from ldmlab.interop.class_model_shapes import edm2_config, lightningdit_config, repa_config, transformer_config
-from ldmlab.interop.imported import assembled, read_weights, unpickled
+from ldmlab.interop import diffusers, dit, edm, edm2, lightningdit, repa, sit, verify
+from ldmlab.interop.class_model_shapes import (
+    edm2_config,
+    edm_config,
+    lightningdit_config,
+    repa_config,
+    transformer_config,
+)
+from ldmlab.interop.imported import assembled, network_weights, unpickled
 from ldmlab.interop.renaming import Node, Part, State, StateDict, fill_parts
 from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
 
 _HOME = "ldmlab.diffusion."
 _SD = {"std": [1 / 0.18215], "shift": [0.0]}  # of Stable Diffusion's first stage in DiT and SiT
 _EDM2_DATA = 0.5  # deviation of EDM2's latents, from these means and deviations of the same first stage
+_PIXELS = {"std": [1.0], "shift": [0.0]}
+_IDENTITY = "ldmlab.first_stages.identity.Identity"
 _EDM2 = {"std": [2 * 4.17, 2 * 4.62, 2 * 3.71, 2 * 3.28], "shift": [5.81, 3.25, 0.12, -2.15]}
 
 
@@ -43,9 +52,19 @@ def _transformer(options: Callable[[Node], Mapping[str, Any]]) -> Callable[..., 
     return parts
 
 
+def _one_hot(config: Node) -> dict[str, Any]:
+    """The labels' node; {} for a network without."""
+    node = {"_target_": "ldmlab.conditioners.class_label.OneHotClass", "classes": config["label_dim"], "drop": 0.0}
+    return node if config["label_dim"] else {}
+
+
 def _edm2_parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
-    labels = {"_target_": "ldmlab.conditioners.class_label.OneHotClass", "classes": config["label_dim"], "drop": 0.0}
-    return edm2.backbone_node(config), labels, {"network": edm2.network_part(config)}
+    return edm2.backbone_node(config), _one_hot(config), {"network": edm2.network_part(config)}
+
+
+def _edm_parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
+    config = {**config, "augment_dim": 0}
+    return edm.backbone_node(config), _one_hot(config), {"network": edm.network_part(config)}
 
 
 def _dit_diffusion(config: Node) -> dict[str, Any]:
@@ -86,6 +105,12 @@ def _edm2_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor
     return lambda x, t, y: model.raw(x, t, nn.functional.one_hot(y, classes))
 
 
+def _edm_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    known = {name: tensor for name, tensor in state.items() if not name.startswith(edm.AUGMENT)}
+    model, classes = edm.as_official({**config, "augment_dim": 0}, known), config["label_dim"]
+    return lambda x, t, y: model.raw(x, t, nn.functional.one_hot(y, classes) if classes else None)
+
+
 def _repa_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     model = repa.as_official(config, state)
     return lambda x, t, y: model(x, t, y)[0]
@@ -102,6 +127,7 @@ PROGRAMS = {
         None,
         lightningdit.as_official,
     ),
+    "edm": Program(edm_config, _edm_parts, edm.diffusion_nodes, _PIXELS, _edm_output, edm.AUGMENT),
     "edm2": Program(edm2_config, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output, edm2.HEAD),
 }
 
@@ -118,18 +144,20 @@ def read(
     """The file and its first stage, run beside the official form; InputError for all that does not fit."""
     one_of("format", program, tuple(PROGRAMS))
     family = PROGRAMS[program]
-    if first_stage is None:
-        raise InputError(
-            f"{path} holds only the denoiser; give its first stage by --first-stage DIR, an AutoencoderKL of "
-            "diffusers or a model folder."
-        )
-    state, used = _state(path, weights)
-    found = {**family.config(state, config or {}), **(config or {})}
-    if program != "edm2" and "num_heads" not in found:
+    if first_stage is None and program != "edm":
+        _refuse_without_stage(path)
+    state, used, own = network_weights(path, weights)
+    if program != "edm":
+        own.pop("precond", None)
+    given = {**own, **(config or {})}
+    found = {**family.config(state, given), **given}
+    if "hidden_size" in found and "num_heads" not in found:
         raise InputError(f"{path}: the number of heads does not follow from shapes; give num_heads in a --config file.")
     backbone, labels, parts = family.parts(found)
     known = {name: edm2.vector(tensor) for name, tensor in state.items() if not name.startswith(family.unused)}
-    tensors = _tensors(parts, known)
+    tensors = _tensors(parts, edm.without_filters(found, known) if program == "edm" else known)
+    if first_stage is None and backbone["in_channels"] != 3:
+        _refuse_without_stage(path)
     stage = _first_stage(first_stage)
     if (channels := stage.spec["first_stage"].get("latent_channels", 3)) != backbone["in_channels"]:
         raise InputError(f"{first_stage} has {channels} latent channels, {path} takes {backbone['in_channels']}.")
@@ -137,7 +165,11 @@ def read(
     scale = family.scale or _statistics(statistics, program)
     spec = {
         **{"kind": "latent_diffusion", "image_size": found.get("input_size", found.get("img_resolution", 0)) * f},
-        **{"first_stage": stage.spec["first_stage"], "backbone": backbone, "conditioners": {"class_label": labels}},
+        **{
+            "first_stage": stage.spec["first_stage"],
+            "backbone": backbone,
+            "conditioners": {"class_label": labels} if labels else {},
+        },
         "latent_scale": {"_target_": f"{_HOME}latent_space.LatentScale", **scale},
         "diffusion": {"_target_": f"{_HOME}latent_diffusion.LatentDiffusion", **family.diffusion(found)},
         "guidance_trained": bool(labels.get("null_row")),
@@ -145,7 +177,8 @@ def read(
     }
     left = len(state) - len(known)
     notes = (f"{family.unused}* ({left} tensors) serve training alone and were left out",) if left else ()
-    files = ModelFiles(path, spec, {"first_stage": stage.parts["first_stage"], **tensors}, used, notes=notes)
+    of_stage = {name: part for name, part in stage.parts.items() if name == "first_stage"}  # the identity has none
+    files = ModelFiles(path, spec, {**of_stage, **tensors}, used, notes=notes)
     _compare(files, family.output(found, state))
     return files
 
@@ -163,29 +196,6 @@ def _tensors(parts: Mapping[str, Part], known: State) -> dict[str, StateDict]:
     return tensors
 
 
-def _state(path: Path, weights: str) -> tuple[State, str]:
-    """The averaged or the other weights of a file, and which they are."""
-    if path.suffix == ".pkl":
-        raise InputError(
-            f"{path} is a pickle of classes, which could run any code, and is not opened; where you trust it, save its "
-            "state_dict as .safetensors with the official code (docs/import.md, EDM2) and import that file."
-        )
-    content: Any = read_weights(path)[0] if path.suffix == ".safetensors" else unpickled(path)
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds no tensors by name; give a file of weights.")
-    kinds = {"averaged": "ema", "raw": "model"}
-    if not any(isinstance(content.get(kind), Mapping) for kind in kinds.values()):
-        state, used = content.get("state_dict", content), "averaged"
-    elif isinstance(content.get(kinds[weights]), Mapping):
-        state, used = content[kinds[weights]], weights
-    else:
-        raise InputError(f"{path} holds no {weights} weights; choose the others by --weights.")
-    plain = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
-    if strange := [name for name, tensor in plain.items() if not isinstance(tensor, Tensor)]:
-        raise InputError(f"{path}: {strange[0]} is no tensor; give a file of weights.")
-    return plain, used
-
-
 def _check_bits(part: Part, state: State) -> None:
     """The tensors come back from ours bit for bit."""
     own = {name: state[name].float() for name in part.expected}
@@ -194,7 +204,16 @@ def _check_bits(part: Part, state: State) -> None:
             raise InputError(f"{name} of the {part.title} is not the same when it is written again.")
 
 
-def _first_stage(folder: Path) -> ModelFiles:
+def _refuse_without_stage(path: Path) -> None:
+    raise InputError(
+        f"{path} holds only the denoiser; give its first stage by --first-stage DIR, an AutoencoderKL of diffusers or "
+        "a model folder."
+    )
+
+
+def _first_stage(folder: Path | None) -> ModelFiles:
+    if folder is None:
+        return ModelFiles(Path(), {"first_stage": {"_target_": _IDENTITY}}, {}, "raw")
     ours = (folder / DESCRIPTION).is_file()
     files = read_model(folder) if ours else ModelFiles(folder, *diffusers.read_folder(folder), "raw")
     if "first_stage" not in files.spec:
@@ -224,8 +243,9 @@ def _compare(files: ModelFiles, official: Callable[[Tensor, Tensor, Tensor], Ten
     model = assembled(files)
     node = files.spec["backbone"]
     side = 8 * int(getattr(model.backbone, "size_step", 1))
-    last = files.spec["conditioners"]["class_label"]["classes"] - 1
+    labels: Any = model.conditioners["class_label"] if files.spec["conditioners"] else None
+    last = 0 if labels is None else labels.classes - 1
     x, y = verify.noise(2, node["in_channels"], side, side), torch.tensor([0, last])
     t = torch.tensor([0.25, 0.75]) if not hasattr(model.schedule, "steps") else torch.tensor([1.0, 500.0])
-    vector = model.conditioners["class_label"]({"class_id": y}, model.encode)
+    vector = None if labels is None else labels({"class_id": y}, model.encode)
     verify.check_close("network", model.backbone(x, t, Conditioning(vector=vector)), official(x, t, y))

@@ -47,6 +47,7 @@ _IN_BLOCK = {
 }
 _OUTSIDE = {"expand": "map_layer0", "mix": "map_layer1", "label": "map_label", "augment": "map_augment"}
 _FILTER = "resample_filter"
+AUGMENT = "model.map_augment"  # how the names of tensors begin that serve training alone
 
 
 def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
@@ -95,6 +96,29 @@ def backbone_node(config: Node) -> dict[str, Any]:
         **{"fourier": config.get("embedding_type") == "fourier", _FILTER: list(config[_FILTER])},
         **{ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config},
     }
+
+
+def diffusion_nodes(config: Node) -> dict[str, Any]:
+    """Our path and prediction for the arguments of a class."""
+
+    def node(name: str, **options: Any) -> dict[str, Any]:
+        return {"_target_": f"ldmlab.diffusion.{name}", **options}
+
+    kind, steps, least = precond_of(config), config.get("M", 1000), config.get("beta_min", 0.1)
+    noise = node("parameterization.EpsPrediction")
+    if kind == "EDMPrecond":
+        path = node("paths.EdmPath")
+        prediction = node("parameterization.EdmPrediction", sigma_data=config.get("sigma_data", 0.5))
+    elif kind == "VEPrecond":
+        path = node("paths.VarianceExplodingPath", **{k: config[k] for k in ("sigma_min", "sigma_max") if k in config})
+        prediction = node("parameterization.ScorePrediction", times_sigma=True)
+    elif kind == "VPPrecond":
+        betas = {"beta_min": least, "beta_max": least + config.get("beta_d", 19.9)}
+        path, prediction = node("paths.VariancePreservingPath", noise_time=steps - 1.0, **betas), noise
+    else:
+        path = node("schedule.Schedule", name="cosine", steps=steps, cosine_offset=config.get("C_2", 0.008))
+        prediction = node("parameterization.LearnedVariance", mean=noise)
+    return {"schedule": path, "prediction": prediction}
 
 
 def network_part(config: Node) -> Part:

@@ -19,6 +19,7 @@ from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
 from ldmlab.file_kinds import unreadable
 from ldmlab.instantiate import instantiate
+from ldmlab.interop.network_pickles import read_network
 from ldmlab.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -106,3 +107,26 @@ def unpickled(path: Path) -> Any:
     except Exception as error:
         reason = unreadable(path, error)
         raise InputError(f"{path} cannot be read as plain tensors ({reason}); use another file.") from error
+
+
+def network_weights(path: Path, weights: str) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The averaged or the other weights of a network, which they are, and what the file holds of its arguments."""
+    if path.suffix == ".pkl":
+        if weights != "averaged":
+            raise InputError(f"{path} holds no {weights} weights; choose the others by --weights.")
+        state, own = read_network(path)
+        return state, weights, own
+    content: Any = read_weights(path)[0] if path.suffix == ".safetensors" else unpickled(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds no tensors by name; give a file of weights.")
+    kinds = {"averaged": "ema", "raw": "model"}
+    if not any(isinstance(content.get(kind), Mapping) for kind in kinds.values()):
+        state, used = content.get("state_dict", content), "averaged"
+    elif isinstance(content.get(kinds[weights]), Mapping):
+        state, used = content[kinds[weights]], weights
+    else:
+        raise InputError(f"{path} holds no {weights} weights; choose the others by --weights.")
+    plain = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    if strange := [name for name, tensor in plain.items() if not isinstance(tensor, Tensor)]:
+        raise InputError(f"{path}: {strange[0]} is no tensor; give a file of weights.")
+    return plain, used, {}

@@ -7,7 +7,7 @@ from ldmlab.errors import InputError
 
 _SOURCE = """official .ckpt, .pt or .safetensors (latent diffusion, a first stage, Stable Diffusion 1.x or 2.x),
 a diffusers folder, or a denoiser without first stage (--format)"""
-_FORMATS = "dit | sit | repa | lightningdit | edm2: a class-conditional denoiser (default: recognised from SRC)"
+_FORMATS = "dit | sit | repa | lightningdit | edm | edm2: a class-conditional denoiser (default: recognised from SRC)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
