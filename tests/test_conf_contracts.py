@@ -7,9 +7,9 @@ import pytest
 
 from ldmlab.app.compose import compose, conf_dir, group_choices, plain
 from ldmlab.checkpoints import without_weights
-from ldmlab.contracts import CONTRACTS, check_part, members
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
+from ldmlab.part_checks import CONTRACTS, check_part, members
 
 DERIVED: dict[str, dict[str, Any]] = {  # what wiring hands over
     "backbone": {"in_channels": 4, "out_channels": 4, "context_width": 512, "vector_width": None},

@@ -10,6 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "ldmlab"
 GROUND = {
     "errors",
     "contracts",
+    "part_checks",
     "values",
     "randomness",
     "averaging",

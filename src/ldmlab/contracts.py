@@ -1,17 +1,15 @@
 """Contracts of the parts: the interface of a class from outside, with the values that parts hand to each other.
 
 A part is any class with the attributes and methods of its contract below; it inherits from nothing of ldmlab.
-`CONTRACTS` lists the contract of each configuration group, and `check_part` holds what was built to it.
+`part_checks.py` lists the contract of each configuration group and holds what was built to it.
 Shapes: B batch, C latent channels, h w latent height and width, H W image height and width, L tokens, D width.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn, optim
 
-from ldmlab.errors import InputError
 from ldmlab.values import (
     AfterStep,
     Conditioning,
@@ -173,7 +171,7 @@ class NamedSampler(Sampler, Protocol):
     Optional: `one_image = True` where its steps depend on all of a batch: images are then sampled one by one.
     """
 
-    spacing: str  # of diffusion/schedule.py (SPACINGS), or auto, the path's
+    spacing: str  # of diffusion/respacing.py (SPACINGS), or auto, the path's
     steps: int
 
 
@@ -265,47 +263,3 @@ class Metric(Protocol):
     def update(self, features: Any, real: bool) -> None: ...
     def compute(self) -> dict[str, Tensor]: ...
     def reset(self) -> None: ...
-
-
-CONTRACTS: dict[str, type] = {  # configuration group => what its parts must have
-    "first_stage": FirstStage,
-    "data": Data,
-    "backbone": Backbone,
-    "conditioner": Conditioner,
-    "schedule": Schedule,
-    "prediction": Prediction,
-    "time_sampling": TimeSampling,
-    "weighting": Weighting,
-    "diffusion_loss": DiffusionLoss,
-    "sampler": NamedSampler,
-    "guider": Guider,
-    "task": Task,
-    "loss": AutoencoderLoss,
-    "metric": Metric,
-    "features": FeatureExtractor,
-    "optimizer": OptimizerFactory,
-    "lr_schedule": LrSchedule,
-}
-
-
-@cache
-def members(contract: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names that a Protocol demands: methods, and attributes or properties."""
-    bases = [base for base in contract.__mro__ if getattr(base, "_is_protocol", False) and base is not Protocol]
-    every = ((name, value) for base in bases for name, value in vars(base).items())
-    public = {name: value for name, value in every if not name.startswith("_") or name == "__call__"}
-    methods = tuple(name for name, value in public.items() if callable(value))
-    properties = (name for name, value in public.items() if isinstance(value, property))
-    return methods, (*(name for base in bases for name in base.__annotations__), *properties)
-
-
-def check_part(part: Any, contract: type, where: str, name: str) -> None:
-    """InputError naming what the part lacks of its contract."""
-    methods, attributes = members(contract)
-    lacking = [f"{method}()" for method in methods if not callable(getattr(part, method, None))]
-    lacking += [one for one in attributes if not (hasattr(type(part), one) or hasattr(part, one))]
-    if lacking:
-        raise InputError(
-            f"{where}: {name} has no {', '.join(lacking)}, which every {contract.__name__} needs "
-            "(see ldmlab.contracts and docs/extending.md)."
-        )

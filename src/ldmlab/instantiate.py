@@ -16,8 +16,8 @@ from typing import Any
 
 from ldmlab import plugins
 from ldmlab.argument_types import check_types
-from ldmlab.contracts import CONTRACTS, check_part, members
 from ldmlab.errors import InputError, did_you_mean, memory_ran_out, shown
+from ldmlab.part_checks import CONTRACTS, check_part, members
 
 _GROUPS = {  # package of ldmlab => the groups whose classes it holds
     "first_stages": ("first_stage",),

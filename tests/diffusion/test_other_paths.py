@@ -11,7 +11,9 @@ from ldmlab.contracts import Level
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
-from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid, levels_of, signal_to_noise
+from ldmlab.diffusion.respacing import SPACINGS
+from ldmlab.diffusion.schedule import Schedule, ddim_grid, levels_of
+from ldmlab.diffusion.signal_levels import signal_to_noise
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.inference.sample_settings import sampler_by_name

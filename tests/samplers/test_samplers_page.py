@@ -10,7 +10,8 @@ import torch
 from exact_mixture import denoise, exact_end
 
 from ldmlab.contracts import Sampler
-from ldmlab.diffusion.schedule import SPACINGS, Schedule, ddim_grid
+from ldmlab.diffusion.respacing import SPACINGS
+from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level, Solver
-from ldmlab.diffusion.schedule import checked_spacing, even_ratios
+from ldmlab.diffusion.respacing import checked_spacing, even_ratios
 from ldmlab.errors import InputError
 
 Pair = tuple[Tensor, Tensor]  # of alpha and of sigma

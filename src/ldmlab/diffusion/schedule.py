@@ -6,21 +6,18 @@ Everything else takes alpha and sigma from the path (contracts.Path); `as_path` 
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level, Path, Solver
-from ldmlab.diffusion.respacing import sectioned
+from ldmlab.diffusion.respacing import even_ratios, even_times, quadratic_times
 from ldmlab.errors import InputError, one_of
 from ldmlab.randomness import below
 
 NAMES = ("scaled_linear", "linear", "cosine", "sqrt")
 _ALIASES = {"sqrt_linear": "linear"}  # the official name; its "linear" is scaled_linear
-SPACINGS = ("official", "quad", "linspace", "leading", "trailing", "karras", "log_snr", "polyexponential")
-POWERS = {"karras": 7.0, "log_snr": 1.0, "polyexponential": 1.0}  # of spacings by sigma / alpha (eq. 5 of EDM: 7)
 _SAME = 1e-5  # relative; float32 rounds to 1e-7
 
 
@@ -218,59 +215,17 @@ def ddim_grid(schedule: Any, steps: int, spacing: str = "official") -> list[Leve
         raise InputError(f"steps={steps} is not within 1 .. {total}, the noise levels of the model's schedule.")
     if spacing in ("official", "quad"):
         levels = levels_of(schedule, rounded=True)  # so that samples end where the official samples do
-        times = _official_times(total, steps) if spacing == "official" else _quadratic_times(total, steps)
+        times = _official_times(total, steps) if spacing == "official" else quadratic_times(total, steps)
         return [*(levels.at(t) for t in times), levels.at(0)._replace(time=None)]
-    visited = _visited(levels_of(schedule), steps, spacing)
+    levels = levels_of(schedule)
+    if spacing.partition(":")[0] in ("linspace", "leading", "trailing"):
+        visited = [levels.at(t) for t in even_times(total, steps, spacing)]
+    else:
+        known = levels.log_snr
+        ratios = even_ratios(-known[-1], -known[0], steps, spacing)
+        radius = torch.hypot(levels.alpha, levels.sigma)  # 1 for the schedules above
+        visited = [_between(known, radius, -value) for value in ratios]
     return [*(level for level in visited if level.sigma > 0), Level(1.0, 0.0, None)]
-
-
-def _visited(levels: Levels, steps: int, spacing: str) -> list[Level]:
-    total = len(levels.alpha)
-    if spacing == "linspace":
-        times = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-        return [levels.at(t) for t in times]
-    if spacing.startswith("linspace:"):
-        return [levels.at(t) for t in sectioned(total, steps, spacing.partition(":")[2])]
-    if spacing == "leading":
-        return [levels.at(t * (total // steps)) for t in reversed(range(steps))]
-    if spacing == "trailing":
-        return [levels.at(round(total - k * total / steps) - 1) for k in range(steps)]
-    checked_spacing(spacing, SPACINGS)
-    known = levels.log_snr
-    if not bool(known.isfinite().all()):
-        lacks = "signal" if float(levels.alpha.min()) == 0 else "noise"
-        raise InputError(
-            f"spacing={spacing} is undefined for a schedule without {lacks} at its end; use linspace or trailing."
-        )
-    radius = torch.hypot(levels.alpha, levels.sigma)  # 1 for the schedules above
-    return [_between(known, radius, -value) for value in even_ratios(-known[-1], -known[0], steps, spacing)]
-
-
-def checked_spacing(spacing: str, known: Sequence[str]) -> tuple[str, float]:
-    """The name of a spacing and its power rho, which may follow it: `karras:5`."""
-    name, colon, text = spacing.partition(":")
-    one_of("spacing", name, known)
-    try:
-        power = float(text) if colon else POWERS.get(name, 1.0)
-        fits = math.isfinite(power) and power > 0 and not (colon and name not in ("karras", "polyexponential"))
-    except ValueError:
-        fits = False
-    if not fits:
-        raise InputError(f"spacing={spacing} has no such power; write for instance karras:5 or polyexponential:1.5.")
-    return name, power
-
-
-def even_ratios(top: Tensor, bottom: Tensor, steps: int, spacing: str) -> Tensor:
-    """log(sigma / alpha) from the noisiest to the least, (steps,) float64, with both ends.
-
-    karras: even in (sigma / alpha)^(1 / rho); log_snr: even in log(sigma / alpha); polyexponential: of that the power
-    rho of even numbers (k-diffusion, get_sigmas_polyexponential).
-    """
-    name, power = checked_spacing(spacing, tuple(POWERS))
-    position = torch.linspace(0, 1, steps, dtype=torch.float64)
-    if name == "karras":
-        return power * torch.log(torch.lerp(torch.exp(top / power), torch.exp(bottom / power), position))
-    return torch.lerp(bottom, top, (1 - position) ** power)
 
 
 def _between(known: Tensor, radius: Tensor, target: Tensor) -> Level:
@@ -284,15 +239,6 @@ def _between(known: Tensor, radius: Tensor, target: Tensor) -> Level:
     signal = torch.sigmoid(2 * target)
     time = min(max(left + fraction, 0.0), float(last))
     return Level(scale * math.sqrt(signal), scale * math.sqrt(1 - signal), time)
-
-
-def _quadratic_times(total: int, steps: int) -> list[int]:
-    """The visited indices, noisiest first; small ones repeat where steps are many, as in the paper's code."""
-    even = torch.linspace(0, math.sqrt(0.8 * total), steps, dtype=torch.float64)
-    times = [int(value) + 1 for value in (even**2).tolist()]
-    if times[-1] >= total:
-        raise InputError(f"spacing=quad leaves the {total} noise levels of this schedule; use linspace.")
-    return times[::-1]
 
 
 def _official_times(total: int, steps: int) -> list[int]:
@@ -311,27 +257,3 @@ def _official_times(total: int, steps: int) -> list[int]:
             f"{total} noise levels; use steps={' or '.join(map(str, sorted(nearest)))}, or spacing=linspace."
         )
     return list(visited(steps))[::-1]
-
-
-# ---- how much of a latent is left at each time
-
-
-def signal_to_noise(schedule: Any, variance: float) -> Tensor:
-    """alpha^2 Var(z) / sigma^2 at every time, (T,) float64; infinite where there is no noise (appendix D.1)."""
-    levels = levels_of(schedule)
-    return variance * (levels.alpha / levels.sigma).square()
-
-
-def even_time(schedule: Any, variance: float) -> float | None:
-    """The first time at which noise is at least as strong as signal; None if that never happens."""
-    if not hasattr(schedule, "steps"):  # a continuous path
-        time = schedule.time_of(torch.tensor([variance], dtype=torch.float64).sqrt())
-        alpha, sigma = schedule.levels(time)
-        return float(time) if float(variance * (alpha / sigma) ** 2) <= 1.001 else None
-    weaker = torch.nonzero(signal_to_noise(schedule, variance) <= 1)
-    return int(weaker[0]) if len(weaker) else None
-
-
-def decibels(ratio: float) -> float:
-    """10 log10, which is 0 where signal and noise are equally strong."""
-    return 10 * math.log10(ratio) if ratio > 0 else -math.inf

@@ -18,7 +18,7 @@ from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
-from ldmlab.diffusion.schedule import POWERS
+from ldmlab.diffusion.respacing import POWERS
 from ldmlab.diffusion.windowed import latent_windows
 from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
