@@ -86,12 +86,15 @@ def settings(config: dict[str, Any]) -> str:
     if config["stage"]["name"] == "autoencoder":
         adversary = config["loss"]["adversary"]
         return ", ".join([*told, f"adversary {adversary['weight']} from step {adversary['adversary_start']:,}"])
-    betas = config["diffusion"]["schedule"]
-    told += [f"betas {betas['start']:g} to {betas['end']:g}"]
+    path = config["diffusion"]["schedule"]
+    told += [f"betas {path['start']:g} to {path['end']:g}" if "start" in path else path["_target_"].rpartition(".")[2]]
     if config["stage"]["name"] == "classifier":
         return ", ".join(told)
-    told += [config["diffusion"]["loss"], f"latent scale {config['stage']['latent_scale']}"]
+    loss = config["diffusion"]["loss"]
+    told += [loss if isinstance(loss, str) else loss["_target_"].rpartition(".")[2]]
+    told += [f"latent scale {config['stage']['latent_scale']}"]
     sampler, stage = config["sampler"], config["stage"]
     name = sampler["_target_"].rpartition(".")[2].upper()
     told[-1] += f"; {name} {stage['panel_steps']} steps"
-    return ", ".join([*told, f"eta {sampler['eta']:g}", f"guidance {stage['guidance_scale']:g}"])
+    told += [f"eta {sampler['eta']:g}"] if "eta" in sampler else []
+    return ", ".join([*told, f"guidance {stage['guidance_scale']:g}"])

@@ -9,7 +9,7 @@ from ldmlab.app.wiring import stage_options
 from ldmlab.instantiate import instantiate
 
 EXPERIMENTS = group_choices("experiment")
-ELSEWHERE = ("paper/", "tradeoff/")  # built by test_paper_networks.py and test_tradeoff.py
+ELSEWHERE = ("paper/", "tradeoff/", "modern/", "equal_flops/")  # test_paper_networks.py and others build them
 OURS = [name for name in EXPERIMENTS if not name.startswith(ELSEWHERE)]
 GIVEN = ["data.train=nowhere/train", "data.val=nowhere/val"]
 

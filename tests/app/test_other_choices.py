@@ -59,6 +59,8 @@ def test_another_choice_builds(number: int) -> None:
         sizes = backbone_sizes(latent, conditioners, config["backbone"])
         if config["backbone"]["_target_"].endswith(".MMDiT"):  # which has no form without tokens
             sizes["context_width"] = sizes["context_width"] or 64
+        if not config["backbone"].get("project_vector", True):  # takes vectors of its own width alone
+            sizes["vector_width"] = config["backbone"]["width"]
         instantiate(config["backbone"], where="backbone", **sizes)
     instantiate(config["sampler"], where="sampler")
     parts = {"latent_scale": LatentScale(), "conditioners": {}, "guidance_trained": True}

@@ -41,6 +41,10 @@ MODELS = {
     ],
     "first stage of pixels": ["experiment=demo/gpu_first_stage", "first_stage.channels=64"],
     "clip": ["experiment=demo/gpu_clip"],
+    "transformer with a learned variance": [
+        *("stage=diffusion", "first_stage=kl_f8", "conditioner=class_label", "diffusion=dit", "backbone=dit_s_2"),
+        *("backbone.depth=2", "data.image_size=128"),
+    ],
 }
 
 

@@ -12,7 +12,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.metrics.kernel import KernelDistance
-from ldmlab.report.paper_source import PAPER_FEATURES, conditions_of, paper_tables
+from ldmlab.report.paper_source import PAPER_FEATURES, all_tables, conditions_of, paper_tables
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -33,7 +33,7 @@ def test_protocol(path: Path) -> None:
     protocol = instantiate({**node, "metrics": metrics}, where="protocol")
     assert isinstance(protocol, Protocol)
     assert protocol.name == path.stem
-    assert protocol.paper_table is None or protocol.paper_table in paper_tables()
+    assert protocol.paper_table is None or protocol.paper_table in all_tables()
 
 
 @pytest.mark.parametrize(

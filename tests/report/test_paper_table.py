@@ -9,7 +9,7 @@ import pytest
 from ldmlab.errors import InputError
 from ldmlab.interop.published_weights import WEIGHTS
 from ldmlab.report import paper_source
-from ldmlab.report.paper_source import PAPER_FEATURES, PAPER_WEIGHTS, paper_tables
+from ldmlab.report.paper_source import PAPER_FEATURES, PAPER_WEIGHTS, all_tables
 from ldmlab.report.paper_table import place
 
 LIKE_THE_PAPER: dict[str, Any] = {
@@ -66,9 +66,9 @@ def test_a_measurement_like_the_papers_is_comparable() -> None:
         ({"reference__transform": {"rule": "centre"}}, "rule centre"),
         ({"reference__resized": "from 512 px to 256 px"}, "reference resized again, from 512 px"),
         ({"reference__images": 30_000}, "30,000 reference images"),
-        ({"sampling__steps": 200}, "steps 200, the paper's row has 500"),
-        ({"sampling__sampler": "dpm"}, "sampler dpm, the paper's row has ddim"),
-        ({"sampling__guidance_scale": 3.0}, "guidance_scale 3, the paper's row has 1"),
+        ({"sampling__steps": 200}, "steps 200, the table's row has 500"),
+        ({"sampling__sampler": "dpm"}, "sampler dpm, the table's row has ddim"),
+        ({"sampling__guidance_scale": 3.0}, "guidance_scale 3, the table's row has 1"),
         ({"model__guiders": {"classifier": "runs/c"}}, "guided by classifier"),
         ({"features__weights_hash": "0123456789abcdef"}, "features by the weights 0123456789abcdef"),
         ({"features__weights_hash": None}, "features by the weights None"),
@@ -108,20 +108,20 @@ def test_guidance_is_compared_with_what_the_row_says() -> None:
     )
     ours["scores"] = {"fid": {"value": 4.0}, "is": {"value": 200.0}}
     by_row = {row: place("class-cond/imagenet-256", ours, row).reasons for row in ("ldm-4-g-1.5", "ldm-4")}
-    assert by_row == {"ldm-4-g-1.5": (), "ldm-4": ("guidance_scale 1.5, the paper's row has 1",)}
+    assert by_row == {"ldm-4-g-1.5": (), "ldm-4": ("guidance_scale 1.5, the table's row has 1",)}
     by_classifier = ours | {"sampling": ours["sampling"] | {"steps": 200, "guidance_scale": 1.0}}
     (reason,) = place("class-cond/imagenet-256", by_classifier, "ldm-8-g-4.8m").reasons
-    assert reason == "no guidance but classifier-free, the paper's row has classifier"
+    assert reason == "no guidance but classifier-free, the table's row has classifier"
     one_split = ours | {"protocol": {"dataset": "imagenet", "metrics": {"is": {"splits": 1}}}}
     (reason,) = place("class-cond/imagenet-256", one_split, "ldm-4-g-1.5").reasons
-    assert reason == "splits=1 of is, the paper's tools take 10"
+    assert reason == "splits=1 of is, the table's tools take 10"
 
 
 def test_the_paper_s_network_is_the_one_that_is_fetched() -> None:
     assert WEIGHTS["inception"].sha256 == PAPER_WEIGHTS
 
 
-@pytest.mark.parametrize("name", sorted(paper_tables()))
+@pytest.mark.parametrize("name", sorted(all_tables()))
 def test_every_table_can_be_shown(name: str) -> None:
     table = place(name, LIKE_THE_PAPER)
     assert table.rows
@@ -131,3 +131,34 @@ def test_every_table_can_be_shown(name: str) -> None:
 def test_an_unknown_table_gets_the_nearest_name() -> None:
     with pytest.raises(InputError, match="did you mean text2img/coco-256"):
         place("text2img/coco-25", LIKE_THE_PAPER)
+
+
+def later(**model: Any) -> dict[str, Any]:
+    """A measurement of DiT-XL/2 as its authors made it."""
+    record = but(
+        protocol__dataset="imagenet",
+        sampling__steps=250,
+        sampling__guidance_scale=1.5,
+        sampling__sampler="ddpm",
+        reference__images=1_281_167,
+        reference__split_images=1_281_167,
+        reference__transform={"rule": "adm"},
+    )
+    return record | {"model": {"path": "runs/ours", "backbone": "DiT", "process": "Schedule"} | model}
+
+
+def test_later_systems_have_tables_of_their_own() -> None:
+    table = place("published/imagenet-256", later(), "dit-xl-2-1.5")
+    assert table.comparable
+    assert table.deltas["fid"] == "+3.98"
+    assert any("README of facebookresearch/DiT" in remark for remark in table.remarks)
+    (reason,) = place("published/imagenet-256", later(), "sit-xl-2-1.5").reasons
+    assert reason == "sampler ddpm, the table's row has sde"
+
+
+@pytest.mark.parametrize("model", [{}, {"backbone": "UNet", "process": "LinearPath"}])
+def test_later_systems_enter_no_table_of_the_paper(model: dict[str, Any]) -> None:
+    table = place("class-cond/imagenet-256", later(**model), "ldm-4-g-1.5")
+    assert not table.comparable
+    assert "none of the paper's systems" in table.barred[0]
+    assert place("class-cond/imagenet-256", later(backbone="UNet"), "ldm-4-g-1.5").barred == ()

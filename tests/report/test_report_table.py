@@ -107,7 +107,7 @@ def test_the_row_that_ours_is_counted_against_can_be_chosen_and_is_checked() -> 
     base = {"protocol__paper_table": "class-cond/imagenet-256", "protocol__dataset": "imagenet"}
     table = paper_report([result(**base, protocol__paper_row="ldm-4-g-1.5")])[0]
     assert table.rows[-1].cells[0] == "4.50 (+0.90)"
-    assert any("guidance_scale 1, the paper's row has 1.5" in note for note in table.notes)
+    assert any("guidance_scale 1, the table's row has 1.5" in note for note in table.notes)
     assert paper_report([result(**base)])[0].rows[-1].cells[0] == "4.50"
     with pytest.raises(InputError, match="did you mean uncond/ffhq-256"):
         paper_report([result()], "uncond/ffhq-25")

@@ -86,6 +86,8 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     built = {"first_stage": first_stage, "latent_scale": LatentScale(), "backbone": backbone}
     model = instantiate(config["diffusion"], where="diffusion", conditioners=conditioners, task=task, **built)
     check_size_step(size, model.size_step)
+    if tables := getattr(model.objective.loss, "tables", None):
+        tables(model.path, torch.device("cpu"))  # by their values, which a step without values has not
     names = ("latent_scale", "panel_steps")
     stage = DiffusionStage(
         diffusion=model,

@@ -106,12 +106,17 @@ class VariationalLoss(L2):
         simple = super().__call__(output, target, factor, at)
         return simple + self.weight * self.bound(output.detach(), target, at)
 
+    def tables(self, path: Path, device: torch.device) -> Tensor:
+        """`step_variances` of a path, computed once."""
+        key = id(path), device
+        if key not in self._tables:
+            self._tables[key] = step_variances(path).float().to(device)
+        return self._tables[key]
+
     def bound(self, output: Tensor, target: Tensor, at: Noised) -> Tensor:
         """KL(q(x_{t-1} | x_t, clean) | p) in bits a dimension, (B,); at t = 0 the likelihood of bins of 1/255."""
-        key = id(at.path), at.x.device
-        if key not in self._tables:
-            self._tables[key] = step_variances(at.path).float().to(at.x.device)
-        low, high, from_clean, scale, ratio = self._tables[key][:, at.times, None, None, None].unbind()  # (B, 1, 1, 1)
+        tables = self.tables(at.path, at.x.device)
+        low, high, from_clean, scale, ratio = tables[:, at.times, None, None, None].unbind()  # (B, 1, 1, 1)
         fraction = (at.output.chunk(2, dim=1)[1] + 1) / 2
         log_variance = fraction * high + (1 - fraction) * low
         off = at.prediction.clean_slope(at.alpha, at.sigma) * (output - target)  # type: ignore[attr-defined]

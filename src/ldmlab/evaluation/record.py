@@ -58,11 +58,13 @@ def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
     return found | {name: getattr(extractor, name) for name in also if getattr(extractor, name, None)}
 
 
-def parameters_record(diffusion: nn.Module) -> dict[str, int]:
-    """Sizes as the paper's tables count them: the denoiser with its conditioners, and the first stage apart."""
+def parameters_record(diffusion: nn.Module) -> dict[str, Any]:
+    """Sizes as the paper's tables count them: denoiser with conditioners, first stage apart; and its classes."""
     first_stage = getattr(diffusion, "first_stage", None)
     first = sum(p.numel() for p in first_stage.parameters()) if isinstance(first_stage, nn.Module) else 0
-    return {"parameters": sum(p.numel() for p in diffusion.parameters()) - first, "first_stage_parameters": first}
+    count = sum(p.numel() for p in diffusion.parameters()) - first
+    kinds = {"backbone": type(diffusion.backbone).__name__, "process": type(diffusion.path).__name__}
+    return {"parameters": count, "first_stage_parameters": first, **kinds}
 
 
 def perceptual_record(lpips: nn.Module | None) -> dict[str, str] | None:

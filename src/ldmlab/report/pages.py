@@ -21,7 +21,7 @@ from ldmlab.report.metrics_json import (
     title,
 )
 from ldmlab.report.page_content import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
-from ldmlab.report.paper_source import known_table, paper_tables
+from ldmlab.report.paper_source import all_tables, known_table
 from ldmlab.report.paper_table import filled_table, paper_report
 from ldmlab.report.render import FORMATS, write_pages
 from ldmlab.report.score_lines import ScoreLine, options_of, score_text
@@ -155,7 +155,7 @@ def printed_tables(folders: Sequence[Path], form: str, table: str | None = None)
         known_table(table, "--table ")
     results = full_evaluations(folders)
     if not results:
-        tables = [filled_table(name) for name in ([table] if table else paper_tables())]
+        tables = [filled_table(name) for name in ([table] if table else all_tables())]
     elif table is not None:
         tables = _paper(results, table)
     else:

@@ -1,4 +1,7 @@
-"""The paper's tables as data (paper_tables.yaml), and what a measurement of ours differs in from theirs."""
+"""Published tables as data, and what a measurement of ours differs in from theirs.
+
+The paper's are in paper_tables.yaml, those of later systems, called published/..., in published_tables.yaml.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -21,29 +24,39 @@ PAPER_OPTIONS = {  # by metric: its option, what the paper's tools take, and our
 
 
 @cache
-def source() -> dict[str, Any]:
-    """All of it: tables | extra | conflicts, and column_titles | our_scores | conditions of ours."""
-    return yaml.safe_load(Path(__file__).with_name("paper_tables.yaml").read_text(encoding="utf-8"))
+def source(file: str = "paper") -> dict[str, Any]:
+    """All of a file: tables | extra | conflicts, and column_titles | our_scores | conditions of ours."""
+    return yaml.safe_load(Path(__file__).with_name(f"{file}_tables.yaml").read_text(encoding="utf-8"))
+
+
+def source_of(table: str) -> dict[str, Any]:
+    """The file that holds the table."""
+    return source("published" if table.startswith("published/") else "paper")
 
 
 @cache
 def paper_tables() -> dict[str, dict[str, Any]]:
-    """All tables by name, such as text2img/coco-256."""
+    """The paper's tables by name, such as text2img/coco-256."""
     return source()["tables"] | source()["extra"]
+
+
+def all_tables() -> dict[str, dict[str, Any]]:
+    """The paper's and those of later systems."""
+    return paper_tables() | source("published")["tables"]
 
 
 def known_table(name: str, option: str = "protocol.paper_table=") -> dict[str, Any]:
     """The table called `name`; `option`: how it was chosen."""
-    known = paper_tables()
+    known = all_tables()
     if name not in known:
         hint = did_you_mean(name, known, f"there are {', '.join(known)}.")
-        raise InputError(f"{option}{name} is no table of the paper; {hint}")
+        raise InputError(f"{option}{name} is no published table; {hint}")
     return known[name]
 
 
 def conditions_of(name: str) -> dict[str, Any]:
     """Known conditions of a table's measurement: samples | split | rule | images | whole."""
-    known = source()["conditions"]
+    known = source_of(name)["conditions"]
     return known.get(name) or known.get(name.split("/")[0], {})
 
 
@@ -82,7 +95,7 @@ def _facts(row: Mapping[str, Any]) -> dict[str, str]:
 
 def remarks(name: str) -> tuple[str, ...]:
     """Notes and footnotes of the source of a table, and values that other sources have for its rows."""
-    table = paper_tables()[name]
+    table = all_tables()[name]
     notes = table.get("notes") or []
     found = [notes] if isinstance(notes, str) else list(notes)
     marked: dict[str, list[str]] = {}
@@ -92,7 +105,9 @@ def remarks(name: str) -> tuple[str, ...]:
             if footnote:
                 marked.setdefault(footnote, []).append(row["method"])
     found += [f"{', '.join(names)}: {footnote}" for footnote, names in marked.items()]
-    for conflict in source()["conflicts"].values():
+    origins = zip(methods(table["rows"]), table["rows"], strict=True)
+    found += [f"{method}: {row['origin']}" for method, row in origins if "origin" in row]
+    for conflict in source_of(name).get("conflicts", {}).values():
         if name in conflict["tables"]:
             printed = [
                 f"{value['origin']}: {', '.join(f'{key} {text}' for key, text in value.items() if key != 'origin')}"
@@ -110,29 +125,29 @@ def reasons(
     name: str, result: Mapping[str, Any], scores: Collection[str], against: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
     """Every known difference between the measurement of table `name` and that of `scores`; against: the row."""
-    table, conditions = paper_tables()[name], conditions_of(name)
+    table, conditions = all_tables()[name], conditions_of(name)
     protocol, sampling, reference, features = (
         result[part] for part in ("protocol", "sampling", "reference", "features")
     )
     weights, found = features.get("weights_hash"), []
     if (dataset := table.get("dataset")) and protocol.get("dataset") != dataset:
-        found.append(f"other data: {protocol.get('dataset') or 'not named'}, the paper's is {dataset}")
+        found.append(f"other data: {protocol.get('dataset') or 'not named'}, the table's is {dataset}")
     if (size := table.get("resolution")) and reference["image_size"] != size:
-        found.append(f"{reference['image_size']} px images, the paper's have {size} px")
+        found.append(f"{reference['image_size']} px images, the table's have {size} px")
     if (samples := conditions.get("samples")) and sampling["images"] != samples:
-        found.append(f"{sampling['images']:,} samples, the paper drew {samples:,}")
+        found.append(f"{sampling['images']:,} samples, the table's are of {samples:,}")
     if features["name"] != PAPER_FEATURES:
-        found.append(f"features of {features['name']}, the paper's are of {PAPER_FEATURES}")
+        found.append(f"features of {features['name']}, the table's are of {PAPER_FEATURES}")
     elif not str(weights).startswith(PAPER_WEIGHTS):
         found.append(f"features by the weights {weights}, those of the published file are {PAPER_WEIGHTS}...")
     if (split := conditions.get("split")) and reference["split"] != split:
-        found.append(f"compared with the {reference['split']} split, the paper with {split}")
-    if not found:  # the same data set by name: is it prepared as the paper's was?
+        found.append(f"compared with the {reference['split']} split, the table with {split}")
+    if not found:  # the same data set by name: is it prepared as the table's was?
         found = _preparation(conditions, reference, protocol.get("reference_limit"))
     for metric, (option, theirs, decides) in PAPER_OPTIONS.items():
         ours = ((protocol.get("metrics") or {}).get(metric) or {}).get(option, theirs)
         if ours != theirs and any(score in scores for score in decides):
-            found.append(f"{option}={ours} of {metric}, the paper's tools take {theirs}")
+            found.append(f"{option}={ours} of {metric}, the table's tools take {theirs}")
     if against is not None and sampling:
         found += _sampling(sampling, result["model"].get("guiders") or {}, against.get("sampling", {}))
     return tuple(found)
@@ -143,15 +158,15 @@ def _preparation(conditions: Mapping[str, Any], reference: Mapping[str, Any], li
     found, images, held = [], reference["images"], reference.get("split_images")
     rule, ours, listed = conditions.get("rule"), reference["transform"].get("rule"), conditions.get("images")
     if rule and ours != rule:
-        found.append(f"reference prepared by the rule {ours}, the paper's by {rule}")
+        found.append(f"reference prepared by the rule {ours}, the table's by {rule}")
     elif rule and reference.get("resized"):
         found.append(f"reference resized again, {reference['resized']}")
     if listed and images != listed:
-        found.append(f"{images:,} reference images, the paper's list has {listed:,}")
+        found.append(f"{images:,} reference images, the table's list has {listed:,}")
     if conditions.get("whole") and held not in (None, images):
-        found.append(f"compared with {images:,} of {held:,} images, the paper with all")
+        found.append(f"compared with {images:,} of {held:,} images, the table with all")
     elif conditions.get("whole") and held is None and limit is not None:
-        found.append(f"compared with the first {limit:,} images, the paper with all")
+        found.append(f"compared with the first {limit:,} images, the table with all")
     return found
 
 
@@ -159,22 +174,27 @@ def _sampling(ours: Mapping[str, Any], guiders: Mapping[str, Any], theirs: Mappi
     """Sampler, steps, eta and guidance that the row prints, and ours; without guidance its scale is 1."""
     found = []
     if "steps" in theirs and ours.get("sampler", "ddim") != theirs.get("sampler", "ddim"):
-        found.append(f"sampler {ours['sampler']}, the paper's row has {theirs.get('sampler', 'ddim')}")
+        found.append(f"sampler {ours['sampler']}, the table's row has {theirs.get('sampler', 'ddim')}")
     scale = (theirs.get("scale") if theirs.get("guidance") == "cfg" else 1.0) if theirs else None
     for name, value in {"steps": theirs.get("steps"), "eta": theirs.get("eta"), "guidance_scale": scale}.items():
         own = ours.get(name)
         if isinstance(value, int | float) and isinstance(own, int | float) and float(own) != float(value):
-            found.append(f"{name} {own:g}, the paper's row has {value:g}")
+            found.append(f"{name} {own:g}, the table's row has {value:g}")
     other = theirs.get("guidance") not in (None, "cfg")  # by a classifier, or by an image
     if other and not guiders:
-        found.append(f"no guidance but classifier-free, the paper's row has {theirs['guidance']}")
+        found.append(f"no guidance but classifier-free, the table's row has {theirs['guidance']}")
     if guiders and not other:
-        found.append(f"guided by {', '.join(guiders)} besides, the paper's row is not")
+        found.append(f"guided by {', '.join(guiders)} besides, the table's row is not")
     return found
 
 
-def barred(result: Mapping[str, Any]) -> tuple[str, ...]:
-    """Why a result may not enter a table: it must name its reference by hash, the one pinned and the one there."""
+def barred(name: str, result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why a result may not enter a table: of another set, or its reference is not that by hash which it names."""
+    later, model = source("published")["systems"], result["model"]
+    own = model.get("backbone") in later["backbones"] or model.get("process") in later["processes"]
+    if own and not name.startswith("published/"):
+        kind = f"{model['backbone']} on {model['process']}"
+        return (f"{kind} is none of the paper's systems; protocol=published_imagenet_256 has a table of its kind",)
     used, folder = result["reference"].get("manifest_hash"), result["reference"].get("folder")
     if used is None:
         return ("the result does not record the hash of its reference images",)

@@ -8,7 +8,17 @@ from typing import Any
 from ldmlab.errors import InputError
 from ldmlab.report.metrics_json import repeat_line
 from ldmlab.report.page_content import ARROW, DASH, Row, Table
-from ldmlab.report.paper_source import PARAMETERS, amount, barred, known_table, methods, reasons, remarks, source
+from ldmlab.report.paper_source import (
+    PARAMETERS,
+    amount,
+    barred,
+    known_table,
+    methods,
+    reasons,
+    remarks,
+    source,
+    source_of,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ def _with_ours(
         values |= {"images_per_second": rate, f"sampling_{result['reference']['image_size']}_per_second": rate}
     if bucket is None and (count := model.get("parameters")) is not None:
         values |= {PARAMETERS: count, "all_parameters": count + model["first_stage_parameters"]}
-    called = source()["our_scores"].get(table.name.split("/")[0], {})
+    called = source_of(table.name)["our_scores"].get(table.name.split("/")[0], {})
     ours, deltas = {}, {}
     for column in table.columns:
         score = called.get(column, column)
@@ -87,7 +97,7 @@ def _with_ours(
             deltas[column] = f"{value - against['metrics'][column]:+.{places}f}"
     method = Path(str(model.get("path", "this model"))).name
     why = reasons(table.name, result, values, against)
-    return replace(table, ours=(method, ours), reasons=why, deltas=deltas, barred=barred(result))
+    return replace(table, ours=(method, ours), reasons=why, deltas=deltas, barred=barred(table.name, result))
 
 
 def _printed(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
@@ -147,8 +157,8 @@ def filled_table(name: str, entries: Sequence[tuple[Mapping[str, Any], str | Non
         cells = [one.ours[1].get(c, DASH) + (f" ({one.deltas[c]})" if c in one.deltas else "") for c in one.columns]
         rows.append(Row("ours", method, tuple(cells), mark))
         notes += [f"{mark} {method} cannot be compared: {'; '.join(one.reasons)}."] if mark else []
-        notes += [f"{method}: in brackets, ours minus {one.against} of the paper."] if one.deltas else []
+        notes += [f"{method}: in brackets, ours minus {one.against} of the table."] if one.deltas else []
         notes.append(f"To repeat {method}: {repeat_line(result)}")
-    titles = source()["column_titles"]
+    titles = source("paper")["column_titles"] | source_of(name)["column_titles"]
     columns = tuple(f"{titles[column]} {ARROW[kind]}".strip() for column, kind in first.directions.items())
     return Table(first.title, columns, tuple(rows), tuple(notes))
