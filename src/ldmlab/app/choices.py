@@ -13,19 +13,8 @@ Config = Mapping[str, Any]
 NAMES = (
     *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
     *("sampler", "task", "optimizer"),
-    *(
-        "lr_schedule",
-        "trainer",
-        "callbacks",
-        "logger",
-        "paths",
-        "seed",
-        "run",
-        "from_run",
-        "init_from",
-        "teacher",
-        "plugins",
-    ),
+    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "teacher", "init_from"),
+    "plugins",
 )
 _READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
     "first_stage": ("autoencoder", "classifier", "diffusion"),

@@ -17,7 +17,7 @@ from ldmlab.diffusion.few_steps import FewSteps, Scales
 from ldmlab.diffusion.guidance import Guidance, stacked
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import VelocityPrediction
-from ldmlab.errors import InputError, share
+from ldmlab.errors import InputError, check_fraction
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, C, h, w), positions r and t (B,) => u, towards noise
 
@@ -63,7 +63,7 @@ class MeanFlow(FewSteps):
         if kappa and guidance == 1:
             raise InputError(f"diffusion.kappa={kappa} mixes guided velocities and guidance=1 is none; leave it out.")
         self.predicted_tangent = predicted_tangent
-        share("diffusion.instant", instant)
+        check_fraction("diffusion.instant", instant)
         self.kappa, self.instant, self.power, self.offset = kappa, instant, power, offset
         self.sign = prediction.sign
 
