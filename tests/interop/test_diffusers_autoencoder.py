@@ -41,6 +41,7 @@ def test_the_recorded_outputs() -> None:
     assert_near((spread.mode() - SHIFT) * FACTOR, RECORDED["latents"], 1e-5)
     assert_near(model.decode(RECORDED["latents"] / FACTOR + SHIFT).sample, RECORDED["reconstruction"], 1e-5)
     assert_near(model(RECORDED["x"])[0], RECORDED["reconstruction"], 1e-5)
+    assert all(torch.equal(tensor, drawn(CASE)[name]) for name, tensor in model.official_state().items())
     drawn_twice = [spread.sample(torch.Generator().manual_seed(0)) for _ in range(2)]
     assert torch.equal(*drawn_twice)
     assert_near(spread.std.square(), spread.var)

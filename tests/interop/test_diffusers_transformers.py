@@ -40,6 +40,16 @@ def test_outputs_and_parameters(name: str) -> None:
         assert_near(model(recorded["x_wide"], **inputs)[0], recorded["out_wide"], TOLERANCE)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_official_tensors_come_back(name: str) -> None:
+    model, recorded = case_of(name)
+    state = drawn(CASES[name]) | {key: recorded[f"kept.{key}"] for key in CASES[name]["kept"]}
+    state.pop("pos_embed.pos_embed", None)
+    found = model.official_state()  # type: ignore[operator]
+    assert found.keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in found.items())
+
+
 @pytest.mark.parametrize("name", ["sd3", "sd35"])
 def test_positions_are_the_recorded_table(name: str) -> None:
     """The outputs alone cannot show where the table of the file would differ from ours."""

@@ -22,8 +22,6 @@ class FlowMatchPath(LinearPath):
     With `dynamic` the shift follows from the size of a latent, and the lowest level is 1 / n itself.
     """
 
-    solver = Solver("euler", "flow_match", 28)
-
     def __init__(
         self,
         clean_time: float = 0.0,
@@ -36,6 +34,7 @@ class FlowMatchPath(LinearPath):
         terminal: float = 0.0,  # the last level before the clean end, to which sampling's levels are stretched
         rule: str = "shifted",  # between the first and the last level: shifted, or even in s^(1/7) (karras), log(s)
         # (exponential), or quantiles of a beta distribution (beta)
+        fresh_noise: bool = False,  # sampler `consistency` by default: every step draws its noise anew
     ) -> None:
         super().__init__(clean_time, noise_time, shift, shift_base, margins)
         one_of("diffusion.schedule.rule", rule, _RULES)
@@ -47,6 +46,7 @@ class FlowMatchPath(LinearPath):
             )
         if dynamic is not None and (len(dynamic) != 4 or dynamic[0] == dynamic[2] or (shift, shift_base) != (1, None)):
             raise InputError(f"diffusion.schedule.dynamic={dynamic}: give two sizes, each with its mu, and no shift.")
+        self.solver = Solver("consistency" if fresh_noise else "euler", "flow_match", 28)
         self.dynamic, self.dynamic_type, self.terminal, self.rule = dynamic, dynamic_type, terminal, rule
 
     def at_size(self, values: int) -> Self:

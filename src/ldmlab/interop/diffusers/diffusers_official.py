@@ -4,16 +4,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmlab.contracts import Posterior
 from ldmlab.interop.diffusers import diffusers_transformers as transformers
-from ldmlab.interop.diffusers.diffusers_build import build_first_stage
+from ldmlab.interop.diffusers.diffusers_first_stages import arguments, kind_of
+from ldmlab.interop.diffusers.diffusers_networks import first_stage_part, first_stage_tensors
 from ldmlab.interop.diffusers.diffusers_transformers import Output
-from ldmlab.interop.renaming import State
+from ldmlab.interop.renaming import OfficialModule, State
 
 
-def as_official(config: Mapping[str, Any], state_dict: State) -> nn.Module:
+def as_official(config: Mapping[str, Any], state_dict: State) -> OfficialModule:
     """diffusers' class of the configuration with these weights, called as there; `.sample` or [0] is the output.
 
     AutoencoderKL, VQModel: `model.encode(x)` and `model.decode(z)`. DiTTransformer2DModel: `model(x, timestep=,
@@ -21,7 +22,9 @@ def as_official(config: Mapping[str, Any], state_dict: State) -> nn.Module:
     InputError: the weights are not the configuration's.
     """
     if "latent_channels" in config or "block_out_channels" in config:
-        return OfficialAutoencoder(build_first_stage(config, state_dict)).eval()
+        part = first_stage_part(arguments(config), kind_of(config))
+        part.filled(first_stage_tensors(state_dict, config))
+        return OfficialAutoencoder({"stage": part}).eval()
     return transformers.as_official(config, state_dict)
 
 
@@ -59,12 +62,10 @@ class Latents(NamedTuple):
     latents: Tensor
 
 
-class OfficialAutoencoder(nn.Module):
+class OfficialAutoencoder(OfficialModule):
     """Our first stage behind the signatures of AutoencoderKL and VQModel; raw latents."""
 
-    def __init__(self, stage: nn.Module) -> None:
-        super().__init__()
-        self.stage: Any = stage
+    stage: Any
 
     def encode(self, x: Tensor) -> Encoded | Latents:
         """(B, 3, H, W) in [-1, 1]."""

@@ -70,6 +70,7 @@ def _flow_node(config: Config, token_values: int) -> dict[str, Any]:
     path |= {"terminal": options["shift_terminal"]} if options["shift_terminal"] else {}
     if rules := [rule for rule in _RULES if options[f"use_{rule}_sigmas"]]:
         path["rule"] = rules[0]
+    path |= {"fresh_noise": True} if options["stochastic_sampling"] else {}
     towards = {"towards": "data" if inverted else "noise"}
     return {
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
@@ -91,7 +92,7 @@ def _flow_options(schedule: Mapping[str, Any], towards: str, token_values: int) 
         raise InputError(f"diffusion.schedule.shift_base and margins are no options of {FLOW}; use --format ldmlab.")
     config = {
         **{"num_train_timesteps": int(max(clean, noise)), "shift": node["shift"], "invert_sigmas": clean > noise},
-        "shift_terminal": node.get("terminal") or None,
+        **{"shift_terminal": node.get("terminal") or None, "stochastic_sampling": node.get("fresh_noise", False)},
         **{f"use_{rule}_sigmas": node.get("rule") == rule for rule in _RULES},
     }
     if (dynamic := node.get("dynamic")) is None:

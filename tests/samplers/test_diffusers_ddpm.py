@@ -1,0 +1,131 @@
+"""Discrete schedulers, weights and targets of diffusers that other tests do not hold, as recorded."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmlab.contracts import Level
+from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.diffusion.weighting import MinSnr
+from ldmlab.inference.sample_settings import sampler_by_name
+from modern_cases import assert_near, drawn_noise, field, recorded
+
+DDPM, CASES = recorded("diffusers/ddpm_family")
+X = DDPM["x_T"]
+END = Level(1.0, 0.0, None)
+SCHEDULE = Schedule("scaled_linear", 0.00085, 0.012)
+
+
+def noise(step: int) -> Tensor:
+    return drawn_noise(f"noise.{step + 1}", *X.shape)
+
+
+def denoiser(case: str, limit: float = math.inf) -> Any:
+    """The clean estimate of the stand-in, taken as the case's prediction; `limit`: where it is clipped."""
+    prediction = VPrediction() if CASES[case].get("prediction_type") == "v_prediction" else EpsPrediction()
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        assert level.time is not None
+        return prediction.clean(x, field(x, level.time / 1000), level).clamp(-limit, limit)
+
+    return denoise
+
+
+def grid_of(case: str) -> list[Level]:
+    """The recorded sigma / alpha, at the recorded times."""
+    ratios, times = DDPM[f"{case}.sigmas"].double(), [float(t) for t in DDPM[f"{case}.timesteps"]]
+    levels = [
+        Level(1 / math.sqrt(1 + s * s), s / math.sqrt(1 + s * s), t)
+        for s, t in zip(ratios.tolist(), [*times, 0.0], strict=True)
+    ]
+    return levels if float(ratios[-1]) else [*levels[:-1], END]
+
+
+@pytest.mark.parametrize("case", ["2m.karras", "2m_sde.karras"])
+def test_karras_steps(case: str) -> None:
+    """Even in sigma^(1/7) between the ends of the table; diffusers rounds the times to whole ones."""
+    grid = grid_of(case)
+    ours = SCHEDULE.grid(10, "karras")
+    ratio = torch.tensor([level.sigma / level.alpha for level in ours])
+    assert_near(ratio, DDPM[f"{case}.sigmas"])
+    assert all(abs((a.time or 0) - (b.time or 0)) <= 1 for a, b in zip(ours, grid, strict=True))
+    sampler = sampler_by_name("dpmpp_2m_sde" if "sde" in case else "dpmpp_2m")
+    assert_near(sampler(denoiser(case), X, grid, noise=noise), DDPM[case])
+
+
+@pytest.mark.parametrize("case", ["3m", "3m.long"])
+def test_third_order(case: str) -> None:
+    """Steps whose order diffusers lowers, the second and in short runs the last but one, are `dpmpp_2m`'s."""
+    grid, denoise = grid_of(case), denoiser(case)
+    lowered = {1, *({len(grid) - 3} if len(grid) <= 15 else ())}
+    visited, past = [X], [denoise(X, grid[0])]
+
+    def second(number: int) -> Tensor:
+        """One step of order 2, from the level before it and the estimate there."""
+        around = grid[number - 1 : number + 2]
+        return sampler_by_name("dpmpp_2m")(
+            lambda x, level: denoise(x, level),
+            visited[number - 1],
+            around,
+            noise=noise,
+            after_step=lambda step, x, clean: visited[number] if step == 0 else x,
+        )
+
+    def follow(number: int, x: Tensor, clean: Tensor) -> Tensor:
+        x = second(number) if number in lowered else x
+        visited.append(x)
+        past.append(clean)
+        return x
+
+    found = sampler_by_name("dpmpp_3m_sde", eta=0.0)(denoise, X, grid, noise=noise, after_step=follow)
+    assert_near(found, DDPM[case])
+
+
+@pytest.mark.parametrize("case", ["ddim.eps.eta", "ddim.v"])
+def test_ddim(case: str) -> None:
+    last = END if CASES[case].get("set_alpha_to_one", True) else SCHEDULE.level(0.0)
+    grid = [*(SCHEDULE.level(float(t)) for t in DDPM[f"{case}.timesteps"]), last]
+    if not CASES[case].get("set_alpha_to_one", True):
+        assert [level.time for level in SCHEDULE.grid(10, "official")[:-1]] == [level.time for level in grid[:-1]]
+    sampler = sampler_by_name("ddim", eta=CASES[case]["step"].get("eta", 0.0))
+    assert_near(sampler(denoiser(case), X, grid, noise=noise), DDPM[case])
+
+
+def test_ddpm_with_the_larger_variance_and_clipped_estimates() -> None:
+    """The variance of a step, which is that of a network whose v is 1."""
+    case = "ddpm.fixed_large.clip"
+    grid = [*(SCHEDULE.level(float(t)) for t in DDPM[f"{case}.timesteps"]), END]
+    sampler: Any = sampler_by_name("ddpm")
+    sampler = sampler.with_variance([torch.ones_like(X)])
+    assert_near(sampler(denoiser(case, 1.0), X, grid, noise=noise), DDPM[case])
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
+def test_betas_without_a_terminal_signal(name: str) -> None:
+    ends = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02), "cosine": ()}[name]
+    plain, rescaled = (Schedule(name, *ends, zero_terminal_snr=zero) for zero in (False, True))
+    assert_near(plain.betas.float(), DDPM[f"zero_snr.{name}.betas"], 1e-6)
+    assert_near(rescaled.betas.float(), DDPM[f"zero_snr.{name}.rescaled"], 2e-5)  # which it computes in float32
+    assert float(rescaled.betas[-1]) == 1.0
+
+
+def test_weights_by_the_ratio_of_signal_and_noise() -> None:
+    alpha, sigma = SCHEDULE.levels(DDPM["snr.t"])
+    snr = (alpha / sigma).square().flatten()
+    torch.testing.assert_close(snr, DDPM["snr"], rtol=1e-4, atol=0)
+    for gamma in CASES["min_snr"]["gamma"]:
+        for name, prediction in (("epsilon", EpsPrediction()), ("v_prediction", VPrediction())):
+            factor = MinSnr(gamma)(alpha, sigma, lambda: (alpha, sigma))
+            slope = prediction.clean_slope(alpha, sigma)
+            assert_near((factor * slope**2).flatten(), DDPM[f"min_snr.{gamma}.{name}"])
+
+
+def test_the_velocity_of_a_schedule() -> None:
+    alpha, sigma = SCHEDULE.levels(DDPM["snr.t"])
+    clean, drawn = DDPM["velocity.x0"], DDPM["velocity.noise"]
+    assert_near(alpha * clean + sigma * drawn, DDPM["noised"])
+    assert_near(VPrediction().target(clean, drawn, alpha, sigma), DDPM["velocity"])
