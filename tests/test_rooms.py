@@ -46,6 +46,7 @@ LOW = set(MAY_USE)
 for middle in ("training", "evaluation", "report", "interop"):
     MAY_USE[middle] = LOW | {middle}
 MAY_USE["interop"] |= {"build"}  # whole models come in and go out
+MAY_USE["study"] = LOW | {"study", "report"}  # its results are a page
 ONLY_IN = {"pytorch_lightning": {"training"}, "hydra": {"app"}, "omegaconf": {"app"}, "wandb": {"training", "app"}}
 
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
     "doctor": "what this machine has for ldmlab, and what is wrong with it",
+    "study": "which images people prefer: a page with pairs, answers, shares with intervals",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
     "average": "the weights of a run as an average of any length, from its snapshots",

@@ -1,0 +1,237 @@
+"""A user study as a folder: what is compared, the items, the rules by which sessions are left out, and the images.
+
+Two tasks, each a forced choice between two images after both were shown for some seconds (paper, appendix E.3.6):
+    1   a real image beside a generated one; the score is the share of answers that prefer the generated one
+    2   the images of two methods for the same input; the score is the share of answers that prefer each
+`study.json` is written once: what counts is known before the first answer.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageFilter
+
+from ldmlab.data.tars import IMAGE_ENDINGS
+from ldmlab.errors import InputError, one_of
+from ldmlab.files import read_json, write_atomically, write_json
+from ldmlab.inference.grids import read_settings
+from ldmlab.open_image import open_image
+
+REAL = "real"
+FILE, IMAGES = "study.json", "images"
+KINDS = ("item", "practice", "check")
+QUESTIONS = {
+    (1, False): "Which image is the better one?",
+    (1, True): "Which side restores the middle image better, at high quality?",
+    (2, False): "Which image fits better?",
+    (2, True): "Which side restores the middle image better?",
+}
+CONSENT = (
+    "You will compare pairs of images. We store your choices and how long each took; nothing about you, your machine "
+    "or your address. You may stop at any time by closing the page, and go on later in the same browser."
+)
+_NOT_SAMPLES = ("grid.png",)  # that `ldmlab sample` writes beside them
+_PRACTICE = 2
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Sessions that are left out, stated before the first answer."""
+
+    least_answers: int = 10  # fewer than these
+    checks_wrong: int = 1  # more wrong attention checks than this
+    median_seconds: float = 0.3  # a shorter median time from the question to the answer
+    one_side: float = 0.95  # a larger share of answers on one side
+
+
+@dataclass(frozen=True)
+class Item:
+    """Two images to choose from; of a practice item and of a check the first one is whole and the second damaged."""
+
+    id: str
+    kind: str  # item | practice | check
+    methods: tuple[str, str]
+    images: tuple[str, str]  # files in images/, named by their content
+    given: str | None = None  # file of the input
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What study.json holds."""
+
+    title: str
+    task: int  # 1 | 2
+    question: str
+    methods: Mapping[str, str]  # name: where its images came from
+    items: tuple[Item, ...]
+    seconds: float = 3.0  # that images are shown before the question; 0: until the answer
+    per_session: int = 50
+    seed: int = 0
+    consent: str = CONSENT
+    rules: Rules = field(default_factory=Rules)
+    paper_table: str | None = None
+
+    @property
+    def rated(self) -> list[Item]:
+        """Items whose answers count."""
+        return [item for item in self.items if item.kind == "item"]
+
+    def of_session(self, number: int) -> list[tuple[Item, bool]]:
+        """The items of session `number` (from 0) in order, and whether the sides are swapped.
+
+        Sessions take the items in turn from shuffled rounds, so that all items are seen equally often.
+        """
+        rated, take = self.rated, min(self.per_session, len(self.rated))
+        chosen: list[Item] = []
+        for place in range(number * take, (number + 1) * take):
+            turn = random.Random(f"{self.seed}:round:{place // len(rated)}").sample(rated, len(rated))
+            if (item := turn[place % len(rated)]) in chosen:  # from the end of one round and the start of the next
+                item = next(other for other in turn if other not in chosen)
+            chosen.append(item)
+        rng = random.Random(f"{self.seed}:session:{number}")
+        rng.shuffle(chosen)
+        for check in (item for item in self.items if item.kind == "check"):
+            chosen.insert(rng.randint(1, len(chosen)), check)
+        practice = [item for item in self.items if item.kind == "practice"]
+        return [(item, rng.random() < 0.5) for item in (*practice, *chosen)]
+
+
+def read_study(folder: Path) -> Study:
+    """The study of a folder; InputError where there is none."""
+    value = read_json(folder / FILE)
+    if not isinstance(value, dict) or value.get("format") != "ldmlab study 1":
+        raise InputError(f"{folder} holds no study; make one with `ldmlab study make`.")
+    try:
+        items = [
+            Item(**{**item, "methods": tuple(item["methods"]), "images": tuple(item["images"])})
+            for item in value.pop("items")
+        ]
+        rules = Rules(**value.pop("rules"))
+        return Study(**{k: v for k, v in value.items() if k != "format"}, items=tuple(items), rules=rules)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / FILE} is damaged ({error}); make the study again.") from error
+
+
+def make_study(
+    folder: Path,
+    sets: Mapping[str, Path],  # method: folder of its images
+    task: int,
+    *,
+    real: Path | None = None,
+    given: Path | None = None,  # inputs, such as low-resolution or masked images
+    checks: int = 4,
+    **settings: Any,  # of Study
+) -> Study:
+    """Match the images by file name, copy them and write study.json into a new folder."""
+    one_of("--task", str(task), ("1", "2"))
+    if task == 1 and real is None:
+        raise InputError("--task 1 compares with real images; give them by --real FOLDER.")
+    if task == 2 and len(sets) < 2:
+        raise InputError("--task 2 compares methods; give two folders or more.")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out {folder} holds files already; give a new or empty folder.")
+    found = {name: _images(path) for name, path in sets.items()}
+    found |= {REAL: _images(real)} if real is not None else {}
+    inputs = _images(given) if given is not None else None
+    seed = settings.get("seed", 0)
+    names = _matched(found, inputs, seed)
+    pairs = [(REAL, name) for name in sets] if task == 1 else list(combinations(sets, 2))
+    put = _Copies(folder / IMAGES)
+    items = [
+        Item(
+            f"{number:05d}",
+            "item",
+            pair,
+            (put(found[pair[0]][name[pair[0]]]), put(found[pair[1]][name[pair[1]]])),
+            None if inputs is None else put(inputs[name[pair[0]]]),
+            _caption(found[pair[1]][name[pair[1]]]),
+        )
+        for number, (name, pair) in enumerate((name, pair) for name in names for pair in pairs)
+    ]
+    best = found[REAL if real is not None else next(iter(sets))]
+    sources = random.Random(f"{seed}:checks").choices(sorted(best.values()), k=checks + _PRACTICE)
+    for number, source in enumerate(sources):
+        kind = "practice" if number < _PRACTICE else "check"
+        items.append(Item(f"{len(items):05d}", kind, ("whole", "damaged"), (put(source), put(source, damaged=True))))
+    methods = {name: str(path) for name, path in sets.items()} | ({REAL: str(real)} if real is not None else {})
+    question = settings.pop("question", None) or QUESTIONS[task, inputs is not None]
+    study = Study(task=task, question=question, methods=methods, items=tuple(items), **settings)
+    write_json(folder / FILE, {"format": "ldmlab study 1", **asdict(study)})
+    return study
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    """Image files by name without ending."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give a folder of images.")
+    files = sorted(f for f in folder.iterdir() if f.suffix[1:].lower() in IMAGE_ENDINGS and f.name not in _NOT_SAMPLES)
+    found = {file.stem: file for file in files}
+    if not found:
+        raise InputError(f"{folder} holds no images; give another folder.")
+    if len(found) < len(files):
+        raise InputError(f"{folder} holds two images of one name with different endings; remove one of them.")
+    return found
+
+
+def _matched(
+    found: Mapping[str, Mapping[str, Path]], inputs: Mapping[str, Path] | None, seed: int
+) -> list[dict[str, str]]:
+    """For each comparison the image's name in each set: the same one, or without inputs at random if none is shared."""
+    every = [set(files) for files in (*found.values(), *([inputs] if inputs is not None else []))]
+    shared = sorted(set.intersection(*every))
+    if shared:
+        return [dict.fromkeys(found, name) for name in shared]
+    if inputs is not None or REAL not in found:
+        raise InputError(
+            f"no file name is in all of the {len(every)} folders, so that images cannot be matched; name the images of "
+            "one input alike."
+        )
+    count = min(map(len, found.values()))
+    drawn = {name: random.Random(f"{seed}:{name}").sample(sorted(files), count) for name, files in found.items()}
+    return [{name: names[number] for name, names in drawn.items()} for number in range(count)]
+
+
+def _caption(path: Path) -> str | None:
+    """The prompt that `ldmlab sample` wrote into the file."""
+    return read_settings(path).get("prompt") if path.suffix.lower() == ".png" else None
+
+
+class _Copies:
+    """Copies of images as PNG without metadata, named by content, so that no name tells the method."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, source: Path, *, damaged: bool = False) -> str:
+        try:
+            with open_image(source) as image:
+                pixels = image.convert("RGB")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source} cannot be read ({error}); repair or remove it.") from error
+        if damaged:
+            small = pixels.resize((6, 6), Image.Resampling.BOX).resize(pixels.size, Image.Resampling.NEAREST)
+            pixels = small.filter(ImageFilter.GaussianBlur(max(pixels.size) / 40))
+        buffer = io.BytesIO()
+        pixels.save(buffer, "PNG")
+        content = buffer.getvalue()
+        name = f"{hashlib.sha256(content).hexdigest()[:24]}.png"
+        if not (self.folder / name).exists():
+            write_atomically(self.folder / name, lambda path: path.write_bytes(content))
+        return name
+
+
+def names_of(paths: Sequence[Path], names: str | None) -> dict[str, Path]:
+    """Methods by name: those of `names` (a,b), or of the folders."""
+    words = [path.resolve().name for path in paths] if names is None else names.split(",")
+    if len(words) != len(paths) or len(set(words)) < len(words) or REAL in words or "" in words:
+        raise InputError(
+            f"--names {','.join(words)} must be {len(paths)} different names, none of them {REAL}; write --names a,b."
+        )
+    return dict(zip(words, paths, strict=True))
