@@ -5,6 +5,7 @@ EDM's networks are of pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +45,11 @@ class Program(NamedTuple):
     unused: str = "-"  # how the names of tensors begin that serve training alone
 
 
-def _transformer(options: Callable[[Node], Mapping[str, Any]]) -> Callable[..., Any]:
-    def parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
-        backbone, labels = dit.nodes(config, options(config))
-        return backbone, labels, dit.parts_of(backbone, labels)
-
-    return parts
+def _transformer(
+    options: Callable[[Node], Mapping[str, Any]], config: Node
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
+    backbone, labels = dit.nodes(config, options(config))
+    return backbone, labels, dit.parts_of(backbone, labels)
 
 
 def _one_hot(config: Node) -> dict[str, Any]:
@@ -77,19 +77,15 @@ def _dit_diffusion(config: Node) -> dict[str, Any]:
     }
 
 
-def _flow(clean: float, towards: str) -> Callable[[Node], dict[str, Any]]:
+def _flow(clean: float, towards: str, config: Node) -> dict[str, Any]:
     """A straight path, or REPA's cosine; times are `clean` at the data and 1 - clean at the noise."""
-
-    def diffusion(config: Node) -> dict[str, Any]:
-        kind = config.get("path_type", "linear")
-        one_of("path_type", kind, ("linear", "cosine"))
-        path = f"{_HOME}paths.{kind.title()}Path"
-        return {
-            "schedule": {"_target_": path, "clean_time": clean, "noise_time": 1 - clean},
-            "prediction": {"_target_": f"{_HOME}parameterization.VelocityPrediction", "towards": towards},
-        }
-
-    return diffusion
+    kind = config.get("path_type", "linear")
+    one_of("path_type", kind, ("linear", "cosine"))
+    path = f"{_HOME}paths.{kind.title()}Path"
+    return {
+        "schedule": {"_target_": path, "clean_time": clean, "noise_time": 1 - clean},
+        "prediction": {"_target_": f"{_HOME}parameterization.VelocityPrediction", "towards": towards},
+    }
 
 
 def _edm2_diffusion(config: Node) -> dict[str, Any]:
@@ -116,17 +112,14 @@ def _repa_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor
     return lambda x, t, y: model(x, t, y)[0]
 
 
+_TO_DATA = partial(_flow, 1.0, "data")
+_REPA = partial(_transformer, repa.options), partial(_flow, 0.0, "noise"), _SD, _repa_output, repa.PROJECTORS
+_LIGHTNING = partial(_transformer, lightningdit.options), _TO_DATA, None, lightningdit.as_official
 PROGRAMS = {
-    "dit": Program(transformer_config, _transformer(dit.options), _dit_diffusion, _SD, dit.as_official),
-    "sit": Program(transformer_config, _transformer(sit.options), _flow(1.0, "data"), _SD, sit.as_official),
-    "repa": Program(repa_config, _transformer(repa.options), _flow(0.0, "noise"), _SD, _repa_output, repa.PROJECTORS),
-    "lightningdit": Program(
-        lightningdit_config,
-        _transformer(lightningdit.options),
-        _flow(1.0, "data"),
-        None,
-        lightningdit.as_official,
-    ),
+    "dit": Program(transformer_config, partial(_transformer, dit.options), _dit_diffusion, _SD, dit.as_official),
+    "sit": Program(transformer_config, partial(_transformer, sit.options), _TO_DATA, _SD, sit.as_official),
+    "repa": Program(repa_config, *_REPA),
+    "lightningdit": Program(lightningdit_config, *_LIGHTNING),
     "edm": Program(edm_config, _edm_parts, edm.diffusion_nodes, _PIXELS, _edm_output, edm.AUGMENT),
     "edm2": Program(edm2_config, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output, edm2.HEAD),
 }
