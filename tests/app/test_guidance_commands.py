@@ -166,11 +166,12 @@ def test_data_that_do_not_fit(runs: Runs) -> None:
 
 EDM2 = ["diffusion=edm", "backbone=edm2_xs", "backbone.model_channels=16", "backbone.channel_mult=[1,2]"]
 EDM2 += ["backbone.num_res_blocks=1", "backbone.head_channels=16", "conditioner=class_one_hot"]
+EDM = ["diffusion=edm_vp", "backbone=edm_ddpmpp", *EDM2[2:5], "conditioner=class_one_hot"]
 MMDIT = ["diffusion=flow", "backbone=mmdit_s_2", "backbone.width=32", "backbone.depth=2", "backbone.heads=2"]
 MMDIT += ["conditioner=class_label", "conditioner.class_label.width=16"]
 
 
-@pytest.mark.parametrize("words", [EDM2, MMDIT], ids=["edm2", "mmdit"])
+@pytest.mark.parametrize("words", [EDM, EDM2, MMDIT], ids=["edm", "edm2", "mmdit"])
 def test_other_backbones_train_and_sample_by_class(runs: Runs, tmp_path: Path, words: list[str]) -> None:
     more = ["stage=diffusion", "sampler=auto", "conditioner.class_label.classes=2", *TINY_UNET[2:]]
     run = runs.train(words[1].partition("=")[2], *words, *more)

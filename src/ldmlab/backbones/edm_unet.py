@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +120,10 @@ class EdmUNet(ChannelsLast):
     ) -> None:
         super().__init__()
         check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0))
-        check_sizes(1, num_res_blocks=num_res_blocks, head_channels=head_channels)
-        check_sizes(1, noise_channels=noise_channels, emb_channels=emb_channels)
-        check_sizes(0, augment_width=augment_width)
-        one_of("backbone.form", form, ("adm", "song"))
-        one_of("backbone.encoder", encoder, ("standard", "skip", "residual"))
-        one_of("backbone.decoder", decoder, ("standard", "skip"))
+        check_sizes(1, num_res_blocks=num_res_blocks, head_channels=head_channels, emb_channels=emb_channels)
         noise_channels, emb_channels = noise_channels or model_channels, emb_channels or 4 * model_channels
-        _check_numbers(resample_filter, dropout, noise_channels, augment_width, vector_width)
+        _check_kinds(form, encoder, decoder)
+        _check_numbers(resample_filter, dropout, noise_channels, augment_width, vector_width or 0)
         self.in_channels, self.out_channels, self.vector_width = in_channels, out_channels, vector_width
         self.song, self.encoder_kind, self.decoder_kind = form == "song", encoder, decoder
         self.size_step, self.gradient_checkpointing = 2 ** (len(channel_mult) - 1), gradient_checkpointing
@@ -135,23 +131,20 @@ class EdmUNet(ChannelsLast):
         self.style = Style(self.song, emb_channels, dropout, tuple(resample_filter))
         self.fourier = Fourier(noise_channels) if fourier else None
         self.expand, self.mix = nn.Linear(noise_channels, emb_channels), nn.Linear(emb_channels, emb_channels)
-        label_width = (vector_width or 0) - augment_width
-        label_to = noise_channels if self.song else emb_channels
-        self.label = nn.Linear(label_width, label_to, bias=self.song) if label_width > 0 else None
+        labels, label_to = (vector_width or 0) - augment_width, noise_channels if self.song else emb_channels
+        self.label = nn.Linear(labels, label_to, bias=self.song) if labels else None
         self.augment = nn.Linear(augment_width, noise_channels, bias=False) if augment_width else None
         widths = [model_channels * m for m in channel_mult]
-        self._build(widths, model_channels if self.song else widths[0], num_res_blocks, set(attention_downsampling),
-                    middle_attention)  # fmt: skip
+        base, at = model_channels if self.song else widths[0], set(attention_downsampling)
+        self._build(widths, base, num_res_blocks, at, middle_attention)
         self._initialise()
 
-    def _build(
-        self, widths: Sequence[int], base: int, per_level: int, attending: set[int], middle_attention: bool
-    ) -> None:
+    def _build(self, widths: Sequence[int], base: int, per_level: int, at: set[int], middle_attention: bool) -> None:
         """Song attends in the last block of a level alone on the way up."""
-        at = ("encoder", "exit") if self.song else ("encoder", "decoder", "exit")
+        roles = ("encoder", "exit") if self.song else ("encoder", "decoder", "exit")
 
         def block(width_in: int, width: int, level: int, role: Role) -> EdmBlock:
-            attention = middle_attention if role == "middle" else role in at and 2**level in attending
+            attention = middle_attention if role == "middle" else role in roles and 2**level in at
             heads = heads_of(width, self.head_channels or width) if attention else 0
             return EdmBlock(width_in, width, self.style, role if role in ("down", "up") else "keep", heads)
 
@@ -181,19 +174,17 @@ class EdmUNet(ChannelsLast):
             if self.augment is not None:
                 zero(self.augment)
             return
-        last: list[Any] = [*self.convs_out]
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            if isinstance(module, EdmBlock):
-                last += [module.res.conv_out, *([module.out] if module.heads else [])]
-        for module in last:
-            module.weight.mul_(_SMALL)
-        for module in self.modules():
-            if isinstance(module, EdmBlock) and module.heads:
-                module.qkv.weight.mul_(math.sqrt(0.2))
+        blocks = [module for module in self.modules() if isinstance(module, EdmBlock)]
+        attending = [block for block in blocks if block.heads]
+        for last in (*self.convs_out, *(block.res.conv_out for block in blocks), *(block.out for block in attending)):
+            cast(nn.Conv2d, last).weight.mul_(_SMALL)
+        for block in attending:
+            block.qkv.weight.mul_(math.sqrt(0.2))
 
     @property
     def accepts(self) -> frozenset[str]:
@@ -256,16 +247,20 @@ class EdmUNet(ChannelsLast):
         return F.silu(emb if cache.late is None else emb + cache.late)
 
 
-def _check_numbers(
-    resample_filter: Sequence[float], dropout: float, noise_channels: int, augment_width: int, vector_width: int | None
-) -> None:
-    if sum(resample_filter) == 0 or len(resample_filter) % 2 or not 0 <= dropout < 1 or noise_channels % 4:
+def _check_kinds(form: str, encoder: str, decoder: str) -> None:
+    one_of("backbone.form", form, ("adm", "song"))
+    one_of("backbone.encoder", encoder, ("standard", "skip", "residual"))
+    one_of("backbone.decoder", decoder, ("standard", "skip"))
+
+
+def _check_numbers(weights: Sequence[float], dropout: float, noise_channels: int, augment: int, vector: int) -> None:
+    if sum(weights) == 0 or len(weights) % 2 or not 0 <= dropout < 1 or noise_channels < 4 or noise_channels % 4:
         raise InputError(
-            f"backbone: resample_filter={list(resample_filter)} must be of even length and not sum to 0, "
-            f"dropout={dropout} lie in 0 .. 1, and noise_channels={noise_channels} be a multiple of 4."
+            f"backbone: resample_filter={list(weights)} must be of even length and not sum to 0, dropout={dropout} lie "
+            f"in 0 .. 1, and noise_channels={noise_channels} be a multiple of 4."
         )
-    if augment_width > (vector_width or 0):
+    if not 0 <= augment <= vector:
         raise InputError(
-            f"backbone.augment_width={augment_width} exceeds the vector's {vector_width or 0} columns, whose last they "
-            "are; give a vector conditioner that holds them."
+            f"backbone.augment_width={augment} is not within the vector's {vector} columns, whose last they are; give "
+            "a vector conditioner that holds them."
         )

@@ -30,7 +30,6 @@ _HOME = "ldmlab.diffusion."
 _SD = {"std": [1 / 0.18215], "shift": [0.0]}  # of Stable Diffusion's first stage in DiT and SiT
 _EDM2_DATA = 0.5  # deviation of EDM2's latents, from these means and deviations of the same first stage
 _PIXELS = {"std": [1.0], "shift": [0.0]}
-_IDENTITY = "ldmlab.first_stages.identity.Identity"
 _EDM2 = {"std": [2 * 4.17, 2 * 4.62, 2 * 3.71, 2 * 3.28], "shift": [5.81, 3.25, 0.12, -2.15]}
 
 
@@ -149,20 +148,12 @@ def read(
     backbone, labels, parts = family.parts(found)
     known = {name: edm2.vector(tensor) for name, tensor in state.items() if not name.startswith(family.unused)}
     tensors = _tensors(parts, edm.without_filters(found, known) if program == "edm" else known)
-    if first_stage is None and backbone["in_channels"] != 3:
-        _refuse_without_stage(path)
-    stage = _first_stage(first_stage)
-    if (channels := stage.spec["first_stage"].get("latent_channels", 3)) != backbone["in_channels"]:
-        raise InputError(f"{first_stage} has {channels} latent channels, {path} takes {backbone['in_channels']}.")
-    f = _downsampling(stage.spec["first_stage"])
+    stage, of_stage = _first_stage(first_stage, path, backbone["in_channels"])
+    side = found.get("input_size", found.get("img_resolution", 0)) * 2 ** (len(stage.get("channel_mult", [1])) - 1)
     scale = family.scale or _statistics(statistics, program)
     spec = {
-        **{"kind": "latent_diffusion", "image_size": found.get("input_size", found.get("img_resolution", 0)) * f},
-        **{
-            "first_stage": stage.spec["first_stage"],
-            "backbone": backbone,
-            "conditioners": {"class_label": labels} if labels else {},
-        },
+        **{"kind": "latent_diffusion", "image_size": side, "first_stage": stage, "backbone": backbone},
+        "conditioners": {"class_label": labels} if labels else {},
         "latent_scale": {"_target_": f"{_HOME}latent_space.LatentScale", **scale},
         "diffusion": {"_target_": f"{_HOME}latent_diffusion.LatentDiffusion", **family.diffusion(found)},
         "guidance_trained": bool(labels.get("null_row")),
@@ -170,7 +161,6 @@ def read(
     }
     left = len(state) - len(known)
     notes = (f"{family.unused}* ({left} tensors) serve training alone and were left out",) if left else ()
-    of_stage = {name: part for name, part in stage.parts.items() if name == "first_stage"}  # the identity has none
     files = ModelFiles(path, spec, {**of_stage, **tensors}, used, notes=notes)
     _compare(files, family.output(found, state))
     return files
@@ -204,18 +194,20 @@ def _refuse_without_stage(path: Path) -> None:
     )
 
 
-def _first_stage(folder: Path | None) -> ModelFiles:
+def _first_stage(folder: Path | None, path: Path, channels: int) -> tuple[dict[str, Any], dict[str, StateDict]]:
+    """Its node and tensors; without a folder none at all, for networks of pixels."""
     if folder is None:
-        return ModelFiles(Path(), {"first_stage": {"_target_": _IDENTITY}}, {}, "raw")
+        if channels != 3:
+            _refuse_without_stage(path)
+        return {"_target_": "ldmlab.first_stages.identity.Identity"}, {}
     ours = (folder / DESCRIPTION).is_file()
     files = read_model(folder) if ours else ModelFiles(folder, *diffusers.read_folder(folder), "raw")
     if "first_stage" not in files.spec:
         raise InputError(f"{folder} has no first stage; give an AutoencoderKL of diffusers or a model folder with one.")
-    return files
-
-
-def _downsampling(node: Node) -> int:
-    return int(2 ** (len(node.get("channel_mult", [1])) - 1))
+    node = files.spec["first_stage"]
+    if (own := node.get("latent_channels", 3)) != channels:
+        raise InputError(f"{folder} has {own} latent channels, {path} takes {channels}.")
+    return node, {name: part for name, part in files.parts.items() if name == "first_stage"}
 
 
 def _statistics(path: Path | None, program: str) -> dict[str, list[float]]:
