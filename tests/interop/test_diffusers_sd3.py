@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import HOME
+from exported_models import HOME, describe, kl, weights
 from safetensors.torch import load_file, save_file
 from test_diffusers_dit import VAE, randomised
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -19,6 +19,7 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.interop import diffusers
 from ldmlab.interop.diffusers.diffusers_texts import write_clip_files
+from ldmlab.model_files import write_model_folder
 from ldmlab.nn.t5 import T5Encoder
 from modern_cases import assert_near
 from refusals import refusal
@@ -183,6 +184,33 @@ def test_conditioners_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=r"no tokenizer\.json of T5"):
         Sd3Text(width=64, **clips, t5={"vocab_size": 8, "depth": 1, "heads": 1, "head_width": 8, "hidden": 8},
                 vocab=__file__)({"caption": ["a"]}, None)  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_a_model_of_ours(tmp_path: Path) -> None:
+    """An MMDiT with other conditions: its modules, and conditioners beside them; not all options have a class."""
+    net = {"in_channels": 16, "out_channels": 16, "width": 32, "depth": 2, "heads": 2, "context_width": 24}
+    net |= {"vector_width": 16, "position_grid": 8, "position_base": 4, "_target_": f"{HOME}backbones.mmdit.MMDiT"}
+    label = f"{HOME}conditioners.class_label.ClassEmbedder"
+    conditions = {
+        "tokens": {"_target_": label, "classes": 5, "width": 24},
+        "pooled": {"_target_": label, "classes": 5, "width": 16, "slot": "vector"},
+    }
+    flow = {"prediction": "VelocityPrediction", "schedule": {"_target_": f"{HOME}diffusion.paths.LinearPath"}}
+    stage = kl(2, latent_channels=16, latent_projection=False)
+
+    def exported(name: str, **more: Any) -> list[str]:
+        spec = describe(stage, {**net, **more}, conditions, image_size=16, std=0.6, shift=0.1, **flow)
+        write_model_folder(tmp_path / name, {**spec, "weights": "raw", "step": 1}, weights(spec))
+        return ["export", str(tmp_path / name), str(tmp_path / f"{name}.out"), "--format", "diffusers"]
+
+    assert dispatch(exported("model")) == 0
+    out = tmp_path / "model.out"
+    found = peer.SD3Transformer2DModel.from_pretrained(out / "transformer")
+    assert found.config.qk_norm == "rms_norm"
+    assert (out / "conditioner.safetensors").is_file()
+    assert peer.AutoencoderKL.from_pretrained(out / "vae").config.scaling_factor == 1.0  # it is in the weights
+    assert "mlp_ratio=2.0: SD3Transformer2DModel has" in refusal(lambda: dispatch(exported("other", mlp_ratio=2.0)))
+    assert not (tmp_path / "other.out").exists()
 
 
 def test_distances_of_t5() -> None:

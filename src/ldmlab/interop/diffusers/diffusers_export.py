@@ -144,7 +144,7 @@ class Export:
         # the super-resolution pipeline hands latents to the first stage as they are
         self.fold = factor is None or (self.plan.pipeline == _SUPER_RESOLUTION and factor != 1)
         self.factor = 1.0 if factor is None or self.fold else factor
-        self.rows = build.class_rows(self.spec, self.parts)
+        self.rows = None if kind(self.spec["backbone"]) == "MMDiT" else build.class_rows(self.spec, self.parts)
         conditioners = self.spec["conditioners"]
         self.text = next((name for name, node in conditioners.items() if node["_target_"] in _TEXTS), None)
         self.ours = assembled(files)
