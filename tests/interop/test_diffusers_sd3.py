@@ -123,6 +123,12 @@ def test_a_pipeline_becomes_a_model_and_a_pipeline_again(t5: bool, folder: Path,
     again_images = again(words, height=16, width=16, **options).images
     assert_near(torch.from_numpy(again_images), torch.from_numpy(images), 1e-5)
     assert again.vae.config.shift_factor == pytest.approx(0.0609)
+    if t5:
+        Path(text.tokenizer.path).rename(tmp_path / "elsewhere.json")
+        words = ["export", str(tmp_path / "model"), str(tmp_path / "never"), "--format", "diffusers"]
+        assert "is gone; put T5's tokenizer.json there again" in refusal(lambda: dispatch(words))
+        assert not (tmp_path / "never").exists()
+        (tmp_path / "elsewhere.json").rename(text.tokenizer.path)
     assert (again.text_encoder_3 is None) == (not t5)
 
 

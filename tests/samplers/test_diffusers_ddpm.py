@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldmlab.averaging import AveragedWeights
 from ldmlab.contracts import Level
 from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
 from ldmlab.diffusion.schedule import Schedule
@@ -122,6 +123,15 @@ def test_weights_by_the_ratio_of_signal_and_noise() -> None:
             factor = MinSnr(gamma)(alpha, sigma, lambda: (alpha, sigma))
             slope = prediction.clean_slope(alpha, sigma)
             assert_near((factor * slope**2).flatten(), DDPM[f"min_snr.{gamma}.{name}"])
+
+
+def test_the_warm_up_of_averaged_weights() -> None:
+    """diffusers' first update copies the weights; its update n + 1 has the decay of ours n."""
+    average = AveragedWeights(torch.nn.Linear(1, 1), CASES["ema_decay.plain"]["EMAModel"]["decay"])
+    steps, decays = CASES["ema_decay.plain"]["optimization_step"], DDPM["ema_decay.plain"].tolist()
+    for step, decay in zip(steps, decays, strict=True):
+        average.updates = step - 1
+        assert step < 2 or average._kept() == pytest.approx(decay, rel=1e-12)
 
 
 def test_the_velocity_of_a_schedule() -> None:

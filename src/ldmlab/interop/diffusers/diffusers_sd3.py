@@ -99,6 +99,8 @@ def foreign_texts(node: Node, state: State, scratch: Path) -> dict[str, tuple[An
         own = {name.removeprefix(f"{ours}."): tensor for name, tensor in state.items() if name.startswith(f"{ours}.")}
         foreign = part.to_foreign(own)
         if ours == "t5":
+            if not Path(node["vocab"]).is_file():
+                raise InputError(f"conditioner.vocab={node['vocab']} is gone; put T5's tokenizer.json there again.")
             options = {theirs: node["t5"].get(name, default) for theirs, (name, default) in _T5_OPTIONS.items()}
             module = transformers.T5EncoderModel(transformers.T5Config(**options, feed_forward_proj="gated-gelu"))
             twins = {"encoder.embed_tokens.weight": foreign["shared.weight"]}
