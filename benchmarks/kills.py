@@ -4,11 +4,11 @@
     python benchmarks/kills.py --strategy ddp --kills 150          also auto (one process: --processes 1) and hsdp
     python benchmarks/kills.py --strategy fsdp --seed 0 --only 7   the seventh run of that seed again
 
-A run of 12 steps of a tiny model on the CPU is killed (SIGKILL) once to three times, one of its processes or all of
-them, and then goes on to its end. Its last and its best checkpoint (weights, averages, optimizers, random states,
-notes), snapshots of averages and metrics.csv are compared bit for bit with those of a run without kills. A process
-whose partner is killed has to end by itself, with one sentence. A fault follows from seed, number and strategy, but for
-the moments by the clock.
+A run of 12 steps of a tiny model on the CPU is killed (SIGKILL) or asked to stop (SIGTERM, SIGINT, SIGUSR1, SIGUSR2)
+once to three times, one of its processes or all of them, and then goes on to its end. Its last and its best checkpoint
+(weights, averages, optimizers, random states, notes), snapshots of averages and metrics.csv are compared bit for bit
+with those of a run without kills. A process whose partner is killed has to end by itself, with one sentence. A fault
+follows from seed, number and strategy, but for the moments by the clock.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -41,9 +40,10 @@ from ldmlab import distributed, power_averages
 from ldmlab.app.cli import run_command
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.training.callbacks.average_snapshots import PowerAverages
+from ldmlab.training.signals import STOPPING
 
 STEPS, SAID = 12, 2  # SAID: exit code of a process that ended with one sentence
-ANY, GOOD = "any moment", "bit-identical"
+ANY, STOPPED, GOOD = "any moment", "any moment, asked to stop", "bit-identical"
 
 
 @dataclass
@@ -97,35 +97,32 @@ def kill(run: Run, straight: Run, rng: random.Random) -> None:
     saved = max((path.name for path in run.path.glob("checkpoints/step_*.ckpt")), default="step_00000000")
     left = 1 - int(saved[5:13]) / STEPS
     known = [name for name in POINTS if any(name in own for own in calls)] + [RESUMING] * (left < 1)
-    point = rng.choice(known) if rng.random() < 0.8 else ANY
+    point = rng.choice([*known, *[ANY] * 4, *[STOPPED] * 4])
     at = rng.choice([rank for rank, own in enumerate(calls) if point in own] or range(run.world))
     turn = rng.randint(1, max(int(calls[at].get(point, 1) * left), 1))
     victims = "one" if run.world > 1 and rng.random() < 0.6 else "all"
-    delay = rng.random() * (straight.seconds if point == ANY else 0.3)
+    timed, number = point in (ANY, STOPPED), rng.choice(STOPPING) if point == STOPPED else signal.SIGKILL
+    delay = rng.random() * (straight.seconds if timed else 0.3)
     children = run.start(point, turn, at)
-    while point != ANY and not run.reached() and any(child.is_alive() for child in children):
+    while not (timed or run.reached()) and any(child.is_alive() for child in children):
         time.sleep(0.002)
     time.sleep(delay)  # at a point the other processes and threads go on meanwhile
     chosen = [children[at]] if victims == "one" else children
     if alive := [child for child in chosen if child.is_alive()]:
         run.kills.append((point, victims))
     for child in alive:
-        os.kill(child.pid, signal.SIGKILL)
+        os.kill(child.pid, number)
     for file in run.reached():
         file.unlink()
     codes = forked.finish(*children, seconds=PATIENCE_SECONDS)
-    if bad := [code for code in codes if code not in (0, SAID, -signal.SIGKILL)]:
+    if bad := [code for code in codes if code not in (0, SAID, -number, 128 + number)]:
         run.verdict = "hang" if None in bad else "traceback"
 
 
 def compare(run: Run, straight: Run) -> None:
     """The verdict on a run that has ended."""
-    ours, theirs = result(run.path), result(straight.path)
-    for part in ("checkpoints", "files"):  # where the last kill came before old ones were deleted, they are still there
-        old = [name for name in ours[part] if re.fullmatch(r"(checkpoints/)?(best_)?step_.*", name)]
-        ours[part] = {n: v for n, v in ours[part].items() if n in theirs[part] or n not in old}
     try:
-        forked.same(ours, theirs)
+        forked.same(result(run.path), result(straight.path))
     except AssertionError as error:
         run.verdict = f"differs: {str(error).splitlines()[0]}"
 
@@ -136,12 +133,14 @@ def result(path: Path) -> dict[str, Any]:
         rows = [
             {k: v for k, v in row.items() if "speed/" not in k and "memory/" not in k} for row in csv.DictReader(file)
         ]
-    kept = sorted((path / "checkpoints").iterdir())
+    # of older ones it depends on the kills which are left
+    kept = [max((path / "checkpoints").glob(pattern)) for pattern in ("step_*.ckpt", "best_step_*.ckpt")]
+    left = [file for file in path.rglob("*") if "checkpoints" not in file.parts or file.name.endswith(".part")]
     averages = sorted((path / power_averages.FOLDER).iterdir())
     return {
         "metrics.csv": rows,
-        "files": {str(f.relative_to(path)): f.is_dir() for f in sorted(path.rglob("*")) if f.name != ".lock"},
-        "checkpoints": {file.name: load_checkpoint(file) for file in kept if not file.name.startswith(".")},
+        "files": sorted(str(file.relative_to(path)) for file in left if file.name != ".lock"),
+        "checkpoints": {file.name: load_checkpoint(file) for file in kept},
         "averages": {file.name: safetensors.torch.load_file(file) for file in averages},
     }
 
@@ -149,7 +148,7 @@ def result(path: Path) -> dict[str, Any]:
 def table(runs: list[Run]) -> str:
     """Kills by point, and how their runs ended."""
     lines = ["| killed at | of one process | of all | their runs bit-identical |", "| --- | --- | --- | --- |"]
-    for point in [ANY, *POINTS, "all"]:
+    for point in [ANY, STOPPED, *POINTS, "all"]:
         hits = [(run, who) for run in runs for where, who in run.kills if point in (where, "all")]
         good = sum(run.verdict == GOOD for run, _ in hits)
         count = Counter(who for _, who in hits)

@@ -134,13 +134,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     leftover = newest.parent / ".step_00000009.ckpt.x.part"
     rows_left = tmp_path / "run" / ".metrics.csv.x.part"
     other = tmp_path / "run" / ".notes.x.part"
-    for path in (leftover, rows_left, other):
+    average = tmp_path / "run" / "averages" / ".step_00000009_length_0.050.safetensors.x.part"
+    average.parent.mkdir()
+    for path in (leftover, rows_left, other, average):
         path.write_bytes(b"half")
     again = train(diffusion_stage(max_steps=6), tmp_path / "run")
     assert "cannot be read" in capsys.readouterr().err
     forked.same(load_checkpoint(again)["modules"], torch.load(io.BytesIO(whole), weights_only=True)["modules"])
     assert not leftover.exists()
     assert not rows_left.exists()
+    assert not average.exists()
     assert other.exists()  # whoever writes it
 
 

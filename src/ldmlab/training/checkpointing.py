@@ -82,12 +82,15 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Delete incomplete files of killed processes, also those next to the folder of checkpoints."""
-        others = [part for name in _BESIDE for part in self.folder.parent.glob(f".{name}.*.part")]
+        others = [part for name in _BESIDE for part in self.folder.parent.glob(f"{name}.*.part")]
         for part in [*self.folder.glob(".*.part"), *others] if distributed.rank() == 0 else []:
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
-_BESIDE = ("metrics.csv", "config.yaml", "model.yaml", "provenance.json", "finished.json")
+_BESIDE = (
+    *(".metrics.csv", ".config.yaml", ".model.yaml", ".provenance.json", ".finished.json"),
+    *("averages/.step_*", "in_training/*/.metrics.json"),
+)
 
 
 class Files(CheckpointIO):

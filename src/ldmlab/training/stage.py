@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -166,6 +167,7 @@ class Stage(OptimizerGroups):
         optimizer = self.optimizers(use_pl_optimizer=True)
         chosen = optimizer[index] if isinstance(optimizer, list) else optimizer
         chosen.step()
+        increment_version(self._groups[group])  # which no optimizer does for sharded ones; see `MPConv.force_normal`
         chosen.zero_grad(set_to_none=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
