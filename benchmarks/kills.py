@@ -79,14 +79,18 @@ def member(rank: int, world: int, run: Run, point: str, turn: int, at: int) -> N
     os.dup2(sys.stderr.fileno(), 2)  # what torch itself says of a lost process goes into the log too
     local = world // 2 if run.strategy == "hsdp" else world
     os.environ.update(LOCAL_WORLD_SIZE=str(local), LOCAL_RANK=str(rank % local))
-    distributed.join(timeout_minutes=PATIENCE_SECONDS / 300)
     calls: Counter[str] = Counter()
     stage = MODELS[run.model]()
     for name in POINTS:
         turns = {turn} if name == point and at == rank else set()
         arm(name, turns, run.path.with_name(f"{run.path.name}.reached.{rank}"), calls, type(stage))
     every = {"log_every": 2, "validate_every": 4, "checkpoint_every": 3, "strategy": run.strategy}
-    if code := run_command(lambda: train(stage, run.path, 2, world, rank, [PowerAverages(every=5)], **every) and None):
+
+    def started() -> None:
+        distributed.join(timeout_minutes=PATIENCE_SECONDS / 300)
+        train(stage, run.path, 2, world, rank, [PowerAverages(every=5)], **every)
+
+    if code := run_command(started):
         sys.exit(code)
     run.counts(rank).write_text(json.dumps(calls))
 
@@ -136,7 +140,7 @@ def result(path: Path) -> dict[str, Any]:
     # of older ones it depends on the kills which are left
     kept = [max((path / "checkpoints").glob(pattern)) for pattern in ("step_*.ckpt", "best_step_*.ckpt")]
     left = [file for file in path.rglob("*") if "checkpoints" not in file.parts or file.name.endswith(".part")]
-    averages = sorted((path / power_averages.FOLDER).iterdir())
+    averages = sorted((path / power_averages.FOLDER).glob("step_*"))
     return {
         "metrics.csv": rows,
         "files": sorted(str(file.relative_to(path)) for file in left if file.name != ".lock"),

@@ -38,11 +38,12 @@ from ldmlab.first_stages.identity import Identity
 from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.nn import compiling
+from ldmlab.nn.magnitude import MPConv
 from ldmlab.samplers.ddim import Ddim
 from ldmlab.training import strategies
 from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.diffusion_module import DiffusionStage
-from ldmlab.training.optim import AdamW
+from ldmlab.training.optim import AdamW, Constant
 from ldmlab.training.stage import Stage
 
 
@@ -219,6 +220,28 @@ def test_half_precision_is_that_of_ddp(network: str, told: str, tolerance: float
     one, _, _ = run(tmp_path / "one", make, 2, "ddp", precision="bf16-mixed")
     other, _, _ = run(tmp_path / "other", make, 2, "fsdp", precision="bf16-mixed")
     close(one["modules"], other["modules"], tolerance)
+
+
+class Normal(pl.Callback):
+    """That every pass sees stored filters of unit magnitude, but for the 1e-4 that keeps a division from zero."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        layers = [module.weight for module in pl_module.modules() if isinstance(module, MPConv)]
+        assert len(layers) > 20
+        assert sum(isinstance(weight, DTensor) for weight in layers) > 20
+        for weight in layers:
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            torch.testing.assert_close(local.flatten(1).square().mean(1), torch.ones(len(local)), rtol=0, atol=1e-3)
+
+
+def normal(rank: int, world: int, folder: Path) -> None:
+    made = stage("edm2", "vector", optimizer=AdamW(0.1), lr_schedule=Constant(), max_steps=3, accumulate=2)
+    train(made, folder, 2, world, rank, [Normal()], strategy="fsdp")
+
+
+def test_sharded_weights_are_made_normal_after_every_update(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, normal, tmp_path / "run", log=log)) == [0, 0], log.read_text()
 
 
 @pytest.mark.slow
