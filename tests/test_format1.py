@@ -47,3 +47,12 @@ def test_nodes_are_translated_wherever_they_lie() -> None:
     found = format1.node({"list": [inner], "deep": {"deeper": inner}, "name": "linear"})
     now = {"_target_": SCHEDULE, "name": "scaled_linear"}
     assert found == {"list": [now], "deep": {"deeper": now}, "name": "linear"}
+
+
+def test_a_curve_over_the_guidance_scale_is_a_sweep() -> None:
+    """As evaluations of the version before wrote it."""
+    points = [{"guidance_scale": scale, "scores": {}} for scale in (1.0, 2.0)]
+    old = {"protocol": {"name": "p", "guidance_scale_curve": [1.0, 2.0]}, "guidance_scale_curve": points}
+    new = format1.record(old)
+    assert new == {"protocol": {"name": "p", "sweep": {"guidance_scale": [1.0, 2.0]}}, "sweep": points}
+    assert format1.record({"protocol": {"guidance_scale_curve": []}, "guidance_scale_curve": []}) == {"protocol": {}}

@@ -30,7 +30,18 @@ def config(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(value: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a metrics.json with today's keys."""
-    return _evaluators(dict(_images(_renamed(value, _then_now()["record"]))))
+    return _swept(_evaluators(dict(_images(_renamed(value, _then_now()["record"])))))
+
+
+def _swept(result: dict[str, Any]) -> dict[str, Any]:
+    """A curve over the guidance scale as a sweep over settings."""
+    protocol = result.get("protocol")
+    if isinstance(protocol, Mapping) and "guidance_scale_curve" in protocol:
+        protocol = dict(protocol)
+        scales = protocol.pop("guidance_scale_curve")
+        result["protocol"] = protocol | ({"sweep": {"guidance_scale": scales}} if scales else {})
+    points = result.pop("guidance_scale_curve", None)
+    return result | ({"sweep": points} if points else {})
 
 
 def _evaluators(result: dict[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,37 @@ def test_scores_take_the_same_guides(runs: Runs) -> None:
     assert plain(compose("evaluate", given[:2]))["guiders"] == {}
 
 
+def test_an_unconditional_model_is_led_away_from_its_own_earlier_weights(runs: Runs, tmp_path: Path) -> None:
+    """By a checkpoint, a run and its raw weights; a model of other latents is refused before any image."""
+    early = str(next((runs.root / "denoiser" / "checkpoints").glob("*.ckpt")))
+    weak = str(runs.train("weak", "stage=diffusion", "conditioner=none", *TINY_UNET, "seed=7"))
+    runs.sample(tmp_path / "plain", "--count", "2")
+    runs.sample(tmp_path / "itself", "--count", "2", "--weak-model", early)
+    runs.sample(tmp_path / "guided", "--count", "2", "--sweep", f"weak_model={weak},{weak}@raw")
+    plain, itself = images(tmp_path / "plain"), images(tmp_path / "itself")
+    assert np.abs(plain - itself).max() <= 1
+    found = [np.asarray(Image.open(file)).astype(float) for file in sorted((tmp_path / "guided").glob("000000_*.png"))]
+    assert len(found) == 2
+    assert all(np.abs(one - plain[0]).max() > 1 for one in found)
+    told = read_settings(tmp_path / "itself" / "000000.png")
+    assert (told["weak_model"], told["guidance_scale"]) == (early, "2.0")
+    other = runs.train("other_scale", "stage=diffusion", "conditioner=none", *TINY_UNET, "stage.latent_scale=0.5")
+    sentence = refusal(lambda: runs.sample(tmp_path / "no", "--count", "1", "--weak-model", str(other)))
+    assert f"--weak-model {other} has another latent scale than the model" in sentence
+    assert not (tmp_path / "no").exists()
+
+
+def test_panels_are_guided_by_the_same_settings(runs: Runs) -> None:
+    more = ["stage=diffusion", "conditioner=class_label", "conditioner.class_label.classes=2", *TINY_UNET]
+    runs.train("panels", *more, "stage.guidance_interval=[0.1,0.8]", "stage.guidance_rescale=0.5")
+    for option, sentence in (
+        ("stage.guidance_interval=[0.8,0.1]", "is no interval of position"),
+        ("stage.guidance_rescale=2", "guidance_rescale=2 is outside 0 .. 1"),
+        ("stage.guided_channels=0", "guided_channels=0 guides nothing"),
+    ):
+        assert sentence in refusal(lambda option=option: runs.train("no", *more, option))  # type: ignore[misc]
+
+
 def test_an_exported_classifier_is_the_same(runs: Runs, tmp_path: Path) -> None:
     assert cli.dispatch(["export", str(runs.root / "classifier"), str(tmp_path / "alone")]) == 0
     state, alone = (

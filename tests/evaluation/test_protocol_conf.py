@@ -109,3 +109,46 @@ def test_counts_below_zero_are_refused(name: str) -> None:
 def test_subsets_of_the_kernel_distance_are_large_enough(name: str, value: int) -> None:
     with pytest.raises(InputError, match=rf"metric\.kid\.{name}={value} is too few"):
         KernelDistance(**{name: value})
+
+
+def swept(**options: object) -> Protocol:
+    return Protocol(name="p", reference="val", metrics={}, **options)  # type: ignore[arg-type]
+
+
+def test_a_sweep_is_all_combinations_of_its_values() -> None:
+    protocol = swept(sweep={"guidance_scale": [1.5, 2], "guidance_interval": [None, [0.1, 0.8]]}, guidance_rescale=0.5)
+    assert protocol.combinations() == [
+        {"guidance_scale": scale, "guidance_interval": interval}
+        for scale in (1.5, 2)
+        for interval in (None, [0.1, 0.8])
+    ]
+    settings = protocol.settings(**protocol.combinations()[1], seed=3)
+    assert (settings.guidance_scale, settings.guidance_interval, settings.seed) == (1.5, (0.1, 0.8), 3)
+    assert settings.guidance_rescale == 0.5
+    assert swept().combinations() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sweep": {"guidance": [1]}}, "protocol.sweep=guidance is unknown; choose one of steps, guidance_scale"),
+        ({"sweep": {"seed": [1]}}, "protocol.sweep=seed is unknown"),
+        ({"sweep": {"guidance_scale": []}}, r"protocol.sweep.guidance_scale=\[\] is no list of values"),
+        ({"sweep": {"weak_model": "runs/a"}}, "protocol.sweep.weak_model=runs/a is no list of values"),
+        ({"sweep_seeds": 3}, "protocol.sweep_seeds=3 has nothing to repeat; choose 1, or give protocol.sweep"),
+        ({"sweep_seeds": 0, "sweep": {"steps": [5]}}, "protocol.sweep_seeds=0 has nothing to repeat; choose 1 or more"),
+    ],
+)
+def test_a_sweep_of_nothing_is_refused(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        swept(**options)
+
+
+@pytest.mark.parametrize(
+    "words", ["+protocol.sweep.guidance_scale=[1.5,2]", "+protocol.sweep={guidance_scale: [1.5,2]}"]
+)
+@pytest.mark.parametrize("name", ["images", "paper_ffhq"])
+def test_a_sweep_on_the_command_line(name: str, words: str) -> None:
+    config = plain(compose("evaluate", ["model=RUN", f"protocol={name}", words, "+protocol.sweep_seeds=3"]))
+    assert config["protocol"]["sweep"] == {"guidance_scale": [1.5, 2]}
+    assert config["protocol"]["sweep_seeds"] == 3

@@ -47,7 +47,8 @@ def evaluation(folder: Path, out: Path) -> Evaluation:
         steps=2,
         guidance_scale=2.0,
         neighbours=3,
-        guidance_scale_curve=(1.0, 2.0),
+        sweep={"guidance_scale": [1.5, 2.0], "guidance_interval": [None, [0.0, 0.5]]},
+        sweep_seeds=2,
         class_field="category",
         shown=6,
         paper_table="text2img/coco-256",
@@ -111,27 +112,33 @@ def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> Non
         assert words in page
 
 
-def test_the_curve_over_guidance_passes_through_the_score(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_a_sweep_passes_through_the_score_and_has_its_deviation_over_seeds(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
     _, result = finished
-    first, own = result["guidance_scale_curve"]
-    assert (first["guidance_scale"], own["guidance_scale"]) == (1.0, 2.0)
-    assert own["scores"] == {name: result["scores"][name] for name in own["scores"]}
-    assert first["scores"].keys() == own["scores"].keys()
-    assert first["scores"]["fid"]["value"] != own["scores"]["fid"]["value"]
+    points = [(one["guidance_scale"], one["guidance_interval"]) for one in result["sweep"]]
+    assert points == [(1.5, None), (1.5, [0.0, 0.5]), (2.0, None), (2.0, [0.0, 0.5])]
+    own = result["sweep"][2]["scores"]
+    for name, score in own.items():
+        first, other = score["values"]  # of the protocol's seed and the next one
+        assert first == result["scores"][name]["value"]
+        assert score["value"] == pytest.approx((first + other) / 2)
+        assert score["spread"] == pytest.approx(abs(first - other) / 2**0.5)
+    assert len({one["scores"]["fid"]["value"] for one in result["sweep"]}) == 4
     points = result["sample_curves"]["fid_inf"]
     assert points[0]["value"] == pytest.approx(result["scores"]["fid"]["value"], rel=1e-6)
 
 
-def test_other_scales_score_as_evaluations_of_their_own(
+def test_points_of_a_sweep_score_as_evaluations_of_their_own(
     shards: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     alone = evaluation(shards, tmp_path / "alone")
     alone.protocol = replace(
-        alone.protocol, guidance_scale=1.0, guidance_scale_curve=(), class_field=None, neighbours=0
+        alone.protocol, guidance_interval=[0.0, 0.5], seed=1, sweep={}, sweep_seeds=1, class_field=None, neighbours=0
     )
     scores = alone.run()["scores"]
-    for name, score in finished[1]["guidance_scale_curve"][0]["scores"].items():
-        assert score["value"] == pytest.approx(scores[name]["value"], rel=1e-4, abs=1e-6), name
+    for name, score in finished[1]["sweep"][3]["scores"].items():
+        assert score["values"][1] == pytest.approx(scores[name]["value"], rel=1e-4, abs=1e-6), name
 
 
 def test_a_share_and_its_error_are_printed_alike(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -56,7 +56,7 @@ def test_a_record_of_the_version_before_has_its_page(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     for words in (
         *("Generated and real", "Memorisation", "Conditioning accuracy", "Classifier accuracy on real images"),
-        *("Beside baselines without a model", "Inputs and samples", "By size of the hole", "Over the guidance scale"),
+        *("Beside baselines without a model", "Inputs and samples", "By size of the hole", "Over guidance scale"),
         *("Over the number of samples", "By category", "What the paper leaves open", "not comparable", "val"),
     ):
         assert words in page, words
@@ -64,11 +64,9 @@ def test_a_record_of_the_version_before_has_its_page(folder: Path) -> None:
     assert page.count("<img") > 20
     assert "| Fréchet distance ↓ | 0.404 |" in text
     rows = (folder / "points.csv").read_text().splitlines()
-    assert rows[0] == "section,chart,line,x_title,x,y"
-    assert "Denoiser,psnr,val,step,2.0,12.0" in rows
-    assert any(
-        row.startswith("Over the guidance scale,precision and recall over guidance scale,Recall") for row in rows
-    )
+    assert rows[0] == "section,chart,line,x_title,x,y,spread"
+    assert "Denoiser,psnr,val,step,2.0,12.0," in rows
+    assert any(row.startswith("Over guidance scale,precision and recall over guidance scale,Recall") for row in rows)
     assert page.count("<svg") == len({tuple(row.split(",")[:2]) for row in rows[1:]})
     files = [file.read_text().splitlines() for file in (folder / "points").glob("*.csv")]
     assert len(files) == page.count("<svg")
@@ -262,8 +260,8 @@ def test_charts_of_one_name_have_a_file_each(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", Page("", "", [Section("Höhe", [Charts([*charts, empty])])]))
     files = {file.name: file.read_text().splitlines() for file in (tmp_path / "points").iterdir()}
     assert sorted(files) == ["hohe-fid-12-of-x-2.csv", "hohe-fid-12-of-x.csv"]
-    assert files["hohe-fid-12-of-x.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,1.0']
-    assert files["hohe-fid-12-of-x-2.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,2.0']
+    assert files["hohe-fid-12-of-x.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,1.0,']
+    assert files["hohe-fid-12-of-x-2.csv"][1:] == ['Höhe,"FID, ½ of?/../x",a,step,0.0,2.0,']
 
 
 def test_a_chart_that_is_gone_leaves_no_values(tmp_path: Path) -> None:

@@ -1,20 +1,22 @@
-"""The scores of an evaluation broken down: by class, and over the guidance scale.
+"""The scores of an evaluation broken down: by class, and over settings of sampling.
 
 By class: kernel distance (unbiased, so a few images suffice), precision and recall of a class's samples against its own
-real images; no Frechet distance, which needs thousands. Over the guidance scale: the same conditions and noise, sampled
-once for each scale.
+real images; no Frechet distance, which needs thousands. Over settings: the same conditions and seeds everywhere.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
+from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.scoring import EvaluationPass, Track
 from ldmlab.evaluation.sources import Samples
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.kernel import squared_mmd
 from ldmlab.metrics.precision_recall import precision_recall
 
@@ -75,22 +77,46 @@ def sample_classes(
     return found
 
 
-class GuidanceCurve:
+class Sweep:
     """To be made after the real images are processed and before the first sample."""
 
-    def __init__(self, scales: Sequence[float], seen: EvaluationPass, samples: Samples) -> None:
-        self.scales, self.samples = sorted(set(map(float, scales))), samples
-        self._fresh = seen.for_other_samples() if self.scales else seen
+    def __init__(self, protocol: Protocol, seen: EvaluationPass, samples: Samples) -> None:
+        self.protocol, self.samples = protocol, samples
+        self.points = protocol.combinations()
+        self._fresh = seen.for_other_samples() if self.points else seen
+
+    @property
+    def passes(self) -> int:
+        """Times that all images are generated, at most."""
+        return len(self.points) * self.protocol.sweep_seeds
 
     def run(self, own: Mapping[str, Any], batch_size: int, track: Track) -> list[dict[str, Any]]:
-        """A point for each scale, in rising order; the evaluation's own scale takes its scores."""
+        """A point for each combination of settings; where it is the evaluation's own, that takes its scores."""
         points = []
-        for scale in self.scales:
-            scores = dict(own)
-            if scale != self.samples.settings.guidance_scale:
-                seen, title = self._fresh.for_other_samples(), f"samples at guidance scale {scale:g}"
-                settings = replace(self.samples.settings, guidance_scale=scale)
-                seen.add_all(self.samples.share(self.samples.requests, settings, title, batch_size, track), real=False)
-                scores = {name: asdict(score) for name, score in seen.compute().items()}
-            points.append({"guidance_scale": scale, "scores": scores})
+        for changes in self.points:
+            found = []
+            for seed in range(self.protocol.seed, self.protocol.seed + self.protocol.sweep_seeds):
+                settings = self.samples.model.resolved(
+                    self.protocol.settings(**changes, seed=seed), self.samples.requests
+                )
+                title = ", ".join([*(f"{name} {value}" for name, value in changes.items()), f"seed {seed}"])
+                same = settings == self.samples.settings
+                found.append(dict(own) if same else self._scores(settings, title, batch_size, track))
+            points.append({**changes, "scores": over_seeds(found)})
         return points
+
+    def _scores(self, settings: SampleSettings, title: str, batch_size: int, track: Track) -> dict[str, Any]:
+        seen, samples = self._fresh.for_other_samples(), self.samples
+        seen.add_all(samples.share(samples.requests, settings, f"samples at {title}", batch_size, track), real=False)
+        return {name: asdict(score) for name, score in seen.compute().items()}
+
+
+def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores of several seeds as mean and sample deviation, with the values; of one seed as they are."""
+    if len(found) == 1:
+        return dict(found[0])
+    scores = {}
+    for name, first in found[0].items():
+        values = [scores[name]["value"] for scores in found]
+        scores[name] = {**first, "value": mean(values), "spread": stdev(values), "values": values}
+    return scores

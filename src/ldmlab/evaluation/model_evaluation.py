@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmlab.evaluation.breakdowns import GuidanceCurve, by_class, sample_classes
+from ldmlab.evaluation.breakdowns import Sweep, by_class, sample_classes
 from ldmlab.evaluation.evaluators import Baseline, Evaluator
 from ldmlab.evaluation.memorisation import Audit
 from ldmlab.evaluation.paired import PairedPass, pair_scores
@@ -53,10 +53,10 @@ class Evaluation(Setup):
         self.real_images.save(self.out, protocol.reference, self.shown["real"])
         seen = run.begin()
         other = reference.beside(seen, protocol.also_against) if protocol.also_against else None
-        curve = GuidanceCurve(protocol.guidance_scale_curve, seen, self.samples)
+        sweep = Sweep(protocol, seen, self.samples)
         shown = [item["number"] for item in self.shown["samples"]]
         task = TaskPart(self, self.evaluators, self.baselines, self.samples, self.known_of, seen, shown)
-        self.samples.say_time(self.batch_size, 1 + len(curve.scales))
+        self.samples.say_time(self.batch_size, 1 + sweep.passes)
         watched = lambda stream: task.watch(self._saved(stream, set(shown)))  # noqa: E731
         result = run.finish(seen, (lambda stream: pairs.watch(watched(stream))) if pairs else watched)
         own = dict(result["scores"])
@@ -71,7 +71,7 @@ class Evaluation(Setup):
         result["protocol"] = self.protocol_record(seen)
         result["model"] = {name: value for name, value in self.model.info.items() if name != "spec"}
         result["model"] |= parameters_record(self.model.diffusion)
-        result["guidance_scale_curve"] = curve.run(own, self.batch_size, self.track)
+        result["sweep"] = sweep.run(own, self.batch_size, self.track)
         result["buckets"] = pairs.buckets() if pairs else {}
         result |= task.run()
         if protocol.neighbours:
@@ -86,8 +86,8 @@ class Evaluation(Setup):
     def _prepare(self) -> None:
         """All checks that can fail, before an image is read or sampled."""
         protocol = self.protocol
-        for scale in (None, *protocol.guidance_scale_curve):
-            self.model.resolved(protocol.settings(scale))
+        for changes in ({}, *protocol.combinations()):
+            self.model.resolved(protocol.settings(**changes))
         self.known = self._fields(protocol.reference, protocol.reference_limit)
         self.samples = Samples(self.model, protocol, self.known)
         count = min(self.samples.count, len(self.known))

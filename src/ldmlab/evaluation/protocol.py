@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from typing import Any
 
 from ldmlab.errors import InputError, check_fraction, check_side, one_of
@@ -28,13 +29,19 @@ class Protocol:
     task: Mapping[str, Any] = field(default_factory=dict)  # options of the model's task, such as held_out_masks
     steps: int | None = 50
     eta: float = 0.0
-    guidance_scale: float | None = None  # null: 3 if the model was trained for it, else 1 (off)
+    guidance_scale: float | None = None  # null: 3 if the model was trained for it, 2 with a weak model, else 1 (off)
+    guidance_interval: Sequence[float] | None = None  # guided between [low, high]; null: everywhere
+    guidance_interval_unit: str = "position"  # of its bounds: position, 0 (clean) .. 1 (noise) | sigma
+    guidance_rescale: float | None = None  # how far guidance keeps the output's deviation, 0 .. 1
+    guided_channels: int | None = None  # the first ones of the latent; null: all
+    weak_model: str | None = None  # of autoguidance: run, checkpoint or model folder
     sampler: str = "ddim"
     spacing: str | None = None  # null: the sampler's own
     seed: int = 0
     neighbours: int = 0  # samples shown with their nearest training images; 0: no search for copies
     copy_quantile: float = 0.01  # share of held-out images that the threshold calls copies
-    guidance_scale_curve: Sequence[float] = ()  # scales at which all scores are taken too, with the same noise
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # settings of sampling => values scored too
+    sweep_seeds: int = 1  # samples of each combination of these values, from seed on: mean and deviation
     class_field: str | None = None  # field of KEY.json by which scores are broken down
     shown: int = 40  # samples in the report's grid
     paper_table: str | None = None  # of the paper's tables
@@ -90,23 +97,34 @@ class Protocol:
         for name, bounds in self.mask_buckets.items():
             if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
                 raise InputError(f"protocol.mask_buckets.{name}={list(bounds)} is no range; give [low, high].")
+        self._check_sweep()
         if lost := sorted(self.leaves_open.keys() - {item.name for item in fields(self)} - _OF_THE_DATA):
             raise InputError(f"protocol.leaves_open names {', '.join(lost)}, which is no field of a protocol.")
         if (self.conditions == "balanced_classes") != (self.classes is not None):
             raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
 
-    def settings(self, guidance_scale: float | None = None) -> SampleSettings:
-        """How its samples are generated; `guidance_scale` replaces the protocol's own."""
-        return SampleSettings(
-            steps=self.steps,
-            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-            eta=self.eta,
-            seed=self.seed,
-            size=self.image_size,
-            sampler=self.sampler,
-            spacing=self.spacing,
+    def _check_sweep(self) -> None:
+        if self.sweep_seeds < 1 or (self.sweep_seeds > 1 and not self.sweep):
+            way = "1 or more" if self.sweep_seeds < 1 else "1, or give protocol.sweep"
+            raise InputError(f"protocol.sweep_seeds={self.sweep_seeds} has nothing to repeat; choose {way}.")
+        known = [one.name for one in fields(SampleSettings) if one.name not in ("seed", "size")]
+        for name, values in self.sweep.items():
+            one_of("protocol.sweep", name, known)
+            if isinstance(values, str | int | float | None) or not len(values):
+                raise InputError(f"protocol.sweep.{name}={values} is no list of values; give for instance [1,1.5,2].")
+
+    def settings(self, **changes: Any) -> SampleSettings:
+        """How its samples are generated, with these changes."""
+        same = {item.name for item in fields(SampleSettings)} & {item.name for item in fields(self)}
+        own = {"size": self.image_size, **{name: getattr(self, name) for name in same}}
+        return SampleSettings(**{**own, **changes})
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """The settings of each point of the sweep, the first of its settings changing last; none without a sweep."""
+        return [dict(zip(self.sweep, values, strict=True)) for values in product(*self.sweep.values())] * bool(
+            self.sweep
         )
 
     def as_plain(self) -> dict[str, Any]:
         """For metrics.json."""
-        return asdict(self) | {"guidance_scale_curve": list(self.guidance_scale_curve), "changed": list(self.changed)}
+        return asdict(self) | {"changed": list(self.changed)}

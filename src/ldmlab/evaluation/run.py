@@ -34,6 +34,7 @@ OPTIONS = OptionNames("callbacks.scores.protocol.metrics", "features@callbacks.s
 _TAKEN = frozenset(  # fields of a protocol that mean the same here
     {"name", "reference", "metrics", "samples", "at_most", "conditions", "classes", "reference_limit", "steps", "eta"}
     | {"guidance_scale", "sampler", "spacing", "seed", "dataset", "feature_network", "reference_rule", "reference_hash"}
+    | {"guidance_interval", "guidance_interval_unit", "guidance_rescale", "guided_channels"}
     | {"max_bad", "leaves_open"}
     | {"shown", "paper_table", "paper_row"}  # no report is written, and no table takes these numbers
 )

@@ -73,7 +73,7 @@ class TaskPart:
         protocol, first, found = self.setup.protocol, self.samples.count, {}  # first: the next free number of noise
         for name, evaluator in self.evaluators.items():
             find, scale = getattr(evaluator, "requests", None), getattr(evaluator, "guidance_scale", None)
-            settings, more = protocol.settings(scale), {}
+            settings, more = protocol.settings(**({} if scale is None else {"guidance_scale": scale})), {}
             further = find(self.known, protocol.reference, protocol.seed) if find else {}
             for kind, conditions in further.items():
                 title, how = f"samples for {kind} conditions", (self.setup.batch_size, self.setup.track, first)

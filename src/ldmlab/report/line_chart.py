@@ -54,6 +54,7 @@ class Chart:
     """A line a name. A long noisy line is pale with its running mean on top.
 
     `reserved`: colours of names that are the same on every chart of a page. `x_ticks`: where x has few values.
+    `spreads`: drawn as bars from y - spread to y + spread.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Chart:
     log_x: bool = False
     reserved: Mapping[str, str] = field(default_factory=dict)
     x_ticks: tuple[float, ...] = ()
+    spreads: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # line => +- of each of its points
 
     def __bool__(self) -> bool:
         """Whether it has a point."""
@@ -74,7 +76,9 @@ class Chart:
         if not lines:
             return Markup("")
         every = [point for stretches in lines.values() for stretch in stretches for point in stretch]
-        up = _Span(*_range([y for _, y in every]), _HEIGHT - _BOTTOM, _TOP)
+        bars = [(name, x, y, spread) for name in lines for x, y, spread in self.points(name) if spread]
+        ends = [y + sign * spread for _, _, y, spread in bars for sign in (-1, 1)]
+        up = _Span(*_range([*(y for _, y in every), *ends]), _HEIGHT - _BOTTOM, _TOP)
         rules = [(up.at(value), text) for value, text in up.ticks()]
         left = 10 + _LETTER * max((len(text) for _, text in rules), default=1)
         across = _across([x for x, _ in every], left, self.log_x, self.x_ticks)
@@ -85,10 +89,15 @@ class Chart:
             for stretch in found
             for stroke in _strokes(stretch, across, up)
         ]
-        labels, size = _labels(across), (_WIDTH, _HEIGHT, _RIGHT, left)
-        return Markup(
-            _figure().render(chart=self, size=size, colours=colours, rules=rules, labels=labels, strokes=strokes)
-        )
+        upright = [(colours[name], across.at(x), up.at(y - part), up.at(y + part)) for name, x, y, part in bars]
+        shown = {"colours": colours, "rules": rules, "labels": _labels(across), "strokes": strokes, "bars": upright}
+        return Markup(_figure().render(chart=self, size=(_WIDTH, _HEIGHT, _RIGHT, left), **shown))
+
+    def points(self, name: str) -> list[tuple[float, float, float | None]]:
+        """x, y and spread of a line's finite points."""
+        spreads = self.spreads.get(name) or [None] * len(self.series[name])
+        rows = [(x, y, spread) for (x, y), spread in zip(self.series[name], spreads, strict=True)]
+        return [row for row in rows if all(abs(number) < _LARGEST for number in row if number is not None)]
 
 
 @cache

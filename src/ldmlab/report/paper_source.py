@@ -180,6 +180,8 @@ def _sampling(ours: Mapping[str, Any], guiders: Mapping[str, Any], theirs: Mappi
         own = ours.get(name)
         if isinstance(value, int | float) and isinstance(own, int | float) and float(own) != float(value):
             found.append(f"{name} {own:g}, the table's row has {value:g}")
+    forms = ("guidance_interval", "guidance_rescale", "guided_channels", "weak_model")
+    found += [f"{name} {ours[name]}, which the table's row lacks" for name in forms if ours.get(name) is not None]
     other = theirs.get("guidance") not in (None, "cfg")  # by a classifier, or by an image
     if other and not guiders:
         found.append(f"no guidance but classifier-free, the table's row has {theirs['guidance']}")

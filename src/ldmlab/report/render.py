@@ -25,6 +25,8 @@ _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasci
 _LATEX |= {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "±": r"$\pm$", "–": "--", "†": r"$\dagger$"}
 _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
+_COLUMNS = ("section", "chart", "line", "x_title", "x", "y")
+
 
 def write_pages(out: Path, page: Page, folder: Path | None = None, points: str = "points.csv") -> Path:
     """report.md, with links to the images of `folder`, then what `write_page` writes; the path of report.html."""
@@ -50,7 +52,7 @@ def write_page(path: Path, page: Page, points: str = "points.csv") -> Path:
     write_text(path, html(page, points if charts else ""))
     folder = path.with_name(Path(points).stem)
     for old in {path.with_name(points), *folder.glob("*.csv")} - files.keys():
-        if old.is_file() and old.read_bytes().startswith(points_csv([]).encode()):  # no file of the user's own
+        if old.is_file() and old.read_bytes().startswith(",".join(_COLUMNS).encode()):  # no file of the user's own
             old.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -76,11 +78,13 @@ def markdown(page: Page, folder: Path | None = None) -> str:
 
 
 def points_csv(charts: Sequence[tuple[str, Chart]]) -> str:
-    """Every point of every chart: the heading above it, chart, line, name of the x axis, x, y."""
-    rows: list[Sequence[Any]] = [("section", "chart", "line", "x_title", "x", "y")]
+    """Every point of every chart: the heading above it, chart, line, name of the x axis, x, y and +-."""
+    rows: list[Sequence[Any]] = [(*_COLUMNS, "spread")]
     for section, chart in charts:
         for line, points in chart.series.items():
-            rows += [(section, chart.title, line, chart.x_title, x, y) for x, y in points if x == x]  # no gaps
+            spreads = chart.spreads.get(line) or [None] * len(points)
+            pairs = zip(points, spreads, strict=True)
+            rows += [(section, chart.title, line, chart.x_title, x, y, part) for (x, y), part in pairs if x == x]
     return csv_text(rows)
 
 

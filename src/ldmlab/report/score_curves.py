@@ -1,9 +1,10 @@
-"""Curves of a page: a run's metrics.csv, and scores over the number of samples, the guidance scale and classes."""
+"""Curves of a page: a run's metrics.csv, and scores over the number of samples, settings of sampling and classes."""
 
 import csv
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ldmlab import format1
 from ldmlab.errors import InputError
 from ldmlab.report.line_chart import Chart, Points
 from ldmlab.report.page_content import DASH, Charts, Row, Section, Table
-from ldmlab.report.score_lines import called, number_text, score_line, score_text
+from ldmlab.report.score_lines import ScoreLine, called, number_text, score_line, score_text
 
 _FIRST = ("loss", "psnr", "ssim", "lpips", "recall", "fid", "reconstruction")  # what is looked at first
 _LAST = (
@@ -86,8 +87,8 @@ def _rank(stem: str) -> int:
 def over_scales(result: Mapping[str, Any]) -> list[Section]:
     """Sections: charts above their tables."""
     sections = [_over_samples(name, points, result) for name, points in (result.get("sample_curves") or {}).items()]
-    if points := result.get("guidance_scale_curve"):
-        sections.append(_over_guidance(points, result))
+    if points := result.get("sweep"):
+        sections.append(_over_sweep(points, result))
     if rows := result.get("by_class"):
         sections.append(_by_class(rows, result))
     return sections
@@ -112,33 +113,64 @@ def _over_samples(name: str, points: Sequence[Mapping[str, float]], result: Mapp
     )
 
 
-def _over_guidance(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Section:
-    own = result["sampling"].get("guidance_scale")
-    scales: list[Any] = [point.get("guidance_scale") for point in points]
-    scores: dict[str, list[Any]] = {name: [] for point in points for name in point["scores"]}
-    for name, found in scores.items():
-        found += [point["scores"].get(name) for point in points]
-    lines = {
-        name: score_line(name, next((score for score in found if score is not None), {}), result)
-        for name, found in scores.items()
-    }
-    curves: dict[str, dict[str, Points]] = {}
-    for name, line in lines.items():
-        curve = [
-            (scale, score["value"]) for scale, score in zip(scales, scores[name], strict=True) if score is not None
-        ]
-        curves.setdefault(_ONE_CHART.get(name) or line.title, {})[line.title] = curve
-    charts = [Chart(f"{what} over guidance scale", series, "guidance scale") for what, series in curves.items()]
-    if {"fid", "recall"} <= scores.keys():
-        curve = [(recall["value"], fid["value"]) for recall, fid in zip(scores["recall"], scores["fid"], strict=True)]
-        charts.append(Chart(f"{lines['fid'].title} against recall", {"": curve}, "recall"))
+def _over_sweep(points: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Section:
+    """Scores over the first setting of numbers, a line for each combination of the others, ± as bars."""
+    swept, own = [name for name in points[0] if name != "scores"], result["sampling"]
+    names = [name.replace("_", " ") for name in swept]
+    x = next((name for name in swept if all(isinstance(point[name], int | float) for point in points)), None)
+    x_title = "row of the table" if x is None else x.replace("_", " ")
+    places = [float(row if x is None else point[x]) for row, point in enumerate(points, 1)]
+    others = [name for name in swept if x not in (None, name)]
+    labels = [", ".join(f"{name.replace('_', ' ')} {_text(point[name])}" for name in others) for point in points]
+    first: dict[str, Mapping[str, Any]] = {}
+    for point in points:
+        first = {name: score for name, score in point["scores"].items() if score is not None} | first
+    lines = {name: score_line(name, score, result) for name, score in first.items()}
+    found = sorted(zip(places, labels, [point["scores"] for point in points], strict=True), key=lambda one: one[0])
+    charts = _sweep_charts(found, lines, x_title)
     rows = []
-    for scale, cells in zip(scales, zip(*scores.values(), strict=True), strict=True):
-        texts = [_cell(name, score) for name, score in zip(scores, cells, strict=True)]
-        rows.append(Row("ours" if scale == own else "theirs", f"{scale:g}", texts))
-    notes = ["The same conditions, noise and number of samples at every scale."]
-    table = Table("", [line.head for line in lines.values()], rows, notes, "guidance scale")
-    return Section("Over the guidance scale", [Charts(charts), table])
+    for point in points:
+        cells = [_cell(name, point["scores"].get(name)) for name in lines]
+        same = all(own.get(name) in (point[name], _text(point[name])) for name in swept)
+        rows.append(Row("ours" if same else "theirs", ", ".join(_text(point[name]) for name in swept), cells))
+    seeds = (result["protocol"] or {}).get("sweep_seeds") or 1
+    notes = ["The same conditions, noise and number of samples in every row."]
+    notes += [f"± is the deviation over {seeds} seeds of the noise, of which each value is the mean."] * (seeds > 1)
+    table = Table("", [line.head for line in lines.values()], rows, notes, ", ".join(names))
+    return Section(f"Over {', '.join(names)}", [Charts(charts), table])
+
+
+def _sweep_charts(
+    found: Sequence[tuple[float, str, Mapping[str, Any]]],  # place, line and scores of each point
+    lines: Mapping[str, ScoreLine],
+    x_title: str,
+) -> list[Chart]:
+    charts: dict[str, Chart] = {}
+    for name, line in lines.items():
+        what = _ONE_CHART.get(name) or line.title
+        chart = charts.setdefault(what, Chart(f"{what} over {x_title}", {}, x_title))
+        series, spreads = dict(chart.series), dict(chart.spreads)
+        for place, label, scores in found:
+            if (score := scores.get(name)) is not None:
+                key = ", ".join(filter(None, (line.title if name in _ONE_CHART or not label else "", label)))
+                series[key] = [*series.get(key, ()), (place, score["value"])]
+                spreads[key] = [*spreads.get(key, ()), score.get("spread")]
+        charts[what] = replace(chart, series=series, spreads=spreads)
+    shown = list(charts.values())
+    if {"fid", "recall"} <= lines.keys():
+        pairs: dict[str, Points] = {}
+        for _, label, scores in found:
+            if scores.get("fid") and scores.get("recall"):
+                pairs[label] = [*pairs.get(label, ()), (scores["recall"]["value"], scores["fid"]["value"])]
+        shown.append(Chart(f"{lines['fid'].title} against recall", pairs, "recall"))
+    return shown
+
+
+def _text(value: Any) -> str:
+    """A swept value: an interval as LOW..HIGH, no value as none."""
+    if isinstance(value, list | tuple):
+        return "..".join(f"{float(part)}" for part in value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _by_class(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Section:

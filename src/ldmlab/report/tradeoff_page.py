@@ -56,9 +56,11 @@ _COLOURS = {f"f{2**n}": COLOURS[n] for n in range(6)}  # a factor has the same c
 
 
 def _flops(job: Mapping[str, Any], sampler_steps: int) -> float:
-    """Of an image; with guidance the network is evaluated twice a step."""
-    calls = 1 if job["protocol"].get("guidance_scale") in (None, 1, 1.0) else 2
-    return job["forward"] * sampler_steps * calls + job["decoder"]
+    """Of an image; with guidance the network is evaluated twice a step, of levels even in position in its interval."""
+    low, high = job["protocol"].get("guidance_interval") or (0.0, 1.0)
+    guided = high - low if job["protocol"].get("guidance_interval_unit", "position") == "position" else 1.0
+    calls = 1 if job["protocol"].get("guidance_scale") in (None, 1, 1.0) else 1 + guided
+    return job["forward"] * round(sampler_steps * calls) + job["decoder"]
 
 
 def write_tradeoff(folders: Sequence[Path], out: Path) -> Path:
