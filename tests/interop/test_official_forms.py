@@ -17,7 +17,8 @@ from ldmlab.diffusion.schedule import Schedule
 from ldmlab.diffusion.time_sampling import LogNormalSigma, UniformTimes
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import sampler_by_name
-from ldmlab.interop import dit, edm2, lightningdit, repa, sit
+from ldmlab.instantiate import instantiate
+from ldmlab.interop import dit, edm, edm2, lightningdit, repa, sit
 from modern_cases import ASSETS, assert_near, drawn_noise
 
 TRANSFORMERS: dict[str, dict[str, Any]] = json.loads((ASSETS / "transformers.json").read_text())
@@ -128,3 +129,12 @@ def test_training_of_repa(name: str, loss: str) -> None:
     gradients = model.official_gradients()
     assert_near(gradients["blocks.0.attn.qkv.bias"], tensors[f"loss.{loss}.grad_first_block_qkv_bias"])
     assert_near(gradients["projectors.0.4.bias"], tensors[f"loss.{loss}.grad_projector_last_bias"])
+
+
+@pytest.mark.parametrize("precond", edm.PRECONDS)
+def test_paths_and_predictions_of_edms_classes_are_built(precond: str) -> None:
+    nodes = edm.diffusion_nodes({"precond": precond, "M": 500})
+    built = {name: instantiate(node, where=f"diffusion.{name}") for name, node in nodes.items()}
+    assert Objective(**built).path.grid(4, "auto")
+    if precond == "iDDPMPrecond":
+        assert (built["schedule"].name, built["schedule"].steps, built["prediction"].outputs) == ("cosine", 500, 2)

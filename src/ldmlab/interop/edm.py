@@ -101,7 +101,7 @@ def backbone_node(config: Node) -> dict[str, Any]:
 def diffusion_nodes(config: Node) -> dict[str, Any]:
     """Our path and prediction for the arguments of a class."""
 
-    def node(name: str, **options: Any) -> dict[str, Any]:
+    def node(name: str, /, **options: Any) -> dict[str, Any]:
         return {"_target_": f"ldmlab.diffusion.{name}", **options}
 
     kind, steps, least = precond_of(config), config.get("M", 1000), config.get("beta_min", 0.1)
@@ -117,7 +117,8 @@ def diffusion_nodes(config: Node) -> dict[str, Any]:
         path, prediction = node("paths.VariancePreservingPath", noise_time=steps - 1.0, **betas), noise
     else:
         path = node("schedule.Schedule", name="cosine", steps=steps, cosine_offset=config.get("C_2", 0.008))
-        prediction = node("parameterization.LearnedVariance", mean=noise)
+        learned = {"prediction": node("parameterization.LearnedVariance", mean=noise)}
+        return {"schedule": path, **learned, "loss": node("diffusion_loss.VariationalLoss")}
     return {"schedule": path, "prediction": prediction}
 
 
