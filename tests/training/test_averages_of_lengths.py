@@ -1,10 +1,14 @@
 """Averages of several lengths in a run: kept, resumed to the bit, and read as weights of the model."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
+import pytorch_lightning as pl
 import torch
 from toy_stages import TwoGroups, diffusion_stage, train
 
@@ -34,6 +38,30 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(tmp_path: Path) -> No
     assert [one.step for one in files[0]] == [4, 4, 8, 8, 12, 12]
     for one, other in zip(*files, strict=True):
         assert one.path.read_bytes() == other.path.read_bytes()
+
+
+class Stopped(pl.Callback):
+    """Asked to stop in step 5, and killed when that state is on disk, before the step has ended."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.step == 5:
+            trainer.strategy.checkpoint_io.wait()
+            os._exit(9)
+
+
+def test_a_stop_saves_what_the_step_has_changed(tmp_path: Path) -> None:
+    def run(folder: Path, callbacks: list[pl.Callback]) -> None:
+        train(diffusion_stage(max_steps=8), folder, callbacks=[*callbacks, PowerAverages(4)], log_every=8)
+
+    assert forked.finish(forked.start(run, tmp_path / "stopped", [Stopped()])) == [9]
+    assert load_checkpoint(tmp_path / "stopped/checkpoints/step_00000005.ckpt")["step"] == 5
+    for name in ("straight", "stopped"):
+        run(tmp_path / name, [])
+    forked.same(*(load_checkpoint(tmp_path / n / "checkpoints/step_00000008.ckpt") for n in ("straight", "stopped")))
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ldmlab import checkpoints, distributed, sharded
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
 from ldmlab.files import beside, link
+from ldmlab.training import checkpointing
 from ldmlab.training.checkpointing import Checkpoints, Files
 
 
@@ -127,6 +128,23 @@ def take_up(rank: int, world: int, path: Path, expected: Path) -> None:
         own.copy_(sharded.laid_out(content[name], own))
         assert read[-1].shape == own.to_local().shape
         assert torch.equal(own.full_tensor(), whole[name])
+
+
+def save_twice(rank: int, world: int, path: Path) -> None:
+    """As a stop does, which saves at once and at the end of the step; the first process is slow with the rename."""
+    distributed.join()
+    content, put = content_of(*trained((2,))), checkpointing.put
+    checkpointing.put = lambda *paths: (time.sleep(0.5), put(*paths))  # type: ignore[assignment,func-returns-value]
+    with Files() as files:
+        for step in (3, 4):
+            files.save_checkpoint({**content, "step": step}, path, ([], lambda: None))
+
+
+def test_a_path_is_saved_again_only_when_all_have_written_it(tmp_path: Path) -> None:
+    path, log = tmp_path / "a.ckpt", tmp_path / "log"
+    assert forked.finish(*forked.group(2, save_twice, path, log=log)) == [0, 0], log.read_text()
+    assert load_checkpoint(path)["step"] == 4
+    assert sorted(tmp_path.iterdir()) == [path, log]
 
 
 def test_three_processes_take_up_what_two_saved(folder: Path) -> None:

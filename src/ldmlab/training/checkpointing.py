@@ -125,6 +125,8 @@ class Files(CheckpointIO):
         self.wait()
         others, then = storage_options or ([], lambda: None)
         content, parts = sharded.split(checkpoint)
+        if parts.found:
+            distributed.barrier()  # the one before may have the same path, of which no process may still be writing
         if parts.found and self._group is None and distributed.joined():
             self._group = distributed.subgroup([[*range(distributed.world_size())]], "gloo")  # used by the threads only
         content, parts.tensors = in_host_memory((content if distributed.rank() == 0 else {}, parts.tensors))

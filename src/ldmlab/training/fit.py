@@ -90,11 +90,19 @@ def _in_order(
     progress: StepProgress,
     keep: KeepCheckpoints,
 ) -> list[Any]:
-    """All callbacks: averages before a stop saves, what logs before the row, and the row before the checkpoint."""
+    """All callbacks: what is saved before a stop saves, what logs before the row, and the row before the checkpoint."""
     counted = any(isinstance(part, Skipped) for part in callbacks)
     given = [*callbacks, *([] if counted else [Skipped(float("inf"))])]
-    before = [Compiled(settings.compile, progress.say), Averaging(), stop, RandomState()]
-    return [*before, *given, LogMetrics(settings.gradient_alarm), progress, keep]
+    kept = [part for part in given if _keeps_state(part)]
+    first = [Compiled(settings.compile, progress.say), Averaging(), RandomState(), *kept, stop]
+    others = [part for part in given if part not in kept]
+    return [*first, *others, LogMetrics(settings.gradient_alarm), progress, keep]
+
+
+def _keeps_state(part: Any) -> bool:
+    """Whether a callback has something in checkpoints, which a stop must not save before the step has changed it."""
+    own, base = type(part), pl.Callback
+    return own.on_save_checkpoint is not base.on_save_checkpoint or own.state_dict is not base.state_dict
 
 
 def _train(
