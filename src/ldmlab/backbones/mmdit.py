@@ -96,6 +96,15 @@ class MMDiTBlock(nn.Module):
         return self.image.after(x, attended, parts), context
 
 
+def _check(width: int, heads: int, depth: int, dual_attention: Sequence[int]) -> None:
+    """InputError where heads or positions do not fit the width, or a block is named that there is not."""
+    if width % heads or width % 4 or not set(dual_attention) <= set(range(depth)):
+        raise InputError(
+            f"backbone.width={width}, heads={heads}, depth={depth}, dual_attention={list(dual_attention)}: heads "
+            "and 4 must divide the width, and dual_attention names blocks from 0 to depth - 1."
+        )
+
+
 class MMDiT(nn.Module):
     """prediction(x, t, conditioning) of SD3's and SD3.5's transformers; any size of x that p divides.
 
@@ -124,11 +133,7 @@ class MMDiT(nn.Module):
         super().__init__()
         check_sizes(1, width=width, depth=depth, heads=heads, patch_size=patch_size)
         check_sizes(1, position_grid=position_grid, position_base=position_base)
-        if width % heads or width % 4 or not set(dual_attention) <= set(range(depth)):
-            raise InputError(
-                f"backbone.width={width}, heads={heads}, depth={depth}, dual_attention={list(dual_attention)}: heads "
-                "and 4 must divide the width, and dual_attention names blocks from 0 to depth - 1."
-            )
+        _check(width, heads, depth, dual_attention)
         if pooled_width and vector_width:
             raise InputError(
                 f"backbone.pooled_width={pooled_width}: a vector conditioner fills its place; leave one out."
