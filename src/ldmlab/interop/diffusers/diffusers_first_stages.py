@@ -42,7 +42,7 @@ def arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def configuration(node: Node, *, image_size: int, scaling_factor: float, shift: float) -> tuple[str, Config]:
+def configuration(node: Node, *, image_size: int, scaling_factor: float, shift: float = 0.0) -> tuple[str, Config]:
     """diffusers' class and options for the node of a first stage of ours; InputError for what it cannot hold."""
     kind = next((kind for kind, target in _TARGETS.items() if target == node["_target_"]), None)
     if kind is None:
