@@ -13,7 +13,9 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from ldmlab.contracts import Conditioning, Denoise, Level, Noise, Path
+from ldmlab.diffusion.consistency import Consistency
 from ldmlab.diffusion.diffusion_loss import log_of_bins
+from ldmlab.errors import InputError
 from ldmlab.inference.model import LoadedModel
 from ldmlab.randomness import normal
 from ldmlab.samplers.ode import slope
@@ -90,6 +92,8 @@ def bits_per_dimension(
     **options: float,  # of `log_likelihood`
 ) -> Tensor:
     """-log2 p(latents) / (C h w), (B,); of the density of final latents, so only models of one latent space compare."""
+    if isinstance(model.diffusion, Consistency):
+        raise InputError("a consistency model gives the end of a flow, not the flow; take the bits of its teacher.")
     index = torch.arange(len(latents), device=latents.device) if index is None else index
     signs = normal(seed, "signs", index, tuple(latents.shape[1:])).sign().to(latents.dtype)
     denoise = model.diffusion.denoiser(conditioning or Conditioning())
