@@ -37,7 +37,7 @@ MAY_USE = {  # room => rooms it may import
         room: GROUND | {"nn", "checkpoints"}
         for room in (
             *("first_stages", "backbones", "conditioners", "losses", "diffusion", "samplers"),
-            *("tasks", "data", "metrics"),
+            *("tasks", "data", "metrics", "marking"),
         )
     },
 }

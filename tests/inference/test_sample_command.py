@@ -18,6 +18,8 @@ from ldmlab.app.commands.sample_prompts import prompt_lines
 from ldmlab.app.sample_files import check_folder
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import read_settings, save_png
+from ldmlab.marking.credentials import credentials
+from ldmlab.marking.watermark import THRESHOLD, watermark_score
 from sampling_models import sample_as_rank, sample_command
 
 
@@ -210,3 +212,19 @@ def _no_space_after_one(path: Path, *image: Any) -> None:
     if path.name != "000000.png":
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
     save_png(path, *image)
+
+
+def test_marks_are_put_and_without_them_every_bit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDMLAB_WEIGHTS", str(tmp_path / "weights"))
+    words = ["runs/tiny", "1", "--steps", "2", "--size", "64x64", "--out"]
+    for name, more in (("plain", []), ("marked", ["--mark", "watermark,credentials"]), ("off", ["--mark", ""])):
+        sample_command([*words, str(tmp_path / name), *more])
+    plain, marked, off = ((tmp_path / name / "000000.png") for name in ("plain", "marked", "off"))
+    assert plain.read_bytes() == off.read_bytes()
+    assert watermark_score(np.asarray(Image.open(marked))) > THRESHOLD
+    assert credentials(marked.read_bytes()).state == "valid"
+    assert read_settings(plain) == read_settings(marked)
+    with pytest.raises(InputError, match="--mark=stamp is unknown"):
+        sample_command([*words, str(tmp_path / "x"), "--mark", "stamp"])
+    with pytest.raises(InputError, match="do nothing without --mark credentials"):
+        sample_command([*words, str(tmp_path / "x"), "--key", "k.pem"])

@@ -39,6 +39,7 @@ COMMANDS = {
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
     "doctor": "what this machine has for ldmlab, and what is wrong with it",
     "study": "which images people prefer: a page with pairs, answers, shares with intervals",
+    "verify": "whether images carry the marks of generated ones",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
     "average": "the weights of a run as an average of any length, from its snapshots",

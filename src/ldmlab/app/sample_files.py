@@ -1,16 +1,18 @@
 """Images of one `ldmlab sample` as files: each with its settings inside, a grid, trajectories."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ldmlab import distributed
 from ldmlab.app.commands.sample_prompts import Inputs, label
 from ldmlab.app.progress import bar
-from ldmlab.errors import InputError, memory_ran_out
+from ldmlab.errors import InputError, memory_ran_out, one_of
 from ldmlab.inference.grids import grid, save_png, table
 from ldmlab.inference.model import LoadedModel, generate
 from ldmlab.inference.sample_settings import ResolvedSettings
@@ -23,6 +25,41 @@ BUSY = "--out {} is in use by another process"
 
 
 @dataclass(frozen=True)
+class Marks:
+    """How files are marked as generated; an image that is not marked stays bit for bit what it was."""
+
+    pixels: Callable[[np.ndarray], np.ndarray] | None = None
+    sign: Callable[[Path, str], None] | None = None
+
+    def save(self, path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:
+        """The marked PNG with its settings."""
+        save_png(path, image if self.pixels is None else self.pixels(image), settings)
+        if self.sign is not None:
+            self.sign(path, path.name)
+
+
+def marks_of(words: str, certificate: Path | None, key: Path | None) -> Marks:
+    """The marks of `--mark watermark,credentials`; InputError for others and for options without effect."""
+    names = [word for word in words.split(",") if word]
+    for name in names:
+        one_of("--mark", name, ("watermark", "credentials"))
+    if "credentials" not in names and (certificate or key):
+        raise InputError("--certificate and --key do nothing without --mark credentials; add it.")
+    pixels, sign = None, None
+    if "watermark" in names:
+        from ldmlab.marking.watermark import watermarked as pixels
+    if "credentials" in names:
+        try:
+            from ldmlab.marking.credentials import Signer
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"--mark credentials needs {error.name}; run `pip install 'ldmlab[credentials]'`."
+            ) from error
+        sign = Signer(certificate, key).sign
+    return Marks(pixels, sign)
+
+
+@dataclass(frozen=True)
 class Job:
     """The images of one call; number `first + i` is that of entry i."""
 
@@ -31,6 +68,7 @@ class Job:
     variants: Mapping[str, ResolvedSettings]  # by the end of their images' file names
     folder: Path
     first: int
+    marks: Marks = Marks()
 
     @property
     def shown(self) -> int:
@@ -64,7 +102,7 @@ class Job:
                         show(done, total)
                     for number, image in zip(numbers, images.numpy(), strict=True):
                         file = self.folder / f"{number:06d}{name}.png"  # in a sweep 000012_steps-5.png
-                        save_png(file, image, self._record(number, settings))
+                        self.marks.save(file, image, self._record(number, settings))
                         if number - self.first < self.shown:
                             shown[number, name] = image
                     if frames is not None:

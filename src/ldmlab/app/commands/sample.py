@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-index", type=int, default=0, help="number of the first image, to make one of many again (0)")
     add("--sweep", help="one image per value of a setting, such as steps=1,2,5,10,25,50")
     add("--trajectory", action="store_true", help="also the denoising trajectory, as a row and as an animation")
+    add("--mark", default="", help="watermark, credentials or both with a comma: mark files as generated (none)")
+    add("--certificate", type=Path, help="with --mark credentials: PEM chain to sign with (a test certificate)")
+    add("--key", type=Path, help="and its private key")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")
     add("--batch-size", type=int, default=16, help="images at once; changes the speed only (16)")
     add("--weights", default="averaged", help="averaged | raw | length of an average, for runs (averaged)")
@@ -92,13 +95,23 @@ def run(args: argparse.Namespace) -> None:
 
     from ldmlab import distributed
     from ldmlab.app.guiders import guiders_by_option
-    from ldmlab.app.sample_files import BUSY, LOCK, Job, check_folder, memory_explained, output_folder, unfinished
+    from ldmlab.app.sample_files import (
+        BUSY,
+        LOCK,
+        Job,
+        check_folder,
+        marks_of,
+        memory_explained,
+        output_folder,
+        unfinished,
+    )
     from ldmlab.build import load
     from ldmlab.disks import own_folder
 
     command = repr([sorted((key, str(value)) for key, value in vars(args).items() if key not in _SAME_IMAGES), lines])
     if args.out is not None:
         check_folder(args.out, command)
+    marks = marks_of(args.mark, args.certificate, args.key)
     rank, _ = distributed.join(timeout_minutes=120)  # only short messages pass, some after a long wait
     try:
         model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
@@ -111,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         _check_variants(resolved.values(), inputs, model.enlargement, args)
         find = partial(output_folder, args.out, args.model, command)
         with own_folder(find, LOCK, BUSY) as folder, memory_explained(), unfinished(folder, command):
-            job = Job(model, inputs, resolved, folder, args.first_index)
+            job = Job(model, inputs, resolved, folder, args.first_index, marks)
             shown = distributed.gather(job.sample(args.batch_size, trajectory=args.trajectory))
             if rank == 0:
                 job.save_grid({place: image for part in shown for place, image in part.items()}, swept, args.count)
