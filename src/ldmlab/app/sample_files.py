@@ -45,9 +45,12 @@ def marks_of(words: str, certificate: Path | None, key: Path | None) -> Marks:
         one_of("--mark", name, ("watermark", "credentials"))
     if "credentials" not in names and (certificate or key):
         raise InputError("--certificate and --key do nothing without --mark credentials; add it.")
-    pixels, sign = None, None
+    pixels: Callable[[np.ndarray], np.ndarray] | None = None
+    sign: Callable[[Path, str], None] | None = None
     if "watermark" in names:
-        from ldmlab.marking.watermark import watermarked as pixels
+        from ldmlab.marking.watermark import watermarked
+
+        pixels = watermarked
     if "credentials" in names:
         try:
             from ldmlab.marking.credentials import Signer
