@@ -236,7 +236,7 @@ def test_the_command_refuses_in_one_line(folder: Path) -> None:
             ["FOLDER", "--format", "md", "--table", "text2img/coco"],
             r"--table text2img/coco is .* did you mean text2img/",
         ),
-        (["--format", "md", "--table", "x"], "--table x is no table of the paper; there are"),
+        (["--format", "md", "--table", "x"], "--table x is no published table; there are"),
         (["FOLDER", "--table", "x"], "--table x is for printing; add --format"),
         ([], "FOLDER is missing"),
         (["FOLDER", "OTHER"], "--out is missing"),
