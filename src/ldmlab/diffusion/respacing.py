@@ -47,9 +47,9 @@ def even_ratios(top: Tensor, bottom: Tensor, steps: int, spacing: str) -> Tensor
 
 def even_times(total: int, steps: int, spacing: str) -> list[int]:
     """Times of T by linspace, also in sections, leading or trailing, noisiest first."""
-    name, _, text = spacing.partition(":")
+    name, colon, text = spacing.partition(":")
     if name == "linspace":
-        if text:
+        if colon:
             return sectioned(total, steps, text)
         return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().long().tolist()
     checked_spacing(spacing, SPACINGS)
