@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from drawn_weights import drawn
 from ldmlab.contracts import Conditioning, Level
+from ldmlab.diffusion.diffusion_loss import VariationalLoss
 from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
@@ -45,7 +46,9 @@ class Field(nn.Module):
 
 
 def model(path: Any, prediction: Any, backbone: nn.Module) -> LatentDiffusion:
-    return LatentDiffusion(Identity(), LatentScale(), backbone, {}, path, prediction, guidance_trained=True).eval()
+    loss: Any = VariationalLoss() if isinstance(prediction, LearnedVariance) else "l2"
+    parts = {"schedule": path, "prediction": prediction, "guidance_trained": True, "loss": loss}
+    return LatentDiffusion(Identity(), LatentScale(), backbone, {}, **parts).eval()
 
 
 def told(values: Tensor | None) -> Conditioning:
