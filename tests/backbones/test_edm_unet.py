@@ -18,8 +18,8 @@ from ldmlab.diffusion.parameterization import (
     ScorePrediction,
 )
 from ldmlab.diffusion.paths import EdmPath, VarianceExplodingPath, VariancePreservingPath
-from ldmlab.diffusion.schedule import Schedule, as_path
 from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
 from ldmlab.interop import edm
 from ldmlab.interop.renaming import unfilled
 from ldmlab.nn.compiling import compile_regions
@@ -69,7 +69,9 @@ def test_the_preconditioning_of_iddpm_is_a_learned_variance_on_the_cosine_schedu
     config = {**CASES["edm_adm"]["config"], "precond": "iDDPMPrecond"}
     torch.manual_seed(0)
     model = edm.OfficialPrecond(config, {"network": replace(edm.network_part(config), module=started(config))}).eval()
-    form = Parameterization(LearnedVariance(EpsPrediction()), as_path(Schedule("cosine")))
+    nodes = edm.diffusion_nodes(config)  # as an imported file has them
+    form = Parameterization(*(instantiate(nodes[name], where=name) for name in ("prediction", "schedule")))
+    assert isinstance(form.prediction, LearnedVariance)
     clean = torch.randn(1, 4, 16, 16)
     for time in (0, 500, 990):
         level = form.path.level(time)
@@ -168,7 +170,7 @@ def test_recomputed_blocks_give_the_same_gradients(form: str, options: dict[str,
         ({"form": "unet"}, r"backbone\.form=unet is unknown"),
         ({"encoder": "both"}, r"backbone\.encoder=both is unknown"),
         ({"resample_filter": (1, 2, 1)}, r"resample_filter=\[1, 2, 1\] must be of even length"),
-        ({"noise_channels": 18}, "noise_channels=18 be a multiple of 4"),
+        ({"noise_channels": 17}, "noise_channels=17 be even and above 2"),
         ({"augment_width": 9}, r"augment_width=9 is not within the vector's 0 columns"),
         ({"head_channels": 64}, r"head_channels=64 does not fit a level of 32 channels"),
         ({"num_res_blocks": 0}, r"num_res_blocks=0 is less than 1"),

@@ -254,10 +254,10 @@ def _check_kinds(form: str, encoder: str, decoder: str) -> None:
 
 
 def _check_numbers(weights: Sequence[float], dropout: float, noise_channels: int, augment: int, vector: int) -> None:
-    if sum(weights) == 0 or len(weights) % 2 or not 0 <= dropout < 1 or noise_channels < 4 or noise_channels % 4:
+    if sum(weights) == 0 or len(weights) % 2 or not 0 <= dropout < 1 or noise_channels < 4 or noise_channels % 2:
         raise InputError(
             f"backbone: resample_filter={list(weights)} must be of even length and not sum to 0, dropout={dropout} lie "
-            f"in 0 .. 1, and noise_channels={noise_channels} be a multiple of 4."
+            f"in 0 .. 1, and noise_channels={noise_channels} be even and above 2."
         )
     if not 0 <= augment <= vector:
         raise InputError(
