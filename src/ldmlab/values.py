@@ -104,3 +104,4 @@ class Solver(NamedTuple):
     sampler: str
     spacing: str
     steps: int
+    multistep: str | None = None  # spacing of samplers with `extrapolates`; None: the same

@@ -43,6 +43,8 @@ class ContinuousPath(ABC):
             raise InputError(f"diffusion.schedule.shift={shift} is overridden by shift_base={shift_base}; give one.")
         self.clean_time, self.noise_time, self.shift, self.shift_base = clean_time, noise_time, shift, shift_base
         self.first, self.last = margins[0], 1 - margins[1]  # the range of s
+        if self.first > 0:  # even times end with a step many times as long in log-SNR as the one before
+            self.solver = self.solver._replace(multistep="log_snr")
         if not 0 <= self.first < self.last <= 1:
             raise InputError(f"diffusion.schedule.margins={margins} leave no path; give for instance [0.001, 0.001].")
 

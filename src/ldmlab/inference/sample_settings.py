@@ -139,7 +139,8 @@ class SampleSettings:
         if levels and self.sampler.partition(":")[0] in ("ode", "sde"):
             raise InputError(f"sampler={self.sampler} is for flows, and this model has a discrete schedule; use heun.")
         known["steps"] = self.steps or getattr(sampler, "steps", None) or levels or solver.steps
-        own = getattr(sampler, "spacing", "linspace") if levels else solver.spacing  # a continuous path has its own
+        paths = (getattr(sampler, "extrapolates", False) and solver.multistep) or solver.spacing
+        own = getattr(sampler, "spacing", "linspace") if levels else paths  # a continuous path has its own
         known["spacing"] = self.spacing or own
         known["eta"] = getattr(sampler, "eta", 0.0)
         if inputs is not None:

@@ -40,6 +40,7 @@ class Stepwise(ABC):
     repeats: bool = False  # take the step between equal levels, which grids of the paper's code may hold
     _churn: "Churn | None" = None  # noise that is added before a step, which then begins at a higher level
     needs_path: bool = False
+    extrapolates: bool = False  # from earlier clean estimates, in log-SNR: its steps there must be of similar length
     path: Path | None = None
     _nearest: Callable[[Tensor], Tensor] | None = None
 

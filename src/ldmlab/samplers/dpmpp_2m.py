@@ -15,6 +15,7 @@ class Dpmpp2M(Stepwise):
 
     order = 2
     spacing = "log_snr"
+    extrapolates = True
     steps = 25
 
     def step(self, x: Tensor, clean: Tensor, step: Step) -> Tensor:

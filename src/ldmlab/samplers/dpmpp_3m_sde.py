@@ -11,6 +11,7 @@ class Dpmpp3MSde(Stepwise):
     """One evaluation and one noise a step; of third order without noise. Steps to or from infinity are first-order."""
 
     spacing = "log_snr"
+    extrapolates = True
     steps = 25
     depth = 3  # estimates that are used
 

@@ -25,6 +25,7 @@ class Unipc(Stepwise):
     """
 
     spacing = "log_snr"
+    extrapolates = True
     steps = 20
 
     def __init__(
