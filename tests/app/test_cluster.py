@@ -261,7 +261,9 @@ def test_a_run_that_fails_is_a_failed_job(flow: Flow, slurm: Slurm, tmp_path: Pa
     assert sweep.returncode == 2
     logs = [path.read_text() for path in tmp_path.rglob("*_log.err")]
     assert "1 of 2 runs failed;" in sweep.stderr, logs
-    jobs = sorted((slurm.job(path.stem) for path in slurm.state.glob("*.json")), key=lambda job: job["task"])
+    names = [path.stem for path in slurm.state.glob("*.json")]
+    until(lambda: all(slurm.job(name)["code"] is not None for name in names))  # a result is there before the end
+    jobs = sorted((slurm.job(name) for name in names), key=lambda job: job["task"])
     assert [(job["state"], job["code"]) for job in jobs] == [("FAILED", 2), ("COMPLETED", 0)]
     assert any("ldmlab: /nowhere is neither" in log for log in logs)
 
