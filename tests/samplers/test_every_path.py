@@ -46,7 +46,7 @@ def test_every_sampler_on_every_path(name: str, kind: str) -> None:
 
     of_log_snr = getattr(sampler_by_name(name), "spacing", "") == "log_snr"
     if (kind == "no terminal signal" and of_log_snr) or (hasattr(path, "steps") and name in ("ode", "sde")):
-        with pytest.raises(InputError, match="without signal at its end|is for flows"):
+        with pytest.raises(InputError, match=r"without signal at its end|is for flows"):
             made()
         return
     settings, grid = made()
