@@ -77,7 +77,7 @@ def test_the_official_network_gives_what_diffusers_gives_with_its_table(config: 
     inputs = {} if tokens is None else {"encoder_hidden_states": tokens}
     expected = theirs(x, t, class_labels=classes, **inputs).sample
     found = unet(x, t, Conditioning(tokens=tokens, vector=table[classes]))
-    assert torch.allclose(found, expected, atol=1e-9)
+    assert torch.allclose(found, expected, atol=1e-5)  # diffusers embeds times in float32, whatever its weights
     other = unet(x, t, Conditioning(tokens=tokens, vector=table[classes.flip(0)]))
     assert not torch.allclose(other, expected, atol=1e-3)
 
