@@ -29,8 +29,8 @@ class StepMetrics:
 
     def add(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
         """Parts of the running step's values: micro-batches add 1 / accumulate of theirs."""
-        parts: Sequence[Tensor] = [value.detach().float() for value in values.values()]
-        parts = torch._foreach_mul(parts, share) if share != 1 else parts
+        parts = [value.detach().float() for value in values.values()]
+        parts = list(torch._foreach_mul(parts, share)) if share != 1 else parts
         for name, part in zip(values, parts, strict=True):
             self._row[name] = self._row[name] + part if name in self._row else part
 
