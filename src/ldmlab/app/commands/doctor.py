@@ -154,16 +154,18 @@ def weights() -> Iterator[Finding]:
 
 
 def plugin_packages() -> Iterator[Finding]:
-    """Packages whose classes files may name: by entry point and by LDMLAB_PLUGINS."""
+    """Packages whose classes files may name: by entry point and by LDMLAB_PLUGINS, which every command checks."""
     from ldmlab.errors import InputError
     from ldmlab.plugins import VARIABLE, allow, by_entry_point
 
-    named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for name, way in [*((one, "entry point") for one in sorted(by_entry_point())), *((one, VARIABLE) for one in named)]:
+    for name in (one.strip() for one in os.environ.get(VARIABLE, "").split(",")):
+        if name:
+            yield Finding(name, f"allowed by {VARIABLE}")
+    for name in sorted(by_entry_point()):
         try:
-            allow(name, way)
-            yield Finding(name, f"allowed by {way}")
+            allow(name, "entry point")
+            yield Finding(name, "allowed by its entry point")
         except InputError as error:
             yield Finding(name, "cannot be imported", str(error))
-    if not (named or by_entry_point()):
-        yield Finding("none", "LDMLAB_PLUGINS and the entry point ldmlab.plugins name no package")
+    if not (os.environ.get(VARIABLE) or by_entry_point()):
+        yield Finding("none", f"{VARIABLE} and the entry point ldmlab.plugins name no package")
