@@ -115,6 +115,21 @@ def swept(**options: object) -> Protocol:
     return Protocol(name="p", reference="val", metrics={}, **options)  # type: ignore[arg-type]
 
 
+def test_other_settings_are_those_of_sampling() -> None:
+    given = swept(sampler="heun", eta=0.0, sampling={"churn": 40.0, "temperature": 0.9})
+    settings = given.settings(churn=10.0)
+    assert (settings.churn, settings.temperature, settings.sampler) == (10.0, 0.9, "heun")
+    assert given.as_plain()["sampling"] == {"churn": 40.0, "temperature": 0.9}
+    for sampling, sentence in (
+        ({"churn": -1.0}, "churn=-1.0 is outside"),
+        ({"churm": 1.0}, "protocol.sampling=churm is unknown"),
+        ({"steps": 5}, r"protocol\.sampling\.steps is protocol\.steps; set that"),
+        ({"size": 5}, r"protocol\.sampling\.size is protocol\.image_size"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            swept(sampling=sampling)
+
+
 def test_a_sweep_is_all_combinations_of_its_values() -> None:
     protocol = swept(sweep={"guidance_scale": [1.5, 2], "guidance_interval": [None, [0.1, 0.8]]}, guidance_rescale=0.5)
     assert protocol.combinations() == [

@@ -37,6 +37,7 @@ class Protocol:
     weak_model: str | None = None  # of autoguidance: run, checkpoint or model folder
     sampler: str = "ddim"
     spacing: str | None = None  # null: the sampler's own
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # other settings: churn, shift, temperature, window, ...
     seed: int = 0
     neighbours: int = 0  # samples shown with their nearest training images; 0: no search for copies
     copy_quantile: float = 0.01  # share of held-out images that the threshold calls copies
@@ -98,6 +99,7 @@ class Protocol:
             if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
                 raise InputError(f"protocol.mask_buckets.{name}={list(bounds)} is no range; give [low, high].")
         self._check_sweep()
+        self.settings()  # its values are checked here too
         if lost := sorted(self.leaves_open.keys() - {item.name for item in fields(self)} - _OF_THE_DATA):
             raise InputError(f"protocol.leaves_open names {', '.join(lost)}, which is no field of a protocol.")
         if (self.conditions == "balanced_classes") != (self.classes is not None):
@@ -117,7 +119,12 @@ class Protocol:
         """How its samples are generated, with these changes."""
         same = {item.name for item in fields(SampleSettings)} & {item.name for item in fields(self)}
         own = {"size": self.image_size, **{name: getattr(self, name) for name in same}}
-        return SampleSettings(**{**own, **changes})
+        for name in self.sampling:
+            if name in own:
+                field_name = "image_size" if name == "size" else name
+                raise InputError(f"protocol.sampling.{name} is protocol.{field_name}; set that.")
+            one_of("protocol.sampling", name, {item.name for item in fields(SampleSettings)} - own.keys())
+        return SampleSettings(**{**own, **self.sampling, **changes})
 
     def combinations(self) -> list[dict[str, Any]]:
         """The settings of each point of the sweep, the first of its settings changing last; none without a sweep."""
