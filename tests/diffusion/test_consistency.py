@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldmlab.backbones.dit import DiT
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.contracts import Conditioning
-from ldmlab.diffusion.consistency import Consistency, Levels
+from ldmlab.diffusion.consistency_distillation import Consistency, Levels
 from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale

@@ -14,7 +14,7 @@ from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.mean_flow import MeanFlow
+from ldmlab.diffusion.mean_flow_objective import MeanFlow
 from ldmlab.diffusion.parameterization import EpsPrediction, VelocityPrediction
 from ldmlab.diffusion.paths import CosinePath, LinearPath
 from ldmlab.diffusion.schedule import Schedule

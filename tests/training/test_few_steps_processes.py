@@ -13,10 +13,10 @@ from toy_stages import options, train
 from ldmlab.backbones.unet import UNet
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.conditioners.class_label import ClassEmbedder
-from ldmlab.diffusion.consistency import Consistency
+from ldmlab.diffusion.consistency_distillation import Consistency
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
-from ldmlab.diffusion.mean_flow import MeanFlow
+from ldmlab.diffusion.mean_flow_objective import MeanFlow
 from ldmlab.diffusion.parameterization import VelocityPrediction
 from ldmlab.diffusion.paths import LinearPath
 from ldmlab.first_stages.identity import Identity

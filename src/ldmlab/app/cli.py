@@ -47,7 +47,7 @@ COMMANDS = {
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the images shipped in the repository",
 }
-FILES = {"import": "import_model", "sweep-file": "sweep_file"}  # names that Python does not take
+FILES = {"import": "import_model", "sweep-file": "sweep_file", "verify": "verify_images"}  # of another name
 WITH_HYDRA = {"train", "evaluate"}  # verbs whose whole command line is Hydra's
 COMPOSING = {"encode", "score", "config", "plan", "sweep-file"}  # commands that take options of conf/
 

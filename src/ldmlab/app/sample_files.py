@@ -20,7 +20,7 @@ from ldmlab.inference.trajectory import Trajectory
 
 MOST_SHOWN = 144  # images in one grid
 LOCK = ".sampling"  # in the folder of a command that runs
-UNFINISHED = ".unfinished"  # in the folder of a command that has not ended: what was asked for
+UNFINISHED = ".unfinished"  # in the folder of a command that has not ended: its options
 BUSY = "--out {} is in use by another process"
 
 
@@ -133,11 +133,19 @@ class Job:
 
 
 @contextmanager
-def unfinished(folder: Path, command: str) -> Iterator[None]:
-    """Inside, the folder notes `command`, so that the same one may be run again after a failure."""
+def sampling(folder: Path, command: str) -> Iterator[None]:
+    """Inside, the folder notes `command`, which may be run again after a failure; a lack of memory is an InputError."""
     if distributed.rank() == 0:
         (folder / UNFINISHED).write_text(command, encoding="utf-8")
-    yield
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        raise InputError(
+            "the images of one batch do not fit into memory; choose a smaller --batch-size or --size, or --tile 512 "
+            "and --window."
+        ) from error
     if distributed.rank() == 0:
         (folder / UNFINISHED).unlink()
 
@@ -166,17 +174,3 @@ def output_folder(out: Path | None, model: Path, command: str) -> Path:
             continue
         except OSError as error:
             raise InputError(f"--out {folder} cannot be made ({error.strerror}); give another folder.") from error
-
-
-@contextmanager
-def memory_explained() -> Iterator[None]:
-    """Inside, a lack of memory becomes one InputError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not memory_ran_out(error):
-            raise
-        raise InputError(
-            "the images of one batch do not fit into memory; choose a smaller --batch-size or --size, or --tile 512 "
-            "and --window."
-        ) from error

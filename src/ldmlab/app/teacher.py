@@ -8,7 +8,7 @@ from torch import nn
 
 from ldmlab.build import build_latent_diffusion, building
 from ldmlab.checkpoints import fingerprint, load_exactly
-from ldmlab.diffusion.consistency import Consistency
+from ldmlab.diffusion.consistency_distillation import Consistency
 from ldmlab.diffusion.few_steps import FewSteps
 from ldmlab.errors import InputError
 from ldmlab.instantiate import locate

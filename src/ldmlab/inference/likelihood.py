@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from ldmlab.contracts import Conditioning, Denoise, Level, Noise, Path
-from ldmlab.diffusion.consistency import Consistency
+from ldmlab.diffusion.consistency_distillation import Consistency
 from ldmlab.diffusion.diffusion_loss import log_of_bins
 from ldmlab.errors import InputError
 from ldmlab.inference.model import LoadedModel

@@ -84,7 +84,7 @@ def credentials(content: bytes) -> Credentials:
     if found.get("validation_state") not in ("Valid", "Trusted") or wrong:
         return Credentials("changed", ", ".join(wrong) or str(found.get("validation_state")))
     signature = found["manifests"][found["active_manifest"]].get("signature_info", {})
-    trust = "" if found["validation_state"] == "Trusted" else ", which no trust list was asked about"
+    trust = "" if found["validation_state"] == "Trusted" else ", not looked up in a trust list"
     return Credentials("valid", f"signed by {signature.get('common_name') or signature.get('issuer')}{trust}")
 
 

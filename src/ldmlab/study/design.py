@@ -144,27 +144,47 @@ def make_study(
     names = _matched(found, inputs, seed)
     pairs = [(REAL, name) for name in sets] if task == 1 else list(combinations(sets, 2))
     put = _Copies(folder / IMAGES)
-    items = [
-        Item(
-            f"{number:05d}",
-            "item",
-            pair,
-            (put(found[pair[0]][name[pair[0]]]), put(found[pair[1]][name[pair[1]]])),
-            None if inputs is None else put(inputs[name[pair[0]]]),
-            _caption(found[pair[1]][name[pair[1]]]),
-        )
-        for number, (name, pair) in enumerate((name, pair) for name in names for pair in pairs)
-    ]
+    items = _rated(found, inputs, names, pairs, put)
     best = found[REAL if real is not None else next(iter(sets))]
-    sources = random.Random(f"{seed}:checks").choices(sorted(best.values()), k=checks + _PRACTICE)
-    for number, source in enumerate(sources):
-        kind = "practice" if number < _PRACTICE else "check"
-        items.append(Item(f"{len(items):05d}", kind, ("whole", "damaged"), (put(source), put(source, damaged=True))))
+    items += _plain(
+        random.Random(f"{seed}:checks").choices(sorted(best.values()), k=checks + _PRACTICE), len(items), put
+    )
     methods = {name: str(path) for name, path in sets.items()} | ({REAL: str(real)} if real is not None else {})
     question = settings.pop("question", None) or QUESTIONS[task, inputs is not None]
     study = Study(task=task, question=question, methods=methods, items=tuple(items), **settings)
     write_json(folder / FILE, {"format": "ldmlab study 1", **asdict(study)})
     return study
+
+
+def _rated(
+    found: Mapping[str, Mapping[str, Path]],
+    inputs: Mapping[str, Path] | None,
+    names: Sequence[Mapping[str, str]],
+    pairs: Sequence[tuple[str, str]],
+    put: "_Copies",
+) -> list[Item]:
+    """An item for each matched image and pair of methods."""
+    items: list[Item] = []
+    for name in names:
+        for a, b in pairs:
+            files = found[a][name[a]], found[b][name[b]]
+            given = None if inputs is None else put(inputs[name[a]])
+            images = put(files[0]), put(files[1])
+            items.append(Item(f"{len(items):05d}", "item", (a, b), images, given, _caption(files[1])))
+    return items
+
+
+def _plain(sources: Sequence[Path], first: int, put: "_Copies") -> list[Item]:
+    """A whole image against the same one damaged: for practice, then the checks."""
+    return [
+        Item(
+            f"{first + number:05d}",
+            "practice" if number < _PRACTICE else "check",
+            ("whole", "damaged"),
+            (put(source), put(source, damaged=True)),
+        )
+        for number, source in enumerate(sources)
+    ]
 
 
 def _images(folder: Path) -> dict[str, Path]:

@@ -55,7 +55,7 @@ def _shares(study: Study, found: Preferences) -> Table:
     for (a, b), share in found.shares.items():
         label = f"{b} preferred to real images" if a == REAL else f"{b} preferred to {a}"
         rows.append(Row("ours", label, [_text(share)]))
-    notes = ["50 %: cannot be told from real images."] if study.task == 1 else []
+    notes = ["50 %: as good as real images."] if study.task == 1 else []
     return Table("Preference", ["share, %"], rows, notes, head="methods")
 
 

@@ -33,6 +33,7 @@ from ldmlab.inference.sample_settings import SampleSettings, parsed, variants
 
 if TYPE_CHECKING:
     from ldmlab.app.commands.sample_prompts import Inputs
+    from ldmlab.inference.model import LoadedModel
     from ldmlab.inference.sample_settings import ResolvedSettings
 
 _OTHERS = ("sweep", "precision", "weights", "device", "guider", "guider_image", "classifier")  # options in errors
@@ -94,43 +95,39 @@ def run(args: argparse.Namespace) -> None:
     lines = prompt_lines(args)
 
     from ldmlab import distributed
-    from ldmlab.app.guiders import guiders_by_option
-    from ldmlab.app.sample_files import (
-        BUSY,
-        LOCK,
-        Job,
-        check_folder,
-        marks_of,
-        memory_explained,
-        output_folder,
-        unfinished,
-    )
-    from ldmlab.build import load
+    from ldmlab.app import sample_files
     from ldmlab.disks import own_folder
 
     command = repr([sorted((key, str(value)) for key, value in vars(args).items() if key not in _SAME_IMAGES), lines])
     if args.out is not None:
-        check_folder(args.out, command)
-    marks = marks_of(args.mark, args.certificate, args.key)
+        sample_files.check_folder(args.out, command)
+    marks = sample_files.marks_of(args.mark, args.certificate, args.key)
     rank, _ = distributed.join(timeout_minutes=120)  # only short messages pass, some after a long wait
     try:
-        model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
-        model.compiled({"true": True, "false": False}.get(args.compile, "auto"))
-        if args.classifier or args.guider:
-            model.with_guiders(*guiders_by_option(vars(args), model))
+        model = _loaded(args)
         inputs = model_inputs(args, model, lines, settings.size if isinstance(settings.size, tuple) else None)
         model.check(inputs)
         resolved = {name: model.resolved(variant, inputs) for name, variant in by_name.items()}
         _check_variants(resolved.values(), inputs, model.enlargement, args)
-        find = partial(output_folder, args.out, args.model, command)
-        with own_folder(find, LOCK, BUSY) as folder, memory_explained(), unfinished(folder, command):
-            job = Job(model, inputs, resolved, folder, args.first_index, marks)
+        find = partial(sample_files.output_folder, args.out, args.model, command)
+        with own_folder(find, sample_files.LOCK, sample_files.BUSY) as folder, sample_files.sampling(folder, command):
+            job = sample_files.Job(model, inputs, resolved, folder, args.first_index, marks)
             shown = distributed.gather(job.sample(args.batch_size, trajectory=args.trajectory))
             if rank == 0:
                 job.save_grid({place: image for part in shown for place, image in part.items()}, swept, args.count)
                 print(f"{len(inputs) * len(resolved)} images in {folder}")
     finally:
         distributed.leave()
+
+
+def _loaded(args: argparse.Namespace) -> "LoadedModel":
+    """The model with its precision, compiled and guided as chosen."""
+    from ldmlab.app.guiders import guiders_by_option
+    from ldmlab.build import load
+
+    model = load(args.model, weights=args.weights, device=args.device).in_precision(args.precision)
+    model.compiled({"true": True, "false": False}.get(args.compile, "auto"))
+    return model.with_guiders(*guiders_by_option(vars(args), model)) if args.classifier or args.guider else model
 
 
 def _check_variants(
