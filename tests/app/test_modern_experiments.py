@@ -74,7 +74,7 @@ def built(name: str) -> tuple[Any, dict[str, Any]]:
         first_stage = instantiate(config["first_stage"], where="first_stage")
         latent = latent_spec(first_stage, config["data"]["image_size"])
         conditioners, _ = build_conditioners(nodes, latent)
-        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"]["prediction"])
+        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"])
         return instantiate({**config["backbone"], **sizes}, where="backbone"), conditioners
 
 

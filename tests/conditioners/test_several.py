@@ -12,6 +12,7 @@ from ldmlab.conditioners.layout_tokens import LayoutTokens
 from ldmlab.conditioners.low_resolution import LowResolution
 from ldmlab.conditioners.mask import Mask, MaskedLatent
 from ldmlab.conditioners.semantic_map import SpatialRescaler
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
@@ -124,7 +125,7 @@ def test_guidance_drops_what_training_dropped() -> None:
     fields = {name: value for name, value in batch.items() if name != "position"}
     grid = ddim_grid(model.schedule, 2)
     images = model.sample(
-        fields, sampler=Ddim(), grid=grid, index=torch.arange(4), size=(SIDE, SIDE), guidance_scale=3.0
+        fields, sampler=Ddim(), grid=grid, index=torch.arange(4), size=(SIDE, SIDE), guidance=Guidance(3.0)
     )
     assert images.shape == (4, 3, SIDE, SIDE)
     assert images.isfinite().all()

@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused() -> None:
         "target_decay=2": {"target_decay": 2.0},
         "diffusion.loss=l1": {"loss": "l1"},
         "guidance=2.0 needs conditions": {"guidance": 2.0},
-        "no use for a learned variance": {"prediction": LearnedVariance(EpsPrediction())},
+        "never trains the variance": {"prediction": LearnedVariance(EpsPrediction())},
     }.items():
         with pytest.raises(InputError, match=words):
             Consistency(**{**parts(Linear([0.0], [0.5]), Schedule(), EpsPrediction()), **options})

@@ -141,7 +141,7 @@ def test_any_number_of_steps_ends_where_the_flow_does(steps: int, path: LinearPa
     noise = torch.randn(4, 3, 2, 2)
     ends = Sampler()(flow.denoiser(Conditioning()), noise, flow.path.grid(steps), noise=lambda _: noise)
     torch.testing.assert_close(ends, SPREAD * noise, rtol=1e-5, atol=1e-5)
-    assert flow.path.solver == ("mean_flow", "linspace", 1)
+    assert flow.path.solver[:3] == ("mean_flow", "linspace", 1)
 
 
 def test_without_a_place_to_go_it_is_the_flow_itself() -> None:

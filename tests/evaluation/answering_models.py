@@ -11,6 +11,7 @@ from test_reference_statistics import Means
 from torch import Tensor
 
 from ldmlab.data.shard_data import ShardData
+from ldmlab.diffusion.schedule import Schedule
 from ldmlab.evaluation.model_evaluation import Evaluation
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.inference.sample_settings import SampleSettings
@@ -32,6 +33,7 @@ class Answers:
     info: Mapping[str, Any] = {"path": "runs/answers", "weights": "averaged"}
     image_size = (SIZE, SIZE)
     precision, diffusion = "float32", torch.nn.Identity()
+    diffusion.backbone, diffusion.path = torch.nn.Identity(), Schedule()  # type: ignore[assignment]
 
     def __init__(self, reads: set[str], answer: Answer) -> None:
         self.reads, self.answer = frozenset(reads), answer

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from answering_models import Answers
 from PIL import Image
 from test_reference_statistics import Means
 from torch import Tensor
@@ -56,7 +57,7 @@ class Noise:
     reads: frozenset[str] = frozenset()
     info: Mapping[str, Any] = {"path": "runs/noise", "weights": "averaged"}
     image_size = (SIZE, SIZE)
-    precision, diffusion = "float32", torch.nn.Identity()
+    precision, diffusion = "float32", Answers.diffusion
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
         return replace(settings, guidance_scale=1.0, size=self.image_size)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from answering_models import Answers
 from test_reference_statistics import Means
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class Darkener:
     reads = frozenset({"image", "mask"})
     info: Mapping[str, Any] = {"path": "runs/darkener", "weights": "averaged"}
     image_size = (SIZE, SIZE)
-    precision, diffusion = "float32", torch.nn.Identity()
+    precision, diffusion = "float32", Answers.diffusion
 
     def resolved(self, settings: SampleSettings, requests: Sequence[Any] = ()) -> SampleSettings:
         return settings.filled(solver=Solver("ddim", "uniform", 5), guidance_scale=1.0, size=(SIZE, SIZE), levels=10)

@@ -139,7 +139,9 @@ def sampling(folder: Path, command: str) -> Iterator[None]:
         (folder / UNFINISHED).write_text(command, encoding="utf-8")
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except BaseException as error:
+        if not any(folder.glob("*.png")):
+            (folder / UNFINISHED).unlink(missing_ok=True)
         if not memory_ran_out(error):
             raise
         raise InputError(
