@@ -16,6 +16,7 @@ import torch
 import unet_step
 
 from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
@@ -40,7 +41,7 @@ def our_work(name: str, device: torch.device, args: argparse.Namespace, inputs: 
 
     @torch.no_grad()
     def once() -> torch.Tensor:
-        denoise = model.denoiser(Conditioning(tokens=given), Conditioning(tokens=null), GUIDANCE)
+        denoise = model.denoiser(Conditioning(tokens=given), Conditioning(tokens=null), Guidance(GUIDANCE))
         return model.decode(Ddim()(denoise, noise, grid, noise=lambda step: noise))
 
     return once
