@@ -60,6 +60,7 @@ def differs_by_scale(model: LoadedModel) -> bool:
     return not torch.equal(*ends)
 
 
+@pytest.mark.slow
 def test_mean_flow_from_training_to_an_export(packed: Path, tmp_path: Path) -> None:
     """A U-Net with a class and the guidance scale as inputs."""
     words = ["diffusion=meanflow", "diffusion.guidance=[1,4]", "diffusion.kappa=0.5", *UNET]

@@ -204,6 +204,7 @@ def test_training_on_the_fly_needs_no_latents(flow: Flow) -> None:
     assert online["shift"] == pytest.approx(cached["shift"], rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_every_job_a_folder_of_its_own(flow: Flow, tmp_path: Path) -> None:
     """Hydra itself leaves nothing behind, and the jobs do not share a folder."""
     options = [*SMALL, *flow.data, *TINY_CLIP, f"paths.runs={tmp_path}/runs", "seed=0,1"]

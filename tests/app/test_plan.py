@@ -115,6 +115,7 @@ def test_flops_are_those_of_the_step_at_hand(
     assert float(capsys.readouterr().out) == pytest.approx(counted, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*MODELS["denoiser of classes"], "trainer.global_batch=1200", "trainer.accumulate=1"]
     assert dispatch(["plan", *words, "--memory-gib", "4", "--devices", "8", "--json", "--price", "2"]) == 0
@@ -131,6 +132,7 @@ def test_a_plan_chooses_what_fits_and_divides(capsys: pytest.CaptureFixture[str]
     assert "none fits: recompute activations" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "parts"), [("fsdp", 16), ("hsdp", 8)])
 def test_what_is_sharded_is_divided_by_the_processes(
     strategy: str, parts: int, capsys: pytest.CaptureFixture[str]

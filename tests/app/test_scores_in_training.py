@@ -104,6 +104,7 @@ def test_a_denoiser_is_scored_as_evaluate_does_and_trains_as_without(
     assert best.name.startswith(f"best_step_{step:08d}_fid_")
 
 
+@pytest.mark.slow
 def test_a_first_stage_is_scored_by_its_reconstructions(flow: Flow, tmp_path: Path) -> None:
     bare, run = twice(flow, "first_stage", "stage")
     assert equal(weights(run), weights(bare))

@@ -96,6 +96,7 @@ def test_a_variation_of_a_image_of_any_size(root: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "000003.png").size == (SIZE, SIZE)
 
 
+@pytest.mark.slow
 def test_a_denoiser_starts_from_one_that_was_told_something_else(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

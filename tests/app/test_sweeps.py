@@ -234,6 +234,7 @@ def test_how_runs_start_has_no_meaning_for_one_that_starts_here(word: str, monke
         hydra_main("train", lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_grid_of_real_runs_with_one_that_fails(
     flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,7 @@ def sampled(root: Path, out: str, *words: str, model: str = "run") -> np.ndarray
     return np.asarray(Image.open(root / out / "000000.png"))
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_bit(root: Path) -> None:
     trained(root, "stopped", 2)
     resumed, straight = trained(root, "stopped", 4), trained(root, "straight", 4)

@@ -326,7 +326,7 @@ class Unsendable(Dataset[Any]):
 
 def test_a_batch_that_cannot_be_handed_over_ends_the_loader(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
-        next(iter(QuietLoader(Unsendable(), workers=1, batch_size=None, timeout=60)))
+        next(iter(QuietLoader(Unsendable(), workers=1, batch_size=None, timeout=8)))
     said = capfd.readouterr().err
     assert "a loader process cannot hand over a batch (" in said
     assert "set data.workers=0" in said

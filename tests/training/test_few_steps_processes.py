@@ -57,6 +57,7 @@ def member(rank: int, world: int, folder: Path, kind: str) -> None:
     train(stage(kind, recompute=True), folder, 2, world, rank, validate_every=100, compile=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean_flow", "consistency"])
 def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
     log = tmp_path / "log"

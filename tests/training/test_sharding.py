@@ -182,7 +182,11 @@ def compare(tmp_path: Path, make: Callable[..., Stage], world: int, strategy: st
 
 @pytest.mark.parametrize(
     ("network", "told", "recompute", "accumulate", "compiled"),
-    [("unet", "text", True, 1, False), ("dit", "vector", False, 3, True), ("edm", "vector", True, 1, True)],
+    [
+        ("unet", "text", True, 1, False),
+        ("dit", "vector", False, 3, True),
+        pytest.param("edm", "vector", True, 1, True, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_as_one(
     network: str, told: str, recompute: bool, accumulate: int, compiled: bool, tmp_path: Path
@@ -274,6 +278,7 @@ def waiting(rank: int, world: int, met: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_the_groups_of_hsdp_have_the_timeout_of_the_run(tmp_path: Path) -> None:
     log = tmp_path / "log"
     codes = forked.finish(*forked.group(4, waiting, tmp_path / "met", log=log), seconds=60)

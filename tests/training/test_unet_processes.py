@@ -50,6 +50,7 @@ def member(rank: int, world: int, folder: Path, slot: str, compiled: bool) -> No
     train(stage(slot, recompute=True), folder, 2, world, rank, validate_every=100, compile=compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slot", "compiled"), [("tokens", False), ("vector", False), ("tokens", True)])
 def test_two_processes_and_recomputed_activations_change_nothing(slot: str, compiled: bool, tmp_path: Path) -> None:
     log = tmp_path / "log"
