@@ -90,6 +90,7 @@ def test_a_transformer_learns_average_velocities_in_half_precision(packed: Path,
     assert cli.dispatch(["plan", *SMALL, "diffusion=meanflow", *DIT]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["linear", "flow", "edm"])
 def test_a_trained_run_is_distilled(packed: Path, tmp_path: Path, objective: str) -> None:
     teacher = tmp_path / "teacher"

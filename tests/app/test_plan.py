@@ -75,6 +75,7 @@ def allocated(config: dict[str, Any], settings: TrainerSettings, images: int, mo
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_agrees_with_the_allocator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, settings = made([*MODELS[name], "trainer.precision=32-true"])

@@ -101,6 +101,7 @@ def test_two_factors_train_once_each_and_stand_in_one_report(packed: Path, monke
     assert "±" in (packed / "runs" / "comparison" / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "size", "digits"), [("emoji", "", 1), ("emoji_cpu", "_small", 2)])
 def test_every_factor_builds_with_equal_parameters(recipe: str, size: str, digits: int) -> None:
     counted = {}

@@ -77,6 +77,7 @@ def test_it_resumes_to_the_bit(root: Path) -> None:
             assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items()), f"{part}.{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "sde:form=linear", "ode:method=heun3"])
 def test_every_sampler_draws_from_it(root: Path, sampler: str) -> None:
     steps = [] if sampler in BY_TOLERANCE else ["--steps", "3"]

@@ -121,6 +121,7 @@ def small(form: str = "song", **options: Any) -> EdmUNet:
 NCSN = {"encoder": "residual", "fourier": True, "resample_filter": (1, 3, 3, 1), "noise_channels": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "options"), [("adm", {}), ("song", NCSN), ("song", {"encoder": "skip"})])
 @torch.no_grad()
 def test_its_blocks_are_compiled_and_it_takes_every_slot(form: str, options: dict[str, Any]) -> None:

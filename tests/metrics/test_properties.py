@@ -96,6 +96,7 @@ def _process(rank: int, folder: str, expected: dict[str, float]) -> None:
     assert values == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_score_of_one(tmp_path: Path) -> None:
     expected = scores(images())
     assert expected == pytest.approx(scores(reversed(list(images()))), rel=1e-10)

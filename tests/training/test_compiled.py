@@ -111,6 +111,7 @@ TRANSFORMERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("told", "network"), [("class_id", "unet"), ("caption", "unet"), ("caption", "dit"), ("caption", "mmdit")]
 )
