@@ -224,6 +224,14 @@ def test_marks_are_put_and_without_them_every_bit_stays(tmp_path: Path, monkeypa
     assert watermark_score(np.asarray(Image.open(marked))) > THRESHOLD
     assert credentials(marked.read_bytes()).state == "valid"
     assert read_settings(plain) == read_settings(marked)
+    assert (tmp_path / "plain" / "grid.png").read_bytes() == (tmp_path / "off" / "grid.png").read_bytes()
+    assert credentials((tmp_path / "marked" / "grid.png").read_bytes()).state == "valid"
+    with pytest.raises(InputError, match="cannot mark the animations"):
+        sample_command([*words, str(tmp_path / "x"), "--mark", "watermark", "--trajectory"])
+    with pytest.raises(InputError, match="16x16 px holds no readable watermark"):
+        sample_command(
+            ["runs/tiny", "1", "--steps", "2", "--size", "16x16", "--mark", "watermark", "--out", str(tmp_path / "y")]
+        )
     with pytest.raises(InputError, match="--mark=stamp is unknown"):
         sample_command([*words, str(tmp_path / "x"), "--mark", "stamp"])
     with pytest.raises(InputError, match="do nothing without --mark credentials"):

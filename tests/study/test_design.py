@@ -56,6 +56,8 @@ def test_refusals(tmp_path: Path) -> None:
         ([a, b, "--task", 2, "--names", "real,b", *out], "none of them real"),
         ([a, tmp_path / "none", "--task", 2, *out], "is no folder"),
         ([a, b, "--task", 2, "--seconds", 99, *out], "outside 0 .. 60"),
+        ([a, b, "--task", 2, "--prompts", "p.txt", *out], "are for models"),
+        ([a, b, "--task", 2, "--port", 1, *out], "is an option of study serve"),
         ([a, b, "--task", 2, "--paper-table", "nothing", *out], "--paper-table nothing"),
     ):
         with pytest.raises(InputError, match=why.replace("|", r"\|")):
@@ -84,3 +86,54 @@ def test_a_row_beside_the_papers(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "preferences.json").read_text())[str(folder)]
     assert record["raters"] == 3
     assert record["shares"] == [{"methods": ["a", "b"], "preferred": "b", "value": 100.0, "low": 100.0, "high": 100.0}]
+
+
+def test_a_folder_from_a_stranger_serves_nothing_but_its_copies(tmp_path: Path) -> None:
+    folder = made_study(tmp_path)
+    good = json.loads((folder / "study.json").read_text())
+    for change in (
+        lambda study: study["items"][0].update(images=["../study.json", "x.png"]),
+        lambda study: study["items"][0].update(given="/etc/hostname"),
+        lambda study: study["items"][0].update(kind="other"),
+        lambda study: study.update(per_session="many"),
+        lambda study: study.update(per_session=0),
+        lambda study: study["rules"].update(one_side=None),
+        lambda study: study.update(items=[]),
+        lambda study: study.update(more=1),
+    ):
+        bad = json.loads(json.dumps(good))
+        change(bad)
+        (folder / "study.json").write_text(json.dumps(bad))
+        with pytest.raises(InputError, match="is damaged"):
+            read_study(folder)
+
+
+def test_damaged_answers_are_counted(tmp_path: Path) -> None:
+    folder = made_study(tmp_path, "--checks", "0")
+    study = read_study(folder)
+    answers = Answers(folder, study)
+    name = answers.start()
+    while (found := answers.session(name).next) is not None:
+        answers.put(name, found[0].id, "left", 1.0)
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    first = json.loads(lines[1])
+    for wrong in ({"item": "99999"}, {"chosen": "c"}, {"seconds": None}, {"side": 1}, {"session": "x"}):
+        changed = [lines[0], json.dumps(first | wrong), *lines[2:]]
+        (folder / "answers.jsonl").write_text("\n".join(changed) + "\n")
+        again = Answers(folder, study)
+        assert again.damaged == 1
+        assert len(again.sessions[name].answers) == len(lines) - 2
+
+
+def test_a_study_that_met_a_full_disk_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldmlab.study.design.write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            made_study(tmp_path)
+    make(tmp_path / "a", tmp_path / "b", "--task", 2, "--out", tmp_path / "study")
+    assert len(read_study(tmp_path / "study").rated) == 8
+    with pytest.raises(InputError, match="holds files already"):
+        make(tmp_path / "a", tmp_path / "b", "--task", 2, "--out", tmp_path / "study")

@@ -88,3 +88,12 @@ def test_one_server_a_study(served: Served) -> None:
     second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert second.returncode == 2
     assert "is served by another process" in second.stderr
+
+
+def test_a_port_in_use_is_one_sentence(served: Served, tmp_path: Path) -> None:
+    other = made_study(tmp_path / "other")
+    command = [sys.executable, "-m", "ldmlab", "study", "serve", str(other), "--port", str(served.port)]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 2
+    assert f"--port {served.port} cannot be used" in second.stderr
+    assert "Traceback" not in second.stderr

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Marks:
 
     pixels: Callable[[np.ndarray], np.ndarray] | None = None
     sign: Callable[[Path, str], None] | None = None
+    check_size: Callable[[int, int], None] = lambda height, width: None  # before any work
 
     def save(self, path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:
         """The marked PNG with its settings."""
@@ -45,12 +46,11 @@ def marks_of(words: str, certificate: Path | None, key: Path | None) -> Marks:
         one_of("--mark", name, ("watermark", "credentials"))
     if "credentials" not in names and (certificate or key):
         raise InputError("--certificate and --key do nothing without --mark credentials; add it.")
-    pixels: Callable[[np.ndarray], np.ndarray] | None = None
-    sign: Callable[[Path, str], None] | None = None
+    marks = Marks()
     if "watermark" in names:
-        from ldmlab.marking.watermark import watermarked
+        from ldmlab.marking.watermark import check_size, watermarked
 
-        pixels = watermarked
+        marks = Marks(watermarked, None, check_size)
     if "credentials" in names:
         try:
             from ldmlab.marking.credentials import Signer
@@ -58,8 +58,8 @@ def marks_of(words: str, certificate: Path | None, key: Path | None) -> Marks:
             raise InputError(
                 f"--mark credentials needs {error.name}; run `pip install 'ldmlab[credentials]'`."
             ) from error
-        sign = Signer(certificate, key).sign
-    return Marks(pixels, sign)
+        marks = replace(marks, sign=Signer(certificate, key).sign)
+    return marks
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,11 @@ class Job:
         labels = [label(one) for one in self.inputs[: self.shown]]
         if swept is not None:
             titles = [name.removeprefix("_").replace("-", " ", 1) for name in self.variants]
-            table(rows, titles, labels).save(self.folder / f"sweep_{swept}.png")
+            page, file = table(rows, titles, labels), self.folder / f"sweep_{swept}.png"
         else:
             columns = per_prompt if 1 < per_prompt <= 16 else None
-            grid([row[0] for row in rows], labels, columns).save(self.folder / "grid.png")
+            page, file = grid([row[0] for row in rows], labels, columns), self.folder / "grid.png"
+        self.marks.save(file, np.asarray(page), {})
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""An invisible watermark in the pixels that says "made by a model of ldmlab", read after JPEG and crops.
+"""A faint watermark in the pixels that says "made by a model of ldmlab", read after JPEG and crops.
 
 A fixed pattern W of 64 x 64 px with waves of 3.3 to 10 px repeats over the image, stronger where the image is busy:
-    y' = clip(y, 1.5 a, 255 - 1.5 a) + a W,    a = s (2 + 0.1 std of y nearby),    s = sqrt(128 px / shorter side)
+    y' = clip(y, 1.5 a, 255 - 1.5 a) + a W,    a = min(2 s + 0.08 std of y nearby, 8),
+    s = 0.6 sqrt(128 px / shorter side), 0.35 to 0.85
 Reading folds the image onto one tile and correlates it with W at all shifts, so that a crop need not know its place:
     score = (max - mean) / std of the correlations; above 6.5 it counts as marked
 It says nothing of who made the image, and someone who wants to can remove it; a signed manifest says more
@@ -10,6 +11,8 @@ It says nothing of who made the image, and someone who wants to can remove it; a
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+
+from ldmlab.errors import InputError
 
 TILE = 64  # px
 THRESHOLD = 6.5
@@ -30,13 +33,23 @@ _TILE, _SPECTRUM = _pattern()
 
 
 def watermarked(image: np.ndarray) -> np.ndarray:
-    """The image, uint8 (H, W, 3), with the watermark; its PSNR to the original is 33 to 36 dB."""
+    """The image, uint8 (H, W, 3), with the watermark; InputError below `LEAST_SIDE`, where it could not be read."""
     height, width = image.shape[:2]
-    strength = float(np.clip(np.sqrt(128 / min(height, width)), 0.5, 1.5))
-    amplitude = strength * np.minimum(2 + 0.1 * _spread(image @ _LUMA), 8)[..., None]
+    check_size(height, width)
+    strength = float(np.clip(0.6 * np.sqrt(128 / min(height, width)), 0.35, 0.85))
+    amplitude = np.minimum(2 * strength + 0.08 * _spread(image @ _LUMA), 8)[..., None]
     waves = np.tile(_TILE, (-(-height // TILE), -(-width // TILE)))[:height, :width, None]
     room = np.clip(image.astype(float), 1.5 * amplitude, 255 - 1.5 * amplitude)  # white has room for waves too
     return np.clip(np.rint(room + amplitude * waves), 0, 255).astype(np.uint8)
+
+
+def check_size(height: int, width: int) -> None:
+    """InputError for an image that is too small."""
+    if min(height, width) < LEAST_SIDE:
+        raise InputError(
+            f"--mark watermark: an image of {height}x{width} px holds no readable watermark; sample at "
+            f"{LEAST_SIDE} px or more, or leave it out."
+        )
 
 
 def watermark_score(image: np.ndarray) -> float:

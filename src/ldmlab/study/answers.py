@@ -17,6 +17,11 @@ from ldmlab.study.design import Item, Study
 
 FILE = "answers.jsonl"
 _LONGEST_SECONDS = 3600.0
+_SIDES = ("left", "right")
+
+
+def _is_time(seconds: Any) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= _LONGEST_SECONDS
 
 
 class Refused(Exception):
@@ -49,19 +54,23 @@ class Answers:
         self.sessions: dict[str, Session] = {}
         content = self.path.read_bytes() if self.path.exists() else b""
         self._torn = bool(content) and not content.endswith(b"\n")
-        for line in content.splitlines():
-            self._take(line)
+        self.damaged = sum(not self._take(line) for line in content.splitlines() if line)  # left out
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, line: bytes) -> bool:
+        """Whether a line could be read; a kill may have cut it."""
         try:
             event = json.loads(line)
             if event["kind"] == "start":
-                number = int(event["number"])
-                self.sessions[event["session"]] = Session(number, self.study.of_session(number))
-            elif event["kind"] == "answer":
-                self.sessions[event["session"]].answers.setdefault(event["item"], event)
-        except (ValueError, KeyError, TypeError):  # a line that a kill cut
-            return
+                self.sessions[event["session"]] = Session(event["number"], self.study.of_session(event["number"]))
+                return True
+            session = self.sessions[event["session"]]
+            item = next(item for item, _ in session.order if item.id == event["item"])
+            fits = event["chosen"] in item.methods and event["side"] in _SIDES and _is_time(event["seconds"])
+            if fits:
+                session.answers.setdefault(item.id, event)
+            return fits
+        except (ValueError, KeyError, TypeError, StopIteration):
+            return False
 
     def _add(self, event: Mapping[str, Any]) -> None:
         line = json.dumps(event).encode() + b"\n"
@@ -91,9 +100,9 @@ class Answers:
     def put(self, name: Any, item_id: Any, side: Any, seconds: Any) -> None:
         """Store the answer to the session's next item; a second answer is refused and changes nothing."""
         session = self.session(name)
-        if side not in ("left", "right"):
+        if side not in _SIDES:
             raise Refused(400, "side must be left or right")
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= _LONGEST_SECONDS:
+        if not _is_time(seconds):
             raise Refused(400, f"seconds must be a number of 0 .. {_LONGEST_SECONDS:g}")
         if item_id in session.answers:
             raise Refused(409, "this item has an answer")

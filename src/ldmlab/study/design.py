@@ -6,22 +6,18 @@ Two tasks, each a forced choice between two images after both were shown for som
 `study.json` is written once: what counts is known before the first answer.
 """
 
-import hashlib
-import io
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFilter
-
-from ldmlab.data.tars import IMAGE_ENDINGS
+from ldmlab.argument_types import check_types
 from ldmlab.errors import InputError, one_of
-from ldmlab.files import read_json, write_atomically, write_json
-from ldmlab.inference.grids import read_settings
-from ldmlab.open_image import open_image
+from ldmlab.files import read_json, write_json
+from ldmlab.study.image_files import Copies, caption_of, images_of, matched
 
 REAL = "real"
 FILE, IMAGES = "study.json", "images"
@@ -36,7 +32,7 @@ CONSENT = (
     "You will compare pairs of images. We store your choices and how long each took; nothing about you, your machine "
     "or your address. You may stop at any time by closing the page, and go on later in the same browser."
 )
-_NOT_SAMPLES = ("grid.png",)  # that `ldmlab sample` writes beside them
+_COPY = re.compile(r"[0-9a-f]{24}\.png")
 _PRACTICE = 2
 
 
@@ -109,14 +105,28 @@ def read_study(folder: Path) -> Study:
     if not isinstance(value, dict) or value.get("format") != "ldmlab study 1":
         raise InputError(f"{folder} holds no study; make one with `ldmlab study make`.")
     try:
-        items = [
-            Item(**{**item, "methods": tuple(item["methods"]), "images": tuple(item["images"])})
-            for item in value.pop("items")
-        ]
-        rules = Rules(**value.pop("rules"))
-        return Study(**{k: v for k, v in value.items() if k != "format"}, items=tuple(items), rules=rules)
-    except (KeyError, TypeError, AttributeError) as error:
+        items = tuple(_item(item) for item in value.pop("items"))
+        rules, fields = value.pop("rules"), {k: v for k, v in value.items() if k != "format"}
+        check_types(Rules, rules, FILE)
+        check_types(Study, fields, FILE)
+        study = Study(**fields, items=items, rules=Rules(**rules))
+        one_of("task", str(study.task), ("1", "2"))
+        if not (study.rated and study.per_session >= 1 and study.seconds >= 0):
+            raise ValueError("no item, or a session without one")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{folder / FILE} is damaged ({error}); make the study again.") from error
+    return study
+
+
+def _item(value: Mapping[str, Any]) -> Item:
+    """An item of study.json; its images may only be copies in images/."""
+    check_types(Item, value, FILE)
+    item = Item(**{**value, "methods": tuple(value["methods"]), "images": tuple(value["images"])})
+    for name in (*item.images, *((item.given,) if item.given is not None else ())):
+        if not _COPY.fullmatch(name):
+            raise ValueError(f"{name!r:.40} is no copy of an image")
+    one_of("kind", item.kind, KINDS)
+    return item
 
 
 def make_study(
@@ -135,15 +145,15 @@ def make_study(
         raise InputError("--task 1 compares with real images; give them by --real FOLDER.")
     if task == 2 and len(sets) < 2:
         raise InputError("--task 2 compares methods; give two folders or more.")
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--out {folder} holds files already; give a new or empty folder.")
-    found = {name: _images(path) for name, path in sets.items()}
-    found |= {REAL: _images(real)} if real is not None else {}
-    inputs = _images(given) if given is not None else None
+    if held := sorted(entry.name for entry in folder.iterdir() if entry.name != IMAGES) if folder.is_dir() else []:
+        raise InputError(f"--out {folder} holds files already ({held[0]}); give a new or empty folder.")
+    found = {name: images_of(path) for name, path in sets.items()}
+    found |= {REAL: images_of(real)} if real is not None else {}
+    inputs = images_of(given) if given is not None else None
     seed = settings.get("seed", 0)
-    names = _matched(found, inputs, seed)
+    names = matched(found, inputs, REAL, seed)
     pairs = [(REAL, name) for name in sets] if task == 1 else list(combinations(sets, 2))
-    put = _Copies(folder / IMAGES)
+    put = Copies(folder / IMAGES)
     items = _rated(found, inputs, names, pairs, put)
     best = found[REAL if real is not None else next(iter(sets))]
     items += _plain(
@@ -161,7 +171,7 @@ def _rated(
     inputs: Mapping[str, Path] | None,
     names: Sequence[Mapping[str, str]],
     pairs: Sequence[tuple[str, str]],
-    put: "_Copies",
+    put: Copies,
 ) -> list[Item]:
     """An item for each matched image and pair of methods."""
     items: list[Item] = []
@@ -170,11 +180,11 @@ def _rated(
             files = found[a][name[a]], found[b][name[b]]
             given = None if inputs is None else put(inputs[name[a]])
             images = put(files[0]), put(files[1])
-            items.append(Item(f"{len(items):05d}", "item", (a, b), images, given, _caption(files[1])))
+            items.append(Item(f"{len(items):05d}", "item", (a, b), images, given, caption_of(files[1])))
     return items
 
 
-def _plain(sources: Sequence[Path], first: int, put: "_Copies") -> list[Item]:
+def _plain(sources: Sequence[Path], first: int, put: Copies) -> list[Item]:
     """A whole image against the same one damaged: for practice, then the checks."""
     return [
         Item(
@@ -185,66 +195,6 @@ def _plain(sources: Sequence[Path], first: int, put: "_Copies") -> list[Item]:
         )
         for number, source in enumerate(sources)
     ]
-
-
-def _images(folder: Path) -> dict[str, Path]:
-    """Image files by name without ending."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give a folder of images.")
-    files = sorted(f for f in folder.iterdir() if f.suffix[1:].lower() in IMAGE_ENDINGS and f.name not in _NOT_SAMPLES)
-    found = {file.stem: file for file in files}
-    if not found:
-        raise InputError(f"{folder} holds no images; give another folder.")
-    if len(found) < len(files):
-        raise InputError(f"{folder} holds two images of one name with different endings; remove one of them.")
-    return found
-
-
-def _matched(
-    found: Mapping[str, Mapping[str, Path]], inputs: Mapping[str, Path] | None, seed: int
-) -> list[dict[str, str]]:
-    """For each comparison the image's name in each set: the same one, or without inputs at random if none is shared."""
-    every = [set(files) for files in (*found.values(), *([inputs] if inputs is not None else []))]
-    shared = sorted(set.intersection(*every))
-    if shared:
-        return [dict.fromkeys(found, name) for name in shared]
-    if inputs is not None or REAL not in found:
-        raise InputError(
-            f"no file name is in all of the {len(every)} folders, so that images cannot be matched; name the images of "
-            "one input alike."
-        )
-    count = min(map(len, found.values()))
-    drawn = {name: random.Random(f"{seed}:{name}").sample(sorted(files), count) for name, files in found.items()}
-    return [{name: names[number] for name, names in drawn.items()} for number in range(count)]
-
-
-def _caption(path: Path) -> str | None:
-    """The prompt that `ldmlab sample` wrote into the file."""
-    return read_settings(path).get("prompt") if path.suffix.lower() == ".png" else None
-
-
-class _Copies:
-    """Copies of images as PNG without metadata, named by content, so that no name tells the method."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, source: Path, *, damaged: bool = False) -> str:
-        try:
-            with open_image(source) as image:
-                pixels = image.convert("RGB")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{source} cannot be read ({error}); repair or remove it.") from error
-        if damaged:
-            small = pixels.resize((6, 6), Image.Resampling.BOX).resize(pixels.size, Image.Resampling.NEAREST)
-            pixels = small.filter(ImageFilter.GaussianBlur(max(pixels.size) / 40))
-        buffer = io.BytesIO()
-        pixels.save(buffer, "PNG")
-        content = buffer.getvalue()
-        name = f"{hashlib.sha256(content).hexdigest()[:24]}.png"
-        if not (self.folder / name).exists():
-            write_atomically(self.folder / name, lambda path: path.write_bytes(content))
-        return name
 
 
 def names_of(paths: Sequence[Path], names: str | None) -> dict[str, Path]:

@@ -21,10 +21,12 @@ _COLUMN = {1: "preference_vs_gt_percent", 2: "preference_score_percent"}
 def write_results(folders: list[Path], out: Path) -> str:
     """preferences.json and report.html of one or more studies into `out`; the tables as text."""
     studies = {folder: read_study(folder) for folder in folders}
-    found = {folder: preferences(study, _sessions(folder, study)) for folder, study in studies.items()}
+    answers = {folder: Answers(folder, study) for folder, study in studies.items()}
+    found = {folder: preferences(study, [*answers[folder].sessions.values()]) for folder, study in studies.items()}
     sections, record = [], {}
     for folder, study in studies.items():
-        tables = [_shares(study, found[folder]), *_strengths(study, found[folder]), _raters(study, found[folder])]
+        tables = [_shares(study, found[folder]), *_strengths(study, found[folder])]
+        tables.append(_raters(study, found[folder], answers[folder].damaged))
         sections.append(Section(f"{study.title}: task {study.task}", [Text(_how(study)), *tables]))
         record[str(folder)] = _plain(study, found[folder])
     for name in dict.fromkeys(study.paper_table for study in studies.values() if study.paper_table):
@@ -35,10 +37,6 @@ def write_results(folders: list[Path], out: Path) -> str:
     page = Page("User study", lead, sections)
     write_page(out / "report.html", page)
     return as_text([block for section in sections for block in section.blocks if isinstance(block, Table)])
-
-
-def _sessions(folder: Path, study: Study) -> list[Any]:
-    return list(Answers(folder, study).sessions.values())
 
 
 def _how(study: Study) -> str:
@@ -67,12 +65,13 @@ def _strengths(study: Study, found: Preferences) -> list[Table]:
     return [Table("Bradley-Terry", ["log strength"], rows, ["A difference d is preferred in 1 / (1 + exp(-d))."])]
 
 
-def _raters(study: Study, found: Preferences) -> Table:
+def _raters(study: Study, found: Preferences, damaged: int) -> Table:
     none = "no item has two answers"
     pairs = [
         ("sessions that count", f"{found.raters}"),
         ("answers", f"{found.answers}"),
         *((f"left out: {rule}", f"{count}") for rule, count in found.excluded.items()),
+        *([("lines of answers.jsonl that cannot be read", f"{damaged}")] if damaged else []),
         ("Krippendorff's alpha", none if found.alpha is None else f"{found.alpha:.2f}"),
         ("pairs of answers that agree, %", none if found.agreement is None else f"{100 * found.agreement:.0f}"),
         ("rules stated before", ", ".join(f"{rule}={value:g}" for rule, value in asdict(study.rules).items())),

@@ -19,7 +19,7 @@ examples:
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         inputs = model_inputs(args, model, lines, settings.size if isinstance(settings.size, tuple) else None)
         model.check(inputs)
         resolved = {name: model.resolved(variant, inputs) for name, variant in by_name.items()}
-        _check_variants(resolved.values(), inputs, model.enlargement, args)
+        _check_variants(resolved.values(), inputs, model.enlargement, marks.check_size, args)
         find = partial(sample_files.output_folder, args.out, args.model, command)
         with own_folder(find, sample_files.LOCK, sample_files.BUSY) as folder, sample_files.sampling(folder, command):
             job = sample_files.Job(model, inputs, resolved, folder, args.first_index, marks)
@@ -131,15 +131,20 @@ def _loaded(args: argparse.Namespace) -> "LoadedModel":
 
 
 def _check_variants(
-    variants: Iterable["ResolvedSettings"], inputs: list["Inputs"], enlargement: int, args: argparse.Namespace
+    variants: Iterable["ResolvedSettings"],
+    inputs: list["Inputs"],
+    enlargement: int,
+    check_mark: Callable[[int, int], None],
+    args: argparse.Namespace,
 ) -> None:
-    """Refuse --trajectory of a sampler without steps, and sizes that the inputs do not fit."""
+    """Refuse --trajectory of a sampler without steps, and sizes that the inputs or a mark do not fit."""
     from ldmlab.inference.inputs import check_size
 
     for variant in variants:
         if args.trajectory and not getattr(variant.build_sampler(), "shows_steps", True):
             raise InputError(f"sampler={variant.sampler} has no steps for --trajectory; use heun, for instance.")
         assert isinstance(variant.size, tuple)
+        check_mark(*variant.size)
         for one in inputs[:: args.count]:
             check_size(one, variant.size, enlargement)
 
@@ -162,6 +167,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--first-index {args.first_index} is outside 0 .. 2^62; choose a smaller number.")
     if args.trajectory and args.sweep:
         raise InputError("--trajectory and --sweep make different grids; use one at a time.")
+    if args.trajectory and args.mark:
+        raise InputError(f"--mark {args.mark} cannot mark the animations of --trajectory; leave one of them out.")
     for option, needs in (("classifier_scale", "classifier"), ("guider_weight", "guider"), ("guider_image", "guider")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             typed = f"--{option.replace('_', '-')} {getattr(args, option)}"

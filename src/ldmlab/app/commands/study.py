@@ -14,7 +14,9 @@ otherwise; answers are lines of STUDY/answers.jsonl and hold nothing about perso
 
 import argparse
 import shlex
+import socket
 from pathlib import Path
+from typing import Any
 
 from ldmlab.app.cli import at_least
 from ldmlab.errors import InputError
@@ -22,29 +24,43 @@ from ldmlab.errors import InputError
 EXTRA = "pages"  # of pyproject.toml
 
 
+_MAKE: dict[str, dict[str, Any]] = {
+    "task": {"type": int, "help": "1: real or generated; 2: which fits better"},
+    "real": {"type": Path, "metavar": "FOLDER", "help": "real images, needed by task 1"},
+    "input": {"type": Path, "metavar": "FOLDER", "help": "inputs shown in the middle: low-resolution or masked images"},
+    "names": {"help": "of the methods, such as ours,theirs (the folders' names)"},
+    "title": {"help": "of the page (Which image?)"},
+    "question": {"help": "another question than the task's"},
+    "seconds": {"type": float, "help": "that images are shown; 0: until the answer (3, the paper's)"},
+    "per-session": {"type": int, "help": "items a rater sees (50)"},
+    "checks": {"type": int, "help": "attention checks a session: a whole against a damaged image (4)"},
+    "seed": {"type": int, "help": "of order, sides and samples (0)"},
+    "paper-table": {"help": "where the result gets a row: user-study/sr-imagenet | user-study/inpaint-places"},
+    "prompts": {"type": Path, "metavar": "FILE", "help": "for models: samples are drawn for these first"},
+    "sample": {"metavar": "OPTIONS", "help": 'for models: options of ldmlab sample, as "--steps 50"'},
+}
+_SERVE: dict[str, dict[str, Any]] = {
+    "host": {"help": "address to listen on (127.0.0.1, this machine only)"},
+    "port": {"type": int, "help": "(8400)"},
+}
+_READ_BY = {**dict.fromkeys(_MAKE, ("make",)), **dict.fromkeys(_SERVE, ("serve",)), "out": ("make", "report")}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("action", choices=("make", "serve", "report"), help="write a study, show it to raters, or evaluate answers")
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="make: images or models; serve, report: studies")
     add("--out", type=Path, help="make: the study, a new folder; report: for the page (the first study)")
-    add("--task", type=int, help="1: real or generated; 2: which fits better")
-    add("--real", type=Path, metavar="FOLDER", help="real images, needed by task 1")
-    add("--input", type=Path, metavar="FOLDER", help="inputs shown in the middle: low-resolution or masked images")
-    add("--names", help="of the methods, such as ours,theirs (the folders' names)")
-    add("--title", default="Which image?", help="of the page")
-    add("--question", help="another question than the task's")
-    add("--seconds", type=float, default=3.0, help="that images are shown; 0: until the answer (3, the paper's)")
-    add("--per-session", type=int, default=50, help="items a rater sees (50)")
-    add("--checks", type=int, default=4, help="attention checks a session: a whole against a damaged image (4)")
-    add("--seed", type=int, default=0, help="of order, sides and samples (0)")
-    add("--paper-table", help="where the result gets a row: user-study/sr-imagenet | user-study/inpaint-places")
-    add("--prompts", type=Path, metavar="FILE", help="for models: samples are drawn for these first")
-    add("--sample", default="", metavar="OPTIONS", help='for models: options of ldmlab sample, as "--steps 50"')
-    add("--host", default="127.0.0.1", help="serve: address to listen on (127.0.0.1, this machine only)")
-    add("--port", type=int, default=8400, help="serve: (8400)")
+    for title, options in (("make", _MAKE), ("serve", _SERVE)):
+        group = parser.add_argument_group(f"options of {title}")
+        for name, option in options.items():
+            group.add_argument(f"--{name}", **option)
 
 
 def run(args: argparse.Namespace) -> None:
+    for name, actions in _READ_BY.items():
+        if args.action not in actions and (value := getattr(args, name.replace("-", "_"))) is not None:
+            raise InputError(f"--{name} {value} is an option of study {' and '.join(actions)}; leave it out.")
     {"make": _make, "serve": _serve, "report": _report}[args.action](args)
 
 
@@ -52,14 +68,20 @@ def _make(args: argparse.Namespace) -> None:
     from ldmlab.report.paper_source import known_table
     from ldmlab.study.design import make_study, names_of
 
-    at_least(args, per_session=1, checks=0)
     if args.out is None or args.task is None:
         raise InputError("ldmlab study make needs --task 1|2 and --out FOLDER; give both.")
+    args.seed, args.sample = args.seed or 0, args.sample or ""
+    args.per_session = 50 if args.per_session is None else args.per_session
+    args.checks = 4 if args.checks is None else args.checks
+    args.seconds = 3.0 if args.seconds is None else args.seconds
+    at_least(args, per_session=1, checks=0)
     if not 0 <= args.seconds <= 60:
         raise InputError(f"--seconds {args.seconds} is outside 0 .. 60; choose 3, as the paper, or 0 for no limit.")
     if args.paper_table is not None:
         known_table(args.paper_table, "--paper-table ")
     sets = names_of(args.folders, args.names)
+    if (args.prompts or args.sample) and not any(map(_is_model, args.folders)):
+        raise InputError("--prompts and --sample are for models, and all folders hold images; leave them out.")
     sets = {name: _sampled(path, name, args) if _is_model(path) else path for name, path in sets.items()}
     study = make_study(
         args.out,
@@ -68,7 +90,7 @@ def _make(args: argparse.Namespace) -> None:
         real=args.real,
         given=args.input,
         checks=args.checks,
-        title=args.title,
+        title=args.title or "Which image?",
         question=args.question,
         seconds=args.seconds,
         per_session=args.per_session,
@@ -106,18 +128,18 @@ def _serve(args: argparse.Namespace) -> None:
     from ldmlab.disks import locked
     from ldmlab.study.design import read_study
 
-    (folder,) = args.folders if len(args.folders) == 1 else [None]
-    if folder is None:
+    if len(args.folders) != 1:
         raise InputError("ldmlab study serve shows one study; give one folder.")
-    study = read_study(folder)
+    (folder,), host = args.folders, args.host or "127.0.0.1"
+    port, study = 8400 if args.port is None else args.port, read_study(args.folders[0])
     with locked(folder / ".serving", f"{folder} is served by another process", remove=True):
-        print(
-            f"http://{args.host}:{args.port}/ (stop with Ctrl-C; answers go to {folder / 'answers.jsonl'})", flush=True
-        )
-        config = uvicorn.Config(
-            application(folder, study), host=args.host, port=args.port, access_log=False, log_level="warning"
-        )
-        uvicorn.Server(config).run()  # ends with 1 where the port is taken
+        try:
+            listening = socket.create_server((host, port))
+        except (OSError, OverflowError) as error:
+            raise InputError(f"--host {host} --port {port} cannot be used ({error}); choose another --port.") from error
+        print(f"http://{host}:{port}/ (stop with Ctrl-C; answers go to {folder / 'answers.jsonl'})", flush=True)
+        config = uvicorn.Config(application(folder, study), access_log=False, log_level="warning")
+        uvicorn.Server(config).run([listening])
 
 
 def _report(args: argparse.Namespace) -> None:
