@@ -1,7 +1,7 @@
 """A faint watermark in the pixels that says "made by a model of ldmlab", read after JPEG and crops.
 
 A fixed pattern W of 64 x 64 px with waves of 3.3 to 10 px repeats over the image, stronger where the image is busy:
-    y' = clip(y, 1.5 a, 255 - 1.5 a) + a W,    a = min(2 s + 0.08 std of y nearby, 8),
+    y' = clip(y, 1.5 a, 255 - 1.5 a) + a W,    a = min(s (2 + 0.13 std of y nearby), 8),
     s = 0.6 sqrt(128 px / shorter side), 0.35 to 0.85
 Reading folds the image onto one tile and correlates it with W at all shifts, so that a crop need not know its place:
     score = (max - mean) / std of the correlations; above 6.5 it counts as marked
@@ -37,7 +37,7 @@ def watermarked(image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     check_size(height, width)
     strength = float(np.clip(0.6 * np.sqrt(128 / min(height, width)), 0.35, 0.85))
-    amplitude = np.minimum(2 * strength + 0.08 * _spread(image @ _LUMA), 8)[..., None]
+    amplitude = np.minimum(strength * (2 + 0.13 * _spread(image @ _LUMA)), 8)[..., None]
     waves = np.tile(_TILE, (-(-height // TILE), -(-width // TILE)))[:height, :width, None]
     room = np.clip(image.astype(float), 1.5 * amplitude, 255 - 1.5 * amplitude)  # white has room for waves too
     return np.clip(np.rint(room + amplitude * waves), 0, 255).astype(np.uint8)
