@@ -117,6 +117,6 @@ def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(found[0])
     scores = {}
     for name, first in found[0].items():
-        values = [scores[name]["value"] for scores in found]
+        values = [one[name]["value"] for one in found]
         scores[name] = {**first, "value": mean(values), "spread": stdev(values), "values": values}
     return scores
