@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -99,6 +101,19 @@ def test_one_process_at_a_time(tmp_path: Path, system: str) -> None:
     lock.release()
     lock.release()
     assert elsewhere(taken, tmp_path / ".lock")
+
+
+def test_one_thread_of_a_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = FileLock._lock
+
+    def slow(self: FileLock, file: IO[str]) -> bool:
+        time.sleep(0.05)  # so that both threads are between looking and taking
+        return lock(self, file)
+
+    monkeypatch.setattr(FileLock, "_lock", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(lambda _: FileLock(tmp_path / ".lock").take(), range(4))) == 1
+    disks._HELD.clear()
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, system: str) -> None:

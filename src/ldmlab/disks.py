@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +20,8 @@ from ldmlab.errors import InputError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _HELD: set[str] = set()  # paths of the locks that this process holds: POSIX locks do not exclude their own process
+_ONE_THREAD = threading.RLock()  # takes or releases a lock at a time
+os.register_at_fork(before=_ONE_THREAD.acquire, after_in_parent=_ONE_THREAD.release, after_in_child=_ONE_THREAD.release)
 _WAIT_SECONDS = 0.2
 _TAKEOVER_SECONDS = 60.0  # after that the removal of a dead process's lock was itself interrupted
 
@@ -126,7 +129,11 @@ class FileLock:
         self._exclusive = False
 
     def take(self) -> bool:
-        """Whether this process holds the lock now."""
+        """Whether this process holds the lock now, and no other thread of it has it."""
+        with _ONE_THREAD:
+            return self._take()
+
+    def _take(self) -> bool:
         name = os.path.realpath(self.path)
         if name in _HELD:
             return False
@@ -187,25 +194,27 @@ class FileLock:
 
     def holder(self) -> str:
         """Who holds the lock, as far as its file names it."""
-        if os.path.realpath(self.path) in _HELD:  # reading the file would release a POSIX lock of this process
-            return "this process"
-        found = _read_signature(self._held_path) or _read_signature(self.path)
+        with _ONE_THREAD:
+            if os.path.realpath(self.path) in _HELD:  # reading the file would release a POSIX lock of this process
+                return "this process"
+            found = _read_signature(self._held_path) or _read_signature(self.path)
         return f"process {found['pid']} on {found['host']}" if found else "its process is unknown"
 
     def release(self, *, remove: bool = False) -> None:
         """Let others have it; safe to call twice."""
-        if self._file is None:
-            return
-        with suppress(OSError):
-            if remove:
-                self.path.unlink(missing_ok=True)
-            else:
-                self._file.truncate(0)
-        if self._exclusive:
-            self._held_path.unlink(missing_ok=True)
-        self._file.close()
-        self._file, self._exclusive = None, False
-        _HELD.discard(os.path.realpath(self.path))
+        with _ONE_THREAD:
+            if self._file is None:
+                return
+            with suppress(OSError):
+                if remove:
+                    self.path.unlink(missing_ok=True)
+                else:
+                    self._file.truncate(0)
+            if self._exclusive:
+                self._held_path.unlink(missing_ok=True)
+            self._file.close()
+            self._file, self._exclusive = None, False
+            _HELD.discard(os.path.realpath(self.path))
 
 
 def _signature() -> str:
