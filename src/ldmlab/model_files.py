@@ -30,6 +30,7 @@ _KINDS = {  # kind => what its description must hold besides image_size
     "classifier": ("classifier", "latent_scale", "schedule"),
     "latent_diffusion": ("first_stage", "latent_scale", "backbone", "conditioners", "diffusion", "sampler"),
 }
+MODELS = Path(__file__).parents[2] / "models"  # of a checkout: models that come along
 _LARGEST_BYTES = 4 * 2**20  # of a yaml file that describes a run or a model
 _LARGEST_NODES = 200_000  # values in it, counted as often as aliases repeat them
 _DEEPEST = 60
@@ -247,12 +248,21 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def named(path: Path) -> Path:
+    """A path as it is; the name of a model that comes along, such as emoji or emoji/clip, as its folder."""
+    return MODELS / path if not path.exists() and (MODELS / path / DESCRIPTION).is_file() else path
+
+
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """The folder with model.yaml, and the checkpoint when it is a run's."""
+    path = named(path)
     if path.suffix == ".ckpt" and (path.is_file() or (path / STATE).is_file()):
         return path.parents[1], path
     if not path.is_dir():
-        raise InputError(f"{path} is neither a folder nor a checkpoint; give a run folder, model folder or .ckpt file.")
+        raise InputError(
+            f"{path} is neither a folder nor a checkpoint; give a run folder, model folder or .ckpt file, or a "
+            "name that `ldmlab models` lists."
+        )
     if (path / "checkpoints").is_dir():
         checkpoints = by_step(path / "checkpoints", ".ckpt")
         if not checkpoints:

@@ -40,6 +40,7 @@ COMMANDS = {
     "doctor": "what this machine has for ldmlab, and what is wrong with it",
     "study": "which images people prefer: a page with pairs, answers, shares with intervals",
     "verify": "whether images carry the marks of generated ones",
+    "models": "what comes along with a checkout, and what can be fetched by name",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
     "average": "the weights of a run as an average of any length, from its snapshots",

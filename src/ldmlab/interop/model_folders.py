@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +148,18 @@ def write_ldmlab(files: ModelFiles, folder: Path) -> Written:
         return Written(what, {}, "")
     assembled(read_model(folder))
     return Written(what, {}, _USAGE)
+
+
+def halved(files: ModelFiles) -> ModelFiles:
+    """Weights as float16, of values below 65,504; a part then differs by up to a 2,048th of each weight."""
+    parts = {
+        name: {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in part.items()}
+        for name, part in files.parts.items()
+    }
+    for name, part in parts.items():
+        if large := [key for key, tensor in part.items() if not bool(torch.isfinite(tensor).all())]:
+            raise InputError(f"--precision float16: {name} has values above 65504 ({large[0]}); use float32.")
+    return replace(files, parts=parts)
 
 
 def check_many_steps(files: ModelFiles) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ldmlab.errors import one_of
+from ldmlab.errors import InputError, one_of
 
 FORMATS = """ldmlab       our model folder: model.yaml, NAME.safetensors, README.md (default)
 safetensors  another name for ldmlab
@@ -16,17 +16,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--format", default="ldmlab", metavar="NAME", help=FORMATS)
+    parser.add_argument(
+        "--precision", default="float32", help="float32 | float16: half the size, ldmlab's format alone"
+    )
     parser.add_argument("--weights", default="averaged", help="averaged | raw | length of an average (averaged)")
 
 
 def run(args: argparse.Namespace) -> None:
     from ldmlab.interop.model_folders import FORMATS as WRITERS
-    from ldmlab.interop.model_folders import card, check_new, new_folder
+    from ldmlab.interop.model_folders import card, check_new, halved, new_folder, write_ldmlab
     from ldmlab.model_files import read_model
 
     check_new(args.out)
     one_of("--format", args.format, WRITERS)
+    one_of("--precision", args.precision, ("float32", "float16"))
     files = read_model(args.model, args.weights)
+    if args.precision == "float16":
+        if WRITERS[args.format] is not write_ldmlab:
+            raise InputError(f"--precision float16 with --format {args.format}: only ldmlab's own format has it.")
+        files = halved(files)
     weights = f"{files.weights} weights" + (f" of step {files.step}" if files.step is not None else "")
     with new_folder(args.out) as folder:
         written = WRITERS[args.format](files, folder)
