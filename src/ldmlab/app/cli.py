@@ -34,6 +34,7 @@ COMMANDS = {
     "noise": "what noise leaves of an image's latents, with and without their rescaling",
     "evaluate": "score a model by a protocol (the same as python evaluate.py)",
     "score": "one set of images against another: folders, shards, .npz batches",
+    "audit": "which training images a model gives back, and when to stop training",
     "report": "a page about runs and their scores",
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
@@ -50,7 +51,7 @@ COMMANDS = {
 }
 FILES = {"import": "import_model", "sweep-file": "sweep_file", "verify": "verify_images"}  # of another name
 WITH_HYDRA = {"train", "evaluate"}  # verbs whose whole command line is Hydra's
-COMPOSING = {"encode", "score", "config", "plan", "sweep-file"}  # commands that take options of conf/
+COMPOSING = {"encode", "score", "audit", "config", "plan", "sweep-file"}  # commands that take options of conf/
 
 EPILOG = """options of train, evaluate and encode are Hydra's: group=file and key=value
   ldmlab train experiment=...           in a checkout also: python train.py experiment=...

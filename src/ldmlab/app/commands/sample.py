@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def _options_as_typed() -> Iterator[None]:
+def options_as_typed() -> Iterator[None]:
     """Settings are `steps=9` in Python; an error of the command names `--steps 9`."""
     try:
         yield
@@ -83,7 +83,7 @@ def _options_as_typed() -> Iterator[None]:
         raise InputError(re.sub(option, lambda m: f"--{m[1].replace('_', '-')} ", str(error))) from error
 
 
-@_options_as_typed()
+@options_as_typed()
 def run(args: argparse.Namespace) -> None:
     typed = {one.name: getattr(args, one.name) for one in fields(SampleSettings)}
     settings = SampleSettings(**{name: parsed(name, text) for name, text in typed.items() if text is not None})
