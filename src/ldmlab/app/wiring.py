@@ -194,6 +194,7 @@ def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
         "gradient_clip": settings.gradient_clip,
         "skip_nonfinite": settings.skip_nonfinite,
         "averaging_decay": settings.averaging_decay,
+        "averaging_warmup": settings.averaging_warmup,
         **{name: value for name, value in config["stage"].items() if name != "name"},
     }
 
