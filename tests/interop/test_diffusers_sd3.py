@@ -185,7 +185,7 @@ def test_conditioners_that_do_not_fit_are_refused() -> None:
         Sd3Text(width=48, **clips)
     node = {"_target_": f"{HOME}backbones.mmdit.MMDiT", "in_channels": 4, "out_channels": 4, "width": 32, "depth": 1}
     both = {"heads": 2, "context_width": 8, "vector_width": 8, "pooled_width": 8}
-    with pytest.raises(InputError, match="pooled_width=8: a vector conditioner fills its place"):
+    with pytest.raises(InputError, match="pooled_width=8: a vector conditioner fills that"):
         instantiate({**node, **both}, where="backbone")
     with pytest.raises(InputError, match=r"no tokenizer\.json of T5"):
         Sd3Text(width=64, **clips, t5={"vocab_size": 8, "depth": 1, "heads": 1, "head_width": 8, "hidden": 8},
