@@ -39,6 +39,7 @@ COMMANDS = {
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
     "doctor": "what this machine has for ldmlab, and what is wrong with it",
+    "play": "a page on which a model, or two side by side, can be tried",
     "study": "which images people prefer: a page with pairs, answers, shares with intervals",
     "verify": "whether images carry the marks of generated ones",
     "models": "what comes along with a checkout, and what can be fetched by name",
