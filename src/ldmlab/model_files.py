@@ -24,6 +24,7 @@ from ldmlab.sharded import STATE, laid_out
 FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
 CONFIG = "config.yaml"
+DATA = "data.json"  # of a run: origin, licences and data sheet of what it read
 _KINDS = {  # kind => what its description must hold besides image_size
     "first_stage": ("first_stage",),
     "clip": ("clip",),
@@ -140,7 +141,12 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def describe(path: Path | str) -> dict[str, Any]:
     """model.yaml of a run folder, checkpoint or model folder, without its weights."""
-    return read_description(_locate(Path(path))[0])
+    return read_description(model_folder(path))
+
+
+def model_folder(path: Path | str) -> Path:
+    """The folder with model.yaml of a run folder, checkpoint or model folder."""
+    return _locate(Path(path))[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(*words: object) -> int:
-    return cli.dispatch(["export", *map(str, words)])
+    return cli.dispatch(["export", "--without-card", *map(str, words)])
 
 
 def refused(folder: Path, out: Path, *words: object) -> str:
@@ -212,9 +212,9 @@ def test_an_export_beside_another_into_the_same_folder_is_refused(folder: Path, 
         locked(tmp_path / ".out.lock", "busy"),
         pytest.raises(InputError, match=r"out=\S+out is being written by another command"),
     ):
-        dispatch(["export", str(folder), str(tmp_path / "out")])
+        dispatch(["export", "--without-card", str(folder), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-    assert dispatch(["export", str(folder), str(tmp_path / "out")]) == 0
+    assert dispatch(["export", "--without-card", str(folder), str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".out")) == []
 
 
@@ -224,5 +224,5 @@ def test_places_that_no_folder_can_be_made_at(folder: Path, tmp_path: Path, out:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").write_text("text")
     with pytest.raises(InputError, match="out="):
-        dispatch(["export", str(folder), str(tmp_path / out)])
+        dispatch(["export", "--without-card", str(folder), str(tmp_path / out)])
     assert (tmp_path / "full" / "kept").read_text() == "text"

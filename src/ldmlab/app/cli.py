@@ -46,6 +46,7 @@ COMMANDS = {
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
     "average": "the weights of a run as an average of any length, from its snapshots",
+    "card": "the model card of a run: data, cost, scores, and what you write about its use",
     "export": "a run to a folder to give away: ours, the official code's or diffusers'",
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the images shipped in the repository",
