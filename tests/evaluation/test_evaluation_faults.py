@@ -20,7 +20,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ldmlab import disks
-from ldmlab.app.evaluate import clip_quality, curves, reference_data, run_record, scores_text
+from ldmlab.app.evaluate import clip_quality, curves, reference_data, run_record
+from ldmlab.app.run_end import scores_text
 from ldmlab.data.shard_data import ShardData
 from ldmlab.disks import own_folder
 from ldmlab.errors import InputError

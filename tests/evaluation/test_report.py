@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from ldmlab.app.run_end import evaluated
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.evaluators import ClassAccuracy
@@ -25,9 +26,11 @@ from ldmlab.metrics.precision_recall import PrecisionRecall
 from ldmlab.nn.openclip import build_clip
 from ldmlab.report.evaluation_page import score_lines
 from ldmlab.report.line_chart import Chart, ticks
+from ldmlab.report.metrics_json import read_evaluation
 from ldmlab.report.pages import write_comparison, write_report
 from ldmlab.report.paper_table import paper_record
 from ldmlab.report.score_curves import run_charts
+from ldmlab.report.score_lines import score_text
 from sampling_models import CLIP, tiny_model
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -51,6 +54,7 @@ def evaluation(folder: Path, out: Path) -> Evaluation:
         sweep_seeds=2,
         class_field="category",
         shown=6,
+        controls=26,
         paper_table="text2img/coco-256",
     )
     metrics = {
@@ -110,6 +114,26 @@ def test_the_page_holds_everything(finished: tuple[Path, dict[str, Any]]) -> Non
         assert words in page
     for words in ("precision and recall over guidance", "By category", "Held-out real images at the threshold"):
         assert words in page
+
+
+def test_controls_stand_beside_the_scores(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    found = result["controls"]
+    assert {kind: one["images"] for kind, one in found.items()} == dict.fromkeys(
+        ("noise", "shuffled", "real"), 26
+    )  # width + 1
+    assert all(one["scores"].keys() == {"fid", "fid_inf", "kid", "precision", "recall"} for one in found.values())
+    assert found["real"]["scores"]["kid"]["value"] < found["noise"]["scores"]["kid"]["value"]
+    report, text = (out / "report.md").read_text(), evaluated(read_evaluation(out), out)
+    for words in ("uniform noise", "shuffled tiles", "training images", "26 of uniform noise"):
+        assert words in report
+    assert "few images: 26 against 12 real ones" in report
+    kid = f"uniform noise {score_text('kid', found['noise']['scores']['kid']['value'])}, shuffled tiles "
+    assert kid in text
+    ends = [line.partition(":")[0] for line in text.splitlines()[-5:]]
+    assert ends == ["report", "scores", "cost", "falls short", "next"]
+    assert "Kernel distance ↓" in text
+    assert "few images: 26 against 12 real ones" in text.splitlines()[-2]
 
 
 def test_a_sweep_passes_through_the_score_and_has_its_deviation_over_seeds(

@@ -14,6 +14,7 @@ from ldmlab.app.conf_files import group_choices, leaves
 from ldmlab.app.guiders import build_guiders
 from ldmlab.app.plans import Plan
 from ldmlab.app.progress import track
+from ldmlab.app.run_end import evaluated
 from ldmlab.app.wandb_runs import send_scores
 from ldmlab.build import load, load_clip, load_first_stage, pick_device
 from ldmlab.contracts import FeatureExtractor
@@ -96,29 +97,9 @@ def _report(config: Mapping[str, Any], folder: Path, out: Path) -> None:
     if distributed.rank() == 0:
         with disk_errors(out):
             write_report(out)
-        print(f"{scores_text(read_evaluation(out))}\n{out / 'report.html'}")
+        print(evaluated(read_evaluation(out), out))
         if config["wandb"]:
             send_scores(folder, out)
-
-
-def scores_text(result: Mapping[str, Any]) -> str:
-    """A line for each score with its spread and caveats, and how many images it rests on."""
-    reference, features, lines = result["reference"], result["features"], []
-    if "sampling" in result:
-        total = f" of {lost['of']:,}" if (lost := reference.get("unreadable")) else ""
-        lines.append(f"{result['sampling']['images']:,} images against {reference['images']:,}{total} real ones")
-    quality, recall = features.get("quality") or {}, ""  # retrieval by the CLIP model of the features
-    if "recall_1_of_50" in quality:
-        chance = f", by chance {quality['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in quality else ""
-        share = f"{quality['recall_1_of_50']:.0%}"
-        recall = f" (finds the caption among 50 for {share} of validation images{chance})"
-    lines.append(f"features: {features['name']}{recall}")
-    for name, score in result["scores"].items():
-        spread = "" if score.get("spread") is None else f" +- {score['spread']:.3g}"
-        lines.append(f"{name:<16} {score['value']:.6g}{spread}{''.join(f'  ({mark})' for mark in score['marks'])}")
-        points = (result.get("sample_curves") or {}).get(name, ())
-        lines += [f"{'':<16} {point['value']:.6g} at {point['images']:,.0f} samples" for point in points]
-    return "\n".join(lines)
 
 
 def _samples(config: Mapping[str, Any], record: Mapping[str, Any], shared: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
             distributed.say(ended_early(run.path, plan.stage, settings.max_steps, command))
         elif not settings.fast_dev_run:
             run.finish(plan.stage.step)
-            distributed.say(finished(run.path, config, nested=resume is not None))
+            distributed.say(finished(run.path, config, plan.stage, nested=resume is not None))
         return run.path
     except BaseException:
         if plan is None or plan.stage.step == 0:

@@ -22,6 +22,7 @@ from ldmlab.data.tars import IMAGE_ENDINGS
 from ldmlab.data.transforms import WHITE
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError
+from ldmlab.evaluation.controls import control_count, controls
 from ldmlab.evaluation.npz import images_shape, read_images, read_statistics
 from ldmlab.evaluation.record import check_transform
 from ldmlab.evaluation.run import Run
@@ -217,8 +218,9 @@ def score_sets(
     *,
     batch_size: int = 64,
     track: Track = untracked,
+    at_most: int = 0,
 ) -> dict[str, Any]:
-    """The scores of one set against another as plain data, on every process."""
+    """The scores of one set against another as plain data, on every process, beside noise: `at_most` images of it."""
     if samples.count == 0:
         raise InputError(f"{samples.path} holds no images, so there is nothing to score.")
     if reference.size is not None and samples.size != reference.size:
@@ -230,6 +232,9 @@ def score_sets(
     reference.batch_size, reference.track = batch_size, track
     run = Run(samples, reference, extractor, metrics, batch_size, track, OPTIONS)
     seen = run.begin()
+    if at_most and samples.size is not None:
+        count = control_count(seen, samples.count, at_most)
+        run.controls = controls(seen, count, samples.size, None)
     result = run.finish(seen)
     result["reference"]["given_statistics"] = sorted(reference.given(seen))
     for score in result["scores"].values():

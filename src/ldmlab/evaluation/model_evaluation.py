@@ -51,12 +51,12 @@ class Evaluation(Setup):
         run = self.run_of(self.samples, reference, keep)
         pairs = PairedPass(protocol, self.known, self.extractor, self.lpips) if protocol.pairs else None
         self.real_images.save(self.out, protocol.reference, self.shown["real"])
-        seen = run.begin()
+        seen = self.begun(run)
         other = reference.beside(seen, protocol.also_against) if protocol.also_against else None
         sweep = Sweep(protocol, seen, self.samples)
         shown = [item["number"] for item in self.shown["samples"]]
         task = TaskPart(self, self.evaluators, self.baselines, self.samples, self.known_of, seen, shown)
-        self.samples.say_time(self.batch_size, 1 + sweep.passes)
+        self.samples.say_time(self.batch_size, self.samples.count * (1 + sweep.passes) + task.further_images)
         watched = lambda stream: task.watch(self._saved(stream, set(shown)))  # noqa: E731
         result = run.finish(seen, (lambda stream: pairs.watch(watched(stream))) if pairs else watched)
         own = dict(result["scores"])
@@ -134,7 +134,7 @@ class ReconstructionEvaluation(Setup):
         reference = SplitReference(self.real(), self.protocol.reference, self.source.limit, self.protocol.max_bad)
         run = self.run_of(self.source, reference)
         self.pairs: list[tuple[int, str, str, str]] = []  # of this process: number, files of both images, caption
-        seen = run.begin()
+        seen = self.begun(run)
         result = run.finish(seen, self._measured)
         shown = sorted(all_items(self.pairs))
         return result | {

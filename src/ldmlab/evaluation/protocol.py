@@ -44,6 +44,7 @@ class Protocol:
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # settings of sampling => values scored too
     sweep_seeds: int = 1  # samples of each combination of these values, from seed on: mean and deviation
     class_field: str | None = None  # field of KEY.json by which scores are broken down
+    controls: int = 0  # noise, shuffled and real images scored beside the samples, of each at most these; 0: none
     shown: int = 40  # samples in the report's grid
     paper_table: str | None = None  # of the paper's tables
     paper_row: str | None = None  # id of the table's row to compare with
@@ -80,7 +81,7 @@ class Protocol:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise InputError(f"protocol.{name}={value} is too few to score; choose at least 2.")
-        for name in ("shown", "neighbours"):
+        for name in ("shown", "neighbours", "controls"):
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"protocol.{name}={value} is below 0; choose 0 for none.")
         check_fraction("protocol.max_bad", self.max_bad)

@@ -53,7 +53,7 @@ def _resized(stored: int | None, data: ShardData) -> str | None:
 def features_record(extractor: FeatureExtractor) -> dict[str, Any]:
     """The network whose features were compared, the preprocessing of images, and the CLIP model if there is one."""
     found = {"name": extractor.name, "weights_hash": extractor.weights_hash, "width": extractor.width}
-    also = ("preparation", "text_name", "text_weights_hash", "quality")
+    also = ("preparation", "text_name", "text_weights_hash", "quality", "own_parameters")
     return found | {name: getattr(extractor, name) for name in also if getattr(extractor, name, None)}
 
 

@@ -20,6 +20,7 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.disks import disk_errors, own_folder
 from ldmlab.errors import InputError
 from ldmlab.evaluation import protocol as protocols
+from ldmlab.evaluation.controls import controls_of, doubted
 from ldmlab.evaluation.real_images import RealImages, SplitReference
 from ldmlab.evaluation.record import FORMAT_VERSION, Paper, check_reference, features_record
 from ldmlab.evaluation.scoring import EVALUATE, EvaluationPass, Numbered, OptionNames, Score, Track, untracked
@@ -68,6 +69,7 @@ class Run:
     track: Track = untracked
     options: OptionNames = EVALUATE
     keep: bool = False  # features, for neighbours and classes
+    controls: dict[str, Any] = field(default_factory=dict)  # between `begin` and `finish`, see controls.py
 
     def begin(self) -> EvaluationPass:
         """The pass over the images, once it has seen the reference."""
@@ -84,13 +86,14 @@ class Run:
         """The record, on every process; `watch` receives the images before the metrics do."""
         seen.add_all(watch(self.source.images(self.batch_size, self.track)), real=False)
         real, generated = seen.total_counts()
-        scores = seen.compute((real or generated, generated))
+        scores = doubted(seen.compute((real or generated, generated)), self.controls)
         return {
             "format_version": FORMAT_VERSION,
             "sampling": self.source.record(generated),
             "reference": self.reference.record(real),
             "features": features_record(self.extractor),
             "scores": self.marked(scores),
+            "controls": self.controls,
             "sample_curves": seen.curves(),
             "provenance": provenance(),
         }
@@ -148,6 +151,13 @@ class Setup:
     def run_of(self, source: Source, reference: SplitReference, keep: bool = False) -> Run:
         """The run of a source; `keep`: the features too."""
         return Run(source, reference, self.extractor, self.metrics, self.batch_size, self.track, keep=keep)
+
+    def begun(self, run: Run) -> EvaluationPass:
+        """The pass that has seen the reference, once the controls are scored too."""
+        seen, protocol = run.begin(), self.protocol
+        if protocol.controls:
+            run.controls = controls_of(self.real(), protocol.reference, seen, run.source.count, protocol.controls)
+        return seen
 
     def protocol_record(self, seen: EvaluationPass) -> dict[str, Any]:
         """The protocol, with the options that its scores derived."""

@@ -129,22 +129,19 @@ class Samples:
             images = self.model.sample_batch([self.requests[number] for number in chunk], self.settings, chunk)
             yield from zip(chunk, images.permute(0, 3, 1, 2), strict=True)
 
-    def say_time(self, batch_size: int, passes: int = 1) -> None:
-        """Estimate the time of sampling from two steps of the first batch, where it is long; `passes`: over all."""
+    def say_time(self, batch_size: int, images: int) -> None:
+        """Estimate the time of sampling `images`, of all processes, from two steps of the first batch, if long."""
         steps = self.settings.steps or 0
         if steps < _LONG:
             return
         rank, world = distributed.rank(), distributed.world_size()
-        mine = range(rank, self.count, world)
-        numbers = list(mine[:batch_size])
+        numbers = list(range(rank, self.count, world)[:batch_size])
         began = time.monotonic()
         with suppress(InputError):  # a sampler that cannot take two steps: no estimate
             short = self.model.resolved(replace(self.protocol.settings(), steps=2), self.requests)
             self.model.sample_batch([self.requests[number] for number in numbers], short, numbers)
-            seconds = (time.monotonic() - began) / 2 * steps * -(-len(mine) // batch_size) * passes
-            distributed.say(
-                f"sampling {self.count:,} images in {steps} steps: about {_duration(seconds)} on this machine"
-            )
+            seconds = (time.monotonic() - began) / 2 * steps * -(-images // (batch_size * world))
+            distributed.say(f"sampling {images:,} images in {steps} steps: about {_duration(seconds)} on this machine")
 
     def record(self, images: int) -> dict[str, Any]:
         """The sampler's settings: equal for equal samples."""
@@ -154,8 +151,8 @@ class Samples:
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 class Reconstructions:

@@ -49,6 +49,14 @@ class TaskPart:
                         f"{', '.join(sorted(inputs)) or 'none'}); choose the protocol of its own task."
                     )
         self._passes = {name: self.seen.for_other_samples() for name in self.baselines}
+        finders = {name: find for name, part in self.evaluators.items() if (find := getattr(part, "requests", None))}
+        split, seed = self.setup.protocol.reference, self.setup.protocol.seed
+        self._further = {name: find(self.known, split, seed) for name, find in finders.items()}
+
+    @property
+    def further_images(self) -> int:
+        """Samples for the evaluators' own conditions, of all processes."""
+        return sum(len(conditions) for kinds in self._further.values() for conditions in kinds.values())
 
     def watch(self, stream: Iterable[Numbered]) -> Iterator[Numbered]:
         """The same samples, kept for the classifiers."""
@@ -72,10 +80,9 @@ class TaskPart:
         samples = torch.stack([image for _, image in sorted(all_items(self._kept), key=lambda item: item[0])])
         protocol, first, found = self.setup.protocol, self.samples.count, {}  # first: the next free number of noise
         for name, evaluator in self.evaluators.items():
-            find, scale = getattr(evaluator, "requests", None), getattr(evaluator, "guidance_scale", None)
+            scale = getattr(evaluator, "guidance_scale", None)
             settings, more = protocol.settings(**({} if scale is None else {"guidance_scale": scale})), {}
-            further = find(self.known, protocol.reference, protocol.seed) if find else {}
-            for kind, conditions in further.items():
+            for kind, conditions in self._further.get(name, {}).items():
                 title, how = f"samples for {kind} conditions", (self.setup.batch_size, self.setup.track, first)
                 more[kind] = conditions, self.samples.all(conditions, settings, title, *how)
                 first += len(conditions)

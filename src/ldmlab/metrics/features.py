@@ -107,6 +107,7 @@ class OpenClipFeatures(nn.Module):
     """An open_clip model: its embeddings of images, and of captions, before they are brought to unit length."""
 
     gives = frozenset({"features", "clip", "text"})
+    own_parameters: int | None = None  # of a CLIP that was trained here; None: a published one
 
     def __init__(self, clip: OpenClip, name: str) -> None:
         super().__init__()
@@ -145,7 +146,9 @@ def published_clip(name: str, pretrained: str) -> OpenClipFeatures:
 
 def clip_of_run(run: str, clip: OpenClip) -> OpenClipFeatures:
     """The CLIP of a run of `stage=clip`, read from its folder by the caller."""
-    return OpenClipFeatures(clip, f"clip run {Path(run).name}")
+    found = OpenClipFeatures(clip, f"clip run {Path(run).name}")
+    found.own_parameters = sum(p.numel() for p in clip.model.parameters())
+    return found
 
 
 class InceptionAndClip(nn.Module):

@@ -2,6 +2,7 @@
 
 As torch-fidelity computes it: logits without bias, softmax in float64, one permutation with a fixed seed, then `splits`
 contiguous parts; mean and population standard deviation over them. `seed=None` keeps the order, as ADM's script does.
+`splits=None`: 10, or half as many as there are images.
 """
 
 from itertools import pairwise
@@ -25,9 +26,10 @@ class InceptionScore(Metric):
     logits: list[Tensor]
     logits_index: list[Tensor]
 
-    def __init__(self, splits: int = 10, seed: int | None = 2020) -> None:
+    def __init__(self, splits: int | None = None, seed: int | None = 2020) -> None:
         super().__init__(compute_with_cache=False)
         self.splits, self.seed = splits, seed
+        self.resolved: dict[str, int] = {}  # options as they were used, after `compute`
         self.add_state("logits", default=[], dist_reduce_fx="cat")
         self.add_state("logits_index", default=[], dist_reduce_fx="cat")
 
@@ -46,13 +48,15 @@ class InceptionScore(Metric):
         if self.seed is not None:
             order = np.random.RandomState(self.seed).permutation(count)  # torch-fidelity's generator
             logits = logits[torch.from_numpy(order)]
-        bounds = [part * count // self.splits for part in range(self.splits + 1)]
+        splits = min(10, max(count // 2, 1)) if self.splits is None else self.splits
+        self.resolved = {"splits": splits}
+        bounds = [part * count // splits for part in range(splits + 1)]
         scores = torch.stack([_score(logits[start:end]) for start, end in pairwise(bounds)])
         return {"is": scores.mean(), "is_std": scores.std(correction=0)}
 
     def check_count(self, count: int, name: str) -> None:
         """Refuses too few generated images; real ones enter nothing."""
-        if name == "generated" and count < self.splits:
+        if name == "generated" and count < (self.splits or 1):
             raise InputError(
                 f"{count} {name} images cannot be cut into metric.is.splits={self.splits} parts; choose fewer."
             )

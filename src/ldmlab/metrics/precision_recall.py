@@ -27,6 +27,7 @@ class PrecisionRecall(FeatureSets):
 
     `screening`: 8-bit products exclude most pairs before float32 decides (`screening.py`), with the same results; it
     needs a quarter of the features' memory more. The spread is the standard error of a proportion.
+    `neighbours`: None for 3, or for one fewer than the smaller set holds.
     """
 
     higher_is_better = True
@@ -36,14 +37,17 @@ class PrecisionRecall(FeatureSets):
         "recall": "fraction of real images inside a k-NN ball of the generated ones: variety",
     }
 
-    def __init__(self, neighbours: int = 3, screening: bool = False) -> None:
+    def __init__(self, neighbours: int | None = None, screening: bool = False) -> None:
         super().__init__()
         self.neighbours, self.screening = neighbours, screening
+        self.resolved: dict[str, int] = {}  # options as they were used, after `compute`
 
     def compute(self) -> dict[str, Tensor]:
         """`precision` and `recall`, float64 in [0, 1], each with `_std`."""
         real, fake = self.centred_sets()
-        precision, recall = precision_recall(real, fake, self.neighbours, self.screening)
+        neighbours = fitting(self.neighbours, 3, min(len(real), len(fake)))
+        self.resolved = {"neighbours": neighbours}
+        precision, recall = precision_recall(real, fake, neighbours, self.screening)
         return {
             "precision": precision,
             "precision_std": share_error(precision, len(fake)),
@@ -53,14 +57,17 @@ class PrecisionRecall(FeatureSets):
 
     def check_count(self, count: int, name: str) -> None:
         """Refuses too few `name` images."""
-        if count <= self.neighbours:
+        if count <= (self.neighbours or 1):
             raise InputError(
                 f"metric.precision_recall.neighbours={self.neighbours} needs more than {count} {name} images."
             )
 
 
 class DensityCoverage(FeatureSets):
-    """Density and coverage of generated features; the memory beyond the features is one tile."""
+    """Density and coverage of generated features; the memory beyond the features is one tile.
+
+    `neighbours`: None for 5, or for one fewer than there are real images.
+    """
 
     higher_is_better = True
     title: ClassVar = {"density": "Density", "coverage": "Coverage"}
@@ -69,14 +76,17 @@ class DensityCoverage(FeatureSets):
         "coverage": "fraction of real k-NN balls containing a generated image",
     }
 
-    def __init__(self, neighbours: int = 5) -> None:
+    def __init__(self, neighbours: int | None = None) -> None:
         super().__init__()
         self.neighbours = neighbours
+        self.resolved: dict[str, int] = {}  # options as they were used, after `compute`
 
     def compute(self) -> dict[str, Tensor]:
         """`density`, 0 and up, and `coverage` in [0, 1], float64, each with its standard error `_std`."""
         real, fake = self.centred_sets()
-        balls, covered = squared_radii(real, self.neighbours), []
+        neighbours = fitting(self.neighbours, 5, len(real))
+        self.resolved = {"neighbours": neighbours}
+        balls, covered = squared_radii(real, neighbours), []
         lying_in = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # real balls, of each generated point
         for rows, radii in zip(real.split(_TILE), balls.split(_TILE), strict=True):
             held = torch.zeros(len(rows), dtype=torch.int64, device=real.device)  # generated points in each ball
@@ -85,7 +95,7 @@ class DensityCoverage(FeatureSets):
                 held += inside.sum(dim=1)
                 found += inside.sum(dim=0)
             covered.append(held > 0)
-        density, coverage = lying_in.double() / self.neighbours, torch.cat(covered).double().mean()
+        density, coverage = lying_in.double() / neighbours, torch.cat(covered).double().mean()
         return {
             "density": density.mean(),
             "density_std": density.std(correction=0) / len(fake) ** 0.5,
@@ -95,10 +105,15 @@ class DensityCoverage(FeatureSets):
 
     def check_count(self, count: int, name: str) -> None:
         """Refuses too few `name` images; generated ones may be any number."""
-        if name == "real" and count <= self.neighbours:
+        if name == "real" and count <= (self.neighbours or 1):
             raise InputError(
                 f"metric.density_coverage.neighbours={self.neighbours} needs more than {count} real images."
             )
+
+
+def fitting(neighbours: int | None, usual: int, count: int) -> int:
+    """The k of balls among `count` points: as set, else the usual one or the largest that they allow."""
+    return min(usual, count - 1) if neighbours is None else neighbours
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int, screening: bool = False) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,14 @@ from ldmlab.report.metrics_json import reading, title
 from ldmlab.report.page_content import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table, Text
 from ldmlab.report.paper_table import paper_report
 from ldmlab.report.score_curves import over_scales, run_charts
-from ldmlab.report.score_lines import ScoreLine, number_text, score_line
+from ldmlab.report.score_lines import (
+    ScoreLine,
+    control_text,
+    features_text,
+    number_text,
+    score_line,
+    warnings_of,
+)
 
 _FIRST_CHARTS = 6  # of a run; the others are folded away
 _GROUPS = (  # of pairs with training images; older records have only `pairs`
@@ -58,12 +65,8 @@ def score_lines(result: Mapping[str, Any]) -> list[ScoreLine]:
 
 def _lead(result: Mapping[str, Any]) -> str:
     """Description of the images of the page, and of the CLIP model of the features where its run has scores."""
-    sampling, quality = result["sampling"], result["features"].get("quality") or {}
-    beside = f"{_count(result)} {_split(result)} images"
-    features = f"Features: {result['features']['name']}"
-    if "recall_1_of_50" in quality:
-        chance = f", by chance {quality['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in quality else ""
-        features += f" (finds the caption among 50 for {quality['recall_1_of_50']:.0%} of validation images{chance})"
+    sampling, beside = result["sampling"], f"{_count(result)} {_split(result)} images"
+    features = f"Features: {features_text(result['features'])}"
     if "steps" not in sampling:
         return f"Reconstructions of {beside} of {sampling['size']} px, compared with the originals. {features}."
     scale = sampling["guidance_scale"]
@@ -108,8 +111,17 @@ def _images(result: Mapping[str, Any]) -> list[Section]:
 def _scores(result: Mapping[str, Any]) -> list[Section]:
     features = result["features"]
     note = f"Features: {features['name']}, {features['width']} wide. ↓ lower is better, ↑ higher."
-    rows = [Row("theirs", one.head, [one.value, one.meaning, one.note]) for one in score_lines(result)]
-    return [Section("Scores", [Table("Scores", ["value", "meaning", "note"], rows, [note], "score", True)])]
+    rows = []
+    for one in score_lines(result):
+        beside = [value for _, value in control_text(one.name, result)]
+        rows.append(Row("theirs", one.head, [one.value, *beside, one.meaning, one.note]))
+    columns = ["value", *(title for title, _ in control_text("", result)), "meaning", "note"]
+    notes = [note]
+    if found := result.get("controls"):
+        counts = ", ".join(f"{one['images']:,} of {one['title']}" for one in found.values())
+        notes.append(f"Controls, scored like the samples: {counts}. A score close to that of noise says little.")
+    warned = [Text(f"Warning: {text}", stamp=True) for text in warnings_of(result)]
+    return [Section("Scores", [*warned, Table("Scores", columns, rows, notes, "score", True)])]
 
 
 def _memorisation(result: Mapping[str, Any]) -> list[Section]:

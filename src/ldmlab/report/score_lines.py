@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ldmlab.report.page_content import ARROW
+from ldmlab.report.page_content import ARROW, DASH
 from ldmlab.report.paper_source import PAPER_FEATURES
 
 FEW_IMAGES = 1000  # below, k-NN balls are too wide for precision and recall to separate images from noise
@@ -100,6 +100,36 @@ def number_text(value: float, spread: float | None = None) -> str:
     if spread is None:
         return text
     return f"{text} ± " + f"{spread:#.2g}".rstrip(".")
+
+
+def features_text(features: Mapping[str, Any]) -> str:
+    """The network whose features are compared; of a CLIP trained here its size, and how well it finds captions."""
+    more, quality = [], features.get("quality") or {}
+    if own := features.get("own_parameters"):
+        more.append(f"a CLIP of {own / 1e6:.1f} M parameters trained here, no published network")
+    if "recall_1_of_50" in quality:
+        chance = f", by chance {quality['chance_recall_1_of_50']:.0%}" if "chance_recall_1_of_50" in quality else ""
+        more.append(f"finds the caption among 50 for {quality['recall_1_of_50']:.0%} of validation images{chance}")
+    return " ".join([str(features["name"]), *([f"({'; '.join(more)})"] if more else [])])
+
+
+def warnings_of(result: Mapping[str, Any]) -> list[str]:
+    """What all scores suffer from: few images, a feature network of one's own."""
+    found, made, real = [], result["sampling"]["images"], result["reference"]["images"]
+    if min(made, real) < FEW_IMAGES:
+        found.append(f"few images: {made:,} against {real:,} real ones; small differences between models are chance")
+    if result["features"].get("own_parameters"):
+        found.append("features of a small CLIP trained here: compare only numbers by this very network")
+    return found
+
+
+def control_text(name: str, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Title of each control and its value of a score."""
+    found = (result.get("controls") or {}).values()
+    return [
+        (str(one["title"]), score_text(name, float(one["scores"][name]["value"])) if name in one["scores"] else DASH)
+        for one in found
+    ]
 
 
 def options_of(name: str, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldmlab import distributed
 from ldmlab.contracts import FirstStage
+from ldmlab.inference.grids import labels_of
 from ldmlab.losses.adversary import RiseAlarm
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
@@ -254,4 +255,5 @@ class AutoencoderStage(Stage):
         images = self._images_of(slice_of_process(shown))
         reconstructed = self.first_stage.decode(self.first_stage.encode(images).mean).float().clamp(-1, 1)
         row = torch.cat([images, reconstructed, (reconstructed - images) / 2], dim=3)  # (N, 3, H, 3 W)
+        self.panel_labels = {"reconstructions": labels_of(shown)}
         return {"reconstructions": gathered(to_bytes(row).permute(0, 2, 3, 1), len(shown["position"]))}

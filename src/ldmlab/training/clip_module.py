@@ -35,8 +35,8 @@ class ClipStage(Stage):
     monitor = "recall_5_of_50"
     monitor_mode = "max"
     panel_titles: ClassVar[Mapping[str, str]] = {
-        "found_by_caption": "validation image | images that its caption finds, best first",
-        "similarities": "similarity of images (rows) and captions (columns)",
+        "found_by_caption": "validation image | images that its caption, below, finds: best first",
+        "similarities": "similarity of images (rows) and captions (columns): white 1, black -1",
     }
 
     def __init__(self, *, model: OpenClip, **options: Any) -> None:
@@ -109,6 +109,7 @@ class ClipStage(Stage):
         similarity = image @ text.T  # (N, N)
         found = similarity.T.topk(min(_PANEL_FOUND, len(image)), dim=1).indices[:_PANEL_IMAGES]  # (P, found)
         rows = [torch.cat([images[i], *images[best]], dim=1) for i, best in enumerate(found)]
+        self.panel_labels = {"found_by_caption": batch["caption"][: len(rows)]}
         shade = ((similarity + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         cells = shade.repeat_interleave(8, 0).repeat_interleave(8, 1)
         return {"found_by_caption": torch.stack(rows), "similarities": cells[None, :, :, None].repeat(1, 1, 1, 3)}

@@ -1,6 +1,6 @@
 """Training of a denoiser on latents."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,10 @@ class DiffusionStage(Stage):
     kind: ClassVar[str] = "diffusion"
     averaged: ClassVar[str | None] = "denoiser"
     monitor = "loss"
+    panel_titles: ClassVar[Mapping[str, str]] = {
+        "samples": "samples for the conditions of validation images, averaged weights",
+        "val": "the validation images themselves, as encoded and decoded by the first stage",
+    }
 
     def __init__(
         self,

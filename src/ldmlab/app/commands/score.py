@@ -19,6 +19,8 @@ from ldmlab.app.conf_files import group_choices
 from ldmlab.app.progress import track
 from ldmlab.errors import InputError, check_fraction
 
+_USUAL = "fid,kid,precision_recall"  # of --metrics
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -26,24 +28,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("reference", type=Path, metavar="REFERENCE", help="the same; an .npz may hold statistics alone")
     add("options", nargs="*", metavar="KEY=VALUE", help="such as features.run=RUN or metrics.kid.subset_size=50")
     add("--features", default="inception", help="a file of conf/features (inception)")
-    add("--metrics", default="fid,kid,precision_recall", help="files of conf/metric (fid,kid,precision_recall)")
+    add("--metrics", help="files of conf/metric (fid, where there are more images than features, kid,precision_recall)")
     add("--out", type=Path, metavar="FILE", help="also write the scores as JSON")
     add("--npz", type=Path, metavar="FILE", help="also write SAMPLES as a batch for ADM's script, with its statistics")
     add("--batch-size", type=int, default=64, help="images at once; changes the speed only (64)")
     add("--workers", type=int, default=2, help="processes that decode images (2)")
+    add("--controls", type=int, default=1000, metavar="N", help="score at most N noise images beside SAMPLES (1000)")
     add("--max-bad", type=float, default=0.0, metavar="SHARE", help="share of unreadable images that is allowed (0)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
 
 
 def run(args: argparse.Namespace) -> None:
     from ldmlab import distributed
-    from ldmlab.app.evaluate import build_extractor, build_metric, scores_text
+    from ldmlab.app.evaluate import build_extractor, build_metric
+    from ldmlab.app.run_end import scores_text
     from ldmlab.build import pick_device
     from ldmlab.evaluation.image_sets import image_set, score_sets
     from ldmlab.evaluation.scoring import untracked
     from ldmlab.files import write_json
 
-    at_least(args, batch_size=1, workers=0)
+    at_least(args, batch_size=1, workers=0, controls=0)
     check_fraction("--max-bad", args.max_bad)
     rank, world = distributed.join()
     if args.npz is not None and world > 1:
@@ -51,8 +55,12 @@ def run(args: argparse.Namespace) -> None:
     config: Mapping[str, Any] = plain(compose("score", overrides(args)))
     samples, reference = (image_set(path, args.workers, args.max_bad) for path in (args.samples, args.reference))
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
-    metrics = {name: build_metric(name, node, extractor.width, "metrics") for name, node in config["metrics"].items()}
+    nodes = config["metrics"]
+    if args.metrics is None:
+        nodes = fitting(nodes, min(samples.count, reference.count or samples.count), extractor.width)
+    metrics = {name: build_metric(name, node, extractor.width, "metrics") for name, node in nodes.items()}
     options: dict[str, Any] = {"batch_size": args.batch_size, "track": track if rank == 0 else untracked}
+    options["at_most"] = args.controls
     result = score_sets(samples, reference, extractor, metrics, **options)
     if rank == 0:
         for side in (result["samples"], result["reference"]):
@@ -67,8 +75,22 @@ def run(args: argparse.Namespace) -> None:
         _write_npz(args, samples, metrics)
 
 
+def fitting(nodes: Mapping[str, Any], images: int, width: int) -> Mapping[str, Any]:
+    """The usual scores, without the Frechet distance where the smaller set has fewer images than features."""
+    from ldmlab import distributed
+
+    if images >= width or nodes["fid"]["small_sample"]:
+        return nodes
+    distributed.say(
+        f"fid is left out: {images:,} images are fewer than the {width:,} features, so it means little; "
+        "metrics.fid.small_sample=true has it all the same."
+    )
+    return {name: node for name, node in nodes.items() if name != "fid"}
+
+
 def overrides(args: argparse.Namespace) -> list[str]:
-    names, known = [name for name in args.metrics.split(",") if name], group_choices("metric")
+    typed, known = _USUAL if args.metrics is None else args.metrics, group_choices("metric")
+    names = [name for name in typed.split(",") if name]
     if unknown := [name for name in names if name not in known] or ([""] if not names else []):
         raise InputError(f"--metrics {unknown[0]}: there is no such score; there are {', '.join(known)}.")
     return [f"features={args.features}", *(f"+metric@metrics.{name}={name}" for name in names), *args.options]
