@@ -1,7 +1,4 @@
-"""Averaged weights with the paper's warm-up: decay = min(decay, (1 + n) / (10 + n)), n counting optimizer updates.
-
-With `warmup` = (inv_gamma, power) it is min(decay, 1 - (1 + n / inv_gamma)^-power), as in diffusers' EMAModel.
-"""
+"""Averaged weights with the paper's warm-up: decay = min(decay, (1 + n) / (10 + n)), n counting optimizer updates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +12,8 @@ from ldmlab.sharded import laid_out
 class AveragedWeights:
     """An exponential moving average of a module's trainable parameters, at least float32, besides the raw ones."""
 
-    def __init__(self, module: nn.Module, decay: float, warmup: tuple[float, float] | None = None) -> None:
-        self.decay, self.warmup = decay, warmup
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
         self.updates = 0
         self._live = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._average = {
@@ -34,10 +31,7 @@ class AveragedWeights:
 
     def _kept(self) -> float:
         """The decay at this update."""
-        if self.warmup is None:
-            return min(self.decay, (1 + self.updates) / (10 + self.updates))
-        inv_gamma, power = self.warmup
-        return min(self.decay, 1 - (1 + self.updates / inv_gamma) ** -power)
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -27,7 +27,6 @@ class Step:
     past: list[Any]  # what a sampler keeps from step to step, empty at first
     nearest: Callable[[Tensor], Tensor]  # of a clean estimate: its codebook vectors with `quantize_x0`, else itself
     path: Path | None = None  # for samplers that evaluate the network between the levels of the grid
-    left: int = 0  # steps that follow
 
 
 class Stepwise(ABC):
@@ -71,8 +70,7 @@ class Stepwise(ABC):
             unrounded = denoise(x, here)
             clean = unrounded.to(x.dtype)
             again = further(denoise, here)
-            left = len(grid) - 2 - number
-            x = self.step(x, clean, Step(number, here, there, unrounded, again, fresh, past, nearest, self.path, left))
+            x = self.step(x, clean, Step(number, here, there, unrounded, again, fresh, past, nearest, self.path))
             if after_step is not None:
                 x = after_step(number, x, clean)
         return x
