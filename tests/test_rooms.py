@@ -47,6 +47,7 @@ for middle in ("training", "evaluation", "report", "interop"):
     MAY_USE[middle] = LOW | {middle}
 MAY_USE["interop"] |= {"build"}  # whole models come in and go out
 MAY_USE["study"] = LOW | {"study", "report"}  # its results are a page
+MAY_USE["play"] = LOW | {"play"}
 ONLY_IN = {"pytorch_lightning": {"training"}, "hydra": {"app"}, "omegaconf": {"app"}, "wandb": {"training", "app"}}
 
 

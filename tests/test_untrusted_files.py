@@ -68,7 +68,10 @@ def traps(at: Path) -> dict[str, Any]:
         "load with trust": {"_target_": "ldmlab.build.load", "path": str(at.parent), "trust": True},
         "instantiate": {"_target_": "ldmlab.instantiate.instantiate", "node": command, "where": "x", "trust": True},
         "allow": {"_target_": "ldmlab.plugins.allow", "names": ["os"]},
-        "commands": {"_target_": "ldmlab.app.cli.dispatch", "arguments": ["export", str(at.parent), str(at)]},
+        "commands": {
+            "_target_": "ldmlab.app.cli.dispatch",
+            "arguments": ["export", "--without-card", str(at.parent), str(at)],
+        },
         "training": {"_target_": "ldmlab.app.wiring.train", "config": {}},
         "fetch": {"_target_": "ldmlab.interop.fetch.fetch", "name": "x", "url": f"file://{at}"},
         "atomic write": {"_target_": "ldmlab.files.write_text", "path": str(at), "text": "x"},

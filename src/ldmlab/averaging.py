@@ -1,4 +1,7 @@
-"""Averaged weights with the paper's warm-up: decay = min(decay, (1 + n) / (10 + n)), n counting optimizer updates."""
+"""Averaged weights with the paper's warm-up: decay = min(decay, (1 + n) / (10 + n)), n counting optimizer updates.
+
+With `warmup` = (inv_gamma, power) it is min(decay, 1 - (1 + n / inv_gamma)^-power), as in diffusers' EMAModel.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +15,8 @@ from ldmlab.sharded import laid_out
 class AveragedWeights:
     """An exponential moving average of a module's trainable parameters, at least float32, besides the raw ones."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, warmup: tuple[float, float] | None = None) -> None:
+        self.decay, self.warmup = decay, warmup
         self.updates = 0
         self._live = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._average = {
@@ -31,7 +34,10 @@ class AveragedWeights:
 
     def _kept(self) -> float:
         """The decay at this update."""
-        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.warmup is None:
+            return min(self.decay, (1 + self.updates) / (10 + self.updates))
+        inv_gamma, power = self.warmup
+        return min(self.decay, 1 - (1 + self.updates / inv_gamma) ** -power)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -217,6 +217,11 @@ def shared(find: Callable[[], T]) -> T:
     return found
 
 
+def hardware() -> str:
+    """What the processes compute on: the name of the GPU, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def barrier() -> None:
     if joined():
         dist.barrier()

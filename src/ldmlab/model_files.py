@@ -24,12 +24,14 @@ from ldmlab.sharded import STATE, laid_out
 FORMAT_VERSION = 2
 DESCRIPTION = "model.yaml"
 CONFIG = "config.yaml"
+DATA = "data.json"  # of a run: origin, licences and data sheet of what it read
 _KINDS = {  # kind => what its description must hold besides image_size
     "first_stage": ("first_stage",),
     "clip": ("clip",),
     "classifier": ("classifier", "latent_scale", "schedule"),
     "latent_diffusion": ("first_stage", "latent_scale", "backbone", "conditioners", "diffusion", "sampler"),
 }
+MODELS = Path(__file__).parents[2] / "models"  # of a checkout: models that come along
 _LARGEST_BYTES = 4 * 2**20  # of a yaml file that describes a run or a model
 _LARGEST_NODES = 200_000  # values in it, counted as often as aliases repeat them
 _DEEPEST = 60
@@ -139,7 +141,12 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def describe(path: Path | str) -> dict[str, Any]:
     """model.yaml of a run folder, checkpoint or model folder, without its weights."""
-    return read_description(_locate(Path(path))[0])
+    return read_description(model_folder(path))
+
+
+def model_folder(path: Path | str) -> Path:
+    """The folder with model.yaml of a run folder, checkpoint or model folder."""
+    return _locate(Path(path))[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -247,12 +254,21 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def named(path: Path) -> Path:
+    """A path as it is; the name of a model that comes along, such as emoji or emoji/clip, as its folder."""
+    return MODELS / path if not path.exists() and (MODELS / path / DESCRIPTION).is_file() else path
+
+
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """The folder with model.yaml, and the checkpoint when it is a run's."""
+    path = named(path)
     if path.suffix == ".ckpt" and (path.is_file() or (path / STATE).is_file()):
         return path.parents[1], path
     if not path.is_dir():
-        raise InputError(f"{path} is neither a folder nor a checkpoint; give a run folder, model folder or .ckpt file.")
+        raise InputError(
+            f"{path} is neither a folder nor a checkpoint; give a run folder, model folder or .ckpt file, or a "
+            "name that `ldmlab models` lists."
+        )
     if (path / "checkpoints").is_dir():
         checkpoints = by_step(path / "checkpoints", ".ckpt")
         if not checkpoints:

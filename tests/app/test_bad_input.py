@@ -59,7 +59,7 @@ def test_guidance_on_a_model_trained_without_dropout(flow: Flow, tmp_path: Path)
 @pytest.mark.parametrize("damage", ["missing", "torn", "no description"])
 def test_a_model_folder_that_is_not_whole(flow: Flow, tmp_path: Path, damage: str) -> None:
     model = tmp_path / "model"
-    assert cli.dispatch(["export", str(flow.root / "model"), str(model)]) == 0
+    assert cli.dispatch(["export", "--without-card", str(flow.root / "model"), str(model)]) == 0
     weights = model / "denoiser.safetensors"
     if damage == "missing":
         weights.unlink()
@@ -73,7 +73,7 @@ def test_a_model_folder_that_is_not_whole(flow: Flow, tmp_path: Path, damage: st
 
 def test_a_model_that_names_code_of_others(flow: Flow, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    cli.dispatch(["export", str(flow.root / "model"), str(model)])
+    cli.dispatch(["export", "--without-card", str(flow.root / "model"), str(model)])
     text = (model / "model.yaml").read_text().replace("ldmlab.backbones.unet.UNet", "os.system")
     (model / "model.yaml").write_text(text)
     assert "backbone._target_=os.system" in refusal(lambda: ldmlab.load(model, device="cpu"))
@@ -91,7 +91,9 @@ def test_no_disk_space(flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_a_folder_in_use(flow: Flow, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds other files" in refusal(lambda: flow.clip(f"run.dir={tmp_path}"))
-    assert "not empty" in refusal(lambda: cli.dispatch(["export", str(flow.root / "model"), str(tmp_path)]))
+    assert "not empty" in refusal(
+        lambda: cli.dispatch(["export", "--without-card", str(flow.root / "model"), str(tmp_path)])
+    )
 
 
 def test_unknown_names(flow: Flow) -> None:
@@ -136,7 +138,7 @@ def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
     assert refusal(lambda: cli.dispatch(words)).startswith("features.run=3 is not text; quote it twice")
     sentence = refusal(lambda: flow.denoiser("conditioner.text.from_run=3", out="never"))
     assert sentence.startswith("conditioner.text.from_run=3 is not text; quote it twice")
-    words = ["export", str(flow.root / "first_stage"), str(tmp_path / "out"), "--weights", "both"]
+    words = ["export", "--without-card", str(flow.root / "first_stage"), str(tmp_path / "out"), "--weights", "both"]
     assert "weights=both is unknown" in refusal(lambda: cli.dispatch(words))
     words = ["pack", str(flow.images), str(tmp_path / "out"), "--layout", "tars"]
     assert "holds no images in tars; give another folder, or another --layout" in refusal(lambda: cli.dispatch(words))
@@ -151,5 +153,5 @@ def test_the_model_is_read_before_the_features(tmp_path: Path, monkeypatch: pyte
 def test_a_place_that_takes_no_files(flow: Flow) -> None:
     for step in (flow.encode, flow.first_stage):
         assert "proc takes no new files" in refusal(partial(step, out=f"{'../' * 20}proc/out"))
-    words = ["export", str(flow.root / "first_stage"), "/proc/out"]
+    words = ["export", "--without-card", str(flow.root / "first_stage"), "/proc/out"]
     assert "/proc takes no new files" in refusal(lambda: cli.dispatch(words))

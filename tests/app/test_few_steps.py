@@ -77,10 +77,10 @@ def test_mean_flow_from_training_to_an_export(packed: Path, tmp_path: Path) -> N
     assert model.sample(class_id=[0, 1], sampler="heun", steps=3).shape == (2, 8, 8, 3)  # a flow like any other
     with pytest.raises(InputError, match=r"guidance_scale=5\.0 is outside 1\.0 \.\. 4\.0"):
         model.sample(class_id=[0], guidance_scale=5.0)
-    assert cli.dispatch(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    assert cli.dispatch(["export", "--without-card", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
     assert torch.equal(ldmlab.load(tmp_path / "exported", device="cpu").sample(class_id=[0, 1], seed=1), images)
     for form in ("compvis", "diffusers"):
-        words = ["export", str(tmp_path / "run"), str(tmp_path / form), "--format", form]
+        words = ["export", "--without-card", str(tmp_path / "run"), str(tmp_path / form), "--format", form]
         assert "is a MeanFlow model, of few steps" in refusal(lambda words=words: cli.dispatch(words))  # type: ignore[misc]
 
 
@@ -110,7 +110,7 @@ def test_a_trained_run_is_distilled(packed: Path, tmp_path: Path, objective: str
     assert torch.equal(model.sample(class_id=[0, 1], seed=1, steps=1, sampler="consistency"), images)
     assert not torch.equal(model.sample(class_id=[0, 1], seed=1), images)  # four steps
     assert differs_by_scale(model)
-    assert cli.dispatch(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    assert cli.dispatch(["export", "--without-card", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
     exported = ldmlab.load(tmp_path / "exported", device="cpu")
     assert torch.equal(exported.sample(class_id=[0, 1], seed=1, steps=1), images)
     assert cli.dispatch(["plan", *SMALL, *words]) == 0

@@ -71,7 +71,7 @@ def test_sample_writes_images_with_their_settings(flow: Flow) -> None:
 
 def test_a_run_a_checkpoint_and_an_exported_model_draw_the_same(flow: Flow) -> None:
     out = flow.root / "exported"
-    assert cli.dispatch(["export", str(flow.root / "model"), str(out)]) == 0
+    assert cli.dispatch(["export", "--without-card", str(flow.root / "model"), str(out)]) == 0
     places = [flow.root / "model", flow.root / "model" / "checkpoints" / "step_00000002.ckpt", out]
     images = [ldmlab.load(p, device="cpu").sample(caption=["red circle"], steps=2, seed=3) for p in places]
     assert torch.equal(images[0], images[1])
@@ -134,7 +134,7 @@ def test_a_run_in_parts_is_loaded_exported_scored_and_continued(flow: Flow, tmp_
     assert {path.name for path in checkpoint.iterdir()} == {
         *("shard_00000.safetensors", "shard_00001.safetensors", "state.ckpt"),
     }
-    assert cli.dispatch(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
+    assert cli.dispatch(["export", "--without-card", str(checkpoint), str(tmp_path / "exported")]) == 0
     images = [
         ldmlab.load(path, device="cpu").sample(caption=["red circle"], steps=2, seed=3)
         for path in (run, checkpoint, tmp_path / "exported", flow.root / "model")

@@ -97,7 +97,7 @@ def test_it_evaluates_by_a_metric_of_its_own(lab: Lab) -> None:
 def test_it_samples_and_travels(lab: Lab) -> None:
     sample = ["a red circle", "--steps", 2, "--device", "cpu", "--seed", 1]
     lab.command("sample", lab.run, *sample, "--out", lab.root / "of_run")
-    lab.command("export", lab.run, lab.root / "model")
+    lab.command("export", "--without-card", lab.run, lab.root / "model")
     assert yaml.safe_load((lab.root / "model" / "model.yaml").read_text())["plugins"] == {"my_lab": "0.1.0"}
     lab.command("sample", lab.root / "model", *sample, "--out", lab.root / "of_model", "--plugins", "my_lab")
     of_run, of_model = (sorted((lab.root / name).glob("*.png")) for name in ("of_run", "of_model"))

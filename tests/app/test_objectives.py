@@ -55,7 +55,7 @@ def test_from_training_to_an_export(packed: Path, tmp_path: Path, objective: str
     again = model.sample(count=2, steps=4, seed=1, init_image=[images[0], images[1]], strength=0.7)
     assert again.shape == images.shape
     out = tmp_path / "exported"
-    assert cli.dispatch(["export", str(tmp_path / "run"), str(out)]) == 0
+    assert cli.dispatch(["export", "--without-card", str(tmp_path / "run"), str(out)]) == 0
     assert bool((ldmlab.load(out, device="cpu").sample(count=2, steps=4, seed=1) == images).all())
     picture = tmp_path / "picture.png"
     Image.fromarray(images[0].numpy()).save(picture)
@@ -129,7 +129,7 @@ def test_a_transformer_on_a_flow(packed: Path, tmp_path: Path) -> None:
     ]
     assert cli.dispatch(["sample", *words, "--guider", "squared", "--guider-image", str(picture)]) == 0
     for form in ("compvis", "diffusers"):
-        words = ["export", str(tmp_path / "run"), str(tmp_path / form), "--format", form]
+        words = ["export", "--without-card", str(tmp_path / "run"), str(tmp_path / form), "--format", form]
         assert "--format ldmlab" in refusal(lambda words=words: cli.dispatch(words))  # type: ignore[misc]
         assert not (tmp_path / form).exists()
 

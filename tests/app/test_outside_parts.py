@@ -283,7 +283,10 @@ def test_a_denoiser_with_a_part_from_outside(
     rows = lab.train_and_resume(tmp_path / "run", *PIXELS, *options)
     check_effect(kind, rows, tmp_path)
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["plugins"] == {PACKAGE: "0.3"}
-    assert cli.dispatch(["export", str(tmp_path / "run"), str(tmp_path / "model"), "--plugins", PACKAGE]) == 0
+    assert (
+        cli.dispatch(["export", "--without-card", str(tmp_path / "run"), str(tmp_path / "model"), "--plugins", PACKAGE])
+        == 0
+    )
     description = yaml.safe_load((tmp_path / "model" / "model.yaml").read_text())
     assert [name for name, node in description.items() if f"'{PACKAGE}." in str(node)] == ([named] if named else [])
     allowed = ["--plugins", PACKAGE] if named else []
@@ -330,7 +333,10 @@ def test_a_first_stage_and_a_loss_from_outside(lab: Lab, tmp_path: Path, monkeyp
     refused(["train", *words, *data, "data.image_size=8", f"run.dir={tmp_path}/never"])
     assert not (tmp_path / "never").exists()
     lab.train_and_resume(tmp_path / "run", *words, f"plugins=[{PACKAGE}]")
-    assert cli.dispatch(["export", str(tmp_path / "run"), str(tmp_path / "model"), "--plugins", PACKAGE]) == 0
+    assert (
+        cli.dispatch(["export", "--without-card", str(tmp_path / "run"), str(tmp_path / "model"), "--plugins", PACKAGE])
+        == 0
+    )
     assert lab.sample(tmp_path / "model", tmp_path / "images", "--plugins", PACKAGE).shape == (8, 8, 3)
     new_process(monkeypatch)
     refused(["sample", str(tmp_path / "model"), "--out", str(tmp_path / "never")])

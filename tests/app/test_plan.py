@@ -23,6 +23,7 @@ from ldmlab.nn import attention
 from ldmlab.training.settings import TrainerSettings, trainer_node
 
 SMALL_UNET = ["backbone.model_channels=64", "data.image_size=128"]
+SMALL = ["backbone=dit_s_2", "backbone.depth=1", "first_stage=identity", "data.image_size=8"]
 MODELS = {
     "denoiser of captions": [
         "experiment=paper/text/sd1",
@@ -170,8 +171,7 @@ def test_more_images_fit_where_weights_are_sharded(capsys: pytest.CaptureFixture
 
 
 def test_a_part_without_weights_is_not_divided(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["backbone=dit_s_2", "backbone.depth=1", "first_stage=identity", "data.image_size=8", "trainer=fsdp"]
-    assert dispatch(["plan", *words, "--devices", "2", "--json"]) == 0
+    assert dispatch(["plan", *SMALL, "trainer=fsdp", "--devices", "2", "--json"]) == 0
     assert "weights of the conditioners" not in json.loads(capsys.readouterr().out)["memory_gib"]
 
 
@@ -179,6 +179,11 @@ def test_a_part_without_weights_is_not_divided(capsys: pytest.CaptureFixture[str
     ("words", "message"),
     [
         (["stage=autoencoder", "trainer=fsdp", "--devices", "8"], "shards denoisers and latent classifiers"),
+        (["stage=autoencoder", "trainer=fsdp"], "shards denoisers and latent classifiers"),
+        (["stage=autoencoder", "backbone=dit_s_2"], "stage=autoencoder reads no backbone"),
+        (["first_stage=kl_f8", "stage.val_draws=few"], "stage.val_draws=few"),
+        ([*SMALL, "trainer=fsdp", "trainer.compile=cuda_graphs", "--devices", "8"], "strategy shards the weights"),
+        ([*SMALL, "trainer=hsdp", "trainer.global_batch=12", "--devices", "12"], "8 of 12 are on one; use"),
         (["--card", "h100"], "--card=h100 is unknown; choose one of v100-32gb"),
         (["--mfu", "35"], "--mfu 35.0 must be above 0 and at most 1"),
         (["--devices", "0"], "--devices 0 must be at least 1"),

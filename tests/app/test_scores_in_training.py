@@ -146,7 +146,7 @@ def test_a_sharded_run_is_validated_scored_resumed_loaded_and_exported(flow: Flo
     words = [f"features.run={flow.root}/clip", "protocol=in_training", *(f"protocol.{option}" for option in PROTOCOL)]
     expected = evaluated(tmp_path / "run", tmp_path / "scored", *words)
     assert record(tmp_path / "run")["scores"]["fid"]["value"] == pytest.approx(expected["fid"]["value"], rel=1e-3)
-    assert dispatch(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert dispatch(["export", "--without-card", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
     run, model = (ldmlab.load(tmp_path / name, device="cpu") for name in ("run", "model"))
     ask = {"caption": ["red circle"], "steps": 2, "seed": 3}
     assert torch.equal(run.sample(**ask), model.sample(**ask))

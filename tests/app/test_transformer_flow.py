@@ -113,7 +113,7 @@ def test_it_is_scored_and_enters_no_table_of_the_paper(root: Path, capsys: pytes
 
 
 def test_an_export_draws_the_same(root: Path) -> None:
-    assert cli.dispatch(["export", str(root / "run"), str(root / "exported")]) == 0
+    assert cli.dispatch(["export", "--without-card", str(root / "run"), str(root / "exported")]) == 0
     both = [sampled(root, f"of_{name}", "--steps", "3", model=name) for name in ("run", "exported")]
     assert (both[0] == both[1]).all()
 

@@ -158,6 +158,37 @@ def test_tars_to_shards(tmp_path: Path) -> None:
     assert (fields["caption"], fields["class"], fields["class_id"]) == ("番号 3", "b", 1)
 
 
+@pytest.mark.parametrize("stratified", [False, True])  # fields are read early, or with the image
+def test_a_field_of_tars_becomes_the_caption(tmp_path: Path, stratified: bool) -> None:
+    _pack(_images(tmp_path / "in", 6), tmp_path / "first")
+    options = _options(split=SplitRule(0.5, stratify="kind")) if stratified else _options()
+    for field, expected in {"kind": "b", "caption": "番号 3", "none": None}.items():
+        pack(list_source(tmp_path / "first/train", caption=field), tmp_path / field, options, workers=1)
+        found = {
+            k: v
+            for split in ("train", "val")
+            if (tmp_path / field / split).exists()
+            for k, v in stored_samples(tmp_path / field / split).items()
+        }
+        fields = json.loads(found["0003"]["json"])
+        assert (fields.get("caption"), fields["kind"]) == (expected, "b")
+    with pytest.raises(InputError, match=r"images cannot be used .*no nosuch for its caption"):
+        pack(list_source(tmp_path / "first/train", caption="nosuch"), tmp_path / "none2", options, workers=1)
+    with pytest.raises(InputError, match=r"other images or captions"):
+        pack(list_source(tmp_path / "first/train"), tmp_path / "kind", options, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "option"), [("tars", "file_column"), ("plain", "file_column"), ("plain", "caption")]
+)
+def test_a_column_of_what_is_no_table_is_refused(tmp_path: Path, layout: str, option: str) -> None:
+    _pack(_images(tmp_path / "in", 3), tmp_path / "out")
+    (tmp_path / "in" / "metadata.jsonl").unlink()
+    source = tmp_path / ("out/train" if layout == "tars" else "in")
+    with pytest.raises(InputError, match=r"--(file|caption)-field kind: .* no table"):
+        list_source(source, **{option: "kind"})  # type: ignore[arg-type]
+
+
 def test_small_images_are_left_out_on_request(tmp_path: Path) -> None:
     source = _images(tmp_path / "in", 5)
     Image.new("RGB", (100, 10)).save(source / "0002.png")
@@ -224,7 +255,7 @@ def test_other_options_or_images_in_the_same_folder_are_refused(tmp_path: Path) 
     with pytest.raises(InputError, match=r"transform\.size=16 \(now 8\)"):
         _pack(source, tmp_path / "out", _options(transform=Transform(8)))
     _images(tmp_path / "in", 5)
-    with pytest.raises(InputError, match="other images or captions"):
+    with pytest.raises(InputError, match=r"other images or captions"):
         _pack(source, tmp_path / "out")
     result = _pack(source, tmp_path / "out", _options(split=SplitRule(name="test")))  # a further split is welcome
     assert list(result.manifests) == ["test"]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.backbones.dit import DiT
+from ldmlab.backbones.edm_unet import EdmUNet
+from ldmlab.backbones.mmdit import MMDiT
 from ldmlab.backbones.unet import UNet
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.contracts import Conditioning
@@ -64,24 +66,27 @@ def model(backbone: nn.Module, **options: Any) -> MeanFlow:
 
 def networks() -> dict[str, nn.Module]:
     wide = {"in_channels": 3, "out_channels": 3, "context_width": 8, "numbers": 1}
+    narrow = {name: size for name, size in wide.items() if name != "context_width"}
     unet = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_downsampling": [1, 2]}
     modern = {"rms_norm": True, "swiglu": True, "qk_norm": True, "rotary_positions": True}
     return {
         "dit": DiT(width=32, depth=2, heads=2, **wide),  # type: ignore[arg-type]
         "modern": DiT(width=32, depth=2, heads=2, **wide, **modern),  # type: ignore[arg-type]
+        "mmdit": MMDiT(width=32, depth=2, heads=2, **wide),  # type: ignore[arg-type]
+        "edm": EdmUNet(head_channels=16, dropout=0.0, **unet, **narrow),  # type: ignore[arg-type]
         "unet": UNet(heads=2, **unet, **wide),  # type: ignore[arg-type]
         "pixels": UNet(heads=2, **unet, **{**wide, "context_width": None}, residual_resampling=True),  # type: ignore[arg-type]
     }
 
 
-@pytest.mark.parametrize("name", ["dit", "modern", "unet", "pixels"])
+@pytest.mark.parametrize("name", ["dit", "modern", "mmdit", "edm", "unet", "pixels"])
 def test_the_derivative_is_that_of_finite_differences(name: str) -> None:
     torch.manual_seed(0)
     network = networks()[name].double()
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    tokens = torch.randn(2, 3, 8).double() if name != "pixels" else None
+    tokens = torch.randn(2, 3, 8).double() if name not in ("pixels", "edm") else None
     flow = model(network)
     x, v = torch.randn(2, 2, 3, 8, 8).double()
     r, t = torch.tensor([[0.1, 0.4], [0.7, 0.5]]).double()

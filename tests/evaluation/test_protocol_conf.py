@@ -143,6 +143,13 @@ def test_a_sweep_is_all_combinations_of_its_values() -> None:
     assert swept().combinations() == []
 
 
+def test_a_scale_of_one_in_a_sweep_is_without_guidance() -> None:
+    protocol = swept(sweep={"guidance_scale": [1, 2]}, guidance_interval=[0.1, 0.8], weak_model="runs/a")
+    off, on = (protocol.settings(**changes) for changes in protocol.combinations())
+    assert off == swept().settings(guidance_scale=1.0)
+    assert (on.guidance_interval, on.weak_model) == ((0.1, 0.8), "runs/a")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

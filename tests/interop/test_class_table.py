@@ -122,7 +122,7 @@ def test_the_commands_there_and_back(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="guidance"):
         model.sample(class_id=[1], steps=2, guidance_scale=2.0)
     for target, kind in ((paths[3], "compvis"), (paths[4], "diffusers")):
-        assert dispatch(["export", paths[1], target, "--format", kind]) == 0
+        assert dispatch(["export", "--without-card", paths[1], target, "--format", kind]) == 0
     again = compvis.load(tmp_path / "back/model.ckpt", tmp_path / "back/config.yaml", device="cpu")
     assert torch.equal(torch.as_tensor(again.sample(class_id=[1], steps=2, seed=0)), torch.as_tensor(one))
 

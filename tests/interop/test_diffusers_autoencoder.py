@@ -56,7 +56,10 @@ def test_a_folder_becomes_a_first_stage_and_a_folder_again(tmp_path: Path, dtype
     assert not [name for name, _ in stage.named_parameters() if name.startswith(("to_moments", "from_latent"))]
     if dtype == torch.float32:
         assert_near(stage.encode(RECORDED["x"]).mean, RECORDED["mean"], 1e-5)
-    assert dispatch(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "diffusers"]) == 0
+    assert (
+        dispatch(["export", "--without-card", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "diffusers"])
+        == 0
+    )
     again = peer.AutoencoderKL.from_pretrained(tmp_path / "out")
     assert not again.config.use_quant_conv
     assert not again.config.use_post_quant_conv
@@ -78,7 +81,7 @@ def test_a_convolution_on_one_side_alone() -> None:
 def test_what_has_no_counterpart_is_refused(tmp_path: Path) -> None:
     assert dispatch(["import", str(folder(tmp_path / "vae")), str(tmp_path / "model")]) == 0
     with pytest.raises(InputError, match=r"'latent_projection': False.* has no official counterpart"):
-        dispatch(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "compvis"])
+        dispatch(["export", "--without-card", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "compvis"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="bottleneck_channels=8 needs a projection to latent_channels=16"):
         KLAutoencoder(channel_mult=[1], latent_channels=16, bottleneck_channels=8, latent_projection=False)

@@ -71,7 +71,12 @@ def test_a_pipeline_becomes_a_model_and_a_pipeline_again(folder: Path, tmp_path:
     found = model.sample(class_id=[1, 3], steps=5, guidance_scale=3.0)
     assert (found.double() / 255 - torch.from_numpy(images)).abs().max() < 1 / 255
     assert model.image_size == (16, 16)
-    assert dispatch(["export", str(tmp_path / "model"), str(tmp_path / "again"), "--format", "diffusers"]) == 0
+    assert (
+        dispatch(
+            ["export", "--without-card", str(tmp_path / "model"), str(tmp_path / "again"), "--format", "diffusers"]
+        )
+        == 0
+    )
     again = peer.DiTPipeline.from_pretrained(tmp_path / "again")
     assert again.labels == theirs.labels
     state = again.transformer.state_dict()
@@ -134,7 +139,7 @@ def labels(**more: Any) -> Spec:
 
 def exported(spec: Spec, tmp_path: Path) -> list[str]:
     write_model_folder(tmp_path / "model", {**spec, "weights": "raw", "step": 1}, weights(spec))
-    return ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "diffusers"]
+    return ["export", "--without-card", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "diffusers"]
 
 
 FLOW = {"prediction": "VelocityPrediction", "schedule": {"_target_": f"{HOME}diffusion.flow_match.FlowMatchPath"}}

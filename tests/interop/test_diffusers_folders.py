@@ -185,7 +185,12 @@ def test_a_published_ddpm_pipeline(tmp_path: Path) -> None:
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     torch.testing.assert_close(ours.backbone(x, t, Conditioning()), theirs.unet(x, t).sample, atol=2e-5, rtol=0)
     torch.testing.assert_close(ours.schedule.alpha_bar.float(), theirs.scheduler.alphas_cumprod, atol=1e-6, rtol=0)
-    assert dispatch(["export", str(tmp_path / "model"), str(tmp_path / "again"), "--format", "diffusers"]) == 0
+    assert (
+        dispatch(
+            ["export", "--without-card", str(tmp_path / "model"), str(tmp_path / "again"), "--format", "diffusers"]
+        )
+        == 0
+    )
 
 
 STATE = {"a": torch.ones(2), "b": torch.arange(3.0), "c": torch.zeros(1)}

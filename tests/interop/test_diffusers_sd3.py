@@ -116,7 +116,12 @@ def test_a_pipeline_becomes_a_model_and_a_pipeline_again(t5: bool, folder: Path,
     found = model.sample(caption=words, steps=4, guidance_scale=3.0, size=16)
     assert images.std() > 0.02
     assert (found.double() / 255 - torch.from_numpy(images)).abs().max() < 1 / 255
-    assert dispatch(["export", str(tmp_path / "model"), str(tmp_path / "again"), "--format", "diffusers"]) == 0
+    assert (
+        dispatch(
+            ["export", "--without-card", str(tmp_path / "model"), str(tmp_path / "again"), "--format", "diffusers"]
+        )
+        == 0
+    )
     readme = (tmp_path / "again" / "README.md").read_text()
     assert ("text_encoder_3=None, tokenizer_3=None" in readme) == (not t5)
     again = loaded(tmp_path / "again", **absent)
@@ -125,7 +130,7 @@ def test_a_pipeline_becomes_a_model_and_a_pipeline_again(t5: bool, folder: Path,
     assert again.vae.config.shift_factor == pytest.approx(0.0609)
     if t5:
         Path(text.tokenizer.path).rename(tmp_path / "elsewhere.json")
-        words = ["export", str(tmp_path / "model"), str(tmp_path / "never"), "--format", "diffusers"]
+        words = ["export", "--without-card", str(tmp_path / "model"), str(tmp_path / "never"), "--format", "diffusers"]
         assert "is gone; put T5's tokenizer.json there again" in refusal(lambda: dispatch(words))
         assert not (tmp_path / "never").exists()
         (tmp_path / "elsewhere.json").rename(text.tokenizer.path)
@@ -185,7 +190,7 @@ def test_conditioners_that_do_not_fit_are_refused() -> None:
         Sd3Text(width=48, **clips)
     node = {"_target_": f"{HOME}backbones.mmdit.MMDiT", "in_channels": 4, "out_channels": 4, "width": 32, "depth": 1}
     both = {"heads": 2, "context_width": 8, "vector_width": 8, "pooled_width": 8}
-    with pytest.raises(InputError, match="pooled_width=8: a vector conditioner fills its place"):
+    with pytest.raises(InputError, match="pooled_width=8: a vector conditioner fills that"):
         instantiate({**node, **both}, where="backbone")
     with pytest.raises(InputError, match=r"no tokenizer\.json of T5"):
         Sd3Text(width=64, **clips, t5={"vocab_size": 8, "depth": 1, "heads": 1, "head_width": 8, "hidden": 8},
@@ -207,7 +212,14 @@ def test_a_model_of_ours(tmp_path: Path) -> None:
     def exported(name: str, **more: Any) -> list[str]:
         spec = describe(stage, {**net, **more}, conditions, image_size=16, std=0.6, shift=0.1, **flow)
         write_model_folder(tmp_path / name, {**spec, "weights": "raw", "step": 1}, weights(spec))
-        return ["export", str(tmp_path / name), str(tmp_path / f"{name}.out"), "--format", "diffusers"]
+        return [
+            "export",
+            "--without-card",
+            str(tmp_path / name),
+            str(tmp_path / f"{name}.out"),
+            "--format",
+            "diffusers",
+        ]
 
     assert dispatch(exported("model")) == 0
     out = tmp_path / "model.out"

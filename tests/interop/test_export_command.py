@@ -1,5 +1,6 @@
 """`ldmlab export`: every format, nothing at OUT on any fault, and one sentence for what cannot be done."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 import yaml
 from exported_models import Spec, clip_text, describe, kl, model, spatial, unet, vq, weights
 
-from ldmlab.app import cli
+from ldmlab import model_files
+from ldmlab.app import cli, evaluate
 from ldmlab.app.cli import dispatch
 from ldmlab.build import load
 from ldmlab.disks import locked
@@ -30,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(*words: object) -> int:
-    return cli.dispatch(["export", *map(str, words)])
+    return cli.dispatch(["export", "--without-card", *map(str, words)])
 
 
 def refused(folder: Path, out: Path, *words: object) -> str:
@@ -49,6 +51,46 @@ def test_our_own_format(name: tuple[str, ...], folder: Path, tmp_path: Path) -> 
     assert "ldmlab.load" in (tmp_path / "out" / "README.md").read_text()
     mine, theirs = (load(path, device="cpu").sample(steps=2) for path in (folder, tmp_path / "out"))
     assert torch.equal(mine, theirs)
+
+
+def test_half_the_size(folder: Path, tmp_path: Path) -> None:
+    assert export(folder, tmp_path / "out", "--precision", "float16") == 0
+    whole, half = ((path / "denoiser.safetensors").stat().st_size for path in (folder, tmp_path / "out"))
+    assert half < 0.6 * whole
+    mine, theirs = (load(path, device="cpu") for path in (folder, tmp_path / "out"))
+    pairs = zip(mine.diffusion.parameters(), theirs.diffusion.parameters(), strict=True)
+    assert all(theirs.dtype == torch.float32 and torch.equal(mine.half().float(), theirs) for mine, theirs in pairs)
+    assert "ldmlab's own format" in refused(folder, tmp_path / "x", "--precision", "float16", "--format", "diffusers")
+    assert "choose one of float32, float16" in refused(folder, tmp_path / "x", "--precision", "half")
+
+
+def test_half_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    spec = model("unconditional", tmp_path)
+    parts = weights(spec)
+    name = next(iter(parts["denoiser"]))
+    parts["denoiser"][name].view(-1)[0] = 7e4
+    write_model_folder(tmp_path / "large", {**spec, "weights": "averaged", "step": 7}, parts)
+    assert f"above 65504 ({name})" in refused(tmp_path / "large", tmp_path / "x", "--precision", "float16")
+
+
+def test_a_shipped_model_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model_files, "MODELS", tmp_path / "models")
+    assert cli.dispatch(["models"]) == 0
+    assert "nothing" in capsys.readouterr().out
+    export(folder, tmp_path / "models" / "tiny")
+    capsys.readouterr()
+    assert cli.dispatch(["models"]) == 0
+    assert re.search(r"tiny +latent diffusion, 32 px, \d+ MiB", capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(load("tiny", device="cpu").sample(steps=2), load(folder, device="cpu").sample(steps=2))
+    assert evaluate.run_folder(Path("tiny")) == tmp_path / "models" / "tiny"
+    (tmp_path / "tiny").mkdir()  # a folder of one's own comes first
+    with pytest.raises(InputError, match=r"tiny has no model\.yaml"):
+        load("tiny", device="cpu")
+    with pytest.raises(InputError, match="`ldmlab models` lists"):
+        load("nosuch", device="cpu")
 
 
 def test_compvis(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,9 +212,9 @@ def test_an_export_beside_another_into_the_same_folder_is_refused(folder: Path, 
         locked(tmp_path / ".out.lock", "busy"),
         pytest.raises(InputError, match=r"out=\S+out is being written by another command"),
     ):
-        dispatch(["export", str(folder), str(tmp_path / "out")])
+        dispatch(["export", "--without-card", str(folder), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-    assert dispatch(["export", str(folder), str(tmp_path / "out")]) == 0
+    assert dispatch(["export", "--without-card", str(folder), str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".out")) == []
 
 
@@ -182,5 +224,5 @@ def test_places_that_no_folder_can_be_made_at(folder: Path, tmp_path: Path, out:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").write_text("text")
     with pytest.raises(InputError, match="out="):
-        dispatch(["export", str(folder), str(tmp_path / out)])
+        dispatch(["export", "--without-card", str(folder), str(tmp_path / out)])
     assert (tmp_path / "full" / "kept").read_text() == "text"

@@ -31,6 +31,26 @@ def test_the_node_rebuilds_the_model() -> None:
     assert again.image_size == 16
 
 
+def test_a_smaller_vocabulary_is_the_first_merges() -> None:
+    text = CONFIG["text_cfg"]
+    whole, small = (make_tokenizer({"text_cfg": {**text, **size}}) for size in ({}, {"vocab_size": 2000}))
+    for caption in ("a red apple, noto style", "番号 3", "<end_of_text> xyzzy"):
+        pieces = [small.decoder[number] for number in small.encode(caption)]
+        assert "".join(pieces) == "".join(whole.decoder[number] for number in whole.encode(caption))
+        assert max(small.encode(caption)) < 2000
+    assert small.encode("the")[0] == whole.encode("the")[0]
+    config = {**CONFIG, "text_cfg": {**text, "vocab_size": 2000}}
+    clip = build_clip(config=config, image_size=16)
+    ids = clip.ids(["the apple"])
+    assert (
+        ids[0].argmax() == (ids[0] != 0).sum() - 1
+    )  # the end token keeps the largest number, which open_clip looks for
+    assert clip.model.encode_text(ids).shape == (1, 24)
+    for size in (513, 50_000):
+        with pytest.raises(InputError, match=rf"vocab_size={size} is not 514 .. 49408"):
+            make_tokenizer({"text_cfg": {**text, "vocab_size": size}})
+
+
 def test_pixels_are_normalised_as_open_clip_does() -> None:
     clip = build_clip(config=CONFIG, image_size=16)
     white = clip.pixels(torch.ones(1, 3, 16, 16))[0, :, 0, 0]

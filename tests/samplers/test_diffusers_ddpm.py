@@ -60,30 +60,8 @@ def test_karras_steps(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["3m", "3m.long"])
 def test_third_order(case: str) -> None:
-    """Steps whose order diffusers lowers, the second and in short runs the last but one, are `dpmpp_2m`'s."""
-    grid, denoise = grid_of(case), denoiser(case)
-    lowered = {1, *({len(grid) - 3} if len(grid) <= 15 else ())}
-    visited, past = [X], [denoise(X, grid[0])]
-
-    def second(number: int) -> Tensor:
-        """One step of order 2, from the level before it and the estimate there."""
-        around = grid[number - 1 : number + 2]
-        return sampler_by_name("dpmpp_2m")(
-            lambda x, level: denoise(x, level),
-            visited[number - 1],
-            around,
-            noise=noise,
-            after_step=lambda step, x, clean: visited[number] if step == 0 else x,
-        )
-
-    def follow(number: int, x: Tensor, clean: Tensor) -> Tensor:
-        x = second(number) if number in lowered else x
-        visited.append(x)
-        past.append(clean)
-        return x
-
-    found = sampler_by_name("dpmpp_3m_sde", eta=0.0)(denoise, X, grid, noise=noise, after_step=follow)
-    assert_near(found, DDPM[case])
+    sampler = sampler_by_name("dpmpp_3m_sde", eta=0.0, midpoint=True, lower_order_final=True)
+    assert_near(sampler(denoiser(case), X, grid_of(case), noise=noise), DDPM[case])
 
 
 @pytest.mark.parametrize("case", ["ddim.eps.eta", "ddim.v"])
@@ -125,11 +103,14 @@ def test_weights_by_the_ratio_of_signal_and_noise() -> None:
             assert_near((factor * slope**2).flatten(), DDPM[f"min_snr.{gamma}.{name}"])
 
 
-def test_the_warm_up_of_averaged_weights() -> None:
+@pytest.mark.parametrize("case", ["plain", "warmup"])
+def test_the_warm_up_of_averaged_weights(case: str) -> None:
     """diffusers' first update copies the weights; its update n + 1 has the decay of ours n."""
-    average = AveragedWeights(torch.nn.Linear(1, 1), CASES["ema_decay.plain"]["EMAModel"]["decay"])
-    steps, decays = CASES["ema_decay.plain"]["optimization_step"], DDPM["ema_decay.plain"].tolist()
-    for step, decay in zip(steps, decays, strict=True):
+    one = CASES[f"ema_decay.{case}"]
+    options = one["EMAModel"]
+    warmup = (options["inv_gamma"], options["power"]) if "power" in options else None
+    average = AveragedWeights(torch.nn.Linear(1, 1), options["decay"], warmup)
+    for step, decay in zip(one["optimization_step"], DDPM[f"ema_decay.{case}"].tolist(), strict=True):
         average.updates = step - 1
         assert step < 2 or average._kept() == pytest.approx(decay, rel=1e-12)
 

@@ -52,18 +52,19 @@ def stage(kind: str, recompute: bool) -> DiffusionStage:
     return DiffusionStage(diffusion=model, sampler=Auto(), grid=model.path.grid(1), **options(**changes))
 
 
-def member(rank: int, world: int, folder: Path, kind: str) -> None:
+def member(rank: int, world: int, folder: Path, kind: str, strategy: str) -> None:
     compiling.BACKEND = "eager"  # its graphs without the compiler
-    train(stage(kind, recompute=True), folder, 2, world, rank, validate_every=100, compile=True)
+    made = stage(kind, recompute=strategy == "ddp")
+    train(made, folder, 2, world, rank, validate_every=100, compile=strategy == "ddp", strategy=strategy)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["mean_flow", "consistency"])
-def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
+def test_two_processes_equal_one(kind: str, strategy: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert forked.finish(*forked.group(2, member, tmp_path / "two", kind, log=log), seconds=280) == [0, 0], (
-        log.read_text()
-    )
+    group = forked.group(2, member, tmp_path / "two", kind, strategy, log=log)
+    assert forked.finish(*group, seconds=280) == [0, 0], log.read_text()
     train(stage(kind, False), tmp_path / "one", 4, validate_every=100)
     one, two = (load_checkpoint(tmp_path / n / "checkpoints" / "step_00000002.ckpt")["modules"] for n in ("one", "two"))
     assert ("target" in one) == (kind == "consistency")

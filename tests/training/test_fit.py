@@ -210,6 +210,7 @@ def test_weights_to_start_from_must_fit_exactly() -> None:
         ({"compile": "cuda_graphs"}, "trainer.compile=cuda_graphs needs a CUDA GPU; use true or false on a CPU"),
         ({"max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
         ({"averaging_decay": 1.0}, "trainer.averaging_decay=1.0 must lie"),
+        ({"averaging_warmup": (1.0, 0.0)}, r"trainer.averaging_warmup=\[1.0, 0.0\] must be two numbers above 0"),
         ({"gradient_clip": 0.0}, "trainer.gradient_clip=0.0 must be above 0"),
         ({"accelerator": "tpu"}, "trainer.accelerator=tpu"),
     ],

@@ -40,7 +40,7 @@ from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.nn import compiling
 from ldmlab.nn.magnitude import MPConv
 from ldmlab.samplers.ddim import Ddim
-from ldmlab.training import strategies
+from ldmlab.training import sharded_start, strategies
 from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.diffusion_module import DiffusionStage
 from ldmlab.training.optim import AdamW, Constant
@@ -138,7 +138,11 @@ def member(
         return [image_batch(range(4 * i, 4 * i + 4)) for i in range(rank, 3, world)]
 
     options = {"validate_every": 2, **options}
-    train(make(), folder, 8 // world, world, rank, watched, val, strategy=strategy, **options)
+    made: Any = make()
+    if sharded:  # the denoiser as built sharded, its conditioners whole until training begins
+        distributed.join()
+        sharded_start.cut(made.diffusion.backbone, strategies.mesh_of("cpu", strategy == "hsdp"))
+    train(made, folder, 8 // world, world, rank, watched, val, strategy=strategy, **options)
 
 
 def run(
@@ -224,6 +228,93 @@ def test_half_precision_is_that_of_ddp(network: str, told: str, tolerance: float
     one, _, _ = run(tmp_path / "one", make, 2, "ddp", precision="bf16-mixed")
     other, _, _ = run(tmp_path / "other", make, 2, "fsdp", precision="bf16-mixed")
     close(one["modules"], other["modules"], tolerance)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "dit": partial(DiT, 3, 3, 16, 2, heads=2, vector_width=16),
+    "mmdit": partial(MMDiT, 3, 3, 16, 2, heads=2, context_width=6),
+    "unet": partial(UNet, 3, 3, 32, [1, 2], 1, [2], heads=2, context_width=6),
+    "edm": partial(EdmUNet, 3, 3, 16, "song", [1, 2], 1, [2], head_channels=16, encoder="residual", vector_width=16),
+    "edm2": partial(EDM2UNet, 3, 3, 16, [1, 2], 1, [2], head_channels=16, vector_width=16),
+}
+TRAINER = {"strategy": "fsdp", "accelerator": "cpu"}
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def built(rank: int, world: int) -> None:
+    distributed.join()
+    for make in NETWORKS.values():
+        torch.manual_seed(1)
+        plain, after = make(), torch.rand(3)
+        torch.manual_seed(1)
+        network = sharded_start.built_sharded(TRAINER, make)
+        assert torch.equal(torch.rand(3), after)
+        assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+        strategies.shard(network, strategies.mesh_of("cpu", by_machine=False), None)
+        found = network.state_dict()
+        assert found.keys() == plain.state_dict().keys()
+        for name, value in plain.state_dict().items():
+            assert torch.equal(whole(found[name]), value), name
+        held = sum(p.to_local().numel() for p in network.parameters())  # type: ignore[attr-defined]
+        assert held < 0.6 * sum(p.numel() for p in plain.parameters())
+
+
+def test_networks_that_are_built_sharded_have_the_same_weights(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, built, log=log)) == [0, 0], log.read_text()
+
+
+class Mixed(nn.Module):
+    """A network whose constructor reorders rows of a weight that is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+        nn.init.zeros_(self.inner.weight[:3])
+
+
+def mixed(rank: int, world: int) -> None:
+    distributed.join()
+    with pytest.raises(InputError, match=r"trainer\.strategy=fsdp: a network's constructor takes aten\.slice"):
+        sharded_start.built_sharded(TRAINER, Mixed)
+
+
+def test_rows_that_a_constructor_mixes_are_refused(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.finish(*forked.group(2, mixed, log=log)) == [0, 0], log.read_text()
+
+
+def peak() -> int:
+    """MiB, of this process since its fork."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) // 1024
+
+
+def started(rank: int, world: int, sharded: bool) -> None:
+    """Prints what a start adds to the memory of a process, in parts of all weights."""
+    distributed.join()
+    for width in (16, 512):  # the first one brings what is loaded once
+        before = peak()
+        make = partial(DiT, 4, 8, width, 12, heads=2, vector_width=width)
+        network = sharded_start.built_sharded(TRAINER, make) if sharded else make()
+        strategies.shard(network, strategies.mesh_of("cpu", by_machine=False), None)
+    weights = sum(p.numel() for p in network.parameters()) * 4 / 2**20
+    print(f"{weights:.0f} MiB of weights: {(peak() - before) / weights:.2f}")
+
+
+@pytest.mark.slow
+def test_no_process_holds_all_weights_at_the_start(tmp_path: Path) -> None:
+    found = {}
+    for sharded in (False, True):
+        log = tmp_path / f"log.{sharded}"
+        assert forked.finish(*forked.group(2, started, sharded, log=log)) == [0, 0], log.read_text()
+        lines = [line for line in log.read_text().splitlines() if "of weights" in line]
+        print(*lines, sep="\n")
+        found[sharded] = max(float(line.rpartition(" ")[2]) for line in lines)
+    assert found[True] < 0.75 < 0.9 < found[False]  # half of them, and the largest module in full
 
 
 class Normal(pl.Callback):

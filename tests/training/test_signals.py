@@ -10,6 +10,7 @@ import forked
 import pytest
 import pytorch_lightning as pl
 import torch
+from test_resume import rows
 from toy_stages import TwoGroups, diffusion_stage, endless, settings, train
 
 from ldmlab import distributed
@@ -120,6 +121,35 @@ def test_what_a_signal_saves_at_once_is_the_whole_step(tmp_path: Path) -> None:
     runs = [load_checkpoint(train(diffusion_stage(dropout=0.3), tmp_path / name)) for name in ("run", "straight")]
     for part in ("modules", "averaged", "optimizers", "rng"):
         forked.same(runs[0][part], runs[1][part])
+
+
+class KilledInValidation(pl.Callback):
+    """A signal that is agreed upon in step 6, whose validation is due; inside it, the kill."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.step_complete and pl_module.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        trainer.strategy.checkpoint_io.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_validation(folder: Path) -> None:
+    train(diffusion_stage(dropout=0.3), folder, callbacks=[KilledInValidation()], log_every=3)
+
+
+def test_a_validation_that_a_kill_ended_is_made_up_for(tmp_path: Path) -> None:
+    assert forked.finish(forked.start(killed_in_validation, tmp_path / "run")) == [-signal.SIGKILL]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000006.ckpt")["unvalidated"]
+    paths = [train(diffusion_stage(dropout=0.3), tmp_path / name, log_every=3) for name in ("run", "straight")]
+    forked.same(*(load_checkpoint(path) for path in paths))
+    run, straight = (
+        [{name: value for name, value in row.items() if name != "data/skipped"} for row in rows(tmp_path / name)]
+        for name in ("run", "straight")  # what the loader replaced before is not known
+    )
+    assert run == straight
+    assert [row["step"] for row in run if row["val/loss"]] == ["6", "12"]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:

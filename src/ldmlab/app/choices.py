@@ -35,11 +35,12 @@ _NEEDS = {  # option => the one without which nothing reads it
 }
 
 
-def chosen_options() -> frozenset[str]:
+def chosen_options(words: Collection[str] | None = None) -> frozenset[str]:
     """The options that were typed, as dotted names; what Hydra takes from its files by default is no choice."""
     from hydra.core.hydra_config import HydraConfig
 
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
+    if words is None:
+        words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
     return frozenset(word.partition("=")[0].lstrip("+~").partition("@")[0] for word in words)
 
 

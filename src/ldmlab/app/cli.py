@@ -34,22 +34,26 @@ COMMANDS = {
     "noise": "what noise leaves of an image's latents, with and without their rescaling",
     "evaluate": "score a model by a protocol (the same as python evaluate.py)",
     "score": "one set of images against another: folders, shards, .npz batches",
+    "audit": "which training images a model gives back, and when to stop training",
     "report": "a page about runs and their scores",
     "dashboard": "runs side by side while they train: one HTML page, or a view at W&B",
     "sweep-file": "the words of a Hydra multirun as a sweep file for W&B",
     "doctor": "what this machine has for ldmlab, and what is wrong with it",
+    "play": "a page on which a model, or two side by side, can be tried",
     "study": "which images people prefer: a page with pairs, answers, shares with intervals",
     "verify": "whether images carry the marks of generated ones",
+    "models": "what comes along with a checkout, and what can be fetched by name",
     "fetch": "download published weights that a command needs",
     "import": "weights that others published to a model folder",
     "average": "the weights of a run as an average of any length, from its snapshots",
+    "card": "the model card of a run: data, cost, scores, and what you write about its use",
     "export": "a run to a folder to give away: ours, the official code's or diffusers'",
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the images shipped in the repository",
 }
 FILES = {"import": "import_model", "sweep-file": "sweep_file", "verify": "verify_images"}  # of another name
 WITH_HYDRA = {"train", "evaluate"}  # verbs whose whole command line is Hydra's
-COMPOSING = {"encode", "score", "config", "plan", "sweep-file"}  # commands that take options of conf/
+COMPOSING = {"encode", "score", "audit", "config", "plan", "sweep-file"}  # commands that take options of conf/
 
 EPILOG = """options of train, evaluate and encode are Hydra's: group=file and key=value
   ldmlab train experiment=...           in a checkout also: python train.py experiment=...

@@ -17,10 +17,12 @@ from ldmlab.instantiate import instantiate, trust_typed
 from ldmlab.nn import attention
 from ldmlab.nn.compiling import regions
 from ldmlab.plugins import allow
+from ldmlab.training.callbacks.compiled import check_graphs
 from ldmlab.training.settings import TrainerSettings, trainer_node
 from ldmlab.training.stage import Stage
-from ldmlab.training.strategies import strategy_of
+from ldmlab.training.strategies import shards
 
+_MACHINE = 8  # GPUs
 _UNITS = "gathered units"  # of sharded networks, in half precision in place of copies of all weights
 
 GRADIENTS, OPTIMIZER, AVERAGES = "gradients", "optimizer", "averaged weights"  # kinds of memory
@@ -50,18 +52,22 @@ class Estimate:
         return {kind: size for kind, size in found.items() if kind != COPIES or _UNITS not in found}
 
 
-def estimate(config: Config, settings: TrainerSettings, step: int | None = None, processes: int = 1) -> Estimate:
+def estimate(config: Config, settings: TrainerSettings, step: int | None = None, devices: int = 1) -> Estimate:
     """Build the stage without weights; run the step after `step` (None: the last) on a batch without values.
 
-    processes: over which `trainer.strategy` shards, if it does.
+    devices: over which `trainer.strategy` shards, if it does; what training refuses for them is refused.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     stage, parts, batch = build(config, settings)
+    local = min(devices, settings.devices or _MACHINE)
+    stage.sharded = shards(stage, settings, devices, local)
+    check_graphs(settings.compile, stage)
     with FakeTensorMode(allow_non_fake_inputs=True), attention_of_a_gpu():
         filled(stage)
         found = measured(stage, parts, batch, settings, step)
-    if settings.strategy in ("fsdp", "hsdp") and processes > 1:
+    if stage.sharded:
+        processes = local if settings.strategy == "hsdp" else devices
         return replace(found, fixed=_in_parts(found.fixed, parts, stage, settings, processes))
     return found
 
@@ -70,7 +76,6 @@ def _in_parts(
     fixed: dict[str, int], parts: Parts, stage: Stage, settings: TrainerSettings, processes: int
 ) -> dict[str, int]:
     """Memory of one process with sharded networks: its shards, the two largest units gathered, a gradient of one."""
-    strategy_of(stage, settings)  # refuses what cannot be sharded
     networks = [network for network, _ in stage.networks()]
     split = {parameter for network in networks for parameter in network.parameters()}
     made = {kind: size if kind.startswith("weights of") else size // processes for kind, size in fixed.items()}

@@ -31,7 +31,7 @@ from ldmlab.evaluation.sources import Reconstructions, Samples, Source
 from ldmlab.inference.model import LoadedModel
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_path
-from ldmlab.model_files import read_config, read_description
+from ldmlab.model_files import named, read_config, read_description
 from ldmlab.nn.compiling import compile_regions, wanted
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.report.lengths_page import lengths_page
@@ -224,8 +224,8 @@ def _source(plan: Plan, protocol: Protocol, data: ShardData, precision: str) -> 
 
 
 def run_folder(model: Path) -> Path:
-    """The folder that a checkpoint belongs to; of a run or a model folder, itself."""
-    return model.parents[1] if model.suffix == ".ckpt" else model
+    """The folder that a checkpoint belongs to; of a run, a model folder or a shipped model, its own."""
+    return model.parents[1] if model.suffix == ".ckpt" else named(model)
 
 
 def run_config(folder: Path) -> dict[str, Any]:

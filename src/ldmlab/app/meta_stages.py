@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.app.conditioning import build_conditioners
-from ldmlab.app.plans import backbone_sizes, check_divides, check_size_step, latent_spec, task_node
+from ldmlab.app.plans import (
+    backbone_sizes,
+    check_divides,
+    check_size_step,
+    check_stage_options,
+    latent_spec,
+    task_node,
+)
 from ldmlab.app.teacher import taught
 from ldmlab.app.wiring import stage_options
 from ldmlab.data.loaders import collate
@@ -39,6 +46,7 @@ def build(config: Config, settings: TrainerSettings) -> Made:
 def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
     from ldmlab.training.autoencoder_module import AutoencoderStage
 
+    check_stage_options(AutoencoderStage, config)
     size = config["data"]["image_size"]
     with torch.device("meta"):
         first_stage = instantiate(config["first_stage"], where="first_stage")
@@ -58,6 +66,7 @@ def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
 def _clip(config: Config, options: dict[str, Any]) -> Made:
     from ldmlab.training.clip_module import ClipStage
 
+    check_stage_options(ClipStage, config)
     size = config["data"]["image_size"]
     with torch.device("meta"):
         model = instantiate(_untrained(config["clip"]), where="clip", image_size=size)
@@ -68,6 +77,7 @@ def _clip(config: Config, options: dict[str, Any]) -> Made:
 def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     from ldmlab.training.diffusion_module import DiffusionStage
 
+    check_stage_options(DiffusionStage, config)
     size = config["data"]["image_size"]
     task = instantiate(task_node(config, size), where="task") if config["task"] else None
     first_stage, sample = _latents(config, task)
@@ -108,6 +118,7 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
 def _classifier(config: Config, options: dict[str, Any]) -> Made:
     from ldmlab.training.classifier_module import ClassifierStage
 
+    check_stage_options(ClassifierStage, config)
     first_stage, sample = _latents(config, None)
     channels = latent_spec(first_stage, config["data"]["image_size"]).channels
     with torch.device("meta"):

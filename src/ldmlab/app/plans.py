@@ -22,6 +22,7 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, check_arguments, instantiate, locate
 from ldmlab.interop.published_weights import weights_path
 from ldmlab.nn.lpips import LPIPS
+from ldmlab.training.sharded_start import built_sharded
 from ldmlab.training.stage import Stage
 
 Config = Mapping[str, Any]
@@ -44,7 +45,7 @@ def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Pla
     """A first stage and its loss, with the LPIPS network where the loss gives it a weight."""
     from ldmlab.training.autoencoder_module import AutoencoderStage
 
-    _check_stage_options(AutoencoderStage, config)
+    check_stage_options(AutoencoderStage, config)
     first_stage = instantiate(config["first_stage"], where="first_stage")
     check_divides(data.image_size, first_stage.downsampling)
     lpips: dict[str, Any] = {"lpips": LPIPS(weights_path("lpips"))} if config["loss"].get("lpips_weight") else {}
@@ -61,7 +62,7 @@ def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Pla
 def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     from ldmlab.training.clip_module import ClipStage
 
-    _check_stage_options(ClipStage, config)
+    check_stage_options(ClipStage, config)
     model = instantiate(config["clip"], where="clip", image_size=data.image_size)
     stage = ClipStage(model=model, **options)
     node = {"_target_": "ldmlab.nn.openclip.build_clip", "config": model.config}  # rebuilds without a network
@@ -73,7 +74,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     """A denoiser on latent shards, or on image shards with the first stage run on the fly."""
     from ldmlab.training.diffusion_module import DiffusionStage
 
-    _check_stage_options(DiffusionStage, config)
+    check_stage_options(DiffusionStage, config)
     first_stage, first_node, manifest, data = first_stage_of(config, data)
     latent = latent_spec(first_stage, data.image_size)
     conditioners, nodes = build_conditioners(config["conditioner"], latent)
@@ -96,6 +97,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
         **({"task": task_node(config, data.image_size)} if data.task else {}),
     }
     ready: dict[str, Any] = {"first_stage": first_stage, "conditioners": conditioners, "task": data.task}
+    if teacher is None:  # else the weights are the teacher's, whole in every process
+        ready["backbone"] = built_sharded(config["trainer"], lambda: instantiate(backbone_node, where="backbone"))
     model = build_latent_diffusion(spec, **ready)
     spec["guidance_trained"] = model.guidance_trained
     if teacher is not None:
@@ -105,10 +108,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     spacing = sampler.spacing if hasattr(model.schedule, "steps") else "auto"  # a continuous path has its own
     grid = model.path.at_size(latent.values).grid(options.pop("panel_steps"), spacing)
     stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
-    frozen: dict[str, nn.Module] = {"first_stage": model.first_stage}
-    if "conditioner" not in stage.saved():
-        frozen["conditioner"] = model.conditioners
-    return Plan(stage, spec, _reads(data), frozen, {"first_stage": first_node})
+    told = {} if "conditioner" in stage.saved() else {"conditioner": model.conditioners}
+    return Plan(stage, spec, _reads(data), {"first_stage": model.first_stage, **told}, {"first_stage": first_node})
 
 
 def _reads(data: ShardData) -> Kind:
@@ -119,7 +120,7 @@ def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan
     """A classifier of noisy latents, to guide a denoiser with the same data, latent_scale and diffusion.schedule."""
     from ldmlab.training.classifier_module import ClassifierStage
 
-    _check_stage_options(ClassifierStage, config)
+    check_stage_options(ClassifierStage, config)
     first_stage, first_node, manifest, data = first_stage_of(config, data)
     latent = latent_spec(first_stage, data.image_size)
     node = {**config["classifier"], "latent_channels": latent.channels}
@@ -138,7 +139,7 @@ def classifier(config: Config, data: ShardData, options: dict[str, Any]) -> Plan
     stage = ClassifierStage(
         space=LatentSpace(first_stage, instantiate(scale_node, where="stage.latent_scale")),
         schedule=instantiate(schedule_node, where="diffusion.schedule"),
-        classifier=instantiate(node, where="classifier"),
+        classifier=built_sharded(config["trainer"], lambda: instantiate(node, where="classifier")),
         **options,
     )
     spec = {
@@ -157,7 +158,7 @@ PLANS: dict[str, Callable[[Config, ShardData, dict[str, Any]], Plan]] = {
 }
 
 
-def _check_stage_options(stage: type[Stage], config: Config) -> None:
+def check_stage_options(stage: type[Stage], config: Config) -> None:
     """Options of conf/stage against the names and types of the stage's arguments."""
     given = {name: value for name, value in config["stage"].items() if name != "name"}
     for name, annotation in (("panel_steps", int), ("latent_scale", str | float)):  # used up before the stage is built

@@ -12,6 +12,7 @@ import numpy as np
 from ldmlab import distributed
 from ldmlab.app.commands.sample_prompts import Inputs, label
 from ldmlab.app.progress import bar
+from ldmlab.contracts import AfterStep
 from ldmlab.errors import InputError, memory_ran_out, one_of
 from ldmlab.inference.grids import grid, save_png, table
 from ldmlab.inference.model import LoadedModel, generate
@@ -72,6 +73,8 @@ class Job:
     folder: Path
     first: int
     marks: Marks = Marks()
+    watch: AfterStep | None = None  # sees every step first
+    quiet: bool = False
 
     @property
     def shown(self) -> int:
@@ -84,7 +87,7 @@ class Job:
         rank, world = distributed.rank(), distributed.world_size()
         steps = sum(len(self.model.grid(settings)) - 1 for settings in self.variants.values())
         total, done = len(range(rank, len(self.inputs), world)) * steps, 0
-        with bar("sampling", "steps", quiet=rank > 0) as show:
+        with bar("sampling", "steps", quiet=rank > 0 or self.quiet) as show:
             show(0, total)
             for name, settings in self.variants.items():
                 frames = Trajectory(self.model, settings) if trajectory else None
@@ -94,7 +97,9 @@ class Job:
                     nonlocal done
                     done += len(x)
                     show(done, total)
-                    return x if frames is None else frames(step, x, clean)
+                    for each in (self.watch, frames):
+                        x = x if each is None else each(step, x, clean)
+                    return x
 
                 part = {"rank": rank, "world": world, "first_index": self.first, "batch_size": batch_size}
                 for numbers, images in generate(

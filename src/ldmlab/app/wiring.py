@@ -19,9 +19,11 @@ from ldmlab.app.run_records import comparison_fields
 from ldmlab.app.teacher import taught
 from ldmlab.checkpoints import fingerprint, save_tensors
 from ldmlab.data.shard_data import ShardData
+from ldmlab.data.sheet_files import data_record
 from ldmlab.errors import InputError, one_of
+from ldmlab.files import write_json
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
-from ldmlab.model_files import DESCRIPTION, read_description, read_model, write_description
+from ldmlab.model_files import DATA, DESCRIPTION, read_description, read_model, write_description
 from ldmlab.training.callbacks.step_flops import StepFlops
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import checked
@@ -130,7 +132,9 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
     rank, world = distributed.rank(), distributed.world_size()
     callbacks = checked("callbacks", _callbacks(config, plan, data))
     loggers = [(f"logger.{name}", node) for name, node in _by_name(config, "logger") if node]
-    data.manifest("val", plan.reads)  # refused now, not at the first validation
+    record, notes = data_record(data, plan.reads)  # a fault is refused now, not at the first validation
+    for note in notes:
+        distributed.say(note)
     batches = Batches(
         lambda position: data.train_loader(
             settings.micro_batch, settings.accumulate, world, rank, position, plan.reads, batches.by_shard
@@ -148,7 +152,7 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         resume_command=command,
         record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
         fields=comparison_fields(plan.spec),
-        begin=lambda: _write_start(run, config, plan),
+        begin=lambda: _write_start(run, config, plan, record),
     )
 
 
@@ -194,6 +198,7 @@ def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
         "gradient_clip": settings.gradient_clip,
         "skip_nonfinite": settings.skip_nonfinite,
         "averaging_decay": settings.averaging_decay,
+        "averaging_warmup": settings.averaging_warmup,
         **{name: value for name, value in config["stage"].items() if name != "name"},
     }
 
@@ -211,8 +216,8 @@ def _lr_schedule(node: Config, max_steps: int) -> Callable[[int], float]:
     return schedule
 
 
-def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
-    """Initial content of the run folder: configuration, description, frozen weights."""
+def _write_start(run: RunFolder, config: Config, plan: Plan, origin: Mapping[str, Any]) -> None:
+    """Initial content of the run folder: configuration, description, frozen weights, origin of the data."""
     run.write_config(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     if distributed.rank() == 0:
         (run.path / FINISHED).unlink(missing_ok=True)
@@ -226,4 +231,5 @@ def _write_start(run: RunFolder, config: Config, plan: Plan) -> None:
                 distributed.say(f"{error} It is written anew.")
                 (run.path / DESCRIPTION).unlink()
         write_description(run.path, plan.spec)
+        write_json(run.path / DATA, origin)
     distributed.barrier()

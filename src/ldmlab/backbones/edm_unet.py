@@ -22,6 +22,7 @@ from ldmlab.nn.attention import attend, to_map, to_tokens
 from ldmlab.nn.blocks import ChannelsLast, ResBlock, conv3, group_norm, timestep_embedding, zero
 from ldmlab.nn.compiling import region
 from ldmlab.nn.magnitude import ExactBuffers, Resampling, resample
+from ldmlab.nn.number_embedding import number_embedding
 
 _SCALE = 16.0  # of the random frequencies of Fourier features
 _SMALL = 1e-5  # of Song's last weights, which are zero in ADM
@@ -111,6 +112,7 @@ class EdmUNet(ChannelsLast):
         emb_channels: int | None = None,  # E; None: 4 model_channels
         vector_width: int | None = None,  # of vector conditioning, augmentation labels included; derived in wiring
         augment_width: int = 0,  # of the vector's augmentation labels
+        numbers: int = 0,  # embedded beside the noise label; derived in wiring
         dropout: float = 0.1,  # in the residual branches
         fourier: bool = False,  # random features of the noise label in place of sinusoids (NCSN++)
         encoder: str = "standard",  # standard | skip | residual (NCSN++): the input, made smaller, joins each level
@@ -131,16 +133,21 @@ class EdmUNet(ChannelsLast):
         self.style = Style(self.song, emb_channels, dropout, tuple(resample_filter))
         self.fourier = Fourier(noise_channels) if fourier else None
         self.expand, self.mix = nn.Linear(noise_channels, emb_channels), nn.Linear(emb_channels, emb_channels)
-        labels, label_to = (vector_width or 0) - augment_width, noise_channels if self.song else emb_channels
-        self.label = nn.Linear(labels, label_to, bias=self.song) if labels else None
-        self.augment = nn.Linear(augment_width, noise_channels, bias=False) if augment_width else None
+        self._make_inputs(noise_channels if self.song else emb_channels, numbers)
         widths = [model_channels * m for m in channel_mult]
-        base, at = model_channels if self.song else widths[0], set(attention_downsampling)
-        self._build(widths, base, num_res_blocks, at, middle_attention)
+        self._build(widths, model_channels, num_res_blocks, set(attention_downsampling), middle_attention)
         self._initialise()
 
-    def _build(self, widths: Sequence[int], base: int, per_level: int, at: set[int], middle_attention: bool) -> None:
+    def _make_inputs(self, label_to: int, numbers: int) -> None:
+        """Layers for numbers and the parts of the vector."""
+        labels = (self.vector_width or 0) - self.augment_width
+        self.numbers = number_embedding(numbers, self.mix.out_features)
+        self.label = nn.Linear(labels, label_to, bias=self.song) if labels else None
+        self.augment = nn.Linear(self.augment_width, self.noise_channels, bias=False) if self.augment_width else None
+
+    def _build(self, widths: Sequence[int], model: int, per_level: int, at: set[int], middle_attention: bool) -> None:
         """Song attends in the last block of a level alone on the way up."""
+        base = model if self.song else widths[0]
         roles = ("encoder", "exit") if self.song else ("encoder", "decoder", "exit")
 
         def block(width_in: int, width: int, level: int, role: Role) -> EdmBlock:
@@ -179,6 +186,8 @@ class EdmUNet(ChannelsLast):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.numbers is not None:
+            zero(self.numbers.mix)
         blocks = [module for module in self.modules() if isinstance(module, EdmBlock)]
         attending = [block for block in blocks if block.heads]
         for last in (*self.convs_out, *(block.res.conv_out for block in blocks), *(block.out for block in attending)):
@@ -189,7 +198,8 @@ class EdmUNet(ChannelsLast):
     @property
     def accepts(self) -> frozenset[str]:
         """Slots of the conditioning this network was built for."""
-        return frozenset({"spatial", "vector"} if self.vector_width else {"spatial"})
+        slots = {"spatial": True, "vector": self.vector_width, "numbers": self.numbers}
+        return frozenset(slot for slot, there in slots.items() if there)
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """The projected vector."""
@@ -208,7 +218,8 @@ class EdmUNet(ChannelsLast):
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
         prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
-        spatial, emb = prepared.conditioning.spatial, self._embedding(t, prepared.cache)  # (B, E)
+        given = prepared.conditioning
+        spatial, emb = given.spatial, self._embedding(t, prepared.cache, given.numbers)  # (B, E)
         x = x if spatial is None else torch.cat([x, spatial.to(x.dtype)], dim=1)
         h, skips = self._down(x.to(self.conv_in.weight.dtype, memory_format=self._layout), emb)
         out, heads = None, iter(zip(self.norms_out, self.convs_out, strict=True))
@@ -235,15 +246,17 @@ class EdmUNet(ChannelsLast):
             skips.append(h)
         return h, skips
 
-    def _embedding(self, t: Tensor, cache: EdmCache) -> Tensor:
+    def _embedding(self, t: Tensor, cache: EdmCache, numbers: Tensor | None) -> Tensor:
         """(B, E) after its SiLU; Song has the sines first, and endpoints among the frequencies."""
         if self.fourier is not None:
             emb = self.fourier(t)
         else:
-            emb = timestep_embedding(t, self.noise_channels, shift=int(self.song))
+            emb = timestep_embedding(t, self.noise_channels, shift=int(self.song), like=self.expand.weight)
         emb = emb.roll(self.noise_channels // 2, dims=1) if self.song else emb
         emb = emb.to(self.expand.weight.dtype)
         emb = self.mix(F.silu(self.expand(emb if cache.early is None else emb + cache.early)))
+        if self.numbers is not None:
+            emb = emb + self.numbers(numbers)
         return F.silu(emb if cache.late is None else emb + cache.late)
 
 

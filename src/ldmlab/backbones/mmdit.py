@@ -18,6 +18,7 @@ from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend
 from ldmlab.nn.blocks import MLP, timestep_embedding, zero
 from ldmlab.nn.compiling import region
+from ldmlab.nn.number_embedding import number_embedding
 from ldmlab.nn.positions import sine_cosine
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys, values, each (B, H, N, d)
@@ -122,12 +123,12 @@ class MMDiT(nn.Module):
         mlp_ratio: float = 4.0,  # width of the MLPs in multiples of D
         context_width: int | None = None,  # of the tokens; derived in wiring
         vector_width: int | None = None,  # of vector conditioning; derived in wiring
-        pooled_width: int
-        | None = None,  # of a vector in the first tokens, as Sd3Text gives it, instead of vector_width
+        pooled_width: int | None = None,  # of a vector in the first tokens (Sd3Text), instead of vector_width
         qk_norm: bool = True,  # RMSNorm on queries and keys, as in SD3.5; False: as in SD3
         dual_attention: Sequence[int] = (),  # blocks, from 0, in which patches attend a second time, to themselves
         position_grid: int = 192,  # side of the grid of positional embeddings; x takes its centre
         position_base: int = 64,  # positions in the grid are 0 .. base, base / grid apart
+        numbers: int = 0,  # embedded beside the time; derived in wiring
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
@@ -135,17 +136,14 @@ class MMDiT(nn.Module):
         check_sizes(1, position_grid=position_grid, position_base=position_base)
         _check(width, heads, depth, dual_attention)
         if pooled_width and vector_width:
-            raise InputError(
-                f"backbone.pooled_width={pooled_width}: a vector conditioner fills its place; leave one out."
-            )
+            raise InputError(f"backbone.pooled_width={pooled_width}: a vector conditioner fills that; leave one out.")
         if context_width is None:
             raise InputError("backbone MMDiT needs tokens; add a conditioner with slot tokens, or choose a DiT.")
         self.in_channels, self.out_channels, self.size_step = in_channels, out_channels, patch_size
         self.width, self.context_width, self.vector_width = width, context_width, vector_width
-        self.position_grid, self.position_base = position_grid, position_base
+        self.position_grid, self.position_base, self.pooled_width = position_grid, position_base, pooled_width
         self.gradient_checkpointing = gradient_checkpointing
-        self.pooled_width = pooled_width
-        self._make_inputs()
+        self._make_inputs(numbers)
         self.blocks = nn.ModuleList(
             MMDiTBlock(width, heads, mlp_ratio, qk_norm, i in set(dual_attention), i == depth - 1) for i in range(depth)
         )
@@ -154,11 +152,12 @@ class MMDiT(nn.Module):
         self._initialise()
         self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def _make_inputs(self) -> None:
-        """Layers for patches, time, vector and tokens."""
+    def _make_inputs(self, numbers: int) -> None:
+        """Layers for patches, time, numbers, vector and tokens."""
         width, vector_width = self.width, self.pooled_width or self.vector_width
         self.patches = nn.Conv2d(self.in_channels, width, self.size_step, self.size_step)
         self.time_expand, self.time_mix = nn.Linear(TIME_CHANNELS, width), nn.Linear(width, width)
+        self.numbers = number_embedding(numbers, width)
         self.vector_expand = nn.Linear(vector_width, width) if vector_width else None
         self.vector_mix = nn.Linear(width, width) if vector_width else None
         self.context = nn.Linear(self.context_width, width)
@@ -176,13 +175,16 @@ class MMDiT(nn.Module):
         for block in cast(Iterable[MMDiTBlock], self.blocks):
             zero(block.image.modulation)
             zero(block.text.modulation)
+        if self.numbers is not None:
+            zero(self.numbers.mix)
         zero(self.modulation_out)
         zero(self.out)
 
     @property
     def accepts(self) -> frozenset[str]:
         """Slots of the conditioning this network was built for."""
-        return frozenset({"tokens", "spatial", *(["vector"] if self.vector_width else [])})
+        slots = {"tokens": True, "spatial": True, "vector": self.vector_width, "numbers": self.numbers}
+        return frozenset(slot for slot, there in slots.items() if there)
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """The tokens at the network's width, and the projected vector."""
@@ -202,15 +204,18 @@ class MMDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
         prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
-        spatial, (context, vector) = prepared.conditioning.spatial, prepared.cache
+        given, (context, vector) = prepared.conditioning, prepared.cache
+        spatial = given.spatial
         if spatial is not None:
             x = torch.cat([x, spatial.to(x.dtype)], dim=1)
         dtype = self.patches.weight.dtype
         maps = self.patches(x.to(dtype))  # (B, D, h / p, w / p)
         rows, columns = maps.shape[2:]
         h = maps.flatten(2).transpose(1, 2) + self._places(rows, columns, x.device).to(dtype)  # (B, N, D)
-        times = timestep_embedding(t, TIME_CHANNELS).to(dtype)
+        times = timestep_embedding(t, TIME_CHANNELS, like=self.patches.weight)
         condition = self.time_mix(F.silu(self.time_expand(times)))
+        if self.numbers is not None:
+            condition = condition + self.numbers(given.numbers)
         condition = F.silu(condition if vector is None else condition + vector)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -35,6 +35,7 @@ class Item:
     span: tuple[int, int] | None = None  # bytes of the sample if `path` is a tar
     fault: str | None = None  # known before it is opened
     maps: dict[str, str] = field(default_factory=dict)  # files that lie on it, by ending: seg.png, mask.png
+    caption: str | None = None  # field of a tar's sample that becomes its caption; "none": it gets none
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def list_source(
     source: Path,
     layout: str = "auto",
     file_column: str | None = None,
-    caption: str | None = None,  # column; "none" for images without captions
+    caption: str | None = None,  # column, or field of a tar's samples; "none" for images without captions
     only: Path | None = None,  # text file of names to take
 ) -> Source:
     """Detects the layout where it is "auto", and lists the images."""
@@ -64,7 +65,12 @@ def list_source(
     if layout == "table":
         found = _table(source, file_column, caption)
     else:
-        found = _tars(source) if layout == "tars" else _folders(source, layout)
+        tars = layout == "tars"
+        given = {"--file-field": file_column, "--caption-field": None if tars else caption}
+        if unused := [f"{option} {name}" for option, name in given.items() if name is not None]:
+            what = "tars name their own files" if tars else f"SOURCE={source} is read as --layout {layout}"
+            raise InputError(f"{unused[0]}: {what} and no table; leave it out, or give a table.")
+        found = _tars(source, caption) if tars else _folders(source, layout)
     if only is not None:
         found = _restrict(found, only)
     if not found.items:
@@ -203,7 +209,7 @@ def _captions(value: Any) -> tuple[dict[str, Any], str | None]:
         return {"caption": None}, str(error)
 
 
-def _tars(source: Path) -> Source:
+def _tars(source: Path, caption: str | None) -> Source:
     names: list[str] = []
     spans: list[tuple[Path, tuple[int, int]]] = []
     for path in [source] if source.is_file() else sorted(source.glob("*.tar")):
@@ -211,8 +217,8 @@ def _tars(source: Path) -> Source:
         names += [f"{path.name}/{key}" for key in found]
         spans += [(path, info.byte_range(sample)) for sample in range(info.samples)]
     keys = unique_keys([name.partition("/")[2] + ".tar" for name in names], names)
-    items = [Item(k, n, str(path), span=span) for k, n, (path, span) in zip(keys, names, spans, strict=True)]
-    return Source("tars", items)
+    named = zip(keys, names, spans, strict=True)
+    return Source("tars", [Item(k, n, str(path), span=span, caption=caption) for k, n, (path, span) in named])
 
 
 def with_fields(item: Item) -> Item:
@@ -220,9 +226,21 @@ def with_fields(item: Item) -> Item:
     if item.span is None:
         return item
     try:
-        return replace(item, fields=sample_fields(read_range(item.path, *item.span)[1]))
+        return replace(item, fields=captioned(sample_fields(read_range(item.path, *item.span)[1]), item.caption))
     except BAD_SAMPLE as error:
         return replace(item, fields={}, fault=f"its fields cannot be read ({error})")
+
+
+def captioned(fields: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """Fields whose caption is that of field `name`; "none": without a caption; ValueError where there is none."""
+    if name in (None, "caption"):
+        return fields
+    rest = {field: value for field, value in fields.items() if field not in ("caption", "captions")}
+    if name == "none":
+        return rest
+    if is_no_caption(fields.get(name)):
+        raise ValueError(f"it has no {name} for its caption (it has {', '.join(sorted(rest)) or 'no fields'})")
+    return checked_fields({**rest, "caption": fields[name]})
 
 
 def _restrict(source: Source, only: Path) -> Source:

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from ldmlab.annotations import BOXES
 from ldmlab.data.decode import checked_fields, clean_fields, stored_fields
 from ldmlab.data.image_parts import MAPS, centre_cropped, packed_map, upright_size
-from ldmlab.data.image_sources import Item
+from ldmlab.data.image_sources import Item, captioned
 from ldmlab.data.tars import image_ending, read_range, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError, one_of
@@ -110,7 +110,7 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
         image = image_ending(sample)
         if image is None:
             raise ValueError("holds no image")
-        content, fields = sample[image], fields or stored_fields(sample)
+        content, fields = sample[image], captioned(fields or stored_fields(sample), item.caption)
         maps = {ending: sample[ending] for ending in MAPS.values() if ending in sample}
     if not content:
         raise ValueError("is empty")

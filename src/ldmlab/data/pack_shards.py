@@ -174,6 +174,7 @@ class _Pack:
         digest = hashlib.sha256()
         for item in chain.from_iterable(shard.items for shard in shards):
             known = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
+            known += [] if item.caption is None else [{"caption": item.caption}]
             digest.update(json.dumps(known).encode())
         options = json.loads(json.dumps(asdict(self.options)))
         before = read_json(folder / PLAN)

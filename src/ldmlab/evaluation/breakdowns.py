@@ -91,8 +91,9 @@ class Sweep:
         return len(self.points) * self.protocol.sweep_seeds
 
     def run(self, own: Mapping[str, Any], batch_size: int, track: Track) -> list[dict[str, Any]]:
-        """A point for each combination of settings; where it is the evaluation's own, that takes its scores."""
-        points = []
+        """A point for each combination of settings; those of equal settings, and the evaluation's own, share scores."""
+        points: list[dict[str, Any]] = []
+        known: dict[SampleSettings, dict[str, Any]] = {self.samples.settings: dict(own)}
         for changes in self.points:
             found = []
             for seed in range(self.protocol.seed, self.protocol.seed + self.protocol.sweep_seeds):
@@ -100,8 +101,9 @@ class Sweep:
                     self.protocol.settings(**changes, seed=seed), self.samples.requests
                 )
                 title = ", ".join([*(f"{name} {value}" for name, value in changes.items()), f"seed {seed}"])
-                same = settings == self.samples.settings
-                found.append(dict(own) if same else self._scores(settings, title, batch_size, track))
+                if settings not in known:
+                    known[settings] = self._scores(settings, title, batch_size, track)
+                found.append(known[settings])
             points.append({**changes, "scores": over_seeds(found)})
         return points
 

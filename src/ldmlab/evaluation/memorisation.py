@@ -108,15 +108,15 @@ class Audit:
             for number, image in self.samples.again(missing, self.real.batch_size):
                 there[number] = save_image(self.out, "sample", number, image)
             for name, chosen in (("closest", closest), ("pairs", spread)):
-                result[name] = [
-                    self._pair("sample", there[n], self._caption(n), int(twin[n]), distance[n]) for n in chosen
-                ]
+                rows = [(there[n], self._caption(n), int(twin[n]), float(distance[n])) for n in chosen]
+                result[name] = [beside_training(self.real, self.out, "sample", *row) for row in rows]
             result["held_out"] = []
             for n in at_bar:
                 known, row = self.real.image("val", places[n]), len(generated) + n
                 file = save_image(self.out, "held_out", places[n], known["image"])
                 caption = str(known.get("caption", known["key"]))
-                result["held_out"].append(self._pair("held_out", file, caption, int(twin[row]), distance[row]))
+                pair = file, caption, int(twin[row]), float(distance[row])
+                result["held_out"].append(beside_training(self.real, self.out, "held_out", *pair))
         return distributed.from_first(result)
 
     def _validation(self, seen: EvaluationPass) -> tuple[Tensor, list[int]]:
@@ -144,13 +144,16 @@ class Audit:
         conditions = {**known, **self.samples.requests[number]}
         return str(conditions.get("caption", conditions.get("class_id", "")))
 
-    def _pair(self, name: str, file: str, caption: str, twin: int, distance: Tensor) -> dict[str, Any]:
-        """An image beside the training image nearest to it."""
-        train = self.real.image("train", twin)
-        return {
-            name: file,
-            "train": save_image(self.out, "train", twin, train["image"]),
-            "caption": caption,
-            "train_caption": str(train.get("caption", train["key"])),
-            "distance": float(distance),
-        }
+
+def beside_training(
+    real: RealImages, out: Path, name: str, file: str, caption: str, twin: int, distance: float
+) -> dict[str, Any]:
+    """An image `file`, entered as `name`, beside the training image nearest to it."""
+    train = real.image("train", twin)
+    return {
+        name: file,
+        "train": save_image(out, "train", twin, train["image"]),
+        "caption": caption,
+        "train_caption": str(train.get("caption", train["key"])),
+        "distance": distance,
+    }

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from ldmlab.errors import InputError, check_fraction, check_side, one_of
-from ldmlab.inference.sample_settings import SampleSettings
+from ldmlab.inference.sample_settings import GUIDANCE, SampleSettings
 
 CONDITIONS = ("none", "reference", "balanced_classes")
 _OF_THE_DATA = frozenset({"masks", "captions", "labels", "posterior", "psim", "psnr", "epoch"})  # open too
@@ -117,7 +117,9 @@ class Protocol:
                 raise InputError(f"protocol.sweep.{name}={values} is no list of values; give for instance [1,1.5,2].")
 
     def settings(self, **changes: Any) -> SampleSettings:
-        """How its samples are generated, with these changes."""
+        """How its samples are generated, with these changes; a scale of 1 among them is without guidance."""
+        if changes.get("guidance_scale") == 1:
+            changes |= {**dict.fromkeys(GUIDANCE), "guidance_interval_unit": "position"}
         same = {item.name for item in fields(SampleSettings)} & {item.name for item in fields(self)}
         own = {"size": self.image_size, **{name: getattr(self, name) for name in same}}
         for name in self.sampling:

@@ -6,7 +6,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -78,8 +77,7 @@ def throughput(images: int, clock: Sequence[float]) -> dict[str, Any]:
     """Images a second over all processes of sampling, and the hardware."""
     slowest = max(distributed.gather(sum(clock)))
     rate = float(f"{images / slowest:.4g}") if slowest > 0 else None
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"images_per_second": rate, "processes": distributed.world_size(), "hardware": hardware}
+    return {"images_per_second": rate, "processes": distributed.world_size(), "hardware": distributed.hardware()}
 
 
 def all_items(mine: Iterable[T]) -> list[T]:

@@ -25,8 +25,9 @@ REPEATS = 5  # default where a model fills holes without having been trained for
 LONGEST = 2**16  # px
 LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
 TILE = 512  # px
+GUIDANCE = ("guidance_interval", "guidance_rescale", "guided_channels", "weak_model")  # nothing at scale 1
 _SOMETIMES = (  # recorded where they are used
-    *("guidance_interval", "guidance_rescale", "guided_channels", "weak_model"),
+    *GUIDANCE,
     *("shift", "temperature", "churn", "quantize_x0"),
     *("strength", "repeats", "tile", "window"),
 )
@@ -102,8 +103,7 @@ class SampleSettings:
         """
         from ldmlab.diffusion.guidance import Guidance
 
-        names = ("guidance_interval", "guidance_rescale", "guided_channels", "weak_model")
-        found = {name: value for name in names if (value := getattr(self, name))}
+        found = {name: value for name in GUIDANCE if (value := getattr(self, name))}
         if scale == 1 and found:
             name, value = next(iter(found.items()))
             raise InputError(

@@ -5,8 +5,9 @@ Every import is run once, every export is compared with what was written.
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,7 @@ def write_import(files: ModelFiles, out: Path) -> None:
     check_runs(files)
     origin = f"imported from `{files.folder.name}` ({files.weights} weights); the licence of its source applies."
     with new_folder(out) as folder:
-        usage = _USAGE if files.spec["kind"] == "latent_diffusion" else ""
-        (folder / "README.md").write_text(card(files, origin, usage=usage), encoding="utf-8")
+        (folder / "README.md").write_text(card(files, origin, usage=usage_of(files.spec)), encoding="utf-8")
         _write(folder, files.spec, files.parts)
 
 
@@ -131,6 +131,11 @@ def card(files: ModelFiles, origin: str, facts: Sequence[str] = (), usage: str =
     return "\n".join([*lines, *(["", "```python", usage, "```"] if usage else []), ""])
 
 
+def usage_of(spec: Mapping[str, Any]) -> str:
+    """Lines of Python that load a model folder; none for a part alone."""
+    return _USAGE if spec["kind"] == "latent_diffusion" else ""
+
+
 class Written(NamedTuple):
     what: str
     differences: verify.Differences  # the largest of each part between their program and ours
@@ -143,10 +148,21 @@ def write_ldmlab(files: ModelFiles, folder: Path) -> Written:
     parts = {name: part for name, part in files.parts.items() if name in PARTS}
     _write(folder, {**files.spec, "weights": files.weights, "step": files.step}, parts)
     what = f"model folder with {', '.join(sorted(parts))}"
-    if files.spec["kind"] != "latent_diffusion":
-        return Written(what, {}, "")
-    assembled(read_model(folder))
-    return Written(what, {}, _USAGE)
+    if files.spec["kind"] == "latent_diffusion":
+        assembled(read_model(folder))
+    return Written(what, {}, usage_of(files.spec))
+
+
+def halved(files: ModelFiles) -> ModelFiles:
+    """Weights as float16, of values below 65,504; a part then differs by up to a 2,048th of each weight."""
+    parts = {
+        name: {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in part.items()}
+        for name, part in files.parts.items()
+    }
+    for name, part in parts.items():
+        if large := [key for key, tensor in part.items() if not bool(torch.isfinite(tensor).all())]:
+            raise InputError(f"--precision float16: {name} has values above 65504 ({large[0]}); use float32.")
+    return replace(files, parts=parts)
 
 
 def check_many_steps(files: ModelFiles) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.checkpoints import fingerprint
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, check_side
 from ldmlab.nn import numerics
 from ldmlab.nn.openclip import OpenClip, build_clip
 from ldmlab.nn.pixels import to_float
@@ -81,6 +82,25 @@ def safe_file(path: Path, way_out: str) -> str:
     except Exception as error:
         raise InputError(f"features.weights={path} cannot be read as a file of tensors; fetch it again.") from error
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class Pixels(nn.Module):
+    """The pixels of small copies, less the image's mean colour: their cosine is the normalised cross-correlation."""
+
+    gives = frozenset({"features"})
+    weights_hash = "none"
+
+    def __init__(self, side: int = 32) -> None:
+        super().__init__()
+        check_side("features.side", side)
+        self.side, self.name, self.width = side, f"pixels at {side} px", 3 * side * side
+        self.preparation = f"8-bit RGB, averaged to {side} px, minus the mean of each channel"
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """features (B, 3 side side)."""
+        check_images(images)
+        small = F.interpolate(to_float(images), size=(self.side, self.side), mode="area")
+        return {"features": (small - small.mean(dim=(2, 3), keepdim=True)).flatten(1)}
 
 
 class OpenClipFeatures(nn.Module):

@@ -181,7 +181,28 @@ def make_tokenizer(config: Mapping[str, Any]) -> SimpleTokenizer:
     text = config["text_cfg"]
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
         raise InputError("this CLIP model has a tokenizer of its own; choose one with CLIP's, such as ViT-B-32.")
-    return SimpleTokenizer(context_length=text.get("context_length", 77))
+    tokenizer = SimpleTokenizer(context_length=text.get("context_length", 77))
+    size = text.get("vocab_size", tokenizer.vocab_size)
+    return tokenizer if size == tokenizer.vocab_size else _first_tokens(tokenizer, size)
+
+
+def _first_tokens(tokenizer: SimpleTokenizer, size: int) -> SimpleTokenizer:
+    """The tokenizer with its first merges alone, `size` tokens: rarer words fall into more pieces."""
+    special = [tokenizer.decoder[number] for number in tokenizer.all_special_ids]
+    whole, letters = tokenizer.vocab_size, 2 * len(tokenizer.byte_encoder)
+    if not letters + len(special) <= size < whole:
+        raise InputError(
+            f"clip.config.text_cfg.vocab_size={size} is not {letters + len(special)} .. {whole}; try 8192."
+        )
+    merges = size - letters - len(special)
+    tokens = [tokenizer.decoder[number] for number in range(letters + merges)] + special
+    tokenizer.encoder = {token: number for number, token in enumerate(tokens)}
+    tokenizer.decoder = dict(enumerate(tokens))
+    tokenizer.bpe_ranks = dict(list(tokenizer.bpe_ranks.items())[:merges])
+    tokenizer.vocab_size = size
+    tokenizer.all_special_ids = [tokenizer.encoder[token] for token in special]
+    tokenizer.sot_token_id, tokenizer.eot_token_id = tokenizer.all_special_ids
+    return tokenizer
 
 
 class ClipTokens:

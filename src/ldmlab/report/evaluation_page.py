@@ -130,7 +130,7 @@ def _memorisation(result: Mapping[str, Any]) -> list[Section]:
     if not found:
         return []
     lead = f"Each image with the nearest of all {found['training_images']:,} training images (cosine distance). "
-    blocks: list[Block] = [Text(lead + _copies(found))]
+    blocks: list[Block] = [Text(lead + copies_text(found))]
     for name, left, note in _GROUPS:
         cards = []
         for pair in found.get(name) or ():
@@ -141,7 +141,7 @@ def _memorisation(result: Mapping[str, Any]) -> list[Section]:
     return [Section("Memorisation", blocks)]
 
 
-def _copies(found: Mapping[str, Any]) -> str:
+def copies_text(found: Mapping[str, Any]) -> str:
     """The fraction of copies and the distances behind it."""
     if found["copies"] is None:
         return "No held-out set, so no threshold."

@@ -27,6 +27,7 @@ class Step:
     past: list[Any]  # what a sampler keeps from step to step, empty at first
     nearest: Callable[[Tensor], Tensor]  # of a clean estimate: its codebook vectors with `quantize_x0`, else itself
     path: Path | None = None  # for samplers that evaluate the network between the levels of the grid
+    left: int = 0  # steps that follow
 
 
 class Stepwise(ABC):
@@ -70,7 +71,8 @@ class Stepwise(ABC):
             unrounded = denoise(x, here)
             clean = unrounded.to(x.dtype)
             again = further(denoise, here)
-            x = self.step(x, clean, Step(number, here, there, unrounded, again, fresh, past, nearest, self.path))
+            left = len(grid) - 2 - number
+            x = self.step(x, clean, Step(number, here, there, unrounded, again, fresh, past, nearest, self.path, left))
             if after_step is not None:
                 x = after_step(number, x, clean)
         return x

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ldmlab.samplers._stepwise import Step, Stepwise, checked_eta, checked_temperature, first_order, log_snr
 
+_FEW = 15  # steps, as in diffusers
+
 
 class Dpmpp3MSde(Stepwise):
     """One evaluation and one noise a step; of third order without noise. Steps to or from infinity are first-order."""
@@ -15,8 +17,14 @@ class Dpmpp3MSde(Stepwise):
     steps = 25
     depth = 3  # estimates that are used
 
-    def __init__(self, eta: float = 1.0, temperature: float = 1.0) -> None:
-        """eta: 0 no fresh noise; 1 that of the reverse diffusion."""
+    def __init__(
+        self,
+        eta: float = 1.0,  # 0: no fresh noise; 1: that of the reverse diffusion
+        temperature: float = 1.0,
+        midpoint: bool = False,  # in steps of second order the earlier estimate weighs (1 - e^-k) / 2; false: phi_2
+        lower_order_final: bool = False,  # the last two of fewer than 15 steps are of second and first order
+    ) -> None:
+        self.midpoint, self.lower_order_final = midpoint, lower_order_final
         self.eta, self.temperature = checked_eta(eta, math.inf), checked_temperature(temperature)
         self.order: int | None = None if eta > 0 else self.depth
 
@@ -29,7 +37,8 @@ class Dpmpp3MSde(Stepwise):
             return first_order(x, clean, here, there)
         decay, whole = math.exp(-self.eta * length), (1 + self.eta) * length
         x = there.sigma / here.sigma * decay * x - there.alpha * math.expm1(-whole) * clean
-        x = x + there.alpha * self.bend(clean, past, length, whole)
+        lowered = self.lower_order_final and step.number + step.left + 1 < _FEW
+        x = x + there.alpha * self.bend(clean, past[: step.left] if lowered else past, length, whole)
         past[:] = [(length, clean), *past][: self.depth - 1]
         fresh = there.sigma * math.sqrt(-math.expm1(-2 * self.eta * length))
         return x + fresh * step.noise(step.number) if fresh > 0 else x
@@ -42,7 +51,7 @@ class Dpmpp3MSde(Stepwise):
         ratio = past[0][0] / length
         slope = (clean - past[0][1]) / ratio
         if len(past) == 1:
-            return second * slope
+            return (-0.5 * math.expm1(-whole) if self.midpoint else second) * slope
         before = past[1][0] / length
         earlier = (past[0][1] - past[1][1]) / before
         slope, curve = slope + (slope - earlier) * ratio / (ratio + before), (slope - earlier) / (ratio + before)

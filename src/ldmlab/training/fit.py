@@ -194,7 +194,7 @@ def _take_up(
     stage.restore(content)
     batches.by_shard = bool(content["data"].get("by_shard"))
     every = settings.log_every if stage.step < stage.max_steps else 1
-    if lost := lost_rows(checkpoints.folder.parent / "metrics.csv", stage.step, every):
+    if lost := lost_rows(checkpoints.folder.parent / "metrics.csv", stage.step - stage.unvalidated, every):
         distributed.say(lost)
     return path, changes
 

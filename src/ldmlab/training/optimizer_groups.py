@@ -18,6 +18,8 @@ RateSchedule = Callable[[int], float]  # step => factor of the configured learni
 class OptimizerGroups(Validated):
     """Optimizers by the name of a group of parameters, the main group first."""
 
+    updating: bool  # in the middle of an update; else the rates are those of the latest one
+
     def __init__(
         self,
         seed: int,
@@ -58,7 +60,7 @@ class OptimizerGroups(Validated):
         assert not stray, f"trainable parameters without an optimizer: {stray[:5]}"
         self._optimizers = {group: self._joined(group) for group in self._groups}
         self._rates = {
-            group: RateBySteps(optimizer, lambda: self.lr_schedule(self.step))
+            group: RateBySteps(optimizer, lambda: self.lr_schedule(max(self.step - (not self.updating), 0)))
             for group, optimizer in self._optimizers.items()
         }
         return list(self._optimizers.values()), [{"scheduler": r, "interval": "step"} for r in self._rates.values()]

@@ -34,8 +34,8 @@ _HARMLESS = (  # of the place and the machine, or held against the checkpoint by
 )
 _IMAGES = "trainer.micro_batch * accumulate * processes"  # of a step
 _KEPT = (
-    *("trainer._target_", "trainer.averaging_decay", "trainer.limit_train_batches", "trainer.overfit_batches"),
-    _IMAGES,
+    *("trainer._target_", "trainer.averaging_decay", "trainer.averaging_warmup"),
+    *("trainer.limit_train_batches", "trainer.overfit_batches", _IMAGES),
 )
 FATES: dict[str, Fate] = {  # the longest prefix of an option decides; an option that is not listed is refused
     **dict.fromkeys(_APPLIED, "applied"),

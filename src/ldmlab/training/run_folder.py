@@ -66,7 +66,7 @@ class RunFolder:
                 )
             self._before = "empty" if existed else "absent"
         self._began = True
-        now = {**provenance(), **_jobs()}
+        now = {**provenance(), **_jobs(), "hardware": distributed.hardware()}
         record = _record(self.path)
         if record:
             resumed = record.get("resumed")

@@ -50,6 +50,7 @@ class TrainerSettings:
     skip_nonfinite: int = 0  # steps in a row that are left out where a gradient is not finite; 0: the run stops
     gradient_alarm: float | None = 10.0  # say where a gradient's norm is so many times its median; None: never
     averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
+    averaging_warmup: tuple[float, float] | None = None  # inv_gamma and power, as in diffusers; None: the paper's
     precision: Precision = "bf16-mixed"  # auto becomes what the processor computes fast
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
@@ -96,10 +97,19 @@ class TrainerSettings:
                 raise InputError(f"trainer.{name}={value} must be above 0, or null for none.")
         if self.global_batch is not None:
             self._accumulate(self.global_batch)
-        if self.averaging_decay is not None and not 0 <= self.averaging_decay < 1:
-            raise InputError(f"trainer.averaging_decay={self.averaging_decay} must lie in [0, 1), or null for none.")
+        self._check_averaging()
         if self.precision == "auto":
             self.precision = fast_precision(self.accelerator)
+
+    def _check_averaging(self) -> None:
+        decay, warmup = self.averaging_decay, self.averaging_warmup
+        if decay is not None and not 0 <= decay < 1:
+            raise InputError(f"trainer.averaging_decay={decay} must lie in [0, 1), or null for none.")
+        if warmup is not None and (decay is None or len(warmup) != 2 or not all(0 < v < math.inf for v in warmup)):
+            raise InputError(
+                f"trainer.averaging_warmup={list(warmup)} must be two numbers above 0, inv_gamma and power of the "
+                "warm-up of trainer.averaging_decay, such as [1,0.75]; or null."
+            )
 
     def check_device(self) -> None:
         """InputError where this machine cannot compute what was chosen; a plan for another machine does not ask."""

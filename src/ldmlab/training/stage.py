@@ -54,17 +54,20 @@ class Stage(OptimizerGroups):
         gradient_clip: float | None = None,  # largest norm of a group's gradient
         skip_nonfinite: int = 0,  # steps in a row that are left out where a gradient is not finite
         averaging_decay: float | None = None,  # None: no averaged weights
+        averaging_warmup: tuple[float, float] | None = None,  # inv_gamma and power; None: the paper's
     ) -> None:
         super().__init__(seed, optimizer, lr_schedule)
         self.automatic_optimization, self.strict_loading = False, False
         self.max_steps, self.accumulate = max_steps, accumulate
-        self.gradient_clip, self.skip_nonfinite, self.averaging_decay = gradient_clip, skip_nonfinite, averaging_decay
+        self.gradient_clip, self.skip_nonfinite = gradient_clip, skip_nonfinite
+        self.averaging_decay, self.averaging_warmup = averaging_decay, averaging_warmup
         self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
         self.sharded = False  # whether the strategy shards the networks when it sets up
         self._weights: dict[str, Any] = {}  # of a checkpoint, which wait for that
         self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
         self.step_complete = True  # between two steps
+        self.unvalidated = False  # whether the run was killed in the validation of the step that it resumes from
         self.panel_labels: dict[str, list[str]] = {}  # of the images of the latest panels, by name
         self._means: dict[str, MeanGradients] = {}  # by group, where no strategy synchronises gradients
         self.one_by_one = False  # update each group before the loss of the next one is computed
@@ -122,6 +125,10 @@ class Stage(OptimizerGroups):
         epoch.manual_optimization.optim_step_progress.total.completed = self.step  # trainer.global_step
         if distributed.joined() and self._ddp is None and not any(isinstance(p, DTensor) for p in self.parameters()):
             self._means = {group: MeanGradients(parameters) for group, parameters in self._groups.items()}
+        if self.unvalidated:
+            self.trainer.validating = True
+            epoch.val_loop.run()
+            self.trainer.training, self.unvalidated = True, False
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One micro-batch; after the last one of a step all active groups are updated."""
@@ -231,6 +238,7 @@ class Stage(OptimizerGroups):
             "step": self.step,
             "position": self.position,
             "seed": self.seed,
+            "unvalidated": self.validation_due and self.validated_at != self.step,  # a signal does not wait for it
             "modules": {name: module.state_dict() for name, module in self.saved().items()},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers_by_group().items()},
         }
@@ -243,6 +251,7 @@ class Stage(OptimizerGroups):
             take = check_fit if self.sharded else load_exactly
             take(module, state["modules"][name], f"the checkpoint's {name}")
         self.step, self.position = state["step"], state["position"]
+        self.unvalidated = state.get("unvalidated", False)
         self.metrics.restore(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

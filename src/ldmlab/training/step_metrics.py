@@ -176,10 +176,21 @@ class LogMetrics(pl.Callback):
     def __init__(self, gradient_alarm: float | None = None) -> None:
         self._alarm = GradientAlarm(gradient_alarm) if gradient_alarm else None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Training metrics of a step whose validation comes now, since the run was killed in it."""
+        if pl_module.unvalidated:
+            self._read(pl_module)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Training metrics; the row waits for a validation that follows in this step."""
         if not pl_module.step_complete:
             return
+        self._read(pl_module)
+        if not pl_module.validation_due:
+            self._write(trainer, pl_module)
+
+    def _read(self, pl_module: Any) -> None:
+        """Metrics since the last row, where one is due."""
         if pl_module.row_due:
             rates = {f"learning_rate/{group}": rate for group, rate in pl_module.rates().items()}
             pl_module.metrics.check()
@@ -190,8 +201,6 @@ class LogMetrics(pl.Callback):
             pl_module.row = row | pl_module.row
             for name, value in pl_module.row.items():  # for callbacks that monitor a metric
                 pl.LightningModule.log(pl_module, name, value, logger=False)
-        if not pl_module.validation_due:
-            self._write(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The row of a step with validation."""

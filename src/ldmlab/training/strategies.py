@@ -20,6 +20,7 @@ from ldmlab import distributed
 from ldmlab.errors import InputError
 from ldmlab.nn.blocks import Grow
 from ldmlab.nn.compiling import regions
+from ldmlab.sharded import is_sharded
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
 
@@ -35,7 +36,8 @@ class SeveralGroups(DDPStrategy):
         assert self.model is not None
         if distributed.joined():
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                dist.broadcast(tensor.data, 0)
+                if not is_sharded(tensor):
+                    dist.broadcast(tensor.data, 0)
 
 
 class Sharded(SeveralGroups):
@@ -86,12 +88,14 @@ def mesh_of(device: str, by_machine: bool) -> DeviceMesh:
 
 def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     """Shard a network's weights over the processes of `mesh`; `dtype`: of linear layers and convolutions."""
+    kept = _taken_out(network)
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous()  # the only layout that can be gathered
     for unit, method in [*regions(network)]:
         if method == "forward" and unit is not network:
             fully_shard(unit, mesh=mesh, mp_policy=_policy(unit, dtype), reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else averaged weights would miss a gathered one
+    network.load_state_dict(kept, strict=False, assign=True)
     if force := getattr(network, "force_normal", None):  # before a pass gathers the weights, not on its copies
         network.register_forward_pre_hook(lambda *_: force() if network.training else None, prepend=True)
         network.force_normal = lambda again=False: None  # type: ignore[assignment]
@@ -101,6 +105,16 @@ def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> No
         network.register_forward_hook(lambda *_: running.clear(), always_call=True)
         # outside of a forward pass the weights are sharded, so each pass prepares the conditions itself
         network.prepare = lambda given: prepare(given) if running else given  # type: ignore[assignment]
+
+
+def _taken_out(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network that was built sharded, which has weights on the meta device in their place."""
+    found = {name: parameter for name, parameter in network.named_parameters() if is_sharded(parameter)}
+    for name, parameter in found.items():
+        module, _, own = name.rpartition(".")
+        bare = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), parameter.requires_grad)
+        network.get_submodule(module)._parameters[own] = bare
+    return {name: parameter.detach().contiguous() for name, parameter in found.items()}
 
 
 def _policy(unit: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
@@ -116,33 +130,41 @@ def _policy(unit: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
     )
 
 
+def shards(stage: Stage, settings: TrainerSettings, world: int, local: int) -> bool:
+    """Whether the stage's networks are sharded over `world` processes, `local` of them on each machine.
+
+    InputError where the strategy cannot shard them.
+    """
+    if (name := settings.strategy) not in ("fsdp", "hsdp"):
+        return False
+    if not stage.networks():
+        raise InputError(
+            f"trainer.strategy={name} shards denoisers and latent classifiers, and stage={stage.kind} trains "
+            "neither; use trainer.strategy=ddp."
+        )
+    if settings.precision in _HALF and "param_dtype_override_fn" not in {f.name for f in fields(MixedPrecisionPolicy)}:
+        raise InputError(
+            f"trainer.strategy={name} with trainer.precision={settings.precision} needs torch 2.15 or newer, this "
+            f"is {torch.__version__}; use trainer.precision=32-true, or trainer.strategy=ddp."
+        )
+    if name == "hsdp" and world % local:
+        raise InputError(
+            f"trainer.strategy=hsdp needs equally many processes on every machine, and {local} of {world} are on "
+            "one; use trainer.strategy=fsdp."
+        )
+    return world > 1
+
+
 def strategy_of(stage: Stage, settings: TrainerSettings) -> Any:
     """Lightning's strategy for a stage; InputError where its networks cannot be sharded."""
-    name, world, local = settings.strategy, distributed.world_size(), distributed.local_world_size()
-    if not isinstance(name, str):
-        return name
-    if name in ("fsdp", "hsdp"):
-        if not stage.networks():
-            raise InputError(
-                f"trainer.strategy={name} shards denoisers and latent classifiers, and stage={stage.kind} trains "
-                "neither; use trainer.strategy=ddp."
-            )
-        if settings.precision in _HALF and "param_dtype_override_fn" not in {
-            f.name for f in fields(MixedPrecisionPolicy)
-        }:
-            raise InputError(
-                f"trainer.strategy={name} with trainer.precision={settings.precision} needs torch 2.15 or newer, this "
-                f"is {torch.__version__}; use trainer.precision=32-true, or trainer.strategy=ddp."
-            )
-        if name == "hsdp" and world % local:
-            raise InputError(
-                f"trainer.strategy=hsdp needs equally many processes on every machine, and {local} of {world} are on "
-                "this one; use trainer.strategy=fsdp."
-            )
+    world = distributed.world_size()
+    sharded = shards(stage, settings, world, distributed.local_world_size())
+    if not isinstance(settings.strategy, str):
+        return settings.strategy
     if world == 1:
         return "auto"
-    if name in ("fsdp", "hsdp"):
-        return Sharded(settings.precision, by_machine=name == "hsdp")
+    if sharded:
+        return Sharded(settings.precision, by_machine=settings.strategy == "hsdp")
     if len(stage.groups()) > 1:
         return SeveralGroups()
     return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -20,7 +20,7 @@ _EXTRAS = {  # of pyproject.toml, and what each is for
     "dashboards": "ldmlab dashboard --wandb",
     "cloud": "shards at s3:// and gs://",
     "credentials": "ldmlab sample --mark credentials, ldmlab verify",
-    "pages": "ldmlab study serve",
+    "pages": "ldmlab study serve, ldmlab play",
     "cluster": "launcher=slurm|local, sweeper=optuna",
     "dev": "make test, export to diffusers checked against diffusers itself",
 }

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="new folder or address (s3://...); gets train/ and, with --val, val/")
     add("--layout", choices=LAYOUTS, default="auto", help=_LAYOUT)
     add("--file-field", metavar="NAME", help="column with the file names (default: file_name, file, image, path ...)")
-    add("--caption-field", metavar="NAME", help="column of captions (default: caption or text; none: no captions)")
+    add("--caption-field", metavar="NAME", help="column or field of captions (default: caption or text; none: none)")
     add("--class-field", metavar="NAME", help="field whose sorted distinct values become class_id")
     add("--list", metavar="FILE", type=Path, help="take only the images this text file names, one a line")
     add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out images with a shorter short side")

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ldmlab.app.choices import check_added
+from ldmlab.app.choices import check_added, check_choices, check_names, chosen_options
 from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conf_files import find_file
@@ -23,7 +23,6 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.nn.cards import CARDS
 
 USED = 0.9  # of a card's memory, at most
-_MACHINE = 8  # GPUs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +45,23 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} must be above 0{' and at most 1' * (most == 1)}.")
     config = plain(compose("train", ["++data.train=unread", "++data.val=unread", *args.overrides]))
     check_added("train", args.overrides)
+    check_as_train(config, args.overrides)
     check_first_stage(config, args.overrides)
     card = CARDS[args.card]
     found = planned(config, args.memory_gib or card.memory_gib, args.devices)
     found |= cost(found, card.tflops(found["precision"]) * args.mfu, args.price)
     print(json.dumps(found, indent=2) if args.json else table(found, args))
+
+
+def check_as_train(config: dict[str, Any], words: Sequence[str]) -> None:
+    """Refuse what training refuses of these options; a first stage is named for the latents of a plan."""
+    from ldmlab.app.teacher import taught
+
+    check_names(config)
+    own = config["stage"]["name"] in ("diffusion", "classifier")
+    chosen = {name for name in chosen_options(words) if not (own and re.match(r"first_stage\b", name))}
+    check_choices(config, chosen)
+    taught(config, chosen)
 
 
 def check_first_stage(config: dict[str, Any], words: Sequence[str]) -> None:
@@ -83,8 +94,7 @@ def planned(config: dict[str, Any], card_gib: float, devices: int) -> dict[str, 
     images = images_a_step(node, devices)
     if images % devices:
         raise InputError(f"--devices {devices} does not divide trainer.global_batch={images}; use a number that does.")
-    processes = min(devices, settings.devices or _MACHINE) if settings.strategy == "hsdp" else devices
-    counted, each = estimate(config, settings, processes=processes), images // devices
+    counted, each = estimate(config, settings, devices=devices), images // devices
     sizes = [size for size in range(1, each + 1) if each % size == 0]
     if config["stage"]["name"] == "clip":  # its loss compares the pairs of a micro-batch, so that is given
         sizes = [settings.micro_batch]

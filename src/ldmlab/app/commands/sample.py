@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def _options_as_typed() -> Iterator[None]:
+def options_as_typed() -> Iterator[None]:
     """Settings are `steps=9` in Python; an error of the command names `--steps 9`."""
     try:
         yield
@@ -83,7 +83,7 @@ def _options_as_typed() -> Iterator[None]:
         raise InputError(re.sub(option, lambda m: f"--{m[1].replace('_', '-')} ", str(error))) from error
 
 
-@_options_as_typed()
+@options_as_typed()
 def run(args: argparse.Namespace) -> None:
     typed = {one.name: getattr(args, one.name) for one in fields(SampleSettings)}
     settings = SampleSettings(**{name: parsed(name, text) for name, text in typed.items() if text is not None})
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         inputs = model_inputs(args, model, lines, settings.size if isinstance(settings.size, tuple) else None)
         model.check(inputs)
         resolved = {name: model.resolved(variant, inputs) for name, variant in by_name.items()}
-        _check_variants(resolved.values(), inputs, model.enlargement, marks.check_size, args)
+        check_variants(resolved.values(), inputs[:: args.count], model.enlargement, marks.check_size, args.trajectory)
         find = partial(sample_files.output_folder, args.out, args.model, command)
         with own_folder(find, sample_files.LOCK, sample_files.BUSY) as folder, sample_files.sampling(folder, command):
             job = sample_files.Job(model, inputs, resolved, folder, args.first_index, marks)
@@ -130,22 +130,22 @@ def _loaded(args: argparse.Namespace) -> "LoadedModel":
     return model.with_guiders(*guiders_by_option(vars(args), model)) if args.classifier or args.guider else model
 
 
-def _check_variants(
+def check_variants(
     variants: Iterable["ResolvedSettings"],
     inputs: list["Inputs"],
     enlargement: int,
     check_mark: Callable[[int, int], None],
-    args: argparse.Namespace,
+    trajectory: bool,
 ) -> None:
     """Refuse --trajectory of a sampler without steps, and sizes that the inputs or a mark do not fit."""
     from ldmlab.inference.inputs import check_size
 
     for variant in variants:
-        if args.trajectory and not getattr(variant.build_sampler(), "shows_steps", True):
+        if trajectory and not getattr(variant.build_sampler(), "shows_steps", True):
             raise InputError(f"sampler={variant.sampler} has no steps for --trajectory; use heun, for instance.")
         assert isinstance(variant.size, tuple)
         check_mark(*variant.size)
-        for one in inputs[:: args.count]:
+        for one in inputs:
             check_size(one, variant.size, enlargement)
 
 

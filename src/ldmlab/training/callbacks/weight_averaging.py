@@ -24,7 +24,8 @@ class Averaging(pl.Callback):
         if pl_module.averaging_decay is None or pl_module.averaged is None:
             return
         name = pl_module.averaged
-        pl_module.average = AveragedWeights(pl_module.saved()[name], pl_module.averaging_decay)
+        options = pl_module.averaging_decay, pl_module.averaging_warmup
+        pl_module.average = AveragedWeights(pl_module.saved()[name], *options)
         if waiting is not None:
             if name not in waiting:
                 raise InputError(

@@ -1,0 +1,165 @@
+"""What a model card states without being asked: how a model was trained, on which data, and how it scored.
+
+`card.json` keeps these facts beside a model, by the names of folders and without paths of the machine.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldmlab.app.run_records import comparison_fields
+from ldmlab.data.sheet_files import data_record
+from ldmlab.errors import InputError
+from ldmlab.files import read_json
+from ldmlab.instantiate import instantiate
+from ldmlab.model_files import CONFIG, DATA, DESCRIPTION, read_config, read_description
+from ldmlab.report.line_chart import Points
+from ldmlab.report.metrics_json import read_evaluation, title
+from ldmlab.report.model_card import SHARES
+from ldmlab.report.score_curves import read_curves, run_charts
+from ldmlab.training.run_folder import FINISHED
+
+FACTS, AUDIT = "card.json", "audit.json"
+_SETTINGS = ("optimizer", "lr_schedule")  # groups whose options a card lists
+_OF_A_KIND = {"first_stage": ("loss",), "latent_diffusion": ("diffusion",)}
+_TRAINER = ("micro_batch", "accumulate", "precision", "averaging_decay", "gradient_clip")
+_OF_AN_EVALUATION = (
+    *("scores", "evaluators", "sampling", "reference", "features", "protocol", "model"),
+    *("by_class", "sweep", "sample_curves"),
+)
+_CHARTS, _POINTS = 6, 5  # of a run, the most informative first; and of a line, from its first to its last
+Facts = dict[str, Any]  # runs and evaluations by name, audit; plain types
+
+
+def read_facts(folder: Path) -> Facts:
+    """What an earlier card of the folder holds."""
+    found = read_json(folder / FACTS)
+    if (folder / FACTS).exists() and not isinstance(found, dict):
+        raise InputError(f"{folder / FACTS} is damaged; delete it and run `ldmlab card` again.")
+    return found or {}
+
+
+def collect(folder: Path, more: Iterable[Path] = ()) -> Facts:
+    """Facts of a run or model folder, and of runs of its parts, evaluations and audits; newer ones replace older."""
+    facts = {"runs": {}, "evaluations": {}, "audit": None, **read_facts(folder)}
+    for place in (folder, *more):
+        known = _is_run(place)
+        if known:
+            facts["runs"][str(read_description(place)["kind"])] = _run(place)
+        for path in sorted(place.rglob("metrics.json")):
+            result = read_evaluation(path.parent)
+            if not result.get("in_training"):
+                known = True
+                facts["evaluations"][title(result)] = _evaluation(result)
+        for path in sorted(place.rglob(AUDIT)):
+            known, facts["audit"] = True, _audit(path) or facts["audit"]
+        if place is not folder and not known:
+            raise InputError(f"{place} holds no run, no metrics.json and no {AUDIT}; leave it out.")
+    plain: Facts = _without_paths(facts)
+    return plain
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / DESCRIPTION).is_file() and (folder / "metrics.csv").is_file()
+
+
+def _run(folder: Path) -> Facts:
+    config, spec, origin = read_config(folder), read_description(folder), read_json(folder / "provenance.json") or {}
+    curves = read_curves(folder / "metrics.csv")
+    return {
+        "name": folder.resolve().name,
+        "step": int(max((points[-1][0] for points in curves.values()), default=0)),
+        "finished": (folder / FINISHED).exists(),
+        "fields": comparison_fields(spec),
+        "settings": _settings(config, spec["kind"]),
+        "cost": _cost(curves, origin),
+        "curves": _curves(folder),
+        "data": read_json(folder / DATA) or _data_now(config),
+        **{name: origin.get(name) for name in ("commit", "python", "packages", "time_utc")},
+    }
+
+
+def _settings(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Options by their names in a configuration, classes without their packages."""
+    found: dict[str, Any] = {f"trainer.{name}": config["trainer"].get(name) for name in _TRAINER}
+    found["seed"] = config.get("seed")
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, part in value.items():
+                add(f"{name}.{key}" if key != "_target_" else name, part)
+        elif value is not None and value != []:
+            found[name] = value.rpartition(".")[2] if isinstance(value, str) and value.startswith("ldmlab.") else value
+
+    for group in (*_SETTINGS, *_OF_A_KIND.get(kind, ())):
+        add(group, config.get(group))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _cost(curves: Mapping[str, Points], origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Images and hours of training by the rows of the log, without validation; PFLOP where they were counted."""
+    images, rates = dict(curves.get("images", ())), dict(curves.get("speed/images_per_second", ()))
+    single, flops = (
+        dict(curves.get(f"speed/{name}", ())) for name in ("images_per_second_and_device", "tflops_per_device")
+    )
+    seconds = pflop = seen = devices = 0.0
+    for step, count in sorted(images.items()):
+        if (rate := rates.get(step)) and count > seen:
+            devices = max(devices, round(rate / single.get(step, rate)))
+            seconds += (count - seen) / rate
+            pflop += (count - seen) / rate * flops.get(step, 0.0) * devices / 1000
+            seen = count
+    return {
+        "images": int(max(images.values(), default=0)),
+        "hours": round(seconds / 3600, 3),
+        "devices": int(devices),
+        "hardware": origin.get("hardware"),
+        "pflop": float(f"{pflop:.4g}") if pflop else None,
+    }
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """A few points of each line of the most informative charts, evenly spread."""
+    found = {}
+    for chart in run_charts(folder / "metrics.csv")[:_CHARTS]:
+        for line, points in chart.series.items():
+            ends = sorted({round(part * (len(points) - 1) / (_POINTS - 1)) for part in range(_POINTS)})
+            found[chart.title if line == chart.title else f"{chart.title}, {line}"] = [points[end] for end in ends]
+    return found
+
+
+def _data_now(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of a run that recorded nothing of its data, what lies in their folders now; None where they are gone."""
+    try:
+        data = instantiate(config["data"], where="data", seed=config["seed"])
+        return data_record(data, data.kind)[0]
+    except InputError:
+        return None
+
+
+def _evaluation(result: Mapping[str, Any]) -> Facts:
+    """What a card prints of a record; images stay where they are."""
+    kept = {name: result[name] for name in _OF_AN_EVALUATION if name in result}
+    near = result.get("neighbours")
+    return kept | {"neighbours": near and {name: part for name, part in near.items() if not isinstance(part, list)}}
+
+
+def _audit(path: Path) -> Facts | None:
+    """Of `ldmlab audit`: its advice, and shares of samples by model; None for the record of one model alone."""
+    content = read_json(path)
+    if not isinstance(content, dict) or "audits" not in content:
+        return None
+    try:
+        shares = [{name: one[name]["value"] for name in SHARES} | {"label": one["label"]} for one in content["audits"]]
+        return {"advice": [str(text) for text in content["advice"]], "audits": shares}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is no audit ({error!r}); run `ldmlab audit` again.") from None
+
+
+def _without_paths(value: Any) -> Any:
+    """The same with each absolute path cut to its last part."""
+    if isinstance(value, Mapping):
+        return {str(name): _without_paths(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(part) for part in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value

@@ -1,0 +1,188 @@
+"""`ldmlab play MODEL [MODEL2]`: a page on which a model, or two side by side, can be tried.
+
+examples:
+  ldmlab play runs/emoji-1a2b
+  ldmlab play runs/emoji-1a2b runs/emoji-3c4d                  both from the same noise
+  ldmlab play runs/emoji-1a2b --host 0.0.0.0 --password-file secret.txt
+
+The page is for this machine alone unless --host says otherwise, which needs a password: typed, in a file, or in the
+environment variable LDMLAB_PLAY_PASSWORD. What is made is kept under --out with its settings, as by ldmlab sample.
+"""
+
+import argparse
+import os
+import socket
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldmlab.app.cli import at_least
+from ldmlab.errors import InputError
+
+if TYPE_CHECKING:
+    from ldmlab.app.sample_files import Marks
+    from ldmlab.inference.model import LoadedModel
+    from ldmlab.inference.sample_settings import ResolvedSettings
+    from ldmlab.play.form import Wanted
+    from ldmlab.play.job_queue import Live
+    from ldmlab.play.playground import Playground, Prepared
+
+EXTRA = "pages"  # of pyproject.toml
+PASSWORD = "LDMLAB_PLAY_PASSWORD"  # environment variable
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_LEAST_PASSWORD = 8  # letters
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, metavar="MODEL", help="model folder, run folder or checkpoint; one or two")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine only)")
+    add("--port", type=int, default=8500, help="(8500)")
+    add("--password", help="for another --host; everyone on this machine can read it, unlike the next")
+    add("--password-file", type=Path, help=f"its first line is the password; or the variable {PASSWORD}")
+    add("--out", type=Path, help="folder of what is made (outputs/MODEL-play)")
+    add("--max-upload", type=int, default=10, help="MB of an uploaded file (10)")
+    add("--max-images", type=int, default=8, help="images of one request (8)")
+    add("--max-side", type=int, default=1024, help="px, of a result (1024)")
+    add("--mark", default="auto", help="watermark, credentials, both with a comma, none; auto: what can be (auto)")
+    add("--weights", default="averaged", help="averaged | raw | length of an average, for runs (averaged)")
+    add("--device", default="auto", help="auto | cpu | cuda (auto)")
+    add("--precision", default="float32", help="float32 | bfloat16 | float16 (float32)")
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+
+        from ldmlab.play.playground import application
+    except ModuleNotFoundError as error:
+        raise InputError(f"ldmlab play needs {error.name}; run `pip install 'ldmlab[{EXTRA}]'`.") from error
+    from ldmlab.disks import disk_errors, locked
+
+    at_least(args, max_upload=1, max_images=1, max_side=1)
+    if len(args.models) > 2:
+        raise InputError(f"ldmlab play shows one model or two, not {len(args.models)}; leave some out.")
+    password = chosen_password(args)
+    out = args.out or Path("outputs") / f"{args.models[0].resolve().stem}-play"
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".playing", f"--out {out} is in use by another process", remove=True):
+        try:
+            listening = socket.create_server((args.host, args.port))
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"--host {args.host} --port {args.port} cannot be used ({error}); choose another --port."
+            ) from error
+        with listening:
+            app = application(_playground(args, out), password)
+            print(f"http://{args.host}:{args.port}/ (stop with Ctrl-C; images go to {out})", flush=True)
+            config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
+            uvicorn.Server(config).run([listening])
+
+
+def chosen_password(args: argparse.Namespace) -> str | None:
+    """From one of three places; needed where others can reach the page."""
+    given = {"--password": args.password, PASSWORD: os.environ.get(PASSWORD)}
+    if args.password_file is not None:
+        try:
+            given["--password-file"] = args.password_file.read_text(encoding="utf-8").partition("\n")[0].strip()
+        except (OSError, ValueError) as error:
+            raise InputError(f"--password-file {args.password_file} cannot be read ({error}); give another.") from error
+    given = {name: word for name, word in given.items() if word is not None}
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} both give a password; give one of them.")
+    if not given:
+        if args.host not in _LOCAL:
+            raise InputError(
+                f"--host {args.host} opens the page to others, which needs a password; add --password-file FILE."
+            )
+        return None
+    (name, word), *_ = given.items()
+    if len(word) < _LEAST_PASSWORD:
+        raise InputError(f"{name} holds fewer than {_LEAST_PASSWORD} letters; choose a longer password.")
+    return word
+
+
+def chosen_marks(choice: str) -> tuple["Marks", str]:
+    """The marks of `--mark`, and what the page says of them."""
+    from dataclasses import replace
+
+    from ldmlab.app.sample_files import marks_of
+    from ldmlab.marking.watermark import LEAST_SIDE
+
+    if choice == "none":
+        return marks_of("", None, None), "not marked"
+    if choice != "auto":
+        return marks_of(choice, None, None), f"marked as generated: {choice.replace(',', ' and ')}"
+    signed = all(find_spec(name) for name in ("c2pa", "cryptography"))
+    marks = marks_of("watermark,credentials" if signed else "watermark", None, None)
+    whole = marks.pixels
+    assert whole is not None
+    fitting = replace(
+        marks,
+        pixels=lambda image: whole(image) if min(image.shape[:2]) >= LEAST_SIDE else image,
+        check_size=lambda height, width: None,
+    )
+    words = f"watermark (from {LEAST_SIDE} px on)" + (" and signed credentials" if signed else "")
+    return fitting, f"marked as generated: {words}"
+
+
+def _playground(args: argparse.Namespace, out: Path) -> "Playground":
+    from ldmlab.build import load
+    from ldmlab.play.abilities import Limits, abilities
+    from ldmlab.play.playground import Playground
+
+    marks, words = chosen_marks(args.mark)
+    models = [load(one, weights=args.weights, device=args.device).in_precision(args.precision) for one in args.models]
+    limits = Limits(args.max_upload << 20, args.max_images, args.max_side)
+    able = abilities(models, [one.resolve().name for one in args.models], limits, words)
+    return Playground(models, able, limits, out, partial(prepared, marks=marks))
+
+
+def prepared(model: "LoadedModel", wanted: "Wanted", marks: "Marks") -> "Prepared":
+    """Checked as `ldmlab sample` does; `run` samples and writes as it does."""
+    from ldmlab.app.commands.sample import check_variants
+    from ldmlab.play.playground import Prepared
+
+    inputs = [wanted.inputs] * wanted.count
+    model.check(inputs)
+    resolved = {name: model.resolved(one, inputs) for name, one in wanted.by_name.items()}
+    check_variants(resolved.values(), inputs[:1], model.enlargement, marks.check_size, wanted.trajectory)
+    notes = [f'the end of the caption is too long for this model: "{end}"' for end in model.lost(wanted.inputs)]
+    total = wanted.count * sum(len(model.grid(one)) - 1 for one in resolved.values())
+    size = next(iter(resolved.values())).size
+    assert isinstance(size, tuple)
+    return Prepared(partial(_sampled, model, wanted, resolved, marks), size, total, notes)
+
+
+def _sampled(
+    model: "LoadedModel",
+    wanted: "Wanted",
+    resolved: "dict[str, ResolvedSettings]",
+    marks: "Marks",
+    folder: Path,
+    live: "Live",
+) -> None:
+    """Image files, their grid or sweep, and the trajectory, all marked."""
+    import numpy as np
+
+    from ldmlab.app.commands.sample_prompts import label
+    from ldmlab.app.sample_files import Job, sampling
+    from ldmlab.inference.grids import table
+    from ldmlab.inference.trajectory import Trajectory
+
+    inputs = [wanted.inputs] * wanted.count
+    frames = Trajectory(model, next(iter(resolved.values()))) if wanted.trajectory else None
+    watch = live if frames is None else (lambda step, x, clean: frames(step, live(step, x, clean), clean))
+    with sampling(folder, "ldmlab play"):
+        job = Job(model, inputs, resolved, folder, 0, marks, watch, quiet=True)
+        shown = job.sample(wanted.count, trajectory=False)
+        job.save_grid(shown, wanted.swept, wanted.count)
+        if frames is not None:
+            rows = frames.take(inputs, list(range(wanted.count)))
+            columns, titles = frames.columns(), frames.titles()
+            strip = table(
+                [[row[c] for c in columns] for row in rows], [titles[c] for c in columns], [*map(label, inputs)]
+            )
+            marks.save(folder / "trajectory.png", np.asarray(strip), {})

@@ -1,0 +1,127 @@
+"""`ldmlab card`: what is filled in from a run, what a person must write, and what is given away with neither."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from walk import Flow
+
+from ldmlab.app.card_facts import collect
+from ldmlab.app.cli import dispatch
+from ldmlab.build import load
+from refusals import refusal
+
+WRITTEN = {
+    "intended_use": "Tests of this very program.",
+    "limits": ["Two steps of training.", "16 px."],
+    "risks": "None that we know.",
+    "licence": "MIT",
+    "attribution": "Images: a stranger's folder",
+}
+SCORE = {"value": 0.125, "spread": None, "marks": []}
+EVALUATION = {  # what `evaluate` writes, as far as a card reads it
+    "format_version": 2,
+    "scores": {"kid": SCORE},
+    "model": {"path": "/home/someone/runs/model", "weights": "averaged"},
+    "protocol": {"name": "images"},
+    "sampling": {"images": 8, "steps": 2, "sampler": "ddim", "guidance_scale": 1.0, "hardware": "CPU"},
+    "reference": {"folder": "/data/val", "images": 11, "split": "val", "image_size": 16, "manifest_hash": "ab" * 32},
+    "features": {"name": "clip", "weights_hash": "cd"},
+    "neighbours": {"copies": None, "bar": None, "pairs": [{"sample": "a.png"}]},
+}
+
+SHARES = {"copies": 0.25, "held_out_copies": 0.125, "extracted": 0.5}
+AUDIT = {  # what `audit` writes, as far as a card reads it
+    "advice": ["stop at step 1"],
+    "audits": [{"label": "model-step_2", **{name: {"value": value} for name, value in SHARES.items()}}],
+}
+
+
+@pytest.fixture
+def run(flow: Flow, tmp_path: Path) -> Path:
+    """A copy of the denoiser's run, with one evaluation."""
+    shutil.copytree(flow.root / "model", tmp_path / "run")
+    (tmp_path / "run" / "evaluation").mkdir()
+    (tmp_path / "run" / "evaluation" / "metrics.json").write_text(json.dumps(EVALUATION))
+    (tmp_path / "run" / "audit").mkdir()
+    (tmp_path / "run" / "audit" / "audit.json").write_text(json.dumps(AUDIT))
+    return tmp_path / "run"
+
+
+def section(readme: Path, title: str) -> str:
+    return readme.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_a_card_is_filled_from_the_run_its_parts_and_the_person(
+    run: Path, flow: Flow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = run / "README.md"
+    assert dispatch(["card", str(run), str(flow.root / "first_stage")]) == 0
+    assert "fill in intended_use, limits, risks, licence, attribution" in capsys.readouterr().out
+    assert "Not stated yet" in section(readme, "Limits")
+    (run / "card.yaml").write_text(yaml.safe_dump(WRITTEN))
+    assert dispatch(["card", str(run)]) == 0  # the first stage's facts are kept
+    assert "fill in" not in capsys.readouterr().out
+    assert "Two steps of training.\n\n16 px." in section(readme, "Limits")
+    manifest = json.loads((flow.packed / "train" / "manifest.json").read_text())
+    images = sum(shard["samples"] for shard in manifest["shards"])
+    assert f"| first stage: train | {images} | {manifest['source']} |" in section(readme, "Data")
+    weights = sum(p.numel() for p in load(run, device="cpu").diffusion.backbone.parameters())
+    assert f"| denoiser | {weights:,} | 2 | 16 |" in section(readme, "Cost")  # 2 steps of 8 images
+    assert "| optimizer.learning_rate | 0.001 |" in section(readme, "Training of the denoiser")
+    assert "0.125" in section(readme, "Scores: model by images")
+    assert "No held-out set" in section(readme, "Memorisation")
+    assert "| model-step_2 | 25.0% | 12.5% | 50.0% |" in section(readme, "Memorisation")
+    assert "stop at step 1" in section(readme, "Memorisation")
+    assert "/home" not in readme.read_text() + (run / "card.json").read_text()
+    assert str(flow.root) not in readme.read_text() + (run / "card.json").read_text()
+
+
+def test_a_model_is_given_away_with_a_card_or_by_a_word(run: Path, tmp_path: Path) -> None:
+    words = ["export", str(run), str(tmp_path / "out")]
+    sentence = refusal(lambda: dispatch(words))
+    assert "leaves intended_use, limits, risks, licence, attribution empty" in sentence
+    assert "--without-card" in sentence
+    (run / "card.yaml").write_text(yaml.safe_dump({**WRITTEN, "risks": " "}))
+    assert "leaves risks empty" in refusal(lambda: dispatch(words))
+    assert not (tmp_path / "out").exists()
+    assert dispatch([*words, "--without-card"]) == 0
+    assert "has no model card" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "data.json").read_bytes() == (run / "data.json").read_bytes()
+
+
+def test_an_exported_folder_keeps_its_card(run: Path, tmp_path: Path) -> None:
+    (run / "card.yaml").write_text(yaml.safe_dump(WRITTEN))
+    assert dispatch(["export", str(run), str(tmp_path / "out")]) == 0
+    before = (tmp_path / "out" / "README.md").read_text()
+    assert "exported by ldmlab: averaged weights of step 2" in before
+    assert collect(tmp_path / "out") == collect(run)
+    shutil.rmtree(run)
+    assert dispatch(["card", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("limit: x", "limit, which is no field of a model card; did you mean limits?"),
+        ("limits: 3", "limits=3 is no text and no list of texts"),
+        ("limits: [3]", "is no text and no list of texts"),
+        ("limits: {a: b}", "is no text and no list of texts"),
+        ("limits: [", "cannot be read"),
+    ],
+)
+def test_a_card_that_cannot_be_read(content: str, sentence: str, run: Path) -> None:
+    (run / "card.yaml").write_text(content)
+    assert sentence in refusal(lambda: dispatch(["card", str(run)]))
+    assert not (run / "README.md").exists()
+
+
+def test_a_folder_with_nothing_for_a_card(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no run, no metrics.json" in refusal(lambda: dispatch(["card", str(run), str(tmp_path / "empty")]))
+    assert "model.yaml" in refusal(lambda: dispatch(["card", str(tmp_path / "empty")]))
+    (run / "card.json").write_text("[]")
+    assert "is damaged" in refusal(lambda: dispatch(["card", str(run)]))
