@@ -5,7 +5,7 @@ constructor does to weights that are cut already is computed on full ones too, s
 process, bit for bit; it may write to views of them that keep the first axis.
 """
 
-import mmap
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from ldmlab.training.strategies import mesh_of
 
 _aten = torch.ops.aten
 _WRITE_ALL = {_aten.zero_, _aten.fill_, _aten.copy_, _aten.uniform_, _aten.normal_}  # whatever was there before
-_PAGES_OF_ITS_OWN = 2**16  # bytes
+_LARGE = 2**18  # values of a weight
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -45,25 +45,28 @@ def built_sharded(trainer: Mapping[str, Any], make: Callable[[], M]) -> M:
 
 def cut(module: nn.Module, mesh: DeviceMesh) -> None:
     """DTensors in place of all parameters: this process keeps its rows of each."""
+    large = [_cut(part, name, mesh) for part in module.modules() for name in part._parameters]
+    if any(large):
+        _give_back()
+
+
+def _cut(part: nn.Module, name: str, mesh: DeviceMesh) -> bool:
+    """Whether the parameter was a large one."""
+    full = part._parameters[name]
+    if full is None or not full.ndim or isinstance(full, DTensor):
+        return False
     places = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    for part in module.modules():
-        for name, full in part._parameters.items():
-            if full is None or not full.ndim or isinstance(full, DTensor):
-                continue
-            like = distribute_tensor(full.detach(), mesh, places, src_data_rank=None)
-            own = DTensor.from_local(
-                _apart(like.to_local()), mesh, places, run_check=False, shape=full.shape, stride=full.stride()
-            )
-            part._parameters[name] = nn.Parameter(own, full.requires_grad)
+    rows = distribute_tensor(full.detach(), mesh, places, src_data_rank=None).to_local().clone()
+    own = DTensor.from_local(rows, mesh, places, run_check=False, shape=full.shape, stride=full.stride())
+    part._parameters[name] = nn.Parameter(own, full.requires_grad)
+    return full.numel() >= _LARGE
 
 
-def _apart(tensor: Tensor) -> Tensor:
-    """A copy in pages of its own: in between full weights, freed ones would leave holes that others do not fit."""
-    size = tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or size < _PAGES_OF_ITS_OWN:
-        return tensor.clone()
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+def _give_back() -> None:
+    """Freed memory to the system: glibc would keep what freed weights leave between the shards."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
@@ -101,9 +104,14 @@ class _FullValues(TorchDispatchMode):
         result = func(*full, **tree_map_only(DTensor, _full, kwargs))
         if not func._schema.is_mutable:
             return result
-        if isinstance(args[0], DTensor):
-            args[0].to_local().copy_(laid_out(full[0], args[0]).to_local())
-        return args[0]
+        target: Any = args[0]
+        if isinstance(target, DTensor):
+            own: Any = laid_out(full[0], target)
+            target.to_local().copy_(own.to_local())
+            del result, full, own
+            if target.numel() >= _LARGE:
+                _give_back()
+        return target
 
     @staticmethod
     def _same_rows(func: Any, args: Any, kwargs: Any) -> Any:
@@ -116,5 +124,5 @@ class _FullValues(TorchDispatchMode):
         return result
 
 
-def _full(tensor: DTensor) -> Tensor:
+def _full(tensor: Any) -> Tensor:
     return tensor.detach().full_tensor().cpu()
