@@ -25,8 +25,10 @@ class Skipped(pl.Callback):
         self._total = self._start = self._val_total = 0  # over all processes
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Shares count from the start of this process."""
+        """Shares count from the start of this process, also in a row that comes with a validation now."""
         self._start = pl_module.position
+        if pl_module.unvalidated and pl_module.row_due:
+            pl_module.log("data/skipped", 0.0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Record the samples that the loader replaced; at a row data/skipped, the count so far."""
