@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow lint format bench docs clean
 
 setup: .venv/ready-dev
 
@@ -19,6 +19,10 @@ setup: .venv/ready-dev
 
 .venv/ready-dev: .venv/ready
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/ready-docs: .venv/ready
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 demo: .venv/ready
@@ -41,6 +45,10 @@ format: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(BIN)/python benchmarks/run.py
+
+docs: .venv/ready-docs
+	$(BIN)/python docs/site.py build/docs
+	@echo "The site: build/docs/site/index.html. Its search needs a server: $(BIN)/python -m http.server -d build/docs/site"
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
