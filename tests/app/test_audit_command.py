@@ -17,10 +17,10 @@ from blobs import SIZE, write_blobs
 PLANTED, COPIES = 5, 40
 OPTIONS = (
     *("trainer.precision=32-true", "trainer.micro_batch=16", "trainer.log_every=50", "logger=csv", "data.workers=0"),
-    *("trainer.keep=9", "trainer.averaging_decay=0.9", "lr_schedule=constant", "data.fields=[class_id]"),
-    *("first_stage=identity", "~conditioner.text", "conditioner=class_label", "conditioner.class_label.classes=64"),
+    *("trainer.keep=9", "trainer.averaging_decay=0.9", "lr_schedule.final=1", "data.fields=[class_id]"),
+    *("first_stage=identity", "conditioner=class_label", "conditioner.class_label.classes=64"),
     *("conditioner.class_label.width=32", "backbone.model_channels=32", "backbone.channel_mult=[1,2]"),
-    *("backbone.attention_downsampling=[4]", "stage.panel_steps=2", "stage.panel_count=4", "stage.val_draws=1"),
+    *("backbone.attention_downsampling=[]", "stage.panel_steps=2", "stage.panel_count=4", "stage.val_draws=1"),
 )
 
 

@@ -31,7 +31,7 @@ def write_blobs(folder: Path, seeds: Sequence[int]) -> None:
     for number, seed in enumerate(seeds):
         file = io.BytesIO()
         Image.fromarray(blob(seed).permute(1, 2, 0).numpy()).save(file, "PNG")
-        fields = {"caption": f"blob {seed}", "class_id": seed}
+        fields = {"caption": f"blob {seed}", "class_id": seed % 64}
         data += tar_bytes(f"{number:05}.json", json.dumps(fields).encode())
         data += tar_bytes(f"{number:05}.png", file.getvalue())
     (folder / "00000.tar").write_bytes(data + END_MARKER)

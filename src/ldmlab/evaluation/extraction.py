@@ -10,6 +10,7 @@ cosine distance, set by held-out images as in `memorisation`.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ldmlab.metrics.proportions import Proportion, least_difference
 from ldmlab.provenance import provenance
 
 SHOWN = 48  # candidates with images
+FEATURES = "features"  # folder of the samples' features, of no use once the record is written
 _CHUNK = 256  # samples whose features are on disk before the next ones are made
 _RECONSTRUCTED = 200  # training images whose reconstructions should be called copies
 _AT_THE_THRESHOLD = 6  # held-out images shown
@@ -101,13 +103,12 @@ class Extraction:
         if not has_manifest(self.data.folder("val", "images")):
             raise InputError(f"data.val={self.data.val} has no images, which set the threshold; give held-out ones.")
         every = conditions(self.data, "train", sorted(reads))
-        if missing := sorted(name for name in reads if every and name not in every[0]):
-            raise InputError(
-                f"the training images have no {missing[0]}, which the model takes; name others: data.train="
-            )
         distinct = list({json.dumps(one, sort_keys=True, default=str): one for one in every}.values())
         if not distinct:
-            raise InputError(f"data.train={self.data.train} has no image that can be read; pack it again.")
+            raise InputError(
+                f"data.train={self.data.train} has no image with {', '.join(sorted(reads))}, which it takes; pack "
+                "it so."
+            )
         if self.captions is None or self.captions >= len(distinct):
             return distinct
         order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(self.protocol.seed))
@@ -115,7 +116,7 @@ class Extraction:
 
     def _features(self, samples: Samples) -> Tensor:
         """(each * conditions, D) of all samples, sample i of condition i % conditions; chunks on disk are kept."""
-        folder, total = self.out / "features", samples.count
+        folder, total = self.out / FEATURES, samples.count
         starts = range(0, total, _CHUNK)
         for start in self.track(starts, len(starts), f"samples, chunks of {_CHUNK}"):
             path = folder / f"{start:09d}.safetensors"
@@ -124,7 +125,7 @@ class Extraction:
                 if distributed.rank() == 0:
                     folder.mkdir(parents=True, exist_ok=True)
                     tensor = torch.stack([rows[number] for number in sorted(rows)])
-                    write_atomically(path, lambda part, tensor=tensor: save_file({"features": tensor}, part))
+                    write_atomically(path, partial(save_file, {"features": tensor}))
         distributed.barrier()
         files = [folder / f"{start:09d}.safetensors" for start in starts]
         return torch.cat(distributed.shared(lambda: [load_file(file)["features"] for file in files]))

@@ -12,6 +12,7 @@ A stopped audit goes on where it was when the same command runs again; more mode
 """
 
 import argparse
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     config: Mapping[str, Any] = plain(compose("audit", [f"features={args.features}", *options]))
     same = {name: getattr(args, name) for name in ("steps", "sampler", "guidance_scale", "seed", "max_bad")}
     protocol = Protocol(name="audit", reference="train", metrics={}, copy_quantile=args.quantile, **same)
-    models = list(_models(folders, args.checkpoints))
+    models = list(dict.fromkeys(_models(folders, args.checkpoints)))
     out = args.out or _home(models[0]) / "audit"
     settings = {name: value for name, value in vars(args).items() if name not in _SAME_RESULT} | {"options": options}
     rank, _ = distributed.join(timeout_minutes=120)
@@ -134,6 +135,7 @@ def _audits(
     from ldmlab import distributed
     from ldmlab.app.evaluate import build_extractor
     from ldmlab.build import load, pick_device
+    from ldmlab.evaluation.extraction import FEATURES
     from ldmlab.files import read_json, write_json
 
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
@@ -149,6 +151,7 @@ def _audits(
             record |= {"label": label, "run": str(_home(path))}
             if distributed.rank() == 0:
                 write_json(out / label / _RESULT, record)
+                shutil.rmtree(out / label / FEATURES)
         audits.append(record)
     return audits
 
