@@ -79,6 +79,16 @@ def test_a_card_is_filled_from_the_run_its_parts_and_the_person(
     assert str(flow.root) not in readme.read_text() + (run / "card.json").read_text()
 
 
+def test_the_card_prints_the_data_sheet_that_the_run_recorded(run: Path) -> None:
+    data = json.loads((run / "data.json").read_text())
+    data["train"]["sheet"] = {"hash": "ab" * 32, "licences": {"MIT": 40, "CC BY 4.0": 13}, "sources": {"us": 53}}
+    (run / "data.json").write_text(json.dumps(data))
+    assert dispatch(["card", str(run)]) == 0
+    found = section(run / "README.md", "Data")
+    assert "abababababab" in found
+    assert "| CC BY 4.0 | 13 |" in found
+
+
 def test_a_model_is_given_away_with_a_card_or_by_a_word(run: Path, tmp_path: Path) -> None:
     words = ["export", str(run), str(tmp_path / "out")]
     sentence = refusal(lambda: dispatch(words))

@@ -27,6 +27,7 @@ COMMANDS = {
     "pack": "images and captions to image shards",
     "scenes": "made-up images with known boxes and label maps, of emoji on textures",
     "index": "write the manifest of tars made by others",
+    "data-sheet": "sources, licences, captions and duplicates of image shards",
     "plan": "memory, time and cost of a training run, before a GPU is paid for",
     "train": "train a first stage, a CLIP or a denoiser (the same as python train.py)",
     "encode": "image shards to latent shards, with a trained first stage",
@@ -51,7 +52,12 @@ COMMANDS = {
     "config": "the final value of every option, and the file that set it",
     "demo": "the whole flow on the images shipped in the repository",
 }
-FILES = {"import": "import_model", "sweep-file": "sweep_file", "verify": "verify_images"}  # of another name
+FILES = {  # of another name
+    "import": "import_model",
+    "data-sheet": "sheet",
+    "sweep-file": "sweep_file",
+    "verify": "verify_images",
+}
 WITH_HYDRA = {"train", "evaluate"}  # verbs whose whole command line is Hydra's
 COMPOSING = {"encode", "score", "audit", "config", "plan", "sweep-file"}  # commands that take options of conf/
 

@@ -12,6 +12,7 @@ from ldmlab.data.encode_shards import LatentSettings, encode
 from ldmlab.data.manifest import MANIFEST
 from ldmlab.data.output_folder import Destination
 from ldmlab.data.shard_data import ShardData
+from ldmlab.data.sheet_files import carry_sheet
 from ldmlab.distributed import launched
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
@@ -88,6 +89,7 @@ def _encode_split(
             encode_states=states_encoder(conditioners, config["mirror"]) if conditioners else None,
         )
     if rank == 0 and manifest and manifest.latents:
+        carry_sheet(data.folder(split, "images"), out)
         skipped = len(manifest.extra.get("skipped", []))
         cut = sum(getattr(module, "cut", 0) for module in conditioners.values())
         note = f", {skipped} unreadable" if skipped else ""

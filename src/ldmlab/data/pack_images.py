@@ -14,6 +14,7 @@ from ldmlab.annotations import BOXES
 from ldmlab.data.decode import checked_fields, clean_fields, stored_fields
 from ldmlab.data.image_parts import MAPS, centre_cropped, packed_map, upright_size
 from ldmlab.data.image_sources import Item, captioned
+from ldmlab.data.opt_out import OptOut
 from ldmlab.data.tars import image_ending, read_range, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError, one_of
@@ -57,16 +58,23 @@ class Part:
     fields: list[str]
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     small: list[str] = field(default_factory=list)  # names of images below the least side
+    excluded: list[str] = field(default_factory=list)  # how each image of the opt-out list was found
 
 
-def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding, min_side: int) -> Part:
+def encode_part(
+    items: Sequence[Item], transform: Transform, encoding: Encoding, min_side: int, exclude: OptOut | None = None
+) -> Part:
     """Decodes, transforms and encodes each image; a fault in one is noted and the next one is taken."""
     data, offsets, names = bytearray(), [], dict[str, None]()
-    bad, small = [], []
+    bad, small, excluded = [], [], []
     for item in items:
         try:
             with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata and large images
-                image, fields, maps = _open(item)
+                source, fields, maps = _open(item)
+                image = open_image(source)
+                if exclude is not None and (way := exclude.match(source, image, fields)):
+                    excluded.append(way)
+                    continue
                 if min(image.size) < min_side:
                     small.append(item.name)
                     continue
@@ -89,11 +97,11 @@ def encode_part(items: Sequence[Item], transform: Transform, encoding: Encoding,
         data += tar_bytes(f"{item.key}.json", json.dumps(fields, ensure_ascii=False).encode())
         for ending, stored in sorted(maps.items()):
             data += tar_bytes(f"{item.key}.{ending}", stored)
-    return Part(bytes(data), offsets, list(names), bad, small)
+    return Part(bytes(data), offsets, list(names), bad, small, excluded)
 
 
-def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
-    """The image, not yet decoded, its fields, and the files of its maps by ending."""
+def _open(item: Item) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
+    """The content of the image's file, its fields, and the files of its maps by ending."""
     if item.fault:
         raise ValueError(item.fault)
     fields = clean_fields(item.fields)
@@ -114,4 +122,4 @@ def _open(item: Item) -> tuple[Image.Image, dict[str, Any], dict[str, bytes]]:
         maps = {ending: sample[ending] for ending in MAPS.values() if ending in sample}
     if not content:
         raise ValueError("is empty")
-    return open_image(content), checked_fields(fields), maps
+    return content, checked_fields(fields), maps

@@ -6,6 +6,7 @@ side file `SHARD.json`, and at the end `manifest.json` and `bad.json`. An interr
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -17,6 +18,7 @@ from typing import Any
 
 from ldmlab.data.image_sources import Item, Source, with_fields
 from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, read_manifest, write_manifest
+from ldmlab.data.opt_out import OptOut
 from ldmlab.data.output_folder import BAD, ShardFile, finished_shard, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
 from ldmlab.data.shard_info import ShardInfo
@@ -42,6 +44,7 @@ class PackOptions:
     class_field: str | None = None  # its sorted distinct values become class_id
     min_side: int = 0  # smaller images are left out, in pixels
     shard_size: int = 1000  # images
+    exclude: OptOut | None = None  # images that are left out by a list
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -58,6 +61,7 @@ class _Shard:
     fields: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     small: list[str] = field(default_factory=list)  # names of images below the least side
+    excluded: list[str] = field(default_factory=list)  # how each image of the opt-out list was found
 
     @property
     def side_file(self) -> Path:
@@ -67,6 +71,7 @@ class _Shard:
     def take(self, side: dict[str, Any]) -> bool:
         """What an earlier run found."""
         self.info, self.fields, self.small = side["info"], side["fields"], side["small"]
+        self.excluded = side.get("excluded", [])
         self.bad = [(name, reason) for name, reason in side["bad"]]
         return True
 
@@ -78,6 +83,7 @@ class PackResult:
     manifests: dict[str, Manifest] = field(default_factory=dict)  # by split
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     small: int = 0  # left out by min_side
+    excluded: Counter[str] = field(default_factory=Counter)  # left out by the opt-out list: how they were found
     complete_before: bool = False  # nothing was left to do
 
 
@@ -155,7 +161,8 @@ class _Pack:
         chunks = [shard.items[i : i + _PART] for shard in missing for i in range(0, len(shard.items), _PART)]
         if chunks:
             o = self.options
-            encode = encode or partial(encode_part, transform=o.transform, encoding=o.encoding, min_side=o.min_side)
+            how = {"transform": o.transform, "encoding": o.encoding, "min_side": o.min_side, "exclude": o.exclude}
+            encode = encode or partial(encode_part, **how)
             with closing(in_order(encode, chunks, min(workers, len(chunks)))) as parts:
                 for shard in missing:
                     self._write(shard, parts)
@@ -177,6 +184,8 @@ class _Pack:
             known += [] if item.caption is None else [{"caption": item.caption}]
             digest.update(json.dumps(known).encode())
         options = json.loads(json.dumps(asdict(self.options)))
+        if options["exclude"] is None:
+            del options["exclude"]  # as packs without a list were begun before there were lists
         before = read_json(folder / PLAN)
         same_options = isinstance(before, dict) and before.get("options") == options
         special = {"images": "other images or captions in SOURCE"} if same_options else None
@@ -194,14 +203,15 @@ class _Pack:
                 names.update(dict.fromkeys(part.fields))
                 shard.bad += part.bad
                 shard.small += part.small
+                shard.excluded += part.excluded
                 self._count(min(_PART, len(shard.items) - start), part.bad)
                 self._check_bad(final=False)
             shard.info = file.finish()
         finally:
             file.abandon()
         shard.fields = list(names)
-        info = shard.info.plain if shard.info else None
-        write_json(shard.side_file, {"info": info, "fields": shard.fields, "bad": shard.bad, "small": shard.small})
+        found = {"fields": shard.fields, "bad": shard.bad, "small": shard.small, "excluded": shard.excluded}
+        write_json(shard.side_file, {"info": shard.info.plain if shard.info else None, **found})
 
     def _count(self, images: int, bad: list[tuple[str, str]]) -> None:
         self.done += images
@@ -224,11 +234,15 @@ class _Pack:
         result, o = PackResult(), self.options
         for split, shards in self.shards.items():
             if not any(shard.info for shard in shards):
-                raise InputError(f"OUT={self.out}: no image is left for the {split} split; check min-side and val.")
+                raise InputError(
+                    f"OUT={self.out}: no image is left for the {split} split; check min-side, val and exclude."
+                )
         for split, shards in self.shards.items():
             folder = self.out / split
             if bad := [entry for shard in shards for entry in shard.bad]:
                 write_json(folder / BAD, [{"name": name, "reason": reason} for name, reason in bad])
+            ways = Counter(way for shard in shards for way in shard.excluded)
+            result.excluded += ways
             result.manifests[split] = Manifest(
                 kind="images",
                 split=split,
@@ -237,6 +251,7 @@ class _Pack:
                 image_size=o.transform.size if o.transform.square else None,
                 transform={**asdict(o.transform), "background": [*o.transform.background], **asdict(o.encoding)},
                 provenance=provenance(),
+                extra={"opt_out": o.exclude.record(ways)} if o.exclude else {},
                 **self.about,
             )
             write_manifest(folder, result.manifests[split])

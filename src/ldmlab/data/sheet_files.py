@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stores import Folder, Store
 from ldmlab.errors import InputError
-from ldmlab.files import read_json
+from ldmlab.files import read_json, write_atomically
 
 SHEET = "data_sheet.json"
 _NOT_HASHED = ("hash", "made")  # keys of a sheet: `made` has its date and command
@@ -23,10 +24,10 @@ def sheet_hash(sheet: Mapping[str, Any]) -> str:
 
 
 def find_sheet(folders: Iterable[Folder], manifest: Manifest) -> tuple[dict[str, Any] | None, Path | None]:
-    """The sheet of these shards or of the images that they encode, beside them or one folder up; else one of others."""
+    """The sheet of these shards or of the images that they encode, beside them; else one of others."""
     hashes, stale = {manifest.hash, (manifest.latents or {}).get("source_hash")}, None
     local = [folder for folder in folders if not isinstance(folder, Store)]
-    for path in dict.fromkeys(place / SHEET for folder in local for place in (folder, folder.resolve().parent)):
+    for path in dict.fromkeys(folder / SHEET for folder in local):
         sheet = read_json(path)
         try:
             if sheet and any(split["manifest"] in hashes for split in sheet["splits"].values()):
@@ -37,6 +38,12 @@ def find_sheet(folders: Iterable[Folder], manifest: Manifest) -> tuple[dict[str,
             raise InputError(f"{path} is no data sheet ({error}); make it again with `ldmlab data-sheet`.") from None
         stale = path if sheet else stale
     return None, stale
+
+
+def carry_sheet(images: Folder, latents: Path) -> None:
+    """The sheet of images beside the latents made from them, since these are what a run reads."""
+    if not isinstance(images, Store) and (images / SHEET).is_file():
+        write_atomically(latents / SHEET, lambda path: shutil.copyfile(images / SHEET, path))
 
 
 def data_record(data: ShardData, kind: str) -> tuple[dict[str, Any], list[str]]:

@@ -1,6 +1,7 @@
 """`ldmlab pack SOURCE OUT`: images and captions to image shards."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -8,8 +9,10 @@ from rich.console import Console
 from ldmlab.app.cli import at_least
 from ldmlab.app.progress import bar
 from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
+from ldmlab.data.duplicates import NEAR_BITS
 from ldmlab.data.image_parts import MAPS
 from ldmlab.data.image_sources import LAYOUTS, Source, list_source
+from ldmlab.data.opt_out import OptOut
 from ldmlab.data.output_folder import BAD, Destination
 from ldmlab.data.pack_images import FORMATS, Encoding
 from ldmlab.data.pack_shards import PackOptions, pack
@@ -24,6 +27,9 @@ _LAYOUT = """what SOURCE is: a table (metadata.jsonl, .csv) with images,
 captions (.txt) next to images, a folder per class, plain (nested) folders, tars"""
 _ANNOTATIONS = "boxes or captions by file name: COCO's JSON, OpenImages' CSV; may be given again"
 
+_EXCLUDE = """opt-out list, an image a line: its URL (as in any field), the SHA-256 of
+its file, or its perceptual hash (16 digits)"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options in the order of the work: find and annotate, hold out, change and write."""
@@ -36,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class-field", metavar="NAME", help="field whose sorted distinct values become class_id")
     add("--list", metavar="FILE", type=Path, help="take only the images this text file names, one a line")
     add("--min-side", metavar="PIXELS", type=int, default=0, help="leave out images with a shorter short side")
+    add("--exclude", metavar="FILE", type=Path, help=_EXCLUDE)
+    add("--exclude-distance", metavar="BITS", type=int, help="how far perceptual hashes may be off, of 64 bits (3)")
     add("--annotations", metavar="FILE", type=Path, action="append", default=[], help=_ANNOTATIONS)
     add("--classes", metavar="FILE", type=Path, help="of boxes: a class a line, its ids and its name")
     add("--label-maps", metavar="FOLDER", type=Path, help="label maps: a PNG of each image's name")
@@ -60,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> PackOptions:
+    if args.exclude_distance is not None and args.exclude is None:
+        raise InputError(f"--exclude-distance {args.exclude_distance} is of an opt-out list; give --exclude FILE too.")
+    distance = NEAR_BITS if args.exclude_distance is None else args.exclude_distance
     size = args.size if args.size is not None or args.crop == "keep" else 256
     return PackOptions(
         Transform(size, args.crop, parse_colour(args.background)),
@@ -68,6 +79,7 @@ def options_of(args: argparse.Namespace) -> PackOptions:
         args.class_field,
         args.min_side,
         args.shard_size,
+        None if args.exclude is None else OptOut.of(args.exclude, distance),
     )
 
 
@@ -98,11 +110,24 @@ def run(args: argparse.Namespace) -> None:
             console.print(f"  {name}: {reason}", markup=False)
     if result.small:
         console.print(f"{result.small} images left out by --min-side")
+    if options.exclude and not result.complete_before:
+        console.print(_left_out(options.exclude, result.excluded), markup=False)
     for split, manifest in result.manifests.items():
         mebibytes = sum(shard.bytes for shard in manifest.shards) / 2**20
         console.print(
             f"{out.named(split)}: {manifest.total} images, {len(manifest.shards)} shards, {mebibytes:.1f} MiB"
         )
+
+
+def _left_out(listed: OptOut, found: Mapping[str, int]) -> str:
+    """How many images the opt-out list left out, and by what."""
+    if not sum(found.values()):
+        return (
+            f"warning: --exclude {listed.path} ({listed.entries()} entries) matched no image; check that the images "
+            "have the URLs of the list in a field, or that hashes are those of the files as they are packed"
+        )
+    ways = ", ".join(f"{count} by {way}" for way, count in sorted(found.items()))
+    return f"{sum(found.values())} images left out by --exclude {listed.path} ({listed.entries()} entries): {ways}"
 
 
 def with_more(source: Source, args: argparse.Namespace, console: Console) -> Source:

@@ -1,0 +1,109 @@
+"""`ldmlab pack --exclude`: by URL, file and look; counted in the manifest, resumed with the same list alone."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldmlab.app.cli import dispatch
+from ldmlab.data.duplicates import perceptual_hash
+from ldmlab.data.manifest import read_manifest
+from ldmlab.data.shards import ShardReader
+from refusals import refusal
+
+PLACE = "https://example.org/{}.png"
+Pack = Callable[..., int]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Eight images with their addresses; image 3 is image 2 once more, at half the size."""
+    (tmp_path / "in").mkdir()
+    rows = []
+    for number in range(8):
+        small = np.random.default_rng(2 if number == 3 else number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        side = 20 if number == 3 else 40
+        Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(tmp_path / "in" / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "caption": str(number), "url": PLACE.format(number)})
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def pack(source: Path, tmp_path: Path) -> Pack:
+    def run(*words: object, lines: str | None = None, workers: int = 1) -> int:
+        if lines is not None:
+            (tmp_path / "list.txt").write_text(lines)
+            words = ("--exclude", tmp_path / "list.txt", *words)
+        return dispatch(["pack", str(source), str(tmp_path / "out"), "--workers", str(workers), *map(str, words)])
+
+    return run
+
+
+def captions(folder: Path) -> list[str]:
+    manifest = read_manifest(folder)
+    reader = ShardReader(folder, manifest)
+    found = [reader.read(shard, i)[1]["json"] for shard, one in enumerate(manifest.shards) for i in range(one.samples)]
+    return sorted(json.loads(content)["caption"] for content in found)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_listed_images_are_left_out_and_counted(
+    source: Path, tmp_path: Path, pack: Pack, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = hashlib.sha256((source / "1.png").read_bytes()).hexdigest().upper()
+    look = f"{perceptual_hash(Image.open(source / '2.png')):016x}"
+    lines = f"# opted out\n{PLACE.format(0)}\n\n{file}\n{look}\n{PLACE.format(99)}\n"
+    assert pack("--size", 16, lines=lines, workers=workers) == 0
+    assert captions(tmp_path / "out" / "train") == ["4", "5", "6", "7"]
+    record = read_manifest(tmp_path / "out" / "train").extra["opt_out"]
+    assert record["left_out"] == {"url": 1, "sha256": 1, "perceptual hash": 2}
+    assert record["entries"] == 4
+    assert record["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+    assert "4 images left out" in capsys.readouterr().err
+    assert dispatch(["data-sheet", str(tmp_path / "out" / "train"), "--workers", "1"]) == 0
+    assert "list.txt" in (tmp_path / "out" / "train" / "data_sheet.md").read_text()
+
+
+def test_the_distance_of_looks_is_an_option(source: Path, tmp_path: Path, pack: Pack) -> None:
+    look = f"{perceptual_hash(Image.open(source / '2.png')) ^ 0b1111:016x}"  # 4 bits off
+    assert pack("--size", 16, lines=look) == 0
+    assert len(captions(tmp_path / "out" / "train")) == 8
+    words = ["--exclude", str(tmp_path / "list.txt"), "--exclude-distance", "4", "--workers", "1", "--size", "16"]
+    assert dispatch(["pack", str(source), str(tmp_path / "far"), *words]) == 0
+    assert "2" not in captions(tmp_path / "far" / "train")
+
+
+def test_a_list_without_a_match_is_warned_of(pack: Pack, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack("--size", 16, lines=PLACE.format(99)) == 0
+    assert "matched no image" in capsys.readouterr().err
+
+
+def test_another_list_does_not_continue_a_pack(pack: Pack, tmp_path: Path) -> None:
+    assert pack("--size", 16, lines=PLACE.format(0)) == 0
+    (tmp_path / "out" / "train" / "manifest.json").unlink()
+    assert "exclude.sha256" in refusal(lambda: pack("--size", 16, lines=PLACE.format(1)))
+    assert "exclude" in refusal(lambda: pack("--size", 16))
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("example.org", "line 1 (example.org) is no URL"),
+        ("# nothing\n", "lists nothing"),
+        (f"{PLACE}\nabc", "line 2 (abc)"),
+    ],
+)
+def test_a_list_that_cannot_be_used(lines: str, sentence: str, pack: Pack, tmp_path: Path) -> None:
+    assert sentence in refusal(lambda: pack(lines=lines))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_without_effect_are_refused(pack: Pack, tmp_path: Path) -> None:
+    assert "give --exclude FILE too" in refusal(lambda: pack("--exclude-distance", 2))
+    assert "must be in 0 .. 16" in refusal(lambda: pack("--exclude-distance", 17, lines=PLACE))
+    assert "cannot be read" in refusal(lambda: pack("--exclude", tmp_path / "none.txt"))
