@@ -139,7 +139,7 @@ def _reconstructions(config: Mapping[str, Any], record: Mapping[str, Any], share
 def build_extractor(node: Mapping[str, Any]) -> FeatureExtractor:
     """The network whose features are compared; a CLIP run is read here."""
     if accepts(node, "clip", where="features"):
-        extractor: FeatureExtractor = instantiate(node, where="features", clip=load_clip(node["run"]))
+        extractor: FeatureExtractor = _with_clip(node, "features")
         extractor.quality = clip_quality(run_folder(Path(str(node["run"]))))  # type: ignore[attr-defined]
         return extractor
     if accepts(node, "weights", where="features") and node.get("weights") is None:
@@ -165,7 +165,13 @@ def build_metric(name: str, node: Mapping[str, Any], width: int, group: str = "p
 
 
 def build_all(kind: str, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: instantiate(node, where=f"protocol.{kind}.{name}") for name, node in nodes.items()}
+    return {name: _with_clip(node, f"protocol.{kind}.{name}") for name, node in nodes.items()}
+
+
+def _with_clip(node: Mapping[str, Any], where: str) -> Any:
+    """A part; one that takes a `clip` gets that of its `run`."""
+    clip: dict[str, Any] = {"clip": load_clip(node["run"])} if accepts(node, "clip", where=where) else {}
+    return instantiate(node, where=where, **clip)
 
 
 def lpips() -> LPIPS | None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ldmlab.errors import InputError
 
-_SIDE = 32  # px that the classifier sees
 Show = Callable[[range], Iterable[object]]  # the updates => the same, shown while they are made
 
 
@@ -77,13 +76,14 @@ def descend(
 
 
 class ImageClassifier(nn.Module):
-    """A convolutional network on 32 x 32 images: uint8 (B, 3, H, W) => logits (B, classes)."""
+    """A convolutional network on images of a small side: uint8 (B, 3, H, W) => logits (B, classes)."""
 
     learned = Learned(0, 0, 0)  # not trained yet
 
-    def __init__(self, classes: Sequence[str], width: int = 32) -> None:
+    def __init__(self, classes: Sequence[str], width: int = 32, side: int = 32) -> None:
+        """side: px that images are scaled to; comments are of 32."""
         super().__init__()
-        self.classes = tuple(classes)
+        self.classes, self.side = tuple(classes), side
         self.network = nn.Sequential(
             nn.Conv2d(3, width, 4, stride=2, padding=1, bias=False),  # 16 x 16
             nn.BatchNorm2d(width),
@@ -100,8 +100,8 @@ class ImageClassifier(nn.Module):
         ).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) or prepared float images (B, 3, 32, 32) => logits."""
-        return self.network(prepared(images) if images.dtype == torch.uint8 else images)
+        """uint8 (B, 3, H, W) or prepared float images (B, 3, side, side) => logits."""
+        return self.network(prepared(images, self.side) if images.dtype == torch.uint8 else images)
 
     @torch.inference_mode()
     def predict(self, images: Tensor, batch_size: int = 256) -> Tensor:
@@ -120,10 +120,10 @@ def _block(inside: int, outside: int) -> list[nn.Module]:
     return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
 
 
-def prepared(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) => float (B, 3, 32, 32) in [-1, 1], averaged over areas."""
+def prepared(images: Tensor, side: int = 32) -> Tensor:
+    """uint8 (B, 3, H, W) => float (B, 3, side, side) in [-1, 1], averaged over areas."""
     pixels = images.float() / 127.5 - 1
-    return pixels if pixels.shape[2:] == (_SIDE, _SIDE) else F.interpolate(pixels, (_SIDE, _SIDE), mode="area")
+    return pixels if pixels.shape[2:] == (side, side) else F.interpolate(pixels, (side, side), mode="area")
 
 
 def train_classifier(
@@ -133,6 +133,7 @@ def train_classifier(
     *,
     steps: int = 700,
     batch_size: int = 64,
+    side: int = 32,  # px that it sees
     seed: int = 0,
     show: Show = lambda updates: updates,
 ) -> ImageClassifier:
@@ -142,8 +143,8 @@ def train_classifier(
         missing = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
         raise InputError(f"no training image is of class {', '.join(missing)}; pack the data with another split.")
     with own_random_numbers(seed):
-        model = ImageClassifier(classes).train()
-        pixels = prepared(images).contiguous(memory_format=torch.channels_last)
+        model = ImageClassifier(classes, side=side).train()
+        pixels = prepared(images, side).contiguous(memory_format=torch.channels_last)
         weights = (1 / counts.double())[labels]
 
         def loss() -> Tensor:

@@ -144,6 +144,7 @@ class ClassAccuracy:
     guidance_scale: float | None = None  # of the further samples; None: the protocol's
     steps: int = 700  # updates of the classifier
     batch_size: int = 64
+    side: int = 32  # px that it sees
 
     @property
     def needs(self) -> frozenset[str]:
@@ -174,7 +175,9 @@ class ClassAccuracy:
 
     def __call__(self, evidence: Evidence) -> Accuracy:
         """Train on the training split, then classify validation images and samples."""
-        classifier = trained(evidence, self._labelled(evidence, "train"), self.steps, self.batch_size, "classes")
+        classifier = trained(
+            evidence, self._labelled(evidence, "train"), self.steps, self.batch_size, "classes", self.side
+        )
         real = self._labelled(evidence, evidence.reference)
         if not self.captions:
             return self._accuracy(classifier, evidence, real, evidence.conditions, evidence.samples)
@@ -230,13 +233,16 @@ class ClassAccuracy:
         return torch.cat(images), labels
 
 
-def trained(evidence: Evidence, examples: Labelled, steps: int, batch_size: int, what: str) -> ImageClassifier:
+def trained(
+    evidence: Evidence, examples: Labelled, steps: int, batch_size: int, what: str, side: int = 32
+) -> ImageClassifier:
     """A classifier of the examples' classes, numbers by value, names by letter."""
     images, labels = examples
     classes = sorted(set(labels), key=lambda label: (int(label), "") if label.isdigit() else (0, label))
     show = evidence.shown(f"training the classifier of {what}")
     numbers = class_numbers(labels, classes)
-    return train_classifier(images, numbers, classes, steps=steps, batch_size=batch_size, seed=evidence.seed, show=show)
+    sizes = {"steps": steps, "batch_size": batch_size, "side": side}
+    return train_classifier(images, numbers, classes, seed=evidence.seed, show=show, **sizes)
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
