@@ -1,7 +1,8 @@
 """Builds the documentation site: `python docs/site.py [OUT]`, then open OUT/site/index.html.
 
 Pages are the files of the repository as they are. This script lays them beside each other, points their links at each
-other, and has zensical build them strictly. Links to files that are no pages become text.
+other, and has zensical build them strictly. Links to files that are no pages become text. A page that the navigation
+of mkdocs.yml does not name stands at its end.
 """
 
 import re
@@ -72,6 +73,9 @@ def staged(out: Path) -> Path:
         shutil.copy(image, out / "docs" / image.relative_to(ROOT / "docs"))
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     config["plugins"][-1]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT / "src")]
+    listed = re.findall(r"[\w/]+\.md", yaml.safe_dump(config["nav"]))
+    if more := [name for name in names.values() if name not in listed]:
+        config["nav"].append({"More": more})
     (out / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return out / "mkdocs.yml"
 
