@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from ldmlab import distributed
 from ldmlab.app.commands.sample_prompts import Inputs, label
+from ldmlab.app.filters import Guard
 from ldmlab.app.progress import bar
 from ldmlab.contracts import AfterStep
 from ldmlab.errors import InputError, memory_ran_out, one_of
@@ -75,6 +77,7 @@ class Job:
     marks: Marks = Marks()
     watch: AfterStep | None = None  # sees every step first
     quiet: bool = False
+    guard: Guard | None = None  # of --filter
 
     @property
     def shown(self) -> int:
@@ -86,7 +89,8 @@ class Job:
         shown: dict[tuple[int, str], Any] = {}
         rank, world = distributed.rank(), distributed.world_size()
         steps = sum(len(self.model.grid(settings)) - 1 for settings in self.variants.values())
-        total, done = len(range(rank, len(self.inputs), world)) * steps, 0
+        skip = self.guard.blocked_prompts(self.inputs, self.first) if self.guard else frozenset()
+        total, done = len(set(range(rank, len(self.inputs), world)) - skip) * steps, 0
         with bar("sampling", "steps", quiet=rank > 0 or self.quiet) as show:
             show(0, total)
             for name, settings in self.variants.items():
@@ -103,14 +107,15 @@ class Job:
 
                 part = {"rank": rank, "world": world, "first_index": self.first, "batch_size": batch_size}
                 for numbers, images in generate(
-                    self.model, self.inputs, settings, after_step=after_step if shows else None, **part
+                    self.model, self.inputs, settings, after_step=after_step if shows else None, skip=skip, **part
                 ):
                     if not shows:  # a solver with steps of its own
                         done += len(numbers) * (len(self.model.grid(settings)) - 1)
                         show(done, total)
-                    for number, image in zip(numbers, images.numpy(), strict=True):
-                        file = self.folder / f"{number:06d}{name}.png"  # in a sweep 000012_steps-5.png
-                        self.marks.save(file, image, self._record(number, settings))
+                    files = [f"{number:06d}{name}.png" for number in numbers]  # in a sweep 000012_steps-5.png
+                    allowed = self.guard.allowed(files, images) if self.guard else [True] * len(files)
+                    for number, file, image in compress(zip(numbers, files, images.numpy(), strict=True), allowed):
+                        self.marks.save(self.folder / file, image, self._record(number, settings))
                         if number - self.first < self.shown:
                             shown[number, name] = image
                     if frames is not None:
@@ -123,17 +128,21 @@ class Job:
         prompt = {"prompt" if field == "caption" else field: value for field, value in own.items()}
         known = {f"model {key}": info[key] for key in ("path", "fingerprint", "weights", "step") if key in info}
         more = {"precision": self.model.precision, "ldmlab": version("ldmlab")}
+        more |= {"filter": str(self.guard.filter.record())} if self.guard else {}
         return {**prompt, "index": number, **settings.as_text(), **info.get("guiders", {}), **known, **more}
 
     def save_grid(self, images: Mapping[tuple[int, str], Any], swept: str | None, per_prompt: int) -> None:
-        """grid.png, or sweep_NAME.png with a row per image; of at most MOST_SHOWN images."""
-        rows = [[images[self.first + n, name] for name in self.variants] for n in range(self.shown)]
-        labels = [label(one) for one in self.inputs[: self.shown]]
+        """grid.png, or sweep_NAME.png with a row per image; of at most MOST_SHOWN images, without blocked ones."""
+        left = [n for n in range(self.shown) if all((self.first + n, name) in images for name in self.variants)]
+        rows = [[images[self.first + n, name] for name in self.variants] for n in left]
+        labels = [label(self.inputs[n]) for n in left]
+        if not rows:
+            return
         if swept is not None:
             titles = [name.removeprefix("_").replace("-", " ", 1) for name in self.variants]
             page, file = table(rows, titles, labels), self.folder / f"sweep_{swept}.png"
         else:
-            columns = per_prompt if 1 < per_prompt <= 16 else None
+            columns = per_prompt if 1 < per_prompt <= 16 and len(left) == self.shown else None
             page, file = grid([row[0] for row in rows], labels, columns), self.folder / "grid.png"
         self.marks.save(file, np.asarray(page), {})
 

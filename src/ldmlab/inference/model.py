@@ -5,7 +5,7 @@ Images are uint8 (B, H, W, 3) here; latents are final ones, (B, C, h, w) float32
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -322,8 +322,11 @@ def generate(
     world: int = 1,
     first_index: int = 0,
     after_step: AfterStep | None = None,
+    skip: Collection[int] = (),
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yields (numbers, uint8 (b, H, W, 3)); entry i has number first_index + i and belongs to rank i % world.
+
+    skip: entries that are left out; the numbers of the others stay as they are.
 
     Noise is a function of (seed, number, step): neither the batch size nor the processes change an image.
     """
@@ -335,11 +338,12 @@ def generate(
             f"sampler={resolved.sampler} takes as many steps as an image needs, which processes that share a sharded "
             "model cannot; choose one of fixed steps, for instance heun or ode:method=rk4."
         )
-    mine = range(rank, len(inputs), world)
+    shares = [[i for i in range(one, len(inputs), world) if i not in skip] for one in range(world)]
+    mine = shares[rank]
     for start in range(0, len(mine), batch_size):
         chunk = mine[start : start + batch_size]
         numbers = [first_index + i for i in chunk]
         yield numbers, model.sample_batch([inputs[i] for i in chunk], resolved, numbers, after_step)
-    batches, most = (-(-images // batch_size) for images in (len(mine), -(-len(inputs) // world)))
+    batches, most = (-(-images // batch_size) for images in (len(mine), max(map(len, shares))))
     if batches < most and model.sharded:  # others' last batch needs us too
         model.sample_batch(inputs[:1], resolved, [first_index])

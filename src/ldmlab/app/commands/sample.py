@@ -13,6 +13,7 @@ examples:
   ldmlab sample runs/upscaler-1a2b --task super_resolution small.png
   ldmlab sample runs/landscapes-1a2b map.png --tile 512                          as large as the map
   ldmlab sample runs/imagenet-1a2b 207 980 --classifier runs/classifier-3c4d --classifier-scale 10
+  ldmlab sample runs/emoji-1a2b --prompts prompts.txt --filter concepts.yaml     blocked ones are counted
   torchrun --nproc-per-node 2 -m ldmlab sample runs/emoji-1a2b --prompts prompts.txt
   srun -n8 ldmlab sample runs/emoji-1a2b --prompts prompts.txt
 """
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-index", type=int, default=0, help="number of the first image, to make one of many again (0)")
     add("--sweep", help="one image per value of a setting, such as steps=1,2,5,10,25,50")
     add("--trajectory", action="store_true", help="also the denoising trajectory, as a row and as an animation")
+    add("--filter", type=Path, metavar="FILE", help="block prompts and images by the concepts of this yaml file (none)")
     add("--mark", default="", help="watermark, credentials or both with a comma: mark files as generated (none)")
     add("--certificate", type=Path, help="with --mark credentials: PEM chain to sign with (a test certificate)")
     add("--key", type=Path, help="and its private key")
@@ -96,12 +98,14 @@ def run(args: argparse.Namespace) -> None:
 
     from ldmlab import distributed
     from ldmlab.app import sample_files
+    from ldmlab.app.filters import Guard, read_filter
     from ldmlab.disks import own_folder
 
     command = repr([sorted((key, str(value)) for key, value in vars(args).items() if key not in _SAME_IMAGES), lines])
     if args.out is not None:
         sample_files.check_folder(args.out, command)
     marks = sample_files.marks_of(args.mark, args.certificate, args.key)
+    guard = None if args.filter is None else Guard(read_filter(args.filter, args.device))
     rank, _ = distributed.join(timeout_minutes=120)  # only short messages pass, some after a long wait
     try:
         model = _loaded(args)
@@ -111,11 +115,12 @@ def run(args: argparse.Namespace) -> None:
         check_variants(resolved.values(), inputs[:: args.count], model.enlargement, marks.check_size, args.trajectory)
         find = partial(sample_files.output_folder, args.out, args.model, command)
         with own_folder(find, sample_files.LOCK, sample_files.BUSY) as folder, sample_files.sampling(folder, command):
-            job = sample_files.Job(model, inputs, resolved, folder, args.first_index, marks)
+            job = sample_files.Job(model, inputs, resolved, folder, args.first_index, marks, guard=guard)
             shown = distributed.gather(job.sample(args.batch_size, trajectory=args.trajectory))
+            lost, blocked = guard.finish(folder, len(resolved)) if guard else (0, "")
             if rank == 0:
                 job.save_grid({place: image for part in shown for place, image in part.items()}, swept, args.count)
-                print(f"{len(inputs) * len(resolved)} images in {folder}")
+                print(f"{len(inputs) * len(resolved) - lost} images in {folder}{blocked}")
     finally:
         distributed.leave()
 
@@ -169,6 +174,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError("--trajectory and --sweep make different grids; use one at a time.")
     if args.trajectory and args.mark:
         raise InputError(f"--mark {args.mark} cannot mark the animations of --trajectory; leave one of them out.")
+    if args.trajectory and args.filter:
+        raise InputError("--filter cannot check the noisy images of --trajectory; leave one of them out.")
     for option, needs in (("classifier_scale", "classifier"), ("guider_weight", "guider"), ("guider_image", "guider")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             typed = f"--{option.replace('_', '-')} {getattr(args, option)}"
