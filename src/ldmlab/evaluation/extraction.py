@@ -71,7 +71,8 @@ class Extraction:
         held_out, places = val.kept(real=True)
         if len(held_out) < 2:
             raise InputError(f"data.val={self.data.val} has no image that can be read, which set the threshold.")
-        samples.say_time(self.batch_size)
+        done = _CHUNK * len(list((self.out / FEATURES).glob("*.safetensors")))
+        samples.say_time(self.batch_size, max(samples.count - done, 0))
         features = self._features(samples)
         rebuilt = self._reconstructed()
         found = Nearest(torch.cat([features, held_out, rebuilt]))
