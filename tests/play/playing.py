@@ -1,4 +1,4 @@
-"""Tiny random models on disk, by what they read, and `ldmlab play` on them in a process of its own."""
+"""Tiny random models on disk, by what they read, and `ldmlab play` on them, in this process or one of its own."""
 
 import os
 import signal
@@ -9,12 +9,17 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
+import uvicorn
 
+from ldmlab.app.cli import Parser
+from ldmlab.app.commands import play
 from ldmlab.build import build_latent_diffusion
 from ldmlab.model_files import write_model_folder
+from ldmlab.play.playground import Playground, application
 from sampling_models import CLIP
 from tiny_models import spec_with
 
@@ -60,6 +65,31 @@ def write_model(folder: Path, reads: str | None, seed: int = 0, size: int = 64) 
     parts = {"first_stage": model.first_stage, "denoiser": model.backbone, "conditioner": model.conditioners}
     write_model_folder(folder, spec, {name: part.state_dict() for name, part in parts.items()})
     return folder
+
+
+def playground(out: Path, *words: str) -> tuple[Playground, str | None]:
+    """What `ldmlab play WORDS` serves, and its password."""
+    parser = Parser()
+    play.add_arguments(parser)
+    args = parser.parse_args([*words, "--out", str(out)])
+    out.mkdir(parents=True, exist_ok=True)
+    return play.playground_of(args, out), play.chosen_password(args)
+
+
+class Served:
+    """A playground in a thread of this process."""
+
+    def __init__(self, out: Path, *words: str) -> None:
+        self.out = out
+        self.server = uvicorn.Server(uvicorn.Config(application(*playground(out, *words)), log_level="warning"))
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self.thread = Thread(target=self.server.run, args=([listening],))
+        self.thread.start()
+
+    def end(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
 
 
 class Playing:

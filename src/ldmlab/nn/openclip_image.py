@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.openclip import OpenClip, Tower, build_clip, clip_pixels
 
-_NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
+_NO_TEXT = {"context_length": 8, "vocab_size": 514, "width": 64, "heads": 1, "layers": 1}
 
 
 class ImageTower(Tower):

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ldmlab.errors import InputError
-from ldmlab.files import beside, put
+from ldmlab.files import beside, put, remove
 from ldmlab.inference.grids import read_settings
 from ldmlab.inference.model import LoadedModel
 from ldmlab.play.abilities import Limits
@@ -60,8 +60,8 @@ class Playground:
         self.models, self.able, self.limits, self.folder, self.prepare = models, able, limits, folder, prepare
         self.queue = JobQueue(limits.waiting)
         self._last = max((int(one.name) for one in folder.iterdir() if one.name.isdecimal()), default=0)
-        for left in folder.glob(".*.part"):  # of a server that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in [*folder.rglob(".*.part")]:  # of a server that was killed
+            remove(left)
 
     def accept(self, body: dict[str, Any]) -> tuple[Request, list[str]]:
         """Check everything, then queue it."""

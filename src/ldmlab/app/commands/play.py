@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
                 f"--host {args.host} --port {args.port} cannot be used ({error}); choose another --port."
             ) from error
         with listening:
-            app = application(_playground(args, out), password)
+            app = application(playground_of(args, out), password)
             print(f"http://{args.host}:{args.port}/ (stop with Ctrl-C; images go to {out})", flush=True)
             config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
             uvicorn.Server(config).run([listening])
@@ -128,7 +128,8 @@ def chosen_marks(choice: str) -> tuple["Marks", str]:
     return fitting, f"marked as generated: {words}"
 
 
-def _playground(args: argparse.Namespace, out: Path) -> "Playground":
+def playground_of(args: argparse.Namespace, out: Path) -> "Playground":
+    """The models, loaded, and the limits of the options."""
     from ldmlab.build import load
     from ldmlab.play.abilities import Limits, abilities
     from ldmlab.play.playground import Playground

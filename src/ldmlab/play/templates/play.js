@@ -89,7 +89,7 @@ const hole = {  // the image to start from and the mask on it
     const context = $("hole").getContext("2d");
     context.drawImage(this.image, 0, 0);
     if (chosen("start") !== "hole") return;
-    context.globalAlpha = 0.65;
+    context.globalAlpha = 0.85;
     context.drawImage(this.mask, 0, 0);
     context.globalAlpha = 1;
   },
