@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from answering_models import Answers
 from blobs import SIZE, blob, blob_data
 from scipy.stats import binomtest
@@ -104,6 +105,24 @@ def test_a_stopped_audit_goes_on(data: ShardData, tmp_path: Path, monkeypatch: p
     assert {k: v for k, v in again.items() if k != "provenance"} == {
         k: v for k, v in plain.items() if k != "provenance"
     }
+
+
+def _process(rank: int, folder: str, data: ShardData, expected: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = audit(data, Path(folder) / "two")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    for name in ("copies", "held_out_copies", "extracted", "sensitivity", "training"):
+        assert found[name] == expected[name]
+    names = ("sample", "duplicates", "train_caption")  # of equal training images either may be the twin
+    for one, other in zip(found["candidate_list"], expected["candidate_list"], strict=True):
+        assert [one[name] for name in names] == [other[name] for name in names]
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(data: ShardData, tmp_path: Path) -> None:
+    mp.spawn(_process, args=(str(tmp_path), data, audit(data, tmp_path / "one")), nprocs=2)
 
 
 def test_captions_are_a_random_part(data: ShardData, tmp_path: Path) -> None:
