@@ -108,8 +108,8 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     spacing = sampler.spacing if hasattr(model.schedule, "steps") else "auto"  # a continuous path has its own
     grid = model.path.at_size(latent.values).grid(options.pop("panel_steps"), spacing)
     stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
-    told = {} if "conditioner" in stage.saved() else {"conditioner": model.conditioners}
-    return Plan(stage, spec, _reads(data), {"first_stage": model.first_stage, **told}, {"first_stage": first_node})
+    frozen = {} if "conditioner" in stage.saved() else {"conditioner": model.conditioners}
+    return Plan(stage, spec, _reads(data), {"first_stage": model.first_stage, **frozen}, {"first_stage": first_node})
 
 
 def _reads(data: ShardData) -> Kind:

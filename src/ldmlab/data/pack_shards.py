@@ -161,7 +161,12 @@ class _Pack:
         chunks = [shard.items[i : i + _PART] for shard in missing for i in range(0, len(shard.items), _PART)]
         if chunks:
             o = self.options
-            how = {"transform": o.transform, "encoding": o.encoding, "min_side": o.min_side, "exclude": o.exclude}
+            how: dict[str, Any] = {
+                "transform": o.transform,
+                "encoding": o.encoding,
+                "min_side": o.min_side,
+                "exclude": o.exclude,
+            }
             encode = encode or partial(encode_part, **how)
             with closing(in_order(encode, chunks, min(workers, len(chunks)))) as parts:
                 for shard in missing:
