@@ -174,13 +174,15 @@ def test_a_finished_run_names_its_place_its_metrics_and_the_next_command(
     flow: Flow, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flow.first_stage(out="short_stage")
-    first = capsys.readouterr().err.splitlines()[-2:]
-    assert first[0].startswith(f"finished: {flow.root}/short_stage; validation at step 2: ")
+    first = capsys.readouterr().err.splitlines()[-5:]
+    assert first[0] == f"finished: {flow.root}/short_stage"
+    assert first[1].startswith("validation at step 2: ")
     psnr = list(csv.DictReader((flow.root / "short_stage" / "metrics.csv").open()))[-1]["val/psnr"]
-    assert f"psnr {float(psnr):.4g}" in first[0]
+    assert f"psnr {float(psnr):.4g} ↑" in first[1]
+    assert [line.partition(":")[0] for line in first[2:]] == ["cost", "falls short", "next"]
     flow.first_stage(out="short_stage")  # nothing to train
-    assert capsys.readouterr().err.splitlines()[-2:] == first
-    _, command = first[1].split("next: ldmlab ")
+    assert capsys.readouterr().err.splitlines()[-5:] == first
+    _, command = first[4].split("next: ldmlab ")
     assert cli.dispatch(shlex.split(command)) == 0
     assert (flow.root / "short_stage-latents" / "train" / "manifest.json").exists()
     flow.denoiser()  # the walk's own, finished too
