@@ -58,6 +58,14 @@ def test_the_concept_itself_is_blocked_and_named(features: OpenClipFeatures) -> 
     assert (second is None) == bool(scores[0, 0] <= own - 0.1)
 
 
+def test_a_clip_without_numbers_blocks_nothing_silently() -> None:
+    broken = OpenClipFeatures(build_clip(config=CLIP), "broken")
+    for parameter in broken.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="no numbers"):
+        made(broken, gun={"prompts": 1.0, "images": 1.0}).blocked_prompts(["a gun"])
+
+
 FULL = "clip: {run: r}\nneutral: [" + ", ".join(NEUTRAL) + "]\nconcepts: {gun: 3, knife: {images: 2.5}}\n"
 
 
@@ -70,6 +78,18 @@ FULL = "clip: {run: r}\nneutral: [" + ", ".join(NEUTRAL) + "]\nconcepts: {gun: 3
         (FULL.replace("{gun: 3, knife: {images: 2.5}}", "[]"), "map at least one text"),
         (FULL.replace("2.5", "high"), "threshold of knife is {'images': 'high'}"),
         (FULL.replace("{run: r}", "{runs: r}"), "clip is {'runs': 'r'}; give {run: RUN}"),
+        (FULL.replace("2.5", ".nan"), "threshold of knife is {'images': nan}"),  # it would block nothing
+        (FULL.replace("2.5", ".inf"), "threshold of knife"),
+        (FULL.replace("2.5", "1" + "0" * 400), "threshold of knife"),
+        (FULL.replace("2.5", "yes"), "threshold of knife"),
+        (FULL.replace("{images: 2.5}", "{}"), "threshold of knife is {}"),
+        (FULL.replace("{images: 2.5}", "null"), "threshold of knife is null"),
+        (FULL.replace("gun:", "no:"), "false is no text; put it in quotes"),
+        (FULL.replace("gun:", "' ':"), "is no text"),
+        (FULL.replace("gun:", '"\\ud800":'), "is no text"),
+        (FULL.replace("a cat", "7"), "7 is no text"),
+        (FULL.replace("a cat", "a red apple"), "at least 8 different texts"),
+        (FULL.replace("neutral: [", "neutral: a #"), "neutral must list texts"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -115,6 +135,19 @@ def test_sampling_without_what_is_blocked(
     assert sorted(path.name for path in empty.iterdir()) == ["filter.json"]
     assert "0 images in" in (text := capsys.readouterr().out)
     assert "4 of 4 images" in text
+    (folder := tmp_path / "stopped").mkdir()
+
+    def stop(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    file.write_text(FULL.replace("{gun: 3, knife: {images: 2.5}}", "{gun: 1000}"))
+    with monkeypatch.context() as patch:
+        patch.setattr(filters.Guard, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sampled(folder, "--filter", str(file))
+    file.write_text(FULL.replace("{gun: 3, knife: {images: 2.5}}", "{gun: -1000}"))
+    with pytest.raises(InputError, match="holds files already"):  # that this filter blocks
+        sampled(folder, "--filter", str(file))
     with pytest.raises(InputError, match="--filter cannot check the noisy images"):
         sampled(tmp_path / "t", "--filter", str(file), "--trajectory")
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.build import load_clip, pick_device
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, shown
 from ldmlab.files import read_text, write_json
 from ldmlab.inference.concept_filter import KINDS, ConceptFilter
 from ldmlab.metrics.features import OpenClipFeatures, clip_of_run, published_clip
 
 FILE = "filter.json"  # in the folder of the samples
 _FEWEST_NEUTRAL = 8  # texts that a standard deviation is taken over
+_LARGEST = 1e9  # threshold, far above any score; .nan would block nothing
 
 
 def read_filter(path: Path, device: str = "auto") -> ConceptFilter:
@@ -30,24 +31,34 @@ def read_filter(path: Path, device: str = "auto") -> ConceptFilter:
             f"--filter {path} must hold clip, neutral and concepts, and nothing else; see docs/filters.md."
         )
     neutral, concepts = found["neutral"], found["concepts"]
-    if not isinstance(neutral, list) or len({str(text) for text in neutral}) < _FEWEST_NEUTRAL:
+    if not isinstance(neutral, list) or not isinstance(concepts, dict) or not concepts:
+        raise InputError(
+            f"--filter {path}: neutral must list texts, and concepts map at least one text to its threshold, "
+            "such as gun: 3."
+        )
+    for text in (*neutral, *concepts):
+        if not isinstance(text, str) or not text.strip() or text.encode(errors="ignore").decode() != text:
+            raise InputError(f"--filter {path}: {shown(text)} is no text; put it in quotes if it is meant to be one.")
+    if len(set(neutral)) < _FEWEST_NEUTRAL:
         raise InputError(f"--filter {path}: neutral must list at least {_FEWEST_NEUTRAL} different texts.")
-    if not isinstance(concepts, dict) or not concepts:
-        raise InputError(f"--filter {path}: concepts must map at least one text to its threshold, such as gun: 3.")
-    limits = {str(name): _limits(path, str(name), value) for name, value in concepts.items()}
+    limits = {name: _limits(path, name, value) for name, value in concepts.items()}
     features = _clip(path, found["clip"]).to(pick_device(device))
-    return ConceptFilter(features, [str(text) for text in neutral], limits)
+    return ConceptFilter(features, neutral, limits)
 
 
 def _limits(path: Path, name: str, value: Any) -> dict[str, float | None]:
     """Thresholds for prompts and images: one number for both, or each by name, where a missing one is not checked."""
     own = value if isinstance(value, dict) else dict.fromkeys(KINDS, value)
-    numbers = [isinstance(limit, int | float) and not isinstance(limit, bool) for limit in own.values()]
-    if not own or not own.keys() <= set(KINDS) or not all(numbers):
+    if not own or not own.keys() <= set(KINDS) or not all(map(_finite, own.values())):
         raise InputError(
-            f"--filter {path}: the threshold of {name} is {value}; give a number, or {{prompts: 3, images: 2.5}}."
+            f"--filter {path}: the threshold of {shown(name)} is {shown(value)}; give a number, or "
+            "{prompts: 3, images: 2.5}."
         )
     return {kind: float(own[kind]) if kind in own else None for kind in KINDS}
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _clip(path: Path, node: Any) -> OpenClipFeatures:
@@ -55,7 +66,9 @@ def _clip(path: Path, node: Any) -> OpenClipFeatures:
         return clip_of_run(str(node["run"]), load_clip(str(node["run"])))
     if isinstance(node, dict) and node.keys() == {"name", "pretrained"}:
         return published_clip(str(node["name"]), str(node["pretrained"]))
-    raise InputError(f"--filter {path}: clip is {node}; give {{run: RUN}}, or {{name: ViT-B-32, pretrained: openai}}.")
+    raise InputError(
+        f"--filter {path}: clip is {shown(node)}; give {{run: RUN}}, or {{name: ViT-B-32, pretrained: openai}}."
+    )
 
 
 @dataclass
@@ -97,4 +110,4 @@ class Guard:
         if distributed.rank() == 0:
             write_json(folder / FILE, {**self.filter.record(), "images_checked": checked, "blocked": blocked})
         lost = prompts * variants
-        return lost + images, f"; blocked: {lost} by their prompts, {images} of {checked} images ({folder / FILE})"
+        return lost + images, f"; blocked: {lost} by their prompts, {images} of {checked} images ({FILE})"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldmlab.errors import InputError
 from ldmlab.metrics.features import OpenClipFeatures
 
 KINDS = ("prompts", "images")
@@ -61,6 +62,8 @@ class ConceptFilter:
         return list(self._decide(self.image_scores(images), "images")) if len(images) else []
 
     def _decide(self, scores: Tensor, kind: str) -> Iterator[Blocked | None]:
+        if not scores.isfinite().all():  # no comparison with them holds, so nothing would be blocked
+            raise InputError(f"the filter's {self.features.name} gives scores that are no numbers; use another CLIP.")
         limits = {name: limit for name, own in self.concepts.items() if (limit := own[kind]) is not None}
         for row in scores.tolist():
             found = dict(zip(self.concepts, row, strict=True))

@@ -5,6 +5,7 @@ An image is a uint8 array (H, W, 3).
 
 import shutil
 import subprocess
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -78,7 +79,8 @@ def save_animation(path: Path, images: Sequence[np.ndarray]) -> None:
 
 def enlargement(image: np.ndarray) -> int:
     """Whole factor by which an image is enlarged in grids, so that small ones can be seen."""
-    return max(round(CELL / min(image.shape[:2])), 1)
+    sides = image.shape[:2]
+    return max(round(min(CELL / min(sides), 8 * CELL / max(sides))), 1)  # a strip stays below 8 cells
 
 
 def _layout(
@@ -134,9 +136,8 @@ def wrap(text: str, width: int, font: Any, lines: int = LABEL_LINES) -> list[str
 def _shortened(text: str, width: int, font: Any) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    fitting = bisect_left(range(len(text)), True, key=lambda end: font.getlength(f"{text[: end + 1]}...") > width)
+    return f"{text[:fitting]}..."
 
 
 def _enlarged(pixels: np.ndarray, scale: int) -> Image.Image:
@@ -148,7 +149,7 @@ class LabelFont:
     """A font with the characters of the labels: Pillow's own, or the best match on this machine (by fontconfig)."""
 
     def __init__(self, texts: Iterable[str], size: int) -> None:
-        letters = frozenset("".join(texts)) - frozenset(" \t\n\u200d\ufe0f")
+        letters = frozenset(_printable("".join(texts))) - frozenset(" \u200d\ufe0f")
         self.font: Any = ImageFont.load_default(size)
         if _lacks(self.font, letters) and (path := _matching(letters)):
             other = ImageFont.truetype(path, size)
@@ -157,8 +158,12 @@ class LabelFont:
         self._lacking = _lacks(self.font, letters)
 
     def label(self, text: str) -> str:
-        """The text, or a note if a character cannot be rendered."""
-        return UNDRAWABLE if self._lacking & set(text) else text
+        """The text, or a note if a character cannot be rendered; control characters are blanks."""
+        return UNDRAWABLE if self._lacking & set(text) else _printable(text)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\u200d" else " " for letter in text)
 
 
 def _lacks(font: Any, letters: frozenset[str]) -> frozenset[str]:

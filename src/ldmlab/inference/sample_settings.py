@@ -44,7 +44,7 @@ class SampleSettings:
 
     steps: int | None = _option(None, "sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)", 1)
     guidance_scale: float | None = _option(
-        None, "of classifier-free guidance; 1 is off (3 if the model was trained for it, else 1)"
+        None, "of classifier-free guidance; 1 is off (3 if the model was trained for it, else 1)", -1e6, 1e6
     )
     guidance_interval: tuple[float, float] | None = _option(
         None, "LOW..HIGH: guided only between these positions of the path, 0 (clean) .. 1 (noise) (everywhere)", 0
@@ -224,8 +224,8 @@ def parsed(name: str, text: str) -> Any:
     """The value of a setting typed as text; another type is refused."""
     if name == "size":
         sides = text.lower().split("x")
-        if len(sides) > 2 or not all(side.isascii() and side.isdecimal() for side in sides):
-            raise InputError(f"size={text} is not a size; write HEIGHTxWIDTH, for instance 64x96.")
+        if len(sides) > 2 or not all(side.isascii() and side.isdecimal() and len(side) < 40 for side in sides):
+            raise InputError(f"size={text:.40} is not a size; write HEIGHTxWIDTH, for instance 64x96.")
         return (_checked("size", int(sides[0]), text), _checked("size", int(sides[-1]), text))
     if name == "guidance_interval":
         low, dots, high = text.partition("..")

@@ -1,10 +1,11 @@
-"""What the page sends, to inputs and settings of a model: every value is checked, images are kept as files."""
+"""What the page sends, to inputs and settings of a model: every value is checked before an image becomes a file."""
 
 import base64
 import binascii
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SETTINGS = ("steps", "guidance_scale", "sampler", "seed", "size", "strength")
 PICTURES = ("low_resolution", "reference", "init_image", "image", "mask")
 _TEXTS = ("caption", "negative_prompt")
 _PIXELS = 1 << 24  # of an uploaded image
+_BOXES = 1000
 _KEYS = {"inputs", "settings", "count", "sweep", "trajectory"}
 
 
@@ -31,14 +33,14 @@ _KEYS = {"inputs", "settings", "count", "sweep", "trajectory"}
 class Wanted:
     """One request: images of the same inputs, by every variant of the settings."""
 
-    inputs: dict[str, Any]
+    inputs: dict[str, Any]  # images as such, of Pillow
     count: int
     by_name: dict[str, SampleSettings]  # by the end of their files' names
     swept: str | None
     trajectory: bool
 
 
-def read_form(body: Mapping[str, Any], able: Mapping[str, Any], limits: Limits, uploads: Path) -> Wanted:
+def read_form(body: Mapping[str, Any], able: Mapping[str, Any], limits: Limits) -> Wanted:
     """The request of a page that shows `able`; InputError for anything that the page does not send."""
     given, typed = body.get("inputs"), body.get("settings")
     if body.keys() - _KEYS or not isinstance(given, dict) or not isinstance(typed, dict):
@@ -51,15 +53,15 @@ def read_form(body: Mapping[str, Any], able: Mapping[str, Any], limits: Limits, 
     if settings.sampler not in able["samplers"]:
         raise InputError(f"sampler={settings.sampler:.40} is not one for this model; choose one of the list.")
     sweep, trajectory = body.get("sweep"), body.get("trajectory", False)
+    if (several := str(sweep).count(",") + 1) > limits.swept:
+        raise InputError(f"a sweep over {several} numbers of steps is too long; give at most {limits.swept}.")
     swept, by_name = variants(settings, None if sweep is None else f"steps={sweep}")
     if trajectory and swept:
         raise InputError("trajectory and sweep make different strips; choose one of them.")
     count = _whole("count", body.get("count"), limits.images)
-    if len(by_name) > limits.swept:
-        raise InputError(f"a sweep over {len(by_name)} numbers of steps is too long; give at most {limits.swept}.")
     for one in by_name.values():
         _within(one, limits)
-    inputs = {name: _value(name, value, able, limits, uploads) for name, value in given.items()}
+    inputs = {name: _value(name, value, able, limits) for name, value in given.items()}
     return Wanted(inputs, count, by_name, swept, bool(trajectory))
 
 
@@ -81,8 +83,8 @@ def _whole(name: str, value: Any, most: int) -> int:
     return number
 
 
-def _value(name: str, value: Any, able: Mapping[str, Any], limits: Limits, uploads: Path) -> Any:
-    """A caption, a class number, boxes, or the file of an image or label map."""
+def _value(name: str, value: Any, able: Mapping[str, Any], limits: Limits) -> Any:
+    """A caption, a class number, boxes, an image or a label map."""
     if name in _TEXTS:
         if not isinstance(value, str) or len(value) > 2000:
             raise InputError(f"{name} is not a text of at most 2,000 letters; shorten it.")
@@ -95,9 +97,11 @@ def _value(name: str, value: Any, able: Mapping[str, Any], limits: Limits, uploa
     if name == "boxes":
         if not isinstance(value, list) or not value:
             raise InputError("boxes: there is none yet; draw at least one with the mouse.")
+        if len(value) > _BOXES or any(isinstance(one, dict) and one.keys() != {"class_id", "box"} for one in value):
+            raise InputError(f"boxes are at most {_BOXES}, each with class_id and box alone; load the page again.")
         return value
     if name == "segmentation":
-        return str(_label_map(value, limits, uploads))
+        return _label_map(value, limits)
     picture = _picture(name, value, limits, (0, 0, 0) if name == "mask" else (255, 255, 255))
     factor = able["enlargement"] if name == "low_resolution" else 1
     if name != "reference" and max(picture.size) * factor > limits.side:
@@ -105,7 +109,7 @@ def _value(name: str, value: Any, able: Mapping[str, Any], limits: Limits, uploa
             f"{name} of {picture.width}x{picture.height} px (width x height) gives an image of more than "
             f"{limits.side} px a side; upload a smaller one."
         )
-    return str(_kept(picture, uploads))
+    return picture
 
 
 def _bytes(name: str, text: Any, limits: Limits) -> bytes:
@@ -133,7 +137,7 @@ def _picture(name: str, text: Any, limits: Limits, background: tuple[int, int, i
         raise InputError(f"{name} cannot be read as an image ({error}); give another file.") from error
 
 
-def _label_map(value: Any, limits: Limits, uploads: Path) -> Path:
+def _label_map(value: Any, limits: Limits) -> Image.Image:
     """One class number a pixel: {height, width, data: base64 of little-endian 16-bit numbers}."""
     if not isinstance(value, dict):
         raise InputError("segmentation: there is no label map yet; paint one.")
@@ -141,14 +145,27 @@ def _label_map(value: Any, limits: Limits, uploads: Path) -> Path:
     labels = np.frombuffer(_bytes("segmentation", value.get("data"), limits), dtype="<u1")
     if labels.size != 2 * height * width:
         raise InputError("segmentation did not arrive whole; send it again.")
-    return _kept(Image.fromarray(labels.view("<u2").reshape(height, width)), uploads)
+    return Image.fromarray(labels.view("<u2").reshape(height, width))
 
 
-def _kept(image: Image.Image, uploads: Path) -> Path:
-    """A PNG named after its content, written once."""
+@contextmanager
+def as_files(inputs: Mapping[str, Any], uploads: Path) -> Iterator[dict[str, Any]]:
+    """Images as PNG files named after their content; those that are new go again where the images made of them fail."""
+    new: list[Path] = []
+    try:
+        kept = {name: str(_kept(one, uploads, new)) for name, one in inputs.items() if isinstance(one, Image.Image)}
+        yield {**inputs, **kept}
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _kept(image: Image.Image, uploads: Path, new: list[Path]) -> Path:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     path = uploads / f"{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.png"
     if not path.exists():
         write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+        new.append(path)
     return path

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import secrets
 import time
 import traceback
@@ -35,7 +36,7 @@ class Stopped(Exception):
 class Request:
     """The state of one request; its thread writes, the page reads."""
 
-    work: Callable[["Request"], dict[str, Any]]
+    work: Callable[["Request"], dict[str, Any]] | None  # None after it: it holds images
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     state: str = "waiting"  # waiting | running | done | failed | stopped
     done: int = 0  # image steps
@@ -54,9 +55,16 @@ class Request:
 class Live:
     """An `after_step` that counts, keeps a preview of the clean estimates, and ends a stopped request."""
 
-    def __init__(self, request: Request, model: LoadedModel, number: int = 0, size: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        request: Request,
+        model: LoadedModel,
+        number: int = 0,
+        size: tuple[int, int] | None = None,
+        previews: bool = True,
+    ) -> None:
         self.request, self.model, self.number, self.size = request, model, number, size
-        self._next = 0.0
+        self._next = 0.0 if previews else math.inf
 
     def __call__(self, step: int, x: Tensor, clean: Tensor) -> Tensor:
         """x is returned unchanged."""
@@ -126,6 +134,7 @@ class JobQueue:
             try:
                 if request.stop.is_set():
                     raise Stopped
+                assert request.work is not None
                 request.result = request.work(request)
                 request.state = "done"
             except Stopped:
@@ -137,4 +146,5 @@ class JobQueue:
                 sentence = f"a fault in ldmlab ({type(error).__name__}); the terminal of `ldmlab play` shows it."
                 request.result, request.state = {"error": sentence}, "failed"
             finally:
+                request.work = None
                 request.previews.clear()

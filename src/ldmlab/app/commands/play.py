@@ -4,6 +4,7 @@ examples:
   ldmlab play runs/emoji-1a2b
   ldmlab play runs/emoji-1a2b runs/emoji-3c4d                  both from the same noise
   ldmlab play runs/emoji-1a2b --host 0.0.0.0 --password-file secret.txt
+  ldmlab play runs/emoji-1a2b --filter concepts.yaml           blocked images are counted, not shown
 
 The page is for this machine alone unless --host says otherwise, which needs a password: typed, in a file, or in the
 environment variable LDMLAB_PLAY_PASSWORD. What is made is kept under --out with its settings, as by ldmlab sample.
@@ -15,13 +16,14 @@ import socket
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldmlab.app.cli import at_least
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
     from ldmlab.app.sample_files import Marks
+    from ldmlab.inference.concept_filter import ConceptFilter
     from ldmlab.inference.model import LoadedModel
     from ldmlab.inference.sample_settings import ResolvedSettings
     from ldmlab.play.form import Wanted
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-upload", type=int, default=10, help="MB of an uploaded file (10)")
     add("--max-images", type=int, default=8, help="images of one request (8)")
     add("--max-side", type=int, default=1024, help="px, of a result (1024)")
+    add("--filter", type=Path, metavar="FILE", help="block prompts and images by the concepts of this yaml file (none)")
     add("--mark", default="auto", help="watermark, credentials, both with a comma, none; auto: what can be (auto)")
     add("--weights", default="averaged", help="averaged | raw | length of an average, for runs (averaged)")
     add("--device", default="auto", help="auto | cpu | cuda (auto)")
@@ -67,26 +70,33 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path("outputs") / f"{args.models[0].resolve().stem}-play"
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out / ".playing", f"--out {out} is in use by another process", remove=True):
-        try:
-            listening = socket.create_server((args.host, args.port))
-        except (OSError, OverflowError) as error:
-            raise InputError(
-                f"--host {args.host} --port {args.port} cannot be used ({error}); choose another --port."
-            ) from error
-        with listening:
-            app = application(playground_of(args, out), password)
-            print(f"http://{args.host}:{args.port}/ (stop with Ctrl-C; images go to {out})", flush=True)
-            config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
-            uvicorn.Server(config).run([listening])
+    busy = f"--out {out} is in use by another process"
+    with locked(out / ".playing", busy, remove=True), listening_at(args.host, args.port) as listening:
+        app = application(playground_of(args, out), password)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"http://{host}:{listening.getsockname()[1]}/ (stop with Ctrl-C; images go to {out})", flush=True)
+        config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run([listening])
+
+
+def listening_at(host: str, port: int) -> socket.socket:
+    """A socket that takes connections, of the family of the host's address."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: a name that is none
+        raise InputError(
+            f"--host {host} --port {port} cannot be used ({error}); choose another --port or --host."
+        ) from error
 
 
 def chosen_password(args: argparse.Namespace) -> str | None:
     """From one of three places; needed where others can reach the page."""
+    from ldmlab.files import read_text
+
     given = {"--password": args.password, PASSWORD: os.environ.get(PASSWORD)}
     if args.password_file is not None:
         try:
-            given["--password-file"] = args.password_file.read_text(encoding="utf-8").partition("\n")[0].strip()
+            given["--password-file"] = read_text(args.password_file).partition("\n")[0].strip()
         except (OSError, ValueError) as error:
             raise InputError(f"--password-file {args.password_file} cannot be read ({error}); give another.") from error
     given = {name: word for name, word in given.items() if word is not None}
@@ -101,6 +111,8 @@ def chosen_password(args: argparse.Namespace) -> str | None:
     (name, word), *_ = given.items()
     if len(word) < _LEAST_PASSWORD:
         raise InputError(f"{name} holds fewer than {_LEAST_PASSWORD} letters; choose a longer password.")
+    if word.encode(errors="ignore").decode() != word:
+        raise InputError(f"{name} holds bytes that are no UTF-8, which no browser sends; choose another password.")
     return word
 
 
@@ -130,22 +142,30 @@ def chosen_marks(choice: str) -> tuple["Marks", str]:
 
 def playground_of(args: argparse.Namespace, out: Path) -> "Playground":
     """The models, loaded, and the limits of the options."""
+    from ldmlab.app.filters import read_filter
     from ldmlab.build import load
     from ldmlab.play.abilities import Limits, abilities
     from ldmlab.play.playground import Playground
 
     marks, words = chosen_marks(args.mark)
+    block = None if args.filter is None else read_filter(args.filter, args.device)
     models = [load(one, weights=args.weights, device=args.device).in_precision(args.precision) for one in args.models]
     limits = Limits(args.max_upload << 20, args.max_images, args.max_side)
     able = abilities(models, [one.resolve().name for one in args.models], limits, words)
-    return Playground(models, able, limits, out, partial(prepared, marks=marks))
+    able["filter"] = None if block is None else sorted(block.concepts)
+    prepare = partial(prepared, marks=marks, block=block)
+    return Playground(models, able, limits, out, prepare, previews=block is None)
 
 
-def prepared(model: "LoadedModel", wanted: "Wanted", marks: "Marks") -> "Prepared":
+def prepared(
+    model: "LoadedModel", wanted: "Wanted", marks: "Marks", block: "ConceptFilter | None" = None
+) -> "Prepared":
     """Checked as `ldmlab sample` does; `run` samples and writes as it does."""
     from ldmlab.app.commands.sample import check_variants
     from ldmlab.play.playground import Prepared
 
+    if wanted.trajectory and block is not None:
+        raise InputError("a trajectory shows noisy images, which the filter cannot check; leave it out.")
     inputs = [wanted.inputs] * wanted.count
     model.check(inputs)
     resolved = {name: model.resolved(one, inputs) for name, one in wanted.by_name.items()}
@@ -154,7 +174,7 @@ def prepared(model: "LoadedModel", wanted: "Wanted", marks: "Marks") -> "Prepare
     total = wanted.count * sum(len(model.grid(one)) - 1 for one in resolved.values())
     size = next(iter(resolved.values())).size
     assert isinstance(size, tuple)
-    return Prepared(partial(_sampled, model, wanted, resolved, marks), size, total, notes)
+    return Prepared(partial(_sampled, model, wanted, resolved, marks, block), size, total, notes)
 
 
 def _sampled(
@@ -162,22 +182,26 @@ def _sampled(
     wanted: "Wanted",
     resolved: "dict[str, ResolvedSettings]",
     marks: "Marks",
+    block: "ConceptFilter | None",
+    given: dict[str, Any],
     folder: Path,
     live: "Live",
-) -> None:
-    """Image files, their grid or sweep, and the trajectory, all marked."""
+) -> str:
+    """Image files, their grid or sweep, and the trajectory, all marked; what the filter blocked."""
     import numpy as np
 
     from ldmlab.app.commands.sample_prompts import label
+    from ldmlab.app.filters import Guard
     from ldmlab.app.sample_files import Job, sampling
     from ldmlab.inference.grids import table
     from ldmlab.inference.trajectory import Trajectory
 
-    inputs = [wanted.inputs] * wanted.count
+    inputs = [given] * wanted.count
+    guard = None if block is None else Guard(block)
     frames = Trajectory(model, next(iter(resolved.values()))) if wanted.trajectory else None
     watch = live if frames is None else (lambda step, x, clean: frames(step, live(step, x, clean), clean))
     with sampling(folder, "ldmlab play"):
-        job = Job(model, inputs, resolved, folder, 0, marks, watch, quiet=True)
+        job = Job(model, inputs, resolved, folder, 0, marks, watch, quiet=True, guard=guard)
         shown = job.sample(wanted.count, trajectory=False)
         job.save_grid(shown, wanted.swept, wanted.count)
         if frames is not None:
@@ -187,3 +211,4 @@ def _sampled(
                 [[row[c] for c in columns] for row in rows], [titles[c] for c in columns], [*map(label, inputs)]
             )
             marks.save(folder / "trajectory.png", np.asarray(strip), {})
+        return "" if guard is None else guard.finish(folder, len(resolved))[1].removeprefix("; ")

@@ -100,12 +100,15 @@ def run(args: argparse.Namespace) -> None:
     from ldmlab.app import sample_files
     from ldmlab.app.filters import Guard, read_filter
     from ldmlab.disks import own_folder
+    from ldmlab.files import read_text
 
-    command = repr([sorted((key, str(value)) for key, value in vars(args).items() if key not in _SAME_IMAGES), lines])
+    guard = None if args.filter is None else Guard(read_filter(args.filter, args.device))
+    rules = guard and read_text(args.filter)  # others block others: images of before must not stay beside
+    options = sorted((key, str(value)) for key, value in vars(args).items() if key not in _SAME_IMAGES)
+    command = repr([options, lines, *([rules] if guard else [])])
     if args.out is not None:
         sample_files.check_folder(args.out, command)
     marks = sample_files.marks_of(args.mark, args.certificate, args.key)
-    guard = None if args.filter is None else Guard(read_filter(args.filter, args.device))
     rank, _ = distributed.join(timeout_minutes=120)  # only short messages pass, some after a long wait
     try:
         model = _loaded(args)

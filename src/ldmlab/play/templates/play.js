@@ -234,7 +234,7 @@ async function follow(id) {
     if (!["waiting", "running"].includes(state.state)) return state;
     $("progress").max = state.total;
     $("progress").value = state.done;
-    $("status").textContent = state.state === "waiting" ? `${state.before} before yours` : `${state.done} of ${state.total} steps, all images together; below, what the model expects by now`;
+    $("status").textContent = state.state === "waiting" ? `${state.before} before yours` : `${state.done} of ${state.total} steps, all images together${able.filter ? "" : "; below, what the model expects by now"}`;
     able.models.forEach((name, number) => { if (state.previews[number]) preview(number, state.previews[number]); });
     await new Promise((done) => setTimeout(done, 250));
   }
@@ -254,7 +254,8 @@ function results(state, body) {
     const strips = part.strips.map((name) => make("div", { className: "strip" }, link(name)));
     const rows = Object.entries(part.settings).map(([name, value]) => make("tr", {}, make("td", { textContent: name }), make("td", { textContent: value })));
     const heading = able.models.length > 1 ? [make("h2", { textContent: able.models[number] })] : [];
-    return make("div", {}, ...heading, images, ...strips, make("details", {}, make("summary", { textContent: "settings in the file" }), make("table", {}, ...rows)));
+    const blocked = part.words ? [make("p", { textContent: part.words })] : [];
+    return make("div", {}, ...heading, images, ...strips, ...blocked, make("details", {}, make("summary", { textContent: "settings in the file" }), make("table", {}, ...rows)));
   });
   const title = [body.inputs.caption, body.inputs.class_id !== undefined ? className("class_id", body.inputs.class_id) : "", `seed ${body.settings.seed}`].filter(Boolean).join(", ");
   $("results").prepend(make("article", {}, make("h2", { textContent: title }), make("div", { className: "models" }, ...columns), make("small", { textContent: `in ${state.folder}` })));
@@ -275,7 +276,8 @@ async function choose(input) {
 function defaults() {
   const reads = new Set(able.reads), [height, width] = able.size;
   $("title").textContent = `ldmlab play: ${able.models.join(" and ")}`;
-  $("marks").textContent = able.marks;
+  $("marks").textContent = able.filter ? `${able.marks}; blocked: ${able.filter.join(", ")}` : able.marks;
+  if (able.filter) document.querySelector("input[value=trajectory]").parentElement.hidden = true;  // it would show blocked images
   if (able.models.length > 1) $("noise").textContent = able.same_noise ? "side by side, from the same noise" : "side by side; their latents differ in shape, so their noise differs";
   for (const part of document.querySelectorAll("[data-reads]")) part.hidden = !reads.has(part.dataset.reads);
   $("start-part").hidden = reads.has("low_resolution");
