@@ -112,6 +112,16 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def encodable(text: str) -> str:
+    """Half a surrogate pair, as in a damaged caption or a file's name in other bytes, as a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def markdown_line(text: Any, special: str = r"\\`\[\]<") -> str:
+    """Markdown of one line with the special characters escaped: no HTML, links or images of its own."""
+    return re.sub(f"([{special}])", r"\\\1", " ".join(encodable(str(text)).split()))
+
+
 def by_step(folder: Path, ending: str) -> list[Path]:
     """The files `step_<number><ending>` of a folder, the lowest number first."""
     pattern = re.compile(rf"step_(\d{{8,}}){re.escape(ending)}")

@@ -135,3 +135,49 @@ def test_a_folder_with_nothing_for_a_card(run: Path, tmp_path: Path) -> None:
     assert "model.yaml" in refusal(lambda: dispatch(["card", str(tmp_path / "empty")]))
     (run / "card.json").write_text("[]")
     assert "is damaged" in refusal(lambda: dispatch(["card", str(run)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("card.json", '{"runs": null}'),
+        ("card.json", '{"runs": {"clip": {}}}'),
+        ("card.json", '{"audit": NaN}'),
+        ("data.json", "[]"),
+        ("data.json", '{"train": {}}'),
+        ("provenance.json", '{"packages": 3}'),
+        ("metrics.csv", "step,images\ninf,3\n"),
+        ("config.yaml", "trainer: 3"),
+        ("audit/audit.json", '{"audits": [{}], "advice": []}'),
+        ("evaluation/metrics.json", '{"format_version": 2, "scores": {}}'),
+    ],
+)
+def test_damaged_facts_are_named_and_nothing_is_written(name: str, content: str, run: Path) -> None:
+    (run / name).write_text(content)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert str(run) in refusal(lambda: dispatch(["card", str(run)]))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_names_of_others_are_no_markup_and_own_sections_stay(run: Path) -> None:
+    spec = yaml.safe_load((run / "model.yaml").read_text())
+    spec["conditioners"] = {"<script>x": {}}
+    del spec["guidance_trained"]
+    (run / "model.yaml").write_text(yaml.safe_dump(spec))
+    assert dispatch(["card", str(run)]) == 0
+    head = (run / "README.md").read_text().partition("\n## ")[0]
+    assert "\\<script>x; classifier-free guidance: unknown" in head
+    (run / "README.md").write_text("# Mine\n\n## How it was made\n\nBy hand.\n")
+    for _ in range(2):
+        assert dispatch(["card", str(run)]) == 0
+        text = (run / "README.md").read_text()
+        assert text.startswith("# Mine\n\n## How it was made\n\nBy hand.\n\n## Intended use\n")
+        assert text.count("## Intended use") == 1
+
+
+def test_an_export_carries_no_file_that_a_link_points_to(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine alone")
+    (run / "data.json").unlink()
+    (run / "data.json").symlink_to(tmp_path / "secret")
+    assert "is a link" in refusal(lambda: dispatch(["export", str(run), str(tmp_path / "out"), "--without-card"]))
+    assert not (tmp_path / "out").exists()

@@ -3,19 +3,19 @@
 `card.json` keeps these facts beside a model, by the names of folders and without paths of the machine.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldmlab.app.run_records import comparison_fields
 from ldmlab.data.sheet_files import data_record
 from ldmlab.errors import InputError
-from ldmlab.files import read_json
+from ldmlab.files import encodable, read_json
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import CONFIG, DATA, DESCRIPTION, read_config, read_description
 from ldmlab.report.line_chart import Points
-from ldmlab.report.metrics_json import read_evaluation, title
-from ldmlab.report.model_card import SHARES
+from ldmlab.report.metrics_json import AGAIN, read_evaluation, reading, title
+from ldmlab.report.model_card import SHARES, card_markdown
 from ldmlab.report.score_curves import read_curves, run_charts
 from ldmlab.training.run_folder import FINISHED
 
@@ -28,43 +28,61 @@ _OF_AN_EVALUATION = (
     *("by_class", "sweep", "sample_curves"),
 )
 _CHARTS, _POINTS = 6, 5  # of a run, the most informative first; and of a line, from its first to its last
+_AUDIT_AGAIN = "run `ldmlab audit` again."
+_RESTORE = "restore its files from a copy."
 Facts = dict[str, Any]  # runs and evaluations by name, audit; plain types
 
 
 def read_facts(folder: Path) -> Facts:
     """What an earlier card of the folder holds."""
-    found = read_json(folder / FACTS)
-    if (folder / FACTS).exists() and not isinstance(found, dict):
-        raise InputError(f"{folder / FACTS} is damaged; delete it and run `ldmlab card` again.")
+    way_out = "delete it and run `ldmlab card` again."
+    return _printable(folder / FACTS, lambda path: _object(path, way_out), way_out)
+
+
+def _object(path: Path, way_out: str) -> Facts:
+    """The JSON object of a file; empty without one."""
+    found = read_json(path)
+    if not isinstance(found, dict) and path.exists():
+        raise InputError(f"{path} is damaged; {way_out}")
     return found or {}
+
+
+def _printable(path: Path, read: Callable[[Path], Facts], way_out: str) -> Facts:
+    """Facts of `path` by which a card can be written; InputError with the way out for others."""
+    with reading(path, "what a card prints of it", way_out):
+        facts: Facts = _without_paths(read(path))
+        card_markdown({}, facts)
+        return facts
 
 
 def collect(folder: Path, more: Iterable[Path] = ()) -> Facts:
     """Facts of a run or model folder, and of runs of its parts, evaluations and audits; newer ones replace older."""
-    facts = {"runs": {}, "evaluations": {}, "audit": None, **read_facts(folder)}
+    facts: Facts = {"runs": {}, "evaluations": {}, "audit": None, **read_facts(folder)}
     for place in (folder, *more):
         known = _is_run(place)
         if known:
-            facts["runs"][str(read_description(place)["kind"])] = _run(place)
+            facts["runs"] |= _printable(place, _runs, _RESTORE)["runs"]
         for path in sorted(place.rglob("metrics.json")):
-            result = read_evaluation(path.parent)
-            if not result.get("in_training"):
-                known = True
-                facts["evaluations"][title(result)] = _evaluation(result)
+            found = _printable(path, _evaluation, AGAIN)["evaluations"]
+            known, facts["evaluations"] = known or bool(found), facts["evaluations"] | found
         for path in sorted(place.rglob(AUDIT)):
-            known, facts["audit"] = True, _audit(path) or facts["audit"]
+            known = True
+            facts["audit"] = _printable(path, _audit, _AUDIT_AGAIN)["audit"] or facts["audit"]
         if place is not folder and not known:
             raise InputError(f"{place} holds no run, no metrics.json and no {AUDIT}; leave it out.")
-    plain: Facts = _without_paths(facts)
-    return plain
+    return facts
 
 
 def _is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / DESCRIPTION).is_file() and (folder / "metrics.csv").is_file()
 
 
+def _runs(folder: Path) -> Facts:
+    return {"runs": {str(read_description(folder)["kind"]): _run(folder)}}
+
+
 def _run(folder: Path) -> Facts:
-    config, spec, origin = read_config(folder), read_description(folder), read_json(folder / "provenance.json") or {}
+    config, spec, origin = read_config(folder), read_description(folder), _object(folder / "provenance.json", _RESTORE)
     curves = read_curves(folder / "metrics.csv")
     return {
         "name": folder.resolve().name,
@@ -74,7 +92,7 @@ def _run(folder: Path) -> Facts:
         "settings": _settings(config, spec["kind"]),
         "cost": _cost(curves, origin),
         "curves": _curves(folder),
-        "data": read_json(folder / DATA) or _data_now(config),
+        "data": _object(folder / DATA, _RESTORE) or _data_now(config),
         **{name: origin.get(name) for name in ("commit", "python", "packages", "time_utc")},
     }
 
@@ -137,29 +155,32 @@ def _data_now(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _evaluation(result: Mapping[str, Any]) -> Facts:
-    """What a card prints of a record; images stay where they are."""
+def _evaluation(path: Path) -> Facts:
+    """What a card prints of a record, unless it was made while training; images stay where they are."""
+    result = read_evaluation(path.parent)
+    if result.get("in_training"):
+        return {"evaluations": {}}
     kept = {name: result[name] for name in _OF_AN_EVALUATION if name in result}
     near = result.get("neighbours")
-    return kept | {"neighbours": near and {name: part for name, part in near.items() if not isinstance(part, list)}}
+    kept["neighbours"] = near and {name: part for name, part in near.items() if not isinstance(part, list)}
+    return {"evaluations": {title(result): kept}}
 
 
-def _audit(path: Path) -> Facts | None:
+def _audit(path: Path) -> Facts:
     """Of `ldmlab audit`: its advice, and shares of samples by model; None for the record of one model alone."""
-    content = read_json(path)
-    if not isinstance(content, dict) or "audits" not in content:
-        return None
-    try:
-        shares = [{name: one[name]["value"] for name in SHARES} | {"label": one["label"]} for one in content["audits"]]
-        return {"advice": [str(text) for text in content["advice"]], "audits": shares}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is no audit ({error!r}); run `ldmlab audit` again.") from None
+    content = _object(path, _AUDIT_AGAIN)
+    if "audits" not in content:
+        return {"audit": None}
+    shares = [{name: one[name]["value"] for name in SHARES} | {"label": one["label"]} for one in content["audits"]]
+    return {"audit": {"advice": [str(text) for text in content["advice"]], "audits": shares}}
 
 
 def _without_paths(value: Any) -> Any:
-    """The same with each absolute path cut to its last part."""
+    """The same with each absolute path cut to its last part, and of characters that can be written."""
     if isinstance(value, Mapping):
-        return {str(name): _without_paths(part) for name, part in value.items()}
+        return {encodable(str(name)): _without_paths(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(part) for part in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    if isinstance(value, str):
+        return encodable(Path(value).name if value.startswith("/") else value)
+    return value

@@ -9,12 +9,13 @@ from ldmlab.app.card_facts import FACTS, Facts
 from ldmlab.errors import InputError, did_you_mean, shown
 from ldmlab.files import read_text, write_json, write_text
 from ldmlab.model_files import DATA, read_yaml
-from ldmlab.report.model_card import PERSON, card_markdown
+from ldmlab.report.model_card import PERSON, card_markdown, section_title
 
 PERSONS, README = "card.yaml", "README.md"
 _HEAD = (
     "# What only a person knows about this model: a text or a list of texts each, all of them needed for an export.\n"
 )
+_FIRST = f"\n## {section_title(next(iter(PERSON)))}\n"
 NO_CARD = "This folder has no model card: intended use, limits and risks of the model are not stated."
 
 
@@ -56,16 +57,17 @@ def filled_in(folder: Path, model: Path) -> dict[str, list[str]]:
 
 def write_card(folder: Path, head: str, person: dict[str, list[str]], facts: Facts) -> None:
     """README.md below `head`, and the facts."""
+    text = f"{head.rstrip()}\n\n{card_markdown(person, facts)}"
+    write_text(folder / README, text)
     write_json(folder / FACTS, facts)
-    write_text(folder / README, f"{head.rstrip()}\n\n{card_markdown(person, facts)}")
 
 
 def head_of(folder: Path) -> str | None:
-    """The README up to its first section."""
+    """The README up to a card's first section, with the sections that others wrote above it."""
     if not (folder / README).is_file():
         return None
     try:
-        return read_text(folder / README).partition("\n## ")[0]
+        return read_text(folder / README).partition(_FIRST)[0]
     except UnicodeDecodeError:
         raise InputError(f"{folder / README} is not UTF-8; delete it and run `ldmlab card` again.") from None
 
@@ -73,5 +75,7 @@ def head_of(folder: Path) -> str | None:
 def carry(folder: Path, out: Path, names: Sequence[str] = (PERSONS, DATA)) -> None:
     """Copies of what a model folder keeps of a run beside the weights."""
     for name in names:
+        if (folder / name).is_symlink():
+            raise InputError(f"{folder / name} is a link, and what it names may be private; put the file itself there.")
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)

@@ -21,6 +21,7 @@ from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.few_steps import FewSteps
 from ldmlab.disks import disk_errors, locked
 from ldmlab.errors import InputError
+from ldmlab.files import markdown_line
 from ldmlab.instantiate import locate
 from ldmlab.interop import compvis, verify
 from ldmlab.interop.imported import assembled, assembled_first_stage
@@ -35,7 +36,8 @@ def write_import(files: ModelFiles, out: Path) -> None:
     """The model folder at `out`, which must be new; nothing is there unless every check passed."""
     check_new(out)
     check_runs(files)
-    origin = f"imported from `{files.folder.name}` ({files.weights} weights); the licence of its source applies."
+    name = markdown_line(files.folder.name)
+    origin = f"imported from `{name}` ({files.weights} weights); the licence of its source applies."
     with new_folder(out) as folder:
         (folder / "README.md").write_text(card(files, origin, usage=usage_of(files.spec)), encoding="utf-8")
         _write(folder, files.spec, files.parts)
@@ -120,11 +122,12 @@ def card(files: ModelFiles, origin: str, facts: Sequence[str] = (), usage: str =
     """README.md: description, origin, use (lines of Python)."""
     spec = files.spec
     what = f"A {spec['kind'].replace('_', ' ')} for images of {spec['image_size']} px"
-    lines = [f"# {files.folder.resolve().name}", "", f"{what}, {origin}", ""]
+    lines = [f"# {markdown_line(files.folder.resolve().name)}", "", f"{what}, {origin}", ""]
     if spec["kind"] == "latent_diffusion":
-        inputs = ", ".join(spec["conditioners"]) or "nothing (unconditional)"
-        guided = {True: "trained", False: "not trained", None: "unknown"}[spec["guidance_trained"]]
-        first_stage, denoiser = (spec[name]["_target_"] for name in ("first_stage", "backbone"))
+        inputs = markdown_line(", ".join(map(str, spec["conditioners"]))) or "nothing (unconditional)"
+        trained = spec.get("guidance_trained")
+        guided = "trained" if trained is True else "not trained" if trained is False else "unknown"
+        first_stage, denoiser = (markdown_line(spec[name].get("_target_")) for name in ("first_stage", "backbone"))
         lines.append(f"- takes as input: {inputs}; classifier-free guidance: {guided}")
         lines.append(f"- first stage: `{first_stage}`, denoiser: `{denoiser}`")
     lines += facts

@@ -12,8 +12,8 @@ from ldmlab.files import read_text
 
 VERSIONS = (1, 2)
 _MOST_BYTES = 1 << 28
-_AGAIN = "run the evaluation again."
-_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError)
+AGAIN = "run the evaluation again."
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 
 
 def read_record(path: Path, way_out: str, versions: Sequence[int] = VERSIONS) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     """The record of an evaluation folder, or of the `evaluation` folder inside a run; its scores are complete."""
     for place in (folder, folder / "evaluation"):
         try:
-            result = read_record(place / "metrics.json", _AGAIN)
+            result = read_record(place / "metrics.json", AGAIN)
         except (FileNotFoundError, NotADirectoryError):
             continue
         with reading(place / "metrics.json", "scores"):
@@ -60,7 +60,7 @@ def _number(value: Any) -> float:
 
 
 @contextmanager
-def reading(path: Path, part: str, way_out: str = _AGAIN) -> Iterator[None]:
+def reading(path: Path, part: str, way_out: str = AGAIN) -> Iterator[None]:
     """Inside, damage in `part` of the record `path` becomes one InputError."""
     try:
         yield

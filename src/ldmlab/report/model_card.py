@@ -23,10 +23,15 @@ SHARES = {"copies": "copies", "held_out_copies": "of held-out images", "extracte
 _EMPTY = "Not stated yet: "
 
 
+def section_title(name: str) -> str:
+    """Of a field of PERSON."""
+    return name.replace("_", " ").capitalize()
+
+
 def card_markdown(person: Mapping[str, Sequence[str]], facts: Mapping[str, Any]) -> str:
     """The sections below a card's head; person: paragraphs by field of PERSON."""
     sections = [
-        Section(name.replace("_", " ").capitalize(), [Text(text) for text in person.get(name) or [_EMPTY + what + "."]])
+        Section(section_title(name), [Text(text) for text in person.get(name) or [_EMPTY + what + "."]])
         for name, what in PERSON.items()
     ]
     runs = {_PARTS.get(kind, kind): run for kind, run in facts.get("runs", {}).items()}

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ldmlab.files import write_text
+from ldmlab.files import encodable, markdown_line, write_text
 from ldmlab.open_image import open_image, read_image
 from ldmlab.report.line_chart import Chart
 from ldmlab.report.page_content import Page, Section, Table
@@ -68,12 +68,12 @@ def _file_name(title: str) -> str:
 def html(page: Page, points: str = "") -> str:
     """One HTML file; `points`: name of the file with the numbers of its charts."""
     style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
-    return _text_of(_template("page.html.j2").render(page=page, style=Markup(style), points=points))
+    return encodable(_template("page.html.j2").render(page=page, style=Markup(style), points=points))
 
 
 def markdown(page: Page, folder: Path | None = None) -> str:
     """The page without its charts; images of `folder` by link."""
-    text = _text_of(_template("page.md.j2").render(page=page, folder=folder))
+    text = encodable(_template("page.md.j2").render(page=page, folder=folder))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -91,7 +91,7 @@ def points_csv(charts: Sequence[tuple[str, Chart]]) -> str:
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     file = io.StringIO()
     csv.writer(file).writerows(rows)
-    return _text_of(file.getvalue())
+    return encodable(file.getvalue())
 
 
 # ---- tables alone
@@ -136,11 +136,6 @@ FORMATS = {"text": as_text, "md": as_markdown, "latex": as_latex, "html": as_htm
 # ---- templates
 
 
-def _text_of(rendered: str) -> str:
-    """Half a surrogate pair, as in a damaged caption, becomes a question mark, since it cannot be encoded."""
-    return rendered.encode("utf-8", "replace").decode()
-
-
 @cache
 def _template(name: str) -> jinja2.Template:
     """HTML is escaped automatically; Markdown and LaTeX through the filters `md`, `cell`, `link` and `latex`."""
@@ -153,9 +148,9 @@ def _template(name: str) -> jinja2.Template:
     )
     environment.filters |= {
         "code": lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))),
-        "md": lambda text: _one_line(text, r"\\`\[\]<"),  # no HTML, links or images of its own
-        "note": lambda text: _one_line(text, r"\\\[\]<"),  # the same, but `code` stays
-        "cell": lambda text: _one_line(text, r"\\\[\]<|"),
+        "md": markdown_line,
+        "note": lambda text: markdown_line(text, r"\\\[\]<"),  # the same, but `code` stays
+        "cell": lambda text: markdown_line(text, r"\\\[\]<|"),
         "link": lambda file: re.sub(r"[<>\n]", "", str(file)),
         "latex": latex,
         "image": _image,
@@ -163,11 +158,6 @@ def _template(name: str) -> jinja2.Template:
     }
     environment.tests["marked"] = lambda note: note.startswith("†")
     return environment.get_template(name)
-
-
-def _one_line(text: str, special: str) -> str:
-    """Markdown of one line, with the special characters escaped."""
-    return re.sub(f"([{special}])", r"\\\1", " ".join(str(text).split()))
 
 
 def latex(text: str) -> str:
