@@ -48,10 +48,14 @@ def run(make: Callable[[], Stage], folder: Path, keys: Path, slow: bool) -> None
     train(make(), folder, micro=2, callbacks=callbacks)
 
 
-def grown(path: Path, lines: int, child: ForkProcess) -> None:
-    """Wait until the child has written so many lines more."""
+def grown(path: Path, lines: int, child: ForkProcess, saved: Path | None = None) -> None:
+    """Wait until the child has written so many lines more, and a checkpoint is in the run `saved`."""
     start = len(path.read_text().splitlines()) if path.exists() else 0
-    while child.is_alive() and (not path.exists() or len(path.read_text().splitlines()) < start + lines):
+    while child.is_alive() and (
+        not path.exists()
+        or len(path.read_text().splitlines()) < start + lines
+        or (saved is not None and not any(saved.glob("checkpoints/step_*.ckpt")))
+    ):
         time.sleep(0.002)
 
 
@@ -69,9 +73,9 @@ def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stag
     assert forked.finish(forked.start(run, make, tmp_path / "straight", tmp_path / "straight.keys", False)) == [0]
     moments = random.Random(make.__name__)
     keys, log = tmp_path / "killed.keys", tmp_path / "log"
-    for _ in range(3):
+    for kill in range(3):
         child = forked.start(run, make, tmp_path / "killed", keys, True, log=log)
-        grown(keys, moments.randint(5, 9), child)
+        grown(keys, moments.randint(5, 9), child, tmp_path / "killed" if kill == 2 else None)
         time.sleep(moments.random() * 0.03)
         os.kill(child.pid, signal.SIGKILL)
         assert forked.finish(child) == [-signal.SIGKILL], log.read_text()

@@ -23,6 +23,7 @@ from ldmlab.nn.compiling import region
 
 region(ResidualAttentionBlock)
 Config = dict[str, Any]
+_LEAST_TOKENS = 2 * 256 + 2  # bytes, those that end a word, and the two special ones
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def _keeping_dtypes(model: nn.Module) -> nn.Module:
 def _sized(config: Mapping[str, Any], image_size: int | None) -> Config:
     """The configuration with the image size filled in, if it has none, and checked against the patches."""
     full = _plain(config)
-    vision = full["vision_cfg"]
+    vision, tokens = full["vision_cfg"], full["text_cfg"].get("vocab_size", _LEAST_TOKENS)
+    if tokens < _LEAST_TOKENS:
+        raise InputError(f"clip.config.text_cfg.vocab_size={tokens} is less than {_LEAST_TOKENS}; try 8192.")
     if image_size is not None:
         vision.setdefault("image_size", image_size)
     size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
@@ -183,19 +186,14 @@ def make_tokenizer(config: Mapping[str, Any]) -> SimpleTokenizer:
         raise InputError("this CLIP model has a tokenizer of its own; choose one with CLIP's, such as ViT-B-32.")
     tokenizer = SimpleTokenizer(context_length=text.get("context_length", 77))
     size = text.get("vocab_size", tokenizer.vocab_size)
-    return tokenizer if size == tokenizer.vocab_size else _first_tokens(tokenizer, size)
+    return _first_tokens(tokenizer, size) if _LEAST_TOKENS <= size < tokenizer.vocab_size else tokenizer
 
 
 def _first_tokens(tokenizer: SimpleTokenizer, size: int) -> SimpleTokenizer:
     """The tokenizer with its first merges alone, `size` tokens: rarer words fall into more pieces."""
     special = [tokenizer.decoder[number] for number in tokenizer.all_special_ids]
-    whole, letters = tokenizer.vocab_size, 2 * len(tokenizer.byte_encoder)
-    if not letters + len(special) <= size < whole:
-        raise InputError(
-            f"clip.config.text_cfg.vocab_size={size} is not {letters + len(special)} .. {whole}; try 8192."
-        )
-    merges = size - letters - len(special)
-    tokens = [tokenizer.decoder[number] for number in range(letters + merges)] + special
+    merges = size - _LEAST_TOKENS
+    tokens = [tokenizer.decoder[number] for number in range(size - len(special))] + special
     tokenizer.encoder = {token: number for number, token in enumerate(tokens)}
     tokenizer.decoder = dict(enumerate(tokens))
     tokenizer.bpe_ranks = dict(list(tokenizer.bpe_ranks.items())[:merges])

@@ -10,9 +10,7 @@ from pathlib import Path
 
 from ldmlab.app.cli import at_least
 from ldmlab.app.progress import bar
-from ldmlab.data.data_sheet import LICENCES, SOURCES, data_sheet
 from ldmlab.data.manifest import read_manifest
-from ldmlab.data.sheet_files import SHEET
 from ldmlab.data.workers import processors
 from ldmlab.files import write_json, write_text
 
@@ -28,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldmlab.data.data_sheet import LICENCES, SOURCES, data_sheet
+    from ldmlab.data.sheet_files import SHEET
     from ldmlab.report.sheet_page import sheet_markdown
 
     at_least(args, workers=1)
