@@ -65,6 +65,8 @@ def test_a_planted_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["run", "--checkpoints"], "run has no checkpoints"),
         (["run", "--quantile", "2"], "--quantile 2.0"),
         (["run", "--steps", "0"], "--steps 0 is outside"),
+        (["mistyped"], "mistyped is neither a folder nor a checkpoint"),
+        (["mistyped", "--out", "new"], "mistyped is neither a folder nor a checkpoint"),
     ],
 )
 def test_bad_options_are_refused(

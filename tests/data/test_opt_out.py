@@ -107,3 +107,15 @@ def test_options_without_effect_are_refused(pack: Pack, tmp_path: Path) -> None:
     assert "give --exclude FILE too" in refusal(lambda: pack("--exclude-distance", 2))
     assert "must be in 0 .. 16" in refusal(lambda: pack("--exclude-distance", 17, lines=PLACE))
     assert "cannot be read" in refusal(lambda: pack("--exclude", tmp_path / "none.txt"))
+
+
+def test_a_sheet_of_shards_of_which_one_is_missing_is_not_written(pack: Pack, tmp_path: Path) -> None:
+    assert pack("--size", 16, lines=PLACE.format(0)) == 0
+    folder = tmp_path / "out" / "train"
+    words = ["data-sheet", str(folder), "--workers", "1"]
+    (tmp_path / "file").write_text("mine")
+    next(folder.glob("*.tar")).unlink()
+    place = refusal(lambda: dispatch([*words, "--out", str(tmp_path / "file")]))
+    assert "file cannot be written" in place  # before the images are looked at
+    assert "SHARDS lack train-000000.tar" in refusal(lambda: dispatch(words))
+    assert not (folder / "data_sheet.json").exists()

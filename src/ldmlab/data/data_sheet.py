@@ -98,6 +98,8 @@ def _look(reader: ShardReader, fields: Sequence[Sequence[str]], part: tuple[int,
             _, files = reader.read(shard, sample)
             known = sample_fields(files)
             image = open_image(files[image_ending(files) or "image"]).convert("RGB")
+        except FileNotFoundError:
+            raise InputError(f"SHARDS lack {reader.names[shard]}, which the manifest lists; copy it again.") from None
         except Exception:  # whatever a decoder raises on broken bytes
             seen.unreadable += 1
             continue

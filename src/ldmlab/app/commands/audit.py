@@ -64,15 +64,16 @@ def run(args: argparse.Namespace) -> None:
     from ldmlab.app.compose import compose, plain
     from ldmlab.disks import own_folder
     from ldmlab.evaluation.protocol import Protocol
+    from ldmlab.model_files import model_folder
 
     config: Mapping[str, Any] = plain(compose("audit", [f"features={args.features}", *options]))
     same = {name: getattr(args, name) for name in ("steps", "sampler", "guidance_scale", "seed", "max_bad")}
     protocol = Protocol(name="audit", reference="train", metrics={}, copy_quantile=args.quantile, **same)
     models = list(dict.fromkeys(_models(folders, args.checkpoints)))
-    out = args.out or _home(models[0]) / "audit"
+    out = args.out or model_folder(models[0]) / "audit"
     settings = {name: value for name, value in vars(args).items() if name not in _SAME_RESULT} | {"options": options}
     rank, _ = distributed.join(timeout_minutes=120)
-    with own_folder(partial(_begun, out, settings), ".lock", "out={} is being written by another audit"):
+    with own_folder(partial(_begun, out, settings, models), ".lock", "out={} is being written by another audit"):
         audits = _audits(args, models, config, protocol, out)
         if rank == 0:
             _write(out, audits)
@@ -104,19 +105,18 @@ def _models(folders: Sequence[Path], checkpoints: bool) -> Iterator[Path]:
         yield from kept or [folder]
 
 
-def _home(model: Path) -> Path:
-    return model.parents[1] if model.suffix == ".ckpt" else model
-
-
-def _begun(out: Path, settings: Mapping[str, Any]) -> Path:
+def _begun(out: Path, settings: Mapping[str, Any], models: Sequence[Path]) -> Path:
     """The folder of this audit, new or begun with the same settings."""
     from ldmlab.files import read_json, write_json
+    from ldmlab.model_files import describe
 
     plain = {name: str(value) for name, value in settings.items()}
     before = read_json(out / _SETTINGS)
     if before is None:
         if out.exists() and (not out.is_dir() or any(one.name != ".lock" for one in out.iterdir())):
             raise InputError(f"--out {out} is no audit; choose a new folder.")
+        for model in models:
+            describe(model)  # before anything is made
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / _SETTINGS, plain)
     elif other := [name for name, value in plain.items() if before.get(name) != value]:
@@ -137,18 +137,19 @@ def _audits(
     from ldmlab.build import load, pick_device
     from ldmlab.evaluation.extraction import FEATURES
     from ldmlab.files import read_json, write_json
+    from ldmlab.model_files import model_folder
 
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
     audits = []
     for path in models:
         model = load(path, weights=args.weights, device=args.device).in_precision(args.precision)
         step = "" if model.info["step"] is None else f"-step_{model.info['step']}"
-        label = f"{_home(path).resolve().name}{step}-{model.info['fingerprint'][:6]}"
+        label = f"{model_folder(path).resolve().name}{step}-{model.info['fingerprint'][:6]}"
         record = distributed.shared(partial(read_json, out / label / _RESULT))
         if record is None:
             distributed.say(f"{path}:")
             record = _audit(args, model, {**config, "model": str(path)}, extractor, protocol, out / label)
-            record |= {"label": label, "run": str(_home(path))}
+            record |= {"label": label, "run": str(model_folder(path))}
             if distributed.rank() == 0:
                 write_json(out / label / _RESULT, record)
                 shutil.rmtree(out / label / FEATURES)

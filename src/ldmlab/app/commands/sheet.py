@@ -12,6 +12,7 @@ from ldmlab.app.cli import at_least
 from ldmlab.app.progress import bar
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.workers import processors
+from ldmlab.disks import disk_errors
 from ldmlab.files import write_json, write_text
 
 
@@ -45,6 +46,9 @@ def run(args: argparse.Namespace) -> None:
         "licences": LICENCES if args.licence_field is None else (args.licence_field,),
         "sources": SOURCES if args.source_field is None else (args.source_field,),
     }
+    if args.out:
+        with disk_errors(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
     with bar("looking", "images") as progress:
         sheet = data_sheet(splits, **named, counted=args.count, workers=args.workers, progress=progress)
     for folder in [args.out] if args.out else [folder for folder, _ in found]:
