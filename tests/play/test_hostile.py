@@ -140,6 +140,15 @@ def test_only_own_leftovers_are_removed(model: str, tmp_path: Path) -> None:
     shown.queue.close()
 
 
+def test_a_model_that_is_missing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").mkdir()
+    for name in ("new", "kept"):
+        with pytest.raises(InputError, match="model is neither a folder nor a checkpoint"):
+            play.run(arguments("--out", name, "--port", "0"))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def test_addresses_and_passwords(tmp_path: Path) -> None:
     for host in ("a" * 100 + ".example", "nowhere.invalid", "1.2.3.4"):
         with pytest.raises(InputError, match="cannot be used"):

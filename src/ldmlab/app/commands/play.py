@@ -13,6 +13,7 @@ environment variable LDMLAB_PLAY_PASSWORD. What is made is kept under --out with
 import argparse
 import os
 import socket
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,20 +57,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from ldmlab.play.playground import application
+        from ldmlab.play import playground  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(f"ldmlab play needs {error.name}; run `pip install 'ldmlab[{EXTRA}]'`.") from error
-    from ldmlab.disks import disk_errors, locked
+    from ldmlab.disks import disk_errors
 
     at_least(args, max_upload=1, max_images=1, max_side=1)
     if len(args.models) > 2:
         raise InputError(f"ldmlab play shows one model or two, not {len(args.models)}; leave some out.")
     password = chosen_password(args)
     out = args.out or Path("outputs") / f"{args.models[0].resolve().stem}-play"
+    new = not out.exists()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+    try:
+        serve(args, out, password)
+    finally:
+        if new:
+            with suppress(OSError):  # it holds something
+                out.rmdir()
+
+
+def serve(args: argparse.Namespace, out: Path, password: str | None) -> None:
+    """The page, until a signal ends it."""
+    import uvicorn
+
+    from ldmlab.disks import locked
+    from ldmlab.play.playground import application
+
     busy = f"--out {out} is in use by another process"
     with locked(out / ".playing", busy, remove=True), listening_at(args.host, args.port) as listening:
         app = application(playground_of(args, out), password)
