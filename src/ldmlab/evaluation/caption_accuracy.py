@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class CaptionAccuracy(ClassAccuracy):
                 measures="samples whose own caption is nearest",
                 how=(
                     f"Each image is compared with its caption and up to {self.candidates - 1} others of the same "
-                    f"{self.field} in the space of {self.run}; it is right if its own is nearest."
+                    f"{self.field} in the space of {Path(self.run).name}; it is right if its own is nearest."
                 ),
                 chance=1 / self.candidates,
             )
