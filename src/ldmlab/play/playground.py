@@ -148,10 +148,6 @@ class Guard:
 def application(play: Playground, password: str | None) -> Starlette:
     """The pages; password None: for this machine alone."""
 
-    async def page(request: HttpRequest) -> Response:
-        name, kind = _PAGES[request.url.path]
-        return Response(files("ldmlab.play").joinpath("templates", name).read_bytes(), media_type=kind)
-
     async def able(request: HttpRequest) -> Response:
         return _Json(play.able)
 
@@ -173,14 +169,7 @@ def application(play: Playground, password: str | None) -> Starlette:
         return _Json({})
 
     async def image(request: HttpRequest) -> Response:
-        found = _found(play, request)
-        parts = found.result.get("parts", ())
-        if request.path_params["name"] not in {name for part in parts for name in part["images"] + part["strips"]}:
-            raise InputError("there is no such image.")
-        assert found.folder is not None
-        if not (path := found.folder / request.path_params["name"]).is_file():
-            raise InputError(f"{path.name} has been removed on the server; make the images again.")
-        return FileResponse(path)
+        return _image(play, request)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
@@ -188,7 +177,7 @@ def application(play: Playground, password: str | None) -> Starlette:
         await run_in_threadpool(play.queue.close)
 
     routes = [
-        *(Route(path, _fresh(page)) for path in _PAGES),
+        *(Route(path, _fresh(_page)) for path in _PAGES),
         Route("/able", _fresh(able)),
         Route("/make", _fresh(make), methods=["POST"]),
         Route("/state/{id}", _fresh(state)),
@@ -196,6 +185,23 @@ def application(play: Playground, password: str | None) -> Starlette:
         Route("/image/{id}/{name:path}", _fresh(image)),
     ]
     return Starlette(routes=routes, middleware=[Middleware(Guard, password=password)], lifespan=life)
+
+
+async def _page(request: HttpRequest) -> Response:
+    name, kind = _PAGES[request.url.path]
+    return Response(files("ldmlab.play").joinpath("templates", name).read_bytes(), media_type=kind)
+
+
+def _image(play: Playground, request: HttpRequest) -> Response:
+    """A file of a finished request, none other."""
+    found, name = _found(play, request), request.path_params["name"]
+    parts = found.result.get("parts", ())
+    if name not in {image for part in parts for image in part["images"] + part["strips"]}:
+        raise InputError("there is no such image.")
+    assert found.folder is not None
+    if not (path := found.folder / name).is_file():
+        raise InputError(f"{path.name} has been removed on the server; make the images again.")
+    return FileResponse(path)
 
 
 Endpoint = Callable[[HttpRequest], Any]
