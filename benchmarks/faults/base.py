@@ -59,7 +59,7 @@ COMMANDS: dict[str, list[str]] = {  # in the order in which they need each other
     "first_stage": ["train", *FIRST_STAGE, "run.dir=first_stage"],
     "encode": ["encode", "data=shards", *DATA[:2], "from_run=first_stage", "out=latents", "data.workers=0"],
     "denoiser": ["train", *DENOISER, "run.dir=denoiser"],
-    "export": ["export", "denoiser", "model"],
+    "export": ["export", "denoiser", "model", "--without-card"],
     "clip": ["train", *CLIP, "run.dir=clip"],
     "evaluate": ["evaluate", *EVALUATION],
     "sample": ["sample", "model", "4", "--steps", "4", "--out", "samples", "--seed", "1"],
