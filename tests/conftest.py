@@ -1,6 +1,9 @@
 """Shared by all tests: one thread, and no network."""
 
+import os
+import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +32,17 @@ def _kept_references(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     """Reference statistics of tests do not lie among a person's own."""
     folder: Path = tmp_path_factory.getbasetemp() / "references"
     monkeypatch.setenv("LDMLAB_REFERENCES", str(folder))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A playwright Browser; skipped where no chromium is installed, unless LDMLAB_NEEDS_BROWSER is set."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None and not os.environ.get("LDMLAB_NEEDS_BROWSER"):
+        pytest.skip("no chromium is installed; apt-get install chromium")
+    with sync_playwright() as tools:
+        found = tools.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()

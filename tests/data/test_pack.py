@@ -189,6 +189,16 @@ def test_a_column_of_what_is_no_table_is_refused(tmp_path: Path, layout: str, op
         list_source(source, **{option: "kind"})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("words", [["--group", "kind"], ["--stratify", "kind"], ["--val-least", "2"], ["--seed", "3"]])
+def test_choosing_what_is_held_out_where_nothing_is(words: list[str], tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    pack_words = [str(_images(tmp_path / "in", 3)), str(tmp_path / "out"), *words]
+    with pytest.raises(InputError, match=rf"^{' '.join(words)} .* give --val SHARE too"):
+        command.run(parser.parse_args(pack_words))
+    assert not (tmp_path / "out").exists()
+
+
 def test_small_images_are_left_out_on_request(tmp_path: Path) -> None:
     source = _images(tmp_path / "in", 5)
     Image.new("RGB", (100, 10)).save(source / "0002.png")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import urllib.request
 from collections.abc import Iterator
@@ -12,27 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from playing import Playing, Served, write_model
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from ldmlab.inference.grids import read_settings
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LONG = 240_000  # ms
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None and not os.environ.get("LDMLAB_NEEDS_BROWSER"),
-        reason="no chromium is installed; apt-get install chromium",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as tools:
-        found = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+pytestmark = pytest.mark.slow
 
 
 class Player:

@@ -1,30 +1,12 @@
 """A whole study in a real browser: mouse and keys, a closed tab, a killed server, the page of results."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from serving import Served, image_folder, made_study
 
 from ldmlab.app.cli import dispatch
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("LDMLAB_NEEDS_BROWSER"),
-    reason="no chromium is installed; apt-get install chromium",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as tools:
-        found = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 def choose(page: Page, side: str, *, by_key: bool) -> None:

@@ -85,6 +85,15 @@ class Protocol:
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"protocol.{name}={value} is below 0; choose 0 for none.")
         check_fraction("protocol.max_bad", self.max_bad)
+        self._check_pairs()
+        self._check_sweep()
+        self.settings()  # its values are checked here too
+        if lost := sorted(self.leaves_open.keys() - {item.name for item in fields(self)} - _OF_THE_DATA):
+            raise InputError(f"protocol.leaves_open names {', '.join(lost)}, which is no field of a protocol.")
+        if (self.conditions == "balanced_classes") != (self.classes is not None):
+            raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
+
+    def _check_pairs(self) -> None:
         if self.mask_buckets and not self.pairs:
             raise InputError(
                 "protocol.mask_buckets compares samples with their originals; set protocol.pairs=true too."
@@ -99,12 +108,6 @@ class Protocol:
         for name, bounds in self.mask_buckets.items():
             if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
                 raise InputError(f"protocol.mask_buckets.{name}={list(bounds)} is no range; give [low, high].")
-        self._check_sweep()
-        self.settings()  # its values are checked here too
-        if lost := sorted(self.leaves_open.keys() - {item.name for item in fields(self)} - _OF_THE_DATA):
-            raise InputError(f"protocol.leaves_open names {', '.join(lost)}, which is no field of a protocol.")
-        if (self.conditions == "balanced_classes") != (self.classes is not None):
-            raise InputError("protocol.classes goes with protocol.conditions=balanced_classes; give both or neither.")
 
     def _check_sweep(self) -> None:
         if self.sweep_seeds < 1 or (self.sweep_seeds > 1 and not self.sweep):

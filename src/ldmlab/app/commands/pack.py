@@ -70,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options_of(args: argparse.Namespace) -> PackOptions:
     if args.exclude_distance is not None and args.exclude is None:
         raise InputError(f"--exclude-distance {args.exclude_distance} is of an opt-out list; give --exclude FILE too.")
+    held_out = {"group": None, "stratify": None, "val_least": 1, "seed": 0}
+    if not args.val and (given := [name for name, default in held_out.items() if getattr(args, name) != default]):
+        option = f"--{given[0].replace('_', '-')} {getattr(args, given[0])}"
+        raise InputError(f"{option} is about which images are held out; give --val SHARE too.")
     distance = NEAR_BITS if args.exclude_distance is None else args.exclude_distance
     size = args.size if args.size is not None or args.crop == "keep" else 256
     return PackOptions(
