@@ -1,15 +1,22 @@
 """Controls beside scores: they belong to their images, and a score that noise reaches too is marked."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ldmlab.data.shard_data import ShardData
 from ldmlab.evaluation.controls import control_count, controls, doubted, shuffled
+from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.scoring import EvaluationPass, Score
 from ldmlab.metrics.kernel import KernelDistance
 from ldmlab.metrics.precision_recall import PrecisionRecall
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from shard_maker import write_shards
 
 
 class Pixels:
@@ -60,6 +67,28 @@ def test_samples_like_noise_are_told() -> None:
     assert marked["kid"].marks == ("no better than uniform noise (3)",)
     assert doubted({"kid": Score(0.2, 0.2, higher_is_better=False)}, found)["kid"].marks == ()
     assert doubted({"new": Score(3.0, None)}, found)["new"].marks == ()
+
+
+def test_real_images_worse_than_the_samples_cast_no_doubt() -> None:
+    """Such as those of few classes: what the samples reach is what the score can tell apart."""
+    found = {
+        "noise": {"title": "uniform noise", "scores": {"kid": {"value": 6.0, "spread": None}}},
+        "real": {"scores": {"kid": {"value": 7.0, "spread": None}}},
+    }
+    assert doubted({"kid": Score(0.4, 0.1, higher_is_better=False)}, found)["kid"].marks == ()
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_real_images_come_from_the_whole_split(tmp_path: Path, batch: int) -> None:
+    """Shards are often stored class by class."""
+    write_shards(tmp_path / "train", [20, 13], size=8)
+    data = ShardData(str(tmp_path / "train"), str(tmp_path / "train"), image_size=8, workers=0)
+    seen = [*RealImages(data, Pixels(weak=True), batch_size=batch).spread("train", 5)]  # type: ignore[arg-type]
+    numbers = torch.cat([index for index, _ in seen])
+    assert numbers.tolist() == [0, 1, 2, 3, 4]
+    stored = data.val_dataset("images", "train")
+    expected = [torch.as_tensor(stored[place]["image"]) for place in (0, 6, 13, 19, 26)]
+    assert torch.equal(torch.cat([images for _, images in seen]), torch.stack(expected))
 
 
 def test_an_image_is_shuffled_alike_in_any_batch() -> None:

@@ -64,8 +64,8 @@ def controls_of(real: RealImages, split: str, seen: EvaluationPass, samples: int
     count = control_count(seen, samples, at_most)
     if has_manifest(real.data.folder(other, "images")) and count_of(real.data, other) >= count:
         title = "training images" if other == "train" else "validation images"
-        return controls(seen, count, size, lambda: real.numbered(other, count), title)
-    return controls(seen, count, size, lambda: real.numbered(split, count))
+        return controls(seen, count, size, lambda: real.spread(other, count), title)
+    return controls(seen, count, size, lambda: real.spread(split, count))
 
 
 def _noise(count: int, size: tuple[int, int]) -> Iterator[Numbered]:
@@ -100,7 +100,7 @@ def _doubts(name: str, score: Score, found: Mapping[str, Any]) -> list[str]:
     if score.higher_is_better is None:
         return []
     sign, spread = (1 if score.higher_is_better else -1), score.spread or 0.0
-    best = values.get("real", score.value)
+    best = sign * max(sign * score.value, sign * values.get("real", score.value))
     doubts = []
     for kind in values.keys() - {"real"}:
         title, value = found[kind]["title"], values[kind]

@@ -53,6 +53,19 @@ class RealImages:
         """This process's share of a split's images with their numbers."""
         return numbered(batches_of(self.data, split, limit, self.batch_size, self.track, f"real images ({split})"))
 
+    def spread(self, split: str, count: int) -> Iterator[Numbered]:
+        """This process's share of `count` images at equal distances in a split, whose order may be that of classes.
+
+        Numbers are 0 .. count - 1.
+        """
+        dataset = self.data.val_dataset("images", split)
+        mine = range(distributed.rank(), count, distributed.world_size())
+        for start in range(0, len(mine), self.batch_size):
+            samples = [(one, dataset[one * len(dataset) // count]) for one in mine[start : start + self.batch_size]]
+            read = {one: torch.as_tensor(sample["image"]) for one, sample in samples if "image" in sample}
+            if read:
+                yield torch.tensor([*read]), torch.stack([*read.values()])
+
     def features(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (B, D) of this process's share of a split, with their images' numbers (B,)."""
         for index, images in self.numbered(split):
