@@ -36,7 +36,7 @@ MAY_USE = {  # room => rooms it may import
     **{
         room: GROUND | {"nn", "checkpoints"}
         for room in (
-            *("first_stages", "backbones", "conditioners", "losses", "diffusion", "samplers"),
+            *("first_stages", "backbones", "conditioners", "encoders", "losses", "diffusion", "samplers"),
             *("tasks", "data", "metrics", "marking"),
         )
     },

@@ -241,6 +241,17 @@ class Data(Protocol):
     def eval_loader(self, split: str, batch_size: int) -> Any: ...
 
 
+class PatchEncoder(Protocol):
+    """Images to the features of their patches by a frozen network; a `torch.nn.Module`."""
+
+    name: str  # of the network and its version, for records
+    weights_hash: str
+    width: int  # D
+
+    # (B, 3, H, W) in [-1, 1], any square size => (B, D, h', w') float32, class tokens left out
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
 class FeatureExtractor(Protocol):
     """Images => features that metrics compare."""
 

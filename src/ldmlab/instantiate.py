@@ -23,6 +23,7 @@ _GROUPS = {  # package of ldmlab => the groups whose classes it holds
     "first_stages": ("first_stage",),
     "backbones": ("backbone", "classifier"),
     "conditioners": ("conditioner",),
+    "encoders": ("encoder",),
     "diffusion": (
         *("diffusion", "latent_scale", "schedule", "prediction"),
         *("time_sampling", "weighting", "diffusion_loss"),
@@ -44,7 +45,7 @@ FACTORIES = {  # functions that descriptions of CLIP towers name => the argument
     "ldmlab.conditioners.image_embedding.open_clip_image": {"config", "layer", "drop"},
 }
 _SEVERAL = {  # part of an option's name => its group, where one more part names the entry
-    **{"conditioner": "conditioner", "logger": "logger", "guidance": "guider"},
+    **{"conditioner": "conditioner", "encoder": "encoder", "logger": "logger", "guidance": "guider"},
     **{f"{group}s": group for group in ("conditioner", "callback", "metric", "evaluator", "baseline", "guider")},
 }
 _REACHING_OUT = {  # arguments by which a class would read, write or run something

@@ -22,6 +22,7 @@ CONTRACTS: dict[str, type] = {  # configuration group => what its parts must hav
     "loss": contracts.AutoencoderLoss,
     "metric": contracts.Metric,
     "features": contracts.FeatureExtractor,
+    "encoder": contracts.PatchEncoder,
     "optimizer": contracts.OptimizerFactory,
     "lr_schedule": contracts.LrSchedule,
 }

@@ -11,7 +11,7 @@ from ldmlab.errors import InputError, did_you_mean
 
 Config = Mapping[str, Any]
 NAMES = (
-    *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "diffusion"),
+    *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "encoder", "diffusion"),
     *("sampler", "task", "optimizer"),
     *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "teacher", "init_from"),
     "plugins",
@@ -23,6 +23,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
     "classifier": ("classifier",),
     "backbone": ("diffusion",),
     "conditioner": ("diffusion",),
+    "encoder": ("autoencoder", "diffusion"),
     "diffusion": ("classifier", "diffusion"),
     "sampler": ("diffusion",),
     "task": ("diffusion",),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmlab.argument_types import check_type
 from ldmlab.build import read_clip
-from ldmlab.contracts import LatentSpec
+from ldmlab.contracts import LatentSpec, PatchEncoder
 from ldmlab.data.latent_shards import DTYPE, EncodeStates
 from ldmlab.data.shard_data import ShardData, stored_states
 from ldmlab.errors import InputError
@@ -31,18 +31,36 @@ def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSp
     nodes: dict[str, dict[str, Any]] = {}
     for name, given in config.items():
         where, node = f"conditioner.{name}", dict(given)
-        run = node.pop("from_run", None)
-        check_type(run, str | None, f"{where}.from_run")
-        files = None if run is None else read_clip(run)
-        if files is not None:
-            node["config"] = files.spec["clip"]["config"]
         if accepts(node, "downsampling", where=where):
             node["downsampling"] = latent.downsampling
-        module = instantiate(node, where=where)
-        if files is not None:
-            module.tower.load_clip(files.parts["clip"])
-        modules[name], nodes[name] = module, getattr(module, "node", node)
+        modules[name], node = _with_tower(node, where)
+        nodes[name] = getattr(modules[name], "node", node)
     return modules, nodes
+
+
+def build_encoders(config: Mapping[str, Mapping[str, Any]], trained: bool = True) -> dict[str, PatchEncoder]:
+    """One frozen encoder a name, `from_run` as of conditioners; trained: refuse one without its weights."""
+    for name, node in config.items():
+        if trained and node.get("weights", "") is None:
+            raise InputError(
+                f"encoder.{name}.weights has no value; give the file of {node['model']}'s weights, .safetensors or "
+                f".pth, on the command line as encoder.{name}.weights=FILE."
+            )
+    return {name: _with_tower(node, f"encoder.{name}")[0] for name, node in config.items()}
+
+
+def _with_tower(given: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """A part and the node that it was built from; `from_run` is a CLIP run whose tower to use."""
+    node = dict(given)
+    run = node.pop("from_run", None)
+    check_type(run, str | None, f"{where}.from_run")
+    files = None if run is None else read_clip(run)
+    if files is not None:
+        node["config"] = files.spec["clip"]["config"]
+    module = instantiate(node, where=where)
+    if files is not None:
+        module.tower.load_clip(files.parts["clip"])
+    return module, node
 
 
 def check_fields_given(modules: Mapping[str, Any], data: ShardData) -> None:

@@ -3,7 +3,6 @@
 Shapes: B batch, D feature width, K logits; images are uint8 (B, 3, H, W).
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ldmlab.errors import InputError, check_side
 from ldmlab.nn import numerics
 from ldmlab.nn.openclip import OpenClip, build_clip
 from ldmlab.nn.pixels import to_float
+from ldmlab.nn.timm_network import safe_file
 
 SPATIAL_CHANNELS = 7
 SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17  # 2023, whatever the images' size
@@ -70,18 +70,6 @@ class Inception2015(nn.Module):
         assert self._map is not None
         spatial, self._map = self._map[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1), None
         return {"features": features, "logits": logits, "spatial": spatial}
-
-
-def safe_file(path: Path, way_out: str) -> str:
-    """The file's SHA-256, after making sure that it holds tensors only (torch-fidelity unpickles it freely)."""
-    if not path.is_file():
-        raise InputError(f"features.weights={path} does not exist; {way_out}.")
-    try:
-        if path.suffix != ".safetensors":  # which can hold nothing else
-            torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"features.weights={path} cannot be read as a file of tensors; fetch it again.") from error
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 class Pixels(nn.Module):
