@@ -231,6 +231,10 @@ def test_a_missing_part_is_named(model: Path, part: str) -> None:
         ("first_stage", "norm_groups", 0),
         ("latent_scale", "std", "wide"),
         ("latent_scale", "std", [[1.0]]),
+        ("diffusion", "prediction", [[[]]]),
+        ("diffusion", "prediction", "eps"),
+        ("diffusion", "weighting", 3),
+        ("diffusion", "time_sampling", [0.5]),
     ],
 )
 def test_absurd_and_wrong_options(model: Path, part: str, option: str, value: Any) -> None:

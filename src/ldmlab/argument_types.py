@@ -60,9 +60,9 @@ def _object_fits(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
         if kind is tuple and inner and inner[-1] is not Ellipsis:
             return len(value) == len(inner) and all(map(_fits, value, inner))
         return not inner or all(_fits(part, inner[0]) for part in value)
-    if kind is object or getattr(kind, "_is_protocol", False) or not isinstance(value, _PLAIN | None):
+    if kind is object or not isinstance(value, _PLAIN | None):
         return True
-    return isinstance(value, kind)
+    return not getattr(kind, "_is_protocol", False) and isinstance(value, kind)  # no contract is met by plain values
 
 
 def _fault(value: Any, annotation: Any, option: str) -> str:

@@ -1,6 +1,7 @@
 """Encoding: shared by processes, continued after a kill, and the same latents as running the first stage on the fly."""
 
 import errno
+import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -58,6 +59,16 @@ def test_manifest_says_what_the_latents_are(images: Path, tmp_path: Path) -> Non
     assert manifest.latents["mirrored"]
     assert manifest.latents["statistics"]["images"] == 18
     assert manifest.fields == ["caption", "category", "class_id"]
+
+
+def test_changed_statistics_are_refused(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "latents")
+    path = tmp_path / "latents" / "train" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["latents"]["statistics"]["std"][0] *= 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="statistics_sha256"):
+        read_manifest(path.parent)
 
 
 def test_the_precision_of_the_encoder_is_recorded_where_it_is_another(images: Path, tmp_path: Path) -> None:

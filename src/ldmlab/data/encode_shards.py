@@ -19,7 +19,7 @@ from ldmlab.data.decode import BAD_SAMPLE, decode_image, required_fields
 from ldmlab.data.image_parts import boxes_following
 from ldmlab.data.latent_shards import EncodeStates, FinishedShard, Statistics, npy_bytes, state_files
 from ldmlab.data.loaders import IndexBatches, QuietLoader
-from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, read_manifest, write_manifest
+from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, read_manifest, statistics_digest, write_manifest
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import ShardLost, ShardReader
@@ -279,7 +279,8 @@ class _Work:
             latents={
                 **settings.record(),
                 "has_logvar": max(shard.moment_channels for shard in done) > settings.latent_channels,
-                "statistics": statistics.summary(),
+                "statistics": (summary := statistics.summary()),
+                "statistics_sha256": statistics_digest(summary),
                 "source_hash": self.source.hash,
             },
             extra={**self.source.extra, "skipped": skipped},

@@ -120,8 +120,16 @@ def _check(manifest: Manifest) -> None:
         _check_latents(manifest.latents)
 
 
+def statistics_digest(statistics: dict[str, Any]) -> str:
+    """SHA-256 of latents' statistics, which nothing else in a folder could contradict."""
+    return hashlib.sha256(json.dumps(statistics, sort_keys=True).encode()).hexdigest()
+
+
 def _check_latents(latents: Any) -> None:
     check_type(latents, dict, "latents")
+    check_type(latents["statistics"], dict, "latents.statistics")
+    if latents.get("statistics_sha256", digest := statistics_digest(latents["statistics"])) != digest:  # absent: older
+        raise ValueError("latents.statistics is not what was written: its statistics_sha256 differs")
     for name, annotation in _LATENTS.items():
         check_type(latents[name], annotation, f"latents.{name}")
     for name in ("latent_channels", "downsampling", "image_size"):
