@@ -1,5 +1,6 @@
 """Behaviour that every first stage shares, and the gradients of the quantiser."""
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 
 from conf_files import conf_names, conf_node
 from ldmlab.errors import InputError
+from ldmlab.first_stages.deep_compression import DeepCompressionAutoencoder
+from ldmlab.first_stages.deep_compression_blocks import Down, Up, relu_attention
 from ldmlab.first_stages.identity import Identity
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.first_stages.vq import VQModel
@@ -27,18 +30,29 @@ def test_every_first_stage_file_has_the_shapes_it_says(name: str) -> None:
     options = conf_node("first_stage", name)
     with torch.device("meta"):
         stage = instantiate(options)
-        images = torch.zeros(2, 3, 64, 96)
+        images = torch.zeros(2, 3, 128, 192)
         f, channels = stage.downsampling, stage.latent_channels
+        if factor := re.search(r"_f(\d+)", name):
+            assert f == int(factor[1])
         if name[0] in "kv":
-            assert f == int(name.split("_")[1].removeprefix("f"))
             assert stage.last_layer is stage.decoder.output.weight
         posterior = stage.encode(images)
-        assert posterior.mean.shape == (2, channels, 64 // f, 96 // f)
+        assert posterior.mean.shape == (2, channels, 128 // f, 192 // f)
         assert stage.decode(posterior.mean).shape == images.shape
         given = stage.reconstruct(images, torch.zeros_like(posterior.mean))
         assert given.images.shape == images.shape
         if given.codes is not None:
-            assert given.codes.shape == (2, 64 // f, 96 // f)
+            assert given.codes.shape == (2, 128 // f, 192 // f)
+
+
+DEEP: dict[str, Any] = {
+    "latent_channels": 8,
+    **{f"{side}_block_out_channels": [8, 16, 32] for side in ("encoder", "decoder")},
+    **{f"{side}_layers_per_block": [0, 1, 1] for side in ("encoder", "decoder")},
+    **{f"{side}_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock"] for side in ("encoder", "decoder")},
+    **{f"{side}_qkv_multiscales": [[], [], [3]] for side in ("encoder", "decoder")},
+    "attention_head_dim": 8,
+}
 
 
 def test_image_size_that_f_does_not_divide() -> None:
@@ -56,6 +70,59 @@ def test_options_that_cannot_be() -> None:
         KLAutoencoder(**TINY, initialisation="she")
     with pytest.raises(InputError, match="no weights to train"):
         _ = Identity().last_layer
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"decoder_block_out_channels": [8, 16]}, "3 levels of the encoder, but decoder_block_out_channels"),
+        ({"encoder_layers_per_block": [1, 0, 1]}, r"encoder_layers_per_block=\[1, 0, 1\] leaves a level without"),
+        ({"encoder_qkv_multiscales": [[]]}, r"3 levels of the encoder, but kernels=\[\[\]\]; give one a level"),
+        ({"decoder_block_types": "Block"}, "decoder kinds=Block is unknown; choose one of ResBlock"),
+        ({"decoder_norm_types": "layer_norm"}, "decoder norms=layer_norm is unknown"),
+        ({"decoder_act_fns": "tanh"}, "decoder activations=tanh is unknown"),
+        ({"latent_channels": 5}, "32 channels are no multiple of 5"),
+        ({"encoder_block_out_channels": [8, 24, 40]}, "96 channels are no multiple of 40"),
+        ({"attention_head_dim": 64}, "attention_head_dim=64 is wider than a level of 32"),
+        ({"downsample_block_type": "pool"}, "downsample_block_type=pool is unknown"),
+    ],
+)
+def test_deep_compression_that_cannot_be(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DeepCompressionAutoencoder(**DEEP | changed)
+
+
+@pytest.mark.parametrize("kind", [("pixel_unshuffle", "pixel_shuffle"), ("conv", "interpolate")])
+@torch.no_grad()
+def test_shortcuts_carry_the_image_past_silent_convolutions(kind: tuple[str, str]) -> None:
+    """With every convolution of a resampling at zero, 2 x 2 pixels are means of channels there, and spread back."""
+    down, up = Down(4, 8, kind[0], shortcut=True), Up(8, 4, kind[1], shortcut=True)
+    for module in (down, up):
+        for parameter in module.parameters():
+            parameter.zero_()
+    x = torch.randn(2, 4, 6, 4)
+    pixels = x.unflatten(2, (3, 2)).unflatten(4, (2, 2))  # (B, C, h, 2, w, 2)
+    rows = pixels.mean(dim=5).permute(0, 1, 3, 2, 4).flatten(1, 2)  # neighbours in a row
+    torch.testing.assert_close(down(x), rows)
+    torch.testing.assert_close(up(down(x)), pixels.mean(dim=5, keepdim=True).expand_as(pixels).reshape(x.shape))
+    assert not Down(4, 8, kind[0], shortcut=False)(x).equal(down(x))
+
+
+def test_shortcut_false_is_a_network_without_any() -> None:
+    stage = DeepCompressionAutoencoder(**DEEP, shortcut=False)
+    assert not any(getattr(module, "shortcut", False) for module in stage.modules())
+    assert not stage.encoder.out_shortcut
+    assert not stage.decoder.in_shortcut
+    same = {name: tensor.shape for name, tensor in DeepCompressionAutoencoder(**DEEP).state_dict().items()}
+    assert same == {name: tensor.shape for name, tensor in stage.state_dict().items()}
+
+
+def test_linear_attention_is_its_sum_over_positions() -> None:
+    q, k, v = torch.randn(3, 2, 3, 4, 5).unbind(0)
+    weights = torch.einsum("bhdi,bhdj->bhij", q.relu(), k.relu())
+    expected = torch.einsum("bhij,bhdj->bhdi", weights / weights.sum(3, keepdim=True).clamp_min(1e-15), v)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(relu_attention(q, k, v), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_identity_changes_nothing() -> None:
@@ -113,7 +180,11 @@ def test_quantiser_gradients_follow_the_released_convention() -> None:
     torch.testing.assert_close(straight, weights)
 
 
-@pytest.mark.parametrize("make", [vq, lambda: KLAutoencoder(**TINY)], ids=["vq", "kl"])
+@pytest.mark.parametrize(
+    "make",
+    [vq, lambda: KLAutoencoder(**TINY), lambda: DeepCompressionAutoencoder(**DEEP)],
+    ids=["vq", "kl", "deep"],
+)
 @torch.no_grad()
 def test_half_precision_weights_take_float32(make: Any) -> None:
     stage, images = make(), torch.rand(2, 3, 8, 8) * 2 - 1
@@ -121,7 +192,7 @@ def test_half_precision_weights_take_float32(make: Any) -> None:
     exact, rough = stage.decode(latents), stage.bfloat16()
     assert rough.encode(images).mean.dtype == torch.float32
     assert (rough.encode(images).mean - latents).abs().mean() < 0.05 * latents.abs().mean()
-    if isinstance(stage, KLAutoencoder):  # codes of a VQ model may flip
+    if not isinstance(stage, VQModel):  # codes of a VQ model may flip
         assert (rough.decode(latents).float() - exact).abs().mean() < 0.05 * exact.abs().mean()
     assert rough.decode(latents).dtype == torch.bfloat16
 

@@ -248,7 +248,7 @@ LONE = [
         | {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]},
     ),
     ("AsymmetricAutoencoderKL", {"down_block_out_channels": [32], "up_block_out_channels": [32]}),
-    ("AutoencoderDC", None),
+    ("AutoencoderKLWan", None),
     ("UNet2DModel", NET),
     ("ControlNetModel", None),
 ]

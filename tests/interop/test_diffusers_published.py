@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from ldmlab.app.conf_files import conf_dir
 from ldmlab.interop.diffusers import diffusers_first_stages, diffusers_unets
 from ldmlab.interop.diffusers.diffusers_networks import first_stage_part, unet_part
 from ldmlab.interop.diffusers.diffusers_unets import configuration
@@ -64,6 +66,25 @@ def levels(widths: list[int], attention: int = 0) -> dict[str, Any]:
     }
 
 
+def deep(levels: int, channels: int, blocks: int = 2, **changed: Any) -> tuple[str, dict[str, Any]]:
+    """A DC-AE of ImageNet, or with changes another one."""
+    found: dict[str, Any] = {"latent_channels": channels}
+    for side, first in (("encoder", [0, 4, 8]), ("decoder", [0, 5, 10])):
+        found |= {
+            f"{side}_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * (levels - 3),
+            f"{side}_block_out_channels": [128, 256, 512, 512, 1024, 1024, 2048, 2048][:levels],
+            f"{side}_layers_per_block": first + [blocks] * (levels - 3),
+            f"{side}_qkv_multiscales": [[]] * levels,
+        }
+    norms, acts = (3 * [fine] + (levels - 3) * [rest] for fine, rest in (("batch_norm", "rms_norm"), ("relu", "silu")))
+    return "AutoencoderDC", {**found, "decoder_norm_types": norms, "decoder_act_fns": acts, **changed}
+
+
+SANA = {
+    **{"encoder_layers_per_block": [2, 2, 2, 3, 3, 3], "decoder_layers_per_block": [3] * 6},
+    **{f"{side}_qkv_multiscales": [[], [], [], [5], [5], [5]] for side in ("encoder", "decoder")},
+    **{"downsample_block_type": "Conv", "upsample_block_type": "interpolate", "decoder_act_fns": "silu"},
+}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "kl-f8": ("AutoencoderKL", {**levels([128, 256, 512, 512]), "latent_channels": 4}),
     "kl-f16": ("AutoencoderKL", {**levels([128, 128, 256, 256, 512], 1), "latent_channels": 16}),
@@ -73,6 +94,10 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
         {**levels([128, 256, 512]), "num_vq_embeddings": 8192, "mid_block_add_attention": False},
     ),
     "vq-f8": ("VQModel", {**levels([128, 128, 256, 512], 1), "latent_channels": 4, "num_vq_embeddings": 16384}),
+    "dc-ae-f32c32-in-1.0": deep(6, 32),
+    "dc-ae-f64c128-in-1.0": deep(7, 128),
+    "dc-ae-f128c512-in-1.0": deep(8, 512),
+    "dc-ae-f32c32-sana-1.0": deep(6, 32, **SANA, decoder_norm_types="rms_norm"),
 }
 
 
@@ -103,6 +128,8 @@ def test_first_stage(name: str) -> None:
     with torch.device("meta"):
         theirs = getattr(peer, kind)(**config)
     node = diffusers_first_stages.arguments(dict(theirs.config))
+    if name.startswith("dc-ae") and (file := conf_dir() / f"first_stage/{name[:-7].replace('-', '_')}.yaml").exists():
+        assert node | {"shortcut": True, "initialisation": "torch"} == yaml.safe_load(file.read_text())
     assert shapes(first_stage_part(node, kind).expected) == shapes(theirs.state_dict())
     back_kind, back = diffusers_first_stages.configuration(node, image_size=256, scaling_factor=1.0)
     with torch.device("meta"):

@@ -23,7 +23,7 @@ from ldmlab.interop.class_model_shapes import (
     transformer_config,
 )
 from ldmlab.interop.imported import assembled, network_weights, unpickled
-from ldmlab.interop.renaming import Node, Part, State, StateDict, fill_parts
+from ldmlab.interop.renaming import Node, Part, State, StateDict, downsampling, fill_parts
 from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
 
 _HOME = "ldmlab.diffusion."
@@ -149,7 +149,7 @@ def read(
     known = {name: edm2.vector(tensor) for name, tensor in state.items() if not name.startswith(family.unused)}
     tensors = _tensors(parts, edm.without_filters(found, known) if program == "edm" else known)
     stage, of_stage = _first_stage(first_stage, path, backbone["in_channels"])
-    side = found.get("input_size", found.get("img_resolution", 0)) * 2 ** (len(stage.get("channel_mult", [1])) - 1)
+    side = found.get("input_size", found.get("img_resolution", 0)) * downsampling(stage)
     scale = family.scale or _statistics(statistics, program)
     spec = {
         **{"kind": "latent_diffusion", "image_size": side, "first_stage": stage, "backbone": backbone},

@@ -202,6 +202,11 @@ def unfilled(node: Node, where: str) -> Any:
         return instantiate(node, where=where)
 
 
+def downsampling(node: Node) -> int:
+    """f of a first stage's node."""
+    return int(2 ** (len(node.get("channel_mult") or node.get("encoder_block_out_channels", [1])) - 1))
+
+
 def named_as_theirs(tensor: str) -> bool:
     """Whether official first stages have the tensor: options of codebooks have counters of ours."""
     return not tensor.startswith("quantiser.") or tensor == "quantiser.codebook.weight"

@@ -12,11 +12,12 @@ from ldmlab.errors import InputError
 from ldmlab.interop import verify
 from ldmlab.interop.diffusers import diffusers_build as build
 from ldmlab.interop.diffusers.diffusers_first_stages import folded, scale_of, single_factor
-from ldmlab.interop.diffusers.diffusers_plan import SUPER_RESOLUTION, TEXTS, downsampling, kind, plan
+from ldmlab.interop.diffusers.diffusers_plan import SUPER_RESOLUTION, TEXTS, kind, plan
 from ldmlab.interop.diffusers.diffusers_schedulers import scheduler_options, token_values
 from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, compare_texts
 from ldmlab.interop.diffusers.diffusers_texts import text_length
 from ldmlab.interop.imported import assembled, assembled_first_stage
+from ldmlab.interop.renaming import downsampling
 from ldmlab.model_files import ModelFiles
 
 Exported = tuple[str, verify.Differences]  # what it is, and the largest difference of each part
@@ -44,8 +45,9 @@ def export_folder(ours: ModelFiles, folder: Path) -> Exported:
 def _compare_first_stage(ours: Any, found: Any, factor: float, shift: float = 0.0) -> verify.Differences:
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
         encoded = found.encode(images)
-        if hasattr(encoded, "latents"):
-            return encoded.latents * factor, None
+        for name in ("latents", "latent"):  # of VQModel and AutoencoderDC, without spread
+            if hasattr(encoded, name):
+                return getattr(encoded, name) * factor, None
         return (encoded.latent_dist.mean - shift) * factor, encoded.latent_dist.std * factor
 
     return verify.compare_first_stage(ours, encode, lambda latents: found.decode(latents / factor + shift).sample)

@@ -1,4 +1,4 @@
-"""The autoencoders of diffusers (AutoencoderKL, VQModel) and ours: options both ways, and a folded scale."""
+"""diffusers' autoencoders (AutoencoderKL, VQModel, AutoencoderDC) and ours: options both ways, and a folded scale."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,14 @@ from ldmlab.errors import InputError
 from ldmlab.interop.diffusers.diffusers_config import levels_with_attention, multiples, named_class, resolved
 from ldmlab.interop.renaming import OPTIONS, Node, State, StateDict, refuse_cosine
 
-KL, VQ = "AutoencoderKL", "VQModel"
-_TARGETS = {KL: "ldmlab.first_stages.kl.KLAutoencoder", VQ: "ldmlab.first_stages.vq.VQModel"}
+KL, VQ, DC = "AutoencoderKL", "VQModel", "AutoencoderDC"
+_TARGETS = {
+    KL: "ldmlab.first_stages.kl.KLAutoencoder",
+    VQ: "ldmlab.first_stages.vq.VQModel",
+    DC: "ldmlab.first_stages.deep_compression.DeepCompressionAutoencoder",
+}
+_OURS = ("_target_", "shortcut", "initialisation")  # what AutoencoderDC has no option for
+_CASES = ("downsample_block_type", "upsample_block_type")  # written in capitals too
 Config = Mapping[str, Any]
 _SAME = OPTIONS["diffusers"]["first_stage"]  # diffusers => ours, our default
 _CONVOLUTIONS = ("use_quant_conv", "use_post_quant_conv")
@@ -20,13 +26,17 @@ _BLOCKS = {f"{prefix}{way}coderBlock2D" for prefix in ("", "Attn") for way in ("
 
 def kind_of(config: Config) -> str:
     """The class a configuration belongs to, also where the file does not name it."""
-    return named_class(config, "first stage") or (VQ if "num_vq_embeddings" in config else KL)
+    marks = {"num_vq_embeddings": VQ, "encoder_block_out_channels": DC}
+    return named_class(config, "first stage") or next((kind for mark, kind in marks.items() if mark in config), KL)
 
 
 def arguments(config: Config) -> dict[str, Any]:
     """`_target_` and arguments of our first stage for a diffusers configuration."""
     kind = kind_of(config)
     options = resolved(config, kind, "first stage")
+    if kind == DC:
+        options = {name: value for name, value in options.items() if name != "scaling_factor"}
+        return {"_target_": _TARGETS[kind], **options, **{name: options[name].lower() for name in _CASES}}
     attention = levels_with_attention(kind, options, "Attn", _BLOCKS)
     inner, widths = options["latent_channels"], options["block_out_channels"]
     return {
@@ -48,6 +58,10 @@ def configuration(node: Node, *, image_size: int, scaling_factor: float, shift: 
     if kind is None:
         raise InputError(f"first_stage={node['_target_']} has no class in diffusers; use --format ldmlab.")
     refuse_cosine(node)
+    if kind == DC:
+        if not node.get("shortcut", True):
+            raise InputError(f"first_stage.shortcut=false: {DC} always has shortcuts; use --format ldmlab.")
+        return kind, {**{k: v for k, v in node.items() if k not in _OURS}, "scaling_factor": scaling_factor}
     width = node["latent_channels"]
     inner = node.get("bottleneck_channels") or width
     if kind == KL and inner != width:
@@ -87,6 +101,11 @@ def single_factor(std: Tensor, shift: Tensor) -> float | None:
 def folded(node: Node, state: State, std: Tensor, shift: Tensor) -> tuple[Node, StateDict]:
     """Node and weights (our names) of a first stage whose raw latents are the final latents of this one."""
     channels = node["latent_channels"]
+    if node["_target_"] == _TARGETS[DC]:
+        raise InputError(
+            f"latent_scale has a shift or a std per channel, and {DC} one number; use --format ldmlab, or train with "
+            "stage.latent_scale=measured."
+        )
     if not node.get("latent_projection", True):
         node, eye = {**node, "latent_projection": True}, {"to_moments": 2 * channels, "from_latent": channels}
         weights = {f"{name}.weight": torch.eye(width)[:, :, None, None] for name, width in eye.items()}

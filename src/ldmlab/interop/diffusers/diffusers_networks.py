@@ -30,8 +30,12 @@ def unet_part(node: Node, title: str, *, linear_projection: bool) -> Part:
 
 
 def first_stage_part(node: Node, title: str) -> Part:
-    """AutoencoderKL or VQModel, from a first_stage node; diffusers' attention has linear layers, ours convolutions."""
+    """A first stage, from its node; diffusers' attention has linear layers, ours convolutions."""
     module = renaming.unfilled(node, "first_stage")
+    if title == "AutoencoderDC":  # tensors have its names
+        products = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.weight")
+        same = {name: (name,) for name in module.state_dict()}
+        return Part(title, module, same, {name: 2 for name in same if name.endswith(products)})
     tensors, table = (
         filter(renaming.named_as_theirs, module.state_dict()),
         renaming.names_of("diffusers", "first_stage"),

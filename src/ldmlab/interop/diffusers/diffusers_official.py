@@ -17,11 +17,12 @@ from ldmlab.interop.renaming import OfficialModule, State
 def as_official(config: Mapping[str, Any], state_dict: State) -> OfficialModule:
     """diffusers' class of the configuration with these weights, called as there; `.sample` or [0] is the output.
 
-    AutoencoderKL, VQModel: `model.encode(x)` and `model.decode(z)`. DiTTransformer2DModel: `model(x, timestep=,
-    class_labels=)`. SD3Transformer2DModel: `model(x, encoder_hidden_states=, pooled_projections=, timestep=)`.
+    AutoencoderKL, VQModel, AutoencoderDC: `model.encode(x)` and `model.decode(z)`. DiTTransformer2DModel: `model(x,
+    timestep=, class_labels=)`. SD3Transformer2DModel: `model(x, encoder_hidden_states=, pooled_projections=,
+    timestep=)`.
     InputError: the weights are not the configuration's.
     """
-    if "latent_channels" in config or "block_out_channels" in config:
+    if config.keys() & {"latent_channels", "block_out_channels", "encoder_block_out_channels"}:
         part = first_stage_part(arguments(config), kind_of(config))
         part.filled(first_stage_tensors(state_dict, config))
         return OfficialAutoencoder({"stage": part}).eval()
@@ -62,16 +63,22 @@ class Latents(NamedTuple):
     latents: Tensor
 
 
+class Latent(NamedTuple):
+    """AutoencoderDC's."""
+
+    latent: Tensor
+
+
 class OfficialAutoencoder(OfficialModule):
-    """Our first stage behind the signatures of AutoencoderKL and VQModel; raw latents."""
+    """Our first stage behind the signatures of diffusers' autoencoders; raw latents."""
 
     stage: Any
 
-    def encode(self, x: Tensor) -> Encoded | Latents:
+    def encode(self, x: Tensor) -> Encoded | Latents | Latent:
         """(B, 3, H, W) in [-1, 1]."""
         posterior: Posterior = self.stage.encode(x)
         if posterior.logvar is None:
-            return Latents(posterior.mean)
+            return (Latents if hasattr(self.stage, "quantiser") else Latent)(posterior.mean)
         return Encoded(LatentDistribution(posterior.mean, posterior.logvar))
 
     def decode(self, z: Tensor) -> Output:

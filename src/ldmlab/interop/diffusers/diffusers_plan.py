@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE
 from ldmlab.interop.diffusers.diffusers_texts import BERT_TARGET, CLIP_TARGET, text_length
-from ldmlab.interop.renaming import Node
+from ldmlab.interop.renaming import Node, downsampling
 
 SUPER_RESOLUTION = "LDMSuperResolutionPipeline"
+_DEEP = "DeepCompressionAutoencoder"
 TEXTS = (CLIP_TARGET, BERT_TARGET)
 _LENGTH, _FACTOR = 77, 8  # fixed in LDMTextToImagePipeline
 
@@ -26,7 +27,7 @@ def plan(spec: Node) -> Plan:
     stage = kind(spec["first_stage"])
     text = next((node for node in spec["conditioners"].values() if node["_target_"] in TEXTS), None)
     found, why = _pipeline(spec, stage, text)
-    folder = {"KLAutoencoder": "vae", "Identity": None}.get(stage, "vqvae")
+    folder = {"KLAutoencoder": "vae", _DEEP: "vae", "Identity": None}.get(stage, "vqvae")
     if found is not None and found.startswith("LDM"):
         folder = "vqvae"
     text_folder = "bert" if found == "LDMTextToImagePipeline" else "text_encoder"
@@ -38,6 +39,8 @@ def _pipeline(spec: Node, stage: str, text: Node | None) -> tuple[str | None, st
     """diffusers' pipeline for a model, or why there is none."""
     kinds = [kind(node) for node in spec["conditioners"].values()]
     others = [node for node in spec["conditioners"].values() if node is not text]
+    if stage == _DEEP:
+        return None, "no pipeline that ldmlab writes takes an AutoencoderDC"
     none = f"no pipeline of diffusers takes {', '.join(kinds)}"
     if kind(spec["diffusion"]["prediction"]) == "VelocityPrediction":
         if kinds == ["Sd3Text"] and stage == "KLAutoencoder" and kind(spec["backbone"]) == "MMDiT":
@@ -80,8 +83,3 @@ def _is_sd_inpainting(nodes: list[Node], spec: Node) -> bool:
 def kind(node: Node) -> str:
     """The last part of a node's target."""
     return str(node["_target_"]).rpartition(".")[2]
-
-
-def downsampling(node: Node) -> int:
-    """f of a first stage's node."""
-    return int(2 ** (len(node.get("channel_mult", [1])) - 1))

@@ -11,13 +11,14 @@ from ldmlab.interop.diffusers import diffusers_texts as texts
 from ldmlab.interop.diffusers import diffusers_unets
 from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_unet, filled_text
 from ldmlab.interop.diffusers.diffusers_config import read_json, read_weights
-from ldmlab.interop.diffusers.diffusers_first_stages import KL, VQ, arguments, kind_of
+from ldmlab.interop.diffusers.diffusers_first_stages import DC, KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE
 from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, sampler_node, token_values
 from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, read_texts
 from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
 from ldmlab.interop.diffusers.diffusers_transformers import DIT, OLD, SD3, read_transformer
 from ldmlab.interop.diffusers.diffusers_unets import CONDITION, PLAIN, TARGET
+from ldmlab.interop.renaming import downsampling
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]
@@ -39,6 +40,7 @@ _KINDS = {
     SD3: "transformer",
     KL: "first_stage",
     VQ: "first_stage",
+    DC: "first_stage",
     CLIP: "text",
     BERT: "text",
 }
@@ -46,14 +48,14 @@ _IGNORED = ("scheduler", "tokenizer", "safety_checker", "feature_extractor")  # 
 
 
 def read_folder(path: Path | str) -> tuple[Spec, Parts]:
-    """The content of `model.yaml` and the weights by part; a lone AutoencoderKL or VQModel is of kind first_stage."""
+    """The content of `model.yaml` and the weights by part; a lone first stage is of kind first_stage."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return _read_pipeline(folder, read_json(folder / "model_index.json"))
     config = read_json(folder / "config.json")
     name = config.get("_class_name") or (config.get("architectures") or ["module without a class"])[0]
-    if name not in (KL, VQ):
-        supported = f"supported: {KL}, {VQ} alone, or the folder of a whole pipeline (with model_index.json)"
+    if _KINDS.get(name) != "first_stage":
+        supported = f"supported: {KL}, {VQ}, {DC} alone, or the folder of a whole pipeline (with model_index.json)"
         raise InputError(f"{folder} holds a {name} alone, which is not supported; {supported}.")
     stage = build_first_stage(config, read_weights(folder))
     size = _side(config.get("sample_size"), 1) or 256
@@ -74,7 +76,7 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
         stage_node = arguments(stage_config)
         parts["first_stage"] = build_first_stage(stage_config, read_weights(found["first_stage"])).state_dict()
     config = read_json(found["denoiser"] / "config.json")
-    f = 2 ** (len(stage_node.get("channel_mult", [1])) - 1)
+    f = downsampling(stage_node)
     backbone, parts["denoiser"], rows = _read_denoiser(config, found["denoiser"], name)
     conditioners, parts["conditioner"] = _conditioners(folder, index, found.get("text"), backbone, rows)
     conditioners |= _extra_inputs(folder, name, backbone["in_channels"], stage_node.get("latent_channels", 3), f)
