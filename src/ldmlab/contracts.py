@@ -29,6 +29,9 @@ class FirstStage(Protocol):
     """Images to raw latents and back; a `torch.nn.Module`.
 
     Optional: `uses_noise = False` where `reconstruct` draws no latents; its noise is then an empty tensor.
+    For regularisers: `reconstruct(images, noise, change)`, change being None or applied to the raw latents; for
+    alignment with an encoder: `latents` of the Reconstruction, and `encoder_last_layer`, the weight of its last
+    convolution.
     """
 
     downsampling: int

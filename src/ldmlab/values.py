@@ -57,6 +57,7 @@ class Reconstruction:
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     penalties: dict[str, Tensor]  # by name (kl | codebook): scalar, mean over the batch
     codes: Tensor | None = None  # (B, h, w) indices into the codebook, VQ only
+    latents: Tensor | None = None  # (B, C, h, w), raw, as drawn; which alignment with an encoder needs
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class LatentSpec:
         return self.channels * self.height * self.width
 
 
+LatentChange = Callable[[Tensor], Tensor]  # raw latents => what is quantised and decoded, while a first stage trains
 Encode = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in [-1, 1] => final latents (posterior mean)
 
 

@@ -55,6 +55,8 @@ def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
     check_divides(size, first_stage.downsampling)
     stage = AutoencoderStage(first_stage=first_stage, loss=loss, **options)
     stage.codebook = None  # counts codes, which have no values
+    if (regularisers := getattr(loss, "regularisers", None)) is not None:  # the largest step: images keep their size
+        regularisers.equivariance = regularisers.low_resolution = 0.0
     parts: Parts = {"first stage": first_stage}
     if loss.adversary is not None:
         parts["discriminator"] = loss.adversary

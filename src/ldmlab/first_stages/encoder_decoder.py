@@ -231,3 +231,8 @@ class Autoencoder(nn.Module, ABC):
     def last_layer(self) -> Tensor:
         """Weight of the convolution that gives the pixels."""
         return self.decoder.output.weight
+
+    @property
+    def encoder_last_layer(self) -> Tensor:
+        """Weight of the convolution that gives the features."""
+        return self.encoder.output.weight

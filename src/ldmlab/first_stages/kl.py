@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Posterior, Reconstruction
 from ldmlab.errors import InputError
 from ldmlab.first_stages.encoder_decoder import Architecture, Autoencoder, initialise
+from ldmlab.values import LatentChange
 
 _LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -54,11 +55,12 @@ class KLAutoencoder(Autoencoder):
         mean, logvar = self.to_moments(features).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*_LOGVAR_RANGE))
 
-    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+    def reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None = None) -> Reconstruction:
         """Encode, draw a latent with the given noise (B, C, h, w), decode; the penalty is `kl`."""
         posterior = self.encode(images)
         penalties = {"kl": kl_to_standard_normal(posterior).mean()}
-        return Reconstruction(self.decode(posterior.sample(noise)), penalties)
+        latents = posterior.sample(noise)
+        return Reconstruction(self.decode(latents if change is None else change(latents)), penalties, latents=latents)
 
 
 def kl_to_standard_normal(posterior: Posterior) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Posterior, Reconstruction
 from ldmlab.first_stages.encoder_decoder import Architecture, Autoencoder, initialise
 from ldmlab.first_stages.quantiser import Quantiser
+from ldmlab.values import LatentChange
 
 
 class VQModel(Autoencoder):
@@ -65,11 +66,12 @@ class VQModel(Autoencoder):
         """The nearest codebook vectors, (B, C, h, w), float32."""
         return self.quantiser(raw_latents).latents
 
-    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+    def reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None = None) -> Reconstruction:
         """Encode, quantise, decode (the noise is not used); the penalty is `codebook`."""
-        quantised = self.quantiser(self.encode(images).mean)
+        latents = self.encode(images).mean
+        quantised = self.quantiser(latents if change is None else change(latents))
         images = self.decoder(super().features_of(quantised.latents))
-        return Reconstruction(images, {"codebook": quantised.penalty}, quantised.codes)
+        return Reconstruction(images, {"codebook": quantised.penalty}, quantised.codes, latents)
 
     def update_codebook(self) -> dict[str, Tensor]:
         """Once a training step: codebook updates as configured; by parameter, which rows may be new ones, bool."""

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmlab.distributed import mean_
 from ldmlab.errors import InputError
+from ldmlab.losses.gradient_ratio import gradient_ratio
 
 _WEIGHT_LIMIT = 1e4
-_EPSILON = 1e-4
 
 
 class Adversary(nn.Module):
@@ -70,21 +69,10 @@ class Adversary(nn.Module):
         return loss, {"logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()}
 
     def adaptive_weight(self, reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
-        """|d reconstruction / d last layer| / (|d generator / d last layer| + 1e-4), at most 1e4, without gradient.
-
-        The gradients are averaged over processes before their norms are taken, so the number of processes does
-        not matter; float32 throughout, but behind float16 layers, where `loss_scale` keeps small gradients. NaN where
-        one overflows under that scale, as the step's own gradient then does, so that it is left out.
-        """
+        """The ratio of the gradients of both at the last layer, at most 1e4; 1 where it is not adaptive."""
         if not self.adaptive:
             return torch.ones((), device=last_layer.device)
-        scale = self.loss_scale
-        losses = [loss if scale is None else loss * scale for loss in (reconstruction_loss, generator_loss)]
-        gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
-        norms = mean_(torch.stack(gradients)).flatten(1).norm(dim=1)
-        if scale is not None:
-            norms = (norms / scale).masked_fill(~norms.isfinite().all(), float("nan"))
-        return (norms[0] / (norms[1] + _EPSILON)).clamp(max=_WEIGHT_LIMIT).detach()
+        return gradient_ratio(reconstruction_loss, generator_loss, last_layer, _WEIGHT_LIMIT, self.loss_scale)
 
 
 _MEMORY = 0.98  # of the running means: about fifty steps

@@ -7,13 +7,16 @@ from torch import Tensor, nn
 from ldmlab.contracts import Reconstruction
 from ldmlab.errors import InputError
 from ldmlab.losses.adversary import Adversary
+from ldmlab.losses.latent_regularisers import LatentRegularisers
 from ldmlab.losses.reconstruction_loss import ReconstructionLoss, Reduction, Spread
+from ldmlab.losses.vision_alignment import Encoded, VisionAlignment
+from ldmlab.nn.lpips import SMALLEST
 
 Terms = dict[str, Tensor]
 
 
 class AutoencoderLoss(nn.Module):
-    """reconstruction + sum of penalty_weights[p] p + adversary's weight x adaptive weight x (- mean D(y)).
+    """reconstruction + sum of penalty_weights[p] p + adversary's weight x adaptive weight x (- mean D(y)) + alignment.
 
     Esser et al., "Taming Transformers", CVPR 2021, eq. 6 and 7; the paper's appendix G. Images (B, 3, H, W)
     in [-1, 1]; losses are scalars. InputError where the weights do not name the penalties of the first stage.
@@ -27,6 +30,8 @@ class AutoencoderLoss(nn.Module):
         reduction: Reduction,  # sum_per_image (official KL models) | mean (official VQ models)
         logvar: Spread = "fixed",  # scale of the reconstruction error
         adversary: Adversary | None = None,  # None: no discriminator
+        regularisers: LatentRegularisers | None = None,  # changes of latents before they are decoded, in training
+        alignment: VisionAlignment | None = None,  # of latents with a frozen encoder's features
         lpips: nn.Module | None = None,  # the network, where its weight is not 0
     ) -> None:
         super().__init__()
@@ -34,15 +39,24 @@ class AutoencoderLoss(nn.Module):
         self.reconstruction = ReconstructionLoss(
             lpips_weight=lpips_weight, reduction=reduction, logvar=logvar, lpips=lpips
         )
-        self.adversary = adversary
+        self.adversary, self.alignment = adversary, alignment
+        self.regularisers = regularisers
 
     @property
     def lpips(self) -> nn.Module | None:
         """The network by which reconstructions are measured in validation too."""
         return self.reconstruction.lpips
 
-    def autoencoder(self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int) -> tuple[Tensor, Terms]:
-        """The autoencoder's total loss after `step` updates, and its terms."""
+    @property
+    def smallest_image(self) -> int:
+        """Side in pixels below which LPIPS or the discriminator has nothing to compare."""
+        critic = getattr(self.adversary and self.adversary.discriminator, "smallest_image", 1)
+        return max(critic, SMALLEST if self.lpips is not None else 1)
+
+    def autoencoder(
+        self, images: Tensor, given: Reconstruction, last_layer: Tensor, step: int, encoded: Encoded | None = None
+    ) -> tuple[Tensor, Terms]:
+        """The autoencoder's total loss after `step` updates, and its terms; `encoded`: for alignment."""
         if given.penalties.keys() != self.penalty_weights.keys():
             raise InputError(
                 f"loss.penalty_weights={self.penalty_weights} does not name what the first stage gives "
@@ -51,6 +65,10 @@ class AutoencoderLoss(nn.Module):
         error, terms = self.reconstruction(images, given.images)
         total = sum((self.penalty_weights[name] * value for name, value in given.penalties.items()), error)
         terms |= {"reconstruction": error, **given.penalties}
+        if self.alignment is not None and encoded is not None:
+            term, factor = self.alignment.weighted(error, given, encoded)
+            total = total + factor * term
+            terms |= {"alignment": term, "alignment/weight": factor.nan_to_num()}
         weight = self.adversary.weight_at(step) if self.adversary is not None else 0.0
         if self.adversary is not None and weight > 0:
             generator, logit = self.adversary.generator_loss(given.images)

@@ -17,7 +17,7 @@ from ldmlab.nn.compiling import region
 # Positions of VGG16's convolutions in torchvision's `features`; features are read after the last of each group.
 _GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _WIDTHS = (64, 128, 256, 512, 512)  # of each group
-_SMALLEST = 16  # px; the deepest features of smaller images are empty
+SMALLEST = 16  # px; the deepest features of smaller images are empty
 _MEAN = (-0.030, -0.088, -0.188)  # of ImageNet's pixels in [-1, 1]
 _DEVIATION = (0.458, 0.448, 0.450)
 
@@ -51,9 +51,9 @@ class LPIPS(nn.Module):
 
         weighted: by the learned weights of the channels; else each counts 1.
         """
-        if min(first.shape[2:]) < _SMALLEST:
+        if min(first.shape[2:]) < SMALLEST:
             raise InputError(
-                f"LPIPS compares images of {_SMALLEST} px and more, not {first.shape[2]}x{first.shape[3]}; "
+                f"LPIPS compares images of {SMALLEST} px and more, not {first.shape[2]}x{first.shape[3]}; "
                 "use larger ones, or the squared error."
             )
         distance = torch.zeros(len(first), device=first.device)

@@ -1,71 +1,41 @@
 """Training of a first stage: autoencoder and adversary, both updated with every batch."""
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ldmlab import distributed
-from ldmlab.contracts import FirstStage
+from ldmlab.contracts import FirstStage, Reconstruction
+from ldmlab.errors import InputError
 from ldmlab.inference.grids import labels_of
 from ldmlab.losses.adversary import RiseAlarm
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
-from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures, codebook_use
+from ldmlab.losses.vision_alignment import Encoded
+from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import draw
+from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.data_module import Batch
 from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
+from ldmlab.values import LatentChange
 
 _log = logging.getLogger(__name__)
 _PANEL_IMAGES = 8
 
 
-class CodebookWindow:
-    """Counts codes over all processes; the metrics are those of the last full window and are stored in checkpoints."""
+class _Seen(NamedTuple):
+    """What the adversary is trained on, after the autoencoder."""
 
-    def __init__(self, codebook_size: int, images: int, alert: float) -> None:
-        self.images, self.alert = images, alert  # length of a window; share below which it warns
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
-        self.counted = 0  # images of the window that is open
-        self.numbers: dict[str, float] = {}  # codebook_use and codebook_perplexity
-        self._step = torch.zeros_like(self.counts)  # this process's codes since the last step ended
-
-    def add(self, codes: Tensor) -> None:
-        """The codes of a micro-batch, (B, h, w)."""
-        codes = codes.flatten()
-        self.counts, self._step = self.counts.to(codes.device), self._step.to(codes.device)  # once
-        self._step.scatter_add_(0, codes, torch.ones_like(codes))
-
-    def end_step(self, step: int, images: int) -> None:
-        """A step on so many images of all processes has ended; a full window is read and a new one begins."""
-        self.counts += distributed.sum_(self._step)
-        self._step = torch.zeros_like(self._step)
-        self.counted += images
-        if self.counted < self.images:
-            return
-        self.numbers = codebook_use(self.counts.cpu())
-        if self.numbers["codebook_use"] < self.alert and distributed.rank() == 0:
-            _log.warning(
-                "step %d: only %.1f %% of the codebook was used over the last %d images; "
-                "first_stage.restart_below=0.01, fewer codes or a lower learning rate keep more of it alive",
-                step,
-                100 * self.numbers["codebook_use"],
-                self.counted,
-            )
-        self.counts.zero_()
-        self.counted = 0
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint, between two steps."""
-        return {"counts": self.counts.clone().cpu(), "counted": self.counted, "numbers": dict(self.numbers)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        self.counts.copy_(state["counts"])
-        self.counted, self.numbers = state["counted"], dict(state["numbers"])
+    images: Tensor  # encoded
+    target: Tensor  # what the reconstructions are compared with
+    change: LatentChange | None  # of the latents between
+    reconstructed: Tensor
+    noise: Tensor  # for a second pass
 
 
 class AutoencoderStage(Stage):
@@ -100,7 +70,13 @@ class AutoencoderStage(Stage):
         self.one_by_one = loss.adversary is not None and loss.adversary.official_order
         self.monitor, self.monitor_mode = ("psnr", "max") if self._lpips is None else ("lpips", "min")
         self._assigned = self._assign()
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # of this micro-batch: images, reconstructions, noise
+        self._seen: _Seen | None = None  # of this micro-batch
+        changes = "change" in inspect.signature(first_stage.reconstruct).parameters
+        if (regularisers := getattr(loss, "regularisers", None)) is not None and regularisers.active and not changes:
+            raise InputError(
+                f"loss.regularisers: {type(first_stage).__name__}.reconstruct() takes no `change` of its latents; "
+                "leave the regularisers off, or choose another first_stage."
+            )
 
     @property
     def _lpips(self) -> nn.Module | None:
@@ -139,26 +115,52 @@ class AutoencoderStage(Stage):
         if group == "generator":
             return self._autoencoder(batch)
         assert self._seen is not None
-        (images, reconstructed, noise), self._seen = self._seen, None
+        seen, self._seen = self._seen, None
         if not self.one_by_one:
-            return Losses(*self.loss.discriminator(images, reconstructed))
+            return Losses(*self.loss.discriminator(seen.target, seen.reconstructed))
         with torch.no_grad():
-            reconstructed = self.first_stage.reconstruct(images, noise).images
-        total, metrics = self.loss.discriminator(images, reconstructed)
+            reconstructed = self._reconstruct(seen.images, seen.noise, seen.change).images
+        total, metrics = self.loss.discriminator(seen.target, reconstructed)
         assert self.loss.adversary is not None
         return Losses(total * self.loss.adversary.trains_at(self.step), metrics)
 
     def _autoencoder(self, batch: Batch) -> Losses:
-        images = self._images_of(batch)
+        images, target, change = self._regularised(self._images_of(batch), batch["position"])
         noise, for_adversary = self._noise(batch["position"], images)
-        given = self.first_stage.reconstruct(images, noise)
-        if self._scaler is not None and self.loss.adversary is not None:
-            self.loss.adversary.loss_scale = self._scaler.scale(torch.ones((), device=self.device))
-        total, metrics = self.loss.autoencoder(images, given, self.first_stage.last_layer, self.step)
-        self._seen = (images, given.images.detach(), for_adversary)
+        given = self._reconstruct(images, noise, change)
+        alignment = getattr(self.loss, "alignment", None)
+        for part in (self.loss.adversary, alignment) if self._scaler is not None else ():
+            if part is not None:
+                part.loss_scale = self._scaler.scale(torch.ones((), device=self.device))
+        last = (self.first_stage.last_layer, self.step)
+        if alignment is None:
+            total, metrics = self.loss.autoencoder(target, given, *last)
+        else:
+            encoded = Encoded(images, getattr(self.first_stage, "encoder_last_layer", None))
+            total, metrics = self.loss.autoencoder(target, given, *last, encoded)
+        self._seen = _Seen(images, target, change, given.images.detach(), for_adversary)
         if "l1" in metrics:
             self._watch(metrics["l1"])
         return Losses(total, metrics | self._codebook_metrics(given.codes))
+
+    def _regularised(self, images: Tensor, position: Tensor) -> tuple[Tensor, Tensor, LatentChange | None]:
+        """What is encoded, what the decoded images are compared with, and the change of latents between."""
+        regularisers = getattr(self.loss, "regularisers", None)
+        if regularisers is None or not regularisers.active:
+            return images, images, None
+        return regularisers(
+            images,
+            position,
+            seed=self.seed,
+            step_position=self.position,
+            downsampling=self.first_stage.downsampling,
+            smallest=self.loss.smallest_image,
+        )
+
+    def _reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None) -> Reconstruction:
+        if change is None:
+            return self.first_stage.reconstruct(images, noise)
+        return self.first_stage.reconstruct(images, noise, change)  # type: ignore[call-arg]
 
     def _images_of(self, batch: Batch) -> Tensor:
         """(B, 3, H, W) in [-1, 1]."""
