@@ -68,7 +68,7 @@ def test_shares_of_steps() -> None:
 
 @pytest.mark.parametrize("spread", ["uniform", "fixed"])
 def test_noise_and_masks_belong_to_the_image(spread: str) -> None:
-    options = {"noise": 0.5, "noise_spread": spread, "masked": 0.5, "least_channels": 2}
+    options: dict[str, Any] = {"noise": 0.5, "noise_spread": spread, "masked": 0.5, "least_channels": 2}
     images, latents = torch.zeros(64, 3, SIZE, SIZE), torch.ones(64, 6, 8, 8)
     whole = of(images, **options).change(latents)
     parts = [of(images[:16], start, step=7, **options).change(latents[:16]) for start in (0, 16, 32, 48)]

@@ -33,7 +33,7 @@ def regularised(**changes: Any) -> AutoencoderStage:
 
 def checkpoint(made: AutoencoderStage, folder: Path, step: int) -> dict[str, Any]:
     train(made, folder, micro=2)
-    return load_checkpoint(folder / "checkpoints" / f"step_{step:08d}.ckpt")["modules"]  # type: ignore[no-any-return]
+    return load_checkpoint(folder / "checkpoints" / f"step_{step:08d}.ckpt")["modules"]
 
 
 def test_switched_off_it_is_the_plain_stage() -> None:
