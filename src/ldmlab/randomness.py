@@ -37,15 +37,19 @@ class _Keys(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Counters (block, index, step, stream of the purpose) after the first round, for index 0."""
+    """Counters (block, index, step, stream of the purpose) after two rounds, without what an index adds to them."""
 
-    keys: _Keys  # of the other rounds
-    lanes: Tensor  # c0 and c2, (2, 1, T) int32, less 2^31
-    others: Tensor  # c1 and c3, (2, 1, T) int32
+    keys: _Keys  # of the rounds four to nine
+    last: Tensor  # of the tenth, (2, 2, 1, 1) for c1, c3, c0 and c2: all words of it are less 2^31
+    second: (
+        _Keys  # of the second round, whose c0 alone has the index: its key is c0 of index 0, (1,); rows for c0 and c2
+    )
+    third: Tensor  # what the index does not reach in c1 and c3, with the key, c0 and c2: (2, 2, 1, T) int32
+    scale: Tensor  # 2 pi of an angle and -2 of a logarithm, (2, 1, 1, 1) float64
     middle: Tensor  # 1/2 + 2^-33, (1,) float64
 
 
-def _rows(first: int, second: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _rows(first: float, second: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Two numbers as (2, 1, 1), filled in on the device."""
     return torch.cat([torch.full((1, 1, 1), value, dtype=dtype, device=device) for value in (first, second)])
 
@@ -60,13 +64,20 @@ def _keys(seed: int, device: torch.device) -> _Keys:
 
 def _mixed(lanes: Tensor, others: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
     """A round before its key: c0 and c2, less 2^31, and c1 and c3, each (2, B, T) int32."""
-    # rows c0 M0, c2 M1, c0 M0, c2 M1, so that c2 M1, from which c0 and c1 come, also stands above c0 M0
-    products = torch.addcmul(keys.offsets, lanes.expand(2, *lanes.shape), keys.factors).flatten(0, 1)[1:3]
-    if torch.compiler.is_compiling():  # which fuses this, but not a view of other numbers
-        high, low = (products >> 32).to(torch.int32), products.to(torch.int32)
-    else:
-        low, high = products.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
+    low, high = _halves(_products(lanes, keys))
     return high ^ others, low
+
+
+def _products(lanes: Tensor, keys: _Keys) -> Tensor:
+    """c2 M1, from which c0 and c1 come, above c0 M0: the middle of the rows c0 M0, c2 M1, c0 M0, c2 M1; int64."""
+    return torch.addcmul(keys.offsets, lanes.expand(2, *lanes.shape), keys.factors).flatten(0, 1)[1:3]
+
+
+def _halves(products: Tensor) -> Tensor:
+    """Low and high words of int64 numbers, int32 in a first axis of two; eager they are a view."""
+    if torch.compiler.is_compiling():  # which fuses this, but not a view of other numbers
+        return torch.stack([products.to(torch.int32), (products >> 32).to(torch.int32)])
+    return products.view(torch.int32).unflatten(-1, (-1, 2)).movedim(-1, 0)
 
 
 def _rounds(lanes: Tensor, others: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
@@ -94,9 +105,18 @@ def _start(seed: int, layout: Layout, step: int, device: torch.device) -> _Start
     keys = _keys(seed, device)
     lanes = torch.stack([block, torch.full_like(block, (step & _MASK) - _HALF)])[:, None]
     others = torch.stack([torch.zeros_like(stream), stream])[:, None]
-    lanes, others = _rounds(lanes, others, keys._replace(rounds=keys.rounds[:1]))
+    one, two, three, *rest, ten = keys.rounds
+    lanes, others = _rounds(lanes, others, keys._replace(rounds=[one]))
+    mixed, low = _mixed(lanes, others, keys)  # rows of c0 and c1, which no index has reached, and c2 and c3
+    third = torch.stack(
+        [torch.cat([low[:1], torch.zeros_like(low[1:])]) ^ three, torch.cat([mixed[:1], others[1:]]) ^ two]
+    )
+    own = (_rows(0, number, torch.int64, device) for number in (_MULTIPLIERS[0], _HALF * _MULTIPLIERS[0]))
+    second = _Keys([lanes[0, 0, :1]], *own)
+    scale = _rows(2 * math.pi, -2.0, torch.float64, device)[..., None]
     middle = torch.full((1,), 0.5 + 2.0**-33, dtype=torch.float64, device=device)
-    return _Start(keys._replace(rounds=keys.rounds[1:]), lanes, others, middle)
+    last = torch.stack([torch.full_like(ten, -_HALF), ten])
+    return _Start(keys._replace(rounds=rest), last, second, third, scale, middle)
 
 
 _kept_start = lru_cache(maxsize=64)(_start)
@@ -112,8 +132,8 @@ def _crc32(text: str) -> int:
     return crc ^ _MASK
 
 
-def _units(seed: int, layout: Layout, index: Tensor, step: int) -> Tensor:
-    """Uniform numbers in (0, 1), float64, (2, 2, B, T): of the words c0 and c2, and of c1 and c3."""
+def _units(seed: int, layout: Layout, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Uniform numbers in (0, 1), float64, (2, 2, B, T), of the words c1 and c3, and of c0 and c2; `_Start.scale`."""
     if not 0 <= seed < 2**64:
         raise InputError(f"seed={seed} is outside 0 .. 2^64 - 1; choose a non-negative integer.")
     compiling = torch.compiler.is_compiling()
@@ -121,34 +141,35 @@ def _units(seed: int, layout: Layout, index: Tensor, step: int) -> Tensor:
         seed = max({seed})
     kept = type(index) is Tensor and not compiling  # no stand-in for one
     start = (_kept_start if kept else _start)(seed, layout, step, index.device)
-    if compiling:  # the low 32 bits of the index enter the row of c0
-        lanes = start.lanes ^ torch.stack([index, torch.zeros_like(index)]).to(torch.int32)[..., None]
-    else:
-        low = (index & _MASK).view(torch.int32).unflatten(0, (-1, 2)).T[..., None]  # (2, B, 1)
-        lanes = start.lanes.new_empty(2, len(index), start.lanes.shape[2])
-        torch.bitwise_xor(start.lanes, low, out=lanes)
-    *before, last = start.keys.rounds
-    mixed, low = _mixed(*_rounds(lanes, start.others, start.keys._replace(rounds=before)), start.keys)
-    if compiling:
-        words = torch.stack([mixed ^ last, low ^ -_HALF])
-    else:
-        words = mixed.new_empty(2, *mixed.shape)
-        torch.bitwise_xor(mixed, last, out=words[0])
-        torch.bitwise_xor(low, -_HALF, out=words[1])
-    return torch.add(start.middle, words, alpha=2.0**-32)  # (word + 1/2) / 2^32 of words less 2^31, without rounding
+    index = index[:, None]
+    low = index.to(torch.int32) if compiling else index.contiguous().view(torch.int32)[:, :1]
+    first = low ^ start.second.rounds[0]  # (B, 1)
+    second = torch.addcmul(start.second.offsets, first, start.second.factors)  # (2, B, 1), row 0 is 0
+    others, lanes = _halves(second) ^ start.third  # (2, B, T)
+    lanes, others = _rounds(*_mixed(lanes, others, start.keys), start.keys)
+    halves = _halves(_products(lanes, start.keys))  # (2, 2, B, T)
+    halves[1].bitwise_xor_(others)
+    # words less 2^31, of which log and cos need a plain layout
+    words = (
+        halves ^ start.last if compiling else torch.bitwise_xor(halves, start.last, out=halves.new_empty(halves.shape))
+    )
+    return torch.add(start.middle, words, alpha=2.0**-32), start.scale  # (word + 1/2) / 2^32, without rounding
 
 
-def _normals(units: Tensor) -> Tensor:
-    """Box and Muller's transform of uniform numbers (2, 2, B, T), in float64; (B, 4 T) float32."""
-    radius, angle = torch.sqrt(-2 * torch.log(units[0])), 2 * math.pi * units[1]  # each (2, B, T)
-    if torch.compiler.is_compiling():  # which fuses a stack
-        pairs = torch.stack([torch.cos(angle), torch.sin(angle)]) * radius
-    else:
-        pairs = angle.new_empty(2, *angle.shape)
-        torch.cos(angle, out=pairs[0])
-        torch.sin(angle, out=pairs[1])
-        pairs *= radius
-    return pairs.permute(2, 3, 1, 0).to(torch.float32, memory_format=torch.contiguous_format).flatten(1)
+def _normals(units: Tensor, scale: Tensor) -> Tensor:
+    """Box and Muller's transform of uniform numbers (2, 2, B, T), in float64; (B, 4 T) float32. Overwrites them."""
+    if torch.compiler.is_compiling():
+        angle, square = torch.stack([units[0], torch.log(units[1])]) * scale  # each (2, B, T)
+        pairs = torch.stack([torch.cos(angle), torch.sin(angle)]) * torch.sqrt(square)
+        return pairs.permute(2, 3, 1, 0).to(torch.float32, memory_format=torch.contiguous_format).flatten(1)
+    units[1].log_()
+    angle, square = units * scale
+    pairs = angle.new_empty(2, *angle.shape)
+    torch.cos(angle, out=pairs[0])
+    torch.sin(angle, out=pairs[1])
+    made = angle.new_empty(*angle.shape[1:], 2, 2, dtype=torch.float32)  # (B, T, 2, 2)
+    torch.mul(pairs, square.sqrt_(), out=made.permute(3, 2, 0, 1))
+    return made.flatten(1)
 
 
 def draw(
@@ -164,11 +185,11 @@ def draw(
     layout = [*((purpose, 1) for purpose in uniforms), *((purpose, (n + 3) // 4) for purpose, n in counts.items())]
     if not layout:
         return {}
-    units = _units(seed, tuple(layout), index, step)
-    numbers = {purpose: units[0, 0, :, place] for place, purpose in enumerate(uniforms)}
+    units, scale = _units(seed, tuple(layout), index, step)
+    numbers = {purpose: units[1, 0, :, place] for place, purpose in enumerate(uniforms)}
     if not normals:
         return numbers
-    values = _normals(units[..., len(uniforms) :])
+    values = _normals(units[..., len(uniforms) :], scale)
     for purpose, part in zip(counts, values.split([4 * n for _, n in layout[len(uniforms) :]], dim=1), strict=True):
         numbers[purpose] = part[:, : counts[purpose]].reshape(len(index), *normals[purpose])
     return numbers
@@ -182,8 +203,8 @@ def normal(seed: int, purpose: str, index: Tensor, shape: Shape, step: int = 0) 
 def uniform(seed: int, purpose: str, index: Tensor, shape: Shape = (), step: int = 0) -> Tensor:
     """Uniform numbers in (0, 1), float64, (B, *shape), for the images `index` (B,) int64."""
     count = math.prod(shape)
-    units = _units(seed, ((purpose, (count + 3) // 4),), index, step)
-    return units.permute(2, 3, 1, 0).flatten(1)[:, :count].reshape(len(index), *shape)
+    units, _ = _units(seed, ((purpose, (count + 3) // 4),), index, step)
+    return units.flip(0).permute(2, 3, 1, 0).flatten(1)[:, :count].reshape(len(index), *shape)
 
 
 def integers(seed: int, purpose: str, index: Tensor, high: int, step: int = 0) -> Tensor:

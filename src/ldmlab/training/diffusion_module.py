@@ -1,6 +1,7 @@
 """Training of a denoiser on latents."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -89,7 +90,7 @@ class DiffusionStage(Stage):
         now_seen, now_cut = self._captions()
         if now_seen > seen:
             metrics["captions_cut"] = total.new_full((), (now_cut - cut) / (now_seen - seen))
-        return Losses(total, metrics, {"loss": loss, "level": self.diffusion.path.position(t)})
+        return Losses(total, metrics, {"loss": loss, "level": partial(self.diffusion.path.position, t)})
 
     def _update(self, active: list[str]) -> None:
         super()._update(active)

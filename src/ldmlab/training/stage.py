@@ -31,7 +31,7 @@ class Losses:
 
     total: Tensor  # scalar, mean over the micro-batch
     metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars to log; each must stay finite
-    extras: dict[str, Tensor] = field(default_factory=dict)  # per image, for callbacks
+    extras: dict[str, Any] = field(default_factory=dict)  # per image, or what computes it, for callbacks
 
 
 class Stage(OptimizerGroups):
@@ -65,7 +65,7 @@ class Stage(OptimizerGroups):
         self.position = 0  # images consumed over all processes
         self.sharded = False  # whether the strategy shards the networks when it sets up
         self._weights: dict[str, Any] = {}  # of a checkpoint, which wait for that
-        self.extras: dict[str, dict[str, Tensor]] = {}  # by group, of the latest micro-batch
+        self.extras: dict[str, dict[str, Any]] = {}  # by group, of the latest micro-batch
         self.step_complete = True  # between two steps
         self.unvalidated = False  # whether the run was killed in the validation of the step that it resumes from
         self.panel_labels: dict[str, list[str]] = {}  # of the images of the latest panels, by name
@@ -150,7 +150,9 @@ class Stage(OptimizerGroups):
         with self._only(group), self._synchronised(group, last):
             losses = self.losses(group, batch)
             self.manual_backward(losses.total / self.accumulate if self.accumulate > 1 else losses.total)
-        self.extras[group] = {name: value.detach() for name, value in losses.extras.items()}
+        self.extras[group] = {
+            name: value.detach() if isinstance(value, Tensor) else value for name, value in losses.extras.items()
+        }
         self.metrics.add(losses.metrics or {"loss": losses.total}, 1 / self.accumulate)
 
     @property

@@ -14,7 +14,7 @@ class NoiseLevels(pl.Callback):
 
     def __init__(self, bins: int = 10) -> None:
         self.bins = bins
-        self._seen: list[tuple[Tensor, Tensor]] = []  # losses and levels of micro-batches since the last row, (B,) each
+        self._seen: list[tuple[Tensor, Any]] = []  # losses and levels of micro-batches since the last row, (B,) each
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Log the bins that saw images since the last row, once a row is due: until then nothing is computed."""
@@ -24,7 +24,8 @@ class NoiseLevels(pl.Callback):
         self._seen.append((extras["loss"], extras["level"]))
         if not (pl_module.step_complete and pl_module.row_due):
             return
-        loss, level = (torch.cat(parts).float() for parts in zip(*self._seen, strict=True))
+        losses, levels = zip(*self._seen, strict=True)
+        loss, level = torch.cat(losses).float(), torch.cat([at() if callable(at) else at for at in levels]).float()
         self._seen = []
         place = (level * self.bins).long().clamp(0, self.bins - 1)  # level: in [0, 1)
         sums = torch.zeros(2, self.bins, device=loss.device)
