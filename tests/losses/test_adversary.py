@@ -1,19 +1,15 @@
 """The adversary: hinge, adaptive weight, start steps, and a discriminator that no split of the batch can change."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from conf_files import conf_names, conf_node
 from ldmlab.errors import InputError
 from ldmlab.losses.adversary import Adversary
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
-
-LOSSES = sorted((Path(__file__).parents[2] / "conf/loss").glob("*.yaml"))
 
 
 def adversary(**options: float) -> Adversary:
@@ -94,8 +90,8 @@ def test_released_discriminator_size() -> None:
         assert sum(p.numel() for p in PatchDiscriminator(64, 3, norm).parameters()) == expected
 
 
-@pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.stem)
-def test_every_loss_file_builds(path: Path) -> None:
-    options = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("name", conf_names("loss"))
+def test_every_loss_file_builds(name: str) -> None:
+    options = conf_node("loss", name)
     lpips = nn.Identity() if options["lpips_weight"] else None
     assert isinstance(instantiate(options, lpips=lpips), AutoencoderLoss)

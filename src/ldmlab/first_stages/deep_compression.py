@@ -25,6 +25,7 @@ from ldmlab.first_stages.deep_compression_blocks import (
 )
 from ldmlab.first_stages.encoder_decoder import check_image_size, initialise
 from ldmlab.nn.blocks import conv3
+from ldmlab.values import LatentChange
 
 _BLOCKS = ("ResBlock", "EfficientViTBlock")
 
@@ -192,12 +193,18 @@ class DeepCompressionAutoencoder(nn.Module):
         """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
         return self.decoder(raw_latents)
 
-    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+    def reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None = None) -> Reconstruction:
         """Encode and decode (the noise is not used); no penalties."""
-        return Reconstruction(self.decode(self.encode(images).mean), {})
+        latents = self.encode(images).mean
+        return Reconstruction(self.decode(latents if change is None else change(latents)), {}, latents=latents)
 
     @property
     def last_layer(self) -> Tensor:
         """Weight of the convolution that gives the pixels."""
         end = self.decoder.conv_out
         return end.conv.weight if isinstance(end, Up) else end.weight
+
+    @property
+    def encoder_last_layer(self) -> Tensor:
+        """Weight of the convolution that gives the latents."""
+        return self.encoder.conv_out.weight
