@@ -95,10 +95,7 @@ def test_the_encoder_is_neither_trained_nor_saved() -> None:
 )
 def test_what_cannot_be_aligned(options: dict[str, Any], given: dict[str, Any], message: str) -> None:
     picture, latents = TENSORS["picture"][:1], TENSORS["z"][:1]
+    with_latents = Reconstruction(picture, {}, latents=given.get("latents", latents))
+    encoded, encoder = Encoded(picture, given.get("last_layer", latents)), Recorded(TENSORS["aux_feature"][:1])
     with pytest.raises(InputError, match=message):
-        made = VisionAlignment(encoder=Recorded(TENSORS["aux_feature"][:1]), latent_channels=16, **options)
-        made.weighted(
-            picture.sum(),
-            Reconstruction(picture, {}, latents=given.get("latents", latents)),
-            Encoded(picture, given.get("last_layer", latents)),
-        )
+        VisionAlignment(encoder=encoder, latent_channels=16, **options).weighted(picture.sum(), with_latents, encoded)
