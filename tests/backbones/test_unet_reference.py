@@ -14,7 +14,7 @@ from conf_files import conf_node
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
-from ldmlab.interop.compvis import compvis_unets as compvis
+from ldmlab.interop.compvis import compvis_networks as compvis
 from ldmlab.interop.compvis.compvis_networks import unet_part
 from ldmlab.interop.renaming import Part
 
@@ -26,7 +26,7 @@ PREFIX = "model.diffusion_model."
 
 
 def part_of(params: dict[str, Any]) -> Part:
-    return unet_part({"_target_": "ldmlab.backbones.unet.UNet", **compvis.arguments(params)})
+    return unet_part({"_target_": "ldmlab.backbones.unet.UNet", **compvis.unet_arguments(params)})
 
 
 def official(name: str) -> tuple[Any, dict[str, Tensor], Part]:

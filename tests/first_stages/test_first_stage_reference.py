@@ -12,7 +12,7 @@ from torch import Tensor
 from conf_files import conf_node
 from drawn_weights import TOLERANCE, drawn
 from ldmlab.first_stages.kl import kl_to_standard_normal
-from ldmlab.interop.compvis import compvis_first_stages as compvis
+from ldmlab.interop.compvis import compvis_networks as compvis
 from ldmlab.interop.compvis.compvis_networks import first_stage_part
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ PREFIX = "first_stage_model."
 def reference(name: str) -> tuple[Any, dict[str, Tensor]]:
     case = CASES[name]
     target = {"autoencoder_kl": "AutoencoderKL", "autoencoder_vq": "VQModel"}[name]
-    arguments = compvis.arguments(target, case["config"])
+    arguments = compvis.first_stage_arguments(target, case["config"])
     stage = first_stage_part(arguments).filled(drawn(case, PREFIX))
     assert type(stage).__name__ == {"AutoencoderKL": "KLAutoencoder"}.get(target, target)
     assert sum(p.numel() for p in stage.parameters()) == case["params"]
@@ -68,7 +68,7 @@ def test_vq_outputs() -> None:
 def test_released_sizes_and_names(name: str) -> None:
     released = RELEASED[name]
     options = conf_node("first_stage", name)
-    official = compvis.arguments(released["target"], released["config"])
+    official = compvis.first_stage_arguments(released["target"], released["config"])
     assert options | {"bottleneck_channels": official["bottleneck_channels"]} == official | {
         key: options[key] for key in options.keys() - official.keys()
     }

@@ -15,7 +15,7 @@ from ldmlab.app.cli import dispatch
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.interop import compvis
-from ldmlab.interop.compvis import compvis_unets
+from ldmlab.interop.compvis import compvis_networks
 from ldmlab.interop.compvis.compvis_read import describe
 from ldmlab.interop.diffusers.diffusers_networks import unet_part
 from ldmlab.interop.diffusers.diffusers_unets import configuration
@@ -65,7 +65,7 @@ def test_the_official_network_gives_what_diffusers_gives_with_its_table(config: 
     params = config["model"]["params"]["unet_config"]["params"]
     state = whole_file(config)
     unet = compvis.build_unet(params, state)
-    theirs = their_network(compvis_unets.arguments(params), dict(unet.state_dict()), state[TABLE])
+    theirs = their_network(compvis_networks.unet_arguments(params), dict(unet.state_dict()), state[TABLE])
     for network in (unet, theirs):
         network.double()  # group norms of single pixels magnify float32's rounding to 1e-4
     table = state[TABLE].double()
@@ -176,4 +176,4 @@ def test_vectors_of_another_kind_have_no_official_place() -> None:
     imported = describe(whole_file(PLAIN, averages=False), PLAIN)
     projected = imported.spec["backbone"] | {"project_vector": True}
     with pytest.raises(InputError, match=r"as they are \(backbone.project_vector=false\)"):
-        compvis_unets.params_of(projected, CLASSES)
+        compvis_networks.unet_params_of(projected, CLASSES)

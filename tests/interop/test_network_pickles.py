@@ -16,7 +16,7 @@ import ldmlab
 from ldmlab.app import cli
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
-from ldmlab.interop.network_pickles import read_network
+from ldmlab.interop.imported import read_network
 from ldmlab.model_files import read_model
 from modern_cases import assert_near, networks, weights_of
 

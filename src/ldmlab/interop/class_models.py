@@ -15,13 +15,6 @@ from torch import Tensor, nn
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError, one_of
 from ldmlab.interop import diffusers, dit, edm, edm2, lightningdit, repa, sit, verify
-from ldmlab.interop.class_model_shapes import (
-    edm2_config,
-    edm_config,
-    lightningdit_config,
-    repa_config,
-    transformer_config,
-)
 from ldmlab.interop.imported import assembled, network_weights, unpickled
 from ldmlab.interop.renaming import Node, Part, State, StateDict, downsampling, fill_parts
 from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
@@ -115,12 +108,12 @@ _TO_DATA = partial(_flow, 1.0, "data")
 _REPA = partial(_transformer, repa.options), partial(_flow, 0.0, "noise"), _SD, _repa_output, repa.PROJECTORS
 _LIGHTNING = partial(_transformer, lightningdit.options), _TO_DATA, None, lightningdit.as_official
 PROGRAMS = {
-    "dit": Program(transformer_config, partial(_transformer, dit.options), _dit_diffusion, _SD, dit.as_official),
-    "sit": Program(transformer_config, partial(_transformer, sit.options), _TO_DATA, _SD, sit.as_official),
-    "repa": Program(repa_config, *_REPA),
-    "lightningdit": Program(lightningdit_config, *_LIGHTNING),
-    "edm": Program(edm_config, _edm_parts, edm.diffusion_nodes, _PIXELS, _edm_output, edm.AUGMENT),
-    "edm2": Program(edm2_config, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output, edm2.HEAD),
+    "dit": Program(dit.transformer_config, partial(_transformer, dit.options), _dit_diffusion, _SD, dit.as_official),
+    "sit": Program(dit.transformer_config, partial(_transformer, sit.options), _TO_DATA, _SD, sit.as_official),
+    "repa": Program(dit.repa_config, *_REPA),
+    "lightningdit": Program(dit.lightningdit_config, *_LIGHTNING),
+    "edm": Program(edm.config_of, _edm_parts, edm.diffusion_nodes, _PIXELS, _edm_output, edm.AUGMENT),
+    "edm2": Program(edm2.config_of, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output, edm2.HEAD),
 }
 
 

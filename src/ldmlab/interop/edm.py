@@ -11,18 +11,9 @@ from ldmlab.backbones.edm_unet import EdmUNet
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError, one_of
+from ldmlab.interop import renaming
 from ldmlab.interop.edm2 import block_names
-from ldmlab.interop.renaming import (
-    Names,
-    Node,
-    OfficialModule,
-    Part,
-    State,
-    StateDict,
-    fill_parts,
-    refuse_unknown,
-    unfilled,
-)
+from ldmlab.interop.renaming import Node, OfficialModule, Part, State, StateDict, numbers_of, shape_of
 
 PRECONDS = {  # class => its network unless another is named
     **{"EDMPrecond": "DhariwalUNet", "iDDPMPrecond": "DhariwalUNet"},
@@ -41,11 +32,6 @@ _ARGUMENTS = {  # of the classes and their networks
     *("embedding_type", "resample_filter"),
 }
 _HEAD = 64  # channels of a head of DhariwalUNet
-_IN_BLOCK = {
-    **{"res.norm_in": "norm0", "res.conv_in": "conv0", "res.emb": "affine", "res.norm_out": "norm1"},
-    **{"res.conv_out": "conv1", "res.skip": "skip", "norm": "norm2", "qkv": "qkv", "out": "proj"},
-}
-_OUTSIDE = {"expand": "map_layer0", "mix": "map_layer1", "label": "map_label", "augment": "map_augment"}
 _FILTER = "resample_filter"
 AUGMENT = "model.map_augment"  # how the names of tensors begin that serve training alone
 
@@ -56,9 +42,9 @@ def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
     config: the arguments of the class, and its name as `precond` (EDMPrecond). `use_fp16` and `label_dropout` have no
     effect: it runs in float32 with the labels it is given. InputError: weights of another configuration.
     """
-    refuse_unknown(config, _ARGUMENTS)
+    renaming.refuse_unknown(config, _ARGUMENTS)
     parts = {"network": network_part(config)}
-    fill_parts(parts, without_filters(config, state_dict))
+    renaming.fill_parts(parts, without_filters(config, state_dict))
     return OfficialPrecond(config, parts).eval()
 
 
@@ -124,30 +110,19 @@ def diffusion_nodes(config: Node) -> dict[str, Any]:
 
 def network_part(config: Node) -> Part:
     """Our network for the arguments of a class, without weights, and the official names of its tensors."""
-    config, network = with_defaults(config), unfilled(backbone_node(config), "backbone")
+    config, network = with_defaults(config), renaming.unfilled(backbone_node(config), "backbone")
     sides = [config["img_resolution"] >> level for level in range(len(config["channel_mult"]))]
     blocks = list(block_names(config["img_resolution"], len(sides), config["num_blocks"]))
-    places = {side: [f"model.{name}" for name in blocks if name.startswith(side)] for side in ("enc", "dec")}
-    outside = {ours: f"model.{name}" for ours, name in _OUTSIDE.items()}
-    outside |= {"conv_in": places["enc"][0], "fourier.frequencies": "model.map_noise.freqs"}
-    outside |= {f"encoder.{i}": name for i, name in enumerate(places["enc"][1:])}
-    outside |= {f"decoder.{i}": name for i, name in enumerate(places["dec"])}
-    kind = config.get("encoder_type")
-    outside |= {f"inputs.{i}": f"model.enc.{side}x{side}_aux_{kind}" for i, side in enumerate(sides[1:])}
+    first, *encoder = [name for name in blocks if name.startswith("enc")]
     shown = sides[::-1] if config.get("decoder_type") == "skip" else sides[:1]
-    for i, side in enumerate(shown):
-        place = f"dec.{side}x{side}_aux" if config["model_type"] == "SongUNet" else "out"
-        outside |= {f"norms_out.{i}": f"model.{place}_norm", f"convs_out.{i}": f"model.{place}_conv"}
-    names: Names = {}
-    for ours in network.state_dict():
-        parent, _, leaf = ours.rpartition(".")
-        side, number, *inside = parent.split(".") if "." in parent else (parent, "")
-        if ours in outside:
-            names[ours] = (outside[ours],)
-        elif inside:
-            names[ours] = (f"{outside[f'{side}.{number}']}.{_IN_BLOCK['.'.join(inside)]}.{leaf}",)
-        else:
-            names[ours] = (f"{outside[parent]}.{leaf}",)
+    song = config["model_type"] == "SongUNet"
+    lists = {
+        **{"enc": encoder, "dec": [name for name in blocks if name.startswith("dec")]},
+        "input": [f"enc.{side}x{side}_aux_{config.get('encoder_type')}" for side in sides[1:]],
+        "out": [f"dec.{side}x{side}_aux" if song else "out" for side in shown],
+    }
+    table = renaming.names_of("edm", "network") | {"conv_in": f"model.{first}"}
+    names = renaming.renamed(network.state_dict(), table, renaming.numbered(**lists))
     return Part("network", network, names, {name: 4 for name in names if name.endswith(("qkv.weight", ".out.weight"))})
 
 
@@ -161,6 +136,34 @@ def without_filters(config: Node, state: State) -> StateDict:
         ):
             raise InputError(f"{name} of the file is not {_FILTER}={row.tolist()}; give the configuration's.")
     return {name: tensor for name, tensor in state.items() if not name.endswith(_FILTER)}
+
+
+def config_of(state: State, given: Node) -> dict[str, Any]:
+    """The arguments of a class; augmentation labels serve training alone, so the network is read without them."""
+    sides = sorted(set(numbers_of(state, r"model\.enc\.(\d+)x")), reverse=True)
+    if not sides:
+        shape_of(state, "model.enc")
+    first, song = sides[0], "model.out_norm.weight" not in state
+    widths = [shape_of(state, f"model.enc.{side}x{side}_block0.conv0.weight")[0] for side in sides]
+    base, channels = shape_of(state, f"model.enc.{first}x{first}_conv.weight")[:2]
+    embedding, noise = shape_of(state, "model.map_layer0.weight")
+    width = base if song else noise  # ADM's first convolution is as wide as the first level
+    rows = shape_of(state, f"model.dec.{first}x{first}_aux_conv.weight" if song else "model.out_conv.weight")[0]
+    joined = [kind for kind in ("residual", "skip") if any(name.endswith(f"_aux_{kind}.weight") for name in state)]
+    filters = [tensor[0, 0].float().sum(0) for name, tensor in state.items() if name.endswith("resample_filter")]
+    return {
+        **{"precond": "iDDPMPrecond" if rows == 2 * channels else "EDMPrecond"},
+        **{"model_type": "SongUNet" if song else "DhariwalUNet", "img_resolution": first, "img_channels": channels},
+        **{"model_channels": width, "channel_mult": [each // width for each in widths]},
+        **{"channel_mult_emb": embedding // width, "channel_mult_noise": noise // width if song else 1},
+        "num_blocks": 1 + max(numbers_of(state, rf"model\.enc\.{first}x{first}_block(\d+)\.")),
+        "attn_resolutions": [s for s in sides if f"model.enc.{s}x{s}_block0.qkv.weight" in state],
+        "label_dim": state["model.map_label.weight"].shape[1] if "model.map_label.weight" in state else 0,
+        "embedding_type": "fourier" if "model.map_noise.freqs" in state else "positional",
+        **{"encoder_type": joined[0] if joined else "standard"},
+        "decoder_type": "skip" if len(numbers_of(state, r"model\.dec\.(\d+)x\d+_aux_norm\.w")) > 1 else "standard",
+        **({"resample_filter": (filters[0] / filters[0][0]).tolist()} if filters else {}),
+    }
 
 
 class OfficialPrecond(OfficialModule):

@@ -10,17 +10,8 @@ from ldmlab.backbones.edm2_unet import EDM2UNet
 from ldmlab.checkpoints import without_weights
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.weighting import LearnedLogVariance
-from ldmlab.interop.renaming import (
-    Names,
-    Node,
-    OfficialModule,
-    Part,
-    State,
-    StateDict,
-    fill_parts,
-    refuse_unknown,
-    unfilled,
-)
+from ldmlab.interop import renaming
+from ldmlab.interop.renaming import Node, OfficialModule, Part, State, StateDict, numbers_of, shape_of
 
 _TARGET = "ldmlab.backbones.edm2_unet.EDM2UNet"
 _OPTIONS = {  # theirs => ours
@@ -34,15 +25,6 @@ _ARGUMENTS = {  # of `Precond` and its `UNet`
     *("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels"),
     *("channel_mult_noise", "channel_mult_emb", "attn_resolutions"),
 }
-_IN_BLOCK = {
-    **{"conv_in": "conv_res0", "conv_out": "conv_res1", "skip": "conv_skip", "emb": "emb_linear"},
-    **{"qkv": "attn_qkv", "out": "attn_proj"},
-}
-_OUTSIDE = {
-    **{"fourier": "unet.emb_fourier", "noise": "unet.emb_noise", "vector": "unet.emb_label"},
-    **{"conv_out": "unet.out_conv", "gain_out": "unet.out_gain"},
-}
-_LEAF = {"frequencies": "freqs"}
 HEAD = "logvar_"  # how the names of the log-variance's tensors begin: it serves training alone
 
 
@@ -51,13 +33,13 @@ def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
 
     `use_fp16` has no effect: it runs in float32. InputError: the weights are not those of the configuration.
     """
-    refuse_unknown(config, _ARGUMENTS)
+    renaming.refuse_unknown(config, _ARGUMENTS)
     with without_weights():
         head = LearnedLogVariance(channels=config.get("logvar_channels", 128))
     names = {"frequencies": "fourier.freqs", "phases": "fourier.phases", "linear.weight": "linear.weight"}
     of_head = Part("head", head, {ours: (HEAD + name,) for ours, name in names.items()})
     parts = {"network": network_part(config), "head": of_head}
-    fill_parts(parts, {name: vector(tensor) for name, tensor in state_dict.items()})
+    renaming.fill_parts(parts, {name: vector(tensor) for name, tensor in state_dict.items()})
     return OfficialPrecond(parts, config.get("sigma_data", 0.5), config.get("label_dim", 0)).eval()
 
 
@@ -93,18 +75,12 @@ def backbone_node(config: Node) -> dict[str, Any]:
 
 def network_part(config: Node) -> Part:
     """Our network for the arguments of `Precond`, without weights, and the official names of its tensors."""
-    network = unfilled(backbone_node(config), "backbone")
+    network = renaming.unfilled(backbone_node(config), "backbone")
     mults = config.get("channel_mult", [1, 2, 3, 4])
     blocks = list(block_names(config["img_resolution"], len(mults), config.get("num_blocks", 3)))
-    names: Names = {}
-    for ours in network.state_dict():
-        parent, _, leaf = ours.rpartition(".")
-        if parent.startswith(("encoder.", "decoder.")):
-            side, number, *module = parent.split(".")
-            block = [name for name in blocks if name.startswith(side[:3])][int(number)]
-            names[ours] = (".".join(["unet", block, *(_IN_BLOCK[name] for name in module), leaf]),)
-        else:
-            names[ours] = (_OUTSIDE[ours] if ours in _OUTSIDE else f"{_OUTSIDE[parent]}.{_LEAF.get(leaf, leaf)}",)
+    lists = {side: [name for name in blocks if name.startswith(side)] for side in ("enc", "dec")}
+    table = renaming.names_of("edm2", "network") | {f"{side}oder.#": f"unet.{{{side}}}" for side in lists}
+    names = renaming.renamed(network.state_dict(), table, renaming.numbered(**lists))
     matrices = {name: 4 for name in names if name.endswith((".qkv.weight", ".out.weight"))}
     return Part("network", network, names, matrices)
 
@@ -118,6 +94,26 @@ def block_names(resolution: int, levels: int, per_level: int) -> Iterator[str]:
     for level, side in reversed(list(enumerate(sides))):
         yield from (f"dec.{side}_{name}" for name in (("up",) if level < levels - 1 else ("in0", "in1")))
         yield from (f"dec.{side}_block{i}" for i in range(per_level + 1))
+
+
+def config_of(state: State, given: Node) -> dict[str, Any]:
+    """The arguments of `Precond`, its balances and the width of heads at their defaults."""
+    sides = sorted(set(numbers_of(state, r"unet\.enc\.(\d+)x")), reverse=True)
+    if not sides:
+        shape_of(state, "unet.enc")
+    first, *_ = sides
+    widths = [shape_of(state, f"unet.enc.{side}x{side}_block0.conv_res0.weight")[0] for side in sides]
+    embedding, noise = shape_of(state, "unet.emb_noise.weight")
+    return {
+        "img_resolution": first,
+        "img_channels": shape_of(state, f"unet.enc.{first}x{first}_conv.weight")[1] - 1,
+        **{"model_channels": widths[0], "channel_mult": [width // widths[0] for width in widths]},
+        **{"channel_mult_noise": noise // widths[0], "channel_mult_emb": embedding // widths[0]},
+        "num_blocks": 1 + max(numbers_of(state, rf"unet\.enc\.{first}x{first}_block(\d+)\.")),
+        "attn_resolutions": [s for s in sides if f"unet.enc.{s}x{s}_block0.attn_qkv.weight" in state],
+        "label_dim": shape_of(state, "unet.emb_label.weight")[1],
+        "logvar_channels": shape_of(state, "logvar_linear.weight")[1],
+    }
 
 
 class OfficialPrecond(OfficialModule):

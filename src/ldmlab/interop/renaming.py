@@ -1,7 +1,7 @@
 """Our networks and their tensors in foreign formats: tables of names (`names.yaml`), read in both directions."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -19,6 +19,7 @@ from ldmlab.instantiate import instantiate
 Node = Mapping[str, Any]
 State = Mapping[str, Tensor]
 StateDict = dict[str, Tensor]
+Derived = Callable[..., Mapping[str, int | str]]  # numbers in a name => fields
 Names = dict[str, tuple[str, ...]]  # tensor here => tensor there, or those of q, k and v
 _TABLES, OPTIONS = (
     yaml.safe_load(files("ldmlab.interop").joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
@@ -41,7 +42,9 @@ def names_of(form: str, *tables: str) -> dict[str, str]:
 
 
 def renamed(
-    tensors: Iterable[str], table: Mapping[str, str], derived: Callable[..., dict[str, int]] = lambda *numbers: {}
+    tensors: Iterable[str],
+    table: Mapping[str, str],
+    derived: Callable[..., Mapping[str, int | str]] = lambda *numbers: {},
 ) -> Names:
     """Names of tensors of ours; `derived` gives more fields for the numbers in a name. KeyError: not in the table."""
     names: Names = {}
@@ -53,6 +56,11 @@ def renamed(
         parts = "qkv" if "{qkv}" in there else "-"
         names[tensor] = tuple(there.format(*numbers, **fields, qkv=part) for part in parts)
     return names
+
+
+def numbered(**lists: Sequence[str]) -> Derived:
+    """As `derived`: of each list the entry of the first number in a name."""
+    return lambda number, *rest: {name: entries[number] for name, entries in lists.items() if number < len(entries)}
 
 
 _LISTED = 30  # names of one sort in a message
@@ -251,3 +259,18 @@ def clip_node(config: Node, *, layer: str = "last", padding: str = "end") -> dic
         "padding": padding,
         "drop": 0.0,
     }
+
+
+# ---- official arguments, from names and shapes of tensors
+
+
+def numbers_of(state: State, pattern: str) -> list[int]:
+    """What the group of a pattern finds at the beginning of names."""
+    return [int(match[1]) for name in state if (match := re.match(pattern, name))]
+
+
+def shape_of(state: State, name: str) -> tuple[int, ...]:
+    """InputError where the tensor is missing."""
+    if name not in state:
+        raise InputError(f"the file has no tensor {name}, so it is no network of this --format; give its own.")
+    return tuple(state[name].shape)

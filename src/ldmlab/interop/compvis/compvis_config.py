@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
+from ldmlab.interop.compvis import compvis_networks as networks
 from ldmlab.interop.compvis.compvis_conditioners import arguments
-from ldmlab.interop.compvis.compvis_networks import SCHEDULES
 from ldmlab.interop.renaming import OPTIONS
 from ldmlab.model_files import read_yaml
 
@@ -51,7 +50,7 @@ def model_config(content: Any, source: str = "config") -> Node:
 def first_stage_spec(config: Params) -> Node:
     """model.yaml of a first stage alone."""
     params = config["params"]
-    node = compvis_first_stages.arguments(config["target"] or compvis_first_stages.target_of(params), params)
+    node = networks.first_stage_arguments(config["target"] or networks.target_of(params), params)
     return {"kind": "first_stage", "image_size": params["ddconfig"]["resolution"], "first_stage": node}
 
 
@@ -70,7 +69,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
     if stage["target"].endswith("IdentityFirstStage"):
         first_stage = {"_target_": "ldmlab.first_stages.identity.Identity"}
     else:
-        first_stage = compvis_first_stages.arguments(stage["target"], stage["params"])
+        first_stage = networks.first_stage_arguments(stage["target"], stage["params"])
     factor = 2 ** (len(first_stage.get("channel_mult", [1])) - 1)
     conditioners = conditioner_nodes(params, factor, tensors)
     size = [side * factor for side in latent] if isinstance(latent, list) else latent * factor
@@ -79,7 +78,7 @@ def latent_diffusion_spec(params: Params, prediction: str | None, tensors: Mappi
         "image_size": size,
         "first_stage": first_stage,
         "latent_scale": scale_node(params.get("scale_factor", 1.0)),
-        "backbone": {"_target_": UNET_TARGET, **compvis_unets.arguments(params["unet_config"]["params"])},
+        "backbone": {"_target_": UNET_TARGET, **networks.unet_arguments(params["unet_config"]["params"])},
         "conditioners": conditioners,
         "diffusion": diffusion_node(params, prediction),
         "guidance_trained": None if any(node.get("null_row", True) for node in conditioners.values()) else False,
@@ -110,7 +109,7 @@ def diffusion_node(params: Params, prediction: str | None) -> Node:
         "prediction": {"_target_": f"ldmlab.diffusion.parameterization.{PREDICTIONS[named]}"},
         "schedule": {
             "_target_": "ldmlab.diffusion.schedule.Schedule",
-            "name": SCHEDULES.get(schedule, schedule),
+            "name": networks.SCHEDULES.get(schedule, schedule),
             **{ours: params.get(official, default) for official, (ours, default) in BETAS.items()},
         },
     }

@@ -17,7 +17,6 @@ from ldmlab.conditioners.text import OpenClipText, TransformerText
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.compvis import compvis_first_stages, compvis_unets
 from ldmlab.interop.compvis import compvis_networks as networks
 from ldmlab.interop.compvis.compvis_conditioners import arguments, official_config
 from ldmlab.interop.compvis.compvis_config import BETAS, LDM_HOLE, LDM_MASK, PREDICTIONS, SD_HOLE, SD_MASK
@@ -41,7 +40,7 @@ def export(spec: Node, parts: Mapping[str, State]) -> tuple[StateDict, dict[str,
     `spec` is model.yaml, `parts` its tensors: first_stage, denoiser, conditioner.
     """
     if spec["kind"] == "first_stage":
-        target, params = compvis_first_stages.params_of(spec["first_stage"])
+        target, params = networks.first_stage_params_of(spec["first_stage"])
         state = networks.first_stage_part(spec["first_stage"]).to_foreign(parts["first_stage"])
         return state, {"model": {"target": target, "params": params}}
     if spec["kind"] != "latent_diffusion":
@@ -73,8 +72,8 @@ def _model_params(spec: Node, classes: int | None, linear: bool) -> Params:
     factor, channels = 2 ** (len(first_stage.get("channel_mult", [1])) - 1), first_stage.get("latent_channels", 3)
     target, stage_params = "ldm.models.autoencoder.IdentityFirstStage", Params()
     if first_stage["_target_"] != "ldmlab.first_stages.identity.Identity":
-        target, stage_params = compvis_first_stages.params_of(first_stage)
-    unet = compvis_unets.params_of(spec["backbone"], classes)
+        target, stage_params = networks.first_stage_params_of(first_stage)
+    unet = networks.unet_params_of(spec["backbone"], classes)
     unet |= {"use_linear_in_transformer": True} if linear else {}
     return {
         **_diffusion_params(spec["diffusion"]),

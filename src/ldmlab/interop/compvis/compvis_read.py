@@ -15,10 +15,9 @@ from ldmlab.build import ready
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError, one_of
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.compvis import compvis_conditioners, compvis_config, compvis_first_stages, compvis_unets
+from ldmlab.interop.compvis import compvis_conditioners, compvis_config
 from ldmlab.interop.compvis import compvis_networks as networks
-from ldmlab.interop.compvis.compvis_file import OfficialFile, check_schedule, scale_factor, take_apart
-from ldmlab.interop.compvis.compvis_shapes import config_of, linear_projections
+from ldmlab.interop.compvis.compvis_file import OfficialFile, check_schedule, config_of, linear_projections, take_apart
 from ldmlab.interop.imported import assembled, read_weights
 from ldmlab.interop.renaming import Mismatch, Part, State, StateDict, compare, refuse_mismatch
 from ldmlab.model_files import ModelFiles
@@ -67,7 +66,7 @@ def describe(
         spec = compvis_config.first_stage_spec(official)
     else:
         spec = compvis_config.latent_diffusion_spec(params, prediction, file.conditioner)
-        spec["latent_scale"] = compvis_config.scale_node(scale_factor(file, params))
+        spec["latent_scale"] = compvis_config.scale_node(file.scale_factor(params))
         check_schedule(file, instantiate(spec["diffusion"]["schedule"], where="schedule").betas)
     taken, used, notes = _networks(spec, file, weights)
     mismatches = {name: part.mismatch(tensors) for name, (part, tensors) in taken.items()}
@@ -175,7 +174,7 @@ def build_unet(config_params: Mapping[str, Any], state_dict: State | None = None
     A table of classes (`num_classes`) is no part of ours: `label_emb.weight[class_id]` is its `vector` conditioning,
     added to the time vector as it is. Of a whole file `read` and `load` make a ClassEmbedder of it.
     """
-    node = {"_target_": compvis_config.UNET_TARGET, **compvis_unets.arguments(config_params)}
+    node = {"_target_": compvis_config.UNET_TARGET, **networks.unet_arguments(config_params)}
     if state_dict is None:
         return instantiate(node, where="backbone")
     tensors = networks.of_part(state_dict, networks.UNET)
@@ -191,7 +190,7 @@ def build_first_stage(
     target: str | None = None,  # official class; None: VQ if the params name a codebook, else KL
 ) -> nn.Module:
     """Our first stage for `first_stage_config.params`; networks of its loss in the state dict are left aside."""
-    node = compvis_first_stages.arguments(target or compvis_first_stages.target_of(config_params), config_params)
+    node = networks.first_stage_arguments(target or networks.target_of(config_params), config_params)
     if state_dict is None:
         return instantiate(node, where="first_stage")
     return networks.first_stage_part(node).filled(networks.of_part(state_dict, networks.FIRST_STAGE))

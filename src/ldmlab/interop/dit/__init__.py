@@ -13,18 +13,8 @@ from torch import Tensor, nn
 from ldmlab.backbones.dit import DiT
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.contracts import Conditioning
-from ldmlab.interop.renaming import (
-    Names,
-    Node,
-    OfficialModule,
-    Part,
-    State,
-    fill_parts,
-    names_of,
-    refuse_unknown,
-    renamed,
-    unfilled,
-)
+from ldmlab.interop import renaming
+from ldmlab.interop.renaming import Names, Node, OfficialModule, Part, State, numbers_of, shape_of
 from ldmlab.nn.blocks import SwiGLU
 
 ARGUMENTS: dict[str, Any] = {  # of the official class => default; the side of latents is not fixed here
@@ -41,7 +31,7 @@ def as_official(config: Node, state_dict: State) -> "OfficialTransformer":
     t counts the steps 0 .. T - 1. With `learn_sigma` the output has 2 C channels. InputError: an argument is unknown,
     or the weights are not those of the configuration.
     """
-    refuse_unknown(config, ARGUMENTS)
+    renaming.refuse_unknown(config, ARGUMENTS)
     return OfficialTransformer(filled_parts(config, state_dict, options(config))).eval()
 
 
@@ -70,8 +60,8 @@ def nodes(config: Node, options: Mapping[str, Any]) -> tuple[dict[str, Any], dic
 
 def parts_of(node: Node, labels: Node) -> dict[str, Part]:
     """The network and the table of classes, without weights, and the official names of their tensors."""
-    network, table = unfilled(node, "backbone"), unfilled(labels, "conditioner")
-    names = renamed(table.state_dict(), names_of("dit", "classes"))
+    network, table = renaming.unfilled(node, "backbone"), renaming.unfilled(labels, "conditioner")
+    names = renaming.renamed(table.state_dict(), renaming.names_of("dit", "classes"))
     return {"network": Part("network", network, network_names(network)), "labels": Part("label table", table, names)}
 
 
@@ -80,14 +70,14 @@ def filled_parts(
 ) -> dict[str, Part]:
     """The parts of `config` and `more`, with the file's tensors."""
     parts = {**parts_of(*nodes(config, options)), **(more or {})}
-    fill_parts(parts, {name: tensor for name, tensor in state_dict.items() if name not in CONSTANTS})
+    renaming.fill_parts(parts, {name: tensor for name, tensor in state_dict.items() if name not in CONSTANTS})
     return parts
 
 
 def network_names(network: nn.Module) -> Names:
     """The official names of the tensors of a `DiT` of ours."""
     gated = any(isinstance(module, SwiGLU) for module in network.modules())
-    return renamed(network.state_dict(), names_of("dit", "network", "swiglu" if gated else "mlp"))
+    return renaming.renamed(network.state_dict(), renaming.names_of("dit", "network", "swiglu" if gated else "mlp"))
 
 
 class OfficialTransformer(OfficialModule):
@@ -121,3 +111,55 @@ class OfficialTransformer(OfficialModule):
         off = cfg_interval and bool(t[0] < (cfg_interval_start or 0.0))
         guided = with_class if off else without + cfg_scale * (with_class - without)
         return torch.cat([torch.cat([guided, guided]), out[:, count:]], dim=1)
+
+
+# ---- arguments from names and shapes of tensors
+
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}  # of the published widths
+
+
+def transformer_config(state: State, given: Node) -> dict[str, Any]:
+    """Those of `DiT` and `SiT`; `num_heads` only where the width is a published one. `given`: those a user gave."""
+    width, channels, patch, _ = shape_of(state, "x_embedder.proj.weight")
+    rows, places = shape_of(state, "final_layer.linear.weight")[0], shape_of(state, "pos_embed")[1]
+    null_row = given.get("class_dropout_prob", 0.1) > 0
+    return {
+        **{"input_size": round(places**0.5) * patch, "patch_size": patch, "in_channels": channels},
+        **{"hidden_size": width, "depth": 1 + max(numbers_of(state, r"blocks\.(\d+)\."), default=0)},
+        **({"num_heads": _HEADS[width]} if width in _HEADS else {}),
+        "num_classes": shape_of(state, "y_embedder.embedding_table.weight")[0] - null_row,
+        "learn_sigma": rows == 2 * channels * patch**2,
+        "mlp_ratio": _mlp_ratio(state, width),
+    }
+
+
+def repa_config(state: State, given: Node) -> dict[str, Any]:
+    """Those of REPA's `SiT`; the projectors' block does not follow from shapes."""
+    config = transformer_config(state, given)
+    del config["learn_sigma"]
+    projectors = 1 + max(numbers_of(state, r"projectors\.(\d+)\."), default=-1)
+    return config | {
+        "encoder_depth": min(8, config["depth"]),
+        "z_dims": [shape_of(state, f"projectors.{i}.4.weight")[0] for i in range(projectors)],
+        **({"projector_dim": shape_of(state, "projectors.0.0.weight")[0]} if projectors else {}),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+    }
+
+
+def lightningdit_config(state: State, given: Node) -> dict[str, Any]:
+    """Those of `LightningDiT`."""
+    config = transformer_config(state, given)
+    return config | {
+        **{"use_swiglu": "blocks.0.mlp.w12.weight" in state, "use_rmsnorm": "blocks.0.norm1.weight" in state},
+        **{"use_qknorm": "blocks.0.attn.q_norm.weight" in state, "use_rope": "feat_rope.freqs_cos" in state},
+        "wo_shift": shape_of(state, "blocks.0.adaLN_modulation.1.weight")[0] == 4 * config["hidden_size"],
+    }
+
+
+def _mlp_ratio(state: State, width: int) -> float:
+    """A ratio that gives the MLP's width; gated MLPs are 2 / 3 as wide. Published ones have 4."""
+    gated = "blocks.0.mlp.w12.weight" in state
+    hidden = shape_of(state, f"blocks.0.mlp.{'w12' if gated else 'fc1'}.weight")[0]
+    if hidden == (2 * int(2 / 3 * 4 * width) if gated else 4 * width):
+        return 4.0
+    return ((-(-3 * hidden // 4) if gated else hidden) + 0.5) / width  # its product with the width is rounded down
