@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ldmlab.app.card_files import empty_fields, read_person
+from ldmlab.app.card_facts import empty_fields, read_person
 from ldmlab.app.cli import dispatch
 from ldmlab.build import load, load_clip
 from ldmlab.model_files import MODELS

@@ -55,7 +55,7 @@ class GridSweeper(BasicSweeper):
 
     def check(self, items: Sequence[Any]) -> None:
         """Check all listed values, and derive the metric and its direction from the first run."""
-        from ldmlab.app.sweep_metric import GOALS, check_options, checked_metric, goal_of, whole_number
+        from ldmlab.app.commands.sweep_file import GOALS, check_options, checked_metric, goal_of, whole_number
 
         if self.direction not in (None, *GOALS):
             raise InputError(f"hydra.sweeper.direction={self.direction} is unknown; choose {' or '.join(GOALS)}.")
@@ -82,7 +82,7 @@ class GridSweeper(BasicSweeper):
 
     def value(self, run: str) -> float | None:
         """The run's best value of the metric; None where it was never logged."""
-        from ldmlab.app.sweep_metric import best_value
+        from ldmlab.app.commands.sweep_file import best_value
 
         return best_value(Path(run), self.metric, str(self.direction)) if self.metric else None
 
@@ -112,7 +112,7 @@ class OptunaSweeper(GridSweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Resume the unfinished trials of an earlier start, then sample new ones up to `n_trials`."""
         from ldmlab import distributed
-        from ldmlab.app.sweep_metric import check_search
+        from ldmlab.app.commands.sweep_file import check_search
 
         items = [parse_override(word) for word in [*self._parse_config(), *arguments]]
         check_search(self.search)
@@ -140,7 +140,7 @@ class OptunaSweeper(GridSweeper):
         """Create or load the study; InputError if its trials had other options."""
         from hydra.utils import instantiate
 
-        from ldmlab.app.sweep_metric import distribution
+        from ldmlab.app.commands.sweep_file import distribution
         from ldmlab.disks import open_regular
 
         try:

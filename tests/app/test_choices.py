@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from format1_artefacts import config_of, unpack
-from ldmlab.app.choices import check_added, chosen_options
+from ldmlab.app.conf_files import check_added, chosen_options
 from ldmlab.app.wiring import train
 from ldmlab.data import loaders
 from ldmlab.errors import InputError
@@ -73,7 +73,7 @@ def test_a_choice_that_would_be_passed_over_is_refused(
 
 
 def test_a_network_that_comes_with_a_run_takes_no_other_options() -> None:
-    from ldmlab.app.choices import check_choices
+    from ldmlab.app.conf_files import check_choices
 
     text = {"from_run": "runs/clip", "config": {}, "name": None, "layer": "last"}
     whole = {"stage": {"name": "diffusion"}, "data": {"latents": None}, "from_run": None, "conditioner": {"text": text}}

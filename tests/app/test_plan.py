@@ -16,8 +16,7 @@ from ldmlab.app.cli import dispatch
 from ldmlab.app.commands.plan import USED, saved_by_sharding
 from ldmlab.app.compose import compose, plain
 from ldmlab.errors import InputError
-from ldmlab.evaluation.flops import flops_of
-from ldmlab.evaluation.step_cost import StepCost
+from ldmlab.evaluation.flops import StepCost, flops_of
 from ldmlab.instantiate import instantiate
 from ldmlab.nn import attention
 from ldmlab.training.settings import TrainerSettings, trainer_node

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ldmlab.app.wandb_runs import send_scores
+from ldmlab.app.dashboard_page import send_scores
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.wandb_logger import WandB
 

@@ -20,8 +20,7 @@ from shard_maker import keys_of, toy_image, write_shards
 from torch.utils.data import DataLoader, Dataset
 
 from ldmlab.data import shards
-from ldmlab.data.batch_spec import BatchSpec
-from ldmlab.data.dataset import ShardDataset
+from ldmlab.data.dataset import BatchSpec, ShardDataset
 from ldmlab.data.loaders import QuietLoader, eval_loader
 from ldmlab.data.manifest import read_manifest, write_manifest
 from ldmlab.data.order import image_random

@@ -18,10 +18,9 @@ from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation import extraction
 from ldmlab.evaluation.extraction import Extraction
+from ldmlab.evaluation.memorisation import Proportion, largest_clique, least_difference, medoid
 from ldmlab.evaluation.protocol import Protocol
-from ldmlab.metrics.cliques import largest_clique, medoid
 from ldmlab.metrics.features import Pixels
-from ldmlab.metrics.proportions import Proportion, least_difference
 from ldmlab.report.audit_page import stopping_advice, write_audit
 
 TRAIN, VAL = [*range(40), 7, 7], range(1000, 1060)  # blob 7 lies there three times

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
+from ldmlab.evaluation.breakdowns import PairedPass
 from ldmlab.evaluation.model_evaluation import Evaluation
-from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import conditions
 from ldmlab.inference.sample_settings import SampleSettings

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmlab.app import filters
-from ldmlab.app.filters import read_filter
+from ldmlab.app.filters import ConceptFilter, read_filter
 from ldmlab.errors import InputError
-from ldmlab.inference.concept_filter import ConceptFilter
 from ldmlab.inference.grids import read_settings
 from ldmlab.metrics.features import OpenClipFeatures
 from ldmlab.nn.openclip import build_clip

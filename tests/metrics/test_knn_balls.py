@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from ldmlab.metrics import knn_balls
-from ldmlab.metrics.knn_balls import shares_inside, squared_radii
+from ldmlab.metrics.knn_balls import Block, Points, Space, shares_inside, squared_radii
 from ldmlab.metrics.precision_recall import PrecisionRecall
-from ldmlab.metrics.screening import Block, Points, Space
 
 
 def normal(count: int, seed: int, width: int = 40) -> Tensor:

@@ -15,8 +15,7 @@ from starlette.testclient import TestClient
 from ldmlab.app.cli import Parser
 from ldmlab.app.commands import play
 from ldmlab.errors import InputError
-from ldmlab.play.abilities import Limits
-from ldmlab.play.form import as_files, read_form
+from ldmlab.play.form import Limits, as_files, read_form
 from ldmlab.play.playground import application
 
 ABLE = {"reads": ["caption"], "samplers": ["auto", "ddim"], "enlargement": 4}

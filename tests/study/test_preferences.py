@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from ldmlab.errors import InputError
-from ldmlab.study.answers import Session
+from ldmlab.study.answers import Session, excluded_by, preferences
 from ldmlab.study.design import Item, Rules, Study
-from ldmlab.study.preferences import excluded_by, preferences
 
 METHODS = {"a": "A", "b": "B"}
 

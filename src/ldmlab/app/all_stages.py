@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ldmlab import distributed
-from ldmlab.app.choices import check_names
 from ldmlab.app.compose import compose, plain
+from ldmlab.app.conf_files import check_names
+from ldmlab.app.dashboard_page import send_scores
 from ldmlab.app.evaluate import evaluate
 from ldmlab.app.factor_stages import Config, Factor, content_key, once
-from ldmlab.app.wandb_runs import send_scores
 from ldmlab.build import load
 from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import decoder_flops

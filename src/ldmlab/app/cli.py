@@ -16,9 +16,8 @@ from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any, NoReturn
 
-from ldmlab.app.choices import check_added, chosen_options
 from ldmlab.app.compose import plain, searching
-from ldmlab.app.conf_files import conf_dir, group_choices
+from ldmlab.app.conf_files import check_added, chosen_options, conf_dir, group_choices
 from ldmlab.app.hydra_main import hydra_main
 from ldmlab.errors import InputError, did_you_mean, memory_ran_out
 from ldmlab.plugins import VARIABLE, allow, check_variable

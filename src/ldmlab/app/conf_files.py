@@ -1,9 +1,17 @@
-"""Where configuration lies: ours, a user's own folders for the running command, and what they hold."""
+"""Files of configuration, ours and those of a user for the running command: where they lie, what typed options change.
+
+An option that another one overrides, or that the stage does not read, is refused.
+"""
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from ldmlab.errors import InputError, did_you_mean
 
 _PACKAGED = Path(__file__).parents[1] / "conf"
 _CHECKOUT = Path(__file__).parents[3] / "conf"
@@ -55,3 +63,110 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(child, f"{prefix}.{key}" if prefix else str(key))
     elif prefix:
         yield prefix, node
+
+
+Config = Mapping[str, Any]
+NAMES = (
+    *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "encoder", "diffusion"),
+    *("sampler", "task", "optimizer"),
+    *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "teacher", "init_from"),
+    "plugins",
+)
+_READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
+    "first_stage": ("autoencoder", "classifier", "diffusion"),
+    "loss": ("autoencoder",),
+    "clip": ("clip",),
+    "classifier": ("classifier",),
+    "backbone": ("diffusion",),
+    "conditioner": ("diffusion",),
+    "encoder": ("autoencoder", "diffusion"),
+    "diffusion": ("classifier", "diffusion"),
+    "sampler": ("diffusion",),
+    "task": ("diffusion",),
+    "from_run": ("classifier", "diffusion"),
+    "teacher": ("diffusion",),
+}
+_NEEDS = {  # option => the one without which nothing reads it
+    "data.balance_temperature": "data.balance",
+    "data.cache_limit_gib": "data.cache",
+}
+
+
+def chosen_options(words: Collection[str] | None = None) -> frozenset[str]:
+    """The options that were typed, as dotted names; what Hydra takes from its files by default is no choice."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if words is None:
+        words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
+    return frozenset(word.partition("=")[0].lstrip("+~").partition("@")[0] for word in words)
+
+
+def check_added(program: str, words: Collection[str]) -> None:
+    """Refuse `+name=...` where nothing of conf/PROGRAM.yaml has that name, so that nothing would read it."""
+    content = yaml.safe_load((conf_dir() / f"{program}.yaml").read_text())
+    groups = [name for entry in content.pop("defaults") if isinstance(entry, Mapping) for name in entry]
+    known = {*content, "hydra", *(name.rpartition("@")[2].partition(".")[0] for name in groups)}
+    for name in (word.partition("=")[0].lstrip("+") for word in words if word.startswith("+")):
+        if name.partition(".")[0].rpartition("@")[2] not in known:
+            raise InputError(f"{name}: nothing reads this option; leave it out.")
+
+
+def check_names(config: Config) -> None:
+    """Refuse unused names, which are typos, also in an experiment file."""
+    for name in config.keys() - NAMES:
+        raise InputError(f"{name}: nothing reads this option; {did_you_mean(name, NAMES, 'leave it out.')}")
+
+
+def check_choices(config: Config, chosen: Collection[str]) -> None:
+    """InputError for the first option of `chosen` that would have no effect."""
+    from ldmlab.data.transfers import is_address
+
+    stage, options = config["stage"]["name"], dict(leaves(config))
+    for name in sorted(chosen):
+        group = name.split(".")[0].split("/")[-1]
+        if stage not in _READ_BY.get(group, (stage,)) and config.get(group):
+            raise InputError(f"{name}: stage={stage} reads no {group}; leave it out, or choose another stage.")
+        if name in _NEEDS and not options.get(_NEEDS[name]):
+            raise InputError(f"{name} has no effect without {_NEEDS[name]}; set that too, or leave {name} out.")
+        if name.startswith("data.shard_cache") and not any(
+            is_address(str(options.get(f"data.{place}"))) for place in ("train", "val", "latents")
+        ):
+            raise InputError(f"{name} has no effect without shards at an address, such as s3://; leave it out.")
+        if stage == "classifier" and group == "diffusion" and "." in name and not name.startswith("diffusion.schedule"):
+            raise InputError(f"{name}: stage=classifier reads diffusion.schedule only; leave {name} out.")
+    latents, run = config["data"].get("latents"), config["from_run"]
+    if stage in ("classifier", "diffusion") and (latents or run):
+        source = f"data.latents={latents}" if latents else f"from_run={run}"
+        for name in sorted(chosen):
+            if name.split(".")[0] == "first_stage":
+                raise InputError(f"{name}: the first stage comes with {source}; leave one of the two out.")
+    for name, node in (config["conditioner"] or {}).items():
+        for option in sorted(chosen) if node and node.get("from_run") else ():
+            head, _, key = option.removeprefix(f"conditioner.{name}.").partition(".")
+            own = option.startswith(f"conditioner.{name}.") and head in ("config", "name", "pretrained")
+            if own and (key or node.get(head) is not None):
+                raise InputError(
+                    f"{option}: the network comes with conditioner.{name}.from_run={node['from_run']}; leave one of "
+                    "the two out."
+                )
+
+
+def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
+    """Options without effect, which only the finished parts show."""
+    size, latents = config["data"].get("image_size"), config["data"].get("latents")
+    if "data.image_size" in chosen and latents and size != plan.spec["image_size"]:
+        raise InputError(
+            f"data.image_size={size}: data.latents={latents} were made from images of {plan.spec['image_size']} px; "
+            "leave data.image_size out, or encode again."
+        )
+    guided = sorted(name for name in chosen if name.startswith(("stage.guidance_", "stage.guided_")))
+    if guided and not plan.spec.get("guidance_trained", True):
+        raise InputError(
+            f"{guided[0]}: this model's conditions are never dropped in training, so it cannot be guided; "
+            "leave it out, or set conditioner.NAME.drop=0.1."
+        )
+    if config["stage"].get("guidance_scale") == 1 and (more := [name for name in guided if name[-5:] != "scale"]):
+        raise InputError(f"{more[0]} does nothing at stage.guidance_scale=1 (off); choose another scale.")
+    for name in sorted(chosen):
+        if name.startswith("stage.codebook_") and plan.stage.codebook is None:
+            raise InputError(f"{name}: this first stage has no codebook; leave it out, or choose a first_stage=vq_*.")

@@ -8,11 +8,11 @@ from ldmlab.app.conditioning import build_conditioners, states_encoder, states_r
 from ldmlab.app.plans import latent_spec
 from ldmlab.app.progress import bar
 from ldmlab.build import load_first_stage, moments_of, pick_device
+from ldmlab.data.data_sheet import carry_sheet
 from ldmlab.data.encode_shards import LatentSettings, encode
 from ldmlab.data.manifest import MANIFEST
 from ldmlab.data.output_folder import Destination
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.sheet_files import carry_sheet
 from ldmlab.distributed import launched
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate

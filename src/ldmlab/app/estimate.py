@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.app.meta_stages import Config, Parts, build
-from ldmlab.evaluation.step_cost import BACKWARD, COPIES, StepCost
+from ldmlab.evaluation.flops import BACKWARD, COPIES, StepCost
 from ldmlab.instantiate import instantiate, trust_typed
 from ldmlab.nn import attention
 from ldmlab.nn.compiling import regions

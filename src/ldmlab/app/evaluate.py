@@ -11,11 +11,11 @@ from ldmlab import distributed
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conditioning import scored_task
 from ldmlab.app.conf_files import group_choices, leaves
+from ldmlab.app.dashboard_page import send_scores
 from ldmlab.app.guiders import build_guiders
 from ldmlab.app.plans import Plan
 from ldmlab.app.progress import track
 from ldmlab.app.run_end import evaluated
-from ldmlab.app.wandb_runs import send_scores
 from ldmlab.build import load, load_clip, load_first_stage, pick_device
 from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.shard_data import ShardData
@@ -34,9 +34,8 @@ from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_pa
 from ldmlab.model_files import named, read_config, read_description
 from ldmlab.nn.compiling import compile_regions, wanted
 from ldmlab.nn.lpips import LPIPS
-from ldmlab.report.lengths_page import lengths_page
 from ldmlab.report.metrics_json import read_evaluation
-from ldmlab.report.pages import write_report
+from ldmlab.report.pages import lengths_page, write_report
 from ldmlab.report.paper_table import paper_record
 from ldmlab.report.score_curves import read_curves
 

@@ -24,7 +24,7 @@ from ldmlab.data.order import image_random
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError, did_you_mean
-from ldmlab.evaluation.step_cost import IMAGES
+from ldmlab.evaluation.flops import IMAGES
 from ldmlab.instantiate import instantiate
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.training.settings import TrainerSettings

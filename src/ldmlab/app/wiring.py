@@ -11,15 +11,15 @@ import torch
 import yaml
 
 from ldmlab import distributed
-from ldmlab.app.choices import check_built, check_choices, check_names
 from ldmlab.app.conditioning import check_states, class_bound, with_classes_of
+from ldmlab.app.conf_files import check_built, check_choices, check_names
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_end import ended_early, finished
 from ldmlab.app.run_records import comparison_fields
 from ldmlab.app.teacher import taught
 from ldmlab.checkpoints import fingerprint, save_tensors
+from ldmlab.data.data_sheet import data_record
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.sheet_files import data_record
 from ldmlab.errors import InputError, one_of
 from ldmlab.files import write_json
 from ldmlab.instantiate import accepts, instantiate, instantiate_with

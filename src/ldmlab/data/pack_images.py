@@ -14,7 +14,7 @@ from ldmlab.annotations import BOXES
 from ldmlab.data.decode import checked_fields, clean_fields, stored_fields
 from ldmlab.data.image_parts import MAPS, centre_cropped, packed_map, upright_size
 from ldmlab.data.image_sources import Item, captioned
-from ldmlab.data.opt_out import OptOut
+from ldmlab.data.splits import OptOut
 from ldmlab.data.tars import image_ending, read_range, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError, one_of

@@ -18,11 +18,10 @@ from typing import Any
 
 from ldmlab.data.image_sources import Item, Source, with_fields
 from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, read_manifest, write_manifest
-from ldmlab.data.opt_out import OptOut
 from ldmlab.data.output_folder import BAD, ShardFile, finished_shard, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.splits import SplitRule, split_items, with_class_ids
+from ldmlab.data.splits import OptOut, SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
 from ldmlab.data.workers import in_order, processors
 from ldmlab.errors import InputError

@@ -10,8 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ldmlab.contracts import Task
-from ldmlab.data.batch_spec import BatchSpec
-from ldmlab.data.dataset import Batch, ShardDataset
+from ldmlab.data.dataset import Batch, BatchSpec, ShardDataset
 from ldmlab.data.loaders import Skipped, eval_loader, position_loader
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder, training_batches

@@ -24,7 +24,15 @@ from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.shard_data import ShardData
 from ldmlab.data.stores import has_manifest
 from ldmlab.errors import InputError
-from ldmlab.evaluation.memorisation import Nearest, beside_training, copies
+from ldmlab.evaluation.memorisation import (
+    Nearest,
+    Proportion,
+    beside_training,
+    copies,
+    largest_clique,
+    least_difference,
+    medoid,
+)
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import Fields, RealImages, SplitReference, conditions
 from ldmlab.evaluation.record import FORMAT_VERSION, all_items, features_record, reference_record, save_image
@@ -32,8 +40,6 @@ from ldmlab.evaluation.scoring import EvaluationPass, Track, untracked
 from ldmlab.evaluation.sources import Samples
 from ldmlab.files import write_atomically
 from ldmlab.inference.model import LoadedModel
-from ldmlab.metrics.cliques import largest_clique, medoid
-from ldmlab.metrics.proportions import Proportion, least_difference
 from ldmlab.provenance import provenance
 
 SHOWN = 48  # candidates with images

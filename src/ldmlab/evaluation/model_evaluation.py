@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmlab.evaluation.breakdowns import Sweep, by_class, sample_classes
+from ldmlab.evaluation.breakdowns import PairedPass, Sweep, by_class, pair_scores, sample_classes
 from ldmlab.evaluation.evaluators import Baseline, Evaluator
 from ldmlab.evaluation.memorisation import Audit
-from ldmlab.evaluation.paired import PairedPass, pair_scores
 from ldmlab.evaluation.real_images import Fields, SplitReference, conditions, fields_of
 from ldmlab.evaluation.record import (
     all_items,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
+from ldmlab.evaluation.breakdowns import PairedPass
 from ldmlab.evaluation.evaluators import Accuracy, Baseline, Batches, Evaluator, Evidence
-from ldmlab.evaluation.paired import PairedPass
 from ldmlab.evaluation.record import all_items, image_file, save_image
 from ldmlab.evaluation.run import Setup
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered

@@ -25,7 +25,7 @@ _TILE = 1024  # rows and columns of one block of distances: 4 MiB in float32
 class PrecisionRecall(FeatureSets):
     """Precision and recall of generated features; the memory beyond the features is one tile.
 
-    `screening`: 8-bit products exclude most pairs before float32 decides (`screening.py`), with the same results; it
+    `screening`: 8-bit products exclude most pairs before float32 decides, with the same results; it
     needs a quarter of the features' memory more. The spread is the standard error of a proportion.
     `neighbours`: None for 3, or for one fewer than the smaller set holds.
     """

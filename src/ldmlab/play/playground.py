@@ -27,8 +27,7 @@ from ldmlab.errors import InputError
 from ldmlab.files import beside, put, remove
 from ldmlab.inference.grids import read_settings
 from ldmlab.inference.model import LoadedModel
-from ldmlab.play.abilities import Limits
-from ldmlab.play.form import Wanted, as_files, read_form
+from ldmlab.play.form import Limits, Wanted, as_files, read_form
 from ldmlab.play.job_queue import JobQueue, Live, Request
 
 UPLOADS = "inputs"  # in the output folder

@@ -9,7 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
+from ldmlab import distributed
+from ldmlab.disks import disk_errors
+from ldmlab.files import write_text
 from ldmlab.report.evaluation_page import evaluation_page, score_lines
+from ldmlab.report.line_chart import Chart
 from ldmlab.report.metrics_json import (
     comparable_groups,
     folder_name,
@@ -20,10 +24,10 @@ from ldmlab.report.metrics_json import (
     repeat_line,
     title,
 )
-from ldmlab.report.page_content import DASH, THUMBNAIL, Card, Gallery, Page, Row, Section, Table
+from ldmlab.report.page_content import DASH, THUMBNAIL, Card, Charts, Gallery, Page, Row, Section, Table
 from ldmlab.report.paper_source import all_tables, known_table
 from ldmlab.report.paper_table import filled_table, paper_report
-from ldmlab.report.render import FORMATS, write_pages
+from ldmlab.report.render import FORMATS, csv_text, write_pages
 from ldmlab.report.score_lines import ScoreLine, options_of, score_text
 
 IMAGES_A_RUN = 16
@@ -161,3 +165,24 @@ def printed_tables(folders: Sequence[Path], form: str, table: str | None = None)
     else:
         tables = _tables(results, [_checked(result, folder_name) for result in results])
     return FORMATS[form](tables)
+
+
+def lengths_page(out: Path, evaluations: Mapping[float, Path]) -> None:
+    """Written by the first process; every finished evaluation has pages of its own beside."""
+    if distributed.rank():
+        return
+    results = {length: read_evaluation(folder) for length, folder in sorted(evaluations.items())}
+    lines = {length: {line.name: line for line in score_lines(result)} for length, result in results.items()}
+    names = list(results[min(results)]["scores"])
+    values = {name: [(length, results[length]["scores"][name]["value"]) for length in lines] for name in names}
+    charts = [Chart(lines[min(lines)][name].title, {"": points}, "length") for name, points in values.items()]
+    rows = [Row("ours", f"{length:g}", [row[name].value for name in names]) for length, row in lines.items()]
+    table = Table("", [lines[min(lines)][name].head for name in names], rows, head="length")
+    lead = "Scores of one run by the length of its averaged weights, relative to the training (Karras et al. 2024)."
+    with disk_errors(out):
+        page = write_pages(out, Page("Lengths of averages", lead, [Section("Scores", [Charts(charts), table])]))
+        cells = [[length, *(points[i][1] for points in values.values())] for i, length in enumerate(lines)]
+        write_text(out / "lengths.csv", csv_text([["length", *names], *cells]))
+    for length, row in lines.items():
+        print(f"length {length:<6g} {'  '.join(f'{name} {row[name].value}' for name in names)}")
+    print(page)

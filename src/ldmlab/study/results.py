@@ -11,9 +11,8 @@ from ldmlab.report.page_content import DASH, Page, Row, Section, Table, Text
 from ldmlab.report.paper_source import known_table
 from ldmlab.report.paper_table import filled_table
 from ldmlab.report.render import as_text, write_page
-from ldmlab.study.answers import Answers
+from ldmlab.study.answers import Answers, Interval, Preferences, preferences
 from ldmlab.study.design import REAL, Study, read_study
-from ldmlab.study.preferences import Interval, Preferences, preferences
 
 _COLUMN = {1: "preference_vs_gt_percent", 2: "preference_score_percent"}
 

@@ -133,9 +133,12 @@ def _audits(
 ) -> list[dict[str, Any]]:
     """The records of all models; finished ones are read."""
     from ldmlab import distributed
-    from ldmlab.app.evaluate import build_extractor
+    from ldmlab.app.evaluate import build_extractor, reference_data
+    from ldmlab.app.progress import track
     from ldmlab.build import load, pick_device
-    from ldmlab.evaluation.extraction import FEATURES
+    from ldmlab.evaluation.extraction import FEATURES, Extraction
+    from ldmlab.evaluation.reference_statistics import statistics_folder
+    from ldmlab.evaluation.scoring import untracked
     from ldmlab.files import read_json, write_json
     from ldmlab.model_files import model_folder
 
@@ -148,38 +151,25 @@ def _audits(
         record = distributed.shared(partial(read_json, out / label / _RESULT))
         if record is None:
             distributed.say(f"{path}:")
-            record = _audit(args, model, {**config, "model": str(path)}, extractor, protocol, out / label)
+            record = Extraction(
+                model=model,
+                data=reference_data({**config, "model": str(path)}, max(model.image_size)),
+                extractor=extractor,
+                protocol=protocol,
+                out=out / label,
+                each=args.samples,
+                clique=args.clique,
+                captions=args.captions,
+                batch_size=args.batch_size,
+                reference_folder=statistics_folder(),
+                track=track if distributed.rank() == 0 else untracked,
+            ).run()
             record |= {"label": label, "run": str(model_folder(path))}
             if distributed.rank() == 0:
                 write_json(out / label / _RESULT, record)
                 shutil.rmtree(out / label / FEATURES)
         audits.append(record)
     return audits
-
-
-def _audit(
-    args: argparse.Namespace, model: Any, config: Mapping[str, Any], extractor: Any, protocol: "Protocol", out: Path
-) -> dict[str, Any]:
-    from ldmlab import distributed
-    from ldmlab.app.evaluate import reference_data
-    from ldmlab.app.progress import track
-    from ldmlab.evaluation.extraction import Extraction
-    from ldmlab.evaluation.reference_statistics import statistics_folder
-    from ldmlab.evaluation.scoring import untracked
-
-    return Extraction(
-        model=model,
-        data=reference_data(config, max(model.image_size)),
-        extractor=extractor,
-        protocol=protocol,
-        out=out,
-        each=args.samples,
-        clique=args.clique,
-        captions=args.captions,
-        batch_size=args.batch_size,
-        reference_folder=statistics_folder(),
-        track=track if distributed.rank() == 0 else untracked,
-    ).run()
 
 
 def _write(out: Path, audits: Sequence[dict[str, Any]]) -> None:

@@ -16,8 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldmlab.app.card_facts import collect
-    from ldmlab.app.card_files import PERSONS, README, empty_fields, head_of, read_person, write_card, write_template
+    from ldmlab.app.card_facts import (
+        PERSONS,
+        README,
+        collect,
+        empty_fields,
+        head_of,
+        read_person,
+        write_card,
+        write_template,
+    )
     from ldmlab.interop.model_folders import card, usage_of
     from ldmlab.model_files import ModelFiles, describe, model_folder
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldmlab.app import wandb_runs
+    from ldmlab.app import dashboard_page
     from ldmlab.app.dashboard_page import dashboard
     from ldmlab.app.run_records import read_runs
     from ldmlab.report.render import write_page
@@ -25,4 +25,4 @@ def run(args: argparse.Namespace) -> None:
     entity, _, project = args.wandb.partition("/")
     if not (entity and project) or "/" in project:
         raise InputError(f"--wandb {args.wandb} must be ENTITY/PROJECT, as in the address of the project's page.")
-    print(wandb_runs.save_view(wandb_runs.workspace(read_runs(args.runs), entity, project, args.title)))
+    print(dashboard_page.save_view(dashboard_page.workspace(read_runs(args.runs), entity, project, args.title)))

@@ -9,8 +9,8 @@ conf/encode.yaml explains each option; an interrupted encode continues when the 
 
 import argparse
 
-from ldmlab.app.choices import check_added
 from ldmlab.app.compose import compose, plain
+from ldmlab.app.conf_files import check_added
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldmlab.app.card_facts import collect
-    from ldmlab.app.card_files import NO_CARD, README, carry, filled_in, write_card
+    from ldmlab.app.card_facts import NO_CARD, README, carry, collect, filled_in, write_card
     from ldmlab.interop.model_folders import FORMATS as WRITERS
     from ldmlab.interop.model_folders import card, check_new, halved, new_folder, write_ldmlab
     from ldmlab.model_files import model_folder, read_model

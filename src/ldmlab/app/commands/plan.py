@@ -15,10 +15,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ldmlab.app.choices import check_added, check_choices, check_names, chosen_options
 from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.conf_files import find_file
+from ldmlab.app.conf_files import check_added, check_choices, check_names, chosen_options, find_file
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.cards import CARDS
 

@@ -23,10 +23,9 @@ from ldmlab.app.cli import at_least
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
+    from ldmlab.app.filters import ConceptFilter
     from ldmlab.app.sample_files import Marks
-    from ldmlab.inference.concept_filter import ConceptFilter
     from ldmlab.inference.model import LoadedModel
-    from ldmlab.inference.sample_settings import ResolvedSettings
     from ldmlab.play.form import Wanted
     from ldmlab.play.job_queue import Live
     from ldmlab.play.playground import Playground, Prepared
@@ -161,7 +160,7 @@ def playground_of(args: argparse.Namespace, out: Path) -> "Playground":
     """The models, loaded, and the limits of the options."""
     from ldmlab.app.filters import read_filter
     from ldmlab.build import load
-    from ldmlab.play.abilities import Limits, abilities
+    from ldmlab.play.form import Limits, abilities
     from ldmlab.play.playground import Playground
 
     marks, words = chosen_marks(args.mark)
@@ -177,55 +176,42 @@ def playground_of(args: argparse.Namespace, out: Path) -> "Playground":
 def prepared(
     model: "LoadedModel", wanted: "Wanted", marks: "Marks", block: "ConceptFilter | None" = None
 ) -> "Prepared":
-    """Checked as `ldmlab sample` does; `run` samples and writes as it does."""
-    from ldmlab.app.commands.sample import check_variants
-    from ldmlab.play.playground import Prepared
-
-    if wanted.trajectory and block is not None:
-        raise InputError("a trajectory shows noisy images, which the filter cannot check; leave it out.")
-    inputs = [wanted.inputs] * wanted.count
-    model.check(inputs)
-    resolved = {name: model.resolved(one, inputs) for name, one in wanted.by_name.items()}
-    check_variants(resolved.values(), inputs[:1], model.enlargement, marks.check_size, wanted.trajectory)
-    notes = [f'the end of the caption is too long for this model: "{end}"' for end in model.lost(wanted.inputs)]
-    total = wanted.count * sum(len(model.grid(one)) - 1 for one in resolved.values())
-    size = next(iter(resolved.values())).size
-    assert isinstance(size, tuple)
-    return Prepared(partial(_sampled, model, wanted, resolved, marks, block), size, total, notes)
-
-
-def _sampled(
-    model: "LoadedModel",
-    wanted: "Wanted",
-    resolved: "dict[str, ResolvedSettings]",
-    marks: "Marks",
-    block: "ConceptFilter | None",
-    given: dict[str, Any],
-    folder: Path,
-    live: "Live",
-) -> str:
-    """Image files, their grid or sweep, and the trajectory, all marked; what the filter blocked."""
+    """Checked as `ldmlab sample` does; its `run` samples and writes as it does."""
     import numpy as np
 
+    from ldmlab.app.commands.sample import check_variants
     from ldmlab.app.commands.sample_prompts import label
     from ldmlab.app.filters import Guard
     from ldmlab.app.sample_files import Job, sampling
     from ldmlab.inference.grids import table
     from ldmlab.inference.trajectory import Trajectory
+    from ldmlab.play.playground import Prepared
 
-    inputs = [given] * wanted.count
-    guard = None if block is None else Guard(block)
-    frames = Trajectory(model, next(iter(resolved.values()))) if wanted.trajectory else None
-    watch = live if frames is None else (lambda step, x, clean: frames(step, live(step, x, clean), clean))
-    with sampling(folder, "ldmlab play"):
-        job = Job(model, inputs, resolved, folder, 0, marks, watch, quiet=True, guard=guard)
-        shown = job.sample(wanted.count, trajectory=False)
-        job.save_grid(shown, wanted.swept, wanted.count)
-        if frames is not None:
-            rows = frames.take(inputs, list(range(wanted.count)))
-            columns, titles = frames.columns(), frames.titles()
-            strip = table(
-                [[row[c] for c in columns] for row in rows], [titles[c] for c in columns], [*map(label, inputs)]
-            )
-            marks.save(folder / "trajectory.png", np.asarray(strip), {})
-        return "" if guard is None else guard.finish(folder, len(resolved))[1].removeprefix("; ")
+    if wanted.trajectory and block is not None:
+        raise InputError("a trajectory shows noisy images, which the filter cannot check; leave it out.")
+    checked = [wanted.inputs] * wanted.count
+    model.check(checked)
+    resolved = {name: model.resolved(one, checked) for name, one in wanted.by_name.items()}
+    first = next(iter(resolved.values()))
+    check_variants(resolved.values(), checked[:1], model.enlargement, marks.check_size, wanted.trajectory)
+
+    def run(given: dict[str, Any], folder: Path, live: "Live") -> str:
+        """Image files, their grid or sweep, and the trajectory, all marked; what the filter blocked."""
+        inputs, guard = [given] * wanted.count, None if block is None else Guard(block)
+        frames = Trajectory(model, first) if wanted.trajectory else None
+        watch = live if frames is None else (lambda step, x, clean: frames(step, live(step, x, clean), clean))
+        with sampling(folder, "ldmlab play"):
+            job = Job(model, inputs, resolved, folder, 0, marks, watch, quiet=True, guard=guard)
+            shown = job.sample(wanted.count, trajectory=False)
+            job.save_grid(shown, wanted.swept, wanted.count)
+            if frames is not None:
+                rows, columns, titles = frames.take(inputs, [*range(wanted.count)]), frames.columns(), frames.titles()
+                strip = [[row[c] for c in columns] for row in rows]
+                page = table(strip, [titles[c] for c in columns], [*map(label, inputs)])
+                marks.save(folder / "trajectory.png", np.asarray(page), {})
+            return "" if guard is None else guard.finish(folder, len(resolved))[1].removeprefix("; ")
+
+    notes = [f'the end of the caption is too long for this model: "{end}"' for end in model.lost(wanted.inputs)]
+    total = wanted.count * sum(len(model.grid(one)) - 1 for one in resolved.values())
+    assert isinstance(first.size, tuple)
+    return Prepared(run, first.size, total, notes)

@@ -27,9 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldmlab.data.data_sheet import LICENCES, SOURCES, data_sheet
-    from ldmlab.data.sheet_files import SHEET
-    from ldmlab.report.sheet_page import sheet_markdown
+    from ldmlab.data.data_sheet import LICENCES, SHEET, SOURCES, data_sheet
+    from ldmlab.report.model_card import sheet_markdown
 
     at_least(args, workers=1)
     found = [(folder, read_manifest(folder, "SHARDS")) for folder in dict.fromkeys(args.shards)]
