@@ -38,7 +38,7 @@ class FirstStage(Protocol):
     latent_channels: int
 
     def encode(self, images: Tensor) -> Posterior: ...  # (B, 3, H, W) in [-1, 1]
-    def decode(self, raw_latents: Tensor) -> Tensor: ...  # => (B, 3, H, W) in [-1, 1]; VQ quantises first
+    def decode(self, raw_latents: Tensor) -> Tensor: ...  # => (B, 3, H, W) in [-1, 1]; a quantiser comes first
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction: ...  # noise: (B, C, h, w)
     @property
     def last_layer(self) -> Tensor: ...  # weight of the last convolution, for the adversary's adaptive weight

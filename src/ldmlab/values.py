@@ -28,7 +28,7 @@ class Conditioning:
 class Posterior:
     """Raw latents as a diagonal Gaussian; without `logvar` there is no spread and the mean is the latent."""
 
-    mean: Tensor  # (B, C, h, w)  VQ: the vector before the quantiser; identity: the pixels
+    mean: Tensor  # (B, C, h, w)  codes: the vector before the quantiser; identity: the pixels
     logvar: Tensor | None = None  # (B, C, h, w), clamped to [-30, 20]
 
     def sample(self, noise: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ class Reconstruction:
     """Output of a first stage for a batch of images."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
-    penalties: dict[str, Tensor]  # by name (kl | codebook): scalar, mean over the batch
-    codes: Tensor | None = None  # (B, h, w) indices into the codebook, VQ only
+    penalties: dict[str, Tensor]  # by name (kl | codebook | entropy | commitment): scalar, mean over the batch
+    codes: Tensor | None = None  # (B, h, w) of first stages with a quantiser
     latents: Tensor | None = None  # (B, C, h, w), raw, as drawn; which alignment with an encoder needs
 
 

@@ -167,7 +167,7 @@ def test_quantiser_gradients_follow_the_released_convention() -> None:
     latents = torch.randn(2, 3, 4, 4, requires_grad=True)
     given = quantiser(latents)
     codebook = quantiser.codebook.weight
-    to_latents, to_codebook = torch.autograd.grad(given.penalty, (latents, codebook), retain_graph=True)
+    to_latents, to_codebook = torch.autograd.grad(given.penalties["codebook"], (latents, codebook), retain_graph=True)
     chosen = codebook[given.codes].movedim(-1, 1)
     difference = (latents - chosen).detach()
     torch.testing.assert_close(to_latents, 2 * difference / latents.numel())

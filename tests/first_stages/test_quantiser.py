@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldmlab.errors import InputError
-from ldmlab.first_stages.quantiser import Quantiser
+from ldmlab.first_stages.quantiser import VectorQuantiser
 from ldmlab.first_stages.vq import VQModel
 
 
-def quantiser(codes: list[list[float]], **options: Any) -> Quantiser:
-    made = Quantiser(len(codes), len(codes[0]), 1.0, 0.25, **options)
+def quantiser(codes: list[list[float]], **options: Any) -> VectorQuantiser:
+    made = VectorQuantiser(len(codes), len(codes[0]), 1.0, 0.25, **options)
     with torch.no_grad():
         made.codebook.weight.copy_(torch.tensor(codes))
         if made.watched:
@@ -45,7 +45,7 @@ def test_running_means_are_those_of_the_paper() -> None:
 def test_only_the_encoders_side_is_penalised_then() -> None:
     latents = as_map([[1.0, 0.0], [3.0, 2.0]])
     codes = [[0.0, 0.0], [10.0, 10.0]]
-    mean, gradient = quantiser(codes, decay=0.9)(latents).penalty, quantiser(codes)(latents).penalty
+    mean, gradient = quantiser(codes, decay=0.9)(latents).penalties["codebook"], quantiser(codes)(latents).penalties["codebook"]
     torch.testing.assert_close(gradient, 1.25 * mean)
 
 
@@ -92,9 +92,9 @@ def test_directions_are_compared_at_unit_length() -> None:
 
 def test_rates_that_cannot_be() -> None:
     with pytest.raises(InputError, match=r"codebook_decay=1.0 must lie between 0 and 1"):
-        Quantiser(4, 2, 1.0, 0.25, decay=1.0)
+        VectorQuantiser(4, 2, 1.0, 0.25, decay=1.0)
     with pytest.raises(InputError, match=r"restart_below=0.0"):
-        Quantiser(4, 2, 1.0, 0.25, restart_below=0.0)
+        VectorQuantiser(4, 2, 1.0, 0.25, restart_below=0.0)
 
 
 def test_a_plain_codebook_keeps_the_official_tensors() -> None:

@@ -61,7 +61,7 @@ def test_penalties_enter_with_their_weights() -> None:
     total, terms = loss.autoencoder(x, Reconstruction(y, {"kl": torch.tensor(5.0)}), torch.zeros(1), step=0)
     torch.testing.assert_close(total, (x - y).abs().mean() + 0.5)
     assert set(terms) == {"l1", "reconstruction", "kl"}
-    with pytest.raises(InputError, match="loss=vq for VQ"):
+    with pytest.raises(InputError, match="loss of its kind: loss=kl, vq, fsq"):
         loss.autoencoder(x, Reconstruction(y, {"codebook": torch.tensor(5.0)}), torch.zeros(1), step=0)
 
 

@@ -203,7 +203,7 @@ def test_an_unused_codebook_raises_the_alert(tmp_path: Path, caplog: pytest.LogC
         getattr(made.first_stage, name).requires_grad_(False)
     with caplog.at_level(logging.WARNING, logger="ldmlab"):
         found = codebook_run(made, tmp_path)
-    assert found == pytest.approx({"codebook_use": 1 / 32, "codebook_perplexity": 1.0})
+    assert found == pytest.approx({"codebook_use": 1 / 32, "codebook_perplexity": 1.0, "codebook_entropy": 0.0})
     alerts = [record.getMessage() for record in caplog.records if "codebook" in record.getMessage()]
     assert len(alerts) == 2  # 9 steps of 4 images hold two full windows of 16
     assert "only 3.1 % of the codebook was used over the last 16 images" in alerts[0]

@@ -169,4 +169,4 @@ def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
         raise InputError(f"{more[0]} does nothing at stage.guidance_scale=1 (off); choose another scale.")
     for name in sorted(chosen):
         if name.startswith("stage.codebook_") and plan.stage.codebook is None:
-            raise InputError(f"{name}: this first stage has no codebook; leave it out, or choose a first_stage=vq_*.")
+            raise InputError(f"{name}: this first stage has no codebook; leave it out, or choose a vq_*, fsq_*, ...")

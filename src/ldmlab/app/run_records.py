@@ -169,13 +169,20 @@ def comparison_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
     node = spec.get("first_stage", {})
     return {
         "downsampling": getattr(first_stage, "downsampling", None),
-        "first_stage_kind": node["_target_"].split(".")[-2] if node else None,  # kl | vq | identity
+        "first_stage_kind": _kind_of(node) if node else None,  # kl | vq | fsq | ... | identity
         "latent_channels": getattr(first_stage, "latent_channels", None),
-        "codebook_size": node.get("codebook_size"),
+        "codebook_size": getattr(first_stage, "codebook_size", None),
         "image_size": spec.get("image_size"),
         "conditioned_on": "+".join(spec.get("conditioners") or {}) or None,
         "parameters": sum(p.numel() for p in main.parameters()),  # of the network that the stage trains
     }
+
+
+def _kind_of(node: Mapping[str, Any]) -> str:
+    """The file of a first stage's class, or the class of the quantiser that it is given."""
+    if isinstance(quantiser := node.get("quantiser"), Mapping):
+        return str(quantiser["_target_"]).rpartition(".")[2].lower()
+    return str(node["_target_"].split(".")[-2])
 
 
 def _module(spec: Mapping[str, Any], name: str) -> nn.Module:

@@ -1,11 +1,12 @@
-"""Vectors to the nearest vector of a learned codebook.
+"""What every quantiser gives, and the one of the paper: vectors to the nearest vector of a learned codebook.
 
-Codes follow the gradient, as in the paper, or are running means of the vectors that chose them (van den Oord et al.,
+Its codes follow the gradient, or are running means of the vectors that chose them (van den Oord et al.,
 "Neural Discrete Representation Learning", NeurIPS 2017, appendix A.1).
 """
 
-from contextlib import nullcontext
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,21 +22,62 @@ _CANDIDATES = 256  # vectors of an image from which codes may restart
 
 
 class Quantised(NamedTuple):
-    """Output of the quantiser."""
+    """Output of a quantiser."""
 
-    latents: Tensor  # (B, C, h, w): codebook vectors; the gradient passes straight through to the input
+    latents: Tensor  # (B, C, h, w): vectors of the codes; the gradient passes straight through to the input
     codes: Tensor  # (B, h, w) int64
-    penalty: Tensor  # scalar
+    penalties: dict[str, Tensor]  # by name: scalar
 
 
-class Quantiser(nn.Module):
+class Quantiser(nn.Module, ABC):
+    """Raw latents (B, C, h, w) to codes (B, h, w) in 0 .. K - 1 and to their vectors (B, C, h, w), float32."""
+
+    exact = True  # stays float32 in every precision of training
+    slope = 1.0  # d vectors / d latents, passed straight through
+    remedy: ClassVar[str]  # what keeps more codes alive
+    codebook_size: int  # K
+    width: int  # C
+
+    def bounded(self, vectors: Tensor) -> Tensor:
+        """What the encoder gives, (B, C, h, w), float32 => raw latents, where the quantiser takes bounded ones."""
+        return vectors
+
+    @abstractmethod
+    def codes_of(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) => (B, h, w) int64."""
+
+    @abstractmethod
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        """(B, h, w) => (B, C, h, w)."""
+
+    @abstractmethod
+    def forward(self, latents: Tensor) -> Quantised:
+        """(B, C, h, w) => vectors, codes and the penalties of training."""
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors and codes without penalties: what decoding needs."""
+        codes = self.codes_of(latents.detach())
+        return self.vectors_of(codes) + self.slope * (latents - latents.detach()), codes
+
+    def update(self) -> Tensor | None:
+        """Once a training step; (K,) bool, which codes may be new ones, or None."""
+        return None
+
+
+def full_precision(values: Tensor) -> AbstractContextManager[object]:
+    """No autocast: half precision would confuse neighbouring codes. Meta tensors know none."""
+    device = values.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+class VectorQuantiser(Quantiser):
     """Nearest codebook vector with a straight-through gradient.
 
     penalty = encoder_weight mean |sg(e) - z|^2 + codebook_weight mean |e - sg(z)|^2, sg: stop gradient. The released
     models weight the codebook's side by beta = 0.25 and the encoder's by 1 (the reverse of the VQ-VAE paper).
     """
 
-    exact = True  # stays float32 in every precision of training
+    remedy = "first_stage.restart_below=0.01, fewer codes or a lower learning rate keep more of it alive"
 
     def __init__(
         self,
@@ -52,6 +94,7 @@ class Quantiser(nn.Module):
         for name, value in (("codebook_decay", decay), ("restart_below", restart_below)):
             if value is not None and not 0 < value < 1:
                 raise InputError(f"first_stage.{name}={value} must lie between 0 and 1; null switches it off.")
+        self.codebook_size, self.width = codebook_size, width
         self.codebook = nn.Embedding(codebook_size, width)
         nn.init.uniform_(self.codebook.weight, -1.0 / codebook_size, 1.0 / codebook_size)
         self.codebook.weight.requires_grad_(decay is None)
@@ -70,25 +113,32 @@ class Quantiser(nn.Module):
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step's micro-batches: n, sum of z, candidates
 
     def forward(self, latents: Tensor) -> Quantised:
-        """(B, C, h, w) => vectors of the codebook in the same shape, their codes and the penalty, in float32."""
+        """(B, C, h, w) => vectors of the codebook in the same shape, their codes and the penalty `codebook`, in float32."""
         latents = self._shaped(latents.float(), dim=1)
         codes = self.nearest(latents.detach().movedim(1, -1))  # (B, h, w)
-        codebook = self._shaped(self.codebook.weight, dim=1)  # (K, C)
-        chosen = F.embedding(codes, codebook).movedim(-1, 1)  # (B, C, h, w)
+        chosen = self.vectors_of(codes)
         penalty = self.encoder_weight * F.mse_loss(latents, chosen.detach())
         if self.decay is None:
             penalty = penalty + self.codebook_weight * F.mse_loss(chosen, latents.detach())
         if self.watched and self.training and torch.is_grad_enabled():
             self._watch(latents.detach(), codes)
-        return Quantised(latents + (chosen - latents).detach(), codes, penalty)
+        return Quantised(latents + (chosen - latents).detach(), codes, {"codebook": penalty})
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return self(latents)[:2]
+
+    def codes_of(self, latents: Tensor) -> Tensor:
+        return self.nearest(self._shaped(latents.float(), dim=1).movedim(1, -1))
+
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self._shaped(self.codebook.weight, dim=1)).movedim(-1, 1)
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
         """Codes of the nearest codebook vectors, (..., C) => (...) int64; the smallest code wins a tie."""
         codebook = self._shaped(self.codebook.weight.float(), dim=1)  # (K, C)
         rows = max(_DISTANCES_AT_ONCE // len(codebook), 1)
-        device = vectors.device.type  # half precision would confuse neighbours; meta tensors have no autocast
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with full_precision(vectors):
             squares = codebook.square().sum(dim=1)  # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 changes nothing
             parts = vectors.reshape(-1, vectors.shape[-1]).float().split(rows)
             codes = [torch.addmm(squares, part, codebook.T, alpha=-2.0).argmin(dim=1) for part in parts]

@@ -15,7 +15,7 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.first_stages.encoder_decoder import check_image_size
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.first_stages.layered import run_in_parts, steps_of
-from ldmlab.first_stages.vq import VQModel
+from ldmlab.first_stages.vq import CodedAutoencoder
 from ldmlab.nn.tiling import blended, latent_side, windows
 
 NORMS = ("shared", "separate")
@@ -36,7 +36,7 @@ class TiledFirstStage:
         self.downsampling: int = first_stage.downsampling  # type: ignore[assignment]
         self.latent_channels: int = first_stage.latent_channels  # type: ignore[assignment]
         one_of("tile_norms", norms, NORMS)
-        if norms == "shared" and not isinstance(first_stage, KLAutoencoder | VQModel):
+        if norms == "shared" and not isinstance(first_stage, KLAutoencoder | CodedAutoencoder):
             if any(isinstance(module, nn.GroupNorm) for module in first_stage.modules()):
                 kind = type(first_stage).__name__
                 raise InputError(f"tile_norms=shared supports KL and VQ first stages, not {kind}; choose separate.")

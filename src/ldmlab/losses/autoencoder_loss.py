@@ -25,7 +25,7 @@ class AutoencoderLoss(nn.Module):
     def __init__(
         self,
         *,
-        penalty_weights: Mapping[str, float],  # by the first stage's names: kl | codebook
+        penalty_weights: Mapping[str, float],  # by the first stage's names: kl | codebook, entropy, commitment
         lpips_weight: float,  # 0: the LPIPS network is not built
         reduction: Reduction,  # sum_per_image (official KL models) | mean (official VQ models)
         logvar: Spread = "fixed",  # scale of the reconstruction error
@@ -60,7 +60,7 @@ class AutoencoderLoss(nn.Module):
         if given.penalties.keys() != self.penalty_weights.keys():
             raise InputError(
                 f"loss.penalty_weights={self.penalty_weights} does not name what the first stage gives "
-                f"({', '.join(given.penalties) or 'nothing'}); choose loss=kl for KL models, loss=vq for VQ models."
+                f"({', '.join(given.penalties) or 'nothing'}); choose the loss of its kind: loss=kl, vq, fsq, lfq, bsq or ibq."
             )
         error, terms = self.reconstruction(images, given.images)
         total = sum((self.penalty_weights[name] * value for name, value in given.penalties.items()), error)

@@ -151,7 +151,14 @@ class LatentStatistics(Metric):
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
-    """`codebook_use`, the share of codes with a count, and `codebook_perplexity`, exp(- sum p log p); counts (K,)."""
+    """`codebook_use`, the share of codes with a count, `codebook_perplexity`, exp(- sum p log p), and its bits.
+
+    The bits, log2 of the perplexity, are `codebook_entropy`; counts (K,).
+    """
     share = counts.double() / counts.sum().clamp_min(1)
     entropy = torch.special.entr(share).sum()
-    return {"codebook_use": float((counts > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}
+    return {
+        "codebook_use": float((counts > 0).double().mean()),
+        "codebook_perplexity": float(entropy.exp()),
+        "codebook_entropy": float(entropy) / math.log(2),
+    }

@@ -65,7 +65,8 @@ class AutoencoderStage(Stage):
         self.loss = loss
         self.background = background
         codes: int | None = getattr(first_stage, "codebook_size", None)
-        self.codebook = CodebookWindow(codes, codebook_window, codebook_alert) if codes is not None else None
+        remedy = getattr(getattr(first_stage, "quantiser", None), "remedy", "")
+        self.codebook = CodebookWindow(codes, codebook_window, codebook_alert, remedy) if codes is not None else None
         self.rise_alarm = RiseAlarm()
         self.one_by_one = loss.adversary is not None and loss.adversary.official_order
         self.monitor, self.monitor_mode = ("psnr", "max") if self._lpips is None else ("lpips", "min")

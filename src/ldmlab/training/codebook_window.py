@@ -15,11 +15,12 @@ _log = logging.getLogger(__name__)
 class CodebookWindow:
     """Counts codes over all processes; the metrics are those of the last full window and are stored in checkpoints."""
 
-    def __init__(self, codebook_size: int, images: int, alert: float) -> None:
+    def __init__(self, codebook_size: int, images: int, alert: float, remedy: str = "") -> None:
         self.images, self.alert = images, alert  # length of a window; share below which it warns
+        self.remedy = remedy or "fewer codes or a lower learning rate keep more of it alive"
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
         self.counted = 0  # images of the window that is open
-        self.numbers: dict[str, float] = {}  # codebook_use and codebook_perplexity
+        self.numbers: dict[str, float] = {}  # codebook_use, codebook_perplexity, codebook_entropy
         self._step = torch.zeros_like(self.counts)  # this process's codes since the last step ended
 
     def add(self, codes: Tensor) -> None:
@@ -38,11 +39,11 @@ class CodebookWindow:
         self.numbers = codebook_use(self.counts.cpu())
         if self.numbers["codebook_use"] < self.alert and distributed.rank() == 0:
             _log.warning(
-                "step %d: only %.1f %% of the codebook was used over the last %d images; "
-                "first_stage.restart_below=0.01, fewer codes or a lower learning rate keep more of it alive",
+                "step %d: only %.1f %% of the codebook was used over the last %d images; %s",
                 step,
                 100 * self.numbers["codebook_use"],
                 self.counted,
+                self.remedy,
             )
         self.counts.zero_()
         self.counted = 0
