@@ -45,7 +45,10 @@ def test_running_means_are_those_of_the_paper() -> None:
 def test_only_the_encoders_side_is_penalised_then() -> None:
     latents = as_map([[1.0, 0.0], [3.0, 2.0]])
     codes = [[0.0, 0.0], [10.0, 10.0]]
-    mean, gradient = quantiser(codes, decay=0.9)(latents).penalties["codebook"], quantiser(codes)(latents).penalties["codebook"]
+    mean, gradient = (
+        quantiser(codes, decay=0.9)(latents).penalties["codebook"],
+        quantiser(codes)(latents).penalties["codebook"],
+    )
     torch.testing.assert_close(gradient, 1.25 * mean)
 
 

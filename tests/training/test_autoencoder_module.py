@@ -1,6 +1,8 @@
 """The autoencoder stage: who is updated when, what is logged and seen, and that processes do not change gradients."""
 
 import logging
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,17 @@ from toy_stages import image_batch, options, train
 from ldmlab import distributed
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
 from ldmlab.errors import InputError
+from ldmlab.first_stages.encoder_decoder import Autoencoder
 from ldmlab.first_stages.identity import Identity
+from ldmlab.first_stages.index_backpropagation import IBQ
 from ldmlab.first_stages.kl import KLAutoencoder
-from ldmlab.first_stages.vq import VQModel
+from ldmlab.first_stages.lookup_free import BSQ, FSQ, LFQ
+from ldmlab.first_stages.quantiser import Quantiser
+from ldmlab.first_stages.vq import QuantisedAutoencoder, VQModel
 from ldmlab.losses.adversary import Adversary
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
-from ldmlab.training.autoencoder_module import AutoencoderStage
+from ldmlab.training.autoencoder_module import AutoencoderStage, CodebookWindow
 from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.optim import AdamW
 
@@ -29,20 +35,35 @@ NETWORK: dict[str, Any] = {
 }  # fmt: skip
 
 
+QUANTISERS: dict[str, tuple[Callable[[], Quantiser], dict[str, float]]] = {  # and the weights of its penalties
+    "fsq": (lambda: FSQ([4, 4, 3]), {}),
+    "lfq": (lambda: LFQ(5, temperature=1.0), {"entropy": 0.1, "commitment": 0.25}),
+    "bsq": (lambda: BSQ(5), {"entropy": 0.1, "commitment": 0.1}),
+    "ibq": (lambda: IBQ(32, 2, temperature=1.0), {"codebook": 1.0, "entropy": 0.05}),
+}
+
+
 def critic(start: int = 0, adversary_start: int | None = None, **changes: Any) -> Adversary:
     chosen = {"weight": 0.5, "discriminator_start": start, "adversary_start": adversary_start or start, **changes}
     return Adversary(discriminator=PatchDiscriminator(8, layers=1), **chosen)
 
 
 def stage(
-    adversary: bool = True, start: int = 0, logvar: str = "fixed", vq: int = 0, **changes: Any
+    adversary: bool = True, start: int = 0, logvar: str = "fixed", vq: int | str = 0, **changes: Any
 ) -> AutoencoderStage:
-    """A tiny first stage with its loss; `vq` is the size of a codebook."""
+    """A tiny first stage with its loss; `vq` is the size of a codebook, or the name of another quantiser."""
     torch.manual_seed(2)
     architecture = NETWORK | changes.pop("network", {})
-    network = VQModel(**architecture, codebook_size=vq) if vq else KLAutoencoder(**architecture)
+    penalties = {"codebook": 1.0} if vq else {"kl": 1e-6}
+    network: Autoencoder
+    if isinstance(vq, str):
+        make, penalties = QUANTISERS[vq]
+        del architecture["latent_channels"]
+        network = QuantisedAutoencoder(**architecture, quantiser=make())
+    else:
+        network = VQModel(**architecture, codebook_size=vq) if vq else KLAutoencoder(**architecture)
     loss = AutoencoderLoss(
-        penalty_weights={"codebook": 1.0} if vq else {"kl": 1e-6},
+        penalty_weights=penalties,
         lpips_weight=0.0,
         reduction="mean",
         logvar=logvar,  # type: ignore[arg-type]
@@ -209,6 +230,47 @@ def test_an_unused_codebook_raises_the_alert(tmp_path: Path, caplog: pytest.LogC
     assert "only 3.1 % of the codebook was used over the last 16 images" in alerts[0]
 
 
+@pytest.mark.parametrize("kind", QUANTISERS)
+def test_a_rigged_encoder_raises_the_alert_of_every_quantiser(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = stage(vq=kind, adversary=False, max_steps=2, codebook_window=8, optimizer=AdamW(1e-12))
+    with torch.no_grad():
+        made.first_stage.to_latent.weight.zero_()  # every vector is the same: one code
+    with caplog.at_level(logging.WARNING, logger="ldmlab"):
+        found = codebook_run(made, tmp_path)
+    one = {"codebook_use": 1 / made.first_stage.codebook_size, "codebook_perplexity": 1.0, "codebook_entropy": 0.0}
+    assert found == pytest.approx(one)
+    alerts = [record.getMessage() for record in caplog.records if "codebook was used" in record.getMessage()]
+    assert len(alerts) == 1
+    assert alerts[0].endswith(f"over the last 8 images; {made.first_stage.quantiser.remedy}")
+
+
+def test_counting_codes_of_18_bits_is_cheap() -> None:
+    window = CodebookWindow(2**18, 10_000, 0.5)
+    codes = torch.randint(2**18, (8, 16, 16))
+    start = time.process_time()
+    for step in range(20):
+        window.add(codes)
+        window.end_step(step, 8)
+    assert (time.process_time() - start) / 20 < 0.05  # about 1 ms, where a step of such a model takes a second
+    assert int(window.counts.sum()) == 20 * codes.numel()
+
+
+@pytest.mark.parametrize(
+    "kind", ["ibq", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsq", "lfq", "bsq"))]
+)
+def test_every_quantiser_resumes_to_the_bit(kind: str, tmp_path: Path) -> None:
+    for name, steps in (("straight", [4]), ("stopped", [2, 4])):
+        for max_steps in steps:
+            train(stage(vq=kind, adversary=False, codebook_window=12, max_steps=max_steps), tmp_path / name)
+    straight, stopped = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "step_00000004.ckpt") for name in ("straight", "stopped")
+    )
+    forked.same(straight["codebook"], stopped["codebook"])
+    forked.same(straight["modules"], stopped["modules"])
+
+
 def test_a_used_codebook_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = stage(vq=4, adversary=False, max_steps=5, codebook_window=16)
     with torch.no_grad():
@@ -294,7 +356,7 @@ def gradients(made: AutoencoderStage, positions: range) -> dict[str, Any]:
     return found
 
 
-def share_of_gradients(rank: int, world: int, vq: int, out: Path) -> None:
+def share_of_gradients(rank: int, world: int, vq: int | str, out: Path) -> None:
     distributed.join()
     made = stage(vq=vq)
     size = 8 // world
@@ -335,9 +397,9 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("vq", [0, 16], ids=["kl", "vq"])
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path, vq: int) -> None:
-    """4 + 4 images against 8: reconstruction, penalty and adversary terms, and the adaptive weight."""
+@pytest.mark.parametrize("vq", [0, 16, "lfq", "ibq"], ids=["kl", "vq", "lfq", "ibq"])
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path, vq: int | str) -> None:
+    """4 + 4 images against 8: reconstruction, penalties, entropies over all, adversary terms, the adaptive weight."""
     assert forked.finish(*forked.group(2, share_of_gradients, vq, tmp_path)) == [0, 0]
     made = stage(vq=vq)
     expected = gradients(made, range(8))

@@ -34,8 +34,8 @@ class Lattice(Quantiser):
         self.width, self.codebook_size = len(levels), math.prod(levels)
         if not levels or min(levels) < 2 or self.codebook_size > _MOST_CODES:
             raise InputError(
-                f"first_stage.quantiser.{option} makes {self.codebook_size} codes; every channel needs 2 levels or more, "
-                f"and all together at most {_MOST_CODES} (24 bits)."
+                f"first_stage.quantiser.{option} makes {self.codebook_size} codes; every channel needs 2 levels or "
+                f"more, and all together at most {_MOST_CODES} (24 bits)."
             )
         order = list(levels) if first_lowest else list(levels)[::-1]
         places = [math.prod(order[:place]) for place in range(len(order))]
@@ -111,7 +111,7 @@ class _Signs(Lattice):
 
 
 class LFQ(_Signs):
-    """sign(z), with the penalties `entropy` = a mean H(p(c | z)) - b H(mean p(c | z)) and `commitment` = mean |z - c|^2.
+    """sign(z); penalties `entropy` = a mean H(p(c | z)) - b H(mean p(c | z)), `commitment` = mean (z - c)^2.
 
     p(c | z) = softmax over all 2^d codes c of 2 z.c / T.
     """

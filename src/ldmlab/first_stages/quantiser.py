@@ -113,7 +113,7 @@ class VectorQuantiser(Quantiser):
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of this step's micro-batches: n, sum of z, candidates
 
     def forward(self, latents: Tensor) -> Quantised:
-        """(B, C, h, w) => vectors of the codebook in the same shape, their codes and the penalty `codebook`, in float32."""
+        """(B, C, h, w) => vectors of the codebook, codes and the penalty `codebook`, in float32."""
         latents = self._shaped(latents.float(), dim=1)
         codes = self.nearest(latents.detach().movedim(1, -1))  # (B, h, w)
         chosen = self.vectors_of(codes)

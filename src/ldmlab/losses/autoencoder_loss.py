@@ -60,7 +60,8 @@ class AutoencoderLoss(nn.Module):
         if given.penalties.keys() != self.penalty_weights.keys():
             raise InputError(
                 f"loss.penalty_weights={self.penalty_weights} does not name what the first stage gives "
-                f"({', '.join(given.penalties) or 'nothing'}); choose the loss of its kind: loss=kl, vq, fsq, lfq, bsq or ibq."
+                f"({', '.join(given.penalties) or 'nothing'}); choose the loss of its kind: "
+                "loss=kl, vq, fsq, lfq, bsq or ibq."
             )
         error, terms = self.reconstruction(images, given.images)
         total = sum((self.penalty_weights[name] * value for name, value in given.penalties.items()), error)
