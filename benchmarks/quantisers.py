@@ -3,7 +3,7 @@
 python benchmarks/quantisers.py --train data/emoji-256/train --held-out data/emoji-256/val --out runs/quantisers.json
 
 Each is `first_stage=*_f4_small` with `loss=*_pixel`, at --channels and near 10 bits a code, trained by Adam from
---seeds first weights on the same batches. One thread; finished runs in --out are kept, so that a stopped comparison goes on.
+--seeds first weights on the same batches. One thread. Finished runs in --out are kept: a stopped comparison goes on.
 """
 
 import argparse
