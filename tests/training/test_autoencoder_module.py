@@ -26,7 +26,8 @@ from ldmlab.first_stages.vq import QuantisedAutoencoder, VQModel
 from ldmlab.losses.adversary import Adversary
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
-from ldmlab.training.autoencoder_module import AutoencoderStage, CodebookWindow
+from ldmlab.training.autoencoder_module import AutoencoderStage
+from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.optim import AdamW
 
