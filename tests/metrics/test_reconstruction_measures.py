@@ -87,5 +87,6 @@ def test_latent_statistics_are_those_of_drawn_latents() -> None:
 
 def test_codebook_use() -> None:
     even, single = torch.tensor([2, 2, 2, 2, 0, 0, 0, 0]), torch.tensor([0, 0, 0, 0, 0, 3, 0, 0])
-    assert codebook_use(even) == pytest.approx({"codebook_use": 0.5, "codebook_perplexity": 4.0, "codebook_entropy": 2.0})
-    assert codebook_use(single) == pytest.approx({"codebook_use": 0.125, "codebook_perplexity": 1.0, "codebook_entropy": 0.0})
+    names = ("codebook_use", "codebook_perplexity", "codebook_entropy")
+    assert codebook_use(even) == pytest.approx(dict(zip(names, (0.5, 4.0, 2.0), strict=True)))
+    assert codebook_use(single) == pytest.approx(dict(zip(names, (0.125, 1.0, 0.0), strict=True)))
