@@ -52,6 +52,8 @@ class Backbone(Protocol):
     many the slot of that name has, which models of few steps need).
     Optional: `size_step`, an int; latent heights and widths must be multiples of it (a patch size, a product of
     strides), and other sizes are refused in one sentence. Without it every size is passed on.
+    `aligned(block)`, the module whose output an encoder's features can be compared with, (B, D, h, w) or tokens
+    (B, .., D) that end with the patches, and D; block: an int from 1, or None for its own choice.
     """
 
     accepts: frozenset[str]  # slots of Conditioning

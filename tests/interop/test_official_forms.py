@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drawn_weights import drawn
 from ldmlab.contracts import Level
+from ldmlab.diffusion.alignment import Alignment
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import EpsPrediction, Parameterization, VelocityPrediction
 from ldmlab.diffusion.paths import CosinePath, LinearPath
@@ -105,8 +106,17 @@ REPA_LOSSES = [(name, loss) for name, case in TRANSFORMERS.items() for loss in c
 
 @pytest.mark.parametrize(("name", "loss"), REPA_LOSSES)
 def test_training_of_repa(name: str, loss: str) -> None:
-    """Its times, denoising losses and alignment, and gradients of both through the network."""
+    """Its times, denoising losses and alignment, and gradients of both through the network and our projectors."""
     model, tensors, arguments = recorded(name)
+    config, side = TRANSFORMERS[name]["config"], tensors["images"].shape[2] // model.network.size_step
+    widths = {str(i): width for i, width in enumerate(config["z_dims"])}
+    alignment = Alignment(
+        model.network, widths, (16, 16), hidden=config["projector_dim"], block=config["encoder_depth"]
+    )
+    alignment.projectors.parts.load_state_dict(model.projectors.state_dict())
+    features = {
+        f"states.encoder.{i}": tensors[f"target.{i}"].transpose(1, 2).unflatten(2, (side, side)) for i in widths
+    }
     settings, images = arguments["losses"][loss], tensors["images"]
     path = (CosinePath if settings["path_type"] == "cosine" else LinearPath)(0.0, 1.0)
     objective = Objective(path, VelocityPrediction())
@@ -114,21 +124,22 @@ def test_training_of_repa(name: str, loss: str) -> None:
     times = LogNormalSigma(0.0, 1.0) if settings["weighting"] == "lognormal" else UniformTimes()
     t = times(u, torch.zeros(len(images), dtype=torch.int64), path)
     assert_near(t, tensors[f"loss.{loss}.t"])
-    aligned: list[Tensor] = []
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        out, zs = model(x, t, tensors["y"])
-        aligned[:] = [-torch.cosine_similarity(z, tensors[f"target.{i}"], dim=2).mean() for i, z in enumerate(zs)]
-        return out
-
-    denoising = objective(network, images, drawn_noise("noise.2", *images.shape), t)
-    projection = torch.stack(aligned).mean()
+    with alignment.watching() as seen:
+        noise = drawn_noise("noise.2", *images.shape)
+        denoising = objective(lambda x, t: model(x, t, tensors["y"])[0], images, noise, t)
+        projection = alignment(seen[-1], features)
     assert_near(denoising, tensors[f"loss.{loss}.denoising"])
     assert_near(projection[None], tensors[f"loss.{loss}.projection"])
     (denoising.mean() + arguments["proj_coeff"] * projection).backward()
     gradients = model.official_gradients()
     assert_near(gradients["blocks.0.attn.qkv.bias"], tensors[f"loss.{loss}.grad_first_block_qkv_bias"])
-    assert_near(gradients["projectors.0.4.bias"], tensors[f"loss.{loss}.grad_projector_last_bias"])
+    last = dict(alignment.projectors.named_parameters())["parts.0.4.bias"].grad
+    assert last is not None
+    assert_near(last, tensors[f"loss.{loss}.grad_projector_last_bias"])
+    with alignment.watching() as seen, torch.no_grad():
+        model(tensors["x"], tensors["t"], tensors["y"])
+        for i, found in alignment.projectors(seen[-1]).items():
+            assert_near(found.flatten(2).transpose(1, 2), tensors[f"z_tilde.{i}"])
 
 
 @pytest.mark.parametrize("precond", edm.PRECONDS)

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from toy_stages import TwoGroups, image_batch, options, train
+from toy_stages import TwoGroups, image_batch, options, toy_alignment, train
 
 from ldmlab import distributed
 from ldmlab.backbones.dit import DiT
@@ -98,6 +98,8 @@ def stage(network: str, told: str, recompute: bool = False, **changes: Any) -> D
         weighting=LearnedLogVariance(weighting) if told == "vector" else None,
     )  # fmt: skip
     given = {"optimizer": descent, "gradient_clip": 0.5, "averaging_decay": 0.9, **changes}
+    if network == "dit" or (recompute and network != "edm"):
+        given["alignment"] = toy_alignment(backbone, manifold=1.0)
     return DiffusionStage(diffusion=model, sampler=Ddim(), grid=model.path.grid(2), **options(**given))
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.alignment import Alignment
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
+from ldmlab.encoders import FrozenEncoder
 from ldmlab.first_stages.identity import Identity
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.losses.adversary import Adversary
@@ -73,6 +75,27 @@ class ToyClass(nn.Module):
 
     def null(self, batch: dict[str, Any], encode: Any) -> Tensor:
         return self.rows(torch.full_like(batch["class_id"], 4))
+
+
+class ToyEncoder(FrozenEncoder):
+    """Patches of 2 x 2 pixels."""
+
+    name, width = "toy", 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, self.width, 2, 2)
+        self.train(False)
+
+    def maps(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+
+def toy_alignment(backbone: nn.Module, **changes: Any) -> Alignment:
+    """With the toy encoder's features, of 8 x 8 latents; the term ends in the middle of four steps."""
+    alignment = Alignment(backbone, {"toy": 5}, (8, 8), **{"hidden": 16, "until_step": 2, **changes})
+    alignment.run({"toy": ToyEncoder()})
+    return alignment
 
 
 def options(**changes: Any) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ldmlab.argument_types import check_type
 from ldmlab.build import read_clip
-from ldmlab.contracts import LatentSpec, PatchEncoder
+from ldmlab.contracts import Encode, LatentSpec, PatchEncoder
 from ldmlab.data.latent_shards import DTYPE, EncodeStates
 from ldmlab.data.shard_data import ShardData, stored_states
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
+from ldmlab.nn.pixels import to_float
+from ldmlab.values import ENCODER_PREFIX, maker_of
 
 Config = Mapping[str, Any]
 
@@ -47,6 +49,38 @@ def build_encoders(config: Mapping[str, Mapping[str, Any]], trained: bool = True
                 f".pth, on the command line as encoder.{name}.weights=FILE."
             )
     return {name: _with_tower(node, f"encoder.{name}")[0] for name, node in config.items()}
+
+
+def encoders_of(config: Config) -> Mapping[str, Mapping[str, Any]]:
+    """The encoders that a denoiser is aligned with; InputError for an alignment without one, or one without that."""
+    alignment, encoders = config.get("alignment"), config.get("encoder") or {}
+    if bool(alignment) != bool(encoders):
+        lone = "alignment has no encoder to align with; add encoder=dinov2 or encoder=clip."
+        raise InputError(
+            lone if alignment else f"encoder={', '.join(encoders)} is not used; add alignment=repa, irepa or urepa."
+        )
+    return encoders if alignment and alignment["weight"] else {}
+
+
+class EncoderStates:
+    """An encoder as a maker of states: features (B, D, h, w) of an image."""
+
+    reads = frozenset({"image"})
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder, self.parameters = encoder, encoder.parameters
+
+    def made_by(self) -> dict[str, Any]:
+        """What determines the features."""
+        return {"name": self._encoder.name, "width": self._encoder.width, "weights": self._encoder.weights_hash}
+
+    def __call__(self, batch: Mapping[str, Any], encode: Encode) -> Tensor:
+        return self._encoder(to_float(batch["image"].to(next(self.parameters()).device)))
+
+
+def as_states(encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """Makers of states by the names under which latents carry them."""
+    return {ENCODER_PREFIX + name: EncoderStates(encoder) for name, encoder in encoders.items()}
 
 
 def _with_tower(given: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
@@ -176,8 +210,8 @@ def states_encoder(modules: Mapping[str, Any], mirrored: bool) -> EncodeStates:
     def encode(images: Tensor, fields: Mapping[str, list[Any]]) -> dict[str, NDArray[np.float32]]:
         made = {}
         for name, module in modules.items():
-            views = [images, images.flip(-1)] if mirrored and "reference" in module.reads else [images]
-            states = [module({**fields, "reference": view}, _no_latents) for view in views]
+            views = [images, images.flip(-1)] if mirrored and module.reads & {"reference", "image"} else [images]
+            states = [module({**fields, "reference": view, "image": view}, _no_latents) for view in views]
             made[name] = torch.stack(states, dim=1).float().cpu().numpy()  # (B, views, L, D)
         return made
 
@@ -186,7 +220,7 @@ def states_encoder(modules: Mapping[str, Any], mirrored: bool) -> EncodeStates:
 
 def check_states(modules: Mapping[str, Any], data: ShardData) -> None:
     """Refuse states that differ from those of the run's own encoders."""
-    for name in data.stored:
+    for name in (one for one in data.stored if one in modules):
         if _learns(modules[name]):
             raise InputError(
                 f"conditioner.{name} is trainable, but data.latents={data.latents} holds states of a frozen one; "
@@ -198,7 +232,7 @@ def check_states(modules: Mapping[str, Any], data: ShardData) -> None:
             if differing := sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
                 key = differing[0]  # layer=last there, penultimate here
                 raise InputError(
-                    f"data.latents={data.latents} holds states of another conditioner.{name} than this run's "
+                    f"data.latents={data.latents} holds states of another {maker_of(name)} than this run's "
                     f"({key}={there.get(key)} there, {now.get(key)} here); encode again, or set data.states=false to "
                     "run the encoder."
                 )

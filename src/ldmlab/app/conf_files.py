@@ -68,7 +68,7 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 Config = Mapping[str, Any]
 NAMES = (
     *("stage", "data", "first_stage", "loss", "clip", "classifier", "backbone", "conditioner", "encoder", "diffusion"),
-    *("sampler", "task", "optimizer"),
+    *("alignment", "sampler", "task", "optimizer"),
     *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "teacher", "init_from"),
     "plugins",
 )
@@ -80,6 +80,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
     "backbone": ("diffusion",),
     "conditioner": ("diffusion",),
     "encoder": ("autoencoder", "diffusion"),
+    "alignment": ("diffusion",),
     "diffusion": ("classifier", "diffusion"),
     "sampler": ("diffusion",),
     "task": ("diffusion",),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmlab.app.conditioning import build_conditioners, states_encoder, states_record
+from ldmlab.app.conditioning import as_states, build_conditioners, build_encoders, states_encoder, states_record
 from ldmlab.app.plans import latent_spec
 from ldmlab.app.progress import bar
 from ldmlab.build import load_first_stage, moments_of, pick_device
@@ -30,8 +30,9 @@ def encode_splits(config: dict[str, Any]) -> None:
     if not first_stage.state_dict():
         raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")
     conditioners, _ = build_conditioners(config["conditioner"], latent_spec(first_stage, data.image_size))
+    encoders: dict[str, Any] = build_encoders(config["encoder"])
     device = pick_device(config["device"])
-    for module in (first_stage, *conditioners.values()):
+    for module in (first_stage, *conditioners.values(), *encoders.values()):
         module.to(device)
         if wanted(config["compile"], device):
             compile_regions(module)
@@ -45,10 +46,10 @@ def encode_splits(config: dict[str, Any]) -> None:
         precision=config["precision"],
         carries_images=config["carry_images"],
         first_stage=loaded.spec,
-        states=states_record(conditioners),
+        states=states_record(makers := {**conditioners, **as_states(encoders)}),
     )
     for split in config["splits"]:
-        _encode_split(split, out, config, data, first_stage, conditioners, settings)
+        _encode_split(split, out, config, data, first_stage, makers, settings)
     if launched()[0] == 0:
         spec = {"kind": "first_stage", "image_size": loaded.image_size, "first_stage": loaded.spec}
         write_model_folder(out.folder / "first_stage", spec, {"first_stage": first_stage.state_dict()})
@@ -67,7 +68,7 @@ def _encode_split(
     config: dict[str, Any],
     data: ShardData,
     first_stage: Any,
-    conditioners: dict[str, Any],
+    makers: dict[str, Any],  # of states
     settings: LatentSettings,
 ) -> None:
     """One split into its folder, with a bar and a closing line."""
@@ -86,13 +87,13 @@ def _encode_split(
             sha256=data.sha256,
             option=f"data.{split}",
             progress=advance,
-            encode_states=states_encoder(conditioners, config["mirror"]) if conditioners else None,
+            encode_states=states_encoder(makers, config["mirror"]) if makers else None,
         )
     if rank == 0 and manifest and manifest.latents:
         carry_sheet(data.folder(split, "images"), out)
         skipped = len(manifest.extra.get("skipped", []))
-        cut = sum(getattr(module, "cut", 0) for module in conditioners.values())
+        cut = sum(getattr(module, "cut", 0) for module in makers.values())
         note = f", {skipped} unreadable" if skipped else ""
-        note += "".join(f", states of {name}" for name in conditioners) + (f" ({cut} captions cut)" if cut else "")
+        note += "".join(f", states of {name}" for name in makers) + (f" ({cut} captions cut)" if cut else "")
         std = manifest.latents["statistics"]["overall_std"]
         print(f"{where.named(split)}: {manifest.total} images{note}, standard deviation of the latents {std:.3f}")

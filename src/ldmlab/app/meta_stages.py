@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import (
+    alignment_of,
     backbone_sizes,
     check_divides,
     check_size_step,
@@ -21,6 +22,7 @@ from ldmlab.app.teacher import taught
 from ldmlab.app.wiring import stage_options
 from ldmlab.data.loaders import collate
 from ldmlab.data.order import image_random
+from ldmlab.diffusion.alignment import Alignment
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError, did_you_mean
@@ -29,6 +31,7 @@ from ldmlab.instantiate import instantiate
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
+from ldmlab.values import ENCODER_PREFIX, STATES_PREFIX
 
 Config = Mapping[str, Any]
 Parts = dict[str, nn.Module]
@@ -100,14 +103,21 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     check_size_step(size, model.size_step)
     if tables := getattr(model.objective.loss, "tables", None):
         tables(model.path, torch.device("cpu"))  # by their values, which a step without values has not
+    with torch.device("meta"):
+        given = {name: _untrained(node) for name, node in (config["encoder"] or {}).items()}
+        alignment = alignment_of({**config, "encoder": given}, model, latent, None)
     names = ("latent_scale", "panel_steps")
     stage = DiffusionStage(
         diffusion=model,
         sampler=None,  # type: ignore[arg-type]  # draws panels only
         grid=[],
+        alignment=alignment,
         **{k: v for k, v in options.items() if k not in names},
     )
     parts = {"denoiser": backbone, "conditioners": model.conditioners, "frozen first stage": first_stage}
+    if alignment is not None:
+        parts |= {"projectors": alignment.projectors, "frozen encoders": alignment.encoders}
+        sample |= {} if "image" in sample else _features(alignment, size)
     if config.get("teacher"):
         with torch.device("meta"):
             parts["teacher"] = instantiate({k: v for k, v in node.items() if k != "numbers"}, where="backbone")
@@ -148,6 +158,14 @@ def _latents(config: Config, task: Any) -> tuple[Any, dict[str, Any]]:
         with torch.no_grad():
             moments = first_stage.encode(torch.zeros(1, 3, size, size)).moments()
     return first_stage, {"moments": np.zeros(moments.shape[1:], np.float16)}
+
+
+def _features(alignment: Alignment, size: int) -> dict[str, Any]:
+    """Stored features of each encoder in place of the encoder."""
+    image = torch.zeros(1, 3, size, size, device="meta")
+    found = {name: encoder(image)[0] for name, encoder in alignment.encoders.items()}
+    alignment.encoders.clear()
+    return {f"{STATES_PREFIX}{ENCODER_PREFIX}{n}": np.zeros(part.shape, np.float16) for n, part in found.items()}
 
 
 def _stored(names: frozenset[str], size: int) -> dict[str, Any]:

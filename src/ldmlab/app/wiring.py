@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ldmlab import distributed
-from ldmlab.app.conditioning import check_states, class_bound, with_classes_of
+from ldmlab.app.conditioning import check_states, class_bound, encoders_of, with_classes_of
 from ldmlab.app.conf_files import check_built, check_choices, check_names
 from ldmlab.app.plans import PLANS, Plan, task_node
 from ldmlab.app.run_end import ended_early, finished
@@ -32,6 +32,7 @@ from ldmlab.training.random_state import seed_process
 from ldmlab.training.resume import Record
 from ldmlab.training.run_folder import FINISHED, RunFolder
 from ldmlab.training.settings import TrainerSettings, trainer_node
+from ldmlab.values import ENCODER_PREFIX
 
 Config = Mapping[str, Any]
 _COUNT = (sys.executable, "-W", "ignore", "-m", "ldmlab.app.estimate")
@@ -85,7 +86,7 @@ def read_data(config: Config) -> tuple[ShardData, Config]:
     if config["task"]:
         data = with_task(config, data)
     if config["stage"]["name"] == "diffusion":
-        data = data.with_states(config["conditioner"])
+        data = data.with_states([*config["conditioner"], *(ENCODER_PREFIX + name for name in encoders_of(config))])
     return data, config
 
 

@@ -208,6 +208,10 @@ class DiT(nn.Module):
         slots = {"tokens": self.context_width, "vector": self.vector_width, "spatial": self.in_channels}
         return frozenset(slot for slot, width in {**slots, "numbers": self.numbers}.items() if width)
 
+    def aligned(self, block: int | None) -> tuple[nn.Module, int]:
+        """See `contracts.Backbone`; the 8th block of 28, the 4th of 12."""
+        return chosen_block(self.blocks, block), self.width
+
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block, tokens that join the sequence, and the projected vector."""
         tokens, cache = self._projected(conditioning)
@@ -275,6 +279,14 @@ class DiT(nn.Module):
             rotation = rotary(rows, columns, self.head_width, device) if self.rotary_positions else None
             self._positions[key] = added, rotation
         return self._positions[key]
+
+
+def chosen_block(blocks: nn.ModuleList, block: int | None) -> nn.Module:
+    """A transformer's block by its number from 1; None: 2 / 7 of the depth, rounded up."""
+    block = -(-2 * len(blocks) // 7) if block is None else block
+    if not 1 <= block <= len(blocks):
+        raise InputError(f"alignment.block={block} is no block of 1 .. {len(blocks)}; choose one of them.")
+    return blocks[block - 1]
 
 
 def unpatched(tokens: Tensor, p: int, rows: int, columns: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.unet import check_sizes, check_slots
+from ldmlab.backbones.unet import check_sizes, check_slots, only_middle
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend, to_map, to_tokens
@@ -188,6 +188,7 @@ class EDM2UNet(ChannelsLast):
             )
 
         first = MPConv(self.in_channels + 1, widths[0], 3)
+        self.middle_width = widths[-1]
         encoder, decoder, self.meets = pyramid(widths[0], widths, per_level, block)
         self.encoder, self.decoder = nn.ModuleList([first, *encoder]), nn.ModuleList(decoder)
         self.conv_out, self.gain_out = MPConv(widths[0], self.out_channels, 3), nn.Parameter(torch.zeros(1))
@@ -196,6 +197,10 @@ class EDM2UNet(ChannelsLast):
     def accepts(self) -> frozenset[str]:
         """Slots of the conditioning this network was built for."""
         return frozenset({"spatial", "vector"} if self.vector_width else {"spatial"})
+
+    def aligned(self, block: int | None) -> tuple[nn.Module, int]:
+        """See `contracts.Backbone`; the end of the middle."""
+        return only_middle(block, self.decoder[1]), self.middle_width
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """The projected vector; all weights have unit magnitude from here on while training."""

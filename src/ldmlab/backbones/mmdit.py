@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.dit import TIME_CHANNELS, gained_norm, modulate, plain_norm, unpatched
+from ldmlab.backbones.dit import TIME_CHANNELS, chosen_block, gained_norm, modulate, plain_norm, unpatched
 from ldmlab.backbones.unet import check_sizes
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
@@ -185,6 +185,10 @@ class MMDiT(nn.Module):
         """Slots of the conditioning this network was built for."""
         slots = {"tokens": True, "spatial": True, "vector": self.vector_width, "numbers": self.numbers}
         return frozenset(slot for slot, there in slots.items() if there)
+
+    def aligned(self, block: int | None) -> tuple[nn.Module, int]:
+        """See `contracts.Backbone`; of the patches' stream."""
+        return chosen_block(self.blocks, block), self.width
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """The tokens at the network's width, and the projected vector."""

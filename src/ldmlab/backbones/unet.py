@@ -167,7 +167,7 @@ class UNet(ChannelsLast):
             last = i == len(widths) - 1
             self.down.append(UNetLevel(row, None if last else blocks.shrink(width)))
             skips += [width] * (per_level if last else per_level + 1)
-        width_in = widths[-1]
+        width_in = self.middle_width = widths[-1]
         self.middle = nn.ModuleList(blocks.block(width_in, width_in, attention) for attention in (True, False))
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
@@ -189,6 +189,10 @@ class UNet(ChannelsLast):
         """Slots of the conditioning this network was built for."""
         slots = {"tokens": self.context_width, "vector": self.vector_width, "spatial": self.in_channels}
         return frozenset(slot for slot, width in {**slots, "numbers": self.numbers}.items() if width)
+
+    def aligned(self, block: int | None) -> tuple[nn.Module, int]:
+        """See `contracts.Backbone`; the end of the middle."""
+        return only_middle(block, self.middle[-1]), self.middle_width
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block (of one token: its output), and the projected vector."""
@@ -244,6 +248,13 @@ class UNet(ChannelsLast):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, part, use_reentrant=False)
         return block(h, emb, part)
+
+
+def only_middle(block: int | None, middle: nn.Module) -> nn.Module:
+    """The module; InputError for another block."""
+    if block is not None:
+        raise InputError(f"alignment.block={block}: of a U-Net its middle is aligned; leave it out.")
+    return middle
 
 
 def check_slots(network: str, accepts: frozenset[str], conditioning: Conditioning) -> None:

@@ -21,7 +21,7 @@ from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.data.stores import Folder, check_there, manifest_of
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
-from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
+from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, maker_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def check_spec(named: str, manifest: Manifest, spec: BatchSpec) -> None:
         )
     if missing := sorted(set(spec.states) - (latents.get("states") or {}).keys()):
         raise InputError(
-            f"{named} holds no states of conditioner.{missing[0]}, unlike the training split; encode "
+            f"{named} holds no states of {maker_of(missing[0])}, unlike the training split; encode "
             "both splits alike, or set data.states=false to run the encoder while training."
         )
     if spec.moments and spec.flip and not latents["mirrored"]:

@@ -28,6 +28,7 @@ from ldmlab.annotations import BOXES, checked, middle_square, whole_class
 from ldmlab.data.tars import Files, image_ending
 from ldmlab.data.transforms import to_rgb
 from ldmlab.open_image import open_image
+from ldmlab.values import ENCODER_PREFIX, maker_of
 
 # what reading and decoding raise on a damaged sample; everything else is a fault of ours
 BAD_SAMPLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, EOFError, tarfile.TarError, zlib.error)
@@ -79,10 +80,11 @@ def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None
 
 
 def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:
-    """States of conditioner `name` for one view, or the only one there is, float16 (L, D)."""
-    states = _stored_view(files[states_ending(name)], view, axes=3, one_serves=True)
+    """States of conditioner `name` for one view, or the only one there is, float16 (L, D); of encoders (D, h, w)."""
+    axes = 4 if name.startswith(ENCODER_PREFIX) else 3
+    states = _stored_view(files[states_ending(name)], view, axes, one_serves=True)
     if not np.isfinite(states).all():
-        raise ValueError(f"states of conditioner.{name} that are not finite")
+        raise ValueError(f"states of {maker_of(name)} that are not finite")
     return states.copy()
 
 

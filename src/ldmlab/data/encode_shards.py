@@ -69,7 +69,7 @@ class LatentSettings:
     def read_fields(self) -> tuple[str, ...]:
         """Fields of KEY.json that the stored states are made from."""
         reads = {field for made in (self.states or {}).values() for field in made["reads"]}
-        return tuple(sorted(reads - {"reference"}))  # that is the image itself
+        return tuple(sorted(reads - {"reference", "image"}))  # these are the image itself
 
 
 def encode(

@@ -4,7 +4,8 @@ KEY.npy holds moments (views, 2C or C, h, w): mean and, where there is one, log-
 its mirror image where that was encoded. Never a sample of the posterior, never multiplied by a constant.
 
 States of frozen encoders are stored with the moments: KEY.NAME.states.npy, float16, (views, L, D). NAME is the
-conditioner's; views is 1 where the encoder reads no image (captions), else that of the moments.
+conditioner's; views is 1 where the encoder reads no image (captions), else that of the moments. The features of an
+encoder that training aligns with are stored alike: KEY.encoder.NAME.states.npy, (views, D, h, w).
 """
 
 import io
@@ -21,11 +22,12 @@ from ldmlab.data.decode import states_ending
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
+from ldmlab.values import maker_of
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it
 DTYPE = "float16"  # of stored states
 EncodeStates = Callable[[Tensor, Mapping[str, list[Any]]], dict[str, NDArray[np.float32]]]
-# uint8 (B, 3, H, W) and the fields of the samples => by conditioner (B, views, L, D)
+# uint8 (B, 3, H, W) and the fields of the samples => by conditioner (B, views, L, D), by encoder (B, views, D, h, w)
 
 
 @dataclass
@@ -97,6 +99,6 @@ def state_files(key: str, states: Mapping[str, NDArray[np.float32]]) -> Files:
     """The files of one sample from its states (views, L, D)."""
     files = {}
     for name, values in states.items():
-        instead = f"leave conditioner.{name} out, so that it runs while training"
-        files[states_ending(name)] = npy_bytes(f"states of conditioner.{name} for {key}", values, DTYPE, instead)
+        instead = f"leave {maker_of(name)} out, so that it runs while training"
+        files[states_ending(name)] = npy_bytes(f"states of {maker_of(name)} for {key}", values, DTYPE, instead)
     return files

@@ -8,6 +8,7 @@ from ldmlab.backbones.dit import DiT
 from ldmlab.checkpoints import without_weights
 from ldmlab.conditioners.class_label import ClassEmbedder
 from ldmlab.contracts import Conditioning
+from ldmlab.diffusion.alignment import mlp
 from ldmlab.errors import InputError
 from ldmlab.interop.dit import ARGUMENTS, filled_parts
 from ldmlab.interop.renaming import Names, Node, OfficialModule, Part, State, refuse_unknown
@@ -32,7 +33,7 @@ def as_official(config: Node, state_dict: State) -> "OfficialRepa":
     if config.get("decoder_hidden_size", width) != width:
         raise InputError(f"decoder_hidden_size={of['decoder_hidden_size']} must be hidden_size={width}.")
     with without_weights():
-        projectors = nn.ModuleList(_projector(width, of["projector_dim"], z_dim) for z_dim in of["z_dims"])
+        projectors = nn.ModuleList(mlp(width, of["projector_dim"], z_dim) for z_dim in of["z_dims"])
     names: Names = {name: (PROJECTORS + name,) for name in projectors.state_dict()}
     more = {"projectors": Part("projectors", projectors, names)}
     return OfficialRepa(filled_parts(config, state_dict, options(config), more), of["encoder_depth"]).eval()
@@ -41,12 +42,6 @@ def as_official(config: Node, state_dict: State) -> "OfficialRepa":
 def options(config: Node) -> dict[str, Any]:
     """What REPA changes of our DiT."""
     return {"qk_norm": bool(config.get("qk_norm", False))}
-
-
-def _projector(width: int, hidden: int, z_dim: int) -> nn.Sequential:
-    """Tokens (B, N, D) => (B, N, z_dim)."""
-    middle = nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
-    return nn.Sequential(nn.Linear(width, hidden), *middle, nn.Linear(hidden, z_dim))
 
 
 class OfficialRepa(OfficialModule):

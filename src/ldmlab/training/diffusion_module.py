@@ -1,6 +1,7 @@
 """Training of a denoiser on latents."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Level, Sampler
+from ldmlab.diffusion.alignment import Alignment
 from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError, one_of
@@ -43,6 +45,7 @@ class DiffusionStage(Stage):
         guided_channels: int | None = None,  # of the panels, the first of the latent; None: all
         panel_count: int = 16,  # images in a panel
         val_draws: int = 4,  # fixed noise levels and noises for each validation image
+        alignment: Alignment | None = None,  # of the denoiser with frozen encoders
         encoder_precision: str = "float32",  # of a first stage that runs while training: float32 | bfloat16
         **options: Any,  # of Stage
     ) -> None:
@@ -57,11 +60,12 @@ class DiffusionStage(Stage):
         interval = None if guidance_interval is None else (guidance_interval[0], guidance_interval[1])
         self.guidance = Guidance(scale, interval, rescale=guidance_rescale, channels=guided_channels)
         diffusion.check_guidance(self.guidance)
-        self.panel_count, self.val_draws = panel_count, val_draws
+        self.panel_count, self.val_draws, self.alignment = panel_count, val_draws, alignment
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The backbone and the trainable conditioners are one group."""
-        return {"denoiser": [p for p in self.diffusion.parameters() if p.requires_grad]}
+        """The backbone, the trainable conditioners and the projectors of an alignment are one group."""
+        parts = [self.diffusion, *([] if self.alignment is None else [self.alignment])]
+        return {"denoiser": [p for part in parts for p in part.parameters() if p.requires_grad]}
 
     def saved(self) -> dict[str, nn.Module]:
         """Backbone, latent scale and, unless frozen, conditioners; frozen parts are stored once, apart from them."""
@@ -72,6 +76,8 @@ class DiffusionStage(Stage):
             modules["objective"] = self.diffusion.objective
         if (target := getattr(self.diffusion, "target_network", None)) is not None:  # of a consistency model
             modules["target"] = target
+        if self.alignment is not None:
+            modules["projectors"] = self.alignment.projectors
         return modules
 
     def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
@@ -79,18 +85,38 @@ class DiffusionStage(Stage):
         found = [(self.diffusion.backbone, ()), *((part, ("null",)) for part in self.diffusion.conditioners.values())]
         if isinstance(weighting := self.diffusion.objective.weighting, nn.Module):
             found.append((weighting, ("finished",)))
+        if self.alignment is not None:
+            found.append((self.alignment.projectors, ()))
         return [one for one in found if any(p.requires_grad for p in one[0].parameters())]
 
     def losses(self, group: str, batch: Batch) -> Losses:
         """Mean of the images' losses; their noise levels by position on the path, 0 the cleanest."""
         seen, cut = self._captions()
-        loss, t = self.diffusion.loss(batch, self.seed)
+        watching = nullcontext(list[Tensor]()) if self.alignment is None else self.alignment.watching()
+        with watching as features:
+            loss, t = self.diffusion.loss(batch, self.seed)
         total = loss.mean()
         metrics = {"loss": total}
+        if self.alignment is not None:
+            total = self._aligned(self.alignment, total, features[-1], batch, metrics)
         now_seen, now_cut = self._captions()
         if now_seen > seen:
             metrics["captions_cut"] = total.new_full((), (now_cut - cut) / (now_seen - seen))
         return Losses(total, metrics, {"loss": loss, "level": partial(self.diffusion.path.position, t)})
+
+    @property
+    def phase(self) -> tuple[Any, ...]:
+        """With whether the alignment has ended."""
+        return (*super().phase, self.alignment is not None and self.alignment.ended(self.step))
+
+    def _aligned(
+        self, alignment: Alignment, loss: Tensor, features: Tensor, batch: Batch, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """The loss with the alignment's term, which is logged as well."""
+        if alignment.ended(self.step):
+            return loss + alignment.unused(features)
+        metrics["alignment"] = alignment(features, batch)
+        return loss + alignment.weight * metrics["alignment"]
 
     def _update(self, active: list[str]) -> None:
         super()._update(active)

@@ -21,6 +21,7 @@ _APPLIED = (  # read at every start; changes are reported
     *("trainer", "callbacks", "logger", "data.val"),
     *("data.object_background", "stage.panel_steps", "stage.panel_count", "stage.guidance_scale"),
     *("stage.guidance_interval", "stage.guidance_rescale", "stage.guided_channels"),
+    *("alignment.weight", "alignment.until_step"),
     *("stage.val_draws", "stage.noise_bins", "stage.codebook_alert"),
 )
 _HARMLESS = (  # of the place and the machine, or held against the checkpoint by content
