@@ -94,7 +94,8 @@ class ToyEncoder(FrozenEncoder):
 def toy_alignment(backbone: nn.Module, **changes: Any) -> Alignment:
     """With the toy encoder's features, of 8 x 8 latents; the term ends in the middle of four steps."""
     alignment = Alignment(backbone, {"toy": 5}, (8, 8), **{"hidden": 16, "until_step": 2, **changes})
-    alignment.run({"toy": ToyEncoder()})
+    encoder: Any = ToyEncoder()
+    alignment.run({"toy": encoder})
     return alignment
 
 
