@@ -29,7 +29,8 @@ def stage(until_step: int | None, aligned: bool = True, steps: int = 4, **change
     model = LatentDiffusion(Identity(), LatentScale(1.0), network, told, path, EpsPrediction(), guidance_trained=True)
     alignment = toy_alignment(network, until_step=until_step) if aligned else None
     given = options(max_steps=steps, gradient_clip=None, **changes)
-    return DiffusionStage(diffusion=model, sampler=Ddim(), grid=model.path.grid(2, "auto"), alignment=alignment, **given)
+    grid = model.path.grid(2, "auto")
+    return DiffusionStage(diffusion=model, sampler=Ddim(), grid=grid, alignment=alignment, **given)
 
 
 def run(folder: Path, made: DiffusionStage, steps: int = 4) -> dict[str, Any]:
