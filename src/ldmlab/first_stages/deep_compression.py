@@ -194,9 +194,14 @@ class DeepCompressionAutoencoder(nn.Module):
         return self.decoder(raw_latents)
 
     def reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None = None) -> Reconstruction:
-        """Encode and decode (the noise is not used); no penalties."""
+        """Encode, `change` where given, decode (the noise is not used); no penalties."""
         latents = self.encode(images).mean
         return Reconstruction(self.decode(latents if change is None else change(latents)), {}, latents=latents)
+
+    @property
+    def encoder_last_layer(self) -> Tensor:
+        """Weight of the convolution that gives the latents."""
+        return self.encoder.conv_out.weight
 
     @property
     def last_layer(self) -> Tensor:

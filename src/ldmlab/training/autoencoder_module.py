@@ -22,6 +22,7 @@ from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.data_module import Batch
 from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
+from ldmlab.training.trained_parts import train_only
 from ldmlab.values import LatentChange
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class AutoencoderStage(Stage):
         first_stage: FirstStage,
         loss: AutoencoderLoss,
         background: Sequence[int] | None = (255, 255, 255),  # colour left out of psnr_object
+        trained: Sequence[str] | None = None,  # beginnings of parameters' names, [decoder]; None: all parameters
         codebook_window: int = 10_000,  # images over which codebook use is counted; an epoch is a good choice
         codebook_alert: float = 0.5,  # warn when a smaller share of the codebook was used
         **options: Any,  # of Stage
@@ -61,6 +63,13 @@ class AutoencoderStage(Stage):
         assert isinstance(first_stage, nn.Module)
         last_layer = first_stage.last_layer  # refuses a first stage without weights
         assert last_layer.requires_grad
+        if trained is not None:
+            train_only(first_stage, trained, "stage.trained")
+        if loss.adversary is not None and loss.adversary.adaptive and not last_layer.requires_grad:
+            raise InputError(
+                f"stage.trained={list(trained or [])} leaves out the last layer, by whose gradients loss.adversary is "
+                "weighted; add it, or set loss.adversary.adaptive=false, or loss.adversary=null."
+            )
         self.first_stage = first_stage
         self.loss = loss
         self.background = background

@@ -227,7 +227,8 @@ class Stage(OptimizerGroups):
         super().train(mode)
         for module in self.modules():
             parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
+            by_hand = getattr(module, "watched", False)  # codes that are running means are trained without gradients
+            if parameters and not by_hand and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
 

@@ -163,6 +163,11 @@ def strategy_of(stage: Stage, settings: TrainerSettings) -> Any:
         return settings.strategy
     if world == 1:
         return "auto"
+    if not torch.cuda.is_available() and any(isinstance(part, nn.SyncBatchNorm) for part in stage.modules()):
+        raise InputError(
+            f"batch norm over {world} processes needs GPUs; use one process, first_stage.decoder_norm_types=rms_norm, "
+            "or loss.adversary.discriminator.norm=group."
+        )
     if sharded:
         return Sharded(settings.precision, by_machine=settings.strategy == "hsdp")
     if len(stage.groups()) > 1:

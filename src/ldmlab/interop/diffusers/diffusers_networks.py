@@ -34,7 +34,7 @@ def first_stage_part(node: Node, title: str) -> Part:
     module = renaming.unfilled(node, "first_stage")
     if title == "AutoencoderDC":  # tensors have its names
         products = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.weight")
-        same = {name: (name,) for name in module.state_dict()}
+        same: renaming.Names = {name: (name,) for name in module.state_dict()}
         return Part(title, module, same, {name: 2 for name in same if name.endswith(products)})
     tensors, table = (
         filter(renaming.named_as_theirs, module.state_dict()),
