@@ -199,11 +199,6 @@ class DeepCompressionAutoencoder(nn.Module):
         return Reconstruction(self.decode(latents if change is None else change(latents)), {}, latents=latents)
 
     @property
-    def encoder_last_layer(self) -> Tensor:
-        """Weight of the convolution that gives the latents."""
-        return self.encoder.conv_out.weight
-
-    @property
     def last_layer(self) -> Tensor:
         """Weight of the convolution that gives the pixels."""
         end = self.decoder.conv_out
