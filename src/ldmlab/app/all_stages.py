@@ -59,7 +59,7 @@ class FactorScores:
         """Compute missing scores; tradeoff.json in the denoiser's folder is what `ldmlab report` reads."""
         record, first_stage = self.record() | {"points": self.points(), "reconstruction": None}, self.factor.first_stage
         if first_stage is not None:
-            lost = self._evaluated(first_stage, self.options["reconstruction"], "tradeoff")
+            lost = self.evaluated(first_stage, self.options["reconstruction"], "tradeoff")
             record["reconstruction"] = dict(lost["scores"])
         record["seconds_per_image"] = self.seconds_per_image()
         path, text = self.factor.denoiser / RECORD, json.dumps(record, indent=1, ensure_ascii=False)
@@ -103,7 +103,7 @@ class FactorScores:
         if distributed.rank() == 0 and not checkpoint.exists():
             raise InputError(f"{checkpoint} is gone, so this point cannot be scored; delete the run to train it again.")
         protocol = {**self.options["protocol"], "steps": sampler_steps}
-        found = self._evaluated(checkpoint, protocol, f"step_{step:08d}-{sampler_steps}")
+        found = self.evaluated(checkpoint, protocol, f"step_{step:08d}-{sampler_steps}")
         return {
             "step": step,
             "sampler_steps": sampler_steps,
@@ -113,7 +113,7 @@ class FactorScores:
             "scored_by": {"features": found["features"], "reference": found["reference"]["manifest_hash"]},
         }
 
-    def _evaluated(self, model: Path, protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
+    def evaluated(self, model: Path, protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
         """metrics.json of one evaluation, computed unless it exists."""
         run = model.parents[1] if model.suffix == ".ckpt" else model
         identity = (protocol, self.features, self.options["precision"], self.factor.content)

@@ -33,6 +33,7 @@ COMMANDS = {
     "sample": "images from a model",
     "noise": "what noise leaves of an image's latents, with and without their rescaling",
     "evaluate": "score a model by a protocol (the same as python evaluate.py)",
+    "first-stage": "a first stage's reconstructions, latents, and a small denoiser trained on them",
     "score": "one set of images against another: folders, shards, .npz batches",
     "audit": "which training images a model gives back, and when to stop training",
     "report": "a page about runs and their scores",
@@ -54,11 +55,12 @@ COMMANDS = {
 FILES = {  # of another name
     "import": "import_model",
     "data-sheet": "sheet",
+    "first-stage": "first_stage",
     "sweep-file": "sweep_file",
     "verify": "verify_images",
 }
 WITH_HYDRA = {"train", "evaluate"}  # verbs whose whole command line is Hydra's
-COMPOSING = {"encode", "score", "audit", "config", "plan", "sweep-file"}  # commands that take options of conf/
+COMPOSING = {"audit", "config", "encode", "first-stage", "plan", "score", "sweep-file"}  # take options of conf/
 
 EPILOG = """options of train, evaluate and encode are Hydra's: group=file and key=value
   ldmlab train experiment=...           in a checkout also: python train.py experiment=...
