@@ -35,18 +35,24 @@ def first_stage(folder: Path, node: dict) -> str:
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The options of a sheet of a few blobs."""
+    """The options of a sheet of a few blobs, which are also the data of the run `tmp_path`/pixels."""
     monkeypatch.setenv("LDMLAB_REFERENCES", str(tmp_path / "references"))
     write_blobs(tmp_path / "train", range(40))
     write_blobs(tmp_path / "val", range(100, 112))
-    data = ["data=shards", f"data.train={tmp_path}/train", f"data.val={tmp_path}/val", "data.workers=0"]
+    folders = {name: str(tmp_path / name) for name in ("train", "val")}
+    node = {"_target_": "ldmlab.data.shard_data.ShardData", **folders, "image_size": SIZE, "fields": [], "workers": 0}
+    (tmp_path / "pixels").mkdir()
+    (tmp_path / "pixels" / "config.yaml").write_text(json.dumps({"data": node}))
+    data = ["data=shards", *(f"data.{name}={folder}" for name, folder in folders.items()), "data.workers=0"]
     features = ["--features", "pixels", "features.pixels.side=2", "--device", "cpu", "--batch-size", "8"]
     return [*data, *features, "--out", str(tmp_path / "sheets")]
 
 
 def test_a_sheet_of_pixels_and_of_codes(tmp_path: Path, options: list[str]) -> None:
-    """The identity loses nothing, in numbers that JSON knows; codes are counted."""
+    """The identity loses nothing, in numbers that JSON knows; codes are counted; a run knows its data."""
     models = [first_stage(tmp_path / "pixels", PIXELS), first_stage(tmp_path / "vq", {**VQ, "codebook_size": 16})]
+    own = [word for word in options if not word.startswith("data")]
+    assert cli.dispatch(["first-stage", models[0], *own, "--without-generation"]) == 0
     assert cli.dispatch(["first-stage", *models, *options, "--without-generation"]) == 0
     pixels, codes = (json.loads(path.read_text()) for path in sorted((tmp_path / "sheets").glob("*/sheet.json")))
     assert pixels["reconstruction"]["pixels"]["scores"]["psnr"]["value"] == 100

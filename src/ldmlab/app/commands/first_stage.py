@@ -73,7 +73,7 @@ def _sheet(args: argparse.Namespace, config: Mapping[str, Any], given: Path, loa
     from ldmlab.model_files import DESCRIPTION, write_model_folder
 
     data = reference_data({**config, "model": str(given)}, loaded.image_size)
-    node = config["data"] or run_config(run_folder(given))["data"]
+    node = config.get("data") or run_config(run_folder(given))["data"]
     node = {**node, "image_size": loaded.image_size, "latents": None}
     folder = given
     if loaded.files.spec["kind"] != "first_stage" or not (given / DESCRIPTION).exists():  # a denoiser's, of latents
