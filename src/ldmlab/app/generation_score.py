@@ -43,7 +43,7 @@ class GenerationScore:
 
     @cached_property
     def latent(self) -> LatentSpec:
-        return latent_spec(self.loaded.module, self.data["image_size"])  # type: ignore[arg-type]
+        return latent_spec(self.loaded.module, self.data["image_size"])
 
     def reconstruction(self) -> dict[str, Any]:
         """metrics.json by the name of the features."""
