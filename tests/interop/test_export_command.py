@@ -18,7 +18,7 @@ from ldmlab.disks import locked
 from ldmlab.errors import InputError
 from ldmlab.interop import verify
 from ldmlab.interop.diffusers import diffusers_build
-from ldmlab.interop.diffusers.diffusers_plan import plan
+from ldmlab.interop.diffusers.diffusers_export import plan
 from ldmlab.model_files import write_model_folder
 
 
