@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, and no network."""
 
+import io
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 torch.set_num_threads(1)
 
@@ -25,6 +27,21 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _parsed_once() -> None:
+    """Hydra parses every file of conf/ again for each composition; here each text is parsed once."""
+    load, parsed = OmegaConf.load, dict[str, Any]()
+
+    def cached(file: Any) -> Any:
+        if not hasattr(file, "read"):
+            return load(file)
+        if (text := file.read()) not in parsed:
+            parsed[text] = OmegaConf.to_container(load(io.StringIO(text)))
+        return OmegaConf.create(parsed[text])
+
+    setattr(OmegaConf, "load", staticmethod(cached))  # noqa: B010  for the whole session
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,16 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"hydra.searchpath=[file://{folder}]", *(f"{group}=theirs" for group in GROUPS)]
 
 
-@pytest.mark.parametrize("number", range(len(EXPERIMENTS)), ids=EXPERIMENTS.__getitem__)
+def rounds() -> int:
+    """Experiments after which every choice of every group has met one."""
+    return max(len(group_choices(group)) for group in GROUPS)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[] if n < rounds() else pytest.mark.slow) for n in range(len(EXPERIMENTS))],
+    ids=EXPERIMENTS.__getitem__,
+)
 def test_another_choice_builds(number: int) -> None:
     name = EXPERIMENTS[number]
     chosen = [f"{group}={choice}" for group, choice in others(number).items()]

@@ -208,16 +208,27 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
         assert torch.equal(a.grad, torch.as_tensor(b.grad))
 
 
-@torch.no_grad()
-def test_its_blocks_are_compiled_and_take_every_slot() -> None:
+def with_every_slot() -> tuple[EDM2UNet, Tensor, Tensor, Conditioning]:
     network = small(in_channels=7, vector_width=6, channel_mult=(2,), attention_downsampling=()).eval()
-    x, t = torch.randn(2, 4, 8, 12), torch.tensor([0.3, -0.5])
     conditioning = Conditioning(vector=torch.randn(2, 6), spatial=torch.randn(2, 3, 8, 12))
+    return network, torch.randn(2, 4, 8, 12), torch.tensor([0.3, -0.5]), conditioning
+
+
+@torch.no_grad()
+def test_it_takes_every_slot() -> None:
+    network, x, t, conditioning = with_every_slot()
     out = network(x, t, conditioning)
     assert torch.equal(network(x, t, network.prepare(conditioning)), out)
     for slot in ("vector", "spatial"):
         other = replace(conditioning, **{slot: getattr(conditioning, slot) + 1})
         assert not torch.allclose(network(x, t, other), out)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_its_blocks_are_compiled() -> None:
+    network, x, t, conditioning = with_every_slot()
+    out = network(x, t, conditioning)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldmlab.nn.compiling.BACKEND", "aot_eager")
         assert compile_regions(network) == 9

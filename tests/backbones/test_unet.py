@@ -66,13 +66,9 @@ def test_checkpointing_gives_equal_gradients(variant: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("variant", "prepared"),
-    [
-        ("tokens", False),
-        *[pytest.param(name, prepared, marks=pytest.mark.slow) for name in VARIANTS for prepared in (False, True)][1:],
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prepared", [False, True])
 @torch.no_grad()
 def test_compiles_into_one_graph(variant: str, prepared: bool) -> None:
     unet, (x, t, conditioning) = VARIANTS[variant](), inputs()
