@@ -94,7 +94,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("run", "changes", "message"), REFUSED, ids=lambda v: str(v)[:40])
-@pytest.mark.parametrize("steps", [5, 8])  # finished or not
+@pytest.mark.parametrize("steps", [5, pytest.param(8, marks=pytest.mark.slow)])  # not finished, finished
 def test_what_a_run_keeps_is_refused_and_nothing_changes(
     run: str, changes: dict[str, Any], message: str, steps: int, there: Path
 ) -> None:
