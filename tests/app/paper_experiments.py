@@ -85,7 +85,13 @@ def settings(config: dict[str, Any]) -> str:
         told[1] += f" after {schedule['warmup_steps']:,} steps of rise"
     if config["stage"]["name"] == "autoencoder":
         adversary = config["loss"]["adversary"]
-        return ", ".join([*told, f"adversary {adversary['weight']} from step {adversary['adversary_start']:,}"])
+        plays = (
+            f"adversary {adversary['weight']} from step {adversary['adversary_start']:,}"
+            if adversary
+            else "no adversary"
+        )
+        trained = config["stage"].get("trained")
+        return ", ".join([*told, plays, *([f"trained {' and '.join(trained)}"] if trained else [])])
     path = config["diffusion"]["schedule"]
     told += [f"betas {path['start']:g} to {path['end']:g}" if "start" in path else path["_target_"].rpartition(".")[2]]
     if config["stage"]["name"] == "classifier":

@@ -112,6 +112,10 @@ def take_initial_weights(config: Config, plan: Plan, data: ShardData) -> None:
         distributed.say(f"init_from={source}: its conditioners are of another kind; they start from random weights")
     if "conditioner" in parts:
         check_towers(config, plan.stage.diffusion.conditioners, parts["conditioner"])  # type: ignore[arg-type, union-attr]
+    loss = plan.stage.saved().get("loss")
+    if loss is not None and "loss" in parts and parts["loss"].keys() != loss.state_dict().keys():
+        del parts["loss"]
+        distributed.say(f"init_from={source}: its loss is of another kind; adversary and log-variance start afresh")
     load_initial_weights(plan.stage, parts, f"init_from={source}")
     if data.stored:  # a frozen conditioner with stored states, together with a trainable one
         check_states(plan.stage.diffusion.conditioners, data)  # type: ignore[arg-type, union-attr]
