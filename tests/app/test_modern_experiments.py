@@ -28,6 +28,7 @@ POSITIONS = 256 * 1152  # a parameter of the official files that is not trained
 OFFICIAL = {  # parameters of denoiser and label table, as the authors' programs count them
     "modern/dit_xl_2": 675_129_632,
     "modern/sit_xl_2": 675_129_632,
+    "modern/sit_xl_2_repa": 675_129_632,
     "modern/lightningdit_xl_1": 675.26e6,  # its log has two digits
     "modern/edm2_s": 280e6,
     "modern/sd3_medium": 2_028_328_000,
@@ -36,6 +37,7 @@ FAST = {"modern/sit_xl_2"}
 SMALL = {
     "DiT": {"width": 32, "depth": 2, "heads": 2},
     "MMDiT": {"width": 32, "depth": 2, "heads": 2, "position_grid": 32},
+    "UNet": {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_downsampling": [2]},
     "EDM2UNet": {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "head_channels": 16},
 }
 
@@ -123,6 +125,9 @@ def reduced(name: str, root: Path) -> dict[str, Any]:
     config["stage"] |= {"panel_steps": 2, "panel_count": 2, "val_draws": 1}
     config["backbone"] |= SMALL[config["backbone"]["_target_"].rpartition(".")[2]]
     config["conditioner"] = {key: narrow_conditioner(one, root) for key, one in config["conditioner"].items()}
+    if config["encoder"]:  # one that comes along
+        clip = {"_target_": "ldmlab.encoders.clip_patches.ClipPatches", "from_run": str(ROOT / "models/emoji/clip")}
+        config |= {"encoder": {"clip": clip}, "alignment": {**config["alignment"], "hidden": 16}}
     if "power_averages" in config["callbacks"]:
         config["callbacks"]["power_averages"]["every"] = 1
     return config

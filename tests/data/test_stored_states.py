@@ -60,8 +60,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         clip = build_clip(config=CLIP)
         spec = {"kind": "clip", "image_size": SIZE, "clip": clip.node}
         write_model_folder(folder / name, spec, {"clip": clip.model.state_dict()})
-    encode(folder, "latents", "conditioner=[text,image]", *of_run(folder, "text"), *of_run(folder, "image"))
+    encode(folder, "latents", *all_of(folder))
     return folder
+
+
+def all_of(root: Path) -> list[str]:
+    """Both conditioners and an encoder to align with."""
+    states = ["conditioner=[text,image]", *of_run(root, "text"), *of_run(root, "image")]
+    return [*states, "encoder=clip", f"encoder.clip.from_run={root / 'clip'}"]
 
 
 def of_run(root: Path, name: str, clip: str = "clip") -> list[str]:
@@ -84,7 +90,7 @@ def stage_and_data(root: Path, *options: str) -> tuple[Any, ShardData]:
     data: ShardData = instantiate(config["data"], where="data", seed=0)
     if config["task"]:
         data = with_task(config, data)
-    data = data.with_states(config["conditioner"])
+    data = data.with_states([*config["conditioner"], *(f"encoder.{name}" for name in config["encoder"])])
     settings = instantiate(config["trainer"], where="trainer")
     stage: Any = diffusion(config, data, stage_options(config, settings)).stage
     generator = torch.Generator().manual_seed(3)
@@ -151,6 +157,29 @@ def test_states_of_another_encoder_are_refused(root: Path, options: list[str], w
     stage_and_data(root, *given, "data.states=false")
 
 
+def test_stored_features_are_those_of_the_encoder(root: Path) -> None:
+    """Of both views; the term and its gradient follow. Another encoder, and latents without features, are refused."""
+    choice = ["alignment=repa", "alignment.hidden=8", "conditioner=none", "encoder=clip"]
+    choice += ["backbone=unet_demo", "backbone.heads=4"]
+    stored, data = stage_and_data(root, *choice, f"encoder.clip.from_run={root / 'clip'}")
+    live, live_data = stage_and_data(
+        root, *choice, f"encoder.clip.from_run={root / 'clip'}", "data.latents=null", f"from_run={root / 'stage'}"
+    )
+    assert not stored.alignment.encoders
+    live.alignment.projectors.load_state_dict(stored.alignment.projectors.state_dict())
+    batches = [list(islice(one.train_loader(6), 4)) for one in (data, live_data)]
+    for batch, shown in zip(*batches, strict=True):
+        features, expected = stored.alignment.target("clip", batch), live.alignment.target("clip", shown)
+        assert expected.shape == (6, 32, 2, 2)
+        assert (features - expected).abs().max() <= 1e-3 * max(1.0, float(expected.abs().max()))
+        seen = torch.randn(6, 32, 8, 8)
+        torch.testing.assert_close(stored.alignment(seen, batch), live.alignment(seen, shown), atol=1e-3, rtol=0)
+    with pytest.raises(InputError, match=r"states of another encoder\.clip than this run's \(weights="):
+        stage_and_data(root, *choice, f"encoder.clip.from_run={root / 'other'}")
+    with pytest.raises(InputError, match="holds no features of encoder=clip"):
+        stage_and_data(root, *choice, f"encoder.clip.from_run={root / 'clip'}", "data.states=false")
+
+
 def test_an_encoder_that_comes_with_first_weights_is_held_against_the_states(root: Path) -> None:
     given = [*TINY, *images(root), f"data.latents={root / 'latents'}", "data.fields=[caption,class_id]"]
     given += ["conditioner=[text,class_label]", "conditioner.class_label.classes=3", "conditioner.class_label.width=16"]
@@ -172,11 +201,11 @@ def test_a_run_reads_only_what_it_is_told(root: Path) -> None:
 
 def test_the_manifest_says_what_made_them(root: Path) -> None:
     made = (read_manifest(root / "latents" / "val").latents or {})["states"]
-    assert made.keys() == {"text", "image"}
+    assert made.keys() == {"text", "image", "encoder.clip"}
     assert (made["text"]["reads"], made["text"]["dtype"], made["text"]["layer"]) == (["caption"], "float16", "last")
     stage, _ = stage_and_data(root, "conditioner=text", *of_run(root, "text"))
     assert made["text"]["weights"] == fingerprint(stage.diffusion.conditioners["text"].state_dict())
-    encode(root, "latents", "conditioner=[text,image]", *of_run(root, "text"), *of_run(root, "image"))  # finished: kept
+    encode(root, "latents", *all_of(root))  # finished: kept
     with pytest.raises(InputError, match=r"begun with states\."):
         encode(root, "latents", "conditioner=text", *of_run(root, "text"))
 

@@ -55,6 +55,10 @@ def test_blocks_of_the_papers() -> None:
     for depth, block in ((28, 8), (12, 4), (4, 2)):
         network = DiT(3, 3, 16, depth, 2)
         assert network.aligned(None)[0] is network.blocks[block - 1]
+    routed = DiT(3, 3, 16, 4, 2, route=(2, 3))
+    with pytest.raises(InputError, match=r"alignment\.block=3 is inside backbone\.route=\[2, 3\]"):
+        Alignment(routed, {"a": 5}, (8, 8), block=3)
+    assert routed.aligned(1)[0] is routed.blocks[0]
     with pytest.raises(InputError, match=r"alignment\.block=5 is no block of 1 \.\. 4"):
         Alignment(DiT(3, 3, 16, 4, 2), {"a": 5}, (8, 8), block=5)
     with pytest.raises(InputError, match="of a U-Net its middle is aligned"):

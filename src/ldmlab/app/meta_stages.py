@@ -8,9 +8,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ldmlab.app.alignment_plan import alignment_of
 from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import (
-    alignment_of,
     backbone_sizes,
     check_divides,
     check_size_step,
@@ -116,8 +116,8 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     )
     parts = {"denoiser": backbone, "conditioners": model.conditioners, "frozen first stage": first_stage}
     if alignment is not None:
+        sample |= _features(alignment, size) if "moments" in sample else {}
         parts |= {"projectors": alignment.projectors, "frozen encoders": alignment.encoders}
-        sample |= {} if "image" in sample else _features(alignment, size)
     if config.get("teacher"):
         with torch.device("meta"):
             parts["teacher"] = instantiate({k: v for k, v in node.items() if k != "numbers"}, where="backbone")

@@ -8,15 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldmlab.app.conditioning import (
-    as_states,
-    build_conditioners,
-    build_encoders,
-    check_fields_given,
-    check_states,
-    context_widths,
-    encoders_of,
-)
+from ldmlab.app.alignment_plan import alignment_of
+from ldmlab.app.conditioning import build_conditioners, check_fields_given, context_widths
 from ldmlab.app.teacher import Teacher
 from ldmlab.argument_types import check_type, check_types
 from ldmlab.build import build_latent_diffusion, load_first_stage, moments_of
@@ -25,9 +18,6 @@ from ldmlab.contracts import LatentSpec
 from ldmlab.data.latent_shards import Statistics
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
-from ldmlab.diffusion.alignment import Alignment
-from ldmlab.diffusion.few_steps import FewSteps
-from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, check_arguments, instantiate, locate
@@ -35,7 +25,6 @@ from ldmlab.interop.published_weights import weights_path
 from ldmlab.nn.lpips import LPIPS
 from ldmlab.training.sharded_start import built_sharded
 from ldmlab.training.stage import Stage
-from ldmlab.values import ENCODER_PREFIX
 
 Config = Mapping[str, Any]
 Kind = Literal["images", "latents"]  # of shards
@@ -123,38 +112,6 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     stage = DiffusionStage(diffusion=model, sampler=sampler, grid=grid, **options)
     frozen = {} if "conditioner" in stage.saved() else {"conditioner": model.conditioners}
     return Plan(stage, spec, _reads(data), {"first_stage": model.first_stage, **frozen}, {"first_stage": first_node})
-
-
-def alignment_of(
-    config: Config, model: LatentDiffusion, latent: LatentSpec, data: ShardData | None
-) -> Alignment | None:
-    """The alignment of a denoiser with the encoders of the configuration; None without one, or at weight 0.
-
-    data: stored features are held against the encoders, which run where there are none; None: of a plan.
-    """
-    encoders = build_encoders(encoders_of(config), trained=data is not None)
-    if not encoders:
-        return None
-    if isinstance(model, FewSteps):
-        raise InputError(f"alignment: {type(model).__name__} runs its network several times a step; leave it out.")
-    if data is not None:
-        check_states(as_states(encoders), data)
-        if missing := [n for n in encoders if data.latents and ENCODER_PREFIX + n not in data.stored]:
-            raise InputError(
-                f"data.latents={data.latents} holds no features of encoder={missing[0]} (or data.states=false); encode "
-                f"again with encoder={missing[0]} and its options, or train on images with from_run=RUN."
-            )
-    derived: dict[str, Any] = {
-        "backbone": model.backbone,
-        "widths": {name: encoder.width for name, encoder in encoders.items()},
-        "size": (latent.height, latent.width),
-    }
-    alignment: Alignment = built_sharded(
-        config["trainer"], lambda: instantiate(config["alignment"], where="alignment", **derived)
-    )
-    if data is None or not data.latents:
-        alignment.run(encoders)
-    return alignment
 
 
 def _reads(data: ShardData) -> Kind:

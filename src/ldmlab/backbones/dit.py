@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldmlab.backbones.middles import chosen_block
+from ldmlab.backbones.token_route import TokenRoute, returned, taken
 from ldmlab.backbones.unet import check_sizes, vector_projection
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError, one_of
@@ -149,6 +151,8 @@ class DiT(nn.Module):
         mlp_norm_eps: float = _EPSILON,  # of the LayerNorm before the MLPs; diffusers' converted weights: 1e-5
         frequency_shift: int = 0,  # of the time embedding's frequencies; diffusers' DiTTransformer2DModel: 1
         unused_half: bool = False,  # twice the output channels, the second half dropped (SiT's learn_sigma)
+        route: tuple[int, int] | None = None,  # first and last block, from 1, that patches skip in training; None: none
+        route_share: float = 0.5,  # of the patches that skip them
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
@@ -158,6 +162,7 @@ class DiT(nn.Module):
         self.context_width, self.vector_width, self.context = context_width, vector_width, context
         self.width, self.head_width, self.frequency_shift = width, width // heads, frequency_shift
         self.rotary_positions, self.gradient_checkpointing = rotary_positions, gradient_checkpointing
+        self.route = None if route is None else TokenRoute(*route, route_share).checked(depth)
         norm, mlp_norm, norm_qk = _norms(rms_norm, qk_norm, mlp_norm_eps)
         crossing, mlp = context_width if context != "in_context" else None, SwiGLU if swiglu else MLP
         self._make_inputs(project_vector, numbers)
@@ -210,7 +215,10 @@ class DiT(nn.Module):
 
     def aligned(self, block: int | None) -> tuple[nn.Module, int]:
         """See `contracts.Backbone`; the 8th block of 28, the 4th of 12."""
-        return chosen_block(self.blocks, block), self.width
+        number = chosen_block(len(self.blocks), block)
+        if self.route is not None:
+            self.route.check_whole(number)
+        return self.blocks[number - 1], self.width
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Keys and values of the tokens for every block, tokens that join the sequence, and the projected vector."""
@@ -260,8 +268,15 @@ class DiT(nn.Module):
             h = torch.cat([cache.context.to(h.dtype), h], dim=1)
             if rotation is not None:  # tokens are not turned
                 rotation = (F.pad(rotation[0], (0, 0, joined, 0), value=1), F.pad(rotation[1], (0, 0, joined, 0)))
-        for block, condition, kv in zip(self.blocks, conditions[:-1], cache.kv, strict=True):
-            h = self._run(block, h, condition, rotation, kv)
+        route = self.route if self.training else None
+        whole, turns, kept = h, rotation, torch.empty(0)
+        for number, (block, condition, kv) in enumerate(zip(self.blocks, conditions[:-1], cache.kv, strict=True), 1):
+            if route is not None and number == route.first:
+                whole, kept = h, route.kept(h, joined)
+                h, turns = taken(h, rotation, kept)
+            h = self._run(block, h, condition, turns, kv)
+            if route is not None and number == route.last:
+                h, turns = returned(whole, h, kept), rotation
         shift, scale = self.modulation_out(conditions[-1]).chunk(2, dim=1)
         out = self.out(modulate(self.norm_out(h[:, joined:]), shift, scale))  # (B, N, p p C)
         return unpatched(out, self.size_step, rows, columns)[:, : self.out_channels]
@@ -279,14 +294,6 @@ class DiT(nn.Module):
             rotation = rotary(rows, columns, self.head_width, device) if self.rotary_positions else None
             self._positions[key] = added, rotation
         return self._positions[key]
-
-
-def chosen_block(blocks: nn.ModuleList, block: int | None) -> nn.Module:
-    """A transformer's block by its number from 1; None: 2 / 7 of the depth, rounded up."""
-    block = -(-2 * len(blocks) // 7) if block is None else block
-    if not 1 <= block <= len(blocks):
-        raise InputError(f"alignment.block={block} is no block of 1 .. {len(blocks)}; choose one of them.")
-    return blocks[block - 1]
 
 
 def unpatched(tokens: Tensor, p: int, rows: int, columns: int) -> Tensor:

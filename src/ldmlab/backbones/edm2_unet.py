@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.unet import check_sizes, check_slots, only_middle
+from ldmlab.backbones.middles import only_middle
+from ldmlab.backbones.unet import check_sizes, check_slots
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend, to_map, to_tokens

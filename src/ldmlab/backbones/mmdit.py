@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.dit import TIME_CHANNELS, chosen_block, gained_norm, modulate, plain_norm, unpatched
+from ldmlab.backbones.dit import TIME_CHANNELS, gained_norm, modulate, plain_norm, unpatched
+from ldmlab.backbones.middles import chosen_block
 from ldmlab.backbones.unet import check_sizes
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
@@ -188,7 +189,7 @@ class MMDiT(nn.Module):
 
     def aligned(self, block: int | None) -> tuple[nn.Module, int]:
         """See `contracts.Backbone`; of the patches' stream."""
-        return chosen_block(self.blocks, block), self.width
+        return self.blocks[chosen_block(len(self.blocks), block) - 1], self.width
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """The tokens at the network's width, and the projected vector."""

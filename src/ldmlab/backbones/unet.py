@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldmlab.backbones.middles import only_middle
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import CrossKV, PixelAttention, SpatialTransformer
@@ -248,13 +249,6 @@ class UNet(ChannelsLast):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, part, use_reentrant=False)
         return block(h, emb, part)
-
-
-def only_middle(block: int | None, middle: nn.Module) -> nn.Module:
-    """The module; InputError for another block."""
-    if block is not None:
-        raise InputError(f"alignment.block={block}: of a U-Net its middle is aligned; leave it out.")
-    return middle
 
 
 def check_slots(network: str, accepts: frozenset[str], conditioning: Conditioning) -> None:

@@ -26,7 +26,8 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] => (B, D, h', w') float32."""
-        with torch.autocast(images.device.type, enabled=False):
+        kind = images.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             return self.maps(images.float())
 
     def maps(self, images: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""The alignment of a denoiser from configuration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldmlab.app.conditioning import as_states, build_encoders, check_states, encoders_of
+from ldmlab.contracts import LatentSpec
+from ldmlab.data.shard_data import ShardData
+from ldmlab.diffusion.alignment import Alignment
+from ldmlab.diffusion.few_steps import FewSteps
+from ldmlab.diffusion.latent_diffusion import LatentDiffusion
+from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
+from ldmlab.training.sharded_start import built_sharded
+from ldmlab.values import ENCODER_PREFIX
+
+Config = Mapping[str, Any]
+
+
+def alignment_of(
+    config: Config, model: LatentDiffusion, latent: LatentSpec, data: ShardData | None
+) -> Alignment | None:
+    """The alignment of a denoiser with the encoders of the configuration; None without one, or at weight 0.
+
+    data: stored features are held against the encoders, which run where there are none; None: of a plan.
+    """
+    encoders = build_encoders(encoders_of(config), trained=data is not None)
+    if not encoders:
+        return None
+    if isinstance(model, FewSteps):
+        raise InputError(f"alignment: {type(model).__name__} runs its network several times a step; leave it out.")
+    if data is not None:
+        check_states(as_states(encoders), data)
+        if missing := [n for n in encoders if data.latents and ENCODER_PREFIX + n not in data.stored]:
+            raise InputError(
+                f"data.latents={data.latents} holds no features of encoder={missing[0]} (or data.states=false); encode "
+                f"again with encoder={missing[0]} and its options, or train on images with from_run=RUN."
+            )
+    derived: dict[str, Any] = {
+        "backbone": model.backbone,
+        "widths": {name: encoder.width for name, encoder in encoders.items()},
+        "size": (latent.height, latent.width),
+    }
+    alignment: Alignment = built_sharded(
+        config["trainer"], lambda: instantiate(config["alignment"], where="alignment", **derived)
+    )
+    if data is None or not data.latents:
+        alignment.run(encoders)
+    return alignment
