@@ -29,6 +29,7 @@ OFFICIAL = {  # parameters of denoiser and label table, as the authors' programs
     "modern/dit_xl_2": 675_129_632,
     "modern/sit_xl_2": 675_129_632,
     "modern/sit_xl_2_repa": 675_129_632,
+    "modern/urepa_ldm_4": 400_920_579,
     "modern/lightningdit_xl_1": 675.26e6,  # its log has two digits
     "modern/edm2_s": 280e6,
     "modern/sd3_medium": 2_028_328_000,
