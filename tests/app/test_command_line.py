@@ -135,6 +135,9 @@ def test_a_missing_option_is_named_in_full() -> None:
     assert sentence == "data.train has no value; give it on the command line as data.train=VALUE."
     assert refusal(lambda: plain(compose("evaluate", []))).startswith("model has no value")
     assert refusal(lambda: plain(compose("encode", []))).startswith("from_run has no value")
+    assert refusal(lambda: compose("encode", ["from_run=null", "out=x"])).startswith("from_run has no value")
+    assert refusal(lambda: compose("encode", ["from_run=x", "out=null"])).startswith("out has no value")
+    assert refusal(lambda: compose("evaluate", ["model=null"])).startswith("model has no value")
 
 
 @pytest.mark.parametrize(

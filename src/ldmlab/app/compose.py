@@ -65,7 +65,12 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
     from hydra import compose as hydra_compose
 
     with composing(config_name, overrides) as words:
-        return hydra_compose(config_name, words)
+        config = hydra_compose(config_name, words)
+    own = (conf_dir() / f"{config_name}.yaml").read_text()
+    for name in re.findall(r"^(\w+): \?\?\?", own, re.MULTILINE):  # null is a value for Hydra
+        if config.get(name, "") is None:
+            raise InputError(_NO_VALUE.format(name))
+    return config
 
 
 @contextmanager
