@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.backbones.dit import DiT
+from ldmlab.backbones.edm2_unet import EDM2UNet
 from ldmlab.backbones.edm_unet import EdmUNet
 from ldmlab.backbones.mmdit import MMDiT
 from ldmlab.backbones.unet import UNet
@@ -74,23 +75,25 @@ def networks() -> dict[str, nn.Module]:
         "modern": DiT(width=32, depth=2, heads=2, **wide, **modern),  # type: ignore[arg-type]
         "mmdit": MMDiT(width=32, depth=2, heads=2, **wide),  # type: ignore[arg-type]
         "edm": EdmUNet(head_channels=16, dropout=0.0, **unet, **narrow),  # type: ignore[arg-type]
+        "edm2": EDM2UNet(head_channels=16, clip=None, **unet, **narrow),  # type: ignore[arg-type]
         "unet": UNet(heads=2, **unet, **wide),  # type: ignore[arg-type]
         "pixels": UNet(heads=2, **unet, **{**wide, "context_width": None}, residual_resampling=True),  # type: ignore[arg-type]
     }
 
 
-@pytest.mark.parametrize("name", ["dit", "modern", "mmdit", "edm", "unet", "pixels"])
+@pytest.mark.parametrize("name", ["dit", "modern", "mmdit", "edm", "edm2", "unet", "pixels"])
 def test_the_derivative_is_that_of_finite_differences(name: str) -> None:
     torch.manual_seed(0)
     network = networks()[name].double()
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    tokens = torch.randn(2, 3, 8).double() if name not in ("pixels", "edm") else None
+    tokens = torch.randn(2, 3, 8).double() if name not in ("pixels", "edm", "edm2") else None
     flow = model(network)
     x, v = torch.randn(2, 2, 3, 8, 8).double()
     r, t = torch.tensor([[0.1, 0.4], [0.7, 0.5]]).double()
     average = flow.velocity(Conditioning(tokens=tokens), torch.ones(2))
+    average(x, r, t)  # as in training: EDM2's weights get unit magnitude
     found = (v - flow.target(average, x, r, t, v)) / (t - r)[:, None, None, None]
     h = 1e-5  # central differences of float64 are off by h^2 and 1e-16 / h, both below 1e-9 of the value
     with torch.no_grad():

@@ -19,6 +19,7 @@ from ldmlab.nn.attention import attend, to_map, to_tokens
 from ldmlab.nn.blocks import ChannelsLast
 from ldmlab.nn.compiling import region
 from ldmlab.nn.magnitude import MPConv, MPFourier, Resampling, mp_cat, mp_silu, mp_sum, normalize, resample
+from ldmlab.nn.number_embedding import number_embedding
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class EDM2UNet(ChannelsLast):
         noise_channels: int | None = None,  # of the noise label's Fourier features; None: model_channels
         emb_channels: int | None = None,  # E; None: the widest level
         vector_width: int | None = None,  # of vector conditioning; derived in wiring
+        numbers: int = 0,  # embedded beside the noise label; derived in wiring
         dropout: float = 0.0,  # in the residual branches
         vector_balance: float = 0.5,  # weights of sums, 0 .. 1: of the vector beside the noise label
         concat_balance: float = 0.5,  # of maps from the way down
@@ -173,6 +175,7 @@ class EDM2UNet(ChannelsLast):
         self.fourier = MPFourier(noise_channels or model_channels)
         self.noise = MPConv(noise_channels or model_channels, self.emb_width)
         self.vector = MPConv(vector_width, self.emb_width) if vector_width else None
+        self.numbers = number_embedding(numbers, self.emb_width)
         self.balances = Balances(
             residual_balance, attention_balance, concat_balance, tuple(resample_filter), dropout, clip
         )
@@ -197,7 +200,8 @@ class EDM2UNet(ChannelsLast):
     @property
     def accepts(self) -> frozenset[str]:
         """Slots of the conditioning this network was built for."""
-        return frozenset({"spatial", "vector"} if self.vector_width else {"spatial"})
+        slots = {"spatial": True, "vector": self.vector_width, "numbers": self.numbers}
+        return frozenset(slot for slot, there in slots.items() if there)
 
     def aligned(self, block: int | None) -> tuple[nn.Module, int]:
         """See `contracts.Backbone`; the end of the middle."""
@@ -220,7 +224,8 @@ class EDM2UNet(ChannelsLast):
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
         """x (B, C, h, w), t (B,) => (B, out_channels, h, w); weights may be half precision."""
         prepared = conditioning if isinstance(conditioning, Prepared) else self.prepare(conditioning)
-        spatial, emb = prepared.conditioning.spatial, self._embedding(t, prepared.cache)
+        given = prepared.conditioning
+        spatial, emb = given.spatial, self._embedding(t, prepared.cache, given.numbers)
         parts = [x, *([] if spatial is None else [spatial.to(x.dtype)]), torch.ones_like(x[:, :1])]
         h = torch.cat(parts, dim=1).to(self.noise.weight.dtype, memory_format=self._layout)
         skips = []
@@ -231,10 +236,12 @@ class EDM2UNet(ChannelsLast):
             h = run(self.gradient_checkpointing, block, h, emb, *([skips.pop()] if meets else []))
         return self.conv_out(h, self.gain_out)
 
-    def _embedding(self, t: Tensor, vector: Tensor | None) -> Tensor:
+    def _embedding(self, t: Tensor, vector: Tensor | None, numbers: Tensor | None) -> Tensor:
         """(B, E), float32 under autocast too."""
         with torch.autocast(t.device.type, enabled=False):
             emb = self.noise(self.fourier(t))
+            if self.numbers is not None:
+                emb = emb + self.numbers(numbers).to(emb.dtype)
             return mp_silu(emb if vector is None else mp_sum(emb, vector.to(emb.dtype), self.vector_balance))
 
 

@@ -34,7 +34,7 @@ class FewSteps(LatentDiffusion):
         if self.numbers({"guidance": guidance}) and "numbers" not in self.backbone.accepts:  # type: ignore[operator]
             raise InputError(
                 f"the backbone {type(self.backbone).__name__} takes no numbers beside the time, which this diffusion "
-                "gives it; choose another than EDM2's, or a consistency model of one fixed guidance."
+                "gives it; choose one of ldmlab's, or a consistency model of one fixed guidance."
             )
         self.guidance_trained = self.range is not None
         self.path = copy.copy(self.path)

@@ -22,7 +22,7 @@ Resampling = Literal["keep", "down", "up"]
 def normalize(x: Tensor, dims: int | None = None) -> Tensor:
     """x / (1e-4 + rms), the root mean square over `dims`, None: all but the first; in x's dtype."""
     axes = list(range(1, x.ndim)) if dims is None else [dims]
-    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return x / (_EPSILON + norm / math.sqrt(x.shape[1:].numel() if dims is None else x.shape[dims])).to(x.dtype)
 
 
@@ -72,7 +72,7 @@ class ExactBuffers(nn.Module):
 
 
 class MPFourier(ExactBuffers):
-    """(B,) => (B, channels) float32: sqrt(2) cos(f t + p), random f ~ 2 pi N(0, 1) and p, fixed (equation 75)."""
+    """(B,) => (B, channels), at least float32: sqrt(2) cos(f t + p), random f ~ 2 pi N(0, 1) and p, fixed (equation 75)."""
 
     frequencies: Tensor  # (channels,)
     phases: Tensor  # (channels,)
@@ -83,7 +83,8 @@ class MPFourier(ExactBuffers):
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
 
     def forward(self, t: Tensor) -> Tensor:
-        return math.sqrt(2) * torch.cos(t.float()[:, None] * self.frequencies + self.phases)
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        return math.sqrt(2) * torch.cos(t[:, None] * self.frequencies + self.phases)
 
 
 @region  # outside of blocks; sharded networks have its weights in parts when they are made normal
