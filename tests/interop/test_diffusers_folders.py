@@ -1,6 +1,7 @@
 """Folders as diffusers and transformers of several releases write them: the same outputs, or a true sentence."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from ldmlab.app.cli import dispatch
 from ldmlab.build import build_latent_diffusion
 from ldmlab.contracts import Conditioning, Level
+from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.interop import diffusers
 from ldmlab.interop.diffusers.diffusers_build import filled_text
 from ldmlab.interop.diffusers.diffusers_config import read_weights
-from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, scheduler_options
+from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, sampler_node, scheduler_options
 from ldmlab.interop.diffusers.diffusers_texts import bert_vocabulary, clip_length, node, write_clip_files
 from ldmlab.interop.imported import assembled
 from ldmlab.model_files import ModelFiles
@@ -164,6 +166,32 @@ def test_a_pipeline_without_a_terminal_signal_samples_as_diffusers_does(tmp_path
     for t in theirs.scheduler.timesteps:
         x = theirs.scheduler.step(theirs.unet(x, t).sample, t, x).prev_sample
     torch.testing.assert_close(found.float(), x, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("final", [{}, {"euler_at_final": True}, {"lower_order_final": False}])
+@pytest.mark.parametrize(("order", "kind"), [(2, "dpmsolver++"), (2, "sde-dpmsolver++"), (3, "dpmsolver++")])
+def test_the_last_steps_of_a_multistep_solver(order: int, final: dict[str, Any], kind: str) -> None:
+    """Before a level that is not clean, where diffusers lowers no order by itself."""
+    options = {"solver_order": order, "algorithm_type": kind, "beta_schedule": "scaled_linear", **final}
+    theirs = peer.DPMSolverMultistepScheduler(**options, final_sigmas_type="sigma_min")
+    config = {**peer.DPMSolverMultistepScheduler(**options).config, "_class_name": type(theirs).__name__}
+    sampler = instantiate(sampler_node(config), where="sampler")
+    assert sampler.depth == order
+    theirs.set_timesteps(8)
+    ratios = theirs.sigmas.double().tolist()
+    levels = [Level(1 / math.hypot(1, s), s / math.hypot(1, s), float(i)) for i, s in enumerate(ratios)]
+    x, *noises = torch.randn(9, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def output(x: torch.Tensor, number: float) -> torch.Tensor:
+        return torch.tanh(x + number / 10)
+
+    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+        return EpsPrediction().clean(x, output(x, level.time or 0.0), level)
+
+    found = sampler(denoise, x, levels, noise=lambda step: noises[step])
+    for number, time in enumerate(theirs.timesteps):
+        x = theirs.step(output(x, number), time, x, variance_noise=noises[number]).prev_sample
+    torch.testing.assert_close(found.float(), x, atol=1e-4, rtol=1e-4)
 
 
 def test_spacings_that_need_a_signal_are_refused_without_one() -> None:

@@ -13,6 +13,8 @@ from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.diffusion.weighting import MinSnr
 from ldmlab.inference.sample_settings import sampler_by_name
+from ldmlab.instantiate import instantiate
+from ldmlab.interop.diffusers.diffusers_schedulers import sampler_node
 from modern_cases import assert_near, drawn_noise, field, recorded
 
 DDPM, CASES = recorded("diffusers/ddpm_family")
@@ -62,6 +64,25 @@ def test_karras_steps(case: str) -> None:
 def test_third_order(case: str) -> None:
     sampler = sampler_by_name("dpmpp_3m_sde", eta=0.0, midpoint=True, lower_order_final=True)
     assert_near(sampler(denoiser(case), X, grid_of(case), noise=noise), DDPM[case])
+
+
+MULTISTEP = "DPMSolverMultistepScheduler"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("scheduler") == MULTISTEP])
+def test_the_solver_of_a_folder_s_scheduler(case: str) -> None:
+    """Its settings become a sampler that visits the same times."""
+    one = CASES[case]
+    node = sampler_node({"_class_name": MULTISTEP, **one})
+    if one.get("final_sigmas_type") == "sigma_min":
+        assert node["_target_"].endswith("Ddim")
+        return
+    sampler: Any = instantiate(node, where="sampler")
+    grid = SCHEDULE.grid(one["num_inference_steps"], sampler.spacing)
+    if one.get("use_karras_sigmas"):
+        grid = grid_of(case)  # at rounded times
+    assert [level.time for level in grid[:-1]] == DDPM[f"{case}.timesteps"].tolist()
+    assert_near(sampler(denoiser(case), X, grid, noise=noise), DDPM[case])
 
 
 @pytest.mark.parametrize("case", ["ddim.eps.eta", "ddim.v"])

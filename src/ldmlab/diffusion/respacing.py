@@ -46,8 +46,13 @@ def even_ratios(top: Tensor, bottom: Tensor, steps: int, spacing: str) -> Tensor
 
 
 def even_times(total: int, steps: int, spacing: str) -> list[int]:
-    """Times of T by linspace, also in sections, leading or trailing, noisiest first."""
+    """Times of T by linspace, also in sections, leading or trailing, noisiest first.
+
+    `linspace:open` and `leading:open` are those of one more step without its last; leading ones are then 1 higher.
+    """
     name, colon, text = spacing.partition(":")
+    if text == "open" and name in ("linspace", "leading"):  # DPMSolverMultistepScheduler of diffusers
+        return [t + (name == "leading") for t in even_times(total, steps + 1, name)[:-1]]
     if name == "linspace":
         if colon:
             return sectioned(total, steps, text)

@@ -206,7 +206,7 @@ def ddim_grid(schedule: Any, steps: int, spacing: str = "official") -> list[Leve
     official: stride T // steps from 0, every index + 1, ending at the level of time 0 (paper's code);
     quad: the squares of `steps` even numbers up to sqrt(0.8 T), rounded down, + 1, ending as official (paper's code);
     linspace: T - 1 .. 0 with both ends, or in sections (`linspace:10,15,20`, see `sectioned`);
-    leading: every T // steps-th from 0 up; trailing: T - 1 down in steps of T / steps;
+    leading: every T // steps-th from 0 up; trailing: T - 1 down in steps of T / steps; `:open` as `even_times`;
     karras, log_snr, polyexponential: as `even_ratios`, between the schedule's levels too, where the network's time has
     a fraction. All but the first two end at the clean latent.
     """

@@ -8,6 +8,13 @@ class Dpmpp2MSde(Dpmpp3MSde):
 
     depth = 2
 
-    def __init__(self, eta: float = 1.0, temperature: float = 1.0, midpoint: bool = True) -> None:
-        """midpoint: the earlier estimate weighs (1 - e^-k) / 2, as is usual; false: phi_2."""
-        super().__init__(eta, temperature, midpoint)
+    def __init__(
+        self,
+        eta: float = 1.0,  # 0: no fresh noise, DPM-Solver++(2M); 1: that of the reverse diffusion
+        temperature: float = 1.0,
+        midpoint: bool = True,  # the earlier estimate weighs (1 - e^-k) / 2, as is usual; false: phi_2
+        lower_order_final: bool = False,  # the last of fewer than 15 steps is of first order
+        euler_at_final: bool = False,  # the last step is of first order
+        spacing: str = "log_snr",  # the default step rule
+    ) -> None:
+        super().__init__(eta, temperature, midpoint, lower_order_final, euler_at_final, spacing)

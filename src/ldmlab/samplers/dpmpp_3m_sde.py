@@ -12,7 +12,6 @@ _FEW = 15  # steps, as in diffusers
 class Dpmpp3MSde(Stepwise):
     """One evaluation and one noise a step; of third order without noise. Steps to or from infinity are first-order."""
 
-    spacing = "log_snr"
     extrapolates = True
     steps = 25
     depth = 3  # estimates that are used
@@ -23,8 +22,11 @@ class Dpmpp3MSde(Stepwise):
         temperature: float = 1.0,
         midpoint: bool = False,  # in steps of second order the earlier estimate weighs (1 - e^-k) / 2; false: phi_2
         lower_order_final: bool = False,  # the last two of fewer than 15 steps are of second and first order
+        euler_at_final: bool = False,  # the last step is of first order
+        spacing: str = "log_snr",  # the default step rule
     ) -> None:
-        self.midpoint, self.lower_order_final = midpoint, lower_order_final
+        self.midpoint, self.spacing = midpoint, spacing
+        self.lower_order_final, self.euler_at_final = lower_order_final, euler_at_final
         self.eta, self.temperature = checked_eta(eta, math.inf), checked_temperature(temperature)
         self.order: int | None = None if eta > 0 else self.depth
 
@@ -37,7 +39,8 @@ class Dpmpp3MSde(Stepwise):
             return first_order(x, clean, here, there)
         decay, whole = math.exp(-self.eta * length), (1 + self.eta) * length
         x = there.sigma / here.sigma * decay * x - there.alpha * math.expm1(-whole) * clean
-        lowered = self.lower_order_final and step.number + step.left + 1 < _FEW
+        few = step.number + step.left + 1 < _FEW
+        lowered = (self.lower_order_final and few) or (self.euler_at_final and step.left == 0)
         x = x + there.alpha * self.bend(clean, past[: step.left] if lowered else past, length, whole)
         past[:] = [(length, clean), *past][: self.depth - 1]
         fresh = there.sigma * math.sqrt(-math.expm1(-2 * self.eta * length))

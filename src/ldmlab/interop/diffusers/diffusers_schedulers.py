@@ -14,11 +14,12 @@ _NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_
 _PREDICTIONS = {"epsilon": "EpsPrediction", "v_prediction": "VPrediction"}
 _HOME = "ldmlab.diffusion."
 _SAME = 1e-6  # float32 of betas below 0.02 is much closer
+_MULTISTEP = "DPMSolverMultistep"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 _DISCRETE = (  # whose noise levels are those of betas
     *("DDIM", "DDIMParallel", "DDIMInverse", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "LCM", "TCD", "SASolver"),
     *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
-    *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep"),
+    *(_MULTISTEP, "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep"),
 )
 _RULES = ("karras", "exponential", "beta")  # use_RULE_sigmas
 
@@ -129,9 +130,35 @@ def _schedule(config: Config) -> dict[str, Any]:
 
 
 def sampler_node(config: Config) -> dict[str, Any]:
-    """DDIM with the scheduler's step rule where it is `trailing`, as models without a terminal signal need."""
+    """DPM-Solver++ as a DPMSolverMultistepScheduler has it; of all others DDIM.
+
+    DDIM has the scheduler's step rule where it is `trailing`, as models without a terminal signal need.
+    """
+    if config.get("_class_name") == f"{_MULTISTEP}Scheduler" and (node := _multistep(config)) is not None:
+        return node
     node = {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0}
     return node | ({"spacing": "trailing"} if config.get("timestep_spacing") == "trailing" else {})
+
+
+def _multistep(config: Config) -> dict[str, Any] | None:
+    """The solver of second or third order on the scheduler's steps; None for other solvers, ends and steps."""
+    order, kind = config.get("solver_order", 2), config.get("algorithm_type", "dpmsolver++")
+    rule, offset = config.get("timestep_spacing", "linspace"), config.get("steps_offset", 0)
+    spacings = {"linspace": "linspace:open", "leading": "leading:open" if offset == 1 else None, "trailing": "trailing"}
+    spacing = "karras" if config.get("use_karras_sigmas") else spacings.get(rule)
+    others = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding")
+    plain = config.get("final_sigmas_type", "zero") == "zero" and not any(config.get(name) for name in others)
+    known = {(2, "dpmsolver++"), (2, "sde-dpmsolver++"), (3, "dpmsolver++")}  # another curve in its third-order SDE
+    if (order, kind) not in known or spacing is None or not plain:
+        return None
+    return {
+        "_target_": f"ldmlab.samplers.dpmpp_{order}m_sde.Dpmpp{order}MSde",
+        "eta": float(kind == "sde-dpmsolver++"),
+        "midpoint": config.get("solver_type", "midpoint") != "heun",
+        "lower_order_final": config.get("lower_order_final", True),
+        "euler_at_final": config.get("euler_at_final", False),
+        "spacing": spacing,
+    }
 
 
 def scheduler_options(node: Mapping[str, Any], token_values: int = 64) -> tuple[str, Config]:
