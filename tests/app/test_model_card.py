@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from walk import Flow
 
+from ldmlab import distributed
 from ldmlab.app.card_facts import collect
 from ldmlab.app.cli import dispatch
 from ldmlab.build import load
+from ldmlab.model_files import CONFIG
 from refusals import refusal
 
 WRITTEN = {
@@ -77,6 +80,22 @@ def test_a_card_is_filled_from_the_run_its_parts_and_the_person(
     assert "stop at step 1" in section(readme, "Memorisation")
     assert "/home" not in readme.read_text() + (run / "card.json").read_text()
     assert str(flow.root) not in readme.read_text() + (run / "card.json").read_text()
+
+
+def test_the_run_with_whose_weights_a_part_began_is_in_the_card(run: Path, flow: Flow, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    shutil.copytree(flow.root / "first_stage", second)
+    config = yaml.safe_load((second / CONFIG).read_text())
+    checkpoint = next((flow.root / "first_stage" / "checkpoints").glob("step_*.ckpt"))
+    (second / CONFIG).write_text(yaml.safe_dump({**config, "init_from": str(checkpoint)}))
+    assert dispatch(["card", str(run), str(second)]) == 0
+    readme = run / "README.md"
+    assert f"| began with the weights of | {checkpoint.name} |" in section(readme, "Training of the first stage")
+    torch_version = f"| torch | {torch.__version__.partition('+')[0]}"
+    assert torch_version in section(readme, "Training of the first stage, 1 before")
+    assert "| first stage, 1 before |" in section(readme, "Cost")
+    assert distributed.hardware() in section(readme, "Cost")  # the processor by its name
+    assert distributed.hardware() != "CPU" or not Path("/proc/cpuinfo").exists()
 
 
 def test_the_card_prints_the_data_sheet_that_the_run_recorded(run: Path) -> None:

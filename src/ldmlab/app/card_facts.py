@@ -80,7 +80,22 @@ def _is_run(folder: Path) -> bool:
 
 
 def _runs(folder: Path) -> Facts:
-    return {"runs": {str(read_description(folder)["kind"]): _run(folder)}}
+    """A run, and as KIND:1, KIND:2, ... those with whose weights it began, as far as they are still there."""
+    kind = str(read_description(folder)["kind"])
+    found, places = {kind: _run(folder)}, [folder.resolve()]
+    while (before := _before(places[-1])) and before not in places and read_description(before)["kind"] == kind:
+        found[f"{kind}:{len(places)}"] = _run(before)
+        places.append(before)
+    return {"runs": found}
+
+
+def _before(folder: Path) -> Path | None:
+    """The run that `init_from` of a run names, also by one of its checkpoints."""
+    if not (source := read_config(folder).get("init_from")):
+        return None
+    place = Path(source).resolve()
+    place = place.parents[1] if place.suffix == ".ckpt" else place
+    return place if _is_run(place) else None
 
 
 def _run(folder: Path) -> Facts:
@@ -92,6 +107,7 @@ def _run(folder: Path) -> Facts:
         "finished": (folder / FINISHED).exists(),
         "fields": comparison_fields(spec),
         "settings": _settings(config, spec["kind"]),
+        "init_from": Path(config["init_from"]).name if config.get("init_from") else None,
         "cost": _cost(curves, origin),
         "curves": _curves(folder),
         "data": _object(folder / DATA, _RESTORE) or _data_now(config),

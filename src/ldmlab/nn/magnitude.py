@@ -72,7 +72,7 @@ class ExactBuffers(nn.Module):
 
 
 class MPFourier(ExactBuffers):
-    """(B,) => (B, channels), at least float32: sqrt(2) cos(f t + p), random f ~ 2 pi N(0, 1) and p, fixed (equation 75)."""
+    """(B,) => (B, channels), at least float32: sqrt(2) cos(f t + p); f ~ 2 pi N(0, 1) and p are fixed (equation 75)."""
 
     frequencies: Tensor  # (channels,)
     phases: Tensor  # (channels,)

@@ -37,13 +37,19 @@ def card_markdown(person: Mapping[str, Sequence[str]], facts: Mapping[str, Any])
         Section(section_title(name), [Text(text) for text in person.get(name) or [_EMPTY + what + "."]])
         for name, what in PERSON.items()
     ]
-    runs = {_PARTS.get(kind, kind): run for kind, run in facts.get("runs", {}).items()}
+    runs = {_part(kind): run for kind, run in facts.get("runs", {}).items()}
     sections += [_data(runs), *_training(runs)]
     for name, result in facts.get("evaluations", {}).items():
         sections.append(Section(f"Scores: {name}", _scores(result)))
     sections += [_memorisation(facts)]
     text = markdown(Page("", "", [section for section in sections if section.blocks]))
     return text[text.index("\n## ") + 1 :]
+
+
+def _part(key: str) -> str:
+    """`first_stage` => first stage; `first_stage:1` is the run with whose weights that one began."""
+    kind, _, number = key.partition(":")
+    return _PARTS.get(kind, kind) + (f", {number} before" if number else "")
 
 
 def _data(runs: Mapping[str, Mapping[str, Any]]) -> Section:
@@ -78,6 +84,7 @@ def _training(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
             ("trained", run["time_utc"]),
             ("commit", run["commit"]),
             ("torch", (run["packages"] or {}).get("torch")),
+            ("began with the weights of", run.get("init_from")),
         ]
         pairs = [(name, str(value)) for name, value in [*run["settings"].items(), *made] if value is not None]
         blocks: list[Block] = [Table.of_pairs(pairs)]
