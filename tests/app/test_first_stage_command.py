@@ -48,6 +48,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*data, *features, "--out", str(tmp_path / "sheets")]
 
 
+@pytest.mark.slow
 def test_a_sheet_of_pixels_and_of_codes(tmp_path: Path, options: list[str]) -> None:
     """The identity loses nothing, in numbers that JSON knows; codes are counted; a run knows its data."""
     models = [first_stage(tmp_path / "pixels", PIXELS), first_stage(tmp_path / "vq", {**VQ, "codebook_size": 16})]

@@ -1,6 +1,7 @@
 """Sheets of first stages as one page: a column of numbers and a line of each chart a first stage."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -125,7 +126,7 @@ def sheets_page(sheets: Sequence[Sheet]) -> Page:
     ]
     wanted = ("reconstruction psnr", "high_band", "half_size_decoder")
     chosen = [one for one in measures(first) if one.name in wanted or " fid, " in one.name] if len(sheets) == 1 else []
-    tiles = [(one.title, one.cell.split(" ±")[0], one.meaning) for one in chosen]
+    tiles = [(one.title, re.split(r" [±(]", one.cell)[0], one.meaning) for one in chosen]
     return Page("First stage" if len(sheets) == 1 else "First stages", lead, sections, tiles)
 
 

@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
     from ldmlab.model_files import model_folder
     from ldmlab.report.first_stage_page import write_sheets
 
-    for name in args.features.split(","):
+    for name in (names := args.features.split(",")):
         one_of("--features", name, group_choices("features"))
-        options.insert(0, f"+features@features.{name}={name}")
+    options[:0] = [f"+features@features.{name}={name}" for name in names]
     found = [load_first_stage(folder) for folder in folders]  # all are read before the first is measured
     if any(option.startswith("data=") for option in options):
         options.append(f"data.image_size={found[0].image_size}")  # each is given images of its own size
