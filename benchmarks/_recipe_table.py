@@ -1,6 +1,7 @@
 """The table and the figure of `recipes.py`, from its lines alone: means and 95 % intervals, pairs of seeds."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,7 +51,8 @@ class Interval:
 
     def text(self, digits: int = 3) -> str:
         """The mean with the half width of the interval."""
-        return f"{self.value:.{digits}g}" + ("" if math.isnan(self.low) else f" ± {self.high - self.value:.2g}")
+        half = float(f"{self.high - self.value:.2g}")  # 290, not 2.9e+02
+        return f"{self.value:.{digits}g}" + ("" if math.isnan(half) else f" ± {half:g}")
 
 
 class Results:
@@ -184,7 +186,8 @@ def noise_of(lines: Sequence[Line]) -> str:
         return ""
     wait = sum(line["seconds"] for line in timed) / max(sum(line["processor_seconds"] for line in timed), 1e-9)
     load = mean(line["load"] for line in timed)
-    quiet = "quiet" if wait < 1.2 else "NOT quiet: compare processor seconds, not wall time"
+    idle = wait < 1.2 and load <= (os.cpu_count() or 1)
+    quiet = "quiet" if idle else "NOT quiet: compare processor seconds, not wall time"
     return f"the machine was {quiet} (wall / processor time {wait:.1f}, mean load {load:.1f})"
 
 
