@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from ldmlab.app.compose import compose, conf_dir, group_choices, plain
 from ldmlab.checkpoints import without_weights
@@ -11,11 +12,19 @@ from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.part_checks import CONTRACTS, check_part, members
 
+
+class Patches(nn.Module):
+    """Stands for a frozen encoder."""
+
+    width = 8
+
+
 DERIVED: dict[str, dict[str, Any]] = {  # what wiring hands over
     "backbone": {"in_channels": 4, "out_channels": 4, "context_width": 512, "vector_width": None},
     "optimizer": {"global_batch": 8},
     "lr_schedule": {"max_steps": 10},
     "data": {"seed": 0},
+    "first_stage": {"encoder": Patches()},
 }
 GROUPS = ["backbone", "first_stage", "sampler", "optimizer", "lr_schedule", "data"]
 FILES = [(group, name) for group in GROUPS for name in group_choices(group) if not name.startswith("_")]

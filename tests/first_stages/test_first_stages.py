@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", conf_names("first_stage"))
+@pytest.mark.parametrize("name", conf_names("first_stage", "frozen_f16", "frozen_f8_small"))
 def test_every_first_stage_file_has_the_shapes_it_says(name: str) -> None:
     options = conf_node("first_stage", name)
     with torch.device("meta"):

@@ -80,7 +80,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
     "backbone": ("diffusion",),
     "conditioner": ("diffusion",),
     "encoder": ("autoencoder", "diffusion"),
-    "alignment": ("diffusion",),
+    "alignment": ("autoencoder", "diffusion"),
     "diffusion": ("classifier", "diffusion"),
     "sampler": ("diffusion",),
     "task": ("diffusion",),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldmlab.app.alignment_plan import alignment_of
 from ldmlab.app.conditioning import build_conditioners
+from ldmlab.app.first_stage_parts import first_stage_with_encoder
 from ldmlab.app.plans import (
     backbone_sizes,
     check_divides,
@@ -52,9 +53,10 @@ def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
     check_stage_options(AutoencoderStage, config)
     size = config["data"]["image_size"]
     with torch.device("meta"):
-        first_stage = instantiate(config["first_stage"], where="first_stage")
+        untrained = {name: _untrained(node) for name, node in (config.get("encoder") or {}).items()}
+        first_stage, _, alignment = first_stage_with_encoder({**config, "encoder": untrained}, trained=False)
         lpips: dict[str, Any] = {"lpips": LPIPS(None)} if config["loss"].get("lpips_weight") else {}
-        loss = instantiate(config["loss"], where="loss", **lpips)
+        loss = instantiate(config["loss"], where="loss", **lpips, **alignment)
     check_divides(size, first_stage.downsampling)
     stage = AutoencoderStage(first_stage=first_stage, loss=loss, **options)
     stage.codebook = None  # counts codes, which have no values
@@ -65,6 +67,8 @@ def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
         parts["discriminator"] = loss.adversary
     if getattr(loss, "lpips", None) is not None:
         parts["LPIPS"] = loss.lpips
+    if alignment:
+        parts |= {"projection": loss.alignment.projection, "frozen encoder": loss.alignment.encoder}
     return stage, parts, _batch({"image": np.zeros((3, size, size), np.uint8)})
 
 

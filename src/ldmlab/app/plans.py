@@ -10,6 +10,7 @@ from torch import nn
 
 from ldmlab.app.alignment_plan import alignment_of
 from ldmlab.app.conditioning import build_conditioners, check_fields_given, context_widths
+from ldmlab.app.first_stage_parts import first_stage_with_encoder
 from ldmlab.app.teacher import Teacher
 from ldmlab.argument_types import check_type, check_types
 from ldmlab.build import build_latent_diffusion, load_first_stage, moments_of
@@ -40,6 +41,7 @@ class Plan:
     reads: Kind
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # parts that checkpoints leave out
     used: dict[str, Any] = field(default_factory=dict)  # groups that came with other choices, as they are
+    hashes: dict[str, str] = field(default_factory=dict)  # of frozen parts that neither models nor checkpoints hold
 
 
 def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
@@ -47,17 +49,18 @@ def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Pla
     from ldmlab.training.autoencoder_module import AutoencoderStage
 
     check_stage_options(AutoencoderStage, config)
-    first_stage = instantiate(config["first_stage"], where="first_stage")
+    first_stage, node, alignment = first_stage_with_encoder(config)
     check_divides(data.image_size, first_stage.downsampling)
     lpips: dict[str, Any] = {"lpips": LPIPS(weights_path("lpips"))} if config["loss"].get("lpips_weight") else {}
     stage = AutoencoderStage(
         first_stage=first_stage,
-        loss=instantiate(config["loss"], where="loss", **lpips),
+        loss=instantiate(config["loss"], where="loss", **lpips, **alignment),
         background=data.object_background,
         **options,
     )
-    spec = {"kind": "first_stage", "image_size": data.image_size, "first_stage": config["first_stage"]}
-    return Plan(stage, spec, "images")
+    spec = {"kind": "first_stage", "image_size": data.image_size, "first_stage": node}
+    hashes = {"encoder": alignment["alignment"].encoder.weights_hash} if alignment else {}
+    return Plan(stage, spec, "images", hashes=hashes)
 
 
 def clip(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:

@@ -155,7 +155,9 @@ def _fit(run: RunFolder, config: Config, plan: Plan, settings: TrainerSettings, 
         callbacks=callbacks,
         loggers=checked("logger", [(where, instantiate(node, where=where)) for where, node in loggers]),
         resume_command=command,
-        record=Record(config, plan.spec, {name: fingerprint(m.state_dict()) for name, m in plan.frozen.items()}),
+        record=Record(
+            config, plan.spec, {n: fingerprint(m.state_dict()) for n, m in plan.frozen.items()} | plan.hashes
+        ),
         fields=comparison_fields(plan.spec),
         begin=lambda: _write_start(run, config, plan, record),
     )

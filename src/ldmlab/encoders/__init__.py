@@ -1,6 +1,8 @@
 """Frozen networks that give the features of an image's patches."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ class FrozenEncoder(nn.Module):
 
     name: str
     width: int
+    node: Mapping[str, Any]  # what rebuilds it, without its weights
 
     @cached_property
     def weights_hash(self) -> str:

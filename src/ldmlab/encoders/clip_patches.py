@@ -25,7 +25,8 @@ class ClipPatches(FrozenEncoder):
                 "encoder.clip needs weights: give encoder.clip.from_run=RUN, a run of stage=clip, or "
                 "encoder.clip.name=ViT-B-16 with encoder.clip.pretrained=openai."
             )
-        self.tower, _ = build_image_tower(name, pretrained, config, layer="patches")
+        self.tower, kept = build_image_tower(name, pretrained, config, layer="patches")
+        self.node = {"_target_": "ldmlab.encoders.clip_patches.ClipPatches", "config": kept}
         self.name = "CLIP of a run" if name is None else f"open_clip {name} {pretrained}"
         self.width = self.tower.width
         self.train(False)

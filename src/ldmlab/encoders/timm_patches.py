@@ -20,6 +20,7 @@ class TimmPatches(FrozenEncoder):
     ) -> None:
         super().__init__()
         self.source = TimmNetwork(model, weights, image_size, "encoder")
+        self.node = {"_target_": "ldmlab.encoders.timm_patches.TimmPatches", "model": model, "image_size": image_size}
         self.name, self.width = self.source.name, int(self.source.network.num_features)
         if not hasattr(self.source.network, "num_prefix_tokens"):
             raise InputError(f"encoder.model={model} is no vision transformer; choose one, vit_base_patch14_dinov2.")

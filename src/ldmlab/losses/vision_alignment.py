@@ -57,13 +57,11 @@ class VisionAlignment(nn.Module):
         distance_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "weight": weight,
-            "cosine_weight": cosine_weight,
-            "distance_weight": distance_weight,
-        }.items():
-            if value < 0:
-                raise InputError(f"loss.alignment.{name}={value} would push the latents away; choose 0 or more.")
+        if min(weight, cosine_weight, distance_weight) < 0:
+            raise InputError(
+                f"alignment: weight={weight}, cosine_weight={cosine_weight}, distance_weight={distance_weight} "
+                "would push the latents away; choose 0 or more for each."
+            )
         self._frozen = (encoder,)  # in a tuple, so that it is no submodule
         self.loss_scale: Tensor | None = None  # of float16's small gradients; None: they are float32 or bfloat16
         self.projection = nn.Conv2d(latent_channels, encoder.width, 1, bias=False)
@@ -78,22 +76,17 @@ class VisionAlignment(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionAlignment":
         """Moved together with the loss."""
-        if isinstance(self.encoder, nn.Module):
+        if recurse and isinstance(self.encoder, nn.Module):
             self.encoder._apply(fn)
         return super()._apply(fn, recurse)
 
     def forward(self, images: Tensor, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] and their raw latents (B, C, h, w) => scalar."""
-        if latents.shape[1] != self.projection.in_channels:
-            raise InputError(
-                f"loss.alignment.latent_channels={self.projection.in_channels}, but the first stage has "
-                f"{latents.shape[1]}; give loss.alignment.latent_channels={latents.shape[1]}."
-            )
         with torch.no_grad():
             features = self.encoder(images).float()  # (B, D, h', w')
         if features.shape[-2:] != latents.shape[-2:]:
             features = F.interpolate(features, size=latents.shape[-2:], mode="bilinear", align_corners=False)
-        projected = self.projection(latents).float()
+        projected = self.projection(latents.to(self.projection.weight.dtype)).float()
         cosine = marginal_cosine(projected, features, self.cosine_margin)
         return self.cosine_weight * cosine + self.distance_weight * marginal_distances(
             projected, features, self.distance_margin
@@ -102,12 +95,10 @@ class VisionAlignment(nn.Module):
     def weighted(self, error: Tensor, given: Reconstruction, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """The alignment of a batch whose reconstruction error is `error`, and its factor in the loss."""
         if given.latents is None:
-            raise InputError(
-                "loss.alignment needs a first stage whose reconstruct() gives its latents; choose another."
-            )
+            raise InputError("alignment needs a first stage whose reconstruct() gives its latents; choose another.")
         term = self(encoded.images, given.latents)
         if not self.adaptive:
             return term, term.new_tensor(self.weight)
         if encoded.last_layer is None:
-            raise InputError("loss.alignment.adaptive=true needs a first stage with encoder_last_layer; choose false.")
+            raise InputError("alignment.adaptive=true needs a first stage with encoder_last_layer; choose false.")
         return term, self.weight * gradient_ratio(error, term, encoded.last_layer, _WEIGHT_LIMIT, self.loss_scale)
