@@ -7,6 +7,8 @@ from typing import Any
 import forked
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from toy_stages import autoencoder, image_batch, options, train
 
 from ldmlab import distributed
@@ -16,6 +18,7 @@ from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.first_stages.vq import VQModel
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.latent_regularisers import LatentRegularisers
+from ldmlab.losses.vision_alignment import VisionAlignment
 from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.gradients import MeanGradients
 
@@ -24,11 +27,23 @@ EVERYTHING: dict[str, Any] = {
 }  # fmt: skip
 
 
+class Averages:
+    """A frozen encoder whose patches' features are means and their squares."""
+
+    name, weights_hash, width = "averages", "none", 6
+
+    def __call__(self, images: Tensor) -> Tensor:
+        means = F.avg_pool2d(images, 2)
+        return torch.cat([means, means.square()], dim=1)
+
+
 def regularised(**changes: Any) -> AutoencoderStage:
-    """The toy first stage with its adversary and every regulariser."""
+    """The toy first stage with its adversary, every regulariser, and alignment."""
+    torch.manual_seed(4)
+    alignment = VisionAlignment(encoder=Averages(), latent_channels=2, cosine_margin=0.0, distance_margin=0.0)
     made = autoencoder(**changes)
-    made.loss.regularisers = LatentRegularisers(**EVERYTHING)
-    return made
+    made.loss.regularisers, made.loss.alignment = LatentRegularisers(**EVERYTHING), alignment
+    return AutoencoderStage(first_stage=made.first_stage, loss=made.loss, **options(accumulate=2, **changes))
 
 
 def checkpoint(made: AutoencoderStage, folder: Path, step: int) -> dict[str, Any]:
@@ -39,6 +54,7 @@ def checkpoint(made: AutoencoderStage, folder: Path, step: int) -> dict[str, Any
 def test_switched_off_it_is_the_plain_stage() -> None:
     made, plain = regularised(), autoencoder()
     made.step = plain.step = 9
+    made.loss.alignment = None
     totals = {}
     for name, options_ in (("on", EVERYTHING), ("off", {})):
         made.loss.regularisers = LatentRegularisers(**options_)
