@@ -64,7 +64,8 @@ def estimate(config: Config, settings: TrainerSettings, step: int | None = None,
     stage.sharded = shards(stage, settings, devices, local)
     check_graphs(settings.compile, stage)
     with FakeTensorMode(allow_non_fake_inputs=True), attention_of_a_gpu():
-        filled(stage)
+        for module in (stage, *parts.values()):  # a frozen encoder is no part of the stage
+            filled(module)
         found = measured(stage, parts, batch, settings, step)
     if stage.sharded:
         processes = local if settings.strategy == "hsdp" else devices

@@ -96,6 +96,8 @@ class VisionAlignment(nn.Module):
         """The alignment of a batch whose reconstruction error is `error`, and its factor in the loss."""
         if given.latents is None:
             raise InputError("alignment needs a first stage whose reconstruct() gives its latents; choose another.")
+        if not given.latents.requires_grad:
+            raise InputError("alignment trains the encoder, which stage.trained freezes; set alignment=none.")
         term = self(encoded.images, given.latents)
         if not self.adaptive:
             return term, term.new_tensor(self.weight)
