@@ -89,11 +89,12 @@ def test_the_encoder_is_neither_trained_nor_saved() -> None:
     [
         ({"weight": -1.0}, {}, "would push the latents away"),
         ({}, {"latents": None}, "whose reconstruct.. gives its latents"),
+        ({}, {"latents": torch.zeros(1, 16, 4, 4)}, "which stage.trained freezes"),
         ({}, {"last_layer": None}, "adaptive=true needs a first stage with encoder_last_layer"),
     ],
 )
 def test_what_cannot_be_aligned(options: dict[str, Any], given: dict[str, Any], message: str) -> None:
-    picture, latents = TENSORS["picture"][:1], TENSORS["z"][:1]
+    picture, latents = TENSORS["picture"][:1], TENSORS["z"][:1].requires_grad_()
     with_latents = Reconstruction(picture, {}, latents=given.get("latents", latents))
     encoded, encoder = Encoded(picture, given.get("last_layer", latents)), Recorded(TENSORS["aux_feature"][:1])
     with pytest.raises(InputError, match=message):
