@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldmlab.app.alignment_plan import alignment_of
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conditioning import encoders_of
 from ldmlab.backbones.dit import DiT
@@ -97,12 +98,20 @@ def test_urepa() -> None:
     torch.testing.assert_close(made(seen, batch(a=features)), expected)
 
 
+@pytest.mark.parametrize("wrong", [{"until_step": 0}, {"until_step": -3}, {"normalise": 7.0}, {"normalise": -1.0}])
+def test_steps_and_shares_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}.*; give a step of 1"):
+        Alignment(BACKBONES["unet"][0](), {"a": 5}, (8, 8), **wrong)
+
+
 def test_an_alignment_and_an_encoder_need_each_other(tmp_path: Path) -> None:
     def config(*words: str) -> dict[str, Any]:
         return plain(compose("train", ["data.train=x", "data.val=x", *words]))
 
     with pytest.raises(InputError, match="alignment has no encoder to align with; add encoder=dinov2"):
         encoders_of(config("alignment=repa"))
+    with pytest.raises(InputError, match="VisionAlignment aligns first stages; choose alignment=repa"):
+        alignment_of(config("alignment=va_vae", "encoder=dinov2"), *3 * [None])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="encoder=clip is not used; add alignment=repa"):
         encoders_of(config("encoder=clip"))
     assert encoders_of(config("alignment=repa", "encoder=[clip,dinov2]")).keys() == {"clip", "dinov2"}

@@ -1,5 +1,6 @@
 """Frozen encoders: patches on their grid, class tokens left out, and weights that are missing."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def test_patches_of_dinov2(tmp_path: Path, model: str) -> None:
     assert encoder["dinov2"](images(64)).shape == (2, 384, 2, 2)
 
 
+def test_a_plan_reads_no_weights() -> None:
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("error")
+        encoder: Any = build_encoders(nodes("encoder=clip", f"encoder.clip.from_run={SHIPPED}"))["clip"]
+    assert all(p.is_meta for p in encoder.parameters())
+
+
 def test_missing_weights_are_named() -> None:
     with pytest.raises(InputError, match=r"encoder\.dinov2\.weights has no value; give the file"):
         build_encoders(nodes("encoder=dinov2"))
@@ -63,5 +71,5 @@ def test_missing_weights_are_named() -> None:
         build_encoders(nodes("encoder=clip"))
     with pytest.raises(InputError, match="ldmlab fetch clip --model ViT-B-16 --pretrained openai"):
         build_encoders(nodes("encoder=clip", "encoder.clip.name=ViT-B-16", "encoder.clip.pretrained=openai"))
-    with pytest.raises(InputError, match=r"encoder\.weights=none\.pth does not exist"):
+    with pytest.raises(InputError, match=r"encoder\.dinov2\.weights=none\.pth does not exist"):
         build_encoders(nodes("encoder=dinov2", "encoder.dinov2.weights=none.pth"))

@@ -10,7 +10,7 @@ from ldmlab.diffusion.alignment import Alignment
 from ldmlab.diffusion.few_steps import FewSteps
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
-from ldmlab.instantiate import instantiate
+from ldmlab.instantiate import accepts, instantiate
 from ldmlab.training.sharded_start import built_sharded
 from ldmlab.values import ENCODER_PREFIX
 
@@ -24,9 +24,15 @@ def alignment_of(
 
     data: stored features are held against the encoders, which run where there are none; None: of a plan.
     """
-    encoders = build_encoders(encoders_of(config), trained=data is not None)
-    if not encoders:
+    given = encoders_of(config)
+    if not given:
         return None
+    if not accepts(config["alignment"], "backbone", where="alignment"):
+        raise InputError(
+            f"alignment._target_={config['alignment']['_target_']} aligns first stages; choose "
+            "alignment=repa, irepa or urepa."
+        )
+    encoders = build_encoders(given, trained=data is not None)
     if isinstance(model, FewSteps):
         raise InputError(f"alignment: {type(model).__name__} runs its network several times a step; leave it out.")
     if data is not None:

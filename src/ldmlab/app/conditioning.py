@@ -92,7 +92,7 @@ def _with_tower(given: Mapping[str, Any], where: str) -> tuple[Any, dict[str, An
     if files is not None:
         node["config"] = files.spec["clip"]["config"]
     module = instantiate(node, where=where)
-    if files is not None:
+    if files is not None and not any(p.is_meta for p in module.tower.parameters()):  # of a plan
         module.tower.load_clip(files.parts["clip"])
     return module, node
 

@@ -48,6 +48,11 @@ class Alignment(nn.Module):
             )
         if weight < 0 or manifold < 0 or hidden < 1:
             raise InputError(f"alignment: weight={weight}, manifold={manifold}, hidden={hidden}; give 0 or more, 1 up.")
+        if (until_step is not None and until_step < 1) or not 0 <= (normalise or 0) <= 1:
+            raise InputError(
+                f"alignment: until_step={until_step}, normalise={normalise}; give a step of 1 or more and a share of 0 "
+                "to 1, or null for each."
+            )
         watched, width = backbone.aligned(block)  # type: ignore[operator]
         self._watched: tuple[nn.Module] = (watched,)  # no part of this module
         step = int(getattr(backbone, "size_step", 1))

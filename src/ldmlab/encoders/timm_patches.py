@@ -19,11 +19,11 @@ class TimmPatches(FrozenEncoder):
         image_size: int | None = None,  # px the images are resized to; None: the network's own
     ) -> None:
         super().__init__()
-        self.source = TimmNetwork(model, weights, image_size, "encoder")
+        self.source = TimmNetwork(model, weights, image_size, "encoder.dinov2")
         self.node = {"_target_": "ldmlab.encoders.timm_patches.TimmPatches", "model": model, "image_size": image_size}
         self.name, self.width = self.source.name, int(self.source.network.num_features)
         if not hasattr(self.source.network, "num_prefix_tokens"):
-            raise InputError(f"encoder.model={model} is no vision transformer; choose one, vit_base_patch14_dinov2.")
+            raise InputError(f"encoder.dinov2.model={model} is no vision transformer, as vit_base_patch14_dinov2 is.")
         self.train(False)
 
     def maps(self, images: Tensor) -> Tensor:
