@@ -9,6 +9,7 @@ import torch
 from ldmlab.app.run_records import comparison_fields
 from ldmlab.build import load_first_stage
 from ldmlab.errors import InputError
+from ldmlab.first_stages.deep_compression_blocks import LinearAttention, check_shortcut
 from ldmlab.first_stages.index_backpropagation import IBQ
 from ldmlab.first_stages.lookup_free import BSQ, FSQ, LFQ
 from ldmlab.first_stages.quantiser import Quantiser
@@ -97,6 +98,14 @@ def test_entropies_of_18_bits_need_no_list_of_codes() -> None:
         (lambda: LFQ(36), r"bits=36 makes 68719476736 codes; .* at most 16777216 \(24 bits\)"),
         (lambda: FSQ([5, 4], activation="sigmoid"), "so 4 levels would lose one; choose odd numbers"),
         (lambda: FSQ([5], activation="relu"), "activation=relu"),
+        (lambda: LFQ(4, temperature=0), "temperature=0, .*; choose a temperature above 0"),
+        (lambda: BSQ(4, batch_weight=-1), "batch_weight=-1; .* weights of 0 or more"),
+        (lambda: IBQ(8, 4, codebook_weight=-1), "codebook_weight=-1; .* weights of 0 or more"),
+        (lambda: IBQ(1, 4), "codebook_size=1, width=4; choose 2 to 16777216 codes"),
+        (lambda: IBQ(100_000_000, 4), "codebook_size=100000000"),
+        (lambda: IBQ(8, 0), "width=0; choose .* of 1 channel or more"),
+        (lambda: LinearAttention(8, 0, [], "rms_norm"), "attention_head_dim=0: choose 1 to 8"),
+        (lambda: check_shortcut(8, 0), "8 channels are no multiple of 0"),
         (lambda: BSQ(10, group_size=4), "group_size=4 must divide bits=10"),
     ],
 )

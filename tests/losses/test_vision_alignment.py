@@ -88,6 +88,9 @@ def test_the_encoder_is_neither_trained_nor_saved() -> None:
     ("options", "given", "message"),
     [
         ({"weight": -1.0}, {}, "would push the latents away"),
+        ({"cosine_margin": -1.0}, {}, "choose margins of 0 to below 2"),
+        ({"distance_margin": 2.0}, {}, "choose margins of 0 to below 2"),
+        ({"cosine_weight": 0.0, "distance_weight": 0.0}, {}, "a weight above 0, or alignment=none"),
         ({}, {"latents": None}, "whose reconstruct.. gives its latents"),
         ({}, {"latents": torch.zeros(1, 16, 4, 4)}, "which stage.trained freezes"),
         ({}, {"last_layer": None}, "adaptive=true needs a first stage with encoder_last_layer"),

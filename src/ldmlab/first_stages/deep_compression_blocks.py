@@ -70,6 +70,8 @@ class LinearAttention(nn.Module):
 
     def __init__(self, channels: int, head_width: int, kernels: Sequence[int], norm: str) -> None:
         super().__init__()
+        if not 1 <= head_width <= channels:
+            raise InputError(f"first_stage.attention_head_dim={head_width}: choose 1 to {channels}, the level's width.")
         heads = channels // head_width
         inner, self.head_width = heads * head_width, head_width
         self.to_q, self.to_k, self.to_v = (nn.Conv2d(channels, inner, 1, bias=False) for _ in range(3))
@@ -141,7 +143,7 @@ def repeated(x: Tensor, channels: int) -> Tensor:
 
 def check_shortcut(large: int, small: int) -> None:
     """InputError where channels cannot be averaged or repeated evenly."""
-    if large % small:
+    if small < 1 or large % small:
         raise InputError(
             f"first_stage: {large} channels are no multiple of {small}, so space and channels cannot be "
             "exchanged; choose widths (block_out_channels, latent_channels) that divide each other, or shortcut=false."

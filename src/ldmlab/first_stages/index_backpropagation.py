@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldmlab.errors import InputError
 from ldmlab.first_stages.code_entropy import softmax_entropies
-from ldmlab.first_stages.quantiser import Quantised, Quantiser, full_precision
+from ldmlab.first_stages.quantiser import MOST_CODES, Quantised, Quantiser, check_entropies, full_precision
 
 _LOGITS_AT_ONCE = 2**25  # bounds the memory of decoding to 128 MiB
 _EPSILON = 1e-5  # added to the shares of codes before their logarithm, as released
@@ -34,6 +35,13 @@ class IBQ(Quantiser):
         batch_weight: float = 1.0,  # b, of the mean's entropy, which uses all codes alike
     ) -> None:
         super().__init__()
+        if not 2 <= codebook_size <= MOST_CODES or width < 1:
+            raise InputError(
+                f"first_stage.quantiser: codebook_size={codebook_size}, width={width}; choose 2 to {MOST_CODES} codes "
+                "of 1 channel or more."
+            )
+        weights = {"sample_weight": sample_weight, "batch_weight": batch_weight, "codebook_weight": codebook_weight}
+        check_entropies(temperature, **weights)
         self.codebook_size, self.width, self.codebook_weight = codebook_size, width, codebook_weight
         self.temperature, self.sample_weight, self.batch_weight = temperature, sample_weight, batch_weight
         self.codebook = nn.Embedding(codebook_size, width)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ldmlab.errors import InputError, one_of
 from ldmlab.first_stages.code_entropy import bit_entropies
-from ldmlab.first_stages.quantiser import Quantised, Quantiser, full_precision
+from ldmlab.first_stages.quantiser import MOST_CODES, Quantised, Quantiser, check_entropies, full_precision
 
 _INSIDE = 1e-3  # FSQ: share of the range that rounding never reaches
-_MOST_CODES = 2**24  # that can be counted
 _LFQ_EPSILON, _BSQ_EPSILON = 1e-5, 1e-8  # added to the shares of codes before their logarithm, as released
 
 
@@ -32,10 +31,10 @@ class Lattice(Quantiser):
         """option: the name and value that decide the levels, for messages; first_lowest: place of the first channel."""
         super().__init__()
         self.width, self.codebook_size = len(levels), math.prod(levels)
-        if not levels or min(levels) < 2 or self.codebook_size > _MOST_CODES:
+        if not levels or min(levels) < 2 or self.codebook_size > MOST_CODES:
             raise InputError(
                 f"first_stage.quantiser.{option} makes {self.codebook_size} codes; every channel needs 2 levels or "
-                f"more, and all together at most {_MOST_CODES} (24 bits)."
+                f"more, and all together at most {MOST_CODES} (24 bits)."
             )
         order = list(levels) if first_lowest else list(levels)[::-1]
         places = [math.prod(order[:place]) for place in range(len(order))]
@@ -124,6 +123,7 @@ class LFQ(_Signs):
         batch_weight: float = 1.0,  # b, of the mean's entropy, which uses all codes alike
     ) -> None:
         super().__init__([2] * bits, f"bits={bits}")
+        check_entropies(temperature, sample_weight=sample_weight, batch_weight=batch_weight)
         self.temperature, self.sample_weight, self.batch_weight = temperature, sample_weight, batch_weight
 
     def forward(self, latents: Tensor) -> Quantised:
@@ -152,6 +152,7 @@ class BSQ(_Signs):
         batch_weight: float = 1.0,  # b, of the mean's entropy, which uses all codes alike
     ) -> None:
         super().__init__([2] * bits, f"bits={bits}", first_lowest=False)
+        check_entropies(temperature, sample_weight=sample_weight, batch_weight=batch_weight)
         if group_size < 1 or bits % group_size:
             raise InputError(f"first_stage.quantiser.group_size={group_size} must divide bits={bits}; 1 always does.")
         self.group_size, self.temperature, self.slope = group_size, temperature, 1 / math.sqrt(bits)

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from ldmlab.distributed import joined, sum_, world_size
 from ldmlab.errors import InputError
 
+MOST_CODES = 2**24  # that can be counted
 _DISTANCES_AT_ONCE = 2**25  # bounds the memory of the search to 128 MiB
 _USES_DECAY = 0.99  # of the running count of uses where codes follow the gradient
 _CANDIDATES = 256  # vectors of an image from which codes may restart
+
+
+def check_entropies(temperature: float, **weights: float) -> None:
+    """InputError for a temperature that is not above 0, or a weight of a penalty below 0."""
+    if temperature <= 0 or min(weights.values()) < 0:
+        given = ", ".join(f"{name}={value}" for name, value in {"temperature": temperature, **weights}.items())
+        raise InputError(f"first_stage.quantiser: {given}; choose a temperature above 0, and weights of 0 or more.")
 
 
 class Quantised(NamedTuple):

@@ -61,7 +61,7 @@ class AutoencoderLoss(nn.Module):
             raise InputError(
                 f"loss.penalty_weights={self.penalty_weights} does not name what the first stage gives "
                 f"({', '.join(given.penalties) or 'nothing'}); choose the loss of its kind: "
-                "loss=kl, vq, fsq, lfq, bsq or ibq."
+                "loss=kl, vq, fsq, lfq, bsq or ibq, or loss=plain of one without penalties."
             )
         error, terms = self.reconstruction(images, given.images)
         total = sum((self.penalty_weights[name] * value for name, value in given.penalties.items()), error)

@@ -62,6 +62,12 @@ class VisionAlignment(nn.Module):
                 f"alignment: weight={weight}, cosine_weight={cosine_weight}, distance_weight={distance_weight} "
                 "would push the latents away; choose 0 or more for each."
             )
+        if not (0 <= cosine_margin < 2 and 0 <= distance_margin < 2 and cosine_weight + distance_weight > 0):
+            raise InputError(
+                f"alignment: cosine_margin={cosine_margin}, distance_margin={distance_margin}, "
+                f"cosine_weight={cosine_weight}, distance_weight={distance_weight}; cosines differ by at most 2, so "
+                "choose margins of 0 to below 2 and a weight above 0, or alignment=none."
+            )
         self._frozen = (encoder,)  # in a tuple, so that it is no submodule
         self.loss_scale: Tensor | None = None  # of float16's small gradients; None: they are float32 or bfloat16
         self.projection = nn.Conv2d(latent_channels, encoder.width, 1, bias=False)
