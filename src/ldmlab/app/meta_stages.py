@@ -123,12 +123,19 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
         sample |= _features(alignment, size) if "moments" in sample else {}
         parts |= {"projectors": alignment.projectors, "frozen encoders": alignment.encoders}
     if config.get("teacher"):
-        with torch.device("meta"):
-            parts["teacher"] = instantiate({k: v for k, v in node.items() if k != "numbers"}, where="backbone")
-        known = first_stage, built["latent_scale"], parts["teacher"], conditioners, model.schedule, model.prediction
-        model.distil(LatentDiffusion(*known, guidance_trained=True), latent.values)
-        model.conditioners.requires_grad_(False)
+        parts["teacher"] = _teacher(model, {k: v for k, v in node.items() if k != "numbers"}, latent.values)
     return stage, parts, _batch(sample | (_stored(reads, size) | sample))
+
+
+def _teacher(model: Any, node: dict[str, Any], values: int) -> nn.Module:
+    """The network that `model` is distilled from; its conditioners are the teacher's and not trained."""
+    with torch.device("meta"):
+        teacher: nn.Module = instantiate(node, where="backbone")
+    shared = model.conditioners, model.schedule, model.prediction
+    known = LatentDiffusion(model.first_stage, model.latent_scale, teacher, *shared, guidance_trained=True)
+    model.distil(known, values)
+    model.conditioners.requires_grad_(False)
+    return teacher
 
 
 def _classifier(config: Config, options: dict[str, Any]) -> Made:
