@@ -81,7 +81,8 @@ def test_a_model_folder_gives_the_same_images(old: Path) -> None:
     torch.testing.assert_close(
         images.double().mean((1, 2)), torch.tensor(expected["mean"], dtype=torch.float64), rtol=0, atol=0.05
     )
-    if torch.get_num_threads() == 1:
+    known = processor() in EXPECTED["model"]["modules_sha256"]
+    if known and torch.get_num_threads() == 1:  # the same kernels
         assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == expected["sha256"]
 
 

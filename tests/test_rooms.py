@@ -12,6 +12,7 @@ GROUND = {
     "contracts",
     "part_checks",
     "values",
+    "stored_names",
     "randomness",
     "averaging",
     "provenance",

@@ -10,10 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-STATES_PREFIX = "states."  # and the name of a conditioner: batch field of its output, stored with the encoded latents
-ENCODER_PREFIX = "encoder."  # instead of a conditioner's name: and the name of an encoder, whose features are stored
-IDS_PREFIX, CUT_PREFIX = "ids.", "cut."  # likewise: the caption as token numbers, and whether its end is lost
-
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -80,11 +76,6 @@ class LatentSpec:
     def values(self) -> int:
         """Of one latent."""
         return self.channels * self.height * self.width
-
-
-def maker_of(states: str) -> str:
-    """The option of what made stored states: conditioner.NAME, or encoder.NAME."""
-    return states if states.startswith(ENCODER_PREFIX) else f"conditioner.{states}"
 
 
 LatentChange = Callable[[Tensor], Tensor]  # raw latents => what is quantised and decoded, while a first stage trains

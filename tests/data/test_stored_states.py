@@ -24,7 +24,7 @@ from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
 from ldmlab.nn.openclip import build_clip
 from ldmlab.randomness import draw
-from ldmlab.values import STATES_PREFIX
+from ldmlab.stored_names import STATES_PREFIX
 
 SIZE = 16
 STAGE = {

@@ -14,7 +14,7 @@ from ldmlab.data.decode import decode_moments
 from ldmlab.data.latent_shards import npy_bytes
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
-from ldmlab.values import CUT_PREFIX, IDS_PREFIX
+from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX
 
 CLIP: dict[str, Any] = {
     "embed_dim": 16,

@@ -11,8 +11,8 @@ from ldmlab.diffusion.few_steps import FewSteps
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.instantiate import accepts, instantiate
+from ldmlab.stored_names import ENCODER_PREFIX
 from ldmlab.training.sharded_start import built_sharded
-from ldmlab.values import ENCODER_PREFIX
 
 Config = Mapping[str, Any]
 

@@ -19,7 +19,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.instantiate import accepts, instantiate
 from ldmlab.nn.pixels import to_float
-from ldmlab.values import ENCODER_PREFIX, maker_of
+from ldmlab.stored_names import ENCODER_PREFIX, maker_of
 
 Config = Mapping[str, Any]
 

@@ -30,9 +30,9 @@ from ldmlab.errors import InputError, did_you_mean
 from ldmlab.evaluation.flops import IMAGES
 from ldmlab.instantiate import instantiate
 from ldmlab.nn.lpips import LPIPS
+from ldmlab.stored_names import ENCODER_PREFIX, STATES_PREFIX
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
-from ldmlab.values import ENCODER_PREFIX, STATES_PREFIX
 
 Config = Mapping[str, Any]
 Parts = dict[str, nn.Module]

@@ -24,6 +24,7 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.files import write_json
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.model_files import DATA, DESCRIPTION, read_description, read_model, write_description
+from ldmlab.stored_names import ENCODER_PREFIX
 from ldmlab.training.callbacks.step_flops import StepFlops
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import checked
@@ -32,7 +33,6 @@ from ldmlab.training.random_state import seed_process
 from ldmlab.training.resume import Record
 from ldmlab.training.run_folder import FINISHED, RunFolder
 from ldmlab.training.settings import TrainerSettings, trainer_node
-from ldmlab.values import ENCODER_PREFIX
 
 Config = Mapping[str, Any]
 _COUNT = (sys.executable, "-W", "ignore", "-m", "ldmlab.app.estimate")

@@ -21,7 +21,7 @@ from ldmlab.data.shards import ShardLost, ShardReader
 from ldmlab.data.stores import Folder, check_there, manifest_of
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
-from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, maker_of
+from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, maker_of
 
 
 @dataclass(frozen=True)

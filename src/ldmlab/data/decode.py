@@ -28,7 +28,7 @@ from ldmlab.annotations import BOXES, checked, middle_square, whole_class
 from ldmlab.data.tars import Files, image_ending
 from ldmlab.data.transforms import to_rgb
 from ldmlab.open_image import open_image
-from ldmlab.values import ENCODER_PREFIX, maker_of
+from ldmlab.stored_names import ENCODER_PREFIX, maker_of
 
 # what reading and decoding raise on a damaged sample; everything else is a fault of ours
 BAD_SAMPLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, EOFError, tarfile.TarError, zlib.error)

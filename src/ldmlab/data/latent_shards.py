@@ -22,7 +22,7 @@ from ldmlab.data.decode import states_ending
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
-from ldmlab.values import maker_of
+from ldmlab.stored_names import maker_of
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as contracts.Posterior clamps it
 DTYPE = "float16"  # of stored states

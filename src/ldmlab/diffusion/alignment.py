@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ldmlab.contracts import PatchEncoder
 from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
-from ldmlab.values import ENCODER_PREFIX, STATES_PREFIX
+from ldmlab.stored_names import ENCODER_PREFIX, STATES_PREFIX
 
 _EPSILON = 1e-6  # of the deviation over places, as iREPA's program
 

@@ -34,7 +34,7 @@ from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
 from ldmlab.errors import InputError, check_fraction
 from ldmlab.randomness import normal
-from ldmlab.values import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
+from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
 
 Named = list[tuple[str, Conditioner]]
 Output = Callable[[Tensor, Level], tuple[Tensor, Tensor | None]]  # prediction, the learned variance's part
