@@ -61,6 +61,7 @@ def test_another_choice_builds(number: int) -> None:
     chosen = [f"{group}={choice}" for group, choice in others(number).items()]
     if name.startswith("tradeoff/"):
         chosen = [choice for choice in chosen if not choice.startswith("first_stage=")]  # names the backbone there
+        chosen.append("data.image_size=64")  # the sheet of a first stage gives it
     config = plain(compose("train", [f"experiment={name}", *chosen, *DATA]))
     latent = LatentSpec(channels=4, height=32, width=32, downsampling=4)
     with torch.device("meta"):
