@@ -4,6 +4,7 @@ import csv
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,8 +82,9 @@ def test_a_model_folder_gives_the_same_images(old: Path) -> None:
     torch.testing.assert_close(
         images.double().mean((1, 2)), torch.tensor(expected["mean"], dtype=torch.float64), rtol=0, atol=0.05
     )
-    known = processor() in EXPECTED["model"]["modules_sha256"]
-    if known and torch.get_num_threads() == 1:  # the same kernels
+    kept = np.load(Path(__file__).parent / "assets" / "format1" / "sample.npy")
+    assert np.abs(images.numpy().astype(int) - kept).max() <= 1  # rounding of other kernels
+    if torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2":  # the same kernels
         assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == expected["sha256"]
 
 

@@ -47,13 +47,17 @@ def denoiser(guided: bool) -> Callable[[Tensor, Level], Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in CASES if ".ddim." in name])
 def test_ddim_ends_where_the_official_one_does(name: str) -> None:
-    """The recorded runs are float32 with values up to 179, where 2e-4 is thirteen roundings: their order counts."""
+    """The recorded runs are float32 with values up to 179, where 1e-4 is seven roundings: the order of them counts."""
     betas, rest = name.split(".ddim.")
     steps, eta = int(rest.split(".")[0]), float(rest.split("eta")[1][:3])
     start, end = map(float, betas.split("-"))
     grid = ddim_grid(Schedule("scaled_linear", start, end), steps)
     x = Ddim(eta)(denoiser("cfg3" in name), drawn("x_T"), grid, noise=lambda step: drawn(f"noise.{step + 1}"))
-    assert float((x - CASES[name]).abs().max()) < 2e-4
+    same_kernels = (
+        torch.backends.cpu.get_cpu_capability() == "AVX2"
+    )  # as the recorded runs; others round tanh otherwise
+    bound = 1e-4 if same_kernels else max(1e-4, 1e-6 * float(CASES[name].abs().max()))
+    assert float((x - CASES[name]).abs().max()) < bound
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if ".plms." in name])
