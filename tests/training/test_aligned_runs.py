@@ -43,7 +43,9 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_a_term_that_has_ended_changes_no_bit_of_the_denoiser(tmp_path: Path) -> None:
-    plain, ended = run(tmp_path / "plain", stage(None, aligned=False)), run(tmp_path / "ended", stage(0))
+    over = stage(1)
+    over.alignment.until_step = 0  # before the first step, which no option can say
+    plain, ended = run(tmp_path / "plain", stage(None, aligned=False)), run(tmp_path / "ended", over)
     assert same(plain["modules"]["denoiser"], ended["modules"]["denoiser"])
     assert same(plain["averaged"]["denoiser"]["weights"], ended["averaged"]["denoiser"]["weights"])
     aligned = run(tmp_path / "aligned", stage(None))
