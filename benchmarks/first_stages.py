@@ -1,4 +1,4 @@
-"""Does generation follow rFID or the spectrum? Small KL first stages with and without each regulariser, one sheet each.
+"""Does generation follow rFID or the spectrum? Small KL first stages without and with each regulariser or alignment.
 
     python benchmarks/first_stages.py --train data/emoji-256/train --val data/emoji-256/val --out runs/first-stages
 
@@ -27,6 +27,7 @@ ARMS = {
     "equivariance": ["loss.regularisers.equivariance=0.5", "loss.regularisers.low_resolution=0.25"],
     "noise": ["loss.regularisers.noise=0.5"],
     "masked": ["loss.regularisers.masked=0.5"],
+    "aligned": ["alignment=va_vae", "encoder=clip", "encoder.clip.from_run={clip}"],
 }
 SHOWN = ("reconstruction psnr", "high_band", "slope", "noise_loss", "half_way", "half_size_decoder", "turned_decoder")
 
@@ -41,7 +42,7 @@ def first_stage(args: argparse.Namespace, arm: str, seed: int) -> Path:
             *(f"first_stage.channels={args.channels}", "first_stage.norm_groups=8", f"run.dir={folder}"),
             *(f"trainer.max_steps={args.steps}", "trainer.micro_batch=16", f"trainer.validate_every={args.steps}"),
         ]
-        train(plain(compose("train", [*options, *ARMS[arm]])))
+        train(plain(compose("train", [*options, *(word.format(clip=args.clip) for word in ARMS[arm])])))
     return folder
 
 

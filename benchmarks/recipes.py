@@ -5,8 +5,9 @@
     python benchmarks/recipes.py --report --out runs/recipes                   table and recipes.png of what is there
 
 TRAIN, PAIRS, CONCEPTS are image shards with the fields caption, style and category; LATENTS those of TRAIN with the
-states of their captions. An arm is a file of conf/experiment/recipes/, or another reading of an arm's runs: other
-weights or guidance. Every score is a line of OUT/results.jsonl. docs/recipes.md explains what is compared.
+states of their captions and the patches of encoder=clip. An arm is a file of conf/experiment/recipes/, or another
+reading of an arm's runs: other weights or guidance. Every score is a line of OUT/results.jsonl. docs/recipes.md
+explains what is compared.
 """
 
 import argparse
@@ -51,6 +52,7 @@ ARMS: Mapping[str, Arm] = {
     "edm": Arm("EDM", "edm"),
     "dit": Arm("DiT", "dit"),
     "muon": Arm("Muon", "muon"),
+    "aligned": Arm("aligned with CLIP", "aligned"),
     "post_hoc": Arm(
         "length of the average chosen", of="paper", choices=[{"weights": w} for w in (0.05, 0.1, 0.15, 0.2)]
     ),

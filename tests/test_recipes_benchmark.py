@@ -47,7 +47,8 @@ def test_every_arm_is_a_file_that_changes_only_what_its_title_says() -> None:
     configs = {name: plain(compose("train", [f"experiment={name}", *given])) for name in named}
     base = configs.pop("recipes/post_hoc")
     expected = {"flow": {"diffusion"}, "v_min_snr": {"diffusion"}, "edm": {"diffusion"}, "dit": {"backbone"}}
-    expected |= {"muon": {"optimizer"}, "stacked": {"diffusion", "backbone", "optimizer"}}
+    expected |= {"muon": {"optimizer"}, "aligned": {"alignment", "encoder"}}
+    expected |= {"stacked": {"diffusion", "backbone", "optimizer"}}
     for name, config in configs.items():
         changed = {group for group in config if config[group] != base[group]} - {"run", "callbacks"}
         assert changed == expected[name.removeprefix("recipes/")], name
