@@ -36,7 +36,7 @@ import forked
 from faults.kill_points import MODELS, PATIENCE_SECONDS, POINTS, RESUMING, arm
 from toy_stages import train
 
-from ldmlab import distributed, power_averages
+from ldmlab import averaging, distributed
 from ldmlab.app.cli import run_command
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.training.callbacks.average_snapshots import PowerAverages
@@ -140,7 +140,7 @@ def result(path: Path) -> dict[str, Any]:
     # of older ones it depends on the kills which are left
     kept = [max((path / "checkpoints").glob(pattern)) for pattern in ("step_*.ckpt", "best_step_*.ckpt")]
     left = [file for file in path.rglob("*") if "checkpoints" not in file.parts or file.name.endswith(".part")]
-    averages = sorted((path / power_averages.FOLDER).glob("step_*"))
+    averages = sorted((path / averaging.FOLDER).glob("step_*"))
     return {
         "metrics.csv": rows,
         "files": sorted(str(file.relative_to(path)) for file in left if file.name != ".lock"),

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ldmlab.averaging import PowerAverage, coefficients, exponents, reconstruct, write_snapshot
 from ldmlab.errors import InputError
-from ldmlab.power_averages import PowerAverage, coefficients, exponents, reconstruct, write_snapshot
 
 RECORDED = load_file(Path(__file__).parent / "assets/reference/modern/edm2_ema.safetensors")  # float64
 ROWS = (1, 2, 10, 50, 100, 150, 200)  # updates of the recorded averages

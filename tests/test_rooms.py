@@ -14,14 +14,12 @@ GROUND = {
     "values",
     "stored_names",
     "randomness",
-    "averaging",
     "provenance",
     "instantiate",
     "argument_types",
     "plugins",
     "annotations",
     "files",
-    "file_kinds",
     "disks",
     "open_image",
     "format1",
@@ -32,8 +30,8 @@ MAY_USE = {  # room => rooms it may import
     **dict.fromkeys(GROUND, GROUND),
     "nn": GROUND,
     "checkpoints": GROUND,
-    "power_averages": GROUND | {"checkpoints"},
-    "model_files": GROUND | {"checkpoints", "power_averages"},
+    "averaging": GROUND | {"checkpoints"},
+    "model_files": GROUND | {"checkpoints", "averaging"},
     **{
         room: GROUND | {"nn", "checkpoints"}
         for room in (

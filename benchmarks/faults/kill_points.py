@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from toy_stages import autoencoder, diffusion_stage, options
 
-from ldmlab import checkpoints, files, power_averages
+from ldmlab import averaging, checkpoints, files
 from ldmlab.averaging import AveragedWeights
 from ldmlab.backbones.dit import DiT
 from ldmlab.conditioners.class_label import ClassEmbedder
@@ -43,7 +43,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "table of rows rewritten": (loggers, "write_text", "before"),
     "validation": (None, "validation_step", "after"),
     "validation's end": (None, "validation_metrics", "before"),
-    "snapshot of averages": (power_averages, "save_tensors", "before"),
+    "snapshot of averages": (averaging, "save_tensors", "before"),
     "checkpoint copied, nothing written": (checkpointing.Files, "_write", "before"),
     "shard not begun": (checkpointing, "save_tensors", "before"),
     "half a file of tensors": (safetensors.torch, "save_file", "half"),

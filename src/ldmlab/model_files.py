@@ -15,10 +15,10 @@ import yaml
 from torch import Tensor
 
 from ldmlab import format1, plugins
+from ldmlab.averaging import checked_length, reconstruct
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
 from ldmlab.errors import InputError, shown
 from ldmlab.files import by_step, write_text
-from ldmlab.power_averages import checked_length, reconstruct
 from ldmlab.sharded import STATE, laid_out
 
 FORMAT_VERSION = 2
@@ -54,7 +54,7 @@ class ModelFiles:
 def read_model(path: Path | str, weights: str | float = "averaged") -> ModelFiles:
     """Description and weights of the model at `path`; InputError naming what is missing or damaged.
 
-    weights: averaged | raw | the length of an average, made from the snapshots of a run (`power_averages.py`).
+    weights: averaged | raw | the length of an average, made from the snapshots of a run (`averaging.py`).
     """
     length = _length(weights)
     folder, checkpoint = _locate(Path(path))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldmlab.app import cli
-from ldmlab.app.generation_score import patch_size
+from ldmlab.app.first_stage_sheet import patch_size
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate

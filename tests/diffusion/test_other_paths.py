@@ -12,8 +12,7 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction, VPrediction
 from ldmlab.diffusion.respacing import SPACINGS
-from ldmlab.diffusion.schedule import Schedule, ddim_grid, levels_of
-from ldmlab.diffusion.signal_levels import signal_to_noise
+from ldmlab.diffusion.schedule import Schedule, ddim_grid, levels_of, signal_to_noise
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
 from ldmlab.inference.sample_settings import sampler_by_name

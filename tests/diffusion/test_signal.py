@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ldmlab.diffusion.schedule import Schedule
-from ldmlab.diffusion.signal_levels import decibels, even_time, signal_to_noise
+from ldmlab.diffusion.schedule import Schedule, decibels, even_time, signal_to_noise
 
 
 @pytest.mark.parametrize("deviation", [0.5, 1.0, 5.5])

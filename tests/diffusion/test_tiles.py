@@ -14,9 +14,9 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
-from ldmlab.diffusion.windowed import latent_windows, windowed
 from ldmlab.errors import InputError
 from ldmlab.first_stages.identity import Identity
+from ldmlab.nn.tiling import latent_windows, windowed
 from ldmlab.randomness import normal
 from ldmlab.samplers.ddim import Ddim
 

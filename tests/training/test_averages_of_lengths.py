@@ -12,9 +12,9 @@ import pytorch_lightning as pl
 import torch
 from toy_stages import TwoGroups, diffusion_stage, train
 
+from ldmlab.averaging import snapshots
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.errors import InputError
-from ldmlab.power_averages import snapshots
 from ldmlab.training.callbacks.average_snapshots import PowerAverages
 
 

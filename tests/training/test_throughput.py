@@ -14,8 +14,7 @@ from toy_stages import TwoGroups, train
 from ldmlab import distributed
 from ldmlab.nn.cards import CARDS, card_named
 from ldmlab.training.callbacks import throughput
-from ldmlab.training.callbacks.step_flops import StepFlops
-from ldmlab.training.callbacks.throughput import ForwardTime, Throughput
+from ldmlab.training.callbacks.throughput import ForwardTime, StepFlops, Throughput
 from ldmlab.training.loggers import read_metrics
 
 

@@ -8,9 +8,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldmlab.app.alignment_plan import alignment_of
+from ldmlab.app.alignment_plan import alignment_of, first_stage_with_encoder
 from ldmlab.app.conditioning import build_conditioners
-from ldmlab.app.first_stage_parts import first_stage_with_encoder
 from ldmlab.app.plans import (
     backbone_sizes,
     check_divides,

@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldmlab.app.alignment_plan import alignment_of
+from ldmlab.app.alignment_plan import alignment_of, first_stage_with_encoder
 from ldmlab.app.conditioning import build_conditioners, check_fields_given, context_widths
-from ldmlab.app.first_stage_parts import first_stage_with_encoder
 from ldmlab.app.teacher import Teacher
 from ldmlab.argument_types import check_type, check_types
 from ldmlab.build import build_latent_diffusion, load_first_stage, moments_of

@@ -25,7 +25,7 @@ from ldmlab.files import write_json
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.model_files import DATA, DESCRIPTION, read_description, read_model, write_description
 from ldmlab.stored_names import ENCODER_PREFIX
-from ldmlab.training.callbacks.step_flops import StepFlops
+from ldmlab.training.callbacks.throughput import StepFlops
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import checked
 from ldmlab.training.fit import fit, load_initial_weights

@@ -21,8 +21,7 @@ from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import KeysValues, TokenAttention, attend
 from ldmlab.nn.blocks import MLP, LayerNorm, RMSNorm, SwiGLU, timestep_embedding, zero
 from ldmlab.nn.compiling import region
-from ldmlab.nn.number_embedding import number_embedding
-from ldmlab.nn.positions import Rotation, rotary, rotate, sine_cosine
+from ldmlab.nn.positions import Rotation, number_embedding, rotary, rotate, sine_cosine
 
 _EPSILON = 1e-6  # of every norm but LayerNorm on queries and keys, which has 1e-5
 TIME_CHANNELS = 256

@@ -19,7 +19,7 @@ from ldmlab.nn.attention import attend, to_map, to_tokens
 from ldmlab.nn.blocks import ChannelsLast
 from ldmlab.nn.compiling import region
 from ldmlab.nn.magnitude import MPConv, MPFourier, Resampling, mp_cat, mp_silu, mp_sum, normalize, resample
-from ldmlab.nn.number_embedding import number_embedding
+from ldmlab.nn.positions import number_embedding
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ldmlab.nn.attention import attend, to_map, to_tokens
 from ldmlab.nn.blocks import ChannelsLast, ResBlock, conv3, group_norm, timestep_embedding, zero
 from ldmlab.nn.compiling import region
 from ldmlab.nn.magnitude import ExactBuffers, Resampling, resample
-from ldmlab.nn.number_embedding import number_embedding
+from ldmlab.nn.positions import number_embedding
 
 _SCALE = 16.0  # of the random frequencies of Fourier features
 _SMALL = 1e-5  # of Song's last weights, which are zero in ADM

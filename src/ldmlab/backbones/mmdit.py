@@ -19,8 +19,7 @@ from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend
 from ldmlab.nn.blocks import MLP, timestep_embedding, zero
 from ldmlab.nn.compiling import region
-from ldmlab.nn.number_embedding import number_embedding
-from ldmlab.nn.positions import sine_cosine
+from ldmlab.nn.positions import number_embedding, sine_cosine
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys, values, each (B, H, N, d)
 

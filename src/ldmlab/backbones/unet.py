@@ -32,7 +32,7 @@ from ldmlab.nn.blocks import (
     zero,
 )
 from ldmlab.nn.compiling import region
-from ldmlab.nn.number_embedding import number_embedding
+from ldmlab.nn.positions import number_embedding
 
 
 class UNetCache(NamedTuple):

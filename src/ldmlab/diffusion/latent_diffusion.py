@@ -31,8 +31,8 @@ from ldmlab.diffusion.guidance import Guidance, check_guidance, stacked
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import begun
-from ldmlab.diffusion.windowed import Bind, latent_windows, windowed
 from ldmlab.errors import InputError, check_fraction
+from ldmlab.nn.tiling import Bind, latent_windows, windowed
 from ldmlab.randomness import normal
 from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
 

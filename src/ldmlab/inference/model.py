@@ -19,7 +19,6 @@ from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.respacing import POWERS
-from ldmlab.diffusion.windowed import latent_windows
 from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
 from ldmlab.inference.input_images import finished, given_image, on_canvas, started_at
@@ -37,6 +36,7 @@ from ldmlab.inference.inputs import (
 from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, chosen_tile, chosen_window
 from ldmlab.nn.compiling import Choice, compile_regions, wanted
 from ldmlab.nn.pixels import as_images, to_float
+from ldmlab.nn.tiling import latent_windows
 from ldmlab.sharded import is_sharded
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

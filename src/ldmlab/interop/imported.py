@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldmlab.build import build_latent_diffusion, fill_latent_diffusion
-from ldmlab.checkpoints import load_exactly, load_tensors, without_weights
+from ldmlab.checkpoints import load_exactly, load_tensors, unreadable, without_weights
 from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
-from ldmlab.file_kinds import unreadable
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import ModelFiles
 

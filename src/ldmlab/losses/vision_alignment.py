@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import PatchEncoder, Reconstruction
 from ldmlab.errors import InputError
-from ldmlab.losses.gradient_ratio import gradient_ratio
+from ldmlab.losses.adversary import gradient_ratio
 
 _WEIGHT_LIMIT = 1e8
 

@@ -1,7 +1,10 @@
-"""Positions of patches in two dimensions: sines and cosines to add, and rotations of queries and keys."""
+"""Positions of patches in two dimensions, and numbers that a network receives beside the time, as it takes them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmlab.nn.blocks import timestep_embedding, zero
 
 _PERIOD = 10_000.0
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (1, 1, N, d), of angles that repeat in pairs
@@ -47,3 +50,28 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cosine, sine = (part.to(x.dtype) for part in rotation)
     a, b = x.unflatten(3, (-1, 2)).unbind(4)
     return x * cosine + torch.stack([-b, a], dim=4).flatten(3) * sine
+
+
+_NUMBER_CHANNELS = 256
+
+
+class NumberEmbedding(nn.Module):
+    """(B, n) numbers in the units of the time => (B, width), added to the embedding of the time.
+
+    Sinusoids of each, linear, SiLU, linear; the last layer is zero at the start, so that a network which gets them
+    begins as the one without (as `time_cond_proj` of Luo et al. 2023, "Latent consistency models").
+    """
+
+    def __init__(self, numbers: int, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(numbers * _NUMBER_CHANNELS, width)
+        self.mix = zero(nn.Linear(width, width))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        waves = [timestep_embedding(part, _NUMBER_CHANNELS, like=self.expand.weight) for part in numbers.unbind(1)]
+        return self.mix(F.silu(self.expand(torch.cat(waves, dim=1))))
+
+
+def number_embedding(numbers: int, width: int) -> NumberEmbedding | None:
+    """None for a network without them."""
+    return NumberEmbedding(numbers, width) if numbers else None

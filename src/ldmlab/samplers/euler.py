@@ -4,8 +4,7 @@ import math
 
 from torch import Tensor
 
-from ldmlab.samplers._stepwise import Step, Stepwise, checked_churn, first_order
-from ldmlab.samplers._straight import checked_variable, straight_step
+from ldmlab.samplers._stepwise import Step, Stepwise, checked_churn, checked_variable, first_order, straight_step
 
 
 class Euler(Stepwise):
@@ -20,7 +19,7 @@ class Euler(Stepwise):
         churn_min: float = 0.0,
         churn_max: float = math.inf,
         churn_noise: float = 1.0,
-        variable: str = "sigma",  # sigma | variance | position: in which steps are straight (`_straight.py`)
+        variable: str = "sigma",  # sigma | variance | position: in which steps are straight (`_stepwise.py`)
     ) -> None:
         self._churn = checked_churn(churn, churn_min, churn_max, churn_noise)
         self.variable, self.needs_path = checked_variable(variable), variable == "position"

@@ -4,8 +4,15 @@ import math
 
 from torch import Tensor
 
-from ldmlab.samplers._stepwise import Step, Stepwise, checked_churn, first_order, noise_of
-from ldmlab.samplers._straight import checked_variable, straight_step
+from ldmlab.samplers._stepwise import (
+    Step,
+    Stepwise,
+    checked_churn,
+    checked_variable,
+    first_order,
+    noise_of,
+    straight_step,
+)
 
 
 class Heun(Stepwise):
@@ -20,7 +27,7 @@ class Heun(Stepwise):
         churn_min: float = 0.0,
         churn_max: float = math.inf,
         churn_noise: float = 1.0,
-        variable: str = "sigma",  # sigma | variance | position: in which steps are straight (`_straight.py`)
+        variable: str = "sigma",  # sigma | variance | position: in which steps are straight (`_stepwise.py`)
         alpha: float = 1.0,  # where in a step the second evaluation is; 0.5: the midpoint, 2/3: Ralston's method
     ) -> None:
         self._churn = checked_churn(churn, churn_min, churn_max, churn_noise)

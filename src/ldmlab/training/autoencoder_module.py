@@ -20,9 +20,9 @@ from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import draw
 from ldmlab.training.codebook_window import CodebookWindow
 from ldmlab.training.data_module import Batch
+from ldmlab.training.optimizer_groups import train_only
 from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
-from ldmlab.training.trained_parts import train_only
 from ldmlab.values import LatentChange
 
 _log = logging.getLogger(__name__)

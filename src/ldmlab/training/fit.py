@@ -14,10 +14,10 @@ from ldmlab import distributed
 from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError, memory_ran_out
 from ldmlab.training import precision
+from ldmlab.training.callbacks.average_snapshots import Averaging
 from ldmlab.training.callbacks.compiled import Compiled, check_graphs
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
-from ldmlab.training.callbacks.weight_averaging import Averaging
 from ldmlab.training.checkpointing import Checkpoints, Files
 from ldmlab.training.data_module import Batches
 from ldmlab.training.engine import make_trainer, rates_line, summary

@@ -1,6 +1,6 @@
-"""Which parameters each optimizer updates, by its schedule of the learning rate, and its state in checkpoints."""
+"""Which parameters are trained, by which optimizer and schedule of its rate, and their state in checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,31 @@ from ldmlab.errors import InputError
 from ldmlab.training.muon import Joined, MuonAdamW, Part, hidden_matrices
 from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
 from ldmlab.training.validation import Validated
+
+
+def train_only(network: nn.Module, parts: Sequence[str], option: str) -> None:
+    """Freeze all parameters outside of `parts`, such as decoder or decoder.conv_out, and codes that move by hand.
+
+    InputError for a part that is none, with the names there are.
+    """
+
+    def inside(name: str, part: str) -> bool:
+        return f"{name}.".startswith(f"{part}.")
+
+    given = dict(network.named_parameters())
+    for part in parts or [""]:
+        if not any(inside(name, part) for name in given):
+            known = sorted({".".join(name.split(".")[:depth]) for name in given for depth in (1, 2)})
+            raise InputError(
+                f"{option}={list(parts)} names no parameter; there are {', '.join(known)}, and null for all."
+            )
+    for name, parameter in given.items():
+        if not any(inside(name, part) for part in parts):
+            parameter.requires_grad_(False)
+    for name, module in network.named_modules():
+        if getattr(module, "watched", False) and not any(inside(name, part) for part in parts):
+            module.watched = False
+
 
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
 

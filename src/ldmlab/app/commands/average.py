@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldmlab.averaging import FOLDER, checked_length, snapshots
     from ldmlab.interop.model_folders import card, check_new, new_folder, write_ldmlab
     from ldmlab.model_files import read_model
-    from ldmlab.power_averages import FOLDER, checked_length, snapshots
 
     checked_length(args.length, "--length")
     files = read_model(args.run, args.length)

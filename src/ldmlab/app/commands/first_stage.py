@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _sheet(args: argparse.Namespace, config: Mapping[str, Any], given: Path, loaded: Any, out: Path) -> dict[str, Any]:
     from ldmlab.app.evaluate import reference_data, run_config, run_folder
-    from ldmlab.app.first_stage_sheet import sheet_of
-    from ldmlab.app.generation_score import GenerationScore
+    from ldmlab.app.first_stage_sheet import GenerationScore, sheet_of
     from ldmlab.build import pick_device
     from ldmlab.model_files import DESCRIPTION, write_model_folder
 

@@ -69,7 +69,7 @@ def noised_row(
     """One image per time from raw latents (1, C, h, w), and the signal-to-noise ratios as text."""
     import torch
 
-    from ldmlab.diffusion.signal_levels import decibels, even_time
+    from ldmlab.diffusion.schedule import decibels, even_time
     from ldmlab.nn.pixels import as_images
     from ldmlab.randomness import normal
 
