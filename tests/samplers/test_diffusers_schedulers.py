@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldmlab.contracts import Level
 from ldmlab.diffusion.flow_match import FlowMatchPath
-from ldmlab.diffusion.parameterization import EdmPrediction, Parameterization
-from ldmlab.diffusion.paths import EdmPath, LinearPath
+from ldmlab.diffusion.parameterization import Parameterization
+from ldmlab.diffusion.paths import LinearPath
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import sampler_by_name
 from ldmlab.instantiate import instantiate
@@ -106,7 +106,7 @@ def test_paths_that_are_refused(options: dict[str, Any], why: str) -> None:
 
 
 @pytest.mark.parametrize(("config", "why"), [
-    ({"_class_name": "EDMEulerScheduler"}, "scheduler EDMEulerScheduler is not supported"),
+    ({"_class_name": "ScoreSdeVeScheduler"}, "scheduler ScoreSdeVeScheduler is not supported"),
     ({"_class_name": FLOW, "use_gamma_sigmas": True}, "with use_gamma_sigmas=True is not supported"),
 ])  # fmt: skip
 def test_schedulers_that_are_refused(config: dict[str, Any], why: str) -> None:
@@ -135,22 +135,18 @@ EDM, EDM_CASES = recorded("diffusers/edm_euler")
 def test_the_steps_of_edm_euler(case: str) -> None:
     """EDMEulerScheduler: Euler's steps on EDM's levels from sqrt(sigma^2 + 1) times the noise."""
     one = EDM_CASES[case]
-    options = one["scheduler"]
-    path = EdmPath(options.get("sigma_min", 0.002), options.get("sigma_max", 80.0))
-    spacing = {"exponential": "log_snr"}.get(options.get("sigma_schedule", ""), "karras")
-    grid = path.grid(one["num_inference_steps"], spacing)
-    if options.get("final_sigmas_type") == "sigma_min":
-        grid[-1] = grid[-2]
+    node = diffusion_node({"_class_name": "EDMEulerScheduler", **one["scheduler"]})
+    path, prediction = (instantiate(node[name], where=name) for name in ("schedule", "prediction"))
+    grid = path.grid(one["num_inference_steps"])
     assert_near(torch.tensor([level.sigma for level in grid]), EDM[f"{case}.sigmas"], 1e-5)
     assert_near(torch.tensor([level.time for level in grid[:-1]]), EDM[f"{case}.timesteps"], 1e-5)
-    form = Parameterization(EdmPrediction(options.get("sigma_data", 0.5)), path)
-    sign = -1 if options.get("prediction_type") == "v_prediction" else 1
+    form = Parameterization(prediction, path)
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         """The network runs before noise is added, as the scheduler's `step` receives its output."""
         before, here = (drawn[-1], grid[len(drawn) - 1]) if one["step"] else (x, level)
         assert here.time is not None
-        return form.clean(x, sign * field(form.scaled(before, here.alpha, here.sigma), here.time), level)
+        return form.clean(x, field(form.scaled(before, here.alpha, here.sigma), here.time), level)
 
     def remember(step: int, x: Tensor, clean: Tensor) -> Tensor:
         drawn.append(x)

@@ -115,11 +115,14 @@ class EdmPrediction:
     sqrt(sigma^2 + sd^2), c_in = 1 / sqrt(sigma^2 + sd^2); c_noise is the path's time.
     """
 
-    def __init__(self, sigma_data: float = 0.5) -> None:
-        """sigma_data: deviation of the latents; 1 where the latent scale is measured."""
+    def __init__(self, sigma_data: float = 0.5, negative: bool = False) -> None:
+        """sigma_data: deviation of the latents; 1 where the latent scale is measured.
+
+        negative: the network gives -F, with sigma_data 1 the v of a variance-preserving path (CosXL).
+        """
         if not sigma_data > 0:
             raise InputError(f"diffusion.prediction.sigma_data={sigma_data} is no deviation; choose 1 or 0.5.")
-        self.sigma_data = sigma_data
+        self.sigma_data, self.sign = sigma_data, -1 if negative else 1
 
     def scaled(self, x: Tensor, alpha: Any, sigma: Any) -> Tensor:
         """c_in x / alpha; alpha and sigma: tensors or numbers."""
@@ -128,18 +131,18 @@ class EdmPrediction:
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """(clean - c_skip x / alpha) / c_out, written without the difference: (sigma / sd clean - sd eps) c_in."""
         ratio, sd = sigma / alpha, self.sigma_data
-        return (ratio / sd * clean - sd * noise) / (ratio.square() + sd**2).sqrt()
+        return self.sign * (ratio / sd * clean - sd * noise) / (ratio.square() + sd**2).sqrt()
 
     def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
         """c_skip x / alpha + c_out F, in float64."""
         ratio, sd = level.sigma / level.alpha, self.sigma_data
         total = ratio**2 + sd**2
-        return sd**2 / total * (x.double() / level.alpha) + ratio * sd / total**0.5 * output.double()
+        return sd**2 / total * (x.double() / level.alpha) + self.sign * ratio * sd / total**0.5 * output.double()
 
     def clean_slope(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """c_out."""
         ratio, sd = sigma / alpha, self.sigma_data
-        return ratio * sd / (ratio.square() + sd**2).sqrt()
+        return self.sign * ratio * sd / (ratio.square() + sd**2).sqrt()
 
 
 class LearnedVariance:

@@ -218,14 +218,19 @@ class VariancePreservingPath(ContinuousPath):
 class EdmPath(ContinuousPath):
     """alpha = 1; log sigma is linear in s, and the network receives log(sigma) / 4 (Karras et al. 2022, table 1)."""
 
-    solver = Solver("heun", "karras", 18)
     unit, rate = 1.0, 4.0  # sigma = unit exp(rate time)
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        solver: tuple[str, str, int] = ("heun", "karras", 18),  # sampler, spacing and steps of `sampler=auto`
+        noisy_end: bool = False,  # sampling ends at sigma_min, not at the clean latent
+    ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise InputError(f"diffusion.schedule.sigma_min={sigma_min} must be above 0 and below {sigma_max}.")
         super().__init__(math.log(sigma_min / self.unit) / self.rate, math.log(sigma_max / self.unit) / self.rate)
-        self.width = math.log(sigma_max / sigma_min)
+        self.width, self.noisy_end, self.solver = math.log(sigma_max / sigma_min), noisy_end, Solver(*solver)
 
     def curve(self, s: Tensor) -> Pair:
         sigma = self.unit * torch.exp(self.rate * self.time(s))
@@ -237,6 +242,10 @@ class EdmPath(ContinuousPath):
     def position_of(self, ratio: Tensor) -> Tensor:
         return self.position((ratio / self.unit).log() / self.rate)
 
+    def grid(self, steps: int, spacing: str = "auto") -> list[Level]:
+        levels = super().grid(steps, spacing)
+        return [*levels[:-1], levels[-2]._replace(time=None)] if self.noisy_end else levels
+
     def time_of(self, ratio: Tensor) -> Tensor:
         """As the others, but beyond both ends too: training draws any sigma."""
         return self.time(self.position_of(ratio.double())).float()
@@ -245,8 +254,7 @@ class EdmPath(ContinuousPath):
 class VarianceExplodingPath(EdmPath):
     """EDM's path with the times of NCSN++, log(sigma / 2) (Song et al. 2021; VE of Karras et al. 2022, table 1)."""
 
-    solver = Solver("heun", "log_snr", 18)
     unit, rate = 2.0, 1.0
 
     def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0) -> None:
-        super().__init__(sigma_min, sigma_max)
+        super().__init__(sigma_min, sigma_max, ("heun", "log_snr", 18))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
+from ldmlab.diffusion.paths import LinearPath
 from ldmlab.diffusion.schedule import ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.interop.imported import assembled, assembled_first_stage
@@ -133,18 +134,20 @@ def compare_schedule(model: LatentDiffusion, scheduler: Any, token_values: int) 
 
 
 def compare_flow(path: Any, scheduler: Any, token_values: int) -> float:
-    """Levels and times of ten steps; those of a plain path are handed to the scheduler, whose own are others."""
+    """Levels and times of ten steps; those of a `LinearPath` are handed to the scheduler, whose own are others."""
     steps, tokens, config = 10, 1024, scheduler.config
-    given: dict[str, Any] = {} if hasattr(path, "rule") else {"sigmas": [1 - i / steps for i in range(steps)]}
-    if config.use_dynamic_shifting:
+    plain = type(path) is LinearPath
+    given: dict[str, Any] = {"sigmas": [1 - i / steps for i in range(steps)]} if plain else {}
+    if config.get("use_dynamic_shifting"):
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         given["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
     scheduler.set_timesteps(steps, **given)
     grid = path.at_size(tokens * token_values).grid(steps)
-    sigma = torch.tensor([level.alpha if config.invert_sigmas else level.sigma for level in grid])
-    times = torch.tensor([level.time for level in grid[:-1]]) / config.num_train_timesteps
-    check_close("times", times, scheduler.timesteps / config.num_train_timesteps)
-    return check_close("schedule", sigma, scheduler.sigmas)
+    sigma = torch.tensor([level.alpha if config.get("invert_sigmas") else level.sigma for level in grid])
+    times, span = torch.tensor([level.time for level in grid[:-1]]), abs(path.noise_time - path.clean_time)
+    check_close("times", times / span, scheduler.timesteps / span)
+    top = sigma.max()
+    return check_close("schedule", sigma / top, scheduler.sigmas / top)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """The default sampler of the model's path."""
 
-import importlib
 from typing import Any
+
+import yaml
 
 from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path
 from ldmlab.errors import InputError
+from ldmlab.instantiate import instantiate
 
 
 class Auto:
@@ -15,8 +17,10 @@ class Auto:
 
     def along(self, path: Path) -> Any:
         """The sampler itself."""
-        name = path.solver.sampler
-        return getattr(importlib.import_module(f"ldmlab.samplers.{name}"), name.title().replace("_", ""))()
+        name, *words = path.solver.sampler.split(":")  # and options, as `sde:form=linear`
+        options = {option: yaml.safe_load(value) for option, value in (word.split("=") for word in words)}
+        target = f"ldmlab.samplers.{name}.{name.title().replace('_', '')}"
+        return instantiate({"_target_": target, **options}, where="sampler")
 
     def __call__(
         self, denoise: Denoise, x: Any, grid: list[Level], *, noise: Noise, after_step: AfterStep | None = None

@@ -208,10 +208,10 @@ def _pipeline(spec: Node, stage: str, text: Node | None) -> tuple[str | None, st
     if stage == _DEEP:
         return None, "no pipeline that ldmlab writes takes an AutoencoderDC"
     none = f"no pipeline of diffusers takes {', '.join(kinds)}"
-    if kind(spec["diffusion"]["prediction"]) == "VelocityPrediction":
+    if kind(spec["diffusion"]["prediction"]) in ("VelocityPrediction", "EdmPrediction"):
         if kinds == ["Sd3Text"] and stage == "KLAutoencoder" and kind(spec["backbone"]) == "MMDiT":
             return SD3_PIPELINE, ""
-        return None, "no pipeline of diffusers runs this network on a flow"
+        return None, "no pipeline is written for this network on such a path"
     if kind(spec["backbone"]) in ("DiT", "MMDiT"):
         if stage != "KLAutoencoder" or kinds != ["ClassEmbedder"] or kind(spec["backbone"]) != "DiT":
             return None, none

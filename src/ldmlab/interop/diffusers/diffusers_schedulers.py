@@ -1,10 +1,11 @@
-"""Schedulers of diffusers and ours, both ways: discrete noise schedules, and flows."""
+"""Schedulers of diffusers and ours, both ways: discrete noise schedules, flows, and EDM's."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ldmlab.diffusion.respacing import checked_spacing
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.interop.diffusers.diffusers_config import resolved
@@ -16,6 +17,7 @@ _HOME = "ldmlab.diffusion."
 _SAME = 1e-6  # float32 of betas below 0.02 is much closer
 _MULTISTEP = "DPMSolverMultistep"
 FLOW = "FlowMatchEulerDiscreteScheduler"
+EDM, _EDM_MULTISTEP = "EDMEulerScheduler", f"EDM{_MULTISTEP}Scheduler"
 _DISCRETE = (  # whose noise levels are those of betas
     *("DDIM", "DDIMParallel", "DDIMInverse", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "LCM", "TCD", "SASolver"),
     *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
@@ -32,8 +34,10 @@ def diffusion_node(config: Config, token_values: int = 64) -> dict[str, Any]:
     name = config.get("_class_name", f"{_DISCRETE[0]}Scheduler")
     if name == FLOW:
         return _flow_node(config, token_values)
+    if name in (EDM, _EDM_MULTISTEP):
+        return _edm_node(config, name)
     if name.removesuffix("Scheduler") not in _DISCRETE:
-        raise InputError(f"scheduler {name} is not supported; supported: {FLOW} and those of betas, such as DDIM's.")
+        raise InputError(f"scheduler {name} is not supported; supported: {FLOW}, {EDM} and those of betas.")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise InputError(
@@ -77,6 +81,36 @@ def _flow_node(config: Config, token_values: int) -> dict[str, Any]:
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
         "prediction": {"_target_": f"{_HOME}parameterization.VelocityPrediction", **towards},
         "schedule": path,
+    }
+
+
+def _edm_node(config: Config, name: str) -> dict[str, Any]:
+    """EDM's path on the scheduler's steps; with `v_prediction` its network has the other sign."""
+    options = resolved(config, name, "scheduler")
+    rule = "log_snr" if options["sigma_schedule"] == "exponential" else f"karras:{options['rho']:g}"
+    sampler = _edm_sampler(options)
+    words = [f"{option}={str(value).lower()}" for option, value in sampler.items() if option != "_target_"]
+    solver = ":".join([sampler["_target_"].split(".")[-2], *words])
+    path = {"sigma_min": options["sigma_min"], "sigma_max": options["sigma_max"], "solver": [solver, rule, 50]}
+    predicted = {"sigma_data": options["sigma_data"], "negative": options["prediction_type"] == "v_prediction"}
+    noisy = {"noisy_end": True} if options["final_sigmas_type"] == "sigma_min" else {}
+    return {
+        "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
+        "prediction": {"_target_": f"{_HOME}parameterization.EdmPrediction", **predicted},
+        "schedule": {"_target_": f"{_HOME}paths.EdmPath", **path, **noisy},
+    }
+
+
+def _edm_options(path: Mapping[str, Any], prediction: Mapping[str, Any]) -> Config:
+    """Options of an EDMEulerScheduler for EDM's path; InputError for steps that it has no name for."""
+    solver = path.get("solver", ("heun", "karras", 18))
+    rule, power = checked_spacing(solver[1], ("karras", "log_snr"))
+    return {
+        **{name: path[name] for name in ("sigma_min", "sigma_max") if name in path},
+        "sigma_data": prediction.get("sigma_data", 0.5),
+        **({"sigma_schedule": "exponential"} if rule == "log_snr" else {"rho": power}),
+        "prediction_type": "v_prediction" if prediction.get("negative") else "epsilon",
+        "final_sigmas_type": "sigma_min" if path.get("noisy_end") else "zero",
     }
 
 
@@ -134,7 +168,10 @@ def sampler_node(config: Config) -> dict[str, Any]:
 
     DDIM has the scheduler's step rule where it is `trailing`, as models without a terminal signal need.
     """
-    if config.get("_class_name") == f"{_MULTISTEP}Scheduler" and (node := _multistep(config)) is not None:
+    name = config.get("_class_name")
+    if name in (EDM, _EDM_MULTISTEP):
+        return _edm_sampler(resolved(config, name, "scheduler"))
+    if name == f"{_MULTISTEP}Scheduler" and (node := _multistep(config)) is not None:
         return node
     node = {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0}
     return node | ({"spacing": "trailing"} if config.get("timestep_spacing") == "trailing" else {})
@@ -142,14 +179,19 @@ def sampler_node(config: Config) -> dict[str, Any]:
 
 def _multistep(config: Config) -> dict[str, Any] | None:
     """The solver of second or third order on the scheduler's steps; None for other solvers, ends and steps."""
-    order, kind = config.get("solver_order", 2), config.get("algorithm_type", "dpmsolver++")
     rule, offset = config.get("timestep_spacing", "linspace"), config.get("steps_offset", 0)
     spacings = {"linspace": "linspace:open", "leading": "leading:open" if offset == 1 else None, "trailing": "trailing"}
     spacing = "karras" if config.get("use_karras_sigmas") else spacings.get(rule)
     others = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding")
     plain = config.get("final_sigmas_type", "zero") == "zero" and not any(config.get(name) for name in others)
-    known = {(2, "dpmsolver++"), (2, "sde-dpmsolver++"), (3, "dpmsolver++")}  # another curve in its third-order SDE
-    if (order, kind) not in known or spacing is None or not plain:
+    node = _solver(config)
+    return None if node is None or spacing is None or not plain else node | {"spacing": spacing}
+
+
+def _solver(config: Config) -> dict[str, Any] | None:
+    """The solver whatever its steps; None for another curve, as its third-order SDE has."""
+    order, kind = config.get("solver_order", 2), config.get("algorithm_type", "dpmsolver++")
+    if (order, kind) not in ((2, "dpmsolver++"), (2, "sde-dpmsolver++"), (3, "dpmsolver++")):
         return None
     return {
         "_target_": f"ldmlab.samplers.dpmpp_{order}m_sde.Dpmpp{order}MSde",
@@ -157,8 +199,21 @@ def _multistep(config: Config) -> dict[str, Any] | None:
         "midpoint": config.get("solver_type", "midpoint") != "heun",
         "lower_order_final": config.get("lower_order_final", True),
         "euler_at_final": config.get("euler_at_final", False),
-        "spacing": spacing,
     }
+
+
+def _edm_sampler(options: Config) -> dict[str, Any]:
+    """The sampler of a scheduler of EDM; InputError where it has none here."""
+    order, kind = options.get("solver_order", 1), options.get("algorithm_type", "dpmsolver++")
+    if order == 1:
+        ours = "euler_ancestral.EulerAncestral" if kind == "sde-dpmsolver++" else "euler.Euler"
+        return {"_target_": f"ldmlab.samplers.{ours}"}
+    if (node := _solver(options)) is None:
+        raise InputError(
+            f"{_EDM_MULTISTEP} with solver_order={order}, algorithm_type={kind} is not supported; supported: order 1 "
+            "or 2 of both types, 3 of dpmsolver++."
+        )
+    return node
 
 
 def scheduler_options(node: Mapping[str, Any], token_values: int = 64) -> tuple[str, Config]:
@@ -173,6 +228,8 @@ def scheduler_options(node: Mapping[str, Any], token_values: int = 64) -> tuple[
     path = str(node["schedule"]["_target_"]).rpartition(".")[2]
     if prediction == "VelocityPrediction" and path in ("LinearPath", "FlowMatchPath"):
         return FLOW, _flow_options(node["schedule"], predicted.get("towards", "noise"), token_values)
+    if (prediction, path) == ("EdmPrediction", "EdmPath"):
+        return EDM, _edm_options(node["schedule"], predicted)
     if prediction not in foreign or path != "Schedule":
         raise InputError(f"diffusion.prediction={prediction} on {path} has no scheduler here; use --format ldmlab.")
     return "DDIMScheduler", _discrete_options(node["schedule"], foreign[prediction])
