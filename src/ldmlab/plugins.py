@@ -99,6 +99,7 @@ def versions(packages: Iterable[str] | None = None) -> dict[str, str]:
     return {package: _version(package) for package in sorted(_USED if packages is None else packages)}
 
 
+@cache  # the table of all distributions takes a second or more
 def _version(package: str) -> str:
     for distribution in importlib.metadata.packages_distributions().get(package, [package]):
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@cache  # the code of a process stays what it was when it was read
 def _commit() -> str | None:
     """The commit of the checkout this code runs from; None for an installed wheel."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
