@@ -29,8 +29,14 @@ from ldmlab.sharded import is_sharded, laid_out
 class AveragedWeights:
     """An exponential moving average of a module's trainable parameters, at least float32, besides the raw ones."""
 
-    def __init__(self, module: nn.Module, decay: float, warmup: tuple[float, float] | None = None) -> None:
-        self.decay, self.warmup = decay, warmup
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        warmup: tuple[float, float] | None = None,
+        start: int = 0,  # updates until which the average is a copy of the live weights; n counts from there
+    ) -> None:
+        self.decay, self.warmup, self.start = decay, warmup, start
         self.updates = 0
         self._live = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._average = {
@@ -48,10 +54,13 @@ class AveragedWeights:
 
     def _kept(self) -> float:
         """The decay at this update."""
+        n = self.updates - self.start
+        if n <= 0:
+            return 0.0
         if self.warmup is None:
-            return min(self.decay, (1 + self.updates) / (10 + self.updates))
+            return min(self.decay, (1 + n) / (10 + n))
         inv_gamma, power = self.warmup
-        return min(self.decay, 1 - (1 + self.updates / inv_gamma) ** -power)
+        return min(self.decay, 1 - (1 + n / inv_gamma) ** -power)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

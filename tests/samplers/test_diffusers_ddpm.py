@@ -124,16 +124,22 @@ def test_weights_by_the_ratio_of_signal_and_noise() -> None:
             assert_near((factor * slope**2).flatten(), DDPM[f"min_snr.{gamma}.{name}"])
 
 
-@pytest.mark.parametrize("case", ["plain", "warmup"])
+@pytest.mark.parametrize("case", ["plain", "warmup", "late"])
 def test_the_warm_up_of_averaged_weights(case: str) -> None:
     """diffusers' first update copies the weights; its update n + 1 has the decay of ours n."""
     one = CASES[f"ema_decay.{case}"]
     options = one["EMAModel"]
     warmup = (options["inv_gamma"], options["power"]) if "power" in options else None
-    average = AveragedWeights(torch.nn.Linear(1, 1), options["decay"], warmup)
+    average = AveragedWeights(torch.nn.Linear(1, 1), options["decay"], warmup, options.get("update_after_step", 0))
     for step, decay in zip(one["optimization_step"], DDPM[f"ema_decay.{case}"].tolist(), strict=True):
         average.updates = step - 1
         assert step < 2 or average._kept() == pytest.approx(decay, rel=1e-12)
+    if case == "late":
+        late = AveragedWeights(layer := torch.nn.Linear(1, 1), 0.999, start=1)
+        for value in (2.0, 5.0):
+            torch.nn.init.constant_(layer.weight, value)
+            late.update()
+        assert float(late.weights()["weight"]) == pytest.approx(2 + 3 * 9 / 11)  # a copy, then the first average
 
 
 def test_the_velocity_of_a_schedule() -> None:

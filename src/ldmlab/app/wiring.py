@@ -206,6 +206,7 @@ def stage_options(config: Config, settings: TrainerSettings) -> dict[str, Any]:
         "skip_nonfinite": settings.skip_nonfinite,
         "averaging_decay": settings.averaging_decay,
         "averaging_warmup": settings.averaging_warmup,
+        "averaging_start": settings.averaging_start,
         **{name: value for name, value in config["stage"].items() if name != "name"},
     }
 

@@ -35,7 +35,7 @@ _HARMLESS = (  # of the place and the machine, or held against the checkpoint by
 )
 _IMAGES = "trainer.micro_batch * accumulate * processes"  # of a step
 _KEPT = (
-    *("trainer._target_", "trainer.averaging_decay", "trainer.averaging_warmup"),
+    *("trainer._target_", "trainer.averaging_decay", "trainer.averaging_warmup", "trainer.averaging_start"),
     *("trainer.limit_train_batches", "trainer.overfit_batches", _IMAGES),
 )
 FATES: dict[str, Fate] = {  # the longest prefix of an option decides; an option that is not listed is refused

@@ -51,6 +51,7 @@ class TrainerSettings:
     gradient_alarm: float | None = 10.0  # say where a gradient's norm is so many times its median; None: never
     averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
     averaging_warmup: tuple[float, float] | None = None  # inv_gamma and power, as in diffusers; None: the paper's
+    averaging_start: int = 0  # step until which the average is a copy of the weights
     precision: Precision = "bf16-mixed"  # auto becomes what the processor computes fast
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | None = None  # processes on this machine; None: as many as torchrun or srun started
@@ -105,6 +106,11 @@ class TrainerSettings:
         decay, warmup = self.averaging_decay, self.averaging_warmup
         if decay is not None and not 0 <= decay < 1:
             raise InputError(f"trainer.averaging_decay={decay} must lie in [0, 1), or null for none.")
+        if self.averaging_start < 0 or (self.averaging_start and decay is None):
+            raise InputError(
+                f"trainer.averaging_start={self.averaging_start} must be 0 or a step after which averages of "
+                f"trainer.averaging_decay={decay} begin."
+            )
         if warmup is not None and (decay is None or len(warmup) != 2 or not all(0 < v < math.inf for v in warmup)):
             raise InputError(
                 f"trainer.averaging_warmup={list(warmup)} must be two numbers above 0, inv_gamma and power of the "

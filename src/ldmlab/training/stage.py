@@ -55,12 +55,13 @@ class Stage(OptimizerGroups):
         skip_nonfinite: int = 0,  # steps in a row that are left out where a gradient is not finite
         averaging_decay: float | None = None,  # None: no averaged weights
         averaging_warmup: tuple[float, float] | None = None,  # inv_gamma and power; None: the paper's
+        averaging_start: int = 0,  # step until which the average is a copy
     ) -> None:
         super().__init__(seed, optimizer, lr_schedule)
         self.automatic_optimization, self.strict_loading = False, False
         self.max_steps, self.accumulate = max_steps, accumulate
         self.gradient_clip, self.skip_nonfinite = gradient_clip, skip_nonfinite
-        self.averaging_decay, self.averaging_warmup = averaging_decay, averaging_warmup
+        self.averaging_decay, self.averaging = averaging_decay, (averaging_warmup, averaging_start)
         self.step = 0  # updates of the main group
         self.position = 0  # images consumed over all processes
         self.sharded = False  # whether the strategy shards the networks when it sets up

@@ -28,8 +28,7 @@ class Averaging(pl.Callback):
         if pl_module.averaging_decay is None or pl_module.averaged is None:
             return
         name = pl_module.averaged
-        options = pl_module.averaging_decay, pl_module.averaging_warmup
-        pl_module.average = AveragedWeights(pl_module.saved()[name], *options)
+        pl_module.average = AveragedWeights(pl_module.saved()[name], pl_module.averaging_decay, *pl_module.averaging)
         if waiting is not None:
             if name not in waiting:
                 raise InputError(
