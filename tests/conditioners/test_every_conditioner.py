@@ -35,11 +35,13 @@ def node_of(name: str, vocabulary: str) -> dict[str, Any]:
     node = config | {name: value for name, value in REDUCED.items() if name in config}
     if "pretrained" in node:
         node = {k: v for k, v in node.items() if k not in ("name", "pretrained", "from_run")} | {"config": TOWER}
+    if "clip_2" in node:  # two towers, without T5
+        node |= {"width": 40, "clip": TOWER, "clip_2": TOWER, "t5": None, "t5_length": 2, "weights": None}
     if node.get("enlarge"):
         node["enlarge"] = 1  # the batch has images of the latent's size
     if "null_row" in node:
         node["null_row"] = True  # a file without one says so when it is asked for one
-    if "vocab" in node:
+    if "vocab" in node and node.get("t5", 1) is not None:
         node["vocab"] = vocabulary
     if accepts(node, "downsampling", where="conditioner"):
         node["downsampling"] = LATENT.downsampling

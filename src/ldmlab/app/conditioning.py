@@ -36,6 +36,8 @@ def build_conditioners(config: Mapping[str, Mapping[str, Any]], latent: LatentSp
         if accepts(node, "downsampling", where=where):
             node["downsampling"] = latent.downsampling
         modules[name], node = _with_tower(node, where)
+        if node.get("weights", "") is None and not any(p.is_meta for p in modules[name].parameters()):  # no plan
+            raise InputError(f"{where}.weights has no value; give the file of its weights as {where}.weights=FILE.")
         nodes[name] = getattr(modules[name], "node", node)
     return modules, nodes
 

@@ -266,11 +266,13 @@ def backbone_sizes(
         counted = getattr(locate(diffusion, where="diffusion"), "numbers", None)
         numbers = counted(diffusion) if counted else 0
     widths = context_widths(conditioners, latent)
+    pooled = [one.pooled_width for one in conditioners.values() if hasattr(one, "pooled_width")]
     sizes = {
         "in_channels": latent.channels + widths["spatial"],
         "out_channels": outputs * latent.channels,
         "context_width": widths["tokens"] or None,
         "vector_width": widths["vector"] or None,
         **({"numbers": numbers} if numbers else {}),
+        **({"pooled_width": pooled[0]} if pooled else {}),
     }
     return {name: value for name, value in sizes.items() if accepts(node, name, where="backbone")}

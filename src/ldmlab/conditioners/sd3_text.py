@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmlab.checkpoints import load_tensors
 from ldmlab.conditioners.text import Captions
 from ldmlab.errors import InputError
 from ldmlab.nn.blocks import pooled_first
@@ -39,6 +40,7 @@ class Sd3Text(Captions):
         vocab: str | None = None,  # with T5: path of its tokenizer.json
         paddings: Sequence[str] = ("end", "zero"),  # of the towers' tokens, as `open_clip_text`
         drop: float = 0.1,  # rate of empty captions in training, for guidance
+        weights: str | None = None,  # conditioner.safetensors of an imported model; None: loaded later
     ) -> None:
         super().__init__(drop, width)
         if (t5 is None) != (vocab is None):
@@ -53,6 +55,23 @@ class Sd3Text(Captions):
         self.t5_length = t5_length
         self.tokenizer = Sd3Tokens(clips, vocab, t5_length)  # type: ignore[assignment]
         self.requires_grad_(False)
+        if weights is not None and not next(self.parameters()).is_meta:
+            self._load(Path(weights))
+        options = {"width": width, "clip": clip, "clip_2": clip_2, "t5": t5, "t5_length": t5_length, "vocab": vocab}
+        home = f"{type(self).__module__}.{type(self).__name__}"  # for model.yaml, which holds the weights beside
+        self.node = {"_target_": home, **options, "paddings": list(paddings), "drop": drop}
+
+    def _load(self, path: Path) -> None:
+        """The tensors of all encoders that are used, under any name of the conditioner."""
+        found = {name.partition(".")[2]: tensor for name, tensor in load_tensors(path).items()}
+        found = {name: tensor for name, tensor in found.items() if self.t5 is not None or not name.startswith("t5.")}
+        own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        if own != {name: tensor.shape for name, tensor in found.items()}:
+            raise InputError(
+                f"conditioner.weights={path} holds no encoders of these sizes; give conditioner.safetensors of an "
+                "imported Stable Diffusion 3, and with t5 one that has T5."
+            )
+        self.load_state_dict(found)
 
     @property
     def pooled_width(self) -> int:
