@@ -125,13 +125,16 @@ NCSN = {"encoder": "residual", "fourier": True, "resample_filter": (1, 3, 3, 1),
 @pytest.mark.parametrize(("form", "options"), [("adm", {}), ("song", NCSN), ("song", {"encoder": "skip"})])
 @torch.no_grad()
 def test_its_blocks_are_compiled_and_it_takes_every_slot(form: str, options: dict[str, Any]) -> None:
-    network = small(form, in_channels=5, vector_width=6, augment_width=2, decoder="skip", **options).eval()
+    network = small(form, in_channels=5, vector_width=4, augment_width=2, decoder="skip", **options).eval()
     x, t = torch.randn(2, 3, 8, 12), torch.tensor([0.3, -0.5])
     conditioning = Conditioning(vector=torch.randn(2, 6), spatial=torch.randn(2, 2, 8, 12))
     out = network(x, t, conditioning)
     assert out.shape == x.shape
     assert torch.equal(network(x, t, network.prepare(conditioning)), out)
     assert conditioning.vector is not None
+    bare = conditioning.vector * (torch.arange(6) < 4)
+    short = replace(conditioning, vector=conditioning.vector[:, :4])
+    assert_near(network(x, t, short), network(x, t, replace(conditioning, vector=bare)), 1e-6)
     moved = [replace(conditioning, spatial=torch.zeros(2, 2, 8, 12))]
     moved += [replace(conditioning, vector=conditioning.vector + (torch.arange(6) == i)) for i in (0, 5)]
     assert not any(torch.allclose(network(x, t, other), out) for other in moved)
@@ -139,6 +142,27 @@ def test_its_blocks_are_compiled_and_it_takes_every_slot(form: str, options: dic
         patch.setattr("ldmlab.nn.compiling.BACKEND", "aot_eager")
         assert compile_regions(network) == 10
         assert_near(network(x, t, conditioning), out, TOLERANCE)
+
+
+@pytest.mark.parametrize(("form", "width"), [("adm", None), ("song", None), ("song", 4), ("adm", 4)])
+def test_augmentation_labels_may_be_left_out(form: str, width: int | None) -> None:
+    """Zero labels: the same output and a gradient of zero for their layer; with them another image."""
+    network = small(form, vector_width=width, augment_width=9, dropout=0.0)
+    x, t, labels = torch.randn(2, 3, 4, 4), torch.tensor([0.3, -0.5]), torch.randn(2, 9)
+    vector = torch.randn(2, width or 0)
+
+    def out(*parts: torch.Tensor) -> torch.Tensor:
+        given = torch.cat(parts, dim=1)
+        return network(x, t, Conditioning(vector=given if given.shape[1] else None))
+
+    plain = out(vector)
+    assert_near(out(vector, torch.zeros(2, 9)), plain, 1e-6)
+    assert not torch.allclose(out(vector, labels), plain, atol=1e-3)
+    plain.sum().backward()
+    assert network.augment is not None
+    assert torch.equal(torch.as_tensor(network.augment.weight.grad), torch.zeros_like(network.augment.weight))
+    with pytest.raises(InputError, match=r"the EDM U-Net (needs|does not take) vector"):
+        out(torch.randn(2, 0 if width else 5))
 
 
 @torch.no_grad()
@@ -172,7 +196,7 @@ def test_recomputed_blocks_give_the_same_gradients(form: str, options: dict[str,
         ({"encoder": "both"}, r"backbone\.encoder=both is unknown"),
         ({"resample_filter": (1, 2, 1)}, r"resample_filter=\[1, 2, 1\] must be of even length"),
         ({"noise_channels": 17}, "noise_channels=17 be even and above 2"),
-        ({"augment_width": 9}, r"augment_width=9 is not within the vector's 0 columns"),
+        ({"augment_width": -1}, r"augment_width=-1 is less than 0"),
         ({"head_channels": 64}, r"head_channels=64 does not fit a level of 32 channels"),
         ({"num_res_blocks": 0}, r"num_res_blocks=0 is less than 1"),
     ],

@@ -85,7 +85,7 @@ def test_an_imported_network_gives_the_recorded_output(
     if config["img_channels"] == 4:  # of latents
         words += ["--first-stage", str(first_stage(tmp_path / "stage", 4))]
     assert cli.dispatch(words) == 0
-    left = {"edm_ddpmpp": "model.map_augment* (1 tensors) serve", "edm2_class": "logvar_* (3 tensors) serve"}
+    left = {"edm2_class": "logvar_* (3 tensors) serve"}
     out = capsys.readouterr().out
     assert (left.get(name, "serve training alone") in out) == (name in left)
     _, recorded = weights_of(CASES[name], name)
@@ -99,6 +99,12 @@ def test_an_imported_network_gives_the_recorded_output(
         level = diffusion.path.level_at(float(sigma))
         row = Conditioning(vector=None if vector is None else vector[i : i + 1])
         assert_near(diffusion.denoiser(row)(level.alpha * x[None], level), recorded["out"][i : i + 1])
+    if "augment_labels" in recorded:  # as training has them: further columns of the vector
+        level, labels = diffusion.path.level_at(float(recorded["sigma"][0])), recorded["augment_labels"][:1]
+        assert vector is not None
+        row = Conditioning(vector=torch.cat([vector[:1], labels], dim=1))
+        found = diffusion.denoiser(row)(level.alpha * recorded["x"][:1], level)
+        assert_near(found, recorded["out_augmented"][:1])
     scale = config["img_channels"] - 2  # of the first stage: none, or by two
     images = model.sample(**({"class_id": [1]} if config["label_dim"] else {"count": 1}), steps=2, seed=0)
     assert images.shape == (1, config["img_resolution"] * scale, config["img_resolution"] * scale, 3)

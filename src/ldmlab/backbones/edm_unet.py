@@ -6,7 +6,7 @@ Shapes: B batch, C channels, h w latent size, N width of the noise embedding, E 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -94,7 +94,7 @@ class EdmUNet(ChannelsLast):
     """F(x, t, conditioning) with the weights of the official networks; t is their c_noise.
 
     Vectors have unit variance: a class is sqrt(classes) times its one-hot row (`slot: vector`). With `augment_width`
-    the last columns of the vector are augmentation labels (appendix F.2).
+    augmentation labels (appendix F.2) may follow in further columns; without them they are zero: an image as it is.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class EdmUNet(ChannelsLast):
         head_channels: int | None = 64,  # width of a head; None: a single head, as song has
         noise_channels: int | None = None,  # N; None: model_channels
         emb_channels: int | None = None,  # E; None: 4 model_channels
-        vector_width: int | None = None,  # of vector conditioning, augmentation labels included; derived in wiring
-        augment_width: int = 0,  # of the vector's augmentation labels
+        vector_width: int | None = None,  # of vector conditioning; derived in wiring
+        augment_width: int = 0,  # of augmentation labels besides
         numbers: int = 0,  # embedded beside the noise label; derived in wiring
         dropout: float = 0.1,  # in the residual branches
         fourier: bool = False,  # random features of the noise label in place of sinusoids (NCSN++)
@@ -123,9 +123,10 @@ class EdmUNet(ChannelsLast):
         super().__init__()
         check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0))
         check_sizes(1, num_res_blocks=num_res_blocks, head_channels=head_channels, emb_channels=emb_channels)
+        check_sizes(0, augment_width=augment_width)
         noise_channels, emb_channels = noise_channels or model_channels, emb_channels or 4 * model_channels
         _check_kinds(form, encoder, decoder)
-        _check_numbers(resample_filter, dropout, noise_channels, augment_width, vector_width or 0)
+        _check_numbers(resample_filter, dropout, noise_channels)
         self.in_channels, self.out_channels, self.vector_width = in_channels, out_channels, vector_width
         self.song, self.encoder_kind, self.decoder_kind = form == "song", encoder, decoder
         self.size_step, self.gradient_checkpointing = 2 ** (len(channel_mult) - 1), gradient_checkpointing
@@ -140,9 +141,8 @@ class EdmUNet(ChannelsLast):
 
     def _make_inputs(self, label_to: int, numbers: int) -> None:
         """Layers for numbers and the parts of the vector."""
-        labels = (self.vector_width or 0) - self.augment_width
         self.numbers = number_embedding(numbers, self.mix.out_features)
-        self.label = nn.Linear(labels, label_to, bias=self.song) if labels else None
+        self.label = nn.Linear(self.vector_width, label_to, bias=self.song) if self.vector_width else None
         self.augment = nn.Linear(self.augment_width, self.noise_channels, bias=False) if self.augment_width else None
 
     def _build(self, widths: Sequence[int], model: int, per_level: int, at: set[int], middle_attention: bool) -> None:
@@ -198,21 +198,26 @@ class EdmUNet(ChannelsLast):
     @property
     def accepts(self) -> frozenset[str]:
         """Slots of the conditioning this network was built for."""
-        slots = {"spatial": True, "vector": self.vector_width, "numbers": self.numbers}
+        slots = {"spatial": True, "vector": self.vector_width or self.augment_width, "numbers": self.numbers}
         return frozenset(slot for slot, there in slots.items() if there)
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
-        """The projected vector."""
-        check_slots("the EDM U-Net", self.accepts, conditioning)
-        if conditioning.vector is None:
-            return Prepared(conditioning, EdmCache(None, None))
-        vector = conditioning.vector.to(self.expand.weight.dtype)
-        labels, augmentations = vector.tensor_split([vector.shape[1] - self.augment_width], dim=1)
-        early, late = self.augment(augmentations) if self.augment else None, None
-        if self.label is not None and self.song:
-            early = self.label(labels) + (0 if early is None else early)
-        elif self.label is not None:
-            late = self.label(labels / math.sqrt(labels.shape[1]))
+        """The projected vector, and augmentation labels where its columns go on."""
+        vector, width, early, late = conditioning.vector, self.vector_width or 0, None, None
+        if self.augment is not None:
+            labels = self.expand.weight.new_zeros(1, self.augment_width)
+            if vector is not None and vector.shape[1] == width + self.augment_width:
+                vector, labels = vector.to(labels).tensor_split([width], dim=1)
+                vector = vector if width else None
+            early = self.augment(labels)
+        accepts = self.accepts if width else self.accepts - {"vector"}
+        check_slots("the EDM U-Net", accepts, replace(conditioning, vector=vector))
+        if self.label is not None and vector is not None:
+            vector = vector.to(self.expand.weight.dtype)
+            if self.song:
+                early = self.label(vector) + (0 if early is None else early)
+            else:
+                late = self.label(vector / math.sqrt(width))
         return Prepared(conditioning, EdmCache(early, late))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning | Prepared) -> Tensor:
@@ -266,14 +271,9 @@ def _check_kinds(form: str, encoder: str, decoder: str) -> None:
     one_of("backbone.decoder", decoder, ("standard", "skip"))
 
 
-def _check_numbers(weights: Sequence[float], dropout: float, noise_channels: int, augment: int, vector: int) -> None:
+def _check_numbers(weights: Sequence[float], dropout: float, noise_channels: int) -> None:
     if sum(weights) == 0 or len(weights) % 2 or not 0 <= dropout < 1 or noise_channels < 4 or noise_channels % 2:
         raise InputError(
             f"backbone: resample_filter={list(weights)} must be of even length and not sum to 0, dropout={dropout} lie "
             f"in 0 .. 1, and noise_channels={noise_channels} be even and above 2."
-        )
-    if not 0 <= augment <= vector:
-        raise InputError(
-            f"backbone.augment_width={augment} is not within the vector's {vector} columns, whose last they are; give "
-            "a vector conditioner that holds them."
         )

@@ -55,7 +55,6 @@ def _edm2_parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
 
 def _edm_parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
-    config = {**config, "augment_dim": 0}
     return edm.backbone_node(config), _one_hot(config), {"network": edm.network_part(config)}
 
 
@@ -94,8 +93,7 @@ def _edm2_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor
 
 
 def _edm_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    known = {name: tensor for name, tensor in state.items() if not name.startswith(edm.AUGMENT)}
-    model, classes = edm.as_official({**config, "augment_dim": 0}, known), config["label_dim"]
+    model, classes = edm.as_official(config, state), config["label_dim"]
     return lambda x, t, y: model.raw(x, t, nn.functional.one_hot(y, classes) if classes else None)
 
 
@@ -112,7 +110,7 @@ PROGRAMS = {
     "sit": Program(dit.transformer_config, partial(_transformer, sit.options), _TO_DATA, _SD, sit.as_official),
     "repa": Program(dit.repa_config, *_REPA),
     "lightningdit": Program(dit.lightningdit_config, *_LIGHTNING),
-    "edm": Program(edm.config_of, _edm_parts, edm.diffusion_nodes, _PIXELS, _edm_output, edm.AUGMENT),
+    "edm": Program(edm.config_of, _edm_parts, edm.diffusion_nodes, _PIXELS, _edm_output),
     "edm2": Program(edm2.config_of, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output, edm2.HEAD),
 }
 

@@ -33,7 +33,6 @@ _ARGUMENTS = {  # of the classes and their networks
 }
 _HEAD = 64  # channels of a head of DhariwalUNet
 _FILTER = "resample_filter"
-AUGMENT = "model.map_augment"  # how the names of tensors begin that serve training alone
 
 
 def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
@@ -78,7 +77,7 @@ def backbone_node(config: Node) -> dict[str, Any]:
         **{"attention_downsampling": attending, "middle_attention": song or width * mults[-1] >= _HEAD},
         **{"head_channels": None if song else _HEAD, "emb_channels": width * config["channel_mult_emb"]},
         "noise_channels": width * (config["channel_mult_noise"] if song else 1),
-        **{"vector_width": config["label_dim"] + config["augment_dim"] or None, "augment_width": config["augment_dim"]},
+        **{"vector_width": config["label_dim"] or None, "augment_width": config["augment_dim"]},
         **{"fourier": config.get("embedding_type") == "fourier", _FILTER: list(config[_FILTER])},
         **{ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config},
     }
@@ -139,7 +138,7 @@ def without_filters(config: Node, state: State) -> StateDict:
 
 
 def config_of(state: State, given: Node) -> dict[str, Any]:
-    """The arguments of a class; augmentation labels serve training alone, so the network is read without them."""
+    """The arguments of a class."""
     sides = sorted(set(numbers_of(state, r"model\.enc\.(\d+)x")), reverse=True)
     if not sides:
         shape_of(state, "model.enc")
@@ -159,6 +158,7 @@ def config_of(state: State, given: Node) -> dict[str, Any]:
         "num_blocks": 1 + max(numbers_of(state, rf"model\.enc\.{first}x{first}_block(\d+)\.")),
         "attn_resolutions": [s for s in sides if f"model.enc.{s}x{s}_block0.qkv.weight" in state],
         "label_dim": state["model.map_label.weight"].shape[1] if "model.map_label.weight" in state else 0,
+        "augment_dim": state["model.map_augment.weight"].shape[1] if "model.map_augment.weight" in state else 0,
         "embedding_type": "fourier" if "model.map_noise.freqs" in state else "positional",
         **{"encoder_type": joined[0] if joined else "standard"},
         "decoder_type": "skip" if len(numbers_of(state, r"model\.dec\.(\d+)x\d+_aux_norm\.w")) > 1 else "standard",
