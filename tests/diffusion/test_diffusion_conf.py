@@ -30,6 +30,15 @@ def test_diffusion(name: str) -> None:
         assert noise_to_signal == sorted(noise_to_signal, reverse=True)
 
 
+@pytest.mark.parametrize("name", conf_names("diffusion"))
+def test_options_of_the_page_can_be_given_by_name(name: str) -> None:
+    """Offset noise of every objective but those of few steps, zero terminal SNR of every discrete schedule."""
+    node = conf_node("diffusion", name)
+    assert ("offset_noise" in node) == node["_target_"].endswith("LatentDiffusion")
+    if node.get("schedule", {}).get("_target_", "").endswith("schedule.Schedule"):
+        assert node["schedule"]["zero_terminal_snr"] is False
+
+
 @pytest.mark.parametrize("name", conf_names("sampler"))
 def test_sampler(name: str) -> None:
     sampler = instantiate(conf_node("sampler", name), where="sampler")
