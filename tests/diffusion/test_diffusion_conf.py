@@ -3,8 +3,10 @@
 import pytest
 
 from conf_files import conf_names, conf_node
+from ldmlab.app.compose import compose, plain
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.schedule import NAMES
+from ldmlab.diffusion.time_sampling import ModeTimes
 from ldmlab.first_stages.identity import Identity
 from ldmlab.inference.sample_settings import SAMPLERS, sampler_by_name
 from ldmlab.instantiate import instantiate
@@ -37,6 +39,14 @@ def test_options_of_the_page_can_be_given_by_name(name: str) -> None:
     assert ("offset_noise" in node) == node["_target_"].endswith("LatentDiffusion")
     if node.get("schedule", {}).get("_target_", "").endswith("schedule.Schedule"):
         assert node["schedule"]["zero_terminal_snr"] is False
+
+
+def test_another_class_takes_the_place_of_a_file_s() -> None:
+    """As docs/objectives.md writes it: options of the class before do not stay."""
+    words = "diffusion.time_sampling", "{_target_: ldmlab.diffusion.time_sampling.ModeTimes}"
+    given = ["data=shards", "data.train=x", "data.val=x", "data.image_size=8", "diffusion=flow"]
+    node = plain(compose("train", [*given, f"~{words[0]}", f"+{words[0]}={words[1]}"]))["diffusion"]["time_sampling"]
+    assert isinstance(instantiate(node, where="time_sampling"), ModeTimes)
 
 
 @pytest.mark.parametrize("name", conf_names("sampler"))
