@@ -4,7 +4,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -104,3 +104,40 @@ def _expected(annotation: Any) -> str:
     if issubclass(kind, Mapping):
         return f"a mapping of {_SEVERAL.get(inner[1], 'values')}" if len(inner) == 2 else "a mapping"
     return f"a list of {_SEVERAL.get(inner[0], 'values')}" if inner else "a list"
+
+
+def declared(part: Callable[..., Any]) -> list[tuple[str, str]]:
+    """Each option with a condition: `option option: condition, option: condition`, the `idle_without` of its class.
+
+    A condition is `other`, which is set, `other=value` or `other!=value`, several with `or`; one on what the class has
+    no argument for holds.
+    """
+    entries = [entry.split(": ") for entry in getattr(part, "idle_without", "").split(", ") if entry]
+    return [(option, condition) for options, condition in entries for option in options.split()]
+
+
+def idle(part: Callable[..., Any], options: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, bool]]:
+    """Options without effect: the name after `where`, the sentence, whether nobody switched off what it needs."""
+    defaults = {name: one.default for name, one in inspect.signature(part).parameters.items()}
+    values = defaults | dict(options)
+    for option, condition in declared(part):
+        name, ways = f"{where}.{option}", condition.split(" or ")
+        if option not in options or any(_holds(values, way) for way in ways):
+            continue
+        needed = [way.partition("=")[0].rstrip("!") for way in ways]
+        others = list(dict.fromkeys(f"{where}.{one}" for one in needed))
+        value = f"with {others[0]}={_text(values.get(needed[0]))}"
+        way = value if "=" in condition else f"without {' or '.join(others)}"
+        text = f"{name}={_text(options[option])} has no effect {way}; set that too, or leave {name} out."
+        same = {one: _text(values.get(one)) == _text(defaults.get(one)) for one in (option, *needed)}
+        yield name, text, not same.pop(option) and all(same.values())
+
+
+def _holds(values: Mapping[str, Any], condition: str) -> bool:
+    name, equals, value = condition.partition("=")
+    found = values.get(name.rstrip("!"), value or True)
+    return (_text(found) == value) != name.endswith("!") if equals else bool(found)
+
+
+def _text(value: Any) -> str:
+    return shown(list(value) if isinstance(value, tuple) else value)

@@ -239,19 +239,23 @@ def _imported(path: str, module: str, name: str, where: str) -> Any:
 
 
 def _called(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
-    """What the target makes; the error with which an outside class refuses its options becomes an InputError."""
+    """What the target makes; an error of numbers, or with which an outside class refuses options, is an InputError."""
+    numbers = {key: value for key, value in arguments.items() if type(value) in (int, float)}
     try:
         return target(**arguments)
     except InputError:
         raise
-    except (RuntimeError, MemoryError) as error:
-        if not memory_ran_out(error):
-            raise
-        sizes = {key: value for key, value in arguments.items() if isinstance(value, int)}
-        largest = max(sizes, key=lambda key: sizes[key], default="")
-        which = f"{where}.{largest}={sizes[largest]}" if sizes else where
-        raise InputError(f"{which}: there is no memory for a part of this size; choose a smaller one.") from error
     except Exception as error:
+        if memory_ran_out(error):
+            largest = max(numbers, key=lambda key: numbers[key], default="")
+            which = f"{where}.{largest}={numbers[largest]}" if numbers else where
+            raise InputError(f"{which}: there is no memory for a part of this size; choose a smaller one.") from error
+        divided = isinstance(error, ZeroDivisionError)
+        odd = [key for key, value in numbers.items() if not 0 <= value <= _LARGEST or (divided and value == 0)]
+        if odd and isinstance(error, ArithmeticError | IndexError | RuntimeError | TypeError | ValueError):
+            given = ", ".join(f"{where}.{key}={numbers[key]}" for key in odd)
+            reason = shown(" ".join(str(error).split()))
+            raise InputError(f"{given}: no part can be built so ({reason}); choose another number.") from error
         refused = isinstance(error, ValueError | ImportError) or type(error).__name__ == "MisconfigurationException"
         if not refused or str(getattr(target, "__module__", "")).partition(".")[0] == "ldmlab":
             raise

@@ -30,6 +30,14 @@ def test_it_learns_and_repeats_itself() -> None:
     assert torch.equal(classifier.predict(test[0]), again.predict(test[0]))
 
 
+def test_an_autocast_around_the_training_changes_nothing() -> None:
+    train, test = toy_images(90, 0), toy_images(60, 1)
+    plain = train_classifier(*train, NAMES, steps=8, batch_size=24)
+    with torch.autocast("cpu", torch.bfloat16):  # which keeps casts of weights: the first ones, for all updates
+        inside = train_classifier(*train, NAMES, steps=8, batch_size=24)
+    assert torch.equal(plain(test[0]), inside(test[0]))
+
+
 def test_balanced_means_every_category_counts_the_same() -> None:
     assert ByClass.of(torch.tensor([90, 0, 0]), torch.tensor([90, 10, 0])).mean == 0.5
 

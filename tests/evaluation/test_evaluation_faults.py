@@ -31,7 +31,7 @@ from ldmlab.evaluation.model_evaluation import Evaluation, ReconstructionEvaluat
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages
 from ldmlab.evaluation.run import TrainingScores
-from ldmlab.evaluation.sources import Reconstructions
+from ldmlab.evaluation.sources import Kept, Reconstructions, Samples
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
@@ -66,6 +66,22 @@ class Noise:
     def sample_batch(self, requests: Sequence[Any], settings: Any, numbers: Sequence[int], *rest: Any) -> Tensor:
         images = [np.random.default_rng(1000 + number).integers(0, 256, (SIZE, SIZE, 3)) for number in numbers]
         return torch.from_numpy(np.stack(images).astype(np.uint8))
+
+
+def test_samples_for_two_networks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: Kept = []
+    model: Any = Noise()
+    first, second = (Samples(model, PROTOCOL, []) for _ in range(2))
+    first.kept = second.kept = kept
+    shown: Any = lambda batches, *_: batches  # noqa: E731
+    made = list(first.images(5, shown))
+    monkeypatch.setattr(Noise, "sample_batch", None)
+    again = list(second.images(7, shown))
+    assert [len(index) for index, _ in made] == [5, 5, 2]
+    assert all(
+        torch.equal(a, b) for left, right in zip(made, again, strict=True) for a, b in zip(left, right, strict=True)
+    )
+    assert second.clock == first.clock
 
 
 class Copies(torch.nn.Module):

@@ -23,7 +23,7 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.flops import decoder_flops
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import conditions
-from ldmlab.evaluation.sources import requests
+from ldmlab.evaluation.sources import Kept, requests
 from ldmlab.files import write_text
 from ldmlab.inference.model import generate
 from ldmlab.instantiate import instantiate
@@ -47,6 +47,8 @@ def train_all_stages(config: Config) -> Factor:
 
 class FactorScores:
     """One factor's evaluations, each in a folder named by a hash of all its settings."""
+
+    kept: Kept | None = None  # samples that several evaluations share
 
     def __init__(self, factor: Factor) -> None:
         self.factor = factor
@@ -125,7 +127,7 @@ class FactorScores:
             **{"batch_size": self.options["batch_size"], "device": self.factor.device},
             **{"precision": self.options["precision"], "seed": 0, "wandb": False},
         }
-        once(out, "metrics.json", lambda: evaluate(content))
+        once(out, "metrics.json", lambda: evaluate(content, self.kept))
         return read_evaluation(out)
 
     def seconds_per_image(self) -> dict[str, float]:

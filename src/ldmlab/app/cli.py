@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from ldmlab.app.compose import plain, searching
-from ldmlab.app.conf_files import check_added, chosen_options, conf_dir, group_choices
+from ldmlab.app.conf_files import check_added, check_effects, chosen_options, conf_dir, group_choices
 from ldmlab.app.hydra_main import hydra_main
 from ldmlab.errors import InputError, did_you_mean, memory_ran_out
 from ldmlab.plugins import VARIABLE, allow, check_variable
@@ -195,6 +195,7 @@ def _train(config: Any) -> str:
     """The run's folder; of stage=all that of the denoiser."""
     content = plain(config)
     if content["stage"]["name"] == "all":
+        check_effects(content, chosen_options())
         from ldmlab.app.all_stages import train_all_stages
 
         return str(train_all_stages(content).denoiser)
@@ -206,8 +207,10 @@ def _train(config: Any) -> str:
 def _evaluate(config: Any) -> None:
     check_added("evaluate", sys.argv[1:])
     content = plain(config)
-    from ldmlab.app.evaluate import evaluate
+    check_effects(content, chosen := chosen_options())
+    from ldmlab.app.evaluate import check_read, evaluate
 
+    check_read(content, chosen)
     evaluate(content)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ldmlab.argument_types import idle
 from ldmlab.errors import InputError, did_you_mean
 
 _PACKAGED = Path(__file__).parents[1] / "conf"
@@ -72,24 +73,18 @@ NAMES = (
     *("lr_schedule", "trainer", "callbacks", "logger", "paths", "seed", "run", "from_run", "teacher", "init_from"),
     "plugins",
 )
-_READ_BY: dict[str, tuple[str, ...]] = {  # group => the stages that read it
+_READ_BY: dict[str, tuple[str, ...]] = {  # group or option => the stages that read it
     "first_stage": ("autoencoder", "classifier", "diffusion"),
-    "loss": ("autoencoder",),
     "clip": ("clip",),
     "classifier": ("classifier",),
-    "backbone": ("diffusion",),
-    "conditioner": ("diffusion",),
-    "encoder": ("autoencoder", "diffusion"),
-    "alignment": ("autoencoder", "diffusion"),
-    "diffusion": ("classifier", "diffusion"),
-    "sampler": ("diffusion",),
-    "task": ("diffusion",),
-    "from_run": ("classifier", "diffusion"),
-    "teacher": ("diffusion",),
+    **dict.fromkeys(("loss", "data.object_background"), ("autoencoder",)),
+    **dict.fromkeys(("encoder", "alignment"), ("autoencoder", "diffusion")),
+    **dict.fromkeys(("diffusion", "from_run", "data.latents"), ("classifier", "diffusion")),
+    **dict.fromkeys(("backbone", "conditioner", "sampler", "task", "teacher", "data.states"), ("diffusion",)),
 }
-_NEEDS = {  # option => the one without which nothing reads it
-    "data.balance_temperature": "data.balance",
-    "data.cache_limit_gib": "data.cache",
+_SLOTS = {  # what a conditioner may give a backbone => its width there, and the options that are for it
+    "tokens": ("context_width", ("backbone.transformer_depth", "backbone.context")),
+    "a vector": ("vector_width", ("backbone.project_vector", "backbone.vector_balance")),
 }
 
 
@@ -123,12 +118,14 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
     from ldmlab.data.transfers import is_address
 
     stage, options = config["stage"]["name"], dict(leaves(config))
+    check_effects({group: node for group, node in config.items() if stage in _READ_BY.get(group, (stage,))}, chosen)
     for name in sorted(chosen):
         group = name.split(".")[0].split("/")[-1]
-        if stage not in _READ_BY.get(group, (stage,)) and config.get(group):
-            raise InputError(f"{name}: stage={stage} reads no {group}; leave it out, or choose another stage.")
-        if name in _NEEDS and not options.get(_NEEDS[name]):
-            raise InputError(f"{name} has no effect without {_NEEDS[name]}; set that too, or leave {name} out.")
+        for read in (group, name):
+            if stage not in _READ_BY.get(read, (stage,)) and config.get(group):
+                raise InputError(f"{name}: stage={stage} reads no {read}; leave it out, or choose another stage.")
+        if name.startswith("stage.panel_") and not (config["callbacks"] or {}).get("panels"):
+            raise InputError(f"{name} has no effect without callbacks.panels; set that too, or leave {name} out.")
         if name.startswith("data.shard_cache") and not any(
             is_address(str(options.get(f"data.{place}"))) for place in ("train", "val", "latents")
         ):
@@ -152,6 +149,35 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
                 )
 
 
+def check_effects(config: Config, chosen: Collection[str], where: str = "") -> None:
+    """InputError for an option of `chosen` that its part declares to be without effect; a line for one of a file."""
+    for name, node in config.items():
+        if isinstance(node, Mapping):
+            check_effects(node, chosen, f"{where}.{name}" if where else name)
+    if not isinstance(config.get("_target_"), str):
+        return
+    from ldmlab.distributed import say  # with torch
+    from ldmlab.instantiate import locate
+
+    for name, text, in_vain in idle(locate(config, where=where, trust=True), config, where):
+        if name in chosen:
+            raise InputError(text)
+        if in_vain:
+            say(text)
+
+
+def check_heads(width: Any, first_stage: Any) -> None:
+    """InputError where heads of this width leave channels of a level out, as in some published networks."""
+    from ldmlab.first_stages.deep_compression_blocks import LinearAttention
+
+    blocks = [module.to_q for module in first_stage.modules() if isinstance(module, LinearAttention)]
+    if not blocks or any(block.in_channels != block.out_channels for block in blocks):
+        raise InputError(
+            f"first_stage.attention_head_dim={width} divides no level of EfficientViTBlock, or leaves channels out "
+            "that no head would see; choose a divisor of every such level."
+        )
+
+
 def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
     """Options without effect, which only the finished parts show."""
     size, latents = config["data"].get("image_size"), config["data"].get("latents")
@@ -168,6 +194,16 @@ def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
         )
     if config["stage"].get("guidance_scale") == 1 and (more := [name for name in guided if name[-5:] != "scale"]):
         raise InputError(f"{more[0]} does nothing at stage.guidance_scale=1 (off); choose another scale.")
+    backbone = plan.spec.get("backbone") or {}
+    levels = [2**level for level, _ in enumerate(backbone.get("channel_mult") or ())]
     for name in sorted(chosen):
         if name.startswith("stage.codebook_") and plan.stage.codebook is None:
             raise InputError(f"{name}: this first stage has no codebook; leave it out, or choose a vq_*, fsq_*, ...")
+        for slot in (slot for slot, (width, names) in _SLOTS.items() if name in names and not backbone.get(width)):
+            raise InputError(f"{name} has no effect without a conditioner that gives {slot}; leave it out.")
+        if name == "first_stage.attention_head_dim":
+            check_heads(config["first_stage"]["attention_head_dim"], plan.stage.first_stage)
+        if name == "backbone.attention_downsampling" and not {*(found := backbone["attention_downsampling"])} <= {
+            *levels
+        }:
+            raise InputError(f"{name}={list(found)} names a level that is not there; choose among {levels}.")

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from ldmlab.evaluation.real_images import RealImages, conditions
 from ldmlab.evaluation.reference_statistics import statistics_folder
 from ldmlab.evaluation.run import TrainingScores, check_out
 from ldmlab.evaluation.scoring import OptionNames, in_words_of, untracked
-from ldmlab.evaluation.sources import Reconstructions, Samples, Source
+from ldmlab.evaluation.sources import Kept, Reconstructions, Samples, Source
 from ldmlab.inference.model import LoadedModel
+from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.instantiate import accepts, instantiate, instantiate_with
 from ldmlab.interop.published_weights import WEIGHTS, weights_folder, weights_path
 from ldmlab.model_files import named, read_config, read_description
@@ -40,11 +41,15 @@ from ldmlab.report.paper_table import paper_record
 from ldmlab.report.score_curves import read_curves
 
 _OWN = ("protocol", "features", "batch_size", "keep_reference", "precision")  # the rest are the callback's
+_OF_SAMPLES = {one.name for one in fields(SampleSettings)} | {  # options of a protocol
+    *("sampling", "conditions", "classes", "at_most", "image_size", "task", "pairs", "neighbours", "copy_quantile"),
+    *("sweep", "sweep_seeds", "class_field", "also_against", "evaluators", "baselines"),
+}
 _CLIP_QUALITY = ("recall_1_of_50", "chance_recall_1_of_50", "recall_5_of_50", "chance_recall_5_of_50")
 
 
-def evaluate(config: Mapping[str, Any]) -> None:
-    """Score config["model"]; all checks are made before the first image."""
+def evaluate(config: Mapping[str, Any], kept: Kept | None = None) -> None:
+    """Score config["model"]; all checks are made before the first image. kept: samples that several calls share."""
     rank, _ = distributed.join()
     folder, out = run_folder(Path(str(config["model"]))), out_folder(config)
     if isinstance(config["weights"], list):
@@ -71,8 +76,20 @@ def evaluate(config: Mapping[str, Any]) -> None:
         "paper": paper_record,
         "reference_folder": statistics_folder() if config["keep_reference"] else None,
     }
+    if score is _samples:
+        shared["kept"] = kept
     score(config, run_record(folder), shared)
     _report(config, folder, out)
+
+
+def check_read(config: Mapping[str, Any], chosen: Collection[str]) -> None:
+    """InputError for an option of `chosen` that the scores of a first stage do not read."""
+    if read_description(run_folder(Path(str(config["model"])))).get("kind") != "first_stage":
+        return
+    for name in sorted(chosen):
+        group, option, *_ = [*name.split("."), ""]
+        if group in ("guiders", "precision", "images") or (group == "protocol" and option in _OF_SAMPLES):
+            raise InputError(f"{name}: model={config['model']} is a first stage and samples nothing; leave it out.")
 
 
 def out_folder(config: Mapping[str, Any]) -> Path:

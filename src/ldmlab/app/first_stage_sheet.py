@@ -75,7 +75,7 @@ class GenerationScore:
         }
 
     def _evaluated(self, scores: FactorScores, model: Path, protocol: str) -> dict[str, Any]:
-        found = {}
+        found, scores.kept = {}, []  # each network sees the same samples
         for name, node in self.features.items():
             scores.features = dict(node)
             found[name] = scores.evaluated(model, scores.options[protocol], f"sheet-{name}")

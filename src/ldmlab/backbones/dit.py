@@ -128,6 +128,8 @@ class DiT(nn.Module):
     conditioner of width D (`slot: vector`). Time is embedded as it comes: 0 .. steps - 1 for DiT, 0 .. 1 for SiT.
     """
 
+    idle_without = "route_share: route"
+
     def __init__(
         self,
         in_channels: int,  # latent plus spatial conditioning; derived in wiring

@@ -14,6 +14,7 @@ from ldmlab.nn.pixels import to_float
 class LowResolution(BaseConditioner):
     """The pixels of `low_resolution` in [-1, 1], (B, 3, h, w), or enlarged bicubically for a model of pixels."""
 
+    idle_without = "factor: enlarge=null"
     reads = frozenset({"low_resolution"})
     slot = "spatial"
 

@@ -16,6 +16,7 @@ from ldmlab.errors import InputError, one_of
 class SpatialRescaler(BaseConditioner):
     """conv(resize(.. one_hot(labels))), (B, channels, h, w): `stages` resizes, then a 1 x 1 convolution."""
 
+    idle_without = "bias: channels!=null, method multiplier: stages!=0"
     reads = frozenset({"segmentation"})
     slot = "spatial"
 

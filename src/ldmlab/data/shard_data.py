@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 class ShardData:
     """Image shards with a train and a held-out folder, and the latent shards made from them if there are any."""
 
+    idle_without = "balance_temperature: balance, cache_limit_gib: cache, states: latents"
     train: str  # image shards: folder, address or pattern
     val: str  # the same, held out
     image_size: int  # px; images of another size are resized while reading

@@ -27,6 +27,8 @@ _EPSILON = 1e-6  # of the deviation over places, as iREPA's program
 class Alignment(nn.Module):
     """The loss of one training batch; its projectors are trained with the denoiser and are no part of the model."""
 
+    idle_without = "hidden: projector=mlp, until_step normalise manifold: weight"
+
     def __init__(
         self,
         backbone: nn.Module,  # with `aligned`; derived in wiring, as the next two

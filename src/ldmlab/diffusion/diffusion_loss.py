@@ -94,6 +94,7 @@ class VariationalLoss(L2):
     L = L_simple + weight L_vlb (eq. 16), the mean detached in L_vlb; alone: T L_vlb, the mean learned by it too.
     """
 
+    idle_without = "weight: alone=false"
     learns_variance = True  # of prediction=LearnedVariance
 
     def __init__(self, weight: float = 1.0, alone: bool = False) -> None:

@@ -105,6 +105,8 @@ def same_path(first: Path, second: Path) -> bool:
 class Schedule(DiscretePath):
     """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma for each device."""
 
+    idle_without = "start end: name!=cosine, cosine_offset: name=cosine"
+
     def __init__(
         self,
         name: str = "scaled_linear",  # scaled_linear (in sqrt(beta): the paper's) | linear (in beta) | cosine | sqrt

@@ -13,6 +13,8 @@ from ldmlab.nn.openclip_image import build_image_tower
 class ClipPatches(FrozenEncoder):
     """Final states of a tower's patches after its last norm, resized to the side that it was trained at."""
 
+    idle_without = "pretrained: name"
+
     def __init__(
         self,
         name: str | None = None,  # a model of open_clip, such as ViT-B-16, or

@@ -64,12 +64,17 @@ def descend(
     weight_decay: float,
     show: Show,
 ) -> None:
-    """Train the model in place; it holds what it learned from."""
+    """Train the model in place, in its own precision; it holds what it learned from.
+
+    An autocast around all updates would train nothing: it keeps the first weights' casts until its end.
+    """
+    device = next(model.parameters()).device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=learned.updates)
     for _ in show(range(learned.updates)):
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()
+        with torch.autocast(device, enabled=False):
+            loss().backward()
         optimizer.step()
         schedule.step()
     model.eval().learned = learned  # type: ignore[assignment]

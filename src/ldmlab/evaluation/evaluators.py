@@ -139,6 +139,7 @@ class ClassAccuracy:
     validation images, whose words training may never have seen, and of training images.
     """
 
+    idle_without = "guidance_scale: captions"
     field: str = "class_id"  # of KEY.json: the class
     captions: int = 0  # of each class
     guidance_scale: float | None = None  # of the further samples; None: the protocol's

@@ -27,7 +27,7 @@ from ldmlab.evaluation.record import (
 )
 from ldmlab.evaluation.run import Setup
 from ldmlab.evaluation.scoring import Numbered
-from ldmlab.evaluation.sources import Reconstructions, Samples
+from ldmlab.evaluation.sources import Kept, Reconstructions, Samples
 from ldmlab.evaluation.task_part import TaskPart
 from ldmlab.inference.model import LoadedModel
 from ldmlab.metrics.reconstruction import ReconstructionMeasures
@@ -41,6 +41,7 @@ class Evaluation(Setup):
     extras: Sequence[tuple[str, Path]] = ()  # title, image made elsewhere: sweeps, trajectories
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)  # of protocol.evaluators
     baselines: Mapping[str, Baseline] = field(default_factory=dict)  # of protocol.baselines
+    kept: Kept | None = None  # of `Samples`
 
     def scored(self) -> dict[str, Any]:
         """Processes the reference, then the samples: metrics and all observers."""
@@ -89,6 +90,7 @@ class Evaluation(Setup):
             self.model.resolved(protocol.settings(**changes))
         self.known = self._fields(protocol.reference, protocol.reference_limit)
         self.samples = Samples(self.model, protocol, self.known)
+        self.samples.kept = self.kept
         count = min(self.samples.count, len(self.known))
         self.shown = planned(self.known, count, min(max(protocol.shown, protocol.neighbours), count))
         self.real_images = self.real()

@@ -16,6 +16,7 @@ _OF_THE_DATA = frozenset({"masks", "captions", "labels", "posterior", "psim", "p
 class Protocol:
     """Samples, conditions, reference and scores; everything except the model that determines a score."""
 
+    idle_without = "copy_quantile: neighbours, at_most: samples=null, paper_row: paper_table"
     name: str
     reference: str  # split compared with: train | val
     metrics: Mapping[str, Any]  # files of conf/metric by name

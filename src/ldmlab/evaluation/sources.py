@@ -25,6 +25,7 @@ from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.nn.pixels import numbers_only, to_bytes, to_float
 
 Requests = Sequence[Fields]
+Kept = list[tuple[float, Numbered]]  # a process's batches of samples, and the seconds that each took
 _LONG = 10  # sampler steps from which the time is estimated before the start
 
 
@@ -77,6 +78,8 @@ class Samples:
     Number and seed decide an image's noise, whatever the batch size, the process and the time of its sampling.
     """
 
+    kept: Kept | None = None  # for several evaluations of the same samples, which the first one makes
+
     def __init__(self, model: LoadedModel, protocol: protocols.Protocol, known: Requests) -> None:
         self.model, self.protocol = model, protocol
         self.requests = requests(protocol, model.reads, known)
@@ -95,10 +98,13 @@ class Samples:
 
     def images(self, batch_size: int, track: Track) -> Iterator[Numbered]:
         """The protocol's samples, timed."""
-        self.clock.clear()
+        made, self.clock = self.kept or (), [seconds for seconds, _ in self.kept or ()]
+        yield from (batch for _, batch in made)
         began = time.monotonic()
-        for batch in self.share(self.requests, self.settings, "samples", batch_size, track):
+        for batch in () if made else self.share(self.requests, self.settings, "samples", batch_size, track):
             self.clock.append(time.monotonic() - began)
+            if self.kept is not None:
+                self.kept.append((self.clock[-1], batch))
             yield batch
             began = time.monotonic()
 
@@ -132,7 +138,7 @@ class Samples:
     def say_time(self, batch_size: int, images: int) -> None:
         """Estimate the time of sampling `images`, of all processes, from two steps of the first batch, if long."""
         steps = self.settings.steps or 0
-        if steps < _LONG:
+        if steps < _LONG or self.kept:
             return
         rank, world = distributed.rank(), distributed.world_size()
         numbers = list(range(rank, self.count, world)[:batch_size])

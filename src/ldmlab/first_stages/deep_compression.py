@@ -138,6 +138,7 @@ class DeepCompressionAutoencoder(nn.Module):
     Options of two networks, an entry a level, the finest first; one word stands for all levels.
     """
 
+    idle_without = "encoder_out_shortcut decoder_in_shortcut: shortcut"
     uses_noise = False
 
     def __init__(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.contracts import Posterior
-from ldmlab.errors import InputError, one_of
+from ldmlab.errors import InputError, check_fraction, one_of
 from ldmlab.nn.attention import attend
 from ldmlab.nn.blocks import Grow, Shrink, group_norm
 from ldmlab.nn.compiling import region
@@ -38,6 +38,7 @@ class Architecture:
     dropout: float
 
     def __post_init__(self) -> None:
+        check_fraction("first_stage.dropout", self.dropout)
         factors = [2**level for level in range(len(self.channel_mult))]
         wrong = [factor for factor in self.attention_downsampling if factor not in factors]
         if wrong:

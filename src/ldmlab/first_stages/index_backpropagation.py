@@ -29,6 +29,7 @@ class IBQ(Quantiser):
     A vector e_k may be nearer to a longer e_j: `quantise` of it then chooses j.
     """
 
+    idle_without = "temperature: sample_weight or batch_weight"
     remedy = "a larger loss.penalty_weights.entropy, fewer codes or a lower learning rate keep more of it alive"
 
     def __init__(

@@ -121,6 +121,8 @@ class LFQ(_Signs):
     p(c | z) = softmax over all 2^d codes c of 2 z.c / T.
     """
 
+    idle_without = "temperature: sample_weight or batch_weight"
+
     def __init__(
         self,
         bits: int,  # d, channels of a latent
@@ -148,6 +150,8 @@ class BSQ(_Signs):
     entropy = T (a mean H(p(c | u)) - b H(mean p(c | u))), p a softmax over codes of 2 u.c / T; H of the mean is the sum
     of those of groups of bits, as if they were independent.
     """
+
+    idle_without = "temperature: sample_weight or batch_weight"
 
     def __init__(
         self,

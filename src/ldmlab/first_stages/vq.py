@@ -79,6 +79,8 @@ class QuantisedAutoencoder(CodedAutoencoder):
 class VQModel(CodedAutoencoder):
     """The one with a learned codebook, of which the nearest vector is taken (vq-f4 ... vq-f16 of the paper)."""
 
+    idle_without = "codebook_weight: codebook_decay=null"
+
     def __init__(
         self,
         *,

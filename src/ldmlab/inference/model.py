@@ -166,6 +166,8 @@ class LoadedModel:
             tile=chosen_tile(settings.tile, size[0] * size[1]),
             window=chosen_window(settings.window, size, min(self.image_size), self.reads),
         )
+        if settings.tile_norms != "shared" and not resolved.tile:
+            raise InputError(f"tile_norms={settings.tile_norms} has no effect without tiles; add tile=512.")
         if resolved.tile:
             TiledFirstStage(self.diffusion.first_stage, resolved.tile, resolved.tile_norms)
         if resolved.window:

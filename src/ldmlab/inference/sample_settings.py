@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from ldmlab.argument_types import check_types, idle
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
@@ -201,9 +202,9 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     for option in options.keys() - inspect.signature(target).parameters.keys():
         raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
     if words:
-        from ldmlab.argument_types import check_types
-
         check_types(target, options, "sampler")
+    for _, text, _ in idle(target, options, "sampler"):
+        raise InputError(text)
     return target(**options)
 
 

@@ -41,6 +41,8 @@ class Adversary(nn.Module):
     discriminator's weights end about 20 % of their way apart, the autoencoder's 3 to 12 %; all else is equal to 1e-6.
     """
 
+    idle_without = "ramp_steps adaptive official_order: weight"
+
     def __init__(
         self,
         *,

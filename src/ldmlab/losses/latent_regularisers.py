@@ -33,6 +33,10 @@ class Regularised(NamedTuple):
 class LatentRegularisers:
     """A step draws one scale and turn for all its images, on every process; noise and masks belong to each image."""
 
+    idle_without = (
+        "least_scale: equivariance or low_resolution, rotate: equivariance, noise_spread: noise, least_channels: masked"
+    )
+
     def __init__(
         self,
         *,

@@ -44,6 +44,8 @@ class VisionAlignment(nn.Module):
     it is adaptive. The frozen encoder is no submodule: nothing of it is trained, averaged or saved.
     """
 
+    idle_without = "adaptive: weight, cosine_margin: cosine_weight, distance_margin: distance_weight"
+
     def __init__(
         self,
         *,

@@ -17,6 +17,7 @@ _BLOCK = 256  # rows of the kernel of a set with itself that are computed at a t
 class KernelDistance(FeatureSets):
     """Kernel distance of generated to real features; unbiased, so it suits small sets too and may be below 0."""
 
+    idle_without = "at_most: subset_size=null"
     higher_is_better = False
     title = "Kernel distance"
     meaning = "unbiased distance of the features; about 0 for two halves of one set"

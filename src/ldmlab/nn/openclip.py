@@ -69,6 +69,8 @@ def build_clip(
     """A CLIP model on the CPU in training mode; exactly one of `name` and `config`."""
     if (name is None) == (config is None):
         raise InputError(f"clip.name={name} and clip.config={config}: give exactly one of them.")
+    if name is None and pretrained is not None:
+        raise InputError(f"clip.pretrained={pretrained} has no effect without clip.name; give both or neither.")
     if name is not None:
         model, full = _published(name, pretrained)
     else:

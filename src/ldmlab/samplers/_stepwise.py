@@ -42,6 +42,7 @@ class Stepwise(ABC):
     order: int | None  # of the error in the length of a step; None: it draws noise
     spacing: str  # default rule of diffusion/schedule.py
     steps: int | None  # default number; None: all levels of the schedule
+    idle_without = "temperature: eta, churn_min churn_max churn_noise: churn"
     temperature: float = 1.0  # factor of the noise that steps add
     quantize_x0: bool = False  # replace each clean estimate by the nearest codebook vectors of a VQ first stage
     repeats: bool = False  # take the step between equal levels, which grids of the paper's code may hold

@@ -21,6 +21,7 @@ class Ode:
     only the ends of the grid. Their steps depend on the error of a whole batch; a model samples its images one by one.
     """
 
+    idle_without = "rtol atol: method=dopri5 or method=dopri8 or method=bosh3"
     spacing = "linspace"
     steps = 50
     needs_path = True

@@ -16,6 +16,8 @@ class Restart(Heun):
     The added noise contracts errors made before it, as an SDE's does, with the discretisation error of an ODE.
     """
 
+    idle_without = "low high: restarts"
+
     def __init__(self, restarts: int = 2, low: float = 0.1, high: float = 2.0) -> None:
         """low, high: of sigma / alpha."""
         super().__init__()

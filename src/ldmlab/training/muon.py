@@ -38,6 +38,7 @@ class MuonAdamW(AdamW):
     AdamW's rate and decay serve (Liu et al. 2025); original, sqrt(max(1, A / B)); spectral_unclamped, sqrt(A / B).
     """
 
+    idle_without = "nesterov: momentum"
     matrix_learning_rate: float | None = None  # None: learning_rate
     momentum: float = 0.95
     nesterov: bool = True  # O(momentum M + (1 - momentum) G)

@@ -20,6 +20,7 @@ OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), one fused kernel; decay 0 is plain Adam."""
 
+    idle_without = "decay_vectors: weight_decay"
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8

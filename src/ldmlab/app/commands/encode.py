@@ -10,7 +10,10 @@ conf/encode.yaml explains each option; an interrupted encode continues when the 
 import argparse
 
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.conf_files import check_added
+from ldmlab.app.conf_files import check_added, check_effects, chosen_options
+from ldmlab.errors import InputError
+
+_READ = ("train", "val", "image_size", "fields", "flip", "workers", "sha256", "shard_cache", "shard_cache_gib")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = plain(compose("encode", args.overrides))
     check_added("encode", args.overrides)
+    check_effects(config, chosen := chosen_options(args.overrides))
+    if unread := sorted(name for name in chosen if name.startswith("data.") and name[5:] not in _READ):
+        raise InputError(f"{unread[0]} has no effect on latents; leave it out, or give it to the training on them.")
     from ldmlab.app.encode_splits import encode_splits
 
     encode_splits(config)

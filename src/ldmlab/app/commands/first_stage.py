@@ -20,15 +20,17 @@ from typing import Any
 from ldmlab.app.cli import at_least
 from ldmlab.errors import InputError, one_of
 
+_GENERATION = {"generation_steps": 600, "seeds": 3, "samples": 500}  # options without effect where nothing is generated
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL|KEY=VALUE", help="run folders, model folders, latents; data.val=FOLDER")
     add("--features", default="inception", help="files of conf/features, several by commas (inception)")
     add("--images", type=int, default=500, metavar="N", help="validation images whose latents are measured (500)")
-    add("--generation-steps", type=int, default=600, help="of 32 images at 8 x 8 tokens; others by equal FLOPs (600)")
-    add("--seeds", type=int, default=3, metavar="N", help="denoisers trained on each first stage (3)")
-    add("--samples", type=int, default=500, metavar="N", help="of each denoiser, which are scored (500)")
+    add("--generation-steps", type=int, help="of 32 images at 8 x 8 tokens; others by equal FLOPs (600)")
+    add("--seeds", type=int, metavar="N", help="denoisers trained on each first stage (3)")
+    add("--samples", type=int, metavar="N", help="of each denoiser, which are scored (500)")
     add("--without-generation", action="store_true", help="train no denoiser")
     add("--out", type=Path, metavar="FOLDER", help="of page, sheets, latents, denoisers (sheet in the first model)")
     add("--batch-size", type=int, default=32, help="images at once; changes the speed only (32)")
@@ -40,22 +42,27 @@ def run(args: argparse.Namespace) -> None:
     folders = [Path(word) for word in dict.fromkeys(args.models) if word not in options]
     if not folders:
         raise InputError("ldmlab first-stage needs a MODEL: a run folder or a model folder.")
+    for name, usual in _GENERATION.items():
+        if (value := getattr(args, name)) is not None and args.without_generation:
+            raise InputError(f"--{name.replace('_', '-')}: --without-generation makes no use of it; leave one out.")
+        setattr(args, name, usual if value is None else value)
     at_least(args, images=2, generation_steps=1, samples=2, seeds=1, batch_size=1)
 
     from ldmlab.app.compose import compose, plain
-    from ldmlab.app.conf_files import group_choices
+    from ldmlab.app.conf_files import check_effects, chosen_options, group_choices
     from ldmlab.build import load_first_stage
     from ldmlab.files import write_json
     from ldmlab.model_files import model_folder
     from ldmlab.report.first_stage_page import write_sheets
 
-    for name in (names := args.features.split(",")):
+    for name in (names := list(dict.fromkeys(args.features.split(",")))):
         one_of("--features", name, group_choices("features"))
     options[:0] = [f"+features@features.{name}={name}" for name in names]
     found = [load_first_stage(folder) for folder in folders]  # all are read before the first is measured
     if any(option.startswith("data=") for option in options):
         options.append(f"data.image_size={found[0].image_size}")  # each is given images of its own size
     config: Mapping[str, Any] = plain(compose("first_stage_sheet", options))
+    check_effects(config, chosen_options(options))
     out, sheets = args.out or model_folder(folders[0]) / "sheet", []
     for folder, loaded in zip(folders, found, strict=True):
         label = f"{folder.resolve().name}-{loaded.fingerprint[:6]}"

@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.table is not None and args.format is None:
         raise InputError(f"--table {args.table} is for printing; add --format text|md|latex|html.")
+    if args.format is not None and args.out is not None:
+        raise InputError(f"--out {args.out} is for pages, and --format {args.format} prints; leave one of them out.")
     if args.format is not None:
         print(printed_tables(args.folders, args.format, args.table), end="")
     elif not args.folders:

@@ -81,8 +81,9 @@ def options_as_typed() -> Iterator[None]:
         yield
     except InputError as error:
         names = "|".join([*(one.name for one in fields(SampleSettings)), *_OTHERS])
-        option = rf"(?<![\w.-])(?:sampler\.)?({names})="
-        raise InputError(re.sub(option, lambda m: f"--{m[1].replace('_', '-')} ", str(error))) from error
+        option = rf"(?<![\w.-])(?:(?:sampler\.)?({names})=|sampler\.({names})\b)"
+        typed = lambda m: f"--{(m[1] or m[2]).replace('_', '-')}{' ' * bool(m[1])}"  # noqa: E731
+        raise InputError(re.sub(option, typed, str(error))) from error
 
 
 @options_as_typed()

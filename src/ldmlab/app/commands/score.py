@@ -15,7 +15,7 @@ from typing import Any
 
 from ldmlab.app.cli import at_least
 from ldmlab.app.compose import compose, plain
-from ldmlab.app.conf_files import group_choices
+from ldmlab.app.conf_files import check_effects, chosen_options, group_choices
 from ldmlab.app.progress import track
 from ldmlab.errors import InputError, check_fraction
 
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.npz is not None and world > 1:
         raise InputError("--npz is written by one process; run the command without torchrun.")
     config: Mapping[str, Any] = plain(compose("score", overrides(args)))
+    check_effects(config, chosen_options(args.options))
     samples, reference = (image_set(path, args.workers, args.max_bad) for path in (args.samples, args.reference))
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
     nodes = config["metrics"]
