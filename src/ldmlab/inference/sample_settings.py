@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ldmlab.argument_types import check_types, idle
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
@@ -201,10 +200,12 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     target = getattr(importlib.import_module(f"ldmlab.samplers.{name}"), name.title().replace("_", ""))
     for option in options.keys() - inspect.signature(target).parameters.keys():
         raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
-    if words:
-        check_types(target, options, "sampler")
-    for _, text, _ in idle(target, options, "sampler"):
-        raise InputError(text)
+    if options:
+        from ldmlab.argument_types import check_types, idle
+
+        check_types(target, options if words else {}, "sampler")
+        for _, text, _ in idle(target, options, "sampler"):
+            raise InputError(text)
     return target(**options)
 
 
