@@ -55,6 +55,7 @@ def test_a_campaign_goes_on_with_what_is_bad_or_missing(tmp_path: Path) -> None:
     assert _done(log, 7) == {("disk full", 0): outcomes[0]}
 
 
+@pytest.mark.slow
 def test_a_group_of_processes_ends_together_and_what_each_said_is_kept(tmp_path: Path) -> None:
     from faults.commands import Limits, run_group
 

@@ -111,6 +111,7 @@ def test_joint_draws_are_those_of_each_purpose_alone() -> None:
     assert torch.equal(draw(3, INDEX, {}, ["time"])["time"], uniform(3, "time", INDEX))
 
 
+@pytest.mark.slow
 def test_compiled_draws_have_the_same_bits() -> None:
     def numbers(index: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
         drawn = draw(seed, index, {"posterior": (2, 3), "noise": (2, 3)}, ("time",))

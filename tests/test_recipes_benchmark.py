@@ -40,6 +40,7 @@ def planted() -> list[dict[str, Any]]:
     return [*found, line("stacked", 100, 1.0, {"rate": 1})]
 
 
+@pytest.mark.slow
 def test_every_arm_is_a_file_that_changes_only_what_its_title_says() -> None:
     named = {f"recipes/{arm.experiment}" for arm in recipes.ARMS.values() if arm.experiment}
     assert {name for name in group_choices("experiment") if name.startswith("recipes/")} == named | {"recipes/paper"}

@@ -53,6 +53,7 @@ def test_the_verbs_are_there_away_from_the_checkout(unpacked: Path, tmp_path: Pa
     assert "runs: runs" in result.stdout
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_of_the_paper_as_a_page(unpacked: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     command = [sys.executable, "-m", "ldmlab", "report", "--format", "html", "--table", "layout/coco-256"]

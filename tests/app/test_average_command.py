@@ -23,6 +23,7 @@ def run(flow: Flow, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:weights=.*snapshots")
 def test_a_length_is_a_model_of_its_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.dispatch(["average", str(run), "--length", "0.10"]) == 0
@@ -37,6 +38,7 @@ def test_a_length_is_a_model_of_its_own(run: Path, tmp_path: Path, capsys: pytes
     assert ldmlab.load(tmp_path / "early").info["fingerprint"] != model.info["fingerprint"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:weights=.*snapshots")
 def test_scores_over_lengths(flow: Flow, run: Path, tmp_path: Path) -> None:
     small = ["protocol.samples=8", "protocol.steps=1", "protocol.neighbours=2", "protocol.metrics.kid.subset_size=4"]
@@ -50,6 +52,7 @@ def test_scores_over_lengths(flow: Flow, run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/length_0.15/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_what_has_no_snapshots_is_refused(flow: Flow, run: Path) -> None:
     def refused(*words: str) -> str:
         return refusal(lambda: cli.dispatch(list(words)))

@@ -35,6 +35,7 @@ def test_a_shard_shorter_than_its_manifest_says(flow: Flow, tmp_path: Path) -> N
     assert "shorter than its manifest records" in refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))
 
 
+@pytest.mark.slow
 def test_latents_of_another_first_stage(flow: Flow) -> None:
     if not (flow.root / "other" / "finished.json").exists():
         flow.first_stage("seed=1", out="other")
@@ -48,6 +49,7 @@ def test_an_image_size_that_f_does_not_divide(flow: Flow) -> None:
     assert "use 16 or 20" in refusal(lambda: flow.first_stage("data.image_size=18", out="never"))
 
 
+@pytest.mark.slow
 def test_guidance_on_a_model_trained_without_dropout(flow: Flow, tmp_path: Path) -> None:
     if not (flow.root / "undropped" / "finished.json").exists():
         flow.denoiser("conditioner.text.drop=0", out="undropped")
@@ -79,6 +81,7 @@ def test_a_model_that_names_code_of_others(flow: Flow, tmp_path: Path) -> None:
     assert "backbone._target_=os.system" in refusal(lambda: ldmlab.load(model, device="cpu"))
 
 
+@pytest.mark.slow
 def test_no_disk_space(flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "checkpoint")
@@ -96,6 +99,7 @@ def test_a_folder_in_use(flow: Flow, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_unknown_names(flow: Flow) -> None:
     assert "did you mean" in refusal(lambda: run_training("mine/clip", *flow.data, "trainer.max_step=3"))
     assert "did you mean" in refusal(lambda: run_training("mine/clipp", *flow.data))
@@ -123,6 +127,7 @@ def test_a_manifest_of_another_version(flow: Flow, tmp_path: Path) -> None:
     assert "format_version=99" in refusal(lambda: flow.first_stage(f"data.train={train}", out="never"))
 
 
+@pytest.mark.slow
 def test_values_beyond_any_sense(flow: Flow, tmp_path: Path) -> None:
     sentence = refusal(lambda: flow.encode("batch_size=-1", out="never"))
     assert sentence == "batch_size=-1 must be at least 1."
@@ -149,6 +154,7 @@ def test_the_model_is_read_before_the_features(tmp_path: Path, monkeypatch: pyte
     assert "no model.yaml, so it is no model" in refusal(lambda: cli.dispatch(["evaluate", f"model={tmp_path}/nosuch"]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder of processes")
 def test_a_place_that_takes_no_files(flow: Flow) -> None:
     for step in (flow.encode, flow.first_stage):

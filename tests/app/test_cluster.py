@@ -317,6 +317,7 @@ def test_skypilots_keys_are_known() -> None:
     assert all(node.keys() == {"source", "mode"} for node in task["file_mounts"].values())
 
 
+@pytest.mark.slow
 def test_the_papers_comparison_is_a_sweep_file(slurm: Slurm, tmp_path: Path) -> None:
     slurm.call(str(FILES / "downsampling_sweep.sh"), cwd=tmp_path)
     sweep = yaml.safe_load((tmp_path / "downsampling.yaml").read_text())

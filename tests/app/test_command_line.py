@@ -215,6 +215,7 @@ def test_a_file_of_ones_own_with_a_fault_is_refused(own: Path, text: str, reason
     assert "\n" not in sentence
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_belongs_to_its_command(own: Path) -> None:
     assert cli.dispatch(["config", "train", "--config-dir", str(own), "backbone=mine", "--only", "seed"]) == 0
     assert compose("train", [f'hydra.searchpath=["{own}"]', "trainer=short"]).trainer.max_steps == 7
@@ -253,6 +254,7 @@ def test_train_py_takes_a_folder_of_ones_own(own: Path) -> None:
     assert "model_channels: 32" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
 def test_the_verbs_are_the_programs(verb: str) -> None:
     words = ["--cfg", "job", "seed=5"]
@@ -314,6 +316,7 @@ def test_a_variable_that_is_no_number_is_named_before_a_library_reads_it(variabl
     assert result.stderr.splitlines()[-1] == sentence
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_disk_while_a_run_starts_is_one_sentence(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "ldmlab", "train", "experiment=demo/cpu_first_stage", f"run.dir={'x' * 300}"],

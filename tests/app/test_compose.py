@@ -33,6 +33,7 @@ def test_a_typo_is_one_sentence_with_the_nearest_name(override: str, sentence: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_command_line_beats_debug_beats_experiment_beats_groups() -> None:
     experiment = group_choices("experiment")[0]
     plain, debugged = (
@@ -63,6 +64,7 @@ def test_the_config_command_prints_values_with_their_files(capsys: pytest.Captur
         dispatch(["config", "train", "--only", "nothing"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_cfg_job_resolve_prints_the_whole_configuration(program: str) -> None:
     command = [sys.executable, f"{program}.py", "--cfg", "job", "--resolve"]

@@ -104,6 +104,7 @@ def test_the_page_has_every_configuration_chart_and_image(sweep: Path, tmp_path:
     assert not re.search(r"(src|href)=\"?https?:", page)
 
 
+@pytest.mark.slow
 def test_forty_runs_stay_under_five_megabytes(tmp_path: Path) -> None:
     for seed in range(20):
         for factor in (4, 8):
@@ -163,6 +164,7 @@ def test_without_account_or_package_one_sentence_says_the_way_out(sweep: Path, m
         dispatch(["dashboard", str(sweep), "--wandb", "lab"])
 
 
+@pytest.mark.slow
 def test_a_run_tells_wandb_what_it_is_compared_by_and_the_page_shows_it(
     flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

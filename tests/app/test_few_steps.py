@@ -87,6 +87,7 @@ def test_mean_flow_from_training_to_an_export(packed: Path, tmp_path: Path) -> N
         assert "is a MeanFlow model, of few steps" in refusal(lambda words=words: cli.dispatch(words))  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_a_transformer_learns_average_velocities_in_half_precision(packed: Path, tmp_path: Path) -> None:
     run(packed, tmp_path / "run", 2, "diffusion=meanflow", *DIT, "trainer.precision=bf16-mixed")
     assert ldmlab.load(tmp_path / "run", device="cpu").sample(count=2).float().std() > 0
@@ -138,6 +139,7 @@ def test_a_trained_run_is_distilled(packed: Path, tmp_path: Path, objective: str
     assert "weights of the teacher=" in refusal(lambda: run(packed, tmp_path / "run", 6, *words))
 
 
+@pytest.mark.slow
 def test_what_cannot_go_together_is_refused(packed: Path, tmp_path: Path) -> None:
     def refused(*more: str, chosen: tuple[str, ...] = ()) -> str:
         return refusal(lambda: run(packed, tmp_path / "none", 2, *more, chosen=chosen))

@@ -69,6 +69,7 @@ def test_sample_writes_images_with_their_settings(flow: Flow) -> None:
     assert (out / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_a_checkpoint_and_an_exported_model_draw_the_same(flow: Flow) -> None:
     out = flow.root / "exported"
     assert cli.dispatch(["export", "--without-card", str(flow.root / "model"), str(out)]) == 0
@@ -151,6 +152,7 @@ def test_a_run_in_parts_is_loaded_exported_scored_and_continued(flow: Flow, tmp_
     assert load_checkpoint(run / "checkpoints" / "step_00000003.ckpt")["position"] == 24
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_ones_weights(flow: Flow) -> None:
     zero = "trainer.max_steps=1"
     flow.denoiser(f"init_from={flow.root}/model", zero, "optimizer.learning_rate=1e-12", out="started")
@@ -161,6 +163,7 @@ def test_a_run_starts_from_another_ones_weights(flow: Flow) -> None:
     torch.testing.assert_close(after["modules"]["denoiser"][name], averaged, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_initial_weights_and_a_run_of_another_encoder_are_refused(flow: Flow) -> None:
     flow.clip("seed=5", out="other_clip")
     options = [f"init_from={flow.root}/model", f"conditioner.text.from_run={flow.root}/other_clip"]
@@ -170,6 +173,7 @@ def test_initial_weights_and_a_run_of_another_encoder_are_refused(flow: Flow) ->
     assert not (flow.root / "two_encoders").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_names_its_place_its_metrics_and_the_next_command(
     flow: Flow, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +193,7 @@ def test_a_finished_run_names_its_place_its_metrics_and_the_next_command(
     assert capsys.readouterr().err.splitlines()[-1] == f"next: ldmlab evaluate model={flow.root}/model"
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_the_run_stopped(flow: Flow) -> None:
     shutil.copytree(flow.root / "clip", flow.root / "longer_clip")
     flow.clip("trainer.max_steps=3", out="longer_clip")
@@ -197,6 +202,7 @@ def test_the_same_command_goes_on_where_the_run_stopped(flow: Flow) -> None:
     assert [row["step"] for row in rows] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_training_on_the_fly_needs_no_latents(flow: Flow) -> None:
     flow.denoiser("data.latents=null", f"from_run={flow.root}/first_stage", out="online")
     cached, online = (

@@ -34,6 +34,7 @@ def tensors(part: Any) -> list[torch.Tensor]:
     return [part] if isinstance(part, torch.Tensor) and part.is_floating_point() else []
 
 
+@pytest.mark.slow
 def test_a_frozen_first_stage_needs_no_other_folder(flow: Flow, tmp_path: Path) -> None:
     first_stage(flow, tmp_path / "run", *RAE, *clip(flow, tmp_path), "loss.regularisers.noise=0.8")
     shutil.rmtree(tmp_path / "clip")
@@ -46,6 +47,7 @@ def test_a_frozen_first_stage_needs_no_other_folder(flow: Flow, tmp_path: Path) 
     assert torch.equal(folder.decode(latents), run.decode(latents))  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_an_aligned_run_resumes_to_the_bit_and_saves_nothing_of_the_encoder(flow: Flow, tmp_path: Path) -> None:
     encoder = clip(flow, tmp_path)
     for name, steps in (("straight", (4,)), ("stopped", (2, 4))):

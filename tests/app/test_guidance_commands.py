@@ -112,6 +112,7 @@ def test_scores_take_the_same_guides(runs: Runs) -> None:
     assert plain(compose("evaluate", given[:2]))["guiders"] == {}
 
 
+@pytest.mark.slow
 def test_an_unconditional_model_is_led_away_from_its_own_earlier_weights(runs: Runs, tmp_path: Path) -> None:
     """By a checkpoint, a run and its raw weights; a model of other latents is refused before any image."""
     early = str(next((runs.root / "denoiser" / "checkpoints").glob("*.ckpt")))
@@ -132,6 +133,7 @@ def test_an_unconditional_model_is_led_away_from_its_own_earlier_weights(runs: R
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_panels_are_guided_by_the_same_settings(runs: Runs) -> None:
     more = ["stage=diffusion", "conditioner=class_label", "conditioner.class_label.classes=2", *TINY_UNET]
     runs.train("panels", *more, "stage.guidance_interval=[0.1,0.8]", "stage.guidance_rescale=0.5")

@@ -64,6 +64,7 @@ def result(command: str, out: Path) -> dict[str, Any]:
     return {name: score["value"] for name, score in found["scores"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "evaluate", "score"])
 def test_two_tasks_of_srun_share_the_work(command: str, flow: Flow) -> None:
     with socket.socket() as free:

@@ -136,6 +136,7 @@ def reduced(name: str, root: Path) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in MODERN])
 def test_an_experiment_trains_and_serves(name: str, root: Path) -> None:
     config = reduced(name, root)

@@ -62,6 +62,7 @@ def test_encoded_in_the_bucket_as_in_a_folder(flow: Flow, latents: str, tmp_path
     assert read_manifest(tmp_path / "folder" / "train").hash == read_manifest(flow.root / "latents" / "train").hash
 
 
+@pytest.mark.slow
 def test_the_last_of_several_processes_sends(flow: Flow, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldmlab.app.encode_splits.launched", lambda: (1, 2))
     encode(flow, "s3://lab/shared")
@@ -71,6 +72,7 @@ def test_the_last_of_several_processes_sends(flow: Flow, s3: S3, monkeypatch: py
     assert {"train/manifest.json", "val/manifest.json", "first_stage/model.yaml"} <= s3.names("shared")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_is_resumed_from_the_bucket_bit_for_bit(
     flow: Flow, s3: S3, latents: str, tmp_path: Path, workers: int
@@ -90,6 +92,7 @@ def test_a_run_is_resumed_from_the_bucket_bit_for_bit(
     assert there["data"] == here["data"]
 
 
+@pytest.mark.slow
 def test_a_model_is_scored_against_images_of_the_bucket(flow: Flow, tmp_path: Path) -> None:
     small = ["protocol.samples=8", "protocol.steps=2", "protocol.neighbours=2", "protocol.metrics.kid.subset_size=4"]
     options = [f"model={flow.root}/model", "features=clip_run", f"features.run={flow.root}/clip"]
@@ -104,6 +107,7 @@ def test_a_model_is_scored_against_images_of_the_bucket(flow: Flow, tmp_path: Pa
     assert results[0]["reference"]["folder"].startswith("s3://lab/packed/")
 
 
+@pytest.mark.slow
 def test_a_run_that_names_a_command_is_refused(flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "model"
     shutil.copytree(flow.root / "model", run)

@@ -41,6 +41,7 @@ def run(packed: Path, out: Path, objective: str, steps: int, *more: str) -> dict
     return load_checkpoint(out / "checkpoints" / f"step_{steps:08d}.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["flow", "edm", "dit", "lightningdit"])
 def test_from_training_to_an_export(packed: Path, tmp_path: Path, objective: str) -> None:
     straight = run(packed, tmp_path / "straight", objective, 4)
@@ -62,6 +63,7 @@ def test_from_training_to_an_export(packed: Path, tmp_path: Path, objective: str
     assert cli.dispatch(["noise", str(out), str(picture), "--out", str(tmp_path / "noise.png")]) == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path) -> None:
     def refused(*more: str, objective: str = "flow") -> str:
         return refusal(lambda: run(packed, tmp_path / "none", objective, 2, *more))
@@ -134,6 +136,7 @@ def test_a_transformer_on_a_flow(packed: Path, tmp_path: Path) -> None:
         assert not (tmp_path / form).exists()
 
 
+@pytest.mark.slow
 def test_bits_of_a_trained_flow(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number for each image, the same in any batch up to the solver's tolerance; schedules are refused."""
     run(packed, tmp_path / "run", "flow", 2)

@@ -57,6 +57,7 @@ def test_latents_and_loss_agree(flow: Flow, cached: list[str]) -> None:
     assert losses.std() > 0.01
 
 
+@pytest.mark.slow
 def test_a_scale_five_percent_off_does_not_pass(flow: Flow, cached: list[str]) -> None:
     _, latents, losses = latents_and_loss(flow, *cached)
     _, online, online_losses = latents_and_loss(flow, f"from_run={flow.root}/first_stage", scale=1.05)
@@ -64,6 +65,7 @@ def test_a_scale_five_percent_off_does_not_pass(flow: Flow, cached: list[str]) -
     assert (losses - online_losses).abs().max() > 10 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_half_precision_shards_cost_little(flow: Flow) -> None:
     """What is stored by default: moments in float16, whose rounding is 2^-11 of their size."""
     if not (flow.root / "half" / "train" / "manifest.json").exists():

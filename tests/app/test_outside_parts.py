@@ -274,6 +274,7 @@ KINDS = {  # kind => options of training, words for sampling, and the part of th
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_denoiser_with_a_part_from_outside(
     kind: str, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,6 +325,7 @@ def refused(words: list[str]) -> None:
     assert f"--plugins {PACKAGE}" in sentence
 
 
+@pytest.mark.slow
 def test_a_first_stage_and_a_loss_from_outside(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = ["stage=autoencoder", "first_stage=theirs", "loss=theirs"]
     lab.train_and_resume(tmp_path / "first_stage", *stage, loss="squared")
@@ -342,6 +344,7 @@ def test_a_first_stage_and_a_loss_from_outside(lab: Lab, tmp_path: Path, monkeyp
     refused(["sample", str(tmp_path / "model"), "--out", str(tmp_path / "never")])
 
 
+@pytest.mark.slow
 def test_a_guider_and_features_from_outside(lab: Lab, tmp_path: Path) -> None:
     lab.train(tmp_path / "run", 2, *PIXELS)
     plain = lab.sample(tmp_path / "run", tmp_path / "plain")

@@ -177,6 +177,7 @@ def test_lightnings_checkpoints_and_early_stopping(shards: Path, tmp_path: Path)
     assert next(state for key, state in states.items() if "EarlyStopping" in key)["wait_count"] == 1
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_torch(shards: Path, tmp_path: Path) -> None:
     words = own_file(tmp_path, "optimizer", "{_target_: torch.optim.SGD, _partial_: true, lr: 0.125, momentum: 0.9}")
     made = run(shards, tmp_path / "run", *words, steps=2)

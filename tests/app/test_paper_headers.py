@@ -68,6 +68,7 @@ def test_the_documentation_lists_the_experiment(name: str) -> None:
 PLANNED = {"paper/first_stage/vq_f4_noattn", "paper/class/imagenet_ldm_4", "paper/super_resolution/pixel"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in PLANNED else pytest.mark.slow) for n in PAPER])
 def test_a_header_tells_what_the_plan_counts(name: str) -> None:
     config = composed(name)

@@ -126,6 +126,7 @@ def asked(reads: frozenset[str], size: int) -> dict[str, Any]:
     return {name: [fields[name]] for name in reads}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_one_option_makes_a_task_a_pixel_baseline(name: str, root: Path) -> None:
     config = on_pixels(reduced(f"paper/{name}", root))
@@ -136,6 +137,7 @@ def test_one_option_makes_a_task_a_pixel_baseline(name: str, root: Path) -> None
     assert model.sample(**asked(model.reads, size), steps=1).shape == (1, size, size, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEP)
 def test_an_experiment_trains_and_serves(name: str, root: Path) -> None:
     config = reduced(name, root)

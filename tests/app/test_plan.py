@@ -99,6 +99,7 @@ def test_attention_counts_as_a_gpu_computes_it(width: int, formed: int) -> None:
     assert attention.by_products("cpu", torch.bfloat16, 64, 64, 64)  # the choice of this processor is back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 100_000])
 def test_flops_are_those_of_the_step_at_hand(
     step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -151,6 +152,7 @@ def test_what_is_sharded_is_divided_by_the_processes(
     assert 0 < many["gathered units"] < one["weights of the denoiser"]
 
 
+@pytest.mark.slow
 def test_more_images_fit_where_weights_are_sharded(capsys: pytest.CaptureFixture[str]) -> None:
     """On cards that just hold one image beside all weights; a plan needs no GPU for what it plans."""
     words = ["backbone=dit_s_2", "backbone.depth=2", "first_stage=identity", "data.image_size=8", "--devices", "8"]

@@ -85,6 +85,7 @@ def scored(pair: tuple[Path, Path]) -> Path:
     return pair[1]
 
 
+@pytest.mark.slow
 def test_a_denoiser_is_scored_as_evaluate_does_and_trains_as_without(
     flow: Flow, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_sharded_run_is_validated_scored_resumed_loaded_and_exported(flow: Flo
     assert torch.equal(run.sample(**ask), model.sample(**ask))
 
 
+@pytest.mark.slow
 def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_path: Path) -> None:
     folder = scored / "in_training" / "step_00000002"
     assert dispatch(["report", str(folder)]) == 0  # a page of its own it has
@@ -162,6 +164,7 @@ def test_scores_of_a_training_never_stand_beside_full_ones(scored: Path, tmp_pat
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -183,6 +186,7 @@ def test_what_cannot_be_scored_is_refused_before_the_first_step(flow: Flow, opti
     assert not list(flow.root.glob("refused/checkpoints"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_makes_no_images_is_refused(flow: Flow, tmp_path: Path) -> None:
     options = ["experiment=mine/clip", *SMALL, *flow.data, *TINY_CLIP, *scores(flow), f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(InputError, match="stage=clip makes no images to score; use callbacks=default"):

@@ -75,6 +75,7 @@ def test_the_first_stage_trains(root: Path) -> None:
     assert json.loads((folder / "finished.json").read_text()) == {"step": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", DENOISERS)
 @pytest.mark.parametrize("choice", ["latents", pytest.param("pixels", marks=pytest.mark.slow)])
 def test_a_task_trains_on_latents_and_by_one_option_on_pixels(root: Path, recipe: str, choice: str) -> None:
@@ -85,6 +86,7 @@ def test_a_task_trains_on_latents_and_by_one_option_on_pixels(root: Path, recipe
     assert model.diffusion.first_stage.downsampling == (1 if choice == "pixels" else 4)
 
 
+@pytest.mark.slow
 def test_a_variation_of_a_image_of_any_size(root: Path, tmp_path: Path) -> None:
     """The recipe's model from the command line, two images each of two files."""
     told = [f"conditioner.image.from_run={root / 'clip'}", f"from_run={root / 'first_stage'}"]

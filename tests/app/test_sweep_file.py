@@ -48,6 +48,7 @@ def configs(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     return [plain(compose("train", line[3:])) for line in lines]
 
 
+@pytest.mark.slow
 def test_every_command_of_a_fake_agent_composes_to_the_values_asked_for(tmp_path: Path) -> None:
     rates = "optimizer.learning_rate=1e-5,0.001"
     found = configs(written(tmp_path / "factors.yaml", *FACTORS, rates, "run.name='a b'"))
@@ -147,6 +148,7 @@ def test_the_metric_is_the_one_that_chooses_the_best(words: list[str], name: str
     assert content["metric"] == {"name": name, "goal": goal}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "metric"),
     [("autoencoder", "val/loss"), ("clip", "val/loss"), ("diffusion", "val/psnr"), ("diffusion", "los")],

@@ -69,6 +69,7 @@ def trials_of(runs: Path, study: str = "rates") -> list[Any]:
     return optuna.load_study(study_name=study, storage=storage).trials
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_best_and_goes_on_after_a_stop_as_if_there_was_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_search_finds_the_best_and_goes_on_after_a_stop_as_if_there_was_none(
     assert len(broken) == 5
 
 
+@pytest.mark.slow
 def test_a_trial_that_ended_or_runs_elsewhere_is_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +117,7 @@ def test_a_trial_that_ended_or_runs_elsewhere_is_not_started_again(
     lock.release()
 
 
+@pytest.mark.slow
 def test_a_search_over_lists_numbers_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     monkeypatch.setattr(wiring, "train", parabola(seen))
@@ -128,6 +131,7 @@ def test_a_search_over_lists_numbers_and_files(tmp_path: Path, monkeypatch: pyte
     assert len({trial.params["seed"] for trial in trials_of(tmp_path)}) > 1
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_has_no_value_and_too_many_end_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +145,7 @@ def test_a_trial_that_fails_has_no_value_and_too_many_end_the_sweep(
         start(monkeypatch, *search(tmp_path / "all", "hydra.sweeper.search.max_failures=2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -204,6 +209,7 @@ def test_a_file_that_holds_no_study_is_refused(kind: str, tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["studies"]
 
 
+@pytest.mark.slow
 def test_a_study_keeps_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wiring, "train", parabola([]))
     start(monkeypatch, *search(tmp_path, trials=1))
@@ -213,6 +219,7 @@ def test_a_study_keeps_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [trial.value is not None for trial in trials_of(tmp_path, "third")] == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("word", "package"), [("sweeper=optuna", "optuna"), ("launcher=slurm", "submitit")])
 def test_a_missing_extra_is_one_sentence(
     word: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

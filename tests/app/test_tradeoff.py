@@ -119,6 +119,7 @@ def test_every_factor_builds_with_equal_parameters(recipe: str, size: str, digit
     assert max(counted.values()) <= 1.05 * min(counted.values())
 
 
+@pytest.mark.slow
 def test_a_compute_budget_decides_the_steps() -> None:
     steps = {}
     for name in ("f1", "f16"):

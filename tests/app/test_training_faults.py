@@ -55,6 +55,7 @@ def codes(members: Sequence[ForkProcess]) -> list[int | None]:
     return [member.exitcode for member in members]
 
 
+@pytest.mark.slow
 def test_a_process_whose_partner_is_killed_says_so_and_the_run_goes_on(flow: Flow, tmp_path: Path) -> None:
     out = tmp_path / "run"
     members = pair(tmp_path, words(flow, out, "trainer.max_steps=100000", "trainer.micro_batch=2"))
@@ -70,6 +71,7 @@ def test_a_process_whose_partner_is_killed_says_so_and_the_run_goes_on(flow: Flo
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_no_other_says_so(flow: Flow, tmp_path: Path) -> None:
     members = pair(tmp_path, words(flow, tmp_path / "run"), ranks=[0], minutes=0.03)
     assert codes(members) == [2]
@@ -79,6 +81,7 @@ def test_a_process_that_finds_no_other_says_so(flow: Flow, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "minutes"), [(["trainer.timeout_minutes=7.5"], 7.5), ([], None)])
 def test_the_patience_of_a_run_is_that_of_its_group(
     words: list[str], minutes: float | None, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +99,7 @@ def test_the_patience_of_a_run_is_that_of_its_group(
         assert given.pop("timeout") == (minutes and datetime.timedelta(minutes=minutes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
 )
@@ -116,6 +120,7 @@ def test_exhausted_memory_is_a_sentence(
     assert "smaller trainer.micro_batch" in sentence
 
 
+@pytest.mark.slow
 def test_a_validation_metric_that_is_no_number_is_said_and_never_the_best(
     flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +151,7 @@ def damaged(flow: Flow, tmp_path: Path) -> list[str]:
     return [f"data.{split}={tmp_path}/packed/{split}" for split in ("train", "val")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_images_that_cannot_be_read_are_named_and_counted_once(
     world: int, damaged: list[str], flow: Flow, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -86,6 +86,7 @@ def test_every_sampler_draws_from_it(root: Path, sampler: str) -> None:
     assert image.std() > 0
 
 
+@pytest.mark.slow
 def test_what_a_flow_has_no_meaning_for_is_refused(root: Path) -> None:
     for words, reason in (
         (["--spacing", "official"], "is a rule for the paper's discrete schedules"),
@@ -97,6 +98,7 @@ def test_what_a_flow_has_no_meaning_for_is_refused(root: Path) -> None:
         assert not (root / "none").exists()
 
 
+@pytest.mark.slow
 def test_it_is_scored_and_enters_no_table_of_the_paper(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [f"model={root}/run", "protocol=demo_emoji", "features=clip_run", f"features.run={root}/clip", *SCORED]
     options += ["protocol.sampler=auto", "~protocol.evaluators", "device=cpu", "keep_reference=false", "wandb=false"]
@@ -112,12 +114,14 @@ def test_it_is_scored_and_enters_no_table_of_the_paper(root: Path, capsys: pytes
     assert "run is left out: DiT on LinearPath is none of the paper's systems" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_export_draws_the_same(root: Path) -> None:
     assert cli.dispatch(["export", "--without-card", str(root / "run"), str(root / "exported")]) == 0
     both = [sampled(root, f"of_{name}", "--steps", "3", model=name) for name in ("run", "exported")]
     assert (both[0] == both[1]).all()
 
 
+@pytest.mark.slow
 def test_the_pair_of_the_comparison_takes_equal_flops() -> None:
     """docs/transformers_and_flows.md: of the denoisers, whose captions come from one frozen encoder."""
     spent = []

@@ -173,6 +173,7 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_its_blocks_are_compiled() -> None:
     network = small(context_width=12)

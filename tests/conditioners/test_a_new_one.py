@@ -69,6 +69,7 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_it_trains_is_saved_and_samples(spec: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_latent_diffusion(spec)

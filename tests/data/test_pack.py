@@ -55,6 +55,7 @@ def _tars(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.tar"))}
 
 
+@pytest.mark.slow
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     source = _images(tmp_path / "in", 130)
     options = _options(split=SplitRule(0.2, stratify="kind"), class_field="kind")
@@ -236,6 +237,7 @@ def test_an_interrupted_pack_keeps_finished_shards(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_pack_goes_on_and_leaves_no_workers(tmp_path: Path) -> None:
     source = _images(tmp_path / "in", 160, side=96)
     arguments = ["pack", str(source), str(tmp_path / "out"), "--size", "96", "--shard-size", "32", "--workers", "2"]

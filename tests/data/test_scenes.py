@@ -39,6 +39,7 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(folder.glob("*/*.tar"))}
 
 
+@pytest.mark.slow
 def test_shards_are_the_same_for_any_workers(tmp_path: Path) -> None:
     settings = SceneSettings(EMOJI, size=24, classes=("apple", "tree"))
     for workers in (1, 2):

@@ -42,6 +42,7 @@ def pack(source: Path, out: str) -> None:
     dispatch(["pack", str(source), out, "--size", "8", "--val", "0.4", "--shard-size", "2", "--workers", "1"])
 
 
+@pytest.mark.slow
 def test_pack_sends_what_it_writes_and_nothing_twice(s3: S3, tmp_path: Path) -> None:
     source = images(tmp_path / "in")
     pack(source, str(tmp_path / "out"))

@@ -109,6 +109,7 @@ def losses(stage: Any, data: ShardData) -> tuple[list[dict[str, Any]], Tensor]:
         return batches, torch.cat([stage.diffusion.loss(batch, 0)[0] for batch in batches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text", "image"])
 def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where conditions are dropped, and for mirrored images."""
@@ -138,6 +139,7 @@ def test_the_loss_is_that_of_the_live_encoder(root: Path, name: str, monkeypatch
     losses(stage, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -157,6 +159,7 @@ def test_states_of_another_encoder_are_refused(root: Path, options: list[str], w
     stage_and_data(root, *given, "data.states=false")
 
 
+@pytest.mark.slow
 def test_stored_features_are_those_of_the_encoder(root: Path) -> None:
     """Of both views; the term and its gradient follow. Another encoder, and latents without features, are refused."""
     choice = ["alignment=repa", "alignment.hidden=8", "conditioner=none", "encoder=clip"]
@@ -180,6 +183,7 @@ def test_stored_features_are_those_of_the_encoder(root: Path) -> None:
         stage_and_data(root, *choice, f"encoder.clip.from_run={root / 'clip'}", "data.states=false")
 
 
+@pytest.mark.slow
 def test_an_encoder_that_comes_with_first_weights_is_held_against_the_states(root: Path) -> None:
     given = [*TINY, *images(root), f"data.latents={root / 'latents'}", "data.fields=[caption,class_id]"]
     given += ["conditioner=[text,class_label]", "conditioner.class_label.classes=3", "conditioner.class_label.width=16"]
@@ -231,6 +235,7 @@ def test_views() -> None:
         assert np.array_equal(decode_states(files, "text", view), states[0])
 
 
+@pytest.mark.slow
 def test_variations_train_and_draw_panels_from_stored_embeddings(root: Path) -> None:
     choice = ["conditioner=image", *of_run(root, "image"), "task=variations", "task.crop=null"]
     config = [*TINY, *images(root), f"data.latents={root / 'latents'}", *choice, f"run.dir={root / 'run'}"]

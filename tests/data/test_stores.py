@@ -66,6 +66,7 @@ def read_all(place: str, tmp_path: Path, gib: float = 1.0) -> list[tuple[str, di
     return [reader.read(s, n) for s, shard in enumerate(manifest.shards) for n in range(shard.samples)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_reads_the_same_images_and_fetches_each_shard_once(
     s3: S3, folder: Path, tmp_path: Path, workers: int
@@ -114,6 +115,7 @@ def test_faults_that_pass(s3: S3, folder: Path, tmp_path: Path, kind: str, times
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "words", "workers"),
     [
@@ -140,6 +142,7 @@ def test_a_shard_that_cannot_be_had_ends_the_run(
         assert s3.faults.gets["00001.tar"] == 1  # no other try
 
 
+@pytest.mark.slow
 def test_faults_of_the_place(s3: S3, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place, words in {
         "s3://lab/nothing": "data.train=s3://lab/nothing has no manifest.json beside its shards; write it with",

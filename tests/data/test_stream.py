@@ -305,6 +305,7 @@ next(batches)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere batches are handed over by name, not by a connection")
 def test_the_worker_of_a_killed_process_ends_without_a_traceback(folder: Path) -> None:
     command = [sys.executable, "-c", KILLED_WHILE_IT_TAKES_A_BATCH, str(folder / "train")]
@@ -323,6 +324,7 @@ class Unsendable(Dataset[Any]):
         return 4
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_handed_over_ends_the_loader(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         next(iter(QuietLoader(Unsendable(), workers=1, batch_size=None, timeout=8)))

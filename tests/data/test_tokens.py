@@ -43,6 +43,7 @@ def texts(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_tokens_of_the_loader_give_the_same_states_and_counts(data: ShardData, workers: int, tmp_path: Path) -> None:
     for name, text in texts(tmp_path).items():

@@ -176,6 +176,7 @@ class TwoNumbers(Identity):
     latent_channels = 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_decay", [None, 0.9])
 def test_one_step_comes_near_the_teacher_s_end(target_decay: float | None) -> None:
     """Where 200 steps of the teacher end, one step of the student is less than a third as far as the teacher's own."""

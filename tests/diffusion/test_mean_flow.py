@@ -263,6 +263,7 @@ class TwoNumbers(Identity):
     latent_channels = 2
 
 
+@pytest.mark.slow
 def test_one_step_of_a_trained_model_has_the_moments_of_the_data() -> None:
     """Two correlated numbers of mean (1, -0.5), after 600 steps; one step of a plain flow would give the mean alone.
 

@@ -20,6 +20,7 @@ def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (ground + noise).clamp(0, 255).to(torch.uint8), labels
 
 
+@pytest.mark.slow
 def test_it_learns_and_repeats_itself() -> None:
     train, test = toy_images(90, 0), toy_images(60, 1)
     before = torch.random.get_rng_state()

@@ -23,6 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ShardData:
     return scene_data(tmp_path_factory.mktemp("scenes"), 100, 40, Layout(32))
 
 
+@pytest.mark.slow
 def test_real_images_as_samples_reach_the_real_score(data: ShardData, tmp_path: Path) -> None:
     real = originals(data)
     model = Answers({"boxes"}, lambda requests, numbers: real[numbers])
@@ -42,6 +43,7 @@ def test_real_images_as_samples_reach_the_real_score(data: ShardData, tmp_path: 
     assert "Boxes classified as the class of their condition" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_images_of_other_layouts_fall_to_chance(data: ShardData, tmp_path: Path) -> None:
     real = originals(data)
     model = Answers({"boxes"}, lambda requests, numbers: real[[(number + 7) % len(real) for number in numbers]])

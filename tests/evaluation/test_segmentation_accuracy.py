@@ -42,6 +42,7 @@ def evidence(samples: Tensor, conditions: list[dict[str, Any]]) -> Evidence:
     return Evidence(real, "val", conditions, samples, class_names=["none", "red", "green", "blue"])
 
 
+@pytest.mark.slow
 def test_real_images_as_samples_reach_the_real_score_and_shuffled_maps_do_not() -> None:
     images, maps = scenes(20, 1)
     result = EVALUATOR(evidence(images, [{"segmentation": one.numpy()} for one in maps]))

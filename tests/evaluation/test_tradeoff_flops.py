@@ -65,6 +65,7 @@ def test_guidance_asks_twice() -> None:
     assert cost.sampling(50, guided=True) == 2 * cost.sampling(50) == 100 * cost.forward
 
 
+@pytest.mark.slow
 def test_conditions_cost_something() -> None:
     node = {**NODE, "attention_downsampling": [1]}
     alone = denoiser_cost(node, LatentSpec(3, 8, 8, 4), {})

@@ -41,6 +41,7 @@ def uneven(height: int, width: int) -> Tensor:
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 256], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
@@ -78,6 +79,7 @@ def smooth_latents(size: int) -> Tensor:
     return F.interpolate(torch.randn(4, 4, 8, 8), (size, size), mode="bicubic")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_seam() -> None:
     stage, size, tile, f = first_stage("kl_f4"), 256, 64, 4

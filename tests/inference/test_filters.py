@@ -107,6 +107,7 @@ def sampled(folder: Path, *more: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sampling_without_what_is_blocked(
     tmp_path: Path, features: OpenClipFeatures, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def test_what_is_removed_leaves_no_trace(model: LoadedModel) -> None:
     assert not torch.equal(made[0], model.sample(class_id=[2], image=[first], mask=[mask], steps=4))
 
 
+@pytest.mark.slow
 def test_a_hole_can_start_from_the_image(model: LoadedModel) -> None:
     first, mask = image(), hole()
     fields: dict[str, Any] = {"class_id": [1], "image": [first], "mask": [mask], "steps": 50, "guidance_scale": 1}

@@ -83,6 +83,7 @@ def test_channels_that_are_not_guided_are_those_with_conditions() -> None:
     assert not torch.allclose(guided[:, 0], plain[:, 0], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", ["class_id", None])
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_weak_model_guides_with_and_without_conditions(told: str | None, window: int | None) -> None:

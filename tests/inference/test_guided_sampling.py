@@ -66,6 +66,7 @@ def drawn(made: LoadedModel, **options: object) -> Tensor:
     return to_float(images.permute(0, 3, 1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "weight"), [("squared", 0.1), ("lpips", 100.0)])
 def test_guided_samples_are_nearer_to_their_own_images(
     name: str, weight: float, lpips_folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def test_animation(tmp_path: Path, ending: str) -> None:
         assert animation.size == (128, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "frames"), [(1, 2), (5, 6), (100, 49)])
 def test_strip_goes_from_noise_to_the_image(steps: int, frames: int) -> None:
     model, settings = tiny_model(), SampleSettings(steps=steps, seed=2)

@@ -83,6 +83,7 @@ def test_sweep(tmp_path: Path, sweep: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_model_without_conditions(tmp_path: Path) -> None:
     sample_command(["runs/tiny", "--count", "3", "--steps", "2", "--out", str(tmp_path / "out")], None)
     assert len(names(tmp_path / "out")) == 4

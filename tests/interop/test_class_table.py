@@ -59,6 +59,7 @@ def their_network(arguments: dict[str, Any], state: State, table: Tensor) -> Any
     return theirs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("config", [PLAIN, TEXT], ids=["classes", "classes and text"])
 def test_the_official_network_gives_what_diffusers_gives_with_its_table(config: dict[str, Any]) -> None:
@@ -110,6 +111,7 @@ def test_a_whole_file_gives_a_class_conditioner_and_comes_back(config: dict[str,
         assert all(torch.equal(tensor, back.parts[part][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_the_commands_there_and_back(tmp_path: Path) -> None:
     torch.save({"state_dict": whole_file(PLAIN)}, tmp_path / "official.ckpt")
     (tmp_path / "official.yaml").write_text(yaml.safe_dump(PLAIN))

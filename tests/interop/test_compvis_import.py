@@ -103,6 +103,7 @@ def _names(folder: Path) -> list[str]:
     return [path.stem for path in folder.glob("*.safetensors")]
 
 
+@pytest.mark.slow
 def test_a_family(tmp_path: Path) -> None:
     check_family(tmp_path, small_config(QUICK), None)
 
@@ -119,6 +120,7 @@ def test_stable_diffusion(name: str, tmp_path: Path) -> None:
     check_family(tmp_path, *SD[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inpainting", [False, True])
 def test_stable_diffusion_1_needs_no_configuration(inpainting: bool, tmp_path: Path) -> None:
     config = stable_diffusion(1, inpainting=inpainting)
@@ -134,6 +136,7 @@ def test_stable_diffusion_1_needs_no_configuration(inpainting: bool, tmp_path: P
     assert "one set of weights" in alone.notes[0]
 
 
+@pytest.mark.slow
 def test_stable_diffusion_2_must_be_told_its_prediction(tmp_path: Path) -> None:
     config = stable_diffusion(2)
     config["model"]["params"]["unet_config"]["params"] |= {"model_channels": 64, "num_head_channels": 64}
@@ -146,6 +149,7 @@ def test_stable_diffusion_2_must_be_told_its_prediction(tmp_path: Path) -> None:
     assert compvis.read(path, prediction="eps").spec["image_size"] == 512
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_size(tmp_path: Path) -> None:
     config = small_config(QUICK)
     state = {key: t.half() if t.is_floating_point() else t for key, t in official_state(config).items()}
@@ -154,6 +158,7 @@ def test_half_precision_keeps_its_size(tmp_path: Path) -> None:
     assert {p.dtype for p in model.diffusion.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first_stage_kl-f4", "first_stage_vq-f8"])
 def test_a_first_stage_alone(name: str, tmp_path: Path) -> None:
     whole = small_config("ldm__lsun_churches256" if "kl" in name else "ldm__cin256")

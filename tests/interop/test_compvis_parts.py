@@ -128,6 +128,7 @@ def test_other_first_stages_are_refused(change: dict[str, Any]) -> None:
         compvis.build_first_stage(config | {"ddconfig": config["ddconfig"] | change})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_released_layouts(name: str) -> None:
     """Every tensor and shape of the 22 released files, there and back, without a weight in memory."""

@@ -31,6 +31,7 @@ def folder(path: Path, dtype: torch.dtype = torch.float32, **changed: Any) -> Pa
     return path
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_recorded_outputs() -> None:
     model: Any = as_official(CASE["config"], drawn(CASE))

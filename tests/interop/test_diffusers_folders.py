@@ -48,6 +48,7 @@ def text_encoder(positions: int = 77) -> Any:
     ).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("positions", "length"), [(77, 77), (77, 20), (77, 2), (40, 33), (77, None)])
 def test_captions_are_padded_to_the_length_of_the_tokenizer(tmp_path: Path, positions: int, length: int | None) -> None:
     write_clip_files(tmp_path / "plain")
@@ -298,6 +299,7 @@ def test_a_lone_module_that_is_not_supported_is_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_lone_text_encoder_is_named(tmp_path: Path) -> None:
     text_encoder().save_pretrained(tmp_path / "text")
     with pytest.raises(InputError, match="CLIPTextModel alone, which is not supported"):

@@ -96,6 +96,7 @@ def same_states(text: Any, pipeline: Any) -> None:
     assert_near(ours[:, :rows].flatten(1)[:, : text.pooled_width], pooled, 1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("t5", [True, False])
 def test_a_pipeline_becomes_a_model_and_a_pipeline_again(t5: bool, folder: Path, tmp_path: Path) -> None:
@@ -137,6 +138,7 @@ def test_a_pipeline_becomes_a_model_and_a_pipeline_again(t5: bool, folder: Path,
     assert (again.text_encoder_3 is None) == (not t5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sharded", "bf16", "fp16"])
 def test_layouts_of_files(kind: str, folder: Path, tmp_path: Path) -> None:
     home = tmp_path / "pipeline"
@@ -160,6 +162,7 @@ def test_layouts_of_files(kind: str, folder: Path, tmp_path: Path) -> None:
             assert_near(parts[part][name], tensor, 0 if kind == "sharded" else 1e-2)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_refused(folder: Path, tmp_path: Path) -> None:
     home = tmp_path / "pipeline"
     shutil.copytree(folder, home)

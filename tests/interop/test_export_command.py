@@ -109,6 +109,7 @@ def test_diffusers(folder: Path, tmp_path: Path) -> None:
     assert "LDMPipeline.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["compvis", "diffusers"])
 def test_back_through_import(form: str, folder: Path, tmp_path: Path) -> None:
     out, back = tmp_path / "out", tmp_path / "back"

@@ -85,6 +85,7 @@ def in_parts(folders: tuple[Path, Path, float], tmp_path_factory: pytest.TempPat
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model folder", "run", "run in parts"])
 def test_weights_are_in_memory_once(
     folders: tuple[Path, Path, float], in_parts: Path, kind: str, tmp_path: Path
@@ -100,6 +101,7 @@ def test_weights_are_in_memory_once(
     assert float(message.split()[-1]) > 0.8 * folders[2]
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_gives_the_same_weights(folders: tuple[Path, Path, float], in_parts: Path) -> None:
     for kind in ("averaged", "raw"):
         whole = ldmlab.load(folders[1], weights=kind, device="cpu").diffusion.state_dict()

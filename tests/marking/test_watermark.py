@@ -8,6 +8,7 @@ from ldmlab.errors import InputError
 from ldmlab.marking.watermark import THRESHOLD, watermark_score, watermarked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "psnr"), [(128, 34.5), (256, 39)])  # px, dB: faint
 def test_read_after_jpeg_75_and_a_crop_of_half_of_the_area(size: int, psnr: float) -> None:
     rng = np.random.default_rng(0)

@@ -33,6 +33,7 @@ def images(size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_inception_with_drawn_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(port, "load_state_dict_from_url", lambda *args, **kwargs: {})
     with monkeypatch.context() as patch:
@@ -106,6 +107,7 @@ def test_inception_and_clip_in_one_pass() -> None:
     assert torch.equal(both.texts(["a cat"]), clip.texts(["a cat"]))
 
 
+@pytest.mark.slow
 def test_dinov2_of_timm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=28).eval()

@@ -108,6 +108,7 @@ def test_padding_counts_once() -> None:
     assert scores([*batches, batches[-1]])["is"] == pytest.approx(scores(batches)["is"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_memory_is_the_features_and_one_tile() -> None:
     nearest(normal(2000, 64, 0), normal(2000, 64, 1))  # the libraries' own memory
     metric = PrecisionRecall(3)

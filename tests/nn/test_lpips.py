@@ -84,6 +84,7 @@ def test_missing_or_wrong_weights(tmp_path: Path) -> None:
         LPIPS(tmp_path / "wrong.pth")
 
 
+@pytest.mark.slow
 def test_is_one_graph(vgg: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

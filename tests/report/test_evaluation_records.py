@@ -108,6 +108,7 @@ def test_bytes_that_are_no_text_are_one_sentence(folder: Path) -> None:
         write_report(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value",
     ["missing", None, -1.5, "x", [1], {"a": 1}, math.inf, 10**400, "\ud83d"],

@@ -253,6 +253,7 @@ def test_our_size_stands_in_its_column() -> None:
     assert table.rows[-1].cells[table.columns.index("Parameters")] == "1.45B"
 
 
+@pytest.mark.slow
 def test_a_comparison_of_forty_runs_stays_small(tmp_path: Any) -> None:
     noise = np.random.default_rng(0)
     (tmp_path / "shared").mkdir()

@@ -301,6 +301,7 @@ def test_flows_are_no_discrete_schedules(name: str) -> None:
         run(name, torch.zeros(4000, dtype=torch.float64), ddim_grid(Schedule(), 5))
 
 
+@pytest.mark.slow
 def test_a_step_from_a_level_that_churn_raised() -> None:
     """As much noise as the level says: the distribution is that of the data whatever the churn."""
     for name in ("euler", "heun", "dpm_2"):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser, Page
 from serving import Served, image_folder, made_study
 
@@ -21,6 +22,7 @@ def choose(page: Page, side: str, *, by_key: bool) -> None:
     page.wait_for_function(f"document.getElementById('progress').value > {done}")
 
 
+@pytest.mark.slow
 def test_a_rater_takes_the_whole_study(browser: Browser, tmp_path: Path) -> None:
     given = image_folder(tmp_path / "inputs", range(8), 900)
     served = Served(made_study(tmp_path, "--checks", "1", "--seconds", "0.2", "--input", str(given)))
@@ -65,6 +67,7 @@ def test_a_rater_takes_the_whole_study(browser: Browser, tmp_path: Path) -> None
     assert "sessions that count" in page.inner_text("body")
 
 
+@pytest.mark.slow
 def test_two_raters_at_once(browser: Browser, tmp_path: Path) -> None:
     served = Served(made_study(tmp_path, "--checks", "0", "--seconds", "0"))
     pages = [browser.new_context().new_page() for _ in range(2)]

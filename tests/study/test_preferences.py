@@ -44,6 +44,7 @@ def simulated(
     return study, sessions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 1.2])
 def test_the_interval_covers_the_truth_in_93_of_100_studies(mean: float) -> None:
     """The truth: the mean over all raters and items of the distribution, by a million draws."""

@@ -192,6 +192,7 @@ def test_light_keeps_the_image_better() -> None:
     assert 0 < error("bsr_light") < error("bsr")
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_small_images(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_scenes(tmp_path / split, 4, (40, 36))

@@ -88,6 +88,7 @@ def asked(task: str) -> dict[str, Any]:
     return {"segmentation": [scene.labels for scene in scenes]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_trains_and_samples(task: str, root: Path) -> None:
     model = trained(root, task)

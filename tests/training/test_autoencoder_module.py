@@ -90,6 +90,7 @@ def test_both_groups_are_updated_with_every_batch(tmp_path: Path) -> None:
     assert (updates(made, "generator"), updates(made, "discriminator")) == (10, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_discriminator_starts_exactly_at_its_step(tmp_path: Path, accumulate: int) -> None:
     for steps, expected in ((4, 0), (5, 1), (10, 6)):
@@ -282,6 +283,7 @@ def test_a_used_codebook_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert not [record for record in caplog.records if "codebook" in record.getMessage()]
 
 
+@pytest.mark.slow
 def test_an_open_window_and_moved_codes_survive_a_restart(tmp_path: Path) -> None:
     rules = {"codebook_decay": 0.9, "restart_below": 0.2}
     for name, steps in (("straight", [8]), ("stopped", [4, 8])):
@@ -424,6 +426,7 @@ def channels_last(rank: int, world: int, out: Path) -> None:
     train(stage(adversary=False, max_steps=4, optimizer=optimizer), out, micro=8 // world, world=world, rank=rank)
 
 
+@pytest.mark.slow
 def test_two_processes_in_a_gpus_memory_format_are_one(tmp_path: Path) -> None:
     assert forked.finish(*forked.group(2, channels_last, tmp_path / "two")) == [0, 0]
     assert forked.finish(forked.start(channels_last, 0, 1, tmp_path / "one")) == [0]

@@ -149,6 +149,7 @@ def test_moved_data_and_another_machine_are_no_change(there: Path, capsys: pytes
     assert "changed option: trainer.max_steps=5 before, 6 now" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.yaml", "model.yaml", "metrics.csv", "provenance.json", "finished.json"])
 @pytest.mark.parametrize("damage", [None, b"", b"[]\n[]\n", b"\xff\xfe\x00\n", b"loss,psnr\n1,2\n3,4\n"])
 def test_checkpoints_are_enough(file: str, damage: bytes | None, there: Path) -> None:
@@ -161,6 +162,7 @@ def test_checkpoints_are_enough(file: str, damage: bytes | None, there: Path) ->
     assert rows("first_stage")["6"]["val/psnr"]
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_anywhere_is_found_and_the_checkpoint_before_is_taken(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +211,7 @@ def test_a_checkpoint_without_a_part_ends_in_a_sentence(part: str, vouched: bool
         train(changed("model", {"trainer.max_steps": 6}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "key"),
     [("optimizers", "denoiser"), ("modules", "denoiser"), ("modules", "latent_scale"), ("averaged", "denoiser")],

@@ -87,6 +87,7 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path: Path) -> None:
     assert max(g.abs().max() for g in one["gradients"].values()) > 1e-2
 
 
+@pytest.mark.slow
 def test_pairs_become_similar_and_others_do_not() -> None:
     stage, batch = make(), pairs()
     before = stage.validate([part(batch, 0, 2), part(batch, 1, 2)])

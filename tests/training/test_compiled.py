@@ -80,6 +80,7 @@ def first_stage(**changes: Any) -> Stage:
     return test_autoencoder_module.stage(start=2, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [denoiser, transformer, first_stage])
 def test_a_compiled_run_is_the_same_run_and_makes_its_graphs_once(
     make: Callable[..., Stage], tmp_path: Path, graphs: CompileCounterWithBackend, capsys: pytest.CaptureFixture[str]
@@ -97,6 +98,7 @@ def test_a_compiled_run_is_the_same_run_and_makes_its_graphs_once(
         torch.testing.assert_close(compiled[part], plain[part], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_both_towers_of_clip_are_compiled(graphs: CompileCounterWithBackend) -> None:
     stage, plain = test_clip_module.make(), test_clip_module.make()
     assert compile_regions(stage) == 2
@@ -188,6 +190,7 @@ def test_more_sizes_than_graphs_are_run_without_them(
     assert caplog.text.count("it runs uncompiled from here on") == 1
 
 
+@pytest.mark.slow
 def test_recorded_passes_are_those_with_gradients_and_steps_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(graph: Any, inputs: Any, mode: str | None = None) -> Any:
         modes.append((mode, torch.is_grad_enabled()))

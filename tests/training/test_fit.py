@@ -334,6 +334,7 @@ def test_what_only_watches_leaves_no_trace(tmp_path: Path) -> None:
     assert table(tmp_path / "plain") == table(tmp_path / "watched")
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_held_is_freed_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     read = Files.load_checkpoint

@@ -22,6 +22,7 @@ def test_killed_runs_end_bit_identical(
     assert "| all |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_result_that_differs_is_one(tmp_path: Path) -> None:
     from kills import GOOD, Run, compare, finish
 

@@ -83,6 +83,7 @@ def distance(found: list[Tensor], expected: list[Tensor], start: list[Tensor]) -
     return float(torch.cat([(f - e).flatten() for f, e in zip(found, expected, strict=True)]).norm() / way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("start", [0, 4])
 def test_the_order_of_the_official_program(tmp_path: Path, start: int, accumulate: int) -> None:

@@ -66,6 +66,7 @@ def equal_after_a_stop(make: Any, tmp_path: Path, **options: Any) -> dict[str, A
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRUE)
 @pytest.mark.parametrize("make", [denoiser, first_stage, codebook])
 def test_true_precisions_resume_bit_for_bit(make: Any, name: str, tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainerSettings, "check_device", lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("make", [denoiser, first_stage])
 def test_the_scale_of_float16_is_saved_and_the_same_for_all_groups(
@@ -155,6 +157,7 @@ def test_an_overflow_leaves_out_the_update_and_halves_the_scale(tmp_path: Path) 
     assert int(gradients["step"]) < 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 def test_groups_see_the_gradients_that_they_would_without_a_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -95,6 +95,7 @@ def own_strategy(rank: int, world: int, make: Callable[[int], Stage], folder: Pa
     train(make(1), folder, 4, world, rank, strategy=built)
 
 
+@pytest.mark.slow
 def test_a_strategy_of_lightning_by_its_target(tmp_path: Path) -> None:
     """As `trainer.strategy={_target_: ...}` gives it."""
     log = tmp_path / "log"
@@ -264,6 +265,7 @@ def test_each_process_has_a_device_of_those_it_sees(visible: int, own: int, monk
     assert pick_device("auto") == (torch.device("cuda", own) if visible else torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_srun_without_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -64,6 +64,7 @@ def test_switched_off_it_is_the_plain_stage() -> None:
     assert not any(map(torch.equal, totals["on"], expected))
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_bit(tmp_path: Path) -> None:
     straight = checkpoint(regularised(max_steps=6), tmp_path / "straight", 6)
     checkpoint(regularised(max_steps=3), tmp_path / "stopped", 3)
@@ -95,6 +96,7 @@ def gradients(rank: int, world: int, out: Path) -> None:
     torch.save(found, out / f"{world}_{rank}.pt")
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_processes(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert forked.finish(*forked.group(2, gradients, tmp_path, log=log)) == [0, 0], log.read_text()

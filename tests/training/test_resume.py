@@ -68,6 +68,7 @@ def latest_keys(path: Path) -> dict[str, list[str]]:
     return {position: keys[-2:] for position, keys in steps.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [with_dropout, muon, two_groups, autoencoder])
 def test_killed_at_any_moment_the_run_ends_bit_identical(make: Callable[[], Stage], tmp_path: Path) -> None:
     assert forked.finish(forked.start(run, make, tmp_path / "straight", tmp_path / "straight.keys", False)) == [0]
@@ -95,6 +96,7 @@ def member(rank: int, world: int, folder: Path, keys: Path, slow: bool) -> None:
     train(two_groups(), folder, 2, world, rank, callbacks)
 
 
+@pytest.mark.slow
 def test_two_killed_processes_end_bit_identical(tmp_path: Path) -> None:
     log, keys = tmp_path / "log", tmp_path / "keys"
     assert forked.finish(*forked.group(2, member, tmp_path / "straight", keys, False, log=log)) == [0, 0]

@@ -104,6 +104,7 @@ def test_shards_of_two_processes_are_the_whole_tensors(folder: Path) -> None:
     assert not list(folder.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_hsdp_writes_each_part_once(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     assert forked.finish(*forked.group(4, save, path, (2, 2))) == [0] * 4

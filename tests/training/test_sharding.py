@@ -189,6 +189,7 @@ def compare(tmp_path: Path, make: Callable[..., Stage], world: int, strategy: st
     close(one["optimizers"]["denoiser"]["state"], many["optimizers"]["denoiser"]["state"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "told", "recompute", "accumulate", "compiled"),
     [
@@ -267,6 +268,7 @@ def built(rank: int, world: int) -> None:
         assert held < 0.6 * sum(p.numel() for p in plain.parameters())
 
 
+@pytest.mark.slow
 def test_networks_that_are_built_sharded_have_the_same_weights(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert forked.finish(*forked.group(2, built, log=log)) == [0, 0], log.read_text()
@@ -348,6 +350,7 @@ def normal(rank: int, world: int, folder: Path) -> None:
     train(made, folder, 2, world, rank, [Normal()], strategy="fsdp")
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_made_normal_after_every_update(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert forked.finish(*forked.group(2, normal, tmp_path / "run", log=log)) == [0, 0], log.read_text()
