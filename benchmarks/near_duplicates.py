@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldmlab.data.duplicates import near_pairs, perceptual_hash
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shards import ShardReader
+from ldmlab.data.splits import near_pairs, perceptual_hash
 from ldmlab.data.tars import image_ending
 from ldmlab.open_image import open_image
 

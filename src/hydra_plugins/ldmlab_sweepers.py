@@ -137,7 +137,7 @@ class OptunaSweeper(GridSweeper):
         distributed.shared(self._end)
 
     def _open(self, swept: list[Any]) -> None:
-        """Create or load the study; InputError if its trials had other options."""
+        """Create or load the study."""
         from hydra.utils import instantiate
 
         from ldmlab.app.commands.sweep_file import distribution
@@ -169,12 +169,17 @@ class OptunaSweeper(GridSweeper):
             raise InputError(
                 f"hydra.sweeper.search.storage={place} cannot hold the study ({_reason(error)}); name another place."
             ) from error
+        self._check_same(swept)
+
+    def _check_same(self, swept: list[Any]) -> None:
+        """InputError if the study's trials had other options, which it keeps."""
         now = [*(word for word in self.fixed if not chooses_a_sweep(word)), *(item.input_line for item in swept)]
         now = sorted([*now, f"metric={self.metric}", f"direction={self.direction}"])
         before = self.study.user_attrs.get("options", now)
         if changed := sorted({*before} ^ {*now}):
             raise InputError(
-                f"the study {name} was started with other options ({changed[0]}); set hydra.sweeper.search.study=NAME."
+                f"the study {self.search.study} was started with other options ({changed[0]}); set "
+                "hydra.sweeper.search.study=NAME."
             )
         self.study.set_user_attr("options", now)
 

@@ -141,3 +141,16 @@ def _holds(values: Mapping[str, Any], condition: str) -> bool:
 
 def _text(value: Any) -> str:
     return shown(list(value) if isinstance(value, tuple) else value)
+
+
+def named_value(word: str) -> tuple[str, Any]:
+    """`form=linear` => its name and value: a number, true, false or a word."""
+    name, equals, text = word.partition("=")
+    if not (name and equals and text):
+        raise InputError(f"sampler=NAME:{word} has no option; write for instance sde:form=linear.")
+    for kind in (int, float):
+        try:
+            return name, kind(text)
+        except ValueError:
+            continue
+    return name, {"true": True, "false": False}.get(text, text)

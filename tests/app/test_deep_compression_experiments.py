@@ -7,7 +7,6 @@ import pytest
 import torch
 from paper_experiments import composed, header, settings
 
-from ldmlab.app.commands.plan import USED, planned
 from ldmlab.app.compose import group_choices
 from ldmlab.app.wiring import train
 from ldmlab.build import load_first_stage
@@ -28,17 +27,6 @@ def test_a_header_is_complete(name: str) -> None:
     assert told["Score"]
     assert told["assumed"]
     assert [x for x in (ROOT / "docs/experiments.md").read_text().splitlines() if x.startswith(f"| `{name}` |")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PHASES)
-def test_a_header_tells_what_the_plan_counts(name: str) -> None:
-    config = composed(name)
-    found = planned(config, 79.2, 1)
-    peak, micro = found["configured_peak_gib"], config["trainer"]["micro_batch"]
-    step = found["tflop_a_step"]
-    assert header(name)["Plan"] == [f"{peak:.1f} GiB of an 80 GB card at micro_batch {micro}, {step:.3g} TFLOP a step"]
-    assert peak <= USED * 79.2
 
 
 def reduced(name: str, root: Path) -> dict[str, Any]:

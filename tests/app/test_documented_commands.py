@@ -1,6 +1,5 @@
 """Every command of the demo, the pages and the experiments' headers parses, composes and names options that exist."""
 
-import importlib
 import re
 import shlex
 from itertools import product
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmlab.app.cli import COMMANDS, FILES, WITH_HYDRA, Parser, add_own_options
+from ldmlab.app.cli import COMMANDS, WITH_HYDRA, parser_of
 from ldmlab.app.commands.demo import flow
 from ldmlab.app.compose import compose, conf_dir, parse_override
 
@@ -42,14 +41,6 @@ def mentioned() -> list[str]:
     return sorted(set(found))
 
 
-def parser_of(command: str) -> Parser:
-    module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(command, command)}")
-    parser = Parser(prog=command)
-    module.add_arguments(parser)
-    add_own_options(parser, command)
-    return parser
-
-
 def check(words: list[str]) -> None:
     """Parse or compose the command without running it; `experiment=...` stands for any."""
     start = next(at for at, word in enumerate(words) if not word.startswith("-") and word not in ("ldmlab", "sbatch"))
@@ -58,7 +49,7 @@ def check(words: list[str]) -> None:
         command = "train"
     if command not in WITH_HYDRA | {"encode"}:
         assert command in COMMANDS
-        parser_of(command).parse_intermixed_args(["X" if word == "..." else word for word in rest])
+        parser_of(command)[0].parse_intermixed_args(["X" if word == "..." else word for word in rest])
         return
     choices = [option for option in rest if not option.startswith("-") and "..." not in option]
     for job in product(*map(swept, choices)) if "-m" in rest else [choices]:
@@ -91,7 +82,7 @@ def test_a_command_in_prose_exists_with_its_options(line: str) -> None:
     assert command in COMMANDS
     options = re.findall(r"(?<=\s)--[a-z][\w-]*", line)
     if options and command not in WITH_HYDRA and command != "encode":
-        known = parser_of(command).format_help()
+        known = parser_of(command)[0].format_help()
         assert [option for option in options if option not in known] == []
 
 

@@ -13,7 +13,7 @@ import ldmlab
 from ldmlab.app.commands.plan import USED, planned
 from ldmlab.app.compose import group_choices
 from ldmlab.app.conditioning import build_conditioners
-from ldmlab.app.plans import backbone_sizes, latent_spec
+from ldmlab.app.plans import latent_spec, sized_backbone
 from ldmlab.app.wiring import train
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import write_model_folder
@@ -80,8 +80,8 @@ def built(name: str) -> tuple[Any, dict[str, Any]]:
         first_stage = instantiate(config["first_stage"], where="first_stage")
         latent = latent_spec(first_stage, config["data"]["image_size"])
         conditioners, _ = build_conditioners(nodes, latent)
-        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"])
-        return instantiate({**config["backbone"], **sizes}, where="backbone"), conditioners
+        node = sized_backbone(config["backbone"], latent, conditioners, config["diffusion"])
+        return instantiate(node, where="backbone"), conditioners
 
 
 @pytest.mark.parametrize("name", MODERN)
@@ -94,7 +94,7 @@ def test_a_network_has_the_official_count(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *(n for n in group_choices("experiment") if n.startswith(PHASES))])
 def test_a_header_tells_what_the_plan_counts(name: str) -> None:
     config = composed(name)
     found = planned(config, 79.2, 1)

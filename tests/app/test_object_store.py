@@ -13,7 +13,7 @@ from ldmlab.app import cli
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.evaluate import evaluate
 from ldmlab.checkpoints import load_checkpoint
-from ldmlab.data import stores
+from ldmlab.data import shards
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
@@ -30,7 +30,7 @@ def s3(flow: Flow) -> Iterator[S3]:
 @pytest.fixture(autouse=True)
 def _own_cache(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDMLAB_SHARDS", str(tmp_path / "shards"))
-    stores._FETCHED.clear()
+    shards._FETCHED.clear()
     s3.faults.planted.clear()
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from ldmlab.app.compose import compose, conf_dir, group_choices, plain
 from ldmlab.app.conditioning import build_conditioners
-from ldmlab.app.plans import backbone_sizes
+from ldmlab.app.plans import sized_backbone
 from ldmlab.contracts import LatentSpec
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.first_stages.identity import Identity
@@ -67,12 +67,12 @@ def test_another_choice_builds(number: int) -> None:
     with torch.device("meta"):
         instantiate(config["first_stage"], where="first_stage")
         conditioners, _ = build_conditioners(config["conditioner"], latent)
-        sizes = backbone_sizes(latent, conditioners, config["backbone"])
+        sized = sized_backbone(config["backbone"], latent, conditioners)
         if config["backbone"]["_target_"].endswith(".MMDiT"):  # which has no form without tokens
-            sizes["context_width"] = sizes["context_width"] or 64
+            sized["context_width"] = sized["context_width"] or 64
         if not config["backbone"].get("project_vector", True):  # takes vectors of its own width alone
-            sizes["vector_width"] = config["backbone"]["width"]
-        instantiate(config["backbone"], where="backbone", **sizes)
+            sized["vector_width"] = config["backbone"]["width"]
+        instantiate(sized, where="backbone")
     instantiate(config["sampler"], where="sampler")
     parts = {"latent_scale": LatentScale(), "conditioners": {}, "guidance_trained": True}
     backbone = Identity()

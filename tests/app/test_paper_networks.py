@@ -11,7 +11,7 @@ from paper_experiments import PAPER, composed, first_stage_experiment, of_stage,
 from torch import nn
 
 from ldmlab.app.conditioning import build_conditioners
-from ldmlab.app.plans import backbone_sizes, latent_spec
+from ldmlab.app.plans import latent_spec, sized_backbone
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.compvis.compvis_conditioners import arguments
 
@@ -35,9 +35,8 @@ def counts(name: str) -> dict[str, int]:
     nodes = {key: complete(node) for key, node in config["conditioner"].items()}
     with torch.device("meta"):
         conditioners, _ = build_conditioners(nodes, latent)
-    sizes = backbone_sizes(latent, conditioners, config["backbone"])
     return {
-        "unet": unet_count(json.dumps({**config["backbone"], **sizes})),
+        "unet": unet_count(json.dumps(sized_backbone(config["backbone"], latent, conditioners))),
         "first_stage": count(first),
         "conditioner": sum(count(module) for module in conditioners.values()),
     }

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drawn_weights import drawn
-from ldmlab.backbones.dit import DiT, modulate
+from ldmlab.backbones.dit import DiT
+from ldmlab.backbones.tokens import modulate
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.interop import dit, lightningdit, repa, sit

@@ -13,7 +13,7 @@ from drawn_weights import drawn, named_normal
 from ldmlab.backbones.edm2_unet import EDM2UNet
 from ldmlab.conditioners.class_label import OneHotClass
 from ldmlab.contracts import Conditioning
-from ldmlab.diffusion.objective import Objective
+from ldmlab.diffusion.diffusion_loss import Objective
 from ldmlab.diffusion.parameterization import EdmPrediction
 from ldmlab.diffusion.paths import EdmPath
 from ldmlab.diffusion.time_sampling import LogNormalSigma

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.backbones.dit import DiT
-from ldmlab.backbones.token_route import TokenRoute, returned, taken
+from ldmlab.backbones.tokens import TokenRoute, returned, taken
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 

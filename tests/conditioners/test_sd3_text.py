@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from conf_files import conf_node
 from ldmlab.app.conditioning import build_conditioners
-from ldmlab.app.plans import backbone_sizes
+from ldmlab.app.plans import sized_backbone
 from ldmlab.contracts import Conditioning, LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
@@ -53,9 +53,9 @@ def test_a_run_of_ones_own(tmp_path: Path) -> None:
         build_conditioners({"text": small()}, LATENT)
     assert instantiate(nodes["text"], where="conditioner").state_dict().keys() == source.state_dict().keys()
     node = {**conf_node("backbone", "mmdit_s_2"), "width": 32, "depth": 1, "heads": 2}
-    sizes = backbone_sizes(LATENT, modules, node)
-    assert (sizes["context_width"], sizes["vector_width"], sizes["pooled_width"]) == (48, None, 56)
-    network: Any = instantiate({**node, **sizes}, where="backbone")
+    node = sized_backbone(node, LATENT, modules)
+    assert (node["context_width"], node["vector_width"], node["pooled_width"]) == (48, None, 56)
+    network: Any = instantiate(node, where="backbone")
     x = torch.randn(2, 4, 8, 8)
     assert network(x, torch.tensor([1.0, 500.0]), Conditioning(tokens=tokens)).shape == x.shape
 

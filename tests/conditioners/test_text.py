@@ -14,7 +14,8 @@ from ldmlab.conditioners.text import OpenClipText, open_clip_text
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
-from ldmlab.nn.openclip import TextTower, build_clip
+from ldmlab.nn.openclip import build_clip
+from ldmlab.nn.openclip_towers import TextTower
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 24,

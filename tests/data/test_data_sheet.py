@@ -12,9 +12,9 @@ from scipy.fft import dctn
 
 from ldmlab.app.cli import dispatch
 from ldmlab.data.data_sheet import carry_sheet, data_record, find_sheet
-from ldmlab.data.duplicates import NEAR_BITS, near_pairs, perceptual_hash, repeats
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shard_data import ShardData
+from ldmlab.data.splits import NEAR_BITS, near_pairs, perceptual_hash, repeats
 from refusals import refusal
 
 RANDOM = np.random.default_rng(0)

@@ -1,6 +1,5 @@
 """Tars made by others: read as they are, faults named before anything is written."""
 
-import argparse
 import gzip
 import io
 import json
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ldmlab.app.commands import index as command
+from ldmlab.app.cli import dispatch
 from ldmlab.data.decode import sample_fields
 from ldmlab.data.index_tars import index_tars
 from ldmlab.data.manifest import Manifest, check_shards, read_manifest, write_manifest
@@ -135,9 +134,7 @@ def test_all_broken_tars_are_counted(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _img2dataset(tmp_path / "in/00000.tar", 2)
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args([str(tmp_path / "in"), "--workers", "1", "--licence", "CC BY 4.0"]))
+    dispatch(["index", str(tmp_path / "in"), "--workers", "1", "--licence", "CC BY 4.0"])
     assert "2 samples, 1 shards" in " ".join(capsys.readouterr().err.split())
     manifest = read_manifest(tmp_path / "in")
     assert (manifest.source, manifest.licence) == ("in", "CC BY 4.0")

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from ldmlab.app.cli import dispatch
-from ldmlab.data.duplicates import perceptual_hash
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shards import ShardReader
+from ldmlab.data.splits import perceptual_hash
 from refusals import refusal
 
 PLACE = "https://example.org/{}.png"

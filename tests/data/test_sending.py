@@ -8,7 +8,7 @@ import pytest
 from shard_maker import toy_image, write_shards
 
 from ldmlab.app.cli import dispatch
-from ldmlab.data import stores
+from ldmlab.data import shards
 from ldmlab.data.output_folder import Destination
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
@@ -24,7 +24,7 @@ def s3() -> Iterator[S3]:
 @pytest.fixture(autouse=True)
 def _own_cache(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDMLAB_SHARDS", str(tmp_path / "shards"))
-    stores._FETCHED.clear()
+    shards._FETCHED.clear()
     s3.faults.planted.clear()
     s3.faults.puts.clear()
 

@@ -13,12 +13,11 @@ import torch
 from shard_maker import write_shards
 
 from ldmlab import instantiate
-from ldmlab.data import stores
+from ldmlab.data import shards
 from ldmlab.data.manifest import read_manifest
 from ldmlab.data.shard_cache import ShardCache
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.shards import ShardReader
-from ldmlab.data.stores import Store, manifest_of, shards_at
+from ldmlab.data.shards import ShardReader, Store, manifest_of, shards_at
 from ldmlab.errors import InputError
 from s3_server import S3, running_s3
 
@@ -42,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forget(s3: S3) -> None:
-    stores._FETCHED.clear()
+    shards._FETCHED.clear()
     s3.faults.planted.clear()
     s3.faults.gets.clear()
     s3.faults.puts.clear()
@@ -158,7 +157,7 @@ def test_faults_of_the_place(s3: S3, folder: Path, tmp_path: Path, monkeypatch: 
         with pytest.raises(InputError, match=r"data.train") as caught:
             data_at(place, tmp_path).train_dataset()
         assert words in str(caught.value), str(caught.value)
-    stores._FETCHED.clear()
+    shards._FETCHED.clear()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     s3.faults.gets.clear()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Denoise, Level
-from ldmlab.diffusion.gradient_guidance import ClassifierGuider, ImageGuider, guided_by_noisy, shrunk, squared_error
+from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, guided_by_noisy, shrunk, squared_error
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction
@@ -113,7 +113,7 @@ def gaussian(x: Tensor, level: Level) -> Tensor:
 
 def pulled(x: Tensor, level: Level, weight: float) -> Tensor:
     """`gaussian` with the image guider on linear pixels; x (B, 4, 1, 1)."""
-    from ldmlab.diffusion.gradient_guidance import guided_by_clean
+    from ldmlab.diffusion.guidance import guided_by_clean
 
     def log_likelihood(clean: Tensor) -> Tensor:
         return -squared_error((clean.flatten(1) @ MATRIX.T)[:, :, None, None], TARGET[None, :, None, None])

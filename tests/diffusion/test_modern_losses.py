@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.diffusion_loss import ContrastiveLoss, CosineLoss, MultiScaleLoss, VariationalLoss
+from ldmlab.diffusion.diffusion_loss import ContrastiveLoss, CosineLoss, MultiScaleLoss, Objective, VariationalLoss
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
-from ldmlab.diffusion.objective import Objective
 from ldmlab.diffusion.parameterization import (
     CleanPrediction,
     EdmPrediction,

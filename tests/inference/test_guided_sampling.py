@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldmlab.app.guiders import image_guider
 from ldmlab.backbones.unet import UNet
 from ldmlab.conditioners.low_resolution import LowResolution
-from ldmlab.diffusion.gradient_guidance import shrunk, squared_error
+from ldmlab.diffusion.guidance import shrunk, squared_error
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.latent_space import LatentScale
 from ldmlab.diffusion.parameterization import EpsPrediction

@@ -15,8 +15,7 @@ from ldmlab.app.cli import dispatch
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.interop import compvis
-from ldmlab.interop.compvis import compvis_networks
-from ldmlab.interop.compvis.compvis_read import describe
+from ldmlab.interop.compvis import compvis_networks, describe
 from ldmlab.interop.diffusers.diffusers_networks import unet_part
 from ldmlab.interop.diffusers.diffusers_unets import configuration
 

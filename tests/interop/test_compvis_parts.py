@@ -15,7 +15,7 @@ from ldmlab.backbones.unet import UNet
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.interop import compvis
-from ldmlab.interop.compvis.compvis_read import describe
+from ldmlab.interop.compvis import describe
 
 FOLDER = ASSETS / "compvis"
 CASES: dict[str, Any] = {

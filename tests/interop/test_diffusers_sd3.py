@@ -14,13 +14,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import ldmlab
 from ldmlab.app.cli import dispatch
-from ldmlab.conditioners.sd3_text import Sd3Text
+from ldmlab.conditioners.sd3_text import Sd3Text, T5Encoder
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.interop import diffusers
 from ldmlab.interop.diffusers.diffusers_texts import write_clip_files
 from ldmlab.model_files import write_model_folder
-from ldmlab.nn.t5 import T5Encoder
 from modern_cases import assert_near
 from refusals import refusal
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from drawn_weights import drawn
 from ldmlab.contracts import Level
 from ldmlab.diffusion.alignment import Alignment
-from ldmlab.diffusion.objective import Objective
+from ldmlab.diffusion.diffusion_loss import Objective
 from ldmlab.diffusion.parameterization import EpsPrediction, Parameterization, VelocityPrediction
 from ldmlab.diffusion.paths import CosinePath, LinearPath
 from ldmlab.diffusion.schedule import Schedule

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmlab.backbones.dit import gained_norm
+from ldmlab.backbones.tokens import gained_norm
 from ldmlab.nn.attention import PixelAttention, SpatialTransformer, by_products
 from ldmlab.nn.blocks import GroupNorm, LayerNorm, ResBlock
 from ldmlab.nn.openclip import build_clip

@@ -26,10 +26,10 @@ from ldmlab.first_stages.vq import QuantisedAutoencoder, VQModel
 from ldmlab.losses.adversary import Adversary
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
+from ldmlab.metrics.reconstruction import CodebookWindow
 from ldmlab.training.autoencoder_module import AutoencoderStage
-from ldmlab.training.codebook_window import CodebookWindow
-from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.optim import AdamW
+from ldmlab.training.optimizer_groups import MeanGradients
 
 NETWORK: dict[str, Any] = {
     "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "latent_channels": 2, "norm_groups": 4

@@ -15,7 +15,7 @@ from ldmlab import distributed
 from ldmlab.backbones.latent_classifier import LatentClassifier
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.contracts import Level
-from ldmlab.diffusion.gradient_guidance import ClassifierGuider
+from ldmlab.diffusion.guidance import ClassifierGuider
 from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError

@@ -24,7 +24,7 @@ from ldmlab.inference.model import LoadedModel
 from ldmlab.losses.patch_discriminator import PatchDiscriminator
 from ldmlab.nn import compiling
 from ldmlab.nn.compiling import compile_regions, region, regions, wanted
-from ldmlab.training.callbacks.compiled import Compiled, check_graphs
+from ldmlab.training.engine import Compiled, check_graphs
 from ldmlab.training.stage import Stage
 from sampling_models import tiny_model
 

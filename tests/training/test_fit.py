@@ -25,9 +25,9 @@ from ldmlab.training.callbacks.panels import Panels
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.callbacks.throughput import Throughput
 from ldmlab.training.checkpointing import Checkpoints, Files
+from ldmlab.training.data_module import first_images
 from ldmlab.training.fit import load_initial_weights
 from ldmlab.training.loggers import read_metrics
-from ldmlab.training.panel_images import first_images
 from ldmlab.training.settings import TrainerSettings, trainer_node
 
 

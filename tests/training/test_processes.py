@@ -22,10 +22,10 @@ from ldmlab.errors import InputError
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.instantiate import instantiate
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
-from ldmlab.training import gradients
+from ldmlab.training import optimizer_groups
 from ldmlab.training.autoencoder_module import AutoencoderStage
 from ldmlab.training.engine import Launched, make_trainer
-from ldmlab.training.gradients import MeanGradients
+from ldmlab.training.optimizer_groups import MeanGradients
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
@@ -194,7 +194,7 @@ def linear(rank: int, world: int) -> None:
 
 @pytest.mark.parametrize(("check", "bucket"), [(some_gradients, 7), (overlapped, 32), (linear, 40)])
 def test_gradients_are_averaged_in_buckets(check: Any, bucket: int, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(gradients, "_BUCKET_ELEMENTS", bucket)
+    monkeypatch.setattr(optimizer_groups, "_BUCKET_ELEMENTS", bucket)
     log = tmp_path / "log"
     assert forked.finish(*forked.group(2, check, log=log)) == [0, 0], log.read_text()
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from toy_stages import TwoGroups, settings
 
 from ldmlab.training.engine import rates_line, summary
-from ldmlab.training.step_progress import StepProgress, duration
+from ldmlab.training.step_metrics import StepProgress, duration
 
 
 def run(console: Console, shown: bool = True) -> str:

@@ -20,7 +20,7 @@ from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.latent_regularisers import LatentRegularisers
 from ldmlab.losses.vision_alignment import VisionAlignment
 from ldmlab.training.autoencoder_module import AutoencoderStage
-from ldmlab.training.gradients import MeanGradients
+from ldmlab.training.optimizer_groups import MeanGradients
 
 EVERYTHING: dict[str, Any] = {
     "equivariance": 0.5, "low_resolution": 0.5, "least_scale": 0.75, "noise": 0.3, "masked": 0.5

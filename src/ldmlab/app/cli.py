@@ -1,13 +1,15 @@
 """The `ldmlab` command: one subcommand a step of the flow; a subcommand's code is imported only when it runs.
 
-A file of commands/ has add_arguments(parser), for which nothing heavy may be imported, and run(args), which may return
-an exit code; its docstring but for the first sentence stands below the options in the help.
+A file of commands/ has add_arguments(parser), if there are any, for which nothing heavy may be imported, and run(args),
+which may return an exit code; its docstring but for the first sentence stands below the options in the help. A file of
+several commands has add_NAME and run_NAME, and the docstring of run_NAME stands there.
 """
 
 import argparse
 import errno
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
@@ -53,8 +55,10 @@ COMMANDS = {
     "demo": "the whole flow on the images shipped in the repository",
 }
 FILES = {  # of another name
-    "import": "import_model",
-    "data-sheet": "sheet",
+    **dict.fromkeys(("scenes", "index", "data-sheet", "encode"), "shards"),
+    **dict.fromkeys(("models", "fetch", "import"), "published"),
+    **dict.fromkeys(("average", "card", "export"), "given_away"),
+    **dict.fromkeys(("report", "dashboard"), "comparisons"),
     "first-stage": "first_stage",
     "sweep-file": "sweep_file",
     "verify": "verify_images",
@@ -164,24 +168,29 @@ def dispatch(arguments: list[str]) -> int:
         else:
             hydra_main(name, _train if name == "train" else _evaluate)
         return 0
-    module = importlib.import_module(f"ldmlab.app.commands.{FILES.get(name, name)}")
-    parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
-    parser.epilog = (module.__doc__ or "").partition("\n\n")[2].strip()
-    module.add_arguments(parser)
-    add_own_options(parser, name)
+    parser, run = parser_of(name)
     args = parser.parse_intermixed_args(rest)
     if args.plugins:
         allow(args.plugins, "--plugins")
     folder = getattr(args, "config_dir", None)
     with searching(["--config-dir", folder]) if folder else nullcontext():
-        return module.run(args) or 0
+        return run(args) or 0
 
 
-def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options for a user's own packages and files, the same for every command."""
+def parser_of(name: str) -> tuple[Parser, Callable[[argparse.Namespace], int | None]]:
+    """A command's options, with those for a user's own packages and files; and what runs it."""
+    module, own = importlib.import_module(f"ldmlab.app.commands.{FILES.get(name, name)}"), name.replace("-", "_")
+    run, add = getattr(module, f"run_{own}", None), getattr(module, f"add_{own}", None)
+    text = module if run is None else run
+    run, add = run or module.run, add or getattr(module, "add_arguments", None)
+    parser = Parser(prog=f"ldmlab {name}", description=COMMANDS[name], formatter_class=argparse.RawTextHelpFormatter)
+    parser.epilog = (inspect.getdoc(text) or "").partition("\n\n")[2].strip()
+    if add is not None:
+        add(parser)
     parser.add_argument("--plugins", metavar="NAMES", help="packages of yours that folders may name: mylab,other")
     if name in COMPOSING:
         parser.add_argument("--config-dir", metavar="FOLDER", help="groups of your own: FOLDER/backbone/mine.yaml")
+    return parser, run
 
 
 def at_least(args: argparse.Namespace, **least: int) -> None:

@@ -162,6 +162,9 @@ def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> E
 
     if isinstance(error, InputError):
         return error
+    if type(error).__module__.startswith("submitit."):
+        line = " ".join(str(error).split())[-500:].rstrip(".")
+        return InputError(f"launcher=slurm: {line}; logs are in the folder .submitit of paths.runs.")
     text = "it nests too deeply, or is among its own defaults" if isinstance(error, RecursionError) else str(error)
     if "override must be a string or a list. Got NoneType" in text:
         empty = next((key for key in (word.partition("=null")[0] for word in overrides) if key in groups()), "a group")

@@ -17,7 +17,7 @@ from ldmlab.instantiate import instantiate, trust_typed
 from ldmlab.nn import attention
 from ldmlab.nn.compiling import regions
 from ldmlab.plugins import allow
-from ldmlab.training.callbacks.compiled import check_graphs
+from ldmlab.training.engine import check_graphs
 from ldmlab.training.settings import TrainerSettings, trainer_node
 from ldmlab.training.stage import Stage
 from ldmlab.training.strategies import shards

@@ -19,7 +19,7 @@ from ldmlab import distributed
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conditioning import build_conditioners, context_widths
 from ldmlab.app.encode_splits import encode_splits
-from ldmlab.app.plans import backbone_sizes, latent_spec
+from ldmlab.app.plans import latent_spec, sized_backbone
 from ldmlab.app.wiring import train
 from ldmlab.build import LoadedFirstStage, load_first_stage
 from ldmlab.contracts import LatentSpec
@@ -86,8 +86,8 @@ class Factor:
     @cached_property
     def cost(self) -> DenoiserCost:
         conditioners, backbone = build_conditioners(self.config["conditioner"], self.latent)[0], self.config["backbone"]
-        sizes = backbone_sizes(self.latent, conditioners, backbone)
-        return denoiser_cost({**backbone, **sizes}, self.latent, context_widths(conditioners, self.latent))
+        sized = sized_backbone(backbone, self.latent, conditioners)
+        return denoiser_cost(sized, self.latent, context_widths(conditioners, self.latent))
 
     @property
     def images_per_step(self) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 
 from ldmlab.build import load_classifier
 from ldmlab.contracts import Guider
-from ldmlab.diffusion.gradient_guidance import ClassifierGuider, ImageGuider, squared_error
+from ldmlab.diffusion.guidance import ClassifierGuider, ImageGuider, squared_error
 from ldmlab.diffusion.schedule import as_path, same_path
 from ldmlab.errors import InputError, one_of
-from ldmlab.inference.inputs import row
+from ldmlab.inference.input_images import row
 from ldmlab.inference.model import LoadedModel
 from ldmlab.inference.weak_model import of_other_latents
 from ldmlab.instantiate import instantiate

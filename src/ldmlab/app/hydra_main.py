@@ -51,9 +51,6 @@ def hydra_main(config_name: str, job: Callable[[Any], Any]) -> None:
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
         except Exception as error:
-            if type(error).__module__.startswith("submitit."):
-                line = " ".join(str(error).split())[-500:].rstrip(".")
-                raise InputError(f"launcher=slurm: {line}; logs are in the folder .submitit of paths.runs.") from error
             raise explained(error, config_name, overrides) from error
     if failed and not several:  # a sweeper raises what failed in its runs
         raise failed[0]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ldmlab.app.alignment_plan import alignment_of, first_stage_with_encoder
 from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import (
-    backbone_sizes,
     check_divides,
     check_size_step,
     check_stage_options,
     latent_spec,
+    sized_backbone,
     task_node,
 )
 from ldmlab.app.teacher import taught
@@ -93,8 +93,7 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     given = {name: _untrained(node) for name, node in config["conditioner"].items()}
     with torch.device("meta"):
         conditioners, _ = build_conditioners(given, latent)
-        sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"])
-        node = {**config["backbone"], **sizes}
+        node = sized_backbone(config["backbone"], latent, conditioners, config["diffusion"])
         backbone = instantiate(node, where="backbone")
     for conditioner in conditioners.values():
         if hasattr(getattr(conditioner, "tokenizer", None), "path"):  # of a vocabulary that may not be here
@@ -109,13 +108,12 @@ def _diffusion(config: Config, options: dict[str, Any]) -> Made:
     with torch.device("meta"):
         given = {name: _untrained(node) for name, node in (config["encoder"] or {}).items()}
         alignment = alignment_of({**config, "encoder": given}, model, latent, None)
-    names = ("latent_scale", "panel_steps")
     stage = DiffusionStage(
         diffusion=model,
         sampler=None,  # type: ignore[arg-type]  # draws panels only
         grid=[],
         alignment=alignment,
-        **{k: v for k, v in options.items() if k not in names},
+        **{k: v for k, v in options.items() if k not in ("latent_scale", "panel_steps")},
     )
     parts = {"denoiser": backbone, "conditioners": model.conditioners, "frozen first stage": first_stage}
     if alignment is not None:

@@ -84,8 +84,7 @@ def diffusion(config: Config, data: ShardData, options: dict[str, Any]) -> Plan:
     teacher, scale_choice = Teacher.of(config), options.pop("latent_scale")
     lent = None if teacher is None else teacher.lend(first_stage, conditioners)
     check_fields_given(conditioners, data)
-    sizes = backbone_sizes(latent, conditioners, config["backbone"], config["diffusion"])
-    backbone_node = {**config["backbone"], **sizes}
+    backbone_node = sized_backbone(config["backbone"], latent, conditioners, config["diffusion"])
     scale_node = lent or latent_scale_node(scale_choice, first_stage, data, manifest)
     spec = {
         "kind": "latent_diffusion",
@@ -256,10 +255,10 @@ def measure(first_stage: Any, data: ShardData) -> dict[str, Any]:
     return statistics.summary()
 
 
-def backbone_sizes(
-    latent: LatentSpec, conditioners: Mapping[str, Any], node: Config, diffusion: Config | None = None
+def sized_backbone(
+    node: Config, latent: LatentSpec, conditioners: Mapping[str, Any], diffusion: Config | None = None
 ) -> dict[str, Any]:
-    """Channels, widths and numbers that follow from the latent, the conditioning and the diffusion."""
+    """The node with channels, widths and numbers that follow from the latent, the conditioning and the diffusion."""
     outputs, numbers = 1, 0
     if diffusion is not None:
         outputs = getattr(locate(diffusion["prediction"], where="diffusion.prediction"), "outputs", 1)
@@ -275,4 +274,4 @@ def backbone_sizes(
         **({"numbers": numbers} if numbers else {}),
         **({"pooled_width": pooled[0]} if pooled else {}),
     }
-    return {name: value for name, value in sizes.items() if accepts(node, name, where="backbone")}
+    return {**node, **{name: value for name, value in sizes.items() if accepts(node, name, where="backbone")}}

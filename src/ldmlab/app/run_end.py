@@ -12,7 +12,7 @@ from ldmlab.report.page_content import ARROW, DASH
 from ldmlab.report.score_curves import read_curves
 from ldmlab.report.score_lines import control_text, described, features_text, warnings_of
 from ldmlab.training.stage import Stage
-from ldmlab.training.step_progress import duration
+from ldmlab.training.step_metrics import duration
 from ldmlab.training.validation import validation_line
 
 _SHOWN = 6  # numbers in a line

@@ -13,18 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.middles import chosen_block
-from ldmlab.backbones.token_route import TokenRoute, returned, taken
+from ldmlab.backbones.tokens import (
+    EPSILON,
+    TIME_CHANNELS,
+    TokenRoute,
+    chosen_block,
+    gained_norm,
+    modulate,
+    plain_norm,
+    returned,
+    taken,
+    unpatched,
+)
 from ldmlab.backbones.unet import check_sizes, vector_projection
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import KeysValues, TokenAttention, attend
-from ldmlab.nn.blocks import MLP, LayerNorm, RMSNorm, SwiGLU, timestep_embedding, zero
+from ldmlab.nn.blocks import MLP, LayerNorm, SwiGLU, timestep_embedding, zero
 from ldmlab.nn.compiling import region
 from ldmlab.nn.positions import Rotation, number_embedding, rotary, rotate, sine_cosine
 
-_EPSILON = 1e-6  # of every norm but LayerNorm on queries and keys, which has 1e-5
-TIME_CHANNELS = 256
 Context = Literal["cross", "in_context", "both"]
 Norm = Callable[[int], nn.Module]
 
@@ -54,12 +62,6 @@ class SelfAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return self.out(attend(q.to(v.dtype), k.to(v.dtype), v))
-
-
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """x (B, N, D), shift and scale (B, D) => x (1 + scale) + shift."""
-    x = x * (1 + scale[:, None])
-    return x if shift is None else x + shift[:, None]
 
 
 @region
@@ -149,7 +151,7 @@ class DiT(nn.Module):
         rotary_positions: bool = False,  # rotary positions, beside the sines and cosines added to the patches
         qk_norm: bool = False,  # norms on queries and keys
         shift: bool = True,  # blocks shift as well as scale
-        mlp_norm_eps: float = _EPSILON,  # of the LayerNorm before the MLPs; diffusers' converted weights: 1e-5
+        mlp_norm_eps: float = EPSILON,  # of the LayerNorm before the MLPs; diffusers' converted weights: 1e-5
         frequency_shift: int = 0,  # of the time embedding's frequencies; diffusers' DiTTransformer2DModel: 1
         unused_half: bool = False,  # twice the output channels, the second half dropped (SiT's learn_sigma)
         route: tuple[int, int] | None = None,  # first and last block, from 1, that patches skip in training; None: none
@@ -164,14 +166,11 @@ class DiT(nn.Module):
         self.width, self.head_width, self.frequency_shift = width, width // heads, frequency_shift
         self.rotary_positions, self.gradient_checkpointing = rotary_positions, gradient_checkpointing
         self.route = None if route is None else TokenRoute(*route, route_share).checked(depth)
-        norm, mlp_norm, norm_qk = _norms(rms_norm, qk_norm, mlp_norm_eps)
-        crossing, mlp = context_width if context != "in_context" else None, SwiGLU if swiglu else MLP
+        norms, mlp = _norms(rms_norm, qk_norm, mlp_norm_eps), partial(SwiGLU if swiglu else MLP, width, mlp_ratio)
+        crossing = context_width if context != "in_context" else None
         self._make_inputs(project_vector, numbers)
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, heads, crossing, mlp(width, mlp_ratio), norm, mlp_norm, norm_qk, shift)
-            for _ in range(depth)
-        )
-        self._make_output(norm, (1 + unused_half) * out_channels)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, crossing, mlp(), *norms, shift) for _ in range(depth))
+        self._make_output(norms[0], (1 + unused_half) * out_channels)
         self._initialise()
 
     def _make_inputs(self, project_vector: bool, numbers: int) -> None:
@@ -295,17 +294,3 @@ class DiT(nn.Module):
             rotation = rotary(rows, columns, self.head_width, device) if self.rotary_positions else None
             self._positions[key] = added, rotation
         return self._positions[key]
-
-
-def unpatched(tokens: Tensor, p: int, rows: int, columns: int) -> Tensor:
-    """(B, rows columns, p p C) => (B, C, p rows, p columns)."""
-    out = tokens.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, p, p, C)
-    return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def plain_norm(width: int, eps: float = _EPSILON) -> nn.Module:
-    return LayerNorm(width, eps=eps, elementwise_affine=False)
-
-
-def gained_norm(width: int) -> nn.Module:
-    return RMSNorm(width, eps=_EPSILON)

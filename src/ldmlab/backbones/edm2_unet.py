@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.middles import only_middle
-from ldmlab.backbones.unet import check_sizes, check_slots
+from ldmlab.backbones.unet import check_sizes, check_slots, only_middle
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend, to_map, to_tokens
@@ -172,14 +171,16 @@ class EDM2UNet(ChannelsLast):
         self.size_step, self.gradient_checkpointing = 2 ** (len(widths) - 1), gradient_checkpointing
         self.head_channels, self.vector_balance = head_channels, vector_balance
         self.emb_width = emb_channels or max(widths)
-        self.fourier = MPFourier(noise_channels or model_channels)
-        self.noise = MPConv(noise_channels or model_channels, self.emb_width)
-        self.vector = MPConv(vector_width, self.emb_width) if vector_width else None
-        self.numbers = number_embedding(numbers, self.emb_width)
+        self._make_embedding(noise_channels or model_channels, numbers)
         self.balances = Balances(
             residual_balance, attention_balance, concat_balance, tuple(resample_filter), dropout, clip
         )
         self._build(widths, num_res_blocks, set(attention_downsampling), middle_attention)
+
+    def _make_embedding(self, noise_channels: int, numbers: int) -> None:
+        self.fourier, self.noise = MPFourier(noise_channels), MPConv(noise_channels, self.emb_width)
+        self.vector = MPConv(self.vector_width, self.emb_width) if self.vector_width else None
+        self.numbers = number_embedding(numbers, self.emb_width)
 
     def _build(self, widths: Sequence[int], per_level: int, at: set[int], middle_attention: bool) -> None:
         def block(width_in: int, width: int, level: int, role: Role) -> EDM2Block:

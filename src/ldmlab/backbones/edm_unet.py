@@ -137,7 +137,6 @@ class EdmUNet(ChannelsLast):
         self._make_inputs(noise_channels if self.song else emb_channels, numbers)
         widths = [model_channels * m for m in channel_mult]
         self._build(widths, model_channels, num_res_blocks, set(attention_downsampling), middle_attention)
-        self._initialise()
 
     def _make_inputs(self, label_to: int, numbers: int) -> None:
         """Layers for numbers and the parts of the vector."""
@@ -171,6 +170,7 @@ class EdmUNet(ChannelsLast):
         self.convs_out = nn.ModuleList(zero(conv3(width, self.out_channels)) for width in shown)
         ends = [(i + 1) * (per_level + 2) for i in range(len(widths))]  # the last block of each level of the way up
         self.exits = ends if self.decoder_kind == "skip" else ends[-1:]
+        self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:

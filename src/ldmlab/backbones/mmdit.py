@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.dit import TIME_CHANNELS, gained_norm, modulate, plain_norm, unpatched
-from ldmlab.backbones.middles import chosen_block
+from ldmlab.backbones.tokens import TIME_CHANNELS, chosen_block, gained_norm, modulate, plain_norm, unpatched
 from ldmlab.backbones.unet import check_sizes
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.middles import only_middle
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import CrossKV, PixelAttention, SpatialTransformer
@@ -82,6 +81,11 @@ class Blocks:
     asymmetric: bool = False
     group: str = "backbone"  # of the options, in messages
 
+    def __post_init__(self) -> None:
+        if (self.heads is None) == (self.head_channels is None):
+            both = f"{self.group}.heads={self.heads} and {self.group}.head_channels={self.head_channels}"
+            raise InputError(f"{both}: give exactly one.")
+
     def res_block(self, width_in: int, width: int, resample: Callable[..., Tensor] | None = None) -> ResBlock:
         options = {"dropout": self.dropout, "scale_shift": self.scale_shift}
         return ResBlock(width_in, width, self.emb_width, resample=resample, **options)  # type: ignore[arg-type]
@@ -140,8 +144,6 @@ class UNet(ChannelsLast):
         gradient_checkpointing: bool = False,  # recompute blocks in the backward pass: less memory, a third more time
     ) -> None:
         super().__init__()
-        if (heads is None) == (head_channels is None):
-            raise InputError(f"backbone.heads={heads} and backbone.head_channels={head_channels}: give exactly one.")
         check_sizes(1, model_channels=model_channels, channel_mult=min(channel_mult, default=0), heads=heads)
         check_sizes(1, head_channels=head_channels, transformer_depth=transformer_depth)
         check_sizes(0, num_res_blocks=num_res_blocks, frequency_shift=frequency_shift)
@@ -283,3 +285,10 @@ def vector_projection(width: int | None, time_width: int, project: bool) -> nn.M
     if width is None:
         return None
     return nn.Linear(width, time_width) if project else nn.Identity()
+
+
+def only_middle(block: int | None, middle: nn.Module) -> nn.Module:
+    """The module; InputError for another block."""
+    if block is not None:
+        raise InputError(f"alignment.block={block}: of a U-Net its middle is aligned; leave it out.")
+    return middle

@@ -16,7 +16,7 @@ from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
-from ldmlab.nn.openclip_image import ImageTower, build_image_tower
+from ldmlab.nn.openclip_towers import ImageTower, build_image_tower
 from ldmlab.nn.pixels import to_float
 
 

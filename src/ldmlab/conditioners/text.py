@@ -24,7 +24,8 @@ from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 from ldmlab.files import weights_folder
 from ldmlab.nn.attention import TransformerEncoder
-from ldmlab.nn.openclip import ClipTokens, TextTower, build_clip, build_text_tower, make_tokenizer
+from ldmlab.nn.openclip import ClipTokens, build_clip, make_tokenizer
+from ldmlab.nn.openclip_towers import TextTower, build_text_tower
 
 _CHUNK = 64  # captions encoded at once on an accelerator
 

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from ldmlab.data.decode import CAPTION, sample_fields
-from ldmlab.data.duplicates import NEAR_BITS, perceptual_hash, repeats
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.shards import ShardReader
-from ldmlab.data.stores import Folder, Store
+from ldmlab.data.shards import Folder, ShardReader, Store
+from ldmlab.data.splits import NEAR_BITS, perceptual_hash, repeats
 from ldmlab.data.tars import image_ending
 from ldmlab.data.workers import in_order
 from ldmlab.errors import InputError

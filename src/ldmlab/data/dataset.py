@@ -17,8 +17,7 @@ from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import Place, SequentialOrder, image_random
 from ldmlab.data.sample_values import field_value, kept_by, sample_values
 from ldmlab.data.shard_cache import Ahead
-from ldmlab.data.shards import ShardLost, ShardReader
-from ldmlab.data.stores import Folder, check_there, manifest_of
+from ldmlab.data.shards import Folder, ShardLost, ShardReader, check_there, manifest_of
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
 from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, maker_of

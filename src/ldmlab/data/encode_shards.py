@@ -22,8 +22,7 @@ from ldmlab.data.loaders import IndexBatches, QuietLoader
 from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, read_manifest, statistics_digest, write_manifest
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.shards import ShardLost, ShardReader
-from ldmlab.data.stores import Folder, check_there, manifest_of
+from ldmlab.data.shards import Folder, ShardLost, ShardReader, check_there, manifest_of
 from ldmlab.data.tars import Files, image_ending, tar_bytes
 from ldmlab.disks import FileLock, disk_errors, locked
 from ldmlab.errors import InputError

@@ -12,7 +12,7 @@ from ldmlab.data.manifest import Manifest, write_manifest
 from ldmlab.data.output_folder import BAD, Destination
 from ldmlab.data.shard_cache import ShardCache, shards_folder
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.stores import Folder, Store, manifest_of, shards_at
+from ldmlab.data.shards import Folder, Store, manifest_of, shards_at
 from ldmlab.data.tars import IMAGE_ENDINGS, image_ending, parse_sample, scan_tar
 from ldmlab.data.transfers import is_address
 from ldmlab.data.workers import in_order

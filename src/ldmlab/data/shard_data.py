@@ -15,7 +15,7 @@ from ldmlab.data.loaders import Skipped, eval_loader, position_loader
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder, training_batches
 from ldmlab.data.shard_cache import ShardCache, shards_folder
-from ldmlab.data.stores import Folder, Store, manifest_of, shards_at
+from ldmlab.data.shards import Folder, Store, manifest_of, shards_at
 from ldmlab.errors import InputError, check_side, one_of
 
 logger = logging.getLogger(__name__)

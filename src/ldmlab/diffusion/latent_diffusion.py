@@ -25,11 +25,10 @@ from ldmlab.contracts import (
     TimeSampling,
     Weighting,
 )
+from ldmlab.diffusion.diffusion_loss import Objective
 from ldmlab.diffusion.given_image import GivenImage
-from ldmlab.diffusion.gradient_guidance import with_signal
-from ldmlab.diffusion.guidance import Guidance, check_guidance, stacked
-from ldmlab.diffusion.latent_space import LatentScale, LatentSpace
-from ldmlab.diffusion.objective import Objective
+from ldmlab.diffusion.guidance import Guidance, check_guidance, stacked, with_signal
+from ldmlab.diffusion.latent_space import LatentScale, LatentSpace, check_size, joined
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.errors import InputError, check_fraction
 from ldmlab.nn.tiling import Bind, latent_windows, windowed
@@ -85,7 +84,7 @@ class LatentDiffusion(LatentSpace):
             mask = null_mask[name].reshape(-1, *[1] * (found.ndim - 1))
             return torch.where(mask, conditioner.null(batch, self.encode).to(found.dtype), found)
 
-        return joined(self._each_conditioner(), value)
+        return joined((c.slot, value(name, c)) for name, c in self._each_conditioner())
 
     def null(self, batch: dict[str, Any]) -> Conditioning:
         """The conditioning of the unconditional pass: inputs that training dropped are null, the rest stays.
@@ -101,7 +100,7 @@ class LatentDiffusion(LatentSpace):
                 return conditioner.null(batch, self.encode)
             return self._output(name, conditioner, batch)
 
-        return joined(self._each_conditioner(), value)
+        return joined((c.slot, value(name, c)) for name, c in self._each_conditioner())
 
     @property
     def drop_purposes(self) -> dict[str, str]:
@@ -214,19 +213,11 @@ class LatentDiffusion(LatentSpace):
         window: int | None = None,  # side of windows that are denoised one by one, px; None: the full latent at once
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 in about [-1, 1]; the same image in any batch."""
-        weak = None if guidance is None else guidance.weak
         if guidance is not None:
             self.check_guidance(guidance)
         batch = {"position": index, **batch}
-        conditioning = self.conditioning(batch)
-        x = self.start(index, size, seed)
-        check_size(conditioning, x)
-        learned: list[Tensor] = []
-        bind: Bind = partial(self.denoiser, guidance=guidance, variance=learned)
-        if window is not None:
-            bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
-        on = guidance is not None and guidance.scale != 1
-        denoise = bind(conditioning, (self.null if weak is None else weak.conditioning)(batch) if on else None)
+        x, learned = self.start(index, size, seed), list[Tensor]()
+        denoise = self._bound(batch, x, guidance, window, learned)
         grid = with_signal(grid, self.path) if guiders else grid
         for guider in guiders:
             denoise = guider(denoise, batch)
@@ -241,6 +232,19 @@ class LatentDiffusion(LatentSpace):
             sampler = given.around(sampler, partial(noise, purpose="again"))
         images = self.decode(sampler(denoise, x, grid, noise=noise, after_step=after_step))
         return images if self.task is None else self.task.finish(images, batch)
+
+    def _bound(
+        self, batch: dict[str, Any], x: Tensor, guidance: Guidance | None, window: int | None, learned: list[Tensor]
+    ) -> Denoise:
+        """The denoiser with the batch's conditions and guidance, window by window where a side is given."""
+        conditioning = self.conditioning(batch)
+        check_size(conditioning, x)
+        bind: Bind = partial(self.denoiser, guidance=guidance, variance=learned)
+        if window is not None:
+            bind = windowed(bind, latent_windows((x.shape[2], x.shape[3]), window, self._stage.downsampling))
+        if guidance is None or guidance.scale == 1:
+            return bind(conditioning, None)
+        return bind(conditioning, (self.null if guidance.weak is None else guidance.weak.conditioning)(batch))
 
     def _for_model(self, sampler: Sampler, x: Tensor, learned: list[Tensor] | None) -> Sampler:
         """The sampler with what it takes of the model: path, codebook, and the learned variance of each evaluation."""
@@ -284,28 +288,3 @@ def check_slots(conditioners: Mapping[str, nn.Module], backbone: nn.Module) -> N
                 f"conditioner={name} fills the slot {conditioner.slot} but the backbone takes {taken}; "
                 "choose another backbone or leave the conditioner out."
             )
-
-
-def joined(conditioners: Named, value: Callable[[str, Conditioner], Tensor]) -> Conditioning:
-    """Several conditioners on one slot: tokens by length, spatial by channels, vectors summed."""
-    values: dict[str, list[Tensor]] = {}
-    for name, conditioner in conditioners:
-        values.setdefault(conditioner.slot, []).append(value(name, conditioner))
-    sizes = {f"{part.shape[2]} x {part.shape[3]}" for part in values.get("spatial", [])}
-    if len(sizes) > 1:
-        raise InputError(f"spatial conditions come at {' and '.join(sorted(sizes))}; give images of one size.")
-    slots = {slot: parts[0] for slot, parts in values.items()}
-    for slot, parts in values.items():
-        if len(parts) > 1:
-            slots[slot] = torch.stack(parts).sum(0) if slot == "vector" else torch.cat(parts, dim=1)
-    return Conditioning(**slots)
-
-
-def check_size(conditioning: Conditioning, x: Tensor) -> None:
-    """What is concatenated to the latent has its height and width, or is refused."""
-    spatial = conditioning.spatial
-    if spatial is not None and spatial.shape[2:] != x.shape[2:]:
-        raise InputError(
-            f"spatial conditions are {spatial.shape[2]} x {spatial.shape[3]}, the latent {x.shape[2]} x "
-            f"{x.shape[3]}; give images of the size to be made, or a low resolution of the latent's size."
-        )

@@ -3,14 +3,14 @@
 Pixels (B, 3, H, W) are in [-1, 1]; only this file sees raw latents; final latents (B, C, h, w) are normalised.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ldmlab.contracts import FirstStage, Posterior
+from ldmlab.contracts import Conditioning, FirstStage, Posterior
 from ldmlab.errors import InputError
 from ldmlab.nn.pixels import to_float
 from ldmlab.randomness import draw
@@ -134,3 +134,31 @@ class LatentSpace(nn.Module):
     @property
     def _stage(self) -> FirstStage:
         return self._instead or self.first_stage  # type: ignore[return-value]
+
+
+# ---- conditioning beside the latents
+
+
+def joined(parts: Iterable[tuple[str, Tensor]]) -> Conditioning:
+    """Values by slot, several on one joined: tokens by length, spatial by channels, vectors summed."""
+    values: dict[str, list[Tensor]] = {}
+    for slot, value in parts:
+        values.setdefault(slot, []).append(value)
+    sizes = {f"{part.shape[2]} x {part.shape[3]}" for part in values.get("spatial", [])}
+    if len(sizes) > 1:
+        raise InputError(f"spatial conditions come at {' and '.join(sorted(sizes))}; give images of one size.")
+    slots = {slot: several[0] for slot, several in values.items()}
+    for slot, several in values.items():
+        if len(several) > 1:
+            slots[slot] = torch.stack(several).sum(0) if slot == "vector" else torch.cat(several, dim=1)
+    return Conditioning(**slots)
+
+
+def check_size(conditioning: Conditioning, x: Tensor) -> None:
+    """What is concatenated to the latent has its height and width, or is refused."""
+    spatial = conditioning.spatial
+    if spatial is not None and spatial.shape[2:] != x.shape[2:]:
+        raise InputError(
+            f"spatial conditions are {spatial.shape[2]} x {spatial.shape[3]}, the latent {x.shape[2]} x "
+            f"{x.shape[3]}; give images of the size to be made, or a low resolution of the latent's size."
+        )

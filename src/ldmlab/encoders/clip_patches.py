@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldmlab.encoders import FrozenEncoder
 from ldmlab.errors import InputError
-from ldmlab.nn.openclip_image import build_image_tower
+from ldmlab.nn.openclip_towers import build_image_tower
 
 
 class ClipPatches(FrozenEncoder):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmlab import distributed
-from ldmlab.data.stores import has_manifest
+from ldmlab.data.shards import has_manifest
 from ldmlab.errors import InputError
 from ldmlab.evaluation.real_images import RealImages, count_of
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Score, inputs_of

@@ -22,7 +22,7 @@ from torch import Tensor
 from ldmlab import distributed
 from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.stores import has_manifest
+from ldmlab.data.shards import has_manifest
 from ldmlab.errors import InputError
 from ldmlab.evaluation.memorisation import (
     Nearest,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmlab import distributed
-from ldmlab.data.stores import has_manifest
+from ldmlab.data.shards import has_manifest
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol
 from ldmlab.evaluation.real_images import RealImages

@@ -16,7 +16,8 @@ from ldmlab.errors import InputError
 from ldmlab.evaluation.record import reference_record, save_image
 from ldmlab.evaluation.reference_statistics import ReferenceKey, see_reference
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, Track, numbered, untracked
-from ldmlab.inference.inputs import OPTIONAL, as_input
+from ldmlab.inference.input_images import as_input
+from ldmlab.inference.inputs import OPTIONAL
 from ldmlab.metrics.frechet import FrechetDistance
 
 Fields = Mapping[str, Any]

@@ -14,7 +14,7 @@ from ldmlab.checkpoints import fingerprint
 from ldmlab.contracts import FeatureExtractor
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.shard_data import ShardData
-from ldmlab.data.stores import Folder
+from ldmlab.data.shards import Folder
 from ldmlab.data.transforms import RULES
 from ldmlab.errors import InputError
 from ldmlab.evaluation.protocol import Protocol

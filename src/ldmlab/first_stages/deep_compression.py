@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ldmlab.contracts import Posterior, Reconstruction
+from ldmlab.contracts import Posterior
 from ldmlab.errors import InputError, one_of
 from ldmlab.first_stages.deep_compression_blocks import (
     ACTIVATIONS,
@@ -23,9 +23,8 @@ from ldmlab.first_stages.deep_compression_blocks import (
     check_shortcut,
     repeated,
 )
-from ldmlab.first_stages.encoder_decoder import check_image_size, initialise
+from ldmlab.first_stages.encoder_decoder import WithoutSpread, check_image_size, initialise
 from ldmlab.nn.blocks import conv3
-from ldmlab.values import LatentChange
 
 _BLOCKS = ("ResBlock", "EfficientViTBlock")
 
@@ -132,14 +131,13 @@ class DeepDecoder(nn.Module):
         return self.conv_out(self.conv_act(self.norm_out(y)))
 
 
-class DeepCompressionAutoencoder(nn.Module):
+class DeepCompressionAutoencoder(WithoutSpread):
     """Images to latents without spread and back, f = 2^(levels - 1); no penalty.
 
     Options of two networks, an entry a level, the finest first; one word stands for all levels.
     """
 
     idle_without = "encoder_out_shortcut decoder_in_shortcut: shortcut"
-    uses_noise = False
 
     def __init__(
         self,
@@ -165,39 +163,27 @@ class DeepCompressionAutoencoder(nn.Module):
         initialisation: str = "torch",  # of the convolutions: torch | he, for short runs
     ) -> None:
         super().__init__()
-        widths, depths = encoder_block_out_channels, encoder_layers_per_block
-        if len(widths) != len(decoder_block_out_channels):
+        count = len(encoder_block_out_channels)
+        if count != len(decoder_block_out_channels):
             raise InputError(
-                f"first_stage: {len(widths)} levels of the encoder, but decoder_block_out_channels="
+                f"first_stage: {count} levels of the encoder, but decoder_block_out_channels="
                 f"{list(decoder_block_out_channels)}; both need the same number."
             )
-        self.downsampling = 2 ** (len(widths) - 1)
-        self.latent_channels = latent_channels
-        scales = encoder_qkv_multiscales
-        levels = Levels("encoder", attention_head_dim, widths, depths, encoder_block_types, scales)
+        self.downsampling, self.latent_channels = 2 ** (count - 1), latent_channels
+        own = encoder_block_out_channels, encoder_layers_per_block, encoder_block_types, encoder_qkv_multiscales
+        levels = Levels("encoder", attention_head_dim, *own)
         ends = shortcut and encoder_out_shortcut
         self.encoder = DeepEncoder(levels, latent_channels, downsample_block_type, shortcut, ends)
-        widths, depths, kinds = decoder_block_out_channels, decoder_layers_per_block, decoder_block_types
-        per_level = kinds, decoder_qkv_multiscales, decoder_norm_types, decoder_act_fns
-        levels = Levels("decoder", attention_head_dim, widths, depths, *per_level)
-        ends = shortcut and decoder_in_shortcut
-        kind, act = upsample_block_type, decoder_conv_act_fn
-        self.decoder = DeepDecoder(levels, latent_channels, kind, shortcut, ends, act)
+        own = decoder_block_out_channels, decoder_layers_per_block, decoder_block_types, decoder_qkv_multiscales
+        levels = Levels("decoder", attention_head_dim, *own, decoder_norm_types, decoder_act_fns)
+        how = upsample_block_type, shortcut, shortcut and decoder_in_shortcut, decoder_conv_act_fn
+        self.decoder = DeepDecoder(levels, latent_channels, *how)
         initialise(self, initialisation)
 
     def encode(self, images: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] => raw latents (B, C, H / f, W / f), float32."""
         check_image_size(images, self.downsampling)
         return Posterior(self.encoder(images).float())
-
-    def decode(self, raw_latents: Tensor) -> Tensor:
-        """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(raw_latents)
-
-    def reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None = None) -> Reconstruction:
-        """Encode, `change` where given, decode (the noise is not used); no penalties."""
-        latents = self.encode(images).mean
-        return Reconstruction(self.decode(latents if change is None else change(latents)), {}, latents=latents)
 
     @property
     def last_layer(self) -> Tensor:

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmlab.contracts import Posterior
+from ldmlab.contracts import Posterior, Reconstruction
 from ldmlab.errors import InputError, check_fraction, one_of
 from ldmlab.nn.attention import attend
 from ldmlab.nn.blocks import Grow, Shrink, group_norm
 from ldmlab.nn.compiling import region
+from ldmlab.values import LatentChange
 
 _EPSILON = 1e-6  # group norm throughout the autoencoder; the U-Net's residual blocks use 1e-5
 
@@ -194,6 +195,26 @@ def check_image_size(images: Tensor, downsampling: int) -> None:
             f"image size {height}x{width} is not divisible by the first stage's downsampling f={downsampling}; "
             f"choose a multiple of {downsampling}, for instance {fitting[0]}x{fitting[1]}."
         )
+
+
+class WithoutSpread(nn.Module, ABC):
+    """A first stage whose latents have no spread, with no penalty; subclasses encode, and set `decoder`."""
+
+    uses_noise = False
+    decoder: Any
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] => raw latents (B, C, H / f, W / f), float32."""
+
+    def decode(self, raw_latents: Tensor) -> Tensor:
+        """(B, C, h, w) => (B, 3, f h, f w), about [-1, 1]."""
+        return self.decoder(raw_latents)
+
+    def reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None = None) -> Reconstruction:
+        """Encode, `change` where given, decode (the noise is not used); no penalties."""
+        latents = self.encode(images).mean
+        return Reconstruction(self.decode(latents if change is None else change(latents)), {}, latents=latents)
 
 
 class Autoencoder(nn.Module, ABC):

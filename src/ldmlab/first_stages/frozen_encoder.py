@@ -9,20 +9,17 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmlab.contracts import PatchEncoder, Posterior, Reconstruction
+from ldmlab.contracts import PatchEncoder, Posterior
 from ldmlab.errors import InputError
-from ldmlab.first_stages.encoder_decoder import Architecture, Network, check_image_size, initialise
-from ldmlab.values import LatentChange
+from ldmlab.first_stages.encoder_decoder import Architecture, Network, WithoutSpread, check_image_size, initialise
 
 
-class RepresentationAutoencoder(nn.Module):
+class RepresentationAutoencoder(WithoutSpread):
     """Latents are an encoder's patch features, each at mean 0 and deviation 1 over its channels; no penalty.
 
     f = 2^(levels of the decoder - 1); a grid of another size is resampled bilinearly to (H / f, W / f). The encoder's
     weights are saved with the decoder's, so that a model folder needs no other file.
     """
-
-    uses_noise = False
 
     def __init__(
         self,
@@ -59,15 +56,6 @@ class RepresentationAutoencoder(nn.Module):
         if features.shape[-2:] != side:
             features = F.interpolate(features, size=side, mode="bilinear", align_corners=False)
         return Posterior(F.layer_norm(features.movedim(1, -1), (self.latent_channels,)).movedim(-1, 1))
-
-    def decode(self, raw_latents: Tensor) -> Tensor:
-        """(B, D, h, w) => (B, 3, f h, f w), about [-1, 1]."""
-        return self.decoder(raw_latents)
-
-    def reconstruct(self, images: Tensor, noise: Tensor, change: LatentChange | None = None) -> Reconstruction:
-        """Encode and decode (the noise is not used)."""
-        latents = self.encode(images).mean
-        return Reconstruction(self.decode(latents if change is None else change(latents)), {}, latents=latents)
 
     @property
     def last_layer(self) -> Tensor:

@@ -1,66 +1,98 @@
 """Inputs as a user gives them, to fields of a batch; inputs that a model cannot read are refused.
 
-Images (image, init_image, low_resolution, reference): a path, a PIL image or uint8 (H, W, 3) => uint8
-(B, 3, H, W), of `reference` a list of (3, H, W); what is transparent in them lies on white. Masks: a path or PIL
-image, white in the hole, or (H, W), not zero in the hole, or the `TransparentParts` of an image => uint8
-(B, 1, H, W). Label maps (segmentation): a path, a PIL image or (H, W) => int64 (B, H, W). Boxes: a path of JSON, or a
-list. Whole numbers => int64 (B,). Anything else stays a list.
+Images, masks and label maps: see `input_images`. Boxes: a path of JSON, or a list. Whole numbers => int64 (B,).
+Anything else stays a list.
 """
 
 import json
 import operator
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldmlab.annotations import WHOLE
-from ldmlab.data.transforms import to_rgb
+from ldmlab.contracts import Guider
+from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError
 from ldmlab.files import read_text
-from ldmlab.open_image import open_image
+from ldmlab.inference.input_images import IMAGES, LOOKED_AT, ON_THE_IMAGE, SMALL, given_image, on_canvas, row
 
 Inputs = Mapping[str, Any]  # of one image, by name
 
-SMALL = "low_resolution"
-LOOKED_AT = "reference"  # read by an image encoder, so that its size does not set the result's
-IMAGES = ("image", "init_image", SMALL, LOOKED_AT, "guider_image")
-ON_THE_IMAGE = ("image", "init_image", "mask", "segmentation")  # of the size of the result
 TEXTS = ("caption", "negative_prompt")
 OPTIONAL = {"boxes": "crop", "caption": "negative_prompt"}  # a field that may come with another
 OF_ANY = ("init_image", "image", "mask")  # that any model takes: an image to start from; one with a hole
+_LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
+_TILE = 512  # px
 _DEFAULTS = {"crop": list(WHOLE), "negative_prompt": ""}
-_WHITE = 128  # a mask's pixel in a file from here on is hole
-_OPAQUE = 255
 
 
-@dataclass(frozen=True)
-class TransparentParts:
-    """As a mask: every pixel of an image that is not opaque is hole."""
+class ReadsInputs:
+    """What a model takes: names of inputs, checks, batches on its device, and what sampling starts from."""
 
-    image: str | Path
+    diffusion: LatentDiffusion
+    guiders: tuple[Guider, ...]
+    image_size: tuple[int, int]
 
-    def __str__(self) -> str:
-        return f"transparent parts of {self.image}"
+    @property
+    def device(self) -> torch.device:
+        return next(self.diffusion.parameters()).device
 
+    @property
+    def enlargement(self) -> int:
+        """Side of a result / side of its low-resolution image."""
+        factors = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
+        return int(self.diffusion.first_stage.downsampling) * max(factors, default=1)  # type: ignore[arg-type]
 
-@dataclass(frozen=True)
-class Fitted:
-    """An image's largest centre crop with the aspect ratio of (height, width), resized to it."""
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the inputs: caption, class_id, ...; empty for a model without conditions."""
+        names = (c.reads for _, c in self.diffusion.conditioners.items())
+        return frozenset().union(*names, *(guider.reads for guider in self.guiders))  # type: ignore[arg-type]
 
-    image: str | Path
-    size: tuple[int, int]
+    def started(
+        self, batch: dict[str, Any], size: tuple[int, int], repeats: int | None
+    ) -> tuple[tuple[int, int], dict[str, Any], GivenImage | None]:
+        """Height and width that are sampled and then cut to `size`, the batch padded to them, and its start."""
+        if not has_images(batch):
+            return size, batch, None
+        canvas, padded = on_canvas(batch, size, self.diffusion.size_step, self.enlargement)
+        return canvas, padded, given_image(self.diffusion, padded, self.reads, repeats)
 
-    def __str__(self) -> str:
-        return f"{self.image} fitted to {self.size[0]}x{self.size[1]}"
+    def batch(self, inputs: Sequence[Inputs], first_index: int | Sequence[int]) -> dict[str, Any]:
+        """Inputs as one batch; `position` is the number of the image."""
+        indices = range(first_index, first_index + len(inputs)) if isinstance(first_index, int) else first_index
+        position = torch.tensor(list(indices), dtype=torch.int64, device=self.device)
+        return {"position": position, **batch_of(inputs, self.reads, self.device)}
+
+    def check(self, inputs: Sequence[Inputs]) -> None:
+        """Refuse inputs that this model does not take."""
+        check_inputs(self.diffusion, inputs, self.enlargement)
+
+    @staticmethod
+    def chosen_tile(tile: int | None, pixels: int) -> int:
+        """Tile side in px: `tile`, or 512 for images above 1024 x 1024; 0: the full image at once."""
+        return (_TILE if pixels > _LARGE else 0) if tile is None else tile
+
+    def chosen_window(self, window: int | None, size: tuple[int, int]) -> int:
+        """Side of windows in px: `window`, or as trained where an image is enlarged beyond twice that; 0: at once."""
+        if window is None:
+            trained = min(self.image_size)
+            window = trained if SMALL in self.reads and max(size) > 2 * trained else 0
+        if window and "boxes" in self.reads:
+            raise InputError(f"window={window} would place all boxes in every window; leave it out.")
+        return window
+
+    def lost(self, inputs: Inputs) -> list[str]:
+        """The ends of captions that the model cannot read because they are too long."""
+        conditioners = [c for _, c in self.diffusion.conditioners.items() if hasattr(c, "lost")]
+        captions = [inputs[name] for name in TEXTS if inputs.get(name)]
+        return [end for c in conditioners for text in captions if (end := c.lost(text))]  # type: ignore[operator]
 
 
 def column(field: str, values: Sequence[Any], device: torch.device) -> Any:
@@ -98,32 +130,6 @@ def checked_text(field: str, value: Any) -> None:
         raise InputError(f"{field}={value!r:.60} holds half of a surrogate pair; type it again.")
 
 
-def row(field: str, value: Any) -> Tensor:
-    """One image's entry: uint8 (3, H, W), uint8 (1, H, W) or int64 (H, W)."""
-    from_file = isinstance(value, str | Path | Image.Image)
-    if isinstance(value, TransparentParts):
-        file, value = value.image, _decoded("mask", value.image, _transparent)
-        if not value.size:
-            raise InputError(f"{file} has no transparent parts to fill; erase some of it, or give a mask.")
-    elif isinstance(value, Fitted):
-        value = np.array(ImageOps.fit(Image.fromarray(_decoded(field, value.image)), value.size[::-1]))
-    elif from_file:
-        value = _decoded(field, value)
-    try:
-        array = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    except (TypeError, ValueError):
-        raise InputError(f"{field}={value!r:.60} is neither an image nor a file of one; give a path.") from None
-    if field in IMAGES:
-        if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-            raise InputError(f"{field} takes uint8 (H, W, 3), not {array.dtype} {tuple(array.shape)}; convert it.")
-        return array.permute(2, 0, 1).contiguous()
-    if array.ndim != 2:
-        raise InputError(f"{field} takes one number a pixel, (H, W), not {tuple(array.shape)}; convert it.")
-    if field == "segmentation":
-        return array.to(torch.int64)
-    return ((array >= _WHITE) if from_file else (array != 0)).to(torch.uint8)[None]
-
-
 def boxes_of(value: Any) -> Any:
     """Boxes as they are, or from a JSON file: a list of boxes, or an object with `boxes`."""
     if not isinstance(value, str | Path):
@@ -133,43 +139,6 @@ def boxes_of(value: Any) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"boxes={value} cannot be read as JSON ({error}); give another file.") from error
     return found.get("boxes", found) if isinstance(found, dict) else found
-
-
-def as_input(field: str, value: Any) -> Any:
-    """The inverse of `row` for arrays of the data: images (H, W, 3), masks and label maps (H, W)."""
-    if field in IMAGES:
-        return value.transpose(1, 2, 0)
-    return value[0] if field == "mask" else value
-
-
-def _decoded(field: str, value: Any, turn: Callable[[Image.Image], np.ndarray] | None = None) -> np.ndarray:
-    """The pixels of a file or a Pillow image, as its field is read or by `turn`; what cannot be read is refused."""
-    try:
-        image = value if isinstance(value, Image.Image) else open_image(value)
-        if turn is not None:
-            return turn(image)
-        if field in IMAGES:
-            return np.array(to_rgb(image))
-        if field != "segmentation":
-            return np.array(to_rgb(image, background=(0, 0, 0)).convert("L"))  # strokes on a transparent sheet: holes
-        if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):  # 8 or 16 bits
-            return np.array(image).astype(np.int64)
-    except _UNREADABLE as error:
-        raise InputError(f"{field}={value} cannot be read as an image ({error}); give another file.") from error
-    raise InputError(
-        f"segmentation={value} is an image of mode {image.mode}, not a map of class numbers; "
-        "save it as a grey or palette PNG with one number a pixel."
-    )
-
-
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
-
-
-def _transparent(image: Image.Image) -> np.ndarray:
-    """Where an image is not opaque, bool (H, W); empty for one that has no transparency at all."""
-    if not image.has_transparency_data:
-        return np.empty(0)
-    return np.array(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < _OPAQUE
 
 
 def has_images(batch: Mapping[str, Any]) -> bool:

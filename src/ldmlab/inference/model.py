@@ -14,26 +14,15 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import AfterStep, Conditioning, Guider, Level
-from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.respacing import POWERS
 from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
-from ldmlab.inference.input_images import finished, given_image, on_canvas, started_at
-from ldmlab.inference.inputs import (
-    TEXTS,
-    Inputs,
-    batch_of,
-    check_inputs,
-    check_size,
-    different,
-    has_images,
-    implied_size,
-    rows_of,
-)
-from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings, chosen_tile, chosen_window
+from ldmlab.inference.input_images import finished, started_at
+from ldmlab.inference.inputs import Inputs, ReadsInputs, check_size, different, has_images, implied_size, rows_of
+from ldmlab.inference.sample_settings import ResolvedSettings, SampleSettings
 from ldmlab.nn.compiling import Choice, compile_regions, wanted
 from ldmlab.nn.pixels import as_images, to_float
 from ldmlab.nn.tiling import latent_windows
@@ -42,7 +31,7 @@ from ldmlab.sharded import is_sharded
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class LoadedModel:
+class LoadedModel(ReadsInputs):
     """Samples, encodes, decodes and denoises with finished weights."""
 
     def __init__(
@@ -57,7 +46,8 @@ class LoadedModel:
         self.diffusion = diffusion.eval().requires_grad_(False) if frozen else diffusion
         if self.device.type == "cuda":  # on a CPU this layout was measured to be slower
             self.diffusion.to(memory_format=torch.channels_last)
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = height, width
         self.info = dict(info)
         self.guiders: tuple[Guider, ...] = ()
         self._load, self._compile = load, cast(Choice, False)
@@ -96,25 +86,9 @@ class LoadedModel:
         return self
 
     @property
-    def device(self) -> torch.device:
-        return next(self.diffusion.parameters()).device
-
-    @property
     def sharded(self) -> bool:
         """Whether processes share the weights."""
         return any(is_sharded(p) for p in self.diffusion.parameters())
-
-    @property
-    def enlargement(self) -> int:
-        """Side of a result / side of its low-resolution image."""
-        factors = [getattr(c, "enlarge", 1) for _, c in self.diffusion.conditioners.items()]
-        return int(self.diffusion.first_stage.downsampling) * max(factors, default=1)  # type: ignore[arg-type]
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Names of the inputs: caption, class_id, ...; empty for a model without conditions."""
-        names = (c.reads for _, c in self.diffusion.conditioners.items())
-        return frozenset().union(*names, *(guider.reads for guider in self.guiders))  # type: ignore[arg-type]
 
     def sample(
         self,
@@ -163,8 +137,8 @@ class LoadedModel:
             size=size,
             inputs=None if first is None else first.keys() - {n for n in first if first[n] is None},
             fills_holes="mask" not in self.reads,
-            tile=chosen_tile(settings.tile, size[0] * size[1]),
-            window=chosen_window(settings.window, size, min(self.image_size), self.reads),
+            tile=self.chosen_tile(settings.tile, size[0] * size[1]),
+            window=self.chosen_window(settings.window, size),
         )
         if settings.tile_norms != "shared" and not resolved.tile:
             raise InputError(f"tile_norms={settings.tile_norms} has no effect without tiles; add tile=512.")
@@ -224,7 +198,7 @@ class LoadedModel:
         tiles = self.in_tiles(settings.tile, settings.tile_norms)
         with self.autocast(), tiles, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # `resolved` has warned already
-            canvas, padded, given = self._started(batch, settings.size, settings.repeats)
+            canvas, padded, given = self.started(batch, settings.size, settings.repeats)
             images = self.diffusion.sample(
                 padded,
                 sampler=sampler,
@@ -246,35 +220,10 @@ class LoadedModel:
         """The initial noisy latents (B, C, h, w) for these inputs."""
         assert isinstance(settings.size, tuple)
         batch = self.batch(inputs, numbers)
-        canvas, _, given = self._started(batch, settings.size, None)
+        canvas, _, given = self.started(batch, settings.size, None)
         start = self.diffusion.start(batch["position"], canvas, settings.seed)
         first = self.grid(settings)[0]
         return begun(start, first) if given is None else given.begin(start, first)
-
-    def _started(
-        self, batch: dict[str, Any], size: tuple[int, int], repeats: int | None
-    ) -> tuple[tuple[int, int], dict[str, Any], GivenImage | None]:
-        """Height and width that are sampled and then cut to `size`, the batch padded to them, and its start."""
-        if not has_images(batch):
-            return size, batch, None
-        canvas, padded = on_canvas(batch, size, self.diffusion.size_step, self.enlargement)
-        return canvas, padded, given_image(self.diffusion, padded, self.reads, repeats)
-
-    def batch(self, inputs: Sequence[Inputs], first_index: int | Sequence[int]) -> dict[str, Any]:
-        """Inputs as one batch; `position` is the number of the image."""
-        indices = range(first_index, first_index + len(inputs)) if isinstance(first_index, int) else first_index
-        position = torch.tensor(list(indices), dtype=torch.int64, device=self.device)
-        return {"position": position, **batch_of(inputs, self.reads, self.device)}
-
-    def check(self, inputs: Sequence[Inputs]) -> None:
-        """Refuse inputs that this model does not take."""
-        check_inputs(self.diffusion, inputs, self.enlargement)
-
-    def lost(self, inputs: Inputs) -> list[str]:
-        """The ends of captions that the model cannot read because they are too long."""
-        conditioners = [c for _, c in self.diffusion.conditioners.items() if hasattr(c, "lost")]
-        captions = [inputs[name] for name in TEXTS if inputs.get(name)]
-        return [end for c in conditioners for text in captions if (end := c.lost(text))]  # type: ignore[operator]
 
     @torch.inference_mode()
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
@@ -282,14 +231,14 @@ class LoadedModel:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise InputError(f"encode takes uint8 (B, H, W, 3), not {images.dtype} {tuple(images.shape)}.")
         self.diffusion.latent_shape((images.shape[1], images.shape[2]))  # sizes that do not fit are refused
-        with self.in_tiles(chosen_tile(tile, images.shape[1] * images.shape[2])):
+        with self.in_tiles(self.chosen_tile(tile, images.shape[1] * images.shape[2])):
             return self.diffusion.encode(to_float(images.to(self.device).permute(0, 3, 1, 2)))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Final latents => uint8 (B, H, W, 3) on the CPU; `tile` as for `sample`."""
         pixels = latents[0, 0].numel() * int(self.diffusion.first_stage.downsampling) ** 2  # type: ignore[arg-type]
-        with self.in_tiles(chosen_tile(tile, pixels)):
+        with self.in_tiles(self.chosen_tile(tile, pixels)):
             return as_images(self.diffusion.decode(latents.to(self.device)))
 
     @torch.inference_mode()

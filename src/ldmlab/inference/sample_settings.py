@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from ldmlab.argument_types import check_types, idle, named_value
 from ldmlab.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,14 +24,9 @@ _SPACINGS = "official | quad | linspace | leading | trailing | karras | log_snr 
 STRENGTH = 0.6  # default of image to image
 REPEATS = 5  # default where a model fills holes without having been trained for it
 LONGEST = 2**16  # px
-LARGE = 1024 * 1024  # pixels; images above go through the first stage in tiles
-TILE = 512  # px
 GUIDANCE = ("guidance_interval", "guidance_rescale", "guided_channels", "weak_model")  # nothing at scale 1
-_SOMETIMES = (  # recorded where they are used
-    *GUIDANCE,
-    *("shift", "temperature", "churn", "quantize_x0"),
-    *("strength", "repeats", "tile", "window"),
-)
+# Recorded where they are used:
+_SOMETIMES = (*GUIDANCE, "shift", "temperature", "churn", "quantize_x0", "strength", "repeats", "tile", "window")
 
 
 def _option(default: Any, text: str, least: float | None = None, most: float = math.inf, words: str = "") -> Any:
@@ -168,20 +164,6 @@ class ResolvedSettings(SampleSettings):
     """Checked against a model and its inputs, every default filled in."""
 
 
-def chosen_tile(tile: int | None, pixels: int) -> int:
-    """Tile side in px: `tile`, or 512 for images above 1024 x 1024; 0: the full image at once."""
-    return (TILE if pixels > LARGE else 0) if tile is None else tile
-
-
-def chosen_window(window: int | None, size: tuple[int, int], trained: int, reads: Set[str]) -> int:
-    """Side of windows in px: `window`, or `trained` where an image is enlarged beyond twice that; 0: all at once."""
-    if window is None:
-        window = trained if "low_resolution" in reads and max(size) > 2 * trained else 0
-    if window and "boxes" in reads:
-        raise InputError(f"window={window} would place all boxes in every window; leave it out.")
-    return window
-
-
 def sampler_by_name(name: str, **options: Any) -> "Sampler":
     """Build samplers/NAME.py's class, or a plugin's class by its full name; an option that it lacks is refused.
 
@@ -190,7 +172,7 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     from ldmlab.instantiate import instantiate
 
     name, *words = name.split(":")
-    pairs = [*map(_named, words), *options.items()]
+    pairs = [*map(named_value, words), *options.items()]
     if len(options := dict(pairs)) < len(pairs):
         raise InputError(f"sampler={':'.join([name, *words])} and its options give one of them twice; give it once.")
     if "." in name:
@@ -201,25 +183,10 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     for option in options.keys() - inspect.signature(target).parameters.keys():
         raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
     if options:
-        from ldmlab.argument_types import check_types, idle
-
         check_types(target, options if words else {}, "sampler")
         for _, text, _ in idle(target, options, "sampler"):
             raise InputError(text)
     return target(**options)
-
-
-def _named(word: str) -> tuple[str, Any]:
-    """`form=linear` => its name and value: a number, true, false or a word."""
-    name, equals, text = word.partition("=")
-    if not (name and equals and text):
-        raise InputError(f"sampler=NAME:{word} has no option; write for instance sde:form=linear.")
-    for kind in (int, float):
-        try:
-            return name, kind(text)
-        except ValueError:
-            continue
-    return name, {"true": True, "false": False}.get(text, text)
 
 
 def parsed(name: str, text: str) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldmlab.inference.grids import save_animation, table
@@ -45,11 +46,14 @@ class Trajectory:
 
     def save(self, folder: Path, inputs: Sequence[Inputs], numbers: list[int], labels: Sequence[str]) -> None:
         """NUMBER_trajectory.png, a row, and .webp, an animation, of each image of the batch just finished."""
-        titles, columns = self.titles(), self.columns()
         for number, text, frames in zip(numbers, labels, self.take(inputs, numbers), strict=True):
-            row = table([[frames[c] for c in columns]], [titles[c] for c in columns], [text])
-            row.save(folder / f"{number:06d}_trajectory.png")
+            self.page([frames], [text]).save(folder / f"{number:06d}_trajectory.png")
             save_animation(folder / f"{number:06d}_trajectory.webp", frames)
+
+    def page(self, rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> Image.Image:
+        """A row of some frames for each image, under their titles."""
+        titles, columns = self.titles(), self.columns()
+        return table([[row[c] for c in columns] for row in rows], [titles[c] for c in columns], labels)
 
     def titles(self) -> list[str]:
         """Titles of the frames: the number of steps taken."""

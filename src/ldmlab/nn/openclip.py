@@ -1,4 +1,4 @@
-"""CLIP models of open_clip: published ones by name, our own by configuration; and their text tower alone.
+"""CLIP models of open_clip: published ones by name, our own by configuration.
 
 A configuration is open_clip's own (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`, `custom_text`), plus `mean` and
 `std` of the pixels. A model is built from it and the weights without network access.
@@ -76,7 +76,7 @@ def build_clip(
     else:
         assert config is not None
         full = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD} | _sized(config, image_size)
-        model = _from_config(full)
+        model = from_config(full)
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     if height != width:
@@ -86,7 +86,7 @@ def build_clip(
     return OpenClip(model, make_tokenizer(full), full, height, mean, std)
 
 
-def _from_config(config: Mapping[str, Any]) -> Any:
+def from_config(config: Mapping[str, Any]) -> Any:
     """The open_clip class for a configuration, with fresh weights."""
     arguments = {k: v for k, v in _plain(config).items() if k not in ("mean", "std", "custom_text")}
     kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
@@ -222,82 +222,3 @@ class ClipTokens:
         """The end of a caption that does not fit into the context; empty if all does."""
         ids = self.tokenizer.encode(caption)
         return self.tokenizer.decode(ids[self.tokenizer.context_length - 2 :]).strip()  # start and end take two places
-
-
-class Tower(nn.Module):
-    """One half of a CLIP model, under the names of open_clip's CLIP class but for what `clip_names` says."""
-
-    kind: str
-
-    def load_clip(self, tensors: Mapping[str, Tensor]) -> None:
-        """Weights from the state dict of a whole CLIP model; the other half is left aside."""
-        named = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
-        names, shapes = self.clip_names(), {name: tensor.shape for name, tensor in self.state_dict().items()}
-        missing = [c for name, c in names.items() if c not in named or named[c].shape != shapes[name]]
-        if missing:
-            raise InputError(f"the CLIP weights do not fit the {self.kind} tower ({missing[0]}); use its own config.")
-        self.load_state_dict({name: named[c] for name, c in names.items()})
-
-    def clip_names(self) -> dict[str, str]:
-        """Name of each tensor here => its name in the state dict of open_clip's CLIP class."""
-        return {name: name for name in self.state_dict()}
-
-
-class TextTower(Tower):
-    """The text half of a CLIP model up to its states per token; tensor names as in open_clip's CLIP class."""
-
-    kind = "text"
-
-    def __init__(self, clip: nn.Module, layer: str = "last", unused: bool = False) -> None:
-        """layer: last | penultimate, each followed by the final norm | pooled, the last at the caption's end.
-
-        Blocks that are not run are left out, or with `unused` kept under `unused.*` with the other idle weights.
-        """
-        super().__init__()
-        text: Any = clip.text if isinstance(clip, open_clip.CustomTextCLIP) else clip
-        if getattr(text, "cls_emb", None) is not None or not hasattr(text, "token_embedding"):
-            raise InputError("the text tower of this model is not CLIP's; choose a CLIP model such as ViT-B-32.")
-        one_of("conditioner.layer", layer, ("last", "penultimate", "pooled"))
-        self.layer = layer
-        self.token_embedding = text.token_embedding
-        self.positional_embedding = text.positional_embedding
-        self.transformer = text.transformer
-        idle = self.transformer.resblocks[-1:] if layer == "penultimate" else []
-        if layer == "penultimate":
-            self.transformer.resblocks = self.transformer.resblocks[:-1]
-        self.ln_final = text.ln_final
-        self.unused = _Unused(clip, text, idle) if unused else None
-        self.causal = text.attn_mask is not None
-        self.context_length: int = text.context_length
-        self.width: int = text.transformer.width
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) => states (B, L, width), pooled (B, 1, width)."""
-        x = self.token_embedding(ids) + self.positional_embedding
-        mask = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)
-        states = self.ln_final(self.transformer(x, attn_mask=mask if self.causal else None))
-        if self.layer != "pooled":
-            return states
-        ends = ids.argmax(1)  # the end token has the largest number
-        return states[torch.arange(len(ids), device=ids.device), ends][:, None]
-
-    def clip_names(self) -> dict[str, str]:
-        idle = f"transformer.resblocks.{len(self.transformer.resblocks)}."
-        return {n: n.replace("unused.blocks.0.", idle).removeprefix("unused.") for n in self.state_dict()}
-
-
-class _Unused(nn.Module):
-    """Weights of a published text tower that no output here depends on; frozen, so that none waits for a gradient."""
-
-    def __init__(self, clip: nn.Module, text: Any, blocks: Any) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.text_projection = text.text_projection
-        self.logit_scale = clip.logit_scale
-        self.requires_grad_(False)
-
-
-def build_text_tower(config: Mapping[str, Any], layer: str = "last", unused: bool = False) -> TextTower:
-    """The text tower of a configuration with fresh weights; the image tower is never built at its real size."""
-    tiny = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 32, "image_size": 32}
-    return TextTower(_from_config({**config, "vision_cfg": tiny}), layer, unused)

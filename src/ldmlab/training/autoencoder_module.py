@@ -15,13 +15,11 @@ from ldmlab.inference.grids import labels_of
 from ldmlab.losses.adversary import RiseAlarm
 from ldmlab.losses.autoencoder_loss import AutoencoderLoss
 from ldmlab.losses.vision_alignment import Encoded
-from ldmlab.metrics.reconstruction import LatentStatistics, ReconstructionMeasures
+from ldmlab.metrics.reconstruction import CodebookWindow, LatentStatistics, ReconstructionMeasures
 from ldmlab.nn.pixels import to_bytes, to_float
 from ldmlab.randomness import draw
-from ldmlab.training.codebook_window import CodebookWindow
-from ldmlab.training.data_module import Batch
+from ldmlab.training.data_module import Batch, first_images, gathered, slice_of_process
 from ldmlab.training.optimizer_groups import train_only
-from ldmlab.training.panel_images import first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
 from ldmlab.values import LatentChange
 

@@ -14,8 +14,7 @@ from ldmlab.metrics.clip_scores import retrieval
 from ldmlab.nn.openclip import ClipTokens, OpenClip
 from ldmlab.nn.pixels import to_float
 from ldmlab.stored_names import IDS_PREFIX
-from ldmlab.training.data_module import Batch
-from ldmlab.training.panel_images import first_images, gathered, slice_of_process
+from ldmlab.training.data_module import Batch, first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
 
 _LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP

@@ -15,8 +15,7 @@ from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.errors import InputError, one_of
 from ldmlab.inference.grids import labels_of
 from ldmlab.nn.pixels import to_bytes
-from ldmlab.training.data_module import Batch
-from ldmlab.training.panel_images import first_images, gathered, slice_of_process
+from ldmlab.training.data_module import Batch, first_images, gathered, slice_of_process
 from ldmlab.training.stage import Losses, Stage
 
 _VAL_SEED = 0x5EED  # the validation noise is the same in every run, so that curves of runs compare

@@ -15,12 +15,11 @@ from ldmlab.checkpoints import load_exactly
 from ldmlab.errors import InputError, memory_ran_out
 from ldmlab.training import precision
 from ldmlab.training.callbacks.average_snapshots import Averaging
-from ldmlab.training.callbacks.compiled import Compiled, check_graphs
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
 from ldmlab.training.callbacks.skipped import Skipped
 from ldmlab.training.checkpointing import Checkpoints, Files
 from ldmlab.training.data_module import Batches
-from ldmlab.training.engine import make_trainer, rates_line, summary
+from ldmlab.training.engine import Compiled, check_graphs, make_trainer, rates_line, summary
 from ldmlab.training.loggers import RunFiles, close_all, lost_rows, open_all
 from ldmlab.training.random_state import RandomState
 from ldmlab.training.resume import Record, compare
@@ -28,8 +27,7 @@ from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.signals import Interrupted, StopRequest
 from ldmlab.training.stage import Stage
-from ldmlab.training.step_metrics import LogMetrics
-from ldmlab.training.step_progress import StepProgress
+from ldmlab.training.step_metrics import LogMetrics, StepProgress
 from ldmlab.training.strategies import Sharded, strategy_of
 from ldmlab.training.validation import validation_line
 

@@ -19,9 +19,8 @@ from ldmlab import distributed
 from ldmlab.checkpoints import check_fit, load_exactly
 from ldmlab.errors import InputError
 from ldmlab.training.data_module import Batch
-from ldmlab.training.gradients import MeanGradients
 from ldmlab.training.optim import OptimizerFactory
-from ldmlab.training.optimizer_groups import OptimizerGroups, RateSchedule
+from ldmlab.training.optimizer_groups import MeanGradients, OptimizerGroups, RateSchedule
 from ldmlab.training.precision import StepScaler
 
 

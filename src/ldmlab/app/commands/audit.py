@@ -143,6 +143,11 @@ def _audits(
     from ldmlab.model_files import model_folder
 
     extractor = build_extractor(config["features"]).to(pick_device(args.device))  # type: ignore[attr-defined]
+    same: dict[str, Any] = {
+        **{"extractor": extractor, "protocol": protocol, "reference_folder": statistics_folder()},
+        **{"each": args.samples, "clique": args.clique, "captions": args.captions, "batch_size": args.batch_size},
+        "track": track if distributed.rank() == 0 else untracked,
+    }
     audits = []
     for path in models:
         model = load(path, weights=args.weights, device=args.device).in_precision(args.precision)
@@ -151,19 +156,8 @@ def _audits(
         record = distributed.shared(partial(read_json, out / label / _RESULT))
         if record is None:
             distributed.say(f"{path}:")
-            record = Extraction(
-                model=model,
-                data=reference_data({**config, "model": str(path)}, max(model.image_size)),
-                extractor=extractor,
-                protocol=protocol,
-                out=out / label,
-                each=args.samples,
-                clique=args.clique,
-                captions=args.captions,
-                batch_size=args.batch_size,
-                reference_folder=statistics_folder(),
-                track=track if distributed.rank() == 0 else untracked,
-            ).run()
+            data = reference_data({**config, "model": str(path)}, max(model.image_size))
+            record = Extraction(model=model, data=data, out=out / label, **same).run()
             record |= {"label": label, "run": str(model_folder(path))}
             if distributed.rank() == 0:
                 write_json(out / label / _RESULT, record)

@@ -35,10 +35,6 @@ class Finding(NamedTuple):
     wrong: str = ""  # what is wrong and the way out; empty: nothing
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has no options."""
-
-
 def run(args: argparse.Namespace) -> int:
     wrong: list[str] = []
     for title, findings in (

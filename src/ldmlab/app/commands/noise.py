@@ -124,7 +124,7 @@ def _factor(name: str) -> float:
 
 def _image(path: File, step: int) -> "Tensor":
     """(1, 3, H, W) in [-1, 1], the middle as far as `step` divides it."""
-    from ldmlab.inference.inputs import row
+    from ldmlab.inference.input_images import row
     from ldmlab.nn.pixels import to_float
 
     image = row("image", path)  # uint8 (3, H, W)

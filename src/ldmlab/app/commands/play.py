@@ -183,7 +183,6 @@ def prepared(
     from ldmlab.app.commands.sample_prompts import label
     from ldmlab.app.filters import Guard
     from ldmlab.app.sample_files import Job, sampling
-    from ldmlab.inference.grids import table
     from ldmlab.inference.trajectory import Trajectory
     from ldmlab.play.playground import Prepared
 
@@ -205,9 +204,7 @@ def prepared(
             shown = job.sample(wanted.count, trajectory=False)
             job.save_grid(shown, wanted.swept, wanted.count)
             if frames is not None:
-                rows, columns, titles = frames.take(inputs, [*range(wanted.count)]), frames.columns(), frames.titles()
-                strip = [[row[c] for c in columns] for row in rows]
-                page = table(strip, [titles[c] for c in columns], [*map(label, inputs)])
+                page = frames.page(frames.take(inputs, [*range(wanted.count)]), [*map(label, inputs)])
                 marks.save(folder / "trajectory.png", np.asarray(page), {})
             return "" if guard is None else guard.finish(folder, len(resolved))[1].removeprefix("; ")
 

@@ -81,7 +81,8 @@ def model_inputs(
     args: argparse.Namespace, model: "LoadedModel", lines: list[str | Inputs], size: tuple[int, int] | None
 ) -> list[Inputs]:
     """Every prompt `count` times as inputs of the model; prints a note on what it cannot read."""
-    from ldmlab.inference.inputs import TransparentParts, checked_text, known_fields
+    from ldmlab.inference.input_images import TransparentParts
+    from ldmlab.inference.inputs import checked_text, known_fields
 
     if len(lines) * args.count > MOST:
         raise InputError(f"--count {args.count} makes more than {MOST:,} images in one call; choose fewer.")
@@ -113,7 +114,7 @@ def model_inputs(
 
 def _shared(args: argparse.Namespace, size: tuple[int, int] | None) -> Inputs:
     """Inputs of every prompt; an image that is only a start is brought to the size."""
-    from ldmlab.inference.inputs import Fitted
+    from ldmlab.inference.input_images import Fitted
 
     shared: Inputs = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     if args.source is not None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.backbones.dit import TIME_CHANNELS, DiT, DiTCache
+from ldmlab.backbones.dit import DiT, DiTCache
 from ldmlab.backbones.mmdit import MMDiT
+from ldmlab.backbones.tokens import TIME_CHANNELS
 from ldmlab.checkpoints import without_weights
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError

@@ -1,16 +1,49 @@
-"""Token routing of TREAD (Krause et al. 2025, arXiv 2501.04765): in training some patches skip a range of blocks.
+"""What the transformers share: patches as tokens, norms, modulation, the block that is aligned, and token routing.
 
-They leave the sequence before the first block of the route and come back as they were after its last one. Shapes: B
-batch, N tokens, K tokens that stay, D width, d width of a head.
+Routing is TREAD's (Krause et al. 2025, arXiv 2501.04765): in training some patches skip a range of blocks. They leave
+the sequence before the first block of the route and come back as they were after its last one. Shapes: B batch, N
+tokens, K tokens that stay, D width, d width of a head, C channels, p side of a patch.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldmlab.errors import InputError
+from ldmlab.nn.blocks import LayerNorm, RMSNorm
 from ldmlab.nn.positions import Rotation
+
+EPSILON = 1e-6  # of every norm but LayerNorm on queries and keys, which has 1e-5
+TIME_CHANNELS = 256
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """x (B, N, D), shift and scale (B, D) => x (1 + scale) + shift."""
+    x = x * (1 + scale[:, None])
+    return x if shift is None else x + shift[:, None]
+
+
+def unpatched(tokens: Tensor, p: int, rows: int, columns: int) -> Tensor:
+    """(B, rows columns, p p C) => (B, C, p rows, p columns)."""
+    out = tokens.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, p, p, C)
+    return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def plain_norm(width: int, eps: float = EPSILON) -> nn.Module:
+    return LayerNorm(width, eps=eps, elementwise_affine=False)
+
+
+def gained_norm(width: int) -> nn.Module:
+    return RMSNorm(width, eps=EPSILON)
+
+
+def chosen_block(depth: int, block: int | None) -> int:
+    """The number, from 1, of a transformer's block; None: 2 / 7 of the depth, rounded up."""
+    block = -(-2 * depth // 7) if block is None else block
+    if not 1 <= block <= depth:
+        raise InputError(f"alignment.block={block} is no block of 1 .. {depth}; choose one of them.")
+    return block
 
 
 class TokenRoute(NamedTuple):
