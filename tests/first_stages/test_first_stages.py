@@ -15,6 +15,7 @@ from ldmlab.first_stages.deep_compression_blocks import Down, Up, relu_attention
 from ldmlab.first_stages.identity import Identity
 from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.first_stages.vq import VQModel
+from ldmlab.instantiate import instantiate as built
 
 TINY: dict[str, Any] = {
     "channels": 8,
@@ -90,6 +91,19 @@ def test_options_that_cannot_be() -> None:
 def test_deep_compression_that_cannot_be(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         DeepCompressionAutoencoder(**DEEP | changed)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("latent_channels", -1), ("channels", -1), ("norm_groups", 0), ("bottleneck_channels", -2)),
+        *(("codebook_size", 0), ("codebook_size", -1), ("dropout", 2.5), ("dropout", -0.5)),
+    ],
+)
+def test_numbers_that_no_part_can_be_built_with(option: str, value: float) -> None:
+    kind = {"_target_": "ldmlab.first_stages.vq.VQModel", "codebook_size": 8}
+    with pytest.raises(InputError, match=f"first_stage.{option}={value}"):
+        built({**kind, **TINY, option: value}, where="first_stage")
 
 
 @pytest.mark.parametrize("kind", [("pixel_unshuffle", "pixel_shuffle"), ("conv", "interpolate")])
