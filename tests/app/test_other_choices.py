@@ -16,7 +16,7 @@ GROUPS = ("backbone", "diffusion", "sampler", "conditioner", "first_stage")
 EXPERIMENTS = group_choices("experiment")
 DATA = ["data.train=nowhere/train", "data.val=nowhere/val"]
 PUBLISHED = ("image", "image_vit_l_14", "text", "text_transformer", "text_transformer_640")  # need weights or words
-PUBLISHED = (*PUBLISHED, "text_vit_h_14", "text_vit_l_14", "text_emoji")
+PUBLISHED = (*PUBLISHED, "text_vit_h_14", "text_vit_l_14", "text_emoji", "text_sd3")
 PUBLISHED = (*PUBLISHED, "frozen_f16", "frozen_f8_small")  # need an encoder
 TEACHER = {  # whose path and prediction a distilled model gets
     "schedule": {"_target_": "ldmlab.diffusion.schedule.Schedule"},

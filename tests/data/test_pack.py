@@ -325,7 +325,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_packing_does_not_import_torch() -> None:
-    code = "import sys, ldmlab.app.commands.pack, ldmlab.app.commands.shards; sys.exit('torch' in sys.modules)"
+    code = "import sys, ldmlab.app.commands.pack, ldmlab.app.commands.shard_folders; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -18,7 +18,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.first_stages.kl import KLAutoencoder
-from ldmlab.inference import sample_settings as parts
+from ldmlab.inference import inputs
 from ldmlab.inference.model import LoadedModel
 from ldmlab.inference.sample_settings import SampleSettings
 from sampling_models import sample_command
@@ -107,7 +107,7 @@ def test_encode_and_decode_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = model.encode(images)
     torch.testing.assert_close(model.encode(images, tile=32), latents, atol=1e-4, rtol=0)
     assert (model.decode(latents, tile=32).int() - model.decode(latents).int()).abs().max() <= 1
-    monkeypatch.setattr(parts, "LARGE", 64 * 95)
+    monkeypatch.setattr(inputs, "_LARGE", 64 * 95)
     used = []
 
     def watched(stage: nn.Module, *choices: Any) -> nn.Module:

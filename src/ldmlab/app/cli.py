@@ -55,7 +55,7 @@ COMMANDS = {
     "demo": "the whole flow on the images shipped in the repository",
 }
 FILES = {  # of another name
-    **dict.fromkeys(("scenes", "index", "data-sheet", "encode"), "shards"),
+    **dict.fromkeys(("scenes", "index", "data-sheet", "encode"), "shard_folders"),
     **dict.fromkeys(("models", "fetch", "import"), "published"),
     **dict.fromkeys(("average", "card", "export"), "given_away"),
     **dict.fromkeys(("report", "dashboard"), "comparisons"),

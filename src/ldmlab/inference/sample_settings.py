@@ -156,8 +156,7 @@ class SampleSettings:
         values = asdict(self)
         absent = [name for name in _SOMETIMES if values[name] in (None, 0)]
         absent += ["tile_norms"] * (not self.tile) + ["guidance_interval_unit"] * (not self.guidance_interval)
-        values = {name: value for name, value in values.items() if name not in absent}
-        return {name: written(name, value) if name in _PAIRS else value for name, value in values.items()}
+        return {k: written(k, v) if k in _PAIRS else v for k, v in values.items() if k not in absent}
 
 
 class ResolvedSettings(SampleSettings):
@@ -180,13 +179,14 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     if name not in SAMPLERS:
         raise InputError(f"sampler={name} is unknown; choose one of {', '.join(SAMPLERS)}.")
     target = getattr(importlib.import_module(f"ldmlab.samplers.{name}"), name.title().replace("_", ""))
-    for option in options.keys() - inspect.signature(target).parameters.keys():
+    known = inspect.signature(target).parameters
+    for option in options.keys() - known.keys():
         raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
-    if options:
-        check_types(target, options if words else {}, "sampler")
-        for _, text, _ in idle(target, options, "sampler"):
-            raise InputError(text)
-    return target(**options)
+    check_types(target, options if words else {}, "sampler")
+    sampler = target(**options)
+    for _, text, _ in idle(target, {o: v for o, v in options.items() if v != known[o].default}, "sampler"):
+        raise InputError(text)
+    return sampler
 
 
 def parsed(name: str, text: str) -> Any:
