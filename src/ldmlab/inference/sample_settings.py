@@ -182,10 +182,12 @@ def sampler_by_name(name: str, **options: Any) -> "Sampler":
     known = inspect.signature(target).parameters
     for option in options.keys() - known.keys():
         raise InputError(f"{option}={options[option]}: the sampler {name} has no such setting; leave it out.")
-    check_types(target, options if words else {}, "sampler")
+    if words:
+        check_types(target, options, "sampler")
     sampler = target(**options)
-    for _, text, _ in idle(target, {o: v for o, v in options.items() if v != known[o].default}, "sampler"):
-        raise InputError(text)
+    if changed := {option: value for option, value in options.items() if value != known[option].default}:
+        for _, text, _ in idle(target, changed, "sampler"):
+            raise InputError(text)
     return sampler
 
 
@@ -222,9 +224,8 @@ def variants(settings: SampleSettings, sweep: str | None) -> tuple[str | None, d
     if name not in names or not values.strip(","):
         raise InputError(f"sweep={sweep} is not a sweep; write one of {', '.join(names)} with values: steps=1,2,5.")
     found = [parsed(name, text.strip()) for text in values.split(",")]
-    return name, {
-        f"_{name}-{written(name, value).replace('/', '_')}": replace(settings, **{name: value}) for value in found
-    }
+    ends = (f"_{name}-{written(name, value)}".replace("/", "_") for value in found)
+    return name, {end: replace(settings, **{name: value}) for end, value in zip(ends, found, strict=True)}
 
 
 def written(name: str, value: Any) -> str:
