@@ -124,7 +124,8 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
         for read in (group, name):
             if stage not in _READ_BY.get(read, (stage,)) and config.get(group):
                 raise InputError(f"{name}: stage={stage} reads no {read}; leave it out, or choose another stage.")
-        if name.startswith("stage.panel_") and not (config["callbacks"] or {}).get("panels"):
+        unseen = name.startswith("stage.panel_") and name != "stage.panel_steps"  # which the schedule must have
+        if unseen and not (config["callbacks"] or {}).get("panels"):
             raise InputError(f"{name} has no effect without callbacks.panels; set that too, or leave {name} out.")
         if name.startswith("data.shard_cache") and not any(
             is_address(str(options.get(f"data.{place}"))) for place in ("train", "val", "latents")
