@@ -47,6 +47,7 @@ def latents(flow: Flow, s3: S3, tmp_path_factory: pytest.TempPathFactory) -> str
     """Latents that were encoded from the bucket into the bucket, while some answers failed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LDMLAB_SHARDS", str(tmp_path_factory.mktemp("shards")))
+        shards._FETCHED.clear()  # of a test before, whose folder may be gone
         s3.faults.plant("500", "packed/train/train-000000.tar", 2)
         s3.faults.plant("500 PUT", "latents/train/train-000000.tar", 2)
         encode(flow, "s3://lab/latents")
