@@ -138,6 +138,10 @@ def locate(node: Mapping[str, Any], *, where: str, trust: bool = False) -> Calla
         raise InputError(f"{where}._target_={shown(path)} is no class or function; {_way_out(where)}")
     if not trusted:
         _check_kind(target, path, where)
+    try:
+        inspect.signature(target)
+    except ValueError:  # of some classes in C
+        raise InputError(f"{where}._target_={shown(path)} names no options; wrap it in a class of your own.") from None
     if package != "ldmlab":
         plugins.used(package)
     return target

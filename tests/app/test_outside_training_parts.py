@@ -213,6 +213,7 @@ def test_options_of_the_stage(shards: Path, tmp_path: Path, word: str, expected:
         ([f"lr_schedule={{_target_: {__name__}.Nothing}}"], "Nothing has no __call__()"),
         (["+callbacks.x={_target_: no_such_lab.Part}"], "no_such_lab.Part does not exist"),
         (["+callbacks.x={_target_: pytorch_lightning.callbacks.NoSuch}"], "NoSuch does not exist"),
+        (["+callbacks.x={_target_: builtins.dict}"], "builtins.dict names no options; wrap it"),
     ],
 )
 def test_what_a_part_lacks_is_named(shards: Path, tmp_path: Path, words: list[str], lacking: str) -> None:

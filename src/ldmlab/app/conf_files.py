@@ -204,7 +204,6 @@ def check_built(config: Config, plan: Any, chosen: Collection[str]) -> None:
             raise InputError(f"{name} has no effect without a conditioner that gives {slot}; leave it out.")
         if name == "first_stage.attention_head_dim":
             check_heads(config["first_stage"]["attention_head_dim"], plan.stage.first_stage)
-        if name == "backbone.attention_downsampling" and not {*(found := backbone["attention_downsampling"])} <= {
-            *levels
-        }:
-            raise InputError(f"{name}={list(found)} names a level that is not there; choose among {levels}.")
+        if name == "backbone.attention_downsampling" and set(backbone["attention_downsampling"]) - set(levels):
+            found = list(backbone["attention_downsampling"])
+            raise InputError(f"{name}={found} names a level that is not there; choose among {levels}.")
