@@ -17,7 +17,7 @@ from torch import Tensor
 from ldmlab.errors import InputError
 
 T = TypeVar("T")
-_MEETING = datetime.timedelta(minutes=5)  # how long srun's processes wait for each other at the start
+_MEETING = datetime.timedelta(minutes=5)  # how long processes wait for each other at the start
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|peer|timed? ?out")
 _SHELLS = ("bash", "sh", "zsh", "fish", "interactive")  # SLURM_JOB_NAME of a shell
 _chosen: dict[str, Any] = {"timeout": None}  # of collectives, a timedelta; None: torch's own
@@ -92,9 +92,11 @@ def join(timeout_minutes: float | None = None) -> tuple[int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    store = _meet() if by_srun else None
     _chosen["timeout"] = datetime.timedelta(minutes=timeout_minutes) if timeout_minutes else None
+    meeting = min(_MEETING, _chosen["timeout"] or _MEETING)  # torch's own is as long as that of a collective
+    store = _meet() if by_srun else None
     try:
+        store = store or next(dist.rendezvous("env://", rank(), world_size(), timeout=meeting))[0]
         dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, **_chosen)
     except (RuntimeError, ValueError) as error:  # torch's own for variables, names of hosts, ports and time
         raise InputError(

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,12 @@ def test_the_patience_of_a_run_is_that_of_its_group(
         given.update(options)
         raise RuntimeError("seen")
 
+    def met(*_: Any, timeout: datetime.timedelta, **__: Any) -> Iterator[tuple[Any, int, int]]:
+        assert timeout == min(datetime.timedelta(minutes=minutes or 5), datetime.timedelta(minutes=5))
+        yield torch.distributed.HashStore(), 0, 2
+
     monkeypatch.setattr(torch.distributed, "init_process_group", opened)
+    monkeypatch.setattr(torch.distributed, "rendezvous", met)
     monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
     for stage in ("autoencoder", "all"):
         assert "did not find each other (seen)" in refusal(lambda: cli.dispatch(["train", f"stage={stage}", *words]))  # noqa: B023

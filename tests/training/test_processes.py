@@ -281,6 +281,20 @@ def test_srun_without_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert not distributed.joined()
 
 
+@pytest.mark.parametrize("own", [0, 1])
+def test_torchrun_without_the_others_is_refused_in_minutes(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {"RANK": own, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "_MEETING", datetime.timedelta(seconds=0.5))
+    with pytest.raises(InputError, match="the 2 processes of this run did not find each other"):
+        distributed.join()
+    assert not distributed.joined()
+
+
 @pytest.mark.parametrize(("name", "value"), [("SLURM_JOB_NAME", "bash"), ("SLURM_PTY_PORT", "4711"), ("", "")])
 def test_an_interactive_shell_is_not_a_group(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
