@@ -44,6 +44,12 @@ def check_side(option: str, value: int | None) -> None:
         raise InputError(f"{option}={value} is no side of an image; choose 1 .. {LARGEST_SIDE} px.")
 
 
+def check_text(option: str, text: str) -> None:
+    """InputError for text that no UTF-8 file can hold."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{option}={text!r:.60} holds half of a surrogate pair, which is no UTF-8; type it again.")
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
     """The end of a sentence: the nearest of the known names, or `otherwise` where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

@@ -19,6 +19,7 @@ from test_form import arguments, data_url
 
 from ldmlab.app import filters
 from ldmlab.app.commands import play
+from ldmlab.app.listening import address_of, listening_at
 from ldmlab.app.sample_files import Marks
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import enlargement, grid
@@ -150,13 +151,16 @@ def test_a_model_that_is_missing_leaves_no_folder(tmp_path: Path, monkeypatch: p
 
 
 def test_addresses_and_passwords(tmp_path: Path) -> None:
-    for host in ("a" * 100 + ".example", "nowhere.invalid", "1.2.3.4"):
+    for host in ("a" * 100 + ".example", "nowhere.invalid", "1.2.3.4", "\udcff"):
         with pytest.raises(InputError, match="cannot be used"):
-            play.listening_at(host, 0)
-    with play.listening_at("127.0.0.1", 0) as taken, pytest.raises(InputError, match="cannot be used"):
-        play.listening_at("127.0.0.1", taken.getsockname()[1])
+            listening_at(host, 0)
+    with pytest.raises(InputError, match="--host is empty"):
+        listening_at("", 0)
+    with listening_at("127.0.0.1", 0) as taken, pytest.raises(InputError, match="cannot be used"):
+        listening_at("127.0.0.1", taken.getsockname()[1])
     if socket.has_dualstack_ipv6():
-        play.listening_at("::1", 0).close()
+        with listening_at("::1", 0) as taken:
+            assert address_of(taken, "::1") == f"http://[::1]:{taken.getsockname()[1]}/"
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path, tmp_path / "pipe"):  # neither waits for somebody who writes
         with pytest.raises(InputError, match="cannot be read"):

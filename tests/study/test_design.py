@@ -1,6 +1,7 @@
 """How `ldmlab study make` matches images, hides methods and refuses what does not fit."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ldmlab.inference.grids import save_png
 from ldmlab.study.answers import Answers
 from ldmlab.study.design import read_study
 from ldmlab.study.results import write_results
+from ldmlab.study.server import application
 
 
 def make(*words: object) -> None:
@@ -57,16 +59,43 @@ def test_refusals(tmp_path: Path) -> None:
         ([a, tmp_path / "none", "--task", 2, *out], "is no folder"),
         ([a, b, "--task", 2, "--seconds", 99, *out], "outside 0 .. 60"),
         ([a, b, "--task", 2, "--prompts", "p.txt", *out], "are for models"),
+        ([a, b, "--task", 2, "--checks", 10**12, *out], "at most 100"),
+        ([a, b, "--task", 2, "--seed", -1, *out], "--seed -1 must be at least 0"),
+        ([a, b, "--task", 2, "--title", "\udcff", *out], "holds half of a surrogate pair"),
+        ([a, b, "--task", 2, "--names", "\udcff,b", *out], "holds half of a surrogate pair"),
+        ([a, b, "--task", 2, "--question", " ", *out], "--question ' ' is empty"),
+        ([a, b, "--task", 2, "--paper-table", "uncond/celebahq-256", *out], "begins with user-study/"),
         ([a, b, "--task", 2, "--port", 1, *out], "is an option of study serve"),
         ([a, b, "--task", 2, "--paper-table", "nothing", *out], "--paper-table nothing"),
     ):
         with pytest.raises(InputError, match=why.replace("|", r"\|")):
             make(*words)
         assert not (tmp_path / "study").exists()
+    c = image_folder(tmp_path / "c", range(2), 9)
+    with pytest.raises(InputError, match="is for two methods in task 2, not 3"):
+        make(a, b, c, "--task", 2, "--paper-table", "user-study/sr-imagenet", *out)
+    for folder, prompt in ((a, "an apple"), (c, "a clock")):
+        save_png(folder / "000000.png", np.zeros((16, 16, 3), np.uint8), {"prompt": prompt})
+    with pytest.raises(InputError, match="are of different prompts"):
+        make(a, c, "--task", 2, *out)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "000000.png").write_bytes(b"%!PS")
     with pytest.raises(InputError, match="cannot be read"):
         make(a, tmp_path / "broken", "--task", 2, *out)
+
+
+def test_what_a_study_of_models_cannot_use_is_refused_before_they_sample(tmp_path: Path) -> None:
+    for name in ("a", "b", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.yaml").write_text("")
+    words = [tmp_path / "a", tmp_path / "b", "--task", 2, "--prompts", tmp_path / "p.txt", "--out"]
+    for more, why in (
+        ([tmp_path / "full"], "holds files already"),
+        ([tmp_path / "new", "--sample", "--steps '5"], "close each quote"),
+        ([tmp_path / "new", "--sample", "--steps 5 --out=x"], "holds --out, which study make sets itself"),
+    ):
+        with pytest.raises(InputError, match=why):
+            make(*words, *more)
 
 
 def test_a_row_beside_the_papers(tmp_path: Path) -> None:
@@ -100,12 +129,49 @@ def test_a_folder_from_a_stranger_serves_nothing_but_its_copies(tmp_path: Path) 
         lambda study: study["rules"].update(one_side=None),
         lambda study: study.update(items=[]),
         lambda study: study.update(more=1),
+        lambda study: study.update(seed=-1),
+        lambda study: study["methods"].pop("b"),
+        lambda study: study["rules"].update(least_answers=0),
     ):
         bad = json.loads(json.dumps(good))
         change(bad)
         (folder / "study.json").write_text(json.dumps(bad))
         with pytest.raises(InputError, match="is damaged"):
             read_study(folder)
+
+
+def test_a_copy_that_is_missing_or_damaged_is_not_served(tmp_path: Path) -> None:
+    folder = made_study(tmp_path)
+    study = read_study(folder)
+    application(folder, study)
+    copy = folder / "images" / study.items[0].images[0]
+    copy.write_bytes(bytes([copy.read_bytes()[0] ^ 1]) + copy.read_bytes()[1:])
+    with pytest.raises(InputError, match="missing, damaged"):
+        application(folder, study)
+    copy.unlink()
+    with pytest.raises(InputError, match="missing, damaged"):
+        application(folder, study)
+
+
+def test_an_answer_that_a_full_disk_cut_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made_study(tmp_path, "--checks", "0")
+    answers = Answers(folder, read_study(folder))
+    name, write = answers.start(), os.write
+    item = answers.session(name).order[0][0].id
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda handle, content: write(handle, content[:20]))
+        with pytest.raises(InputError, match="no space left"):
+            answers.put(name, item, "left", 1.0)
+    answers.put(name, item, "left", 1.0)
+    again = Answers(folder, answers.study)
+    assert (again.damaged, list(again.sessions[name].answers)) == (1, [item])
+
+
+def test_answers_that_are_no_file_are_refused(tmp_path: Path) -> None:
+    folder = made_study(tmp_path)
+    os.mkfifo(folder / "answers.jsonl")
+    with pytest.raises(InputError, match="cannot be read"):
+        Answers(folder, read_study(folder))
 
 
 def test_damaged_answers_are_counted(tmp_path: Path) -> None:

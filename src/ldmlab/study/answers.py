@@ -11,6 +11,7 @@ Intervals: bootstrap in which raters and items are both drawn with replacement (
 the noise of a single answer in both directions and is therefore somewhat wide.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ldmlab.disks import disk_errors
+from ldmlab.disks import disk_errors, open_regular
 from ldmlab.errors import InputError
 from ldmlab.study.design import Item, Study
 
@@ -62,7 +63,13 @@ class Answers:
     def __init__(self, folder: Path, study: Study, most_sessions: int = 10_000) -> None:
         self.path, self.study, self.most_sessions = folder / FILE, study, most_sessions
         self.sessions: dict[str, Session] = {}
-        content = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            with open_regular(self.path) as file:
+                content = file.readall()
+        except FileNotFoundError:
+            content = b""
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read ({error}); repair it, or make the study again.") from error
         self._torn = bool(content) and not content.endswith(b"\n")
         self.damaged = sum(not self._take(line) for line in content.splitlines() if line)  # left out
 
@@ -87,7 +94,9 @@ class Answers:
         with disk_errors(self.path):
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(handle, b"\n" + line if self._torn else line)
+                content, self._torn = b"\n" + line if self._torn else line, True
+                if os.write(handle, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 os.fsync(handle)
             finally:
                 os.close(handle)

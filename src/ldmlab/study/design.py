@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from ldmlab.argument_types import check_types
 from ldmlab.data.tars import IMAGE_ENDINGS
 from ldmlab.errors import InputError, one_of
-from ldmlab.files import read_json, write_atomically, write_json
+from ldmlab.files import encodable, read_json, write_atomically, write_json
 from ldmlab.inference.grids import read_settings
 from ldmlab.open_image import open_image
 
@@ -65,6 +65,22 @@ def caption_of(path: Path) -> str | None:
     return read_settings(path).get("prompt") if path.suffix.lower() == ".png" else None
 
 
+def copy_name(content: bytes) -> str:
+    """The name of a copy of an image."""
+    return f"{hashlib.sha256(content).hexdigest()[:24]}.png"
+
+
+def _one_caption(first: Path, second: Path) -> str | None:
+    """The prompt of two images, which is the same where both have one."""
+    one, other = caption_of(first), caption_of(second)
+    if one and other and one != other:
+        raise InputError(
+            f"{first} and {second} are of different prompts ({one!r:.60} and {other!r:.60}); "
+            "give images of the same prompts under the same names."
+        )
+    return other or one
+
+
 class Copies:
     """Copies of images as PNG without metadata, named by content, so that no name tells the method."""
 
@@ -83,7 +99,7 @@ class Copies:
         buffer = io.BytesIO()
         pixels.save(buffer, "PNG")
         content = buffer.getvalue()
-        name = f"{hashlib.sha256(content).hexdigest()[:24]}.png"
+        name = copy_name(content)
         if not (self.folder / name).exists():
             write_atomically(self.folder / name, lambda path: path.write_bytes(content))
         return name
@@ -181,8 +197,10 @@ def read_study(folder: Path) -> Study:
         check_types(Study, fields, FILE)
         study = Study(**fields, items=items, rules=Rules(**rules))
         one_of("task", str(study.task), ("1", "2"))
-        if not (study.rated and study.per_session >= 1 and study.seconds >= 0):
+        if not (study.rated and study.per_session >= 1 and study.seconds >= 0 and rules["least_answers"] >= 1):
             raise ValueError("no item, or a session without one")
+        if study.seed < 0 or any(set(item.methods) - study.methods.keys() for item in study.rated):
+            raise ValueError("a negative seed, or an item of a method that is none of the study's")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{folder / FILE} is damaged ({error}); make the study again.") from error
     return study
@@ -197,6 +215,12 @@ def _item(value: Mapping[str, Any]) -> Item:
             raise ValueError(f"{name!r:.40} is no copy of an image")
     one_of("kind", item.kind, KINDS)
     return item
+
+
+def check_new(folder: Path) -> None:
+    """InputError where something lies that a study cannot be written to."""
+    if held := sorted(entry.name for entry in folder.iterdir() if entry.name != IMAGES) if folder.is_dir() else []:
+        raise InputError(f"--out {folder} holds files already ({held[0]}); give a new or empty folder.")
 
 
 def make_study(
@@ -215,8 +239,7 @@ def make_study(
         raise InputError("--task 1 compares with real images; give them by --real FOLDER.")
     if task == 2 and len(sets) < 2:
         raise InputError("--task 2 compares methods; give two folders or more.")
-    if held := sorted(entry.name for entry in folder.iterdir() if entry.name != IMAGES) if folder.is_dir() else []:
-        raise InputError(f"--out {folder} holds files already ({held[0]}); give a new or empty folder.")
+    check_new(folder)
     found = {name: images_of(path) for name, path in sets.items()}
     found |= {REAL: images_of(real)} if real is not None else {}
     inputs = images_of(given) if given is not None else None
@@ -229,7 +252,7 @@ def make_study(
     items += _plain(
         random.Random(f"{seed}:checks").choices(sorted(best.values()), k=checks + _PRACTICE), len(items), put
     )
-    methods = {name: str(path) for name, path in sets.items()} | ({REAL: str(real)} if real is not None else {})
+    methods = {name: encodable(str(path)) for name, path in {**sets, REAL: real}.items() if path is not None}
     question = settings.pop("question", None) or QUESTIONS[task, inputs is not None]
     study = Study(task=task, question=question, methods=methods, items=tuple(items), **settings)
     write_json(folder / FILE, {"format": "ldmlab study 1", **asdict(study)})
@@ -250,7 +273,7 @@ def _rated(
             files = found[a][name[a]], found[b][name[b]]
             given = None if inputs is None else put(inputs[name[a]])
             images = put(files[0]), put(files[1])
-            items.append(Item(f"{len(items):05d}", "item", (a, b), images, given, caption_of(files[1])))
+            items.append(Item(f"{len(items):05d}", "item", (a, b), images, given, _one_caption(*files)))
     return items
 
 
@@ -269,7 +292,7 @@ def _plain(sources: Sequence[Path], first: int, put: Copies) -> list[Item]:
 
 def names_of(paths: Sequence[Path], names: str | None) -> dict[str, Path]:
     """Methods by name: those of `names` (a,b), or of the folders."""
-    words = [path.resolve().name for path in paths] if names is None else names.split(",")
+    words = [encodable(path.resolve().name) for path in paths] if names is None else names.split(",")
     if len(words) != len(paths) or len(set(words)) < len(words) or REAL in words or "" in words:
         raise InputError(
             f"--names {','.join(words)} must be {len(paths)} different names, none of them {REAL}; write --names a,b."

@@ -17,6 +17,15 @@ from ldmlab.study.design import REAL, Study, read_study
 _COLUMN = {1: "preference_vs_gt_percent", 2: "preference_score_percent"}
 
 
+def check_table(name: str, task: int, methods: int) -> None:
+    """InputError for a table in which a study cannot get a row."""
+    known_table(name, "--paper-table ")
+    if not name.startswith("user-study/"):
+        raise InputError(f"--paper-table {name} is not one of user studies; choose one that begins with user-study/.")
+    if task == 2 and methods != 2:
+        raise InputError(f"--paper-table {name} is for two methods in task 2, not {methods}; leave it out.")
+
+
 def write_results(folders: list[Path], out: Path) -> str:
     """preferences.json and report.html of one or more studies into `out`; the tables as text."""
     studies = {folder: read_study(folder) for folder in folders}

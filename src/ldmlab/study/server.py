@@ -1,6 +1,7 @@
 """The study as a page: consent, practice, items in random order and sides, resumable; Starlette behind uvicorn."""
 
 import json
+import sys
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from pathlib import Path
@@ -11,16 +12,19 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from ldmlab.disks import open_regular
+from ldmlab.errors import InputError
 from ldmlab.study.answers import Answers, Refused
-from ldmlab.study.design import IMAGES, Study
+from ldmlab.study.design import IMAGES, Study, copy_name
 
 _MOST_BYTES = 2048  # of a request
 
 
 def application(folder: Path, study: Study) -> Starlette:
     """The pages of a study; one process serves it."""
-    answers = Answers(folder, study)
     known = {name for item in study.items for name in (*item.images, item.given) if name}
+    check_copies(folder / IMAGES, known)
+    answers = Answers(folder, study)
     page = files("ldmlab.study").joinpath("templates", "study.html").read_text(encoding="utf-8")
     shown = {"title": study.title, "consent": study.consent, "question": study.question, "seconds": study.seconds}
     page = page.replace("{{study}}", json.dumps(shown).replace("<", "\\u003c"))
@@ -54,8 +58,20 @@ def application(folder: Path, study: Study) -> Starlette:
             Route("/next", _refusing(next_item)),
             Route("/answer", _refusing(answer), methods=["POST"]),
         ],
-        exception_handlers={Refused: _refusal},
+        exception_handlers={Refused: _refusal, InputError: _of_disk},
     )
+
+
+def check_copies(folder: Path, names: set[str]) -> None:
+    """InputError for a copy of an image that is missing or has other bytes than those it is named after."""
+    for path in (folder / name for name in sorted(names)):
+        try:
+            with open_regular(path) as file:
+                whole = copy_name(file.read()) == path.name
+        except OSError:
+            whole = False
+        if not whole:
+            raise InputError(f"{path} is missing, damaged or not allowed to be read; make the study again.")
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -75,6 +91,11 @@ def _refusing(endpoint: Endpoint) -> Endpoint:
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return JSONResponse({"error": str(error)}, status_code=error.status)
+
+
+async def _of_disk(request: Request, error: Exception) -> Response:
+    print(f"ldmlab: {error}", file=sys.stderr, flush=True)
+    return JSONResponse({"error": "the server cannot store answers now"}, status_code=507)
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -12,7 +12,6 @@ environment variable LDMLAB_PLAY_PASSWORD. What is made is kept under --out with
 
 import argparse
 import os
-import socket
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -83,26 +82,16 @@ def serve(args: argparse.Namespace, out: Path, password: str | None) -> None:
     """The page, until a signal ends it."""
     import uvicorn
 
+    from ldmlab.app.listening import address_of, listening_at
     from ldmlab.disks import locked
     from ldmlab.play.playground import application
 
     busy = f"--out {out} is in use by another process"
     with locked(out / ".playing", busy, remove=True), listening_at(args.host, args.port) as listening:
         app = application(playground_of(args, out), password)
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"http://{host}:{listening.getsockname()[1]}/ (stop with Ctrl-C; images go to {out})", flush=True)
+        print(f"{address_of(listening, args.host)} (stop with Ctrl-C; images go to {out})", flush=True)
         config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
         uvicorn.Server(config).run([listening])
-
-
-def listening_at(host: str, port: int) -> socket.socket:
-    """A socket that takes connections, of the family of the host's address."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError, ValueError) as error:  # ValueError: a name that is none
-        raise InputError(
-            f"--host {host} --port {port} cannot be used ({error}); choose another --port or --host."
-        ) from error
 
 
 def chosen_password(args: argparse.Namespace) -> str | None:

@@ -14,15 +14,16 @@ otherwise; answers are lines of STUDY/answers.jsonl and hold nothing about perso
 
 import argparse
 import shlex
-import socket
 from pathlib import Path
 from typing import Any
 
 from ldmlab.app.cli import at_least
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, check_text
 
 EXTRA = "pages"  # of pyproject.toml
 
+_MOST_CHECKS = 100
+_SET_HERE = ("--prompts", "--seed", "--out", "--sweep")  # options of sample
 
 _MAKE: dict[str, dict[str, Any]] = {
     "task": {"type": int, "help": "1: real or generated; 2: which fits better"},
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
-    from ldmlab.report.paper_source import known_table
-    from ldmlab.study.design import make_study, names_of
+    from ldmlab.study.design import check_new, make_study, names_of
+    from ldmlab.study.results import check_table
 
     if args.out is None or args.task is None:
         raise InputError("ldmlab study make needs --task 1|2 and --out FOLDER; give both.")
@@ -74,14 +75,22 @@ def _make(args: argparse.Namespace) -> None:
     args.per_session = 50 if args.per_session is None else args.per_session
     args.checks = 4 if args.checks is None else args.checks
     args.seconds = 3.0 if args.seconds is None else args.seconds
-    at_least(args, per_session=1, checks=0)
+    at_least(args, per_session=1, checks=0, seed=0)
+    if args.checks > _MOST_CHECKS:
+        raise InputError(f"--checks {args.checks} are too many for a rater; choose at most {_MOST_CHECKS}.")
+    for option in ("title", "question", "names"):
+        if (text := getattr(args, option)) is not None:
+            check_text(f"--{option}", text)
+            if not text.strip():
+                raise InputError(f"--{option} {text!r} is empty; give a text, or leave it out.")
     if not 0 <= args.seconds <= 60:
         raise InputError(f"--seconds {args.seconds} is outside 0 .. 60; choose 3, as the paper, or 0 for no limit.")
-    if args.paper_table is not None:
-        known_table(args.paper_table, "--paper-table ")
     sets = names_of(args.folders, args.names)
+    if args.paper_table is not None:
+        check_table(args.paper_table, args.task, len(sets))
     if (args.prompts or args.sample) and not any(map(_is_model, args.folders)):
         raise InputError("--prompts and --sample are for models, and all folders hold images; leave them out.")
+    check_new(args.out)  # before hours of sampling
     sets = {name: _sampled(path, name, args) if _is_model(path) else path for name, path in sets.items()}
     study = make_study(
         args.out,
@@ -97,7 +106,7 @@ def _make(args: argparse.Namespace) -> None:
         seed=args.seed,
         paper_table=args.paper_table,
     )
-    print(f"{args.out}: {len(study.rated)} items; show it with `ldmlab study serve {args.out}`")
+    print(f"{args.out}: {len(study.rated)} items; show it with `ldmlab study serve {shlex.quote(str(args.out))}`")
 
 
 def _is_model(path: Path) -> bool:
@@ -111,9 +120,15 @@ def _sampled(model: Path, name: str, args: argparse.Namespace) -> Path:
     if args.prompts is None:
         raise InputError(f"{model} is a model, which needs --prompts FILE; or give a folder of its samples.")
     out = args.out.with_name(f"{args.out.name}-samples") / name
-    seed = ["--seed", str(args.seed)]
+    try:
+        options = shlex.split(args.sample)
+    except ValueError as error:
+        raise InputError(f"--sample {args.sample} is no list of options ({error}); close each quote.") from error
+    for word in options:
+        if (option := word.partition("=")[0]) in _SET_HERE:
+            raise InputError(f"--sample {args.sample} holds {option}, which study make sets itself; leave that out.")
     dispatch(
-        ["sample", str(model), "--prompts", str(args.prompts), *seed, "--out", str(out), *shlex.split(args.sample)]
+        ["sample", str(model), *options, "--prompts", str(args.prompts), "--seed", str(args.seed), "--out", str(out)]
     )
     return out
 
@@ -125,20 +140,19 @@ def _serve(args: argparse.Namespace) -> None:
         from ldmlab.study.server import application
     except ModuleNotFoundError as error:
         raise InputError(f"ldmlab study serve needs {error.name}; run `pip install 'ldmlab[{EXTRA}]'`.") from error
+    from ldmlab.app.listening import address_of, listening_at
     from ldmlab.disks import locked
     from ldmlab.study.design import read_study
 
     if len(args.folders) != 1:
         raise InputError("ldmlab study serve shows one study; give one folder.")
-    (folder,), host = args.folders, args.host or "127.0.0.1"
+    (folder,), host = args.folders, "127.0.0.1" if args.host is None else args.host
     port, study = 8400 if args.port is None else args.port, read_study(args.folders[0])
     with locked(folder / ".serving", f"{folder} is served by another process", remove=True):
-        try:
-            listening = socket.create_server((host, port))
-        except (OSError, OverflowError) as error:
-            raise InputError(f"--host {host} --port {port} cannot be used ({error}); choose another --port.") from error
-        print(f"http://{host}:{port}/ (stop with Ctrl-C; answers go to {folder / 'answers.jsonl'})", flush=True)
-        config = uvicorn.Config(application(folder, study), access_log=False, log_level="warning")
+        app, listening = application(folder, study), listening_at(host, port)
+        shown = address_of(listening, host)
+        print(f"{shown} (stop with Ctrl-C; answers go to {folder / 'answers.jsonl'})", flush=True)
+        config = uvicorn.Config(app, access_log=False, log_level="warning")
         uvicorn.Server(config).run([listening])
 
 
