@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ldmlab.checkpoints import save_tensors
 from ldmlab.errors import InputError
-from ldmlab.sharded import is_sharded, laid_out
+from ldmlab.sharded import by_layout, is_sharded, laid_out
 
 
 class AveragedWeights:
@@ -48,9 +48,10 @@ class AveragedWeights:
         """One optimizer update of the live weights has been made: average += (1 - decay) (live - average)."""
         self.updates += 1
         decay = self._kept()
-        average = list(self._average.values())
-        live = [p.detach().to(a.device, a.dtype) for p, a in zip(self._live.values(), average, strict=True)]
-        torch._foreach_lerp_(average, live, 1 - decay)
+        pairs = zip(self._live.values(), self._average.values(), strict=True)
+        for part in by_layout(pairs, lambda pair: pair[1]):
+            live = [p.detach().to(a.device, a.dtype) for p, a in part]
+            torch._foreach_lerp_([a for _, a in part], live, 1 - decay)
 
     def _kept(self) -> float:
         """The decay at this update."""

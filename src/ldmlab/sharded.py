@@ -10,11 +10,11 @@ torch.distributed.checkpoint has no checksums, and its files are pickles, which 
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import safetensors
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 STATE = "state.ckpt"
+T = TypeVar("T")
 _NAME = re.compile(r"shard_\d{5,}\.safetensors")
 _CHUNK_BYTES = 2**20
 
@@ -68,6 +69,14 @@ def split(content: Any) -> tuple[Any, Parts]:
 def is_sharded(value: Any) -> bool:
     """Whether it is a DTensor, without importing DTensor, which takes seconds."""
     return isinstance(value, Tensor) and hasattr(value, "placements")
+
+
+def by_layout(items: Iterable[T], tensor: Callable[[T], Any] = lambda item: item) -> list[list[T]]:
+    """The sharded ones and the others, in lists that are not empty: operations on many tensors take no mixture."""
+    both: tuple[list[T], list[T]] = ([], [])
+    for item in items:
+        both[is_sharded(tensor(item))].append(item)
+    return [part for part in both if part]
 
 
 def box_of(tensor: Any) -> tuple[list[int], list[int]]:

@@ -153,6 +153,18 @@ def test_what_is_sharded_is_divided_by_the_processes(
 
 
 @pytest.mark.slow
+def test_a_discriminator_is_not_divided(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for devices in (1, 4):
+        words = [*MODELS["first stage with adversary"], "trainer=fsdp", "--devices", str(devices), "--json"]
+        assert dispatch(["plan", *words]) == 0
+        found.append(json.loads(capsys.readouterr().out)["memory_gib"])
+    one, many = found
+    assert many["weights of the first stage"] < 0.26 * one["weights of the first stage"]
+    assert 0.25 < many["gradients"] / one["gradients"] < 0.5
+
+
+@pytest.mark.slow
 def test_more_images_fit_where_weights_are_sharded(capsys: pytest.CaptureFixture[str]) -> None:
     """On cards that just hold one image beside all weights; a plan needs no GPU for what it plans."""
     words = ["backbone=dit_s_2", "backbone.depth=2", "first_stage=identity", "data.image_size=8", "--devices", "8"]
@@ -179,8 +191,8 @@ def test_a_part_without_weights_is_not_divided(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stage=autoencoder", "trainer=fsdp", "--devices", "8"], "shards denoisers and latent classifiers"),
-        (["stage=autoencoder", "trainer=fsdp"], "shards denoisers and latent classifiers"),
+        (["stage=clip", "trainer=fsdp", "--devices", "8"], "shards first stages, denoisers and latent classifiers"),
+        (["stage=clip", "trainer=fsdp"], "shards first stages, denoisers and latent classifiers"),
         (["stage=autoencoder", "backbone=dit_s_2"], "stage=autoencoder reads no backbone"),
         (["first_stage=kl_f8", "stage.val_draws=few"], "stage.val_draws=few"),
         ([*SMALL, "trainer=fsdp", "trainer.compile=cuda_graphs", "--devices", "8"], "strategy shards the weights"),

@@ -111,7 +111,8 @@ def test_the_scale_of_the_logits_is_bounded() -> None:
 
 
 def test_nothing_held_out() -> None:
-    assert make().validate([]) == {}
+    nothing = {"position": torch.zeros(0, dtype=torch.int64), "image": pairs()["image"][:0], "caption": [], "key": []}
+    assert make().validate([]) == make().validate([nothing]) == {}
 
 
 @torch.no_grad()

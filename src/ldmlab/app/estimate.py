@@ -78,8 +78,13 @@ def _in_parts(
 ) -> dict[str, int]:
     """Memory of one process with sharded networks: its shards, the two largest units gathered, a gradient of one."""
     networks = [network for network, _ in stage.networks()]
-    split = {parameter for network in networks for parameter in network.parameters()}
-    made = {kind: size if kind.startswith("weights of") else size // processes for kind, size in fixed.items()}
+    split = {parameter for network in networks for parameter in network.parameters()} - set(stage.whole())
+    trained = [parameter for parameters in stage.groups().values() for parameter in parameters]
+    share = _bytes(p for p in trained if p in split) / max(_bytes(trained), 1)  # of gradients and what follows them
+    made = {
+        kind: size if kind.startswith("weights of") else size - (own := round(size * share)) + own // processes
+        for kind, size in fixed.items()
+    }
     for name, part in parts.items():
         own = _bytes(parameter for parameter in part.parameters() if parameter in split)
         if own:  # a part without weights has no row

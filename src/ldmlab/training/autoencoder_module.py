@@ -77,7 +77,6 @@ class AutoencoderStage(Stage):
         self.rise_alarm = RiseAlarm()
         self.one_by_one = loss.adversary is not None and loss.adversary.official_order
         self.monitor, self.monitor_mode = ("psnr", "max") if self._lpips is None else ("lpips", "min")
-        self._assigned = self._assign()
         self._seen: _Seen | None = None  # of this micro-batch
         changes = "change" in inspect.signature(first_stage.reconstruct).parameters
         if (regularisers := getattr(loss, "regularisers", None)) is not None and regularisers.active and not changes:
@@ -91,7 +90,8 @@ class AutoencoderStage(Stage):
         """The loss's, if it has one."""
         return getattr(self.loss, "lpips", None)
 
-    def _assign(self) -> dict[str, list[nn.Parameter]]:
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The autoencoder (with a learned log-variance) and the adversary, if there is one."""
         of_loss = [p for name, p in self.loss.named_parameters() if not name.startswith("adversary.")]
         trained = [*self.first_stage.parameters(), *of_loss]
         groups = {"generator": [p for p in trained if p.requires_grad]}
@@ -99,9 +99,16 @@ class AutoencoderStage(Stage):
             groups["discriminator"] = list(self.loss.adversary.parameters())
         return groups
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The autoencoder (with a learned log-variance) and the adversary, if there is one."""
-        return self._assigned
+    def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """The first stage; the adversary, whose gradients are needed in one of two passes only, stays whole."""
+        return [(self.first_stage, ("reconstruct", "encode", "decode"))]
+
+    def whole(self) -> list[nn.Parameter]:
+        """The layers at which losses are weighed, and codes that are moved by hand."""
+        layers = (self.first_stage.last_layer, getattr(self.first_stage, "encoder_last_layer", None))
+        quantiser = getattr(self.first_stage, "quantiser", None)
+        codes = quantiser.parameters() if isinstance(quantiser, nn.Module) else ()
+        return [*(one for one in layers if isinstance(one, nn.Parameter)), *codes]
 
     def active(self, group: str) -> bool:
         """The adversary is updated from its start on; in the official order its Adam steps on zero gradients before."""
@@ -248,10 +255,15 @@ class AutoencoderStage(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the batch's reconstructions."""
+        if not len(batch["position"]):
+            return
         posterior = self.first_stage.encode(self._images_of(batch))
+        decoded = to_bytes(self.first_stage.decode(posterior.mean))
+        if "filler" in batch:
+            return
         measures, latents = self._measures
         latents.update(posterior)
-        measures.update(batch["image"].to(self.device), to_bytes(self.first_stage.decode(posterior.mean)))
+        measures.update(batch["image"].to(self.device), decoded)
 
     def validation_metrics(self) -> dict[str, float]:
         """The values of both, which then hold nothing in memory."""

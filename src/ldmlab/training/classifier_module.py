@@ -90,7 +90,7 @@ class ClassifierStage(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses and right answers with fixed times and noises."""
-        for draw in range(self.val_draws):
+        for draw in range(self.val_draws if len(batch["position"]) else 0):
             loss, right, level = self._classified(batch, _VAL_SEED + draw)
             place = (level * self.noise_bins).long().clamp_max(self.noise_bins - 1)
             values = torch.stack([loss, right, torch.ones_like(loss)]).double()

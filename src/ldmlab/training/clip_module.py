@@ -88,6 +88,8 @@ class ClipStage(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Features of the batch's pairs."""
+        if not len(batch["position"]):
+            return
         image, text = (f.cpu() for f in self._features(batch))
         self._pairs += zip(batch["key"], batch["caption"], image, text, strict=True)
 

@@ -57,14 +57,22 @@ class Batches(pl.LightningDataModule):
         return _Restarted(self._filled if getattr(trainer.strategy, "shards", False) else self.val)
 
     def _filled(self) -> Iterator[Batch]:
-        """A process without a batch left repeats one, marked `filler`, since every pass needs all processes."""
+        """A process without images repeats a batch, marked `filler`, since every pass needs all processes."""
         own: Iterator[Batch] = iter(self.val())
         latest: Batch = {}
-        while any(found := distributed.gather((batch := next(own, None)) is not None)):
-            if not latest and not all(found):
-                latest = next(part for part in distributed.gather(batch) if part is not None)
-            latest = batch or latest
-            yield batch or {**latest, "skipped": [], "filler": True}
+        while True:
+            batch = next(own, None)
+            sizes = distributed.gather(_size(batch))
+            if sizes.count(None) == len(sizes):
+                return
+            batch = batch or {"position": torch.zeros(0, dtype=torch.int64), "skipped": []}
+            if any(sizes) and not latest and not all(sizes):
+                latest = next(part for part in distributed.gather(batch) if _size(part))
+            if any(sizes) and not _size(batch):
+                yield {**latest, "skipped": batch["skipped"], "filler": True}
+            else:
+                latest = batch if _size(batch) else latest
+                yield batch
 
     def _training(self) -> Iterable[Batch]:
         trainer: Any = self.trainer
@@ -72,6 +80,11 @@ class Batches(pl.LightningDataModule):
         if not trainer.overfit_batches:
             return self.train(position)
         return ({**batch, "position": batch["position"] + position} for batch in self.train(0))  # noise stays new
+
+
+def _size(batch: Batch | None) -> int | None:
+    """Images in it; 0 where none could be read."""
+    return None if batch is None else len(batch["position"])
 
 
 class _Restarted:

@@ -139,7 +139,7 @@ class DiffusionStage(Stage):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses with fixed times and noises."""
         counted = "filler" not in batch
-        for draw in range(self.val_draws):
+        for draw in range(self.val_draws if len(batch["position"]) else 0):
             self._total += counted * self.diffusion.loss(batch, _VAL_SEED + draw)[0].double().sum()
             self._count += counted * len(batch["position"])
 

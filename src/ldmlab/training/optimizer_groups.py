@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldmlab.errors import InputError
+from ldmlab.sharded import by_layout
 from ldmlab.training.muon import Joined, MuonAdamW, Part, hidden_matrices
 from ldmlab.training.optim import OptimizerFactory, RateBySteps, restore_optimizer
 from ldmlab.training.validation import Validated
@@ -107,6 +108,14 @@ def train_only(network: nn.Module, parts: Sequence[str], option: str) -> None:
             module.watched = False
 
 
+def _one_by_one_where_mixed(optimizer: Optimizer) -> None:
+    """No kernel for many parameters, where some are sharded and others are not."""
+    for options in optimizer.param_groups:
+        if len(by_layout(options["params"])) > 1:
+            options |= dict.fromkeys({"foreach", "fused"} & options.keys(), False)
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined] - of fused ones
+
+
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
 
 
@@ -178,6 +187,8 @@ class OptimizerGroups(Validated):
 
     def _joined(self, group: str) -> Optimizer:
         made = [make(own) for make, own in self.parts(group, self._groups[group])]
+        for optimizer in made:
+            _one_by_one_where_mixed(optimizer)
         return made[0] if len(made) == 1 else Joined(made)
 
     def optimizers_by_group(self) -> dict[str, Optimizer]:

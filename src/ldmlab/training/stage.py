@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ldmlab import distributed
 from ldmlab.checkpoints import check_fit, load_exactly
 from ldmlab.errors import InputError
+from ldmlab.sharded import by_layout, is_sharded
 from ldmlab.training.data_module import Batch
 from ldmlab.training.optim import OptimizerFactory
 from ldmlab.training.optimizer_groups import MeanGradients, OptimizerGroups, RateSchedule
@@ -31,6 +32,13 @@ class Losses:
     total: Tensor  # scalar, mean over the micro-batch
     metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars to log; each must stay finite
     extras: dict[str, Any] = field(default_factory=dict)  # per image, or what computes it, for callbacks
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all values together, those of other processes' shards too."""
+    norms = [nn.utils.get_total_norm(part) for part in by_layout(gradients)]
+    full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return full[0] if len(full) == 1 else torch.stack(full).norm()
 
 
 class Stage(OptimizerGroups):
@@ -97,6 +105,10 @@ class Stage(OptimizerGroups):
         """
         return []
 
+    def whole(self) -> list[nn.Parameter]:
+        """Parameters of `networks` that are used or written outside of their passes, so that FSDP leaves them whole."""
+        return []
+
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Images for the grids by name, uint8 (N, H, W, 3), with averaged weights; called by all processes."""
         return {}
@@ -123,8 +135,9 @@ class Stage(OptimizerGroups):
         epoch.batch_progress.total.ready = self.step * self.accumulate
         epoch._batches_that_stepped = self.step + 1
         epoch.manual_optimization.optim_step_progress.total.completed = self.step  # trainer.global_step
-        if distributed.joined() and self._ddp is None and not any(isinstance(p, DTensor) for p in self.parameters()):
-            self._means = {group: MeanGradients(parameters) for group, parameters in self._groups.items()}
+        if distributed.joined() and self._ddp is None:
+            whole = {group: [p for p in own if not is_sharded(p)] for group, own in self._groups.items()}
+            self._means = {group: MeanGradients(own) for group, own in whole.items() if own}
         if self.unvalidated:
             self.trainer.validating = True
             epoch.val_loop.run()
@@ -185,14 +198,13 @@ class Stage(OptimizerGroups):
         parameters = self._groups[group]
         if self._scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             self._scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers, which do it later
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
         if self.skip_nonfinite and self._scaler is None and not bool(norm.isfinite()):  # waits for the device
             self._left_out = True
             for parameter in parameters:
                 parameter.grad = None  # which leaves weights and the optimizer's state as they are
-        if self.gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+        for part in by_layout(parameters) if self.gradient_clip is not None else ():
+            nn.utils.clip_grads_with_norm_(part, self.gradient_clip, norm)  # type: ignore[arg-type]
         if self._scaler is not None:  # an update whose gradient overflowed is left out
             overflow = ~norm.isfinite()
             self.metrics.add({f"overflow/{group}": overflow})

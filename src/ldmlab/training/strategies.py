@@ -6,6 +6,7 @@ averages gradients between machines. In mixed precision the weights of a region'
 gathered in half precision.
 """
 
+from collections.abc import Callable, Sequence, Set
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils._pytree import register_dataclass
 
 from ldmlab import distributed
 from ldmlab.errors import InputError
@@ -23,7 +25,9 @@ from ldmlab.nn.compiling import regions
 from ldmlab.sharded import is_sharded
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
+from ldmlab.values import Reconstruction
 
+register_dataclass(Reconstruction)  # its tensors tell FSDP2 when a backward pass begins
 _HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _PRODUCTS = (nn.Linear, nn.Conv2d)  # autocast computes these in half precision
 
@@ -55,9 +59,8 @@ class Sharded(SeveralGroups):
         stage: Any = self.lightning_module
         mesh = mesh_of(self.root_device.type, self._by_machine)
         for network, methods in stage.networks():
-            shard(network, mesh, self._dtype)
-            for method in methods:
-                register_fsdp_forward_method(network, method)
+            shard(network, mesh, self._dtype, set(stage.whole()))
+            _as_forward(network, methods)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Reduce-scatter after every micro-batch; all-reduce between machines after the last one of a step."""
@@ -86,15 +89,21 @@ def mesh_of(device: str, by_machine: bool) -> DeviceMesh:
     return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("machines", "parts"))
 
 
-def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """Shard a network's weights over the processes of `mesh`; `dtype`: of linear layers and convolutions."""
+def shard(
+    network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None, whole: Set[nn.Parameter] = frozenset()
+) -> None:
+    """Shard a network's weights over the processes of `mesh`, but for those `whole`.
+
+    dtype: of linear layers and convolutions while they compute; None: their own.
+    """
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": set(whole)}
     kept = _taken_out(network)
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous()  # the only layout that can be gathered
     for unit, method in [*regions(network)]:
         if method == "forward" and unit is not network:
-            fully_shard(unit, mesh=mesh, mp_policy=_policy(unit, dtype), reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else averaged weights would miss a gathered one
+            fully_shard(unit, mp_policy=_policy(unit, dtype), **options)
+    fully_shard(network, **options)  # resharded too, else averaged weights would miss a gathered one
     network.load_state_dict(kept, strict=False, assign=True)
     if force := getattr(network, "force_normal", None):  # before a pass gathers the weights, not on its copies
         network.register_forward_pre_hook(lambda *_: force() if network.training else None, prepend=True)
@@ -105,6 +114,28 @@ def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> No
         network.register_forward_hook(lambda *_: running.clear(), always_call=True)
         # outside of a forward pass the weights are sharded, so each pass prepares the conditions itself
         network.prepare = lambda given: prepare(given) if running else given  # type: ignore[assignment]
+
+
+def _as_forward(network: nn.Module, methods: Sequence[str]) -> None:
+    """Gather the weights for these methods too, once where one of them calls another."""
+    running: list[bool] = []
+
+    def outermost(bare: Callable[..., Any], gathering: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if running:
+                return bare(*args, **options)
+            running.append(True)
+            try:
+                return gathering(*args, **options)
+            finally:
+                running.clear()
+
+        return call
+
+    for method in methods:
+        bare = getattr(network, method)
+        register_fsdp_forward_method(network, method)
+        setattr(network, method, outermost(bare, getattr(network, method)))
 
 
 def _taken_out(network: nn.Module) -> dict[str, Tensor]:
@@ -139,8 +170,8 @@ def shards(stage: Stage, settings: TrainerSettings, world: int, local: int) -> b
         return False
     if not stage.networks():
         raise InputError(
-            f"trainer.strategy={name} shards denoisers and latent classifiers, and stage={stage.kind} trains "
-            "neither; use trainer.strategy=ddp."
+            f"trainer.strategy={name} shards first stages, denoisers and latent classifiers, and stage={stage.kind} "
+            "trains none of them; use trainer.strategy=ddp."
         )
     if settings.precision in _HALF and "param_dtype_override_fn" not in {f.name for f in fields(MixedPrecisionPolicy)}:
         raise InputError(

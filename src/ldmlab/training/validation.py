@@ -35,7 +35,7 @@ class Validated(Logged):
         self._evaluation.enter_context(self.evaluating())
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds a batch of this process to the metrics."""
+        """Adds a batch of this process to the metrics; one of which no image could be read has none."""
         raise NotImplementedError
 
     def on_validation_epoch_end(self) -> None:

@@ -43,7 +43,7 @@ class Skipped(pl.Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """The same of validation images."""
         self._new["validation"] |= _named(batch)
-        self._val_seen += len(batch.get("key", ()))
+        self._val_seen += len(batch.get("key", ())) * ("filler" not in batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """data/val_skipped, where there is any; the same share holds."""
