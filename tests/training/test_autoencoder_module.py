@@ -11,7 +11,7 @@ import forked
 import pytest
 import torch
 from torch import Tensor
-from toy_stages import image_batch, options, train
+from toy_stages import image_batch, options, train, unreadable_batch
 
 from ldmlab import distributed
 from ldmlab.checkpoints import inventory, load_checkpoint, save_checkpoint
@@ -181,8 +181,7 @@ def test_held_out_numbers_and_what_decides() -> None:
     assert (made.monitor, made.monitor_mode) == ("psnr", "max")
     with torch.no_grad():
         whole = made.validate([image_batch(range(8))])
-        unreadable = image_batch(range(0))
-        parts = made.validate([unreadable, image_batch(range(3)), image_batch(range(3, 8))])
+        parts = made.validate([unreadable_batch(), image_batch(range(3)), image_batch(range(3, 8))])
     assert {"psnr", "psnr_object", "ssim", "latent_std"} <= whole.keys()
     assert {f"latent_{kind}/{channel}" for kind in ("mean", "std", "min", "max") for channel in (0, 1)} <= whole.keys()
     assert parts == pytest.approx(whole, rel=1e-4)

@@ -14,7 +14,7 @@ from test_regularised_first_stage import EVERYTHING, Averages
 from test_sharding import close
 from torch import nn
 from torch.distributed.tensor import DTensor
-from toy_stages import image_batch, options, train
+from toy_stages import image_batch, options, train, unreadable_batch
 
 from ldmlab.checkpoints import load_checkpoint
 from ldmlab.first_stages.deep_compression import DeepCompressionAutoencoder
@@ -45,9 +45,15 @@ def stage(kind: str, official_order: bool = False, adaptive: bool = True, **chan
     if kind == "vq":  # codes that are running means and restart
         network = VQModel(**_SIZES, latent_channels=2, codebook_size=8, codebook_decay=0.9, restart_below=0.3)
     elif kind == "deep":
-        sides = {"block_out_channels": [8, 16], "layers_per_block": [1, 1], "qkv_multiscales": [[], [3]]}
+        sides: dict[str, Any] = {
+            "block_out_channels": [8, 16],
+            "layers_per_block": [1, 1],
+            "qkv_multiscales": [[], [3]],
+        }
         sides["block_types"] = ["ResBlock", "EfficientViTBlock"]
-        node = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+        node: dict[str, Any] = {
+            f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()
+        }
         network = DeepCompressionAutoencoder(**node, latent_channels=4, attention_head_dim=8)
     else:
         network = KLAutoencoder(**_SIZES, latent_channels=2, attention_downsampling=[2])
@@ -84,7 +90,7 @@ def member(rank: int, world: int, folder: Path, make: Callable[[], Any], strateg
     compiling.BACKEND = "eager"  # its graphs without the compiler
 
     def val() -> list[dict[str, Any]]:  # unequally many, some processes have none, and of some no image can be read
-        unreadable = [image_batch(range(0))]
+        unreadable = [unreadable_batch()]
         return unreadable + [image_batch(range(4 * i, 4 * i + 4)) for i in range(rank, 3, world)] + unreadable * rank
 
     watched: list[Any] = [Panels(every=100), *([Parts()] if strategy in ("fsdp", "hsdp") and world > 1 else [])]

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from toy_stages import TwoGroups, image_batch, options, toy_alignment, train
+from toy_stages import TwoGroups, image_batch, options, toy_alignment, train, unreadable_batch
 
 from ldmlab import distributed
 from ldmlab.backbones.dit import DiT
@@ -140,7 +140,7 @@ def member(
     watched += [Panels(every=100)]
 
     def val() -> list[dict[str, Any]]:  # unequally many, some processes have none, and of some no image can be read
-        unreadable = [image_batch(range(0))]
+        unreadable = [unreadable_batch()]
         return unreadable + [image_batch(range(4 * i, 4 * i + 4)) for i in range(rank, 3, world)] + unreadable * rank
 
     options = {"validate_every": 2, **options}
@@ -395,6 +395,8 @@ def test_the_groups_of_hsdp_have_the_timeout_of_the_run(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_sharded_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="strategy=hsdp shards first stages, denoisers and latent classifiers, and stage=toy"):
+    with pytest.raises(
+        InputError, match="strategy=hsdp shards first stages, denoisers and latent classifiers, and stage=toy"
+    ):
         train(TwoGroups(), tmp_path / "run", strategy="hsdp")
     assert not list((tmp_path / "run").glob("*"))

@@ -189,6 +189,11 @@ def image_batch(positions: range) -> dict[str, Any]:
     }
 
 
+def unreadable_batch() -> dict[str, Any]:
+    """Of which no image could be read."""
+    return {name: value[:0] for name, value in image_batch(range(1)).items()}
+
+
 def endless(position: int, micro: int, accumulate: int = 1, world: int = 1, rank: int = 0) -> Iterator[dict[str, Any]]:
     """Micro-batches of one process: a contiguous slice of every global batch, split contiguously."""
     share = micro * accumulate

@@ -113,7 +113,7 @@ def _one_by_one_where_mixed(optimizer: Optimizer) -> None:
     for options in optimizer.param_groups:
         if len(by_layout(options["params"])) > 1:
             options |= dict.fromkeys({"foreach", "fused"} & options.keys(), False)
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined] - of fused ones
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # of fused ones
 
 
 RateSchedule = Callable[[int], float]  # step => factor of the configured learning rate
