@@ -80,6 +80,23 @@ def test_the_preconditioning_of_iddpm_is_a_learned_variance_on_the_cosine_schedu
         assert_near(model(clean, torch.tensor([level.sigma / level.alpha])), ours)
 
 
+def test_the_noise_levels_of_iddpm() -> None:
+    """Levels and times that NVlabs/edm's iDDPMPrecond gave; a file holds the levels, which must be its arguments'."""
+    config = {**CASES["edm_adm"]["config"], "precond": "iDDPMPrecond", "M": 100, "C_1": 0.01, "C_2": 0.02}
+    levels = edm.noise_levels(config)
+    recorded = [649.0689697265625, 64.8992691040039, 32.441925048828125, 1.0303349494934082, 0.03445584699511528, 0.0]
+    assert_near(levels[[0, 1, 2, 50, 99, 100]], torch.tensor(recorded), 1e-7)
+    part = edm.network_part(config)
+    state = {name: torch.zeros(tensor.shape) for name, tensor in part.expected.items()} | {"u": levels}
+    model = edm.as_official(config, state)
+    sigma = torch.tensor([300.0, 80.0, 10.0, 2.0, 0.7, 0.05, 0.004])
+    assert model.c_noise(sigma).tolist() == [98, 98, 92, 69, 37, 1, -1]
+    with pytest.raises(InputError, match="u of the file are not the noise levels of M, C_1 and C_2"):
+        edm.as_official(config | {"C_2": 0.008}, state)
+    with pytest.raises(InputError, match="iDDPMPrecond with C_1=0.01 is not supported"):
+        edm.diffusion_nodes(config)
+
+
 def started(config: dict[str, Any]) -> EdmUNet:
     """A network of the configuration with the weights that training starts from."""
     return EdmUNet(**{name: value for name, value in edm.backbone_node(config).items() if name != "_target_"})

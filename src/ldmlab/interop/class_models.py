@@ -138,7 +138,7 @@ def read(
         raise InputError(f"{path}: the number of heads does not follow from shapes; give num_heads in a --config file.")
     backbone, labels, parts = family.parts(found)
     known = {name: edm2.vector(tensor) for name, tensor in state.items() if not name.startswith(family.unused)}
-    tensors = _tensors(parts, edm.without_filters(found, known) if program == "edm" else known)
+    tensors = _tensors(parts, edm.without_constants(found, known) if program == "edm" else known)
     stage, of_stage = _first_stage(first_stage, path, backbone["in_channels"])
     side = found.get("input_size", found.get("img_resolution", 0)) * downsampling(stage)
     scale = family.scale or _statistics(statistics, program)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ldmlab.backbones.edm_unet import EdmUNet
 from ldmlab.contracts import Conditioning
-from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError, one_of
 from ldmlab.interop import renaming
 from ldmlab.interop.edm2 import block_names
@@ -33,6 +32,8 @@ _ARGUMENTS = {  # of the classes and their networks
 }
 _HEAD = 64  # channels of a head of DhariwalUNet
 _FILTER = "resample_filter"
+_LEVELS = "u"  # the buffer of iDDPMPrecond
+_CLIP = 0.001  # C_1 of our cosine schedule: no beta is above 1 - C_1
 
 
 def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
@@ -43,7 +44,7 @@ def as_official(config: Node, state_dict: State) -> "OfficialPrecond":
     """
     renaming.refuse_unknown(config, _ARGUMENTS)
     parts = {"network": network_part(config)}
-    renaming.fill_parts(parts, without_filters(config, state_dict))
+    renaming.fill_parts(parts, without_constants(config, state_dict))
     return OfficialPrecond(config, parts).eval()
 
 
@@ -101,6 +102,8 @@ def diffusion_nodes(config: Node) -> dict[str, Any]:
         betas = {"beta_min": least, "beta_max": least + config.get("beta_d", 19.9)}
         path, prediction = node("paths.VariancePreservingPath", noise_time=steps - 1.0, **betas), noise
     else:
+        if config.get("C_1", _CLIP) != _CLIP:
+            raise InputError(f"iDDPMPrecond with C_1={config['C_1']} is not supported; supported: {_CLIP}.")
         path = node("schedule.Schedule", name="cosine", steps=steps, cosine_offset=config.get("C_2", 0.008))
         learned = {"prediction": node("parameterization.LearnedVariance", mean=noise)}
         return {"schedule": path, **learned, "loss": node("diffusion_loss.VariationalLoss")}
@@ -125,16 +128,34 @@ def network_part(config: Node) -> Part:
     return Part("network", network, names, {name: 4 for name in names if name.endswith(("qkv.weight", ".out.weight"))})
 
 
-def without_filters(config: Node, state: State) -> StateDict:
-    """The tensors but those of resampling filters, which must be the configuration's."""
+def without_constants(config: Node, state: State) -> StateDict:
+    """The tensors but those that follow from the configuration, as they must: resampling filters, noise levels."""
     row = torch.tensor(with_defaults(config)[_FILTER], dtype=torch.float32)
     known = torch.outer(row, row) / row.sum() ** 2
-    for name, tensor in state.items():
-        if name.endswith(_FILTER) and not (
-            tensor.shape[2:] == known.shape and torch.allclose(tensor.float()[0, 0], known, atol=1e-6)
-        ):
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith(_FILTER)}
+    for name in state.keys() - kept.keys():
+        if not _equal(state[name][0, 0], known, 1e-6, 0.0):
             raise InputError(f"{name} of the file is not {_FILTER}={row.tolist()}; give the configuration's.")
-    return {name: tensor for name, tensor in state.items() if not name.endswith(_FILTER)}
+    if precond_of(config) == "iDDPMPrecond" and (levels := kept.pop(_LEVELS, None)) is not None:
+        if not _equal(levels, noise_levels(config), 0.0, 1e-3):  # float32's cost at the least noise
+            raise InputError(f"{_LEVELS} of the file are not the noise levels of M, C_1 and C_2; give its own.")
+    return kept
+
+
+def _equal(tensor: Tensor, known: Tensor, atol: float, rtol: float) -> bool:
+    return tensor.shape == known.shape and torch.allclose(tensor.float(), known, atol=atol, rtol=rtol)
+
+
+def noise_levels(config: Node) -> Tensor:
+    """sigma of `iDDPMPrecond`, (M + 1,), the last 0, rounded as it is there (EDM, table 1)."""
+    steps = config.get("M", 1000)
+    angles = 0.5 * math.pi * torch.arange(steps + 1) / steps / (config.get("C_2", 0.008) + 1)
+    alpha_bar = angles.sin() ** 2
+    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=config.get("C_1", _CLIP))
+    levels = [torch.zeros(())]
+    for ratio in ratios.flip(0):
+        levels.append(((levels[-1] ** 2 + 1) / ratio - 1).sqrt())
+    return torch.stack(levels[::-1])
 
 
 def config_of(state: State, given: Node) -> dict[str, Any]:
@@ -161,6 +182,7 @@ def config_of(state: State, given: Node) -> dict[str, Any]:
         "augment_dim": state["model.map_augment.weight"].shape[1] if "model.map_augment.weight" in state else 0,
         "embedding_type": "fourier" if "model.map_noise.freqs" in state else "positional",
         **{"encoder_type": joined[0] if joined else "standard"},
+        **({"M": len(state[_LEVELS]) - 1} if _LEVELS in state else {}),
         "decoder_type": "skip" if len(numbers_of(state, r"model\.dec\.(\d+)x\d+_aux_norm\.w")) > 1 else "standard",
         **({"resample_filter": (filters[0] / filters[0][0]).tolist()} if filters else {}),
     }
@@ -174,6 +196,7 @@ class OfficialPrecond(OfficialModule):
     def __init__(self, config: Node, parts: Mapping[str, Part]) -> None:
         super().__init__(parts)
         self.config, self.precond = with_defaults(config), precond_of(config)
+        self.levels = noise_levels(config) if self.precond == "iDDPMPrecond" else None
 
     def forward(
         self,
@@ -208,10 +231,10 @@ class OfficialPrecond(OfficialModule):
             return (0.5 * sigma).log()
         if self.precond == "VPPrecond":
             width, least = self.config.get("beta_d", 19.9), self.config.get("beta_min", 0.1)
-            return (steps - 1) * ((least**2 + 2 * width * (1 + sigma**2).log()).sqrt() - least) / width
-        known = Schedule("cosine", steps=steps, cosine_offset=self.config.get("C_2", 0.008)).alpha_bar
-        levels = torch.cat([known.new_zeros(1), (1 / known - 1).sqrt()]).to(sigma)
-        return (sigma[:, None] - levels).abs().argmin(1).to(sigma) - 1
+            return (steps - 1) * (((least**2 + 2 * width * (1 + sigma**2).log()).sqrt() - least) / width)
+        assert self.levels is not None
+        nearest = torch.cdist(sigma[None, :, None], self.levels.to(sigma)[None, :, None]).argmin(2)[0]
+        return (steps - 1 - nearest).to(sigma)
 
     def raw(
         self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None

@@ -64,11 +64,12 @@ def backbone_node(config: Node) -> dict[str, Any]:
         node["noise_channels"] = width * (mults[0] if noise is None else noise)
     if config.get("channel_mult_emb") is not None:
         node["emb_channels"] = width * config["channel_mult_emb"]
+    lowest = width * mults[-1 if config.get("num_blocks", 3) else 0]  # only blocks change the width
     return {
         "_target_": _TARGET,
         **{"in_channels": config["img_channels"], "out_channels": config["img_channels"], "model_channels": width},
         **{"vector_width": config.get("label_dim") or None, "attention_downsampling": attending},
-        **{"middle_attention": width * mults[-1] >= of_head, "num_res_blocks": 3},
+        **{"middle_attention": lowest >= of_head, "num_res_blocks": 3},
         **node,
     }
 
