@@ -93,7 +93,7 @@ def test_the_noise_levels_of_iddpm() -> None:
     assert model.c_noise(sigma).tolist() == [98, 98, 92, 69, 37, 1, -1]
     with pytest.raises(InputError, match="u of the file are not the noise levels of M, C_1 and C_2"):
         edm.as_official(config | {"C_2": 0.008}, state)
-    with pytest.raises(InputError, match="iDDPMPrecond with C_1=0.01 is not supported"):
+    with pytest.raises(InputError, match=r"iDDPMPrecond with C_1=0\.01 is not supported"):
         edm.diffusion_nodes(config)
 
 

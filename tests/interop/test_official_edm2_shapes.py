@@ -97,7 +97,7 @@ def test_any_legal_configuration_of_edm2(seed: int) -> None:
     config = {
         **{"img_resolution": side, "img_channels": choose.choice([1, 4]), "label_dim": choose.choice([0, 5])},
         **{"model_channels": 8, "channel_mult": [choose.randint(1, 3) for _ in range(levels)]},
-        **{"num_blocks": choose.randint(0, 2), "attn_resolutions": choose.choice([[], [side], [side // 2, side // 4]])},
+        **{"num_blocks": choose.randint(1, 2), "attn_resolutions": choose.choice([[], [side], [side // 2, side // 4]])},
         **{
             "channels_per_head": head,
             "logvar_channels": choose.choice([8, 16]),
@@ -115,3 +115,11 @@ def test_any_legal_configuration_of_edm2(seed: int) -> None:
     out, log_variance = model(x, torch.tensor([0.3, 7.0]), labels, force_fp32=True, return_logvar=True)
     assert (out.shape, log_variance.shape) == (x.shape, (2, 1, 1, 1))
     assert out.isfinite().all()
+
+
+def test_the_lowest_level_without_blocks_is_as_narrow_as_the_first() -> None:
+    """And has no attention where that is narrower than a head."""
+    config = {"img_resolution": 8, "img_channels": 1, "label_dim": 0, "model_channels": 8, "channel_mult": [1, 2]}
+    config |= {"num_blocks": 0, "attn_resolutions": [], "channels_per_head": 16, "logvar_channels": 8}
+    state = {name: weight_by_rule(name, shape, 0).reshape(shape) for name, shape in edm2_shapes(config).items()}
+    assert edm2.as_official(config, state).official_state().keys() == state.keys()

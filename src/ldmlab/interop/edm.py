@@ -136,9 +136,9 @@ def without_constants(config: Node, state: State) -> StateDict:
     for name in state.keys() - kept.keys():
         if not _equal(state[name][0, 0], known, 1e-6, 0.0):
             raise InputError(f"{name} of the file is not {_FILTER}={row.tolist()}; give the configuration's.")
-    if precond_of(config) == "iDDPMPrecond" and (levels := kept.pop(_LEVELS, None)) is not None:
-        if not _equal(levels, noise_levels(config), 0.0, 1e-3):  # float32's cost at the least noise
-            raise InputError(f"{_LEVELS} of the file are not the noise levels of M, C_1 and C_2; give its own.")
+    levels = kept.pop(_LEVELS, None) if precond_of(config) == "iDDPMPrecond" else None
+    if levels is not None and not _equal(levels, noise_levels(config), 0.0, 1e-3):  # float32's cost at the least noise
+        raise InputError(f"{_LEVELS} of the file are not the noise levels of M, C_1 and C_2; give its own.")
     return kept
 
 
