@@ -1,10 +1,12 @@
 """The last lines of a run: folder, numbers with their direction, cost, what falls short, the next command."""
 
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ldmlab.app.run_end import finished
 
@@ -27,6 +29,18 @@ def test_five_lines(tmp_path: Path, nested: bool) -> None:
         "falls short: 3 unreadable training images skipped; loss was best at step 10: 0.5, 0.7 at the end",
     ]
     assert lines[4:] == ([] if nested else [f"next: ldmlab evaluate model={tmp_path}"])
+
+
+def test_the_next_command_can_be_typed(tmp_path: Path) -> None:
+    run = tmp_path / "it's, a=b (1)"
+    run.mkdir()
+    stage: Any = SimpleNamespace(monitor="psnr", monitor_mode="max", step=5, position=40)
+    data = {"train": "my images, 1", "val": "v"}
+    command = finished(run, {"stage": {"name": "autoencoder"}, "data": data}, stage, nested=False).splitlines()[-1]
+    words = shlex.split(command.removeprefix("next: ldmlab encode "))
+    found = {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(words)}
+    wanted = {"data": "shards", "data.train": data["train"], "data.val": "v", "from_run": str(run)}
+    assert found == {**wanted, "out": f"{run}-latents"}
 
 
 def test_a_run_without_its_table(tmp_path: Path) -> None:

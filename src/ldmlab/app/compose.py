@@ -148,6 +148,11 @@ def _for_shell(key: str, value: str) -> str:
     return shlex.quote(f"{key}={quoted(value)}")
 
 
+def typed(key: str, value: object) -> str:
+    """`key=value` to be typed in a shell, quoted where the shell or Hydra would read it in another way."""
+    return f"{key}={value}" if re.fullmatch(r"[\w./@:-]+", str(value)) else _for_shell(key, str(value))
+
+
 def quoted(value: str) -> str:
     """Text as a quoted value of Hydra's grammar."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)

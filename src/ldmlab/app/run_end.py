@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldmlab.app.compose import typed
 from ldmlab.errors import InputError
 from ldmlab.report.evaluation_page import score_lines
 from ldmlab.report.line_chart import Points
@@ -26,13 +27,13 @@ def finished(run: Path, config: Mapping[str, Any], stage: Stage, *, nested: bool
     except InputError:  # the table is damaged or gone; the checkpoints are there
         curves = {}
     lines = [f"finished: {run}{_validated(curves, stage)}", _cost(curves, stage), _falls_short(curves, stage)]
-    place = shlex.quote(str(run))
-    data = shlex.join(f"data.{split}={config['data'].get(split)}" for split in ("train", "val"))
+    data = " ".join(typed(f"data.{split}", config["data"].get(split)) for split in ("train", "val"))
+    latents = typed("out", f"{run}-latents")
     following = {
-        "autoencoder": f"ldmlab encode data=shards {data} from_run={place} out={place}-latents",
-        "clip": f"ldmlab train conditioner=text conditioner.text.from_run={place} data.latents=LATENTS",
-        "classifier": f"ldmlab sample MODEL 0 --classifier {place}",
-        "diffusion": f"ldmlab evaluate model={place}",
+        "autoencoder": f"ldmlab encode data=shards {data} {typed('from_run', run)} {latents}",
+        "clip": f"ldmlab train conditioner=text {typed('conditioner.text.from_run', run)} data.latents=LATENTS",
+        "classifier": f"ldmlab sample MODEL 0 --classifier {shlex.quote(str(run))}",
+        "diffusion": f"ldmlab evaluate {typed('model', run)}",
     }
     return "\n".join([*lines, *([] if nested else [f"next: {following[config['stage']['name']]}"])])
 

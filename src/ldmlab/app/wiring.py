@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from ldmlab import distributed
+from ldmlab.app.compose import typed
 from ldmlab.app.conditioning import check_states, class_bound, encoders_of, with_classes_of
 from ldmlab.app.conf_files import check_built, check_choices, check_names
 from ldmlab.app.plans import PLANS, Plan, task_node
@@ -63,7 +64,7 @@ def train(config: Config, resume: str | None = None, chosen: Collection[str] = (
         data = data.with_tokenizers(plan.stage.tokenizers(), pinned=on_gpu)
         if config["init_from"] is not None and not run.has_checkpoints():
             take_initial_weights(config, plan, data)
-        command = resume or shlex.join(["ldmlab", "train", *_typed(), f"run.dir={run.path}"])
+        command = resume or f"{shlex.join(['ldmlab', 'train', *_typed()])} {typed('run.dir', run.path)}"
         _fit(run, {**config, **plan.used}, plan, settings, data, command)
         if plan.stage.step < settings.max_steps and not settings.fast_dev_run:  # by a callback, or trainer.max_time
             distributed.say(ended_early(run.path, plan.stage, settings.max_steps, command))
