@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as registration
 
 from ldmlab import distributed
 from ldmlab.checkpoints import fingerprint, load_exactly, without_weights
@@ -24,6 +23,7 @@ from ldmlab.errors import InputError, shown
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import DESCRIPTION, ModelFiles, read_model
 from ldmlab.nn.pixels import to_float
+from ldmlab.part_checks import on_registration
 from ldmlab.plugins import allow
 
 if TYPE_CHECKING:
@@ -132,16 +132,8 @@ def _no_larger_than(files: ModelFiles) -> Iterator[None]:
         if count[kind] > largest[kind]:
             raise InputError(f"the model described is far larger than its weights (over {largest[kind]:,} {kind}).")
 
-    handles = [
-        registration.register_module_parameter_registration_hook(added),
-        registration.register_module_buffer_registration_hook(added),
-        registration.register_module_module_registration_hook(added),
-    ]
-    try:
+    with on_registration(added):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def build_latent_diffusion(spec: Mapping[str, Any], *, trust: bool = False, **built: Any) -> "LatentDiffusion":

@@ -16,8 +16,8 @@ from typing import Any
 
 from ldmlab import plugins
 from ldmlab.argument_types import check_types
-from ldmlab.errors import InputError, did_you_mean, memory_ran_out, shown
-from ldmlab.part_checks import CONTRACTS, check_part, members
+from ldmlab.errors import InputError, did_you_mean, shown
+from ldmlab.part_checks import CONTRACTS, LARGEST, check_part, made, members
 
 _GROUPS = {  # package of ldmlab => the groups whose classes it holds
     "first_stages": ("first_stage",),
@@ -56,7 +56,6 @@ _READ_AS_WORDS = {  # path of a vocabulary, or refused
     ("ldmlab.conditioners.text.TransformerText", "vocab"),
     ("ldmlab.conditioners.sd3_text.Sd3Text", "vocab"),
 }
-_LARGEST = 2**31  # of whole numbers in a file
 _OURS = "_target_", "_partial_"
 _TYPED: set[tuple[str, str]] = set()  # (group, target) of this process's own configuration
 
@@ -88,7 +87,7 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
     check_arguments(target, arguments | derived, where, complete=not partial)
     check_types(target, arguments, where)
     arguments |= derived
-    built = functools.partial(target, **arguments) if partial else _called(target, arguments, where)
+    built = functools.partial(target, **arguments) if partial else made(target, arguments, where)
     group, whole = group_of(where)
     if whole and group in CONTRACTS:
         check_part(built, CONTRACTS[group], where, str(node["_target_"]))
@@ -194,7 +193,7 @@ def _check_reach(target: Callable[..., Any], node: Mapping[str, Any], where: str
             )
         if where == "data" and isinstance(value, str) and (value.startswith("pipe:") or "::" in value):
             raise InputError(f"{option}={shown(value)} could run any command; a file may not give it: type it instead.")
-        if any(isinstance(n, int) and abs(n) > _LARGEST for n in _scalars(value)):
+        if any(isinstance(n, int) and abs(n) > LARGEST for n in _scalars(value)):
             raise InputError(f"{option}={shown(value)} is beyond any network's size; the file is damaged.")
 
 
@@ -240,31 +239,6 @@ def _imported(path: str, module: str, name: str, where: str) -> Any:
         raise InputError(
             f"{where}._target_={shown(path)} cannot be imported ({reason}); mend the module, or install what it needs."
         ) from error
-
-
-def _called(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
-    """What the target makes; an error of numbers, or with which an outside class refuses options, is an InputError."""
-    numbers = {key: value for key, value in arguments.items() if type(value) in (int, float)}
-    try:
-        return target(**arguments)
-    except InputError:
-        raise
-    except Exception as error:
-        if memory_ran_out(error):
-            largest = max(numbers, key=lambda key: numbers[key], default="")
-            which = f"{where}.{largest}={numbers[largest]}" if numbers else where
-            raise InputError(f"{which}: there is no memory for a part of this size; choose a smaller one.") from error
-        divided = isinstance(error, ZeroDivisionError)
-        odd = [key for key, value in numbers.items() if not 0 <= value <= _LARGEST or (divided and value == 0)]
-        if odd and isinstance(error, ArithmeticError | IndexError | RuntimeError | TypeError | ValueError):
-            given = ", ".join(f"{where}.{key}={numbers[key]}" for key in odd)
-            reason = shown(" ".join(str(error).split()))
-            raise InputError(f"{given}: no part can be built so ({reason}); choose another number.") from error
-        refused = isinstance(error, ValueError | ImportError) or type(error).__name__ == "MisconfigurationException"
-        if not refused or str(getattr(target, "__module__", "")).partition(".")[0] == "ldmlab":
-            raise
-        name = getattr(target, "__qualname__", target)
-        raise InputError(f"{where}: {name} refuses its options ({shown(str(error))}); change them.") from error
 
 
 def completed(value: Any, *, where: str) -> Any:

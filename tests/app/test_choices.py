@@ -66,6 +66,13 @@ ON_THE_FLY = {"data__latents": None, "from_run": "exported"}
         ("model", {"conditioner__class_label__drop": 0.0}, "stage.guidance_scale", "are never dropped in training"),
         ("model", {"stage__guidance_scale": 1.0}, "stage.guided_channels", "does nothing at stage.guidance_scale=1"),
         ("model", {"callbacks": {}}, "stage.panel_count", "stage.panel_count has no effect without callbacks.panels"),
+        (
+            "model",
+            {"callbacks": {}},
+            "stage.guidance_scale",
+            "guidance_scale has no effect without callbacks",
+        ),
+        ("model", {"callbacks": {}}, "sampler.eta", "sampler.eta has no effect without callbacks.panels"),
         ("model", LATENTS, "data.balance_temperature", "has no effect without data.balance"),
         ("first_stage", LATENTS, "data.shard_cache_gib", "has no effect without shards at an address"),
         ("first_stage", LATENTS, "data.cache_limit_gib", "has no effect without data.cache"),

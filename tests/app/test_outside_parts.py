@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))
 from shard_maker import write_shards
 
 PACKAGE = "their_lab"
+PANELS = "+callbacks.panels={_target_:ldmlab.training.callbacks.panels.Panels,every:100}"  # a sampler is for them
 MODULE = '''
 """Parts of another laboratory; no class of ldmlab is inherited from."""
 
@@ -264,7 +265,7 @@ NET = ["backbone.model_channels=32", "backbone.channel_mult=[1]", "backbone.num_
 PIXELS = ["first_stage=identity", *NET]
 NOTES = "+logger.notes={_target_: their_lab.parts.Notes, file: '%s'}"
 KINDS = {  # kind => options of training, words for sampling, and the part of the model folder that names it
-    "sampler": (["sampler=theirs"], ["--sampler", f"{PACKAGE}.parts.Leaps"], "sampler"),
+    "sampler": (["sampler=theirs", PANELS], ["--sampler", f"{PACKAGE}.parts.Leaps"], "sampler"),
     "task": (["task=theirs", "conditioner=class_label", "conditioner.class_label.classes=2"], ["1"], "task"),
     "prediction": (["diffusion=their_prediction"], [], "diffusion"),
     "schedule": (["diffusion=their_schedule", "stage.panel_steps=4"], [], "diffusion"),

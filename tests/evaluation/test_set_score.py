@@ -1,6 +1,7 @@
 """Sets of images against each other: folders, shards and `.npz` give one score; bad ones end in one sentence."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,20 @@ def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="^" + message):
             scores(few, few, **metrics)
+
+
+def test_samples_are_scored_without_the_grids_beside_them(tmp_path: Path) -> None:
+    samples = folder_of(tmp_path / "samples", noise(5, 0))
+    for name in ("grid.png", "sweep_steps.png", "000000_trajectory.png", "trajectory.png", "000000_trajectory.webp"):
+        Image.new("RGB", (48, 40)).save(samples / name)
+    assert image_set(samples).count == 5
+
+
+def test_a_pipe_among_images_blocks_nothing(tmp_path: Path) -> None:
+    images = folder_of(tmp_path / "images", noise(5, 0))
+    os.mkfifo(images / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png cannot be read"):
+        scores(image_set(images), image_set(images), pr=PrecisionRecall())
 
 
 def test_bad_sets_are_one_sentence(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_default_folders_never_collide(tmp_path: Path, monkeypatch: pytest.Monke
         (["1", "--compile", "yes"], "--compile yes is unknown; choose auto, true or false"),
         (["1", "--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["1", "--out", "."], "holds files already"),
+        (["1", "--mark", ""], "--mark= is unknown; choose one of watermark, credentials"),
     ],
 )
 def test_bad_input_leaves_no_folder(

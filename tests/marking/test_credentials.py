@@ -1,5 +1,6 @@
 """Signed manifests: any changed byte is reported; other certificates; commands."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,9 @@ def test_a_certificate_of_ones_own_and_a_wrong_one(tmp_path: Path) -> None:
         Signer(tmp_path / "chain.pem")
     with pytest.raises(InputError, match="cannot sign"):
         Signer(tmp_path / "chain.pem", tmp_path / "none.pem")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"):
+        Signer(tmp_path / "pipe", tmp_path / "key.pem")
     (tmp_path / "key.pem").write_text("no key")
     with pytest.raises(InputError, match="cannot sign"):
         Signer(tmp_path / "chain.pem", tmp_path / "key.pem")

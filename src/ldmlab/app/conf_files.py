@@ -82,6 +82,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {  # group or option => the stages that r
     **dict.fromkeys(("diffusion", "from_run", "data.latents"), ("classifier", "diffusion")),
     **dict.fromkeys(("backbone", "conditioner", "sampler", "task", "teacher", "data.states"), ("diffusion",)),
 }
+_OF_PANELS = ("stage.panel_", "stage.guidance_", "stage.guided_", "sampler")
 _SLOTS = {  # what a conditioner may give a backbone => its width there, and the options that are for it
     "tokens": ("context_width", ("backbone.transformer_depth", "backbone.context")),
     "a vector": ("vector_width", ("backbone.project_vector", "backbone.vector_balance")),
@@ -124,7 +125,7 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
         for read in (group, name):
             if stage not in _READ_BY.get(read, (stage,)) and config.get(group):
                 raise InputError(f"{name}: stage={stage} reads no {read}; leave it out, or choose another stage.")
-        unseen = name.startswith("stage.panel_") and name != "stage.panel_steps"  # which the schedule must have
+        unseen = name.startswith(_OF_PANELS) and name != "stage.panel_steps"  # which the schedule must have
         if unseen and not (config["callbacks"] or {}).get("panels"):
             raise InputError(f"{name} has no effect without callbacks.panels; set that too, or leave {name} out.")
         if name.startswith("data.shard_cache") and not any(

@@ -13,6 +13,7 @@ from ldmlab.app.conditioning import build_conditioners
 from ldmlab.app.plans import (
     check_divides,
     check_size_step,
+    check_smallest,
     check_stage_options,
     latent_spec,
     sized_backbone,
@@ -29,6 +30,7 @@ from ldmlab.errors import InputError, did_you_mean
 from ldmlab.evaluation.flops import IMAGES
 from ldmlab.instantiate import instantiate
 from ldmlab.nn.lpips import LPIPS
+from ldmlab.nn.openclip import check_source
 from ldmlab.stored_names import ENCODER_PREFIX, STATES_PREFIX
 from ldmlab.training.settings import TrainerSettings
 from ldmlab.training.stage import Stage
@@ -57,6 +59,7 @@ def _autoencoder(config: Config, options: dict[str, Any]) -> Made:
         lpips: dict[str, Any] = {"lpips": LPIPS(None)} if config["loss"].get("lpips_weight") else {}
         loss = instantiate(config["loss"], where="loss", **lpips, **alignment)
     check_divides(size, first_stage.downsampling)
+    check_smallest(loss, size)
     stage = AutoencoderStage(first_stage=first_stage, loss=loss, **options)
     stage.codebook = None  # counts codes, which have no values
     if (regularisers := getattr(loss, "regularisers", None)) is not None:  # the largest step: images keep their size
@@ -189,6 +192,8 @@ def _untrained(node: Config) -> dict[str, Any]:
     """The node of a published CLIP model by its architecture, without its weights; others as they are."""
     if not isinstance(node.get("name"), str) or "pretrained" not in node:
         return dict(node)
+    if node.get("config") is not None:
+        check_source("conditioner" if "drop" in node else "clip", node["name"], node["pretrained"], node["config"])
     known = open_clip.get_model_config(node["name"])
     if known is None:
         raise InputError(

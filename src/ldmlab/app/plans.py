@@ -51,9 +51,11 @@ def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Pla
     first_stage, node, alignment = first_stage_with_encoder(config)
     check_divides(data.image_size, first_stage.downsampling)
     lpips: dict[str, Any] = {"lpips": LPIPS(weights_path("lpips"))} if config["loss"].get("lpips_weight") else {}
+    loss = instantiate(config["loss"], where="loss", **lpips, **alignment)
+    check_smallest(loss, data.image_size)
     stage = AutoencoderStage(
         first_stage=first_stage,
-        loss=instantiate(config["loss"], where="loss", **lpips, **alignment),
+        loss=loss,
         background=data.object_background,
         **options,
     )
@@ -183,6 +185,15 @@ def check_divides(image_size: int, downsampling: int) -> None:
         raise InputError(
             f"data.image_size={image_size} is not a multiple of the first stage's downsampling factor {downsampling}; "
             f"use {below} or {below + downsampling}, or a first_stage with another factor."
+        )
+
+
+def check_smallest(loss: Any, image_size: int) -> None:
+    """InputError before the steps at which the discriminator or LPIPS would see its first image."""
+    if (least := getattr(loss, "smallest_image", 1)) > image_size:
+        raise InputError(
+            f"data.image_size={image_size} is too small for this loss, whose networks need {least} px a side; choose "
+            "larger images or fewer loss.adversary.discriminator.layers."
         )
 
 

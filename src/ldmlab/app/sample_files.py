@@ -42,9 +42,9 @@ class Marks:
             self.sign(path, path.name)
 
 
-def marks_of(words: str, certificate: Path | None, key: Path | None) -> Marks:
+def marks_of(words: str | None, certificate: Path | None, key: Path | None) -> Marks:
     """The marks of `--mark watermark,credentials`; InputError for others and for options without effect."""
-    names = [word for word in words.split(",") if word]
+    names = [] if words is None else words.split(",")
     for name in names:
         one_of("--mark", name, ("watermark", "credentials"))
     if "credentials" not in names and (certificate or key):

@@ -98,7 +98,7 @@ class MMDiTBlock(nn.Module):
 
 def _check(width: int, heads: int, depth: int, dual_attention: Sequence[int]) -> None:
     """InputError where heads or positions do not fit the width, or a block is named that there is not."""
-    if width % heads or width % 4 or not set(dual_attention) <= set(range(depth)):
+    if width % heads or width % 4 or not all(0 <= block < depth for block in dual_attention):
         raise InputError(
             f"backbone.width={width}, heads={heads}, depth={depth}, dual_attention={list(dual_attention)}: heads "
             "and 4 must divide the width, and dual_attention names blocks from 0 to depth - 1."

@@ -16,6 +16,7 @@ from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
+from ldmlab.nn.openclip import check_source
 from ldmlab.nn.openclip_towers import ImageTower, build_image_tower
 from ldmlab.nn.pixels import to_float
 
@@ -68,8 +69,9 @@ def open_clip_image(
     drop: float = 0.1,
 ) -> ImageEmbedding:
     """The image conditioner of a published model or of a CLIP run of ours; exactly one of `name` and `config`."""
-    if (name is None) == (config is None):
+    if name is None and config is None:
         raise InputError("conditioner: give either name or config (in training: from_run, a CLIP run of yours).")
+    check_source("conditioner", name, pretrained, config, weights)
     tower, full = build_image_tower(name, pretrained, config, layer)
     if weights is not None:
         tower.load_clip(load_tensors(Path(weights)))

@@ -24,7 +24,7 @@ from ldmlab.contracts import Encode
 from ldmlab.errors import InputError
 from ldmlab.files import weights_folder
 from ldmlab.nn.attention import TransformerEncoder
-from ldmlab.nn.openclip import ClipTokens, build_clip, make_tokenizer
+from ldmlab.nn.openclip import ClipTokens, build_clip, check_source, make_tokenizer
 from ldmlab.nn.openclip_towers import TextTower, build_text_tower
 
 _CHUNK = 64  # captions encoded at once on an accelerator
@@ -149,8 +149,9 @@ def open_clip_text(
     cache_mib: int = 256,
 ) -> OpenClipText:
     """The text conditioner of a published model or of a CLIP run of ours; exactly one of `name` and `config`."""
-    if (name is None) == (config is None):
+    if name is None and config is None:
         raise InputError("conditioner: give either name or config (in training: from_run, a CLIP run of yours).")
+    check_source("conditioner", name, pretrained, config, weights)
     if name is not None:
         clip = build_clip(name, pretrained)
         tower, full = TextTower(clip.model, layer, unused), clip.config

@@ -26,8 +26,10 @@ from ldmlab.evaluation.npz import images_shape, read_images, read_statistics
 from ldmlab.evaluation.record import check_transform
 from ldmlab.evaluation.run import Run
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, OptionNames, Track, numbered, untracked
+from ldmlab.inference.grids import is_overview
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
+from ldmlab.open_image import read_image
 
 _LOSSY = ("jpg", "jpeg")
 OPTIONS = OptionNames(metrics="metrics", features="--features ")
@@ -173,7 +175,7 @@ class _Files(Dataset[tuple[int, Tensor | str]]):
     def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
         try:
             path = self.files[number]
-            files = {path.suffix[1:].lower(): path.read_bytes()}
+            files = {path.suffix[1:].lower(): read_image(path)}
             return number, torch.from_numpy(decode_image(files, None, WHITE))
         except BAD_SAMPLE as error:
             return number, f"{type(error).__name__}: {error}".splitlines()[0]
@@ -199,7 +201,8 @@ def image_set(path: Path, workers: int = 2, max_bad: float = 0.0) -> ImageSet:
         check_transform(path, manifest)
         return made("shards", manifest.total, (side, side), manifest_hash=manifest.hash)
     endings = {f".{ending}" for ending in IMAGE_ENDINGS}
-    files = tuple(sorted(file for file in path.rglob("*") if file.suffix.lower() in endings))
+    found = (file for file in path.rglob("*") if file.suffix.lower() in endings)
+    files = tuple(sorted(file for file in found if not is_overview(file.name)))
     if not files:
         raise InputError(f"{path} holds no images and no shards; give another folder.")
     opened = _Files(files)

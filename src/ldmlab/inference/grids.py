@@ -3,6 +3,7 @@
 An image is a uint8 array (H, W, 3).
 """
 
+import re
 import shutil
 import subprocess
 from bisect import bisect_left
@@ -24,6 +25,12 @@ GAP, FONT_SIZE, LABEL_LINES = 8, 13, 2  # px, px, lines under an image at most
 CELL = 128  # small images are enlarged by a whole number to about this side, px
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 FRAME_MS, LAST_FRAME_MS = 60, 1500
+_BESIDE = re.compile(r"(grid|sweep_.+|trajectory|\d+(_.+)?_trajectory)\.png|\d+_trajectory\.webp")
+
+
+def is_overview(name: str) -> bool:
+    """Whether `ldmlab sample` names so a file that it writes beside the samples: a grid, a sweep, a trajectory."""
+    return _BESIDE.fullmatch(name) is not None
 
 
 def save_png(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:

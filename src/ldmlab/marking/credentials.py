@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ldmlab.errors import InputError
-from ldmlab.files import weights_folder, write_atomically
+from ldmlab.files import read_text, weights_folder, write_atomically
 
 _GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _TEST = "ldmlab test certificate"
@@ -42,7 +42,7 @@ class Signer:
             raise InputError("--certificate and --key belong together; give both, or neither for a test certificate.")
         paths = _test_files() if certificate is None or key is None else (certificate, key)
         try:
-            chain, private = (path.read_bytes() for path in paths)
+            chain, private = (read_text(path).encode() for path in paths)
             curve = serialization.load_pem_private_key(private, None).curve.name  # type: ignore[union-attr]
             signing = c2pa.C2paSignerInfo(_ALGORITHMS[curve], chain, private, None)
             self._signer = c2pa.Signer.from_info(signing)

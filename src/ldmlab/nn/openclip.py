@@ -16,7 +16,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.errors import InputError, did_you_mean, one_of
+from ldmlab.errors import InputError, did_you_mean, one_of, shown
 from ldmlab.files import weights_folder
 from ldmlab.nn.blocks import LayerNorm
 from ldmlab.nn.compiling import region
@@ -67,10 +67,7 @@ def build_clip(
     image_size: int | None = None,  # with a config whose vision_cfg names none; derived in wiring
 ) -> OpenClip:
     """A CLIP model on the CPU in training mode; exactly one of `name` and `config`."""
-    if (name is None) == (config is None):
-        raise InputError(f"clip.name={name} and clip.config={config}: give exactly one of them.")
-    if name is None and pretrained is not None:
-        raise InputError(f"clip.pretrained={pretrained} has no effect without clip.name; give both or neither.")
+    check_source("clip", name, pretrained, config)
     if name is not None:
         model, full = _published(name, pretrained)
     else:
@@ -86,12 +83,26 @@ def build_clip(
     return OpenClip(model, make_tokenizer(full), full, height, mean, std)
 
 
+def check_source(
+    where: str, name: str | None, pretrained: str | None, config: Mapping[str, Any] | None, weights: str | None = None
+) -> None:
+    """InputError unless a published architecture or one of our own is named, not both, and nothing for the other."""
+    if (name is None) == (config is None):
+        raise InputError(f"{where}.name={name} and {where}.config={shown(config)}: give exactly one of them.")
+    if name is None and pretrained is not None:
+        raise InputError(f"{where}.pretrained={pretrained} has no effect without {where}.name; give both or neither.")
+    if config is None and weights is not None:
+        raise InputError(f"{where}.weights={weights} has no effect without {where}.config; use {where}.pretrained.")
+
+
 def from_config(config: Mapping[str, Any]) -> Any:
     """The open_clip class for a configuration, with fresh weights."""
     arguments = {k: v for k, v in _plain(config).items() if k not in ("mean", "std", "custom_text")}
     kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
     try:
         return _keeping_dtypes(kind(**arguments))
+    except InputError:  # of a size
+        raise
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"clip.config cannot be built: {error}; see conf/clip/ for ones that can.") from error
 

@@ -22,10 +22,8 @@ from ldmlab.argument_types import check_types
 from ldmlab.data.tars import IMAGE_ENDINGS
 from ldmlab.errors import InputError, one_of
 from ldmlab.files import encodable, read_json, write_atomically, write_json
-from ldmlab.inference.grids import read_settings
+from ldmlab.inference.grids import is_overview, read_settings
 from ldmlab.open_image import open_image
-
-_NOT_SAMPLES = ("grid.png",)  # that `ldmlab sample` writes beside them
 
 
 def images_of(folder: Path) -> dict[str, Path]:
@@ -33,7 +31,7 @@ def images_of(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give a folder of images.")
     files = [f for f in folder.iterdir() if f.suffix[1:].lower() in IMAGE_ENDINGS and not f.name.startswith(".")]
-    files = sorted(f for f in files if f.name not in _NOT_SAMPLES and not f.name.startswith("sweep_"))
+    files = sorted(f for f in files if not is_overview(f.name))
     found = {file.stem: file for file in files}
     if not found:
         raise InputError(f"{folder} holds no images; give another folder.")

@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     one_of("--card", args.card, CARDS)
     at_least(args, devices=1)
-    for name, most in (("mfu", 1.0), ("price", float("inf")), ("memory_gib", float("inf"))):
+    for name, most in (("mfu", 1.0), ("price", 1e6), ("memory_gib", 1e6)):
         value = getattr(args, name)
         if value is not None and not 0 < value <= most:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be above 0{' and at most 1' * (most == 1)}.")
+            raise InputError(f"--{name.replace('_', '-')} {value} must be above 0 and at most {most:g}.")
     config = plain(compose("train", ["++data.train=unread", "++data.val=unread", *args.overrides]))
     check_added("train", args.overrides)
     check_as_train(config, args.overrides)

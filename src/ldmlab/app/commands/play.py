@@ -54,14 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        import uvicorn  # noqa: F401
-
-        from ldmlab.play import playground  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError(f"ldmlab play needs {error.name}; run `pip install 'ldmlab[{EXTRA}]'`.") from error
     from ldmlab.disks import disk_errors
 
+    for name in ("uvicorn", "starlette"):
+        if not find_spec(name):
+            raise InputError(f"ldmlab play needs {name}; run `pip install 'ldmlab[{EXTRA}]'`.")
     at_least(args, max_upload=1, max_images=1, max_side=1)
     if len(args.models) > 2:
         raise InputError(f"ldmlab play shows one model or two, not {len(args.models)}; leave some out.")
@@ -129,7 +126,7 @@ def chosen_marks(choice: str) -> tuple["Marks", str]:
     from ldmlab.marking.watermark import LEAST_SIDE
 
     if choice == "none":
-        return marks_of("", None, None), "not marked"
+        return marks_of(None, None, None), "not marked"
     if choice != "auto":
         return marks_of(choice, None, None), f"marked as generated: {choice.replace(',', ' and ')}"
     signed = all(find_spec(name) for name in ("c2pa", "cryptography"))

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sweep", help="one image per value of a setting, such as steps=1,2,5,10,25,50")
     add("--trajectory", action="store_true", help="also the denoising trajectory, as a row and as an animation")
     add("--filter", type=Path, metavar="FILE", help="block prompts and images by the concepts of this yaml file (none)")
-    add("--mark", default="", help="watermark, credentials or both with a comma: mark files as generated (none)")
+    add("--mark", help="watermark, credentials or both with a comma: mark files as generated (none)")
     add("--certificate", type=Path, help="with --mark credentials: PEM chain to sign with (a test certificate)")
     add("--key", type=Path, help="and its private key")
     add("--out", type=Path, help="new or empty folder (outputs/MODEL-N)")

@@ -24,7 +24,12 @@ _USUAL = "fid,kid,precision_recall"  # of --metrics
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("samples", type=Path, metavar="SAMPLES", help="folder of images or of shards, or .npz of ADM's script")
+    add(
+        "samples",
+        type=Path,
+        metavar="SAMPLES",
+        help="folder of images (grids of `sample` do not count) or shards, or .npz of ADM's",
+    )
     add("reference", type=Path, metavar="REFERENCE", help="the same; an .npz may hold statistics alone")
     add("options", nargs="*", metavar="KEY=VALUE", help="such as features.run=RUN or metrics.kid.subset_size=50")
     add("--features", default="inception", help="a file of conf/features (inception)")
