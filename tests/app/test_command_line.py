@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,11 @@ def test_the_verbs_are_the_programs(verb: str) -> None:
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "a loader process ended (DataLoader worker (pid 7) is killed by signal: Killed); run the command again, "
+            "with fewer workers if memory ran out.",
+        ),
+        (
+            BrokenProcessPool("A process in the process pool was terminated abruptly."),
+            "a loader process ended (A process in the process pool was terminated abruptly); run the command again, "
             "with fewer workers if memory ran out.",
         ),
     ],

@@ -104,6 +104,16 @@ def test_the_derivative_is_that_of_finite_differences(name: str) -> None:
     assert all(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.parametrize("name", ["dit", "edm", "unet"])
+def test_half_precision_of_a_processor_leaves_the_target_whole(name: str) -> None:
+    flow, tokens = model(networks()[name]), None if name == "edm" else torch.randn(2, 3, 8).bfloat16()
+    flow.conditioning = lambda batch, drops: Conditioning(tokens=tokens)  # type: ignore[method-assign]
+    batch = {"image": torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), "position": torch.arange(2)}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = flow.loss(batch, seed=0)
+    assert losses.isfinite().all()
+
+
 @pytest.mark.parametrize("predicted", [False, True])
 def test_the_target_of_the_exact_field_is_the_field(predicted: bool) -> None:
     """With the exact velocity in place of an image's own, loss and gradient are zero."""

@@ -128,7 +128,7 @@ def _of_machines(error: Exception) -> str:
     reason = " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
     if memory_ran_out(error):
         return f"memory ran out ({reason}); use a smaller batch size, or smaller images."
-    if "DataLoader worker" in reason:
+    if "DataLoader worker" in reason or type(error).__name__ == "BrokenProcessPool":
         return f"a loader process ended ({reason}); run the command again, with fewer workers if memory ran out."
     lost = distributed.lost(error) if distributed else None
     return f"another process of this command ended ({lost}); run the command again." if lost else ""

@@ -6,6 +6,7 @@ d u / d t = v d u / d x + d u / d t (eq. 8) is one forward-mode derivative; grad
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -84,7 +85,8 @@ class MeanFlow(FewSteps):
         network = self.velocity(conditioning, scale)
         if self.guidance != 1:
             velocity = self.guided(velocity, x, t, (conditioning, self.null(batch)), scale)
-        error = network(x, r, t).float() - self.target(network, x, r, t, velocity)
+        exact = self.velocity(_float32(conditioning), scale) if x.device.type == "cpu" else network
+        error = network(x, r, t).float() - self.target(exact, x, r, t, velocity)
         if not self.training:
             return error.square().mean(dim=(1, 2, 3)), times
         total = error.square().sum(dim=(1, 2, 3))
@@ -121,9 +123,11 @@ class MeanFlow(FewSteps):
     def target(self, network: Velocity, x: Tensor, r: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
         """v - (t - r) (d x / d t d u / d x + d u / d t), of x's shape; the derivative is forward-mode, without a graph.
 
-        Fused attention has none, so it is computed by products here, and compiled networks run uncompiled.
+        Fused attention has none, so it is computed by products here, and compiled networks run uncompiled. Under
+        autocast of a processor a norm's derivative is float32 where a convolution takes bfloat16, so that is off.
         """
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        whole = torch.autocast("cpu", enabled=False)
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"), whole:
             tangent = network(x, t, t).to(x.dtype) if self.predicted_tangent else velocity
             change = torch.func.jvp(network, (x, r, t), (tangent, torch.zeros_like(r), torch.ones_like(t)))[1]
         return velocity - (t - r)[:, None, None, None] * change.to(x.dtype)
@@ -157,3 +161,9 @@ class MeanFlow(FewSteps):
         time = torch.tensor([0.0 if level.time is None else level.time], dtype=torch.float64)
         s = 0.0 if level.time is None else float(self.path.position(time))
         return torch.full((len(x),), s, device=x.device)
+
+
+def _float32(conditioning: Conditioning) -> Conditioning:
+    """The same without half precision, for a network outside of autocast."""
+    half = {name: slot for name, slot in vars(conditioning).items() if slot is not None and slot.itemsize == 2}
+    return replace(conditioning, **{name: slot.float() for name, slot in half.items()})

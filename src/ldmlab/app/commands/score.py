@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     at_least(args, batch_size=1, workers=0, controls=0)
     check_fraction("--max-bad", args.max_bad)
+    _check_written(args)
     rank, world = distributed.join()
     if args.npz is not None and world > 1:
         raise InputError("--npz is written by one process; run the command without torchrun.")
@@ -100,6 +101,25 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if unknown := [name for name in names if name not in known] or ([""] if not names else []):
         raise InputError(f"--metrics {unknown[0]}: there is no such score; there are {', '.join(known)}.")
     return [f"features={args.features}", *(f"+metric@metrics.{name}={name}" for name in names), *args.options]
+
+
+def _check_written(args: argparse.Namespace) -> None:
+    """InputError before any work for a file that may be the user's own, or that cannot be written."""
+    for option, path, ending in (("--out", args.out, ".json"), ("--npz", args.npz, ".npz")):
+        if path is None:
+            continue
+        if path.suffix != ending:
+            raise InputError(f"{option} {path} does not end in {ending}; give a name that does.")
+        if path.exists() and not (path.is_file() and _is_scores(path)):
+            raise InputError(f"{option} {path} is there already; give another name, or remove it first.")
+
+
+def _is_scores(path: Path) -> bool:
+    """Whether a file is of `ldmlab score`, which may be written again."""
+    from ldmlab.files import read_json
+
+    found = read_json(path)
+    return isinstance(found, dict) and {"samples", "reference", "scores"} <= found.keys()
 
 
 def _write_npz(args: argparse.Namespace, samples: Any, metrics: Mapping[str, Any]) -> None:
