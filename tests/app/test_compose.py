@@ -33,6 +33,14 @@ def test_a_typo_is_one_sentence_with_the_nearest_name(override: str, sentence: s
     assert "\n" not in str(caught.value)
 
 
+def test_an_option_that_no_file_states_is_told_how_to_be_added() -> None:
+    with pytest.raises(InputError) as caught:
+        compose("evaluate", ["protocol.max_bad=0.5"])
+    way = "no file has this option, but its part takes it; write +protocol.max_bad=VALUE."
+    assert str(caught.value) == f"protocol.max_bad: {way}"
+    assert compose("evaluate", ["+protocol.max_bad=0.5"]).protocol.max_bad == 0.5
+
+
 @pytest.mark.slow
 def test_command_line_beats_debug_beats_experiment_beats_groups() -> None:
     experiment = group_choices("experiment")[0]

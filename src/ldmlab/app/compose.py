@@ -231,10 +231,22 @@ def _unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> InputE
         if len(words) < len(overrides):  # else a file asks for what there is not, whatever is typed
             with suppress(InputError):
                 content = OmegaConf.to_container(compose(config_name, words), resolve=False)
+                if _taken(key, content):
+                    return InputError(f"{key}: no file has this option, but its part takes it; write +{key}=VALUE.")
                 known = [name for name, _ in leaves(content)] + known
                 break
     known = [name for name in known if name != key]
     return InputError(f"{key}: there is no such option{_nearest(key, known)} `--cfg job` prints them all.")
+
+
+def _taken(key: str, content: Any) -> bool:
+    """Whether the class above an option has an argument of that name, which no file states."""
+    from ldmlab.instantiate import accepts
+
+    *above, name = key.split(".")
+    for part in above:
+        content = content.get(part) if isinstance(content, dict) else None
+    return isinstance(content, dict) and "_target_" in content and accepts(content, name, where=".".join(above))
 
 
 def _nearest(name: str, choices: list[str]) -> str:
