@@ -78,6 +78,13 @@ def test_bad_options_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_audit_that_could_not_begin_leaves_no_folder(tmp_path: Path) -> None:
+    for steps in ("1", "2"):  # nor is the second one held to the first one's settings
+        with pytest.raises(InputError, match="records no data it was trained on"):
+            cli.dispatch(["audit", "emoji", "--steps", steps, "--device", "cpu", "--out", str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is no audit"):

@@ -112,6 +112,8 @@ def test_fields_are_counted_by_name(shards: list[Path]) -> None:
     assert found["counts"] == {"caption": {"A thing, number 0": 6, "A thing, number 1": 4}}
     assert found["licences"] == {"CC0": 10}
     assert "is not a folder" in refusal(lambda: dispatch(["data-sheet", str(shards[0] / "no")]))
+    told = refusal(lambda: dispatch(["data-sheet", str(shards[0]), "--count", "captoin"]))
+    assert told == "--count 'captoin': no image of SHARDS has this field; did you mean caption?"
 
 
 def test_the_perceptual_hash_is_that_of_its_definition() -> None:

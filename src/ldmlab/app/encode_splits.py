@@ -10,7 +10,7 @@ from ldmlab.app.progress import bar
 from ldmlab.build import load_first_stage, moments_of, pick_device
 from ldmlab.data.data_sheet import carry_sheet
 from ldmlab.data.encode_shards import LatentSettings, encode
-from ldmlab.data.manifest import MANIFEST
+from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST
 from ldmlab.data.output_folder import Destination
 from ldmlab.data.shard_data import ShardData
 from ldmlab.distributed import launched
@@ -23,6 +23,7 @@ from ldmlab.nn.compiling import compile_regions, wanted
 def encode_splits(config: dict[str, Any]) -> None:
     """The splits of `config` one after the other; then the first stage, so that training needs no other file."""
     out = Destination.of(config["out"], "out")
+    _check_out(out.folder, config["splits"])
     loaded = load_first_stage(config["from_run"], config["weights"])
     images = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
     data: ShardData = instantiate(images, where="data", seed=config["seed"])
@@ -56,6 +57,15 @@ def encode_splits(config: dict[str, Any]) -> None:
     if all(path.exists() for path in _last_files(out, config["splits"])):  # the process that ends last sees them all
         with bar("sending", "files", quiet=out.address is None) as advance:
             out.send(advance, "out")
+
+
+def _check_out(folder: Path, splits: Sequence[str]) -> None:
+    """InputError for a folder of somebody's shards, and for a first stage in it that is not of these latents."""
+    if (folder / MANIFEST).exists():
+        raise InputError(f"out={folder} is a folder of shards itself; choose a new folder.")
+    first_stage = folder / "first_stage"
+    if first_stage.exists() and not any((folder / split / ENCODE_PLAN).exists() for split in splits):
+        raise InputError(f"out={folder}: {first_stage} is there already and would be replaced; choose a new folder.")
 
 
 def _last_files(out: Destination, splits: Sequence[str]) -> list[Path]:

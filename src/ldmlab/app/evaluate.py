@@ -52,6 +52,8 @@ def evaluate(config: Mapping[str, Any], kept: Kept | None = None) -> None:
     """Score config["model"]; all checks are made before the first image. kept: samples that several calls share."""
     rank, _ = distributed.join()
     folder, out = run_folder(Path(str(config["model"]))), out_folder(config)
+    if config["weights"] == []:
+        raise InputError("weights=[] names no weights; give averaged, raw, or lengths such as [0.05,0.10].")
     if isinstance(config["weights"], list):
         return lengths_page(out, {length: _of_length(config, out, length) for length in config["weights"]})
     # a full disk or a kill left the scores without their pages

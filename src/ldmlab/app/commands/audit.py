@@ -74,7 +74,12 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in _SAME_RESULT} | {"options": options}
     rank, _ = distributed.join(timeout_minutes=120)
     with own_folder(partial(_begun, out, settings, models), ".lock", "out={} is being written by another audit"):
-        audits = _audits(args, models, config, protocol, out)
+        try:
+            audits = _audits(args, models, config, protocol, out)
+        except BaseException:
+            if rank == 0 and not any(one.is_dir() for one in out.iterdir()):  # no model is begun: nothing to go on with
+                (out / _SETTINGS).unlink(missing_ok=True)
+            raise
         if rank == 0:
             _write(out, audits)
 

@@ -18,7 +18,7 @@ from ldmlab.data.pack_images import FORMATS, Encoding
 from ldmlab.data.scene_shards import CLASSES, MOST, SceneSettings, write_scenes
 from ldmlab.data.workers import processors
 from ldmlab.disks import disk_errors
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, did_you_mean
 from ldmlab.files import write_json, write_text
 
 
@@ -118,6 +118,11 @@ def run_data_sheet(args: argparse.Namespace) -> None:
         "licences": LICENCES if args.licence_field is None else (args.licence_field,),
         "sources": SOURCES if args.source_field is None else (args.source_field,),
     }
+    known = {name for _, manifest in found for name in manifest.fields}
+    for name in args.count:
+        if name not in known:
+            hint = did_you_mean(name, known, f"there are {', '.join(sorted(known)) or 'none'}.")
+            raise InputError(f"--count {name!r}: no image of SHARDS has this field; {hint}")
     if args.out:
         with disk_errors(args.out):
             args.out.mkdir(parents=True, exist_ok=True)
