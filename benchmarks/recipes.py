@@ -94,7 +94,7 @@ class Comparison:
         return made
 
     def _note(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
+        self.lines.append(json.loads(json.dumps(line)))  # as it is read again: without tuples
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -95,3 +95,11 @@ def test_scores_that_are_there_are_not_computed_again(tmp_path: Path) -> None:
     comparison = recipes.Comparison(tmp_path, {}, 200, 8, 4, "emoji/clip", [100])
     found = comparison.scores("flow", {"rate": 2}, 3)
     assert found["scores"]["distance"] == pytest.approx(1.6 * math.exp(0.13))
+
+
+def test_a_choice_with_an_interval_is_found_again_in_one_process(tmp_path: Path) -> None:
+    comparison = recipes.Comparison(tmp_path, {}, 4, 1, 1, "none", [100])
+    (choice, *_) = recipes.ARMS["interval"].choices
+    comparison._note(line("interval", 100, 1.0, dict(choice)))
+    assert recipes.find(comparison.lines, "interval", choice, 100)
+    assert comparison.lines == recipes.read_lines(tmp_path)
