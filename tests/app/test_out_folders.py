@@ -9,6 +9,7 @@ from ldmlab.app.compose import compose, plain
 from ldmlab.app.encode_splits import encode_splits
 from ldmlab.app.evaluate import evaluate
 from ldmlab.errors import InputError
+from ldmlab.evaluation.run import check_out
 
 
 def test_latents_replace_no_first_stage_and_lie_in_no_shards(tmp_path: Path) -> None:
@@ -26,6 +27,12 @@ def test_latents_replace_no_first_stage_and_lie_in_no_shards(tmp_path: Path) -> 
     (tmp_path / "run" / "train" / "encode.json").write_text("{}")  # latents that a killed command began
     with pytest.raises(InputError, match="none"):  # the shards are the next thing that is missing
         encode_splits(plain(compose("encode", [*words, f"out={tmp_path / 'run'}"])))
+
+
+def test_an_evaluation_replaces_no_report_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(InputError, match=r"holds report\.md, which would be replaced"):
+        check_out(tmp_path)
 
 
 def test_no_weights_are_no_evaluation() -> None:

@@ -109,7 +109,8 @@ def test_defaults(model: LoadedModel) -> None:
     ("options", "message"),
     [
         ({"steps": 3}, r"steps=3: .*steps=2 or 4"),
-        ({"steps": 0}, "steps=0 is outside 1 and above"),
+        ({"steps": 0}, "steps=0 is outside 1 .. 1000000"),
+        ({"steps": 10**12}, "steps=1000000000000 is outside 1 .. 1000000"),
         ({"size": 15}, "size=15x15"),
         ({"sampler": "dpm"}, "choose one of consistency, ddim"),
         ({"sampler": "ddpm", "eta": 0.5}, "eta=0.5: the sampler ddpm"),

@@ -119,6 +119,8 @@ class Protocol:
             one_of("protocol.sweep", name, known)
             if isinstance(values, str | int | float | None) or not len(values):
                 raise InputError(f"protocol.sweep.{name}={values} is no list of values; give for instance [1,1.5,2].")
+            if len({str(value) for value in values}) < len(values):
+                raise InputError(f"protocol.sweep.{name}={list(values)} names a value twice; give each once.")
 
     def settings(self, **changes: Any) -> SampleSettings:
         """How its samples are generated, with these changes; a scale of 1 among them is without guidance."""

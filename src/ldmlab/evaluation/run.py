@@ -174,6 +174,8 @@ def check_out(out: Path) -> Path:
         raise InputError(f"out={out} already holds an evaluation; choose another folder or delete it.")
     if any((out / name).exists() for name in ("manifest.json", "model.yaml")):
         raise InputError(f"out={out} holds shards or a model; choose a folder of its own.")
+    if mine := [name for name in ("report.md", "report.html") if (out / name).exists()]:
+        raise InputError(f"out={out} holds {mine[0]}, which would be replaced; choose another folder.")
     return out
 
 

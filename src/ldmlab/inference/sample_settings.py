@@ -38,7 +38,7 @@ def _option(default: Any, text: str, least: float | None = None, most: float = m
 class SampleSettings:
     """None is replaced by the default of the sampler or the model (`LoadedModel.resolved`)."""
 
-    steps: int | None = _option(None, "sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)", 1)
+    steps: int | None = _option(None, "sampling steps (the sampler's own: 50 for ddim, all levels for ddpm)", 1, 10**6)
     guidance_scale: float | None = _option(
         None, "of classifier-free guidance; 1 is off (3 if the model was trained for it, else 1)", -1e6, 1e6
     )
