@@ -71,6 +71,7 @@ def ready(model: "LatentDiffusion", files: ModelFiles, device: str, path: Path |
     """A filled model, frozen and on its device, as `load` gives it; path: where it was loaded from."""
     from ldmlab.inference.model import LoadedModel
     from ldmlab.nn import numerics
+    from ldmlab.samplers._auto import solver_of
 
     numerics.fast()
     info = {
@@ -82,7 +83,8 @@ def ready(model: "LatentDiffusion", files: ModelFiles, device: str, path: Path |
     }
     model.eval().requires_grad_(False)
     weak = partial(_load_weak, device=device)
-    return LoadedModel(model.to(pick_device(device)), image_size=files.spec["image_size"], info=info, load=weak)
+    size, solver = files.spec["image_size"], solver_of(model.path, files.spec)
+    return LoadedModel(model.to(pick_device(device)), image_size=size, info=info, solver=solver, load=weak)
 
 
 def _load_weak(name: str, device: str) -> "LoadedModel":

@@ -90,6 +90,7 @@ class Level(NamedTuple):
     time: float | None
     start: float | None = None  # of a further evaluation in a step: the time of the first one, see `Guidance.acts`
     to: "Level | None" = None  # where the step goes, for networks of average velocities; None: they give that at t
+    spread: float | None = None  # of the noise that sampling begins with; None: sigma on paths without scaling, else 1
 
 
 Denoise = Callable[[Tensor, Level], Tensor]  # conditions and guidance bound => clean estimate, x's dtype or float64

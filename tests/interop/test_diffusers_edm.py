@@ -157,6 +157,9 @@ def test_a_folder_is_imported_and_samples_as_its_network_does(tmp_path: Path) ->
     settings = ours.resolved(SampleSettings(steps=6))
     assert (settings.sampler, settings.spacing) == ("euler", "karras:7")
     x = ours.begin([{}, {}], settings, [0, 1])
+    first = ours.grid(settings)[0]
+    assert first.spread == pytest.approx(theirs.scheduler.init_noise_sigma, rel=1e-12)
+    torch.testing.assert_close(x, first.spread * ours.diffusion.start(torch.tensor([0, 1]), (8, 8), settings.seed))
     found = ours.sample_batch([{}, {}], settings, 0)
     scheduler = theirs.scheduler
     scheduler.set_timesteps(6)

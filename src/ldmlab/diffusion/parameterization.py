@@ -225,4 +225,6 @@ class Parameterization:
 
 def begun(noise: Tensor, level: Level) -> Tensor:
     """Standard normal noise at the first level; sigma noise where the signal is never weakened, as on EDM's path."""
+    if level.spread is not None:
+        return level.spread * noise
     return level.sigma * noise if level.alpha == 1 else noise

@@ -226,11 +226,13 @@ class EdmPath(ContinuousPath):
         sigma_max: float = 80.0,
         solver: tuple[str, str, int] = ("heun", "karras", 18),  # sampler, spacing and steps of `sampler=auto`
         noisy_end: bool = False,  # sampling ends at sigma_min, not at the clean latent
+        wide_start: bool = False,  # and begins with sqrt(sigma_max^2 + 1) times the noise, as in diffusers
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise InputError(f"diffusion.schedule.sigma_min={sigma_min} must be above 0 and below {sigma_max}.")
         super().__init__(math.log(sigma_min / self.unit) / self.rate, math.log(sigma_max / self.unit) / self.rate)
-        self.width, self.noisy_end, self.solver = math.log(sigma_max / sigma_min), noisy_end, Solver(*solver)
+        self.width, self.solver = math.log(sigma_max / sigma_min), Solver(*solver)
+        self.noisy_end, self.wide_start = noisy_end, wide_start
 
     def curve(self, s: Tensor) -> Pair:
         sigma = self.unit * torch.exp(self.rate * self.time(s))
@@ -244,6 +246,8 @@ class EdmPath(ContinuousPath):
 
     def grid(self, steps: int, spacing: str = "auto") -> list[Level]:
         levels = super().grid(steps, spacing)
+        if self.wide_start:
+            levels[0] = levels[0]._replace(spread=math.hypot(levels[0].sigma, 1))
         return [*levels[:-1], levels[-2]._replace(time=None)] if self.noisy_end else levels
 
     def time_of(self, ratio: Tensor) -> Tensor:

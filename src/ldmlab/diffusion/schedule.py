@@ -105,7 +105,7 @@ def same_path(first: Path, second: Path) -> bool:
 class Schedule(DiscretePath):
     """alpha_bar of T discrete noise levels, float64, and float32 tables of alpha and sigma for each device."""
 
-    idle_without = "start end: name!=cosine, cosine_offset: name=cosine"
+    idle_without = "start end: name!=cosine, cosine_offset: name=cosine, least_alpha_bar: zero_terminal_snr"
 
     def __init__(
         self,
@@ -115,6 +115,8 @@ class Schedule(DiscretePath):
         steps: int = 1000,  # T
         cosine_offset: float = 0.008,  # keeps the first betas of the cosine schedule from vanishing
         zero_terminal_snr: bool = False,  # no signal at the last level (Lin et al. 2024, algorithm 1)
+        least_alpha_bar: float = 0.0,  # that is left there; solvers of diffusers have 2^-24
+        noisy_end: bool = False,  # sampling ends at the first level, whatever the spacing, not at the clean latent
     ) -> None:
         if not 1 <= steps <= 100_000:
             raise InputError(f"diffusion.schedule.steps={steps} must lie in 1 .. 100000 (paper: 1000).")
@@ -124,7 +126,7 @@ class Schedule(DiscretePath):
                 f"diffusion.schedule.start={start} and end={end} are not 0 < start <= end < 1; "
                 "the paper's are 0.0015 and 0.0195."
             )
-        self.name, self.steps, self.zero_terminal_snr = name, steps, zero_terminal_snr
+        self.name, self.steps, self.zero_terminal_snr, self.noisy_end = name, steps, zero_terminal_snr, noisy_end
         self.betas = _betas(name, start, end, steps, cosine_offset)  # (T,)
         if zero_terminal_snr:  # alphas shifted so that the last is 0, and scaled so that the first stays
             alpha = torch.cumprod(1 - self.betas, dim=0).sqrt()
@@ -132,6 +134,8 @@ class Schedule(DiscretePath):
             alpha_bar = torch.cat([torch.ones(1, dtype=alpha.dtype), alpha**2])
             self.betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)  # (T,)
+        if zero_terminal_snr:
+            self.alpha_bar[-1] = least_alpha_bar
         self._tables: dict[torch.device, Tensor] = {}
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +214,7 @@ def ddim_grid(schedule: Any, steps: int, spacing: str = "official") -> list[Leve
     linspace: T - 1 .. 0 with both ends, or in sections (`linspace:10,15,20`, see `sectioned`);
     leading: every T // steps-th from 0 up; trailing: T - 1 down in steps of T / steps; `:open` as `even_times`;
     karras, log_snr, polyexponential: as `even_ratios`, between the schedule's levels too, where the network's time has
-    a fraction. All but the first two end at the clean latent.
+    a fraction. All but the first two end at the clean latent, unless the schedule has a `noisy_end`.
     """
     total = schedule.steps
     if not 1 <= steps <= total:
@@ -221,13 +225,15 @@ def ddim_grid(schedule: Any, steps: int, spacing: str = "official") -> list[Leve
         return [*(levels.at(t) for t in times), levels.at(0)._replace(time=None)]
     levels = levels_of(schedule)
     if spacing.partition(":")[0] in ("linspace", "leading", "trailing"):
-        visited = [levels.at(t) for t in even_times(total, steps, spacing)]
+        visited, first = [levels.at(t) for t in even_times(total, steps, spacing)], levels.at(0)
     else:
         known = levels.log_snr
         ratios = even_ratios(-known[-1], -known[0], steps, spacing)
         radius = torch.hypot(levels.alpha, levels.sigma)  # 1 for the schedules above
         visited = [_between(known, radius, -value) for value in ratios]
-    return [*(level for level in visited if level.sigma > 0), Level(1.0, 0.0, None)]
+        first = visited[-1] if steps > 1 else levels.at(0)
+    end = first._replace(time=None) if getattr(schedule, "noisy_end", False) else Level(1.0, 0.0, None)
+    return [*(level for level in visited if level.sigma > 0), end]
 
 
 def _between(known: Tensor, radius: Tensor, target: Tensor) -> Level:

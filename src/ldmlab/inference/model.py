@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ldmlab.contracts import AfterStep, Conditioning, Guider, Level
+from ldmlab.contracts import AfterStep, Conditioning, Guider, Level, Solver
 from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
@@ -41,6 +41,7 @@ class LoadedModel(ReadsInputs):
         info: Mapping[str, Any],  # path, weights, fingerprint, step, ...
         precision: str = "float32",  # of the denoiser: float32 | bfloat16 | float16
         frozen: bool = True,  # False: of a model in training, whose modes and gradients stay
+        solver: Solver | None = None,  # what sampler=auto is; None: the path's
         load: "Callable[[str], LoadedModel] | None" = None,  # of a weak model by its name; None: there is none
     ) -> None:
         self.diffusion = diffusion.eval().requires_grad_(False) if frozen else diffusion
@@ -50,7 +51,7 @@ class LoadedModel(ReadsInputs):
         self.image_size = height, width
         self.info = dict(info)
         self.guiders: tuple[Guider, ...] = ()
-        self._load, self._compile = load, cast(Choice, False)
+        self._load, self._compile, self._solver = load, cast(Choice, False), solver
         self._weak: dict[str, LatentDiffusion] = {}  # by name
         self.in_precision(precision)
 
@@ -131,7 +132,7 @@ class LoadedModel(ReadsInputs):
         if size != implied:  # an input image's size is padded to what fits
             self.diffusion.latent_shape(size)
         resolved = settings.filled(
-            solver=self.diffusion.path.solver,
+            solver=self._solver or self.diffusion.path.solver,
             levels=getattr(self.diffusion.schedule, "steps", None),
             guidance_scale=scale,
             size=size,

@@ -129,7 +129,9 @@ class SampleSettings:
         inputs: names of those of an image; None: unknown. fills_holes: by a model that was not trained for it.
         """
         if self.sampler == "auto":
-            auto = replace(self, sampler=solver.sampler, steps=self.steps or solver.steps)
+            kept = [word for word in solver.sampler.split(":") if vars(self).get(word.partition("=")[0]) is None]
+            rule = self.spacing or (solver.spacing if levels else None)  # a continuous path has its own
+            auto = replace(self, sampler=":".join(kept), steps=self.steps or solver.steps, spacing=rule)
             return auto.filled(solver=solver, levels=levels, inputs=inputs, fills_holes=fills_holes, **known)
         sampler = self.build_sampler()
         if levels and self.sampler.partition(":")[0] in ("ode", "sde"):

@@ -1,10 +1,12 @@
-"""The default sampler of the model's path."""
+"""The default sampler: of an imported model its own, else that of its path."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path
+from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path, Solver
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 
@@ -27,3 +29,25 @@ class Auto:
     ) -> Any:
         """Refused: the sampler follows from a path."""
         raise InputError("sampler=auto needs the path of a model; name a sampler, for instance ddim.")
+
+
+def solver_of(path: Path, spec: Mapping[str, Any]) -> Solver:
+    """What `sampler=auto` is for a model.yaml: the sampler there of an imported model, else the path's.
+
+    The sampler of a run is that of its grids alone.
+    """
+    if "origin" not in spec or "sampler" not in spec:
+        return path.solver
+    node = spec["sampler"]
+    sampler = instantiate(node, where="sampler")
+    if isinstance(sampler, Auto):
+        return path.solver
+    home, name = str(node["_target_"]).rsplit(".", 2)[:2]
+    name = name if home == "ldmlab.samplers" else str(node["_target_"])
+    known = inspect.signature(type(sampler)).parameters
+    options = {k: v for k, v in node.items() if k not in ("_target_", "spacing") and v != known[k].default}
+    words = [
+        f"{option}={str(value).lower() if isinstance(value, bool) else value}" for option, value in options.items()
+    ]
+    solver = path.solver._replace(sampler=":".join([name, *words]))
+    return solver._replace(spacing=sampler.spacing) if hasattr(path, "steps") else solver  # others have their own

@@ -17,6 +17,8 @@ from ldmlab.samplers._stepwise import (
     posterior_variance,
 )
 
+_FAINT = 1e-3  # signal, below which a clean estimate from the rounded noise would lose its digits
+
 
 class Ddim(Stepwise):
     """eta 0: deterministic; eta 1: as much fresh noise per step as ancestral sampling."""
@@ -40,7 +42,7 @@ class Ddim(Stepwise):
         here, there = step.here, step.there
         fresh = self.eta * math.sqrt(posterior_variance(here, there)) if self.eta else 0.0  # eq. 16
         quieter = there._replace(sigma=math.sqrt(there.sigma**2 - fresh**2))
-        if here.alpha == 0:
+        if here.alpha < _FAINT:
             x = first_order(x, step.nearest(clean), here, quieter)
         else:
             x = transfer(x, noise_of(x, step.unrounded, here), here, quieter, step.nearest)

@@ -113,7 +113,8 @@ def run_import(args: argparse.Namespace) -> None:
         for option in ("config", "weights", "prediction"):
             if (value := getattr(args, option)) is not None:
                 raise InputError(f"--{option}={value}: a diffusers folder contains that; leave it out.")
-        imported = ModelFiles(args.source, *diffusers.read_folder(args.source), "raw")
+        spec, parts = diffusers.read_folder(args.source)
+        imported = ModelFiles(args.source, spec, parts, "raw", notes=diffusers.notes_of(spec))
     else:
         weights = args.weights or "averaged"
         imported = compvis.read(args.source, args.config, weights=weights, prediction=args.prediction)

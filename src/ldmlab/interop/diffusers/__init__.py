@@ -16,14 +16,14 @@ from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_te
 from ldmlab.interop.diffusers.diffusers_config import read_json, read_weights
 from ldmlab.interop.diffusers.diffusers_first_stages import DC, KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE, as_official
-from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, sampler_node, token_values
+from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, is_replaced, sampler_node, token_values
 from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, read_texts
 from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
 from ldmlab.interop.diffusers.diffusers_transformers import DIT, OLD, SD3, read_transformer
 from ldmlab.interop.diffusers.diffusers_unets import CONDITION, PLAIN, TARGET
 from ldmlab.interop.renaming import downsampling
 
-__all__ = ["as_official", "build_first_stage", "build_text", "build_unet", "read_folder"]
+__all__ = ["as_official", "build_first_stage", "build_text", "build_unet", "notes_of", "read_folder"]
 
 
 Spec = dict[str, Any]
@@ -69,6 +69,13 @@ def read_folder(path: Path | str) -> tuple[Spec, Parts]:
     return spec, {"first_stage": stage.state_dict()}
 
 
+def notes_of(spec: Spec) -> tuple[str, ...]:
+    """What an import does not keep, for the user."""
+    if (name := spec.get("origin", {}).get("scheduler")) is None:
+        return ()
+    return (f"the solver of {name} is replaced by ddim, what sampler=auto is; --sampler names another one",)
+
+
 def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
     name = index.get("_class_name")
     if name not in _PIPELINES:
@@ -89,6 +96,7 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     side = _side(config.get("sample_size"), f) or _side(stage_config.get("sample_size"), 1) or 256
     origin = {"linear_projection": bool(config.get("use_linear_projection", False))}
+    origin |= {"scheduler": scheduler["_class_name"]} if is_replaced(scheduler) else {}
     origin |= {"id2label": index["id2label"]} if index.get("id2label") else {}
     spec: Spec = {
         "kind": "latent_diffusion",

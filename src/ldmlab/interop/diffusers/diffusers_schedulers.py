@@ -1,5 +1,6 @@
 """Schedulers of diffusers and ours, both ways: discrete noise schedules, flows, and EDM's."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ _DISCRETE = (  # whose noise levels are those of betas
     *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
     *(_MULTISTEP, "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep"),
 )
+_KIND = "dpmsolver++"  # algorithm_type unless another is named
+_EXACT = ("DDIM", "DDPM", "LCM", "TCD")  # with a terminal SNR of 0; others leave the least signal of half precision
 _RULES = ("karras", "exponential", "beta")  # use_RULE_sigmas
 
 
@@ -45,7 +48,9 @@ def diffusion_node(config: Config, token_values: int = 64) -> dict[str, Any]:
         )
     schedule = {"_target_": f"{_HOME}schedule.Schedule", **_schedule(config)}
     if config.get("rescale_betas_zero_snr"):
-        schedule["zero_terminal_snr"] = True
+        schedule |= {"zero_terminal_snr": True} | ({} if name.startswith(_EXACT) else {"least_alpha_bar": 2**-24})
+    if name == f"{_MULTISTEP}Scheduler" and config.get("final_sigmas_type") == "sigma_min":
+        schedule["noisy_end"] = True
     return {
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
         "prediction": {"_target_": f"{_HOME}parameterization.{_PREDICTIONS[prediction]}"},
@@ -93,11 +98,11 @@ def _edm_node(config: Config, name: str) -> dict[str, Any]:
     solver = ":".join([sampler["_target_"].split(".")[-2], *words])
     path = {"sigma_min": options["sigma_min"], "sigma_max": options["sigma_max"], "solver": [solver, rule, 50]}
     predicted = {"sigma_data": options["sigma_data"], "negative": options["prediction_type"] == "v_prediction"}
-    noisy = {"noisy_end": True} if options["final_sigmas_type"] == "sigma_min" else {}
+    ends = {"wide_start": True} | ({"noisy_end": True} if options["final_sigmas_type"] == "sigma_min" else {})
     return {
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
         "prediction": {"_target_": f"{_HOME}parameterization.EdmPrediction", **predicted},
-        "schedule": {"_target_": f"{_HOME}paths.EdmPath", **path, **noisy},
+        "schedule": {"_target_": f"{_HOME}paths.EdmPath", **path, **ends},
     }
 
 
@@ -164,33 +169,61 @@ def _schedule(config: Config) -> dict[str, Any]:
 
 
 def sampler_node(config: Config) -> dict[str, Any]:
-    """DPM-Solver++ as a DPMSolverMultistepScheduler has it; of all others DDIM.
+    """What samples an imported model unless another sampler is named: the scheduler's solver, see `is_replaced`.
 
-    DDIM has the scheduler's step rule where it is `trailing`, as models without a terminal signal need.
+    DPM-Solver++ as a DPMSolverMultistepScheduler has it, EDM's solvers, of flows the path's own; of all others DDIM,
+    with the scheduler's step rule where it is `trailing`, as models without a terminal signal need.
     """
     name = config.get("_class_name")
+    if name == FLOW:
+        return {"_target_": "ldmlab.samplers._auto.Auto"}
     if name in (EDM, _EDM_MULTISTEP):
         return _edm_sampler(resolved(config, name, "scheduler"))
     if name == f"{_MULTISTEP}Scheduler" and (node := _multistep(config)) is not None:
         return node
-    node = {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": 0.0}
-    return node | ({"spacing": "trailing"} if config.get("timestep_spacing") == "trailing" else {})
+    return _ddim(0.0, "trailing" if config.get("timestep_spacing") == "trailing" else "official")
+
+
+def is_replaced(config: Config) -> bool:
+    """Whether `sampler_node` is another solver than the scheduler's."""
+    name = str(config.get("_class_name", "DDIMScheduler"))
+    if name == f"{_MULTISTEP}Scheduler":
+        return _multistep(config) is None
+    return name != FLOW and not name.startswith(("DDIM", "EDM"))
+
+
+def _ddim(eta: float, spacing: str) -> dict[str, Any]:
+    rule = {} if spacing == "official" else {"spacing": spacing}
+    return {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": eta, **rule}
 
 
 def _multistep(config: Config) -> dict[str, Any] | None:
-    """The solver of second or third order on the scheduler's steps; None for other solvers, ends and steps."""
-    rule, offset = config.get("timestep_spacing", "linspace"), config.get("steps_offset", 0)
-    spacings = {"linspace": "linspace:open", "leading": "leading:open" if offset == 1 else None, "trailing": "trailing"}
-    spacing = "karras" if config.get("use_karras_sigmas") else spacings.get(rule)
-    others = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding")
-    plain = config.get("final_sigmas_type", "zero") == "zero" and not any(config.get(name) for name in others)
-    node = _solver(config)
-    return None if node is None or spacing is None or not plain else node | {"spacing": spacing}
+    """The solver on the scheduler's steps, of first order DDIM; None for other solvers and steps."""
+    clipped = config.get("lambda_min_clipped") not in (None, -math.inf, "-inf")
+    others = ("use_beta_sigmas", "use_flow_sigmas", "thresholding")
+    spacing = _multistep_spacing(config)
+    if spacing is None or clipped or any(config.get(name) for name in others):
+        return None
+    if config.get("solver_order", 2) > 1:
+        node = _solver(config)
+        return None if node is None else node | {"spacing": spacing}
+    eta = {"dpmsolver++": 0.0, "dpmsolver": 0.0, "sde-dpmsolver++": 1.0}.get(config.get("algorithm_type", _KIND))
+    return None if eta is None else _ddim(eta, spacing)
+
+
+def _multistep_spacing(config: Config) -> str | None:
+    """The rule of ours for its steps; None where there is none."""
+    kinds = {"use_karras_sigmas": "karras", "use_lu_lambdas": "log_snr", "use_exponential_sigmas": "log_snr"}
+    if kind := next((ours for name, ours in kinds.items() if config.get(name)), None):
+        return kind
+    leading = "leading:open" if config.get("steps_offset", 0) == 1 else None
+    rules = {"linspace": "linspace:open", "leading": leading, "trailing": "trailing"}
+    return rules.get(config.get("timestep_spacing", "linspace"))
 
 
 def _solver(config: Config) -> dict[str, Any] | None:
     """The solver whatever its steps; None for another curve, as its third-order SDE has."""
-    order, kind = config.get("solver_order", 2), config.get("algorithm_type", "dpmsolver++")
+    order, kind = config.get("solver_order", 2), config.get("algorithm_type", _KIND)
     if (order, kind) not in ((2, "dpmsolver++"), (2, "sde-dpmsolver++"), (3, "dpmsolver++")):
         return None
     return {
@@ -204,7 +237,7 @@ def _solver(config: Config) -> dict[str, Any] | None:
 
 def _edm_sampler(options: Config) -> dict[str, Any]:
     """The sampler of a scheduler of EDM; InputError where it has none here."""
-    order, kind = options.get("solver_order", 1), options.get("algorithm_type", "dpmsolver++")
+    order, kind = options.get("solver_order", 1), options.get("algorithm_type", _KIND)
     if order == 1:
         ours = "euler_ancestral.EulerAncestral" if kind == "sde-dpmsolver++" else "euler.Euler"
         return {"_target_": f"ldmlab.samplers.{ours}"}
@@ -238,6 +271,8 @@ def scheduler_options(node: Mapping[str, Any], token_values: int = 64) -> tuple[
 def _discrete_options(node: Mapping[str, Any], prediction: str) -> Config:
     options = {key: value for key, value in node.items() if key != "_target_"}
     rescaled = bool(options.pop("zero_terminal_snr", False))  # by the scheduler itself
+    for name in ("noisy_end", "least_alpha_bar"):  # DDIM's steps end there anyway; its terminal SNR is 0
+        options.pop(name, None)
     schedule = Schedule(**options)
     config: dict[str, Any] = {
         "num_train_timesteps": schedule.steps,

@@ -1,0 +1,127 @@
+"""The sampler of an imported folder is its scheduler's, on its steps, with its ends; another one is a note."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldmlab.app.cli import dispatch
+from ldmlab.build import load
+from ldmlab.contracts import Level
+from ldmlab.diffusion.paths import EdmPath
+from ldmlab.diffusion.schedule import Schedule
+from ldmlab.inference.sample_settings import SampleSettings
+from ldmlab.instantiate import instantiate
+from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, is_replaced, sampler_node
+from ldmlab.samplers._auto import solver_of
+
+peer = pytest.importorskip("diffusers")
+
+DDPM = {
+    **{"block_out_channels": [32, 64], "layers_per_block": 1, "sample_size": 8, "attention_head_dim": None},
+    **{"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]},
+    **{"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6},
+}
+ENDS = [{"final_sigmas_type": "sigma_min"}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}]
+
+
+@pytest.mark.parametrize("end", [*ENDS, {"use_exponential_sigmas": True, **ENDS[0]}, {"use_lu_lambdas": True}])
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("options", [
+    {"solver_order": 1},
+    {"solver_order": 1, "algorithm_type": "dpmsolver", **ENDS[0], "rescale_betas_zero_snr": False},
+    {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"},
+    {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "leading", "steps_offset": 1},
+])  # fmt: skip
+def test_orders_and_ends_of_a_multistep_solver(
+    options: dict[str, Any], steps: int, end: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise levels and the sampler of a folder give diffusers' end; its times may be whole ones."""
+    theirs = peer.DPMSolverMultistepScheduler(**end | options)
+    theirs.set_timesteps(steps)
+    config = {**theirs.config, "_class_name": type(theirs).__name__}
+    built = diffusion_node(config)
+    schedule, prediction = (instantiate(built[name], where=name) for name in ("schedule", "prediction"))
+    sampler = instantiate(sampler_node(config), where="sampler")
+    grid = schedule.grid(steps, sampler.spacing)
+    whole = {level.time: float(time) for level, time in zip(grid[:-1], theirs.timesteps, strict=True)}
+    assert all(abs(ours - time) <= 1 for ours, time in whole.items())
+    x, *noises = torch.randn(steps + 1, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    given = iter(noises)
+    module = peer.schedulers.scheduling_dpmsolver_multistep
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(given))
+
+    def output(x: torch.Tensor, time: float) -> torch.Tensor:
+        return torch.tanh(x * (0.5 + time / 1000))
+
+    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+        return prediction.clean(x, output(x, whole[level.time]), level)
+
+    found = sampler(denoise, x, grid, noise=lambda step: noises[step])
+    for time in theirs.timesteps:
+        x = theirs.step(output(x, float(time)), time, x).prev_sample
+    assert float((found - x).abs().max()) <= 5e-5 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.parametrize(("config", "replaced"), [
+    ({"_class_name": "DDIMScheduler"}, False),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, False),
+    ({"_class_name": "PNDMScheduler"}, True),
+    ({"_class_name": "DPMSolverMultistepScheduler"}, False),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, True),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, True),
+    ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, True),
+])  # fmt: skip
+def test_a_replaced_solver_is_known(config: dict[str, Any], replaced: bool) -> None:
+    assert is_replaced(config) is replaced
+
+
+def test_auto_has_the_options_and_the_spacing_of_an_imported_sampler() -> None:
+    """Each of which a setting overrides; runs have their path's sampler, continuous paths their spacing."""
+    config = {"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}
+    spec, path = {"sampler": sampler_node(config), "origin": {}}, Schedule()
+    known = {"levels": 1000, "size": (8, 8), "guidance_scale": 1.0, "tile": 0, "window": 0}
+    found = SampleSettings().filled(solver=solver_of(path, spec), **known)
+    name = "dpmpp_2m_sde:eta=0.0:lower_order_final=true:euler_at_final=true"
+    assert (found.sampler, found.spacing, found.steps) == (name, "linspace:open", 50)
+    assert vars(found.build_sampler()) | {"spacing": found.spacing} == vars(
+        instantiate(spec["sampler"], where="sampler")
+    )
+    chosen = SampleSettings(eta=0.7, steps=5, spacing="karras").filled(solver=solver_of(path, spec), **known)
+    assert (chosen.eta, chosen.steps, chosen.spacing) == (0.7, 5, "karras")
+    assert vars(chosen.build_sampler())["euler_at_final"]
+    assert solver_of(path, {"sampler": spec["sampler"]}) == path.solver
+    assert solver_of(EdmPath(), spec).spacing == EdmPath().solver.spacing
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_auto_is_the_sampler_of_an_imported_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its options and spacing, each of which a setting overrides; another solver is named by a note."""
+    torch.manual_seed(0)
+    schedulers = {
+        "sde": peer.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", euler_at_final=True),
+        "other": peer.PNDMScheduler(),
+        "ddim": peer.DDIMScheduler(timestep_spacing="trailing"),
+    }
+    found = {}
+    for name, scheduler in schedulers.items():
+        pipeline = peer.DDPMPipeline(unet=peer.UNet2DModel(**DDPM).eval(), scheduler=scheduler)
+        pipeline.save_pretrained(tmp_path / name)
+        assert dispatch(["import", str(tmp_path / name), str(tmp_path / f"{name}_model")]) == 0
+        note = "note: the solver of PNDMScheduler is replaced by ddim" in capsys.readouterr().out
+        assert note == (name == "other")
+        found[name] = load(tmp_path / f"{name}_model")
+    sde = found["sde"].resolved(SampleSettings())
+    assert (sde.sampler, sde.spacing, sde.steps) == (
+        "dpmpp_2m_sde:lower_order_final=true:euler_at_final=true",
+        "linspace:open",
+        50,
+    )
+    assert vars(sde.build_sampler())["euler_at_final"]
+    changed = found["sde"].resolved(SampleSettings(eta=0.0, steps=5, spacing="karras"))
+    assert (changed.eta, changed.steps, changed.spacing) == (0.0, 5, "karras")
+    assert found["sde"].resolved(SampleSettings(sampler="heun")).sampler == "heun"
+    assert found["ddim"].resolved(SampleSettings()).spacing == "trailing"
+    assert found["other"].resolved(SampleSettings()).sampler == "ddim"
