@@ -63,6 +63,16 @@ def test_damaged_manifest(tmp_path: Path, content: str) -> None:
         read_manifest(tmp_path)
 
 
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path, replace(_manifest(tmp_path), licence="\U0001f600"))
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(content))  # a pair of escapes is one character
+    assert read_manifest(tmp_path).licence == "\U0001f600"
+    (tmp_path / "manifest.json").write_text(json.dumps(content | {"licence": "\ud83d"}))
+    with pytest.raises(InputError, match=r"manifest\.json is not a manifest of ours .*surrogates"):
+        read_manifest(tmp_path)
+
+
 def test_unknown_field_is_refused(tmp_path: Path) -> None:
     write_manifest(tmp_path, _manifest(tmp_path))
     content = json.loads((tmp_path / "manifest.json").read_text()) | {"surprise": 1}

@@ -155,6 +155,13 @@ def test_wrong_options_are_named(folder: Path, options: dict[str, Any], message:
         data(folder, **options).train_dataset()
 
 
+def test_a_field_that_the_manifest_does_not_list_is_named(folder: Path) -> None:
+    path = folder / "train" / "manifest.json"
+    path.write_text(path.read_text().replace('"class_id"', '"/etc/passwd"'))
+    with pytest.raises(InputError, match=r"its manifest\.json does not list the field 'class_id', which sample 00000"):
+        data(folder).train_loader(2)
+
+
 def test_wrong_folders_are_named(folder: Path) -> None:
     train = folder / "train"
     with pytest.raises(InputError, match="latents is not set"):

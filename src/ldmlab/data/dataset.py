@@ -1,7 +1,7 @@
 """Shards as a data set keyed by position, in the order that `order.py` gives them, and what its batches hold."""
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,15 @@ from ldmlab.data.shards import Folder, ShardLost, ShardReader, check_there, mani
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
 from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, maker_of
+
+_LACKS = {  # what most samples lack
+    "fields": "data.fields={fields}: {count} of {readable} samples of {named} have none that can be used: sample "
+    "{label} has {what}; name fields the data carry, or pack them with `ldmlab pack`.",
+    "listed": "{named}: its manifest.json does not list the field {what}, which sample {label} has; pack or index the "
+    "folder again.",
+    "parts": "task: it starts from {what}, nor have {count} of {readable} that were read; add it to the shards, or "
+    "choose another task.",
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ class ShardDataset(Dataset[Batch]):
             self._kept = self._kept_samples(spec.task, keeps)
         self.order = SequentialOrder(self.counts)  # of the samples that take part; the caller may set another
         self._cache: ImageCache | None = None
-        self._check_samples()
+        self._check_samples(manifest.fields if manifest.kind == "images" else None)
         self.template = self._first_sample()
 
     def __len__(self) -> int:
@@ -247,18 +256,21 @@ class ShardDataset(Dataset[Batch]):
             self._cache.put(index, image)
         return image
 
-    def _check_samples(self) -> None:
-        """Refuse fields and parts that most of TRIES readable samples lack: a wrong option, not bad samples."""
+    def _check_samples(self, listed: Collection[str] | None) -> None:
+        """Refuse fields and parts that most of TRIES readable samples lack: a wrong option, not bad samples.
+
+        `listed`: the fields of the manifest, which are those of all samples; None of latents, which may have more.
+        """
         total = (self.reader.store and self.counts[0]) or len(self)  # of a store the first shard: others are far away
         count = min(total, TRIES)
-        readable, unfit, partless = 0, dict[str, str](), dict[str, tuple[str, str]]()
+        readable, lacks = 0, {kind: dict[str, str]() for kind in _LACKS}  # kind => sample => what
         for position in (number * total // count for number in range(count)):
             place = self._place(position)
             label = self.reader.label(place.shard, place.sample)
             try:
                 files = self.reader.read(place.shard, place.sample)[1]
                 if missing := missing_part(files, self.spec.parts - {"image"}):
-                    partless[label] = missing
+                    lacks["parts"][label] = f"{missing[0]}, but sample {label} has no {missing[1]}"
                 readable += 1
             except ShardLost:
                 raise
@@ -266,21 +278,16 @@ class ShardDataset(Dataset[Batch]):
                 continue
             try:
                 required_fields(files, self.spec.fields, self._classes)
+                if listed is not None and (more := sample_fields(files).keys() - listed):
+                    lacks["listed"][label] = f"{min(more)!r:.80}"
             except ValueError as error:
-                unfit[label] = str(error)
-        if 2 * len(unfit) > readable:
-            label, why = next(iter(unfit.items()))
-            raise InputError(
-                f"data.fields={list(self.spec.fields)}: {len(unfit)} of {readable} samples of {self.named} have none "
-                f"that can be used: sample {label} has {why}; name fields the data carry, or pack them with "
-                "`ldmlab pack`."
-            )
-        if 2 * len(partless) > readable:
-            label, (part, stored) = next(iter(partless.items()))
-            raise InputError(
-                f"task: it starts from {part}, but sample {label} has no {stored}, nor have {len(partless)} of "
-                f"{readable} that were read; add it to the shards, or choose another task."
-            )
+                lacks["fields"][label] = str(error)
+        for kind, found in lacks.items():
+            if 2 * len(found) > readable:
+                label, what = next(iter(found.items()))
+                given = {"fields": list(self.spec.fields), "count": len(found), "readable": readable}
+                text = _LACKS[kind].format(named=self.named, label=label, what=what, **given)
+                raise InputError(text)
 
     def _first_sample(self) -> Batch:
         """The first sample that can be read: the form of batches in which none can."""

@@ -97,6 +97,7 @@ def read_manifest(folder: Path | str, option: str = "data") -> Manifest:
         shards = [listed(shard) for shard in content.pop("shards")]
         if len({shard.name for shard in shards}) < len(shards):
             raise ValueError("it lists a shard twice")
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # no halves of characters, which no file can hold
         manifest = Manifest(shards=shards, **content, hash_as_read=hash_as_read)
         _check(manifest)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
