@@ -36,7 +36,7 @@ def solver_of(path: Path, spec: Mapping[str, Any]) -> Solver:
 
     The sampler of a run is that of its grids alone.
     """
-    if "origin" not in spec or "sampler" not in spec:
+    if "origin" not in spec or spec.get("sampler") is None:
         return path.solver
     node = spec["sampler"]
     sampler = instantiate(node, where="sampler")
@@ -44,8 +44,8 @@ def solver_of(path: Path, spec: Mapping[str, Any]) -> Solver:
         return path.solver
     home, name = str(node["_target_"]).rsplit(".", 2)[:2]
     name = name if home == "ldmlab.samplers" else str(node["_target_"])
-    known = inspect.signature(type(sampler)).parameters
-    options = {k: v for k, v in node.items() if k not in ("_target_", "spacing") and v != known[k].default}
+    own = {name: known.default for name, known in inspect.signature(type(sampler)).parameters.items()}
+    options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "spacing") and v != own.get(k)}
     words = [
         f"{option}={str(value).lower() if isinstance(value, bool) else value}" for option, value in options.items()
     ]
